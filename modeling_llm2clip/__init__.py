@@ -1,1 +1,47 @@
+"""LLM2CLIP models. Importing this package makes them known to transformers' Auto classes.
+
+A Hub repo ships these modules as its remote code, so they import nothing but torch and transformers.
+"""
+
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
+
+from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPTextConfig
+from .modeling_eva02 import EVA02VisionModel
+from .modeling_llm2clip import LLM2CLIPModel, LLM2CLIPOutput
+from .modeling_llm2clip_text import LLM2CLIPTextModel
+from .modeling_llm2clip_vision import LLM2CLIPVisionModelWithProjection
+from .processing_llm2clip import LLM2CLIPProcessor, with_prompt
+
 __version__ = "0.1.0"
+
+_MODELS: dict[Any, Any] = {
+    EVA02VisionConfig: EVA02VisionModel,
+    LLM2CLIPTextConfig: LLM2CLIPTextModel,
+    LLM2CLIPConfig: LLM2CLIPModel,
+}
+
+for _config, _model in _MODELS.items():
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    _config.register_for_auto_class()
+    # Marked, so that save_pretrained always ships the code with the weights.
+    _model.register_for_auto_class("AutoModel")
+LLM2CLIPVisionModelWithProjection.register_for_auto_class("AutoModel")
+AutoModelForZeroShotImageClassification.register(LLM2CLIPConfig, LLM2CLIPModel, exist_ok=True)
+AutoProcessor.register(LLM2CLIPConfig, LLM2CLIPProcessor, exist_ok=True)
+LLM2CLIPProcessor.register_for_auto_class()
+
+__all__ = [
+    "EVA02VisionConfig",
+    "EVA02VisionModel",
+    "LLM2CLIPConfig",
+    "LLM2CLIPModel",
+    "LLM2CLIPOutput",
+    "LLM2CLIPProcessor",
+    "LLM2CLIPTextConfig",
+    "LLM2CLIPTextModel",
+    "LLM2CLIPVisionModelWithProjection",
+    "with_prompt",
+]

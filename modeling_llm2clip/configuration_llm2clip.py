@@ -1,0 +1,217 @@
+"""Configurations of LLM2CLIP: the EVA02 vision tower, the text tower (any decoder) and their composition."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+POOLING_MODES = ("mean", "weighted_mean", "last_token", "eos_token", "bos_token")
+
+
+def _as_config(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
+    """Turn the JSON form of a config of any architecture that transformers knows into its class."""
+    if not isinstance(config, dict):
+        return config
+    fields = dict(config)
+    model_type = fields.pop("model_type", None)
+    if model_type == EVA02VisionConfig.model_type:
+        return EVA02VisionConfig(**fields)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model_type {model_type!r} is not an architecture that this transformers version knows; "
+            "give a config.json of a transformers model, or a newer transformers."
+        )
+    return CONFIG_MAPPING[model_type](**fields)
+
+
+class EVA02VisionConfig(PretrainedConfig):
+    """Configuration of [`EVA02VisionModel`]; the defaults are EVA02-CLIP-L-14-336.
+
+    Args:
+        intermediate_size: Width of the SwiGLU; the original's `int(hidden_size * 2.6667)`.
+        rope_grid_size: Side, in patches, of the grid on which the tower was pretrained. The rotary positions of
+            any other grid are scaled to it.
+        drop_path_rate: Stochastic depth in training, growing linearly from 0 to this rate at the last block.
+        patch_dropout: Share of the patch tokens that is left out in training (FLIP).
+        attention_dropout: Dropout of attention weights in training.
+    """
+
+    model_type = "eva02_vision_model"
+    base_config_key = "vision_config"
+
+    def __init__(
+        self,
+        hidden_size: int = 1024,
+        intermediate_size: int = 2730,
+        num_hidden_layers: int = 24,
+        num_attention_heads: int = 16,
+        num_channels: int = 3,
+        image_size: int = 336,
+        patch_size: int = 14,
+        rope_grid_size: int = 16,
+        layer_norm_eps: float = 1e-6,
+        drop_path_rate: float = 0.0,
+        patch_dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        if hidden_size % (4 * num_attention_heads):
+            raise ValueError(
+                f"hidden_size {hidden_size} and num_attention_heads {num_attention_heads}: 2-D rotary positions "
+                "need a head width that is a multiple of 4."
+            )
+        if image_size % patch_size:
+            raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}.")
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_channels = num_channels
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.rope_grid_size = rope_grid_size
+        self.layer_norm_eps = layer_norm_eps
+        self.drop_path_rate = drop_path_rate
+        self.patch_dropout = patch_dropout
+        self.attention_dropout = attention_dropout
+        self.initializer_range = initializer_range
+        super().__init__(**kwargs)
+
+
+class LLM2CLIPTextConfig(PretrainedConfig):
+    """Configuration of [`LLM2CLIPTextModel`]: a decoder's own config, and how a caption becomes one vector.
+
+    Args:
+        decoder_config: Config (or its JSON form) of any decoder that transformers knows.
+        pooling: One of `mean`, `weighted_mean`, `last_token`, `eos_token`, `bos_token`.
+        prompt_prefix: Text before every caption, after BOS. It is context and is not pooled.
+        prompt_suffix: Text after every caption. It is pooled.
+        num_prefix_tokens: Tokens before the caption (BOS and prefix). Without an explicit `pooling_mask` the model
+            pools over the real tokens after those.
+        max_length: Longest input in tokens; a longer caption is cut at its own end.
+        bidirectional: Whether every token attends to the whole caption. `False` keeps the decoder causal, as a
+            baseline.
+    """
+
+    model_type = "llm2clip_text_model"
+    base_config_key = "text_config"
+    sub_configs = {"decoder_config": AutoConfig}
+
+    def __init__(
+        self,
+        decoder_config: PretrainedConfig | dict[str, Any] | None = None,
+        pooling: str = "mean",
+        prompt_prefix: str = "",
+        prompt_suffix: str = "",
+        num_prefix_tokens: int = 0,
+        max_length: int = 512,
+        bidirectional: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if pooling not in POOLING_MODES:
+            raise ValueError(f"pooling {pooling!r} is unknown; choose one of {', '.join(POOLING_MODES)}.")
+        # Copied, because this config marks it as bidirectional and the caller's decoder may have to stay causal.
+        self.decoder_config = copy.deepcopy(_as_config(decoder_config or {"model_type": "llama"}))
+        # transformers >= 5.2 honours it in every attention implementation, and other tools read it from config.json.
+        self.decoder_config.is_causal = not bidirectional
+        self.decoder_config.use_cache = False
+        self.pooling = pooling
+        self.prompt_prefix = prompt_prefix
+        self.prompt_suffix = prompt_suffix
+        self.num_prefix_tokens = num_prefix_tokens
+        self.max_length = max_length
+        self.bidirectional = bidirectional
+        super().__init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a caption embedding."""
+        return self.decoder_config.hidden_size
+
+
+class LLM2CLIPConfig(PretrainedConfig):
+    """Configuration of [`LLM2CLIPModel`].
+
+    Args:
+        vision_config: Config of the vision tower: EVA02, or any vision model that transformers knows.
+        text_config: [`LLM2CLIPTextConfig`], its JSON form, or a decoder's config. Always present, also when the
+            weights of the text tower live elsewhere.
+        text_model_name_or_path: Repo or folder that holds the text tower's weights (it may be a PEFT adapter);
+            `None` when they are part of this checkpoint.
+        text_model_revision: Revision of that repo.
+        text_model_fingerprint: Fingerprint of the text tower that the adapter was trained with.
+        projection_dim: Width of the shared space.
+        visual_projection: Whether a linear layer maps the tower's pooled output to `projection_dim`.
+        visual_projection_bias: Whether that layer has a bias (EVA02: yes; OpenAI CLIP: no).
+        adapter_num_layers: Residual blocks of the text adapter (paper: 4).
+        adapter_expansion: Hidden width of a block, as a multiple of the embedding's width.
+        adapter_normalize: Whether the adapter L2-normalises the LLM's embedding first.
+        logit_scale_init_value: Natural logarithm of the initial logit scale.
+    """
+
+    model_type = "llm2clip"
+    sub_configs = {"vision_config": AutoConfig, "text_config": LLM2CLIPTextConfig}
+
+    def __init__(
+        self,
+        vision_config: PretrainedConfig | dict[str, Any] | None = None,
+        text_config: PretrainedConfig | dict[str, Any] | None = None,
+        text_model_name_or_path: str | None = None,
+        text_model_revision: str | None = None,
+        text_model_fingerprint: str | None = None,
+        projection_dim: int = 1280,
+        visual_projection: bool = True,
+        visual_projection_bias: bool = True,
+        adapter_num_layers: int = 4,
+        adapter_expansion: int = 2,
+        adapter_normalize: bool = True,
+        logit_scale_init_value: float = math.log(1 / 0.07),
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        # The sub-configs come before super().__init__(), which hands attn_implementation and dtype down to them.
+        self.vision_config = (
+            EVA02VisionConfig() if vision_config is None else _as_config(_with_vision_type(vision_config))
+        )
+        self.text_config = _as_text_config(text_config)
+        self.text_model_name_or_path = text_model_name_or_path
+        self.text_model_revision = text_model_revision
+        self.text_model_fingerprint = text_model_fingerprint
+        self.projection_dim = projection_dim
+        self.visual_projection = visual_projection
+        self.visual_projection_bias = visual_projection_bias
+        self.adapter_num_layers = adapter_num_layers
+        self.adapter_expansion = adapter_expansion
+        self.adapter_normalize = adapter_normalize
+        self.logit_scale_init_value = logit_scale_init_value
+        self.initializer_range = initializer_range
+        super().__init__(**kwargs)
+
+
+def _with_vision_type(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig | dict[str, Any]:
+    if isinstance(config, dict):
+        return {"model_type": EVA02VisionConfig.model_type, **config}
+    return config
+
+
+def _as_text_config(config: PretrainedConfig | dict[str, Any] | None) -> LLM2CLIPTextConfig:
+    if config is None:
+        return LLM2CLIPTextConfig()
+    # Told apart by model_type, not by class: remote code can be imported under several module names.
+    if not isinstance(config, dict):
+        if config.model_type == LLM2CLIPTextConfig.model_type:
+            return config  # type: ignore[return-value]
+        return LLM2CLIPTextConfig(decoder_config=config)
+    fields = dict(config)
+    if fields.get("model_type", LLM2CLIPTextConfig.model_type) == LLM2CLIPTextConfig.model_type:
+        fields.pop("model_type", None)
+        return LLM2CLIPTextConfig(**fields)
+    return LLM2CLIPTextConfig(decoder_config=fields)
+
+
+__all__ = ["POOLING_MODES", "EVA02VisionConfig", "LLM2CLIPConfig", "LLM2CLIPTextConfig"]

@@ -1,0 +1,323 @@
+"""The EVA02 vision tower (arXiv 2303.11331): a ViT with 2-D rotary positions, SwiGLU and sub-LayerNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_llm2clip import EVA02VisionConfig
+
+ROPE_BASE = 10000.0
+
+RotaryTable = tuple[Tensor, Tensor]
+
+
+def rotary_table(
+    head_dim: int, grid: tuple[int, int], pretrained_grid: int, device: torch.device | None = None
+) -> RotaryTable:
+    """Cosines and sines of the 2-D rotary positions, row-major over the patches.
+
+    The first half of a head encodes the row, the second half the column. Positions are scaled to the grid of
+    pretraining, so that another image size covers the same range of angles.
+
+    Args:
+        head_dim: Width of an attention head.
+        grid: Patches per column and per row.
+        pretrained_grid: Side of the pretraining grid in patches.
+        device: Where the table is made.
+
+    Returns:
+        `(cos, sin)`, each float32 `(rows * columns, head_dim)`.
+    """
+    axis_dim = head_dim // 2
+    exponents = torch.arange(0, axis_dim, 2, dtype=torch.float32, device=device) / axis_dim
+    frequencies = 1.0 / ROPE_BASE**exponents
+    angles = []
+    for size in grid:
+        positions = torch.arange(size, dtype=torch.float32, device=device) / size * pretrained_grid
+        angles.append(torch.outer(positions, frequencies).repeat_interleave(2, dim=-1))
+    rows, columns = angles
+    table = torch.cat(
+        [
+            rows[:, None, :].expand(-1, grid[1], -1),
+            columns[None, :, :].expand(grid[0], -1, -1),
+        ],
+        dim=-1,
+    ).flatten(0, 1)
+    return table.cos(), table.sin()
+
+
+def apply_rotary(states: Tensor, table: RotaryTable) -> Tensor:
+    """Rotate the patch tokens of `states` `(batch, heads, 1 + patches, head_dim)`; the class token is left alone."""
+    cos, sin = (part.to(states.dtype) for part in table)
+    class_token, patches = states[:, :, :1], states[:, :, 1:]
+    rotated = torch.stack((-patches[..., 1::2], patches[..., ::2]), dim=-1).flatten(-2)
+    return torch.cat([class_token, patches * cos + rotated * sin], dim=2)
+
+
+def resize_position_embedding(position_embedding: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resize absolute positions `(1, 1 + patches, width)` of a square grid to another grid.
+
+    Bicubic without corner alignment, as EVA-CLIP does; the class token keeps its position.
+    """
+    class_position, patch_positions = position_embedding[:, :1], position_embedding[:, 1:]
+    side = round(patch_positions.shape[1] ** 0.5)
+    if (side, side) == grid:
+        return position_embedding
+    square = patch_positions.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(square.float(), size=grid, mode="bicubic", align_corners=False)
+    resized = resized.to(position_embedding.dtype).permute(0, 2, 3, 1).flatten(1, 2)
+    return torch.cat([class_position, resized], dim=1)
+
+
+def drop_path(states: Tensor, rate: float) -> Tensor:
+    """Stochastic depth: leave out a residual branch `(batch, ...)` for random samples, rescaling the others."""
+    shape = (states.shape[0],) + (1,) * (states.ndim - 1)
+    keep = torch.empty(shape, dtype=states.dtype, device=states.device).bernoulli_(1 - rate)
+    return states * keep / (1 - rate)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    output = torch.matmul(F.dropout(weights, dropout, training=module.training), value)
+    return output.transpose(1, 2), weights
+
+
+class EVA02Attention(nn.Module):
+    def __init__(self, config: EVA02VisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.config = config
+        self.head_dim = width // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        # The biases belong to the Linear layers, so that offloading, LoRA and quantisation reach them.
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width)
+        self.inner_attn_ln = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor | None]:
+        batch, tokens, width = hidden_states.shape
+        shape = (batch, tokens, -1, self.head_dim)
+        query = apply_rotary(self.q_proj(hidden_states).view(shape).transpose(1, 2), rotary)
+        key = apply_rotary(self.k_proj(hidden_states).view(shape).transpose(1, 2), rotary)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        implementation = self.config._attn_implementation
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = eager_attention_forward
+        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        elif implementation != "eager":  # transformers 4
+            attend = ALL_ATTENTION_FUNCTIONS[implementation]
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            None,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            is_causal=False,
+        )
+        output = output.reshape(batch, tokens, width)
+        return self.proj(self.inner_attn_ln(output)), weights
+
+
+class EVA02MLP(nn.Module):
+    """SwiGLU with a LayerNorm before the output projection."""
+
+    def __init__(self, config: EVA02VisionConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.w2 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.ffn_ln = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
+        self.w3 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.w3(self.ffn_ln(F.silu(self.w1(hidden_states)) * self.w2(hidden_states)))
+
+
+class EVA02Block(GradientCheckpointingLayer):
+    def __init__(self, config: EVA02VisionConfig, drop_path_rate: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = EVA02Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = EVA02MLP(config)
+        self.drop_path_rate = drop_path_rate
+
+    def forward(self, hidden_states: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor | None]:
+        attention, weights = self.attn(self.norm1(hidden_states), rotary)
+        hidden_states = hidden_states + self._drop_path(attention)
+        hidden_states = hidden_states + self._drop_path(self.mlp(self.norm2(hidden_states)))
+        return hidden_states, weights
+
+    def _drop_path(self, branch: Tensor) -> Tensor:
+        if self.training and self.drop_path_rate > 0:
+            return drop_path(branch, self.drop_path_rate)
+        return branch
+
+
+class EVA02PatchEmbedding(nn.Module):
+    def __init__(self, config: EVA02VisionConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.proj(pixel_values).flatten(2).transpose(1, 2)
+
+
+class EVA02VisionModel(PreTrainedModel):
+    """EVA02 vision tower.
+
+    `pooler_output` is the normalised class token; `last_hidden_state` holds the normalised tokens, class token first.
+    `hidden_states` holds the embeddings and every block's output before the final norm: for a multimodal LLM take
+    `hidden_states[-2][:, 1:]`.
+    """
+
+    config_class = EVA02VisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EVA02Block"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: EVA02VisionConfig) -> None:
+        super().__init__(config)
+        width, layers = config.hidden_size, config.num_hidden_layers
+        patches = (config.image_size // config.patch_size) ** 2
+        self.patch_embed = EVA02PatchEmbedding(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, width))
+        self.blocks = nn.ModuleList(
+            EVA02Block(config, config.drop_path_rate * index / max(layers - 1, 1)) for index in range(layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # torch.nn.init is what transformers 5 guards, so that loaded weights survive; writing to .data is not.
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, EVA02VisionModel):
+            nn.init.trunc_normal_(module.cls_token, std=std)
+            nn.init.trunc_normal_(module.pos_embed, std=std)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patch_embed
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+            interpolate_pos_encoding: Accept another image size than the config's by interpolating the positions.
+            output_hidden_states: Also return the embeddings and the output of every block.
+            output_attentions: Also return attention weights; needs the eager attention.
+
+        Raises:
+            ValueError: The image size is not the config's and `interpolate_pos_encoding` is off, or it is not a
+                multiple of the patch size.
+        """
+        config = self.config
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_attentions and config._attn_implementation != "eager":
+            raise ValueError(
+                f"attention weights do not exist under attn_implementation={config._attn_implementation!r}; "
+                'call model.set_attn_implementation("eager") first.'
+            )
+        grid = self._grid(pixel_values, interpolate_pos_encoding)
+        hidden_states = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))
+        class_tokens = self.cls_token.expand(hidden_states.shape[0], -1, -1)
+        hidden_states = torch.cat([class_tokens, hidden_states], dim=1)
+        hidden_states = hidden_states + resize_position_embedding(self.pos_embed, grid)
+        rotary = rotary_table(
+            config.hidden_size // config.num_attention_heads,
+            grid,
+            config.rope_grid_size,
+            hidden_states.device,
+        )
+        if self.training and config.patch_dropout > 0:
+            hidden_states, rotary = self._drop_patches(hidden_states, rotary)
+
+        all_hidden_states: tuple[Tensor, ...] = (hidden_states,)
+        all_attentions: tuple[Tensor, ...] = ()
+        for block in self.blocks:
+            hidden_states, weights = block(hidden_states, rotary)
+            if output_hidden_states:
+                all_hidden_states += (hidden_states,)
+            if output_attentions:
+                all_attentions += (weights,)
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states,
+            pooler_output=hidden_states[:, 0],
+            hidden_states=all_hidden_states if output_hidden_states else None,
+            attentions=all_attentions if output_attentions else None,
+        )
+
+    def _grid(self, pixel_values: Tensor, interpolate: bool) -> tuple[int, int]:
+        height, width = pixel_values.shape[-2:]
+        size, patch = self.config.image_size, self.config.patch_size
+        if (height, width) != (size, size) and not interpolate:
+            raise ValueError(
+                f"pixel_values are {height} x {width}, but this tower takes {size} x {size}; resize them with the "
+                "processor, or pass interpolate_pos_encoding=True."
+            )
+        if height % patch or width % patch:
+            raise ValueError(f"pixel_values are {height} x {width}, which the patch size {patch} does not divide.")
+        return height // patch, width // patch
+
+    def _drop_patches(self, hidden_states: Tensor, rotary: RotaryTable) -> tuple[Tensor, RotaryTable]:
+        batch, tokens, width = hidden_states.shape
+        kept = max(1, int((tokens - 1) * (1 - self.config.patch_dropout)))
+        order = torch.rand(batch, tokens - 1, device=hidden_states.device).argsort(dim=1)[:, :kept]
+        patches = hidden_states[:, 1:].gather(1, order[..., None].expand(-1, -1, width))
+        cos, sin = rotary
+        # One table per sample from here on, with an axis for the heads.
+        return torch.cat([hidden_states[:, :1], patches], dim=1), (cos[order][:, None], sin[order][:, None])
+
+
+__all__ = ["EVA02VisionModel"]

@@ -1,0 +1,477 @@
+"""LLM2CLIP (arXiv 2411.04997): a vision tower and an adapter on a large language model's caption embeddings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.image_utils import load_image
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, logging
+
+from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig
+from .modeling_eva02 import EVA02VisionModel
+from .modeling_llm2clip_text import HUB_ARGUMENTS, LLM2CLIPTextModel, adopt_submodel, encode_batches
+from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel
+
+logger = logging.get_logger(__name__)
+
+LOADING_ARGUMENTS = (
+    "attn_implementation",
+    "device_map",
+    "dtype",
+    "max_memory",
+    "offload_folder",
+    "torch_dtype",
+    "trust_remote_code",
+)
+
+
+@dataclass
+class LLM2CLIPOutput(ModelOutput):
+    """Joint output of [`LLM2CLIPModel`].
+
+    Args:
+        loss: Symmetric InfoNCE; only with `return_loss=True`.
+        logits_per_image: `(images, texts)`.
+        logits_per_text: `(texts, images)`.
+        image_embeds: `(images, projection_dim)`, unit length.
+        text_embeds: `(texts, projection_dim)`, unit length.
+        logit_scale: The factor between cosine and logit.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    logit_scale: Tensor | None = None
+
+
+class LLM2CLIPAdapterBlock(nn.Module):
+    """`x + W2 GELU(W1 LN(x))`."""
+
+    def __init__(self, width: int, expansion: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, expansion * width)
+        self.fc2 = nn.Linear(expansion * width, width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states + self.fc2(F.gelu(self.fc1(self.norm(states))))
+
+
+class LLM2CLIPTextAdapter(nn.Module):
+    """Maps an LLM's caption embedding to the shared space: residual blocks, LayerNorm, Linear (paper, section 3.2)."""
+
+    def __init__(self, config: LLM2CLIPConfig) -> None:
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.normalize = config.adapter_normalize
+        self.blocks = nn.ModuleList(
+            LLM2CLIPAdapterBlock(width, config.adapter_expansion) for _ in range(config.adapter_num_layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.proj = nn.Linear(width, config.projection_dim)
+
+    def forward(self, llm_embeds: Tensor) -> Tensor:
+        states = F.normalize(llm_embeds, dim=-1) if self.normalize else llm_embeds
+        for block in self.blocks:
+            states = block(states)
+        return self.proj(self.norm(states))
+
+
+class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
+    """Vision tower, projection, adapter and, unless left out, the LLM.
+
+    The LLM's weights are in the checkpoint, or `config.text_model_name_or_path` names the repo that holds them; then
+    the LLM is attached after loading. `from_pretrained(..., text_model=False)` leaves it out: captions come in as
+    `llm_embeds` then, until `load_text_model()` or `set_text_model(model)` brings one.
+    """
+
+    input_modalities = ["image", "text"]
+    _keep_in_fp32_modules_strict = ["logit_scale"]
+
+    def __init__(
+        self, config: LLM2CLIPConfig, text_model: bool = True, vision_model: PreTrainedModel | None = None
+    ) -> None:
+        super().__init__(config)
+        if vision_model is None:
+            self._build_vision_tower()
+        self._build_visual_projection()
+        bundled = text_model and config.text_model_name_or_path is None
+        self.text_model: Any = LLM2CLIPTextModel(config.text_config) if bundled else None
+        if not bundled:
+            self._keys_to_ignore_on_load_unexpected = [r"^text_model\."]
+        self.text_adapter = LLM2CLIPTextAdapter(config)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.post_init()
+        if vision_model is not None:
+            # It has its weights already, so post_init() had better not see it.
+            adopt_submodel(self, "vision_model", vision_model)
+            self.config.vision_config = vision_model.config
+            self.visual_projection.to(vision_model.device, vision_model.dtype)
+            self.text_adapter.to(vision_model.device, vision_model.dtype)
+            self.logit_scale.data = self.logit_scale.data.to(vision_model.device)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LLM2CLIPModel):
+            nn.init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,
+        text_model: bool = True,
+        text_model_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a checkpoint and its LLM.
+
+        Args:
+            text_model: `False` leaves the LLM out.
+            text_model_kwargs: Arguments of `from_pretrained` for an LLM that lives in another repo, such as `dtype` or
+                `quantization_config`; by default it gets those of this call.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = cls._load(pretrained_model_name_or_path, *args, text_model=text_model, **kwargs)
+        if text_model and model.text_model is None:
+            passed = {key: kwargs[key] for key in (*HUB_ARGUMENTS, *LOADING_ARGUMENTS) if kwargs.get(key) is not None}
+            passed = {key: value for key, value in passed.items() if key not in ("revision", "subfolder")}
+            model.load_text_model(**{**passed, **(text_model_kwargs or {})})
+        if not text_model and model.config.text_model_name_or_path is None:
+            # The weights stay where they are: say so, for load_text_model() and for the next save_pretrained().
+            model.config.text_model_name_or_path = os.fspath(pretrained_model_name_or_path)
+            model.config.text_model_revision = kwargs.get("revision")
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_model: str | os.PathLike[str] | PreTrainedModel,
+        text_model: str | os.PathLike[str] | LLM2CLIPTextModel,
+        *,
+        vision_model_kwargs: dict[str, Any] | None = None,
+        **config_fields: Any,
+    ) -> LLM2CLIPModel:
+        """Start stage 2: a pretrained vision tower, a text tower, and a new projection and adapter.
+
+        Args:
+            vision_model: A vision model, or a repo or folder of one; of a CLIP-like repo the vision half is taken.
+            text_model: A text tower, which becomes part of the model, or the repo or folder that holds one, which is
+                recorded but not loaded.
+            vision_model_kwargs: Passed to `from_pretrained` of the vision tower.
+            config_fields: Fields of [`LLM2CLIPConfig`], such as `projection_dim`.
+        """
+        if not isinstance(vision_model, PreTrainedModel):
+            vision_kwargs = dict(vision_model_kwargs or {})
+            hub = {key: vision_kwargs[key] for key in HUB_ARGUMENTS if key in vision_kwargs}
+            vision_config = AutoConfig.from_pretrained(vision_model, **hub)
+            vision_kwargs["config"] = getattr(vision_config, "vision_config", vision_config)
+            is_eva = vision_kwargs["config"].model_type == EVA02VisionConfig.model_type
+            loader = EVA02VisionModel if is_eva else AutoModel
+            vision_model = loader.from_pretrained(vision_model, **vision_kwargs)
+        if isinstance(text_model, PreTrainedModel):
+            text_config = text_model.config
+        else:
+            config_fields["text_model_name_or_path"] = os.fspath(text_model)
+            text_config = AutoConfig.from_pretrained(text_model)
+        config = cls.config_class(vision_config=vision_model.config, text_config=text_config, **config_fields)
+        model = cls(config, text_model=False, vision_model=vision_model)
+        if isinstance(text_model, PreTrainedModel):
+            model.set_text_model(text_model)
+        return model
+
+    def load_text_model(self, name_or_path: str | None = None, revision: str | None = None, **kwargs: Any) -> None:
+        """Load and attach the LLM.
+
+        Args:
+            name_or_path: Repo or folder; the default is the one that the config names.
+            revision: Its revision.
+            kwargs: Passed to `LLM2CLIPTextModel.from_pretrained`.
+
+        Raises:
+            ValueError: No repo is known, or its LLM is not the one that the adapter was trained with.
+        """
+        if name_or_path is None:
+            name_or_path, revision = (
+                self.config.text_model_name_or_path,
+                revision or self.config.text_model_revision,
+            )
+        if name_or_path is None:
+            raise ValueError("this model names no repo for its LLM; pass one: model.load_text_model(repo).")
+        if revision is not None:
+            kwargs["revision"] = revision
+        kwargs.setdefault("dtype", self.dtype)
+        text_model = LLM2CLIPTextModel.from_pretrained(name_or_path, config=self.config.text_config, **kwargs)
+        self.set_text_model(text_model, source=name_or_path)
+
+    def set_text_model(self, text_model: LLM2CLIPTextModel, source: str | None = None) -> None:
+        """Attach a text tower after checking that the adapter was trained with it.
+
+        Args:
+            text_model: The text tower.
+            source: Where it came from, for the error message.
+
+        Raises:
+            TypeError: `text_model` is a plain decoder.
+            ValueError: Its width or its fingerprint is not the adapter's; the message names both.
+        """
+        # Told apart by model_type, not by class: remote code can be imported under several module names.
+        if text_model.config.model_type != LLM2CLIPTextModel.config_class.model_type:
+            raise TypeError(
+                f"{type(text_model).__name__} is no text tower; wrap it: LLM2CLIPTextModel.from_decoder(model)."
+            )
+        source = source or text_model.name_or_path or type(text_model.decoder).__name__
+        ours = self.config.text_model_name_or_path or "an unnamed LLM"
+        width, expected_width = text_model.config.hidden_size, self.config.text_config.hidden_size
+        if width != expected_width:
+            raise ValueError(
+                f"the adapter takes embeddings of width {expected_width} (it was trained with {ours}), but {source} "
+                f"gives {width}; load the LLM that belongs to this checkpoint."
+            )
+        expected = self.config.text_model_fingerprint
+        actual = text_model.fingerprint() if expected is not None else None
+        if expected is not None and actual is None:
+            logger.warning(f"the weights of {source} (quantised or offloaded) cannot be compared with {ours}.")
+        elif actual != expected:
+            raise ValueError(
+                f"the adapter was trained with {ours} (fingerprint {expected}), but {source} has fingerprint "
+                f"{actual}: other weights, prompt or pooling. Load the LLM that belongs to this checkpoint, or train "
+                "an adapter for this one (stage 2)."
+            )
+        adopt_submodel(self, "text_model", text_model)
+        self.config.text_config = text_model.config
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        save_text_model: bool | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save as usual.
+
+        Args:
+            save_text_model: Whether the LLM's weights are part of the checkpoint. By default they are unless
+                `config.text_model_name_or_path` names another repo for them.
+
+        Raises:
+            ValueError: The LLM's weights would be nowhere, or carry an adapter that is not merged.
+        """
+        elsewhere = self.config.text_model_name_or_path
+        bundle = elsewhere is None if save_text_model is None else save_text_model
+        if bundle and self.text_model is None:
+            raise ValueError("there is no LLM to save; attach one, or set config.text_model_name_or_path to its repo.")
+        if not bundle and elsewhere is None:
+            raise ValueError(
+                "without the LLM's weights, config.text_model_name_or_path has to name the repo of the LLM."
+            )
+        if bundle and self.text_model.has_adapter:
+            raise ValueError("the LLM carries a PEFT adapter; call model.text_model.merge_adapter() before saving.")
+        if state_dict is None:
+            state_dict = self.state_dict()
+        if not bundle:
+            state_dict = {key: value for key, value in state_dict.items() if not key.startswith("text_model.")}
+        if self._auto_class is not None:
+            head = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+            known = getattr(self.config, "auto_map", None) or {}
+            self.config.auto_map = {**known, "AutoModelForZeroShotImageClassification": head}
+        try:
+            self.config.text_model_name_or_path = None if bundle else elsewhere
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        finally:
+            self.config.text_model_name_or_path = elsewhere
+
+    def get_input_embeddings(self) -> nn.Module:
+        tower = self.vision_model if self.text_model is None else self.text_model
+        return tower.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        tower = self.vision_model if self.text_model is None else self.text_model
+        tower.set_input_embeddings(value)
+
+    # Embedding
+
+    def get_text_features(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pooling_mask: Tensor | None = None,
+        llm_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Embed captions, through the LLM or from its cached embeddings.
+
+        Args:
+            input_ids: `(batch, tokens)`, from this model's processor or tokenizer.
+            attention_mask: `(batch, tokens)`.
+            pooling_mask: `(batch, tokens)`; see [`LLM2CLIPTextModel`].
+            llm_embeds: `(batch, hidden_size)`, the LLM's caption embeddings, instead of tokens.
+
+        Returns:
+            `pooler_output` `(batch, projection_dim)`, not normalised.
+
+        Raises:
+            ValueError: Tokens are given but the LLM was left out, or the embeddings have another width.
+        """
+        states = None
+        if llm_embeds is None:
+            if self.text_model is None:
+                raise ValueError(
+                    "this model was loaded without its LLM; call model.load_text_model(), or pass llm_embeds=, the "
+                    "LLM's caption embeddings."
+                )
+            output = self.text_model(
+                input_ids=input_ids, attention_mask=attention_mask, pooling_mask=pooling_mask, **kwargs
+            )
+            states, llm_embeds = output.last_hidden_state, output.pooler_output
+        weight = self.text_adapter.proj.weight
+        expected = self.config.text_config.hidden_size
+        if llm_embeds.shape[-1] != expected:
+            raise ValueError(
+                f"llm_embeds have width {llm_embeds.shape[-1]}, but this adapter takes {expected}: they come from "
+                "another LLM."
+            )
+        features = self.text_adapter(llm_embeds.to(weight.device, weight.dtype))
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=features)
+
+    def encode_text(
+        self,
+        texts: Sequence[str] | str,
+        processor: Any,
+        batch_size: int = 64,
+        show_progress_bar: bool = False,
+    ) -> Tensor:
+        """Embed captions of any length.
+
+        Args:
+            texts: Captions; one string counts as a list of one.
+            processor: This model's processor, or its tokenizer.
+            batch_size: Captions per batch; they are grouped by length.
+            show_progress_bar: Show a bar over the batches.
+
+        Returns:
+            Unit rows, float32 `(len(texts), projection_dim)` on the CPU, in input order.
+        """
+        device = self.get_input_embeddings().weight.device if self.text_model is not None else self.device
+        return encode_batches(
+            texts,
+            getattr(processor, "tokenizer", processor),
+            lambda batch: _unit(self.get_text_features(**batch.to(device))).float(),
+            num_prefix_tokens=self.config.text_config.num_prefix_tokens,
+            width=self.config.projection_dim,
+            batch_size=batch_size,
+            show_progress_bar=show_progress_bar,
+        )
+
+    def encode_image(
+        self,
+        images: Sequence[Any] | Any,
+        processor: Any,
+        batch_size: int = 64,
+        show_progress_bar: bool = False,
+    ) -> Tensor:
+        """Embed images.
+
+        Args:
+            images: PIL images, arrays, tensors or file names; one counts as a list of one.
+            processor: This model's processor, or its image processor.
+            batch_size: Images per batch.
+            show_progress_bar: Show a bar over the batches.
+
+        Returns:
+            Unit rows, float32 `(len(images), projection_dim)` on the CPU, in input order.
+
+        Raises:
+            FileNotFoundError: A string is not the name of a file (a caption, say).
+        """
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        image_processor = getattr(processor, "image_processor", processor)
+        device = self.vision_model.device
+        result = torch.empty(len(images), self.config.projection_dim)
+        starts = range(0, len(images), batch_size)
+        for start in logging.tqdm(starts, desc="Encoding images", disable=not show_progress_bar):
+            batch = [_as_image(image) for image in images[start : start + batch_size]]
+            inputs = image_processor(images=batch, return_tensors="pt").to(device)
+            with torch.inference_mode():
+                result[start : start + len(batch)] = _unit(self.get_image_features(**inputs)).float().cpu()
+        return result
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pooling_mask: Tensor | None = None,
+        llm_embeds: Tensor | None = None,
+        return_loss: bool | None = None,
+        return_logits: bool = True,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Any,
+    ) -> LLM2CLIPOutput | BaseModelOutputWithPooling:
+        """Compare images with captions; with one of them alone, embed it (`get_*_features`).
+
+        Args:
+            return_loss: Also return the loss; row i of the images and row i of the captions are the pairs.
+            return_logits: `False` leaves the logits out, for a loss that is computed from the embeddings.
+            kwargs: Passed to the vision tower (with images), or to the LLM (with captions alone).
+        """
+        has_text = input_ids is not None or llm_embeds is not None
+        text_inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "pooling_mask": pooling_mask,
+            "llm_embeds": llm_embeds,
+        }
+        if pixel_values is None and not has_text:
+            raise ValueError("give pixel_values, input_ids, llm_embeds, or images and captions together.")
+        if pixel_values is None:
+            return self.get_text_features(**text_inputs, **kwargs)
+        image_features = self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
+        if not has_text:
+            return image_features
+        image_embeds = _unit(image_features)
+        text_embeds = _unit(self.get_text_features(**text_inputs)).to(image_embeds.device)
+        logit_scale = self.logit_scale.exp().to(image_embeds.device)
+        logits = loss = None
+        if return_logits or return_loss:
+            logits = logit_scale * text_embeds.float() @ image_embeds.float().t()
+        if return_loss and logits is not None:
+            pairs = torch.arange(len(logits), device=logits.device)
+            loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.t(), pairs)) / 2
+        return LLM2CLIPOutput(
+            loss=loss,
+            logits_per_image=None if logits is None else logits.t(),
+            logits_per_text=logits,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            logit_scale=logit_scale,
+        )
+
+
+def _unit(features: Any) -> Tensor:
+    return F.normalize(features.pooler_output, dim=-1)
+
+
+def _as_image(image: Any) -> Any:
+    if not isinstance(image, (str, os.PathLike)):
+        return image
+    if not Path(image).is_file():
+        raise FileNotFoundError(f"{os.fspath(image)!r} is not an image file; captions go to encode_text().")
+    return load_image(os.fspath(image))
+
+
+__all__ = ["LLM2CLIPModel", "LLM2CLIPOutput"]

@@ -1,0 +1,135 @@
+"""What every LLM2CLIP model has, the vision tower and its projection, and the vision half on its own."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig
+from .modeling_eva02 import EVA02VisionModel
+
+
+class LLM2CLIPPreTrainedModel(PreTrainedModel):
+    """What the joint model and the vision half share: the vision tower and its projection."""
+
+    config_class = LLM2CLIPConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EVA02Block"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    visual_projection: nn.Module
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def _build_vision_tower(self) -> None:
+        config = self.config.vision_config
+        is_eva = config.model_type == EVA02VisionConfig.model_type
+        self.vision_model: Any = EVA02VisionModel(config) if is_eva else AutoModel.from_config(config)
+
+    def _build_visual_projection(self) -> None:
+        config = self.config
+        width = config.vision_config.hidden_size
+        if config.visual_projection:
+            self.visual_projection = nn.Linear(width, config.projection_dim, bias=config.visual_projection_bias)
+        elif width == config.projection_dim:
+            self.visual_projection = nn.Identity()
+        else:
+            raise ValueError(
+                f"without a visual projection the tower's width {width} has to be projection_dim "
+                f"{config.projection_dim}."
+            )
+
+    @classmethod
+    def _load(cls, name: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Load, and refuse a checkpoint that would leave a part of the model at random values."""
+        loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        missing = sorted(info["missing_keys"])
+        if missing:
+            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise ValueError(
+                f"{name} lacks weights of {cls.__name__}: {shown}. They would be random; load the repo that holds "
+                "them, or the class that this one was saved from (see `architectures` in its config.json)."
+            )
+        return model, info
+
+    @property
+    def dtype(self) -> torch.dtype:
+        # The first parameter is logit_scale, which stays in float32 in a model of any dtype.
+        return self.vision_model.dtype
+
+    def get_image_features(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Embed images.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+            interpolate_pos_encoding: Accept another image size than the tower's, where the tower can.
+            kwargs: Passed to the vision tower, such as `output_hidden_states`.
+
+        Returns:
+            `pooler_output` `(batch, projection_dim)`, not normalised, and the tower's own states.
+        """
+        if interpolate_pos_encoding is not None:
+            kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
+        output = self.vision_model(pixel_values=pixel_values, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=self.visual_projection(output.pooler_output),
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+        )
+
+
+class LLM2CLIPVisionModelWithProjection(LLM2CLIPPreTrainedModel):
+    """The vision half of any LLM2CLIP repo, for image-only work and for multimodal LLMs.
+
+    `pooler_output` is the image embedding `(batch, projection_dim)`; `output_hidden_states=True` returns the states of
+    every block.
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_adapter\.", r"^logit_scale$"]
+
+    def __init__(self, config: LLM2CLIPConfig) -> None:
+        super().__init__(config)
+        self._build_vision_tower()
+        self._build_visual_projection()
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = cls._load(pretrained_model_name_or_path, *args, **kwargs)
+        return (model, info) if wants_info else model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
+    def forward(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """See `get_image_features`."""
+        return self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
+
+
+__all__ = ["LLM2CLIPPreTrainedModel", "LLM2CLIPVisionModelWithProjection"]

@@ -1,0 +1,157 @@
+"""The processor of LLM2CLIP, and the prompt that lives in its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import processors
+from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+PROMPT_PREFIX_PIECE = "<llm2clip_prefix>"
+PROMPT_SUFFIX_PIECE = "<llm2clip_suffix>"
+
+
+def with_prompt(
+    tokenizer: PreTrainedTokenizerBase, prefix: str = "", suffix: str = "", max_length: int = 512
+) -> tuple[PreTrainedTokenizerFast, int]:
+    """Build a caption tokenizer: it puts the prompt around every text and cuts an over-long caption at its own end.
+
+    The prompt becomes the tokenizer's post-processor (what the tokenizer adds by itself, such as BOS, prefix,
+    caption, suffix), so that a bare tokenizer, a pipeline and the processor make the same ids. What a user types is
+    text, even when it looks like a special token; in `prefix` and `suffix` special tokens are special. Padding is on
+    the left, with EOS where the tokenizer has no padding token.
+
+    Args:
+        tokenizer: A fast tokenizer; it is not changed.
+        prefix: Text before the caption, after BOS; context that is not pooled.
+        suffix: Text after the caption; pooled.
+        max_length: Longest input in tokens, prompt included.
+
+    Returns:
+        The caption tokenizer, and the number of tokens before the caption (`num_prefix_tokens` of the text config).
+
+    Raises:
+        ValueError: The tokenizer is not a fast one, has neither padding nor EOS token, or the prompt alone fills
+            `max_length`.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; load one with AutoTokenizer.")
+    pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if pad_token is None:
+        raise ValueError(f"{type(tokenizer).__name__} has neither a padding token nor EOS; set tokenizer.pad_token.")
+    content = tokenizer("a", add_special_tokens=False)["input_ids"]
+    native = tokenizer("a")["input_ids"]
+    start = next(i for i in range(len(native)) if native[i : i + len(content)] == content)
+    before = native[:start] + tokenizer(prefix, add_special_tokens=False)["input_ids"]
+    after = tokenizer(suffix, add_special_tokens=False)["input_ids"] + native[start + len(content) :]
+    if len(before) + len(after) >= max_length:
+        raise ValueError(
+            f"the prompt has {len(before) + len(after)} tokens and leaves none of {max_length} to captions."
+        )
+    # The generic class: several architectures' own classes rebuild the post-processor whenever they load.
+    special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
+    prompted = PreTrainedTokenizerFast(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str()),
+        **{name: token for name, token in special_tokens.items() if token is not None},
+        pad_token=pad_token,
+        padding_side="left",
+        truncation_side="right",
+        model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+    )
+    pieces, template = [], []
+    for piece, ids in ((PROMPT_PREFIX_PIECE, before), (None, []), (PROMPT_SUFFIX_PIECE, after)):
+        if piece is None:
+            template.append("$A")
+        elif ids:
+            template.append(piece)
+            pieces.append({"id": piece, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)})
+    prompted.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join(template), special_tokens=pieces
+    )
+    return prompted, len(before)
+
+
+def check_captions(texts: Sequence[Any]) -> None:
+    """Raise one clear error for the first item that is not a caption.
+
+    Raises:
+        TypeError: An item is not a string.
+        ValueError: A caption is empty.
+    """
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(
+                f"item {index} is a {type(text).__module__}.{type(text).__name__} where a caption (str) was expected; "
+                "images go to images= or encode_image()."
+            )
+        if not text.strip():
+            raise ValueError(f"caption {index} is empty; leave it out or give it a text.")
+
+
+def count_cut_captions(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], lengths: Sequence[int]) -> int:
+    """How many of `texts` lose words at the tokenizer's maximum length, given their lengths after cutting."""
+    limit = tokenizer.model_max_length
+    suspects = [text for text, length in zip(texts, lengths, strict=True) if length >= limit]
+    if not suspects:
+        return 0
+    return sum(len(ids) > limit for ids in tokenizer(suspects, truncation=False, verbose=False)["input_ids"])
+
+
+class LLM2CLIPProcessor(ProcessorMixin):
+    """Images through an image processor, captions through the tokenizer that holds the prompt.
+
+    Captions are padded to the longest and cut at the tokenizer's maximum length unless told otherwise; the number of
+    captions that were cut is logged.
+    """
+
+    attributes = ["image_processor", "tokenizer"]  # transformers 4 reads these three, version 5 the signature
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Prepare images, captions or both.
+
+        Args:
+            images: PIL images, arrays or tensors; one or a list.
+            text: One caption or a list.
+            kwargs: `return_tensors`, and the options of the tokenizer and of the image processor.
+
+        Raises:
+            TypeError: Something else than a string stands among the captions.
+            ValueError: A caption is empty.
+        """
+        if text is None:
+            return super().__call__(images=images, **kwargs)
+        texts = [text] if isinstance(text, str) else list(text) if isinstance(text, (list, tuple)) else [text]
+        check_captions(texts)
+        text_kwargs = dict(kwargs.pop("text_kwargs", {}))
+        for option in ("padding", "truncation"):
+            if option not in kwargs:
+                text_kwargs.setdefault(option, True)
+        features = super().__call__(images=images, text=text, text_kwargs=text_kwargs, **kwargs)
+        ids = (
+            [features["input_ids"]]
+            if isinstance(text, str) and "return_tensors" not in kwargs
+            else features["input_ids"]
+        )
+        if len(ids[0]) >= self.tokenizer.model_max_length:
+            count = count_cut_captions(self.tokenizer, texts, [len(row) for row in ids])
+            if count:
+                logger.warning(
+                    f"{count} of {len(texts)} captions were cut at {self.tokenizer.model_max_length} tokens."
+                )
+        return features
+
+
+__all__ = ["LLM2CLIPProcessor", "with_prompt"]
