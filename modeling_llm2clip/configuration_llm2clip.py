@@ -93,7 +93,7 @@ class LLM2CLIPTextConfig(PretrainedConfig):
         prompt_suffix: Text after every caption. It is pooled.
         num_prefix_tokens: Tokens before the caption (BOS and prefix). Without an explicit `pooling_mask` the model
             pools over the real tokens after those.
-        max_length: Longest input in tokens; a longer caption is cut at its own end.
+        max_text_length: Longest input in tokens, prompt included; a longer caption is cut at its own end.
         bidirectional: Whether every token attends to the whole caption. `False` keeps the decoder causal, as a
             baseline.
     """
@@ -109,7 +109,7 @@ class LLM2CLIPTextConfig(PretrainedConfig):
         prompt_prefix: str = "",
         prompt_suffix: str = "",
         num_prefix_tokens: int = 0,
-        max_length: int = 512,
+        max_text_length: int = 512,
         bidirectional: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -124,7 +124,7 @@ class LLM2CLIPTextConfig(PretrainedConfig):
         self.prompt_prefix = prompt_prefix
         self.prompt_suffix = prompt_suffix
         self.num_prefix_tokens = num_prefix_tokens
-        self.max_length = max_length
+        self.max_text_length = max_text_length
         self.bidirectional = bidirectional
         super().__init__(**kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -187,7 +188,10 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         else:
             config_fields["text_model_name_or_path"] = os.fspath(text_model)
             text_config = AutoConfig.from_pretrained(text_model)
-        config = cls.config_class(vision_config=vision_model.config, text_config=text_config, **config_fields)
+        # Copied, because a new config resets what its parts say about attention.
+        config = cls.config_class(
+            vision_config=copy.deepcopy(vision_model.config), text_config=copy.deepcopy(text_config), **config_fields
+        )
         model = cls(config, text_model=False, vision_model=vision_model)
         if isinstance(text_model, PreTrainedModel):
             model.set_text_model(text_model)
@@ -276,9 +280,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         if bundle and self.text_model is None:
             raise ValueError("there is no LLM to save; attach one, or set config.text_model_name_or_path to its repo.")
         if not bundle and elsewhere is None:
-            raise ValueError(
-                "without the LLM's weights, config.text_model_name_or_path has to name the repo of the LLM."
-            )
+            raise ValueError("without the LLM's weights, config.text_model_name_or_path has to name their repo.")
         if bundle and self.text_model.has_adapter:
             raise ValueError("the LLM carries a PEFT adapter; call model.text_model.merge_adapter() before saving.")
         if state_dict is None:

@@ -115,6 +115,12 @@ def adopt_submodel(parent: PreTrainedModel, name: str, child: PreTrainedModel) -
         parent.all_tied_weights_keys.update({f"{name}.{key}": f"{name}.{value}" for key, value in tied.items()})
 
 
+def _avoid_sdpa_without_softcap(config: PretrainedConfig) -> None:
+    """Gemma 2 caps its attention logits, which sdpa cannot: transformers raises, or before 5.24 leaves the cap out."""
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation in (None, "sdpa"):
+        config._attn_implementation = "eager"
+
+
 class LLM2CLIPTextModel(PreTrainedModel):
     """A decoder as caption encoder (LLM2CLIP stage 1): attention in both directions and pooling.
 
@@ -142,12 +148,14 @@ class LLM2CLIPTextModel(PreTrainedModel):
         super().__init__(config)
         self.decoder: Any = None
         if decoder is None:
+            _avoid_sdpa_without_softcap(config.decoder_config)
             self.decoder = AutoModel.from_config(config.decoder_config)
         # A decoder that is given has its weights already; post_init must not initialise it again.
         self.post_init()
         if decoder is not None:
             adopt_submodel(self, "decoder", decoder)
             decoder.config.is_causal = not config.bidirectional
+            _avoid_sdpa_without_softcap(decoder.config)
         config.decoder_config = self.decoder.config
 
     @classmethod
@@ -268,7 +276,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
             config.prompt_prefix,
             config.prompt_suffix,
             config.num_prefix_tokens,
-            config.max_length,
+            config.max_text_length,
             config.bidirectional,
         ]
         digest.update(json.dumps(behaviour).encode())

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
+from transformers import CLIPVisionModel
+
 from llm2clip_training.hub.convert import from_original
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.modeling_eva02 import EVA02VisionModel, apply_rotary, resize_position_embedding, rotary_table
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextAdapter
-from torch.nn import functional as F
-from transformers import CLIPVisionModel
-
 from tests.golden import Golden, load_golden
 
 
 def load_model(golden: Golden, prefix: str = "", attn_implementation: str = "sdpa") -> LLM2CLIPModel:
     """The fixture's model; what the fixture has no weights for stays random and is not looked at."""
     state = {prefix + name: tensor for name, tensor in golden.group("state").items()}
-    config, converted = from_original(state, golden.meta["config"])
+    config, converted = from_original(state, {"text_cfg": {"llm_embedding_dim": 16}, **golden.meta["config"]})
     config._attn_implementation = attn_implementation
     model = LLM2CLIPModel(config, text_model=False).eval()
     report = model.load_state_dict(converted, strict=False)
@@ -92,9 +92,7 @@ def test_text_adapter(name: str, normalize: bool) -> None:
 def test_joint_model_and_its_gradients(name: str) -> None:
     golden = load_golden(name)
     model = load_model(golden)
-    output = model(
-        pixel_values=golden["in/pixel_values"], llm_embeds=golden["in/text_embeddings"], return_loss=True
-    )
+    output = model(pixel_values=golden["in/pixel_values"], llm_embeds=golden["in/text_embeddings"], return_loss=True)
     golden.close(output.image_embeds, "out/image_features")
     golden.close(output.text_embeds, "out/text_features")
     golden.close(output.logit_scale, "out/logit_scale_exp")
@@ -107,7 +105,9 @@ def test_joint_model_and_its_gradients(name: str) -> None:
     assert parameters.keys() == gradients.keys()
     tolerance = golden.meta["tolerance"]["grad"]
     for key, expected in gradients.items():
-        torch.testing.assert_close(parameters[key].grad, expected, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            parameters[key].grad, expected, **tolerance, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 @pytest.mark.parametrize("name", ["openai_vit_a", "openai_vit_b"])

@@ -1,0 +1,375 @@
+"""The joint model: towers, pairing with its LLM, loading and saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from tests.modeling import tiny
+
+CAPTIONS = ["a small dog", "two children play football in a green park", "a red bus"]
+IMAGES = [Image.effect_noise((40, 30), 80).convert("RGB") for _ in range(2)]
+
+VISION_TOWERS: dict[str, dict[str, Any]] = {
+    "clip_vision_model": {"patch_size": 7},
+    "siglip_vision_model": {"patch_size": 7},
+    "siglip2_vision_model": {"patch_size": 7, "num_patches": 16},
+    "dinov2": {"patch_size": 7},
+}
+
+
+def vision_tower(model_type: str) -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    fields = {**sizes, "image_size": 28, **VISION_TOWERS[model_type]}
+    if model_type == "siglip2_vision_model":
+        del fields["image_size"]
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def test_forward_compares_images_with_captions() -> None:
+    model, processor = tiny.joint_model(), tiny.processor()
+    inputs = processor(text=CAPTIONS[:2], images=IMAGES, return_tensors="pt")
+    output = model(**inputs)
+    assert output.loss is None
+    assert output.logits_per_image.shape == (2, 2)
+    torch.testing.assert_close(output.logits_per_image, output.logits_per_text.t())
+    for embeds in (output.image_embeds, output.text_embeds):
+        torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(2))
+    expected = output.logit_scale * output.image_embeds @ output.text_embeds.t()
+    torch.testing.assert_close(output.logits_per_image, expected)
+    assert model(**inputs, return_loss=True).loss.shape == ()
+    assert list(model(**inputs, return_logits=False).keys()) == ["image_embeds", "text_embeds", "logit_scale"]
+
+
+def test_one_modality_gives_its_features() -> None:
+    model, processor = tiny.joint_model(), tiny.processor()
+    texts = processor(text=CAPTIONS, return_tensors="pt")
+    images = processor(images=IMAGES, return_tensors="pt")
+    assert model(**texts).pooler_output.equal(model.get_text_features(**texts).pooler_output)
+    assert model(**images).pooler_output.equal(model.get_image_features(**images).pooler_output)
+    assert model.get_text_features(**texts).pooler_output.shape == (3, 24)
+    llm_embeds = model.text_model(**texts).pooler_output
+    torch.testing.assert_close(
+        model.get_text_features(llm_embeds=llm_embeds).pooler_output, model.get_text_features(**texts).pooler_output
+    )
+    with pytest.raises(ValueError, match="give pixel_values"):
+        model()
+
+
+def test_encode_gives_unit_rows_in_input_order() -> None:
+    model, processor = tiny.joint_model(), tiny.processor()
+    texts = model.encode_text(CAPTIONS, processor, batch_size=2)
+    expected = model(**processor(text=CAPTIONS, images=IMAGES, return_tensors="pt"))
+    torch.testing.assert_close(texts, expected.text_embeds, atol=1e-5, rtol=1e-4)
+    images = model.encode_image(IMAGES, processor, batch_size=1)
+    torch.testing.assert_close(images, expected.image_embeds, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.encode_text(CAPTIONS[1], processor), texts[1:2], atol=1e-5, rtol=1e-4)
+    assert model.encode_text([], processor).shape == (0, 24)
+    assert model.encode_image([], processor).shape == (0, 24)
+
+
+def test_encode_image_takes_file_names(tmp_path: Path) -> None:
+    model, processor = tiny.joint_model(), tiny.processor()
+    IMAGES[0].save(tmp_path / "a.png")
+    from_file = model.encode_image([tmp_path / "a.png"], processor)
+    torch.testing.assert_close(from_file, model.encode_image(IMAGES[:1], processor))
+    with pytest.raises(FileNotFoundError, match="'a small dog' is not an image file; captions go to encode_text"):
+        model.encode_image(["a small dog"], processor)
+    with pytest.raises(TypeError, match=r"item 0 is a PIL.Image.Image where a caption \(str\) was expected"):
+        model.encode_text(IMAGES, processor)
+
+
+def test_encode_refuses_a_tokenizer_without_the_prompt() -> None:
+    with pytest.raises(ValueError, match="does not add the 8 prompt tokens"):
+        tiny.joint_model().encode_text(CAPTIONS, tiny.plain_tokenizer())
+
+
+@pytest.mark.parametrize("model_type", list(VISION_TOWERS))
+def test_other_vision_towers(model_type: str, tmp_path: Path) -> None:
+    model = tiny.joint_model(vision=vision_tower(model_type))
+    inputs: dict[str, torch.Tensor] = {"pixel_values": torch.randn(2, 3, 28, 28)}
+    if model_type == "siglip2_vision_model":
+        inputs = {
+            "pixel_values": torch.randn(2, 16, 3 * 7 * 7),
+            "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[4, 4], [4, 4]]),
+        }
+    expected = model(**inputs, llm_embeds=torch.ones(2, tiny.HIDDEN)).image_embeds
+    assert expected.shape == (2, 24)
+    model.save_pretrained(tmp_path)
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(**inputs, llm_embeds=torch.ones(2, tiny.HIDDEN)).image_embeds, expected)
+
+
+def test_tower_without_projection() -> None:
+    model = tiny.joint_model(visual_projection=False, projection_dim=32)
+    images = torch.randn(2, 3, 28, 28)
+    features = model.get_image_features(images).pooler_output
+    assert features.equal(model.vision_model(images).pooler_output)
+    with pytest.raises(ValueError, match="tower's width 32 has to be projection_dim 24"):
+        tiny.joint_model(visual_projection=False)
+
+
+def test_bundled_round_trip(tmp_path: Path) -> None:
+    model = tiny.save(tmp_path)
+    inputs = tiny.processor()(text=CAPTIONS, images=IMAGES, return_tensors="pt")
+    loaded = AutoModel.from_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    theirs = processor(text=CAPTIONS, images=IMAGES, return_tensors="pt")
+    assert loaded(**theirs).logits_per_image.equal(model(**inputs).logits_per_image)
+    for name in ("configuration_llm2clip", "modeling_eva02", "modeling_llm2clip", "processing_llm2clip"):
+        assert (tmp_path / f"{name}.py").exists()
+
+
+def test_no_tensor_is_left_random(tmp_path: Path) -> None:
+    """Weights of 0.5 everywhere are still 0.5 after a reload, and the loading report is empty."""
+    model = tiny.joint_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    loaded, info = LLM2CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert all((parameter == 0.5).all() for parameter in loaded.parameters())
+
+
+def test_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
+    vision = LLM2CLIPVisionModelWithProjection(tiny.joint_config())
+    vision.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks weights of LLM2CLIPModel: logit_scale, text_adapter"):
+        LLM2CLIPModel.from_pretrained(tmp_path, text_model=False)
+
+
+def test_bfloat16_round_trip_keeps_the_scale_in_float32(tmp_path: Path) -> None:
+    tiny.joint_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.text_adapter.proj.weight.dtype == torch.bfloat16
+    assert loaded.logit_scale.dtype == torch.float32
+    output = loaded(pixel_values=torch.randn(2, 3, 28, 28), llm_embeds=torch.randn(2, tiny.HIDDEN))
+    assert output.logits_per_image.dtype == torch.float32
+
+
+def external_model(folder: Path) -> LLM2CLIPModel:
+    """Save an LLM in one folder, and a model that refers to it in another."""
+    text_model = tiny.text_model()
+    text_model.save_pretrained(folder / "llm")
+    model = LLM2CLIPModel.from_vision_text_pretrained(
+        _save_vision(folder / "vision"), folder / "llm", projection_dim=24, initializer_range=0.2
+    ).eval()
+    model.config.text_model_fingerprint = text_model.fingerprint()
+    model.set_text_model(text_model)
+    model.save_pretrained(folder / "clip")
+    tiny.processor().save_pretrained(folder / "clip")
+    return model
+
+
+def _save_vision(folder: Path) -> Path:
+    tiny.joint_model().vision_model.save_pretrained(folder)
+    return folder
+
+
+def test_external_llm_is_attached_after_loading(tmp_path: Path) -> None:
+    model = external_model(tmp_path)
+    inputs = tiny.processor()(text=CAPTIONS, images=IMAGES, return_tensors="pt")
+    expected = model(**inputs).logits_per_image
+    loaded = AutoModel.from_pretrained(tmp_path / "clip")
+    assert loaded(**inputs).logits_per_image.equal(expected)
+
+    without = AutoModel.from_pretrained(tmp_path / "clip", text_model=False)
+    assert without.text_model is None
+    assert without(pixel_values=inputs["pixel_values"]).pooler_output.shape == (2, 24)
+    with pytest.raises(ValueError, match="loaded without its LLM"):
+        without(**inputs)
+    without.load_text_model()
+    assert without(**inputs).logits_per_image.equal(expected)
+
+
+def test_external_llm_stays_out_of_the_checkpoint(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    model = external_model(tmp_path)
+    with safe_open(tmp_path / "clip" / "model.safetensors", "pt") as file:
+        assert not [key for key in file.keys() if key.startswith("text_model.")]  # noqa: SIM118
+    model.save_pretrained(tmp_path / "all", save_text_model=True)
+    assert model.config.text_model_name_or_path is not None
+    bundled = LLM2CLIPModel.from_pretrained(tmp_path / "all")
+    assert bundled.config.text_model_name_or_path is None
+    assert bundled.text_model.fingerprint() == model.text_model.fingerprint()
+
+
+def test_bundled_llm_can_be_left_out_and_loaded_later(tmp_path: Path) -> None:
+    model = tiny.save(tmp_path / "all")
+    inputs = tiny.processor()(text=CAPTIONS, images=IMAGES, return_tensors="pt")
+    light = LLM2CLIPModel.from_pretrained(tmp_path / "all", text_model=False)
+    assert light.text_model is None
+    light.save_pretrained(tmp_path / "light")
+    again = LLM2CLIPModel.from_pretrained(tmp_path / "light", text_model=False)
+    again.load_text_model()
+    assert again(**inputs).logits_per_image.equal(model(**inputs).logits_per_image)
+
+
+def test_adapter_repo_as_llm(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    tiny.text_model().decoder.save_pretrained(tmp_path / "base")
+    config = tiny.text_config()
+    text_model = LLM2CLIPTextModel.from_decoder(
+        tmp_path / "base", prompt_prefix=config.prompt_prefix, num_prefix_tokens=config.num_prefix_tokens
+    )
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    text_model.decoder = peft.get_peft_model(text_model.decoder, lora)
+    text_model.save_pretrained(tmp_path / "llm")
+    model = LLM2CLIPModel.from_vision_text_pretrained(_save_vision(tmp_path / "vision"), tmp_path / "llm").eval()
+    model.config.text_model_fingerprint = text_model.fingerprint()
+    model.save_pretrained(tmp_path / "clip")
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path / "clip")
+    ids = torch.randint(1, 400, (2, 9))
+    torch.testing.assert_close(loaded.text_model(ids).pooler_output, text_model.eval()(ids).pooler_output)
+    with pytest.raises(ValueError, match="merge_adapter"):
+        loaded.save_pretrained(tmp_path / "bundled", save_text_model=True)
+
+
+def test_wrong_pairing_names_both_sides(tmp_path: Path) -> None:
+    model = external_model(tmp_path)
+    with torch.no_grad():
+        model.text_model.decoder.layers[0].mlp.up_proj.weight.mul_(1.5)
+    other = model.text_model
+    other.save_pretrained(tmp_path / "llm")
+    with pytest.raises(ValueError, match=rf"{model.config.text_model_fingerprint}.*{other.fingerprint()}"):
+        AutoModel.from_pretrained(tmp_path / "clip")
+    wide = LLM2CLIPTextModel(LLM2CLIPTextConfig(decoder_config={**tiny.decoder_config().to_dict(), "hidden_size": 64}))
+    with pytest.raises(ValueError, match=rf"width {tiny.HIDDEN} .*gives {wide.config.hidden_size}"):
+        model.set_text_model(wide)
+    with pytest.raises(TypeError, match="LlamaModel is no text tower; wrap it"):
+        model.set_text_model(other.decoder)
+    with pytest.raises(ValueError, match="llm_embeds have width 7, but this adapter takes 32"):
+        model.get_text_features(llm_embeds=torch.ones(1, 7))
+
+
+def test_save_without_any_llm_is_refused(tmp_path: Path) -> None:
+    model = LLM2CLIPModel(tiny.joint_config(), text_model=False)
+    with pytest.raises(ValueError, match="there is no LLM to save"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has to name their repo"):
+        tiny.joint_model().save_pretrained(tmp_path, save_text_model=False)
+
+
+def test_vision_half_loads_alone_and_returns_patch_states(tmp_path: Path) -> None:
+    model = tiny.save(tmp_path)
+    vision = LLM2CLIPVisionModelWithProjection.from_pretrained(tmp_path).eval()
+    images = torch.randn(2, 3, 28, 28)
+    output = vision(images, output_hidden_states=True)
+    assert output.pooler_output.equal(model.get_image_features(images).pooler_output)
+    assert [states.shape for states in output.hidden_states] == [(2, 17, 32)] * 3
+    assert not hasattr(vision, "text_adapter")
+
+
+def test_other_image_sizes_on_request() -> None:
+    model = tiny.joint_model()
+    with pytest.raises(ValueError, match="pixel_values are 42 x 42, but this tower takes 28 x 28"):
+        model.get_image_features(torch.randn(1, 3, 42, 42))
+    output = model.get_image_features(torch.randn(1, 3, 42, 56), interpolate_pos_encoding=True)
+    assert output.last_hidden_state.shape == (1, 1 + 6 * 8, 32)
+    with pytest.raises(ValueError, match="the patch size 7 does not divide"):
+        model.get_image_features(torch.randn(1, 3, 30, 30), interpolate_pos_encoding=True)
+
+
+def test_attention_weights_need_eager() -> None:
+    model = tiny.joint_model()
+    images = torch.randn(1, 3, 28, 28)
+    with pytest.raises(ValueError, match="set_attn_implementation"):
+        model.get_image_features(images, output_attentions=True)
+    model.set_attn_implementation("eager")
+    output = model.get_image_features(images, output_attentions=True)
+    assert len(output.attentions) == 2
+    torch.testing.assert_close(output.attentions[0].sum(dim=-1), torch.ones(1, 4, 17))
+
+
+def test_attention_implementation_reaches_every_part() -> None:
+    model = tiny.joint_model()
+    assert model.vision_model.config._attn_implementation == "sdpa"
+    assert model.text_model.decoder.config._attn_implementation == "sdpa"
+    inputs = tiny.processor()(text=CAPTIONS, images=IMAGES, return_tensors="pt")
+    expected = model(**inputs).logits_per_image
+    model.set_attn_implementation({"vision_config": "eager"})
+    assert model.vision_model.config._attn_implementation == "eager"
+    assert model.text_model.decoder.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    assert model.text_model.decoder.config._attn_implementation == "eager"
+    torch.testing.assert_close(model(**inputs).logits_per_image, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gradient_checkpointing_reaches_both_towers() -> None:
+    model = tiny.joint_model().train()
+    model.gradient_checkpointing_enable()
+    calls = {"vision": 0, "text": 0}
+
+    def count(tower: str) -> Any:
+        def hook(*_: Any) -> None:
+            calls[tower] += 1
+
+        return hook
+
+    model.vision_model.blocks[0].mlp.register_forward_pre_hook(count("vision"))
+    model.text_model.decoder.layers[0].mlp.register_forward_pre_hook(count("text"))
+    ids = torch.randint(1, 400, (2, 9))
+    model(input_ids=ids, pixel_values=torch.randn(2, 3, 28, 28), return_loss=True).loss.backward()
+    assert calls == {"vision": 2, "text": 2}
+
+
+def test_lora_reaches_every_linear_of_the_vision_tower() -> None:
+    peft = pytest.importorskip("peft")
+    images = torch.randn(2, 3, 28, 28)
+    for name in ("q_proj", "k_proj", "v_proj", "proj", "w1", "w2", "w3"):
+        model = tiny.joint_model()
+        before = model.get_image_features(images).pooler_output
+        target = rf".*vision_model\.blocks\.\d+\.(attn|mlp)\.{name}"
+        lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=target, init_lora_weights=False))
+        after = lora.get_base_model().get_image_features(images).pooler_output
+        assert (after - before).abs().max() > 1e-4, name
+
+
+def test_training_regularisers_act_in_training_only() -> None:
+    model = tiny.joint_model(vision=tiny.vision_config(drop_path_rate=0.5, patch_dropout=0.5))
+    images = torch.randn(4, 3, 28, 28)
+    plain = tiny.joint_model()
+    plain.load_state_dict(model.state_dict())
+    expected = plain.get_image_features(images)
+    assert model.get_image_features(images).pooler_output.equal(expected.pooler_output)
+    model.train()
+    output = model.get_image_features(images)
+    assert output.last_hidden_state.shape == (4, 1 + 8, 32)
+    assert not torch.allclose(output.pooler_output, expected.pooler_output)
+
+
+def test_patch_dropout_keeps_each_patch_at_its_rotary_position() -> None:
+    """With nothing but position to tell patches apart, dropping none in a shuffled order changes nothing."""
+    model = tiny.joint_model(vision=tiny.vision_config(patch_dropout=1e-9))
+    images = torch.randn(2, 3, 28, 28)
+    expected = model.get_image_features(images).pooler_output
+    model.train()
+    states = model.vision_model._drop_patches(torch.zeros(2, 17, 32), (torch.rand(16, 8), torch.rand(16, 8)))[0]
+    assert states.shape == (2, 16, 32)  # rounding leaves one out: int(16 * (1 - 1e-9)) = 15 patches
+    model.vision_model.config.patch_dropout = 1e-18
+    torch.testing.assert_close(model.get_image_features(images).pooler_output, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_pipelines(tmp_path: Path) -> None:
+    model = tiny.save(tmp_path)
+    processor = tiny.processor()
+    classifier = pipeline("zero-shot-image-classification", model=str(tmp_path))
+    result = classifier(IMAGES[0], candidate_labels=CAPTIONS, hypothesis_template="{}")
+    logits = model(**processor(text=CAPTIONS, images=IMAGES[:1], return_tensors="pt")).logits_per_image[0]
+    expected = dict(zip(CAPTIONS, logits.softmax(dim=0).tolist(), strict=True))
+    assert {row["label"]: pytest.approx(row["score"], abs=1e-5) for row in result} == expected
+    extractor = pipeline("image-feature-extraction", model=str(tmp_path))
+    features = torch.tensor(extractor(IMAGES[0], pool=True))
+    pixels = processor(images=IMAGES[0], return_tensors="pt")
+    torch.testing.assert_close(features, model(**pixels).pooler_output, atol=1e-5, rtol=1e-4)

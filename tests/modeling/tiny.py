@@ -1,0 +1,120 @@
+"""Tiny models and tokenizers, built in code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerFast
+
+from modeling_llm2clip import (
+    EVA02VisionConfig,
+    LLM2CLIPConfig,
+    LLM2CLIPModel,
+    LLM2CLIPProcessor,
+    LLM2CLIPTextConfig,
+    LLM2CLIPTextModel,
+    with_prompt,
+)
+from tests.golden import FOLDER
+
+HIDDEN = 32
+DECODER = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 430,
+    "max_position_embeddings": 128,
+    "bos_token_id": 420,
+    "eos_token_id": 424,
+    "pad_token_id": 424,
+}
+# Everything that the text tower is tested with; a window of 4 shows whether a sliding window hides tokens.
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 4},
+    "gemma": {},
+    "gemma2": {"sliding_window": 4},
+    "gemma3_text": {"sliding_window": 4},
+    "phi3": {},
+}
+PREFIX = "<|start_header_id|>user<|end_header_id|>\n\n"
+SUFFIX = "<|eot_id|>"
+
+
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with Llama-3's special tokens, which adds BOS."""
+    return AutoTokenizer.from_pretrained(FOLDER / "llm2vec_llama_a_hf")
+
+
+def decoder_config(model_type: str = "llama") -> Any:
+    return AutoConfig.for_model(model_type, **{**DECODER, **DECODERS[model_type]})
+
+
+def text_config(model_type: str = "llama", **fields: Any) -> LLM2CLIPTextConfig:
+    _, prefix_tokens = with_prompt(plain_tokenizer(), PREFIX, SUFFIX)
+    defaults = {
+        "prompt_prefix": PREFIX,
+        "prompt_suffix": SUFFIX,
+        "num_prefix_tokens": prefix_tokens,
+        "max_text_length": 64,
+    }
+    return LLM2CLIPTextConfig(decoder_config=decoder_config(model_type), **{**defaults, **fields})
+
+
+def text_model(model_type: str = "llama", attn_implementation: str = "sdpa", **fields: Any) -> LLM2CLIPTextModel:
+    config = text_config(model_type, **fields)
+    config._attn_implementation = attn_implementation
+    model = LLM2CLIPTextModel(config).eval()
+    # The default initialisation is so small that a wrong mask would hardly show.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def vision_config(**fields: Any) -> EVA02VisionConfig:
+    defaults = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 7,
+        "rope_grid_size": 3,
+    }
+    return EVA02VisionConfig(**{**defaults, **fields})
+
+
+def joint_config(vision: Any = None, text: Any = None, **fields: Any) -> LLM2CLIPConfig:
+    return LLM2CLIPConfig(
+        vision_config=vision or vision_config(),
+        text_config=text or text_config(),
+        **{"projection_dim": 24, "adapter_num_layers": 2, "initializer_range": 0.2, **fields},
+    )
+
+
+def joint_model(**fields: Any) -> LLM2CLIPModel:
+    return LLM2CLIPModel(joint_config(**fields)).eval()
+
+
+def processor(image_size: int = 28) -> LLM2CLIPProcessor:
+    tokenizer, _ = with_prompt(plain_tokenizer(), PREFIX, SUFFIX, max_length=64)
+    size = {"shortest_edge": image_size}
+    image_processor = CLIPImageProcessor(size=size, crop_size={"height": image_size, "width": image_size})
+    return LLM2CLIPProcessor(image_processor, tokenizer)
+
+
+def save(folder: Path, **fields: Any) -> LLM2CLIPModel:
+    """Save a tiny model with its processor, as a Hub repo would hold them."""
+    model = joint_model(**fields)
+    model.save_pretrained(folder)
+    processor().save_pretrained(folder)
+    return model
