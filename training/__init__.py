@@ -1,0 +1,1 @@
+"""The training toolbox of LLM2CLIP."""

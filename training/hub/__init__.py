@@ -1,0 +1,1 @@
+"""Hub: conversion of the original checkpoints."""

@@ -68,7 +68,9 @@ def from_original(
         heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
         text_config = LLM2CLIPTextConfig(decoder_config={"model_type": "llama", "hidden_size": width, **heads})
     config = LLM2CLIPConfig(
-        vision_config=_eva02_config(vision) if is_eva else _openai_config(vision, model_config.get("quick_gelu", False)),
+        vision_config=_eva02_config(vision)
+        if is_eva
+        else _openai_config(vision, model_config.get("quick_gelu", False)),
         text_config=text_config,
         projection_dim=model_config["embed_dim"],
         visual_projection_bias=is_eva,

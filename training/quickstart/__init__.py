@@ -1,0 +1,1 @@
+"""The quickstart: the whole story on real weights and real captioned images."""

@@ -1,0 +1,1 @@
+"""Packaged recipes: YAML files of a stage's settings."""

@@ -1,0 +1,139 @@
+"""The `llm2clip` command: one subcommand per job."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from llm2clip_training.recipe import add_fields, build_config, find_recipe, given_fields, load_recipe, nearest
+
+# What a user can mend; anything else is a fault of ours and keeps its traceback.
+USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A job.
+
+    Attributes:
+        help: What it does, in one line.
+        module: Module with its settings class and its `run`; imported only when the job is asked for, since the
+            libraries behind it take seconds to import.
+        config: Name of the settings class.
+        positional: What the argument before the options is: a RECIPE, or the field of that name.
+        resumes: Whether it has a `--resume` option.
+    """
+
+    help: str
+    module: str
+    config: str
+    positional: str | None = "recipe"
+    resumes: bool = False
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "the whole story on the bundled data: both stages, evaluation, a Hub-ready folder",
+        "llm2clip_training.quickstart.pipeline",
+        "QuickstartConfig",
+        positional=None,
+    ),
+    "mntp": Command(
+        "optional, before stage 1: masked next token prediction",
+        "llm2clip_training.stages.mntp",
+        "MNTPConfig",
+        resumes=True,
+    ),
+    "stage1": Command(
+        "caption contrastive fine-tuning of the LLM",
+        "llm2clip_training.stages.stage1",
+        "CaptionContrastiveConfig",
+        resumes=True,
+    ),
+    "embed": Command(
+        "the captions' embedding cache; goes on where it stopped", "llm2clip_training.stages.embed", "EmbedConfig"
+    ),
+    "stage2": Command(
+        "vision tower and adapter against the cache",
+        "llm2clip_training.stages.stage2",
+        "VisionAlignmentConfig",
+        resumes=True,
+    ),
+    "evaluate": Command(
+        "image-text retrieval or caption retrieval of a saved model",
+        "llm2clip_training.evaluation.job",
+        "EvaluateConfig",
+        positional="model",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    top = argparse.ArgumentParser(
+        prog="llm2clip",
+        description="LLM2CLIP: a large language model as CLIP's text encoder.",
+        epilog="llm2clip COMMAND --help shows every setting of a command with its default.",
+    )
+    subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparsers.add_parser(name, help=command.help, add_help=False)
+    name = top.parse_args(arguments[:1]).command
+    command = COMMANDS[name]
+    traceback = "--traceback" in arguments
+    try:
+        return _run(name, command, [argument for argument in arguments[1:] if argument != "--traceback"])
+    except USER_ERRORS as error:
+        if traceback:
+            raise
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"llm2clip {name}: error: {message}\n(--traceback shows where)", file=sys.stderr)
+        return 2
+
+
+def _run(name: str, command: Command, arguments: list[str]) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for library in ("httpx", "datasets", "matplotlib", "fsspec"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    module: Any = importlib.import_module(command.module)
+    config_class = getattr(module, command.config)
+    parser = argparse.ArgumentParser(prog=f"llm2clip {name}", description=command.help, allow_abbrev=False)
+    if command.positional == "recipe":
+        parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file of settings, or a packaged recipe")
+    elif command.positional is not None:
+        parser.add_argument(command.positional, metavar=command.positional.upper(), help="see the settings")
+    if command.resumes:
+        parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    add_fields(parser, config_class, skip=[command.positional or ""])
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        option = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
+        known = [field.name for field in fields(config_class)]
+        raise ValueError(f"there is no option {unknown[0]}{nearest(option, known)}")
+    values, origin = given_fields(namespace, config_class), f"llm2clip {name}"
+    if command.positional == "recipe" and namespace.recipe is not None:
+        path = find_recipe(namespace.recipe)
+        values, origin = {**load_recipe(path), **values}, str(path)
+    config = build_config(config_class, values, origin)
+    result = module.run(config, resume=namespace.resume) if command.resumes else module.run(config)
+    if _is_main_process():
+        for key, value in (result or {}).items():
+            print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+    return 0
+
+
+def _is_main_process() -> bool:
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+if __name__ == "__main__":
+    sys.exit(main())

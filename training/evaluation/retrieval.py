@@ -1,0 +1,200 @@
+"""Retrieval between images and captions, and between captions: recall@k and ranks, in tiles.
+
+A query may have several correct candidates, as an image has captions and a caption images; its rank is that of the
+best one, so recall@k counts the queries with at least one correct candidate among the first k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# A tile of this many queries is smaller than the candidates themselves for any width above it, however many candidates
+# there are, and is large enough to keep the matrix products at full speed.
+DEFAULT_TILE_SIZE = 256
+MAX_NAMED_ROWS = 10
+
+
+def rank_of_best_match(
+    queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int = DEFAULT_TILE_SIZE
+) -> Tensor:
+    """Find the rank of each query's best correct candidate by cosine similarity.
+
+    The rank is the number of wrong candidates that score at least as high as the best correct one. Ties therefore
+    count against the query: a model that maps everything to one point is ranked last, not first. Code that takes the
+    first k of a `topk` leaves ties to chance instead, and its recall on data with equal embeddings is a little higher.
+
+    Scores are float32, in tiles of `tile_size` queries by all candidates.
+
+    Args:
+        queries: (q, d); need not be normalised.
+        candidates: (c, d), on the device that does the work; tiles of queries are moved there.
+        matches: (p, 2) int64 pairs of a query's and a correct candidate's index; any number per query, in any order.
+        tile_size: Number of queries per tile.
+
+    Returns:
+        (q,) int64 ranks from 0, on the CPU.
+
+    Raises:
+        ValueError: A query has no correct candidate, an index is out of range, an embedding is not finite, or shapes
+            do not fit.
+    """
+    return _ranks(queries, candidates, matches, tile_size, ("query", "candidate"))
+
+
+def retrieval_metrics(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    matches: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+    tile_size: int = DEFAULT_TILE_SIZE,
+) -> dict[str, float | int]:
+    """Compute retrieval metrics in both directions, as on Flickr30k and COCO.
+
+    A text counts as hit if any image it belongs to is among the first k images, an image if any of its texts is among
+    the first k texts. Ties count against the query, see [`rank_of_best_match`].
+
+    Args:
+        image_embeds: (images, d); need not be normalised.
+        text_embeds: (texts, d).
+        matches: (p, 2) int64 pairs of a text's and an image's index. Every text and every image needs one.
+        ks: The k of recall@k. One that exceeds the number of candidates gives 1.
+        tile_size: Number of queries per tile.
+
+    Returns:
+        For both directions, with `text_to_image` (the search for an image) and `image_to_text` as prefixes:
+        `_recall@K` (shares, 0 to 1), `_mean_rank` and `_median_rank` (from 1; of two middle ranks the mean, rounded
+        down, as CLIP training code reports it); also `num_texts` and `num_images`.
+
+    Raises:
+        ValueError: A text or an image has no match, an index is out of range, an embedding is not finite, or shapes
+            do not fit.
+    """
+    metrics: dict[str, float | int] = {}
+    for prefix, queries, candidates, pairs, names in (
+        ("text_to_image_", text_embeds, image_embeds, matches, ("text", "image")),
+        ("image_to_text_", image_embeds, text_embeds, matches.flip(-1), ("image", "text")),
+    ):
+        ranks = _ranks(queries, candidates, pairs, tile_size, names)
+        metrics |= {f"{prefix}{key}": value for key, value in _summary(ranks, ks).items()}
+    return {**metrics, "num_texts": len(text_embeds), "num_images": len(image_embeds)}
+
+
+def caption_retrieval_metrics(
+    query_embeds: Tensor,
+    target_embeds: Tensor,
+    matches: Tensor | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    tile_size: int = DEFAULT_TILE_SIZE,
+) -> dict[str, float | int]:
+    """Compute how well a text encoder finds another caption of the same image (LLM2CLIP's "CRA").
+
+    The paper takes the first two captions of each of the 5,000 COCO test images as query and target and reports top-1.
+    Its numbers changed by a factor of three between versions, so compare only what was measured in one way.
+
+    Args:
+        query_embeds: (q, d); need not be normalised.
+        target_embeds: (t, d).
+        matches: (p, 2) int64 pairs of a query's and a target's index; None pairs row i with row i.
+        ks: The k of recall@k. One that exceeds the number of targets gives 1.
+        tile_size: Number of queries per tile.
+
+    Returns:
+        `recall@K` (shares, 0 to 1), `mean_rank` and `median_rank` (from 1), `num_queries` and `num_targets`.
+
+    Raises:
+        ValueError: A query has no target, an index is out of range, an embedding is not finite, or shapes do not fit.
+    """
+    if matches is None:
+        if len(query_embeds) != len(target_embeds):
+            raise ValueError(
+                f"Without matches, query i belongs to target i, but there are {len(query_embeds)} queries and "
+                f"{len(target_embeds)} targets. Give the pairs as matches."
+            )
+        matches = torch.arange(len(query_embeds))[:, None].expand(-1, 2)
+    ranks = _ranks(query_embeds, target_embeds, matches, tile_size, ("query", "target"))
+    return {**_summary(ranks, ks), "num_queries": len(query_embeds), "num_targets": len(target_embeds)}
+
+
+def _summary(ranks: Tensor, ks: Sequence[int]) -> dict[str, float | int]:
+    for k in ks:
+        if k < 1:
+            raise ValueError(f"recall@k needs k of at least 1, but got {k}.")
+    ordered = ranks.sort().values
+    middle = int(ordered[(len(ranks) - 1) // 2] + ordered[len(ranks) // 2]) // 2
+    recalls: dict[str, float | int] = {f"recall@{k}": (ranks < k).double().mean().item() for k in ks}
+    return {**recalls, "mean_rank": ranks.double().mean().item() + 1, "median_rank": middle + 1}
+
+
+@torch.no_grad()
+def _ranks(queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int, names: tuple[str, str]) -> Tensor:
+    """[`rank_of_best_match`], with what its errors call a query and a candidate."""
+    query_name, candidate_name = names
+    if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:
+        raise ValueError(
+            f"{query_name} and {candidate_name} embeddings must be matrices of one width, but are "
+            f"{tuple(queries.shape)} and {tuple(candidates.shape)}."
+        )
+    if tile_size < 1:
+        raise ValueError(f"tile_size must be at least 1, but is {tile_size}.")
+    device = candidates.device
+    matches = _checked_matches(matches, len(queries), len(candidates), names).to(device)
+    units = _unit(candidates, candidate_name)
+    # For each tile, the slice of `matches` (sorted by query) that belongs to it.
+    starts = range(0, len(queries), tile_size)
+    bounds = torch.searchsorted(
+        matches[:, 0].contiguous(), torch.tensor([*starts, len(queries)], device=device)
+    ).tolist()
+    ranks = torch.empty(len(queries), dtype=torch.int64, device=device)
+    with torch.autocast(device.type, enabled=False):
+        for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
+            tile = _unit(queries[start : start + tile_size].to(device), query_name, start)
+            scores = tile @ units.T
+            rows, columns = matches[first:last, 0] - start, matches[first:last, 1]
+            # Out of the same product as the scores it is compared with: another kernel would round differently, and
+            # a correct candidate could then outrank itself.
+            correct = scores[rows, columns]
+            best = scores.new_full((len(tile),), -torch.inf).scatter_reduce(0, rows, correct, "amax")
+            scores[rows, columns] = -torch.inf
+            ranks[start : start + tile_size] = (scores >= best[:, None]).sum(dim=1)
+    return ranks.cpu()
+
+
+def _checked_matches(matches: Tensor, num_queries: int, num_candidates: int, names: tuple[str, str]) -> Tensor:
+    """The pairs, sorted by query."""
+    if matches.dtype != torch.int64 or matches.ndim != 2 or matches.shape[1] != 2:
+        raise ValueError(
+            f"matches must be int64 pairs of shape (p, 2), but are {matches.dtype} of shape {tuple(matches.shape)}."
+        )
+    for name, column, count in zip(names, matches.unbind(1), (num_queries, num_candidates), strict=True):
+        outside = (column < 0) | (column >= count)
+        if outside.any():
+            raise ValueError(
+                f"matches name {name} {int(column[outside][0])}, but there are {count} {name} embeddings (from 0)."
+            )
+    unmatched = torch.bincount(matches[:, 0], minlength=num_queries) == 0
+    if num_queries == 0 or unmatched.any():
+        raise ValueError(
+            f"Every {names[0]} needs a correct {names[1]} in matches; {_named(unmatched.nonzero()[:, 0])} of "
+            f"{num_queries} have none."
+            if num_queries
+            else f"There are no {names[0]} embeddings to evaluate."
+        )
+    return matches[matches[:, 0].argsort(stable=True)]
+
+
+def _unit(embeds: Tensor, name: str, offset: int = 0) -> Tensor:
+    """Rows scaled to unit length in float32. `offset` is the index of the first row, for the error."""
+    embeds = embeds.float()
+    norms = embeds.norm(dim=1, keepdim=True)
+    broken = ~norms[:, 0].isfinite()
+    if broken.any():
+        raise ValueError(f"Non-finite {name} embeddings in rows {_named(broken.nonzero()[:, 0] + offset)}.")
+    return embeds / norms.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _named(rows: Tensor) -> str:
+    shown = ", ".join(map(str, rows[:MAX_NAMED_ROWS].tolist()))
+    return shown if len(rows) <= MAX_NAMED_ROWS else f"{shown}, ... ({len(rows)} rows)"

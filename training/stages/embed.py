@@ -1,0 +1,118 @@
+"""Between the stages: embed every caption once with the frozen LLM (the cache that stage 2 reads)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoTokenizer
+
+from llm2clip_training.data import CacheManifest, CaptionSource, build_embedding_cache, distinct_captions
+from llm2clip_training.stages.base import loading_options, require
+from modeling_llm2clip import LLM2CLIPTextModel
+from modeling_llm2clip.processing_llm2clip import count_cut_captions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EmbedConfig:
+    """Settings of the embedding cache."""
+
+    text_model_name_or_path: str = field(default="", metadata={"help": "Text tower: Hub id or folder."})
+    text_model_revision: str | None = field(default=None, metadata={"help": "Revision of its repo."})
+    output_dir: str = field(default="", metadata={"help": "Folder of the cache."})
+    sources: list[dict[str, Any]] = field(
+        default_factory=list, metadata={"help": "Data sets whose captions are embedded: CaptionSource mappings."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Captions per forward pass."})
+    dtype: str = field(default="float32", metadata={"help": "dtype in which the LLM runs."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2."})
+    cache_dtype: str = field(default="float16", metadata={"help": "dtype of the cache: float16 or bfloat16."})
+    normalize: bool = field(default=False, metadata={"help": "Store unit vectors."})
+    shard_size: int = field(default=8192, metadata={"help": "Captions per file."})
+
+
+def run(config: EmbedConfig) -> dict[str, Any]:
+    """Build the cache; a run that was killed goes on where it stopped, and captions that are there are kept.
+
+    With several processes (torchrun, accelerate) each embeds its own shards.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The number of captions, and of those that were longer than the encoder reads.
+    """
+    require(config, ["text_model_name_or_path", "sources"])
+    state = PartialState()
+    model: Any = LLM2CLIPTextModel.from_pretrained(
+        config.text_model_name_or_path,
+        **loading_options(config.dtype, config.attn_implementation, config.text_model_revision),
+    )
+    model.to(state.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(config.text_model_name_or_path, revision=config.text_model_revision)
+    captions = distinct_captions([CaptionSource.from_dict(source) for source in config.sources])
+    manifest = embed_captions(
+        model, tokenizer, captions, config.output_dir, config.text_model_name_or_path, config, state
+    )
+    return {"num_captions": manifest.num_captions, "num_truncated": manifest.num_truncated}
+
+
+def embed_captions(
+    model: LLM2CLIPTextModel,
+    tokenizer: Any,
+    captions: list[str],
+    folder: str,
+    name: str,
+    config: EmbedConfig,
+    state: PartialState,
+) -> CacheManifest:
+    """Embed captions with a text tower into a cache; see [`build_embedding_cache`].
+
+    Args:
+        model: The text tower.
+        tokenizer: Its tokenizer.
+        captions: Distinct captions.
+        folder: The cache.
+        name: The text tower's name, for messages.
+        config: Batch size and format.
+        state: The processes that share the work.
+
+    Raises:
+        ValueError: The text tower's weights cannot be read, so that the cache could not say whose it is.
+    """
+    fingerprint = model.fingerprint()
+    if fingerprint is None:
+        raise ValueError(f"the weights of {name} are quantised or offloaded; embed with the plain weights.")
+    text = model.config
+
+    def count_truncated(batch: list[str]) -> int:
+        lengths = [len(ids) for ids in tokenizer(batch, truncation=True)["input_ids"]]
+        return count_cut_captions(tokenizer, batch, lengths)
+
+    def embed(batch: list[str]) -> torch.Tensor:
+        return model.encode(batch, tokenizer, config.batch_size)
+
+    return build_embedding_cache(
+        folder,
+        captions,
+        embed,
+        fingerprint=fingerprint,
+        text_model_name=name,
+        hidden_size=text.hidden_size,
+        pooling=text.pooling,
+        prompt_prefix=text.prompt_prefix,
+        prompt_suffix=text.prompt_suffix,
+        max_length=text.max_text_length,
+        dtype=config.cache_dtype,
+        normalize=config.normalize,
+        shard_size=config.shard_size,
+        count_truncated=count_truncated,
+        rank=state.process_index,
+        world_size=state.num_processes,
+        barrier=state.wait_for_everyone,
+    )

@@ -1,0 +1,109 @@
+"""Stage 1, caption contrastive fine-tuning: turn a causal LLM into a caption encoder (paper, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import set_seed
+
+from llm2clip_training.data import PairBatchSampler, PairCollator, PairDataset, PairSource
+from llm2clip_training.losses import hard_negative_info_nce
+from llm2clip_training.stages.base import require, resume_point
+from llm2clip_training.stages.text_tower import (
+    TextTowerConfig,
+    TextTowerTrainer,
+    add_lora,
+    load_text_tower,
+    retrieval_sets,
+)
+
+
+@dataclass
+class CaptionContrastiveConfig(TextTowerConfig):
+    """Settings of stage 1.
+
+    Besides those of [`TextTowerConfig`], these defaults differ from `TrainingArguments` (paper, appendix A; the
+    original's recipe): `learning_rate=2e-4`, `warmup_steps=300`, `num_train_epochs=1`,
+    `per_device_train_batch_size=64`.
+    """
+
+    sources: list[dict[str, Any]] = field(
+        default_factory=list,
+        metadata={"help": "Caption pairs: a list of PairSource mappings. A batch comes from one of them."},
+    )
+    scale: float = field(default=50.0, metadata={"help": "Factor between cosine and logit (1 / temperature)."})
+    symmetric_loss: bool = field(
+        default=False, metadata={"help": "Also retrieve anchors from positives; the paper's loss is one-directional."}
+    )
+    learning_rate: float = 2e-4
+    warmup_steps: float = 300
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 64
+
+
+class CaptionContrastiveTrainer(TextTowerTrainer):
+    """Pulls two captions of one image together and pushes the others of the global batch apart.
+
+    `train_dataset` is a [`PairDataset`].
+    """
+
+    args: CaptionContrastiveConfig
+
+    def batch_sampler(self) -> PairBatchSampler:
+        return PairBatchSampler(
+            cast(PairDataset, self.train_dataset),
+            self.args.per_device_train_batch_size,
+            num_replicas=self.accelerator.num_processes,
+            seed=self.args.sampling_seed,
+        )
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: dict[str, dict[str, Tensor]],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        embeds = {
+            role: model(**inputs[role]).pooler_output for role in ("anchor", "positive", "negative") if role in inputs
+        }
+        anchors, positives = embeds["anchor"], embeds["positive"]
+        loss = hard_negative_info_nce(anchors, positives, embeds.get("negative"), scale=self.args.scale)
+        if self.args.symmetric_loss:
+            loss = (loss + hard_negative_info_nce(positives, anchors, scale=self.args.scale)) / 2
+        return (loss, embeds) if return_outputs else loss
+
+
+def run(config: CaptionContrastiveConfig, resume: bool = False) -> dict[str, Any]:
+    """Stage 1 from its settings to a text tower in `config.output_dir`.
+
+    Args:
+        config: The settings.
+        resume: Go on from the newest checkpoint.
+
+    Returns:
+        The metrics of the run: training's, and caption retrieval's with the prefix `eval_`.
+    """
+    require(config, ["model_name_or_path", "sources"])
+    checkpoint = resume_point(config, resume)
+    set_seed(config.seed)
+    dataset = PairDataset([PairSource.from_dict(source) for source in config.sources], seed=config.sampling_seed)
+    retrieval = retrieval_sets(config)
+    model, tokenizer = load_text_tower(config)
+    add_lora(model, config)
+    trainer = CaptionContrastiveTrainer(
+        model=model,
+        args=config,
+        train_dataset=dataset,
+        data_collator=PairCollator(tokenizer, model.config.num_prefix_tokens),
+        processing_class=tokenizer,
+        retrieval=retrieval,
+    )
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if retrieval:
+        metrics |= trainer.evaluate()
+    trainer.save_state()
+    trainer.save_result(config.output_dir, config.save_format)
+    return metrics

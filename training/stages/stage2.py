@@ -1,0 +1,401 @@
+"""Stage 2, vision alignment: train vision tower and adapter against the frozen LLM (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SchedulerType,
+    TrainerCallback,
+    set_seed,
+)
+
+from llm2clip_training.data import (
+    CaptionImageDataset,
+    CaptionSource,
+    EmbeddingCache,
+    EvalTransform,
+    SampleIndexBatchSampler,
+    SkipLog,
+    StreamingCaptionImageDataset,
+    TrainTransform,
+    VisionAlignmentCollator,
+)
+from llm2clip_training.data.images import output_size
+from llm2clip_training.data.sampling import EpochDataset
+from llm2clip_training.evaluation import ImageTextRetrieval
+from llm2clip_training.losses import clip_loss
+from llm2clip_training.optim import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
+from llm2clip_training.stages.base import StageConfig, StageTrainer, loading_options, require, resume_point
+from llm2clip_training.stages.frozen_layers import FrozenLayers, FrozenStatesDataset
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class VisionAlignmentConfig(StageConfig):
+    """Settings of stage 2.
+
+    Besides those of [`StageConfig`], these defaults differ from `TrainingArguments` (paper, appendix A; the original's
+    recipe): `learning_rate=1e-5`, `weight_decay=0.05`, `max_grad_norm=5`, `lr_scheduler_type=cosine` (to zero, and a
+    warm-up that starts at `1 / warmup_steps`), `num_train_epochs=4`, `per_device_train_batch_size=512`.
+    """
+
+    vision_model_name_or_path: str = field(default="", metadata={"help": "Pretrained vision tower: Hub id or folder."})
+    text_model_name_or_path: str = field(default="", metadata={"help": "Text tower of stage 1: Hub id or folder."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Train an LLM2CLIP model further, instead of starting from two towers."}
+    )
+    image_processor_name_or_path: str | None = field(
+        default=None, metadata={"help": "Image processor; unset: the one beside the vision tower."}
+    )
+    source: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Training data: a CaptionSource mapping, or `sources` for several."}
+    )
+    sources: list[dict[str, Any]] = field(default_factory=list, metadata={"help": "Several training data sets."})
+    eval_sources: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Retrieval sets, evaluated while training: CaptionSource by name."}
+    )
+    embedding_cache: str | None = field(
+        default=None, metadata={"help": "Folder of the captions' embeddings, from `llm2clip embed`."}
+    )
+    verify_cache: bool = field(default=True, metadata={"help": "Check every row of the cache when it is opened."})
+    online_text_model: bool = field(
+        default=False, metadata={"help": "Run the frozen LLM while training, instead of reading a cache."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "dtype in which an online LLM is loaded."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the vision tower."})
+    projection_dim: int = field(default=1280, metadata={"help": "Width of the shared space."})
+    adapter_num_layers: int = field(default=4, metadata={"help": "Residual blocks of the adapter."})
+    adapter_expansion: int = field(default=2, metadata={"help": "Hidden width of a block over its width."})
+    adapter_normalize: bool = field(default=True, metadata={"help": "L2-normalise the LLM's embedding first."})
+    logit_scale_init_value: float | None = field(
+        default=None, metadata={"help": "Natural logarithm of the initial logit scale; unset: ln(1 / 0.07)."}
+    )
+    vision_learning_rate: float | None = field(default=None, metadata={"help": "Unset: learning_rate."})
+    text_learning_rate: float | None = field(default=None, metadata={"help": "Of the adapter; unset: learning_rate."})
+    vision_weight_decay: float | None = field(default=None, metadata={"help": "Unset: weight_decay."})
+    text_weight_decay: float | None = field(default=None, metadata={"help": "Of the adapter; unset: weight_decay."})
+    vision_layer_decay: float = field(
+        default=0.85, metadata={"help": "Each layer of the vision tower learns at this times the rate of the next."}
+    )
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.9, 1.0], metadata={"help": "Smallest and largest share of a random crop."}
+    )
+    freeze_vision_layers: int = field(default=0, metadata={"help": "Layers of the vision tower that stay frozen."})
+    frozen_states_dir: str | None = field(
+        default=None,
+        metadata={"help": "Compute the frozen layers' outputs once, without augmentation, and keep them here."},
+    )
+    on_error: str = field(default="raise", metadata={"help": "Damaged image or row without caption: raise or skip."})
+    max_image_pixels: int = field(default=2**26, metadata={"help": "Largest image that is decoded, in pixels."})
+    shuffle_buffer: int = field(default=10_000, metadata={"help": "Samples that a streamed source shuffles among."})
+    bundle_text_model: bool = field(
+        default=False, metadata={"help": "Put the LLM's weights into the result; otherwise it names the LLM's repo."}
+    )
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.05
+    max_grad_norm: float = 5.0
+    lr_scheduler_type: SchedulerType | str = "cosine"
+    num_train_epochs: float = 4.0
+    per_device_train_batch_size: int = 512
+    per_device_eval_batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source and self.sources:
+            raise ValueError("give either source or sources, not both.")
+        if self.source:
+            self.sources = [self.source]
+        if (self.embedding_cache is not None) == self.online_text_model:
+            raise ValueError("give either embedding_cache (from `llm2clip embed`) or online_text_model: true.")
+        if self.frozen_states_dir and not self.freeze_vision_layers:
+            raise ValueError("frozen_states_dir needs freeze_vision_layers.")
+
+
+class ClampLogitScale(TrainerCallback):
+    """Keeps the logit scale between 1 and 100 after every step of the optimiser."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        with torch.no_grad():
+            clamp_logit_scale(model)
+
+
+class VisionAlignmentTrainer(StageTrainer):
+    """Trains an [`LLM2CLIPModel`] whose LLM is frozen, on cached embeddings or with the LLM online.
+
+    Args:
+        frozen: The vision tower's frozen layers, where the training set holds their states.
+        retrieval: Retrieval sets by name, evaluated by `evaluate()`.
+        embed: Maps captions to the LLM's embeddings, for `retrieval`.
+        skip_log: Where skipped samples are listed.
+        kwargs: See `transformers.Trainer`.
+    """
+
+    args: VisionAlignmentConfig
+
+    def __init__(
+        self,
+        *,
+        frozen: FrozenLayers | None = None,
+        retrieval: dict[str, ImageTextRetrieval] | None = None,
+        embed: Any = None,
+        skip_log: SkipLog | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.frozen = frozen
+        self.retrieval = retrieval or {}
+        self.embed = embed
+        self.skip_log = skip_log
+        # The Trainer insists on an evaluation set; ours are those of `retrieval`.
+        super().__init__(eval_dataset=list(self.retrieval) or None, **kwargs)
+        # The loss is a mean over the batch, so that the Trainer has to divide it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self.add_callback(ClampLogitScale())
+
+    def batch_sampler(self) -> SampleIndexBatchSampler:
+        return SampleIndexBatchSampler(
+            cast(EpochDataset, self.train_dataset),
+            self.args.per_device_train_batch_size,
+            num_replicas=self.accelerator.num_processes,
+            seed=self.args.sampling_seed,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        if self.optimizer is None:
+            model = cast(nn.Module, self.model if model is None else model)
+            args = self.args
+            groups = parameter_groups(
+                model,
+                learning_rate=args.learning_rate,
+                weight_decay=args.weight_decay,
+                vision_learning_rate=args.vision_learning_rate,
+                text_learning_rate=args.text_learning_rate,
+                vision_weight_decay=args.vision_weight_decay,
+                text_weight_decay=args.text_weight_decay,
+                vision_layer_decay=args.vision_layer_decay,
+            )
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, cast(PreTrainedModel, model))
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        if self.lr_scheduler is None and self.args.lr_scheduler_type == SchedulerType.COSINE:
+            warmup_steps = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = warmup_cosine_schedule(
+                cast(Optimizer, optimizer or self.optimizer), warmup_steps, num_training_steps
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        skipped = inputs.pop("skipped", [])
+        if skipped and self.skip_log is not None:
+            self.skip_log.add(skipped)
+        caption_ids, image_caption_ids = inputs.pop("caption_ids", None), inputs.pop("image_caption_ids", None)
+        text_model = self.accelerator.unwrap_model(self.model).text_model
+        if text_model is not None:
+            text_model.eval()
+        with contextlib.ExitStack() as stack:
+            if "vision_states" in inputs:
+                assert self.frozen is not None
+                inputs["pixel_values"] = stack.enter_context(self.frozen.replaced_by(inputs.pop("vision_states")))
+            # Through the wrapped model, so that DDP sees every parameter, the logit scale too.
+            output = model(**inputs, return_logits=False)
+        loss = clip_loss(
+            output.image_embeds,
+            output.text_embeds,
+            output.logit_scale,
+            caption_ids,
+            image_caption_ids,
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        return (loss, output) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["logit_scale"] = self.accelerator.unwrap_model(self.model).logit_scale.exp().item()
+        if self.skip_log is not None and self.skip_log.count:
+            logs["skipped_samples"] = self.skip_log.count
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Image-text retrieval on every set of `retrieval`."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        metrics: dict[str, float] = {}
+        for name, retrieval in self.retrieval.items():
+            scores = retrieval(
+                model, self.embed, self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
+            )
+            metrics |= {f"{metric_key_prefix}_{name}_{key}": value for key, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_result(self, output_dir: str | Path) -> None:
+        """Save model, processor and code as a Hub repo holds them."""
+        self.accelerator.wait_for_everyone()
+        model = self.accelerator.unwrap_model(self.model)
+        if self.args.should_save:
+            if self.args.bundle_text_model and model.text_model is None:
+                model.load_text_model()
+            model.save_pretrained(output_dir, save_text_model=self.args.bundle_text_model)
+            cast(LLM2CLIPProcessor, self.processing_class).save_pretrained(output_dir)
+        self.accelerator.wait_for_everyone()
+
+
+def load_model(config: VisionAlignmentConfig) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+    """The model of a run: without its LLM, unless it runs online, and its processor."""
+    if config.model_name_or_path is not None:
+        model = LLM2CLIPModel.from_pretrained(config.model_name_or_path, text_model=False)
+        tokenizer_name = image_processor_name = config.model_name_or_path
+    else:
+        require(config, ["vision_model_name_or_path", "text_model_name_or_path"])
+        options = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
+        fields: dict[str, Any] = {
+            "projection_dim": config.projection_dim,
+            "adapter_num_layers": config.adapter_num_layers,
+            "adapter_expansion": config.adapter_expansion,
+            "adapter_normalize": config.adapter_normalize,
+        }
+        if config.logit_scale_init_value is not None:
+            fields["logit_scale_init_value"] = config.logit_scale_init_value
+        model = LLM2CLIPModel.from_vision_text_pretrained(
+            config.vision_model_name_or_path, config.text_model_name_or_path, vision_model_kwargs=options, **fields
+        )
+        tokenizer_name, image_processor_name = config.text_model_name_or_path, config.vision_model_name_or_path
+    if config.online_text_model:
+        model.load_text_model(**loading_options(config.dtype))
+        model.text_model.requires_grad_(False)
+        if model.config.text_model_fingerprint is None:
+            model.config.text_model_fingerprint = model.text_model.fingerprint()
+    image_processor = AutoImageProcessor.from_pretrained(config.image_processor_name_or_path or image_processor_name)
+    return model, LLM2CLIPProcessor(image_processor, AutoTokenizer.from_pretrained(tokenizer_name))
+
+
+def open_cache(config: VisionAlignmentConfig, model: LLM2CLIPModel) -> EmbeddingCache:
+    """The run's embedding cache, which has to be the work of the model's LLM; its fingerprint goes into the config."""
+    assert config.embedding_cache is not None
+    expected = model.config.text_model_fingerprint
+    cache = EmbeddingCache.open(config.embedding_cache, expected, verify=config.verify_cache)
+    width = model.config.text_config.hidden_size
+    if cache.hidden_size != width:
+        raise ValueError(
+            f"the cache {config.embedding_cache} holds embeddings of width {cache.hidden_size} (of "
+            f"{cache.manifest.text_model_name}), but {model.config.text_model_name_or_path} gives {width}; embed the "
+            "captions with that text tower."
+        )
+    model.config.text_model_fingerprint = cache.manifest.fingerprint
+    return cache
+
+
+def build_dataset(
+    config: VisionAlignmentConfig, model: LLM2CLIPModel, image_processor: Any, rank: int, world_size: int
+) -> tuple[Any, FrozenLayers | None]:
+    """The training set, and the frozen layers whose states it holds, if any."""
+    sources = [CaptionSource.from_dict(source) for source in config.sources]
+    evaluation = EvalTransform(image_processor)
+    training = TrainTransform(image_processor, scale=(config.crop_scale[0], config.crop_scale[1]))
+    options: dict[str, Any] = {
+        "seed": config.sampling_seed,
+        "on_error": config.on_error,
+        "max_pixels": config.max_image_pixels,
+    }
+    frozen = None
+    if config.freeze_vision_layers:
+        frozen = FrozenLayers(model.vision_model, config.freeze_vision_layers, output_size(image_processor))
+    if any(source.streaming for source in sources):
+        if len(sources) > 1 or config.frozen_states_dir:
+            raise ValueError("a streamed source has to be the only one, and frozen_states_dir does not apply to it.")
+        stream = StreamingCaptionImageDataset(
+            sources[0],
+            evaluation,
+            training,
+            shuffle_buffer=config.shuffle_buffer,
+            rank=rank,
+            world_size=world_size,
+            repeat=True,
+            **options,
+        )
+        return stream, frozen
+    if not config.frozen_states_dir:
+        return CaptionImageDataset(sources, evaluation, training, **options), frozen
+    assert frozen is not None
+    dataset = FrozenStatesDataset(
+        captions=CaptionImageDataset(sources, None, **options),
+        images=CaptionImageDataset(sources, evaluation, **options),
+        frozen=frozen,
+        folder=config.frozen_states_dir,
+        batch_size=config.per_device_eval_batch_size,
+        num_workers=config.dataloader_num_workers,
+    )
+    return dataset, frozen
+
+
+def run(config: VisionAlignmentConfig, resume: bool = False) -> dict[str, Any]:
+    """Stage 2 from its settings to a Hub-ready folder in `config.output_dir`.
+
+    Args:
+        config: The settings.
+        resume: Go on from the newest checkpoint.
+
+    Returns:
+        The metrics of the run: training's, and retrieval's with the prefix `eval_`.
+    """
+    require(config, ["sources"])
+    checkpoint = resume_point(config, resume)
+    set_seed(config.seed)
+    model, processor = load_model(config)
+    cache = None if config.online_text_model else open_cache(config, model)
+    tokenizer = cast(PreTrainedTokenizerBase, processor.tokenizer)
+    image_processor = processor.image_processor
+    dataset, frozen = build_dataset(config, model, image_processor, config.process_index, config.world_size)
+    retrieval = {
+        name: ImageTextRetrieval(
+            CaptionSource.from_dict(source), image_processor, config.on_error, config.max_image_pixels
+        )
+        for name, source in config.eval_sources.items()
+    }
+    trainer = VisionAlignmentTrainer(
+        model=model,
+        args=config,
+        train_dataset=dataset,
+        data_collator=VisionAlignmentCollator(cache, None if cache is not None else processor),
+        processing_class=processor,
+        frozen=frozen,
+        retrieval=retrieval,
+        embed=cache.lookup if cache is not None else _online(model.text_model, tokenizer),
+        skip_log=SkipLog(Path(config.output_dir) / f"skipped-{config.process_index}.jsonl"),
+    )
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if retrieval:
+        metrics |= trainer.evaluate()
+    trainer.save_state()
+    trainer.save_result(config.output_dir)
+    return metrics
+
+
+def _online(text_model: LLM2CLIPTextModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    return lambda captions: text_model.encode(captions, tokenizer)

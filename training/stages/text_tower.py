@@ -1,0 +1,202 @@
+"""What stage 1 and its optional pre-stage share: an LLM as text tower, trained with LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
+
+from llm2clip_training.data import PairSource
+from llm2clip_training.evaluation import CaptionRetrieval
+from llm2clip_training.stages.base import StageConfig, StageTrainer, loading_options
+from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
+
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass
+class TextTowerConfig(StageConfig):
+    """Settings of the stages that train an LLM with LoRA.
+
+    Besides those of [`StageConfig`], this default differs from `TrainingArguments`:
+    `ddp_find_unused_parameters=False`.
+    """
+
+    model_name_or_path: str = field(default="", metadata={"help": "The LLM: Hub id or folder; or a text tower."})
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of the LLM's repo."})
+    dtype: str = field(default="float32", metadata={"help": "dtype in which the LLM is loaded."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2."})
+    prompt_prefix: str | None = field(
+        default=None, metadata={"help": "Text before every caption, after BOS; context that is not pooled."}
+    )
+    prompt_suffix: str | None = field(default=None, metadata={"help": "Text after every caption; it is pooled."})
+    pooling: str | None = field(
+        default=None, metadata={"help": "mean, weighted_mean, last_token, eos_token or bos_token; unset: mean."}
+    )
+    max_text_length: int | None = field(
+        default=None, metadata={"help": "Longest caption in tokens, prompt included; unset: 512."}
+    )
+    bidirectional: bool = field(default=True, metadata={"help": "Attend in both directions (ablation: false)."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA; 0 trains every weight of the LLM."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA's update is scaled by alpha / rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before LoRA's layers."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: list(LORA_TARGETS), metadata={"help": "Names of the Linear layers that get LoRA."}
+    )
+    eval_sources: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Pairs for caption retrieval while training: PairSource by name."}
+    )
+    save_format: str = field(
+        default="merged", metadata={"help": "What the run leaves: merged (a whole model) or adapter (PEFT)."}
+    )
+    ddp_find_unused_parameters: bool | None = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.save_format not in ("merged", "adapter"):
+            raise ValueError(f"save_format {self.save_format!r} is unknown; choose merged or adapter.")
+        if self.save_format == "adapter" and self.lora_rank == 0:
+            raise ValueError("save_format adapter needs LoRA, but lora_rank is 0.")
+
+
+class TextTowerTrainer(StageTrainer):
+    """Trains an [`LLM2CLIPTextModel`], evaluates caption retrieval, saves with tokenizer and remote code.
+
+    Args:
+        retrieval: Caption retrieval sets by name, evaluated by `evaluate()`.
+        kwargs: See `transformers.Trainer`.
+    """
+
+    model: LLM2CLIPTextModel
+
+    def __init__(self, *, retrieval: dict[str, CaptionRetrieval] | None = None, **kwargs: Any) -> None:
+        self.retrieval = retrieval or {}
+        # The Trainer insists on an evaluation set; ours are those of `retrieval`.
+        super().__init__(eval_dataset=list(self.retrieval) or None, **kwargs)
+        # The loss is a mean over the batch, so that the Trainer has to divide it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        text_model = self.accelerator.unwrap_model(model or self.model)
+        if text_model.has_adapter:
+            decoder = text_model.decoder
+            decoder.load_adapter(resume_from_checkpoint, decoder.active_adapter, is_trainable=True)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def save_result(self, output_dir: str | Path, save_format: str) -> None:
+        """Save the trained text tower.
+
+        Args:
+            output_dir: The folder.
+            save_format: `merged` merges LoRA into the weights first, also in the trainer's model; `adapter` saves
+                LoRA alone.
+        """
+        self.accelerator.wait_for_everyone()
+        text_model = self.accelerator.unwrap_model(self.model)
+        if save_format == "merged":
+            text_model.merge_adapter()
+        if self.args.should_save:
+            text_model.save_pretrained(output_dir)
+            cast(PreTrainedTokenizerBase, self.processing_class).save_pretrained(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Caption retrieval on every set of `retrieval`."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        metrics: dict[str, float] = {}
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        for name, retrieval in self.retrieval.items():
+            scores = retrieval(model, tokenizer, self.args.per_device_eval_batch_size)
+            metrics |= {f"{metric_key_prefix}_{name}_{key}": value for key, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def load_text_tower(
+    config: TextTowerConfig, decoder: PreTrainedModel | None = None
+) -> tuple[LLM2CLIPTextModel, PreTrainedTokenizerBase]:
+    """The LLM of a run as text tower, with the caption tokenizer that holds its prompt.
+
+    A plain LLM gets the prompt and pooling of the settings; a text tower keeps its own where the settings are unset.
+
+    Args:
+        config: The settings.
+        decoder: The LLM, where it is loaded already.
+    """
+    name, revision = config.model_name_or_path, config.model_revision
+    options = loading_options(config.dtype, config.attn_implementation, revision)
+    fields = {
+        "prompt_prefix": config.prompt_prefix,
+        "prompt_suffix": config.prompt_suffix,
+        "pooling": config.pooling,
+        "max_text_length": config.max_text_length,
+    }
+    fields = {key: value for key, value in fields.items() if value is not None}
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    if is_text_tower(name, revision):
+        prompt = [key for key in ("prompt_prefix", "prompt_suffix", "max_text_length") if key in fields]
+        if prompt:
+            raise ValueError(
+                f"{name} is a text tower, whose tokenizer holds its prompt already; leave out {', '.join(prompt)}."
+            )
+        model = LLM2CLIPTextModel.from_pretrained(name, **options)
+        model.merge_adapter()
+        model.config.pooling = fields.get("pooling", model.config.pooling)
+        return model, tokenizer
+    defaults = LLM2CLIPTextConfig()
+    prefix, suffix, length = (
+        fields.get(key, getattr(defaults, key)) for key in ("prompt_prefix", "prompt_suffix", "max_text_length")
+    )
+    tokenizer, prefix_tokens = with_prompt(tokenizer, prefix, suffix, length)
+    model = LLM2CLIPTextModel.from_decoder(
+        decoder if decoder is not None else name,
+        decoder_kwargs=options,
+        num_prefix_tokens=prefix_tokens,
+        bidirectional=config.bidirectional,
+        **fields,
+    )
+    return model, tokenizer
+
+
+def is_text_tower(name: str, revision: str | None) -> bool:
+    """Whether a repo or folder holds an [`LLM2CLIPTextModel`] rather than a plain LLM."""
+    if find_adapter_config_file(name, revision=revision) is not None and not Path(name, "config.json").exists():
+        return False
+    fields, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    return fields.get("model_type") == LLM2CLIPTextConfig.model_type
+
+
+def add_lora(model: LLM2CLIPTextModel, config: TextTowerConfig) -> None:
+    """Give the decoder LoRA layers, in float32, and freeze the rest; nothing happens when `lora_rank` is 0.
+
+    LoRA sits on the base model, without a language-modelling head, so that the adapter loads over `AutoModel` too.
+    """
+    if config.lora_rank == 0:
+        return
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules[0]
+        if config.lora_target_modules == ["all-linear"]
+        else config.lora_target_modules,
+        revision=config.model_revision,
+    )
+    model.decoder = get_peft_model(model.decoder, lora)
+
+
+def retrieval_sets(config: TextTowerConfig) -> dict[str, CaptionRetrieval]:
+    """The caption retrieval sets of the settings' `eval_sources`."""
+    return {
+        name: CaptionRetrieval.from_source(PairSource.from_dict(source))
+        for name, source in config.eval_sources.items()
+    }
