@@ -28,6 +28,8 @@ def _prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _private_cache(_prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", _prepared)
+    # After each pass over streamed parquet, datasets gives Arrow's threads five seconds to end.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05, raising=False)
 
 
 @pytest.fixture(scope="session")
