@@ -11,50 +11,20 @@ needs nothing but its own row, loss and gradients come out of the same single wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from llm2clip_training.gather import exchange_counts, gather_rows
 
 # A tile of this many rows is smaller than the keys themselves for any width above it, however many keys there are, and
 # is large enough to keep the matrix products at full speed.
 DEFAULT_TILE_SIZE = 256
 
 Positives = Callable[[int, int], Tensor] | Tensor
-
-
-class GatheredRows(NamedTuple):
-    """The rows of all ranks, in rank order.
-
-    Attributes:
-        rows: (total, ...) tensor, equal on all ranks.
-        offset: Where this rank's own rows begin in `rows`.
-        total: Number of rows of all ranks together.
-    """
-
-    rows: Tensor
-    offset: int
-    total: int
-
-
-def gather_with_grad(x: Tensor) -> GatheredRows:
-    """Gather the rows of all ranks; the gradient flows back to the rank that each row came from.
-
-    Ranks may hold different numbers of rows (also none), at the price of one small exchange of the counts. A rank's
-    gradient is the sum over the losses of all ranks, so every rank has to call `backward`.
-
-    Args:
-        x: (rows, ...) tensor; all dimensions but the first are the same on all ranks.
-    """
-    return _gather(x, [count for (count,) in _exchange([x.shape[0]], x.device)])
-
-
-def gather_without_grad(x: Tensor) -> GatheredRows:
-    """Gather the rows of all ranks without gradient, e.g. integer ids. See [`gather_with_grad`]."""
-    return gather_with_grad(x.detach())
 
 
 def info_nce(
@@ -141,7 +111,7 @@ def clip_loss(
         )
     num_rows, width = image_embeds.shape
     num_captions = _check_ids(caption_ids, image_caption_ids, num_rows)
-    counts = _exchange([num_rows, num_captions], image_embeds.device)
+    counts = exchange_counts([num_rows, num_captions], image_embeds.device)
     rows_per_rank = [rows for rows, _ in counts]
     total = sum(rows_per_rank)
     if total == 0:
@@ -151,7 +121,7 @@ def clip_loss(
     else:
         # One gather for both: half the latency, and no question about the order of two backward collectives.
         with torch.autocast(image_embeds.device.type, enabled=False):
-            pairs = _gather(torch.cat([image_embeds, text_embeds], dim=1), rows_per_rank)
+            pairs = gather_rows(torch.cat([image_embeds, text_embeds], dim=1), rows_per_rank)
         all_images, all_texts = pairs.rows.split(width, dim=1)
         offset = pairs.offset
 
@@ -166,7 +136,7 @@ def clip_loss(
             raise ValueError("This rank gave caption ids to clip_loss, another gave None; give them on all ranks.")
         padding = max(captions for _, captions in counts) - num_captions
         local_ids = torch.cat([caption_ids[:, None], F.pad(image_caption_ids, (0, padding), value=-1)], dim=1)
-        all_ids = _gather(local_ids, rows_per_rank).rows
+        all_ids = gather_rows(local_ids, rows_per_rank).rows
 
         def text_of_image(start: int, stop: int) -> Tensor:
             return _is_caption_of(all_ids[:, 0], local_ids[start:stop, None, 1:])
@@ -218,14 +188,14 @@ def hard_negative_info_nce(
                 f"queries, but got {tuple(negatives.shape)}."
             )
         candidates = torch.cat([positives, negatives])
-    counts = _exchange([len(queries), len(candidates)], queries.device)
-    # Each rank's positives come first in its block of columns; a softmax does not care about the order of the rest.
-    keys = _gather(_unit(candidates), [size for _, size in counts])
-    columns = keys.offset + torch.arange(len(queries), device=queries.device)
-    loss = _summed_info_nce(_unit(queries), keys.rows, scale, columns, 0.0, tile_size)
+    counts = exchange_counts([len(queries), len(candidates)], queries.device)
     total = sum(size for size, _ in counts)
     if total == 0:
         raise ValueError("hard_negative_info_nce needs at least one query on some rank, but there is none.")
+    # Each rank's positives come first in its block of columns; a softmax does not care about the order of the rest.
+    keys = gather_rows(_unit(candidates), [size for _, size in counts])
+    columns = keys.offset + torch.arange(len(queries), device=queries.device)
+    loss = _summed_info_nce(_unit(queries), keys.rows, scale, columns, 0.0, tile_size)
     return loss * (len(counts) / total)
 
 
@@ -395,52 +365,3 @@ def _unit(x: Tensor) -> Tensor:
     """Rows scaled to unit length, at least in float32."""
     with torch.autocast(x.device.type, enabled=False):
         return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _exchange(counts: Sequence[int], device: torch.device) -> list[list[int]]:
-    """Tell all ranks this rank's counts and return those of every rank, in rank order."""
-    if _world_size() == 1:
-        return [list(counts)]
-    local = torch.tensor(counts, dtype=torch.int64, device=device)
-    gathered = local.new_empty(_world_size() * len(counts))
-    dist.all_gather_into_tensor(gathered, local)
-    return gathered.view(-1, len(counts)).tolist()
-
-
-def _gather(x: Tensor, rows_per_rank: list[int]) -> GatheredRows:
-    if len(rows_per_rank) == 1:
-        return GatheredRows(x, 0, len(x))
-    offset = sum(rows_per_rank[: dist.get_rank()])
-    return GatheredRows(_AllGather.apply(x, rows_per_rank, offset), offset, sum(rows_per_rank))
-
-
-class _AllGather(torch.autograd.Function):
-    """All-gather of rows whose backward sums the gradients of all ranks.
-
-    Own code because `torch.distributed.nn.functional.all_gather` is deprecated and takes equal sizes only. Backward is
-    an all-reduce rather than a reduce-scatter: that works on every backend and with any number of rows, and the
-    embeddings are small next to the model's gradients.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows_per_rank: list[int], offset: int) -> Tensor:
-        ctx.own_rows = slice(offset, offset + len(x))
-        largest = max(rows_per_rank)
-        padded = torch.cat([x, x.new_zeros(largest - len(x), *x.shape[1:])]) if len(x) < largest else x
-        gathered = padded.new_empty(len(rows_per_rank) * largest, *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, padded.contiguous())
-        if min(rows_per_rank) == largest:
-            return gathered
-        blocks = gathered.split(largest)
-        return torch.cat([block[:rows] for block, rows in zip(blocks, rows_per_rank, strict=True)])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        grad = grad_output.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad[ctx.own_rows], None, None

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llm2clip_training.gather import gather_with_grad, gather_without_grad
 from llm2clip_training.losses import (
     clip_loss,
-    gather_with_grad,
-    gather_without_grad,
     hard_negative_info_nce,
     info_nce,
 )

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from llm2clip_training.gather import gather_with_grad, gather_without_grad
 from llm2clip_training.losses import (
     clip_loss,
-    gather_with_grad,
-    gather_without_grad,
     hard_negative_info_nce,
 )
 from tests.golden import load_golden
@@ -150,6 +149,18 @@ def mixed_ids_message(rank: int, world: int) -> str:
     return str(error.value)
 
 
+def no_rows_at_all() -> list[str]:
+    """What happens when every rank has lost all its rows."""
+    nothing = torch.empty(0, WIDTH)
+    assert gather_with_grad(nothing).rows.shape == (0, WIDTH)
+    messages = []
+    for loss in (lambda: clip_loss(nothing, nothing, 1.0), lambda: hard_negative_info_nce(nothing, nothing)):
+        with pytest.raises(ValueError, match="on some rank") as error:
+            loss()
+        messages.append(str(error.value))
+    return messages
+
+
 def run_all(rank: int, world: int) -> dict[str, Any]:
     results: dict[str, Any] = {
         "shared_captions": shared_captions(rank, world),
@@ -166,6 +177,7 @@ def run_all(rank: int, world: int) -> dict[str, Any]:
             results[tag] = golden_hard_negative(f"hard_negative_nll_{name}", negatives, rank, world)
     if world > 1:
         results["mixed_ids"] = mixed_ids_message(rank, world)
+        results["no_rows"] = no_rows_at_all()
     return results
 
 
@@ -279,3 +291,11 @@ def test_ids_on_some_ranks_only_are_an_error_on_every_rank(ranks: Results) -> No
     messages = [results["mixed_ids"] for results in ranks]
     assert messages[0].startswith("This rank gave caption ids")
     assert all(message.startswith("Other ranks gave caption ids") for message in messages[1:])
+
+
+def test_a_batch_that_is_empty_on_all_ranks_is_an_error_on_every_rank(ranks: Results) -> None:
+    for results in ranks:
+        assert results["no_rows"] == [
+            "clip_loss needs at least one pair on some rank, but there is none.",
+            "hard_negative_info_nce needs at least one query on some rank, but there is none.",
+        ]

@@ -147,7 +147,7 @@ def build_embedding_cache(
                 advance(len(texts))
                 if on_progress:
                     on_progress(done, total)
-            _write_shard(folder / shard_name(number), vectors, keys[rows], fingerprint, truncated)
+            _write_shard(folder / shard_name(number), vectors, keys[rows], truncated)
     wait()
     if rank == 0 and (work or manifest.status != "complete"):
         _finish(folder, manifest)
@@ -259,9 +259,9 @@ def _refuse(bad: torch.Tensor, texts: list[str], fault: str) -> None:
         raise ValueError(f"The embedding of the caption {texts[int(rows[0])][:200]!r} {fault}.")
 
 
-def _write_shard(path: Path, vectors: torch.Tensor, keys: np.ndarray, fingerprint: str, truncated: int) -> None:
+def _write_shard(path: Path, vectors: torch.Tensor, keys: np.ndarray, truncated: int) -> None:
     tensors = {"embeddings": vectors, "keys": torch.from_numpy(keys.astype(np.int64))}
-    metadata = {"fingerprint": fingerprint, "num_truncated": str(truncated)}
+    metadata = {"num_truncated": str(truncated)}  # safetensors writes several entries in no fixed order
     _write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 

@@ -2,11 +2,15 @@
 
 A query may have several correct candidates, as an image has captions and a caption images; its rank is that of the
 best one, so recall@k counts the queries with at least one correct candidate among the first k.
+
+Equal scores have no order. Ranks and recalls are the expected values when such candidates are shuffled, so that a
+model which maps everything to one point scores what guessing does, and no number depends on the sorting.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +26,6 @@ def rank_of_best_match(
 ) -> Tensor:
     """Find the rank of each query's best correct candidate by cosine similarity.
 
-    The rank is the number of wrong candidates that score at least as high as the best correct one. Ties therefore
-    count against the query: a model that maps everything to one point is ranked last, not first. Code that takes the
-    first k of a `topk` leaves ties to chance instead, and its recall on data with equal embeddings is a little higher.
-
     Scores are float32, in tiles of `tile_size` queries by all candidates.
 
     Args:
@@ -35,13 +35,14 @@ def rank_of_best_match(
         tile_size: Number of queries per tile.
 
     Returns:
-        (q,) int64 ranks from 0, on the CPU.
+        (q,) float64 on the CPU: the number of wrong candidates before the first correct one, its expected value where
+        scores are equal.
 
     Raises:
         ValueError: A query has no correct candidate, an index is out of range, an embedding is not finite, or shapes
             do not fit.
     """
-    return _ranks(queries, candidates, matches, tile_size, ("query", "candidate"))
+    return _ranks(queries, candidates, matches, tile_size, ("query", "candidate")).expected()
 
 
 def retrieval_metrics(
@@ -54,32 +55,37 @@ def retrieval_metrics(
     """Compute retrieval metrics in both directions, as on Flickr30k and COCO.
 
     A text counts as hit if any image it belongs to is among the first k images, an image if any of its texts is among
-    the first k texts. Ties count against the query, see [`rank_of_best_match`].
+    the first k texts.
 
     Args:
         image_embeds: (images, d); need not be normalised.
         text_embeds: (texts, d).
-        matches: (p, 2) int64 pairs of a text's and an image's index. Every text and every image needs one.
+        matches: (p, 2) int64 pairs of a text's and an image's index. Every text needs one; an image without any is a
+            wrong answer to every text and asks for nothing itself.
         ks: The k of recall@k. One that exceeds the number of candidates gives 1.
         tile_size: Number of queries per tile.
 
     Returns:
         For both directions, with `text_to_image` (the search for an image) and `image_to_text` as prefixes:
         `_recall@K` (shares, 0 to 1), `_mean_rank` and `_median_rank` (from 1; of two middle ranks the mean, rounded
-        down, as CLIP training code reports it); also `num_texts` and `num_images`.
+        down, as CLIP training code reports it); also `num_texts`, `num_images` and `num_images_with_text`.
 
     Raises:
-        ValueError: A text or an image has no match, an index is out of range, an embedding is not finite, or shapes
+        ValueError: A text has no match, an index is out of range, an embedding is not finite, or shapes
             do not fit.
     """
-    metrics: dict[str, float | int] = {}
-    for prefix, queries, candidates, pairs, names in (
-        ("text_to_image_", text_embeds, image_embeds, matches, ("text", "image")),
-        ("image_to_text_", image_embeds, text_embeds, matches.flip(-1), ("image", "text")),
-    ):
-        ranks = _ranks(queries, candidates, pairs, tile_size, names)
-        metrics |= {f"{prefix}{key}": value for key, value in _summary(ranks, ks).items()}
-    return {**metrics, "num_texts": len(text_embeds), "num_images": len(image_embeds)}
+    text_to_image = _ranks(text_embeds, image_embeds, matches, tile_size, ("text", "image"))
+    asking, query_of_pair = matches[:, 1].unique(return_inverse=True)
+    pairs = torch.stack([query_of_pair, matches[:, 0]], dim=1)
+    image_to_text = _ranks(
+        image_embeds[asking.to(image_embeds.device)], text_embeds, pairs, tile_size, ("image", "text")
+    )
+    counts = {"num_texts": len(text_embeds), "num_images": len(image_embeds), "num_images_with_text": len(asking)}
+    return {
+        **{f"text_to_image_{key}": value for key, value in _summary(text_to_image, ks).items()},
+        **{f"image_to_text_{key}": value for key, value in _summary(image_to_text, ks).items()},
+        **counts,
+    }
 
 
 def caption_retrieval_metrics(
@@ -118,19 +124,54 @@ def caption_retrieval_metrics(
     return {**_summary(ranks, ks), "num_queries": len(query_embeds), "num_targets": len(target_embeds)}
 
 
-def _summary(ranks: Tensor, ks: Sequence[int]) -> dict[str, float | int]:
+class _Ranks(NamedTuple):
+    """Where the best correct candidate of each query stands, (q,) int64 each.
+
+    Attributes:
+        ahead: Wrong candidates that score higher.
+        tied_wrong: Wrong candidates with the same score.
+        tied_right: Correct candidates with the same score, at least 1.
+    """
+
+    ahead: Tensor
+    tied_wrong: Tensor
+    tied_right: Tensor
+
+    def expected(self) -> Tensor:
+        """Expected number of wrong candidates before the first correct one."""
+        return self.ahead + self.tied_wrong.double() / (self.tied_right + 1)
+
+    def hit_probability(self, k: int) -> Tensor:
+        """Probability that a correct candidate is among the first k."""
+        tied = (self.tied_wrong + self.tied_right).double()
+        right = self.tied_right.double()
+        # All correct ones of the tie stand behind the first m of it: C(tied - m, right) of C(tied, right) orders.
+        behind = tied - (k - self.ahead).clamp(min=0)
+        possible = behind >= right
+        behind = torch.where(possible, behind, right)
+        log_share = _log_binomial(behind, right) - _log_binomial(tied, right)
+        miss = torch.where(possible, log_share.exp(), torch.zeros_like(tied))
+        return torch.where(self.tied_wrong == 0, (self.ahead < k).double(), 1 - miss)
+
+
+def _log_binomial(n: Tensor, k: Tensor) -> Tensor:
+    return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+
+
+def _summary(ranks: _Ranks, ks: Sequence[int]) -> dict[str, float | int]:
     for k in ks:
         if k < 1:
             raise ValueError(f"recall@k needs k of at least 1, but got {k}.")
-    ordered = ranks.sort().values
-    middle = int(ordered[(len(ranks) - 1) // 2] + ordered[len(ranks) // 2]) // 2
-    recalls: dict[str, float | int] = {f"recall@{k}": (ranks < k).double().mean().item() for k in ks}
-    return {**recalls, "mean_rank": ranks.double().mean().item() + 1, "median_rank": middle + 1}
+    expected = ranks.expected()
+    ordered = expected.sort().values
+    middle = int(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
+    recalls: dict[str, float | int] = {f"recall@{k}": ranks.hit_probability(k).mean().item() for k in ks}
+    return {**recalls, "mean_rank": expected.mean().item() + 1, "median_rank": middle + 1}
 
 
 @torch.no_grad()
-def _ranks(queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int, names: tuple[str, str]) -> Tensor:
-    """[`rank_of_best_match`], with what its errors call a query and a candidate."""
+def _ranks(queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int, names: tuple[str, str]) -> _Ranks:
+    """The ranks of [`rank_of_best_match`], with what its errors call a query and a candidate."""
     query_name, candidate_name = names
     if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:
         raise ValueError(
@@ -147,7 +188,7 @@ def _ranks(queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int,
     bounds = torch.searchsorted(
         matches[:, 0].contiguous(), torch.tensor([*starts, len(queries)], device=device)
     ).tolist()
-    ranks = torch.empty(len(queries), dtype=torch.int64, device=device)
+    ranks = torch.empty(3, len(queries), dtype=torch.int64, device=device)
     with torch.autocast(device.type, enabled=False):
         for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
             tile = _unit(queries[start : start + tile_size].to(device), query_name, start)
@@ -157,9 +198,11 @@ def _ranks(queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int,
             # a correct candidate could then outrank itself.
             correct = scores[rows, columns]
             best = scores.new_full((len(tile),), -torch.inf).scatter_reduce(0, rows, correct, "amax")
+            tied = (scores == best[:, None]).sum(dim=1)
             scores[rows, columns] = -torch.inf
-            ranks[start : start + tile_size] = (scores >= best[:, None]).sum(dim=1)
-    return ranks.cpu()
+            ahead, tied_wrong = (scores > best[:, None]).sum(dim=1), (scores == best[:, None]).sum(dim=1)
+            ranks[:, start : start + tile_size] = torch.stack([ahead, tied_wrong, tied - tied_wrong])
+    return _Ranks(*ranks.cpu())
 
 
 def _checked_matches(matches: Tensor, num_queries: int, num_candidates: int, names: tuple[str, str]) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llm2clip_training.losses import gather_without_grad
+from llm2clip_training.gather import gather_without_grad
 
 
 def encode_sharded(num_rows: int, encode: Callable[[range], Tensor], device: torch.device) -> Tensor:

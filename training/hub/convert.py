@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPTextConfig
 from torch import Tensor
 from transformers import CLIPVisionConfig, PretrainedConfig
+
+from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPTextConfig
 
 LAYER_NORM_EPS_OPENAI = 1e-5
 
@@ -54,8 +55,8 @@ def from_original(
         text_config: The LLM that the adapter belongs to; by default only its width is recorded.
 
     Returns:
-        The config and the renamed state dict of an [`LLM2CLIPModel`] without its LLM. Rotary tables, which the original
-        repeats in every block, are left out: they follow from the config.
+        The config and the renamed state dict of an [`LLM2CLIPModel`] without its LLM. Rotary tables, which the
+        original repeats in every block, are left out: they follow from the config.
 
     Raises:
         ValueError: A tensor is of no known layout; the message names it.

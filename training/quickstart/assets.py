@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -136,8 +136,11 @@ def vit_small_folder(cache_dir: str | Path, num_layers: int = 11) -> Path:
         config = Dinov2Config(
             hidden_size=384, num_hidden_layers=num_layers, num_attention_heads=6, image_size=518, patch_size=14
         )
-        model = Dinov2Model(config)
-        model.load_state_dict(state)
+        # Not load_state_dict: releases of transformers name the modules differently, and this one translates.
+        loaded: Any = Dinov2Model.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+        model, report = loaded
+        if report["missing_keys"] or report["unexpected_keys"]:
+            raise RuntimeError(f"{VIT_SMALL_WHEEL.requirement} does not fit Dinov2Model: {report}")
         model.save_pretrained(folder)
         CLIPImageProcessor(
             size={"shortest_edge": IMAGE_SIZE},

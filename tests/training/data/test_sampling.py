@@ -75,7 +75,7 @@ def test_too_little_data_for_a_batch_is_an_error() -> None:
 
 
 def _ranks(epoch_calls: list[int], skip: int, world: int, workers: int) -> Iterator[list[list[tuple[int, int]]]]:
-    """Per rank, the batches that the Trainer's loop would see: set_epoch on the loader, then a pass, skipping first."""
+    """Per rank, the batches that the Trainer's loop would see: set_epoch on the loader, a pass, skipping first."""
     for rank in range(world):
         dataset = Echo(40)
         sampler = SampleIndexBatchSampler(dataset, 4, num_replicas=world, seed=1)

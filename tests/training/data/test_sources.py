@@ -78,14 +78,14 @@ def test_missing_columns_are_one_error_that_lists_the_columns(made: Path) -> Non
         SourceError, match=r"it has png, json, json\.caption, json\.nested, json\.nested\.long, __key__"
     ):
         load_source(CaptionSource(str(made / "webdataset"), caption_columns=["txt"]))
-    with pytest.raises(SourceError, match="metadata.jsonl"):
+    with pytest.raises(SourceError, match=r"metadata\.jsonl"):
         load_source(CaptionSource(str(made / "csv")))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_column_that_holds_no_images_is_refused(made: Path, streaming: bool) -> None:
     source = CaptionSource(str(made / "bytes.parquet"), image_column="caption", streaming=streaming)
-    with pytest.raises(SourceError, match="Column 'caption' of .* holds List.*, not images"):
+    with pytest.raises(SourceError, match=r"Column 'caption' of .* holds List.*, not images"):
         load_source(source)
 
 

@@ -1,0 +1,35 @@
+"""A text encoder for cache tests: cheap, and a pure function of the text."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llm2clip_training.data import CacheManifest, build_embedding_cache
+
+WIDTH = 8
+
+
+def embed(texts: list[str]) -> torch.Tensor:
+    seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") for text in texts]
+    rows = np.stack([np.random.default_rng(seed).standard_normal(WIDTH, dtype=np.float32) for seed in seeds])
+    return torch.from_numpy(rows)
+
+
+def build(folder: Path, texts: list[str], encoder: Any = embed, **fields: Any) -> CacheManifest:
+    settings: dict[str, Any] = {
+        "fingerprint": "finger-a",
+        "text_model_name": "tiny-encoder",
+        "hidden_size": WIDTH,
+        "pooling": "mean",
+        "prompt_prefix": "user: ",
+        "prompt_suffix": "<eot>",
+        "max_length": 64,
+        "shard_size": 10,
+        "embed_size": 4,
+    }
+    return build_embedding_cache(folder, texts, encoder, **{**settings, **fields})
