@@ -146,11 +146,12 @@ def _convert_collection(value: Any, hint: Any, kind: type) -> Any:
         value = yaml.safe_load(value)
         if kind is list and not isinstance(value, list):
             value = [value]
+    items: Any = value
     if not isinstance(value, kind):
         raise ValueError(value)
     arguments = typing.get_args(hint)
     if kind is list and arguments:
-        return [convert(item, arguments[0]) for item in value]
+        return [convert(item, arguments[0]) for item in items]
     return value
 
 
@@ -176,7 +177,7 @@ def describe(hint: Any) -> str:
             getattr(typing.get_args(hint)[0], "__name__", ""), "mappings"
         )
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return "one of " + ", ".join(str(option.value) for option in list(hint))
+        return "one of " + ", ".join(str(option.value) for option in hint.__members__.values())
     if hint is dict or origin is dict:
         return "a mapping"
     return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -105,8 +105,8 @@ class BatchPlanner:
     """Cuts one source's rows into batches without conflicts, anew each epoch.
 
     Rows are taken in random order. One that conflicts with the batch at hand waits under the key that it shares
-    with it; each new batch first takes one row from every waiting line, the longest first, since rows that wait
-    under one key need a batch each.
+    with it; each new batch first takes one row from every waiting line, since rows that wait under one key need a
+    batch each.
 
     Args:
         table: The source.
@@ -146,7 +146,7 @@ class BatchPlanner:
             batch: list[int] = []
             own: set[int] = set()
             negative: set[int] = set()
-            for key in sorted(waiting, key=lambda key: -len(waiting[key])):
+            for key in list(waiting):
                 if len(batch) == self.batch_size:
                     break
                 row = waiting[key].popleft()

@@ -67,13 +67,14 @@ class PairCollator:
             if without < len(pairs):
                 raise ValueError(f"{without} of {len(pairs)} pairs of a batch have no negative; all or none must.")
             del places["negative"]
-        batch: dict[str, Any] = {"num_truncated": 0, "source": pairs[0]["source"]}
+        batch: dict[str, Any] = {}
+        num_truncated = 0
         for place, instruction in places.items():
             batch[place], truncated = self.tokenize(
-                [pair[place] for pair in pairs], [pair.get(instruction) for pair in pairs]
+                [pair[place] for pair in pairs], [pair[instruction] for pair in pairs]
             )
-            batch["num_truncated"] += truncated
-        return batch
+            num_truncated += truncated
+        return {**batch, "source": pairs[0]["source"], "num_truncated": num_truncated}
 
     def tokenize(
         self, captions: Sequence[str], instructions: Sequence[str | None]

@@ -351,28 +351,38 @@ def _from_disk(folder: Path, split: str, streaming: bool) -> OpenedTable:
 
 def _keep_encoded(table: Table, column: str, folders: list[str], path: str) -> Table:
     """Images as encoded bytes or absolute paths, not decoded by `datasets`: decoding reports damage by key."""
-    if table.features is None:
-        return table
+    if table.features is None:  # a stream of a format whose types are known row by row only
+        return table.map(_absolute_paths, batched=True, fn_kwargs={"column": column, "folders": folders, "path": path})
     feature = table.features[column]
     dtype = feature.dtype if isinstance(feature, datasets.Value) else None
     is_record = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
     if not (isinstance(feature, datasets.Image) or is_record or dtype in PATH_TYPES + BYTES_TYPES):
         raise SourceError(f"Column {column!r} of {path} holds {feature}, not images (encoded bytes or paths).")
     if dtype in PATH_TYPES:
-        options: dict[str, Any] = {"features": table.features} if isinstance(table, datasets.IterableDataset) else {}
+        features = table.features.copy()
+        features[column] = datasets.Value("string")  # datasets 4 cannot turn large_string into images
         table = table.map(
-            _absolute_paths, batched=True, fn_kwargs={"column": column, "folders": folders, "path": path}, **options
+            _absolute_paths,
+            batched=True,
+            fn_kwargs={"column": column, "folders": folders, "path": path},
+            features=features,
         )
     return table.cast_column(column, datasets.Image(decode=False))
 
 
 def _absolute_paths(batch: dict[str, list[Any]], column: str, folders: list[str], path: str) -> dict[str, list[Any]]:
-    paths = [None if file is None else str(file) for file in batch[column]]
-    relative = [file for file in paths if file is not None and not os.path.isabs(file) and "://" not in file]
+    values = batch[column]
+    relative = {
+        value for value in values if isinstance(value, str) and not os.path.isabs(value) and "://" not in value
+    }
     if relative and len(folders) != 1:
         raise SourceError(
-            f"The image path {relative[0]!r} of {path} is relative, but the data files are in "
+            f"The image path {min(relative)!r} of {path} is relative, but the data files are in "
             f"{len(folders)} folders; give one source per folder, or absolute paths."
         )
-    known = set(relative)
-    return {column: [os.path.join(folders[0], file) if file in known else file for file in paths]}
+    return {
+        column: [
+            os.path.join(folders[0], value) if isinstance(value, str) and value in relative else value
+            for value in values
+        ]
+    }

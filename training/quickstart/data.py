@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class QuickstartData:
 
     @classmethod
     def find(cls, path: str | None, caption_columns: list[str]) -> QuickstartData:
-        """Look at a data set; where validation or test are missing, parts of `train` that training leaves out stand in.
+        """Look at a data set. Where validation and test are missing, parts of `train` stand in, kept from training.
 
         Args:
             path: Folder or Hub id; None takes the bundled concepts.
@@ -52,12 +53,13 @@ class QuickstartData:
                 found.append(split)
             except SourceError as error:
                 logger.info("%s", error)
-        splits = ["train", "train[:80%]", "train[80%:90%]", "train[90%:]"]
+        splits = {"train": "train", "validation": "train[80%:90%]", "test": "train[90%:]"}
         if found:
-            splits = ["train", "train", found[0], found[-1]]
+            splits |= {"validation": found[0], "test": found[-1]}
         else:
+            splits["train"] = "train[:80%]"
             logger.info("the last fifth of %s is kept from training, for validation and test.", path)
-        return cls(path, caption_columns, *splits[1:], glosses=str(bundled / "glosses"))
+        return cls(path=path, caption_columns=caption_columns, glosses=str(bundled / "glosses"), **splits)
 
     @property
     def query_column(self) -> str:
@@ -74,8 +76,9 @@ class QuickstartData:
 
     def pair_sources(self) -> list[PairSource]:
         """What stage 1 trains on: the glosses, and the captions of images that have several."""
-        return [self.gloss_pairs("train"), *([self.caption_pairs(self.train)] if self.has_pairs() else [])]
+        return [self.gloss_pairs("train"), *([self.caption_pairs(self.train)] if self.has_pairs else [])]
 
+    @cached_property
     def has_pairs(self) -> bool:
         """Whether an image has two captions, which stage 1 can pull together."""
         try:
@@ -84,10 +87,11 @@ class QuickstartData:
             logger.info("stage 1 uses the bundled glosses alone: %s", error)
             return False
 
+    @cached_property
     def caption_sets(self) -> dict[str, CaptionRetrieval]:
         """The caption retrieval sets of the results table."""
         sets = {"lemma_to_gloss": CaptionRetrieval.from_source(self.gloss_pairs("test"))}
-        if self.has_pairs():
+        if self.has_pairs:
             sets["name_to_keywords"] = CaptionRetrieval.from_source(self.caption_pairs(self.test))
         return sets
 
@@ -95,6 +99,7 @@ class QuickstartData:
         """The test images with the captions of one column, by default the query column."""
         return CaptionSource(self.path, split=self.test, caption_columns=[column or self.query_column])
 
+    @cached_property
     def translations(self) -> dict[str, str]:
         """The columns that hold the query caption in other languages, by language."""
         columns = {name: f"{self.query_column}_{code}" for code, name in LANGUAGES.items()}
@@ -111,7 +116,7 @@ class QuickstartData:
         """Everything that is embedded: the captions of all splits, and the test captions' translations."""
         splits = dict.fromkeys((self.train, self.validation, self.test))
         sources = [CaptionSource(self.path, split=split, caption_columns=self.caption_columns) for split in splits]
-        return sources + [self.test_source(column) for column in self.translations().values()]
+        return sources + [self.test_source(column) for column in self.translations.values()]
 
     def settings(self) -> dict[str, Any]:
         """What decides the data, as JSON values."""

@@ -160,7 +160,7 @@ class Quickstart:
         model: Any = LLM2CLIPTextModel.from_pretrained(folder, config=config)
         model.to(PartialState().device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        return {name: retrieval(model, tokenizer) for name, retrieval in self.data.caption_sets().items()}
+        return {name: retrieval(model, tokenizer) for name, retrieval in self.data.caption_sets.items()}
 
     def _stage1(self, resume: bool) -> dict[str, Any]:
         folder = self.towers["stage1"]
@@ -224,7 +224,7 @@ class Quickstart:
         processor = AutoProcessor.from_pretrained(config.output_dir)
         columns = [self.data.query_column]
         if name == "stage1":
-            columns += self.data.translations().values()
+            columns += self.data.translations.values()
         return {
             "metrics": metrics,
             "history": _history(self._stage2_folder(name)),
@@ -266,7 +266,7 @@ class Quickstart:
             "stage 2 with the raw LLM": steps["stage2-raw"]["retrieval"][self.data.query_column],
             "stage 2 with the stage-1 LLM": trained[self.data.query_column],
         }
-        for language, column in self.data.translations().items():
+        for language, column in self.data.translations.items():
             image_rows[f"stage 2 with the stage-1 LLM, {language} captions"] = trained[column]
         return {
             "settings": {**asdict(self.config), **self.profile, **self.data.settings(), **self.weights},

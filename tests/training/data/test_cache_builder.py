@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2clip_training.data import CacheIncompleteError, CacheMismatchError, EmbeddingCache
+from llm2clip_training.data import CacheIncompleteError, CacheMismatchError, EmbeddingCache, cache_builder
 
 from .encoder import build, embed
 
@@ -131,6 +132,34 @@ def test_torn_shard_of_a_crashed_machine_is_made_anew(tmp_path: Path) -> None:
     build(tmp_path, TEXTS)
     build(tmp_path / "unbroken", TEXTS)
     assert _contents(tmp_path) == _contents(tmp_path / "unbroken")
+
+
+def test_shard_cut_short_while_it_is_written_never_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half a shard")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(cache_builder, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        build(tmp_path, TEXTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    monkeypatch.undo()
+    assert build(tmp_path, TEXTS).status == "complete"
+
+
+def test_kill_between_writing_and_renaming_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(source: Path, target: Path) -> None:
+        if target.name.startswith("shard"):
+            raise KilledError
+        replace(source, target)
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KilledError):
+        build(tmp_path, TEXTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def _in_ranks(world: int, work: Callable[[int, Callable[[], None]], None]) -> list[BaseException]:

@@ -63,7 +63,7 @@ def test_ids_are_those_of_the_processor(prompted: tuple[PreTrainedTokenizerFast,
 
 
 @pytest.mark.parametrize(
-    "instruction", ["Given a caption, find a similar one: ", "Given a caption:", "Gib\u00e4 \U0001f98a: "]
+    "instruction", ["Given a caption, find a similar one: ", "Given a caption:", "Find:\n", "Gib\u00e4 \U0001f98a: "]
 )
 def test_instruction_is_context(prompted: tuple[PreTrainedTokenizerFast, int], instruction: str) -> None:
     tokenizer, num_prefix = prompted
@@ -73,8 +73,8 @@ def test_instruction_is_context(prompted: tuple[PreTrainedTokenizerFast, int], i
     assert cut == 0
     context, pooled = _split(tensors, 0)
     bare_context, bare_pooled = _split(tensors, 1)
-    text = instruction if instruction.endswith(" ") else instruction + " "
-    assert tokenizer.decode(context[len(bare_context) :]) == text.rstrip()
+    text = instruction if instruction[-1].isspace() else instruction + " "
+    assert tokenizer.decode(context[len(bare_context) :]) == text.rstrip(" ")
     assert tokenizer.decode(pooled).strip() == tokenizer.decode(bare_pooled)
     assert [*context, *pooled] == tokenizer(text + caption)["input_ids"]
 

