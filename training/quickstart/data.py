@@ -83,7 +83,9 @@ class QuickstartData:
         """Whether an image has two captions, which stage 1 can pull together."""
         try:
             return len(PairDataset(self.caption_pairs(self.test))) > 0
-        except SourceError as error:
+        except SourceError:
+            raise
+        except ValueError as error:
             logger.info("stage 1 uses the bundled glosses alone: %s", error)
             return False
 

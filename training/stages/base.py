@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2clip_training.data.sampling import EpochBatchSampler
@@ -42,18 +42,6 @@ class StageConfig(TrainingArguments):
         return self.seed if self.data_seed is None else self.data_seed
 
 
-class EpochCallback(TrainerCallback):
-    """Tells our batch sampler the epoch, also behind the wrappers that accelerate puts around it on resuming."""
-
-    def __init__(self, sampler: EpochBatchSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.sampler.set_epoch(int(state.epoch or 0))
-
-
 class StageTrainer(Trainer):
     """A Trainer whose training batches come from `batch_sampler()`, so that several processes see the global batches
     of one process with a larger batch, and a resumed run those of an unbroken one."""
@@ -75,20 +63,14 @@ class StageTrainer(Trainer):
             "prefetch_factor": self.args.dataloader_prefetch_factor if workers > 0 else None,
         }
         if isinstance(dataset, IterableDataset):
-            options |= {"batch_size": self.args.per_device_train_batch_size, "drop_last": True}
-            # Each process reads its own part of a stream already, so accelerate must not split it again.
-            return (
-                self.accelerator.prepare_data_loader(DataLoader(dataset, **options), device_placement=True)
-                if self.accelerator.num_processes == 1
-                else DataLoader(dataset, **options)
-            )
+            # A stream is split by process already, so accelerate must not split it again.
+            return DataLoader(dataset, batch_size=self.args.per_device_train_batch_size, drop_last=True, **options)
         sampler: Any = self.batch_sampler()
         if len(sampler) == 0:
             raise ValueError(
                 f"the training data does not fill one batch of {sampler.global_batch_size}; lower "
                 "per_device_train_batch_size or add data."
             )
-        self.add_callback(EpochCallback(sampler))
         return self.accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, **options))
 
 

@@ -299,7 +299,9 @@ def open_cache(config: VisionAlignmentConfig, model: LLM2CLIPModel) -> Embedding
     """The run's embedding cache, which has to be the work of the model's LLM; its fingerprint goes into the config."""
     assert config.embedding_cache is not None
     expected = model.config.text_model_fingerprint
-    cache = EmbeddingCache.open(config.embedding_cache, expected, verify=config.verify_cache)
+    cache = EmbeddingCache.open(
+        config.embedding_cache, expected, verify=config.verify_cache and config.process_index == 0
+    )
     width = model.config.text_config.hidden_size
     if cache.hidden_size != width:
         raise ValueError(

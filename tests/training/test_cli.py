@@ -1,0 +1,78 @@
+"""The command line: help, one clear error, the evaluate job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llm2clip_training import cli
+from modeling_llm2clip import LLM2CLIPModel
+from tests.modeling import tiny as tiny_models
+from tests.training import tiny
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_shows_every_field_with_its_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_code:
+        cli.main([command, "--help"])
+    assert exit_code.value.code == 0
+    text = capsys.readouterr().out
+    assert "default: " in text
+    assert {"stage1": "--lora_rank", "stage2": "--vision_layer_decay"}.get(command, "") in text
+
+
+def test_top_level_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert all(command in capsys.readouterr().out for command in ["quickstart"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stage1", "--lora_rnk", "4"], "there is no option --lora_rnk; did you mean 'lora_rank'?"),
+        (["stage1", "no_such_recipe"], "the recipe no_such_recipe does not exist"),
+        (["stage2", "--embedding_cache", "x", "--max_steps", "many"], "max_steps is 'many'"),
+        (["evaluate", "x", "--task", "guessing", "--data", "y"], "task 'guessing' is unknown"),
+        (["evaluate", "x"], "evaluate needs data"),
+        (["embed"], "EmbedConfig needs output_dir, text_model_name_or_path, sources"),
+        (["quickstart", "--profile", "fast"], "the recipe fast does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line_without_traceback(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    with pytest.raises((ValueError, FileNotFoundError)):
+        cli.main([*arguments, "--traceback"])
+
+
+def test_evaluate_retrieval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_models.save(tmp_path / "model")
+    data = json.dumps(tiny.concepts("test", max_samples=24))
+    result = tmp_path / "result.json"
+    arguments = ["evaluate", str(tmp_path / "model"), "--data", data, "--caption_columns", "caption"]
+    assert cli.main([*arguments, "--output", str(result)]) == 0
+    assert "text_to_image_recall@1: " in capsys.readouterr().out
+    metrics = json.loads(result.read_text())
+    assert metrics["num_images"] == 24
+    assert 0 < metrics["num_texts"] <= 24
+
+
+def test_evaluate_caption_retrieval_of_a_joint_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model: LLM2CLIPModel = tiny_models.save(tmp_path / "model")
+    model.text_model.save_pretrained(tmp_path / "llm")
+    tiny_models.processor().tokenizer.save_pretrained(tmp_path / "llm")
+    options = ["--task", "caption_retrieval", "--data", tiny.GLOSSES]
+    columns = ["--query_column", "lemmas", "--target_column", "gloss"]
+    results = []
+    for name in ("model", "llm"):
+        assert cli.main(["evaluate", str(tmp_path / name), *options, *columns]) == 0
+        results.append(capsys.readouterr().out)
+    assert "num_targets: 586" in results[0]
+    assert results[0] == results[1]
