@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenizers import processors
 from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import __version__ as transformers_version
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
@@ -112,9 +113,10 @@ class LLM2CLIPProcessor(ProcessorMixin):
     captions that were cut is logged.
     """
 
-    attributes = ["image_processor", "tokenizer"]  # transformers 4 reads these three, version 5 the signature
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
+    if transformers_version.startswith("4."):  # version 5 reads the signature, and warns about these
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
         super().__init__(image_processor, tokenizer, **kwargs)
@@ -135,11 +137,11 @@ class LLM2CLIPProcessor(ProcessorMixin):
             return super().__call__(images=images, **kwargs)
         texts = [text] if isinstance(text, str) else list(text) if isinstance(text, (list, tuple)) else [text]
         check_captions(texts)
-        text_kwargs = dict(kwargs.pop("text_kwargs", {}))
-        for option in ("padding", "truncation"):
-            if option not in kwargs:
-                text_kwargs.setdefault(option, True)
-        features = super().__call__(images=images, text=text, text_kwargs=text_kwargs, **kwargs)
+        if "text_kwargs" in kwargs:
+            kwargs["text_kwargs"] = {"padding": True, "truncation": True, **kwargs["text_kwargs"]}
+        else:
+            kwargs = {"padding": True, "truncation": True, **kwargs}
+        features = super().__call__(images=images, text=text, **kwargs)
         ids = (
             [features["input_ids"]]
             if isinstance(text, str) and "return_tensors" not in kwargs

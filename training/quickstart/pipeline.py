@@ -263,11 +263,11 @@ class Quickstart:
         trained = steps["stage2-stage1"]["retrieval"]
         image_rows = {
             "before training": steps["before"][self.data.query_column],
-            "stage 2 with the raw LLM": steps["stage2-raw"]["retrieval"][self.data.query_column],
-            "stage 2 with the stage-1 LLM": trained[self.data.query_column],
+            "stage 2, raw LLM": steps["stage2-raw"]["retrieval"][self.data.query_column],
+            "stage 2, stage-1 LLM": trained[self.data.query_column],
         }
         for language, column in self.data.translations.items():
-            image_rows[f"stage 2 with the stage-1 LLM, {language} captions"] = trained[column]
+            image_rows[f"  the same, {language} captions"] = trained[column]
         return {
             "settings": {**asdict(self.config), **self.profile, **self.data.settings(), **self.weights},
             "caption_retrieval": {

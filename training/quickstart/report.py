@@ -158,7 +158,7 @@ def _caption_table(rows: dict[str, Any]) -> str:
 
 def _image_table(rows: dict[str, Any]) -> str:
     body = "".join(
-        f"<tr{' class=best' if row == 'stage 2 with the stage-1 LLM' else ''}><td>{_text(row)}</td>"
+        f"<tr{' class=best' if row == 'stage 2, stage-1 LLM' else ''}><td>{_text(row)}</td>"
         f"<td>{_percent(metrics, 'text_to_image_')}</td><td>{_percent(metrics, 'image_to_text_')}</td>"
         f"<td>{metrics['num_texts']}</td><td>{metrics['num_images']}</td></tr>"
         for row, metrics in rows.items()
@@ -174,11 +174,14 @@ def _plot(history: dict[str, list[dict[str, float]]]) -> str:
     for name, log in history.items():
         axis = axes[0] if name == "stage1" else axes[1]
         points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+        if not points:
+            continue
         axis.plot(*zip(*points, strict=True), label=titles[name], marker="." if len(points) < 30 else None)
     for axis, title in zip(axes, ("Stage 1: caption contrastive loss", "Stage 2: image-text loss"), strict=True):
         axis.set(title=title, xlabel="step", ylabel="loss")
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     return _figure(figure)
 
 

@@ -58,7 +58,7 @@ class StageTrainer(Trainer):
         options: dict[str, Any] = {
             "collate_fn": self.data_collator,
             "num_workers": workers,
-            "pin_memory": self.args.dataloader_pin_memory,
+            "pin_memory": self.args.dataloader_pin_memory and self.args.device.type != "cpu",
             "persistent_workers": self.args.dataloader_persistent_workers and workers > 0,
             "prefetch_factor": self.args.dataloader_prefetch_factor if workers > 0 else None,
         }

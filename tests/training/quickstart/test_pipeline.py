@@ -61,7 +61,7 @@ def test_whole_story(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
         assert row in shown
         assert results["caption_retrieval"][row]["lemma_to_gloss"]["num_targets"] == 586
     rows = list(results["image_retrieval"])
-    assert rows[:3] == ["before training", "stage 2 with the raw LLM", "stage 2 with the stage-1 LLM"]
+    assert rows[:3] == ["before training", "stage 2, raw LLM", "stage 2, stage-1 LLM"]
     assert rows[3].endswith("German captions")
     assert results["image_retrieval"]["before training"]["num_images"] == 24
     assert results["seconds"].keys() >= {"stage1", "stage2-raw", "stage2-stage1"}
