@@ -161,7 +161,7 @@ class MaskCollator:
     """Masks tokens with transformers' collator; what it masks is a function of the seed and the samples alone.
 
     Args:
-        tokenizer: The LLM's own tokenizer; gets the mask token.
+        tokenizer: The LLM's own tokenizer; gets the mask token, and EOS as padding token if it has none.
         config: The settings.
 
     Raises:
@@ -172,6 +172,8 @@ class MaskCollator:
         if config.mask_token not in tokenizer.get_vocab():
             raise ValueError(f"mask_token {config.mask_token!r} is not a token of {tokenizer.name_or_path}.")
         tokenizer.mask_token = config.mask_token
+        # Blocks are all of one length, but the collator insists on a padding token.
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         self.seed = config.sampling_seed
         self.collator = DataCollatorForLanguageModeling(
             tokenizer,
@@ -195,9 +197,7 @@ def _load_language_model(config: MNTPConfig) -> tuple[PreTrainedModel, PreTraine
         )
     options = loading_options(config.dtype, config.attn_implementation, revision)
     model = AutoModelForCausalLM.from_pretrained(name, **options)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return model, tokenizer
+    return model, AutoTokenizer.from_pretrained(name, revision=revision)
 
 
 def run(config: MNTPConfig, resume: bool = False) -> dict[str, Any]:

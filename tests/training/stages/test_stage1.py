@@ -28,8 +28,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_leaves_a_text_tower_that_strangers_load(inputs: Inputs, tmp_path: Path) -> None:
     gloss_test = {"path": tiny.GLOSSES, "split": "test", "anchor_column": "lemmas", "positive_column": "gloss"}
-    metrics = run(tmp_path, inputs.llm, eval_sources={"glosses": gloss_test}, eval_strategy="steps", eval_steps=3)
+    metrics = run(
+        tmp_path,
+        inputs.llm,
+        eval_sources={"glosses": gloss_test},
+        eval_strategy="steps",
+        eval_steps=3,
+        report_to="tensorboard",
+    )
     assert metrics["eval_glosses_num_targets"] == 586
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
     model = AutoModel.from_pretrained(tmp_path)
     assert isinstance(model, LLM2CLIPTextModel)
     assert (tmp_path / "modeling_llm2clip_text.py").exists()
