@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,26 @@ class StageConfig(TrainingArguments):
 
 
 class StageTrainer(Trainer):
-    """A Trainer whose training batches come from `batch_sampler()`, so that several processes see the global batches
-    of one process with a larger batch, and a resumed run those of an unbroken one."""
+    """A Trainer whose batches come from `batch_sampler()` and whose evaluation is retrieval.
+
+    Several processes see the global batches of one process with a larger batch, and a resumed run those of an unbroken
+    one.
+
+    Args:
+        retrieval: Retrieval sets by name, which `evaluate()` measures.
+        kwargs: See `transformers.Trainer`.
+    """
+
+    def __init__(self, *, retrieval: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        self.retrieval = retrieval or {}
+        # The Trainer insists on an evaluation set; ours are those of `retrieval`.
+        super().__init__(eval_dataset=list(self.retrieval) or None, **kwargs)
+        # The losses are means over the batch, so that the Trainer has to divide them by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+
+    def measure(self, model: Any, retrieval: Any) -> dict[str, float | int]:
+        """Metrics of the model on one of the retrieval sets."""
+        raise NotImplementedError
 
     def batch_sampler(self) -> EpochBatchSampler:
         """The sampler of a map-style training set: `num_replicas` is the number of processes."""
@@ -72,6 +90,34 @@ class StageTrainer(Trainer):
                 "per_device_train_batch_size or add data."
             )
         return self.accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, **options))
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure every retrieval set; returns and logs the metrics as `eval_<set>_<metric>`."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        metrics: dict[str, float] = {}
+        for name, retrieval in self.retrieval.items():
+            scores = self.measure(model, retrieval)
+            metrics |= {f"{metric_key_prefix}_{name}_{key}": value for key, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def fit(self, checkpoint: str | None) -> dict[str, Any]:
+        """Train, evaluate at the end, and keep the log beside the result.
+
+        Args:
+            checkpoint: Checkpoint to go on from.
+
+        Returns:
+            The metrics of training and evaluation.
+        """
+        metrics = self.train(resume_from_checkpoint=checkpoint).metrics
+        if self.retrieval:
+            metrics |= self.evaluate()
+        self.save_state()
+        return metrics
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:

@@ -103,7 +103,7 @@ class MNTPTrainer(TextTowerTrainer):
 
     Args:
         head: The LLM's output embedding, `hidden_size` to vocabulary.
-        kwargs: See [`TextTowerTrainer`].
+        kwargs: See [`StageTrainer`].
     """
 
     args: MNTPConfig
@@ -229,9 +229,6 @@ def run(config: MNTPConfig, resume: bool = False) -> dict[str, Any]:
         processing_class=tokenizer,
         retrieval=retrieval,
     )
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if retrieval:
-        metrics |= trainer.evaluate()
-    trainer.save_state()
+    metrics = trainer.fit(checkpoint)
     trainer.save_result(config.output_dir, config.save_format)
     return metrics

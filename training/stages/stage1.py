@@ -128,9 +128,6 @@ def run(config: CaptionContrastiveConfig, resume: bool = False) -> dict[str, Any
         processing_class=tokenizer,
         retrieval=retrieval,
     )
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if retrieval:
-        metrics |= trainer.evaluate()
-    trainer.save_state()
+    metrics = trainer.fit(checkpoint)
     trainer.save_result(config.output_dir, config.save_format)
     return metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -139,10 +140,9 @@ class VisionAlignmentTrainer(StageTrainer):
 
     Args:
         frozen: The vision tower's frozen layers, where the training set holds their states.
-        retrieval: Retrieval sets by name, evaluated by `evaluate()`.
-        embed: Maps captions to the LLM's embeddings, for `retrieval`.
+        embed: Maps captions to the LLM's embeddings, for the retrieval sets.
         skip_log: Where skipped samples are listed.
-        kwargs: See `transformers.Trainer`.
+        kwargs: See [`StageTrainer`].
     """
 
     args: VisionAlignmentConfig
@@ -151,19 +151,14 @@ class VisionAlignmentTrainer(StageTrainer):
         self,
         *,
         frozen: FrozenLayers | None = None,
-        retrieval: dict[str, ImageTextRetrieval] | None = None,
-        embed: Any = None,
+        embed: Callable[[list[str]], Tensor] | None = None,
         skip_log: SkipLog | None = None,
         **kwargs: Any,
     ) -> None:
         self.frozen = frozen
-        self.retrieval = retrieval or {}
         self.embed = embed
         self.skip_log = skip_log
-        # The Trainer insists on an evaluation set; ours are those of `retrieval`.
-        super().__init__(eval_dataset=list(self.retrieval) or None, **kwargs)
-        # The loss is a mean over the batch, so that the Trainer has to divide it by the accumulation steps.
-        self.model_accepts_loss_kwargs = False
+        super().__init__(**kwargs)
         self.add_callback(ClampLogitScale())
 
     def batch_sampler(self) -> SampleIndexBatchSampler:
@@ -239,20 +234,9 @@ class VisionAlignmentTrainer(StageTrainer):
             logs["skipped_samples"] = self.skip_log.count
         super().log(logs, start_time)
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Image-text retrieval on every set of `retrieval`."""
-        model = self.accelerator.unwrap_model(self.model).eval()
-        metrics: dict[str, float] = {}
-        for name, retrieval in self.retrieval.items():
-            scores = retrieval(
-                model, self.embed, self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
-            )
-            metrics |= {f"{metric_key_prefix}_{name}_{key}": value for key, value in scores.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    def measure(self, model: LLM2CLIPModel, retrieval: ImageTextRetrieval) -> dict[str, float | int]:
+        assert self.embed is not None
+        return retrieval(model, self.embed, self.args.per_device_eval_batch_size, self.args.dataloader_num_workers)
 
     def save_result(self, output_dir: str | Path) -> None:
         """Save model, processor and code as a Hub repo holds them."""
@@ -391,10 +375,7 @@ def run(config: VisionAlignmentConfig, resume: bool = False) -> dict[str, Any]:
         embed=cache.lookup if cache is not None else _online(model.text_model, tokenizer),
         skip_log=SkipLog(Path(config.output_dir) / f"skipped-{config.process_index}.jsonl"),
     )
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if retrieval:
-        metrics |= trainer.evaluate()
-    trainer.save_state()
+    metrics = trainer.fit(checkpoint)
     trainer.save_result(config.output_dir)
     return metrics
 

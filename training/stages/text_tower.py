@@ -65,21 +65,13 @@ class TextTowerConfig(StageConfig):
 
 
 class TextTowerTrainer(StageTrainer):
-    """Trains an [`LLM2CLIPTextModel`], evaluates caption retrieval, saves with tokenizer and remote code.
-
-    Args:
-        retrieval: Caption retrieval sets by name, evaluated by `evaluate()`.
-        kwargs: See `transformers.Trainer`.
-    """
+    """Trains an [`LLM2CLIPTextModel`], evaluates caption retrieval, saves with tokenizer and remote code."""
 
     model: LLM2CLIPTextModel
 
-    def __init__(self, *, retrieval: dict[str, CaptionRetrieval] | None = None, **kwargs: Any) -> None:
-        self.retrieval = retrieval or {}
-        # The Trainer insists on an evaluation set; ours are those of `retrieval`.
-        super().__init__(eval_dataset=list(self.retrieval) or None, **kwargs)
-        # The loss is a mean over the batch, so that the Trainer has to divide it by the accumulation steps.
-        self.model_accepts_loss_kwargs = False
+    def measure(self, model: LLM2CLIPTextModel, retrieval: CaptionRetrieval) -> dict[str, float | int]:
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        return retrieval(model, tokenizer, self.args.per_device_eval_batch_size)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         text_model = self.accelerator.unwrap_model(model or self.model)
@@ -105,20 +97,6 @@ class TextTowerTrainer(StageTrainer):
             text_model.save_pretrained(output_dir)
             cast(PreTrainedTokenizerBase, self.processing_class).save_pretrained(output_dir)
         self.accelerator.wait_for_everyone()
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Caption retrieval on every set of `retrieval`."""
-        model = self.accelerator.unwrap_model(self.model).eval()
-        metrics: dict[str, float] = {}
-        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-        for name, retrieval in self.retrieval.items():
-            scores = retrieval(model, tokenizer, self.args.per_device_eval_batch_size)
-            metrics |= {f"{metric_key_prefix}_{name}_{key}": value for key, value in scores.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
 
 def load_text_tower(
