@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -160,7 +163,11 @@ class Quickstart:
         model: Any = LLM2CLIPTextModel.from_pretrained(folder, config=config)
         model.to(PartialState().device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        return {name: retrieval(model, tokenizer) for name, retrieval in self.data.caption_sets.items()}
+        with _progress_bars():
+            return {
+                name: retrieval(model, tokenizer, show_progress_bar=True)
+                for name, retrieval in self.data.caption_sets.items()
+            }
 
     def _stage1(self, resume: bool) -> dict[str, Any]:
         folder = self.towers["stage1"]
@@ -234,10 +241,11 @@ class Quickstart:
     def _retrieval(self, model: Any, processor: Any, cache: str, columns: list[str]) -> dict[str, Any]:
         model.to(PartialState().device).eval()
         lookup = EmbeddingCache.open(self._cache(cache)).lookup
-        return {
-            column: ImageTextRetrieval(self.data.test_source(column), processor.image_processor)(model, lookup)
-            for column in columns
-        }
+        results = {}
+        for column in columns:
+            retrieval = ImageTextRetrieval(self.data.test_source(column), processor.image_processor)
+            results[column] = retrieval(model, lookup, show_progress_bar=sys.stderr.isatty())
+        return results
 
     def _final(self, folder: Path, resume: bool) -> dict[str, Any]:
         """Bundle the LLM, and note a few logits by which anyone can check what they loaded."""
@@ -299,6 +307,17 @@ def run(config: QuickstartConfig) -> None:
     """
     transformers_logging.disable_progress_bar()
     Quickstart(config).run()
+
+
+@contextmanager
+def _progress_bars() -> Iterator[None]:
+    """Show transformers' bars, which are off otherwise: loading a model needs none."""
+    if sys.stderr.isatty():
+        transformers_logging.enable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.disable_progress_bar()
 
 
 def _history(folder: Path) -> list[dict[str, float]]:
