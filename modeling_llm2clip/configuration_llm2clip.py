@@ -94,6 +94,8 @@ class LLM2CLIPTextConfig(PretrainedConfig):
         num_prefix_tokens: Tokens before the caption (BOS and prefix). Without an explicit `pooling_mask` the model
             pools over the real tokens after those.
         max_text_length: Longest input in tokens, prompt included; a longer caption is cut at its own end.
+        prompt_token_ids: Tokens of an empty caption, by which a tokenizer is known to hold the prompt.
+        fingerprint: What identifies the weights, prompt and pooling; written when the tower is saved.
         bidirectional: Whether every token attends to the whole caption. `False` keeps the decoder causal, as a
             baseline.
     """
@@ -110,6 +112,8 @@ class LLM2CLIPTextConfig(PretrainedConfig):
         prompt_suffix: str = "",
         num_prefix_tokens: int = 0,
         max_text_length: int = 512,
+        prompt_token_ids: list[int] | None = None,
+        fingerprint: str | None = None,
         bidirectional: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -125,6 +129,8 @@ class LLM2CLIPTextConfig(PretrainedConfig):
         self.prompt_suffix = prompt_suffix
         self.num_prefix_tokens = num_prefix_tokens
         self.max_text_length = max_text_length
+        self.prompt_token_ids = prompt_token_ids
+        self.fingerprint = fingerprint
         self.bidirectional = bidirectional
         super().__init__(**kwargs)
 

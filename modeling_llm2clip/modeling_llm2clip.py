@@ -12,15 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.image_utils import load_image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
-from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig
-from .modeling_eva02 import EVA02VisionModel
-from .modeling_llm2clip_text import HUB_ARGUMENTS, LLM2CLIPTextModel, adopt_submodel, encode_batches
-from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel
+from .configuration_llm2clip import LLM2CLIPConfig
+from .modeling_llm2clip_adapter import LLM2CLIPTextAdapter
+from .modeling_llm2clip_text import LLM2CLIPTextModel
+from .modeling_llm2clip_utils import (
+    HUB_ARGUMENTS,
+    absolute_path,
+    adopt_submodel,
+    encode_batches,
+    execution_device,
+)
+from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel, load_vision_tower
 
 logger = logging.get_logger(__name__)
 
@@ -30,6 +37,7 @@ LOADING_ARGUMENTS = (
     "dtype",
     "max_memory",
     "offload_folder",
+    "quantization_config",
     "torch_dtype",
     "trust_remote_code",
 )
@@ -54,39 +62,6 @@ class LLM2CLIPOutput(ModelOutput):
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
     logit_scale: Tensor | None = None
-
-
-class LLM2CLIPAdapterBlock(nn.Module):
-    """`x + W2 GELU(W1 LN(x))`."""
-
-    def __init__(self, width: int, expansion: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, expansion * width)
-        self.fc2 = nn.Linear(expansion * width, width)
-
-    def forward(self, states: Tensor) -> Tensor:
-        return states + self.fc2(F.gelu(self.fc1(self.norm(states))))
-
-
-class LLM2CLIPTextAdapter(nn.Module):
-    """Maps an LLM's caption embedding to the shared space: residual blocks, LayerNorm, Linear (paper, section 3.2)."""
-
-    def __init__(self, config: LLM2CLIPConfig) -> None:
-        super().__init__()
-        width = config.text_config.hidden_size
-        self.normalize = config.adapter_normalize
-        self.blocks = nn.ModuleList(
-            LLM2CLIPAdapterBlock(width, config.adapter_expansion) for _ in range(config.adapter_num_layers)
-        )
-        self.norm = nn.LayerNorm(width)
-        self.proj = nn.Linear(width, config.projection_dim)
-
-    def forward(self, llm_embeds: Tensor) -> Tensor:
-        states = F.normalize(llm_embeds, dim=-1) if self.normalize else llm_embeds
-        for block in self.blocks:
-            states = block(states)
-        return self.proj(self.norm(states))
 
 
 class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
@@ -153,7 +128,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             model.load_text_model(**{**passed, **(text_model_kwargs or {})})
         if not text_model and model.config.text_model_name_or_path is None:
             # The weights stay where they are: say so, for load_text_model() and for the next save_pretrained().
-            model.config.text_model_name_or_path = os.fspath(pretrained_model_name_or_path)
+            model.config.text_model_name_or_path = absolute_path(pretrained_model_name_or_path)
             model.config.text_model_revision = kwargs.get("revision")
         return (model, info) if wants_info else model
 
@@ -164,6 +139,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         text_model: str | os.PathLike[str] | LLM2CLIPTextModel,
         *,
         vision_model_kwargs: dict[str, Any] | None = None,
+        text_model_kwargs: dict[str, Any] | None = None,
         **config_fields: Any,
     ) -> LLM2CLIPModel:
         """Start stage 2: a pretrained vision tower, a text tower, and a new projection and adapter.
@@ -173,21 +149,21 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             text_model: A text tower, which becomes part of the model, or the repo or folder that holds one, which is
                 recorded but not loaded.
             vision_model_kwargs: Passed to `from_pretrained` of the vision tower.
+            text_model_kwargs: How the text tower's config is read, such as `revision`.
             config_fields: Fields of [`LLM2CLIPConfig`], such as `projection_dim`.
         """
         if not isinstance(vision_model, PreTrainedModel):
-            vision_kwargs = dict(vision_model_kwargs or {})
-            hub = {key: vision_kwargs[key] for key in HUB_ARGUMENTS if key in vision_kwargs}
-            vision_config = AutoConfig.from_pretrained(vision_model, **hub)
-            vision_kwargs["config"] = getattr(vision_config, "vision_config", vision_config)
-            is_eva = vision_kwargs["config"].model_type == EVA02VisionConfig.model_type
-            loader = EVA02VisionModel if is_eva else AutoModel
-            vision_model = loader.from_pretrained(vision_model, **vision_kwargs)
+            vision_model = load_vision_tower(vision_model, vision_model_kwargs or {})
         if isinstance(text_model, PreTrainedModel):
             text_config = text_model.config
         else:
-            config_fields["text_model_name_or_path"] = os.fspath(text_model)
-            text_config = AutoConfig.from_pretrained(text_model)
+            text_config = AutoConfig.from_pretrained(text_model, **(text_model_kwargs or {}))
+            text_config = (
+                text_config.text_config if text_config.model_type == cls.config_class.model_type else text_config
+            )
+            config_fields["text_model_name_or_path"] = absolute_path(text_model)
+            config_fields["text_model_revision"] = (text_model_kwargs or {}).get("revision")
+            config_fields.setdefault("text_model_fingerprint", getattr(text_config, "fingerprint", None))
         # Copied, because a new config resets what its parts say about attention.
         config = cls.config_class(
             vision_config=copy.deepcopy(vision_model.config), text_config=copy.deepcopy(text_config), **config_fields
@@ -217,8 +193,11 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             raise ValueError("this model names no repo for its LLM; pass one: model.load_text_model(repo).")
         if revision is not None:
             kwargs["revision"] = revision
-        kwargs.setdefault("dtype", self.dtype)
-        text_model = LLM2CLIPTextModel.from_pretrained(name_or_path, config=self.config.text_config, **kwargs)
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", "auto")
+        text_model = LLM2CLIPTextModel.from_pretrained(name_or_path, default_config=self.config.text_config, **kwargs)
+        if kwargs.get("device_map") is None and kwargs.get("quantization_config") is None:
+            text_model.to(execution_device(self.vision_model))
         self.set_text_model(text_model, source=name_or_path)
 
     def set_text_model(self, text_model: LLM2CLIPTextModel, source: str | None = None) -> None:
@@ -245,9 +224,14 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
                 f"the adapter takes embeddings of width {expected_width} (it was trained with {ours}), but {source} "
                 f"gives {width}; load the LLM that belongs to this checkpoint."
             )
-        expected = self.config.text_model_fingerprint
-        actual = text_model.fingerprint() if expected is not None else None
-        if expected is not None and actual is None:
+        expected, actual = self.config.text_model_fingerprint, text_model.identity()
+        if expected is None:
+            # Nothing says yet which LLM the adapter belongs to: to this one, from now on.
+            self.config.text_model_fingerprint = actual
+            if source != self.config.text_model_name_or_path:
+                self.config.text_model_name_or_path = absolute_path(text_model.name_or_path or "") or None
+                self.config.text_model_revision = None
+        elif actual is None:
             logger.warning(f"the weights of {source} (quantised or offloaded) cannot be compared with {ours}.")
         elif actual != expected:
             raise ValueError(
@@ -285,7 +269,15 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             raise ValueError("the LLM carries a PEFT adapter; call model.text_model.merge_adapter() before saving.")
         if state_dict is None:
             state_dict = self.state_dict()
-        if not bundle:
+        if bundle:
+            text_state = {
+                key.removeprefix("text_model."): value
+                for key, value in state_dict.items()
+                if key.startswith("text_model.")
+            }
+            identity = self.text_model.fingerprint(text_state)
+            self.config.text_model_fingerprint = self.config.text_config.fingerprint = identity
+        else:
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith("text_model.")}
         if self._auto_class is not None:
             head = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
@@ -340,14 +332,14 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
                 input_ids=input_ids, attention_mask=attention_mask, pooling_mask=pooling_mask, **kwargs
             )
             states, llm_embeds = output.last_hidden_state, output.pooler_output
-        weight = self.text_adapter.proj.weight
         expected = self.config.text_config.hidden_size
         if llm_embeds.shape[-1] != expected:
             raise ValueError(
                 f"llm_embeds have width {llm_embeds.shape[-1]}, but this adapter takes {expected}: they come from "
                 "another LLM."
             )
-        features = self.text_adapter(llm_embeds.to(weight.device, weight.dtype))
+        llm_embeds = llm_embeds.to(execution_device(self.text_adapter), self.text_adapter.proj.weight.dtype)
+        features = self.text_adapter(llm_embeds)
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=features)
 
     def encode_text(
@@ -368,12 +360,12 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         Returns:
             Unit rows, float32 `(len(texts), projection_dim)` on the CPU, in input order.
         """
-        device = self.get_input_embeddings().weight.device if self.text_model is not None else self.device
+        device = execution_device(self if self.text_model is None else self.text_model)
         return encode_batches(
             texts,
             getattr(processor, "tokenizer", processor),
-            lambda batch: _unit(self.get_text_features(**batch.to(device))).float(),
-            num_prefix_tokens=self.config.text_config.num_prefix_tokens,
+            lambda batch: _unit(self.get_text_features(**batch.to(device))),
+            prompt_token_ids=self.config.text_config.prompt_token_ids,
             width=self.config.projection_dim,
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
@@ -402,14 +394,14 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         image_processor = getattr(processor, "image_processor", processor)
-        device = self.vision_model.device
+        device = execution_device(self.vision_model)
         result = torch.empty(len(images), self.config.projection_dim)
         starts = range(0, len(images), batch_size)
         for start in logging.tqdm(starts, desc="Encoding images", disable=not show_progress_bar):
             batch = [_as_image(image) for image in images[start : start + batch_size]]
             inputs = image_processor(images=batch, return_tensors="pt").to(device)
             with torch.inference_mode():
-                result[start : start + len(batch)] = _unit(self.get_image_features(**inputs)).float().cpu()
+                result[start : start + len(batch)] = _unit(self.get_image_features(**inputs)).cpu()
         return result
 
     def forward(
@@ -450,7 +442,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         logit_scale = self.logit_scale.exp().to(image_embeds.device)
         logits = loss = None
         if return_logits or return_loss:
-            logits = logit_scale * text_embeds.float() @ image_embeds.float().t()
+            logits = logit_scale * text_embeds @ image_embeds.t()
         if return_loss and logits is not None:
             pairs = torch.arange(len(logits), device=logits.device)
             loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.t(), pairs)) / 2
@@ -465,7 +457,8 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
 
 
 def _unit(features: Any) -> Tensor:
-    return F.normalize(features.pooler_output, dim=-1)
+    # In float32, so that rows of a 16-bit model have unit length too.
+    return F.normalize(features.pooler_output.float(), dim=-1)
 
 
 def _as_image(image: Any) -> Any:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,15 +16,19 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTraine
 from transformers import __version__ as transformers_version
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import find_adapter_config_file, logging
+from transformers.utils import find_adapter_config_file
 
-from .configuration_llm2clip import LLM2CLIPTextConfig
-from .processing_llm2clip import check_captions, count_cut_captions
+from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
+from .modeling_llm2clip_utils import (
+    adopt_submodel,
+    encode_batches,
+    execution_device,
+    hub_arguments,
+    refuse_missing,
+)
 
-logger = logging.get_logger(__name__)
-
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 FINGERPRINT_SAMPLES = 64
+COMPOSITE_TYPE = LLM2CLIPConfig.model_type
 
 
 def pool(hidden_states: Tensor, attention_mask: Tensor, pooling_mask: Tensor, mode: str) -> Tensor:
@@ -51,68 +56,6 @@ def pool(hidden_states: Tensor, attention_mask: Tensor, pooling_mask: Tensor, mo
         positions = torch.arange(pooling_mask.shape[1], device=pooling_mask.device)
         index = (positions * pooling_mask).argmax(dim=1)
     return hidden_states[torch.arange(len(index), device=index.device), index]
-
-
-def encode_batches(
-    texts: Sequence[str] | str,
-    tokenizer: PreTrainedTokenizerBase,
-    encode: Callable[[Any], Tensor],
-    *,
-    num_prefix_tokens: int,
-    width: int,
-    batch_size: int,
-    show_progress_bar: bool,
-) -> Tensor:
-    """Encode captions in batches of similar length and give the rows back in the order of the input.
-
-    Args:
-        texts: Captions; one string counts as a list of one.
-        tokenizer: The tokenizer that was saved with the model: it holds the prompt.
-        encode: Maps a tokenised batch to `(batch, width)`.
-        num_prefix_tokens: The prompt's tokens before the caption, which the tokenizer must add.
-        width: Columns of the result, also for no captions at all.
-        batch_size: Captions per batch.
-        show_progress_bar: Show a bar over the batches.
-
-    Returns:
-        float32 `(len(texts), width)` on the CPU.
-
-    Raises:
-        TypeError: An item is not a string (an image, say).
-        ValueError: A caption is empty, or the tokenizer does not hold the model's prompt.
-    """
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    check_captions(texts)
-    if not texts:
-        return torch.zeros(0, width)
-    if len(tokenizer("")["input_ids"]) < num_prefix_tokens:
-        raise ValueError(
-            f"the tokenizer ({tokenizer.name_or_path or 'unnamed'}) does not add the {num_prefix_tokens} prompt "
-            "tokens that this model was trained with; load it from the model's own folder with AutoTokenizer."
-        )
-    tokens = tokenizer(texts, truncation=True)["input_ids"]
-    count = count_cut_captions(tokenizer, texts, [len(ids) for ids in tokens])
-    if count:
-        logger.warning(f"{count} of {len(texts)} captions were cut at {tokenizer.model_max_length} tokens.")
-    order = sorted(range(len(texts)), key=lambda index: len(tokens[index]), reverse=True)
-    result = torch.empty(len(texts), width)
-    starts = range(0, len(texts), batch_size)
-    for start in logging.tqdm(starts, desc="Encoding captions", disable=not show_progress_bar):
-        rows = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt")
-        with torch.inference_mode():
-            result[rows] = encode(batch).float().cpu()
-    return result
-
-
-def adopt_submodel(parent: PreTrainedModel, name: str, child: PreTrainedModel) -> None:
-    """Attach `child` after `parent` was built, with the bookkeeping that `post_init` does for its own children."""
-    setattr(parent, name, child)
-    no_split = getattr(child, "_no_split_modules", None) or []
-    parent._no_split_modules = [*dict.fromkeys([*(parent._no_split_modules or []), *no_split])]
-    tied = getattr(child, "all_tied_weights_keys", None) or {}
-    if hasattr(parent, "all_tied_weights_keys"):
-        parent.all_tied_weights_keys.update({f"{name}.{key}": f"{name}.{value}" for key, value in tied.items()})
 
 
 def _avoid_sdpa_without_softcap(config: PretrainedConfig) -> None:
@@ -176,7 +119,8 @@ class LLM2CLIPTextModel(PreTrainedModel):
         if isinstance(decoder, PreTrainedModel):
             model: Any = decoder
         else:
-            model = AutoModel.from_pretrained(decoder, **(decoder_kwargs or {}))
+            model, info = AutoModel.from_pretrained(decoder, output_loading_info=True, **(decoder_kwargs or {}))
+            refuse_missing(decoder, type(model).__name__, info)
         return cls(LLM2CLIPTextConfig(decoder_config=model.config, **config_fields), decoder=model)
 
     @classmethod
@@ -185,36 +129,59 @@ class LLM2CLIPTextModel(PreTrainedModel):
         pretrained_model_name_or_path: str | os.PathLike[str],
         *model_args: Any,
         config: LLM2CLIPTextConfig | None = None,
+        default_config: LLM2CLIPTextConfig | None = None,
         **kwargs: Any,
-    ) -> LLM2CLIPTextModel:
+    ) -> Any:
         """Load a text tower.
 
         Args:
             pretrained_model_name_or_path: A folder or repo that holds one of: a saved [`LLM2CLIPTextModel`]; an
-                LLM2CLIP model with its LLM inside; a PEFT adapter of an LLM (needs peft); a plain LLM.
-            config: Prompt and pooling; needed only where the repo does not say (a plain LLM, a bare adapter).
+                LLM2CLIP model, with its LLM inside or naming its repo; a PEFT adapter (needs peft); a plain LLM.
+            config: Prompt and pooling, instead of what the repo says.
+            default_config: Prompt and pooling where the repo does not say (a plain LLM, a bare adapter).
+
+        Raises:
+            ValueError: The repo lacks weights of the LLM.
         """
-        name = os.fspath(pretrained_model_name_or_path)
-        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
-        has_adapter = find_adapter_config_file(name, **hub) is not None
-        fields = {} if has_adapter and config is not None else PretrainedConfig.get_config_dict(name, **hub)[0]
+        # AutoModel replaces the name of an adapter by that of its base, which does not know our prompt.
+        adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
+        name = os.fspath(adapter_kwargs.get("_adapter_model_path") or pretrained_model_name_or_path)
+        wants_info = kwargs.pop("output_loading_info", False)
+        info: dict[str, Any] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+        hub = hub_arguments(kwargs)
+        is_adapter = find_adapter_config_file(name, **hub) is not None
+        try:
+            fields = PretrainedConfig.get_config_dict(name, **hub)[0]
+        except OSError:
+            if not is_adapter:
+                raise
+            fields = {}
         model_type = fields.get("model_type")
-        if has_adapter:
-            if config is None and model_type == cls.config_class.model_type:
-                config = cls.config_class.from_dict(fields)
-            return cls._from_adapter(name, config, kwargs)
-        if model_type == cls.config_class.model_type:
-            return super().from_pretrained(name, *model_args, config=config, **kwargs)
-        if model_type == "llm2clip":
+        is_tower = model_type == cls.config_class.model_type
+        elsewhere = fields.get("text_model_name_or_path")
+        if is_adapter:
             if config is None:
-                config = cls.config_class.from_dict(fields["text_config"])
-            return super().from_pretrained(
-                name, *model_args, config=config, key_mapping={r"^text_model\.": ""}, **kwargs
+                config = cls.config_class.from_dict(fields) if is_tower else default_config
+            model = cls._from_adapter(name, config, kwargs)
+        elif model_type == COMPOSITE_TYPE and elsewhere is not None:
+            kwargs = {**kwargs, "revision": fields.get("text_model_revision"), "subfolder": ""}
+            default_config = default_config or cls.config_class.from_dict(fields["text_config"])
+            return cls.from_pretrained(
+                elsewhere, config=config, default_config=default_config, output_loading_info=wants_info, **kwargs
             )
-        decoder = AutoModel.from_pretrained(name, **kwargs)
-        if config is None:
-            config = LLM2CLIPTextConfig(decoder_config=decoder.config)
-        return cls(config, decoder=decoder)
+        elif is_tower or model_type == COMPOSITE_TYPE:
+            if model_type == COMPOSITE_TYPE:
+                config = config or cls.config_class.from_dict(fields["text_config"])
+                kwargs["key_mapping"] = {r"^text_model\.": ""}
+            loaded: Any = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
+            model, info = loaded
+            refuse_missing(name, cls.__name__, info)
+        else:
+            model = cls.from_decoder(name, decoder_kwargs=kwargs)
+            config = config or default_config
+            if config is not None:
+                model = cls(copy.deepcopy(config), decoder=model.decoder)
+        return (model, info) if wants_info else model
 
     @classmethod
     def _from_adapter(cls, name: str, config: LLM2CLIPTextConfig | None, kwargs: dict[str, Any]) -> LLM2CLIPTextModel:
@@ -223,26 +190,43 @@ class LLM2CLIPTextModel(PreTrainedModel):
             peft = importlib.import_module("peft")
         except ImportError as error:
             raise ImportError(f"{name} is a PEFT adapter; install peft to load it: pip install peft") from error
-        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
-        base = peft.PeftConfig.from_pretrained(name, **hub)
+        hub = hub_arguments(kwargs)
+        adapter = peft.PeftConfig.from_pretrained(name, **hub)
         base_kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
-        decoder = AutoModel.from_pretrained(base.base_model_name_or_path, revision=base.revision, **base_kwargs)
-        if config is None:
-            config = LLM2CLIPTextConfig(decoder_config=decoder.config)
-        model = cls(config, decoder=decoder)
-        model.decoder = peft.PeftModel.from_pretrained(decoder, name, **hub)
+        if adapter.revision is not None:
+            base_kwargs["revision"] = adapter.revision
+        # The base may be a text tower itself, with weights of its own or with an adapter of its own.
+        base = cls.from_pretrained(adapter.base_model_name_or_path, **base_kwargs)
+        base.merge_adapter()
+        model = cls(copy.deepcopy(config or base.config), decoder=base.decoder)
+        model.decoder = peft.PeftModel.from_pretrained(base.decoder, name, **hub)
         return model
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save as usual; a decoder that carries a PEFT adapter is saved as adapter, config and code."""
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save as usual, with the fingerprint; where the decoder carries a PEFT adapter, save that and the config."""
+        self.config.fingerprint = self.fingerprint(state_dict)
         if not self.has_adapter:
-            super().save_pretrained(save_directory, *args, **kwargs)
+            super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
             return
-        self.decoder.save_pretrained(os.fspath(save_directory))
-        if self._auto_class is not None:
-            custom_object_save(self, save_directory, config=self.config)  # type: ignore[arg-type]
-        self.config.architectures = [type(self).__name__]
-        self.config.save_pretrained(save_directory)
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("an adapter is saved to a folder first; upload that folder.")
+        decoder_state = None
+        if state_dict is not None:
+            decoder_state = {key.removeprefix("decoder."): value for key, value in state_dict.items()}
+        self.decoder.save_pretrained(
+            os.fspath(save_directory), state_dict=decoder_state, is_main_process=is_main_process
+        )
+        if is_main_process:
+            if self._auto_class is not None:
+                custom_object_save(self, save_directory, config=self.config)  # type: ignore[arg-type]
+            self.config.architectures = [type(self).__name__]
+            self.config.save_pretrained(save_directory)
 
     @property
     def has_adapter(self) -> bool:
@@ -260,16 +244,17 @@ class LLM2CLIPTextModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.decoder.set_input_embeddings(value)
 
-    def fingerprint(self) -> str | None:
+    def fingerprint(self, state_dict: dict[str, Tensor] | None = None) -> str | None:
         """Identify this encoder by its weights, prompt and pooling.
 
-        Equal for the same weights in float32 and bfloat16. `None` where the weights cannot be read: quantised, or
-        offloaded to disk.
+        Equal for the same weights in float32 and in bfloat16.
+
+        Args:
+            state_dict: This model's weights, where they are not in the model itself (sharded training).
 
         Returns:
-            32 hexadecimal digits.
+            32 hexadecimal digits, or `None` where the weights cannot be read: quantised, or offloaded to disk.
         """
-        digest = hashlib.sha256()
         config = self.config
         behaviour = [
             config.pooling,
@@ -279,17 +264,22 @@ class LLM2CLIPTextModel(PreTrainedModel):
             config.max_text_length,
             config.bidirectional,
         ]
-        digest.update(json.dumps(behaviour).encode())
-        for name, parameter in sorted(self.decoder.named_parameters()):
-            if parameter.is_meta or not parameter.is_floating_point():
+        digest = hashlib.sha256(json.dumps(behaviour).encode())
+        for name, weight in sorted((self.state_dict() if state_dict is None else state_dict).items()):
+            if weight.is_meta or not weight.is_floating_point() or type(weight.data) is not Tensor:
                 return None
-            values = parameter.detach().reshape(-1)
+            values = weight.detach().reshape(-1)
             step = max(1, values.numel() // FINGERPRINT_SAMPLES)
             sample = values[::step][:FINGERPRINT_SAMPLES].to(torch.bfloat16).view(torch.int16)
-            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            name = name.removeprefix("decoder.").removeprefix("base_model.model.").replace(".base_layer.", ".")
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
             digest.update(sample.cpu().numpy().tobytes())
         return digest.hexdigest()[:32]
+
+    def identity(self) -> str | None:
+        """The fingerprint of the weights, or the recorded one where these cannot show it (float16, quantised)."""
+        readable = self.get_input_embeddings().weight.dtype in (torch.float32, torch.bfloat16)
+        return (self.fingerprint() if readable else None) or self.config.fingerprint
 
     def forward(
         self,
@@ -362,12 +352,12 @@ class LLM2CLIPTextModel(PreTrainedModel):
         show_progress_bar: bool = False,
     ) -> Tensor:
         """Embed captions: float32 `(len(texts), hidden_size)` on the CPU, not normalised, in input order."""
-        device = self.get_input_embeddings().weight.device
+        device = execution_device(self)
         return encode_batches(
             texts,
             tokenizer,
             lambda batch: self(**batch.to(device)).pooler_output,
-            num_prefix_tokens=self.config.num_prefix_tokens,
+            prompt_token_ids=self.config.prompt_token_ids,
             width=self.config.hidden_size,
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,

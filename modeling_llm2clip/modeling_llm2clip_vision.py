@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig
 from .modeling_eva02 import EVA02VisionModel
+from .modeling_llm2clip_utils import hub_arguments, refuse_missing
 
 
 class LLM2CLIPPreTrainedModel(PreTrainedModel):
@@ -61,13 +62,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         """Load, and refuse a checkpoint that would leave a part of the model at random values."""
         loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         model, info = loaded
-        missing = sorted(info["missing_keys"])
-        if missing:
-            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise ValueError(
-                f"{name} lacks weights of {cls.__name__}: {shown}. They would be random; load the repo that holds "
-                "them, or the class that this one was saved from (see `architectures` in its config.json)."
-            )
+        refuse_missing(name, cls.__name__, info)
         return model, info
 
     @property
@@ -132,4 +127,27 @@ class LLM2CLIPVisionModelWithProjection(LLM2CLIPPreTrainedModel):
         return self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
 
 
-__all__ = ["LLM2CLIPPreTrainedModel", "LLM2CLIPVisionModelWithProjection"]
+def load_vision_tower(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The vision tower of any repo: a vision model, the vision half of a CLIP-like model or of an LLM2CLIP model.
+
+    Args:
+        name: Repo id or folder.
+        kwargs: Arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: The repo lacks weights of the tower, or holds no vision model.
+    """
+    config = AutoConfig.from_pretrained(name, **hub_arguments(kwargs))
+    if config.model_type == LLM2CLIPConfig.model_type:
+        return LLM2CLIPVisionModelWithProjection.from_pretrained(name, **kwargs).vision_model
+    # Of a CLIP-like repo only the vision half is read.
+    config = getattr(config, "vision_config", config)
+    loader: Any = EVA02VisionModel if config.model_type == EVA02VisionConfig.model_type else AutoModel
+    tower, info = loader.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
+    refuse_missing(name, type(tower).__name__, info)
+    if tower.main_input_name != "pixel_values":
+        raise ValueError(f"{name} holds a {type(tower).__name__}, which takes no images; give a vision tower.")
+    return tower
+
+
+__all__ = ["LLM2CLIPPreTrainedModel", "LLM2CLIPVisionModelWithProjection", "load_vision_tower"]

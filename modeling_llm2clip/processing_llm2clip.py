@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenizers import processors
@@ -97,9 +98,11 @@ def check_captions(texts: Sequence[Any]) -> None:
             raise ValueError(f"caption {index} is empty; leave it out or give it a text.")
 
 
-def count_cut_captions(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], lengths: Sequence[int]) -> int:
-    """How many of `texts` lose words at the tokenizer's maximum length, given their lengths after cutting."""
-    limit = tokenizer.model_max_length
+def count_cut_captions(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], lengths: Sequence[int], limit: int | None = None
+) -> int:
+    """How many of `texts` lose words, given their lengths after cutting at `limit`, by default the tokenizer's own."""
+    limit = limit or tokenizer.model_max_length
     suspects = [text for text, length in zip(texts, lengths, strict=True) if length >= limit]
     if not suspects:
         return 0
@@ -133,26 +136,24 @@ class LLM2CLIPProcessor(ProcessorMixin):
             TypeError: Something else than a string stands among the captions.
             ValueError: A caption is empty.
         """
+        if isinstance(images, str) and not Path(images).is_file() and "://" not in images:
+            raise TypeError(f"{images[:80]!r} is not an image file; captions go to text=.")
         if text is None:
             return super().__call__(images=images, **kwargs)
-        texts = [text] if isinstance(text, str) else list(text) if isinstance(text, (list, tuple)) else [text]
+        texts = list(text) if isinstance(text, (list, tuple)) else [text]
+        if not texts:
+            raise ValueError("the list of captions is empty.")
         check_captions(texts)
-        if "text_kwargs" in kwargs:
-            kwargs["text_kwargs"] = {"padding": True, "truncation": True, **kwargs["text_kwargs"]}
-        else:
-            kwargs = {"padding": True, "truncation": True, **kwargs}
+        options = kwargs.get("text_kwargs", kwargs)
+        options = {"padding": True, "truncation": True, **options}
+        kwargs = {**kwargs, "text_kwargs": options} if "text_kwargs" in kwargs else options
         features = super().__call__(images=images, text=text, **kwargs)
-        ids = (
-            [features["input_ids"]]
-            if isinstance(text, str) and "return_tensors" not in kwargs
-            else features["input_ids"]
-        )
-        if len(ids[0]) >= self.tokenizer.model_max_length:
-            count = count_cut_captions(self.tokenizer, texts, [len(row) for row in ids])
-            if count:
-                logger.warning(
-                    f"{count} of {len(texts)} captions were cut at {self.tokenizer.model_max_length} tokens."
-                )
+        rows = features["input_ids"]
+        lengths = [len(rows)] if isinstance(rows[0], int) else [len(row) for row in rows]
+        limit = options.get("max_length") or self.tokenizer.model_max_length
+        count = count_cut_captions(self.tokenizer, texts, lengths, limit)
+        if count:
+            logger.warning(f"{count} of {len(texts)} captions were cut at {limit} tokens.")
         return features
 
 

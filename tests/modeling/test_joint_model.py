@@ -86,7 +86,7 @@ def test_encode_image_takes_file_names(tmp_path: Path) -> None:
 
 
 def test_encode_refuses_a_tokenizer_without_the_prompt() -> None:
-    with pytest.raises(ValueError, match="does not add the 8 prompt tokens"):
+    with pytest.raises(ValueError, match="does not add the prompt"):
         tiny.joint_model().encode_text(CAPTIONS, tiny.plain_tokenizer())
 
 
@@ -253,6 +253,102 @@ def test_wrong_pairing_names_both_sides(tmp_path: Path) -> None:
         model.get_text_features(llm_embeds=torch.ones(1, 7))
 
 
+def test_llm_is_told_apart_by_prompt_and_pooling_too(tmp_path: Path) -> None:
+    """At load time the LLM's repo speaks for itself, not the joint config."""
+    external_model(tmp_path)
+    other = tiny.text_model(pooling="last_token")
+    other.load_state_dict(LLM2CLIPTextModel.from_pretrained(tmp_path / "llm").state_dict())
+    other.save_pretrained(tmp_path / "llm")
+    with pytest.raises(ValueError, match="other weights, prompt or pooling"):
+        AutoModel.from_pretrained(tmp_path / "clip")
+
+
+def test_llm_of_another_width_is_refused_at_load(tmp_path: Path) -> None:
+    external_model(tmp_path)
+    config = LLM2CLIPTextConfig(decoder_config={**tiny.decoder_config().to_dict(), "hidden_size": 64})
+    LLM2CLIPTextModel(config).save_pretrained(tmp_path / "llm")
+    with pytest.raises(ValueError, match=rf"embeddings of width {tiny.HIDDEN} .*gives 64"):
+        AutoModel.from_pretrained(tmp_path / "clip")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_external_llm_loads_in_16_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    external_model(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path / "clip", dtype=dtype)
+    assert loaded.text_model.dtype == loaded.dtype == dtype
+
+
+def test_llm_keeps_the_dtype_that_it_was_saved_in(tmp_path: Path) -> None:
+    external_model(tmp_path)
+    LLM2CLIPTextModel.from_pretrained(tmp_path / "llm").to(torch.bfloat16).save_pretrained(tmp_path / "llm")
+    loaded = AutoModel.from_pretrained(tmp_path / "clip")
+    assert loaded.dtype == torch.float32
+    assert loaded.text_model.dtype == torch.bfloat16
+
+
+def test_attached_llm_is_the_one_that_a_reload_brings(tmp_path: Path) -> None:
+    tiny.text_model().save_pretrained(tmp_path / "a")
+    other = tiny.text_model()
+    other.save_pretrained(tmp_path / "b")
+    other = LLM2CLIPTextModel.from_pretrained(tmp_path / "b")
+    model = LLM2CLIPModel.from_vision_text_pretrained(_save_vision(tmp_path / "vision"), tmp_path / "a")
+    with pytest.raises(ValueError, match="other weights"):
+        model.set_text_model(other)
+    model.config.text_model_fingerprint = None
+    model.set_text_model(other)
+    model.save_pretrained(tmp_path / "clip")
+    assert AutoModel.from_pretrained(tmp_path / "clip").text_model.fingerprint() == other.fingerprint()
+
+
+def test_local_folder_of_the_llm_is_recorded_absolutely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.text_model().save_pretrained(tmp_path / "llm")
+    vision = _save_vision(tmp_path / "vision")
+    monkeypatch.chdir(tmp_path)
+    model = LLM2CLIPModel.from_vision_text_pretrained(vision, "llm")
+    assert model.config.text_model_name_or_path == str(tmp_path / "llm")
+
+
+@pytest.mark.parametrize("model_type", ["eva02", "dinov2", "clip_vision_model"])
+def test_vision_tower_of_an_llm2clip_model_starts_another(model_type: str, tmp_path: Path) -> None:
+    first = tiny.joint_model(vision=None if model_type == "eva02" else vision_tower(model_type))
+    first.save_pretrained(tmp_path / "first")
+    second = LLM2CLIPModel.from_vision_text_pretrained(tmp_path / "first", tmp_path / "first")
+    for name, value in first.vision_model.state_dict().items():
+        assert value.equal(second.vision_model.state_dict()[name]), name
+
+
+def test_incomplete_towers_are_refused(tmp_path: Path) -> None:
+    external_model(tmp_path)
+    with pytest.raises(ValueError, match="holds a LLM2CLIPTextModel, which takes no images"):
+        LLM2CLIPModel.from_vision_text_pretrained(tmp_path / "llm", tmp_path / "llm")
+    same = LLM2CLIPTextModel.from_pretrained(tmp_path / "clip")
+    assert same.fingerprint() == LLM2CLIPTextModel.from_pretrained(tmp_path / "llm").fingerprint()
+    config = AutoConfig.from_pretrained(tmp_path / "llm")
+    config.decoder_config.num_hidden_layers = 3
+    config.save_pretrained(tmp_path / "llm")
+    with pytest.raises(ValueError, match=r"lacks weights of LLM2CLIPTextModel: decoder\.layers\.2"):
+        LLM2CLIPTextModel.from_pretrained(tmp_path / "llm")
+
+
+def test_parts_can_be_offloaded_to_disk(tmp_path: Path) -> None:
+    model = tiny.save(tmp_path / "all")
+    processor = tiny.processor()
+    texts, images = model.encode_text(CAPTIONS, processor), model.encode_image(IMAGES, processor)
+    parts = {"vision_model": "disk", "visual_projection": "cpu", "text_model": "disk", "text_adapter": "disk"}
+    loaded = LLM2CLIPModel.from_pretrained(
+        tmp_path / "all", device_map={**parts, "logit_scale": "cpu"}, offload_folder=tmp_path / "offload"
+    )
+    assert loaded.text_adapter.proj.weight.is_meta
+    torch.testing.assert_close(loaded.encode_text(CAPTIONS, processor), texts)
+    torch.testing.assert_close(loaded.encode_image(IMAGES, processor), images)
+
+
+def test_rows_of_a_16_bit_model_have_unit_length() -> None:
+    model, processor = tiny.joint_model().to(torch.bfloat16), tiny.processor()
+    for rows in (model.encode_text(CAPTIONS, processor), model.encode_image(IMAGES, processor)):
+        torch.testing.assert_close(rows.norm(dim=-1), torch.ones(len(rows)), atol=1e-6, rtol=0)
+
+
 def test_save_without_any_llm_is_refused(tmp_path: Path) -> None:
     model = LLM2CLIPModel(tiny.joint_config(), text_model=False)
     with pytest.raises(ValueError, match="there is no LLM to save"):
@@ -350,15 +446,15 @@ def test_training_regularisers_act_in_training_only() -> None:
 
 
 def test_patch_dropout_keeps_each_patch_at_its_rotary_position() -> None:
-    """With nothing but position to tell patches apart, dropping none in a shuffled order changes nothing."""
-    model = tiny.joint_model(vision=tiny.vision_config(patch_dropout=1e-9))
+    """Leaving out no patch, in a shuffled order, changes nothing."""
+    model = tiny.joint_model(vision=tiny.vision_config(patch_dropout=1e-18))
     images = torch.randn(2, 3, 28, 28)
     expected = model.get_image_features(images).pooler_output
+    assert int(16 * (1 - 1e-18)) == 16
     model.train()
-    states = model.vision_model._drop_patches(torch.zeros(2, 17, 32), (torch.rand(16, 8), torch.rand(16, 8)))[0]
-    assert states.shape == (2, 16, 32)  # rounding leaves one out: int(16 * (1 - 1e-9)) = 15 patches
-    model.vision_model.config.patch_dropout = 1e-18
-    torch.testing.assert_close(model.get_image_features(images).pooler_output, expected, atol=1e-5, rtol=1e-4)
+    output = model.get_image_features(images)
+    torch.testing.assert_close(output.pooler_output, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(output.last_hidden_state, model.eval().get_image_features(images).last_hidden_state)
 
 
 def test_pipelines(tmp_path: Path) -> None:

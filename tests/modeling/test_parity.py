@@ -10,7 +10,7 @@ from transformers import CLIPVisionModel
 from llm2clip_training.hub.convert import from_original
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.modeling_eva02 import EVA02VisionModel, apply_rotary, resize_position_embedding, rotary_table
-from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextAdapter
+from modeling_llm2clip.modeling_llm2clip_adapter import LLM2CLIPTextAdapter
 from tests.golden import Golden, load_golden
 
 

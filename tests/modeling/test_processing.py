@@ -61,6 +61,10 @@ def test_cut_captions_are_counted(monkeypatch: pytest.MonkeyPatch, caplog: pytes
         processor(text=["a dog", LONG, LONG], return_tensors="pt")
     assert "2 of 3 captions were cut at 64 tokens" in caplog.text
     caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        processor(text=["a dog", LONG], text_kwargs={"max_length": 32}, common_kwargs={"return_tensors": "pt"})
+    assert "1 of 2 captions were cut at 32 tokens" in caplog.text
+    caplog.clear()
     processor(text=["a dog", "a cat"], return_tensors="pt")
     assert not caplog.text
 
@@ -101,11 +105,17 @@ def test_processor_round_trip(tmp_path: Path) -> None:
         (["a dog", "  \n"], ValueError, "caption 1 is empty"),
         ([Image.new("RGB", (4, 4))], TypeError, "item 0 is a PIL.Image.Image where a caption"),
         (Image.new("RGB", (4, 4)), TypeError, "images go to images="),
+        ([], ValueError, "the list of captions is empty"),
     ],
 )
 def test_bad_captions_are_one_clear_error(texts: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         tiny.processor()(text=texts)
+
+
+def test_caption_given_as_image_is_one_clear_error() -> None:
+    with pytest.raises(TypeError, match="'a dog' is not an image file; captions go to text="):
+        tiny.processor()("a dog")
 
 
 def test_prompt_that_leaves_no_room_is_refused() -> None:

@@ -196,6 +196,34 @@ def test_adapter_checkpoint_loads_over_its_base(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(ids).pooler_output, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_adapter_over_a_trained_tower_loads_over_that_tower(tmp_path: Path) -> None:
+    """Its base is the tower, whose weights are not those of the LLM that it once came from."""
+    peft = pytest.importorskip("peft")
+    tower = tiny.text_model()
+    tower.config._name_or_path = "some/llm"
+    tower.save_pretrained(tmp_path / "tower")
+    model = LLM2CLIPTextModel.from_pretrained(tmp_path / "tower")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model.decoder = peft.get_peft_model(model.decoder, lora)
+    model.decoder.peft_config["default"].base_model_name_or_path = str(tmp_path / "tower")
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.randint(1, 400, (2, 9))
+    for load in (LLM2CLIPTextModel.from_pretrained, AutoModel.from_pretrained):
+        loaded = load(tmp_path / "adapter").eval()
+        torch.testing.assert_close(loaded(ids).pooler_output, model.eval()(ids).pooler_output)
+
+
+def test_suffix_alone_is_missed_in_a_plain_tokenizer() -> None:
+    tokenizer, prefix_tokens = with_prompt(tiny.plain_tokenizer(), "", tiny.SUFFIX, max_length=64)
+    ids = tokenizer("")["input_ids"]
+    model = tiny.text_model(num_prefix_tokens=prefix_tokens, prompt_prefix="", prompt_token_ids=ids)
+    assert model.encode(CAPTIONS, tokenizer).shape == (3, tiny.HIDDEN)
+    plain = tiny.plain_tokenizer()
+    plain.pad_token = plain.eos_token
+    with pytest.raises(ValueError, match="does not add the prompt"):
+        model.encode(CAPTIONS, plain)
+
+
 def test_lora_reaches_every_linear() -> None:
     peft = pytest.importorskip("peft")
     model = tiny.text_model()

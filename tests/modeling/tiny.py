@@ -58,11 +58,12 @@ def decoder_config(model_type: str = "llama") -> Any:
 
 
 def text_config(model_type: str = "llama", **fields: Any) -> LLM2CLIPTextConfig:
-    _, prefix_tokens = with_prompt(plain_tokenizer(), PREFIX, SUFFIX)
+    tokenizer, prefix_tokens = with_prompt(plain_tokenizer(), PREFIX, SUFFIX)
     defaults = {
         "prompt_prefix": PREFIX,
         "prompt_suffix": SUFFIX,
         "num_prefix_tokens": prefix_tokens,
+        "prompt_token_ids": tokenizer("")["input_ids"],
         "max_text_length": 64,
     }
     return LLM2CLIPTextConfig(decoder_config=decoder_config(model_type), **{**defaults, **fields})
