@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.image_utils import load_image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
@@ -139,7 +139,8 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         text_model: str | os.PathLike[str] | LLM2CLIPTextModel,
         *,
         vision_model_kwargs: dict[str, Any] | None = None,
-        text_model_kwargs: dict[str, Any] | None = None,
+        text_config: PretrainedConfig | None = None,
+        text_model_revision: str | None = None,
         **config_fields: Any,
     ) -> LLM2CLIPModel:
         """Start stage 2: a pretrained vision tower, a text tower, and a new projection and adapter.
@@ -149,7 +150,8 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             text_model: A text tower, which becomes part of the model, or the repo or folder that holds one, which is
                 recorded but not loaded.
             vision_model_kwargs: Passed to `from_pretrained` of the vision tower.
-            text_model_kwargs: How the text tower's config is read, such as `revision`.
+            text_config: Config of the text tower, where its repo has none of ours (a plain LLM).
+            text_model_revision: Revision of the text tower's repo.
             config_fields: Fields of [`LLM2CLIPConfig`], such as `projection_dim`.
         """
         if not isinstance(vision_model, PreTrainedModel):
@@ -157,12 +159,11 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         if isinstance(text_model, PreTrainedModel):
             text_config = text_model.config
         else:
-            text_config = AutoConfig.from_pretrained(text_model, **(text_model_kwargs or {}))
-            text_config = (
-                text_config.text_config if text_config.model_type == cls.config_class.model_type else text_config
-            )
+            if text_config is None:
+                text_config = AutoConfig.from_pretrained(text_model, revision=text_model_revision)
+                text_config = getattr(text_config, "text_config", text_config)
             config_fields["text_model_name_or_path"] = absolute_path(text_model)
-            config_fields["text_model_revision"] = (text_model_kwargs or {}).get("revision")
+            config_fields["text_model_revision"] = text_model_revision
             config_fields.setdefault("text_model_fingerprint", getattr(text_config, "fingerprint", None))
         # Copied, because a new config resets what its parts say about attention.
         config = cls.config_class(

@@ -12,8 +12,9 @@ from typing import Any
 
 from llm2clip_training.recipe import add_fields, build_config, find_recipe, given_fields, load_recipe, nearest
 
-# What a user can mend; anything else is a fault of ours and keeps its traceback.
-USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
+# What a user can mend; anything else is a fault of ours and keeps its traceback. A KeyError of a class of its own is
+# a message (a caption that the cache lacks), a plain one is a fault.
+USER_ERRORS = (ValueError, OSError, ImportError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(name, command, [argument for argument in arguments[1:] if argument != "--traceback"])
     except USER_ERRORS as error:
-        if traceback:
+        if traceback or type(error) is KeyError:
             raise
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"llm2clip {name}: error: {message}\n(--traceback shows where)", file=sys.stderr)
+        print(f"llm2clip {name}: error: {_message(error)}\n(--traceback shows where)", file=sys.stderr)
         return 2
+
+
+def _message(error: Exception) -> str:
+    """The message of an error, also of one that a DataLoader's worker process raised, where it ends a traceback."""
+    text = str(error)
+    if "Original Traceback (most recent call last)" in text:
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    if isinstance(error, ImportError):
+        text += "; pip install 'llm2clip[train,quickstart]' brings everything that the commands need"
+    return text
 
 
 def _run(name: str, command: Command, arguments: list[str]) -> int:
@@ -130,9 +140,9 @@ def _run(name: str, command: Command, arguments: list[str]) -> int:
 
 
 def _is_main_process() -> bool:
-    from accelerate import PartialState
+    from llm2clip_training.gather import process_state
 
-    return PartialState().is_main_process
+    return process_state().is_main_process
 
 
 if __name__ == "__main__":

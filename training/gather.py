@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor
 
 
@@ -22,6 +23,12 @@ class GatheredRows(NamedTuple):
     rows: Tensor
     offset: int
     total: int
+
+
+def process_state() -> PartialState:
+    """This process among those of its launcher, with its device, also on a machine that has only CPUs."""
+    # accelerate joins torchrun's processes on the CPU only when told that the CPU is meant
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def gather_with_grad(x: Tensor) -> GatheredRows:

@@ -26,8 +26,7 @@ class PairCollator:
     Args:
         processor: The caption tokenizer (a fast one, with a padding token), or the processor that holds it.
         num_prefix_tokens: Tokens that the tokenizer puts before a text, as in the text config.
-        max_length: Longest input in tokens, prompt and instruction included.
-        pad_to_multiple_of: Pad to a multiple of this length.
+        max_length: Longest input in tokens, prompt and instruction included; by default the tokenizer's own.
 
     Raises:
         ValueError: If the tokenizer is not a fast one, cannot pad, or `max_length` leaves no room for a caption.
@@ -37,14 +36,14 @@ class PairCollator:
         self,
         processor: PreTrainedTokenizerBase | ProcessorMixin,
         num_prefix_tokens: int,
-        max_length: int = 512,
-        pad_to_multiple_of: int | None = None,
+        max_length: int | None = None,
     ) -> None:
         tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer, which alone knows character spans.")
         if tokenizer.pad_token is None:
             raise ValueError(f"{type(tokenizer).__name__} has no padding token; set tokenizer.pad_token first.")
+        max_length = tokenizer.model_max_length if max_length is None else max_length
         if max_length <= tokenizer.num_special_tokens_to_add():
             raise ValueError(
                 f"max_length {max_length} leaves no room for a caption beside the prompt's "
@@ -53,7 +52,6 @@ class PairCollator:
         self.tokenizer = tokenizer
         self.num_prefix_tokens = num_prefix_tokens
         self.max_length = max_length
-        self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate pairs.
@@ -95,7 +93,6 @@ class PairCollator:
             padding_side="left",
             truncation=True,
             max_length=self.max_length,
-            pad_to_multiple_of=self.pad_to_multiple_of,
             return_offsets_mapping=True,
         )
         attention = np.asarray(encoding["attention_mask"], dtype=np.int64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import glob
 import os
@@ -17,6 +16,8 @@ from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
+
+from llm2clip_training.recipe import build_config
 
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 SourceT = TypeVar("SourceT")
@@ -110,7 +111,8 @@ def source_from_dict(cls: type[SourceT], fields: Mapping[str, Any] | str | Sourc
     """Build a source (a dataclass with a `path`) from a recipe's mapping, or from a bare path.
 
     Raises:
-        ValueError: If a field does not exist (the nearest one is suggested) or `path` is missing.
+        ValueError: If a field does not exist (the nearest one is suggested), does not fit its type, or `path` is
+            missing.
     """
     if isinstance(fields, cls):
         return fields
@@ -118,15 +120,9 @@ def source_from_dict(cls: type[SourceT], fields: Mapping[str, Any] | str | Sourc
         fields = {"path": fields}
     if not isinstance(fields, Mapping):
         raise ValueError(f"A source is a path or a mapping of {cls.__name__} fields, not {fields!r:.80}.")
-    names = [entry.name for entry in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for name in fields:
-        if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"its fields are {', '.join(names)}."
-            raise ValueError(f"{cls.__name__} has no field {name!r}: {hint}")
     if not fields.get("path"):
         raise ValueError(f"A {cls.__name__} needs a path, but its fields are only: {', '.join(fields) or 'none'}.")
-    return cls(**fields)
+    return build_config(cls, fields, cls.__name__)
 
 
 class Columns(NamedTuple):

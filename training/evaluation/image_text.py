@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -33,6 +34,7 @@ from modeling_llm2clip import LLM2CLIPModel
 logger = logging.getLogger(__name__)
 
 TEXT_BATCH = 4096
+MAX_NAMED = 20
 
 
 class ImageTextRetrieval:
@@ -72,6 +74,10 @@ class ImageTextRetrieval:
         if not self.captions:
             raise ValueError(f"no row of {source.path} has a caption in {', '.join(source.caption_columns)}.")
         self._llm_embeds: dict[str, Tensor] = {}
+
+    def image(self, row: int) -> Image.Image:
+        """The image of a row, decoded."""
+        return self.images.decode(row)
 
     def matches(self, images: Sequence[int]) -> Tensor:
         """Which captions belong to which of some images.
@@ -152,9 +158,9 @@ class ImageTextRetrieval:
             embeds = encode_sharded(len(self.images), encode, device)
         skipped = embeds.isnan().any(dim=1).nonzero()[:, 0].tolist()
         if skipped:
-            logger.warning(
-                "%d of %d images of %s are unreadable and left out.", len(skipped), len(embeds), self.source.path
-            )
+            keys = ", ".join(self.images.key(row) for row in skipped[:MAX_NAMED])
+            more = f" and {len(skipped) - MAX_NAMED} more" if len(skipped) > MAX_NAMED else ""
+            logger.warning("images of %s that cannot be read are left out: %s%s", self.source.path, keys, more)
         left_out = set(skipped)
         rows = [row for row in range(len(embeds)) if row not in left_out]
         return embeds[rows], rows
@@ -194,11 +200,17 @@ class _Images(Dataset):
         return len(self.table)
 
     def __getitem__(self, index: int) -> Tensor | SkippedSample:
-        row: Mapping[str, Any] = self.table[index]
-        key = str(row[self.key_column]) if self.key_column else str(index)
         try:
-            return self.transform(decode_image(row[self.image_column], key, **self.options))  # type: ignore[index]
+            return self.transform(self.decode(index))
         except SampleError as error:
             if self.on_error == "raise":
                 raise
-            return SkippedSample(key, str(error.reason))
+            return SkippedSample(error.key, str(error.reason))
+
+    def decode(self, index: int) -> Image.Image:
+        row: Mapping[str, Any] = self.table[index]
+        key = self.key(index)
+        return decode_image(row[self.image_column], key, **self.options)  # type: ignore[index]
+
+    def key(self, index: int) -> str:
+        return str(self.table[index][self.key_column]) if self.key_column else str(index)

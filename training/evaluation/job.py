@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig
+from transformers import AutoProcessor
 
 from llm2clip_training.data import CaptionSource, EmbeddingCache, PairSource
 from llm2clip_training.evaluation.caption_pairs import CaptionRetrieval
 from llm2clip_training.evaluation.image_text import ImageTextRetrieval
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from llm2clip_training.files import write_json
+from llm2clip_training.gather import process_state
+from llm2clip_training.towers import open_text_tower
+from modeling_llm2clip import LLM2CLIPModel
 
 TASKS = ("retrieval", "caption_retrieval")
 
@@ -62,12 +62,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             raise ValueError(f"evaluate needs {name}; give it as an option (--{name}).")
     if config.task not in TASKS:
         raise ValueError(f"task {config.task!r} is unknown; choose one of {', '.join(TASKS)}.")
+    if config.on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', not {config.on_error!r}.")
     metrics = _retrieval(config) if config.task == "retrieval" else _caption_retrieval(config)
-    if config.output and PartialState().is_main_process:
-        path = Path(config.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        settings = {"model": config.model, "task": config.task, "data": config.data}
-        path.write_text(json.dumps({**settings, **metrics}, indent=2))
+    if config.output and process_state().is_main_process:
+        write_json(config.output, {"model": config.model, "task": config.task, "data": config.data, **metrics})
     return metrics
 
 
@@ -81,7 +80,7 @@ def _source_fields(config: EvaluateConfig) -> dict[str, Any]:
 
 def _retrieval(config: EvaluateConfig) -> dict[str, Any]:
     source = CaptionSource.from_dict(_source_fields(config))
-    device = PartialState().device
+    device = process_state().device
     cached = config.embedding_cache is not None
     model = LLM2CLIPModel.from_pretrained(config.model, text_model=not cached).to(device).eval()
     processor = AutoProcessor.from_pretrained(config.model)
@@ -101,12 +100,7 @@ def _caption_retrieval(config: EvaluateConfig) -> dict[str, Any]:
     if config.query_column and config.target_column:
         fields |= {"anchor_column": config.query_column, "positive_column": config.target_column}
     source = PairSource.from_dict(fields)
-    device: Any = PartialState().device
-    model_type = PretrainedConfig.get_config_dict(config.model)[0].get("model_type")
-    if model_type == LLM2CLIPModel.config_class.model_type:
-        model = LLM2CLIPModel.from_pretrained(config.model).text_model
-    else:
-        model = LLM2CLIPTextModel.from_pretrained(config.model)
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    model: Any
+    model, tokenizer = open_text_tower(config.model)
     retrieval = CaptionRetrieval.from_source(source)
-    return retrieval(model.to(device).eval(), tokenizer, config.batch_size, show_progress_bar=True)
+    return retrieval(model.to(process_state().device).eval(), tokenizer, config.batch_size, show_progress_bar=True)

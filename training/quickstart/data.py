@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,24 +27,27 @@ class QuickstartData:
     Attributes:
         path: Folder or Hub id.
         caption_columns: Caption columns; the first is the query of the retrieval tables.
+        image_column: Image column.
         train, validation, test: Names of the splits.
         glosses: Folder of the bundled word-gloss pairs.
     """
 
     path: str
     caption_columns: list[str]
+    image_column: str
     train: str
     validation: str
     test: str
     glosses: str
 
     @classmethod
-    def find(cls, path: str | None, caption_columns: list[str]) -> QuickstartData:
+    def find(cls, path: str | None, caption_columns: list[str], image_column: str = "image") -> QuickstartData:
         """Look at a data set. Where validation and test are missing, parts of `train` stand in, kept from training.
 
         Args:
             path: Folder or Hub id; None takes the bundled concepts.
             caption_columns: Its caption columns.
+            image_column: Its image column.
         """
         bundled = Path(str(resources.files("llm2clip_training.example_data")))
         path = path or str(bundled / "concepts")
@@ -59,12 +64,16 @@ class QuickstartData:
         else:
             splits["train"] = "train[:80%]"
             logger.info("the last fifth of %s is kept from training, for validation and test.", path)
-        return cls(path=path, caption_columns=caption_columns, glosses=str(bundled / "glosses"), **splits)
+        return cls(path, caption_columns, image_column, glosses=str(bundled / "glosses"), **splits)
 
     @property
     def query_column(self) -> str:
         """The column of the captions that search for images."""
         return self.caption_columns[0]
+
+    def source(self, split: str, caption_columns: list[str]) -> CaptionSource:
+        """The images of a split with the captions of some columns."""
+        return CaptionSource(self.path, split=split, image_column=self.image_column, caption_columns=caption_columns)
 
     def gloss_pairs(self, split: str) -> PairSource:
         """Words and their definitions."""
@@ -99,7 +108,7 @@ class QuickstartData:
 
     def test_source(self, column: str | None = None) -> CaptionSource:
         """The test images with the captions of one column, by default the query column."""
-        return CaptionSource(self.path, split=self.test, caption_columns=[column or self.query_column])
+        return self.source(self.test, [column or self.query_column])
 
     @cached_property
     def translations(self) -> dict[str, str]:
@@ -117,13 +126,17 @@ class QuickstartData:
     def sources(self) -> list[CaptionSource]:
         """Everything that is embedded: the captions of all splits, and the test captions' translations."""
         splits = dict.fromkeys((self.train, self.validation, self.test))
-        sources = [CaptionSource(self.path, split=split, caption_columns=self.caption_columns) for split in splits]
+        sources = [self.source(split, self.caption_columns) for split in splits]
         return sources + [self.test_source(column) for column in self.translations.values()]
 
     def settings(self) -> dict[str, Any]:
         """What decides the data, as JSON values."""
+        folder = Path(self.path)
+        files = sorted(folder.rglob("*")) if folder.is_dir() else [folder] if folder.is_file() else []
+        content = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
         return {
             "data": self.path,
+            "content": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
             "splits": [self.train, self.validation, self.test],
             "caption_columns": self.caption_columns,
         }

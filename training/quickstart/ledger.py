@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llm2clip_training.files import write_json
+
 logger = logging.getLogger(__name__)
 
 
@@ -52,6 +54,9 @@ class Ledger:
 
         Returns:
             The step's result.
+
+        Raises:
+            FileExistsError: The folder is there, but is not of an earlier run.
         """
         upstream = {other: self.steps[other]["digest"] for other in after}
         text = json.dumps([name, settings, upstream], sort_keys=True)
@@ -65,6 +70,10 @@ class Ledger:
         resume = same and "result" not in known
         logger.info("%s%s ...", title, " (going on where it stopped)" if resume else "")
         if folder is not None and folder.exists() and not resume:
+            if not known:
+                raise FileExistsError(
+                    f"{folder} is there already, but no quickstart made it; choose another output_dir."
+                )
             shutil.rmtree(folder)
         self.steps[name] = {"digest": digest}
         self._write()
@@ -80,7 +89,4 @@ class Ledger:
         return {name: step["seconds"] for name, step in self.steps.items() if "seconds" in step}
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.steps, indent=2))
-        temporary.replace(self.path)
+        write_json(self.path, self.steps)

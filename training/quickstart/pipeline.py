@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from transformers import AutoProcessor, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
-from llm2clip_training.data import EmbeddingCache, decode_image, distinct_captions, load_source
+from llm2clip_training.data import EmbeddingCache, distinct_captions
 from llm2clip_training.evaluation import ImageTextRetrieval
+from llm2clip_training.files import write_json
+from llm2clip_training.gather import process_state
 from llm2clip_training.quickstart.assets import smollm2_folder, vit_small_folder
 from llm2clip_training.quickstart.data import QuickstartData
 from llm2clip_training.quickstart.ledger import Ledger
@@ -60,6 +61,7 @@ class QuickstartConfig:
         default_factory=lambda: ["caption", "keywords"],
         metadata={"help": "Caption columns of the data; the first is the query of the retrieval tables."},
     )
+    image_column: str = field(default="image", metadata={"help": "Image column of the data."})
     seed: int = field(default=42, metadata={"help": "Seed of everything."})
 
 
@@ -75,7 +77,7 @@ class Quickstart:
         self.config = config
         self.folder = Path(config.output_dir)
         self.profile = load_recipe(find_recipe(name))
-        self.data = QuickstartData.find(config.data, config.caption_columns)
+        self.data = QuickstartData.find(config.data, config.caption_columns, config.image_column)
         self.ledger = Ledger(self.folder)
         self.towers = {name: self.folder / name for name in TOWERS}
         self.weights: dict[str, str] = {}
@@ -126,7 +128,7 @@ class Quickstart:
         title = "8/8 The Hub-ready folder"
         step("final", title, {}, partial(self._final, final), after=("stage2-stage1",), folder=final)
         results = self._results(final, time.monotonic() - start)
-        (self.folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False))
+        write_json(self.folder / "results.json", results)
         write_report(self.folder / "report.html", results, self.folder, self.data.test_source())
         print_table(results)
         return results
@@ -161,7 +163,7 @@ class Quickstart:
 
     def _caption_retrieval(self, folder: Path, config: LLM2CLIPTextConfig | None = None) -> dict[str, Any]:
         model: Any = LLM2CLIPTextModel.from_pretrained(folder, config=config)
-        model.to(PartialState().device).eval()
+        model.to(process_state().device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         with _progress_bars():
             return {
@@ -189,7 +191,7 @@ class Quickstart:
     def _embed(self, name: str, resume: bool) -> dict[str, Any]:
         tower = str(self.towers[name])
         model: Any = LLM2CLIPTextModel.from_pretrained(tower)
-        state = PartialState()
+        state = process_state()
         model.to(state.device).eval()
         tokenizer = AutoTokenizer.from_pretrained(tower)
         captions = distinct_captions(self.data.sources())
@@ -201,16 +203,16 @@ class Quickstart:
         data = self.data
         recipe = dict(self.profile["stage2"])
         weights = recipe.pop("caption_weights", None)
-        source = {"path": data.path, "split": data.train, "caption_columns": data.caption_columns}
+        source = asdict(data.source(data.train, data.caption_columns))
         if weights is not None and len(weights) == len(data.caption_columns):
             source["caption_weights"] = weights
-        validation = {"path": data.path, "split": data.validation, "caption_columns": [data.query_column]}
+        validation = asdict(data.source(data.validation, [data.query_column]))
         recipe |= {
             "vision_model_name_or_path": self.weights["vision_model"],
             "text_model_name_or_path": str(self.towers[name]),
             "embedding_cache": str(self._cache(name)),
             "output_dir": str(self._stage2_folder(name)),
-            "source": source,
+            "sources": [source],
             "eval_sources": {"validation": validation},
             "seed": self.config.seed,
         }
@@ -239,7 +241,7 @@ class Quickstart:
         }
 
     def _retrieval(self, model: Any, processor: Any, cache: str, columns: list[str]) -> dict[str, Any]:
-        model.to(PartialState().device).eval()
+        model.to(process_state().device).eval()
         lookup = EmbeddingCache.open(self._cache(cache)).lookup
         results = {}
         for column in columns:
@@ -254,15 +256,13 @@ class Quickstart:
         processor = AutoProcessor.from_pretrained(trained)
         model.save_pretrained(folder, save_text_model=True)
         processor.save_pretrained(folder)
-        rows: Any = load_source(self.data.test_source())
-        rows = [rows[number] for number in range(4)]
-        captions = [row[self.data.query_column] for row in rows]
-        images = [decode_image(row["image"], f"row {number}") for number, row in enumerate(rows)]
+        retrieval = ImageTextRetrieval(self.data.test_source(), processor.image_processor)
+        captions, images = retrieval.captions[:4], [retrieval.image(row) for row in range(4)]
         with torch.no_grad():
             output = model(**processor(text=captions, images=images, return_tensors="pt"))
         return {
             "captions": captions,
-            "images": "the first rows of the test split",
+            "images": "the first four of the test split",
             "logits_per_image": output.logits_per_image.tolist(),
         }
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoProcessor
 
-from llm2clip_training.data import CaptionSource, EmbeddingCache, EvalTransform, decode_image, load_source
+from llm2clip_training.data import CaptionSource, EmbeddingCache, EvalTransform
 from llm2clip_training.data.images import output_size
 from llm2clip_training.evaluation import ImageTextRetrieval
+from llm2clip_training.files import write_text
 from modeling_llm2clip import LLM2CLIPModel
 
 CAPTION_SETS = {"lemma_to_gloss": "lemma → gloss", "name_to_keywords": "name → keywords"}
@@ -106,8 +107,6 @@ def write_report(path: Path, results: dict[str, Any], folder: Path, source: Capt
     processor = AutoProcessor.from_pretrained(folder / "llm2clip")
     cache = EmbeddingCache.open(folder / "cache" / "stage1")
     retrieval = ImageTextRetrieval(source, processor.image_processor)
-    table: Any = load_source(source)
-    images = [decode_image(row["image"], str(number)) for number, row in enumerate(table)]
     settings = results["settings"]
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>LLM2CLIP quickstart</title>",
@@ -126,17 +125,17 @@ def write_report(path: Path, results: dict[str, Any], folder: Path, source: Capt
         f"<img class='plot' alt='loss curves' src='{_plot(results['history'])}'>",
         "<h2>Queries and what was found</h2>",
         f"<p class='note'>{NUM_QUERIES} of the {len(retrieval.captions)} test captions, drawn with the run's seed, "
-        f"and the first {NUM_FOUND} of {len(images)} images. Right ones have a green frame.</p>",
-        _queries(model, retrieval, cache, images, settings["seed"]),
+        f"and the first {NUM_FOUND} of {len(retrieval.images)} images. Right ones have a green frame.</p>",
+        _queries(model, retrieval, cache, settings["seed"]),
         "<h2>Where a caption matches its image</h2>",
         "<p class='note'>Cosine similarity between the caption and every patch of its image, from blue (low) to red "
         "(high).</p>",
-        _patch_maps(model, processor, retrieval, cache, images, settings["seed"]),
+        _patch_maps(model, processor, retrieval, cache, settings["seed"]),
         "<h2>Settings and times</h2>",
         f"<pre>{_text(json.dumps({k: results[k] for k in ('settings', 'seconds', 'machine')}, indent=2))}</pre>",
         "</body></html>",
     ]
-    path.write_text("\n".join(parts), encoding="utf-8")
+    write_text(path, "\n".join(parts))
 
 
 def _text(value: Any) -> str:
@@ -204,9 +203,7 @@ def _sample(count: int, total: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).choice(total, size=min(count, total), replace=False).tolist())
 
 
-def _queries(
-    model: LLM2CLIPModel, retrieval: ImageTextRetrieval, cache: EmbeddingCache, images: list[Image.Image], seed: int
-) -> str:
+def _queries(model: LLM2CLIPModel, retrieval: ImageTextRetrieval, cache: EmbeddingCache, seed: int) -> str:
     image_embeds, rows = retrieval.embed_images(model)
     text_embeds = retrieval.embed_captions(model, cache.lookup)
     right = {(int(text), int(image)) for text, image in retrieval.matches(rows)}
@@ -216,7 +213,7 @@ def _queries(
         found = scores.topk(min(NUM_FOUND, len(rows))).indices.tolist()
         pictures = "".join(
             f"<img class='{'right' if (text, image) in right else ''}' alt='' title='cosine {scores[image]:.2f}' "
-            f"src='{_thumbnail(images[rows[image]])}'>"
+            f"src='{_thumbnail(retrieval.image(rows[image]))}'>"
             for image in found
         )
         parts.append(f"<div class='query'>{_text(retrieval.captions[text])}</div><div class='found'>{pictures}</div>")
@@ -228,19 +225,20 @@ def _patch_maps(
     processor: Any,
     retrieval: ImageTextRetrieval,
     cache: EmbeddingCache,
-    images: list[Image.Image],
     seed: int,
 ) -> str:
-    chosen = [row for row in _sample(4 * NUM_MAPS, len(images), seed + 1) if retrieval.image_captions[row]][:NUM_MAPS]
+    rows = _sample(4 * NUM_MAPS, len(retrieval.images), seed + 1)
+    chosen = [row for row in rows if retrieval.image_captions[row]][:NUM_MAPS]
+    images = [retrieval.image(row) for row in chosen]
     transform = EvalTransform(processor.image_processor)
-    pixels = torch.stack([transform(images[row]) for row in chosen])
+    pixels = torch.stack([transform(image) for image in images])
     captions = [retrieval.image_captions[row][0] for row in chosen]
     maps = patch_similarity(model, pixels, cache.lookup(captions))
     height, width = output_size(processor.image_processor)
     figure = Figure(figsize=(2 * len(chosen), 4.3), layout="constrained")
     axes = figure.subplots(2, len(chosen), squeeze=False)
-    for column, (row, caption, heat) in enumerate(zip(chosen, captions, maps, strict=True)):
-        picture = images[row].resize((width, height))
+    for column, (image, caption, heat) in enumerate(zip(images, captions, maps, strict=True)):
+        picture = image.resize((width, height))
         axes[0, column].imshow(picture)
         axes[0, column].set_title(caption[:22], fontsize=9)
         axes[1, column].imshow(picture, alpha=0.45)

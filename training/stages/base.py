@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -18,8 +17,9 @@ from llm2clip_training.data.sampling import EpochBatchSampler
 
 logger = logging.getLogger(__name__)
 
-# What a checkpoint needs for a run to go on exactly; the Trainer writes the state last.
-CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+# The Trainer writes it last, so that a checkpoint without it was not finished.
+CHECKPOINT_MARK = "trainer_state.json"
+RESULT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
 @dataclass
@@ -94,7 +94,13 @@ class StageTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure every retrieval set; returns and logs the metrics as `eval_<set>_<metric>`."""
+        """Measure every retrieval set; returns and logs the metrics as `eval_<set>_<metric>`.
+
+        Raises:
+            ValueError: Another data set is given: what is measured is fixed by `retrieval`.
+        """
+        if eval_dataset is not None:
+            raise ValueError("evaluate() measures the sets given as retrieval=; it takes no eval_dataset.")
         model = self.accelerator.unwrap_model(self.model).eval()
         metrics: dict[str, float] = {}
         for name, retrieval in self.retrieval.items():
@@ -104,16 +110,18 @@ class StageTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def fit(self, checkpoint: str | None) -> dict[str, Any]:
-        """Train, evaluate at the end, and keep the log beside the result.
+    def fit(self, checkpoint: str | None, save: Callable[[], None]) -> dict[str, Any]:
+        """Train, save the result, then evaluate it, and keep the log beside it.
 
         Args:
             checkpoint: Checkpoint to go on from.
+            save: Saves the result; before the evaluation, which may fail.
 
         Returns:
             The metrics of training and evaluation.
         """
         metrics = self.train(resume_from_checkpoint=checkpoint).metrics
+        save()
         if self.retrieval:
             metrics |= self.evaluate()
         self.save_state()
@@ -128,10 +136,9 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
         return None
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := pattern.match(path.name))]
     for _, path in sorted(found, reverse=True):
-        missing = [name for name in CHECKPOINT_FILES if not (path / name).is_file()]
-        if not missing:
+        if (path / CHECKPOINT_MARK).is_file():
             return path
-        logger.warning("%s is incomplete (no %s) and is passed over.", path, ", ".join(missing))
+        logger.warning("%s is incomplete (no %s) and is passed over.", path, CHECKPOINT_MARK)
     return None
 
 
@@ -155,10 +162,11 @@ def resume_point(args: StageConfig, resume: bool) -> str | None:
         if found is None:
             logger.info("nothing to resume in %s: starting from the beginning.", args.output_dir)
         return None if found is None else str(found)
-    if found is not None:
+    results = [name for name in RESULT_FILES if Path(args.output_dir, name).exists()]
+    if found is not None or results:
         raise FileExistsError(
-            f"{args.output_dir} holds a run already ({found.name}); add --resume to go on with it, "
-            "or choose another output_dir."
+            f"{args.output_dir} holds a run already ({found.name if found else results[0]}); add --resume to go on "
+            "with it, or choose another output_dir."
         )
     return None
 
@@ -172,16 +180,3 @@ def require(config: Any, names: Sequence[str]) -> None:
     missing = [name for name in ("output_dir", *names) if not getattr(config, name)]
     if missing:
         raise ValueError(f"{type(config).__name__} needs {', '.join(missing)}; give them in the recipe or as options.")
-
-
-def loading_options(dtype: str, attn_implementation: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for the settings of a run; what is unset is left out.
-
-    Raises:
-        ValueError: There is no dtype of that name.
-    """
-    torch_dtype = getattr(torch, dtype, None)
-    if not isinstance(torch_dtype, torch.dtype):
-        raise ValueError(f"dtype {dtype!r} is unknown; choose float32, bfloat16 or float16.")
-    options = {"dtype": torch_dtype, "attn_implementation": attn_implementation, "revision": revision}
-    return {key: value for key, value in options.items() if value is not None}

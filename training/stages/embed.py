@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer
 
 from llm2clip_training.data import CacheManifest, CaptionSource, build_embedding_cache, distinct_captions
-from llm2clip_training.stages.base import loading_options, require
+from llm2clip_training.gather import process_state
+from llm2clip_training.stages.base import require
+from llm2clip_training.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
 from modeling_llm2clip.processing_llm2clip import count_cut_captions
 
@@ -48,13 +49,15 @@ def run(config: EmbedConfig) -> dict[str, Any]:
         The number of captions, and of those that were longer than the encoder reads.
     """
     require(config, ["text_model_name_or_path", "sources"])
-    state = PartialState()
-    model: Any = LLM2CLIPTextModel.from_pretrained(
+    state = process_state()
+    model: Any
+    model, tokenizer = open_text_tower(
         config.text_model_name_or_path,
-        **loading_options(config.dtype, config.attn_implementation, config.text_model_revision),
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        revision=config.text_model_revision,
     )
     model.to(state.device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(config.text_model_name_or_path, revision=config.text_model_revision)
     captions = distinct_captions([CaptionSource.from_dict(source) for source in config.sources])
     manifest = embed_captions(
         model, tokenizer, captions, config.output_dir, config.text_model_name_or_path, config, state

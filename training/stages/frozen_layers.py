@@ -8,28 +8,34 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import logging
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from llm2clip_training.data import CaptionImageDataset, SampleIndex, SkippedSample
-from llm2clip_training.data.sampling import EpochDataset
 
-logger = logging.getLogger(__name__)
+def freeze_unused(tower: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+    """Turn off the gradients of what has no part in the pooled output, such as DINOv2's mask token.
 
-MANIFEST = "manifest.json"
-STATES = "states.npy"
+    DDP would wait for their gradients for ever.
+
+    Args:
+        tower: A vision tower.
+        inputs: What its image processor makes of an image.
+    """
+    parameter = next(tower.parameters())
+    with torch.enable_grad():
+        inputs = {name: value.to(parameter.device) for name, value in inputs.items()}
+        tower(**inputs).pooler_output.sum().backward()
+    _freeze_without_gradient(tower)
+
+
+def _freeze_without_gradient(tower: nn.Module) -> None:
+    for parameter in tower.parameters():
+        parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
+        parameter.grad = None
 
 
 @dataclass
@@ -85,6 +91,9 @@ class FrozenLayers:
         num_layers: How many of its transformer layers are frozen, with everything before them.
         image_size: Height and width of its images in pixels.
 
+    Attributes:
+        state_shape: (tokens, width) of the states that enter the first trained layer.
+
     Raises:
         ValueError: The tower has not that many layers.
     """
@@ -98,6 +107,7 @@ class FrozenLayers:
             raise ValueError(
                 f"freeze_vision_layers is {num_layers}, but the tower has {len(self.stack.layers)} layers."
             )
+        self.state_shape: tuple[int, ...] = ()
         self._extra_outputs = 0
         self._freeze()
 
@@ -110,6 +120,7 @@ class FrozenLayers:
         def detach(module: nn.Module, args: Any, output: Any) -> Any:
             states, *extra = output if isinstance(output, tuple) else (output,)
             self._extra_outputs = len(extra)
+            self.state_shape = tuple(states.shape[1:])
             states = states.detach().requires_grad_()
             return (states, *extra) if extra else states
 
@@ -119,9 +130,7 @@ class FrozenLayers:
                 self.tower(pixel_values=self._placeholder(1)).pooler_output.sum().backward()
         finally:
             handle.remove()
-        for parameter in self.tower.parameters():
-            parameter.requires_grad_(parameter.grad is not None)
-            parameter.grad = None
+        _freeze_without_gradient(self.tower)
 
     def _placeholder(self, batch: int) -> Tensor:
         parameter = next(self.tower.parameters())
@@ -172,98 +181,3 @@ class FrozenLayers:
 
 class _Done(Exception):  # noqa: N818
     """Ends a forward pass as soon as the wanted states are there."""
-
-
-class FrozenStatesDataset(EpochDataset):
-    """Captioned images as the states of the frozen layers instead of pixels.
-
-    The states are computed on first use and kept in `folder`, one subfolder per combination of frozen weights, data
-    and image size, so that several runs share them.
-
-    Args:
-        captions: The data set, without images: it draws the captions.
-        images: The data set's images, in the same order: evaluation samples.
-        frozen: The frozen layers.
-        folder: Where states are kept.
-        batch_size: Images per forward pass.
-        num_workers: Processes that read images.
-    """
-
-    def __init__(
-        self,
-        captions: CaptionImageDataset,
-        images: CaptionImageDataset,
-        frozen: FrozenLayers,
-        folder: str | Path,
-        batch_size: int = 64,
-        num_workers: int = 0,
-    ) -> None:
-        self.captions = captions
-        identity = {
-            "layers": frozen.num_layers,
-            "weights": frozen.fingerprint(),
-            "data": [table._fingerprint for table in images.tables],
-            "image_size": list(frozen.image_size),
-        }
-        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        self.folder = Path(folder) / digest
-        state = PartialState()
-        if state.is_main_process and not (self.folder / MANIFEST).exists():
-            self._build(images, frozen, identity, batch_size, num_workers)
-        elif state.is_main_process:
-            logger.info("the frozen layers' states are in %s already.", self.folder)
-        state.wait_for_everyone()
-        self.skipped: dict[int, tuple[str, str]] = {
-            int(row): (key, reason)
-            for row, (key, reason) in json.loads((self.folder / MANIFEST).read_text())["skipped"].items()
-        }
-        self.states: np.ndarray = np.load(self.folder / STATES, mmap_mode="r")
-
-    def _build(
-        self,
-        images: CaptionImageDataset,
-        frozen: FrozenLayers,
-        identity: dict[str, Any],
-        batch_size: int,
-        num_workers: int,
-    ) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        frozen.tower.eval()
-        loader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=list)
-        skipped: dict[int, tuple[str, str]] = {}
-        states: np.memmap | None = None
-        row = 0
-        for samples in tqdm(loader, desc="Frozen vision layers", disable=not sys.stderr.isatty()):
-            good = [index for index, sample in enumerate(samples) if not isinstance(sample, SkippedSample)]
-            skipped |= {
-                row + index: (sample.key, sample.reason)
-                for index, sample in enumerate(samples)
-                if isinstance(sample, SkippedSample)
-            }
-            if good:
-                device = next(frozen.tower.parameters()).device
-                output = frozen.compute(torch.stack([samples[index]["pixel_values"] for index in good]).to(device))
-                if states is None:
-                    shape = (len(images), *output.shape[1:])
-                    states = np.lib.format.open_memmap(self.folder / STATES, mode="w+", dtype=np.float16, shape=shape)
-                states[[row + index for index in good]] = output.half().cpu().numpy()
-            row += len(samples)
-        if states is None:
-            raise ValueError(f"none of the {len(images)} images can be read.")
-        states.flush()
-        # The manifest comes last: states without one are not used.
-        manifest = {**identity, "skipped": skipped}
-        temporary = self.folder / f"{MANIFEST}.tmp"
-        temporary.write_text(json.dumps(manifest, indent=2))
-        temporary.replace(self.folder / MANIFEST)
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, index: SampleIndex) -> dict[str, Any] | SkippedSample:
-        if index.index in self.skipped:
-            return SkippedSample(*self.skipped[index.index])
-        sample = self.captions[index]
-        if isinstance(sample, dict):
-            sample["vision_states"] = torch.from_numpy(np.array(self.states[index.index]))
-        return sample

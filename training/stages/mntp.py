@@ -25,15 +25,15 @@ from transformers import (
 
 from llm2clip_training.data import CaptionSource, SampleIndex, SampleIndexBatchSampler, distinct_captions
 from llm2clip_training.data.sampling import EpochDataset, stable_seed
-from llm2clip_training.stages.base import loading_options, require, resume_point
+from llm2clip_training.stages.base import require, resume_point
 from llm2clip_training.stages.text_tower import (
     TextTowerConfig,
     TextTowerTrainer,
     add_lora,
-    is_text_tower,
     load_text_tower,
     retrieval_sets,
 )
+from llm2clip_training.towers import is_text_tower, loading_options
 
 
 @dataclass
@@ -118,6 +118,7 @@ class MNTPTrainer(TextTowerTrainer):
             self.args.per_device_train_batch_size,
             num_replicas=self.accelerator.num_processes,
             seed=self.args.sampling_seed,
+            drop_last=self.args.dataloader_drop_last,
         )
 
     def compute_loss(
@@ -200,6 +201,14 @@ def _load_language_model(config: MNTPConfig) -> tuple[PreTrainedModel, PreTraine
     return model, AutoTokenizer.from_pretrained(name, revision=revision)
 
 
+def _frozen_head(language_model: PreTrainedModel) -> nn.Module:
+    head: Any = language_model.get_output_embeddings()
+    embedding: Any = language_model.get_input_embeddings()
+    if head.weight is not embedding.weight:  # a tied head is the embedding, which full fine-tuning trains
+        head.requires_grad_(False)
+    return head
+
+
 def run(config: MNTPConfig, resume: bool = False) -> dict[str, Any]:
     """The pre-stage from its settings to a text tower in `config.output_dir`.
 
@@ -221,7 +230,7 @@ def run(config: MNTPConfig, resume: bool = False) -> dict[str, Any]:
     model, tokenizer = load_text_tower(config, decoder=language_model.base_model)
     add_lora(model, config)
     trainer = MNTPTrainer(
-        head=language_model.get_output_embeddings().requires_grad_(config.lora_rank == 0),
+        head=_frozen_head(language_model),
         model=model,
         args=config,
         train_dataset=dataset,
@@ -229,6 +238,4 @@ def run(config: MNTPConfig, resume: bool = False) -> dict[str, Any]:
         processing_class=tokenizer,
         retrieval=retrieval,
     )
-    metrics = trainer.fit(checkpoint)
-    trainer.save_result(config.output_dir, config.save_format)
-    return metrics
+    return trainer.fit(checkpoint, lambda: trainer.save_result(config.output_dir, config.save_format))

@@ -66,6 +66,7 @@ class CaptionContrastiveTrainer(TextTowerTrainer):
             self.args.per_device_train_batch_size,
             num_replicas=self.accelerator.num_processes,
             seed=self.args.sampling_seed,
+            drop_last=self.args.dataloader_drop_last,
         )
 
     def compute_loss(
@@ -128,6 +129,4 @@ def run(config: CaptionContrastiveConfig, resume: bool = False) -> dict[str, Any
         processing_class=tokenizer,
         retrieval=retrieval,
     )
-    metrics = trainer.fit(checkpoint)
-    trainer.save_result(config.output_dir, config.save_format)
-    return metrics
+    return trainer.fit(checkpoint, lambda: trainer.save_result(config.output_dir, config.save_format))

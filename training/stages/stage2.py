@@ -10,38 +10,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    SchedulerType,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, SchedulerType, TrainerCallback, set_seed
 
-from llm2clip_training.data import (
-    CaptionImageDataset,
-    CaptionSource,
-    EmbeddingCache,
-    EvalTransform,
-    SampleIndexBatchSampler,
-    SkipLog,
-    StreamingCaptionImageDataset,
-    TrainTransform,
-    VisionAlignmentCollator,
-)
-from llm2clip_training.data.images import output_size
+from llm2clip_training.data import CaptionSource, SampleIndexBatchSampler, SkipLog
 from llm2clip_training.data.sampling import EpochDataset
 from llm2clip_training.evaluation import ImageTextRetrieval
 from llm2clip_training.losses import clip_loss
 from llm2clip_training.optim import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
-from llm2clip_training.stages.base import StageConfig, StageTrainer, loading_options, require, resume_point
-from llm2clip_training.stages.frozen_layers import FrozenLayers, FrozenStatesDataset
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
+from llm2clip_training.stages.base import StageConfig, StageTrainer, require, resume_point
+from llm2clip_training.stages.frozen_layers import FrozenLayers
+from llm2clip_training.stages.stage2_inputs import build_dataset, load_model, open_captions
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +43,14 @@ class VisionAlignmentConfig(StageConfig):
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Train an LLM2CLIP model further, instead of starting from two towers."}
     )
+    vision_model_revision: str | None = field(default=None, metadata={"help": "Revision of the vision tower."})
+    text_model_revision: str | None = field(default=None, metadata={"help": "Revision of the text tower."})
     image_processor_name_or_path: str | None = field(
         default=None, metadata={"help": "Image processor; unset: the one beside the vision tower."}
     )
-    source: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Training data: a CaptionSource mapping, or `sources` for several."}
+    sources: list[dict[str, Any]] = field(
+        default_factory=list, metadata={"help": "Training data: CaptionSource mappings; a streamed one stands alone."}
     )
-    sources: list[dict[str, Any]] = field(default_factory=list, metadata={"help": "Several training data sets."})
     eval_sources: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Retrieval sets, evaluated while training: CaptionSource by name."}
     )
@@ -77,14 +61,19 @@ class VisionAlignmentConfig(StageConfig):
     online_text_model: bool = field(
         default=False, metadata={"help": "Run the frozen LLM while training, instead of reading a cache."}
     )
-    dtype: str = field(default="float32", metadata={"help": "dtype in which an online LLM is loaded."})
+    text_model_dtype: str = field(default="auto", metadata={"help": "dtype of an online LLM; auto: its own."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the vision tower."})
-    projection_dim: int = field(default=1280, metadata={"help": "Width of the shared space."})
-    adapter_num_layers: int = field(default=4, metadata={"help": "Residual blocks of the adapter."})
-    adapter_expansion: int = field(default=2, metadata={"help": "Hidden width of a block over its width."})
-    adapter_normalize: bool = field(default=True, metadata={"help": "L2-normalise the LLM's embedding first."})
+    projection_dim: int | None = field(default=None, metadata={"help": "Width of the shared space; unset: 1280."})
+    adapter_num_layers: int | None = field(default=None, metadata={"help": "Blocks of the adapter; unset: 4."})
+    adapter_expansion: int | None = field(
+        default=None, metadata={"help": "Hidden width of a block over its width; unset: 2."}
+    )
+    adapter_normalize: bool | None = field(
+        default=None, metadata={"help": "L2-normalise the LLM's embedding first; unset: true."}
+    )
     logit_scale_init_value: float | None = field(
-        default=None, metadata={"help": "Natural logarithm of the initial logit scale; unset: ln(1 / 0.07)."}
+        default=None,
+        metadata={"help": "Log of the initial logit scale; unset: ln(1 / 0.07). Pretrained CLIPs: 4.6052."},
     )
     vision_learning_rate: float | None = field(default=None, metadata={"help": "Unset: learning_rate."})
     text_learning_rate: float | None = field(default=None, metadata={"help": "Of the adapter; unset: learning_rate."})
@@ -117,14 +106,12 @@ class VisionAlignmentConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.source and self.sources:
-            raise ValueError("give either source or sources, not both.")
-        if self.source:
-            self.sources = [self.source]
         if (self.embedding_cache is not None) == self.online_text_model:
             raise ValueError("give either embedding_cache (from `llm2clip embed`) or online_text_model: true.")
         if self.frozen_states_dir and not self.freeze_vision_layers:
             raise ValueError("frozen_states_dir needs freeze_vision_layers.")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale is [smallest, largest] share, within 0 and 1, but is {self.crop_scale}.")
 
 
 class ClampLogitScale(TrainerCallback):
@@ -167,6 +154,7 @@ class VisionAlignmentTrainer(StageTrainer):
             self.args.per_device_train_batch_size,
             num_replicas=self.accelerator.num_processes,
             seed=self.args.sampling_seed,
+            drop_last=self.args.dataloader_drop_last,
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
@@ -230,8 +218,9 @@ class VisionAlignmentTrainer(StageTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs["logit_scale"] = self.accelerator.unwrap_model(self.model).logit_scale.exp().item()
-        if self.skip_log is not None and self.skip_log.count:
-            logs["skipped_samples"] = self.skip_log.count
+        skipped = gather_object([self.skip_log.count if self.skip_log is not None else 0])
+        if sum(skipped):
+            logs["skipped_samples"] = sum(skipped)
         super().log(logs, start_time)
 
     def measure(self, model: LLM2CLIPModel, retrieval: ImageTextRetrieval) -> dict[str, float | int]:
@@ -250,96 +239,6 @@ class VisionAlignmentTrainer(StageTrainer):
         self.accelerator.wait_for_everyone()
 
 
-def load_model(config: VisionAlignmentConfig) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    """The model of a run: without its LLM, unless it runs online, and its processor."""
-    if config.model_name_or_path is not None:
-        model = LLM2CLIPModel.from_pretrained(config.model_name_or_path, text_model=False)
-        tokenizer_name = image_processor_name = config.model_name_or_path
-    else:
-        require(config, ["vision_model_name_or_path", "text_model_name_or_path"])
-        options = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
-        fields: dict[str, Any] = {
-            "projection_dim": config.projection_dim,
-            "adapter_num_layers": config.adapter_num_layers,
-            "adapter_expansion": config.adapter_expansion,
-            "adapter_normalize": config.adapter_normalize,
-        }
-        if config.logit_scale_init_value is not None:
-            fields["logit_scale_init_value"] = config.logit_scale_init_value
-        model = LLM2CLIPModel.from_vision_text_pretrained(
-            config.vision_model_name_or_path, config.text_model_name_or_path, vision_model_kwargs=options, **fields
-        )
-        tokenizer_name, image_processor_name = config.text_model_name_or_path, config.vision_model_name_or_path
-    if config.online_text_model:
-        model.load_text_model(**loading_options(config.dtype))
-        model.text_model.requires_grad_(False)
-        if model.config.text_model_fingerprint is None:
-            model.config.text_model_fingerprint = model.text_model.fingerprint()
-    image_processor = AutoImageProcessor.from_pretrained(config.image_processor_name_or_path or image_processor_name)
-    return model, LLM2CLIPProcessor(image_processor, AutoTokenizer.from_pretrained(tokenizer_name))
-
-
-def open_cache(config: VisionAlignmentConfig, model: LLM2CLIPModel) -> EmbeddingCache:
-    """The run's embedding cache, which has to be the work of the model's LLM; its fingerprint goes into the config."""
-    assert config.embedding_cache is not None
-    expected = model.config.text_model_fingerprint
-    cache = EmbeddingCache.open(
-        config.embedding_cache, expected, verify=config.verify_cache and config.process_index == 0
-    )
-    width = model.config.text_config.hidden_size
-    if cache.hidden_size != width:
-        raise ValueError(
-            f"the cache {config.embedding_cache} holds embeddings of width {cache.hidden_size} (of "
-            f"{cache.manifest.text_model_name}), but {model.config.text_model_name_or_path} gives {width}; embed the "
-            "captions with that text tower."
-        )
-    model.config.text_model_fingerprint = cache.manifest.fingerprint
-    return cache
-
-
-def build_dataset(
-    config: VisionAlignmentConfig, model: LLM2CLIPModel, image_processor: Any, rank: int, world_size: int
-) -> tuple[Any, FrozenLayers | None]:
-    """The training set, and the frozen layers whose states it holds, if any."""
-    sources = [CaptionSource.from_dict(source) for source in config.sources]
-    evaluation = EvalTransform(image_processor)
-    training = TrainTransform(image_processor, scale=(config.crop_scale[0], config.crop_scale[1]))
-    options: dict[str, Any] = {
-        "seed": config.sampling_seed,
-        "on_error": config.on_error,
-        "max_pixels": config.max_image_pixels,
-    }
-    frozen = None
-    if config.freeze_vision_layers:
-        frozen = FrozenLayers(model.vision_model, config.freeze_vision_layers, output_size(image_processor))
-    if any(source.streaming for source in sources):
-        if len(sources) > 1 or config.frozen_states_dir:
-            raise ValueError("a streamed source has to be the only one, and frozen_states_dir does not apply to it.")
-        stream = StreamingCaptionImageDataset(
-            sources[0],
-            evaluation,
-            training,
-            shuffle_buffer=config.shuffle_buffer,
-            rank=rank,
-            world_size=world_size,
-            repeat=True,
-            **options,
-        )
-        return stream, frozen
-    if not config.frozen_states_dir:
-        return CaptionImageDataset(sources, evaluation, training, **options), frozen
-    assert frozen is not None
-    dataset = FrozenStatesDataset(
-        captions=CaptionImageDataset(sources, None, **options),
-        images=CaptionImageDataset(sources, evaluation, **options),
-        frozen=frozen,
-        folder=config.frozen_states_dir,
-        batch_size=config.per_device_eval_batch_size,
-        num_workers=config.dataloader_num_workers,
-    )
-    return dataset, frozen
-
-
 def run(config: VisionAlignmentConfig, resume: bool = False) -> dict[str, Any]:
     """Stage 2 from its settings to a Hub-ready folder in `config.output_dir`.
 
@@ -354,31 +253,24 @@ def run(config: VisionAlignmentConfig, resume: bool = False) -> dict[str, Any]:
     checkpoint = resume_point(config, resume)
     set_seed(config.seed)
     model, processor = load_model(config)
-    cache = None if config.online_text_model else open_cache(config, model)
-    tokenizer = cast(PreTrainedTokenizerBase, processor.tokenizer)
     image_processor = processor.image_processor
-    dataset, frozen = build_dataset(config, model, image_processor, config.process_index, config.world_size)
     retrieval = {
         name: ImageTextRetrieval(
             CaptionSource.from_dict(source), image_processor, config.on_error, config.max_image_pixels
         )
         for name, source in config.eval_sources.items()
     }
+    captions = open_captions(config, model, processor, retrieval)
+    dataset, frozen = build_dataset(config, model, image_processor)
     trainer = VisionAlignmentTrainer(
         model=model,
         args=config,
         train_dataset=dataset,
-        data_collator=VisionAlignmentCollator(cache, None if cache is not None else processor),
+        data_collator=captions.collator,
         processing_class=processor,
         frozen=frozen,
         retrieval=retrieval,
-        embed=cache.lookup if cache is not None else _online(model.text_model, tokenizer),
+        embed=captions.embed,
         skip_log=SkipLog(Path(config.output_dir) / f"skipped-{config.process_index}.jsonl"),
     )
-    metrics = trainer.fit(checkpoint)
-    trainer.save_result(config.output_dir)
-    return metrics
-
-
-def _online(text_model: LLM2CLIPTextModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    return lambda captions: text_model.encode(captions, tokenizer)
+    return trainer.fit(checkpoint, lambda: trainer.save_result(config.output_dir))

@@ -8,13 +8,14 @@ from typing import Any, cast
 
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2clip_training.data import PairSource
 from llm2clip_training.evaluation import CaptionRetrieval
-from llm2clip_training.stages.base import StageConfig, StageTrainer, loading_options
-from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
+from llm2clip_training.stages.base import StageConfig, StageTrainer
+from llm2clip_training.towers import open_text_tower
+from modeling_llm2clip import LLM2CLIPTextModel
+from modeling_llm2clip.modeling_llm2clip_utils import absolute_path
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -41,7 +42,9 @@ class TextTowerConfig(StageConfig):
     max_text_length: int | None = field(
         default=None, metadata={"help": "Longest caption in tokens, prompt included; unset: 512."}
     )
-    bidirectional: bool = field(default=True, metadata={"help": "Attend in both directions (ablation: false)."})
+    bidirectional: bool | None = field(
+        default=None, metadata={"help": "Attend in both directions; unset: true. false is for ablations."}
+    )
     lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA; 0 trains every weight of the LLM."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's update is scaled by alpha / rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before LoRA's layers."})
@@ -81,6 +84,12 @@ class TextTowerTrainer(StageTrainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_best_model(self) -> None:
+        if self.accelerator.unwrap_model(self.model).has_adapter:
+            self._load_from_checkpoint(cast(str, self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
     def save_result(self, output_dir: str | Path, save_format: str) -> None:
         """Save the trained text tower.
 
@@ -102,55 +111,19 @@ class TextTowerTrainer(StageTrainer):
 def load_text_tower(
     config: TextTowerConfig, decoder: PreTrainedModel | None = None
 ) -> tuple[LLM2CLIPTextModel, PreTrainedTokenizerBase]:
-    """The LLM of a run as text tower, with the caption tokenizer that holds its prompt.
-
-    A plain LLM gets the prompt and pooling of the settings; a text tower keeps its own where the settings are unset.
-
-    Args:
-        config: The settings.
-        decoder: The LLM, where it is loaded already.
-    """
-    name, revision = config.model_name_or_path, config.model_revision
-    options = loading_options(config.dtype, config.attn_implementation, revision)
-    fields = {
-        "prompt_prefix": config.prompt_prefix,
-        "prompt_suffix": config.prompt_suffix,
-        "pooling": config.pooling,
-        "max_text_length": config.max_text_length,
-    }
-    fields = {key: value for key, value in fields.items() if value is not None}
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    if is_text_tower(name, revision):
-        prompt = [key for key in ("prompt_prefix", "prompt_suffix", "max_text_length") if key in fields]
-        if prompt:
-            raise ValueError(
-                f"{name} is a text tower, whose tokenizer holds its prompt already; leave out {', '.join(prompt)}."
-            )
-        model = LLM2CLIPTextModel.from_pretrained(name, **options)
-        model.merge_adapter()
-        model.config.pooling = fields.get("pooling", model.config.pooling)
-        return model, tokenizer
-    defaults = LLM2CLIPTextConfig()
-    prefix, suffix, length = (
-        fields.get(key, getattr(defaults, key)) for key in ("prompt_prefix", "prompt_suffix", "max_text_length")
-    )
-    tokenizer, prefix_tokens = with_prompt(tokenizer, prefix, suffix, length)
-    model = LLM2CLIPTextModel.from_decoder(
-        decoder if decoder is not None else name,
-        decoder_kwargs=options,
-        num_prefix_tokens=prefix_tokens,
+    """The LLM of a run as text tower, with its tokenizer; see [`open_text_tower`]."""
+    return open_text_tower(
+        config.model_name_or_path,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        revision=config.model_revision,
+        decoder=decoder,
+        prompt_prefix=config.prompt_prefix,
+        prompt_suffix=config.prompt_suffix,
+        pooling=config.pooling,
+        max_text_length=config.max_text_length,
         bidirectional=config.bidirectional,
-        **fields,
     )
-    return model, tokenizer
-
-
-def is_text_tower(name: str, revision: str | None) -> bool:
-    """Whether a repo or folder holds an [`LLM2CLIPTextModel`] rather than a plain LLM."""
-    if find_adapter_config_file(name, revision=revision) is not None and not Path(name, "config.json").exists():
-        return False
-    fields, _ = PretrainedConfig.get_config_dict(name, revision=revision)
-    return fields.get("model_type") == LLM2CLIPTextConfig.model_type
 
 
 def add_lora(model: LLM2CLIPTextModel, config: TextTowerConfig) -> None:
@@ -170,6 +143,8 @@ def add_lora(model: LLM2CLIPTextModel, config: TextTowerConfig) -> None:
         revision=config.model_revision,
     )
     model.decoder = get_peft_model(model.decoder, lora)
+    # The decoder may have changed since it left the LLM that its config names: the adapter belongs to this model.
+    model.decoder.peft_config["default"].base_model_name_or_path = absolute_path(config.model_name_or_path)
 
 
 def retrieval_sets(config: TextTowerConfig) -> dict[str, CaptionRetrieval]:

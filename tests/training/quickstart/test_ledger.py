@@ -58,3 +58,12 @@ def test_a_step_is_done_again_when_one_before_it_changes(tmp_path: Path) -> None
         ledger.run("first", "First", {"x": setting}, first)
         ledger.run("second", "Second", {}, second, after=("first",))
     assert (len(first.resumed), len(second.resumed)) == (2, 2)
+
+
+def test_a_folder_that_no_quickstart_made_is_left_alone(tmp_path: Path) -> None:
+    work = Work(tmp_path / "out")
+    work.folder.mkdir()
+    (work.folder / "precious").touch()
+    with pytest.raises(FileExistsError, match="no quickstart made it"):
+        Ledger(tmp_path).run("a", "A", {}, work, folder=work.folder)
+    assert (work.folder / "precious").exists()

@@ -29,14 +29,15 @@ PROFILE = {
 }  # fmt: skip
 
 
-def save_data(folder: Path, splits: dict[str, int], drop: tuple[str, ...] = ()) -> str:
+def save_data(folder: Path, splits: dict[str, int], drop: tuple[str, ...] = (), image_column: str = "picture") -> str:
     """A slice of the bundled data as a user's folder."""
     folder.mkdir()
     for split, rows in splits.items():
         table = datasets.load_dataset(
             "parquet", data_files=f"{tiny.CONCEPTS}/{split}.parquet", split=f"train[:{rows}]"
         )
-        table.remove_columns(list(drop)).to_parquet(folder / f"{split}.parquet")
+        table = table.remove_columns(list(drop)).rename_column("image", image_column)
+        table.to_parquet(folder / f"{split}.parquet")
     return str(folder)
 
 
@@ -49,6 +50,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "quickstart", "--traceback", "--profile", str(profile), "--output_dir", str(folder / "run"),
         "--llm", tiny.save_llm(folder / "llm"), "--vision_model", tiny.save_vision_tower(folder / "vision"),
         "--data", save_data(folder / "data", {"train": 64, "validation": 24, "test": 24}),
+        "--image_column", "picture",
     ]  # fmt: skip
 
 
@@ -76,7 +78,7 @@ def test_whole_story(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     sample = results["model_sample"]
     data = Path(arguments[arguments.index("--data") + 1])
     test = datasets.load_dataset("parquet", data_files=str(data / "test.parquet"), split="train[:4]")
-    images = [decode_image(row["image"], "x") for row in test]
+    images = [decode_image(row["picture"], "x") for row in test]
     with torch.no_grad():
         output = model(**processor(text=sample["captions"], images=images, return_tensors="pt"))
     torch.testing.assert_close(output.logits_per_image, torch.tensor(sample["logits_per_image"]), atol=1e-5, rtol=0)
@@ -92,11 +94,13 @@ def test_second_run_reuses_what_is_there_and_says_so(arguments: list[str], capsy
 
 def test_data_without_test_split_or_second_caption(tmp_path: Path) -> None:
     drop = ("keywords", "caption_de", "caption_fr")
-    only_train = QuickstartData.find(save_data(tmp_path / "a", {"train": 40}, drop), ["caption"])
+    only_train = QuickstartData.find(save_data(tmp_path / "a", {"train": 40}, drop), ["caption"], "picture")
     assert (only_train.train, only_train.test) == ("train[:80%]", "train[90%:]")
     assert [source.path for source in only_train.pair_sources()] == [tiny.GLOSSES]
     assert list(only_train.caption_sets) == ["lemma_to_gloss"]
     assert only_train.translations == {}
-    two = QuickstartData.find(save_data(tmp_path / "b", {"train": 40, "validation": 20}), ["caption", "keywords"])
+    two = QuickstartData.find(
+        save_data(tmp_path / "b", {"train": 40, "validation": 20}), ["caption", "keywords"], "picture"
+    )
     assert (two.train, two.validation, two.test) == ("train", "validation", "validation")
     assert len(two.pair_sources()) == 2

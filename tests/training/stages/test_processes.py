@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoConfig, AutoImageProcessor, Dinov2Model
 
 from llm2clip_training.data import CaptionSource, EmbeddingCache, distinct_captions
 from modeling_llm2clip import LLM2CLIPModel
@@ -83,6 +85,38 @@ def test_embed_and_stage2_on_two_processes_equal_one(inputs: Inputs, tmp_path: P
     )
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, atol=1e-4, rtol=1e-3)
+
+
+def test_two_processes_train_dinov2_with_checkpointing(inputs: Inputs, tmp_path: Path) -> None:
+    """Its mask token has no gradient, which DDP would wait for; the frozen states are computed by both."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
+    Dinov2Model(AutoConfig.for_model("dinov2", **sizes)).save_pretrained(tmp_path / "vision")
+    AutoImageProcessor.from_pretrained(inputs.vision).save_pretrained(tmp_path / "vision")
+    fields = tiny.stage2_fields(tmp_path / "whole", str(tmp_path / "vision"), inputs.text, inputs.cache)
+    fields |= {"save_strategy": "no", "max_steps": 2, "gradient_checkpointing": True}
+    llm2clip("stage2", fields, 2)
+    frozen = {
+        "freeze_vision_layers": 1,
+        "frozen_states_dir": str(tmp_path / "states"),
+        "gradient_checkpointing": False,
+    }
+    llm2clip("stage2", {**fields, **frozen, "output_dir": str(tmp_path / "two")}, 2)
+    shutil.move(tmp_path / "states", tmp_path / "states-of-two")
+    one = {"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 32}
+    llm2clip("stage2", {**fields, **frozen, **one})
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+def test_a_worker_process_fails_in_one_line(inputs: Inputs, tmp_path: Path) -> None:
+    fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, inputs.text, inputs.cache)
+    fields |= {"sources": [tiny.concepts(max_samples=300)], "dataloader_num_workers": 1, "eval_sources": {}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(fields))
+    command = [sys.executable, *CLI, "stage2", str(recipe)]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "llm2clip stage2: error: The embedding cache" in result.stderr
 
 
 def test_a_killed_stage2_goes_on_to_the_same_parameters(inputs: Inputs, tmp_path: Path) -> None:

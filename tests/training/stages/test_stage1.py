@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from llm2clip_training.data import PairCollator
 from llm2clip_training.recipe import build_config
 from llm2clip_training.stages import stage1
 from modeling_llm2clip import LLM2CLIPTextModel
@@ -73,15 +75,47 @@ def test_resumed_run_equals_an_unbroken_one(inputs: Inputs, tmp_path: Path) -> N
 
 
 def test_a_finished_run_is_not_overwritten(inputs: Inputs, tmp_path: Path) -> None:
-    run(tmp_path, inputs.llm, max_steps=3)
+    run(tmp_path / "a", inputs.llm, max_steps=3)
     with pytest.raises(FileExistsError, match=r"holds a run already \(checkpoint-3\); add --resume"):
-        run(tmp_path, inputs.llm)
+        run(tmp_path / "a", inputs.llm)
+    run(tmp_path / "b", inputs.llm, max_steps=1, save_strategy="no")
+    with pytest.raises(FileExistsError, match=r"holds a run already \(model.safetensors\)"):
+        run(tmp_path / "b", inputs.llm)
 
 
-def test_adapter_can_be_kept(inputs: Inputs, tmp_path: Path) -> None:
-    run(tmp_path, inputs.llm, save_format="adapter", max_steps=1, save_strategy="no")
-    assert (tmp_path / "adapter_model.safetensors").exists()
-    assert LLM2CLIPTextModel.from_pretrained(tmp_path).has_adapter
+@pytest.mark.parametrize("start", ["llm", "text"])
+def test_adapter_can_be_kept_and_loads_over_what_it_was_trained_on(start: str, inputs: Inputs, tmp_path: Path) -> None:
+    """A plain LLM, or a text tower whose weights are not the LLM's any more."""
+    unset: dict[str, Any] = {"prompt_prefix": None, "prompt_suffix": None, "max_text_length": None}
+    fields = {"max_steps": 2, "save_strategy": "no", **(unset if start == "text" else {})}
+    run(tmp_path / "merged", getattr(inputs, start), **fields)
+    run(tmp_path / "adapter", getattr(inputs, start), save_format="adapter", **fields)
+    adapter = LLM2CLIPTextModel.from_pretrained(tmp_path / "adapter")
+    assert adapter.has_adapter
+    ids = torch.randint(1, 400, (2, 9))
+    expected = LLM2CLIPTextModel.from_pretrained(tmp_path / "merged").eval()(ids).pooler_output
+    for load in (LLM2CLIPTextModel.from_pretrained, AutoModel.from_pretrained):
+        torch.testing.assert_close(
+            load(tmp_path / "adapter").eval()(ids).pooler_output, expected, atol=1e-5, rtol=1e-4
+        )
+
+
+def test_training_cuts_captions_where_encoding_does(inputs: Inputs) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(inputs.text)
+    pair = {"anchor": "a word " * 90, "positive": "b", "negative": None, "instruction": None, "source": "x"}
+    batch = PairCollator(tokenizer, 8)([{**pair, "positive_instruction": None}])
+    assert batch["anchor"]["input_ids"].shape == (1, 64)
+    assert batch["num_truncated"] == 1
+
+
+def test_best_checkpoint_is_loaded_at_the_end(inputs: Inputs, tmp_path: Path) -> None:
+    gloss_test = {"path": tiny.GLOSSES, "split": "test", "anchor_column": "lemmas", "positive_column": "gloss"}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_glosses_mean_rank"}
+    changes = {"eval_sources": {"glosses": gloss_test}, "eval_strategy": "steps", "eval_steps": 3, **best}
+    metrics = run(tmp_path, inputs.llm, greater_is_better=True, **changes)
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    ranks = [entry["eval_glosses_mean_rank"] for entry in history if "eval_glosses_mean_rank" in entry]
+    assert metrics["eval_glosses_mean_rank"] == pytest.approx(max(ranks[:2]), abs=0.5)
 
 
 def test_full_fine_tuning_without_lora(inputs: Inputs, tmp_path: Path) -> None:
@@ -94,8 +128,12 @@ def test_a_text_tower_is_trained_further_with_its_own_prompt(inputs: Inputs, tmp
     unset = {"prompt_prefix": None, "prompt_suffix": None, "max_text_length": None}
     run(tmp_path, inputs.text, max_steps=1, save_strategy="no", **unset)
     assert LLM2CLIPTextModel.from_pretrained(tmp_path).config.prompt_prefix == tiny_models.PREFIX
-    with pytest.raises(ValueError, match="holds its prompt already; leave out prompt_prefix, prompt_suffix"):
-        run(tmp_path, inputs.text)
+    with pytest.raises(
+        ValueError, match="says itself how captions are encoded; leave out prompt_prefix, prompt_suffix"
+    ):
+        run(tmp_path / "again", inputs.text)
+    with pytest.raises(ValueError, match="leave out bidirectional"):
+        run(tmp_path / "again", inputs.text, bidirectional=False, **unset)
 
 
 def test_hard_negatives_and_instructions_reach_the_loss(inputs: Inputs, tmp_path: Path) -> None:

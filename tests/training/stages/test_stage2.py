@@ -9,11 +9,26 @@ from typing import Any
 import pytest
 import torch
 from datasets import load_dataset
-from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPVisionModel, Dinov2Model
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPVisionModel,
+    Dinov2Model,
+)
 
-from llm2clip_training.data import CacheMismatchError, DamagedImageError, MissingCaptionError
+from llm2clip_training.data import (
+    CacheMismatchError,
+    CaptionSource,
+    DamagedImageError,
+    EmbeddingCache,
+    MissingCaptionError,
+    distinct_captions,
+)
 from llm2clip_training.recipe import build_config
-from llm2clip_training.stages import stage2
+from llm2clip_training.stages import embed, stage2
 from llm2clip_training.stages.frozen_layers import FrozenLayers
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.training import tiny
@@ -115,27 +130,34 @@ def test_upper_layers_on_stored_states_equal_the_whole_tower(model_type: str, in
 
 def test_training_goes_on_from_an_llm2clip_model(inputs: Inputs, tmp_path: Path) -> None:
     run(tmp_path / "first", inputs, max_steps=2, save_strategy="no")
-    more = {"model_name_or_path": str(tmp_path / "first"), "vision_model_name_or_path": "", "max_steps": 1}
-    run(tmp_path / "second", inputs, save_strategy="no", **more)
+    more = {"model_name_or_path": str(tmp_path / "first"), "max_steps": 1, "save_strategy": "no"}
+    with pytest.raises(ValueError, match="is a finished model; leave out projection_dim"):
+        run(tmp_path / "second", inputs, **more)
+    run(tmp_path / "second", inputs, projection_dim=None, **more)
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert first.keys() == second.keys()
     change = (second["text_adapter.proj.weight"] - first["text_adapter.proj.weight"]).abs().max()
     assert 0 < change < 0.01
 
 
-def test_streamed_source(inputs: Inputs, tmp_path: Path) -> None:
-    run(tmp_path, inputs, source=tiny.concepts(streaming=True), max_steps=3, save_strategy="no", shuffle_buffer=32)
-    assert len(losses(tmp_path)) == 3
+def test_streamed_source_resumes_too(inputs: Inputs, tmp_path: Path) -> None:
+    fields = {"sources": [tiny.concepts(streaming=True)], "shuffle_buffer": 32}
+    run(tmp_path / "unbroken", inputs, **fields)
+    run(tmp_path / "broken", inputs, **fields)
+    (tmp_path / "broken" / "checkpoint-6" / "trainer_state.json").unlink()
+    run(tmp_path / "broken", inputs, resume=True, **fields)
+    expected = weights(tmp_path / "unbroken")
+    for name, value in weights(tmp_path / "broken").items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
 
 
 def damaged_source(folder: Path) -> dict[str, Any]:
     """Sixty-four rows of the data, two of which hold something else than an image."""
     table = load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split="train[:64]")
     rows = [{key: row[key] for key in ("key", "caption", "keywords")} for row in table.remove_columns("image")]
-    images = table.cast_column("image", {"bytes": "binary", "path": "string"} and table.features["image"])
     (folder / "images").mkdir()
     with (folder / "images" / "metadata.jsonl").open("w") as metadata:
-        for number, (row, image) in enumerate(zip(rows, images["image"], strict=True)):
+        for number, (row, image) in enumerate(zip(rows, table["image"], strict=True)):
             name = f"{number}.png"
             if number in (3, 40):
                 (folder / "images" / name).write_bytes(b"not an image")
@@ -148,8 +170,8 @@ def damaged_source(folder: Path) -> dict[str, Any]:
 def test_damaged_images_are_refused_or_skipped_and_listed(inputs: Inputs, tmp_path: Path) -> None:
     source = damaged_source(tmp_path)
     with pytest.raises(DamagedImageError, match="cannot be used"):
-        run(tmp_path / "raise", inputs, source=source, save_strategy="no")
-    run(tmp_path / "skip", inputs, source=source, on_error="skip", save_strategy="no")
+        run(tmp_path / "raise", inputs, sources=[source], save_strategy="no")
+    run(tmp_path / "skip", inputs, sources=[source], on_error="skip", save_strategy="no")
     listed = [json.loads(line) for line in (tmp_path / "skip" / "skipped-0.jsonl").read_text().splitlines()]
     assert len(listed) == 2
     history = json.loads((tmp_path / "skip" / "trainer_state.json").read_text())["log_history"]
@@ -161,9 +183,11 @@ def test_damaged_images_are_refused_or_skipped_and_listed(inputs: Inputs, tmp_pa
     [
         ({"embedding_cache": None}, ValueError, "give either embedding_cache"),
         ({"embedding_cache": "/nowhere"}, FileNotFoundError, "/nowhere is not an embedding cache"),
-        ({"source": tiny.concepts(caption_columns=["title"])}, ValueError, "title.*caption_de"),
-        ({"source": tiny.concepts(max_samples=200)}, MissingCaptionError, "lacks .* captions"),
+        ({"sources": [tiny.concepts(caption_columns=["title"])]}, ValueError, "title.*caption_de"),
+        ({"sources": [tiny.concepts(max_samples=200)]}, MissingCaptionError, "lacks .* captions"),
         ({"frozen_states_dir": "x"}, ValueError, "needs freeze_vision_layers"),
+        ({"crop_scale": [0.9]}, ValueError, "crop_scale is"),
+        ({"sources": [{**tiny.concepts(), "max_samples": "many"}]}, ValueError, "max_samples is 'many'"),
         ({"on_error": "ignore"}, ValueError, "on_error must be 'raise' or 'skip'"),
         ({"text_model_name_or_path": ""}, ValueError, "needs text_model_name_or_path"),
     ],
@@ -176,16 +200,65 @@ def test_bad_settings_are_one_clear_error(
 
 
 def test_cache_of_another_encoder_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    """Before any training, for two towers as for a finished model."""
+    other = LLM2CLIPTextModel.from_pretrained(inputs.text)
+    with torch.no_grad():
+        other.decoder.layers[0].mlp.up_proj.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(inputs.text).save_pretrained(tmp_path / "other")
+    with pytest.raises(CacheMismatchError, match=str(other.fingerprint())):
+        run(tmp_path / "out", inputs, text_model_name_or_path=str(tmp_path / "other"))
     run(tmp_path / "first", inputs, max_steps=1, save_strategy="no")
-    manifest = Path(inputs.cache, "manifest.json")
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in Path(inputs.cache).iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    fields = json.loads(manifest.read_text())
-    (other / "manifest.json").write_text(json.dumps({**fields, "fingerprint": "0" * 32}))
-    with pytest.raises(CacheMismatchError, match="0" * 32):
-        run(tmp_path / "out", inputs, model_name_or_path=str(tmp_path / "first"), embedding_cache=str(other))
-    (other / "manifest.json").write_text(json.dumps({**fields, "hidden_size": 16}))
-    with pytest.raises(ValueError, match="instead of"):
-        run(tmp_path / "out", inputs, embedding_cache=str(other))
+    cache = tmp_path / "cache"
+    embed.run(
+        embed.EmbedConfig(
+            text_model_name_or_path=str(tmp_path / "other"), output_dir=str(cache), sources=[tiny.concepts()]
+        )
+    )
+    changes = {"model_name_or_path": str(tmp_path / "first"), "projection_dim": None, "embedding_cache": str(cache)}
+    with pytest.raises(CacheMismatchError, match=str(other.fingerprint())):
+        run(tmp_path / "out", inputs, **changes)
+
+
+def test_plain_llm_is_a_text_tower_without_prompt(inputs: Inputs, tmp_path: Path) -> None:
+    """The raw baseline: embed, stage 2 and the result all read captions the same way."""
+    cache = str(tmp_path / "cache")
+    embed.run(embed.EmbedConfig(text_model_name_or_path=inputs.llm, output_dir=cache, sources=[tiny.concepts()]))
+    fields = {"text_model_name_or_path": inputs.llm, "embedding_cache": cache, "eval_sources": {}}
+    run(tmp_path / "out", inputs, **fields, max_steps=1, save_strategy="no")
+    model, processor = (load(tmp_path / "out") for load in (AutoModel.from_pretrained, AutoProcessor.from_pretrained))
+    opened = EmbeddingCache.open(cache, model.config.text_model_fingerprint)
+    captions = distinct_captions(CaptionSource.from_dict(tiny.concepts()))[:8]
+    torch.testing.assert_close(
+        model.text_model.encode(captions, processor.tokenizer), opened.lookup(captions), atol=1e-2, rtol=1e-2
+    )
+
+
+def test_missing_evaluation_captions_are_noticed_before_training(inputs: Inputs, tmp_path: Path) -> None:
+    evaluation = {"german": tiny.concepts("validation", caption_columns=["caption_de"])}
+    with pytest.raises(MissingCaptionError, match=r"lacks \d+ of the \d+ captions of eval_sources 'german'"):
+        run(tmp_path, inputs, eval_sources=evaluation)
+    assert not list(tmp_path.iterdir())
+
+
+def test_trained_parts_are_float32_whatever_they_were_saved_in(inputs: Inputs, tmp_path: Path) -> None:
+    tower = AutoModel.from_pretrained(inputs.vision).to(torch.bfloat16)
+    tower.save_pretrained(tmp_path / "vision")
+    AutoImageProcessor.from_pretrained(inputs.vision).save_pretrained(tmp_path / "vision")
+    vision = {"vision_model_name_or_path": str(tmp_path / "vision")}
+    run(tmp_path / "out", inputs, **vision, max_steps=1, save_strategy="no")
+    assert {value.dtype for value in weights(tmp_path / "out").values()} == {torch.float32}
+
+
+def test_stored_states_depend_on_the_preprocessing(inputs: Inputs, tmp_path: Path) -> None:
+    states = {"freeze_vision_layers": 1, "frozen_states_dir": str(tmp_path / "states")}
+    run(tmp_path / "a", inputs, **states, max_steps=1, save_strategy="no")
+    processor = AutoImageProcessor.from_pretrained(inputs.vision)
+    processor.image_mean = [0.1, 0.2, 0.3]
+    processor.save_pretrained(tmp_path / "processor")
+    other = {"image_processor_name_or_path": str(tmp_path / "processor")}
+    run(tmp_path / "b", inputs, **states, **other, max_steps=1, save_strategy="no")
+    assert len(list((tmp_path / "states").iterdir())) == 2
+    vision = tiny.save_vision_tower(tmp_path / "vision", patch_dropout=0.5)
+    with pytest.raises(ValueError, match="patch_dropout does not go with frozen_states_dir"):
+        run(tmp_path / "c", inputs, vision_model_name_or_path=vision, **states)
