@@ -60,7 +60,6 @@ def build_embedding_cache(
     shard_size: int = 8192,
     embed_size: int = 1024,
     count_truncated: Callable[[list[str]], int] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
     show_progress: bool = True,
     rank: int = 0,
     world_size: int = 1,
@@ -87,7 +86,6 @@ def build_embedding_cache(
         shard_size: Captions per shard; a build that goes on keeps the size it began with.
         embed_size: Captions per call of `embed`.
         count_truncated: How many of some captions exceed `max_length`; the sum goes into the manifest.
-        on_progress: Called after each call of `embed` with this rank's captions done and its total.
         show_progress: Show a progress bar on rank 0 where standard error is a terminal.
         rank: This process.
         world_size: Number of processes.
@@ -134,7 +132,6 @@ def build_embedding_cache(
         logger.info("The embedding cache %s already holds all %d captions.", folder, len(captions))
     mine = {number: rows for number, rows in work.items() if number % world_size == rank}
     total = sum(map(len, mine.values()))
-    done = 0
     with _progress_bar(total, show_progress and rank == 0 and total > 0) as advance:
         for number, rows in mine.items():
             vectors = torch.empty((len(rows), hidden_size), dtype=getattr(torch, dtype))
@@ -143,10 +140,7 @@ def build_embedding_cache(
                 texts = [captions[row] for row in rows[start : start + embed_size]]
                 vectors[start : start + len(texts)] = _checked(embed(texts), texts, manifest)
                 truncated += count_truncated(texts) if count_truncated else 0
-                done += len(texts)
                 advance(len(texts))
-                if on_progress:
-                    on_progress(done, total)
             _write_shard(folder / shard_name(number), vectors, keys[rows], truncated)
     wait()
     if rank == 0 and (work or manifest.status != "complete"):

@@ -97,7 +97,6 @@ class CaptionImageDataset(EpochDataset):
         on_error: What a damaged image or a row without caption gives: its error, or a `SkippedSample`, which the
             collator takes out and reports.
         max_pixels: Largest image, width x height.
-        tables: The data of each source, if already loaded with `load_source`.
 
     Raises:
         FileNotFoundError, SourceError: If a source cannot be read.
@@ -112,7 +111,6 @@ class CaptionImageDataset(EpochDataset):
         seed: int = 0,
         on_error: OnError = "raise",
         max_pixels: int = DEFAULT_MAX_PIXELS,
-        tables: Sequence[datasets.Dataset] | None = None,
     ) -> None:
         self.sources = [sources] if isinstance(sources, CaptionSource) else list(sources)
         if not self.sources:
@@ -122,12 +120,11 @@ class CaptionImageDataset(EpochDataset):
                 raise ValueError(f"{source.path} is set to streaming; use StreamingCaptionImageDataset.")
         self.make_sample = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
         with_images = eval_transform is not None
-        self.tables = list(tables or (load_source(source, with_images) for source in self.sources))
+        self.tables = [load_source(source, with_images) for source in self.sources]
         self.columns = [
             source_columns(source, table, with_images=with_images)
             for source, table in zip(self.sources, self.tables, strict=True)
         ]
-        self._caption_tables = [load_captions(*pair) for pair in zip(self.sources, self.tables, strict=True)]
         self._starts = np.cumsum([0, *map(len, self.tables)])
 
     def __len__(self) -> int:
@@ -157,12 +154,6 @@ class CaptionImageDataset(EpochDataset):
             (index.epoch, position) if isinstance(index, SampleIndex) else None,
         )
 
-    def captions(self, index: int) -> list[str]:
-        """All captions of a row, in the order of the columns, without reading the image (empty if it has none)."""
-        number, offset = self._locate(index)
-        row = self._caption_tables[number][offset]
-        return [text for column in self.columns[number].captions for text in column_texts(row, column)]
-
 
 class StreamingCaptionImageDataset(IterableDataset):
     """Images with captions, read once per epoch in a shuffled stream.
@@ -185,7 +176,6 @@ class StreamingCaptionImageDataset(IterableDataset):
             for training by number of steps.
         on_error: As in `CaptionImageDataset`.
         max_pixels: Largest image, width x height.
-        table: The data, if already loaded with `load_source`.
     """
 
     def __init__(
@@ -201,7 +191,6 @@ class StreamingCaptionImageDataset(IterableDataset):
         repeat: bool = False,
         on_error: OnError = "raise",
         max_pixels: int = DEFAULT_MAX_PIXELS,
-        table: datasets.IterableDataset | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be within 0 and world_size - 1, but is {rank} of {world_size}.")
@@ -210,7 +199,7 @@ class StreamingCaptionImageDataset(IterableDataset):
         self.source = source
         self.make_sample = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
         with_images = eval_transform is not None
-        self.table = load_source(source, with_images) if table is None else table
+        self.table = load_source(source, with_images)
         self.columns = source_columns(source, self.table, with_images=with_images)
         self.training = training
         self.seed = seed
@@ -264,40 +253,27 @@ def _add_row_number(row: dict[str, Any], number: int) -> dict[str, Any]:
     return {**row, ROW_NUMBER: number}
 
 
-def load_captions(source: CaptionSource, table: Table | None = None) -> Table:
-    """The table of a source with its caption columns only."""
-    if table is None:
-        table = load_source(source, with_images=False)
+def _load_captions(source: CaptionSource) -> Table:
+    table = load_source(source, with_images=False)
     return table.select_columns(list(dict.fromkeys(top_level(table, name) for name in source.caption_columns)))
 
 
-def distinct_captions(
-    data: CaptionSource | CaptionImageDataset | Sequence[CaptionSource | CaptionImageDataset],
-    show_progress: bool = True,
-) -> list[str]:
+def distinct_captions(sources: CaptionSource | Sequence[CaptionSource], show_progress: bool = True) -> list[str]:
     """Every different caption text of some sources: what an embedding cache for them must hold.
 
     Texts are compared as they are, but for surrounding white space: another spelling is another embedding.
 
     Args:
-        data: One or several sources (streams too) or data sets.
+        sources: One or several sources, streams too.
         show_progress: Show a progress bar where standard error is a terminal.
 
     Returns:
         The texts in order of first appearance: by source, row, caption column and list entry.
     """
-    pairs: list[tuple[CaptionSource, Table]] = []
-    for entry in data if isinstance(data, Sequence) else [data]:
-        if isinstance(entry, CaptionSource):
-            pairs.append((entry, load_captions(entry)))
-        else:
-            pairs += [
-                (source, load_captions(source, table))
-                for source, table in zip(entry.sources, entry.tables, strict=True)
-            ]
     captions: dict[str, None] = {}
     console = Console(stderr=True)
-    for source, table in pairs:
+    for source in [sources] if isinstance(sources, CaptionSource) else sources:
+        table = _load_captions(source)
         batches = track(
             table.iter(READ_ROWS),
             description=f"Captions of {source.path}",

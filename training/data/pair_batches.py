@@ -46,9 +46,8 @@ class PairBatchSampler(EpochBatchSampler):
         num_replicas: int = 1,
         seed: int = 0,
         drop_last: bool = True,
-        max_batches: int | None = None,
     ) -> None:
-        super().__init__(dataset, batch_size, num_replicas, seed, drop_last, max_batches)
+        super().__init__(dataset, batch_size, num_replicas, seed, drop_last)
         if not drop_last and num_replicas > 1:
             raise ValueError(
                 "drop_last=False needs a single rank: the ranks' slices of a short batch would differ in size."
@@ -73,8 +72,7 @@ class PairBatchSampler(EpochBatchSampler):
 
     def __len__(self) -> int:
         """Batches over all ranks; the same for every epoch, and exact."""
-        batches = sum(self._quotas)
-        return self.num_replicas * (batches if self.max_batches is None else min(batches, self.max_batches))
+        return self.num_replicas * sum(self._quotas)
 
     def global_batches(self, epoch: int) -> Iterator[np.ndarray]:
         """The sample numbers of each global batch of an epoch, in order."""
@@ -98,7 +96,7 @@ class PairBatchSampler(EpochBatchSampler):
                     planner.table.label,
                 )
         order = np.random.default_rng(stable_seed(self.seed, "order", epoch)).permutation(len(batches))
-        return [batches[number] for number in order[: self.max_batches]]
+        return [batches[number] for number in order]
 
 
 class BatchPlanner:

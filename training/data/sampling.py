@@ -59,7 +59,6 @@ class EpochBatchSampler(Sampler[list[SampleIndex]]):
         num_replicas: World size.
         seed: Seed of the order.
         drop_last: Leave out what does not fill a global batch.
-        max_batches: At most this many global batches per epoch.
 
     Raises:
         ValueError: If a number is out of range.
@@ -72,17 +71,15 @@ class EpochBatchSampler(Sampler[list[SampleIndex]]):
         num_replicas: int = 1,
         seed: int = 0,
         drop_last: bool = True,
-        max_batches: int | None = None,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("num_replicas", num_replicas), ("max_batches", max_batches)):
-            if value is not None and value < 1:
+        for name, value in (("batch_size", batch_size), ("num_replicas", num_replicas)):
+            if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}.")
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_replicas = num_replicas
         self.seed = seed
         self.drop_last = drop_last
-        self.max_batches = max_batches
 
     @property
     def global_batch_size(self) -> int:
@@ -124,10 +121,9 @@ class SampleIndexBatchSampler(EpochBatchSampler):
         num_replicas: int = 1,
         seed: int = 0,
         drop_last: bool = True,
-        max_batches: int | None = None,
         shuffle: bool = True,
     ) -> None:
-        super().__init__(dataset, batch_size, num_replicas, seed, drop_last, max_batches)
+        super().__init__(dataset, batch_size, num_replicas, seed, drop_last)
         self.shuffle = shuffle
         if len(self) == 0:
             raise ValueError(
@@ -139,8 +135,6 @@ class SampleIndexBatchSampler(EpochBatchSampler):
         samples = len(self.dataset)
         if self.drop_last:
             samples -= samples % self.global_batch_size
-        if self.max_batches is not None:
-            samples = min(samples, self.max_batches * self.global_batch_size)
         return samples
 
     def __len__(self) -> int:

@@ -244,10 +244,3 @@ def test_wrong_input_is_refused(tmp_path: Path) -> None:
         build(tmp_path / "b", TEXTS, lambda texts: torch.zeros(len(texts), 8), normalize=True)
     with pytest.raises(ValueError, match="'float16' or 'bfloat16', not 'float32'"):
         build(tmp_path / "c", TEXTS, dtype="float32")
-
-
-def test_progress_is_reported(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    build(tmp_path, TEXTS, on_progress=lambda done, total: seen.append((done, total)))
-    assert seen[0] == (4, 37)
-    assert seen[-1] == (37, 37)

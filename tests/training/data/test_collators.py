@@ -88,7 +88,7 @@ def test_bundled_images_make_a_batch(tmp_path: Path, image_processor: CLIPImageP
     assert batch["pixel_values"].shape == (8, 3, SIZE, SIZE)
     assert batch["llm_embeds"].shape == (8, WIDTH)
     owns = (batch["caption_ids"][:, None, None] == batch["image_caption_ids"][None]).any(-1)
-    captions = [dataset.captions(index)[0] for index in range(8)]
+    captions = [dataset[index]["caption"] for index in range(8)]
     assert owns.tolist() == [[left == right for right in captions] for left in captions]
     assert owns.sum() > 8  # several drawings of the same thing
 

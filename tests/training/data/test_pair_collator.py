@@ -122,8 +122,8 @@ def test_workers_do_not_change_a_batch(prompted: tuple[PreTrainedTokenizerFast, 
     tokenizer, num_prefix = prompted
     runs = []
     for workers in (0, 2):
-        dataset = PairDataset([glosses(symmetric=True, max_samples=400), concepts(max_samples=400, instruction="x: ")])
-        sampler = PairBatchSampler(dataset, 16, max_batches=6)
+        dataset = PairDataset([glosses(symmetric=True, max_samples=60), concepts(max_samples=60, instruction="x: ")])
+        sampler = PairBatchSampler(dataset, 16)
         loader = DataLoader(
             dataset, batch_sampler=sampler, collate_fn=PairCollator(tokenizer, num_prefix, 64), num_workers=workers
         )
@@ -132,7 +132,7 @@ def test_workers_do_not_change_a_batch(prompted: tuple[PreTrainedTokenizerFast, 
             sampler.set_epoch(epoch)
             run += [(batch["source"], batch["anchor"], batch["positive"]) for batch in loader]
         runs.append(run)
-    assert len(runs[0]) == len(runs[1]) == 12
+    assert len(runs[0]) == len(runs[1]) >= 10
     for (label, *left), (other, *right) in zip(*runs, strict=True):
         assert label == other
         for one, two in zip(left, right, strict=True):
