@@ -1,0 +1,176 @@
+"""Which LLM a model's adapter belongs to: loading it from its own repo, checking it, saving with or without it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import logging
+
+from .modeling_llm2clip_text import LLM2CLIPTextModel
+from .modeling_llm2clip_utils import HUB_ARGUMENTS, absolute_path, adopt_submodel, execution_device
+from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel
+
+logger = logging.get_logger(__name__)
+
+LOADING_ARGUMENTS = (
+    "attn_implementation",
+    "device_map",
+    "dtype",
+    "max_memory",
+    "offload_folder",
+    "quantization_config",
+    "torch_dtype",
+    "trust_remote_code",
+)
+
+
+class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
+    """A model whose `text_model` is the LLM that `text_adapter` was trained with, or None while it is left out."""
+
+    text_model: Any
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,
+        text_model: bool = True,
+        text_model_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a checkpoint and its LLM.
+
+        Args:
+            text_model: `False` leaves the LLM out.
+            text_model_kwargs: Arguments of `from_pretrained` for an LLM that lives in another repo, such as `dtype` or
+                `quantization_config`; by default it gets those of this call.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = cls._load(pretrained_model_name_or_path, *args, text_model=text_model, **kwargs)
+        if text_model and model.text_model is None:
+            passed = {key: kwargs[key] for key in (*HUB_ARGUMENTS, *LOADING_ARGUMENTS) if kwargs.get(key) is not None}
+            passed = {key: value for key, value in passed.items() if key not in ("revision", "subfolder")}
+            model.load_text_model(**{**passed, **(text_model_kwargs or {})})
+        if not text_model and model.config.text_model_name_or_path is None:
+            # The weights stay where they are: say so, for load_text_model() and for the next save_pretrained().
+            model.config.text_model_name_or_path = absolute_path(pretrained_model_name_or_path)
+            model.config.text_model_revision = kwargs.get("revision")
+        return (model, info) if wants_info else model
+
+    def load_text_model(self, name_or_path: str | None = None, revision: str | None = None, **kwargs: Any) -> None:
+        """Load and attach the LLM.
+
+        Args:
+            name_or_path: Repo or folder; the default is the one that the config names.
+            revision: Its revision.
+            kwargs: Passed to `LLM2CLIPTextModel.from_pretrained`.
+
+        Raises:
+            ValueError: No repo is known, or its LLM is not the one that the adapter was trained with.
+        """
+        if name_or_path is None:
+            name_or_path, revision = (
+                self.config.text_model_name_or_path,
+                revision or self.config.text_model_revision,
+            )
+        if name_or_path is None:
+            raise ValueError("this model names no repo for its LLM; pass one: model.load_text_model(repo).")
+        if revision is not None:
+            kwargs["revision"] = revision
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", "auto")
+        text_model = LLM2CLIPTextModel.from_pretrained(name_or_path, default_config=self.config.text_config, **kwargs)
+        if kwargs.get("device_map") is None and kwargs.get("quantization_config") is None:
+            text_model.to(execution_device(self.vision_model))
+        self.set_text_model(text_model, source=name_or_path)
+
+    def set_text_model(self, text_model: LLM2CLIPTextModel, source: str | None = None) -> None:
+        """Attach a text tower after checking that the adapter was trained with it.
+
+        Args:
+            text_model: The text tower.
+            source: Where it came from, for the error message.
+
+        Raises:
+            TypeError: `text_model` is a plain decoder.
+            ValueError: Its width or its fingerprint is not the adapter's; the message names both.
+        """
+        # Told apart by model_type, not by class: remote code can be imported under several module names.
+        if text_model.config.model_type != LLM2CLIPTextModel.config_class.model_type:
+            raise TypeError(
+                f"{type(text_model).__name__} is no text tower; wrap it: LLM2CLIPTextModel.from_decoder(model)."
+            )
+        source = source or text_model.name_or_path or type(text_model.decoder).__name__
+        ours = self.config.text_model_name_or_path or "an unnamed LLM"
+        width, expected_width = text_model.config.hidden_size, self.config.text_config.hidden_size
+        if width != expected_width:
+            raise ValueError(
+                f"the adapter takes embeddings of width {expected_width} (it was trained with {ours}), but {source} "
+                f"gives {width}; load the LLM that belongs to this checkpoint."
+            )
+        expected, actual = self.config.text_model_fingerprint, text_model.identity()
+        if expected is None:
+            # Nothing says yet which LLM the adapter belongs to: to this one, from now on.
+            self.config.text_model_fingerprint = actual
+            if source != self.config.text_model_name_or_path:
+                self.config.text_model_name_or_path = absolute_path(text_model.name_or_path or "") or None
+                self.config.text_model_revision = None
+        elif actual is None:
+            logger.warning(f"the weights of {source} (quantised or offloaded) cannot be compared with {ours}.")
+        elif actual != expected:
+            raise ValueError(
+                f"the adapter was trained with {ours} (fingerprint {expected}), but {source} has fingerprint "
+                f"{actual}: other weights, prompt or pooling. Load the LLM that belongs to this checkpoint, or train "
+                "an adapter for this one (stage 2)."
+            )
+        adopt_submodel(self, "text_model", text_model)
+        self.config.text_config = text_model.config
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        save_text_model: bool | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save as usual.
+
+        Args:
+            save_text_model: Whether the LLM's weights are part of the checkpoint. By default they are unless
+                `config.text_model_name_or_path` names another repo for them.
+
+        Raises:
+            ValueError: The LLM's weights would be nowhere, or carry an adapter that is not merged.
+        """
+        elsewhere = self.config.text_model_name_or_path
+        bundle = elsewhere is None if save_text_model is None else save_text_model
+        if bundle and self.text_model is None:
+            raise ValueError("there is no LLM to save; attach one, or set config.text_model_name_or_path to its repo.")
+        if not bundle and elsewhere is None:
+            raise ValueError("without the LLM's weights, config.text_model_name_or_path has to name their repo.")
+        if bundle and self.text_model.has_adapter:
+            raise ValueError("the LLM carries a PEFT adapter; call model.text_model.merge_adapter() before saving.")
+        if state_dict is None:
+            state_dict = self.state_dict()
+        if bundle:
+            text_state = {
+                key.removeprefix("text_model."): value
+                for key, value in state_dict.items()
+                if key.startswith("text_model.")
+            }
+            identity = self.text_model.fingerprint(text_state)
+            self.config.text_model_fingerprint = self.config.text_config.fingerprint = identity
+        else:
+            state_dict = {key: value for key, value in state_dict.items() if not key.startswith("text_model.")}
+        if self._auto_class is not None:
+            head = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+            known = getattr(self.config, "auto_map", None) or {}
+            self.config.auto_map = {**known, "AutoModelForZeroShotImageClassification": head}
+        try:
+            self.config.text_model_name_or_path = None if bundle else elsewhere
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        finally:
+            self.config.text_model_name_or_path = elsewhere
