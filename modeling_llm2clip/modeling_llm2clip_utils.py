@@ -106,9 +106,9 @@ def encode_batches(
             "trained with; load it from the model's own folder with AutoTokenizer or AutoProcessor."
         )
     tokens = tokenizer(texts, truncation=True)["input_ids"]
-    count = count_cut_captions(tokenizer, texts, [len(ids) for ids in tokens])
-    if count:
-        logger.warning(f"{count} of {len(texts)} captions were cut at {tokenizer.model_max_length} tokens.")
+    if count_cut_captions(tokenizer, texts, [len(ids) for ids in tokens]):
+        # Not their number: whoever encodes millions in many calls reads this once.
+        logger.warning_once(f"captions longer than {tokenizer.model_max_length} tokens are cut.")
     order = sorted(range(len(texts)), key=lambda index: len(tokens[index]), reverse=True)
     result = torch.empty(len(texts), width)
     starts = range(0, len(texts), batch_size)

@@ -67,6 +67,11 @@ def test_cut_captions_are_counted(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     caplog.clear()
     processor(text=["a dog", "a cat"], return_tensors="pt")
     assert not caplog.text
+    transformers_logging.warning_once.cache_clear()
+    model = tiny.joint_model()
+    for _ in range(3):
+        model.encode_text(["a dog", LONG], processor)
+    assert caplog.text.count("captions longer than 64 tokens are cut") == 1
 
 
 def test_batches_are_padded_on_the_left_by_default() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from .images import DEFAULT_MAX_PIXELS, EvalTransform, TrainTransform, decode_im
 from .records import RowCaptions, SampleError, SkippedSample, caption_id, column_texts
 from .sampling import EpochDataset, SampleIndex, stable_seed
 from .sources import CaptionSource, Columns, Table, load_source, source_columns, top_level
+
+logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
 ROW_NUMBER = "__row_number__"
@@ -281,9 +284,13 @@ def distinct_captions(sources: CaptionSource | Sequence[CaptionSource], show_pro
             console=console,
             disable=not (show_progress and console.is_terminal),
         )
+        num_empty = 0
         for batch in batches:
             for values in zip(*batch.values(), strict=True):
                 row = dict(zip(batch, values, strict=True))
-                for column in source.caption_columns:
-                    captions.update(dict.fromkeys(column_texts(row, column)))
+                texts = [text for column in source.caption_columns for text in column_texts(row, column)]
+                captions.update(dict.fromkeys(texts))
+                num_empty += not texts
+        if num_empty:
+            logger.warning("%d rows of %s have no caption.", num_empty, source.path)
     return list(captions)

@@ -266,6 +266,14 @@ def test_distinct_captions_come_in_order_of_first_appearance(made: Path, streami
     assert both == [text for row in range(ROWS) for text in made_captions(row)] + expected
 
 
+def test_rows_without_a_caption_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = datasets.Dataset.from_dict({"caption": ["a", None, " ", "b"], "long": ["c", None, "d", None]})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    source = CaptionSource(str(tmp_path / "rows.parquet"), caption_columns=["caption", "long"])
+    assert distinct_captions(source) == ["a", "c", "d", "b"]
+    assert f"1 rows of {source.path} have no caption" in caplog.text
+
+
 def test_distinct_captions_cover_every_sample() -> None:
     source = _concepts(max_samples=100)
     known = set(distinct_captions(source))
