@@ -204,8 +204,7 @@ def add_fields(parser: argparse.ArgumentParser, config_class: type, skip: Sequen
         if _allows(hint, list):
             options = {"nargs": "+"}
         group.add_argument(
-            f"--{field.name}",
-            f"--{field.name.replace('_', '-')}",
+            *dict.fromkeys((f"--{field.name.replace('_', '-')}", f"--{field.name}")),
             dest=field.name,
             default=argparse.SUPPRESS,
             metavar="VALUE",
