@@ -77,11 +77,11 @@ class QuickstartData:
 
     def gloss_pairs(self, split: str) -> PairSource:
         """Words and their definitions."""
-        return PairSource(path=self.glosses, split=split, anchor_column="lemmas", positive_column="gloss")
+        return PairSource(path=self.glosses, split=split, anchor_column="lemmas", positive_column="gloss", weight=1)
 
     def caption_pairs(self, split: str) -> PairSource:
-        """Two captions of one image."""
-        return PairSource(path=self.path, split=split, caption_columns=self.caption_columns)
+        """Two captions of one image: two batches of them for one of glosses, since stage 2 embeds captions."""
+        return PairSource(path=self.path, split=split, caption_columns=self.caption_columns, weight=2)
 
     def pair_sources(self) -> list[PairSource]:
         """What stage 1 trains on: the glosses, and the captions of images that have several."""
