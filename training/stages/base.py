@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -35,6 +36,11 @@ class StageConfig(TrainingArguments):
     dataloader_drop_last: bool = True
     label_names: list[str] | None = field(default_factory=list)
     logging_steps: float = 10
+
+    def __post_init__(self) -> None:
+        # Without this the Trainer refuses bf16 where there is no accelerator.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
 
     @property
     def sampling_seed(self) -> int:
