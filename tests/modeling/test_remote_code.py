@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from tests import stranger
 from tests.modeling import tiny
 
-# The test environment has the package installed; this hides it as if it were not.
-HIDE = """
-import sys
-class Hide:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_llm2clip", "llm2clip_training", "tests"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Hide())
-"""
-STRANGER = (
-    HIDE
-    + """
-import json, torch
+STRANGER = """
+import json, sys, torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, pipeline
 folder, image = sys.argv[1:]
@@ -43,7 +29,6 @@ assert again(**inputs).logits_per_image.equal(logits)
 model.set_text_model(again.text_model)
 print(json.dumps({"module": type(model).__module__, "logits": logits.tolist(), "best": scores[0]["label"]}))
 """
-)
 
 
 def test_stranger_gets_equal_logits(tmp_path: Path) -> None:
@@ -51,19 +36,10 @@ def test_stranger_gets_equal_logits(tmp_path: Path) -> None:
     model = tiny.save(folder)
     image = tmp_path / "noise.png"
     Image.effect_noise((40, 30), 80).convert("RGB").save(image)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, str(folder), str(image)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    answer = json.loads(result.stdout.splitlines()[-1])
-    assert answer["module"].startswith("transformers_modules.")
+    found = stranger.answer(STRANGER, folder, image, home=tmp_path)
+    assert found["module"].startswith("transformers_modules.")
     captions = ["a small dog", "a red bus in front of a church"]
     inputs = tiny.processor()(text=captions, images=[Image.open(image)], return_tensors="pt")
     expected = model(**inputs).logits_per_image
-    torch.testing.assert_close(torch.tensor(answer["logits"]), expected.detach(), atol=1e-5, rtol=0)
-    assert answer["best"] == captions[int(expected.argmax())]
+    torch.testing.assert_close(torch.tensor(found["logits"]), expected.detach(), atol=1e-5, rtol=0)
+    assert found["best"] == captions[int(expected.argmax())]
