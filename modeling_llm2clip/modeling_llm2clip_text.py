@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import find_adapter_config_file
 
 from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
+from .modeling_llm2clip_packing import PackedBatch
 from .modeling_llm2clip_utils import (
     adopt_submodel,
     encode_batches,
@@ -306,16 +307,23 @@ class LLM2CLIPTextModel(PreTrainedModel):
         order = attention_mask.long().cumsum(dim=1)
         if pooling_mask is None:
             pooling_mask = attention_mask.bool() & (order > self.config.num_prefix_tokens)
-        output = self.decoder(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            attention_mask=self._decoder_mask(attention_mask),
-            # Counted from the caption's own first token: nothing depends on the padding.
-            position_ids=(order - 1).clamp(min=0),
-            use_cache=False,
-            **kwargs,
-        )
+        positions = (order - 1).clamp(min=0)
+        packed = self._packing(attention_mask, order, kwargs)
+        if packed is None:
+            # Positions are counted from the caption's own first token: nothing depends on the padding.
+            inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": positions}
+            inputs["attention_mask"] = self._decoder_mask(attention_mask)
+        else:
+            inputs = {
+                "input_ids": None if input_ids is None else packed.pack(input_ids),
+                "inputs_embeds": None if inputs_embeds is None else packed.pack(inputs_embeds),
+                "position_ids": packed.position_ids,
+                "attention_mask": self._additive(packed.visible()),
+            }
+        output = self.decoder(**inputs, use_cache=False, **kwargs)
         states = output.last_hidden_state
+        if packed is not None:
+            states = packed.unpack(states)
         pooled = pool(states, attention_mask.to(states.device), pooling_mask.to(states.device), self.config.pooling)
         return BaseModelOutputWithPooling(
             last_hidden_state=states,
@@ -324,17 +332,34 @@ class LLM2CLIPTextModel(PreTrainedModel):
             attentions=output.get("attentions"),
         )
 
+    def _packing(self, attention_mask: Tensor, order: Tensor, kwargs: dict[str, Any]) -> PackedBatch | None:
+        """Short captions share rows, where a mask can keep them apart and nothing but the last states is asked for."""
+        asked = any(
+            kwargs.get(name, getattr(self.decoder.config, name, False))
+            for name in ("output_hidden_states", "output_attentions")
+        )
+        if asked or not self.config.bidirectional or not self._takes_additive_mask or torch.compiler.is_compiling():
+            return None
+        packed = PackedBatch(attention_mask, order)
+        return packed if packed.position_ids.numel() < attention_mask.numel() else None
+
+    @property
+    def _takes_additive_mask(self) -> bool:
+        # An additive 4-D mask is taken as it is by every decoder on every transformers version. The flag
+        # is_causal is not: 4.57 ignores it, and a sliding window would hide part of a long caption.
+        return self.decoder.config._attn_implementation in ("eager", "sdpa")
+
+    def _additive(self, visible: Tensor) -> Tensor:
+        dtype: Any = self.get_input_embeddings().weight.dtype
+        if not dtype.is_floating_point:
+            dtype = torch.get_default_dtype()
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
     def _decoder_mask(self, attention_mask: Tensor) -> Tensor:
         if not self.config.bidirectional:
             return attention_mask
-        if self.decoder.config._attn_implementation in ("eager", "sdpa"):
-            # An additive 4-D mask is taken as it is by every decoder on every transformers version. The flag
-            # is_causal is not: 4.57 ignores it, and a sliding window would hide part of a long caption.
-            dtype: Any = self.get_input_embeddings().weight.dtype
-            if not dtype.is_floating_point:
-                dtype = torch.get_default_dtype()
-            padding = attention_mask[:, None, None, :] == 0
-            row = torch.zeros_like(padding, dtype=dtype).masked_fill(padding, torch.finfo(dtype).min)
+        if self._takes_additive_mask:
+            row = self._additive(attention_mask[:, None, None, :] != 0)
             return row.expand(-1, 1, attention_mask.shape[1], -1)
         version = tuple(int(part) for part in transformers_version.split(".")[:2])
         if version < (5, 2):

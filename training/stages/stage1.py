@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
@@ -37,13 +36,6 @@ class CaptionContrastiveConfig(TextTowerConfig):
     scale: float = field(default=50.0, metadata={"help": "Factor between cosine and logit (1 / temperature)."})
     symmetric_loss: bool = field(
         default=False, metadata={"help": "Also retrieve anchors from positives; the paper's loss is one-directional."}
-    )
-    texts_per_forward: int | None = field(
-        default=None,
-        metadata={
-            "help": "Encode a batch in forward passes of so many texts of similar length: the same gradients with "
-            "less padding, which pays on CPUs and with texts of very different lengths. Unset: one pass."
-        },
     )
     learning_rate: float = 2e-4
     warmup_steps: float = 300
@@ -78,7 +70,7 @@ class CaptionContrastiveTrainer(TextTowerTrainer):
     ) -> Any:
         self.cut_captions += inputs.get("num_truncated", 0)
         embeds = {
-            role: self._encode(model, inputs[role]) for role in ("anchor", "positive", "negative") if role in inputs
+            role: model(**inputs[role]).pooler_output for role in ("anchor", "positive", "negative") if role in inputs
         }
         anchors, positives = embeds["anchor"], embeds["positive"]
         loss = hard_negative_info_nce(anchors, positives, embeds.get("negative"), scale=self.args.scale)
@@ -90,18 +82,6 @@ class CaptionContrastiveTrainer(TextTowerTrainer):
         if self.cut_captions:
             logs["cut_captions"] = self.cut_captions
         super().log(logs, start_time)
-
-    def _encode(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        size = self.args.texts_per_forward
-        mask = inputs["attention_mask"]
-        if size is None or len(mask) <= size:
-            return model(**inputs).pooler_output
-        order = mask.sum(dim=1).argsort(descending=True)
-        parts = []
-        for rows in order.split(size):
-            used = mask[rows].any(dim=0)
-            parts.append(model(**{name: value[rows][:, used] for name, value in inputs.items()}).pooler_output)
-        return torch.cat(parts)[order.argsort()]
 
 
 def run(config: CaptionContrastiveConfig, resume: bool = False) -> dict[str, Any]:

@@ -151,14 +151,6 @@ def test_hard_negatives_and_instructions_reach_the_loss(inputs: Inputs, tmp_path
     assert len(set(losses)) == 3
 
 
-def test_encoding_in_passes_by_length_changes_nothing(inputs: Inputs, tmp_path: Path) -> None:
-    run(tmp_path / "one", inputs.llm, save_strategy="no")
-    run(tmp_path / "many", inputs.llm, save_strategy="no", texts_per_forward=3)
-    expected = weights(tmp_path / "one")
-    for name, value in weights(tmp_path / "many").items():
-        torch.testing.assert_close(value, expected[name], atol=2e-4, rtol=0)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

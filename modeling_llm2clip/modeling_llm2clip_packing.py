@@ -1,0 +1,80 @@
+"""Several short captions in one row, so that a batch costs about as much as its tokens and not as its padding."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def assign_rows(lengths: Sequence[int], capacity: int) -> tuple[list[int], list[int], int]:
+    """Best-fit decreasing bin packing.
+
+    Args:
+        lengths: Tokens of each caption.
+        capacity: Tokens of a row; no caption has more.
+
+    Returns:
+        The row of each caption, the place of its first token there, and the number of rows.
+    """
+    rows, starts = [0] * len(lengths), [0] * len(lengths)
+    free: list[tuple[int, int]] = []  # (tokens left, row), ascending
+    num_rows = 0
+    for caption in sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True):
+        found = bisect_left(free, (lengths[caption], 0))
+        if found < len(free):
+            left, row = free.pop(found)
+        else:
+            left, row = capacity, num_rows
+            num_rows += 1
+        rows[caption], starts[caption] = row, capacity - left
+        if left > lengths[caption]:
+            insort(free, (left - lengths[caption], row))
+    return rows, starts, num_rows
+
+
+class PackedBatch:
+    """Where each token of a padded batch goes in rows as long as its longest caption.
+
+    Args:
+        attention_mask: `(batch, tokens)`, 1 for real tokens.
+        order: `(batch, tokens)`, the 1-based place of each real token in its caption.
+    """
+
+    def __init__(self, attention_mask: Tensor, order: Tensor) -> None:
+        lengths = order[:, -1].tolist()
+        self.width = max([1, *lengths])
+        rows, starts, self.num_rows = assign_rows(lengths, self.width)
+        self.shape = attention_mask.shape
+        first = torch.tensor([row * self.width + start for row, start in zip(rows, starts, strict=True)])
+        real = attention_mask.bool()
+        self.source = real.flatten().nonzero().squeeze(1)
+        places = order - 1
+        self.target = (first.to(order.device)[:, None] + places)[real]
+        captions = torch.arange(1, len(lengths) + 1, device=order.device)[:, None].expand_as(order)
+        self.position_ids = self._rows(places[real])
+        # 0 where a row is not full: such places see each other only.
+        self.caption_ids = self._rows(captions[real])
+
+    def _rows(self, values: Tensor) -> Tensor:
+        rows = values.new_zeros(self.num_rows * self.width, *values.shape[1:])
+        return rows.index_copy(0, self.target, values).unflatten(0, (self.num_rows, self.width))
+
+    def pack(self, values: Tensor) -> Tensor:
+        """`(batch, tokens, ...)` as `(rows, width, ...)`, zero where a row is not full."""
+        return self._rows(values.flatten(0, 1)[self.source])
+
+    def unpack(self, states: Tensor) -> Tensor:
+        """`(rows, width, ...)` as `(batch, tokens, ...)`, zero at the padding."""
+        batch = states.new_zeros(self.shape[0] * self.shape[1], *states.shape[2:])
+        target, source = self.target.to(states.device), self.source.to(states.device)
+        return batch.index_copy(0, source, states.flatten(0, 1)[target]).unflatten(0, self.shape)
+
+    def visible(self) -> Tensor:
+        """`(rows, 1, width, width)`, whether a token sees another: those of its own caption."""
+        return (self.caption_ids[:, :, None] == self.caption_ids[:, None, :])[:, None]
+
+
+__all__ = ["PackedBatch", "assign_rows"]
