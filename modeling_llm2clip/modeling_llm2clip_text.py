@@ -298,6 +298,9 @@ class LLM2CLIPTextModel(PreTrainedModel):
             pooling_mask: `(batch, tokens)`, 1 for the tokens to pool; the default is every real token after the
                 prompt's prefix.
             inputs_embeds: `(batch, tokens, hidden_size)` instead of `input_ids`.
+
+        Short captions share rows inside, so a batch costs its tokens and not its padding; the states of padding are
+        zero then. Not so with flash attention, when compiled, or where hidden states or attentions are asked for.
         """
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:

@@ -275,7 +275,7 @@ class Quickstart:
             "stage 2, stage-1 LLM": trained[self.data.query_column],
         }
         for language, column in self.data.translations.items():
-            image_rows[f"  the same, {language} captions"] = trained[column]
+            image_rows[f"  {language} captions"] = trained[column]
         return {
             "settings": {**asdict(self.config), **self.profile, **self.data.settings(), **self.weights},
             "caption_retrieval": {

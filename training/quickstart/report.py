@@ -58,14 +58,14 @@ def print_table(results: dict[str, Any]) -> None:
     for row, sets in results["caption_retrieval"].items():
         captions.add_row(row, *[_percent(sets[name], "") for name in CAPTION_SETS if name in sets])
     images = Table(title="Image retrieval on unseen concepts, R@1 / 5 / 10 in %", title_justify="left")
-    for column in ("model", "text → image", "image → text", "captions, images"):
+    for column in ("model", "text → image", "image → text", "captions\n× images"):
         images.add_column(column, justify="left" if column == "model" else "right")
     for row, metrics in results["image_retrieval"].items():
         images.add_row(
             row,
             _percent(metrics, "text_to_image_"),
             _percent(metrics, "image_to_text_"),
-            f"{metrics['num_texts']}, {metrics['num_images']}",
+            f"{metrics['num_texts']} × {metrics['num_images']}",
         )
     console.print()
     console.print(captions)
@@ -82,11 +82,12 @@ def print_table(results: dict[str, Any]) -> None:
     if reused:
         console.print(f"reused from an earlier run: {', '.join(reused)}", style="dim", highlight=False)
     folder = Path(results["model"]).parent
-    console.print(f"\n{folder / 'report.html'}  curves, queries and pictures\n{folder / 'results.json'}  every number")
     console.print(
-        f"{results['model']}  the model: "
-        'AutoModel.from_pretrained(folder, trust_remote_code=True)', highlight=False,
-    )  # fmt: skip
+        f"\n{folder / 'report.html'}  curves, queries and pictures\n{folder / 'results.json'}  every number\n"
+        f"{results['model']}  the model: AutoModel.from_pretrained(folder, trust_remote_code=True)",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _percent(metrics: dict[str, Any], prefix: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,12 @@ with torch.no_grad():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart")
-    assert cli.main(["quickstart", "--traceback", "--output-dir", str(folder)]) == 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        assert cli.main(["quickstart", "--traceback", "--output-dir", str(folder)]) == 0
+    finally:
+        torch.set_num_threads(threads)
     return folder
 
 

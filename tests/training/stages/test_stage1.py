@@ -136,6 +136,14 @@ def test_a_text_tower_is_trained_further_with_its_own_prompt(inputs: Inputs, tmp
         run(tmp_path / "again", inputs.text, bidirectional=False, **unset)
 
 
+def test_bfloat16_trains_with_and_without_an_accelerator(inputs: Inputs, tmp_path: Path) -> None:
+    losses = [
+        run(tmp_path / str(bf16), inputs.llm, bf16=bf16, save_strategy="no")["train_loss"] for bf16 in (False, True)
+    ]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
 def test_hard_negatives_and_instructions_reach_the_loss(inputs: Inputs, tmp_path: Path) -> None:
     rows = tmp_path / "pairs.jsonl"
     rows.write_text(
