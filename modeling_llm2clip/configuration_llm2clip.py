@@ -7,7 +7,10 @@ import math
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers import __version__ as transformers_version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .compatibility_llm2clip import with_version_4_rope, without_version_4_rope
 
 POOLING_MODES = ("mean", "weighted_mean", "last_token", "eos_token", "bos_token")
 
@@ -16,7 +19,7 @@ def _as_config(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
     """Turn the JSON form of a config of any architecture that transformers knows into its class."""
     if not isinstance(config, dict):
         return config
-    fields = dict(config)
+    fields = dict(config if transformers_version.startswith("4.") else without_version_4_rope(config))
     model_type = fields.pop("model_type", None)
     if model_type == EVA02VisionConfig.model_type:
         return EVA02VisionConfig(**fields)
@@ -31,10 +34,17 @@ def _as_config(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
 class EVA02VisionConfig(PretrainedConfig):
     """Configuration of [`EVA02VisionModel`]; the defaults are EVA02-CLIP-L-14-336.
 
+    The flags also describe the other towers of EVA-CLIP: EVA01 (no rotary positions, GELU, layer scale) and
+    EVA02-CLIP-bigE (no rotary positions, GELU, norms after the branches).
+
     Args:
-        intermediate_size: Width of the SwiGLU; the original's `int(hidden_size * 2.6667)`.
+        intermediate_size: Width of the MLP; for EVA02 the original's `int(hidden_size * 2.6667)`.
         rope_grid_size: Side, in patches, of the grid on which the tower was pretrained. The rotary positions of
-            any other grid are scaled to it.
+            any other grid are scaled to it. `None` for a tower without rotary positions.
+        swiglu: SwiGLU, or else an MLP with GELU.
+        sub_layer_norm: A LayerNorm before the output projections of attention and MLP.
+        post_norm: Norms after attention and MLP instead of before them.
+        layer_scale_init_value: Initial gain of the residual branches; `None` for branches without gains.
         drop_path_rate: Stochastic depth in training, growing linearly from 0 to this rate at the last block.
         patch_dropout: Share of the patch tokens that is left out in training (FLIP).
         attention_dropout: Dropout of attention weights in training.
@@ -52,7 +62,11 @@ class EVA02VisionConfig(PretrainedConfig):
         num_channels: int = 3,
         image_size: int = 336,
         patch_size: int = 14,
-        rope_grid_size: int = 16,
+        rope_grid_size: int | None = 16,
+        swiglu: bool = True,
+        sub_layer_norm: bool = True,
+        post_norm: bool = False,
+        layer_scale_init_value: float | None = None,
         layer_norm_eps: float = 1e-6,
         drop_path_rate: float = 0.0,
         patch_dropout: float = 0.0,
@@ -60,7 +74,11 @@ class EVA02VisionConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
-        if hidden_size % (4 * num_attention_heads):
+        if hidden_size % num_attention_heads:
+            raise ValueError(
+                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}."
+            )
+        if rope_grid_size is not None and hidden_size % (4 * num_attention_heads):
             raise ValueError(
                 f"hidden_size {hidden_size} and num_attention_heads {num_attention_heads}: 2-D rotary positions "
                 "need a head width that is a multiple of 4."
@@ -75,6 +93,10 @@ class EVA02VisionConfig(PretrainedConfig):
         self.image_size = image_size
         self.patch_size = patch_size
         self.rope_grid_size = rope_grid_size
+        self.swiglu = swiglu
+        self.sub_layer_norm = sub_layer_norm
+        self.post_norm = post_norm
+        self.layer_scale_init_value = layer_scale_init_value
         self.layer_norm_eps = layer_norm_eps
         self.drop_path_rate = drop_path_rate
         self.patch_dropout = patch_dropout
@@ -138,6 +160,11 @@ class LLM2CLIPTextConfig(PretrainedConfig):
     def hidden_size(self) -> int:
         """Width of a caption embedding."""
         return self.decoder_config.hidden_size
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output["decoder_config"] = with_version_4_rope(output["decoder_config"])
+        return output
 
 
 class LLM2CLIPConfig(PretrainedConfig):

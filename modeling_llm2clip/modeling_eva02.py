@@ -1,4 +1,7 @@
-"""The EVA02 vision tower (arXiv 2303.11331): a ViT with 2-D rotary positions, SwiGLU and sub-LayerNorm."""
+"""The EVA02 vision tower (arXiv 2303.11331): a ViT with 2-D rotary positions, SwiGLU and sub-LayerNorm.
+
+Flags of the config make the other towers of EVA-CLIP (arXiv 2303.15389) of it: EVA01 and EVA02-CLIP-bigE.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+# transformers 4.57 takes from a local folder only the modules that this one itself names.
+from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
 from .configuration_llm2clip import EVA02VisionConfig
 
 ROPE_BASE = 10000.0
@@ -85,6 +90,14 @@ def drop_path(states: Tensor, rate: float) -> Tensor:
     return states * keep / (1 - rate)
 
 
+def _scaled(branch: Tensor, gain: Tensor | None) -> Tensor:
+    return branch if gain is None else branch * gain
+
+
+def _sub_layer_norm(config: EVA02VisionConfig, width: int) -> nn.Module:
+    return nn.LayerNorm(width, eps=config.layer_norm_eps) if config.sub_layer_norm else nn.Identity()
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -113,14 +126,16 @@ class EVA02Attention(nn.Module):
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width)
-        self.inner_attn_ln = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.inner_attn_ln = _sub_layer_norm(config, width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, hidden_states: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor | None]:
         batch, tokens, width = hidden_states.shape
         shape = (batch, tokens, -1, self.head_dim)
-        query = apply_rotary(self.q_proj(hidden_states).view(shape).transpose(1, 2), rotary)
-        key = apply_rotary(self.k_proj(hidden_states).view(shape).transpose(1, 2), rotary)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        if rotary is not None:
+            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         implementation = self.config._attn_implementation
         attend: Callable[..., tuple[Tensor, Tensor | None]] = eager_attention_forward
@@ -142,18 +157,31 @@ class EVA02Attention(nn.Module):
         return self.proj(self.inner_attn_ln(output)), weights
 
 
-class EVA02MLP(nn.Module):
-    """SwiGLU with a LayerNorm before the output projection."""
+class EVA02SwiGLU(nn.Module):
+    """Gated MLP with SiLU; EVA02 puts a LayerNorm before the output projection."""
 
     def __init__(self, config: EVA02VisionConfig) -> None:
         super().__init__()
         self.w1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.w2 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.ffn_ln = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
+        self.ffn_ln = _sub_layer_norm(config, config.intermediate_size)
         self.w3 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.w3(self.ffn_ln(F.silu(self.w1(hidden_states)) * self.w2(hidden_states)))
+
+
+class EVA02MLP(nn.Module):
+    """MLP with exact GELU, of the EVA-CLIP towers that have no SwiGLU."""
+
+    def __init__(self, config: EVA02VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.ffn_ln = _sub_layer_norm(config, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.ffn_ln(F.gelu(self.fc1(hidden_states))))
 
 
 class EVA02Block(GradientCheckpointingLayer):
@@ -162,14 +190,24 @@ class EVA02Block(GradientCheckpointingLayer):
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attn = EVA02Attention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = EVA02MLP(config)
+        self.mlp = EVA02SwiGLU(config) if config.swiglu else EVA02MLP(config)
+        self.post_norm = config.post_norm
+        self.gamma_1 = self.gamma_2 = None
+        if config.layer_scale_init_value is not None:
+            self.gamma_1 = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_init_value))
+            self.gamma_2 = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_init_value))
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, hidden_states: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor | None]:
-        attention, weights = self.attn(self.norm1(hidden_states), rotary)
-        hidden_states = hidden_states + self._drop_path(attention)
-        hidden_states = hidden_states + self._drop_path(self.mlp(self.norm2(hidden_states)))
-        return hidden_states, weights
+    def forward(self, hidden_states: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor | None]:
+        if self.post_norm:
+            attention, weights = self.attn(hidden_states, rotary)
+            hidden_states = hidden_states + self._drop_path(_scaled(self.norm1(attention), self.gamma_1))
+            mlp = self.norm2(self.mlp(hidden_states))
+        else:
+            attention, weights = self.attn(self.norm1(hidden_states), rotary)
+            hidden_states = hidden_states + self._drop_path(_scaled(attention, self.gamma_1))
+            mlp = self.mlp(self.norm2(hidden_states))
+        return hidden_states + self._drop_path(_scaled(mlp, self.gamma_2)), weights
 
     def _drop_path(self, branch: Tensor) -> Tensor:
         if self.training and self.drop_path_rate > 0:
@@ -231,6 +269,10 @@ class EVA02VisionModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+        elif isinstance(module, EVA02Block):
+            for gain in (module.gamma_1, module.gamma_2):
+                if gain is not None:
+                    nn.init.constant_(gain, self.config.layer_scale_init_value)
         elif isinstance(module, EVA02VisionModel):
             nn.init.trunc_normal_(module.cls_token, std=std)
             nn.init.trunc_normal_(module.pos_embed, std=std)
@@ -273,12 +315,10 @@ class EVA02VisionModel(PreTrainedModel):
         class_tokens = self.cls_token.expand(hidden_states.shape[0], -1, -1)
         hidden_states = torch.cat([class_tokens, hidden_states], dim=1)
         hidden_states = hidden_states + resize_position_embedding(self.pos_embed, grid)
-        rotary = rotary_table(
-            config.hidden_size // config.num_attention_heads,
-            grid,
-            config.rope_grid_size,
-            hidden_states.device,
-        )
+        rotary = None
+        if config.rope_grid_size is not None:
+            head_dim = config.hidden_size // config.num_attention_heads
+            rotary = rotary_table(head_dim, grid, config.rope_grid_size, hidden_states.device)
         if self.training and config.patch_dropout > 0:
             hidden_states, rotary = self._drop_patches(hidden_states, rotary)
 
@@ -310,14 +350,17 @@ class EVA02VisionModel(PreTrainedModel):
             raise ValueError(f"pixel_values are {height} x {width}, which the patch size {patch} does not divide.")
         return height // patch, width // patch
 
-    def _drop_patches(self, hidden_states: Tensor, rotary: RotaryTable) -> tuple[Tensor, RotaryTable]:
+    def _drop_patches(self, hidden_states: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, RotaryTable | None]:
         batch, tokens, width = hidden_states.shape
         kept = max(1, int((tokens - 1) * (1 - self.config.patch_dropout)))
         order = torch.rand(batch, tokens - 1, device=hidden_states.device).argsort(dim=1)[:, :kept]
         patches = hidden_states[:, 1:].gather(1, order[..., None].expand(-1, -1, width))
+        hidden_states = torch.cat([hidden_states[:, :1], patches], dim=1)
+        if rotary is None:
+            return hidden_states, None
         cos, sin = rotary
         # One table per sample from here on, with an axis for the heads.
-        return torch.cat([hidden_states[:, :1], patches], dim=1), (cos[order][:, None], sin[order][:, None])
+        return hidden_states, (cos[order][:, None], sin[order][:, None])
 
 
 __all__ = ["EVA02VisionModel"]

@@ -17,12 +17,17 @@ from transformers.image_utils import load_image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
+# transformers 4.57 takes from a local folder only the modules that this one itself names.
+from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
 from .configuration_llm2clip import LLM2CLIPConfig
+from .modeling_eva02 import EVA02VisionModel  # noqa: F401
 from .modeling_llm2clip_adapter import LLM2CLIPTextAdapter
+from .modeling_llm2clip_packing import PackedBatch  # noqa: F401
 from .modeling_llm2clip_pairing import LLM2CLIPPairedModel
 from .modeling_llm2clip_text import LLM2CLIPTextModel
 from .modeling_llm2clip_utils import absolute_path, adopt_submodel, encode_batches, execution_device
 from .modeling_llm2clip_vision import load_vision_tower
+from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
 
 @dataclass

@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import find_adapter_config_file
 
+# transformers 4.57 takes from a local folder only the modules that this one itself names.
+from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
 from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 from .modeling_llm2clip_packing import PackedBatch
 from .modeling_llm2clip_utils import (
@@ -27,6 +29,7 @@ from .modeling_llm2clip_utils import (
     hub_arguments,
     refuse_missing,
 )
+from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
 FINGERPRINT_SAMPLES = 64
 COMPOSITE_TYPE = LLM2CLIPConfig.model_type
@@ -245,7 +248,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.decoder.set_input_embeddings(value)
 
-    def fingerprint(self, state_dict: dict[str, Tensor] | None = None) -> str | None:
+    def fingerprint(self, state_dict: Mapping[str, Tensor] | None = None) -> str | None:
         """Identify this encoder by its weights, prompt and pooling.
 
         Equal for the same weights in float32 and in bfloat16.
@@ -266,7 +269,9 @@ class LLM2CLIPTextModel(PreTrainedModel):
             config.bidirectional,
         ]
         digest = hashlib.sha256(json.dumps(behaviour).encode())
-        for name, weight in sorted((self.state_dict() if state_dict is None else state_dict).items()):
+        state = self.state_dict() if state_dict is None else state_dict
+        for name in sorted(state):
+            weight = state[name]
             if weight.is_meta or not weight.is_floating_point() or type(weight.data) is not Tensor:
                 return None
             values = weight.detach().reshape(-1)

@@ -7,12 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .compatibility_llm2clip import nests_vision_towers
 from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig
 from .modeling_eva02 import EVA02VisionModel
 from .modeling_llm2clip_utils import hub_arguments, refuse_missing
+
+# transformers 4.57 takes from a local folder only the modules that this one itself names.
+from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
+
+NEST = "vision_model.vision_model"
+NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 class LLM2CLIPPreTrainedModel(PreTrainedModel):
@@ -60,10 +68,31 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     @classmethod
     def _load(cls, name: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Load, and refuse a checkpoint that would leave a part of the model at random values."""
+        if nests_vision_towers():
+            fields, _ = PretrainedConfig.get_config_dict(name, **hub_arguments(kwargs))
+            if fields.get("vision_config", {}).get("model_type") in NESTED_TOWERS:
+                kwargs["key_mapping"] = {r"^vision_model\.": f"{NEST}."}
         loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         refuse_missing(name, cls.__name__, info)
         return model, info
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save as usual, with the same names under every transformers version."""
+        if nests_vision_towers() and self.config.vision_config.model_type in NESTED_TOWERS:
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            state_dict = {name.replace(f"{NEST}.", "vision_model.", 1): value for name, value in state_dict.items()}
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        if transformers_version.startswith("4.") and kwargs.get("is_main_process", True):
+            # Version 4 records the dtype of the first parameter, which is logit_scale.
+            self.config.dtype = self.dtype
+            self.config.save_pretrained(save_directory)
 
     @property
     def dtype(self) -> torch.dtype:

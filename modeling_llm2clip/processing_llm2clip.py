@@ -12,6 +12,8 @@ from transformers import __version__ as transformers_version
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+from .compatibility_llm2clip import make_readable_by_version_4
+
 logger = logging.get_logger(__name__)
 
 PROMPT_PREFIX_PIECE = "<llm2clip_prefix>"
@@ -123,6 +125,14 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
         super().__init__(image_processor, tokenizer, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Save as usual, readable by transformers 4.57 too."""
+        if push_to_hub:
+            raise ValueError("save_pretrained(push_to_hub=True) would leave that out; call push_to_hub(repo_id).")
+        saved = super().save_pretrained(save_directory, **kwargs)
+        make_readable_by_version_4(save_directory)
+        return saved
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Prepare images, captions or both.

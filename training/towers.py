@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
+from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 
 OURS = (LLM2CLIPTextConfig.model_type, LLM2CLIPConfig.model_type)
 
@@ -72,9 +74,16 @@ def open_text_tower(
         model = LLM2CLIPTextModel.from_pretrained(name, **options)
         model.merge_adapter()
         return model, tokenizer
-    tokenizer, fields = _prompted(tokenizer, prompt)
+    tokenizer, fields = prompted(tokenizer, prompt)
     source: Any = name if decoder is None else decoder
     return LLM2CLIPTextModel.from_decoder(source, decoder_kwargs=options, **fields), tokenizer
+
+
+def save_text_tower(model: LLM2CLIPTextModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Save a text tower with its tokenizer, as a Hub repo holds them."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    make_readable_by_version_4(folder)
 
 
 def describe_text_tower(name: str, revision: str | None = None) -> tuple[LLM2CLIPTextConfig, PreTrainedTokenizerBase]:
@@ -85,17 +94,18 @@ def describe_text_tower(name: str, revision: str | None = None) -> tuple[LLM2CLI
         return config.text_config, tokenizer
     if config.model_type == LLM2CLIPTextConfig.model_type:
         return config, tokenizer
-    tokenizer, fields = _prompted(tokenizer, {})
+    tokenizer, fields = prompted(tokenizer, {})
     return LLM2CLIPTextConfig(decoder_config=config, **fields), tokenizer
 
 
-def _prompted(
+def prompted(
     tokenizer: PreTrainedTokenizerBase, prompt: dict[str, Any]
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """A plain LLM's tokenizer with a prompt, and the fields of [`LLM2CLIPTextConfig`] that go with it."""
     defaults = LLM2CLIPTextConfig()
     prefix, suffix, length = (
         prompt.get(key, getattr(defaults, key)) for key in ("prompt_prefix", "prompt_suffix", "max_text_length")
     )
-    prompted, prefix_tokens = with_prompt(tokenizer, prefix, suffix, length)
-    ids = list(prompted("")["input_ids"])
-    return prompted, {**prompt, "num_prefix_tokens": prefix_tokens, "prompt_token_ids": ids}
+    caption_tokenizer, prefix_tokens = with_prompt(tokenizer, prefix, suffix, length)
+    ids = list(caption_tokenizer("")["input_ids"])
+    return caption_tokenizer, {**prompt, "num_prefix_tokens": prefix_tokens, "prompt_token_ids": ids}

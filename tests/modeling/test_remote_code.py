@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
+import modeling_llm2clip
 from tests import stranger
 from tests.modeling import tiny
 
@@ -43,3 +46,28 @@ def test_stranger_gets_equal_logits(tmp_path: Path) -> None:
     expected = model(**inputs).logits_per_image
     torch.testing.assert_close(torch.tensor(found["logits"]), expected.detach(), atol=1e-5, rtol=0)
     assert found["best"] == captions[int(expected.argmax())]
+
+
+ENTRIES = (
+    "configuration_llm2clip",
+    "modeling_eva02",
+    "modeling_llm2clip",
+    "modeling_llm2clip_text",
+    "modeling_llm2clip_vision",
+    "processing_llm2clip",
+)
+
+
+def _named(module: str) -> set[str]:
+    source = Path(modeling_llm2clip.__file__).with_name(f"{module}.py").read_text()
+    return set(re.findall(r"^\s*from \.(\w+) import", source, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_entry_modules_name_all_that_they_need(entry: str) -> None:
+    """transformers 4.57 copies from a local folder the modules that an entry module names itself, and no others."""
+    needed, found = _named(entry), set()
+    while needed - found:
+        found |= (names := needed - found)
+        needed |= {name for module in names for name in _named(module)}
+    assert _named(entry) == found - {entry}

@@ -31,6 +31,7 @@ from llm2clip_training.recipe import build_config, find_recipe, load_recipe
 from llm2clip_training.stages import stage1, stage2
 from llm2clip_training.stages.embed import EmbedConfig, embed_captions
 from llm2clip_training.stages.text_tower import TextTowerConfig, load_text_tower
+from llm2clip_training.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 
 logger = logging.getLogger(__name__)
@@ -155,8 +156,7 @@ class Quickstart:
             output_dir=str(folder), model_name_or_path=self.weights["llm"], report_to="none", **self._prompt()
         )
         model, tokenizer = load_text_tower(settings)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_text_tower(model, tokenizer, folder)
         config = LLM2CLIPTextConfig.from_pretrained(folder)
         causal = LLM2CLIPTextConfig(**{**config.to_dict(), "bidirectional": False})
         return {"bidirectional": self._caption_retrieval(folder), "causal": self._caption_retrieval(folder, causal)}

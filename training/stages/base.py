@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2clip_training.data.sampling import EpochBatchSampler
+from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,11 @@ class StageTrainer(Trainer):
     def batch_sampler(self) -> EpochBatchSampler:
         """The sampler of a map-style training set: `num_replicas` is the number of processes."""
         raise NotImplementedError
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            make_readable_by_version_4(output_dir or str(self.args.output_dir))
 
     def get_train_dataloader(self) -> DataLoader:
         dataset: Any = self.train_dataset

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm2clip_training.data import PairSource
 from llm2clip_training.evaluation import CaptionRetrieval
 from llm2clip_training.stages.base import StageConfig, StageTrainer
-from llm2clip_training.towers import open_text_tower
+from llm2clip_training.towers import open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_utils import absolute_path
 
@@ -103,8 +103,7 @@ class TextTowerTrainer(StageTrainer):
         if save_format == "merged":
             text_model.merge_adapter()
         if self.args.should_save:
-            text_model.save_pretrained(output_dir)
-            cast(PreTrainedTokenizerBase, self.processing_class).save_pretrained(output_dir)
+            save_text_tower(text_model, cast(PreTrainedTokenizerBase, self.processing_class), output_dir)
         self.accelerator.wait_for_everyone()
 
 

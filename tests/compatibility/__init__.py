@@ -1,0 +1,1 @@
+"""One folder, every transformers version: `make compat` prints the matrix."""
