@@ -26,14 +26,14 @@ class Command:
         module: Module with its settings class and its `run`; imported only when the job is asked for, since the
             libraries behind it take seconds to import.
         config: Name of the settings class.
-        positional: What the argument before the options is: a RECIPE, or the field of that name.
+        positional: What the arguments before the options are: a RECIPE, or the fields of these names.
         resumes: Whether it has a `--resume` option.
     """
 
     help: str
     module: str
     config: str
-    positional: str | None = "recipe"
+    positional: tuple[str, ...] = ("recipe",)
     resumes: bool = False
 
 
@@ -42,7 +42,7 @@ COMMANDS = {
         "the whole story on the bundled data: both stages, evaluation, a Hub-ready folder",
         "llm2clip_training.quickstart.pipeline",
         "QuickstartConfig",
-        positional=None,
+        positional=(),
     ),
     "mntp": Command(
         "optional, before stage 1: masked next token prediction",
@@ -69,7 +69,13 @@ COMMANDS = {
         "image-text retrieval or caption retrieval of a saved model",
         "llm2clip_training.evaluation.job",
         "EvaluateConfig",
-        positional="model",
+        positional=("model",),
+    ),
+    "convert": Command(
+        "a checkpoint of the original code, of Microsoft's repos or of a plain CLIP, to this format and back",
+        "llm2clip_training.hub.convert",
+        "ConvertConfig",
+        positional=("source", "destination"),
     ),
 }
 
@@ -114,21 +120,23 @@ def _run(name: str, command: Command, arguments: list[str]) -> int:
     module: Any = importlib.import_module(command.module)
     config_class = getattr(module, command.config)
     parser = argparse.ArgumentParser(prog=f"llm2clip {name}", description=command.help, allow_abbrev=False)
-    if command.positional == "recipe":
+    if command.positional == ("recipe",):
         parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file of settings, or a packaged recipe")
-    elif command.positional is not None:
-        parser.add_argument(command.positional, metavar=command.positional.upper(), help="see the settings")
+    else:
+        helps = {field.name: field.metadata["help"] for field in fields(config_class) if field.metadata}
+        for positional in command.positional:
+            parser.add_argument(positional, metavar=positional.upper(), help=helps[positional])
     if command.resumes:
         parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    add_fields(parser, config_class, skip=[command.positional or ""])
+    add_fields(parser, config_class, skip=command.positional)
     namespace, unknown = parser.parse_known_args(arguments)
     if unknown:
         option = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
         known = [field.name for field in fields(config_class)]
         raise ValueError(f"there is no option {unknown[0]}{nearest(option, known)}")
     values, origin = given_fields(namespace, config_class), f"llm2clip {name}"
-    if command.positional == "recipe" and namespace.recipe is not None:
+    if command.positional == ("recipe",) and namespace.recipe is not None:
         path = find_recipe(namespace.recipe)
         values, origin = {**load_recipe(path), **values}, str(path)
     config = build_config(config_class, values, origin)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from llm2clip_training.hub.convert import from_original
+from llm2clip_training.hub.layouts import TIMM_SIGLIP
+from llm2clip_training.hub.original import from_original
+from llm2clip_training.hub.resize import resize_clip_positions, resize_kernel
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.modeling_eva02 import EVA02VisionModel, apply_rotary, resize_position_embedding, rotary_table
 from modeling_llm2clip.modeling_llm2clip_adapter import LLM2CLIPTextAdapter
@@ -43,6 +45,43 @@ def test_eva02_tower(name: str, attention: str) -> None:
     torch.testing.assert_close(tower.last_hidden_state[:, 0], tower.pooler_output)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["eva01_tower_a", "bige_tower_a"])
+def test_other_eva_towers(name: str, attention: str) -> None:
+    golden = load_golden(name)
+    model = load_model(golden, prefix="visual.", attn_implementation=attention)
+    with torch.no_grad():
+        tower = model.vision_model(golden["in/pixel_values"], output_hidden_states=True)
+        features = model.get_image_features(golden["in/pixel_values"])
+    golden.close(tower.pooler_output, "out/forward_features")
+    for layer, states in enumerate(tower.hidden_states[1:]):
+        golden.close(states, f"out/hidden_{layer}")
+    golden.close(features.pooler_output, "out/embedding")
+
+
+def test_timm_siglip_tower_is_transformers_siglip() -> None:
+    golden = load_golden("siglip_timm_tower_a")
+    sizes = golden.meta["config"]
+    config = SiglipVisionConfig(
+        hidden_size=sizes["embed_dim"],
+        intermediate_size=int(sizes["embed_dim"] * sizes["mlp_ratio"]),
+        num_hidden_layers=sizes["depth"],
+        num_attention_heads=sizes["num_heads"],
+        image_size=sizes["img_size"],
+        patch_size=sizes["patch_size"],
+        hidden_act="gelu",
+        layer_norm_eps=sizes["ln_eps"],
+    )
+    renamed = TIMM_SIGLIP.under("trunk.").rename(golden.group("state"))
+    assert not renamed.unknown
+    tower = SiglipVisionModel(config).eval()
+    tower.load_state_dict(renamed.tensors)
+    with torch.no_grad():
+        output = tower(golden["in/pixel_values"])
+    golden.close(output.pooler_output, "out/embedding")
+    golden.close(output.last_hidden_state, "out/trunk_tokens")
+
+
 def test_rotary_tables() -> None:
     golden = load_golden("rope_tables_a")
     for case in golden.meta["config"]:
@@ -64,6 +103,11 @@ def test_position_embedding_resize() -> None:
         grid = (case["new_grid"], case["new_grid"])
         resized = resize_position_embedding(golden[f"in/{case['tag']}/pos_embed"], grid)
         golden.close(resized, f"out/{case['tag']}/eva_pos_embed")
+        clip = resize_clip_positions(golden[f"in/{case['tag']}/pos_embed"][0], case["new_grid"])
+        golden.close(clip, f"out/{case['tag']}/openai_positional_embedding")
+        if case["tag"] != "same":  # there the original forgets the kernel
+            kernel = resize_kernel(golden[f"in/{case['tag']}/patch_weight"], case["new_patch"])
+            golden.close(kernel, f"out/{case['tag']}/eva_patch_weight")
 
 
 @pytest.mark.parametrize("name", ["text_proj_a", "text_proj_b"])

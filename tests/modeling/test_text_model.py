@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from llm2clip_training.hub.convert import original_prompt
+from llm2clip_training.hub.original import original_prompt
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
 from tests.golden import FOLDER, Golden, load_golden
 from tests.modeling import tiny

@@ -22,7 +22,8 @@ def test_help_shows_every_field_with_its_default(command: str, capsys: pytest.Ca
     assert exit_code.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     settings = getattr(import_module(cli.COMMANDS[command].module), cli.COMMANDS[command].config)
-    shown = [field.name for field in fields(settings) if field.init and field.name != cli.COMMANDS[command].positional]
+    positional = cli.COMMANDS[command].positional
+    shown = [field.name for field in fields(settings) if field.init and field.name not in positional]
     missing = [name for name in shown if f"--{name}" not in text]
     assert not missing
     assert text.count("default: ") == len(shown)

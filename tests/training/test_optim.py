@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
-from llm2clip_training.hub.convert import from_original
+from llm2clip_training.hub.original import from_original
 from llm2clip_training.optim import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
 from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPModel
 from tests.golden import load_golden

@@ -1,170 +1,212 @@
-"""From the original LLM2CLIP code's checkpoints to this package's names.
-
-The original keeps a model as one state dict plus a `model_configs/*.json`, and lets the prompt of an LLM depend on
-the LLM's name. Here the state dict's names are transformers' style and the prompt is part of the text config.
-"""
+"""`llm2clip convert`: a checkpoint of another code becomes a folder that `from_pretrained` loads, or the way back."""
 
 from __future__ import annotations
 
-import re
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from transformers import CLIPVisionConfig, PretrainedConfig
+import torch
+from transformers import CLIPImageProcessor
 
-from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPTextConfig
+from llm2clip_training.hub.cards import JOINT_TASK, licence_of, write_card
+from llm2clip_training.hub.checkpoint import Checkpoint, open_checkpoint
+from llm2clip_training.hub.convert_text import convert_text_tower, holds_decoder
+from llm2clip_training.hub.joint import JointPlan, plan_joint
+from llm2clip_training.hub.original import to_original
+from llm2clip_training.hub.report import print_report
+from llm2clip_training.towers import describe_text_tower
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
-LAYER_NORM_EPS_OPENAI = 1e-5
+logger = logging.getLogger(__name__)
 
-_EVA02_RENAMES = (
-    (r"^visual\.head\.", "visual_projection."),
-    (r"^visual\.(blocks\.\d+\.attn\.[qv])_bias$", r"vision_model.\1_proj.bias"),
-    (r"^visual\.", "vision_model."),
-)
-_OPENAI_RENAMES = (
-    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
-    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
-    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
-    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
-    (r"^visual\.transformer\.resblocks\.(\d+)\.ln_([12])\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
-    (r"^visual\.transformer\.resblocks\.(\d+)\.attn\.", r"vision_model.encoder.layers.\1.self_attn."),
-    (r"^visual\.transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"vision_model.encoder.layers.\1.mlp.fc1."),
-    (r"^visual\.transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"vision_model.encoder.layers.\1.mlp.fc2."),
-)
-_ADAPTER_RENAMES = (
-    (r"^text\.text_adaptor\.([0-3])\.ln\.", r"text_adapter.blocks.\1.norm."),
-    (r"^text\.text_adaptor\.([0-3])\.fn\.0\.", r"text_adapter.blocks.\1.fc1."),
-    (r"^text\.text_adaptor\.([0-3])\.fn\.3\.", r"text_adapter.blocks.\1.fc2."),
-    (r"^text\.text_adaptor\.4\.", "text_adapter.norm."),
-    (r"^text\.text_adaptor\.5\.", "text_adapter.proj."),
-)
+TARGETS = ("transformers", "original")
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
-def from_original(
-    state_dict: dict[str, Tensor],
-    model_config: dict[str, Any],
-    text_config: PretrainedConfig | dict[str, Any] | None = None,
-) -> tuple[LLM2CLIPConfig, dict[str, Tensor]]:
-    """Map an original model to this package.
+@dataclass
+class ConvertConfig:
+    """Settings of `llm2clip convert`."""
 
-    Args:
-        state_dict: The original's tensors: `visual.*`, `text.text_adaptor.*`, `logit_scale`; a part of them is fine.
-        model_config: The original's model_configs JSON. Of its vision part the EVA02 and the OpenAI ViT layouts are
-            known.
-        text_config: The LLM that the adapter belongs to; by default only its width is recorded.
+    source: str = field(default="", metadata={"help": "Checkpoint: a file, a folder or a Hub id."})
+    destination: str = field(default="", metadata={"help": "Folder to write; with --to original, a .pt file."})
+    to: str = field(default="transformers", metadata={"help": "transformers, or original: back to a .pt file."})
+    model_config: str | None = field(
+        default=None, metadata={"help": "The original's model_configs JSON, for a model of unpublished sizes."}
+    )
+    text_model: str | None = field(
+        default=None, metadata={"help": "The adapter's LLM: Hub id or folder; unset: that of the published model."}
+    )
+    text_model_revision: str | None = field(default=None, metadata={"help": "Revision of that LLM."})
+    adapters: list[str] = field(
+        default_factory=list,
+        metadata={"help": "PEFT adapters of an LLM, merged into it in this order: Hub ids or folders."},
+    )
+    prompt_name: str | None = field(
+        default=None,
+        metadata={"help": "Name of the LLM by which the original chooses its prompt; unset: the one in its config."},
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Resize the tower's positions to this image size."})
+    projection_dim: int = field(default=1280, metadata={"help": "Width of a new projection, for a plain CLIP tower."})
+    quick_gelu: bool | None = field(
+        default=None, metadata={"help": "QuickGELU in OpenAI's towers; unset: what --model-config says, else true."}
+    )
+    reset_heads: bool = field(
+        default=False,
+        metadata={"help": "New projection and adapter instead of trained ones, as the original's --pretrained does."},
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of what is new."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a destination that exists."})
 
-    Returns:
-        The config and the renamed state dict of an [`LLM2CLIPModel`] without its LLM. Rotary tables, which the
-        original repeats in every block, are left out: they follow from the config.
+    def __post_init__(self) -> None:
+        if self.to not in TARGETS:
+            raise ValueError(f"to {self.to!r} is unknown; choose {' or '.join(TARGETS)}.")
+
+
+def run(config: ConvertConfig) -> dict[str, Any]:
+    """Convert a checkpoint; prints what became of every tensor.
 
     Raises:
-        ValueError: A tensor is of no known layout; the message names it.
+        FileExistsError: The destination exists and `overwrite` is off.
+        ValueError: The checkpoint is damaged, of no known layout, or not wholly explained. Nothing is written then.
     """
-    vision = model_config["vision_cfg"]
-    is_eva = "eva_model_name" in vision
-    text = model_config.get("text_cfg", {})
-    if text_config is None:
-        width = text.get("llm_embedding_dim", 4096)
-        heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
-        text_config = LLM2CLIPTextConfig(decoder_config={"model_type": "llama", "hidden_size": width, **heads})
-    config = LLM2CLIPConfig(
-        vision_config=_eva02_config(vision)
-        if is_eva
-        else _openai_config(vision, model_config.get("quick_gelu", False)),
-        text_config=text_config,
-        projection_dim=model_config["embed_dim"],
-        visual_projection_bias=is_eva,
-        # Where the LLM runs inside the original's model, the original skips the normalisation.
-        adapter_normalize=text.get("use_embedding", True),
-    )
-    renames = (*(_EVA02_RENAMES if is_eva else _OPENAI_RENAMES), *_ADAPTER_RENAMES)
-    converted: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        if re.search(r"\brope\.freqs_(cos|sin)$", name):
-            continue
-        if name == "logit_scale":
-            converted[name] = tensor
-        elif name == "visual.proj":
-            converted["visual_projection.weight"] = tensor.t().contiguous()
-        elif match := re.match(r"^(visual\..*\.attn)\.in_proj_(weight|bias)$", name):
-            parts = zip("qkv", tensor.chunk(3), strict=True)
-            for letter, part in parts:
-                target = _rename(f"{match[1]}.{letter}_proj.{match[2]}", renames)
-                converted[target] = part.contiguous()
+    if not config.source or not config.destination:
+        raise ValueError("give a source and a destination: llm2clip convert SOURCE DESTINATION")
+    destination = Path(config.destination)
+    if destination.exists() and not config.overwrite:
+        raise FileExistsError(f"{destination} exists; add --overwrite to replace it, or choose another destination.")
+    if config.to == "original":
+        return _to_original(config, destination)
+    checkpoint = open_checkpoint(config.source)
+    with _appearing(destination) as folder:
+        if holds_decoder(checkpoint):
+            result = convert_text_tower(checkpoint, folder, config.source, config.adapters, config.prompt_name)
         else:
-            converted[_rename(name, renames)] = tensor
-    return config, converted
+            result = _convert_joint(checkpoint, folder, config)
+    return {**result, "written": str(destination)}
 
 
-def original_prompt(model_type: str, name_or_path: str, pooling: str = "mean") -> tuple[str, str]:
-    """The prompt that the original code's encoder wraps around a caption, which it chooses by the LLM's name.
-
-    Args:
-        model_type: The LLM's `model_type`, such as `llama`.
-        name_or_path: The LLM's name as its config recorded it.
-        pooling: With `eos_token` the original appends an end-of-sequence token.
-
-    Returns:
-        `(prompt_prefix, prompt_suffix)` for [`LLM2CLIPTextConfig`].
-    """
-    prefix = suffix = ""
-    if model_type == "llama" and "Llama-3" in name_or_path and "Instruct" in name_or_path:
-        return "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"
-    if name_or_path in ("mistralai/Mistral-7B-Instruct-v0.2", "meta-llama/Llama-2-7b-chat-hf"):
-        prefix, suffix = "[INST] ", " [/INST]"
-    elif name_or_path == "google/gemma-2-9b-it":
-        prefix, suffix = "<bos><start_of_turn>user\n", "<end_of_turn>"
-    elif name_or_path in ("Qwen/Qwen2-1.5B-Instruct", "Qwen/Qwen2-7B-Instruct"):
-        prefix, suffix = "<|im_start|>user\n", "<|im_end|>"
-    elif name_or_path == "microsoft/Phi-3.5-mini-instruct":
-        prefix, suffix = "<|user|>\n", "<|end|>\n"
-    if pooling == "eos_token":
-        ends = {"gemma": "<eos>", "qwen2": "<|endoftext|>", "phi3": "<|endoftext|>"}
-        end = "<|end_of_text|>" if name_or_path == "meta-llama/Meta-Llama-3-8B" else ends.get(model_type, " </s>")
-        suffix = suffix.rstrip() + end
-    return prefix, suffix
+@contextmanager
+def _appearing(destination: Path) -> Iterator[Path]:
+    """A folder that becomes `destination` when all has gone well, and vanishes otherwise."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch:
+        folder = Path(scratch) / destination.name
+        folder.mkdir()
+        yield folder
+        if destination.is_dir():
+            shutil.rmtree(destination)
+        else:
+            destination.unlink(missing_ok=True)
+        folder.rename(destination)
 
 
-def _rename(name: str, renames: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in renames:
-        renamed, count = re.subn(pattern, replacement, name)
-        if count:
-            return renamed
-    raise ValueError(f"the tensor {name!r} belongs to no layout of the original code that is known here.")
+def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) -> dict[str, Any]:
+    plan = plan_joint(
+        checkpoint,
+        model_config=_read_model_config(config.model_config),
+        text_model=config.text_model,
+        text_model_revision=config.text_model_revision,
+        projection_dim=config.projection_dim,
+        image_size=config.image_size,
+        quick_gelu=config.quick_gelu,
+        reset_heads=config.reset_heads,
+    )
+    print_report(plan)
+    model = plan.build(config.seed)
+    model.save_pretrained(folder)
+    _write_processor(plan, checkpoint, folder)
+    write_card(
+        folder,
+        name=folder.name,
+        source=config.source,
+        recognised=plan.recognised,
+        task=JOINT_TASK,
+        licence=licence_of(checkpoint.folder),
+        base_models=[config.source, plan.text_model or ""],
+    )
+    _verify(folder, plan)
+    return {"recognised": plan.recognised, "tensors": len(plan.tensors)}
 
 
-def _eva02_config(vision: dict[str, Any]) -> EVA02VisionConfig:
-    missing = [flag for flag in ("rope", "naiveswiglu", "subln") if not vision.get(flag)]
+def _read_model_config(path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        fields: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    missing = [key for key in ("embed_dim", "vision_cfg") if key not in fields]
     if missing:
-        raise ValueError(f"{vision['eva_model_name']} is not an EVA02 tower: its config lacks {', '.join(missing)}.")
-    width, patch_size = vision["width"], vision["patch_size"]
-    grid = vision["image_size"] // patch_size
-    return EVA02VisionConfig(
-        hidden_size=width,
-        intermediate_size=int(width * vision["mlp_ratio"]),
-        num_hidden_layers=vision["layers"],
-        num_attention_heads=width // vision["head_width"],
-        image_size=vision["image_size"],
-        patch_size=patch_size,
-        # Without interpolation the original's rotary positions are the grid's own.
-        rope_grid_size=vision["pt_hw_seq_len"] if vision.get("intp_freq") else grid,
-        drop_path_rate=vision.get("drop_path_rate", 0.0),
-    )
+        raise ValueError(f"{path} is no model_configs JSON of the original: it lacks {', '.join(missing)}.")
+    return dict(fields)
 
 
-def _openai_config(vision: dict[str, Any], quick_gelu: bool) -> CLIPVisionConfig:
-    width = vision["width"]
-    return CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=int(width * vision.get("mlp_ratio", 4.0)),
-        num_hidden_layers=vision["layers"],
-        num_attention_heads=width // vision.get("head_width", 64),
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        hidden_act="quick_gelu" if quick_gelu else "gelu",
-        layer_norm_eps=LAYER_NORM_EPS_OPENAI,
-    )
+def _write_processor(plan: JointPlan, checkpoint: Checkpoint, folder: Path) -> None:
+    image_processor = _image_processor(plan, checkpoint)
+    tokenizer = None
+    if plan.text_model is not None:
+        try:
+            _, tokenizer = describe_text_tower(plan.text_model, plan.text_model_revision)
+        except OSError:
+            logger.warning(
+                "the tokenizer of %s cannot be reached, so the folder has an image processor but no tokenizer: load "
+                "captions' tokenizer from that repo, or convert again with --text-model FOLDER.",
+                plan.text_model,
+            )
+    if tokenizer is None:
+        image_processor.save_pretrained(folder)
+    else:
+        LLM2CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
 
 
-__all__ = ["from_original", "original_prompt"]
+def _image_processor(plan: JointPlan, checkpoint: Checkpoint) -> CLIPImageProcessor:
+    size = plan.vision_config.image_size
+    statistics = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    saved = checkpoint.folder / "preprocessor_config.json" if checkpoint.folder else None
+    if saved is not None and saved.is_file():
+        fields = json.loads(saved.read_text(encoding="utf-8"))
+        statistics = {key: fields.get(key, value) for key, value in statistics.items()}
+    edges = {"shortest_edge": size}
+    return CLIPImageProcessor(size=edges, crop_size={"height": size, "width": size}, **statistics)
+
+
+def _verify(folder: Path, plan: JointPlan) -> None:
+    """Load what was written, and compare it with what was read."""
+    model = plan.model_class.from_pretrained(folder, **plan.loading)
+    state = model.state_dict()
+    for name, tensor in plan.tensors.items():
+        if not torch.equal(state[name].float(), tensor.float()):
+            raise RuntimeError(f"{name} changed on the way; please report this.")
+    size = plan.vision_config.image_size
+    with torch.inference_mode():
+        output = model(pixel_values=torch.zeros(1, 3, size, size, dtype=model.dtype)).pooler_output
+    if not output.isfinite().all():
+        raise ValueError("the converted model gives numbers that are not finite for a grey image.")
+
+
+def _to_original(config: ConvertConfig, destination: Path) -> dict[str, Any]:
+    fields = LLM2CLIPConfig.get_config_dict(config.source)[0]
+    if fields.get("model_type") != LLM2CLIPConfig.model_type:
+        found = fields.get("model_type")
+        raise ValueError(f"{config.source} is no LLM2CLIP model of this package (its model_type is {found!r}).")
+    model = LLM2CLIPModel.from_pretrained(config.source, text_model=False)
+    state = to_original(model.config, model.state_dict())
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = destination.with_name(f".{destination.name}.tmp")
+    try:
+        torch.save(state, temporary)
+        temporary.replace(destination)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {"written": str(destination), "tensors": len(state)}
+
+
+__all__ = ["ConvertConfig", "run"]

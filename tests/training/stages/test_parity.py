@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm2clip_training.data.sampling import EpochDataset, SampleIndex, SampleIndexBatchSampler
-from llm2clip_training.hub.convert import from_original
+from llm2clip_training.hub.original import from_original
 from llm2clip_training.losses import hard_negative_info_nce
 from llm2clip_training.stages.mntp import masked_next_token_loss
 from llm2clip_training.stages.stage1 import CaptionContrastiveConfig, CaptionContrastiveTrainer

@@ -1,0 +1,61 @@
+"""Another image size for a pretrained tower: its positions, and where the patch size changes its kernel, are resized.
+
+As the original does it, which differs between the families: bicubic with corners apart for EVA (also for the patch
+kernel), bicubic with aligned corners for OpenAI's ViT. No antialiasing in either.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from modeling_llm2clip.modeling_eva02 import resize_position_embedding
+
+
+def resize_clip_positions(positions: Tensor, grid: int, class_tokens: int = 1) -> Tensor:
+    """Resize absolute positions `(class_tokens + patches, width)` of a square grid to `grid` x `grid` patches."""
+    special, patches = positions[:class_tokens], positions[class_tokens:]
+    side = round(patches.shape[0] ** 0.5)
+    if side == grid:
+        return positions
+    square = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(square.float(), size=(grid, grid), mode="bicubic", align_corners=True)
+    return torch.cat([special, resized[0].flatten(1).t().to(positions.dtype)])
+
+
+def resize_kernel(kernel: Tensor, patch_size: int) -> Tensor:
+    """Resize a patch embedding's kernel `(width, channels, patch, patch)`."""
+    if kernel.shape[-1] == patch_size:
+        return kernel
+    size = (patch_size, patch_size)
+    return F.interpolate(kernel.float(), size=size, mode="bicubic", align_corners=False).to(kernel.dtype)
+
+
+def resize_tower(state: dict[str, Tensor], image_size: int, patch_size: int) -> dict[str, Tensor]:
+    """Fit a vision tower's state dict, under this package's names, to another image size.
+
+    Args:
+        state: `vision_model.*` and anything else, which is left alone.
+        image_size: New side of an image in pixels.
+        patch_size: New side of a patch in pixels.
+
+    Raises:
+        ValueError: The patch size does not divide the image size.
+    """
+    if image_size % patch_size:
+        raise ValueError(f"image_size {image_size} is not a multiple of the patch size {patch_size}.")
+    grid = image_size // patch_size
+    state = dict(state)
+    eva, clip = "vision_model.pos_embed", "vision_model.embeddings.position_embedding.weight"
+    if eva in state:
+        state[eva] = resize_position_embedding(state[eva], (grid, grid))
+        kernel = "vision_model.patch_embed.proj.weight"
+        state[kernel] = resize_kernel(state[kernel], patch_size)
+    else:
+        class_tokens = int("vision_model.embeddings.class_embedding" in state)
+        state[clip] = resize_clip_positions(state[clip], grid, class_tokens)
+    return state
+
+
+__all__ = ["resize_clip_positions", "resize_kernel", "resize_tower"]
