@@ -96,6 +96,8 @@ def check(version: str, cases: Path, home: Path) -> dict[str, Any]:
 
 
 def main(versions: list[str]) -> int:
+    # As in check.py: sums over several threads round differently.
+    torch.set_num_threads(1)
     failed = False
     with tempfile.TemporaryDirectory() as scratch:
         cases = Path(scratch) / "cases"
