@@ -30,8 +30,8 @@ def load_model(golden: Golden, prefix: str = "", attn_implementation: str = "sdp
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["eva02_tower_a", "eva02_tower_b", "eva02_tower_c"])
-def test_eva02_tower(name: str, attention: str) -> None:
+@pytest.mark.parametrize("name", ["eva02_tower_a", "eva02_tower_b", "eva02_tower_c", "eva01_tower_a", "bige_tower_a"])
+def test_eva_tower(name: str, attention: str) -> None:
     golden = load_golden(name)
     model = load_model(golden, prefix="visual.", attn_implementation=attention)
     with torch.no_grad():
@@ -43,20 +43,6 @@ def test_eva02_tower(name: str, attention: str) -> None:
         golden.close(states, f"out/hidden_{layer}")
     golden.close(features.pooler_output, "out/embedding")
     torch.testing.assert_close(tower.last_hidden_state[:, 0], tower.pooler_output)
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["eva01_tower_a", "bige_tower_a"])
-def test_other_eva_towers(name: str, attention: str) -> None:
-    golden = load_golden(name)
-    model = load_model(golden, prefix="visual.", attn_implementation=attention)
-    with torch.no_grad():
-        tower = model.vision_model(golden["in/pixel_values"], output_hidden_states=True)
-        features = model.get_image_features(golden["in/pixel_values"])
-    golden.close(tower.pooler_output, "out/forward_features")
-    for layer, states in enumerate(tower.hidden_states[1:]):
-        golden.close(states, f"out/hidden_{layer}")
-    golden.close(features.pooler_output, "out/embedding")
 
 
 def test_timm_siglip_tower_is_transformers_siglip() -> None:

@@ -130,7 +130,7 @@ def plan_joint(
         plan = _foreign_plan(checkpoint, model_config, text_model, text_model_revision, projection_dim, quick_gelu)
     if reset_heads:
         _reset(plan)
-    _fit_image_size(plan, model_config, image_size)
+    _fit_image_size(plan, image_size)
     _one_dtype(plan)
     _check(plan)
     return plan
@@ -265,16 +265,29 @@ def _as_llm2clip(
         )
     head = plan.tensors.get("visual_projection.weight")
     siglip = plan.vision_config.model_type == "siglip_vision_model"
+    _pair(
+        plan,
+        text_config,
+        text_model,
+        text_model_revision,
+        projection_dim=plan.tensors["text_adapter.proj.weight"].shape[0],
+        visual_projection=head is not None,
+        visual_projection_bias="visual_projection.bias" in plan.tensors,
+        adapter_normalize=published.adapter_normalize if published is not None else not siglip,
+    )
+
+
+def _pair(
+    plan: JointPlan, text_config: LLM2CLIPTextConfig, text_model: str, text_model_revision: str | None, **fields: Any
+) -> None:
+    """Make the plan that of an [`LLM2CLIPModel`] with this LLM."""
     plan.config = LLM2CLIPConfig(
         vision_config=plan.vision_config,
         text_config=text_config,
         text_model_name_or_path=text_model,
         text_model_revision=text_model_revision,
         text_model_fingerprint=text_config.fingerprint,
-        projection_dim=plan.tensors["text_adapter.proj.weight"].shape[0],
-        visual_projection=head is not None,
-        visual_projection_bias="visual_projection.bias" in plan.tensors,
-        adapter_normalize=published.adapter_normalize if published is not None else not siglip,
+        **fields,
     )
     plan.model_class = LLM2CLIPModel
     plan.text_model, plan.text_model_revision = text_model, text_model_revision
@@ -299,20 +312,15 @@ def _as_start(plan: JointPlan, text_model: str, text_model_revision: str | None,
     reason = f"a head of another space; the new one is {projection_dim} wide"
     bias = plan.vision_config.model_type == EVA02VisionConfig.model_type
     _drop(plan, HEAD, reason)
-    plan.config = LLM2CLIPConfig(
-        vision_config=plan.vision_config,
-        text_config=text_config,
-        text_model_name_or_path=text_model,
-        text_model_revision=text_model_revision,
-        text_model_fingerprint=text_config.fingerprint,
+    _pair(
+        plan,
+        text_config,
+        text_model,
+        text_model_revision,
         projection_dim=projection_dim,
         visual_projection_bias=bias,
     )
-    plan.model_class = LLM2CLIPModel
-    plan.text_model, plan.text_model_revision = text_model, text_model_revision
     plan.new += [(HEAD, "to be trained in stage 2"), (ADAPTER_PART, "to be trained in stage 2")]
-    if SCALE_PART not in plan.tensors:
-        plan.new.append((SCALE_PART, "not in the checkpoint: starts at ln(1 / 0.07)"))
 
 
 def _as_tower(plan: JointPlan) -> None:
@@ -362,7 +370,7 @@ def _text_config(name: str, revision: str | None) -> LLM2CLIPTextConfig:
     return copy.deepcopy(config)
 
 
-def _fit_image_size(plan: JointPlan, model_config: Mapping[str, Any] | None, image_size: int | None) -> None:
+def _fit_image_size(plan: JointPlan, image_size: int | None) -> None:
     config = plan.vision_config
     target = image_size or config.image_size
     bare = not any(name.startswith(TOWER) for name in plan.tensors)

@@ -105,7 +105,7 @@ class Layout:
         Tensors that no rule knows, or whose group is incomplete, are listed in `unknown`.
         """
         result = Renamed()
-        lookup = {name: (rule, place) for rule in self.rules for place, name in enumerate(rule.theirs)}
+        lookup = {name: rule for rule in self.rules for name in rule.theirs}
         done: set[str] = set()
         for name in state:
             if name in done:
@@ -115,7 +115,7 @@ class Layout:
                 result.dropped.append((name, reason))
                 continue
             template, block = _template(name)
-            rule, _ = lookup.get(template, (None, 0))
+            rule = lookup.get(template)
             group = [part.replace("{n}", block) for part in rule.theirs] if rule else []
             if rule is None or any(part not in state for part in group):
                 result.unknown.append(name)
