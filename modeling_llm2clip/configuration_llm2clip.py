@@ -225,6 +225,12 @@ class LLM2CLIPConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        # A quantised LLM is never part of a checkpoint, and the folder that holds it says how it was quantised.
+        output["text_config"].pop("quantization_config", None)
+        return output
+
 
 def _with_vision_type(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig | dict[str, Any]:
     if isinstance(config, dict):

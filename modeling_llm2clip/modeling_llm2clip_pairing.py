@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -9,21 +10,71 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .modeling_llm2clip_text import LLM2CLIPTextModel
-from .modeling_llm2clip_utils import HUB_ARGUMENTS, absolute_path, adopt_submodel, execution_device
+from .modeling_llm2clip_utils import absolute_path, adopt_submodel, execution_device
 from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-LOADING_ARGUMENTS = (
-    "attn_implementation",
+# What an LLM in another repo shares with the call that loads the model.
+SHARED_ARGUMENTS = (
+    "cache_dir",
     "device_map",
     "dtype",
+    "force_download",
+    "local_files_only",
     "max_memory",
+    "offload_buffers",
     "offload_folder",
-    "quantization_config",
+    "token",
     "torch_dtype",
     "trust_remote_code",
 )
+PARTS = ("", "vision_config", "text_config")
+
+
+def split_arguments(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide the arguments of `from_pretrained` between a model without its LLM and the LLM.
+
+    Returns:
+        Those of the model, and those of the LLM which differ from them.
+    """
+    own, text = dict(kwargs), {}
+    # A vision tower is small and loses more by it, and no published checkpoint was trained with it quantised.
+    if own.get("quantization_config") is not None:
+        text["quantization_config"] = own.pop("quantization_config")
+    config: Any = own.get("config")
+    if isinstance(getattr(config, "dtype", None), dict):
+        # AutoModel has moved it there, on transformers 5.3 to 5.11.
+        own["dtype"], own["config"] = config.dtype, copy.copy(config)
+        own["config"].dtype = None
+    for name in ("dtype", "torch_dtype"):
+        parts = own.get(name)
+        if isinstance(parts, dict):
+            unknown = [part for part in parts if part not in PARTS]
+            if unknown:
+                raise ValueError(f"{name} names {unknown[0]!r}; its parts are 'vision_config' and 'text_config'.")
+            rest = parts.get("", "auto")
+            own[name], text[name] = parts.get("vision_config", rest), parts.get("text_config", rest)
+    places = own.get("device_map")
+    if isinstance(places, dict):
+        inside = {key: place for key, place in places.items() if f"{key}.".startswith("text_model.")}
+        if inside:
+            own["device_map"] = {key: place for key, place in places.items() if key not in inside}
+            text["device_map"] = {key[len("text_model.") :]: place for key, place in inside.items()}
+        elif "" in places and len(places) > 1:
+            text["device_map"] = {"": places[""]}
+    return own, text
+
+
+def text_attention(kwargs: dict[str, Any]) -> str | None:
+    """The attention that the arguments of `from_pretrained` ask of the LLM, or None where they leave the choice."""
+    asked = kwargs.get("attn_implementation")
+    if isinstance(asked, dict):
+        return asked.get("text_config")
+    if asked is None and kwargs.get("config") is not None:
+        # AutoModel has put it there.
+        return kwargs["config"].text_config._attn_implementation
+    return asked
 
 
 class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
@@ -44,19 +95,42 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
 
         Args:
             text_model: `False` leaves the LLM out.
-            text_model_kwargs: Arguments of `from_pretrained` for an LLM that lives in another repo, such as `dtype` or
-                `quantization_config`; by default it gets those of this call.
+            text_model_kwargs: Arguments of `from_pretrained` for the LLM alone; what is not given here, it shares with
+                this call.
+            kwargs: Arguments of transformers' `from_pretrained`. `dtype` and `attn_implementation` may be given by
+                part, as `{"vision_config": ..., "text_config": ...}`; projection and adapter have the dtype of the
+                vision tower. A `device_map` may place `text_model` elsewhere, such as on `"disk"`.
+                `quantization_config` quantises the LLM and nothing else.
+
+        Raises:
+            ValueError: Weights are missing, or the LLM is not the one that the adapter was trained with.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = cls._load(pretrained_model_name_or_path, *args, text_model=text_model, **kwargs)
+        own, different = split_arguments(kwargs)
+        if not text_model and "quantization_config" in different:
+            raise ValueError("quantization_config is the LLM's, which text_model=False leaves out; drop one of them.")
+        different.update(text_model_kwargs or {})
+        attention = text_attention(own)
+        together = text_model and not different
+        model, info = cls._load(pretrained_model_name_or_path, *args, text_model=together, **own)
+        bundled = model.config.text_model_name_or_path is None
         if text_model and model.text_model is None:
-            passed = {key: kwargs[key] for key in (*HUB_ARGUMENTS, *LOADING_ARGUMENTS) if kwargs.get(key) is not None}
-            passed = {key: value for key, value in passed.items() if key not in ("revision", "subfolder")}
-            model.load_text_model(**{**passed, **(text_model_kwargs or {})})
-        if not text_model and model.config.text_model_name_or_path is None:
-            # The weights stay where they are: say so, for load_text_model() and for the next save_pretrained().
+            if attention is not None:
+                different.setdefault("attn_implementation", attention)
+            if bundled:
+                shared = {key: value for key, value in own.items() if key not in ("attn_implementation", "config")}
+                shared["config"] = model.config.text_config
+                model.load_text_model(pretrained_model_name_or_path, **{**shared, **different})
+            else:
+                shared = {key: own[key] for key in SHARED_ARGUMENTS if own.get(key) is not None}
+                model.load_text_model(**{**shared, **different})
+        weights_stay = not text_model or model.text_model.fingerprint() is None
+        if bundled and weights_stay:
+            # Say where they are, for load_text_model() and for the next save_pretrained().
             model.config.text_model_name_or_path = absolute_path(pretrained_model_name_or_path)
             model.config.text_model_revision = kwargs.get("revision")
+        elif bundled:
+            model.config.text_model_name_or_path = None
         return (model, info) if wants_info else model
 
     def load_text_model(self, name_or_path: str | None = None, revision: str | None = None, **kwargs: Any) -> None:
@@ -143,7 +217,8 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
                 `config.text_model_name_or_path` names another repo for them.
 
         Raises:
-            ValueError: The LLM's weights would be nowhere, or carry an adapter that is not merged.
+            ValueError: The LLM's weights would be nowhere, carry an adapter that is not merged, are quantised, or were
+                offloaded.
         """
         elsewhere = self.config.text_model_name_or_path
         bundle = elsewhere is None if save_text_model is None else save_text_model
@@ -162,6 +237,14 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
                 if key.startswith("text_model.")
             }
             identity = self.text_model.fingerprint(text_state)
+            if identity is None:
+                # transformers reads back what it offloaded itself, but nothing of an LLM that was loaded apart.
+                if getattr(self, "hf_device_map", None) is None or getattr(self.text_model, "hf_device_map", None):
+                    raise ValueError(
+                        "the LLM is quantised or offloaded, so its weights are not here to save; load it whole, or "
+                        "save the model without it: save_pretrained(..., save_text_model=False)."
+                    )
+                identity = self.text_model.config.fingerprint
             self.config.text_model_fingerprint = self.config.text_config.fingerprint = identity
         else:
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith("text_model.")}

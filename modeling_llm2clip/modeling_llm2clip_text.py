@@ -84,6 +84,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         r"^vision_model\.",
         r"^visual_projection\.",
         r"^text_adapter\.",
+        r"^logit_scale$",
     ]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -214,7 +215,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         **kwargs: Any,
     ) -> None:
         """Save as usual, with the fingerprint; where the decoder carries a PEFT adapter, save that and the config."""
-        self.config.fingerprint = self.fingerprint(state_dict)
+        self.config.fingerprint = self.fingerprint(state_dict) or self.config.fingerprint
         if not self.has_adapter:
             super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
             return

@@ -117,6 +117,9 @@ def _run(name: str, command: Command, arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for library in ("httpx", "datasets", "matplotlib", "fsspec"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    # They speak of kernels for accelerators whenever torchao is installed, used or not.
+    for library in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     module: Any = importlib.import_module(command.module)
     config_class = getattr(module, command.config)
     parser = argparse.ArgumentParser(prog=f"llm2clip {name}", description=command.help, allow_abbrev=False)

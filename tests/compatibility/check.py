@@ -99,6 +99,19 @@ def check_sixteen_bits(folder: Path) -> None:
             assert left.equal(right), name
 
 
+def check_parts(folder: Path) -> None:
+    model = load(folder, dtype={"vision_config": torch.float32, "text_config": torch.bfloat16})
+    assert (model.dtype, model.text_model.dtype) == (torch.float32, torch.bfloat16)
+    model = load(folder, attn_implementation={"vision_config": "eager", "text_config": "sdpa"})
+    assert model.vision_model.config._attn_implementation == "eager"
+    assert model.text_model.decoder.config._attn_implementation == "sdpa"
+    with tempfile.TemporaryDirectory() as offload:
+        model = load(folder, device_map="auto", max_memory={"cpu": 60_000}, offload_folder=offload)
+        assert next(model.text_model.parameters()).is_meta
+        ids = torch.arange(1, 9)[None]
+        assert difference(model.get_text_features(ids)[1], load(folder).get_text_features(ids)[1]) == 0
+
+
 def check_weights_survive(folder: Path) -> None:
     """Every parameter 0.5, saved and loaded, is 0.5: no initialisation runs over loaded weights."""
     model = load(folder)
@@ -119,6 +132,7 @@ def check_case(case: Path) -> dict[str, Any]:
     check_processor(folder, expected, size)
     check_pipelines(folder, expected, size)
     check_sixteen_bits(folder)
+    check_parts(folder)
     check_weights_survive(folder)
     return result
 

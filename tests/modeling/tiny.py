@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerFast
 
 from modeling_llm2clip import (
@@ -44,6 +45,8 @@ DECODERS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 4},
     "phi3": {},
 }
+CAPTIONS = ["a small dog", "two children play football in a green park", "a red bus"]
+IMAGES = [Image.effect_noise((40, 30), 80).convert("RGB") for _ in range(2)]
 PREFIX = "<|start_header_id|>user<|end_header_id|>\n\n"
 SUFFIX = "<|eot_id|>"
 
@@ -119,3 +122,22 @@ def save(folder: Path, **fields: Any) -> LLM2CLIPModel:
     model.save_pretrained(folder)
     processor().save_pretrained(folder)
     return model
+
+
+def save_apart(folder: Path) -> LLM2CLIPModel:
+    """Save an LLM in one folder, and a model that refers to it in another."""
+    llm = text_model()
+    llm.save_pretrained(folder / "llm")
+    model = LLM2CLIPModel.from_vision_text_pretrained(
+        save_vision(folder / "vision"), folder / "llm", projection_dim=24, initializer_range=0.2
+    ).eval()
+    model.config.text_model_fingerprint = llm.fingerprint()
+    model.set_text_model(llm)
+    model.save_pretrained(folder / "clip")
+    processor().save_pretrained(folder / "clip")
+    return model
+
+
+def save_vision(folder: Path) -> Path:
+    joint_model().vision_model.save_pretrained(folder)
+    return folder
