@@ -77,6 +77,12 @@ COMMANDS = {
         "ConvertConfig",
         positional=("source", "destination"),
     ),
+    "export-onnx": Command(
+        "a model's vision and text graphs as ONNX files, compared with torch",
+        "llm2clip_training.hub.export_onnx",
+        "ExportOnnxConfig",
+        positional=("model",),
+    ),
 }
 
 
@@ -115,7 +121,7 @@ def _message(error: Exception) -> str:
 
 def _run(name: str, command: Command, arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for library in ("httpx", "datasets", "matplotlib", "fsspec"):
+    for library in ("httpx", "datasets", "matplotlib", "fsspec", "onnxscript", "onnx_ir"):
         logging.getLogger(library).setLevel(logging.WARNING)
     # They speak of kernels for accelerators whenever torchao is installed, used or not.
     for library in ("torchao", "torch.utils._pytree"):

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ from typing import Any
 import torch
 from transformers import CLIPImageProcessor
 
+from llm2clip_training.files import appearing_folder, refuse_existing
 from llm2clip_training.hub.cards import JOINT_TASK, licence_of, write_card
 from llm2clip_training.hub.checkpoint import Checkpoint, open_checkpoint
 from llm2clip_training.hub.convert_text import convert_text_tower, holds_decoder
@@ -80,32 +77,16 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     if not config.source or not config.destination:
         raise ValueError("give a source and a destination: llm2clip convert SOURCE DESTINATION")
     destination = Path(config.destination)
-    if destination.exists() and not config.overwrite:
-        raise FileExistsError(f"{destination} exists; add --overwrite to replace it, or choose another destination.")
+    refuse_existing(destination, config.overwrite)
     if config.to == "original":
         return _to_original(config, destination)
     checkpoint = open_checkpoint(config.source)
-    with _appearing(destination) as folder:
+    with appearing_folder(destination, config.overwrite) as folder:
         if holds_decoder(checkpoint):
             result = convert_text_tower(checkpoint, folder, config.source, config.adapters, config.prompt_name)
         else:
             result = _convert_joint(checkpoint, folder, config)
     return {**result, "written": str(destination)}
-
-
-@contextmanager
-def _appearing(destination: Path) -> Iterator[Path]:
-    """A folder that becomes `destination` when all has gone well, and vanishes otherwise."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch:
-        folder = Path(scratch) / destination.name
-        folder.mkdir()
-        yield folder
-        if destination.is_dir():
-            shutil.rmtree(destination)
-        else:
-            destination.unlink(missing_ok=True)
-        folder.rename(destination)
 
 
 def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) -> dict[str, Any]:
