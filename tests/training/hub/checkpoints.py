@@ -97,8 +97,8 @@ def _adaptor(name: str) -> str:
     return name
 
 
-def microsoft_eva_names(golden: Golden) -> dict[str, Tensor]:
-    """The layout of the Hub class of microsoft/LLM2CLIP-EVA02-*, which holds the vision half alone."""
+def microsoft_eva_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors in the layout of the Hub class of microsoft/LLM2CLIP-EVA02-*, which holds the vision half alone."""
     names = {
         "blocks.": "encoder.layers.",
         "norm1": "layer_norm1",
@@ -115,7 +115,7 @@ def microsoft_eva_names(golden: Golden) -> dict[str, Tensor]:
         "vision_model.norm": "vision_model.post_layernorm",
     }
     renamed = {}
-    for name, tensor in ours(golden).items():
+    for name, tensor in tensors.items():
         if not name.startswith(("vision_model.", "visual_projection.")):
             continue
         for old, new in names.items():
@@ -126,3 +126,17 @@ def microsoft_eva_names(golden: Golden) -> dict[str, Tensor]:
             tensor = tensor[0]
         renamed[name] = tensor.clone()
     return renamed
+
+
+def older_bias_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """EVA-CLIP's names of the biases, which a newer version of the original replaced."""
+    return {
+        name.replace("q_proj.bias", "q_bias").replace("v_proj.bias", "v_bias"): value for name, value in state.items()
+    }
+
+
+def with_text_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A plain EVA-CLIP checkpoint: one with CLIP's own text tower, and without an adapter."""
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("text.")}
+    text = {"transformer.resblocks.0.ln_1.weight": torch.ones(4), "token_embedding.weight": torch.ones(5, 4)}
+    return {**state, **{f"text.{name}": tensor for name, tensor in text.items()}}

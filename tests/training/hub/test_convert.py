@@ -14,17 +14,13 @@ from transformers import (
     AutoProcessor,
     CLIPConfig,
     CLIPModel,
-    CLIPVisionModelWithProjection,
     SiglipConfig,
     SiglipModel,
 )
 
 from llm2clip_training import cli
-from llm2clip_training.hub.layouts import TIMM_EVA02
 from llm2clip_training.hub.original import to_original
-from llm2clip_training.hub.published import published_models
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
-from modeling_llm2clip.modeling_llm2clip_adapter import LLM2CLIPTextAdapter
 from tests.golden import Golden, load_golden
 from tests.training.hub import checkpoints
 from tests.training.hub.checkpoints import EVA, OPENAI
@@ -109,7 +105,7 @@ def test_microsoft_openai_folder(tmp_path: Path) -> None:
 def test_microsoft_eva_folder(tmp_path: Path, eva_options: list[str], capsys: Any) -> None:
     folder = tmp_path / "microsoft"
     folder.mkdir()
-    save_file(checkpoints.microsoft_eva_names(EVA), folder / "model.safetensors")
+    save_file(checkpoints.microsoft_eva_names(checkpoints.ours(EVA)), folder / "model.safetensors")
     (folder / "config.json").write_text('{"model_type": "clip", "projection_dim": 32}')
     convert(str(folder), tmp_path / "vision", *eva_options)
     assert "without text adapter" in capsys.readouterr().out
@@ -125,12 +121,7 @@ def test_microsoft_eva_folder(tmp_path: Path, eva_options: list[str], capsys: An
 
 def test_plain_eva_clip_is_a_start_for_stage_2(tmp_path: Path, eva_options: list[str]) -> None:
     scale = torch.tensor(4.5)
-    state = {name: tensor for name, tensor in EVA.group("state").items() if not name.startswith("text.")}
-    state = {name.replace("q_proj.bias", "q_bias").replace("v_proj.bias", "v_bias"): t for name, t in state.items()}
-    state |= {
-        "text.transformer.resblocks.0.ln_1.weight": torch.ones(4),
-        "text.token_embedding.weight": torch.ones(5, 4),
-    }
+    state = checkpoints.with_text_tower(checkpoints.older_bias_names(EVA.group("state")))
     torch.save({**state, "logit_scale": scale}, tmp_path / "eva.pt")
     convert(str(tmp_path / "eva.pt"), tmp_path / "out", *eva_options, "--projection-dim", "16")
     model = LLM2CLIPModel.from_pretrained(tmp_path / "out", text_model=False)
@@ -285,63 +276,3 @@ def test_openai_state_dict(tmp_path: Path) -> None:
         tower = model.vision_model(golden["in/pixel_values"], output_hidden_states=True)
     golden.close(tower.pooler_output, "out/pooled")
     golden.close(tower.hidden_states[-1], "out/all_features")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["original", "original-q_bias", "timm"])
-def test_full_size_eva02_equals_timm(layout: str, tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm")
-    oracle = timm.create_model("eva02_base_patch16_clip_224", num_classes=1280).eval()
-    for name, parameter in oracle.named_parameters():
-        torch.nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.03)
-    state = oracle.state_dict()
-    if layout == "timm":
-        save_file(state, tmp_path / "checkpoint.safetensors")
-        source = str(tmp_path / "checkpoint.safetensors")
-    else:
-        published = published_models()["LLM2CLIP-EVA02-B-16"].config
-        ours = TIMM_EVA02.under("", "vision_model.").rename(
-            {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-        )
-        assert not ours.unknown
-        adapter = LLM2CLIPTextAdapter(published).state_dict(prefix="text_adapter.")
-        head = {f"visual_projection.{kind}": state[f"head.{kind}"] for kind in ("weight", "bias")}
-        original = to_original(published, {**ours.tensors, **adapter, **head, "logit_scale": torch.tensor(4.6)})
-        if layout == "original-q_bias":
-            original = {name.replace("q_proj.bias", "q_bias"): tensor for name, tensor in original.items()}
-            original = {name.replace("v_proj.bias", "v_bias"): tensor for name, tensor in original.items()}
-        torch.save({"module": original}, tmp_path / "checkpoint.pt")
-        source = str(tmp_path / "checkpoint.pt")
-    convert(source, tmp_path / "out")
-    images = torch.randn(2, 3, 224, 224)
-    with torch.no_grad():
-        if layout == "timm":
-            features = AutoModel.from_pretrained(tmp_path / "out").eval()(images).pooler_output
-            expected = oracle.forward_head(oracle.forward_features(images), pre_logits=True)
-        else:
-            model = LLM2CLIPModel.from_pretrained(tmp_path / "out", text_model=False).eval()
-            features = model.get_image_features(images).pooler_output
-            expected = oracle(images)
-    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["original", "microsoft"])
-def test_full_size_openai_equals_transformers(layout: str, tmp_path: Path) -> None:
-    published = published_models()["LLM2CLIP-Openai-B-16"].config
-    oracle = CLIPVisionModelWithProjection(published.vision_config).eval()
-    for name, parameter in oracle.named_parameters():
-        torch.nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.03)
-    ours = dict(LLM2CLIPModel(published, text_model=False).state_dict())
-    ours |= {name: tensor for name, tensor in oracle.state_dict().items() if not name.endswith("position_ids")}
-    (tmp_path / "in").mkdir()
-    if layout == "original":
-        torch.save({"state_dict": to_original(published, ours)}, tmp_path / "in" / "checkpoint.pt")
-    else:
-        checkpoints.write_microsoft_openai(tmp_path / "in", ours, published.vision_config.to_dict())
-    convert(str(tmp_path / "in"), tmp_path / "out")
-    model = LLM2CLIPModel.from_pretrained(tmp_path / "out", text_model=False).eval()
-    images = torch.randn(2, 3, 224, 224)
-    with torch.no_grad():
-        features = model.get_image_features(images).pooler_output
-        torch.testing.assert_close(features, oracle(images).image_embeds, atol=1e-5, rtol=1e-5)

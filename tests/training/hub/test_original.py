@@ -8,15 +8,13 @@ import torch
 from llm2clip_training.hub.original import from_original
 from modeling_llm2clip import LLM2CLIPConfig
 from tests.golden import load_golden
+from tests.training.hub.checkpoints import older_bias_names
 
 EVA = load_golden("customclip_a")
 
 
 def test_older_names_of_the_biases_are_the_same_biases() -> None:
-    renamed = {
-        name.replace("q_proj.bias", "q_bias").replace("v_proj.bias", "v_bias"): value
-        for name, value in EVA.group("state").items()
-    }
+    renamed = older_bias_names(EVA.group("state"))
     assert any(name.endswith("q_bias") for name in renamed)
     _, new = from_original(EVA.group("state"), EVA.meta["config"])
     _, old = from_original(renamed, EVA.meta["config"])
