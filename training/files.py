@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,26 +26,36 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 @contextmanager
-def appearing_folder(destination: Path, overwrite: bool = False) -> Iterator[Path]:
+def appearing_folder(destination: Path, overwrite: bool = False, mark: str = "config.json") -> Iterator[Path]:
     """A folder that becomes `destination` when all has gone well, and vanishes otherwise.
 
+    Args:
+        destination: The folder.
+        overwrite: Replace one that exists.
+        mark: A file (glob) by which a folder is known to be one of this kind, so that `overwrite` replaces no other.
+
     Raises:
-        FileExistsError: The destination exists and `overwrite` is off.
+        FileExistsError: See [`refuse_existing`].
     """
-    refuse_existing(destination, overwrite)
+    destination = destination.absolute()
+    refuse_existing(destination, overwrite, mark)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch:
         folder = Path(scratch) / destination.name
         folder.mkdir()
         yield folder
-        if destination.is_dir():
-            shutil.rmtree(destination)
-        else:
-            destination.unlink(missing_ok=True)
+        if destination.exists():
+            destination.rename(Path(scratch) / "replaced")
         folder.rename(destination)
 
 
-def refuse_existing(destination: Path, overwrite: bool) -> None:
-    """Raise FileExistsError where `destination` exists and may not be replaced."""
-    if destination.exists() and not overwrite:
+def refuse_existing(destination: Path, overwrite: bool, mark: str = "config.json") -> None:
+    """Raise FileExistsError where `destination` exists and may not, or had better not, be replaced."""
+    if not destination.exists():
+        return
+    if not overwrite:
         raise FileExistsError(f"{destination} exists; add --overwrite to replace it, or choose another destination.")
+    if destination.is_dir() and any(destination.iterdir()) and not any(destination.glob(mark)):
+        raise FileExistsError(
+            f"{destination} is not replaced, because it holds other things (no {mark}); choose another destination."
+        )

@@ -20,6 +20,7 @@ from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPVisionModel
 logger = logging.getLogger(__name__)
 
 PARTS = ("vision", "text")
+MARK = "*_model.onnx"
 # Largest difference from torch in float32, in an entry of a unit vector.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
 # A protobuf file ends at 2 GiB; larger weights go to a file beside it.
@@ -117,12 +118,12 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
     if config.output_dir is None and not Path(config.model).is_dir():
         raise ValueError(f"{config.model} is no folder; say where to write: --output-dir FOLDER")
     destination = Path(config.output_dir or Path(config.model) / "onnx")
-    refuse_existing(destination, config.overwrite)
+    refuse_existing(destination, config.overwrite, MARK)
     _require_libraries()
     parts = _parts(config)
     model = _load(config, "text" in parts)
     result: dict[str, Any] = {}
-    with appearing_folder(destination, config.overwrite) as folder:
+    with appearing_folder(destination, config.overwrite, MARK) as folder:
         for part in parts:
             path = folder / f"{part}_model.onnx"
             graph = VisionGraph(model, _image_size(config, model)) if part == "vision" else TextGraph(model)

@@ -158,17 +158,22 @@ def test_destinations_are_kept(tmp_path: Path, capsys: Any) -> None:
     source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
     options = ["--model-config", checkpoints.model_config(EVA, tmp_path)]
     options += ["--text-model", checkpoints.llm_of(EVA, tmp_path / "llm")]
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("mine")
-    assert cli.main(["convert", source, str(tmp_path / "out"), *options]) == 2
+    out, mine = tmp_path / "out", tmp_path / "out" / "mine.txt"
+    out.mkdir()
+    mine.write_text("mine")
+    assert cli.main(["convert", source, str(out), *options]) == 2
     assert "add --overwrite" in capsys.readouterr().err
-    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+    # What is no model is not replaced at all.
+    assert cli.main(["convert", source, str(out), *options, "--overwrite"]) == 2
+    assert "out is not replaced, because it holds other things (no config.json)" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
     # A conversion that fails leaves what was there, also with --overwrite.
+    (out / "config.json").write_text("{}")
     (tmp_path / "in").mkdir()
     bad = str(truncated_pt(tmp_path / "in"))
-    assert cli.main(["convert", bad, str(tmp_path / "out"), *options, "--overwrite"]) == 2
-    assert (tmp_path / "out" / "mine.txt").exists()
-    assert cli.main(["convert", source, str(tmp_path / "out"), *options, "--overwrite"]) == 0
-    assert not (tmp_path / "out" / "mine.txt").exists()
+    assert cli.main(["convert", bad, str(out), *options, "--overwrite"]) == 2
+    assert mine.exists()
+    assert cli.main(["convert", source, str(out), *options, "--overwrite"]) == 0
+    assert not mine.exists()
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
