@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-
 from llm2clip_training.recipe import add_fields, build_config, find_recipe, given_fields, load_recipe, nearest
 
 # What a user can mend; anything else is a fault of ours and keeps its traceback. A KeyError of a class of its own is
@@ -116,7 +114,7 @@ def _message(error: Exception) -> str:
     text = str(error)
     if "Original Traceback (most recent call last)" in text:
         text = text.strip().splitlines()[-1].partition(": ")[2]
-    if isinstance(error, HFValidationError):
+    if text.startswith("Repo id must "):
         text = f"there is no such folder, and no Hub id is written like that: {text}"
     if isinstance(error, ImportError):
         text += "; pip install 'llm2clip[train,quickstart]' brings everything that the commands need"

@@ -47,7 +47,7 @@ def test_top_level_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -
         (["evaluate", "x", "--data", "y", "--on_error", "ignore"], "on_error must be 'raise' or 'skip'"),
         (
             ["evaluate", "/no/such/folder", "--data", "y"],
-            "there is no such folder, and no Hub id is written like that",
+            "there is no such folder, and no Hub id",
         ),
         (["embed"], "EmbedConfig needs output_dir, text_model_name_or_path, sources"),
         (["quickstart", "--profile", "fast"], "the recipe fast does not exist"),
