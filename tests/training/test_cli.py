@@ -60,7 +60,7 @@ def test_a_mistake_is_one_line_without_traceback(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
-    with pytest.raises((ValueError, FileNotFoundError)):
+    with pytest.raises((ValueError, OSError)):
         cli.main([*arguments, "--traceback"])
 
 
