@@ -27,6 +27,7 @@ class Command:
             libraries behind it take seconds to import.
         config: Name of the settings class.
         positional: What the arguments before the options are: a RECIPE, or the fields of these names.
+        optional: Those of them that may be left out.
         resumes: Whether it has a `--resume` option.
     """
 
@@ -34,6 +35,7 @@ class Command:
     module: str
     config: str
     positional: tuple[str, ...] = ("recipe",)
+    optional: tuple[str, ...] = ()
     resumes: bool = False
 
 
@@ -76,6 +78,19 @@ COMMANDS = {
         "llm2clip_training.hub.convert",
         "ConvertConfig",
         positional=("source", "destination"),
+    ),
+    "build": Command(
+        "a self-contained folder with code, card and licence, ready for the Hub",
+        "llm2clip_training.hub.build",
+        "BuildConfig",
+        positional=("model", "destination"),
+        optional=("destination",),
+    ),
+    "push": Command(
+        "check a built folder and upload it to the Hub",
+        "llm2clip_training.hub.push",
+        "PushConfig",
+        positional=("folder", "repo_id"),
     ),
     "export-onnx": Command(
         "a model's vision and text graphs as ONNX files, compared with torch",
@@ -123,7 +138,7 @@ def _message(error: Exception) -> str:
 
 def _run(name: str, command: Command, arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for library in ("httpx", "datasets", "matplotlib", "fsspec", "onnxscript", "onnx_ir"):
+    for library in ("httpx", "httpx2", "datasets", "matplotlib", "fsspec", "onnxscript", "onnx_ir"):
         logging.getLogger(library).setLevel(logging.WARNING)
     # They speak of kernels for accelerators whenever torchao is installed, used or not.
     for library in ("torchao", "torch.utils._pytree"):
@@ -136,7 +151,8 @@ def _run(name: str, command: Command, arguments: list[str]) -> int:
     else:
         helps = {field.name: field.metadata["help"] for field in fields(config_class) if field.metadata}
         for positional in command.positional:
-            parser.add_argument(positional, metavar=positional.upper(), help=helps[positional])
+            number: dict[str, Any] = {"nargs": "?"} if positional in command.optional else {}
+            parser.add_argument(positional, metavar=positional.upper(), help=helps[positional], **number)
     if command.resumes:
         parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")

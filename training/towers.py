@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def loading_options(dtype: str, attn_implementation: str | None = None, revision
         raise ValueError(f"dtype {dtype!r} is unknown; choose float32, bfloat16, float16 or auto.")
     options = {"dtype": torch_dtype, "attn_implementation": attn_implementation, "revision": revision}
     return {key: value for key, value in options.items() if value is not None}
+
+
+def hub_ids(*names: str | None) -> list[str]:
+    """Those of the names that are Hub ids; a folder is none, nor is a checkpoint file."""
+    return [name for name in names if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
 
 
 def is_text_tower(name: str, revision: str | None = None) -> bool:

@@ -66,7 +66,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(f"on_error must be 'raise' or 'skip', not {config.on_error!r}.")
     metrics = _retrieval(config) if config.task == "retrieval" else _caption_retrieval(config)
     if config.output and process_state().is_main_process:
-        write_json(config.output, {"model": config.model, "task": config.task, "data": config.data, **metrics})
+        write_json(
+            config.output, {"model": config.model, "task": config.task, "data": _source_fields(config), **metrics}
+        )
     return metrics
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from transformers import CLIPImageProcessor
 
+from llm2clip_training.cards import JOINT_TASK, VISION_TASK, CardFacts, licence_of, write_card
 from llm2clip_training.files import appearing_folder, refuse_existing
-from llm2clip_training.hub.cards import JOINT_TASK, licence_of, write_card
 from llm2clip_training.hub.checkpoint import Checkpoint, open_checkpoint
 from llm2clip_training.hub.convert_text import convert_text_tower, holds_decoder
 from llm2clip_training.hub.joint import JointPlan, plan_joint
 from llm2clip_training.hub.original import to_original
 from llm2clip_training.hub.report import print_report
-from llm2clip_training.towers import describe_text_tower
+from llm2clip_training.towers import describe_text_tower, hub_ids
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
@@ -104,15 +104,15 @@ def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) 
     model = plan.build(config.seed)
     model.save_pretrained(folder)
     _write_processor(plan, checkpoint, folder)
-    write_card(
-        folder,
+    facts = CardFacts(
         name=folder.name,
-        source=config.source,
-        recognised=plan.recognised,
-        task=JOINT_TASK,
+        task=JOINT_TASK if plan.model_class is LLM2CLIPModel else VISION_TASK,
+        repo=folder.name,
+        summary=f"Converted from {config.source} ({plan.recognised}) with llm2clip.",
         licence=licence_of(checkpoint.folder),
-        base_models=[config.source, plan.text_model or ""],
+        base_models=hub_ids(config.source, plan.text_model),
     )
+    write_card(folder, facts)
     _verify(folder, plan)
     return {"recognised": plan.recognised, "tensors": len(plan.tensors)}
 

@@ -16,11 +16,11 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
+from llm2clip_training.cards import TEXT_TASK, CardFacts, licence_of, write_card
 from llm2clip_training.files import write_json
-from llm2clip_training.hub.cards import TEXT_TASK, licence_of, write_card
 from llm2clip_training.hub.checkpoint import Checkpoint, open_checkpoint
 from llm2clip_training.hub.original import original_prompt
-from llm2clip_training.towers import prompted, save_text_tower
+from llm2clip_training.towers import hub_ids, prompted, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 
@@ -72,15 +72,16 @@ def convert_text_tower(
         _merge(checkpoint, config, tokenizer, adapters, folder)
     else:
         _stream(checkpoint, config, tokenizer, folder)
-    write_card(
-        folder,
+    recognised = "an LLM" + "".join(f" + {adapter}" for adapter in adapters)
+    facts = CardFacts(
         name=folder.name,
-        source=source,
-        recognised="an LLM" + "".join(f" + {adapter}" for adapter in adapters),
         task=TEXT_TASK,
+        repo=folder.name,
+        summary=f"A caption encoder, converted from {source} ({recognised}) with llm2clip.",
         licence=licence_of(checkpoint.folder),
-        base_models=[source, *adapters],
+        base_models=hub_ids(source, *adapters),
     )
+    write_card(folder, facts)
     return {"recognised": "an LLM", "prompt": prefix + "..." + suffix}
 
 

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from llm2clip_training.cards import CardFacts, Evaluation, base_models, summary, write_card, write_curves
 from llm2clip_training.data.sampling import EpochBatchSampler
+from llm2clip_training.towers import hub_ids
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 
 logger = logging.getLogger(__name__)
+
+# Settings that say where a run was, or that are nobody else's business, and not what it did.
+PRIVATE_SETTINGS = ("output_dir", "hub_", "push_to_hub", "report_to", "run_name", "logging_", "use_cpu", "local_rank")
 
 # The Trainer writes it last, so that a checkpoint without it was not finished.
 CHECKPOINT_MARK = "trainer_state.json"
@@ -67,6 +75,9 @@ class StageTrainer(Trainer):
         # The losses are means over the batch, so that the Trainer has to divide them by the accumulation steps.
         self.model_accepts_loss_kwargs = False
 
+    card_task = ""
+    evaluation_title = ""
+
     def measure(self, model: Any, retrieval: Any) -> dict[str, float | int]:
         """Metrics of the model on one of the retrieval sets."""
         raise NotImplementedError
@@ -79,6 +90,65 @@ class StageTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             make_readable_by_version_4(output_dir or str(self.args.output_dir))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write our card, and not the Trainer's, around what a person wrote on the one that is there."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        model = self.accelerator.unwrap_model(self.model)
+        folder.mkdir(parents=True, exist_ok=True)
+        sources = [str(source["path"]) for source in getattr(self.args, "sources", []) if source.get("path")]
+        facts = CardFacts(
+            name=(self.args.hub_model_id or folder.name).split("/")[-1],
+            task=self.card_task,
+            repo=self.hub_model_id or str(self.args.output_dir),
+            summary=summary(model),
+            base_models=hub_ids(*self._trained_from(), *base_models(model.config)),
+            datasets=hub_ids(*sources),
+            sources=[Path(source).name for source in sources if not hub_ids(source)],
+            recipe=self._recipe(),
+            evaluations=self._evaluations(),
+            has_curves=write_curves(folder, self.state.log_history),
+        )
+        write_card(folder, facts)
+
+    def _trained_from(self) -> list[str | None]:
+        names = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path")
+        return [getattr(self.args, name, None) for name in names]
+
+    def _recipe(self) -> dict[str, Any]:
+        """Settings that differ from the defaults and are not a path of this machine."""
+        defaults = type(self.args)(output_dir=self.args.output_dir)
+        recipe = {}
+        for entry in fields(self.args):
+            value = getattr(self.args, entry.name)
+            known = not entry.name.startswith(PRIVATE_SETTINGS) and entry.name not in ("sources", "eval_sources")
+            if entry.init and known and value != getattr(defaults, entry.name) and not _is_local(value):
+                recipe[entry.name] = value
+        return json.loads(json.dumps(recipe, default=str))
+
+    def _evaluations(self) -> list[Evaluation]:
+        found = []
+        for name in self.retrieval:
+            prefix = f"eval_{name}_"
+            logged = [entry for entry in self.state.log_history if any(key.startswith(prefix) for key in entry)]
+            source = getattr(self.args, "eval_sources", {}).get(name, {})
+            if logged:
+                metrics = {key.removeprefix(prefix): v for key, v in logged[-1].items() if key.startswith(prefix)}
+                path = str(source.get("path") or name)
+                dataset = path if hub_ids(path) else Path(path).name
+                split, revision = str(source.get("split") or name), source.get("revision")
+                found.append(Evaluation(self.evaluation_title, dataset, split, revision, metrics))
+        return found
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():
+            # The Trainer takes weights and config from the checkpoint, and would leave the model's code there.
+            for path in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(path, str(self.args.output_dir))
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def get_train_dataloader(self) -> DataLoader:
         dataset: Any = self.train_dataset
@@ -137,7 +207,28 @@ class StageTrainer(Trainer):
         if self.retrieval:
             metrics |= self.evaluate()
         self.save_state()
+        self.create_model_card()
+        if self.args.push_to_hub:
+            self._push_result()
         return metrics
+
+    def _push_result(self) -> None:
+        """Upload what `save` wrote; `push_to_hub` would save the model anew, in the form of a checkpoint."""
+        if self.hub_model_id is None:
+            self.init_hf_repo()
+        self._finish_current_push()
+        if self.is_world_process_zero():
+            HfApi(token=self.args.hub_token).upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=str(self.args.output_dir),
+                commit_message="End of training",
+                ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.bin", "skipped-*.jsonl"],
+                revision=self.args.hub_revision,
+            )
+
+
+def _is_local(value: Any) -> bool:
+    return isinstance(value, (str, Path)) and ("/" in str(value) or Path(value).exists()) and not hub_ids(str(value))
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:

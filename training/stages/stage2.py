@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, SchedulerType, TrainerCallback, set_seed
 
+from llm2clip_training.cards import JOINT_TASK
 from llm2clip_training.data import CaptionSource, SampleIndexBatchSampler, SkipLog
 from llm2clip_training.data.sampling import EpochDataset
 from llm2clip_training.evaluation import ImageTextRetrieval
@@ -24,6 +25,7 @@ from llm2clip_training.optim import clamp_logit_scale, parameter_groups, warmup_
 from llm2clip_training.stages.base import StageConfig, StageTrainer, require, resume_point
 from llm2clip_training.stages.frozen_layers import FrozenLayers
 from llm2clip_training.stages.stage2_inputs import build_dataset, load_model, open_captions
+from llm2clip_training.towers import hub_ids
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
@@ -131,6 +133,9 @@ class VisionAlignmentTrainer(StageTrainer):
         skip_log: Where skipped samples are listed.
         kwargs: See [`StageTrainer`].
     """
+
+    card_task = JOINT_TASK
+    evaluation_title = "image-text retrieval"
 
     args: VisionAlignmentConfig
 
@@ -250,6 +255,12 @@ def run(config: VisionAlignmentConfig, resume: bool = False) -> dict[str, Any]:
         The metrics of the run: training's, and retrieval's with the prefix `eval_`.
     """
     require(config, ["sources"])
+    llm = config.text_model_name_or_path
+    if config.push_to_hub and llm and not config.bundle_text_model and not hub_ids(llm):
+        raise ValueError(
+            f"push_to_hub with the LLM in {llm}, where others cannot load it from; add --bundle-text-model true, or push "
+            "the LLM first and name its Hub id."
+        )
     checkpoint = resume_point(config, resume)
     set_seed(config.seed)
     model, processor = load_model(config)

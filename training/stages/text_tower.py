@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llm2clip_training.cards import TEXT_TASK
 from llm2clip_training.data import PairSource
 from llm2clip_training.evaluation import CaptionRetrieval
 from llm2clip_training.stages.base import StageConfig, StageTrainer
@@ -70,6 +71,8 @@ class TextTowerConfig(StageConfig):
 class TextTowerTrainer(StageTrainer):
     """Trains an [`LLM2CLIPTextModel`], evaluates caption retrieval, saves with tokenizer and remote code."""
 
+    card_task = TEXT_TASK
+    evaluation_title = "caption retrieval"
     model: LLM2CLIPTextModel
 
     def measure(self, model: LLM2CLIPTextModel, retrieval: CaptionRetrieval) -> dict[str, float | int]:

@@ -1,0 +1,38 @@
+"""Model cards."""
+
+from llm2clip_training.cards.card import (
+    CARD,
+    licence_of,
+    merge_cards,
+    read_card,
+    render,
+    split_card,
+    validate_card,
+    with_repo,
+    write_card,
+)
+from llm2clip_training.cards.curves import write_curves
+from llm2clip_training.cards.describe import base_models, summary
+from llm2clip_training.cards.facts import CURVES, EXAMPLE, JOINT_TASK, TEXT_TASK, VISION_TASK, CardFacts, Evaluation
+
+__all__ = [
+    "CARD",
+    "CURVES",
+    "EXAMPLE",
+    "JOINT_TASK",
+    "TEXT_TASK",
+    "VISION_TASK",
+    "CardFacts",
+    "Evaluation",
+    "base_models",
+    "licence_of",
+    "merge_cards",
+    "read_card",
+    "render",
+    "split_card",
+    "summary",
+    "validate_card",
+    "with_repo",
+    "write_card",
+    "write_curves",
+]

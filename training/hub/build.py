@@ -1,0 +1,333 @@
+"""`llm2clip build`: a self-contained folder, ready for the Hub, that loads without this package."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from dataclasses import dataclass, field
+from importlib.metadata import files as distribution_files
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PretrainedConfig
+
+from llm2clip_training.cards import (
+    CARD,
+    CURVES,
+    EXAMPLE,
+    JOINT_TASK,
+    TEXT_TASK,
+    VISION_TASK,
+    CardFacts,
+    Evaluation,
+    base_models,
+    read_card,
+    render,
+    summary,
+    write_curves,
+)
+from llm2clip_training.files import appearing_folder, refuse_existing, write_json, write_text
+from llm2clip_training.hub.validation import CAPTIONS, compare_with_stranger, sample_picture
+from llm2clip_training.towers import hub_ids, save_text_tower
+from modeling_llm2clip import (
+    LLM2CLIPConfig,
+    LLM2CLIPModel,
+    LLM2CLIPTextConfig,
+    LLM2CLIPTextModel,
+    LLM2CLIPVisionModelWithProjection,
+)
+
+logger = logging.getLogger(__name__)
+
+HISTORY = "trainer_state.json"
+TASK_TITLES = {"retrieval": "image-text retrieval", "caption_retrieval": "caption retrieval"}
+
+
+@dataclass
+class BuildConfig:
+    """Settings of `llm2clip build`."""
+
+    model: str = field(
+        default="",
+        metadata={"help": "Checkpoint of a stage, or another saved model or text tower: folder or Hub id."},
+    )
+    destination: str = field(default="", metadata={"help": "Folder to write; not needed with --config-only."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of the model."})
+    bundle_text_model: bool | None = field(
+        default=None,
+        metadata={"help": "Put the LLM's weights into the folder; unset: unless a Hub id says where they are."},
+    )
+    text_model: str | None = field(
+        default=None,
+        metadata={"help": "Hub id under which the LLM is, or will be; it is not bundled then."},
+    )
+    merge_adapter: bool | None = field(
+        default=None,
+        metadata={"help": "Merge a stage-1 LoRA adapter; unset: unless a Hub id says where its LLM is."},
+    )
+    code_repo: str | None = field(
+        default=None, metadata={"help": "Hub id of a repo that holds the code; the folder then has none of its own."}
+    )
+    name: str | None = field(default=None, metadata={"help": "Title of the card; unset: the folder's name."})
+    repo_id: str | None = field(
+        default=None, metadata={"help": "Hub id in the card's snippets; unset: the folder, until `llm2clip push`."}
+    )
+    license: str | None = field(default=None, metadata={"help": "Licence of the weights, in the Hub's spelling."})
+    base_models: list[str] = field(default_factory=list, metadata={"help": "Hub ids of what the model was made of."})
+    datasets: list[str] = field(default_factory=list, metadata={"help": "Hub ids of the training data."})
+    languages: list[str] = field(default_factory=list, metadata={"help": "ISO codes of the captions' languages."})
+    results: list[str] = field(
+        default_factory=list, metadata={"help": "Results for the card: JSON files of `llm2clip evaluate --output`."}
+    )
+    example_image: str | None = field(default=None, metadata={"help": "A picture for the card."})
+    example_captions: list[str] = field(
+        default_factory=list, metadata={"help": "Captions for the card; the first is that of the picture."}
+    )
+    config_only: bool = field(default=False, metadata={"help": "Only instantiate the config and count parameters."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a destination that exists."})
+
+    def __post_init__(self) -> None:
+        if self.text_model is not None and self.bundle_text_model:
+            raise ValueError("text_model says that the LLM is elsewhere, bundle_text_model that it is here; drop one.")
+        for name in ("text_model", "code_repo", "repo_id"):
+            value = getattr(self, name)
+            if value is not None and not hub_ids(value):
+                raise ValueError(f"{name} {value!r} is no Hub id (OWNER/NAME).")
+
+
+@dataclass
+class Loaded:
+    """A model to build from.
+
+    Attributes:
+        model: A joint model, a vision half or a text tower.
+        processor: Its processor, image processor or tokenizer.
+        task: The card's task.
+        with_captions: Whether its captions can be checked: the LLM is in the folder or at hand.
+    """
+
+    model: Any
+    processor: Any
+    task: str
+    with_captions: bool
+
+
+def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dict[str, Any]:
+    """Build a folder, and load it in a new process before it appears.
+
+    Args:
+        config: The settings.
+        evaluations: Results for the card, besides those of `config.results`.
+
+    Raises:
+        FileExistsError: The destination exists and `overwrite` is off.
+        RuntimeError: What was written does not load, or gives other outputs. Nothing is kept then.
+        ValueError: The source is no model of this package, or would not load elsewhere.
+    """
+    if config.config_only:
+        return count_parameters(config.model, config.revision)
+    if not config.model or not config.destination:
+        raise ValueError("give a model and a destination: llm2clip build MODEL DESTINATION")
+    destination = Path(config.destination)
+    refuse_existing(destination, config.overwrite)
+    results = [*(evaluations or []), *(read_results(Path(path)) for path in config.results)]
+    example = _open_picture(config.example_image)
+    loaded = _load(config)
+    with appearing_folder(destination, config.overwrite) as folder:
+        _save(loaded, config, folder)
+        picture = example or sample_picture()
+        captions = config.example_captions or list(CAPTIONS)
+        difference = _validate(loaded, folder, picture, captions)
+        if example is not None:
+            example.save(folder / EXAMPLE)
+        _write_card(config, loaded, folder, results)
+        _write_licence(folder)
+        if config.code_repo is not None:
+            _refer_to_code(folder, config.code_repo)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {"written": str(destination), "megabytes": round(size / 1e6, 1), "difference": f"{difference:.1e}"}
+
+
+def count_parameters(model: str, revision: str | None = None) -> dict[str, Any]:
+    """Instantiate a config without weights; returns the number of parameters by part."""
+    fields, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+    with torch.device("meta"):
+        if _model_type(model, fields) == LLM2CLIPTextConfig.model_type:
+            built: Any = LLM2CLIPTextModel(LLM2CLIPTextConfig.from_dict(fields))
+            parts = {"decoder": built.decoder}
+        else:
+            built = LLM2CLIPModel(LLM2CLIPConfig.from_dict(fields))
+            parts = {name: module for name, module in built.named_children() if module is not None}
+    counts = {name: sum(value.numel() for value in module.parameters()) for name, module in parts.items()}
+    return {**counts, "parameters": sum(value.numel() for value in built.parameters())}
+
+
+def _model_type(name: str, fields: dict[str, Any]) -> str:
+    model_type = fields.get("model_type")
+    if model_type not in (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type):
+        raise ValueError(
+            f"{name} is neither an LLM2CLIP model nor a text tower (its model_type is {model_type!r}); "
+            "`llm2clip convert` makes one of a checkpoint of other code."
+        )
+    return str(model_type)
+
+
+def _load(config: BuildConfig) -> Loaded:
+    options: dict[str, Any] = {"revision": config.revision}
+    fields, _ = PretrainedConfig.get_config_dict(config.model, **options)
+    if _model_type(config.model, fields) == LLM2CLIPTextConfig.model_type:
+        model: Any = LLM2CLIPTextModel.from_pretrained(config.model, **options).eval()
+        if _merges(config, model):
+            model.merge_adapter()
+        return Loaded(model, AutoTokenizer.from_pretrained(config.model, **options), TEXT_TASK, True)
+    if fields.get("architectures") == [LLM2CLIPVisionModelWithProjection.__name__]:
+        half = LLM2CLIPVisionModelWithProjection.from_pretrained(config.model, **options).eval()
+        return Loaded(half, AutoImageProcessor.from_pretrained(config.model, **options), VISION_TASK, False)
+    elsewhere = config.text_model or fields.get("text_model_name_or_path")
+    bundle = config.bundle_text_model
+    if bundle is None:
+        bundle = config.text_model is None and not hub_ids(elsewhere)
+    if not bundle and not hub_ids(elsewhere):
+        raise ValueError(
+            f"the LLM is in {elsewhere!r}, where others cannot load it from; bundle it (the default), or say with "
+            "--text-model under which Hub id it is."
+        )
+    model = LLM2CLIPModel.from_pretrained(config.model, text_model=bundle, **options).eval()
+    if bundle:
+        model.text_model.merge_adapter()
+        model.config.text_model_name_or_path = model.config.text_model_revision = None
+    elif config.text_model is not None:
+        model.config.text_model_name_or_path, model.config.text_model_revision = config.text_model, None
+    return Loaded(model, AutoProcessor.from_pretrained(config.model, **options), JOINT_TASK, bundle)
+
+
+def _merges(config: BuildConfig, model: Any) -> bool:
+    if not model.has_adapter:
+        return False
+    base = model.decoder.peft_config[model.decoder.active_adapter].base_model_name_or_path
+    if config.merge_adapter is False and not hub_ids(base):
+        raise ValueError(f"the adapter's LLM is in {base!r}, where others cannot load it from; merge it.")
+    return not hub_ids(base) if config.merge_adapter is None else config.merge_adapter
+
+
+def _save(loaded: Loaded, config: BuildConfig, folder: Path) -> None:
+    if loaded.task == TEXT_TASK:
+        save_text_tower(loaded.model, loaded.processor, folder)
+        return
+    loaded.model.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+
+
+def _validate(loaded: Loaded, folder: Path, picture: Image.Image, captions: list[str]) -> float:
+    model, processor, expected = loaded.model, loaded.processor, dict[str, Tensor]()
+    texts = captions if loaded.with_captions else []
+    takes_pictures = loaded.task != TEXT_TASK
+    image_processor = getattr(processor, "image_processor", processor)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    with torch.inference_mode():
+        if takes_pictures:
+            pixels = image_processor(images=[picture], return_tensors="pt").to(model.dtype)
+            expected["image"] = model(**pixels).pooler_output
+        if texts:
+            batch = tokenizer(texts, padding=True, return_tensors="pt")
+            expected["text"] = model(**batch).pooler_output
+        if texts and takes_pictures:
+            expected["logits"] = model(**pixels, **batch).logits_per_image
+    loading = {"text_model": False} if loaded.task == JOINT_TASK and not texts else {}
+    return compare_with_stranger(folder, expected, picture if takes_pictures else None, texts, **loading)
+
+
+def read_results(path: Path) -> Evaluation:
+    """The results of a run of `llm2clip evaluate --output`.
+
+    Raises:
+        ValueError: The file holds no such results.
+    """
+    try:
+        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("data"), dict) or "task" not in fields:
+        raise ValueError(f"{path} holds no results of `llm2clip evaluate --output`.")
+    data = fields["data"]
+    # A folder's name, since its path says nothing to others.
+    dataset = str(data["path"]) if hub_ids(str(data["path"])) else Path(data["path"]).name
+    metrics = {key: value for key, value in fields.items() if isinstance(value, (int, float))}
+    note = ", ".join(data.get("caption_columns") or ())
+    task = TASK_TITLES.get(fields["task"], str(fields["task"]))
+    return Evaluation(task, dataset, str(data.get("split")), data.get("revision"), metrics, note)
+
+
+def _open_picture(path: str | None) -> Image.Image | None:
+    if path is None:
+        return None
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        raise OSError(f"the example picture {path} cannot be read: {error}") from error
+
+
+def _write_card(config: BuildConfig, loaded: Loaded, folder: Path, results: list[Evaluation]) -> None:
+    source = Path(config.model)
+    has_curves = False
+    if (source / HISTORY).is_file():
+        history = json.loads((source / HISTORY).read_text(encoding="utf-8"))["log_history"]
+        has_curves = write_curves(folder, history)
+    elif (source / CURVES).is_file():
+        shutil.copy(source / CURVES, folder / CURVES)
+        has_curves = True
+    data, text = read_card(source) if source.is_dir() else ({}, "")
+    name = config.name or Path(config.destination).name
+    facts = CardFacts(
+        name=name,
+        task=loaded.task,
+        repo=config.repo_id or config.destination,
+        summary=summary(loaded.model),
+        licence=config.license or data.get("license"),
+        base_models=config.base_models or hub_ids(*base_models(loaded.model.config)),
+        datasets=config.datasets,
+        languages=config.languages,
+        evaluations=results,
+        captions=config.example_captions,
+        has_example=(folder / EXAMPLE).is_file(),
+        has_curves=has_curves,
+    )
+    write_text(folder / CARD, render(facts, data, text))
+
+
+def _write_licence(folder: Path) -> None:
+    """Beside the code; that of the weights stands in the card."""
+    found = [path for path in distribution_files("llm2clip") or [] if path.name == "LICENSE"]
+    if not found:
+        raise FileNotFoundError("this installation of llm2clip lacks its LICENSE file; install it again.")
+    write_text(folder / "LICENSE", found[0].read_text(encoding="utf-8"))
+
+
+def _refer_to_code(folder: Path, repo: str) -> None:
+    """Take the code out of a folder and name the repo that holds it."""
+    for path in folder.glob("*.json"):
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        referring = _with_code_repo(copy.deepcopy(fields), repo)
+        if referring != fields:
+            write_json(path, referring)
+    for path in folder.glob("*.py"):
+        path.unlink()
+
+
+def _with_code_repo(fields: Any, repo: str) -> Any:
+    if not isinstance(fields, dict):
+        return fields
+    return {
+        key: {name: f"{repo}--{target}" for name, target in value.items()}
+        if key == "auto_map"
+        else _with_code_repo(value, repo)
+        for key, value in fields.items()
+    }
+
+
+__all__ = ["BuildConfig", "count_parameters", "read_results", "run"]

@@ -1,0 +1,245 @@
+"""`llm2clip push`: check a built folder, and upload it without losing what others wrote on its card."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitOperation,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from llm2clip_training.cards import CARD, EXAMPLE, merge_cards, validate_card, with_repo
+from llm2clip_training.hub.validation import CAPTIONS, sample_picture, stranger_outputs
+from llm2clip_training.towers import hub_ids
+
+logger = logging.getLogger(__name__)
+
+# httpx's under huggingface_hub 1, httpx2's under 2.
+HTTPError: Any = HfHubHTTPError.__bases__[0]
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# What a stage leaves in its folder and nobody needs to load the model.
+IGNORED = ("checkpoint-*", ".*", "_*", "*.bin", "*.pt", "*.pth", "skipped-*.jsonl", "runs", "onnx/.*")
+NEXT_STEPS = {
+    401: "the token is missing or not valid: log in with `hf auth login`, or set HF_TOKEN",
+    403: "the token may not do this: it needs write access to the repo and its organisation",
+    404: "there is no such repo, or the token may not see it",
+    409: "the repo changed or is being created at the same time: push again",
+    412: "the repo changed while this push ran: push again",
+    429: "too many requests: wait some minutes, then push again",
+}
+
+
+@dataclass
+class PushConfig:
+    """Settings of `llm2clip push`."""
+
+    folder: str = field(default="", metadata={"help": "A folder that `llm2clip build` made."})
+    repo_id: str = field(default="", metadata={"help": "Where it goes: OWNER/NAME."})
+    private: bool = field(default=False, metadata={"help": "Make a new repo private."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, made where it is new; unset: main."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of committing."})
+    commit_message: str = field(default="Upload model", metadata={"help": "Message of the commit."})
+    validate: bool = field(
+        default=True, metadata={"help": "Load the folder in a new process, without this package, before the upload."}
+    )
+
+
+def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
+    """Upload a folder in one commit; a push that was cut off goes on where it stopped.
+
+    Args:
+        config: The settings.
+        api: The Hub; the default is that of the environment, with its token.
+
+    Raises:
+        ValueError: The folder is not ready, the repo holds another kind of model, or the Hub refuses; the message says
+            what to do. The folder is never changed.
+    """
+    if not config.folder or not config.repo_id:
+        raise ValueError("give a folder and a repo: llm2clip push FOLDER OWNER/NAME")
+    folder = Path(config.folder)
+    check_folder(folder)
+    if not hub_ids(config.repo_id):
+        raise ValueError(
+            f"{config.repo_id!r} is no repo name: write OWNER/NAME, of letters, digits, '-', '_' and '.'."
+        )
+    if config.validate:
+        validate_folder(folder)
+    api = api or HfApi()
+    try:
+        return _upload(folder, config, api)
+    except LocalTokenNotFoundError as error:
+        raise ValueError(f"{config.repo_id}: {NEXT_STEPS[401]}.") from error
+    except HFValidationError as error:
+        raise ValueError(f"{config.repo_id!r} is no repo name that the Hub takes: {error}") from error
+    except HfHubHTTPError as error:
+        raise ValueError(f"{config.repo_id}: {_next_step(error)}.") from error
+    except (HTTPError, ConnectionError) as error:
+        raise ValueError(
+            f"{config.repo_id}: the connection broke ({error or type(error).__name__}); push again, and what has been "
+            "uploaded is not sent twice."
+        ) from error
+
+
+def _next_step(error: HfHubHTTPError) -> str:
+    status = error.response.status_code if error.response is not None else 0
+    said = str(getattr(error, "server_message", None) or error).strip().splitlines()[-1]
+    step = NEXT_STEPS.get(status, "the Hub had an error: push again later" if status >= 500 else "the Hub refused")
+    return f"{step} (HTTP {status}: {said})"
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that would not load for others.
+
+    Raises:
+        FileNotFoundError: It is not there, or lacks config, weights, card or code.
+        ValueError: It names a folder of this machine, or a file is damaged.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder; `llm2clip build MODEL {folder}` makes one.")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; build it first: llm2clip build MODEL FOLDER")
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    weights = sorted(folder.glob(WEIGHTS[0]))
+    if not weights:
+        raise FileNotFoundError(f"{folder} has no weights (*.safetensors).")
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt") as handle:
+                handle.keys()
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or truncated: {error}; build the folder again.") from error
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(shards - {path.name for path in weights})
+        if missing:
+            raise FileNotFoundError(f"{folder} lacks {len(missing)} of its shards: {', '.join(missing[:3])}.")
+    for target in (fields.get("auto_map") or {"AutoModel": "its auto_map.X"}).values():
+        module = target.split("--")[-1].split(".")[0]
+        if "--" not in target and not (folder / f"{module}.py").is_file():
+            raise FileNotFoundError(
+                f"{folder} lacks the code of {target}; build it first: llm2clip build MODEL FOLDER"
+            )
+    llm = fields.get("text_model_name_or_path")
+    if llm is not None and not hub_ids(llm):
+        raise ValueError(
+            f"the LLM of {folder} is in {llm}, where others cannot load it from; `llm2clip build` bundles it or, with "
+            "--text-model, names its Hub id."
+        )
+    validate_card(folder)
+
+
+def validate_folder(folder: Path) -> None:
+    """Load a folder in a new process, offline and without this package.
+
+    Raises:
+        RuntimeError: It does not load.
+    """
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if any("--" in target for target in fields["auto_map"].values()):
+        logger.info("the code of %s is in another repo, so it is not loaded before the upload", folder)
+        return
+    text_tower = fields["model_type"] == "llm2clip_text_model"
+    vision_half = str(fields["auto_map"].get("AutoModel", "")).endswith("VisionModelWithProjection")
+    external = fields.get("text_model_name_or_path") is not None
+    captions = [] if vision_half or external else list(CAPTIONS)
+    loading = {"text_model": False} if external and not vision_half else {}
+    logger.info("loading %s in a new process", folder)
+    stranger_outputs(folder, None if text_tower else sample_picture(), captions, **loading)
+
+
+def _upload(folder: Path, config: PushConfig, api: HfApi) -> dict[str, Any]:
+    url = api.create_repo(config.repo_id, private=config.private, exist_ok=True)
+    if config.revision is not None and not config.create_pr:
+        api.create_branch(config.repo_id, branch=config.revision, exist_ok=True)
+    remote = _remote_files(config, api)
+    _refuse_other_model(folder, config, api, remote)
+    local = _local_files(folder)
+    operations: list[CommitOperation] = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in local.items() if name != CARD
+    ]
+    card = _card(folder, config, api, remote)
+    operations.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=card.encode()))
+    # Weights under names of an earlier push would be loaded beside, or instead of, these.
+    stale = [name for name in remote if name not in local and any(fnmatch.fnmatch(name, kind) for kind in WEIGHTS)]
+    operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
+    size = sum(path.stat().st_size for path in local.values())
+    logger.info("uploading %d files, %.1f MB, to %s", len(local), size / 1e6, url)
+    commit = api.create_commit(
+        config.repo_id,
+        operations,
+        commit_message=config.commit_message,
+        revision=config.revision,
+        create_pr=config.create_pr,
+    )
+    result = {"repo": str(url), "commit": commit.oid, "files": len(local), "megabytes": round(size / 1e6, 1)}
+    return {**result, "pull_request": commit.pr_url} if commit.pr_url else result
+
+
+def _remote_files(config: PushConfig, api: HfApi) -> list[str]:
+    try:
+        return api.list_repo_files(config.repo_id, revision=config.revision)
+    except (RevisionNotFoundError, RepositoryNotFoundError):
+        return []
+
+
+def _read_remote(name: str, config: PushConfig, api: HfApi) -> str | None:
+    try:
+        path = hf_hub_download(
+            config.repo_id, name, revision=config.revision, endpoint=api.endpoint, token=api.token, force_download=True
+        )
+    except EntryNotFoundError:
+        return None
+    return Path(path).read_text(encoding="utf-8")
+
+
+def _refuse_other_model(folder: Path, config: PushConfig, api: HfApi, remote: list[str]) -> None:
+    content = _read_remote("config.json", config, api) if "config.json" in remote else None
+    theirs = json.loads(content).get("model_type") if content else None
+    ours = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    if theirs is not None and theirs != ours:
+        raise ValueError(
+            f"{config.repo_id} holds a model of type {theirs!r}, and {folder} is {ours!r}; push to another repo or to "
+            "a branch of its own (--revision)."
+        )
+
+
+def _local_files(folder: Path) -> dict[str, Path]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(fnmatch.fnmatch(part, kind) for part in name.parts for kind in IGNORED):
+            found[name.as_posix()] = path
+    return found
+
+
+def _card(folder: Path, config: PushConfig, api: HfApi, remote: list[str]) -> str:
+    """The folder's card for this repo, around what a person wrote on the one that is there."""
+    local = (folder / CARD).read_text(encoding="utf-8")
+    resolve = f"{api.endpoint}/{config.repo_id}/resolve/{config.revision or 'main'}"
+    local = with_repo(local, config.repo_id, f"{resolve}/{EXAMPLE}")
+    theirs = _read_remote(CARD, config, api) if CARD in remote else None
+    return local if theirs is None else merge_cards(theirs, local)
+
+
+__all__ = ["PushConfig", "check_folder", "run", "validate_folder"]
