@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +119,13 @@ class StageTrainer(Trainer):
 
     def _recipe(self) -> dict[str, Any]:
         """Settings that differ from the defaults and are not a path of this machine."""
-        defaults = type(self.args)(output_dir=self.args.output_dir)
         recipe = {}
         for entry in fields(self.args):
             value = getattr(self.args, entry.name)
-            known = not entry.name.startswith(PRIVATE_SETTINGS) and entry.name not in ("sources", "eval_sources")
-            if entry.init and known and value != getattr(defaults, entry.name) and not _is_local(value):
+            default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+            public = not entry.name.startswith(PRIVATE_SETTINGS) and entry.name not in ("sources", "eval_sources")
+            plain = isinstance(value, (bool, int, float, str, list, dict))
+            if entry.init and public and plain and value != default and not _is_local(value):
                 recipe[entry.name] = value
         return json.loads(json.dumps(recipe, default=str))
 
@@ -219,7 +220,7 @@ class StageTrainer(Trainer):
         self._finish_current_push()
         if self.is_world_process_zero():
             HfApi(token=self.args.hub_token).upload_folder(
-                repo_id=self.hub_model_id,
+                repo_id=str(self.hub_model_id),
                 folder_path=str(self.args.output_dir),
                 commit_message="End of training",
                 ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.bin", "skipped-*.jsonl"],

@@ -258,8 +258,8 @@ def run(config: VisionAlignmentConfig, resume: bool = False) -> dict[str, Any]:
     llm = config.text_model_name_or_path
     if config.push_to_hub and llm and not config.bundle_text_model and not hub_ids(llm):
         raise ValueError(
-            f"push_to_hub with the LLM in {llm}, where others cannot load it from; add --bundle-text-model true, or push "
-            "the LLM first and name its Hub id."
+            f"push_to_hub with the LLM in {llm}, where others cannot load it from; add --bundle-text-model true, or "
+            "push the LLM first and name its Hub id."
         )
     checkpoint = resume_point(config, resume)
     set_seed(config.seed)
