@@ -21,7 +21,7 @@ def write_sentence_transformers_files(folder: str | Path) -> list[Path]:
 
     A joint model embeds captions and images with unit rows, as its `encode_text` and `encode_image` do. A text tower
     embeds captions as its `encode` does: not normalised, so that the rows can go into an adapter as `llm_embeds`
-    (`similarity` is the cosine, and `encode(normalize_embeddings=True)` gives unit rows). No prompt is added, since the
+    (`similarity` is the cosine, and `encode(normalize_embeddings=True)` gives unit rows). No prompt is added here: the
     tokenizer holds it. Files of those names are replaced.
 
     Args:
@@ -81,9 +81,7 @@ def _modalities(folder: Path) -> dict[str, dict[str, str]]:
     if kind not in (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type):
         raise ValueError(f"{folder} holds a model of type {kind!r}; give a folder of an LLM2CLIP model or text tower.")
     if LLM2CLIPVisionModelWithProjection.__name__ in (config.get("architectures") or []):
-        raise ValueError(
-            f"{folder} holds a vision half alone, which takes no captions; give the whole model's folder."
-        )
+        raise ValueError(f"{folder} holds a vision half alone, which takes no captions; give the whole model.")
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer; save the model's processor or tokenizer there too.")
     if kind == LLM2CLIPTextConfig.model_type:

@@ -163,13 +163,13 @@ def save_text_tower(folder: Path) -> tuple[LLM2CLIPTextModel, Any]:
 
 
 def test_what_cannot_be_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no config.json; give a folder that save_pretrained"):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json; give a folder that save_pretrained"):
         write_sentence_transformers_files(tmp_path)
     tiny.joint_model().save_pretrained(tmp_path / "bare")
     with pytest.raises(FileNotFoundError, match="holds no tokenizer; save the model's processor"):
         write_sentence_transformers_files(tmp_path / "bare")
     tiny.processor().tokenizer.save_pretrained(tmp_path / "bare")
-    with pytest.raises(FileNotFoundError, match=r"holds no processor_config.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no processor_config\.json"):
         write_sentence_transformers_files(tmp_path / "bare")
     LLM2CLIPVisionModelWithProjection(tiny.joint_config()).save_pretrained(tmp_path / "vision")
     with pytest.raises(ValueError, match="holds a vision half alone"):
