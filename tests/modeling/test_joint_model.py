@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.modeling import tiny
@@ -267,17 +267,3 @@ def test_patch_dropout_keeps_each_patch_at_its_rotary_position() -> None:
     output = model.get_image_features(images)
     torch.testing.assert_close(output.pooler_output, expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(output.last_hidden_state, model.eval().get_image_features(images).last_hidden_state)
-
-
-def test_pipelines(tmp_path: Path) -> None:
-    model = tiny.save(tmp_path)
-    processor = tiny.processor()
-    classifier = pipeline("zero-shot-image-classification", model=str(tmp_path))
-    result = classifier(IMAGES[0], candidate_labels=CAPTIONS, hypothesis_template="{}")
-    logits = model(**processor(text=CAPTIONS, images=IMAGES[:1], return_tensors="pt")).logits_per_image[0]
-    expected = dict(zip(CAPTIONS, logits.softmax(dim=0).tolist(), strict=True))
-    assert {row["label"]: pytest.approx(row["score"], abs=1e-5) for row in result} == expected
-    extractor = pipeline("image-feature-extraction", model=str(tmp_path))
-    features = torch.tensor(extractor(IMAGES[0], pool=True))
-    pixels = processor(images=IMAGES[0], return_tensors="pt")
-    torch.testing.assert_close(features, model(**pixels).pooler_output, atol=1e-5, rtol=1e-4)

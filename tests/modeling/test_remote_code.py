@@ -16,7 +16,9 @@ from tests.modeling import tiny
 STRANGER = """
 import json, sys, torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, pipeline
+from transformers import (
+    AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, AutoTokenizer, pipeline
+)
 folder, image = sys.argv[1:]
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -25,6 +27,16 @@ inputs = processor(text=captions, images=[Image.open(image)], return_tensors="pt
 logits = model(**inputs).logits_per_image
 classify = pipeline("zero-shot-image-classification", model=folder, trust_remote_code=True)
 scores = classify(Image.open(image), candidate_labels=captions, hypothesis_template="{}")
+classifier = AutoModelForZeroShotImageClassification.from_pretrained(folder, trust_remote_code=True)
+pixels = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)(Image.open(image), return_tensors="pt")
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+tokens = tokenizer(captions, padding=True, return_tensors="pt")
+assert classifier(**pixels, **tokens).logits_per_image.equal(logits)
+extract = pipeline("image-feature-extraction", model=folder, trust_remote_code=True)
+assert extract(Image.open(image), pool=True, return_tensors=True).equal(model(**pixels).pooler_output)
+extract = pipeline("feature-extraction", model=folder, trust_remote_code=True)
+first = tokenizer(captions[:1], return_tensors="pt")
+assert extract(captions[0], return_tensors=True).equal(model(**first).last_hidden_state)
 model.save_pretrained(folder + "-again")
 processor.save_pretrained(folder + "-again")
 again = AutoModel.from_pretrained(folder + "-again", trust_remote_code=True)
