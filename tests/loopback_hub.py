@@ -230,7 +230,9 @@ class Answer:
         url = f"{self.hub.url}/{'' if kind == 'model' else kind + 's/'}{name}"
         if (kind, name) in self.hub.repos:
             return self.send(409, {"error": "You already created this model repo", "url": url})
-        self.hub.repos[kind, name] = Repo(name, kind, private=bool(fields.get("private")))
+        self.hub.repos[kind, name] = Repo(
+            name, kind, private=bool(fields.get("private")) or fields.get("visibility") == "private"
+        )
         self.send(200, {"url": url, "name": name, "id": name})
 
     def lfs_object(self, oid: str, body: bytes) -> None:

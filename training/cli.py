@@ -151,7 +151,9 @@ def _run(name: str, command: Command, arguments: list[str]) -> int:
     else:
         helps = {field.name: field.metadata["help"] for field in fields(config_class) if field.metadata}
         for positional in command.positional:
-            number: dict[str, Any] = {"nargs": "?"} if positional in command.optional else {}
+            number: dict[str, Any] = {}
+            if positional in command.optional:
+                number = {"nargs": "?", "default": argparse.SUPPRESS}
             parser.add_argument(positional, metavar=positional.upper(), help=helps[positional], **number)
     if command.resumes:
         parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")

@@ -35,7 +35,8 @@ def loading_options(dtype: str, attn_implementation: str | None = None, revision
 
 def hub_ids(*names: str | None) -> list[str]:
     """Those of the names that are Hub ids; a folder is none, nor is a checkpoint file."""
-    return [name for name in names if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
+    pattern = r"\w[\w.-]*/\w[\w.-]*"
+    return [name for name in names if name and re.fullmatch(pattern, name) and not Path(name).exists()]
 
 
 def is_text_tower(name: str, revision: str | None = None) -> bool:

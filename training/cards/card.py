@@ -20,6 +20,7 @@ from llm2clip_training.cards.sections import PAPER, sections
 from llm2clip_training.files import write_text
 
 CARD = "README.md"
+PEFT_TEMPLATE = "# Model Card for Model ID"
 SECTION = re.compile(r"<!-- llm2clip:(\w+) ([0-9a-f]{12}) -->\n(.*?)\n?<!-- /llm2clip:\1 -->", re.DOTALL)
 # What the snippets load.
 LOADED = re.compile(r'((?:from_pretrained\(|SentenceTransformer\(|model=)")[^"]*(")')
@@ -36,7 +37,11 @@ def licence_of(folder: Path | None) -> str | None:
 def read_card(folder: Path) -> tuple[dict[str, Any], str]:
     """Front matter and text of the card in a folder; both empty where there is none."""
     path = folder / CARD
-    return split_card(path.read_text(encoding="utf-8")) if path.is_file() else ({}, "")
+    if not path.is_file():
+        return {}, ""
+    data, text = split_card(path.read_text(encoding="utf-8"))
+    # PEFT's template, in which nobody has filled in anything.
+    return ({}, "") if text.lstrip().startswith(PEFT_TEMPLATE) else (data, text)
 
 
 def split_card(content: str) -> tuple[dict[str, Any], str]:
@@ -191,6 +196,7 @@ def validate_card(folder: Path) -> None:
     """
     if not (folder / CARD).is_file():
         raise FileNotFoundError(f"{folder} has no {CARD}; `llm2clip build` writes one.")
+    read_card(folder)
     ModelCard.load(folder / CARD)
 
 

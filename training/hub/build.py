@@ -32,6 +32,7 @@ from llm2clip_training.cards import (
     write_curves,
 )
 from llm2clip_training.files import appearing_folder, refuse_existing, write_json, write_text
+from llm2clip_training.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip_training.hub.validation import CAPTIONS, compare_with_stranger, sample_picture
 from llm2clip_training.towers import hub_ids, save_text_tower
 from modeling_llm2clip import (
@@ -218,9 +219,11 @@ def _merges(config: BuildConfig, model: Any) -> bool:
 def _save(loaded: Loaded, config: BuildConfig, folder: Path) -> None:
     if loaded.task == TEXT_TASK:
         save_text_tower(loaded.model, loaded.processor, folder)
-        return
-    loaded.model.save_pretrained(folder)
-    loaded.processor.save_pretrained(folder)
+    else:
+        loaded.model.save_pretrained(folder)
+        loaded.processor.save_pretrained(folder)
+    if loaded.task == JOINT_TASK or (loaded.task == TEXT_TASK and not loaded.model.has_adapter):
+        write_sentence_transformers_files(folder)
 
 
 def _validate(loaded: Loaded, folder: Path, picture: Image.Image, captions: list[str]) -> float:

@@ -87,17 +87,26 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
     api = api or HfApi()
     try:
         return _upload(folder, config, api)
-    except LocalTokenNotFoundError as error:
-        raise ValueError(f"{config.repo_id}: {NEXT_STEPS[401]}.") from error
-    except HFValidationError as error:
-        raise ValueError(f"{config.repo_id!r} is no repo name that the Hub takes: {error}") from error
-    except HfHubHTTPError as error:
-        raise ValueError(f"{config.repo_id}: {_next_step(error)}.") from error
-    except (HTTPError, ConnectionError) as error:
-        raise ValueError(
-            f"{config.repo_id}: the connection broke ({error or type(error).__name__}); push again, and what has been "
-            "uploaded is not sent twice."
-        ) from error
+    except (OSError, HTTPError, HFValidationError, RuntimeError) as error:
+        raise ValueError(_explanation(error, config.repo_id)) from error
+
+
+def _explanation(error: BaseException, repo: str) -> str:
+    """What went wrong and what to do; an error of another kind is raised as it is."""
+    # A thread of the upload wraps its error.
+    cause = error
+    while isinstance(cause, RuntimeError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, LocalTokenNotFoundError):
+        return f"{repo}: {NEXT_STEPS[401]}."
+    if isinstance(cause, HFValidationError):
+        return f"{repo!r} is no repo name that the Hub takes: {cause}"
+    if isinstance(cause, HfHubHTTPError):
+        return f"{repo}: {_next_step(cause)}."
+    if isinstance(cause, (HTTPError, ConnectionError)):
+        said = str(cause) or type(cause).__name__
+        return f"{repo}: the connection broke ({said}); push again, and what has been uploaded is not sent twice."
+    raise error
 
 
 def _next_step(error: HfHubHTTPError) -> str:

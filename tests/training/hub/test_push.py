@@ -68,7 +68,7 @@ def test_what_arrives_is_the_folder(hub: LoopbackHub, built: Path) -> None:
     assert repo.private
     assert repo.messages[-1] == "Hello"
     arrived = repo.files()
-    assert set(arrived) == {path.name for path in built.iterdir()}
+    assert set(arrived) == {path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()}
     assert result["files"] == len(arrived)
     assert all(value == (built / name).read_bytes() for name, value in arrived.items() if name != CARD)
     assert repo.commits[repo.branches["main"]]["model.safetensors"].lfs
