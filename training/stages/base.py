@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import HfApi
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from llm2clip_training.cards import CardFacts, Evaluation, base_models, summary, write_card, write_curves
 from llm2clip_training.data.sampling import EpochBatchSampler
@@ -29,6 +29,7 @@ PRIVATE_SETTINGS = ("output_dir", "hub_", "push_to_hub", "report_to", "run_name"
 
 # The Trainer writes it last, so that a checkpoint without it was not finished.
 CHECKPOINT_MARK = "trainer_state.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 RESULT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
@@ -223,6 +224,8 @@ class StageTrainer(Trainer):
                 repo_id=str(self.hub_model_id),
                 folder_path=str(self.args.output_dir),
                 commit_message="End of training",
+                # Adapters of mid-training, where the result is merged, and the pickle that the Trainer pushes with them.
+                delete_patterns=[*ADAPTER_FILES, "*.bin"],
                 ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.bin", "skipped-*.jsonl"],
                 revision=self.args.hub_revision,
             )
@@ -230,6 +233,33 @@ class StageTrainer(Trainer):
 
 def _is_local(value: Any) -> bool:
     return isinstance(value, (str, Path)) and ("/" in str(value) or Path(value).exists()) and not hub_ids(str(value))
+
+
+def check_pushing(args: StageConfig, llm: str | None, result_needs_llm: bool, checkpoints_need_llm: bool) -> None:
+    """Refuse to push what others could not load, because the LLM that it refers to is in a folder of this machine.
+
+    Args:
+        args: The run's arguments.
+        llm: Name of the LLM.
+        result_needs_llm: Whether the result refers to it, rather than holding its weights.
+        checkpoints_need_llm: Whether checkpoints do.
+
+    Raises:
+        ValueError: Others could not load the result, or what is pushed in mid-training.
+    """
+    if not args.push_to_hub or not llm or hub_ids(llm):
+        return
+    if result_needs_llm:
+        raise ValueError(
+            f"push_to_hub with the LLM in {llm}, where others cannot load it from: push the LLM first and name its "
+            "Hub id, or put its weights into the result (stage 1: --save-format merged; stage 2: --bundle-text-model "
+            "true)."
+        )
+    if checkpoints_need_llm and args.hub_strategy != HubStrategy.END:
+        raise ValueError(
+            f"checkpoints that are pushed in mid-training refer to the LLM in {llm}, where others cannot load it "
+            "from: push the LLM first and name its Hub id, or push the result alone (--hub-strategy end)."
+        )
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:

@@ -25,7 +25,7 @@ from transformers import (
 
 from llm2clip_training.data import CaptionSource, SampleIndex, SampleIndexBatchSampler, distinct_captions
 from llm2clip_training.data.sampling import EpochDataset, stable_seed
-from llm2clip_training.stages.base import require, resume_point
+from llm2clip_training.stages.base import check_pushing, require, resume_point
 from llm2clip_training.stages.text_tower import (
     TextTowerConfig,
     TextTowerTrainer,
@@ -220,6 +220,8 @@ def run(config: MNTPConfig, resume: bool = False) -> dict[str, Any]:
         The metrics of the run.
     """
     require(config, ["model_name_or_path", "sources"])
+    has_lora = config.lora_rank > 0
+    check_pushing(config, config.model_name_or_path, has_lora and config.save_format == "adapter", has_lora)
     checkpoint = resume_point(config, resume)
     set_seed(config.seed)
     retrieval = retrieval_sets(config)

@@ -10,7 +10,7 @@ from transformers import set_seed
 
 from llm2clip_training.data import PairBatchSampler, PairCollator, PairDataset, PairSource
 from llm2clip_training.losses import hard_negative_info_nce
-from llm2clip_training.stages.base import require, resume_point
+from llm2clip_training.stages.base import check_pushing, require, resume_point
 from llm2clip_training.stages.text_tower import (
     TextTowerConfig,
     TextTowerTrainer,
@@ -95,6 +95,8 @@ def run(config: CaptionContrastiveConfig, resume: bool = False) -> dict[str, Any
         The metrics of the run: training's, and caption retrieval's with the prefix `eval_`.
     """
     require(config, ["model_name_or_path", "sources"])
+    has_lora = config.lora_rank > 0
+    check_pushing(config, config.model_name_or_path, has_lora and config.save_format == "adapter", has_lora)
     checkpoint = resume_point(config, resume)
     set_seed(config.seed)
     dataset = PairDataset([PairSource.from_dict(source) for source in config.sources], seed=config.sampling_seed)

@@ -22,10 +22,9 @@ from llm2clip_training.data.sampling import EpochDataset
 from llm2clip_training.evaluation import ImageTextRetrieval
 from llm2clip_training.losses import clip_loss
 from llm2clip_training.optim import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
-from llm2clip_training.stages.base import StageConfig, StageTrainer, require, resume_point
+from llm2clip_training.stages.base import StageConfig, StageTrainer, check_pushing, require, resume_point
 from llm2clip_training.stages.frozen_layers import FrozenLayers
 from llm2clip_training.stages.stage2_inputs import build_dataset, load_model, open_captions
-from llm2clip_training.towers import hub_ids
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
@@ -255,12 +254,7 @@ def run(config: VisionAlignmentConfig, resume: bool = False) -> dict[str, Any]:
         The metrics of the run: training's, and retrieval's with the prefix `eval_`.
     """
     require(config, ["sources"])
-    llm = config.text_model_name_or_path
-    if config.push_to_hub and llm and not config.bundle_text_model and not hub_ids(llm):
-        raise ValueError(
-            f"push_to_hub with the LLM in {llm}, where others cannot load it from; add --bundle-text-model true, or "
-            "push the LLM first and name its Hub id."
-        )
+    check_pushing(config, config.text_model_name_or_path, not config.bundle_text_model, checkpoints_need_llm=True)
     checkpoint = resume_point(config, resume)
     set_seed(config.seed)
     model, processor = load_model(config)

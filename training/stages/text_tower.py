@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm2clip_training.cards import TEXT_TASK
 from llm2clip_training.data import PairSource
 from llm2clip_training.evaluation import CaptionRetrieval
-from llm2clip_training.stages.base import StageConfig, StageTrainer
+from llm2clip_training.stages.base import ADAPTER_FILES, StageConfig, StageTrainer
 from llm2clip_training.towers import open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_utils import absolute_path
@@ -107,6 +107,10 @@ class TextTowerTrainer(StageTrainer):
             text_model.merge_adapter()
         if self.args.should_save:
             save_text_tower(text_model, cast(PreTrainedTokenizerBase, self.processing_class), output_dir)
+            if not text_model.has_adapter:
+                # A push in mid-training has left them here.
+                for name in ADAPTER_FILES:
+                    Path(output_dir, name).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import HfApi, constants
 
 from llm2clip_training import cli
 from llm2clip_training.cards import CARD, split_card
@@ -20,10 +21,12 @@ from tests.training import tiny
 from tests.training.stages.conftest import Inputs
 
 CONSUMER = """
+from huggingface_hub import snapshot_download
 from transformers import AutoModel, AutoTokenizer
-repo, revision = sys.argv[1:]
-model = AutoModel.from_pretrained(repo, revision=revision, trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision)
+# A folder, since transformers looks for the revision of an adapter in the repo of its base.
+folder = snapshot_download(sys.argv[1], revision=sys.argv[2])
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
 encode = getattr(model, "encode_text", None) or model.encode
 print(tuple(encode(["a dog", "a cat"], tokenizer).shape), hasattr(model, "vision_model"))
 """
@@ -63,12 +66,22 @@ def commit_of(repo: Repo, message: str) -> str:
 
 
 @pytest.mark.slow
-def test_both_stages_push_as_they_train(hub: LoopbackHub, inputs: Inputs, tmp_path: Path) -> None:
+def test_both_stages_push_as_they_train(
+    hub: LoopbackHub, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stage 1 merged and in mid-run, then stage 2 on the LLM that was pushed, by its Hub id."""
-    stage1 = tiny.stage1_fields(tmp_path / "text", inputs.llm) | {"max_steps": 4}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    HfApi(endpoint=hub.url, token=TOKEN).create_repo("tester/base")
+    HfApi(endpoint=hub.url, token=TOKEN).upload_folder(repo_id="tester/base", folder_path=inputs.llm)
+    stage1 = tiny.stage1_fields(tmp_path / "text", "tester/base") | {"max_steps": 4}
     train(hub, "stage1", stage1, "tester/llm", tmp_path)
     llm = hub.repo("tester/llm")
-    assert loaded(hub, "tester/llm", "main", tmp_path / "a").endswith("32) False")
+    step, end = (commit_of(llm, message) for message in ("Training in progress, step 2", "End of training"))
+    assert "adapter_model.safetensors" in llm.commits[step]
+    assert "adapter_model.safetensors" not in llm.commits[end]
+    for revision in (step, end):
+        assert loaded(hub, "tester/llm", revision, tmp_path / revision).endswith("32) False")
     data, text = split_card(llm.files()[CARD].decode())
     assert data["pipeline_tag"] == "feature-extraction"
     assert "max_steps: 4" in text
@@ -104,7 +117,9 @@ def test_a_local_llm_is_refused_before_training(inputs: Inputs, tmp_path: Path, 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**fields, "push_to_hub": True, "hub_model_id": "tester/clip"}))
     assert cli.main(["stage2", str(recipe)]) == 2
-    assert "where others cannot load it from; add --bundle-text-model true, or push the LLM" in capsys.readouterr().err
+    assert "others cannot load it from: push the LLM first and name its Hub id" in capsys.readouterr().err
+    assert cli.main(["stage2", str(recipe), "--bundle-text-model", "true", "--hub-strategy", "every_save"]) == 2
+    assert "or push the result alone (--hub-strategy end)" in capsys.readouterr().err
 
 
 def test_the_card_of_a_run_keeps_what_was_written_on_it(inputs: Inputs, tmp_path: Path) -> None:
