@@ -224,7 +224,7 @@ class StageTrainer(Trainer):
                 repo_id=str(self.hub_model_id),
                 folder_path=str(self.args.output_dir),
                 commit_message="End of training",
-                # Adapters of mid-training, where the result is merged, and the pickle that the Trainer pushes with them.
+                # Adapters of mid-training, where the result is merged, and the pickle that the Trainer adds to them.
                 delete_patterns=[*ADAPTER_FILES, "*.bin"],
                 ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.bin", "skipped-*.jsonl"],
                 revision=self.args.hub_revision,
