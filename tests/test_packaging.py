@@ -20,6 +20,8 @@ for package in (llm2clip_training, modeling_llm2clip):
 data = resources.files("llm2clip_training.example_data")
 assert (data / "concepts" / "test.parquet").is_file() and (data / "README.md").is_file()
 assert resources.files("llm2clip_training.hub_configs").is_dir()
+metrics = resources.files("llm2clip_training.evaluation.metrics")
+assert (metrics / "retrieval_recall" / "retrieval_recall.py").is_file()
 assert (resources.files("modeling_llm2clip") / "py.typed").is_file()
 print(find_recipe("quickstart_default"), find_recipe("stage1_paper"))
 """

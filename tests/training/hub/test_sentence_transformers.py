@@ -108,6 +108,16 @@ def test_two_processes_give_the_rows_of_one(pictures: Path, tmp_path: Path) -> N
     torch.testing.assert_close(torch.tensor(image), model.encode_image(IMAGES, processor), **CLOSE)
 
 
+def test_folder_without_the_files_gives_the_same_directions(tmp_path: Path) -> None:
+    """sentence-transformers reads the return annotations of `forward` and `get_*_features`."""
+    model, processor = tiny.save(tmp_path), tiny.processor()
+    loaded = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
+    text = loaded.encode(CAPTIONS, convert_to_tensor=True, normalize_embeddings=True)
+    image = loaded.encode(IMAGES, convert_to_tensor=True, normalize_embeddings=True)
+    torch.testing.assert_close(text, model.encode_text(CAPTIONS, processor), **CLOSE)
+    torch.testing.assert_close(image, model.encode_image(IMAGES, processor), **CLOSE)
+
+
 def test_model_that_names_the_folder_of_its_llm(tmp_path: Path) -> None:
     model = tiny.save_apart(tmp_path)
     write_sentence_transformers_files(tmp_path / "clip")

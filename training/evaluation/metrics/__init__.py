@@ -1,0 +1,21 @@
+"""Metrics for the evaluate library: folders that `evaluate.load` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+METRICS = ("caption_retrieval_accuracy", "retrieval_recall")
+
+
+def metric_path(name: str) -> str:
+    """Where a metric of this package is: `evaluate.load(metric_path("retrieval_recall"))`.
+
+    Raises:
+        ValueError: There is no metric of that name.
+    """
+    if name not in METRICS:
+        raise ValueError(f"there is no metric {name!r}; choose one of {', '.join(METRICS)}.")
+    return str(Path(__file__).parent / name)
+
+
+__all__ = ["METRICS", "metric_path"]
