@@ -26,7 +26,8 @@ class Command:
         module: Module with its settings class and its `run`; imported only when the job is asked for, since the
             libraries behind it take seconds to import.
         config: Name of the settings class.
-        positional: What the arguments before the options are: a RECIPE, or the fields of these names.
+        positional: What the arguments before the options are: a RECIPE, or the fields of these names. A field that
+            holds a list takes any number of them, also none.
         resumes: Whether it has a `--resume` option.
     """
 
@@ -83,6 +84,18 @@ COMMANDS = {
         "ExportOnnxConfig",
         positional=("model",),
     ),
+    "index": Command(
+        "the images of a folder or data set as a search index; run again, it embeds what has changed",
+        "llm2clip_training.search.index",
+        "IndexConfig",
+        positional=("folder",),
+    ),
+    "search": Command(
+        "the images of an index that fit a text or another image",
+        "llm2clip_training.search.search",
+        "SearchConfig",
+        positional=("index", "query"),
+    ),
 }
 
 
@@ -117,7 +130,7 @@ def _message(error: Exception) -> str:
     if text.startswith("Repo id must "):
         text = f"there is no such folder, and no Hub id is written like that: {text}"
     if isinstance(error, ImportError):
-        text += "; pip install 'llm2clip[train,quickstart]' brings everything that the commands need"
+        text += "; pip install 'llm2clip[train,quickstart,search]' brings everything that the commands need"
     return text
 
 
@@ -135,13 +148,19 @@ def _run(name: str, command: Command, arguments: list[str]) -> int:
         parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file of settings, or a packaged recipe")
     else:
         helps = {field.name: field.metadata["help"] for field in fields(config_class) if field.metadata}
+        lists = [field.name for field in fields(config_class) if field.default_factory is list]
         for positional in command.positional:
-            parser.add_argument(positional, metavar=positional.upper(), help=helps[positional])
+            # A list has a default, so it may be empty.
+            many = {"nargs": "*", "default": argparse.SUPPRESS} if positional in lists else {}
+            parser.add_argument(positional, metavar=positional.upper(), help=helps[positional], **many)
     if command.resumes:
         parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     add_fields(parser, config_class, skip=command.positional)
-    namespace, unknown = parser.parse_known_args(arguments)
+    # Intermixed, so that a list of arguments may stand after an option.
+    namespace, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown and not unknown[0].startswith("-"):
+        raise ValueError(f"the argument {unknown[0]!r} is one too many; put quotes around a text of several words.")
     if unknown:
         option = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
         known = [field.name for field in fields(config_class)]

@@ -193,7 +193,8 @@ def add_fields(parser: argparse.ArgumentParser, config_class: type, skip: Sequen
         parser.add_argument_group("settings"),
         parser.add_argument_group("settings of transformers' Trainer"),
     )
-    base_fields = {field.name for base in config_class.__mro__[1:] for field in _own_fields(base)}
+    bases = [base for base in config_class.__mro__[1:] if base.__module__.split(".")[0] == "transformers"]
+    base_fields = {field.name for base in bases for field in _own_fields(base)}
     for field in dataclasses.fields(config_class):
         if not field.init or field.name in skip:
             continue
