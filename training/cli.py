@@ -151,7 +151,7 @@ def _run(name: str, command: Command, arguments: list[str]) -> int:
         lists = [field.name for field in fields(config_class) if field.default_factory is list]
         for positional in command.positional:
             # A list has a default, so it may be empty.
-            many = {"nargs": "*", "default": argparse.SUPPRESS} if positional in lists else {}
+            many: dict[str, Any] = {"nargs": "*", "default": argparse.SUPPRESS} if positional in lists else {}
             parser.add_argument(positional, metavar=positional.upper(), help=helps[positional], **many)
     if command.resumes:
         parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")

@@ -98,8 +98,8 @@ class IndexManifest:
         raise ValueError(
             f"the index {folder} was made by {self.model} (width {self.width}, vision weights "
             f"{self.vision_fingerprint}), but the model is {name} (width {width}, vision weights {fingerprint}), "
-            f"whose embeddings cannot be compared with those. Use {self.model}, or make an index with {name}: llm2clip "
-            f"index {self.source['path']} --model {name} --output-dir OTHER_FOLDER"
+            f"whose embeddings cannot be compared with those. Use {self.model}, or make an index with {name}: "
+            f"llm2clip index {self.source['path']} --model {name} --output-dir OTHER_FOLDER"
         )
 
 
@@ -205,7 +205,7 @@ def write_index(
         gather: Gives the embeddings of rows start to stop.
         failures: What could not be embedded, and why.
     """
-    files = []
+    files: list[str] = []
     for start in range(0, len(described), ROWS_AT_ONCE):
         stop = min(len(described), start + ROWS_AT_ONCE)
         embeds = gather(start, stop)

@@ -38,7 +38,7 @@ class IndexConfig(VectorIndexSettings):
     folder: str = field(
         default="",
         metadata={
-            "help": "Folder of images, with its subfolders; or data: a Hub id of a data set, a parquet file, webdataset "
+            "help": "Folder of images, with its subfolders; or data: Hub id of a data set, parquet file, webdataset "
             "shards ('shards/*.tar'), a folder of those or one written by save_to_disk."
         },
     )
@@ -77,10 +77,9 @@ class IndexConfig(VectorIndexSettings):
             if not getattr(self, setting):
                 raise ValueError(f"give a {setting}: llm2clip index {example}")
         for setting, choices in (("kind", KINDS), ("dtype", DTYPES)):
-            if getattr(self, setting) not in choices:
-                raise ValueError(
-                    f"{setting} {getattr(self, setting)!r} is unknown; choose one of {', '.join(choices)}."
-                )
+            value = getattr(self, setting)
+            if value not in choices:
+                raise ValueError(f"{setting} {value!r} is unknown; choose one of {', '.join(choices)}.")
         for setting in ("batch_size", "part_size", "max_pixels"):
             if getattr(self, setting) < 1:
                 raise ValueError(f"{setting} must be at least 1, not {getattr(self, setting)}.")
@@ -256,10 +255,8 @@ class _Update:
         # Whole batches, so that those of a run that goes on are cut as those of an unbroken one.
         part_size = max(1, self.config.part_size // batch) * batch
         workers = min(8, torch.get_num_threads()) if self.config.num_workers is None else self.config.num_workers
-        number = len(list(self.unfinished.glob(PARTS)))
-        for number, part in enumerate(
-            self.embedder.embed_rows(self.images, todo, batch, min(workers, len(todo)), part_size), number
-        ):
+        parts = self.embedder.embed_rows(self.images, todo, batch, min(workers, len(todo)), part_size)
+        for number, part in enumerate(parts, len(list(self.unfinished.glob(PARTS)))):
             path = self.unfinished / f"part-{number:06d}.arrow"
             columns = self.images.columns(part.rows).select(list(self.images.identity))
             write_part(path, columns, part.embeds.astype(self.config.dtype), part.reasons)

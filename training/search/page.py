@@ -18,7 +18,8 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1.2rem; color: #1d2430;
   background: #fafbfc; }
 h1 { font-size: 1.35rem; font-weight: 600; margin: 2.2rem 0 1rem; display: flex; align-items: center; gap: .8rem; }
-h1 img { width: 72px; height: 72px; object-fit: contain; border-radius: 6px; border: 1px solid #dde2ea; background: #fff; }
+h1 img { width: 72px; height: 72px; object-fit: contain; border-radius: 6px; border: 1px solid #dde2ea;
+  background: #fff; }
 ol { list-style: none; margin: 0; padding: 0; display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); }
 li { background: #fff; border: 1px solid #e3e7ee; border-radius: 10px; overflow: hidden; }

@@ -85,9 +85,8 @@ def run(config: SearchConfig) -> dict[str, Any]:
     rows = index.search(np.stack(embeds), config.top)
     found = [Found.of(query, row, index.manifest) for query, row in zip(queries, rows, strict=True)]
     if config.json:
-        print(
-            json.dumps({"index": config.index, "model": name, "queries": [each.as_dict() for each in found]}, indent=2)
-        )
+        result = {"index": config.index, "model": name, "queries": [each.as_dict() for each in found]}
+        print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
         _print_tables(found)
     if config.html or config.picture:
@@ -116,7 +115,7 @@ def _model_of(config: SearchConfig, index: ImageIndex) -> tuple[str, str | None]
 def _load_with_llm(name: str, revision: str | None) -> LLM2CLIPModel:
     if require_llm2clip(name, revision).get("architectures") == [LLM2CLIPVisionModelWithProjection.__name__]:
         raise ValueError(
-            f"{name} is a vision half, which reads no texts; name the whole model (--model MODEL), or search by --image."
+            f"{name} is a vision half, which reads no texts; name the whole model (--model MODEL) or use --image."
         )
     return LLM2CLIPModel.from_pretrained(name, revision=revision).to(process_state().device).eval()
 
