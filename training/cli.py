@@ -136,7 +136,7 @@ def _message(error: Exception) -> str:
 
 def _run(name: str, command: Command, arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for library in ("httpx", "datasets", "matplotlib", "fsspec", "onnxscript", "onnx_ir"):
+    for library in ("httpx", "datasets", "faiss", "matplotlib", "fsspec", "onnxscript", "onnx_ir"):
         logging.getLogger(library).setLevel(logging.WARNING)
     # They speak of kernels for accelerators whenever torchao is installed, used or not.
     for library in ("torchao", "torch.utils._pytree"):
