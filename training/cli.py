@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from llm2clip_training.recipe import add_fields, build_config, find_recipe, given_fields, load_recipe, nearest
+from llm2clip_training.recipe import (
+    add_fields,
+    build_config,
+    complete_flags,
+    find_recipe,
+    given_fields,
+    load_recipe,
+    nearest,
+)
 
 # What a user can mend; anything else is a fault of ours and keeps its traceback. A KeyError of a class of its own is
 # a message (a caption that the cache lacks), a plain one is a fault.
@@ -158,7 +166,7 @@ def _run(name: str, command: Command, arguments: list[str]) -> int:
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     add_fields(parser, config_class, skip=command.positional)
     # Intermixed, so that a list of arguments may stand after an option.
-    namespace, unknown = parser.parse_known_intermixed_args(arguments)
+    namespace, unknown = parser.parse_known_intermixed_args(complete_flags(arguments, config_class))
     if unknown and not unknown[0].startswith("-"):
         raise ValueError(f"the argument {unknown[0]!r} is one too many; put quotes around a text of several words.")
     if unknown:
