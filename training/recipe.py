@@ -219,7 +219,7 @@ def complete_flags(arguments: Sequence[str], config_class: type) -> list[str]:
     """A command line whose `--flag`s without a value say `--flag=true`, so that none takes the argument after it."""
     hints = typing.get_type_hints(config_class)
     flags = {f"--{field.name}" for field in dataclasses.fields(config_class) if hints[field.name] is bool}
-    followers = [*arguments[1:], ""]
+    followers = [*arguments, ""][1:]
     return [
         f"{argument}=true"
         if argument.replace("-", "_").replace("__", "--", 1) in flags and follower.lower() not in TRUTH_VALUES

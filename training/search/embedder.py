@@ -49,7 +49,7 @@ class ImageEmbedder:
     """The vision half of a model, and its image processor.
 
     Args:
-        model: The vision half, in evaluation mode.
+        model: The vision half, or a model with its LLM, in evaluation mode.
         image_processor: Prepares the images.
         name: Hub id or absolute folder of the model.
         revision: Its revision on the Hub.
@@ -57,7 +57,7 @@ class ImageEmbedder:
 
     def __init__(
         self,
-        model: LLM2CLIPVisionModelWithProjection,
+        model: Any,
         image_processor: BaseImageProcessor,
         name: str,
         revision: str | None = None,

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from llm2clip_training.data import decode_image
 from llm2clip_training.gather import process_state
-from llm2clip_training.search.embedder import ImageEmbedder, require_llm2clip, vision_fingerprint
+from llm2clip_training.search.embedder import ImageEmbedder, require_llm2clip
 from llm2clip_training.search.image_index import ImageIndex
 from llm2clip_training.search.results import Found, Query, Thumbnails
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
@@ -31,8 +32,8 @@ class SearchConfig:
     query: list[str] = field(
         default_factory=list, metadata={"help": "Texts, each in quotes; the LLM is loaded once for all of them."}
     )
-    image: list[str] | None = field(
-        default=None, metadata={"help": "Image files to search by; the LLM is not needed for them."}
+    image: str | None = field(
+        default=None, metadata={"help": "Image file to search by; the LLM is not loaded for it."}
     )
     top: int = field(default=10, metadata={"help": "Images that are shown for each query."})
     model: str | None = field(
@@ -69,19 +70,18 @@ def run(config: SearchConfig) -> dict[str, Any]:
         ValueError: The model is not the one that made the index, or an image cannot be read.
     """
     index = ImageIndex.open(config.index)
-    images = {name: decode_image(_existing(name), name) for name in config.image or ()}
+    image = _read_image(config.image) if config.image else None
     name, revision = _model_of(config, index)
+    embedder = _load_with_llm(name, revision) if config.query else ImageEmbedder.load(name, revision)
+    index.manifest.require_model(index.folder, name, embedder.fingerprint(), embedder.width)
+    queries = [Query(text) for text in config.query]
     embeds = []
-    if config.query:
-        model: Any = _load_with_llm(name, revision)
-        _require_made_by(index, model, name)
-        processor = AutoProcessor.from_pretrained(name, revision=revision)
-        embeds += list(model.encode_text(config.query, processor).numpy())
-    if images:
-        embedder = ImageEmbedder.load(name, revision)
-        _require_made_by(index, embedder.model, name)
-        embeds += [embedder.embed(image) for image in images.values()]
-    queries = [Query(text) for text in config.query] + [Query(name, image) for name, image in images.items()]
+    if queries:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        embeds += list(embedder.model.encode_text(config.query, tokenizer).numpy())
+    if config.image and image is not None:
+        queries.append(Query(config.image, image))
+        embeds.append(embedder.embed(image))
     rows = index.search(np.stack(embeds), config.top)
     found = [Found.of(query, row, index.manifest) for query, row in zip(queries, rows, strict=True)]
     if config.json:
@@ -94,10 +94,10 @@ def run(config: SearchConfig) -> dict[str, Any]:
     return {}
 
 
-def _existing(name: str) -> str:
+def _read_image(name: str) -> Image.Image:
     if not Path(name).is_file():
         raise FileNotFoundError(f"there is no image file {name}.")
-    return name
+    return decode_image(name, name)
 
 
 def _model_of(config: SearchConfig, index: ImageIndex) -> tuple[str, str | None]:
@@ -112,16 +112,13 @@ def _model_of(config: SearchConfig, index: ImageIndex) -> tuple[str, str | None]
     return name, config.model_revision or index.manifest.revision
 
 
-def _load_with_llm(name: str, revision: str | None) -> LLM2CLIPModel:
+def _load_with_llm(name: str, revision: str | None) -> ImageEmbedder:
     if require_llm2clip(name, revision).get("architectures") == [LLM2CLIPVisionModelWithProjection.__name__]:
         raise ValueError(
             f"{name} is a vision half, which reads no texts; name the whole model (--model MODEL) or use --image."
         )
-    return LLM2CLIPModel.from_pretrained(name, revision=revision).to(process_state().device).eval()
-
-
-def _require_made_by(index: ImageIndex, model: Any, name: str) -> None:
-    index.manifest.require_model(index.folder, name, vision_fingerprint(model), model.config.projection_dim)
+    model: Any = LLM2CLIPModel.from_pretrained(name, revision=revision).to(process_state().device).eval()
+    return ImageEmbedder(model, AutoImageProcessor.from_pretrained(name, revision=revision), name, revision)
 
 
 def _print_tables(found: list[Found]) -> None:
