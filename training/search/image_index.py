@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,12 +11,10 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets.arrow_writer import ArrowWriter
 
 from llm2clip_training.files import write_json
-from llm2clip_training.search.store import EMBEDDING, embedding_column, embeddings_of
+from llm2clip_training.search.store import EMBEDDING, embedding_column
 from llm2clip_training.search.vectors import (
-    ROWS_AT_ONCE,
     VectorIndexSettings,
     build_vector_index,
     read_vector_index,
@@ -187,41 +184,25 @@ def read_rows(folder: Path) -> datasets.Dataset:
 
 def write_index(
     folder: Path,
-    scratch: Path,
     manifest: IndexManifest,
     settings: VectorIndexSettings,
     described: pa.Table,
-    gather: Callable[[int, int], np.ndarray],
+    embeds: np.ndarray,
     failures: list[dict[str, Any]],
 ) -> None:
-    """Write an index into an empty folder, a slice of its rows at a time.
+    """Write an index into an empty folder.
 
     Args:
         folder: The folder.
-        scratch: Where files may lie meanwhile.
         manifest: What it is.
         settings: Of the faiss index.
         described: A row per image, without its embedding.
-        gather: Gives the embeddings of rows start to stop.
+        embeds: `(images, width)`, as they are to be stored.
         failures: What could not be embedded, and why.
     """
-    files: list[str] = []
-    for start in range(0, len(described), ROWS_AT_ONCE):
-        stop = min(len(described), start + ROWS_AT_ONCE)
-        embeds = gather(start, stop)
-        table = described.slice(start, stop - start).append_column(EMBEDDING, embedding_column(embeds))
-        files.append(str(scratch / f"rows-{len(files):05d}.arrow"))
-        with ArrowWriter(path=files[-1], features=datasets.Features.from_arrow_schema(table.schema)) as writer:
-            writer.write_table(table)
-            writer.finalize()
-    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+    rows = datasets.Dataset(described.append_column(EMBEDDING, embedding_column(embeds)))
     rows.save_to_disk(str(folder))
-
-    def embeds_of(start: int, stop: int) -> np.ndarray:
-        column = rows.data.column(EMBEDDING).slice(start, stop - start)
-        return np.concatenate([embeddings_of(chunk) for chunk in column.chunks])
-
-    write_vector_index(build_vector_index(settings, embeds_of, len(rows), manifest.width), folder / VECTORS)
+    write_vector_index(build_vector_index(settings, embeds), folder / VECTORS)
     write_json(folder / FAILURES, failures)
     manifest.versions = {library: version(library) for library in LIBRARIES}
     manifest.write(folder)

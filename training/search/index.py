@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from filelock import FileLock, Timeout
@@ -267,11 +266,11 @@ class _Update:
         if self._is_written(described, failures):
             return
 
-        def gather(start: int, stop: int) -> np.ndarray:
-            return self.known.gather([identities[row] for row in rows[start:stop]])
-
+        embeds = self.known.gather([identities[row] for row in rows])
+        # faiss is about to need the memory.
+        self.known.close()
         with appearing_folder(self.output, overwrite=True, mark=VECTORS) as folder:
-            write_index(folder, self.unfinished, self.manifest, self.config, described, gather, failures)
+            write_index(folder, self.manifest, self.config, described, embeds, failures)
 
     def _is_written(self, described: pa.Table, failures: list[dict[str, Any]]) -> bool:
         """Whether the index there is says all that already."""

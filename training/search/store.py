@@ -95,3 +95,7 @@ class EmbeddingStore:
             start = self._ends[owner - 1] if owner else 0
             result[chosen] = self._chunks[owner][places[chosen] - start]
         return result
+
+    def close(self) -> None:
+        """Let go of the files; the store is empty then."""
+        self._chunks, self._ends, self._places = [], [], {}

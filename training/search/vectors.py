@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 INDEX_TYPES = ("flat", "ivf", "hnsw")
-# Rows that go from the disk into faiss at once.
+# Rows that faiss is given at once, in float32.
 ROWS_AT_ONCE = 16384
 # faiss learns the cells of an IVF index from so many images per cell, at most.
 TRAINING_ROWS_PER_CELL = 64
@@ -65,16 +64,12 @@ def require_faiss() -> Any:
     return faiss
 
 
-def build_vector_index(
-    settings: VectorIndexSettings, rows: Callable[[int, int], np.ndarray], count: int, width: int
-) -> Any:
+def build_vector_index(settings: VectorIndexSettings, embeds: np.ndarray) -> Any:
     """Build an index of unit vectors by inner product.
 
     Args:
         settings: Which kind.
-        rows: Gives rows start to stop, `(stop - start, width)`.
-        count: Number of rows.
-        width: Their width.
+        embeds: `(count, width)`, of any floating-point type.
 
     Returns:
         A faiss index that holds row i under number i.
@@ -82,6 +77,7 @@ def build_vector_index(
     Raises:
         ValueError: There are too few rows for the settings.
     """
+    count, width = embeds.shape
     faiss = require_faiss()
     product = faiss.METRIC_INNER_PRODUCT
     if settings.index_type == "hnsw":
@@ -95,11 +91,12 @@ def build_vector_index(
         index.nprobe = min(settings.ivf_probes, cells)
         # Fewer images than faiss' own minimum per cell make a worse clustering, which is no reason for a warning.
         index.cp.min_points_per_centroid = 1
-        index.train(_sample(rows, count, cells * TRAINING_ROWS_PER_CELL))
+        sample = np.unique(np.linspace(0, count - 1, min(count, cells * TRAINING_ROWS_PER_CELL)).astype(np.int64))
+        index.train(embeds[sample].astype(np.float32))
     else:
         index = faiss.IndexFlatIP(width)
     for start in range(0, count, ROWS_AT_ONCE):
-        index.add(_contiguous(rows(start, min(count, start + ROWS_AT_ONCE))))
+        index.add(embeds[start : start + ROWS_AT_ONCE].astype(np.float32))
     return index
 
 
@@ -118,18 +115,3 @@ def read_vector_index(path: Path) -> Any:
         return require_faiss().read_index(str(path))
     except RuntimeError as error:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[-1]}); run llm2clip index again.") from error
-
-
-def _sample(rows: Callable[[int, int], np.ndarray], count: int, wanted: int) -> np.ndarray:
-    """At most `wanted` rows, spread evenly over all."""
-    chosen = np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(np.int64))
-    parts = []
-    for start in range(0, count, ROWS_AT_ONCE):
-        stop = min(count, start + ROWS_AT_ONCE)
-        inside = chosen[(chosen >= start) & (chosen < stop)]
-        parts.append(rows(start, stop)[inside - start])
-    return _contiguous(np.concatenate(parts))
-
-
-def _contiguous(rows: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(rows, dtype=np.float32)
