@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import stat
@@ -161,7 +162,8 @@ class TableImages:
         require_columns(path, wanted, have, opened.hint)
         table = keep_encoded(opened.select(wanted), self.image_column, opened.folders, path)
         assert isinstance(table, datasets.Dataset)
-        self.source = {"path": os.path.abspath(path) if os.path.exists(path) else path, "name": name, "split": split}
+        is_local = os.path.exists(path) or (glob.has_magic(path) and "://" not in path)
+        self.source = {"path": os.path.abspath(path) if is_local else path, "name": name, "split": split}
         self.source |= {"revision": revision, "image_column": self.image_column}
         self.table = table.select_columns([self.image_column])
         self.keys = [str(key) for key in table[key_column]] if key_column else [str(row) for row in range(len(table))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import shutil
@@ -102,11 +103,7 @@ def run(config: IndexConfig) -> dict[str, Any]:
         ValueError: The index there is another model's or another folder's, or not one image can be read.
     """
     require_faiss()
-    output = Path(config.output_dir or Path("runs/index") / Path(config.folder).resolve().name)
-    if output.exists():
-        if not output.is_dir():
-            raise NotADirectoryError(f"{output} is a file; give a folder for the index: --output-dir FOLDER")
-        refuse_existing(output, overwrite=True, mark=VECTORS)
+    output = _output(config)
     unfinished = output.with_name(f"{output.name}.unfinished")
     images = _open_images(config, (output, unfinished))
     embedder = ImageEmbedder.load(config.model, config.model_revision)
@@ -132,6 +129,18 @@ def run(config: IndexConfig) -> dict[str, Any]:
             # With parts in it, the next run goes on from there.
             if not any(unfinished.glob(PARTS)):
                 shutil.rmtree(unfinished)
+
+
+def _output(config: IndexConfig) -> Path:
+    """The folder of the index, which may hold an index but nothing else."""
+    name = Path(config.folder).resolve().name
+    if config.output_dir is None and (not name or glob.has_magic(name)):
+        raise ValueError(f"say where the index of {config.folder} is to be: --output-dir FOLDER")
+    output = Path(config.output_dir or f"runs/index/{name}")
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"{output} is a file; give a folder for the index: --output-dir FOLDER")
+    refuse_existing(output, overwrite=True, mark=VECTORS)
+    return output
 
 
 def _open_images(config: IndexConfig, own_folders: tuple[Path, ...]) -> Images:
@@ -265,7 +274,6 @@ class _Update:
         described = self.images.columns(rows)
         if self._is_written(described, failures):
             return
-
         embeds = self.known.gather([identities[row] for row in rows])
         # faiss is about to need the memory.
         self.known.close()

@@ -208,7 +208,7 @@ def test_rows_of_a_data_set_are_known_by_content(model: Model, tmp_path: Path) -
     torch.testing.assert_close(torch.tensor(rows["embedding"][:]), expected, atol=1e-3, rtol=0)
 
 
-def test_shards_and_saved_data_sets_are_read(model: Model, tmp_path: Path) -> None:
+def test_shards_and_saved_data_sets_are_read(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
     for shard in range(2):
@@ -217,7 +217,12 @@ def test_shards_and_saved_data_sets_are_read(model: Model, tmp_path: Path) -> No
                 for suffix, data in (("png", encoded(picture(number + 3 * shard))), ("txt", b"a caption")):
                     (tmp_path / "member").write_bytes(data)
                     tar.add(tmp_path / "member", f"{shard}-{number}.{suffix}")
-    assert index(shards / "*.tar", model[0], tmp_path / "of_shards") == (6, 0, 0, 0, 6)
+    monkeypatch.chdir(shards)
+    assert index("*.tar", model[0], tmp_path / "of_shards") == (6, 0, 0, 0, 6)
+    manifest = json.loads((tmp_path / "of_shards" / "manifest.json").read_text())
+    assert manifest["source"]["path"] == str(shards / "*.tar")
+    with pytest.raises(ValueError, match="say where the index of"):
+        run(IndexConfig(folder="*.tar", model=str(model[0])))
     rows = datasets.load_from_disk(str(tmp_path / "of_shards"))
     assert (rows["key"][4], rows["caption"][4]) == ("1-1", "a caption")
     assert index(shards, model[0], tmp_path / "of_folder")[0] == 6
