@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from llm2clip_training.recipe import add_fields, build_config, find_recipe, given_fields, load_recipe, nearest
+from llm2clip_training.recipe import (
+    add_fields,
+    build_config,
+    complete_flags,
+    find_recipe,
+    given_fields,
+    load_recipe,
+    nearest,
+)
 
 # What a user can mend; anything else is a fault of ours and keeps its traceback. A KeyError of a class of its own is
 # a message (a caption that the cache lacks), a plain one is a fault.
@@ -26,7 +34,8 @@ class Command:
         module: Module with its settings class and its `run`; imported only when the job is asked for, since the
             libraries behind it take seconds to import.
         config: Name of the settings class.
-        positional: What the arguments before the options are: a RECIPE, or the fields of these names.
+        positional: What the arguments before the options are: a RECIPE, or the fields of these names. A field that
+            holds a list takes any number of them, also none.
         optional: Those of them that may be left out.
         resumes: Whether it has a `--resume` option.
     """
@@ -98,6 +107,18 @@ COMMANDS = {
         "ExportOnnxConfig",
         positional=("model",),
     ),
+    "index": Command(
+        "the images of a folder or data set as a search index; run again, it embeds what has changed",
+        "llm2clip_training.search.index",
+        "IndexConfig",
+        positional=("folder",),
+    ),
+    "search": Command(
+        "the images of an index that fit a text or another image",
+        "llm2clip_training.search.search",
+        "SearchConfig",
+        positional=("index", "query"),
+    ),
 }
 
 
@@ -132,13 +153,13 @@ def _message(error: Exception) -> str:
     if text.startswith("Repo id must "):
         text = f"there is no such folder, and no Hub id is written like that: {text}"
     if isinstance(error, ImportError):
-        text += "; pip install 'llm2clip[train,quickstart]' brings everything that the commands need"
+        text += "; pip install 'llm2clip[train,quickstart,search]' brings everything that the commands need"
     return text
 
 
 def _run(name: str, command: Command, arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for library in ("httpx", "httpx2", "datasets", "matplotlib", "fsspec", "onnxscript", "onnx_ir"):
+    for library in ("httpx", "httpx2", "datasets", "faiss", "matplotlib", "fsspec", "onnxscript", "onnx_ir"):
         logging.getLogger(library).setLevel(logging.WARNING)
     # They speak of kernels for accelerators whenever torchao is installed, used or not.
     for library in ("torchao", "torch.utils._pytree"):
@@ -150,16 +171,21 @@ def _run(name: str, command: Command, arguments: list[str]) -> int:
         parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file of settings, or a packaged recipe")
     else:
         helps = {field.name: field.metadata["help"] for field in fields(config_class) if field.metadata}
+        lists = [field.name for field in fields(config_class) if field.default_factory is list]
         for positional in command.positional:
             number: dict[str, Any] = {}
-            if positional in command.optional:
-                number = {"nargs": "?", "default": argparse.SUPPRESS}
+            if positional in lists or positional in command.optional:
+                # Left out, it keeps its default.
+                number = {"nargs": "*" if positional in lists else "?", "default": argparse.SUPPRESS}
             parser.add_argument(positional, metavar=positional.upper(), help=helps[positional], **number)
     if command.resumes:
         parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     add_fields(parser, config_class, skip=command.positional)
-    namespace, unknown = parser.parse_known_args(arguments)
+    # Intermixed, so that a list of arguments may stand after an option.
+    namespace, unknown = parser.parse_known_intermixed_args(complete_flags(arguments, config_class))
+    if unknown and not unknown[0].startswith("-"):
+        raise ValueError(f"the argument {unknown[0]!r} is one too many; put quotes around a text of several words.")
     if unknown:
         option = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
         known = [field.name for field in fields(config_class)]

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 ConfigT = TypeVar("ConfigT")
+TRUTH_VALUES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def find_recipe(name: str) -> Path:
@@ -157,7 +158,7 @@ def _convert_collection(value: Any, hint: Any, kind: type) -> Any:
 
 def _convert_bool(value: Any) -> bool:
     if isinstance(value, str):
-        value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(value.lower())
+        value = TRUTH_VALUES.get(value.lower())
     if not isinstance(value, bool):
         raise ValueError(value)
     return value
@@ -193,7 +194,8 @@ def add_fields(parser: argparse.ArgumentParser, config_class: type, skip: Sequen
         parser.add_argument_group("settings"),
         parser.add_argument_group("settings of transformers' Trainer"),
     )
-    base_fields = {field.name for base in config_class.__mro__[1:] for field in _own_fields(base)}
+    bases = [base for base in config_class.__mro__[1:] if base.__module__.split(".")[0] == "transformers"]
+    base_fields = {field.name for base in bases for field in _own_fields(base)}
     for field in dataclasses.fields(config_class):
         if not field.init or field.name in skip:
             continue
@@ -211,6 +213,19 @@ def add_fields(parser: argparse.ArgumentParser, config_class: type, skip: Sequen
             help=f"{text} ({describe(hint)}; default: {_default(field)})".strip(),
             **options,  # type: ignore[arg-type]
         )
+
+
+def complete_flags(arguments: Sequence[str], config_class: type) -> list[str]:
+    """A command line whose `--flag`s without a value say `--flag=true`, so that none takes the argument after it."""
+    hints = typing.get_type_hints(config_class)
+    flags = {f"--{field.name}" for field in dataclasses.fields(config_class) if hints[field.name] is bool}
+    followers = [*arguments, ""][1:]
+    return [
+        f"{argument}=true"
+        if argument.replace("-", "_").replace("__", "--", 1) in flags and follower.lower() not in TRUTH_VALUES
+        else argument
+        for argument, follower in zip(arguments, followers, strict=True)
+    ]
 
 
 def given_fields(namespace: argparse.Namespace, config_class: type) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def test_top_level_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -
             "there is no such folder, and no Hub id",
         ),
         (["embed"], "EmbedConfig needs output_dir, text_model_name_or_path, sources"),
+        (["convert", "a", "b", "two words"], "the argument 'two words' is one too many"),
         (["quickstart", "--profile", "fast"], "the recipe fast does not exist"),
     ],
 )

@@ -12,7 +12,14 @@ import pytest
 
 from llm2clip_training.cli import COMMANDS
 from llm2clip_training.quickstart.pipeline import PROFILES
-from llm2clip_training.recipe import add_fields, build_config, find_recipe, given_fields, load_recipe
+from llm2clip_training.recipe import (
+    add_fields,
+    build_config,
+    complete_flags,
+    find_recipe,
+    given_fields,
+    load_recipe,
+)
 from llm2clip_training.stages.stage1 import CaptionContrastiveConfig
 from llm2clip_training.stages.stage2 import VisionAlignmentConfig
 
@@ -102,3 +109,17 @@ def test_every_packaged_recipe_builds_its_settings(path: Path) -> None:
     config_class = getattr(import_module(command.module), command.config)
     extra = {"use_cpu": True} if stage != "embed" else {}
     assert build_config(config_class, {**fields, **extra}, str(path)).output_dir
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--on", "a text"], ["--on=true", "a text"]),
+        (["--on", "false", "a text"], ["--on", "false", "a text"]),
+        (["--name", "x", "--on"], ["--name", "x", "--on=true"]),
+        (["--name", "on"], ["--name", "on"]),
+        ([], []),
+    ],
+)
+def test_a_flag_takes_no_argument_that_follows_it(given: list[str], meant: list[str]) -> None:
+    assert complete_flags(given, Settings) == meant

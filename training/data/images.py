@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 from transformers import BaseImageProcessor
@@ -39,7 +39,8 @@ def decode_image(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
     scaled to 8 bits. Of an animation the first frame is taken. EXIF orientation is applied.
 
     Args:
-        value: Encoded bytes, a path or fsspec URL, the `{"bytes", "path"}` record of `datasets`, or a PIL image.
+        value: Encoded bytes, a path or fsspec URL, the `{"bytes", "path"}` record of `datasets`, a PIL image, or a
+            file that is open for reading bytes, of which no more is read than the image needs.
         key: The row's key, for the error.
         max_pixels: Largest width x height, judged by the file's header before anything is decoded.
 
@@ -65,6 +66,8 @@ def decode_image(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
             return _to_rgb(_upright(image))
     except _UnusableError as error:
         raise DamagedImageError(key, str(error)) from None
+    except UnidentifiedImageError as error:
+        raise DamagedImageError(key, "its bytes are in no image format that Pillow knows") from error
     except FileNotFoundError as error:
         raise DamagedImageError(key, f"there is no file {error.filename or value!r}") from error
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead to, struct.error and KeyError too
@@ -80,6 +83,8 @@ def _file(value: Any) -> Any:
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if value is None:
         raise _UnusableError("it is missing")
+    if isinstance(value, io.IOBase):
+        return value
     if isinstance(value, (bytes, bytearray, memoryview)):
         if len(value) == 0:
             raise _UnusableError("it has zero bytes")

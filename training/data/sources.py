@@ -153,7 +153,7 @@ def load_source(source: CaptionSource, with_images: bool = True) -> Table:
     used += [top_level(opened.table, column) for column in columns.captions]
     table = opened.select(list(dict.fromkeys(used)))
     if columns.image is not None:
-        table = _keep_encoded(table, columns.image, opened.folders, source.path)
+        table = keep_encoded(table, columns.image, opened.folders, source.path)
     if source.max_samples is not None:
         if isinstance(table, datasets.Dataset):
             table = table.select(range(min(source.max_samples, len(table))))
@@ -345,7 +345,7 @@ def _from_disk(folder: Path, split: str, streaming: bool) -> OpenedTable:
     return OpenedTable(loaded)
 
 
-def _keep_encoded(table: Table, column: str, folders: list[str], path: str) -> Table:
+def keep_encoded(table: Table, column: str, folders: list[str], path: str) -> Table:
     """Images as encoded bytes or absolute paths, not decoded by `datasets`: decoding reports damage by key."""
     if table.features is None:  # a stream of a format whose types are known row by row only
         return table.map(_absolute_paths, batched=True, fn_kwargs={"column": column, "folders": folders, "path": path})
