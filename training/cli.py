@@ -83,6 +83,12 @@ COMMANDS = {
         "ExportOnnxConfig",
         positional=("model",),
     ),
+    "demo": Command(
+        "a page in the browser: search, classification, heat maps, two models side by side",
+        "llm2clip_training.demo.job",
+        "DemoConfig",
+        positional=(),
+    ),
 }
 
 

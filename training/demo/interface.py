@@ -1,0 +1,283 @@
+"""The demo's page: four tabs over one or two galleries."""
+
+from __future__ import annotations
+
+import functools
+import html
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from llm2clip_training.data import decode_image
+from llm2clip_training.demo.gallery import Found, Gallery
+from modeling_llm2clip import LLM2CLIPModel
+
+TITLE = "LLM2CLIP"
+QUERIES = {
+    "English": ["someone riding a bicycle up a hill", "a monkey covering its mouth", "a woman in a police uniform"],
+    "Deutsch": ["ein Surfer auf einer Welle", "Ein Mountainbiker in den Bergen", "Eine Pizza"],
+    "Français": ["personne faisant du surf", "policière", "crayon pastel"],
+}
+EXAMPLE_IMAGES = {
+    "person mountain biking": ("person riding a bicycle\nperson in a wheelchair\nperson running", "a bicycle"),
+    "closed mailbox with raised flag": ("a letter box\na camera\na light bulb", "a letter box with a raised flag"),
+    "crayon": ("a crayon\na paintbrush\na pill", "crayon"),
+    "red heart": ("a heart\na circle\na flower", "a red heart"),
+}
+CREDITS = (
+    "Pictures: Noto Emoji (Apache-2.0), Twemoji by Twitter, Inc. and other contributors (CC-BY-4.0), Fluent Emoji (MIT), "
+    "Openclipart (public domain); names from Unicode CLDR."
+)
+CSS = """
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+#head h1 { font-size: 1.75rem; font-weight: 700; margin: .4rem 0 .1rem; letter-spacing: -.02em; }
+#head p { margin: .1rem 0; } #head .facts { opacity: .7; font-size: .85rem; }
+.note, .note p { font-size: .85rem !important; opacity: .75; }
+.found .thumbnail-item { background: #fff; } .found .thumbnail-item img { padding: 10px; }
+.found .caption-label { font-size: .75rem; }
+"""
+
+
+def build_interface(galleries: Sequence[tuple[str, Gallery]], examples: bool, example_dir: Path) -> gr.Blocks:
+    """Build the page.
+
+    Args:
+        galleries: Names of one or two models with their galleries; the first one serves every tab.
+        examples: Whether the images are the bundled ones, for which there are example queries.
+        example_dir: Folder for the example images.
+    """
+    name, gallery = galleries[0]
+    pictures = _example_images(gallery, example_dir) if examples else []
+    with gr.Blocks(title=f"{TITLE} demo", analytics_enabled=False) as page:
+        gr.HTML(_head(name, gallery), elem_id="head")
+        with gr.Tab("Search", id="search"):
+            _search_tab(gallery, examples)
+        with gr.Tab("Classify", id="classify"):
+            _classify_tab(gallery, pictures)
+        with gr.Tab("Heat map", id="heat_map"):
+            _heat_map_tab(gallery, pictures)
+        with gr.Tab("Compare", id="compare"):
+            _compare_tab(galleries, examples)
+        if examples:
+            gr.Markdown(CREDITS, elem_classes="note")
+    return page
+
+
+def theme() -> gr.themes.Base:
+    """The page's look; its fonts are the reader's own."""
+    return gr.themes.Base(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        radius_size="md",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+
+
+def _head(name: str, gallery: Gallery) -> str:
+    facts = [name, *_facts(gallery.model), f"{len(gallery):,} images"]
+    return (
+        f"<h1>{TITLE}</h1><p>A large language model reads the caption, a vision tower sees the picture, and one space "
+        f"holds both.</p><p class='facts'>{html.escape(' · '.join(facts))}</p>"
+    )
+
+
+def _facts(model: LLM2CLIPModel) -> list[str]:
+    millions = [
+        sum(parameter.numel() for parameter in part.parameters()) / 1e6
+        for part in (model.text_model, model.vision_model)
+    ]
+    text, vision = model.config.text_config.decoder_config.model_type, model.config.vision_config.model_type
+    return [f"LLM: {text}, {millions[0]:,.0f} M parameters", f"vision: {vision}, {millions[1]:,.0f} M"]
+
+
+def _search_tab(gallery: Gallery, examples: bool) -> None:
+    def by_text(query: str) -> Any:
+        return _gallery_update(gallery.search(query), gallery)
+
+    def by_image(path: str | None) -> Any:
+        return _gallery_update(gallery.search(_decode(path)), gallery) if path else gr.skip()
+
+    start = QUERIES["English"][0] if examples else ""
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            query = gr.Textbox(
+                start, label="Caption", placeholder="What should the picture show?", elem_id="query", max_lines=6
+            )
+            button = gr.Button("Search", variant="primary", elem_id="search_button")
+            image = gr.Image(
+                label="or a picture like this one", type="filepath", sources=["upload", "clipboard"], height=170,
+                elem_id="query_image", buttons=[],
+            )  # fmt: skip
+            examples_at = gr.Column()
+        with gr.Column(scale=5, min_width=480):
+            found = _found_gallery("found", 4, 610)
+            gr.Markdown(
+                "Each picture's number is its cosine similarity with the query; the order means more than the value. "
+                "Names are only shown, never searched. Languages work as far as the language model reads them.",
+                elem_classes="note",
+            )
+    search = _shown(by_text)
+    gr.on([button.click, query.submit], search, query, found, api_name="search")
+    image.input(_shown(by_image), image, found, api_name="search_by_image")
+    if examples:
+        found.value = found.postprocess(_pairs(gallery.search(start))).model_dump()
+        found.label = _count_label(gallery)
+        with examples_at:
+            for language, queries in QUERIES.items():
+                gr.Examples(
+                    queries, query, found, search, run_on_click=True, cache_examples=False, label=language,
+                    api_visibility="private",
+                )  # fmt: skip
+
+
+def _classify_tab(gallery: Gallery, pictures: list[list[str]]) -> None:
+    def classify(path: str | None, labels: str, template: str) -> dict[str, float]:
+        return gallery.classify(_decode(path), labels.splitlines(), template)
+
+    with gr.Row():
+        with gr.Column(scale=3, min_width=300):
+            image = _picture_input("classify_image")
+        with gr.Column(scale=4, min_width=360):
+            labels = gr.Textbox(label="Labels, one per line", lines=5, elem_id="labels")
+            template = gr.Textbox("{}", label="Caption for a label", info="{} is where the label goes.")
+            button = gr.Button("Classify", variant="primary", elem_id="classify_button")
+            probabilities = gr.Label(label="Probabilities", elem_id="probabilities")
+            gr.Markdown(
+                "The probabilities sum to one over your labels: something is always the likeliest, also when none is "
+                "right.",
+                elem_classes="note",
+            )
+    inputs = [image, labels, template]
+    button.click(_shown(classify), inputs, probabilities, api_name="classify")
+    if pictures:
+        rows = [[path, choices, "{}"] for path, choices, _ in pictures]
+        gr.Examples(
+            rows, inputs, probabilities, _shown(classify), run_on_click=True, cache_examples=False,
+            api_visibility="private",
+        )  # fmt: skip
+
+
+def _heat_map_tab(gallery: Gallery, pictures: list[list[str]]) -> None:
+    def heat_map(path: str | None, caption: str) -> tuple[Image.Image, Image.Image, str]:
+        seen, drawn, similarity = gallery.heat_map(_decode(path), caption)
+        rows, columns = similarity.shape
+        text = (
+            f"{rows} × {columns} patches; cosine similarity from **{similarity.min():.2f}** (blue) to "
+            f"**{similarity.max():.2f}** (red). The colours span each map's own range, so a caption that does not fit "
+            "has red parts too. The tower was trained on whole pictures only: the map shows a tendency."
+        )
+        return seen, drawn, text
+
+    with gr.Row():
+        with gr.Column(scale=3, min_width=260):
+            image = _picture_input("map_image")
+            caption = gr.Textbox(label="Caption", elem_id="map_caption")
+            button = gr.Button("Show where it matches", variant="primary", elem_id="map_button")
+        with gr.Column(scale=5, min_width=480):
+            with gr.Row():
+                seen = gr.Image(label="What the tower sees", format="png", interactive=False, buttons=[])
+                drawn = gr.Image(
+                    label="Where the caption matches", format="png", interactive=False, elem_id="heat_map",
+                    buttons=["download"],
+                )  # fmt: skip
+            note = gr.Markdown(elem_classes="note")
+    inputs, outputs = [image, caption], [seen, drawn, note]
+    gr.on([button.click, caption.submit], _shown(heat_map), inputs, outputs, api_name="heat_map")
+    if pictures:
+        rows = [[path, words] for path, _, words in pictures]
+        gr.Examples(
+            rows, inputs, outputs, _shown(heat_map), run_on_click=True, cache_examples=False, api_visibility="private"
+        )
+
+
+def _compare_tab(galleries: Sequence[tuple[str, Gallery]], examples: bool) -> None:
+    if len(galleries) == 1:
+        gr.Markdown(
+            "Start the demo with a second checkpoint to see both side by side: `--compare FOLDER_OR_HUB_ID`. After "
+            "`make quickstart`, `--compare runs/quickstart/stage2-raw` is the model that learned from the LLM before "
+            "stage 1."
+        )
+        return
+
+    def compare(query: str) -> list[Any]:
+        return [_gallery_update(gallery.search(query, 9), gallery) for _, gallery in galleries]
+
+    with gr.Row(equal_height=True):
+        query = gr.Textbox(label="Caption", scale=5, elem_id="compare_query")
+        button = gr.Button("Compare", variant="primary", scale=1, elem_id="compare_button")
+    outputs: list[Any] = []
+    examples_at = gr.Row()
+    with gr.Row():
+        for index, (name, gallery) in enumerate(galleries):
+            with gr.Column():
+                gr.Markdown(f"**{name}**  \n{' · '.join(_facts(gallery.model))}")
+                outputs.append(_found_gallery(f"compare_{index}", 3, 600))
+    gr.on([button.click, query.submit], _shown(compare), query, outputs, api_name="compare")
+    if examples:
+        with examples_at:
+            for language, queries in QUERIES.items():
+                gr.Examples(
+                    queries, query, outputs, _shown(compare), run_on_click=True, cache_examples=False, label=language,
+                    api_visibility="private",
+                )  # fmt: skip
+
+
+def _picture_input(identity: str) -> gr.Image:
+    return gr.Image(
+        label="Picture", type="filepath", sources=["upload", "clipboard"], height=300, elem_id=identity, buttons=[]
+    )
+
+
+def _found_gallery(identity: str, columns: int, height: int) -> gr.Gallery:
+    return gr.Gallery(
+        label="Found", columns=columns, height=height, object_fit="contain", interactive=False, elem_id=identity,
+        elem_classes="found", buttons=[],
+    )  # fmt: skip
+
+
+def _pairs(found: Sequence[Found]) -> list[tuple[Image.Image, str]]:
+    return [(hit.image, f"{hit.score:.2f} · {hit.name}" if hit.name else f"{hit.score:.2f}") for hit in found]
+
+
+def _count_label(gallery: Gallery) -> str:
+    return f"Best matches of {len(gallery):,} images"
+
+
+def _gallery_update(found: Sequence[Found], gallery: Gallery) -> Any:
+    return gr.update(value=_pairs(found), label=_count_label(gallery), selected_index=None)
+
+
+def _decode(path: str | None) -> Image.Image:
+    if path is None:
+        raise ValueError("There is no picture yet: drop one into the field, or take an example.")
+    return decode_image(path, Path(path).name)
+
+
+def _example_images(gallery: Gallery, folder: Path) -> list[list[str]]:
+    """Example images as files, each with labels and a caption."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, (labels, caption) in EXAMPLE_IMAGES.items():
+        image = gallery.find(name)
+        if image is not None:
+            path = folder / f"{name.replace(' ', '-')}.png"
+            image.save(path)
+            rows.append([str(path), labels, caption])
+    return rows
+
+
+def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Show what a user can mend as a message on the page."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except ValueError as error:
+            raise gr.Error(str(error), title="", print_exception=False) from error
+
+    return wrapped
