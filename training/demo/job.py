@@ -9,6 +9,7 @@ from typing import Any
 
 from llm2clip_training.data import CaptionSource
 from llm2clip_training.demo.gallery import Gallery
+from llm2clip_training.demo.space import write_space
 
 QUICKSTART_MODEL = "runs/quickstart/llm2clip"
 
@@ -35,15 +36,23 @@ class DemoConfig:
         default=None, metadata={"help": "Address to listen on; by default this machine alone can connect."}
     )
     port: int | None = field(default=None, metadata={"help": "Port; by default the first free one from 7860."})
+    write_space: str | None = field(
+        default=None, metadata={"help": "Write a folder here that is a Space on the Hub, and serve nothing."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "write_space: replace a Space that exists."})
 
 
 def run(config: DemoConfig) -> dict[str, Any]:
-    """Embed the images and serve the page until interrupted.
+    """Embed the images and serve the page until interrupted, or write a Space.
 
     Args:
         config: The settings.
 
+    Returns:
+        Where the Space was written, or nothing.
+
     Raises:
+        FileExistsError: The Space exists.
         FileNotFoundError: The model is the default one, and the quickstart has not made it yet.
         ImportError: gradio is not installed.
         ValueError: There is no image.
@@ -53,6 +62,9 @@ def run(config: DemoConfig) -> dict[str, Any]:
             f"there is no {QUICKSTART_MODEL} here; `make quickstart` makes it, or give another model: "
             "--model FOLDER_OR_HUB_ID."
         )
+    if config.write_space:
+        write_space(Path(config.write_space), config.model, config.overwrite)
+        return {"space": config.write_space}
     import gradio  # noqa: F401, before the minutes that a large model takes to load
 
     cache_dir = Path(config.cache_dir)
@@ -65,7 +77,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
 
 def data_source(config: DemoConfig) -> CaptionSource:
     """The images that the settings ask for."""
-    path = config.data or str(resources.files("llm2clip_training.example_data") / "concepts")
+    path = config.data or str(resources.files("llm2clip_training.example_data") / "concepts" / "test.parquet")
     return CaptionSource(path, split=config.split, caption_columns=config.caption_columns)
 
 
