@@ -164,7 +164,9 @@ def test_an_uploaded_picture_is_classified(browser: webdriver.Chrome, picture: P
     upload(browser, "classify_image", picture)
     wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#classify_image img"))
     browser.find_element(By.ID, "classify_button").click()
-    result = wait(browser, lambda: (text := browser.find_element(By.ID, "probabilities").text).count("%") == 3 and text)
+    result = wait(
+        browser, lambda: (text := browser.find_element(By.ID, "probabilities").text).count("%") == 3 and text
+    )
     labels = [line for line in result.splitlines() if line in ("camera", "penguin", "monorail")]
     assert labels[0] == "camera"
     shoot(browser, "classify")

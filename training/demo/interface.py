@@ -6,7 +6,7 @@ import functools
 import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from PIL import Image
@@ -21,24 +21,35 @@ QUERIES = {
     "Deutsch": ["ein Surfer auf einer Welle", "Ein Mountainbiker in den Bergen", "Eine Pizza"],
     "Français": ["personne faisant du surf", "policière", "crayon pastel"],
 }
+# Captions of bundled images, each with labels to choose from and a caption for its heat map.
 EXAMPLE_IMAGES = {
-    "person mountain biking": ("person riding a bicycle\nperson in a wheelchair\nperson running", "a bicycle"),
     "closed mailbox with raised flag": ("a letter box\na camera\na light bulb", "a letter box with a raised flag"),
+    "person mountain biking": ("person riding a bicycle\nperson in a wheelchair\nperson running", "mountain biking"),
     "crayon": ("a crayon\na paintbrush\na pill", "crayon"),
-    "red heart": ("a heart\na circle\na flower", "a red heart"),
+    "person surfing": ("surfing\ncycling\nswimming", "person surfing"),
 }
 CREDITS = (
-    "Pictures: Noto Emoji (Apache-2.0), Twemoji by Twitter, Inc. and other contributors (CC-BY-4.0), Fluent Emoji (MIT), "
-    "Openclipart (public domain); names from Unicode CLDR."
+    "Pictures: Noto Emoji (Apache-2.0), Twemoji by Twitter, Inc. and other contributors (CC-BY-4.0), Fluent Emoji "
+    "(MIT), Openclipart (public domain); names from Unicode CLDR."
 )
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
 #head h1 { font-size: 1.75rem; font-weight: 700; margin: .4rem 0 .1rem; letter-spacing: -.02em; }
 #head p { margin: .1rem 0; } #head .facts { opacity: .7; font-size: .85rem; }
-.note, .note p { font-size: .85rem !important; opacity: .75; }
-.found .thumbnail-item { background: #fff; } .found .thumbnail-item img { padding: 10px; }
-.found .caption-label { font-size: .75rem; }
+.note, .note p { font-size: .85rem !important; opacity: .85; }
+.found .thumbnail-item { background: #fff; } .found .thumbnail-item img { padding: 8px 8px 30px; }
+.found .caption-label { left: 0; right: 0; bottom: 0; max-width: none; border: 0; font-size: .75rem; }
+.found .caption-label { text-align: center; }
+.picture img { width: 100%; height: 100%; object-fit: contain; }
 """
+
+
+class ExamplePicture(NamedTuple):
+    """An example image: its file, labels one per line, and a caption."""
+
+    path: str
+    labels: str
+    caption: str
 
 
 def build_interface(galleries: Sequence[tuple[str, Gallery]], examples: bool, example_dir: Path) -> gr.Blocks:
@@ -50,11 +61,11 @@ def build_interface(galleries: Sequence[tuple[str, Gallery]], examples: bool, ex
         example_dir: Folder for the example images.
     """
     name, gallery = galleries[0]
-    pictures = _example_images(gallery, example_dir) if examples else []
-    with gr.Blocks(title=f"{TITLE} demo", analytics_enabled=False) as page:
+    pictures = _save_examples(gallery, example_dir) if examples else []
+    with gr.Blocks(title=f"{TITLE} demo", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(_head(name, gallery), elem_id="head")
         with gr.Tab("Search", id="search"):
-            _search_tab(gallery, examples)
+            start = _search_tab(gallery, examples)
         with gr.Tab("Classify", id="classify"):
             _classify_tab(gallery, pictures)
         with gr.Tab("Heat map", id="heat_map"):
@@ -63,6 +74,7 @@ def build_interface(galleries: Sequence[tuple[str, Gallery]], examples: bool, ex
             _compare_tab(galleries, examples)
         if examples:
             gr.Markdown(CREDITS, elem_classes="note")
+            page.load(*start, api_visibility="private")
     return page
 
 
@@ -94,27 +106,29 @@ def _facts(model: LLM2CLIPModel) -> list[str]:
     return [f"LLM: {text}, {millions[0]:,.0f} M parameters", f"vision: {vision}, {millions[1]:,.0f} M"]
 
 
-def _search_tab(gallery: Gallery, examples: bool) -> None:
+def _search_tab(gallery: Gallery, examples: bool) -> tuple[Callable[..., Any], gr.Textbox, gr.Gallery]:
+    """Returns the search, where its query comes from and where its result goes."""
+
     def by_text(query: str) -> Any:
-        return _gallery_update(gallery.search(query), gallery)
+        return _results(gallery.search(query))
 
     def by_image(path: str | None) -> Any:
-        return _gallery_update(gallery.search(_decode(path)), gallery) if path else gr.skip()
+        return _results(gallery.search(_decode(path))) if path else gr.skip()
 
-    start = QUERIES["English"][0] if examples else ""
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             query = gr.Textbox(
-                start, label="Caption", placeholder="What should the picture show?", elem_id="query", max_lines=6
-            )
+                QUERIES["English"][0] if examples else "", label="Caption",
+                placeholder="What should the picture show?", elem_id="query", max_lines=6,
+            )  # fmt: skip
             button = gr.Button("Search", variant="primary", elem_id="search_button")
             image = gr.Image(
-                label="or a picture like this one", type="filepath", sources=["upload", "clipboard"], height=170,
+                label="or a picture like this one", type="filepath", sources=["upload", "clipboard"], height=190,
                 elem_id="query_image", buttons=[],
             )  # fmt: skip
             examples_at = gr.Column()
         with gr.Column(scale=5, min_width=480):
-            found = _found_gallery("found", 4, 610)
+            found = _found_gallery("found", 4, 640)
             gr.Markdown(
                 "Each picture's number is its cosine similarity with the query; the order means more than the value. "
                 "Names are only shown, never searched. Languages work as far as the language model reads them.",
@@ -124,23 +138,19 @@ def _search_tab(gallery: Gallery, examples: bool) -> None:
     gr.on([button.click, query.submit], search, query, found, api_name="search")
     image.input(_shown(by_image), image, found, api_name="search_by_image")
     if examples:
-        found.value = found.postprocess(_pairs(gallery.search(start))).model_dump()
-        found.label = _count_label(gallery)
         with examples_at:
-            for language, queries in QUERIES.items():
-                gr.Examples(
-                    queries, query, found, search, run_on_click=True, cache_examples=False, label=language,
-                    api_visibility="private",
-                )  # fmt: skip
+            _example_queries(query, found, search)
+    return search, query, found
 
 
-def _classify_tab(gallery: Gallery, pictures: list[list[str]]) -> None:
+def _classify_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
     def classify(path: str | None, labels: str, template: str) -> dict[str, float]:
         return gallery.classify(_decode(path), labels.splitlines(), template)
 
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
             image = _picture_input("classify_image")
+            examples = _example_pictures(pictures) if pictures else None
         with gr.Column(scale=4, min_width=360):
             labels = gr.Textbox(label="Labels, one per line", lines=5, elem_id="labels")
             template = gr.Textbox("{}", label="Caption for a label", info="{} is where the label goes.")
@@ -153,15 +163,16 @@ def _classify_tab(gallery: Gallery, pictures: list[list[str]]) -> None:
             )
     inputs = [image, labels, template]
     button.click(_shown(classify), inputs, probabilities, api_name="classify")
-    if pictures:
-        rows = [[path, choices, "{}"] for path, choices, _ in pictures]
-        gr.Examples(
-            rows, inputs, probabilities, _shown(classify), run_on_click=True, cache_examples=False,
-            api_visibility="private",
-        )  # fmt: skip
+    if examples is not None:
+
+        def classify_example(index: int) -> tuple[Any, ...]:
+            picture = pictures[index]
+            return picture.path, picture.labels, "{}", classify(picture.path, picture.labels, "{}")
+
+        examples.click(_shown(classify_example), examples, [*inputs, probabilities], api_visibility="private")
 
 
-def _heat_map_tab(gallery: Gallery, pictures: list[list[str]]) -> None:
+def _heat_map_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
     def heat_map(path: str | None, caption: str) -> tuple[Image.Image, Image.Image, str]:
         seen, drawn, similarity = gallery.heat_map(_decode(path), caption)
         rows, columns = similarity.shape
@@ -175,6 +186,7 @@ def _heat_map_tab(gallery: Gallery, pictures: list[list[str]]) -> None:
     with gr.Row():
         with gr.Column(scale=3, min_width=260):
             image = _picture_input("map_image")
+            examples = _example_pictures(pictures) if pictures else None
             caption = gr.Textbox(label="Caption", elem_id="map_caption")
             button = gr.Button("Show where it matches", variant="primary", elem_id="map_button")
         with gr.Column(scale=5, min_width=480):
@@ -187,11 +199,13 @@ def _heat_map_tab(gallery: Gallery, pictures: list[list[str]]) -> None:
             note = gr.Markdown(elem_classes="note")
     inputs, outputs = [image, caption], [seen, drawn, note]
     gr.on([button.click, caption.submit], _shown(heat_map), inputs, outputs, api_name="heat_map")
-    if pictures:
-        rows = [[path, words] for path, _, words in pictures]
-        gr.Examples(
-            rows, inputs, outputs, _shown(heat_map), run_on_click=True, cache_examples=False, api_visibility="private"
-        )
+    if examples is not None:
+
+        def map_example(index: int) -> tuple[Any, ...]:
+            picture = pictures[index]
+            return picture.path, picture.caption, *heat_map(picture.path, picture.caption)
+
+        examples.click(_shown(map_example), examples, [*inputs, *outputs], api_visibility="private")
 
 
 def _compare_tab(galleries: Sequence[tuple[str, Gallery]], examples: bool) -> None:
@@ -204,7 +218,7 @@ def _compare_tab(galleries: Sequence[tuple[str, Gallery]], examples: bool) -> No
         return
 
     def compare(query: str) -> list[Any]:
-        return [_gallery_update(gallery.search(query, 9), gallery) for _, gallery in galleries]
+        return [_results(gallery.search(query, 9)) for _, gallery in galleries]
 
     with gr.Row(equal_height=True):
         query = gr.Textbox(label="Caption", scale=5, elem_id="compare_query")
@@ -216,39 +230,45 @@ def _compare_tab(galleries: Sequence[tuple[str, Gallery]], examples: bool) -> No
             with gr.Column():
                 gr.Markdown(f"**{name}**  \n{' · '.join(_facts(gallery.model))}")
                 outputs.append(_found_gallery(f"compare_{index}", 3, 600))
-    gr.on([button.click, query.submit], _shown(compare), query, outputs, api_name="compare")
+    search = _shown(compare)
+    gr.on([button.click, query.submit], search, query, outputs, api_name="compare")
     if examples:
         with examples_at:
-            for language, queries in QUERIES.items():
-                gr.Examples(
-                    queries, query, outputs, _shown(compare), run_on_click=True, cache_examples=False, label=language,
-                    api_visibility="private",
-                )  # fmt: skip
+            _example_queries(query, outputs, search)
 
 
 def _picture_input(identity: str) -> gr.Image:
     return gr.Image(
-        label="Picture", type="filepath", sources=["upload", "clipboard"], height=300, elem_id=identity, buttons=[]
-    )
+        label="Picture", type="filepath", sources=["upload", "clipboard"], height=300, elem_id=identity, buttons=[],
+        elem_classes="picture",
+    )  # fmt: skip
 
 
 def _found_gallery(identity: str, columns: int, height: int) -> gr.Gallery:
     return gr.Gallery(
-        label="Found", columns=columns, height=height, object_fit="contain", interactive=False, elem_id=identity,
-        elem_classes="found", buttons=[],
+        label="Found", show_label=False, columns=columns, height=height, object_fit="contain", interactive=False,
+        elem_id=identity, elem_classes="found", buttons=[],
     )  # fmt: skip
 
 
-def _pairs(found: Sequence[Found]) -> list[tuple[Image.Image, str]]:
-    return [(hit.image, f"{hit.score:.2f} · {hit.name}" if hit.name else f"{hit.score:.2f}") for hit in found]
+def _example_queries(query: gr.Textbox, outputs: Any, search: Callable[..., Any]) -> None:
+    for language, queries in QUERIES.items():
+        gr.Examples(
+            queries, query, outputs, search, run_on_click=True, cache_examples=False, label=language,
+            api_visibility="private",
+        )  # fmt: skip
 
 
-def _count_label(gallery: Gallery) -> str:
-    return f"Best matches of {len(gallery):,} images"
+def _example_pictures(pictures: list[ExamplePicture]) -> gr.Dataset:
+    return gr.Dataset(
+        components=[gr.Image(visible=False, type="filepath")], samples=[[picture.path] for picture in pictures],
+        type="index", label="Examples", elem_classes="examples",
+    )  # fmt: skip
 
 
-def _gallery_update(found: Sequence[Found], gallery: Gallery) -> Any:
-    return gr.update(value=_pairs(found), label=_count_label(gallery), selected_index=None)
+def _results(found: Sequence[Found]) -> Any:
+    pairs = [(hit.image, f"{hit.score:.2f} · {hit.name}" if hit.name else f"{hit.score:.2f}") for hit in found]
+    return gr.update(value=pairs, selected_index=None)
 
 
 def _decode(path: str | None) -> Image.Image:
@@ -257,17 +277,16 @@ def _decode(path: str | None) -> Image.Image:
     return decode_image(path, Path(path).name)
 
 
-def _example_images(gallery: Gallery, folder: Path) -> list[list[str]]:
-    """Example images as files, each with labels and a caption."""
+def _save_examples(gallery: Gallery, folder: Path) -> list[ExamplePicture]:
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    pictures = []
     for name, (labels, caption) in EXAMPLE_IMAGES.items():
         image = gallery.find(name)
         if image is not None:
             path = folder / f"{name.replace(' ', '-')}.png"
             image.save(path)
-            rows.append([str(path), labels, caption])
-    return rows
+            pictures.append(ExamplePicture(str(path), labels, caption))
+    return pictures
 
 
 def _shown(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -86,7 +86,9 @@ def serve(config: DemoConfig, galleries: list[tuple[str, Gallery]], cache_dir: P
     from llm2clip_training.demo.interface import CSS, build_interface, theme
 
     page = build_interface(galleries, config.data is None, cache_dir / "examples")
-    page.launch(
+    _, address, _ = page.launch(
         server_name=config.host, server_port=config.port, share=False, theme=theme(), css=CSS, footer_links=[],
-        ssr_mode=False, pwa=False,
+        ssr_mode=False, pwa=False, quiet=True, prevent_thread_lock=True,
     )  # fmt: skip
+    print(f"The demo is at {address} (Ctrl-C ends it)", flush=True)
+    page.block_thread()

@@ -50,8 +50,8 @@ def _refuse_divided_model(model: str) -> None:
     llm = AutoConfig.from_pretrained(model).text_model_name_or_path
     if llm is not None and Path(llm).is_dir():
         raise ValueError(
-            f"the LLM of {model} lies in another folder ({llm}), which a Space would not have; save the model with its "
-            "LLM inside, or push both to the Hub and give the model's Hub id."
+            f"the LLM of {model} lies in another folder ({llm}), which a Space would not have; save the model with "
+            "its LLM inside, or push both to the Hub and give the model's Hub id."
         )
 
 
