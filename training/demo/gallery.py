@@ -162,6 +162,8 @@ class Gallery:
 
     def _embed(self, query: str | Image.Image) -> Tensor:
         if isinstance(query, str):
+            if not query.strip():
+                raise ValueError("There is no caption yet: type what the picture should show.")
             return self.model.encode_text([query], self.processor)[0]
         return self.model.encode_image([query], self.processor)[0]
 

@@ -37,9 +37,10 @@ CSS = """
 #head h1 { font-size: 1.75rem; font-weight: 700; margin: .4rem 0 .1rem; letter-spacing: -.02em; }
 #head p { margin: .1rem 0; } #head .facts { opacity: .7; font-size: .85rem; }
 .note, .note p { font-size: .85rem !important; opacity: .85; }
-.found .thumbnail-item { background: #fff; } .found .thumbnail-item img { padding: 8px 8px 30px; }
+.found .grid-wrap { max-height: none !important; overflow: visible !important; }
+.found .thumbnail-item { background: #fff; } .found .thumbnail-item img { padding: 8px 8px 40px; }
 .found .caption-label { left: 0; right: 0; bottom: 0; max-width: none; border: 0; font-size: .75rem; }
-.found .caption-label { text-align: center; }
+.found .caption-label { text-align: center; white-space: normal; line-height: 1.2; min-height: 2.9rem; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
 """
 
@@ -128,7 +129,7 @@ def _search_tab(gallery: Gallery, examples: bool) -> tuple[Callable[..., Any], g
             )  # fmt: skip
             examples_at = gr.Column()
         with gr.Column(scale=5, min_width=480):
-            found = _found_gallery("found", 4, 640)
+            found = _found_gallery("found", 4)
             gr.Markdown(
                 "Each picture's number is its cosine similarity with the query; the order means more than the value. "
                 "Names are only shown, never searched. Languages work as far as the language model reads them.",
@@ -229,7 +230,7 @@ def _compare_tab(galleries: Sequence[tuple[str, Gallery]], examples: bool) -> No
         for index, (name, gallery) in enumerate(galleries):
             with gr.Column():
                 gr.Markdown(f"**{name}**  \n{' · '.join(_facts(gallery.model))}")
-                outputs.append(_found_gallery(f"compare_{index}", 3, 600))
+                outputs.append(_found_gallery(f"compare_{index}", 3))
     search = _shown(compare)
     gr.on([button.click, query.submit], search, query, outputs, api_name="compare")
     if examples:
@@ -244,9 +245,9 @@ def _picture_input(identity: str) -> gr.Image:
     )  # fmt: skip
 
 
-def _found_gallery(identity: str, columns: int, height: int) -> gr.Gallery:
+def _found_gallery(identity: str, columns: int) -> gr.Gallery:
     return gr.Gallery(
-        label="Found", show_label=False, columns=columns, height=height, object_fit="contain", interactive=False,
+        label="Found", show_label=False, columns=columns, height="auto", object_fit="contain", interactive=False,
         elem_id=identity, elem_classes="found", buttons=[],
     )  # fmt: skip
 
