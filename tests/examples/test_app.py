@@ -121,7 +121,9 @@ def open_tab(browser: webdriver.Chrome, name: str) -> None:
 
 
 def captions(browser: webdriver.Chrome, identity: str) -> list[str]:
-    return [label.text for label in browser.find_elements(By.CSS_SELECTOR, f"#{identity} .caption-label")]
+    # In one call: the page must not change between the first and the last of them.
+    script = "return [...document.querySelectorAll(arguments[0])].map(label => label.textContent.trim())"
+    return browser.execute_script(script, f"#{identity} .caption-label")
 
 
 def upload(browser: webdriver.Chrome, identity: str, path: Path) -> None:
@@ -176,10 +178,8 @@ def test_an_uploaded_picture_is_classified(browser: webdriver.Chrome, picture: P
 
 def test_heat_map_of_an_example(browser: webdriver.Chrome) -> None:
     open_tab(browser, "Heat map")
-    rows = wait(
-        browser, lambda: [row for row in browser.find_elements(By.CSS_SELECTOR, "tbody tr") if row.is_displayed()]
-    )
-    rows[0].click()
+    examples = wait(browser, lambda: list(filter(shown, browser.find_elements(By.CSS_SELECTOR, ".gallery-item img"))))
+    examples[0].click()
     wait(browser, lambda: any(map(shown, browser.find_elements(By.CSS_SELECTOR, "#heat_map img"))))
     assert "4 × 4 patches" in browser.find_element(By.TAG_NAME, "body").text
     shoot(browser, "heat_map")
