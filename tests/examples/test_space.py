@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 
 from llm2clip_training.demo.space import write_space
 from tests.examples.server import serving
@@ -34,7 +35,11 @@ def test_space_serves_the_demo(tmp_path: Path) -> None:
         picture = handle_file(found[3]["image"])
         again = client.predict(picture, api_name="/search_by_image")["value"]
         assert float(again[0]["caption"].split(" · ")[0]) > 0.99
+        broken = tmp_path / "broken.jpg"
+        broken.write_bytes(b"\xff\xd8\xff\xe0 no picture")
+        with pytest.raises(AppError, match=r"broken\.jpg"):
+            client.predict(handle_file(broken), api_name="/search_by_image")
         result = client.predict(picture, "a camera\na penguin", "{}", api_name="/classify")
         assert sum(entry["confidence"] for entry in result["confidences"]) == pytest.approx(1)
-        with pytest.raises(Exception, match="There is no caption yet"):
+        with pytest.raises(AppError, match="There is no caption yet"):
             client.predict("  ", api_name="/search")

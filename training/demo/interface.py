@@ -38,9 +38,9 @@ CSS = """
 #head p { margin: .1rem 0; } #head .facts { opacity: .7; font-size: .85rem; }
 .note, .note p { font-size: .85rem !important; opacity: .85; }
 .found .grid-wrap { max-height: none !important; overflow: visible !important; }
-.found .thumbnail-item { background: #fff; } .found .thumbnail-item img { padding: 8px 8px 40px; }
+.found .thumbnail-item { background: #fff; } .found .thumbnail-item img { padding: 8px 8px 38px; }
 .found .caption-label { left: 0; right: 0; bottom: 0; max-width: none; border: 0; font-size: .75rem; }
-.found .caption-label { text-align: center; white-space: normal; line-height: 1.2; min-height: 2.9rem; }
+.found .caption-label { text-align: center; white-space: normal; line-height: 1.2; min-height: 2.6rem; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
 """
 
@@ -123,10 +123,7 @@ def _search_tab(gallery: Gallery, examples: bool) -> tuple[Callable[..., Any], g
                 placeholder="What should the picture show?", elem_id="query", max_lines=6,
             )  # fmt: skip
             button = gr.Button("Search", variant="primary", elem_id="search_button")
-            image = gr.Image(
-                label="or a picture like this one", type="filepath", sources=["upload", "clipboard"], height=190,
-                elem_id="query_image", buttons=[],
-            )  # fmt: skip
+            image = _picture_field("query_image", "or a picture like this one", 190)
             examples_at = gr.Column()
         with gr.Column(scale=5, min_width=480):
             found = _found_gallery("found", 4)
@@ -150,7 +147,7 @@ def _classify_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
 
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
-            image = _picture_input("classify_image")
+            image = _picture_field("classify_image")
             examples = _example_pictures(pictures) if pictures else None
         with gr.Column(scale=4, min_width=360):
             labels = gr.Textbox(label="Labels, one per line", lines=5, elem_id="labels")
@@ -186,7 +183,7 @@ def _heat_map_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
 
     with gr.Row():
         with gr.Column(scale=3, min_width=260):
-            image = _picture_input("map_image")
+            image = _picture_field("map_image")
             examples = _example_pictures(pictures) if pictures else None
             caption = gr.Textbox(label="Caption", elem_id="map_caption")
             button = gr.Button("Show where it matches", variant="primary", elem_id="map_button")
@@ -238,11 +235,18 @@ def _compare_tab(galleries: Sequence[tuple[str, Gallery]], examples: bool) -> No
             _example_queries(query, outputs, search)
 
 
-def _picture_input(identity: str) -> gr.Image:
-    return gr.Image(
-        label="Picture", type="filepath", sources=["upload", "clipboard"], height=300, elem_id=identity, buttons=[],
-        elem_classes="picture",
+def _picture_field(identity: str, label: str = "Picture", height: int = 300) -> gr.Image:
+    field = gr.Image(
+        label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], height=height,
+        elem_id=identity, elem_classes="picture", buttons=[],
     )  # fmt: skip
+    # Its own way would open the file and fail without a word on a damaged one; `decode_image` says what is wrong.
+    field.preprocess = _uploaded_file  # type: ignore[method-assign]
+    return field
+
+
+def _uploaded_file(payload: Any) -> str | None:
+    return None if payload is None else payload.path
 
 
 def _found_gallery(identity: str, columns: int) -> gr.Gallery:
