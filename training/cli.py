@@ -119,6 +119,12 @@ COMMANDS = {
         "SearchConfig",
         positional=("index", "query"),
     ),
+    "demo": Command(
+        "a page in the browser: search, classification, heat maps, two models side by side",
+        "llm2clip_training.demo.job",
+        "DemoConfig",
+        positional=(),
+    ),
 }
 
 

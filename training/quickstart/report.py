@@ -16,19 +16,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoProcessor
 
 from llm2clip_training.data import CaptionSource, EmbeddingCache, EvalTransform
-from llm2clip_training.data.images import output_size
 from llm2clip_training.evaluation import ImageTextRetrieval
+from llm2clip_training.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
 from llm2clip_training.files import write_text
 from modeling_llm2clip import LLM2CLIPModel
 
 CAPTION_SETS = {"lemma_to_gloss": "lemma → gloss", "name_to_keywords": "name → keywords"}
 RECALLS = ("recall@1", "recall@5", "recall@10")
-NUM_QUERIES, NUM_FOUND, NUM_MAPS, THUMBNAIL = 10, 6, 6, 96
+NUM_QUERIES, NUM_FOUND, NUM_MAPS, THUMBNAIL, MAP_WIDTH = 10, 6, 6, 96, 224
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1d2430; }
@@ -221,6 +220,7 @@ def _queries(model: LLM2CLIPModel, retrieval: ImageTextRetrieval, cache: Embeddi
     return "".join(parts)
 
 
+@torch.no_grad()
 def _patch_maps(
     model: LLM2CLIPModel,
     processor: Any,
@@ -234,41 +234,16 @@ def _patch_maps(
     transform = EvalTransform(processor.image_processor)
     pixels = torch.stack([transform(image) for image in images])
     captions = [retrieval.image_captions[row][0] for row in chosen]
-    maps = patch_similarity(model, pixels, cache.lookup(captions))
-    height, width = output_size(processor.image_processor)
+    features = model.get_text_features(llm_embeds=cache.lookup(captions)).pooler_output
+    assert features is not None
+    maps = patch_similarity(model, pixels, F.normalize(features.float(), dim=-1))
     figure = Figure(figsize=(2 * len(chosen), 4.3), layout="constrained")
     axes = figure.subplots(2, len(chosen), squeeze=False)
     for column, (image, caption, heat) in enumerate(zip(images, captions, maps, strict=True)):
-        picture = image.resize((width, height))
+        picture = seen_part(image, processor.image_processor)
         axes[0, column].imshow(picture)
         axes[0, column].set_title(caption[:22], fontsize=9)
-        axes[1, column].imshow(picture, alpha=0.45)
-        area = (0, width, height, 0)
-        axes[1, column].imshow(heat.numpy(), cmap="coolwarm", alpha=0.6, extent=area, interpolation="bilinear")
+        axes[1, column].imshow(draw_heat_map(picture, heat, MAP_WIDTH))
     for axis in axes.flat:
         axis.axis("off")
     return f"<img class='plot' alt='patch similarity' src='{_figure(figure)}'>"
-
-
-@torch.no_grad()
-def patch_similarity(model: LLM2CLIPModel, pixel_values: Tensor, llm_embeds: Tensor) -> Tensor:
-    """Cosine similarity between each caption and the patches of its image.
-
-    The tower's patch tokens pass through the visual projection, which was trained on the pooled token.
-
-    Args:
-        model: The model.
-        pixel_values: `(batch, 3, height, width)`.
-        llm_embeds: `(batch, hidden_size)`.
-
-    Returns:
-        `(batch, rows, columns)`, for square grids.
-    """
-    output = model.get_image_features(pixel_values)
-    assert output.last_hidden_state is not None
-    tokens = output.last_hidden_state
-    patch_size = model.config.vision_config.patch_size
-    rows, columns = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
-    patches = F.normalize(model.visual_projection(tokens[:, -rows * columns :]), dim=-1)
-    texts = F.normalize(model.get_text_features(llm_embeds=llm_embeds).pooler_output, dim=-1)  # type: ignore[arg-type]
-    return (patches @ texts[:, :, None]).view(len(tokens), rows, columns)

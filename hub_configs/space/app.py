@@ -1,0 +1,9 @@
+"""The Space's entry: the demo of one model."""
+
+import sys
+
+from llm2clip_training.cli import main
+
+MODEL = "{model}"
+
+sys.exit(main(["demo", "--model", MODEL]))

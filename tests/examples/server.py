@@ -1,0 +1,61 @@
+"""The demo as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+START_SECONDS = 240
+
+
+@contextmanager
+def serving(script: Path, *arguments: str | Path, folder: Path, path: Path | None = None) -> Iterator[str]:
+    """Start a script that serves the demo, wait until it answers, and stop it afterwards.
+
+    Args:
+        script: The script.
+        arguments: Its arguments.
+        folder: Its working directory.
+        path: Where Python looks for packages first.
+
+    Yields:
+        The page's address.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GRADIO_SERVER_PORT": str(port)}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    log = folder / "server.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, script, *arguments], cwd=folder, env=environment, stdout=output, stderr=output
+        )
+    address = f"http://127.0.0.1:{port}/"
+    try:
+        _wait(address, process, log)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.5)
+    raise AssertionError(f"no answer from {address}: {log.read_text()[-3000:]}")

@@ -1,0 +1,73 @@
+"""Where in an image a caption matches: similarity by patch, and a picture of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import BaseImageProcessor
+
+from modeling_llm2clip import LLM2CLIPModel
+
+COLOURS = "coolwarm"
+OPACITY = 0.55
+
+
+@torch.no_grad()
+def patch_similarity(model: LLM2CLIPModel, pixel_values: Tensor, text_embeds: Tensor) -> Tensor:
+    """Cosine similarity between each caption and the patches of its image.
+
+    The tower's patch tokens pass through the visual projection, which was trained on the pooled token.
+
+    Args:
+        model: The model; its LLM is not used.
+        pixel_values: `(batch, 3, height, width)`.
+        text_embeds: `(batch, projection_dim)`, unit length.
+
+    Returns:
+        `(batch, rows, columns)` float32 on the CPU.
+
+    Raises:
+        ValueError: The tower has no patches of one fixed size.
+    """
+    patch_size = getattr(model.config.vision_config, "patch_size", None)
+    if not isinstance(patch_size, int):
+        raise ValueError(f"a {model.config.vision_config.model_type} tower has no patches of one fixed size.")
+    device = model.vision_model.device
+    tokens = model.get_image_features(pixel_values.to(device)).last_hidden_state
+    assert tokens is not None
+    rows, columns = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
+    patches = F.normalize(model.visual_projection(tokens[:, -rows * columns :]).float(), dim=-1)
+    similarity = patches @ text_embeds.to(device).float()[:, :, None]
+    return similarity.view(len(tokens), rows, columns).cpu()
+
+
+def seen_part(image: Image.Image, image_processor: BaseImageProcessor) -> Image.Image:
+    """What a tower sees of an image: resized and cropped, with its colours.
+
+    Args:
+        image: An RGB image.
+        image_processor: The tower's.
+    """
+    pixels = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+    return Image.fromarray(pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def draw_heat_map(picture: Image.Image, similarity: Tensor, width: int) -> Image.Image:
+    """Lay a heat map over a picture, which loses its own colours: blue is the lowest value, red the highest.
+
+    Args:
+        picture: What the tower sees, see [`seen_part`].
+        similarity: `(rows, columns)`.
+        width: Width of the result in pixels.
+    """
+    size = (width, round(width * picture.height / picture.width))
+    smooth = F.interpolate(similarity[None, None], size=size[::-1], mode="bicubic")[0, 0]
+    low, high = similarity.min(), similarity.max()
+    scaled = ((smooth - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).numpy()
+    colours = Image.fromarray(np.uint8(255 * colormaps[COLOURS](scaled)[:, :, :3]))
+    grey = picture.convert("L").convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    return Image.blend(grey, colours, OPACITY)
