@@ -1,8 +1,8 @@
 """Fine-tune a model on a folder of captioned pictures of your own, on a CPU, and measure it before and after.
 
-python examples/fine_tune_on_a_folder.py                       # on a sample folder, which it writes first
-python examples/fine_tune_on_a_folder.py --data my_pictures    # test/ and train/, each with pictures and metadata.jsonl,
-                                                               # whose lines are {"file_name": "1.jpg", "caption": "..."}
+python examples/fine_tune_on_a_folder.py                     # on a sample folder, which it writes first
+python examples/fine_tune_on_a_folder.py --data my_pictures  # train/ and test/, each with pictures and metadata.jsonl:
+                                                             # {"file_name": "1.jpg", "caption": "a red squirrel"} ...
 """
 
 from __future__ import annotations
@@ -15,53 +15,45 @@ from datasets import load_dataset
 
 from llm2clip_training import cli
 
-CONCEPTS = Path(__file__).parent / "data" / "concepts"
-# One artist's drawings for training, another's of the same concepts for the test.
+# The sample: one artist's drawings for training, another's of the same concepts for the test.
 SAMPLE = {"train": "emoji-twitter", "test": "emoji-google"}
 
 
 def write_sample(folder: Path) -> None:
-    for split, source in SAMPLE.items():
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        with open(folder / split / "metadata.jsonl", "w") as metadata:
-            for row in load_dataset(str(CONCEPTS), split="test"):
-                if row["source"] == source:
-                    name = Path(row["key"]).name + ".png"
-                    row["image"].save(folder / split / name)
-                    metadata.write(json.dumps({"file_name": name, "caption": row["caption"]}) + "\n")
+    for row in load_dataset(str(Path(__file__).parent / "data" / "concepts"), split="test"):
+        for split in (split for split, source in SAMPLE.items() if source == row["source"]):
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            name = Path(row["key"]).name + ".png"
+            row["image"].save(folder / split / name)
+            with open(folder / split / "metadata.jsonl", "a") as metadata:
+                metadata.write(json.dumps({"file_name": name, "caption": row["caption"]}) + "\n")
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/quickstart/llm2clip", help="Hub id or folder (%(default)s)")
-    parser.add_argument("--data", type=Path, help="the folder of pictures; without it a sample is written")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/fine_tuned"), help="(%(default)s)")
-    parser.add_argument("--recipe", default="stage2_folder_cpu", help="settings of the training (%(default)s)")
+    parser.add_argument("--data", help="the folder of pictures; without it a sample is written")
+    parser.add_argument("--output-dir", default="runs/fine_tuned", help="(%(default)s)")
     arguments = parser.parse_args()
-    if not Path(arguments.model).is_dir() and arguments.model.count("/") != 1:
-        parser.error(f"no model in {arguments.model}: run `make quickstart`, or give --model a folder or Hub id")
-    model, output, data = arguments.model, str(arguments.output_dir), arguments.data or arguments.output_dir / "sample"
-    if arguments.data is None:
-        write_sample(data)
+    model, output = arguments.model, arguments.output_dir
+    if not Path(model).is_dir() and model.count("/") != 1:
+        parser.error(f"no model in {model}: run `make quickstart`, or give --model a folder or Hub id")
+    data = arguments.data or f"{output}/sample"
+    if arguments.data is None and not Path(data).is_dir():
+        write_sample(Path(data))
 
-    cache, sources = f"{output}/cache", json.dumps([{"path": str(data), "split": split} for split in SAMPLE])
-    train, test = (json.dumps({"path": str(data), "split": split}) for split in SAMPLE)
-    steps = [
-        ["evaluate", model, "--data", test, "--output", f"{output}/before.json"],
-        ["embed", "--text-model-name-or-path", model, "--sources", sources, "--output-dir", cache],
-        ["stage2", arguments.recipe, "--model-name-or-path", model, "--sources", f"[{train}]"]
-        + ["--embedding-cache", cache, "--output-dir", f"{output}/llm2clip"],
-        ["evaluate", f"{output}/llm2clip", "--data", test, "--output", f"{output}/after.json"],
-    ]
-    for step in steps:
-        print(f"\n$ llm2clip {' '.join(step)}", flush=True)
-        if cli.main(step):
-            return 1
-    before, after = (json.loads(Path(output, f"{name}.json").read_text()) for name in ("before", "after"))
-    for metric in ("text_to_image_recall@1", "text_to_image_recall@10", "image_to_text_recall@1"):
-        print(f"{metric}: {before[metric]:.1%} before, {after[metric]:.1%} after")
-    return 0
+    tuned, cache = f"{output}/llm2clip", f"{output}/cache"
+    train, test = f"{{path: {data}, split: train}}", f"{{path: {data}, split: test}}"
+    embed = ["--text-model-name-or-path", model, "--sources", f"[{train}, {test}]", "--output-dir", cache]
+    stage2 = ["--model-name-or-path", model, "--sources", f"[{train}]", "--embedding-cache", cache]
+    stage2 += ["--output-dir", tuned, "--frozen-states-dir", f"{output}/vision_states"]
+    commands = {"before": ["evaluate", model, "--data", test], "embed": ["embed", *embed]}
+    commands |= {"stage2": ["stage2", "stage2_folder_cpu", *stage2], "after": ["evaluate", tuned, "--data", test]}
+    for command in commands.values():
+        print(f"\n$ llm2clip {' '.join(command)}", flush=True)
+        if cli.main(command):
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -14,11 +14,11 @@ from transformers import AutoModel, AutoProcessor
 
 DATA = Path(__file__).parent / "data" / "concepts"
 CAPTION = (
-    "A small drawing on a plain background, in flat and friendly colours, without any text, frame or shadow, of the "
-    "kind that people put into messages to their friends when they have no time to write a sentence or do not find "
-    "the right words. It was made for a phone, so that it stays clear at a very small size, and the outlines are "
-    "soft and round. What it shows is a bird that cannot fly: a black and white penguin with an orange beak and "
-    "orange feet, which stands upright on the ice."
+    "It had rained all morning, and we had nearly given up the idea of going to the zoo, when the sun came out and my "
+    "daughter, who had been looking forward to this day for weeks, ran to the door with her yellow boots on. We took "
+    "the tram, bought two tickets and an ice cream, and walked past the lions, who slept, to the one place that she "
+    "wanted to see. There, on a rock beside the cold water, stood the animal of her dreams: a penguin, a black and "
+    "white bird with an orange beak, which cannot fly but swims like a fish."
 )
 
 
@@ -33,7 +33,9 @@ def main() -> None:
 
     model = AutoModel.from_pretrained(arguments.model, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
-    data = load_dataset(str(DATA), split="test").filter(lambda source: source == "emoji-google", input_columns="source")
+    data = load_dataset(str(DATA), split="test").filter(
+        lambda source: source == "emoji-google", input_columns="source"
+    )
     names, pictures = data["caption"][:], model.encode_image(data["image"][:], processor)
 
     tokens = processor.tokenizer(arguments.caption, add_special_tokens=False)["input_ids"]

@@ -52,7 +52,9 @@ def main() -> None:
     grid = Image.fromarray((255 * colours).byte().view(height, width, 3).numpy())
     picture.paste(grid.resize(size, Image.Resampling.NEAREST), (size[0], 0))
     picture.save(arguments.output)
-    print(f"{arguments.output}: the image, and its {height} x {width} patches coloured by their first three directions")
+    print(
+        f"{arguments.output}: the image, and its {height} x {width} patches coloured by their first three directions"
+    )
 
 
 if __name__ == "__main__":
