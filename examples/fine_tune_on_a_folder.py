@@ -7,11 +7,10 @@ python examples/fine_tune_on_a_folder.py --data my_pictures  # train/ and test/,
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
-from datasets import load_dataset
+from common import example_parser, parse, pictures
 
 from llm2clip_training import cli
 
@@ -20,7 +19,7 @@ SAMPLE = {"train": "emoji-twitter", "test": "emoji-google"}
 
 
 def write_sample(folder: Path) -> None:
-    for row in load_dataset(str(Path(__file__).parent / "data" / "concepts"), split="test"):
+    for row in pictures("test"):
         for split in (split for split, source in SAMPLE.items() if source == row["source"]):
             (folder / split).mkdir(parents=True, exist_ok=True)
             name = Path(row["key"]).name + ".png"
@@ -30,14 +29,11 @@ def write_sample(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="runs/quickstart/llm2clip", help="Hub id or folder (%(default)s)")
+    parser = example_parser(__doc__)
     parser.add_argument("--data", help="the folder of pictures; without it a sample is written")
     parser.add_argument("--output-dir", default="runs/fine_tuned", help="(%(default)s)")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     model, output = arguments.model, arguments.output_dir
-    if not Path(model).is_dir() and model.count("/") != 1:
-        parser.error(f"no model in {model}: run `make quickstart`, or give --model a folder or Hub id")
     data = arguments.data or f"{output}/sample"
     if arguments.data is None and not Path(data).is_dir():
         write_sample(Path(data))

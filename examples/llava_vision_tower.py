@@ -3,33 +3,20 @@
 python examples/llava_vision_tower.py --llm HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
-import argparse
-from pathlib import Path
+from __future__ import annotations
 
 import torch
-from datasets import load_dataset
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from common import example_parser, parse, pictures
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, LlavaConfig
+from transformers import AutoModelForImageTextToText as AutoLlava
 
 from modeling_llm2clip import LLM2CLIPVisionModelWithProjection
 
-LLM = "runs/quickstart/weights/smollm2-135m-instruct"
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="runs/quickstart/llm2clip", help="Hub id or folder (%(default)s)")
-    parser.add_argument("--llm", default=LLM, help="a causal LLM: Hub id or folder (%(default)s)")
-    arguments = parser.parse_args()
-    for name in (arguments.model, arguments.llm):
-        if not Path(name).is_dir() and name.count("/") != 1:
-            parser.error(f"no model in {name}: run `make quickstart`, or give a folder or Hub id")
-
+    parser = example_parser(__doc__)
+    parser.add_argument("--llm", default="runs/quickstart/weights/smollm2-135m-instruct", help="(%(default)s)")
+    arguments = parse(parser, models=("model", "llm"))
     tower = LLM2CLIPVisionModelWithProjection.from_pretrained(arguments.model).vision_model
     image_processor = AutoImageProcessor.from_pretrained(arguments.model)
     llm = AutoModelForCausalLM.from_pretrained(arguments.llm, dtype=torch.float32)
@@ -37,20 +24,20 @@ def main() -> None:
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     llm.resize_token_embeddings(max(len(tokenizer), llm.config.vocab_size), mean_resizing=False)
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
-    parts = {"vision_config": tower.config, "text_config": llm.config, "image_token_index": image_token}
-    llava = LlavaForConditionalGeneration(LlavaConfig(**parts, vision_feature_layer=-1)).eval()
+    config = LlavaConfig(vision_config=tower.config, text_config=llm.config, vision_feature_layer=-1)
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    llava = AutoLlava.from_config(config).eval()
     llava.model.vision_tower, llava.model.language_model, llava.lm_head = tower, llm.model, llm.lm_head
     llava.requires_grad_(False).model.multi_modal_projector.requires_grad_(True)
 
-    data = load_dataset(str(Path(__file__).parent / "data" / "concepts"), split="test").select(range(18, 90, 3))
+    data = pictures("test").select(range(18, 90, 3))
     pixels = image_processor(images=data["image"][:], return_tensors="pt")["pixel_values"]
     patches = llava.model.get_image_features(pixels[:1]).pooler_output[0].shape[0]
     prompt = "<image>" * patches + "a drawing of:"
     prompts = [f"{prompt} {caption}{tokenizer.eos_token}" for caption in data["caption"]]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
-    learned = batch["attention_mask"].bool() & (batch["input_ids"] != image_token)
-    labels = batch["input_ids"].masked_fill(~learned, -100)
+    unlearned = (batch["input_ids"] == config.image_token_id) | (batch["attention_mask"] == 0)
+    labels = batch["input_ids"].masked_fill(unlearned, -100)
     optimizer = torch.optim.AdamW(llava.model.multi_modal_projector.parameters(), lr=1e-3)
     for step in range(20):
         rows = torch.randperm(len(data))[:8]
@@ -62,8 +49,7 @@ def main() -> None:
         print(f"step {step}: loss {loss.item():.3f}")
     start = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     answers = llava.generate(**start, pixel_values=pixels[:1], max_new_tokens=8)
-    words = tokenizer.decode(answers[0, start["input_ids"].shape[1] :], skip_special_tokens=True)
-    print(f"{data['caption'][0]}: the LLM reads{words}")
+    print(f"{data['caption'][0]}: the LLM reads{tokenizer.decode(answers[0], skip_special_tokens=True)}")
 
 
 if __name__ == "__main__":

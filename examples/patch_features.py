@@ -6,33 +6,25 @@ python examples/patch_features.py --image photo.jpg --layer -2 --output photo_pa
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
-from datasets import load_dataset
+from common import example_parser, parse, pictures
 from PIL import Image
 from transformers import AutoImageProcessor
 
 from modeling_llm2clip import LLM2CLIPVisionModelWithProjection
 
-DATA = Path(__file__).parent / "data" / "concepts"
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="runs/quickstart/llm2clip", help="Hub id or folder (%(default)s)")
+    parser = example_parser(__doc__)
     parser.add_argument("--image", help="an image file; without it a bundled picture")
     parser.add_argument("--layer", type=int, default=-1, help="whose states are drawn (%(default)s)")
     parser.add_argument("--output", default="patch_features.png", help="the picture (%(default)s)")
-    arguments = parser.parse_args()
-    if not Path(arguments.model).is_dir() and arguments.model.count("/") != 1:
-        parser.error(f"no model in {arguments.model}: run `make quickstart`, or give --model a folder or Hub id")
+    arguments = parse(parser)
 
     # The vision half alone: neither the adapter nor the LLM is read.
     model = LLM2CLIPVisionModelWithProjection.from_pretrained(arguments.model).eval()
     processor = AutoImageProcessor.from_pretrained(arguments.model)
-    image = Image.open(arguments.image) if arguments.image else load_dataset(str(DATA), split="test")["image"][213]
+    image = Image.open(arguments.image) if arguments.image else pictures("test")["image"][213]
     pixels = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         output = model(pixel_values=pixels, output_hidden_states=True)
@@ -52,9 +44,7 @@ def main() -> None:
     grid = Image.fromarray((255 * colours).byte().view(height, width, 3).numpy())
     picture.paste(grid.resize(size, Image.Resampling.NEAREST), (size[0], 0))
     picture.save(arguments.output)
-    print(
-        f"{arguments.output}: the image, and its {height} x {width} patches coloured by their first three directions"
-    )
+    print(f"{arguments.output}: the image, and its {height} x {width} patches coloured by their main directions")
 
 
 if __name__ == "__main__":

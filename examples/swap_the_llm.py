@@ -5,11 +5,10 @@ python examples/swap_the_llm.py --llm Qwen/Qwen2.5-0.5B
 Stage 2 with MODEL as the vision tower and LLM as the text tower lets the vision tower learn from the new LLM too.
 """
 
-import argparse
-from pathlib import Path
+from __future__ import annotations
 
 import torch
-from datasets import load_dataset
+from common import example_parser, parse, pictures
 from torch.nn import functional as F
 from transformers import AutoProcessor
 
@@ -21,14 +20,10 @@ KEPT = ("projection_dim", "visual_projection", "visual_projection_bias")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="runs/quickstart/llm2clip", help="Hub id or folder (%(default)s)")
+    parser = example_parser(__doc__)
     parser.add_argument("--llm", default="runs/quickstart/raw", help="the other LLM: Hub id or folder (%(default)s)")
     parser.add_argument("--output-dir", default="runs/other_llm", help="(%(default)s)")
-    arguments = parser.parse_args()
-    for name in (arguments.model, arguments.llm):
-        if not Path(name).is_dir() and name.count("/") != 1:
-            parser.error(f"no model in {name}: run `make quickstart`, or give a folder or Hub id")
+    arguments = parse(parser, models=("model", "llm"))
 
     old = LLM2CLIPModel.from_pretrained(arguments.model, text_model=False).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)
@@ -37,11 +32,7 @@ def main() -> None:
     new = LLM2CLIPModel.from_vision_text_pretrained(old.vision_model, llm, **kept).eval()
     new.visual_projection = old.visual_projection
 
-    data = (
-        load_dataset(str(Path(__file__).parent / "data" / "concepts"), split="train")
-        .shuffle(seed=0)
-        .select(range(600))
-    )
+    data = pictures("train").shuffle(seed=0).select(range(600))
     images = new.encode_image(data["image"][:], processor)
     texts = llm.eval().encode(data["caption"][:], tokenizer)
     optimizer = torch.optim.AdamW([*new.text_adapter.parameters(), new.logit_scale], lr=3e-4, weight_decay=0.1)

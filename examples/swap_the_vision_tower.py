@@ -5,11 +5,10 @@ python examples/swap_the_vision_tower.py --vision-model facebook/dinov2-small
 CLIP, SigLIP 2, DINOv2, EVA02 and others fit. Stage 2 with MODEL as the text tower trains the new tower as well.
 """
 
-import argparse
-from pathlib import Path
+from __future__ import annotations
 
 import torch
-from datasets import load_dataset
+from common import example_parser, parse, pictures
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoProcessor
 
@@ -21,14 +20,10 @@ KEPT = ("projection_dim", "adapter_num_layers", "adapter_expansion", "adapter_no
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="runs/quickstart/llm2clip", help="Hub id or folder (%(default)s)")
+    parser = example_parser(__doc__)
     parser.add_argument("--vision-model", default=TOWER, help="the other tower: Hub id or folder (%(default)s)")
     parser.add_argument("--output-dir", default="runs/other_vision_tower", help="(%(default)s)")
-    arguments = parser.parse_args()
-    for name in (arguments.model, arguments.vision_model):
-        if not Path(name).is_dir() and name.count("/") != 1:
-            parser.error(f"no model in {name}: run `make quickstart`, or give a folder or Hub id")
+    arguments = parse(parser, models=("model", "vision_model"))
 
     old = LLM2CLIPModel.from_pretrained(arguments.model).eval()
     tokenizer = AutoProcessor.from_pretrained(arguments.model).tokenizer
@@ -37,11 +32,7 @@ def main() -> None:
     new = LLM2CLIPModel.from_vision_text_pretrained(arguments.vision_model, old.text_model, **kept).eval()
     new.text_adapter, new.logit_scale = old.text_adapter, old.logit_scale
 
-    data = (
-        load_dataset(str(Path(__file__).parent / "data" / "concepts"), split="train")
-        .shuffle(seed=0)
-        .select(range(600))
-    )
+    data = pictures("train").shuffle(seed=0).select(range(600))
     texts = new.encode_text(data["caption"][:], processor)
     pixels = processor(images=data["image"][:], return_tensors="pt")["pixel_values"]
     with torch.no_grad():

@@ -6,36 +6,29 @@ python examples/zero_shot_classification.py --images cat.jpg dog.jpg --labels "a
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-from datasets import load_dataset
+from common import example_parser, parse, pictures
 from PIL import Image
 from transformers import pipeline
 
-DATA = Path(__file__).parent / "data" / "concepts"
 # Rows of the test split: concepts that the quickstart's training never named.
 ROWS = (19, 54, 67, 213, 326)
 LABELS = ["a leaf", "a crocodile", "a penguin", "a train on a single rail", "a teddy bear", "a cup of tea"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="runs/quickstart/llm2clip", help="Hub id or folder (%(default)s)")
+    parser = example_parser(__doc__)
     parser.add_argument("--images", nargs="+", help="image files; without them some bundled pictures")
     parser.add_argument("--labels", nargs="+", default=LABELS, help="any texts; a short sentence works best")
-    arguments = parser.parse_args()
-    if not Path(arguments.model).is_dir() and arguments.model.count("/") != 1:
-        parser.error(f"no model in {arguments.model}: run `make quickstart`, or give --model a folder or Hub id")
+    arguments = parse(parser)
 
     if arguments.images:
-        pictures = {name: Image.open(name) for name in arguments.images}
+        images = {name: Image.open(name) for name in arguments.images}
     else:
-        rows = load_dataset(str(DATA), split="test").select(ROWS)
-        pictures = {f"picture of: {row['caption']}": row["image"] for row in rows}
+        rows = pictures("test").select(ROWS)
+        images = {f"picture of: {row['caption']}": row["image"] for row in rows}
 
     classifier = pipeline("zero-shot-image-classification", arguments.model, trust_remote_code=True)
-    for name, picture in pictures.items():
+    for name, picture in images.items():
         # The labels go to the model as they are; the pipeline's own default is "This is a photo of {}."
         answers = classifier(picture, candidate_labels=arguments.labels, hypothesis_template="{}")
         print(f"\n{name}")
