@@ -102,9 +102,7 @@ def test_the_documents_are_found() -> None:
     assert len([line for document, line in COMMANDS if document == "README.md"]) > 15
 
 
-@pytest.mark.parametrize(
-    "document", WITH_PYTHON
-)
+@pytest.mark.parametrize("document", WITH_PYTHON)
 def test_python_snippets_run(document: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = dict(PROVIDED.get(document, {}))
     run_snippets(document, names)
