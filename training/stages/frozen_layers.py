@@ -88,7 +88,8 @@ class FrozenLayers:
 
     Args:
         tower: The vision tower.
-        num_layers: How many of its transformer layers are frozen, with everything before them.
+        num_layers: How many of its transformer layers are frozen, with everything before them; `-n` leaves the last
+            `n` to be trained.
         image_size: Height and width of its images in pixels.
 
     Attributes:
@@ -102,11 +103,10 @@ class FrozenLayers:
         self.tower = tower
         self.image_size = image_size
         self.stack = LayerStack.find(tower)
-        self.num_layers = num_layers
-        if not 0 < num_layers <= len(self.stack.layers):
-            raise ValueError(
-                f"freeze_vision_layers is {num_layers}, but the tower has {len(self.stack.layers)} layers."
-            )
+        count = len(self.stack.layers)
+        self.num_layers = num_layers if num_layers >= 0 else count + num_layers
+        if not 0 < self.num_layers <= count:
+            raise ValueError(f"freeze_vision_layers is {num_layers}, but the tower has {count} layers.")
         self.state_shape: tuple[int, ...] = ()
         self._extra_outputs = 0
         self._freeze()

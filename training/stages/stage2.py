@@ -86,7 +86,10 @@ class VisionAlignmentConfig(StageConfig):
     crop_scale: list[float] = field(
         default_factory=lambda: [0.9, 1.0], metadata={"help": "Smallest and largest share of a random crop."}
     )
-    freeze_vision_layers: int = field(default=0, metadata={"help": "Layers of the vision tower that stay frozen."})
+    freeze_vision_layers: int = field(
+        default=0,
+        metadata={"help": "Layers of the vision tower that stay frozen; -1 freezes all but the last, and so on."},
+    )
     frozen_states_dir: str | None = field(
         default=None,
         metadata={"help": "Compute the frozen layers' outputs once, without augmentation, and keep them here."},

@@ -1,0 +1,122 @@
+"""Every example runs, and what it prints is right."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoProcessor, Dinov2Config, Dinov2Model
+
+from modeling_llm2clip import LLM2CLIPModel
+from tests.examples.conftest import EXAMPLES, FITTED, LONG_CAPTION, Run
+from tests.training import tiny
+
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")
+
+
+def losses(output: str) -> list[float]:
+    return [float(value) for value in re.findall(r"^step \d+: loss ([\d.]+)$", output, re.MULTILINE)]
+
+
+def test_every_script_is_one_screen_and_in_the_table() -> None:
+    table = (EXAMPLES / "README.md").read_text()
+    for script in SCRIPTS:
+        assert len((EXAMPLES / script).read_text().splitlines()) <= 60, script
+        assert f"[{script}]({script})" in table
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_missing_model_is_one_clear_error(script: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_code:
+        run(script)
+    assert exit_code.value.code == 2
+    assert "no model in runs/quickstart/llm2clip: run `make quickstart`, or give --model" in capsys.readouterr().err
+
+
+def test_zero_shot_classification_names_the_pictures(run: Run, fitted: Path) -> None:
+    labels = ["a leaf", "a crocodile", "a penguin", "a train", "a teddy bear"]
+    shown = run("zero_shot_classification.py", "--model", fitted, "--labels", *labels)
+    first = re.findall(r"^picture of: (.+)\n +([\d.]+)%  (.+)$", shown, re.MULTILINE)
+    assert [name for name, _, _ in first] == ["maple leaf", "crocodile", "penguin", "monorail", "teddy bear"]
+    assert [label for _, _, label in first] == labels
+    assert all(float(share) > 50 for _, share, _ in first)
+
+
+def test_long_caption_is_read_to_its_end(run: Run, fitted: Path) -> None:
+    shown = run("long_caption_retrieval.py", "--model", fitted, "--caption", LONG_CAPTION, "--top", "2")
+    whole, cut = re.findall(r"ending in .*\n  [\d.]+  (.+)\n", shown)
+    assert (whole, cut) == ("penguin", "mahjong red dragon")
+    assert FITTED[65][-20:] in shown
+
+
+def test_patch_features_of_every_layer(run: Run, fitted: Path, tmp_path: Path) -> None:
+    shown = run("patch_features.py", "--model", fitted, "--output", "patches.png")
+    assert "pixels (1, 3, 28, 28); image embedding (1, 24)" in shown
+    assert re.findall(r"hidden_states\[(\d)\] \(1, 17, 32\)", shown) == ["0", "1", "2"]
+    picture = Image.open(tmp_path / "patches.png")
+    assert picture.size == (672, 336)
+    assert len(picture.crop((336, 0, 672, 336)).getcolors() or []) == 16
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_a_folder_measures_before_and_after(run: Run, fitted: Path, tmp_path: Path) -> None:
+    shown = run("fine_tune_on_a_folder.py", "--model", fitted)
+    before, after = (float(rank) for rank in re.findall(r"text_to_image_mean_rank: ([\d.]+)", shown))
+    assert after < before
+    assert shown.count("num_images: 138") == 2
+    old, new = (AutoModel.from_pretrained(folder) for folder in (fitted, tmp_path / "runs/fine_tuned/llm2clip"))
+    assert not torch.equal(old.visual_projection.weight, new.visual_projection.weight)
+    first, last = (f"encoder.layers.{layer}" for layer in (0, 1))
+    for name, value in old.vision_model.state_dict().items():
+        if first in name:
+            assert torch.equal(value, new.vision_model.state_dict()[name]), name
+    assert any(
+        not torch.equal(value, new.vision_model.state_dict()[name])
+        for name, value in old.vision_model.state_dict().items()
+        if last in name
+    )
+
+
+@pytest.mark.slow
+def test_swapping_the_llm_leaves_image_embeddings_alone(run: Run, fitted: Path, tmp_path: Path) -> None:
+    llm = tiny.save_llm(tmp_path / "llm")
+    shown = run("swap_the_llm.py", "--model", fitted, "--llm", llm, "--output-dir", "swapped")
+    assert losses(shown)[-1] < losses(shown)[0]
+    old, new = (LLM2CLIPModel.from_pretrained(folder).eval() for folder in (fitted, tmp_path / "swapped"))
+    processor = AutoProcessor.from_pretrained(tmp_path / "swapped")
+    image = Image.effect_noise((28, 28), 80).convert("RGB")
+    assert torch.equal(old.encode_image(image, processor), new.encode_image(image, processor))
+    decoder = AutoModelForCausalLM.from_pretrained(llm).model
+    assert torch.equal(new.text_model.decoder.embed_tokens.weight, decoder.embed_tokens.weight)
+    assert new.encode_text(["a dog"], processor).shape == (1, 24)
+
+
+@pytest.mark.slow
+def test_swapping_the_vision_tower_leaves_caption_embeddings_alone(run: Run, fitted: Path, tmp_path: Path) -> None:
+    tower = Dinov2Model(
+        Dinov2Config(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=7)
+    )
+    tower.save_pretrained(tmp_path / "tower")
+    AutoImageProcessor.from_pretrained(fitted).save_pretrained(tmp_path / "tower")
+    arguments = ("--model", fitted, "--vision-model", tmp_path / "tower", "--output-dir", "swapped")
+    shown = run("swap_the_vision_tower.py", *arguments)
+    assert losses(shown)[-1] < losses(shown)[0]
+    old, new = (LLM2CLIPModel.from_pretrained(folder).eval() for folder in (fitted, tmp_path / "swapped"))
+    processor = AutoProcessor.from_pretrained(tmp_path / "swapped")
+    captions = ["a small dog", LONG_CAPTION]
+    torch.testing.assert_close(old.encode_text(captions, processor), new.encode_text(captions, processor))
+    assert new.config.vision_config.model_type == "dinov2"
+    assert new.encode_image(Image.new("RGB", (50, 40)), processor).shape == (1, 24)
+
+
+@pytest.mark.slow
+def test_a_llava_learns_through_its_projector(run: Run, fitted: Path, tmp_path: Path) -> None:
+    llm = tiny.save_llm(tmp_path / "llm")
+    shown = run("llava_vision_tower.py", "--model", fitted, "--llm", llm)
+    values = losses(shown)
+    assert len(values) == 20
+    assert sum(values[-5:]) / 5 < min(values[:2])
+    assert "maple leaf: the LLM reads" in shown
