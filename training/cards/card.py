@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +68,21 @@ def write_card(folder: Path, facts: CardFacts) -> None:
     write_text(folder / CARD, render(facts, *read_card(folder)))
 
 
-def render(facts: CardFacts, data: dict[str, Any] | None = None, text: str = "") -> str:
+def render(facts: CardFacts, data: dict[str, Any] | None = None, text: str = "", keep: Sequence[str] = ()) -> str:
     """A card.
 
     Args:
         facts: What is known now.
         data: Front matter of the card so far.
         text: Its text.
+        keep: Sections that stay as they are, unless they are empty.
     """
     merged = _merge_data(data or {}, front_matter(facts))
-    body = _merge_sections(text, sections(facts)) if text.strip() else _fresh(sections(facts))
+    new = sections(facts)
+    if not text.strip():
+        return _assemble(merged, _fresh(new))
+    filled = {name for name, _, content in SECTION.findall(text) if content.strip()}
+    body = _merge_sections(text, {name: value for name, value in new.items() if name not in filled & set(keep)})
     return _assemble(merged, body)
 
 
@@ -111,6 +117,8 @@ def _eval_results(evaluation: Evaluation, pipeline_tag: str) -> list[EvalResult]
             task_name=evaluation.task,
             dataset_type=evaluation.dataset,
             dataset_name=evaluation.title,
+            # Without it the Hub's index would put two caption columns of one split together.
+            dataset_config=evaluation.note or None,
             dataset_split=evaluation.split,
             dataset_revision=evaluation.revision,
             metric_type=name,
@@ -152,7 +160,8 @@ def _merge_sections(text: str, new: dict[str, str]) -> str:
     def renew(match: re.Match[str]) -> str:
         name, checksum, content = match.groups()
         untouched = _checksum(content) == checksum
-        return _marked(name, new[name]) if untouched and name in new else match[0]
+        # What nothing is known about now may have been known before.
+        return _marked(name, new[name]) if untouched and new.get(name) else match[0]
 
     return SECTION.sub(renew, text)
 

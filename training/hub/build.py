@@ -32,8 +32,8 @@ from llm2clip_training.cards import (
     write_curves,
 )
 from llm2clip_training.files import appearing_folder, refuse_existing, write_json, write_text
-from llm2clip_training.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip_training.hub.validation import CAPTIONS, compare_with_stranger, sample_picture
+from llm2clip_training.sentence_transformers import write_sentence_transformers_files
 from llm2clip_training.towers import hub_ids, save_text_tower
 from modeling_llm2clip import (
     LLM2CLIPConfig,
@@ -278,12 +278,12 @@ def _open_picture(path: str | None) -> Image.Image | None:
 def _write_card(config: BuildConfig, loaded: Loaded, folder: Path, results: list[Evaluation]) -> None:
     source = Path(config.model)
     has_curves = False
-    if (source / HISTORY).is_file():
-        history = json.loads((source / HISTORY).read_text(encoding="utf-8"))["log_history"]
-        has_curves = write_curves(folder, history)
-    elif (source / CURVES).is_file():
+    if (source / CURVES).is_file():
         shutil.copy(source / CURVES, folder / CURVES)
         has_curves = True
+    elif (source / HISTORY).is_file():
+        history = json.loads((source / HISTORY).read_text(encoding="utf-8"))["log_history"]
+        has_curves = write_curves(folder, history)
     data, text = read_card(source) if source.is_dir() else ({}, "")
     name = config.name or Path(config.destination).name
     facts = CardFacts(
@@ -300,7 +300,8 @@ def _write_card(config: BuildConfig, loaded: Loaded, folder: Path, results: list
         has_example=(folder / EXAMPLE).is_file(),
         has_curves=has_curves,
     )
-    write_text(folder / CARD, render(facts, data, text))
+    # The Trainer knew its recipe.
+    write_text(folder / CARD, render(facts, data, text, keep=["training"]))
 
 
 def _write_licence(folder: Path) -> None:

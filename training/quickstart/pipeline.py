@@ -19,10 +19,12 @@ import transformers
 from transformers import AutoProcessor, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
+from llm2clip_training.cards import Evaluation
 from llm2clip_training.data import EmbeddingCache, distinct_captions
 from llm2clip_training.evaluation import ImageTextRetrieval
 from llm2clip_training.files import write_json
 from llm2clip_training.gather import process_state
+from llm2clip_training.hub import build
 from llm2clip_training.quickstart.assets import smollm2_folder, vit_small_folder
 from llm2clip_training.quickstart.data import QuickstartData
 from llm2clip_training.quickstart.ledger import Ledger
@@ -31,7 +33,7 @@ from llm2clip_training.recipe import build_config, find_recipe, load_recipe
 from llm2clip_training.stages import stage1, stage2
 from llm2clip_training.stages.embed import EmbedConfig, embed_captions
 from llm2clip_training.stages.text_tower import TextTowerConfig, load_text_tower
-from llm2clip_training.towers import save_text_tower
+from llm2clip_training.towers import hub_ids, save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 
 logger = logging.getLogger(__name__)
@@ -252,12 +254,22 @@ class Quickstart:
     def _final(self, folder: Path, resume: bool) -> dict[str, Any]:
         """Bundle the LLM, and note a few logits by which anyone can check what they loaded."""
         trained = self._stage2_folder("stage1")
-        model = LLM2CLIPModel.from_pretrained(trained).eval()
         processor = AutoProcessor.from_pretrained(trained)
-        model.save_pretrained(folder, save_text_model=True)
-        processor.save_pretrained(folder)
         retrieval = ImageTextRetrieval(self.data.test_source(), processor.image_processor)
         captions, images = retrieval.captions[:4], [retrieval.image(row) for row in range(4)]
+        example = self.folder / "example.png"
+        images[0].save(example)
+        settings = build.BuildConfig(
+            model=str(trained),
+            destination=str(folder),
+            bundle_text_model=True,
+            name="llm2clip-quickstart",
+            example_image=str(example),
+            example_captions=captions[:3],
+            overwrite=True,
+        )
+        build.run(settings, self._evaluations())
+        model = LLM2CLIPModel.from_pretrained(folder).eval()
         with torch.no_grad():
             output = model(**processor(text=captions, images=images, return_tensors="pt"))
         return {
@@ -265,6 +277,15 @@ class Quickstart:
             "images": "the first four of the test split",
             "logits_per_image": output.logits_per_image.tolist(),
         }
+
+    def _evaluations(self) -> list[Evaluation]:
+        """The final model's rows of the results table, for its card."""
+        data, found = self.data, self.ledger.steps["stage2-stage1"]["result"]["retrieval"]
+        dataset = data.path if hub_ids(data.path) else Path(data.path).name
+        return [
+            Evaluation("image-text retrieval", dataset, data.test, data.checksum(), metrics, note=column)
+            for column, metrics in found.items()
+        ]
 
     def _results(self, final: Path, seconds: float) -> dict[str, Any]:
         steps = {name: step["result"] for name, step in self.ledger.steps.items()}

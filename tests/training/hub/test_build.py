@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from llm2clip_training.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from tests.modeling import tiny
 from tests.modeling.tiny import CAPTIONS, IMAGES
+from tests.stranger import HIDE
 
 
 def run(*arguments: str | Path) -> None:
@@ -65,6 +70,24 @@ def test_an_llm_in_a_folder_is_bundled(tmp_path: Path) -> None:
     assert "Apache License" in (out / "LICENSE").read_text()
     assert Image.open(out / "training_curves.png").size[0] > 100
     assert Image.open(out / "example.png").size == IMAGES[0].size
+
+
+def test_the_snippets_of_the_card_run(tmp_path: Path) -> None:
+    tiny.save(tmp_path / "model")
+    IMAGES[0].save(tmp_path / "picture.png")
+    captions = ["--example-captions", "noise", "a dog"]
+    run(tmp_path / "model", tmp_path / "out", "--example-image", tmp_path / "picture.png", *captions)
+    snippets = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / CARD).read_text(), re.DOTALL)
+    assert len(snippets) == 3
+    shown = []
+    for snippet in snippets:
+        command = [sys.executable, "-I", "-c", HIDE + snippet]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "out")
+        assert done.returncode == 0, done.stderr
+        shown.append(done.stdout)
+    scores = ast.literal_eval(shown[1])
+    assert {row["label"] for row in scores} == {"noise", "a dog"}
+    assert sum(row["score"] for row in scores) == pytest.approx(1, abs=1e-4)
 
 
 def test_an_llm_on_the_hub_is_named(tmp_path: Path) -> None:

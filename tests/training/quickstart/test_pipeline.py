@@ -13,6 +13,7 @@ import yaml
 from transformers import AutoModel, AutoProcessor
 
 from llm2clip_training import cli
+from llm2clip_training.cards import read_card, validate_card
 from llm2clip_training.data import decode_image
 from llm2clip_training.quickstart.data import QuickstartData
 from tests.training import tiny
@@ -72,6 +73,17 @@ def test_whole_story(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "data:image/webp;base64," in page
     assert "src='http" not in page
     assert len(list((folder / "cache" / "vision_states").iterdir())) == 1
+
+    data, text = read_card(folder / "llm2clip")
+    validate_card(folder / "llm2clip")
+    rows = list(results["image_retrieval"].values())[2:]
+    for result, expected in zip(data["model-index"][0]["results"], rows, strict=True):
+        assert {metric["type"]: metric["value"] for metric in result["metrics"]} == expected
+        assert len(result["dataset"]["revision"]) == 16
+    assert f"{100 * rows[0]['text_to_image_recall@10']:.1f}" in text
+    assert "lora_rank" not in text
+    assert "projection_dim: 16" in text
+    assert (folder / "llm2clip" / "training_curves.png").is_file()
 
     model = AutoModel.from_pretrained(folder / "llm2clip").eval()
     processor = AutoProcessor.from_pretrained(folder / "llm2clip")

@@ -11,7 +11,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, Siglip2ImageProcessor
 
-from llm2clip_training.hub.sentence_transformers import write_sentence_transformers_files
+from llm2clip_training.sentence_transformers import write_sentence_transformers_files
 from modeling_llm2clip import LLM2CLIPProcessor, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from tests import stranger
 from tests.modeling import tiny
