@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, PretrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from llm2clip_training.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig
@@ -77,7 +79,7 @@ class LLM2CLIPEncoder(AbsEncoder):
         self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         self.mteb_model_meta = _describe(
             model_name,
-            revision or getattr(self.model.config, "_commit_hash", None),
+            revision,
             n_parameters=self.model.num_parameters(),
             max_tokens=text_config.max_text_length,
             embed_dim=self.width,
@@ -143,9 +145,12 @@ def _has_no_images(inputs: DataLoader[Any]) -> bool:
 
 
 def _describe(name: str, revision: str | None, **fields: Any) -> ModelMeta:
+    # mteb keeps results by name and revision, and a folder or a branch may hold other weights tomorrow.
     if Path(name).is_dir():
-        # mteb keeps results by name and revision, and a folder may hold other weights tomorrow.
         name, revision = f"local/{Path(name).resolve().name}", _digest(Path(name))
+    else:
+        # Downloads lie in folders that are named by the commit.
+        revision = Path(hf_hub_download(name, CONFIG_NAME, revision=revision)).parent.name
     return ModelMeta(
         loader=LLM2CLIPEncoder,
         name=name,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
+import huggingface_hub
 import mteb
 import pytest
 import torch
@@ -240,3 +242,15 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
 def test_rows_are_unit(encoder: LLM2CLIPEncoder) -> None:
     rows = encoder.encode(batches(text=tiny.CAPTIONS), task_metadata=NameToKeywords.metadata)
     torch.testing.assert_close(rows, F.normalize(rows, dim=-1))
+
+
+def test_hub_models_are_known_by_their_commit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download of the Hub as it lies in the cache, read offline."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--someone--llm2clip-tiny"
+    shutil.copytree(folder, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    meta = LLM2CLIPEncoder("someone/llm2clip-tiny", device="cpu").mteb_model_meta
+    assert (meta.name, meta.revision) == ("someone/llm2clip-tiny", commit)
