@@ -204,13 +204,14 @@ class _Update:
             self._drop_parts()
             raise ValueError(f"not one of the {len(failures)} files or rows of {self.config.folder} can be embedded.")
         self.manifest.images, self.manifest.failed = len(rows), len(failures)
+        removed = self._removed(identities)
         self._write(rows, identities, failures)
         self._drop_parts()
         embedded = sum(identities[row] in self.new for row in rows)
         return {
             "embedded": embedded,
             "kept": len(rows) - embedded,
-            "removed": self._removed(identities),
+            "removed": removed,
             "failed": len(failures),
             "images": len(rows),
             "index": str(self.output),
@@ -277,6 +278,7 @@ class _Update:
         embeds = self.known.gather([identities[row] for row in rows])
         # faiss is about to need the memory.
         self.known.close()
+        self.previous = None
         with appearing_folder(self.output, overwrite=True, mark=VECTORS) as folder:
             write_index(folder, self.manifest, self.config, described, embeds, failures)
 
