@@ -37,7 +37,16 @@ def table() -> datasets.Dataset:
 
 
 @pytest.fixture(scope="module")
-def model(table: datasets.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chromium() -> tuple[str, str]:
+    """The browser and its driver."""
+    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if browser is None or driver is None:
+        pytest.skip("there is no chromium with its driver; on Debian: apt-get install chromium chromium-driver")
+    return browser, driver
+
+
+@pytest.fixture(scope="module")
+def model(chromium: tuple[str, str], table: datasets.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model that has learned by heart which of all the images belong to a few captions."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
@@ -75,12 +84,9 @@ def address(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 
 @pytest.fixture
-def browser(address: str) -> Iterator[webdriver.Chrome]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("there is no chromium with its driver; on Debian: apt-get install chromium chromium-driver")
+def browser(address: str, chromium: tuple[str, str]) -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location, driver = chromium
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1240,960"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
@@ -89,7 +95,6 @@ def browser(address: str) -> Iterator[webdriver.Chrome]:
         browser.get(address)
         wait(browser, lambda: len(captions(browser, "found")) == 12)  # the first example's result
         yield browser
-        ARTEFACTS.mkdir(parents=True, exist_ok=True)
         assert {url for url in requests(browser) if not url.startswith((address, "data:", "blob:"))} == set()
     finally:
         browser.quit()

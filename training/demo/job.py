@@ -23,7 +23,8 @@ class DemoConfig:
         default=None, metadata={"help": "A second model, to see beside the first: Hub id or folder."}
     )
     data: str | None = field(
-        default=None, metadata={"help": "Images to search: a path or Hub id; by default the bundled test split."}
+        default=None,
+        metadata={"help": "Captioned images to search: a path or Hub id; by default the bundled test split."},
     )
     split: str = field(default="test", metadata={"help": "Split of the data."})
     caption_columns: list[str] = field(
