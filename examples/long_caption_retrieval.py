@@ -10,11 +10,10 @@ from common import example_parser, parse, pictures
 from transformers import AutoModel, AutoProcessor
 
 CAPTION = (
-    "It had rained all morning, and we had nearly given up the idea of going to the zoo, when the sun came out and my "
-    "daughter, who had been looking forward to this day for weeks, ran to the door with her yellow boots on. We took "
-    "the tram, bought two tickets and an ice cream, and walked past the lions, who slept, to the one place that she "
-    "wanted to see. There, on a rock beside the cold water, stood the animal of her dreams: a penguin, a black and "
-    "white bird with an orange beak, which cannot fly but swims like a fish."
+    "A small drawing in flat and friendly colours, of the kind that people put into messages to their friends when "
+    "they have no time to write a sentence or do not find the right words. It was made for a phone, so that it stays "
+    "clear at a very small size, and the outlines are soft and round, with only a few details, as in a book for very "
+    "young children. What it shows is a penguin, a black and white bird with an orange beak and orange feet."
 )
 
 
