@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,16 @@ COMMANDS = [(document, line) for document in DOCUMENTS for line in shell_lines(d
 
 def run_snippets(document: str, names: dict[str, Any]) -> None:
     """Run a document's Python blocks one after another, as a reader would in one session."""
-    for language, content in blocks(document):
-        if kind(language, content) != "python":
-            continue
-        for statement in ast.parse(content).body:
-            code = compile(ast.Module([statement], []), document, "exec")
-            if not any(word in ast.unparse(statement) for word in NOT_RUN):
-                exec(code, names)
+    statements = [
+        statement
+        for language, content in blocks(document)
+        if kind(language, content) == "python"
+        for statement in map(ast.unparse, ast.parse(content).body)
+        if not any(word in statement for word in NOT_RUN)
+    ]
+    session = Path("session.py")
+    session.write_text("\n".join(statements))
+    runpy.run_path(str(session), init_globals=names)
 
 
 @pytest.fixture
@@ -109,7 +113,7 @@ def test_python_snippets_run(document: str, folder: Path, capsys: pytest.Capture
     printed = capsys.readouterr().out
     for _, content in blocks(document):
         if content.startswith("{"):
-            shown, now = ast.literal_eval(content), ast.literal_eval(printed)
+            shown, now = ast.literal_eval(content), ast.literal_eval(printed.splitlines()[0])
             assert list(shown) == list(now)
             assert sum(now.values()) == pytest.approx(1, abs=0.002)
 

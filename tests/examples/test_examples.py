@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoProcessor, Dinov2Config, Dinov2Model
 
 from modeling_llm2clip import LLM2CLIPModel
 from tests.examples.conftest import EXAMPLES, FITTED, LONG_CAPTION, Run
+from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.training import tiny
 
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")
@@ -125,3 +127,14 @@ def test_a_llava_learns_through_its_projector(run: Run, fitted: Path, tmp_path: 
     assert len(values) == 20
     assert sum(values[-5:]) / 5 < min(values[:2])
     assert "maple leaf: the LLM reads" in shown
+
+
+def test_pushing_to_the_hub(run: Run, fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(constants, name, value)
+    with LoopbackHub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        shown = run("push_to_the_hub.py", "--model", fitted, "--repo-id", "tester/fitted")
+        assert f"pushed: {hub.url}/tester/fitted" in shown
+        assert hub.repo("tester/fitted").files()["model.safetensors"]

@@ -22,6 +22,7 @@ from llm2clip_training.data.sampling import EpochDataset
 from llm2clip_training.evaluation import ImageTextRetrieval
 from llm2clip_training.losses import clip_loss
 from llm2clip_training.optim import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
+from llm2clip_training.sentence_transformers import write_sentence_transformers_files
 from llm2clip_training.stages.base import StageConfig, StageTrainer, check_pushing, require, resume_point
 from llm2clip_training.stages.frozen_layers import FrozenLayers
 from llm2clip_training.stages.stage2_inputs import build_dataset, load_model, open_captions
@@ -243,6 +244,7 @@ class VisionAlignmentTrainer(StageTrainer):
                 model.load_text_model()
             model.save_pretrained(output_dir, save_text_model=self.args.bundle_text_model)
             cast(LLM2CLIPProcessor, self.processing_class).save_pretrained(output_dir)
+            write_sentence_transformers_files(output_dir)
         self.accelerator.wait_for_everyone()
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm2clip_training.cards import TEXT_TASK
 from llm2clip_training.data import PairSource
 from llm2clip_training.evaluation import CaptionRetrieval
+from llm2clip_training.sentence_transformers import write_sentence_transformers_files
 from llm2clip_training.stages.base import ADAPTER_FILES, StageConfig, StageTrainer
 from llm2clip_training.towers import open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
@@ -108,6 +109,7 @@ class TextTowerTrainer(StageTrainer):
         if self.args.should_save:
             save_text_tower(text_model, cast(PreTrainedTokenizerBase, self.processing_class), output_dir)
             if not text_model.has_adapter:
+                write_sentence_transformers_files(output_dir)
                 # A push in mid-training has left them here.
                 for name in ADAPTER_FILES:
                     Path(output_dir, name).unlink(missing_ok=True)
