@@ -94,7 +94,7 @@ def test_a_hundred_thousand_images_stay_below_two_gib(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_embedding_itself_takes_no_memory_per_image(tmp_path: Path) -> None:
+def test_an_image_takes_the_memory_of_its_embedding(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model", projection_dim=WIDTH)
     few, many = 500, 4000
     base, more = (
@@ -103,8 +103,8 @@ def test_embedding_itself_takes_no_memory_per_image(tmp_path: Path) -> None:
     )
     per_image = (more - base) / (many - few)
     print(f"{base / 2**20:.0f} MiB with {few} images, {more / 2**20:.0f} with {many}: {per_image:.0f} bytes per image")
-    # No more than the row's embeddings: pixels would be 9,408 bytes, and as float32 for the tower as many again.
-    assert per_image < 9408
+    # The embedding: stored in 16 bit, in faiss in 32, and on its way there. Kept pixels would be 9,408 bytes more.
+    assert per_image < 10 * WIDTH
 
 
 @pytest.mark.slow
