@@ -60,8 +60,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     """
     if config.model == QUICKSTART_MODEL and not Path(config.model).is_dir():
         raise FileNotFoundError(
-            f"there is no {QUICKSTART_MODEL} here; `make quickstart` makes it, or give another model: "
-            "--model FOLDER_OR_HUB_ID."
+            f"no model in {QUICKSTART_MODEL}: run `make quickstart`, or give --model a folder or Hub id"
         )
     if config.write_space:
         write_space(Path(config.write_space), config.model, config.overwrite)
