@@ -135,7 +135,7 @@ def test_damage_is_raised_by_key_or_skipped(tmp_path: Path, transforms: tuple[Ev
     for index, error, reason in (
         (1, DamagedImageError, "missing"),
         (2, CaptionError, "no text in caption"),
-        (3, DamagedImageError, "Error"),
+        (3, DamagedImageError, "no image format"),
     ):
         key = ["fine", "no image", "no text", "torn"][index]
         with pytest.raises(error, match=f"'{key}' cannot be used"):
