@@ -61,7 +61,7 @@ TEXT = """```python
 from transformers import AutoModel, AutoTokenizer
 
 model = AutoModel.from_pretrained("{repo}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)
 embeddings = model.encode({captions}, tokenizer)
 print(embeddings.shape)
 ```

@@ -226,6 +226,19 @@ def _save(loaded: Loaded, config: BuildConfig, folder: Path) -> None:
         write_sentence_transformers_files(folder)
 
 
+def validate(folder: Path) -> float:
+    """Load a built folder here and in a new process without this package.
+
+    Returns:
+        The largest difference of their outputs, relative to the largest entry.
+
+    Raises:
+        RuntimeError: It does not load there, or gives other outputs.
+    """
+    loaded = _load(BuildConfig(model=str(folder), merge_adapter=False))
+    return _validate(loaded, folder, sample_picture(), list(CAPTIONS))
+
+
 def _validate(loaded: Loaded, folder: Path, picture: Image.Image, captions: list[str]) -> float:
     model, processor, expected = loaded.model, loaded.processor, dict[str, Tensor]()
     texts = captions if loaded.with_captions else []
@@ -334,4 +347,4 @@ def _with_code_repo(fields: Any, repo: str) -> Any:
     }
 
 
-__all__ = ["BuildConfig", "count_parameters", "read_results", "run"]
+__all__ = ["BuildConfig", "count_parameters", "read_results", "run", "validate"]

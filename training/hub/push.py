@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from llm2clip_training.cards import CARD, EXAMPLE, merge_cards, validate_card, with_repo
-from llm2clip_training.hub.validation import CAPTIONS, sample_picture, stranger_outputs
+from llm2clip_training.hub import build
 from llm2clip_training.towers import hub_ids
 
 logger = logging.getLogger(__name__)
@@ -159,22 +159,17 @@ def check_folder(folder: Path) -> None:
 
 
 def validate_folder(folder: Path) -> None:
-    """Load a folder in a new process, offline and without this package.
+    """Load a folder in a new process, offline and without this package, and compare its outputs with ours.
 
     Raises:
-        RuntimeError: It does not load.
+        RuntimeError: It does not load, or gives other outputs.
     """
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if any("--" in target for target in fields["auto_map"].values()):
         logger.info("the code of %s is in another repo, so it is not loaded before the upload", folder)
         return
-    text_tower = fields["model_type"] == "llm2clip_text_model"
-    vision_half = str(fields["auto_map"].get("AutoModel", "")).endswith("VisionModelWithProjection")
-    external = fields.get("text_model_name_or_path") is not None
-    captions = [] if vision_half or external else list(CAPTIONS)
-    loading = {"text_model": False} if external and not vision_half else {}
-    logger.info("loading %s in a new process", folder)
-    stranger_outputs(folder, None if text_tower else sample_picture(), captions, **loading)
+    logger.info("loading %s here and in a new process", folder)
+    build.validate(folder)
 
 
 def _upload(folder: Path, config: PushConfig, api: HfApi) -> dict[str, Any]:

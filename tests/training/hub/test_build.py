@@ -72,19 +72,24 @@ def test_an_llm_in_a_folder_is_bundled(tmp_path: Path) -> None:
     assert Image.open(out / "example.png").size == IMAGES[0].size
 
 
+def run_snippets(folder: Path) -> list[str]:
+    """What the Python blocks of a card print, each in a process that has never seen this package."""
+    shown = []
+    for snippet in re.findall(r"```python\n(.*?)```", (folder / CARD).read_text(), re.DOTALL):
+        command = [sys.executable, "-I", "-c", HIDE + snippet]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        shown.append(done.stdout)
+    return shown
+
+
 def test_the_snippets_of_the_card_run(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model")
     IMAGES[0].save(tmp_path / "picture.png")
     captions = ["--example-captions", "noise", "a dog"]
     run(tmp_path / "model", tmp_path / "out", "--example-image", tmp_path / "picture.png", *captions)
-    snippets = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / CARD).read_text(), re.DOTALL)
-    assert len(snippets) == 3
-    shown = []
-    for snippet in snippets:
-        command = [sys.executable, "-I", "-c", HIDE + snippet]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "out")
-        assert done.returncode == 0, done.stderr
-        shown.append(done.stdout)
+    shown = run_snippets(tmp_path / "out")
+    assert len(shown) == 3
     scores = ast.literal_eval(shown[1])
     assert {row["label"] for row in scores} == {"noise", "a dog"}
     assert sum(row["score"] for row in scores) == pytest.approx(1, abs=1e-4)
@@ -118,6 +123,9 @@ def test_a_text_tower_and_its_adapter(tmp_path: Path) -> None:
     data, text = read_card(tmp_path / "out")
     assert data["pipeline_tag"] == "feature-extraction"
     assert "model.encode(" in text
+    shape, similarity = run_snippets(tmp_path / "out")
+    assert shape == "torch.Size([2, 32])\n"
+    assert similarity.startswith(("tensor([[1.0", "tensor([[0.99"))
 
 
 def test_a_vision_half(tmp_path: Path) -> None:
@@ -127,6 +135,8 @@ def test_a_vision_half(tmp_path: Path) -> None:
     run(tmp_path / "half", tmp_path / "out")
     data, text = read_card(tmp_path / "out")
     assert data["pipeline_tag"] == "image-feature-extraction"
+    IMAGES[0].save(tmp_path / "out" / "picture.jpg")
+    assert run_snippets(tmp_path / "out") == ["torch.Size([1, 24]) torch.Size([1, 17, 32])\n"]
     assert "SentenceTransformer" not in text
 
 
