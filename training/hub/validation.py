@@ -43,7 +43,8 @@ with torch.inference_mode():
         pixels = AutoImageProcessor.from_pretrained(folder)(images=pictures, return_tensors="pt")
         found["image"] = model(**pixels.to(model.dtype)).pooler_output
     if task["captions"]:
-        batch = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(task["captions"], padding=True, return_tensors="pt")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        batch = tokenizer(task["captions"], padding=True, return_tensors="pt")
         found["text"] = model(**batch).pooler_output
 if task["image"] and task["captions"]:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -79,15 +80,8 @@ def stranger_outputs(
             image.save(task["image"])
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
         command = [sys.executable, "-I", "-c", STRANGER, json.dumps(task)]
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=scratch,
-            check=False,
-        )
+        options: dict[str, Any] = {"env": environment, "cwd": scratch, "capture_output": True, "text": True}
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False, **options)
         if done.returncode != 0:
             raise RuntimeError(
                 f"{folder} does not load in a new process without this package:\n{done.stderr.strip()[-2000:]}"
