@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import re
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -164,7 +166,7 @@ class LLM2CLIPTextConfig(PretrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output["decoder_config"] = with_version_4_rope(output["decoder_config"])
-        return output
+        return _without_local_names(output)
 
 
 class LLM2CLIPConfig(PretrainedConfig):
@@ -229,7 +231,20 @@ class LLM2CLIPConfig(PretrainedConfig):
         output = super().to_dict()
         # A quantised LLM is never part of a checkpoint, and the folder that holds it says how it was quantised.
         output["text_config"].pop("quantization_config", None)
-        return output
+        return _without_local_names(output)
+
+
+def _without_local_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the folders that the parts were loaded from, which are nobody else's business; Hub ids stay."""
+    kept = {}
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            kept[key] = _without_local_names(value)
+        elif key != "_name_or_path" or (
+            re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value or "") and not os.path.exists(value)
+        ):
+            kept[key] = value
+    return kept
 
 
 def _with_vision_type(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig | dict[str, Any]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import threading
+import uuid
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -60,7 +61,8 @@ class Repo:
         self.commit("main", {}, "initial commit")
 
     def commit(self, branch: str, files: dict[str, File], message: str) -> str:
-        sha = hashlib.sha1(f"{self.name} {len(self.commits)}".encode()).hexdigest()
+        # Unlike any other, since clients keep what they downloaded by its name.
+        sha = hashlib.sha1(uuid.uuid4().bytes).hexdigest()
         self.commits[sha], self.branches[branch] = files, sha
         self.messages.append(message)
         return sha

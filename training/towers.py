@@ -33,10 +33,14 @@ def loading_options(dtype: str, attn_implementation: str | None = None, revision
     return {key: value for key, value in options.items() if value is not None}
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id: OWNER/NAME."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
 def hub_ids(*names: str | None) -> list[str]:
-    """Those of the names that are Hub ids; a folder is none, nor is a checkpoint file."""
-    pattern = r"\w[\w.-]*/\w[\w.-]*"
-    return [name for name in names if name and re.fullmatch(pattern, name) and not Path(name).exists()]
+    """Those of the names that are Hub ids and not folders or files here."""
+    return [name for name in names if name and is_hub_id(name) and not Path(name).exists()]
 
 
 def is_text_tower(name: str, revision: str | None = None) -> bool:

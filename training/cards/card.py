@@ -24,7 +24,7 @@ CARD = "README.md"
 PEFT_TEMPLATE = "# Model Card for Model ID"
 SECTION = re.compile(r"<!-- llm2clip:(\w+) ([0-9a-f]{12}) -->\n(.*?)\n?<!-- /llm2clip:\1 -->", re.DOTALL)
 # What the snippets load.
-LOADED = re.compile(r'((?:from_pretrained\(|SentenceTransformer\(|model=)")[^"]*(")')
+LOADED = re.compile(r'((?:from_pretrained\(|SentenceTransformer\(|snapshot_download\(|model=)")[^"]*(")')
 # Of these lists a later card keeps what is there and adds what is new.
 UNITED = ("tags", "base_model", "datasets")
 
@@ -93,7 +93,10 @@ def _assemble(data: dict[str, Any], text: str) -> str:
 def front_matter(facts: CardFacts) -> dict[str, Any]:
     """The metadata that the Hub reads."""
     results = [result for evaluation in facts.evaluations for result in _eval_results(evaluation, facts.task)]
-    widget = [{"src": EXAMPLE, "candidate_labels": ", ".join(facts.captions)}] if facts.has_example else None
+    # Commas part the labels.
+    labels = ", ".join(" ".join(caption.replace(",", " ").split()) for caption in facts.captions)
+    widget = [{"src": EXAMPLE, "candidate_labels": labels}] if facts.has_example else None
+    tags = ["llm2clip", "clip", *([] if facts.is_adapter else ["sentence-transformers"]), f"arxiv:{PAPER}"]
     data = ModelCardData(
         language=list(facts.languages) or None,
         license=facts.licence,
@@ -101,7 +104,7 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
         datasets=list(facts.datasets) or None,
         library_name="transformers",
         pipeline_tag=facts.task,
-        tags=["llm2clip", "clip", "sentence-transformers", f"arxiv:{PAPER}"],
+        tags=tags,
         widget=widget,
     )
     fields = data.to_dict()
@@ -135,8 +138,18 @@ def _merge_data(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         if values:
             merged[key] = list(dict.fromkeys(values))
     if "model-index" in new:
-        merged["model-index"] = new["model-index"]
+        ours = new["model-index"][0]
+        measured = [_measured(result) for result in ours["results"]]
+        others = [result for entry in old.get("model-index") or [] for result in entry.get("results") or []]
+        kept = [result for result in others if _measured(result) not in measured]
+        merged["model-index"] = [{**ours, "results": [*ours["results"], *kept]}]
     return merged
+
+
+def _measured(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What a result of a model-index was measured on."""
+    dataset = result.get("dataset") or {}
+    return ((result.get("task") or {}).get("name"), *(dataset.get(key) for key in ("type", "config", "split")))
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llm2clip_training.towers import hub_ids
 from modeling_llm2clip import LLM2CLIPTextConfig
 
 
@@ -17,7 +18,9 @@ def summary(model: Any) -> str:
             f"{config.hidden_size} dimensions, captions of up to {config.max_text_length} tokens."
         )
     vision = config.vision_config
-    llm = config.text_model_name_or_path or f"a {config.text_config.decoder_config.model_type} language model"
+    # A folder's path says nothing to others, and too much.
+    names = hub_ids(config.text_model_name_or_path)
+    llm = names[0] if names else f"a {config.text_config.decoder_config.model_type} language model"
     size = getattr(vision, "image_size", None)
     return (
         f"An LLM2CLIP model: a vision tower ({vision.model_type}{f', {size} px' if size else ''}) in one space of "

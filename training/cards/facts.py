@@ -57,6 +57,7 @@ class CardFacts:
         evaluations: What was measured.
         captions: Labels of the example picture, or captions for the snippets; the first is the right one.
         has_example: Whether the folder holds an example picture, `EXAMPLE`.
+        is_adapter: Whether the folder holds a PEFT adapter, which `AutoModel` loads from a folder alone.
         has_curves: Whether the folder holds training curves, `CURVES`.
     """
 
@@ -74,3 +75,4 @@ class CardFacts:
     captions: Sequence[str] = ()
     has_example: bool = False
     has_curves: bool = False
+    is_adapter: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,6 +76,19 @@ print(model.similarity(embeddings, embeddings))
 ```"""
 
 
+# transformers would look for the code in the repo of the LLM, so it has to be a folder.
+ADAPTER = """```python
+from huggingface_hub import snapshot_download
+from transformers import AutoModel, AutoTokenizer
+
+folder = snapshot_download("{repo}")
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+embeddings = model.encode({captions}, tokenizer)
+print(embeddings.shape)
+```"""
+
+
 def sections(facts: CardFacts) -> dict[str, str]:
     """All sections by name; one about which nothing is known is empty."""
     return {
@@ -92,7 +106,7 @@ def _about(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    snippets = {JOINT_TASK: JOINT, TEXT_TASK: TEXT}.get(facts.task, VISION)
+    snippets = ADAPTER if facts.is_adapter else {JOINT_TASK: JOINT, TEXT_TASK: TEXT}.get(facts.task, VISION)
     filled = snippets.format(
         repo=facts.repo,
         picture=EXAMPLE if facts.has_example else PICTURE,
@@ -104,7 +118,7 @@ def _use(facts: CardFacts) -> str:
 
 def _literal(captions: Sequence[str]) -> str:
     # Double quotes, as a formatter would write them.
-    return "[" + ", ".join('"' + caption.replace("\\", "\\\\").replace('"', '\\"') + '"' for caption in captions) + "]"
+    return "[" + ", ".join(json.dumps(caption, ensure_ascii=False) for caption in captions) + "]"
 
 
 def _results(evaluations: Sequence[Evaluation]) -> str:

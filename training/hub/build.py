@@ -34,7 +34,7 @@ from llm2clip_training.cards import (
 from llm2clip_training.files import appearing_folder, refuse_existing, write_json, write_text
 from llm2clip_training.hub.validation import CAPTIONS, compare_with_stranger, sample_picture
 from llm2clip_training.sentence_transformers import write_sentence_transformers_files
-from llm2clip_training.towers import hub_ids, save_text_tower
+from llm2clip_training.towers import hub_ids, is_hub_id, save_text_tower
 from modeling_llm2clip import (
     LLM2CLIPConfig,
     LLM2CLIPModel,
@@ -69,7 +69,7 @@ class BuildConfig:
     )
     merge_adapter: bool | None = field(
         default=None,
-        metadata={"help": "Merge a stage-1 LoRA adapter; unset: unless a Hub id says where its LLM is."},
+        metadata={"help": "Merge a stage-1 LoRA adapter into its LLM (the default), or keep it: false."},
     )
     code_repo: str | None = field(
         default=None, metadata={"help": "Hub id of a repo that holds the code; the folder then has none of its own."}
@@ -97,7 +97,7 @@ class BuildConfig:
             raise ValueError("text_model says that the LLM is elsewhere, bundle_text_model that it is here; drop one.")
         for name in ("text_model", "code_repo", "repo_id"):
             value = getattr(self, name)
-            if value is not None and not hub_ids(value):
+            if value is not None and not is_hub_id(value):
                 raise ValueError(f"{name} {value!r} is no Hub id (OWNER/NAME).")
 
 
@@ -190,10 +190,9 @@ def _load(config: BuildConfig) -> Loaded:
         half = LLM2CLIPVisionModelWithProjection.from_pretrained(config.model, **options).eval()
         return Loaded(half, AutoImageProcessor.from_pretrained(config.model, **options), VISION_TASK, False)
     elsewhere = config.text_model or fields.get("text_model_name_or_path")
-    bundle = config.bundle_text_model
-    if bundle is None:
-        bundle = config.text_model is None and not hub_ids(elsewhere)
-    if not bundle and not hub_ids(elsewhere):
+    on_the_hub = config.text_model is not None or bool(hub_ids(elsewhere))
+    bundle = not on_the_hub if config.bundle_text_model is None else config.bundle_text_model
+    if not bundle and not on_the_hub:
         raise ValueError(
             f"the LLM is in {elsewhere!r}, where others cannot load it from; bundle it (the default), or say with "
             "--text-model under which Hub id it is."
@@ -213,7 +212,7 @@ def _merges(config: BuildConfig, model: Any) -> bool:
     base = model.decoder.peft_config[model.decoder.active_adapter].base_model_name_or_path
     if config.merge_adapter is False and not hub_ids(base):
         raise ValueError(f"the adapter's LLM is in {base!r}, where others cannot load it from; merge it.")
-    return not hub_ids(base) if config.merge_adapter is None else config.merge_adapter
+    return config.merge_adapter is not False
 
 
 def _save(loaded: Loaded, config: BuildConfig, folder: Path) -> None:
@@ -298,6 +297,10 @@ def _write_card(config: BuildConfig, loaded: Loaded, folder: Path, results: list
         history = json.loads((source / HISTORY).read_text(encoding="utf-8"))["log_history"]
         has_curves = write_curves(folder, history)
     data, text = read_card(source) if source.is_dir() else ({}, "")
+    # What is asked for goes before what the source's card says.
+    for key, asked in (("license", config.license), ("language", config.languages)):
+        if asked:
+            data.pop(key, None)
     name = config.name or Path(config.destination).name
     facts = CardFacts(
         name=name,
@@ -312,6 +315,7 @@ def _write_card(config: BuildConfig, loaded: Loaded, folder: Path, results: list
         captions=config.example_captions,
         has_example=(folder / EXAMPLE).is_file(),
         has_curves=has_curves,
+        is_adapter=getattr(loaded.model, "has_adapter", False),
     )
     # The Trainer knew its recipe.
     write_text(folder / CARD, render(facts, data, text, keep=["training"]))

@@ -17,27 +17,27 @@ from huggingface_hub import (
     hf_hub_download,
 )
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
 
-from llm2clip_training.cards import CARD, EXAMPLE, merge_cards, validate_card, with_repo
+from llm2clip_training.cards import CARD, EXAMPLE, merge_cards, split_card, validate_card, with_repo
 from llm2clip_training.hub import build
-from llm2clip_training.towers import hub_ids
+from llm2clip_training.towers import is_hub_id
 
 logger = logging.getLogger(__name__)
 
 # httpx's under huggingface_hub 1, httpx2's under 2.
 HTTPError: Any = HfHubHTTPError.__bases__[0]
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+# Fields of a card that are united with those on the Hub, or differ by the address alone.
+RENEWED = ("tags", "base_model", "datasets", "model-index", "widget")
 # What a stage leaves in its folder and nobody needs to load the model.
-IGNORED = ("checkpoint-*", ".*", "_*", "*.bin", "*.pt", "*.pth", "skipped-*.jsonl", "runs", "onnx/.*")
+IGNORED = ("checkpoint-*", ".*", "_*", "*.bin", "*.pt", "*.pth", "skipped-*.jsonl", "trainer_state.json", "runs")
 NEXT_STEPS = {
     401: "the token is missing or not valid: log in with `hf auth login`, or set HF_TOKEN",
     403: "the token may not do this: it needs write access to the repo and its organisation",
@@ -78,7 +78,7 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
         raise ValueError("give a folder and a repo: llm2clip push FOLDER OWNER/NAME")
     folder = Path(config.folder)
     check_folder(folder)
-    if not hub_ids(config.repo_id):
+    if not is_hub_id(config.repo_id):
         raise ValueError(
             f"{config.repo_id!r} is no repo name: write OWNER/NAME, of letters, digits, '-', '_' and '.'."
         )
@@ -150,7 +150,7 @@ def check_folder(folder: Path) -> None:
                 f"{folder} lacks the code of {target}; build it first: llm2clip build MODEL FOLDER"
             )
     llm = fields.get("text_model_name_or_path")
-    if llm is not None and not hub_ids(llm):
+    if llm is not None and not is_hub_id(llm):
         raise ValueError(
             f"the LLM of {folder} is in {llm}, where others cannot load it from; `llm2clip build` bundles it or, with "
             "--text-model, names its Hub id."
@@ -173,19 +173,21 @@ def validate_folder(folder: Path) -> None:
 
 
 def _upload(folder: Path, config: PushConfig, api: HfApi) -> dict[str, Any]:
-    url = api.create_repo(config.repo_id, private=config.private, exist_ok=True)
+    # None leaves it to the organisation whether new repos are private.
+    url = api.create_repo(config.repo_id, private=config.private or None, exist_ok=True)
+    remote = _Remote.find(config, api)
+    _refuse_other_model(folder, config, remote)
     if config.revision is not None and not config.create_pr:
         api.create_branch(config.repo_id, branch=config.revision, exist_ok=True)
-    remote = _remote_files(config, api)
-    _refuse_other_model(folder, config, api, remote)
     local = _local_files(folder)
     operations: list[CommitOperation] = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in local.items() if name != CARD
     ]
-    card = _card(folder, config, api, remote)
+    card = _card(folder, config, remote)
     operations.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=card.encode()))
     # Weights under names of an earlier push would be loaded beside, or instead of, these.
-    stale = [name for name in remote if name not in local and any(fnmatch.fnmatch(name, kind) for kind in WEIGHTS)]
+    loaded = [name for name in remote.files if any(fnmatch.fnmatch(name, kind) for kind in WEIGHTS)]
+    stale = [name for name in loaded if "/" not in name and name not in local]
     operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
     size = sum(path.stat().st_size for path in local.values())
     logger.info("uploading %d files, %.1f MB, to %s", len(local), size / 1e6, url)
@@ -200,31 +202,48 @@ def _upload(folder: Path, config: PushConfig, api: HfApi) -> dict[str, Any]:
     return {**result, "pull_request": commit.pr_url} if commit.pr_url else result
 
 
-def _remote_files(config: PushConfig, api: HfApi) -> list[str]:
-    try:
-        return api.list_repo_files(config.repo_id, revision=config.revision)
-    except (RevisionNotFoundError, RepositoryNotFoundError):
-        return []
+@dataclass
+class _Remote:
+    """What is in the repo before the push.
+
+    Attributes:
+        revision: Where that is read: a new branch begins as a copy of main.
+        files: Paths.
+    """
+
+    api: HfApi
+    repo_id: str
+    revision: str | None
+    files: list[str]
+
+    @classmethod
+    def find(cls, config: PushConfig, api: HfApi) -> _Remote:
+        try:
+            return cls(
+                api, config.repo_id, config.revision, api.list_repo_files(config.repo_id, revision=config.revision)
+            )
+        except RevisionNotFoundError:
+            return cls(api, config.repo_id, None, api.list_repo_files(config.repo_id))
+
+    def read(self, name: str) -> str | None:
+        """A file's text, or None where there is none."""
+        if name not in self.files:
+            return None
+        options: dict[str, Any] = {"endpoint": self.api.endpoint, "token": self.api.token, "force_download": True}
+        try:
+            path = hf_hub_download(self.repo_id, name, revision=self.revision, **options)
+        except ValueError as error:
+            # The client hides behind it why a forced download failed.
+            raise error.__cause__ or error from None
+        return Path(path).read_text(encoding="utf-8")
 
 
-def _read_remote(name: str, config: PushConfig, api: HfApi) -> str | None:
-    try:
-        path = hf_hub_download(
-            config.repo_id, name, revision=config.revision, endpoint=api.endpoint, token=api.token, force_download=True
-        )
-    except EntryNotFoundError:
-        return None
-    return Path(path).read_text(encoding="utf-8")
-
-
-def _refuse_other_model(folder: Path, config: PushConfig, api: HfApi, remote: list[str]) -> None:
-    content = _read_remote("config.json", config, api) if "config.json" in remote else None
-    theirs = json.loads(content).get("model_type") if content else None
+def _refuse_other_model(folder: Path, config: PushConfig, remote: _Remote) -> None:
+    theirs = json.loads(remote.read("config.json") or "{}").get("model_type")
     ours = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     if theirs is not None and theirs != ours:
         raise ValueError(
-            f"{config.repo_id} holds a model of type {theirs!r}, and {folder} is {ours!r}; push to another repo or to "
-            "a branch of its own (--revision)."
+            f"{config.repo_id} holds a model of type {theirs!r}, and {folder} is {ours!r}; push to another repo."
         )
 
 
@@ -237,13 +256,20 @@ def _local_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _card(folder: Path, config: PushConfig, api: HfApi, remote: list[str]) -> str:
+def _card(folder: Path, config: PushConfig, remote: _Remote) -> str:
     """The folder's card for this repo, around what a person wrote on the one that is there."""
     local = (folder / CARD).read_text(encoding="utf-8")
-    resolve = f"{api.endpoint}/{config.repo_id}/resolve/{config.revision or 'main'}"
+    resolve = f"{remote.api.endpoint}/{config.repo_id}/resolve/{config.revision or 'main'}"
     local = with_repo(local, config.repo_id, f"{resolve}/{EXAMPLE}")
-    theirs = _read_remote(CARD, config, api) if CARD in remote else None
-    return local if theirs is None else merge_cards(theirs, local)
+    theirs = remote.read(CARD)
+    if theirs is None:
+        return local
+    merged = merge_cards(theirs, local)
+    ours, result = split_card(local)[0], split_card(merged)[0]
+    kept = [key for key, value in ours.items() if result[key] != value and key not in RENEWED]
+    if kept:
+        logger.warning("the card on the Hub keeps its own %s; change it there", ", ".join(kept))
+    return merged
 
 
 __all__ = ["PushConfig", "check_folder", "run", "validate_folder"]

@@ -79,7 +79,7 @@ def stranger_outputs(
             task["image"] = str(Path(scratch) / "image.png")
             image.save(task["image"])
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
-        command = [sys.executable, "-I", "-c", STRANGER, json.dumps(task)]
+        command = [sys.executable, "-c", STRANGER, json.dumps(task)]
         options: dict[str, Any] = {"env": environment, "cwd": scratch, "capture_output": True, "text": True}
         done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False, **options)
         if done.returncode != 0:

@@ -12,13 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from llm2clip_training.cards import CardFacts, Evaluation, base_models, summary, write_card, write_curves
+from llm2clip_training.cards import (
+    CARD,
+    CardFacts,
+    Evaluation,
+    base_models,
+    read_card,
+    render,
+    split_card,
+    summary,
+    write_curves,
+)
 from llm2clip_training.data.sampling import EpochBatchSampler
+from llm2clip_training.files import write_text
 from llm2clip_training.towers import hub_ids
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 
@@ -51,6 +63,10 @@ class StageConfig(TrainingArguments):
         # Without this the Trainer refuses bf16 where there is no accelerator.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The Trainer pickles its arguments into the folder that it pushes.
+        return {**self.__dict__, "hub_token": None}
 
     @property
     def sampling_seed(self) -> int:
@@ -111,8 +127,31 @@ class StageTrainer(Trainer):
             recipe=self._recipe(),
             evaluations=self._evaluations(),
             has_curves=write_curves(folder, self.state.log_history),
+            is_adapter=getattr(model, "has_adapter", False),
         )
-        write_card(folder, facts)
+        on_the_hub = self._card_on_the_hub()
+        write_text(
+            folder / CARD, render(facts, *(read_card(folder) if on_the_hub is None else split_card(on_the_hub)))
+        )
+
+    def _card_on_the_hub(self) -> str | None:
+        """The card of the repo that this run pushes to, which people may have edited since."""
+        if not self.args.push_to_hub or self.hub_model_id is None:
+            return None
+        options: dict[str, Any] = {
+            "revision": self.args.hub_revision,
+            "token": self.args.hub_token,
+            "force_download": True,
+        }
+        try:
+            path = hf_hub_download(self.hub_model_id, CARD, **options)
+        except (EntryNotFoundError, RevisionNotFoundError):
+            return None
+        except (OSError, ValueError) as error:
+            # Not worth a run: the upload that follows may well get through.
+            logger.warning("the card in %s cannot be read (%s); the one here is used.", self.hub_model_id, error)
+            return None
+        return Path(path).read_text(encoding="utf-8")
 
     def _trained_from(self) -> list[str | None]:
         names = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path")
@@ -134,10 +173,15 @@ class StageTrainer(Trainer):
         found = []
         for name in self.retrieval:
             prefix = f"eval_{name}_"
+            others = [f"eval_{other}_" for other in self.retrieval if other.startswith(f"{name}_")]
             logged = [entry for entry in self.state.log_history if any(key.startswith(prefix) for key in entry)]
             source = getattr(self.args, "eval_sources", {}).get(name, {})
             if logged:
-                metrics = {key.removeprefix(prefix): v for key, v in logged[-1].items() if key.startswith(prefix)}
+                metrics = {
+                    key.removeprefix(prefix): value
+                    for key, value in logged[-1].items()
+                    if key.startswith(prefix) and not key.startswith(tuple(others))
+                }
                 path = str(source.get("path") or name)
                 dataset = path if hub_ids(path) else Path(path).name
                 split, revision = str(source.get("split") or name), source.get("revision")
@@ -145,7 +189,10 @@ class StageTrainer(Trainer):
         return found
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.is_world_process_zero():
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        # While an upload reads the folder, the Trainer leaves this one out.
+        pushes = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not busy)
+        if self.is_world_process_zero() and pushes:
             # The Trainer takes weights and config from the checkpoint, and would leave the model's code there.
             for path in Path(checkpoint_folder).glob("*.py"):
                 shutil.copy(path, str(self.args.output_dir))
@@ -205,6 +252,8 @@ class StageTrainer(Trainer):
             The metrics of training and evaluation.
         """
         metrics = self.train(resume_from_checkpoint=checkpoint).metrics
+        # An upload of a checkpoint may still be reading the folder.
+        self._finish_current_push()
         save()
         if self.retrieval:
             metrics |= self.evaluate()
@@ -226,7 +275,7 @@ class StageTrainer(Trainer):
                 commit_message="End of training",
                 # Adapters of mid-training, where the result is merged, and the pickle that the Trainer adds to them.
                 delete_patterns=[*ADAPTER_FILES, "*.bin"],
-                ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.bin", "skipped-*.jsonl"],
+                ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.bin", "*.jsonl", "trainer_state.json"],
                 revision=self.args.hub_revision,
             )
 

@@ -263,6 +263,10 @@ def run(config: VisionAlignmentConfig, resume: bool = False) -> dict[str, Any]:
     checkpoint = resume_point(config, resume)
     set_seed(config.seed)
     model, processor = load_model(config)
+    # A model that is trained further names its LLM itself.
+    check_pushing(
+        config, model.config.text_model_name_or_path, not config.bundle_text_model, checkpoints_need_llm=True
+    )
     image_processor = processor.image_processor
     retrieval = {
         name: ImageTextRetrieval(

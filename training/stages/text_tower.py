@@ -109,10 +109,10 @@ class TextTowerTrainer(StageTrainer):
         if self.args.should_save:
             save_text_tower(text_model, cast(PreTrainedTokenizerBase, self.processing_class), output_dir)
             if not text_model.has_adapter:
-                write_sentence_transformers_files(output_dir)
                 # A push in mid-training has left them here.
                 for name in ADAPTER_FILES:
                     Path(output_dir, name).unlink(missing_ok=True)
+                write_sentence_transformers_files(output_dir)
         self.accelerator.wait_for_everyone()
 
 

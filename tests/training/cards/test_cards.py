@@ -38,7 +38,7 @@ FACTS = CardFacts(
     datasets=["someone/pictures"],
     recipe={"learning_rate": 1e-3, "caption_weights": [3, 1]},
     evaluations=[Evaluation("image-text retrieval", "someone/pictures", "test", "abc", METRICS, "caption")],
-    captions=['a "red" bus', "a dog"],
+    captions=['a "red" bus', "a dog, with\ntwo lines"],
     has_example=True,
 )
 
@@ -52,7 +52,7 @@ def test_the_hub_reads_what_is_known(tmp_path: Path) -> None:
     assert data.library_name == "transformers"
     assert data.base_model == ["someone/tower", "someone/llm"]
     assert data.datasets == ["someone/pictures"]
-    assert data.widget == [{"src": "example.png", "candidate_labels": 'a "red" bus, a dog'}]
+    assert data.widget == [{"src": "example.png", "candidate_labels": 'a "red" bus, a dog with two lines'}]
     results = {result.metric_type: result for result in data.eval_results}
     assert {name: result.metric_value for name, result in results.items()} == METRICS
     assert all(result.dataset_revision == "abc" and result.dataset_split == "test" for result in results.values())
@@ -61,7 +61,7 @@ def test_the_hub_reads_what_is_known(tmp_path: Path) -> None:
 def test_the_text_says_it_too() -> None:
     card = render(FACTS)
     assert "| image-text retrieval | someone/pictures (test, caption) | text → image | 5.0 | 25.0 | 50.0 |" in card
-    assert 'captions = ["a \\"red\\" bus", "a dog"]' in card
+    assert 'captions = ["a \\"red\\" bus", "a dog, with\\ntwo lines"]' in card
     settings = card.split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(settings) == FACTS.recipe
     assert "The licence of the weights is mit" in card
@@ -139,6 +139,9 @@ def test_other_peoples_results_can_be_added() -> None:
     )
     card = f"---\n{yaml.safe_dump(result)}---\n\ntext\n"
     assert split_card(merge_cards(card, render(CardFacts("x", JOINT_TASK, "x", "A."))))[0]["model-index"]
+    results = split_card(merge_cards(card, render(FACTS)))[0]["model-index"][0]["results"]
+    assert [entry["task"]["name"] for entry in results] == ["image-text retrieval", "x"]
+    assert len(split_card(merge_cards(render(FACTS), render(FACTS)))[0]["model-index"][0]["results"]) == 1
 
 
 def test_broken_front_matter_is_refused(tmp_path: Path) -> None:

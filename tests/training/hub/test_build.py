@@ -63,7 +63,9 @@ def test_an_llm_in_a_folder_is_bundled(tmp_path: Path) -> None:
         llm.unlink()
     assert logits(out).equal(expected)
     assert LLM2CLIPModel.from_pretrained(out).config.text_model_name_or_path is None
+    assert str(tmp_path) not in (out / "config.json").read_text()
     data, text = read_card(out)
+    assert str(tmp_path) not in text.replace(str(out), "")
     assert (data["license"], data["language"]) == ("mit", ["en"])
     assert "| image-text retrieval | pictures (test) | text → image | 25.0 | 50.0 | 75.0 |" in text
     assert "![Training curves](training_curves.png)" in text
@@ -158,6 +160,11 @@ def test_building_again_keeps_what_was_written_on_the_card(tmp_path: Path) -> No
     data, text = read_card(tmp_path / "out")
     assert "Ours, with love:" in text
     assert data["license"] == "mit"
+    (tmp_path / "model" / CARD).write_text((tmp_path / "out" / CARD).read_text())
+    run(tmp_path / "model", tmp_path / "out", "--overwrite", "--license", "apache-2.0")
+    data, text = read_card(tmp_path / "out")
+    assert data["license"] == "apache-2.0"
+    assert "The licence of the weights is apache-2.0" in text
 
 
 def test_nothing_stays_where_a_stranger_gets_other_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,8 +150,12 @@ def test_a_repo_of_another_model_is_left_alone(hub: LoopbackHub, built: Path) ->
     api = HfApi(endpoint=hub.url, token=TOKEN)
     api.create_repo(REPO)
     api.upload_file(path_or_fileobj=b'{"model_type": "bert"}', path_in_repo="config.json", repo_id=REPO)
-    with pytest.raises(ValueError, match=r"holds a model of type 'bert', and .* is 'llm2clip'"):
-        upload(hub, built)
+    for revision in (None, "experiment"):
+        with pytest.raises(
+            ValueError, match=r"holds a model of type 'bert', and .* is 'llm2clip'; push to another repo"
+        ):
+            upload(hub, built, revision=revision)
+    assert list(hub.repo(REPO).branches) == ["main"]
     assert list(hub.repo(REPO).files()) == ["config.json"]
 
 
@@ -160,13 +164,45 @@ def test_edits_of_the_card_survive_and_stale_weights_go(hub: LoopbackHub, built:
     api = HfApi(endpoint=hub.url, token=TOKEN)
     card = hub.repo(REPO).files()[CARD].decode().replace("An LLM2CLIP model:", "Edited on the website:")
     api.upload_file(path_or_fileobj=card.encode(), path_in_repo=CARD, repo_id=REPO)
-    for name in ("model-00001-of-00002.safetensors", "notes.txt"):
+    stale = ("model-00001-of-00002.safetensors", "adapter_config.json")
+    others = ("notes.txt", "last-checkpoint/model.safetensors")
+    for name in (*stale, *others):
         api.upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id=REPO)
     upload(hub, built)
     files = hub.repo(REPO).files()
     assert "Edited on the website:" in files[CARD].decode()
-    assert "notes.txt" in files
-    assert "model-00001-of-00002.safetensors" not in files
+    assert set(others) <= set(files)
+    assert not set(stale) & set(files)
+
+
+def test_a_card_that_cannot_be_read_stops_the_push(hub: LoopbackHub, built: Path) -> None:
+    upload(hub, built)
+    hub.fail_next("GET", "/resolve/main/", CUT, times=50)
+    hub.fail_next("HEAD", "/resolve/main/", CUT, times=50)
+    with pytest.raises(ValueError, match=r"the connection broke .*push again"):
+        upload(hub, built)
+
+
+def test_a_licence_that_was_changed_on_the_hub_stays_and_is_named(
+    hub: LoopbackHub, built: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(built, copy)
+    for licence in ("mit", "apache-2.0"):
+        card = (built / CARD).read_text().replace("pipeline_tag:", f"license: {licence}\npipeline_tag:", 1)
+        (copy / CARD).write_text(card)
+        upload(hub, copy)
+    assert split_card(hub.repo(REPO).files()[CARD].decode())[0]["license"] == "mit"
+    assert "the card on the Hub keeps its own license; change it there" in caplog.text
+
+
+def test_folder_names_that_look_like_hub_ids(
+    hub: LoopbackHub, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(built, tmp_path / REPO)
+    upload(hub, Path(REPO))
+    assert "model.safetensors" in hub.repo(REPO).files()
 
 
 def test_folders_that_are_not_ready(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
