@@ -77,7 +77,10 @@ def test_whole_story(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     data, text = read_card(folder / "llm2clip")
     validate_card(folder / "llm2clip")
     rows = list(results["image_retrieval"].values())[2:]
-    for result, expected in zip(data["model-index"][0]["results"], rows, strict=True):
+    # Behind them stands what the run measured on the validation set as it trained.
+    *measured, validation = data["model-index"][0]["results"]
+    assert validation["dataset"]["split"] == "validation"
+    for result, expected in zip(measured, rows, strict=True):
         assert {metric["type"]: metric["value"] for metric in result["metrics"]} == expected
         assert len(result["dataset"]["revision"]) == 16
     assert f"{100 * rows[0]['text_to_image_recall@10']:.1f}" in text
