@@ -124,7 +124,7 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
             else:
                 shared = {key: own[key] for key in SHARED_ARGUMENTS if own.get(key) is not None}
                 model.load_text_model(**{**shared, **different})
-        weights_stay = not text_model or model.text_model.fingerprint() is None
+        weights_stay = not text_model or not model.text_model.has_readable_weights
         if bundled and weights_stay:
             # Say where they are, for load_text_model() and for the next save_pretrained().
             model.config.text_model_name_or_path = absolute_path(pretrained_model_name_or_path)

@@ -62,6 +62,11 @@ def pool(hidden_states: Tensor, attention_mask: Tensor, pooling_mask: Tensor, mo
     return hidden_states[torch.arange(len(index), device=index.device), index]
 
 
+def _is_readable(weight: Tensor) -> bool:
+    """Whether a weight is here and plain: neither offloaded nor quantised."""
+    return not weight.is_meta and weight.is_floating_point() and type(weight.data) is Tensor
+
+
 def _avoid_sdpa_without_softcap(config: PretrainedConfig) -> None:
     """Gemma 2 caps its attention logits, which sdpa cannot: transformers raises, or before 5.24 leaves the cap out."""
     if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation in (None, "sdpa"):
@@ -238,6 +243,11 @@ class LLM2CLIPTextModel(PreTrainedModel):
         """Whether the decoder carries a PEFT adapter that is not merged."""
         return hasattr(self.decoder, "peft_config")
 
+    @property
+    def has_readable_weights(self) -> bool:
+        """Whether all weights are here and plain: neither offloaded nor quantised. Reads none of them."""
+        return all(map(_is_readable, self.state_dict().values()))
+
     def merge_adapter(self) -> None:
         """Merge the decoder's PEFT adapter into its weights, in place."""
         if self.has_adapter:
@@ -273,7 +283,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         state = self.state_dict() if state_dict is None else state_dict
         for name in sorted(state):
             weight = state[name]
-            if weight.is_meta or not weight.is_floating_point() or type(weight.data) is not Tensor:
+            if not _is_readable(weight):
                 return None
             values = weight.detach().reshape(-1)
             step = max(1, values.numel() // FINGERPRINT_SAMPLES)

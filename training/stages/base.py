@@ -85,15 +85,16 @@ class StageTrainer(Trainer):
         kwargs: See `transformers.Trainer`.
     """
 
+    # The pipeline tag of the card, and what `retrieval` measures, for subclasses to say.
+    card_task = ""
+    evaluation_title = ""
+
     def __init__(self, *, retrieval: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self.retrieval = retrieval or {}
         # The Trainer insists on an evaluation set; ours are those of `retrieval`.
         super().__init__(eval_dataset=list(self.retrieval) or None, **kwargs)
         # The losses are means over the batch, so that the Trainer has to divide them by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-
-    card_task = ""
-    evaluation_title = ""
 
     def measure(self, model: Any, retrieval: Any) -> dict[str, float | int]:
         """Metrics of the model on one of the retrieval sets."""
