@@ -1,0 +1,1 @@
+"""Ratios against the tools that people use now, each measured beside its peer in one run."""

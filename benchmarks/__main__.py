@@ -1,0 +1,86 @@
+"""Run rows of the table: `python -m benchmarks [R1 R2 ...]`, or `make bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from benchmarks import results
+from benchmarks.contest import UnequalError, run_contest
+from benchmarks.row import load_row, row_modules
+from benchmarks.shortfalls import SHORTFALLS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the rows that are asked for, keep their results and write the table.
+
+    Returns:
+        0; 1 where contestants disagree or one failed; 3 where a ratio got worse than the last committed one.
+    """
+    modules = row_modules()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW", help=f"of {', '.join(modules)}; all of them if none is named"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the work is done")
+    parser.add_argument("--table", action="store_true", help="make RESULTS.md of the results that are there")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.rows if name not in modules]
+    if unknown:
+        parser.error(f"there is no row {', '.join(unknown)}; choose from {', '.join(modules)}.")
+    if options.device == "cuda" and not _has_cuda():
+        print("no CUDA card here: the GPU rows are skipped.")
+        return 0
+    before, failures, worse = results.committed(), [], []
+    for name in () if options.table else options.rows or modules:
+        row = load_row(modules[name])
+        if options.device not in row.devices:
+            continue
+        for contest in row.contests(options.device):
+            print(f"{row.id}  {row.work}: {contest.title}", file=sys.stderr)
+            start = time.perf_counter()
+            try:
+                turns = run_contest(modules[name], options.device, contest)
+            except (UnequalError, RuntimeError) as error:
+                failures.append(f"{row.id}, {contest.title}: {error}")
+                print(f"    {error}", file=sys.stderr)
+                continue
+            entry = results.record(row, contest, options.device, turns)
+            results.append(entry)
+            regressions = results.worse(entry, before.get((row.id, contest.title, options.device)))
+            worse += [f"{row.id}, {contest.title}: {text}" for text in regressions]
+            _report(entry, regressions, time.perf_counter() - start)
+    newest = results.read(results.lines())
+    results.TABLE.write_text(results.table(newest, before, SHORTFALLS), encoding="utf-8")
+    print(f"wrote {results.TABLE} from {results.RESULTS}", file=sys.stderr)
+    for line in failures:
+        print(f"FAILED  {line}", file=sys.stderr)
+    for line in worse:
+        print(f"WORSE   {line}", file=sys.stderr)
+    return 1 if failures else 3 if worse else 0
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _report(entry: results.Record, regressions: list[str], seconds: float) -> None:
+    for name, figures in entry["figures"].items():
+        shown = "  ".join(f"{metric} {results._quantity(metric, value)}" for metric, value in figures.items())
+        print(f"    {name:32} {shown}", file=sys.stderr)
+    for goal in entry["goals"]:
+        verdict = "reached" if goal["ratio"] <= goal["at_most"] else "NOT REACHED"
+        print(
+            f"    {goal['metric']} against {goal['against']}: {goal['ratio']:.3f}, goal {goal['at_most']}: {verdict}",
+            file=sys.stderr,
+        )
+    for line in regressions:
+        print(f"    WORSE: {line}", file=sys.stderr)
+    print(f"    ({seconds:.0f} s)", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

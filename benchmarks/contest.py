@@ -1,0 +1,150 @@
+"""Running a contest: contestants in processes of their own, equal values first, then turn by turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.environments import python_of
+from benchmarks.row import OURS, Contest
+
+ROOT = Path(__file__).resolve().parents[1]
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+Measurements = dict[str, list[dict[str, float]]]
+
+
+class UnequalError(AssertionError):
+    """Contestants do not give the same values, so that their times do not compare."""
+
+
+class Worker:
+    """A contestant's process.
+
+    Args:
+        python: Its interpreter.
+        arguments: Of `benchmarks.worker`.
+        threads: How many threads its libraries use.
+    """
+
+    def __init__(self, python: str, arguments: list[str], threads: int) -> None:
+        self.name = arguments[-2]
+        environment = {
+            **os.environ,
+            **dict.fromkeys(THREAD_VARIABLES, str(threads)),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": str(ROOT),
+        }
+        self.process = subprocess.Popen(
+            [python, "-m", "benchmarks.worker", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._read()
+
+    def run(self) -> dict[str, float]:
+        """Do the work once."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the contestant {self.name!r} ended with status {self.process.wait()}; see above.")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
+        self.process.wait()
+
+
+def run_contest(module: str, device: str, contest: Contest) -> Measurements:
+    """Measure all contestants.
+
+    The first turn of each gives the values that are compared and the memory, in a process that has not done the work
+    before; the other turns give the times.
+
+    Returns:
+        For each contestant, what every turn measured, the first one included.
+
+    Raises:
+        UnequalError: Values differ by more than the contest's tolerance.
+        RuntimeError: A contestant fails.
+    """
+    turns: Measurements = {name: [] for name in contest.contestants}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        workers = {}
+        for number, (name, contestant) in enumerate(contest.contestants.items()):
+            arguments = [module, device, contest.title, name, f"{folder}/{number}.npz"]
+            workers[name] = Worker(python_of(contestant.environment), arguments, contest.threads)
+            stack.callback(workers[name].close)
+        for number, (name, contestant) in enumerate(contest.contestants.items()):
+            turns[name].append(workers[name].run())
+            if name != OURS and not contestant.is_limit:
+                check_equal(f"{folder}/0.npz", f"{folder}/{number}.npz", contest.tolerance, name)
+        for number in range(contest.rounds):
+            # Nobody is always first, after the others' pause.
+            for position in range(len(workers)):
+                name = list(workers)[(number + position) % len(workers)]
+                turns[name].append(workers[name].run())
+    return turns
+
+
+def check_equal(ours: str | Path, theirs: str | Path, tolerance: Mapping[str, float], name: str) -> None:
+    """Compare the values of two contestants.
+
+    Raises:
+        UnequalError: A value is absent, of another shape, or differs by more than its tolerance.
+    """
+    if not tolerance:
+        raise UnequalError(f"the contest against {name} compares no values.")
+    mine, other = dict(np.load(ours)), dict(np.load(theirs))
+    for value, allowed in tolerance.items():
+        if value not in mine or value not in other or mine[value].shape != other[value].shape:
+            shapes = [str(values[value].shape) if value in values else "nothing" for values in (mine, other)]
+            raise UnequalError(f"{value}: ours is {shapes[0]}, that of {name} {shapes[1]}.")
+        expected = other[value].astype(np.float64)
+        difference = np.abs(mine[value].astype(np.float64) - expected).max(initial=0.0)
+        if not difference <= allowed * np.abs(expected).max(initial=0.0):
+            raise UnequalError(
+                f"{value}: ours differs from that of {name} by {difference:.2g}, of values up to "
+                f"{np.abs(expected).max(initial=0.0):.2g}; {allowed:g} of that is allowed."
+            )
+
+
+def summarise(turns: Measurements) -> dict[str, dict[str, float]]:
+    """The figures of each contestant: memory of the first turn, the median of the later ones for the rest."""
+    figures: dict[str, dict[str, float]] = {}
+    for name, measured in turns.items():
+        later = measured[1:] or measured
+        figures[name] = {metric: statistics.median(turn[metric] for turn in later) for metric in measured[0]}
+        figures[name]["memory"] = measured[0]["memory"]
+    return figures
+
+
+def ratio(turns: Measurements, against: str, metric: str) -> float:
+    """Ours over another's: of memory in the first turn, otherwise the median over rounds of the rounds' ratios."""
+    if metric == "memory":
+        return turns[OURS][0][metric] / turns[against][0][metric]
+    pairs = zip(turns[OURS][1:], turns[against][1:], strict=True)
+    return statistics.median(mine[metric] / other[metric] for mine, other in pairs)

@@ -1,0 +1,232 @@
+"""Keeping results: one line of JSON per contest in results.jsonl, and the table that is made of the newest ones."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contest import ROOT, Measurements, ratio, summarise
+from benchmarks.row import OURS, Contest, Row
+
+RESULTS = Path(__file__).with_name("results.jsonl")
+TABLE = Path(__file__).with_name("RESULTS.md")
+# Two runs of one tree differ by a few per cent; a change of a fifth has to show.
+SLOWER = 1.12
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "timm",
+    "open_clip_torch",
+    "sentence-transformers",
+    "faiss-cpu",
+    "clip-benchmark",
+    "webdataset",
+    "torchvision",
+    "pillow",
+)
+
+Record = dict[str, Any]
+
+
+def record(row: Row, contest: Contest, device: str, turns: Measurements) -> Record:
+    """What is kept of a contest."""
+    goals = [
+        {
+            "against": goal.against,
+            "metric": goal.metric,
+            "ratio": round(ratio(turns, goal.against, goal.metric), 4),
+            "at_most": goal.at_most,
+        }
+        for goal in contest.goals
+    ]
+    return {
+        "row": row.id,
+        "work": row.work,
+        "contest": contest.title,
+        "device": device,
+        "machine": machine(device),
+        "load": round(os.getloadavg()[1], 2),
+        "threads": contest.threads,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "versions": versions(),
+        "limits": [name for name, contestant in contest.contestants.items() if contestant.is_limit],
+        "note": contest.note,
+        "figures": {name: _rounded(figures) for name, figures in summarise(turns).items()},
+        "goals": goals,
+    }
+
+
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {metric: float(f"{value:.4g}") for metric, value in figures.items()}
+
+
+def machine(device: str) -> str:
+    """The processor, or the card."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{', '.join(sorted(names)) or platform.machine()}, {os.cpu_count()} threads, {memory:.0f} GiB"
+
+
+def commit() -> str:
+    """The commit that is measured, with a plus where the tree differs from it."""
+    return _git("describe", "--always", "--dirty=+", "--exclude=*").strip() or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    """What git prints; nothing where this is no checkout."""
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what takes part."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def read(lines: Iterable[str]) -> dict[tuple[str, str, str], Record]:
+    """The newest record of each contest by row, contest and device."""
+    newest = {}
+    for line in lines:
+        if line.strip():
+            entry = json.loads(line)
+            newest[entry["row"], entry["contest"], entry["device"]] = entry
+    return newest
+
+
+def lines() -> list[str]:
+    """The lines of results.jsonl."""
+    return RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.is_file() else []
+
+
+def committed() -> dict[tuple[str, str, str], Record]:
+    """The newest records that are committed; none where this is no checkout."""
+    return read(_git("show", "HEAD:./benchmarks/results.jsonl").splitlines())
+
+
+def append(entry: Record, path: Path = RESULTS) -> None:
+    """Add a record to the file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def worse(entry: Record, before: Record | None) -> list[str]:
+    """Ratios that have grown since the record before, in words."""
+    if before is None or before["machine"] != entry["machine"]:
+        return []
+    old = {(goal["against"], goal["metric"]): goal["ratio"] for goal in before["goals"]}
+    found = []
+    for goal in entry["goals"]:
+        was = old.get((goal["against"], goal["metric"]))
+        if was is not None and goal["ratio"] > was * SLOWER:
+            found.append(f"{goal['metric']} against {goal['against']} was {_number(was)} × in {before['commit']}")
+    return found
+
+
+def table(
+    records: dict[tuple[str, str, str], Record],
+    before: dict[tuple[str, str, str], Record],
+    shortfalls: dict[str, str],
+) -> str:
+    """RESULTS.md.
+
+    Args:
+        records: The newest record of each contest.
+        before: Those that they are compared with.
+        shortfalls: By row, why a goal is missed and what was tried.
+    """
+    ordered = sorted(records.items(), key=lambda item: (item[0][2], int(item[0][0][1:]), item[0][1]))
+    parts = [
+        "# Measured beside the tools that people use now\n",
+        "Made by `make bench` (`make bench-gpu` on a CUDA card); do not edit. Every line is one run: the values of all "
+        "contestants are compared first, then they take turns in processes of their own, with one thread each unless "
+        "a line says otherwise. *cpu* is seconds of all threads (median), *memory* the peak above what the process "
+        "held before the work, in a fresh process. The ratio is ours / the peer's, smaller is better, and the goal "
+        "is the largest that we accept. *Limit* stands for the least that the work can cost, measured beside it.\n",
+        "🟢 reached · 🟡 not reached (see the end) · 🔴 more than "
+        f"{SLOWER - 1:.0%} worse than the last committed result\n",
+    ]
+    for device in dict.fromkeys(key[2] for key, _ in ordered):
+        parts.append(f"## {'CUDA' if device == 'cuda' else 'CPU'}\n")
+        parts.append("| | row | work | what | ours | against | theirs | ratio | goal |")
+        parts.append("| --- | --- | --- | --- | ---: | --- | ---: | ---: | ---: |")
+        for key, entry in ordered:
+            if key[2] == device:
+                parts += _lines(entry, worse(entry, before.get(key)))
+        parts.append("")
+    regressions = [f"{key[0]}, {key[1]}: {text}" for key, entry in ordered for text in worse(entry, before.get(key))]
+    if regressions:
+        parts += ["## Worse than the last committed results\n", *(f"- 🔴 {line}" for line in regressions), ""]
+    missed = {key[0] for key, entry in ordered for goal in entry["goals"] if goal["ratio"] > goal["at_most"]}
+    if missed:
+        parts.append("## Not reached\n")
+        for row in sorted(missed, key=lambda name: int(name[1:])):
+            parts.append(f"- {row}: {shortfalls.get(row, 'no reason is given yet.')}")
+        parts.append("")
+    notes = [f"- {key[0]}, {key[1]}: {entry['note']}" for key, entry in ordered if entry["note"]]
+    if notes:
+        parts += ["## Notes\n", *notes, ""]
+    parts += ["## Where and when\n", *_provenance(ordered), ""]
+    return "\n".join(parts)
+
+
+def _lines(entry: Record, regressions: list[str]) -> list[str]:
+    lines = []
+    for goal in entry["goals"]:
+        against, metric = goal["against"], goal["metric"]
+        reached = goal["ratio"] <= goal["at_most"]
+        mark = "🔴" if any(text.startswith(f"{metric} against {against} ") for text in regressions) else ""
+        mark = mark or ("🟢" if reached else "🟡")
+        name = f"*limit:* {against}" if against in entry["limits"] else against
+        mine, theirs = entry["figures"][OURS][metric], entry["figures"][against][metric]
+        threads = "" if entry["threads"] == 1 else f", {entry['threads']} threads"
+        lines.append(
+            f"| {mark} | {entry['row']} | {entry['work']}: {entry['contest']}{threads} | {metric} | "
+            f"{_quantity(metric, mine)} | {name} | {_quantity(metric, theirs)} | {_number(goal['ratio'])} | "
+            f"≤ {_number(goal['at_most'])} |"
+        )
+    return lines
+
+
+def _provenance(ordered: list[tuple[tuple[str, str, str], Record]]) -> list[str]:
+    """Which rows were measured where, when and with what, runs of one kind together."""
+    groups: dict[str, list[str]] = {}
+    for (row, _, _), entry in ordered:
+        libraries = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
+        place = f"{entry['machine']}, {entry['date']}, commit {entry['commit']}; {libraries}"
+        rows = groups.setdefault(place, [])
+        if row not in rows:
+            rows.append(row)
+    return [f"- {', '.join(rows)}: {place}." for place, rows in groups.items()]
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.095 else f"{value:.2g}"
+
+
+def _quantity(metric: str, value: float) -> str:
+    if metric in ("cpu", "wall"):
+        return f"{value:.3g} s" if value >= 0.1 else f"{value * 1000:.3g} ms"
+    if metric in ("memory", "bytes"):
+        return f"{value / 2**20:,.1f} MiB"
+    return f"{value:.4g}"

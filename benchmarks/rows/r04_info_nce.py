@@ -1,0 +1,91 @@
+"""R4: the contrastive loss, which is where a large batch costs memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
+
+WIDTH = 512
+# The scale at which training ends: ln 100 is the clamp.
+SCALE = 100.0
+
+
+def _against(make_loss: Callable[[], Callable], batch: int, device: str) -> Work:
+    """Loss and gradients of both sides and of the scale, from unit vectors that resemble each other in pairs."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, WIDTH, generator=generator)
+    texts = images + 8 * torch.randn(batch, WIDTH, generator=generator)
+    inputs = [torch.nn.functional.normalize(rows, dim=-1).to(device).requires_grad_() for rows in (images, texts)]
+    scale = torch.tensor(SCALE, device=device, requires_grad=True)
+    loss_of = make_loss()
+
+    def work() -> Outcome:
+        loss = loss_of(*inputs, scale)
+        gradients = torch.autograd.grad(loss, [*inputs, scale])
+        names = ("image_gradient", "text_gradient", "scale_gradient")
+        return Outcome({"loss": loss, **dict(zip(names, gradients, strict=True))})
+
+    return work
+
+
+def _ours() -> Callable:
+    from llm2clip_training.losses import clip_loss
+
+    return clip_loss
+
+
+def _open_clip() -> Callable:
+    from open_clip.loss import ClipLoss
+
+    return ClipLoss(cache_labels=True)
+
+
+def _transformers() -> Callable:
+    from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+
+    return lambda images, texts, scale: image_text_contrastive_loss(texts @ images.T * scale)
+
+
+def _products(batch: int, device: str) -> Work:
+    """The matrix products alone: the logits of each direction and the two gradients of each, tile by tile."""
+    import torch
+
+    images, texts = torch.randn(2, batch, WIDTH, device=device)
+    gradient = torch.zeros_like(texts)
+
+    def work() -> Outcome:
+        for queries, keys in ((images, texts), (texts, images)):
+            for start in range(0, batch, 1024):
+                tile = queries[start : start + 1024]
+                logits = tile @ keys.T
+                torch.mm(logits, keys)
+                gradient.addmm_(logits.T, tile)
+        return Outcome()
+
+    return work
+
+
+def contests(device: str) -> list[Contest]:
+    found = []
+    sizes = {8192: (0.55, 0.18), 16384: (0.55, 0.10)} if device == "cpu" else {32768: (0.55, 0.10)}
+    for batch, (time, memory) in sizes.items():
+        contestants = {
+            "ours": Contestant(partial(_against, _ours, batch, device)),
+            "open_clip ClipLoss": Contestant(partial(_against, _open_clip, batch, device)),
+            "transformers CLIP": Contestant(partial(_against, _transformers, batch, device)),
+            "matrix products": Contestant(partial(_products, batch, device), is_limit=True),
+        }
+        goals = [Goal("open_clip ClipLoss", "memory", memory), Goal("transformers CLIP", "memory", memory)]
+        if batch == min(sizes):
+            goals = [Goal("open_clip ClipLoss", "cpu", time), Goal("transformers CLIP", "cpu", 1.0), *goals]
+        tolerance = {"loss": 1e-5, "image_gradient": 1e-4, "text_gradient": 1e-4, "scale_gradient": 1e-4}
+        rounds = 5 if batch < 10_000 else 1
+        found.append(Contest(f"batch {batch:,}", contestants, tuple(goals), tolerance, rounds))
+    return found
+
+
+ROW = Row("R4", "InfoNCE forward and backward, width 512", contests, ("cpu", "cuda"))
