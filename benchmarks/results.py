@@ -158,8 +158,8 @@ def table(
     ordered = sorted(records.items(), key=lambda item: (item[0][2], int(item[0][0][1:]), item[0][1]))
     parts = [
         "# Measured beside the tools that people use now\n",
-        "Made by `make bench` (`make bench-gpu` on a CUDA card); do not edit. Every line is one run: the values of all "
-        "contestants are compared first, then they take turns in processes of their own, with one thread each unless "
+        "Made by `make bench` (`make bench-gpu` on a CUDA card); do not edit. Every line is one run: the values of "
+        "all contestants are compared first, then they take turns in processes of their own, with one thread each unless "
         "a line says otherwise. *cpu* is seconds of all threads (median), *memory* the peak above what the process "
         "held before the work, in a fresh process. The ratio is ours / the peer's, smaller is better, and the goal "
         "is the largest that we accept. *Limit* stands for the least that the work can cost, measured beside it.\n",
