@@ -177,8 +177,8 @@ def _upload(folder: Path, config: PushConfig, api: HfApi) -> dict[str, Any]:
     url = api.create_repo(config.repo_id, private=config.private or None, exist_ok=True)
     if config.private and not api.model_info(config.repo_id).private:
         raise ValueError(
-            f"{config.repo_id} is there already and is public, which --private does not change: make it private in its "
-            "settings, or push to another repo."
+            f"{config.repo_id} is there already and is public, which --private does not change: make it private in "
+            "its settings, or push to another repo."
         )
     remote = _Remote.find(config, api)
     _refuse_other_model(folder, config, remote)
