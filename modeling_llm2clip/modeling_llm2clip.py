@@ -25,7 +25,7 @@ from .modeling_llm2clip_adapter import LLM2CLIPTextAdapter
 from .modeling_llm2clip_packing import PackedBatch  # noqa: F401
 from .modeling_llm2clip_pairing import LLM2CLIPPairedModel
 from .modeling_llm2clip_text import LLM2CLIPTextModel
-from .modeling_llm2clip_utils import absolute_path, adopt_submodel, encode_batches, execution_device
+from .modeling_llm2clip_utils import absolute_path, adopt_submodel, encode_tokens, execution_device, tokenize_captions
 from .modeling_llm2clip_vision import load_vision_tower
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
@@ -194,18 +194,19 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         Args:
             texts: Captions; one string counts as a list of one.
             processor: This model's processor, or its tokenizer.
-            batch_size: Captions per batch; they are grouped by length.
+            batch_size: Largest number of captions in a batch; see [`LLM2CLIPTextModel.encode`].
             show_progress_bar: Show a bar over the batches.
 
         Returns:
             Unit rows, float32 `(len(texts), projection_dim)` on the CPU, in input order.
         """
-        device = execution_device(self if self.text_model is None else self.text_model)
-        return encode_batches(
-            texts,
-            getattr(processor, "tokenizer", processor),
-            lambda batch: _unit(self.get_text_features(**batch.to(device))),
-            prompt_token_ids=self.config.text_config.prompt_token_ids,
+        tokenizer = getattr(processor, "tokenizer", processor)
+        tokens, _ = tokenize_captions(texts, tokenizer, self.config.text_config.prompt_token_ids)
+        return encode_tokens(
+            tokens,
+            tokenizer,
+            lambda batch: _unit(self.get_text_features(**batch)),
+            device=execution_device(self if self.text_model is None else self.text_model),
             width=self.config.projection_dim,
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,

@@ -24,10 +24,11 @@ from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 from .modeling_llm2clip_packing import PackedBatch
 from .modeling_llm2clip_utils import (
     adopt_submodel,
-    encode_batches,
+    encode_tokens,
     execution_device,
     hub_arguments,
     refuse_missing,
+    tokenize_captions,
 )
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
@@ -360,7 +361,8 @@ class LLM2CLIPTextModel(PreTrainedModel):
         if asked or not self.config.bidirectional or not self._takes_additive_mask or torch.compiler.is_compiling():
             return None
         packed = PackedBatch(attention_mask, order)
-        return packed if packed.position_ids.numel() < attention_mask.numel() else None
+        # The mask that keeps captions apart costs too.
+        return packed if packed.position_ids.numel() <= 0.9 * attention_mask.numel() else None
 
     @property
     def _takes_additive_mask(self) -> bool:
@@ -395,13 +397,24 @@ class LLM2CLIPTextModel(PreTrainedModel):
         batch_size: int = 64,
         show_progress_bar: bool = False,
     ) -> Tensor:
-        """Embed captions: float32 `(len(texts), hidden_size)` on the CPU, not normalised, in input order."""
-        device = execution_device(self)
-        return encode_batches(
-            texts,
+        """Embed captions of any length.
+
+        Args:
+            texts: Captions; one string counts as a list of one.
+            tokenizer: The tokenizer that was saved with this model.
+            batch_size: Largest number of captions in a batch. They are grouped by length, and a batch has fewer where
+                its tokens suffice to keep the device busy: 512 on a CPU, 16,384 elsewhere.
+            show_progress_bar: Show a bar over the batches.
+
+        Returns:
+            float32 `(len(texts), hidden_size)` on the CPU, not normalised, in input order.
+        """
+        tokens, _ = tokenize_captions(texts, tokenizer, self.config.prompt_token_ids)
+        return encode_tokens(
+            tokens,
             tokenizer,
-            lambda batch: self(**batch.to(device)).pooler_output,
-            prompt_token_ids=self.config.prompt_token_ids,
+            lambda batch: self(**batch).pooler_output,
+            device=execution_device(self),
             width=self.config.hidden_size,
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
