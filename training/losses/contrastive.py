@@ -1,30 +1,13 @@
-"""Contrastive losses of both stages, for one process or many.
-
-Every loss compares the rows of this rank with the columns of all ranks (queries stay local, keys are gathered with
-gradient). A rank returns its share of the global loss times the number of ranks, so the mean over ranks of the losses
-and of the gradients, which is what `DistributedDataParallel` takes, equals one process on the whole batch. That stays
-exact when ranks hold different numbers of rows.
-
-No rows x columns matrix ever exists as a whole: [`info_nce`] walks over it in tiles of rows, and since a softmax
-needs nothing but its own row, loss and gradients come out of the same single walk.
-"""
+"""Cross entropies between embeddings: InfoNCE in one direction and in two."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_training.gather import exchange_counts, gather_rows
-
-# A tile of this many rows is smaller than the keys themselves for any width above it, however many keys there are, and
-# is large enough to keep the matrix products at full speed.
-DEFAULT_TILE_SIZE = 256
-
-Positives = Callable[[int, int], Tensor] | Tensor
+from llm2clip_training.losses.tiles import DEFAULT_TILE_SIZE, Positives, tiled_cross_entropy
 
 
 def info_nce(
@@ -41,8 +24,9 @@ def info_nce(
     is uniform over the query's correct keys: `-1/|P(i)| sum_{p in P(i)} log softmax_p` (the "out" form of SupCon,
     Khosla et al. 2020, Eq. 2; UniCL, Yang et al. 2022). One correct key makes it InfoNCE (van den Oord et al. 2018).
 
-    Memory is `tile_size` x `keys` plus the gradients, and the loss and all gradients take one pass over the logits.
-    The arithmetic is float32 (float64 for float64 inputs) whatever the inputs' type and autocast.
+    Memory is two tiles of `tile_size` x `keys`, the gradients, and at most 128 MiB for logits that backward would
+    otherwise compute again. The arithmetic is float32 (float64 for float64 inputs) whatever the inputs' type and
+    autocast.
 
     Args:
         queries: (n, d).
@@ -68,7 +52,8 @@ def info_nce(
         raise ValueError(f"info_nce needs at least one query and one key, but got {len(queries)} and {len(keys)}.")
     if isinstance(positives, Tensor):
         _check_columns(positives, len(queries), len(keys))
-    return _summed_info_nce(queries, keys, scale, positives, label_smoothing, tile_size) / len(queries)
+    loss = tiled_cross_entropy(queries, keys, scale, positives, label_smoothing=label_smoothing, tile_size=tile_size)
+    return loss / len(queries)
 
 
 def clip_loss(
@@ -109,43 +94,36 @@ def clip_loss(
             "clip_loss needs image and text embeddings of one shape (n, d), row i of both being a pair, but got "
             f"{tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}."
         )
-    num_rows, width = image_embeds.shape
-    num_captions = _check_ids(caption_ids, image_caption_ids, num_rows)
-    counts = exchange_counts([num_rows, num_captions], image_embeds.device)
+    num_rows = len(image_embeds)
+    _check_ids(caption_ids, image_caption_ids, num_rows)
+    counts = exchange_counts([num_rows, int(caption_ids is not None)], image_embeds.device)
     rows_per_rank = [rows for rows, _ in counts]
     total = sum(rows_per_rank)
     if total == 0:
         raise ValueError("clip_loss needs at least one pair on some rank, but there is none.")
-    if len(counts) == 1:
-        all_images, all_texts, offset = image_embeds, text_embeds, 0
-    else:
-        # One gather for both: half the latency, and no question about the order of two backward collectives.
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            pairs = gather_rows(torch.cat([image_embeds, text_embeds], dim=1), rows_per_rank)
-        all_images, all_texts = pairs.rows.split(width, dim=1)
-        offset = pairs.offset
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        texts = gather_rows(text_embeds, rows_per_rank)
 
-    text_of_image: Positives
-    image_of_text: Positives
+    positives: Positives
     if caption_ids is None or image_caption_ids is None:
-        if any(captions for _, captions in counts):
+        if any(has_ids for _, has_ids in counts):
             raise ValueError("Other ranks gave caption ids to clip_loss, this one gave None; give them on all ranks.")
-        text_of_image = image_of_text = offset + torch.arange(num_rows, device=image_embeds.device)
+        positives = texts.offset + torch.arange(num_rows, device=image_embeds.device)
     else:
-        if not all(captions for _, captions in counts):
+        if not all(has_ids for _, has_ids in counts):
             raise ValueError("This rank gave caption ids to clip_loss, another gave None; give them on all ranks.")
-        padding = max(captions for _, captions in counts) - num_captions
-        local_ids = torch.cat([caption_ids[:, None], F.pad(image_caption_ids, (0, padding), value=-1)], dim=1)
-        all_ids = gather_rows(local_ids, rows_per_rank).rows
+        positives = _captions_of_images(gather_rows(caption_ids, rows_per_rank).rows, image_caption_ids)
 
-        def text_of_image(start: int, stop: int) -> Tensor:
-            return _is_caption_of(all_ids[:, 0], local_ids[start:stop, None, 1:])
-
-        def image_of_text(start: int, stop: int) -> Tensor:
-            return _is_caption_of(local_ids[start:stop, None, 0], all_ids[:, 1:])
-
-    loss = _summed_info_nce(image_embeds, all_texts, logit_scale, text_of_image, label_smoothing, tile_size)
-    loss = loss + _summed_info_nce(text_embeds, all_images, logit_scale, image_of_text, label_smoothing, tile_size)
+    loss = tiled_cross_entropy(
+        image_embeds,
+        texts.rows,
+        logit_scale,
+        positives,
+        both_directions=True,
+        own_columns=slice(texts.offset, texts.offset + num_rows),
+        label_smoothing=label_smoothing,
+        tile_size=tile_size,
+    )
     return loss * (len(counts) / (2 * total))
 
 
@@ -195,118 +173,8 @@ def hard_negative_info_nce(
     # Each rank's positives come first in its block of columns; a softmax does not care about the order of the rest.
     keys = gather_rows(_unit(candidates), [size for _, size in counts])
     columns = keys.offset + torch.arange(len(queries), device=queries.device)
-    loss = _summed_info_nce(_unit(queries), keys.rows, scale, columns, 0.0, tile_size)
+    loss = tiled_cross_entropy(_unit(queries), keys.rows, scale, columns, tile_size=tile_size)
     return loss * (len(counts) / total)
-
-
-def _summed_info_nce(
-    queries: Tensor,
-    keys: Tensor,
-    scale: Tensor | float,
-    positives: Positives,
-    label_smoothing: float,
-    tile_size: int,
-) -> Tensor:
-    """[`info_nce`] summed over the queries, of which there may be none."""
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing must lie in [0, 1), but is {label_smoothing}.")
-    if tile_size < 1:
-        raise ValueError(f"tile_size must be at least 1, but is {tile_size}.")
-    if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=torch.float32, device=queries.device)
-    if not torch.is_grad_enabled():
-        # Inside forward a Function cannot see that nobody wants gradients; detached inputs tell it.
-        queries, keys, scale = queries.detach(), keys.detach(), scale.detach()
-    return _TiledInfoNCE.apply(queries, keys, scale, positives, label_smoothing, tile_size)
-
-
-class _TiledInfoNCE(torch.autograd.Function):
-    """Sum over queries of the cross entropy; gradients are computed in forward, tile by tile, and scaled in backward.
-
-    With logits `z = s q k'`, softmax `p` and target `t`, the gradient of a row's loss by `z` is `p - t`.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        keys: Tensor,
-        scale: Tensor,
-        positives: Positives,
-        label_smoothing: float,
-        tile_size: int,
-    ) -> Tensor:
-        dtype = torch.float64 if torch.float64 in (queries.dtype, keys.dtype) else torch.float32
-        q, k, s = queries.to(dtype), keys.to(dtype), scale.to(dtype)
-        needs_queries, needs_keys, needs_scale = ctx.needs_input_grad[:3]
-        grad_queries = torch.zeros_like(q) if needs_queries else None
-        grad_keys = torch.zeros_like(k) if needs_keys else None
-        grad_scale = torch.zeros_like(s) if needs_scale else None
-        loss = q.new_zeros(())
-        with torch.autocast(q.device.type, enabled=False):
-            for start in range(0, len(q), tile_size):
-                stop = min(start + tile_size, len(q))
-                scaled_queries = q[start:stop] * s
-                logits = scaled_queries @ k.T
-                # Shifted first and summed after: near a loss of zero, the difference of two large logsumexp terms
-                # would keep few correct digits.
-                logits -= logits.amax(dim=1, keepdim=True)
-                rows, columns, weights = _tile_target(positives, start, stop, logits)
-                weights = weights * (1 - label_smoothing)
-                loss -= (logits[rows, columns] * weights).sum()
-                if label_smoothing:
-                    loss -= label_smoothing * logits.mean(dim=1).sum()
-                softmax = logits.exp_()
-                normaliser = softmax.sum(dim=1, keepdim=True)
-                loss += normaliser.log().sum()
-                if not any(ctx.needs_input_grad):
-                    continue
-
-                grad_logits = softmax.div_(normaliser)
-                grad_logits[rows, columns] -= weights
-                if label_smoothing:
-                    grad_logits -= label_smoothing / len(k)
-                if grad_keys is not None:
-                    grad_keys.addmm_(grad_logits.T, scaled_queries)
-                if grad_queries is None and grad_scale is None:
-                    continue
-                weighted_keys = grad_logits @ k
-                if grad_scale is not None:
-                    grad_scale += (q[start:stop] * weighted_keys).sum()
-                if grad_queries is not None:
-                    torch.mul(weighted_keys, s, out=grad_queries[start:stop])
-        ctx.save_for_backward(grad_queries, grad_keys, grad_scale)
-        ctx.input_dtypes = (queries.dtype, keys.dtype, scale.dtype)
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # The factor (1/rows, the loss scale of fp16 training) goes in before the rounding to the inputs' type.
-        grads = (
-            None if grad is None else (grad * grad_output).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.input_dtypes, strict=True)
-        )
-        return (*grads, None, None, None)
-
-
-def _tile_target(positives: Positives, start: int, stop: int, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The correct keys of a tile's queries as sparse (row in the tile, column, weight); a row's weights sum to 1."""
-    if isinstance(positives, Tensor):
-        rows = torch.arange(stop - start, device=logits.device)
-        return rows, positives[start:stop], logits.new_ones(stop - start)
-    mask = positives(start, stop)
-    if mask.dtype != torch.bool or mask.shape != logits.shape:
-        raise ValueError(
-            f"positives({start}, {stop}) must return a bool tensor of shape {tuple(logits.shape)}, but returned "
-            f"{mask.dtype} of shape {tuple(mask.shape)}."
-        )
-    counts = mask.sum(dim=1)
-    rows, columns = mask.nonzero(as_tuple=True)
-    if (counts == 0).any():
-        missing = int((counts == 0).nonzero()[0])
-        raise ValueError(f"Query row {start + missing} has no correct key, so its contrastive loss is undefined.")
-    return rows, columns, counts.to(logits.dtype).reciprocal()[rows]
 
 
 def _check_columns(columns: Tensor, num_queries: int, num_keys: int) -> None:
@@ -323,10 +191,9 @@ def _check_columns(columns: Tensor, num_queries: int, num_keys: int) -> None:
         )
 
 
-def _check_ids(caption_ids: Tensor | None, image_caption_ids: Tensor | None, num_rows: int) -> int:
-    """Check the ids of `clip_loss` and return K, 0 without ids."""
+def _check_ids(caption_ids: Tensor | None, image_caption_ids: Tensor | None, num_rows: int) -> None:
     if caption_ids is None and image_caption_ids is None:
-        return 0
+        return
     if caption_ids is None or image_caption_ids is None:
         raise ValueError("clip_loss needs both caption_ids and image_caption_ids, or neither, but got only one.")
     if (
@@ -349,7 +216,11 @@ def _check_ids(caption_ids: Tensor | None, image_caption_ids: Tensor | None, num
             f"Row {row}: caption id {int(caption_ids[row])} must be >= 0 and one of its image's captions, which are "
             f"{image_caption_ids[row].tolist()}."
         )
-    return image_caption_ids.shape[1]
+
+
+def _captions_of_images(caption_ids: Tensor, image_caption_ids: Tensor) -> Positives:
+    """Which captions (m,) are among those of an image (n, K), as masks of some images."""
+    return lambda start, stop: _is_caption_of(caption_ids, image_caption_ids[start:stop, None])
 
 
 def _is_caption_of(caption_ids: Tensor, image_caption_ids: Tensor) -> Tensor:
