@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,7 @@ def info_nce(
     queries: Tensor,
     keys: Tensor,
     scale: Tensor | float,
-    positives: Positives,
+    positives: Callable[[int, int], Tensor] | Tensor,
     label_smoothing: float = 0.0,
     tile_size: int = DEFAULT_TILE_SIZE,
 ) -> Tensor:
@@ -52,7 +54,10 @@ def info_nce(
         raise ValueError(f"info_nce needs at least one query and one key, but got {len(queries)} and {len(keys)}.")
     if isinstance(positives, Tensor):
         _check_columns(positives, len(queries), len(keys))
-    loss = tiled_cross_entropy(queries, keys, scale, positives, label_smoothing=label_smoothing, tile_size=tile_size)
+        pairs = _one_each(positives)
+    else:
+        pairs = _pairs_of_mask(positives, len(keys))
+    loss = tiled_cross_entropy(queries, keys, scale, pairs, label_smoothing=label_smoothing, tile_size=tile_size)
     return loss / len(queries)
 
 
@@ -104,11 +109,10 @@ def clip_loss(
     with torch.autocast(image_embeds.device.type, enabled=False):
         texts = gather_rows(text_embeds, rows_per_rank)
 
-    positives: Positives
     if caption_ids is None or image_caption_ids is None:
         if any(has_ids for _, has_ids in counts):
             raise ValueError("Other ranks gave caption ids to clip_loss, this one gave None; give them on all ranks.")
-        positives = texts.offset + torch.arange(num_rows, device=image_embeds.device)
+        positives = _one_each(texts.offset + torch.arange(num_rows, device=image_embeds.device))
     else:
         if not all(has_ids for _, has_ids in counts):
             raise ValueError("This rank gave caption ids to clip_loss, another gave None; give them on all ranks.")
@@ -173,7 +177,7 @@ def hard_negative_info_nce(
     # Each rank's positives come first in its block of columns; a softmax does not care about the order of the rest.
     keys = gather_rows(_unit(candidates), [size for _, size in counts])
     columns = keys.offset + torch.arange(len(queries), device=queries.device)
-    loss = tiled_cross_entropy(_unit(queries), keys.rows, scale, columns, tile_size=tile_size)
+    loss = tiled_cross_entropy(_unit(queries), keys.rows, scale, _one_each(columns), tile_size=tile_size)
     return loss * (len(counts) / total)
 
 
@@ -209,7 +213,7 @@ def _check_ids(caption_ids: Tensor | None, image_caption_ids: Tensor | None, num
             f">= 1), but got {caption_ids.dtype} {tuple(caption_ids.shape)} and {image_caption_ids.dtype} "
             f"{tuple(image_caption_ids.shape)}."
         )
-    valid = _is_caption_of(caption_ids, image_caption_ids) & (caption_ids >= 0)
+    valid = (image_caption_ids == caption_ids[:, None]).any(dim=1) & (caption_ids >= 0)
     if not valid.all():
         row = int((~valid).nonzero()[0])
         raise ValueError(
@@ -218,18 +222,42 @@ def _check_ids(caption_ids: Tensor | None, image_caption_ids: Tensor | None, num
         )
 
 
+def _one_each(columns: Tensor) -> Positives:
+    """One correct column (n,) for each row."""
+    return lambda start, stop: (torch.arange(stop - start, device=columns.device), columns[start:stop])
+
+
+def _pairs_of_mask(mask_of: Callable[[int, int], Tensor], num_columns: int) -> Positives:
+    def pairs(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        mask = mask_of(start, stop)
+        if mask.dtype != torch.bool or mask.shape != (stop - start, num_columns):
+            raise ValueError(
+                f"positives({start}, {stop}) must return a bool tensor of shape {(stop - start, num_columns)}, but "
+                f"returned {mask.dtype} of shape {tuple(mask.shape)}."
+            )
+        rows, columns = mask.nonzero(as_tuple=True)
+        return rows, columns
+
+    return pairs
+
+
 def _captions_of_images(caption_ids: Tensor, image_caption_ids: Tensor) -> Positives:
-    """Which captions (m,) are among those of an image (n, K), as masks of some images."""
-    return lambda start, stop: _is_caption_of(caption_ids, image_caption_ids[start:stop, None])
+    """Where the captions (m,) of images (n, K) are, found by bisection: comparing all with all would cost a tile."""
+    sorted_ids, order = caption_ids.sort()
+    wanted = image_caption_ids.sort(dim=1).values
+    # An image may have one caption twice, which counts once; ids are never negative.
+    repeated = F.pad(wanted[:, 1:] == wanted[:, :-1], (1, 0))
+    wanted = wanted.masked_fill(repeated, -1)
 
+    def pairs(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        ids = wanted[start:stop].flatten()
+        first = torch.searchsorted(sorted_ids, ids)
+        counts = torch.searchsorted(sorted_ids, ids, right=True) - first
+        place = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
+        within = torch.arange(len(place), device=ids.device) - (counts.cumsum(0) - counts)[place]
+        return place // wanted.shape[1], order[first[place] + within]
 
-def _is_caption_of(caption_ids: Tensor, image_caption_ids: Tensor) -> Tensor:
-    """Whether captions (...) are among the captions (..., K) of images, broadcast over all dimensions but K."""
-    # One K at a time, for a (..., K) comparison would be K times the tile.
-    matches = image_caption_ids[..., 0] == caption_ids
-    for k in range(1, image_caption_ids.shape[-1]):
-        matches |= image_caption_ids[..., k] == caption_ids
-    return matches
+    return pairs
 
 
 def _unit(x: Tensor) -> Tensor:

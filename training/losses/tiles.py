@@ -8,7 +8,7 @@ for backward, so that small matrices cost 6 too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,13 @@ from llm2clip_training.gather import all_gather_equal
 DEFAULT_TILE_SIZE = 256
 # 128 MiB of float32: all of a batch of 5,792.
 KEPT_LOGITS = 2**25
+# Up to this difference between the largest logit of all and the largest of a column, the exponentials by rows serve
+# for the columns too: what underflows in them is below exp(-87 + 60) there, and exp(60) is far from overflow.
+SHARED_EXPONENTIALS = 60.0
 
-# Which columns are correct for each row, by a function that gives the mask of some rows, or one column per row.
-Positives = Callable[[int, int], Tensor] | Tensor
+# Gives the correct columns of the rows from a first to before a last one, as pairs: (rows, counted from the first one)
+# and (columns), both int64.
+Positives = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
 def tiled_cross_entropy(
@@ -43,7 +47,7 @@ def tiled_cross_entropy(
         queries: (n, d).
         keys: (m, d).
         scale: 0-d factor.
-        positives: The correct keys of each query, see [`info_nce`].
+        positives: The correct keys of each query.
         both_directions: Add the cross entropies of the columns. The columns' queries are those of all ranks, and
             `keys` are the same on all ranks, so that every rank has to call this.
         own_columns: The columns whose cross entropies are added on this rank. The gradients are those of the sum over
@@ -101,7 +105,7 @@ class Gradients:
         needed: Whether queries, keys and scale need theirs.
     """
 
-    def __init__(self, tiles: Tiles, factor: Tensor, needed: tuple[bool, bool, bool]) -> None:
+    def __init__(self, tiles: Tiles, factor: Tensor, needed: Sequence[bool]) -> None:
         self.tiles, self.factor = tiles, factor
         self.queries = torch.empty_like(tiles.queries) if needed[0] else None
         self.keys = torch.zeros_like(tiles.keys) if needed[1] else None
@@ -135,11 +139,19 @@ class _Columns:
         self.sum_of_exp, self.sum_of_logits, self.positive_logits, self.num_positives = keys.new_zeros(4, len(keys))
         self.num_rows = 0
 
-    def add(self, logits: Tensor, columns: Tensor, positive_logits: Tensor, smoothing: float, work: Tensor) -> None:
-        maximum = torch.maximum(self.maximum, logits.amax(dim=0))
-        sum_of_exp = torch.sub(logits, maximum, out=work).exp_().sum(dim=0)
+    def add(self, logits: Tensor, row_maxima: Tensor, by_rows: Tensor) -> None:
+        """Take in a tile; `by_rows` is `exp(logits - row_maxima)`, whose memory may be used."""
+        tile_maximum, top = logits.amax(dim=0), row_maxima.max()
+        maximum = torch.maximum(self.maximum, tile_maximum)
+        if top - tile_maximum.min() < SHARED_EXPONENTIALS:
+            sum_of_exp = ((row_maxima - top).exp() @ by_rows) * (top - maximum).exp()
+        else:
+            sum_of_exp = torch.sub(logits, maximum, out=by_rows).exp_().sum(dim=0)
         self.sum_of_exp = self.sum_of_exp * (self.maximum - maximum).exp() + sum_of_exp
         self.maximum = maximum
+
+    def add_target(self, logits: Tensor, columns: Tensor, positive_logits: Tensor, smoothing: float) -> None:
+        """Take in the part of a tile that the targets weigh."""
         self.positive_logits.index_add_(0, columns, positive_logits)
         self.num_positives.index_add_(0, columns, torch.ones_like(positive_logits))
         if smoothing:
@@ -181,7 +193,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         tiles = Tiles(queries, keys, scale, tile_size)
         columns = None if own_columns is None else _Columns(tiles.keys)
-        row_losses, row_normalisers = tiles.queries.new_empty(2, len(queries))
+        row_losses, row_maxima, row_sums = tiles.queries.new_empty(3, len(queries))
         room = KEPT_LOGITS if any(ctx.needs_input_grad) else 0
         kept = []
         buffer, work = tiles.buffer(), tiles.buffer()
@@ -198,64 +210,71 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if smoothing:
                     target += smoothing * logits.mean(dim=1)
                 maximum = logits.amax(dim=1)
-                log_sum = torch.sub(logits, maximum[:, None], out=work[:size]).exp_().sum(dim=1).log()
+                exponentials = torch.sub(logits, maximum[:, None], out=work[:size]).exp_()
+                sum_of_exp = exponentials.sum(dim=1)
                 # Near a loss of zero, the difference of two large logsumexp terms would keep few correct digits.
-                row_losses[start:stop] = log_sum + (maximum - target)
-                row_normalisers[start:stop] = log_sum + maximum
+                row_losses[start:stop] = sum_of_exp.log() + (maximum - target)
+                row_maxima[start:stop], row_sums[start:stop] = maximum, sum_of_exp
                 if columns is not None:
-                    columns.add(logits, cols, positive_logits, smoothing, work[:size])
+                    columns.add(logits, maximum, exponentials)
+                    columns.add_target(logits, cols, positive_logits, smoothing)
             loss = row_losses.sum()
-            column_tensors: list[Tensor | None] = [None, None]
+            column_tensors: list[Tensor | None] = [None, None, None]
             if columns is not None:
                 columns.gather()
                 loss = loss + columns.losses(smoothing)[own_columns].sum()
-                column_tensors = [columns.sum_of_exp.log() + columns.maximum, columns.num_positives.reciprocal()]
+                column_tensors = [columns.maximum, columns.sum_of_exp, columns.num_positives]
                 ctx.num_rows = columns.num_rows
-        ctx.save_for_backward(queries, keys, scale, row_normalisers, *column_tensors, *kept)
+        ctx.save_for_backward(queries, keys, scale, row_maxima, row_sums, *column_tensors, *kept)
         ctx.settings = (positives, smoothing, tile_size)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, row_normalisers, column_normalisers, column_weights = ctx.saved_tensors[:6]
-        kept = ctx.saved_tensors[6:]
+        queries, keys, scale, row_maxima, row_sums, column_maxima, column_sums, num_positives, *kept = (
+            ctx.saved_tensors
+        )
         positives, smoothing, tile_size = ctx.settings
-        tiles = Tiles(*inputs, tile_size)
+        tiles = Tiles(queries, keys, scale, tile_size)
         gradients = Gradients(tiles, grad_output, ctx.needs_input_grad[:3])
         buffer, work = tiles.buffer(), tiles.buffer()
+        shared = False
+        if column_maxima is not None and len(row_maxima):
+            top = row_maxima.max()
+            column_factor = (top - column_maxima).exp() / column_sums
+            shared = bool(top - column_maxima.min() < SHARED_EXPONENTIALS)
         with torch.autocast(grad_output.device.type, enabled=False):
             for number, (start, stop) in enumerate(tiles.bounds()):
                 room, grad_logits = buffer[: stop - start], work[: stop - start]
                 logits = kept[number] if number < len(kept) else tiles.logits(start, stop, room)
                 rows, cols, weights = _tile_target(positives, start, stop, logits)
-                torch.sub(logits, row_normalisers[start:stop, None], out=grad_logits).exp_()
+                row_maximum, row_factor = row_maxima[start:stop, None], row_sums[start:stop, None].reciprocal()
+                torch.sub(logits, row_maximum, out=grad_logits).exp_()
                 uniform = smoothing / len(tiles.keys)
-                if column_normalisers is not None:
+                if column_maxima is None:
+                    grad_logits *= row_factor
+                else:
                     # Kept logits stay as they are: backward may come again.
-                    grad_logits += torch.sub(logits, column_normalisers, out=room).exp_()
-                    weights = weights + column_weights[cols]
+                    if shared:
+                        torch.addcmul(row_factor, (row_maximum - top).exp(), column_factor, out=room)
+                        grad_logits *= room
+                    else:
+                        torch.sub(logits, column_maxima, out=room).exp_().div_(column_sums)
+                        grad_logits.mul_(row_factor).add_(room)
+                    weights = weights + num_positives[cols].reciprocal()
                     uniform += smoothing / ctx.num_rows
                 grad_logits[rows, cols] -= weights * (1 - smoothing)
                 if smoothing:
                     grad_logits -= uniform
                 gradients.add(start, stop, grad_logits)
-        return (*gradients.like(*inputs), None, None, None, None)
+        return (*gradients.like(queries, keys, scale), None, None, None, None)
 
 
 def _tile_target(positives: Positives, start: int, stop: int, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The correct keys of a tile's queries as sparse (row in the tile, column, weight); a row's weights sum to 1."""
-    if isinstance(positives, Tensor):
-        rows = torch.arange(stop - start, device=logits.device)
-        return rows, positives[start:stop], logits.new_ones(stop - start)
-    mask = positives(start, stop)
-    if mask.dtype != torch.bool or mask.shape != logits.shape:
-        raise ValueError(
-            f"positives({start}, {stop}) must return a bool tensor of shape {tuple(logits.shape)}, but returned "
-            f"{mask.dtype} of shape {tuple(mask.shape)}."
-        )
-    counts = mask.sum(dim=1)
-    rows, columns = mask.nonzero(as_tuple=True)
+    """The correct keys of a tile's queries as (row in the tile, column, weight); a row's weights sum to 1."""
+    rows, columns = positives(start, stop)
+    counts = rows.bincount(minlength=stop - start)
     if (counts == 0).any():
         missing = int((counts == 0).nonzero()[0])
         raise ValueError(f"Query row {start + missing} has no correct key, so its contrastive loss is undefined.")
