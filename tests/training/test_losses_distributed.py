@@ -224,7 +224,15 @@ def test_clip_loss_of_each_rank_equals_the_original(ranks: Results, name: str, s
         golden.close(ours["loss"], f"{tag}/loss")
         golden.close(ours["image"], f"{tag}/grad_image")
         golden.close(ours["text"], f"{tag}/grad_text")
-        golden.close(ours["log_scale"], f"{tag}/grad_log_scale")
+    # Ranks share that of the scale out in another way; DDP takes its mean.
+    tags = [f"out/ws{world}/local1_grad1_smooth{smoothing}/rank{rank}/grad_log_scale" for rank in range(world)]
+    torch.testing.assert_close(
+        torch.stack([results[f"clip_{name}_{smoothing}"]["log_scale"] for results in ranks]).mean(),
+        torch.stack([golden[tag] for tag in tags]).mean(),
+        atol=1e-5,
+        rtol=1e-4,
+        check_dtype=False,
+    )
 
 
 @pytest.mark.parametrize("name", ["a", "b"])

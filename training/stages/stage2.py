@@ -20,15 +20,18 @@ from llm2clip_training.cards import JOINT_TASK
 from llm2clip_training.data import CaptionSource, SampleIndexBatchSampler, SkipLog
 from llm2clip_training.data.sampling import EpochDataset
 from llm2clip_training.evaluation import ImageTextRetrieval
-from llm2clip_training.losses import clip_loss
+from llm2clip_training.losses import DEFAULT_TILE_SIZE, clip_loss
 from llm2clip_training.optim import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
 from llm2clip_training.sentence_transformers import write_sentence_transformers_files
 from llm2clip_training.stages.base import StageConfig, StageTrainer, check_pushing, require, resume_point
+from llm2clip_training.stages.chunks import LOSS_CHUNK_HELP, TOWER_CHUNK_HELP, check_chunk_sizes, in_chunks
 from llm2clip_training.stages.frozen_layers import FrozenLayers
 from llm2clip_training.stages.stage2_inputs import build_dataset, load_model, open_captions
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
+
+CAPTION_INPUTS = ("input_ids", "attention_mask", "pooling_mask")
 
 
 @dataclass
@@ -101,6 +104,8 @@ class VisionAlignmentConfig(StageConfig):
     bundle_text_model: bool = field(
         default=False, metadata={"help": "Put the LLM's weights into the result; otherwise it names the LLM's repo."}
     )
+    tower_chunk_size: int | None = field(default=None, metadata={"help": TOWER_CHUNK_HELP})
+    loss_chunk_size: int = field(default=DEFAULT_TILE_SIZE, metadata={"help": LOSS_CHUNK_HELP})
     learning_rate: float = 1e-5
     weight_decay: float = 0.05
     max_grad_norm: float = 5.0
@@ -117,6 +122,7 @@ class VisionAlignmentConfig(StageConfig):
             raise ValueError("frozen_states_dir needs freeze_vision_layers.")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale is [smallest, largest] share, within 0 and 1, but is {self.crop_scale}.")
+        check_chunk_sizes(self.tower_chunk_size, self.loss_chunk_size)
 
 
 class ClampLogitScale(TrainerCallback):
@@ -207,21 +213,37 @@ class VisionAlignmentTrainer(StageTrainer):
         text_model = self.accelerator.unwrap_model(self.model).text_model
         if text_model is not None:
             text_model.eval()
+            if self.args.tower_chunk_size is not None:
+                inputs = self._with_llm_embeds(text_model, inputs)
+        # Through the wrapped model, so that DDP sees every parameter, the logit scale too.
+        outputs = in_chunks(self._embed, model, inputs, self.args.tower_chunk_size)
+        images, texts, scales = zip(*outputs, strict=True)
+        embeds = {"image_embeds": torch.cat(images), "text_embeds": torch.cat(texts)}
+        loss = clip_loss(
+            **embeds,
+            logit_scale=scales[-1],
+            caption_ids=caption_ids,
+            image_caption_ids=image_caption_ids,
+            label_smoothing=self.args.label_smoothing_factor,
+            tile_size=self.args.loss_chunk_size,
+        )
+        return (loss, embeds) if return_outputs else loss
+
+    def _embed(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         with contextlib.ExitStack() as stack:
             if "vision_states" in inputs:
                 assert self.frozen is not None
+                inputs = dict(inputs)
                 inputs["pixel_values"] = stack.enter_context(self.frozen.replaced_by(inputs.pop("vision_states")))
-            # Through the wrapped model, so that DDP sees every parameter, the logit scale too.
             output = model(**inputs, return_logits=False)
-        loss = clip_loss(
-            output.image_embeds,
-            output.text_embeds,
-            output.logit_scale,
-            caption_ids,
-            image_caption_ids,
-            label_smoothing=self.args.label_smoothing_factor,
-        )
-        return (loss, output) if return_outputs else loss
+        return output.image_embeds, output.text_embeds, output.logit_scale
+
+    def _with_llm_embeds(self, text_model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The captions as embeddings, so that backward does not run the frozen LLM again."""
+        captions = {name: inputs[name] for name in CAPTION_INPUTS if name in inputs}
+        with torch.no_grad():
+            embeds = in_chunks(_embed_captions, text_model, captions, self.args.tower_chunk_size)
+        return {name: x for name, x in inputs.items() if name not in captions} | {"llm_embeds": torch.cat(embeds)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -246,6 +268,10 @@ class VisionAlignmentTrainer(StageTrainer):
             cast(LLM2CLIPProcessor, self.processing_class).save_pretrained(output_dir)
             write_sentence_transformers_files(output_dir)
         self.accelerator.wait_for_everyone()
+
+
+def _embed_captions(text_model: nn.Module, captions: dict[str, Tensor]) -> Tensor:
+    return text_model(**captions).pooler_output
 
 
 def run(config: VisionAlignmentConfig, resume: bool = False) -> dict[str, Any]:
