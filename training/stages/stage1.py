@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
@@ -78,9 +77,7 @@ class CaptionContrastiveTrainer(TextTowerTrainer):
     ) -> Any:
         self.cut_captions += inputs.get("num_truncated", 0)
         roles = [role for role in ("anchor", "positive", "negative") if role in inputs]
-        embeds = {
-            role: torch.cat(in_chunks(_embed, model, inputs[role], self.args.tower_chunk_size)) for role in roles
-        }
+        embeds = {role: in_chunks(_embed, model, inputs[role], self.args.tower_chunk_size)[0] for role in roles}
         anchors, positives = embeds["anchor"], embeds["positive"]
         options: dict[str, Any] = {"scale": self.args.scale, "tile_size": self.args.loss_chunk_size}
         loss = hard_negative_info_nce(anchors, positives, embeds.get("negative"), **options)
@@ -94,8 +91,8 @@ class CaptionContrastiveTrainer(TextTowerTrainer):
         super().log(logs, start_time)
 
 
-def _embed(model: nn.Module, captions: dict[str, Tensor]) -> Tensor:
-    return model(**captions).pooler_output
+def _embed(model: nn.Module, captions: dict[str, Tensor]) -> tuple[Tensor]:
+    return (model(**captions).pooler_output,)
 
 
 def run(config: CaptionContrastiveConfig, resume: bool = False) -> dict[str, Any]:

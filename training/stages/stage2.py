@@ -216,9 +216,8 @@ class VisionAlignmentTrainer(StageTrainer):
             if self.args.tower_chunk_size is not None:
                 inputs = self._with_llm_embeds(text_model, inputs)
         # Through the wrapped model, so that DDP sees every parameter, the logit scale too.
-        outputs = in_chunks(self._embed, model, inputs, self.args.tower_chunk_size)
-        images, texts, scales = zip(*outputs, strict=True)
-        embeds = {"image_embeds": torch.cat(images), "text_embeds": torch.cat(texts)}
+        images, texts, scales = in_chunks(self._embed, model, inputs, self.args.tower_chunk_size)
+        embeds = {"image_embeds": images, "text_embeds": texts}
         loss = clip_loss(
             **embeds,
             logit_scale=scales[-1],
@@ -236,14 +235,14 @@ class VisionAlignmentTrainer(StageTrainer):
                 inputs = dict(inputs)
                 inputs["pixel_values"] = stack.enter_context(self.frozen.replaced_by(inputs.pop("vision_states")))
             output = model(**inputs, return_logits=False)
-        return output.image_embeds, output.text_embeds, output.logit_scale
+        return output.image_embeds, output.text_embeds, output.logit_scale.expand(len(output.image_embeds))
 
     def _with_llm_embeds(self, text_model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The captions as embeddings, so that backward does not run the frozen LLM again."""
         captions = {name: inputs[name] for name in CAPTION_INPUTS if name in inputs}
         with torch.no_grad():
-            embeds = in_chunks(_embed_captions, text_model, captions, self.args.tower_chunk_size)
-        return {name: x for name, x in inputs.items() if name not in captions} | {"llm_embeds": torch.cat(embeds)}
+            (embeds,) = in_chunks(_embed_captions, text_model, captions, self.args.tower_chunk_size)
+        return {name: x for name, x in inputs.items() if name not in captions} | {"llm_embeds": embeds}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -270,8 +269,8 @@ class VisionAlignmentTrainer(StageTrainer):
         self.accelerator.wait_for_everyone()
 
 
-def _embed_captions(text_model: nn.Module, captions: dict[str, Tensor]) -> Tensor:
-    return text_model(**captions).pooler_output
+def _embed_captions(text_model: nn.Module, captions: dict[str, Tensor]) -> tuple[Tensor]:
+    return (text_model(**captions).pooler_output,)
 
 
 def run(config: VisionAlignmentConfig, resume: bool = False) -> dict[str, Any]:
