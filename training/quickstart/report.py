@@ -23,6 +23,7 @@ from llm2clip_training.data import CaptionSource, EmbeddingCache, EvalTransform
 from llm2clip_training.evaluation import ImageTextRetrieval
 from llm2clip_training.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
 from llm2clip_training.files import write_text
+from llm2clip_training.search.top_k import top_k
 from modeling_llm2clip import LLM2CLIPModel
 
 CAPTION_SETS = {"lemma_to_gloss": "lemma → gloss", "name_to_keywords": "name → keywords"}
