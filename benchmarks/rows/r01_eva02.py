@@ -153,7 +153,8 @@ def contests(device: str) -> list[Contest]:
             if device != "cpu":
                 tolerance = dict.fromkeys(tolerance, 3e-2)
             work = "forward and backward" if training else "forward"
-            found.append(Contest(f"{tower}, batch {batch}, {work}", contestants, goals, tolerance))
+            rounds = 3 if training else 5
+            found.append(Contest(f"{tower}, batch {batch}, {work}", contestants, goals, tolerance, rounds))
     return found
 
 

@@ -90,6 +90,14 @@ class VisionAlignmentConfig(StageConfig):
     crop_scale: list[float] = field(
         default_factory=lambda: [0.9, 1.0], metadata={"help": "Smallest and largest share of a random crop."}
     )
+    patch_dropout: float | None = field(
+        default=None,
+        metadata={"help": "Share of the patches that an EVA02 tower leaves out in training; unset: its config's."},
+    )
+    image_backend: str = field(
+        default="exact",
+        metadata={"help": "Of training images. exact: Pillow; fast: JPEGs as tensors, up to 2 grey levels off."},
+    )
     freeze_vision_layers: int = field(
         default=0,
         metadata={"help": "Layers of the vision tower that stay frozen; -1 freezes all but the last, and so on."},
@@ -122,6 +130,8 @@ class VisionAlignmentConfig(StageConfig):
             raise ValueError("frozen_states_dir needs freeze_vision_layers.")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale is [smallest, largest] share, within 0 and 1, but is {self.crop_scale}.")
+        if self.patch_dropout is not None and not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"patch_dropout is a share from 0 to below 1, but is {self.patch_dropout}.")
         check_chunk_sizes(self.tower_chunk_size, self.loss_chunk_size)
 
 
