@@ -65,7 +65,6 @@ def _ours() -> Work:
         max_length=512,
         show_progress=False,
     )
-    del rows
     cache, drawn = EmbeddingCache.open(folder), _drawn()
 
     def batches() -> Iterator[tuple[list[str], Any]]:

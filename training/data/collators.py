@@ -24,8 +24,8 @@ class VisionAlignmentCollator:
     - `pixel_values`: (n, 3, H, W) float32, or `vision_states`: (n, tokens, width), what frozen layers made of them;
     - `caption_ids`: (n,) int64, and `image_caption_ids`: (n, K) int64 padded with -1: caption j is a correct answer
       for image i if `caption_ids[j]` is in `image_caption_ids[i]`;
-    - `llm_embeds`: (n, hidden) in the 16 bits of the cache (the model converts them on its device), or `input_ids`, `attention_mask` (and what else the processor
-      makes) for an LLM that runs during training;
+    - `llm_embeds`: (n, hidden) in the 16 bits of the cache, which the model converts on its device, or `input_ids`,
+      `attention_mask` (and what else the processor makes) for an LLM that runs during training;
     - `skipped`: a list of (key, reason).
 
     A batch is smaller than the batch size when samples were skipped, so ranks can hold different numbers.
