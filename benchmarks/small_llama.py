@@ -19,7 +19,7 @@ WORDS = (
     "a the of in on with red blue old small large quiet crowded wooden stone glass river market street mountain "
     "house bridge tower garden child woman man dog horse bird walks stands holds carries looks behind under near "
     "and while whose evening morning light shadow water snow yellow umbrella bicycle window painting station"
-).split()
+)
 
 
 def captions(number: int, seed: int = 0) -> list[str]:
@@ -29,11 +29,11 @@ def captions(number: int, seed: int = 0) -> list[str]:
         number: How many.
         seed: Another seed, other captions.
     """
-    rng = random.Random(seed)
+    rng, vocabulary = random.Random(seed), WORDS.split()
     found: dict[str, None] = {}
     while len(found) < number:
         words = min(200, max(3, round(rng.lognormvariate(1.75, 1.05))))
-        found[" ".join(rng.choice(WORDS) for _ in range(words))] = None
+        found[" ".join(rng.choice(vocabulary) for _ in range(words))] = None
     return list(found)
 
 

@@ -1,4 +1,4 @@
-"""What the models share: refusing incomplete checkpoints, attaching towers, encoding in batches."""
+"""What the models share: refusing incomplete checkpoints, attaching towers, pooling, encoding in batches."""
 
 from __future__ import annotations
 
@@ -69,6 +69,33 @@ def adopt_submodel(parent: PreTrainedModel, name: str, child: PreTrainedModel) -
     tied = getattr(child, "all_tied_weights_keys", None) or {}
     if hasattr(parent, "all_tied_weights_keys"):
         parent.all_tied_weights_keys.update({f"{name}.{key}": f"{name}.{value}" for key, value in tied.items()})
+
+
+def pool(hidden_states: Tensor, attention_mask: Tensor, pooling_mask: Tensor, mode: str) -> Tensor:
+    """Pool token states into one vector per caption.
+
+    Args:
+        hidden_states: `(batch, tokens, hidden)`.
+        attention_mask: `(batch, tokens)`, 1 for real tokens.
+        pooling_mask: `(batch, tokens)`, 1 for the tokens that are pooled.
+        mode: `mean`; `weighted_mean` (the weight grows linearly along the pooled tokens); `last_token`;
+            `eos_token` (the same token: the prompt ends in EOS then); `bos_token` (the first real token).
+
+    Returns:
+        `(batch, hidden)`, summed in float32 and returned in the states' dtype.
+    """
+    if mode in ("mean", "weighted_mean"):
+        weights = pooling_mask.float()
+        if mode == "weighted_mean":
+            weights = weights * weights.cumsum(dim=1)
+        weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
+        return (hidden_states.float() * weights[..., None]).sum(dim=1).to(hidden_states.dtype)
+    if mode == "bos_token":
+        index = attention_mask.long().argmax(dim=1)
+    else:
+        positions = torch.arange(pooling_mask.shape[1], device=pooling_mask.device)
+        index = (positions * pooling_mask).argmax(dim=1)
+    return hidden_states[torch.arange(len(index), device=index.device), index]
 
 
 def tokenize_captions(

@@ -55,7 +55,9 @@ def _sentence_transformers(packed: bool, device: str) -> Work:
 def contests(device: str) -> list[Contest]:
     peers = {"sentence-transformers": True, "sentence-transformers, padded": False}
     contestants = {"ours": Contestant(partial(_ours, device))}
-    contestants |= {name: Contestant(partial(_sentence_transformers, packed, device)) for name, packed in peers.items()}
+    contestants |= {
+        name: Contestant(partial(_sentence_transformers, packed, device)) for name, packed in peers.items()
+    }
     return [
         Contest(
             f"{CAPTIONS} captions of 12 to 450 tokens, 23M parameters",

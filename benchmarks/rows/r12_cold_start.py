@@ -66,7 +66,9 @@ def _joint_model(folder: Path) -> Path:
     model.set_text_model(text_model)
     model.save_pretrained(folder)
     size = {"height": 112, "width": 112}
-    LLM2CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 112}, crop_size=size), tokenizer).save_pretrained(folder)
+    LLM2CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 112}, crop_size=size), tokenizer).save_pretrained(
+        folder
+    )
     write_sentence_transformers_files(folder)
     return folder
 

@@ -62,7 +62,10 @@ class VisionAlignmentConfig(StageConfig):
     embedding_cache: str | None = field(
         default=None, metadata={"help": "Folder of the captions' embeddings, from `llm2clip embed`."}
     )
-    verify_cache: bool = field(default=True, metadata={"help": "Check every row of the cache when it is opened."})
+    verify_cache: bool = field(
+        default=True,
+        metadata={"help": "Check first that every row of the cache is sound and that no caption is missing there."},
+    )
     online_text_model: bool = field(
         default=False, metadata={"help": "Run the frozen LLM while training, instead of reading a cache."}
     )

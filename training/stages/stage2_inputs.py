@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
@@ -21,6 +21,7 @@ from llm2clip_training.data import (
     StreamingCaptionImageDataset,
     TrainTransform,
     VisionAlignmentCollator,
+    caption_batches,
 )
 from llm2clip_training.data.images import output_size
 from llm2clip_training.evaluation import ImageTextRetrieval
@@ -120,7 +121,7 @@ def open_captions(
 
     Raises:
         CacheError: The cache is another encoder's, incomplete or damaged.
-        MissingCaptionError: It lacks captions of a retrieval set.
+        MissingCaptionError: It lacks captions of a retrieval set or of the training set.
     """
     if config.embedding_cache is None:
         return CaptionInputs(
@@ -143,7 +144,24 @@ def open_captions(
                 f"the cache {config.embedding_cache} lacks {missing} of the {len(measured.captions)} captions of "
                 f"eval_sources {name!r}; run `llm2clip embed` on that source too."
             )
+    if verify:
+        for source in map(CaptionSource.from_dict, config.sources):
+            if not source.streaming:
+                _refuse_missing_captions(cache, source)
     return CaptionInputs(VisionAlignmentCollator(cache=cache), cache.lookup)
+
+
+def _refuse_missing_captions(cache: EmbeddingCache, source: CaptionSource) -> None:
+    """Raise for captions of the training set that the cache lacks, before they are reached in training."""
+    if source.caption_weights is not None:
+        drawn = [name for name, weight in zip(source.caption_columns, source.caption_weights, strict=True) if weight]
+        source = replace(source, caption_columns=drawn, caption_weights=None)
+    missing = sum(int((~cache.contains(texts)).sum()) for texts in caption_batches(source))
+    if missing:
+        raise MissingCaptionError(
+            f"the cache {cache.path} lacks {missing} captions of the training set {source.path}; run `llm2clip embed` "
+            "on it."
+        )
 
 
 def build_dataset(

@@ -237,6 +237,15 @@ def test_plain_llm_is_a_text_tower_without_prompt(inputs: Inputs, tmp_path: Path
     )
 
 
+def test_missing_training_captions_are_noticed_before_training(inputs: Inputs, tmp_path: Path) -> None:
+    columns = {"caption_columns": ["caption", "caption_de"]}
+    with pytest.raises(MissingCaptionError, match=r"lacks \d+ captions of the training set"):
+        run(tmp_path, inputs, sources=[tiny.concepts(**columns)])
+    assert not list(tmp_path.iterdir())
+    # Those that are never drawn need no embedding.
+    run(tmp_path, inputs, sources=[tiny.concepts(**columns, caption_weights=[1, 0])], max_steps=1, save_strategy="no")
+
+
 def test_missing_evaluation_captions_are_noticed_before_training(inputs: Inputs, tmp_path: Path) -> None:
     evaluation = {"german": tiny.concepts("validation", caption_columns=["caption_de"])}
     with pytest.raises(MissingCaptionError, match=r"lacks \d+ of the \d+ captions of eval_sources 'german'"):
