@@ -9,6 +9,7 @@ No rows x columns matrix ever exists as a whole, but for small ones: the losses 
 """
 
 from llm2clip_training.losses.contrastive import clip_loss, hard_negative_info_nce, info_nce
+from llm2clip_training.losses.sigmoid import sigmoid_loss
 from llm2clip_training.losses.tiles import DEFAULT_TILE_SIZE
 
-__all__ = ["DEFAULT_TILE_SIZE", "clip_loss", "hard_negative_info_nce", "info_nce"]
+__all__ = ["DEFAULT_TILE_SIZE", "clip_loss", "hard_negative_info_nce", "info_nce", "sigmoid_loss"]

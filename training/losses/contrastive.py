@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_training.gather import exchange_counts, gather_rows
+from llm2clip_training.losses.pairs import gather_pairs, one_each
 from llm2clip_training.losses.tiles import DEFAULT_TILE_SIZE, Positives, tiled_cross_entropy
 
 
@@ -54,7 +55,7 @@ def info_nce(
         raise ValueError(f"info_nce needs at least one query and one key, but got {len(queries)} and {len(keys)}.")
     if isinstance(positives, Tensor):
         _check_columns(positives, len(queries), len(keys))
-        pairs = _one_each(positives)
+        pairs = one_each(positives)
     else:
         pairs = _pairs_of_mask(positives, len(keys))
     loss = tiled_cross_entropy(queries, keys, scale, pairs, label_smoothing=label_smoothing, tile_size=tile_size)
@@ -94,41 +95,18 @@ def clip_loss(
         ValueError: Shapes do not fit, only one kind of ids is given (here or on another rank), or a row's caption
             is not among its image's captions.
     """
-    if image_embeds.ndim != 2 or image_embeds.shape != text_embeds.shape:
-        raise ValueError(
-            "clip_loss needs image and text embeddings of one shape (n, d), row i of both being a pair, but got "
-            f"{tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}."
-        )
-    num_rows = len(image_embeds)
-    _check_ids(caption_ids, image_caption_ids, num_rows)
-    counts = exchange_counts([num_rows, int(caption_ids is not None)], image_embeds.device)
-    rows_per_rank = [rows for rows, _ in counts]
-    total = sum(rows_per_rank)
-    if total == 0:
-        raise ValueError("clip_loss needs at least one pair on some rank, but there is none.")
-    with torch.autocast(image_embeds.device.type, enabled=False):
-        texts = gather_rows(text_embeds, rows_per_rank)
-
-    if caption_ids is None or image_caption_ids is None:
-        if any(has_ids for _, has_ids in counts):
-            raise ValueError("Other ranks gave caption ids to clip_loss, this one gave None; give them on all ranks.")
-        positives = _one_each(texts.offset + torch.arange(num_rows, device=image_embeds.device))
-    else:
-        if not all(has_ids for _, has_ids in counts):
-            raise ValueError("This rank gave caption ids to clip_loss, another gave None; give them on all ranks.")
-        positives = _captions_of_images(gather_rows(caption_ids, rows_per_rank).rows, image_caption_ids)
-
+    batch = gather_pairs("clip_loss", image_embeds, text_embeds, caption_ids, image_caption_ids)
     loss = tiled_cross_entropy(
         image_embeds,
-        texts.rows,
+        batch.texts,
         logit_scale,
-        positives,
+        batch.positives,
         both_directions=True,
-        own_columns=slice(texts.offset, texts.offset + num_rows),
+        own_columns=batch.own_columns,
         label_smoothing=label_smoothing,
         tile_size=tile_size,
     )
-    return loss * (len(counts) / (2 * total))
+    return loss * (batch.weight / 2)
 
 
 def hard_negative_info_nce(
@@ -177,7 +155,7 @@ def hard_negative_info_nce(
     # Each rank's positives come first in its block of columns; a softmax does not care about the order of the rest.
     keys = gather_rows(_unit(candidates), [size for _, size in counts])
     columns = keys.offset + torch.arange(len(queries), device=queries.device)
-    loss = tiled_cross_entropy(_unit(queries), keys.rows, scale, _one_each(columns), tile_size=tile_size)
+    loss = tiled_cross_entropy(_unit(queries), keys.rows, scale, one_each(columns), tile_size=tile_size)
     return loss * (len(counts) / total)
 
 
@@ -195,38 +173,6 @@ def _check_columns(columns: Tensor, num_queries: int, num_keys: int) -> None:
         )
 
 
-def _check_ids(caption_ids: Tensor | None, image_caption_ids: Tensor | None, num_rows: int) -> None:
-    if caption_ids is None and image_caption_ids is None:
-        return
-    if caption_ids is None or image_caption_ids is None:
-        raise ValueError("clip_loss needs both caption_ids and image_caption_ids, or neither, but got only one.")
-    if (
-        caption_ids.dtype != torch.int64
-        or image_caption_ids.dtype != torch.int64
-        or caption_ids.shape != (num_rows,)
-        or image_caption_ids.ndim != 2
-        or image_caption_ids.shape[0] != num_rows
-        or image_caption_ids.shape[1] == 0
-    ):
-        raise ValueError(
-            f"clip_loss needs int64 caption_ids of shape ({num_rows},) and image_caption_ids of shape ({num_rows}, K "
-            f">= 1), but got {caption_ids.dtype} {tuple(caption_ids.shape)} and {image_caption_ids.dtype} "
-            f"{tuple(image_caption_ids.shape)}."
-        )
-    valid = (image_caption_ids == caption_ids[:, None]).any(dim=1) & (caption_ids >= 0)
-    if not valid.all():
-        row = int((~valid).nonzero()[0])
-        raise ValueError(
-            f"Row {row}: caption id {int(caption_ids[row])} must be >= 0 and one of its image's captions, which are "
-            f"{image_caption_ids[row].tolist()}."
-        )
-
-
-def _one_each(columns: Tensor) -> Positives:
-    """One correct column (n,) for each row."""
-    return lambda start, stop: (torch.arange(stop - start, device=columns.device), columns[start:stop])
-
-
 def _pairs_of_mask(mask_of: Callable[[int, int], Tensor], num_columns: int) -> Positives:
     def pairs(start: int, stop: int) -> tuple[Tensor, Tensor]:
         mask = mask_of(start, stop)
@@ -237,25 +183,6 @@ def _pairs_of_mask(mask_of: Callable[[int, int], Tensor], num_columns: int) -> P
             )
         rows, columns = mask.nonzero(as_tuple=True)
         return rows, columns
-
-    return pairs
-
-
-def _captions_of_images(caption_ids: Tensor, image_caption_ids: Tensor) -> Positives:
-    """Where the captions (m,) of images (n, K) are, found by bisection: comparing all with all would cost a tile."""
-    sorted_ids, order = caption_ids.sort()
-    wanted = image_caption_ids.sort(dim=1).values
-    # An image may have one caption twice, which counts once; ids are never negative.
-    repeated = F.pad(wanted[:, 1:] == wanted[:, :-1], (1, 0))
-    wanted = wanted.masked_fill(repeated, -1)
-
-    def pairs(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        ids = wanted[start:stop].flatten()
-        first = torch.searchsorted(sorted_ids, ids)
-        counts = torch.searchsorted(sorted_ids, ids, right=True) - first
-        place = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
-        within = torch.arange(len(place), device=ids.device) - (counts.cumsum(0) - counts)[place]
-        return place // wanted.shape[1], order[first[place] + within]
 
     return pairs
 

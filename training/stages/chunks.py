@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import get_device_states, set_device_states
 
@@ -38,10 +39,15 @@ def in_chunks(run: Run, model: nn.Module, inputs: Mapping[str, Tensor], chunk_si
 
     Returns:
         What `run` returns, for all rows.
+
+    Raises:
+        ValueError: FSDP shards the model.
     """
     num_rows = len(next(iter(inputs.values())))
     if chunk_size is None or chunk_size >= num_rows:
         return run(model, dict(inputs))
+    if isinstance(model, (FSDPModule, FullyShardedDataParallel)):
+        raise ValueError("tower_chunk_size does not go with FSDP; leave it out, or train with DDP.")
     chunks = [
         {name: tensor[start : start + chunk_size] for name, tensor in inputs.items()}
         for start in range(0, num_rows, chunk_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -43,7 +44,9 @@ NEW_MODEL_FIELDS = (
     "adapter_expansion",
     "adapter_normalize",
     "logit_scale_init_value",
+    "logit_bias_init_value",
 )
+SIGMOID_BIAS = -10.0
 
 
 def load_model(config: VisionAlignmentConfig) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
@@ -54,11 +57,18 @@ def load_model(config: VisionAlignmentConfig) -> tuple[LLM2CLIPModel, LLM2CLIPPr
     """
     options = loading_options("float32", config.attn_implementation)
     fields = {name: getattr(config, name) for name in NEW_MODEL_FIELDS if getattr(config, name) is not None}
+    if config.loss == "sigmoid" and config.model_name_or_path is None:
+        fields = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": SIGMOID_BIAS, **fields}
     if config.model_name_or_path is not None:
         if fields:
             raise ValueError(f"{config.model_name_or_path} is a finished model; leave out {', '.join(fields)}.")
         image_processor_name = config.model_name_or_path
         model = LLM2CLIPModel.from_pretrained(config.model_name_or_path, text_model=False, **options)
+        if (model.logit_bias is not None) != (config.loss == "sigmoid"):
+            raise ValueError(
+                f"{config.model_name_or_path} was trained with the "
+                f"{'softmax' if model.logit_bias is None else 'sigmoid'} loss; set loss to that."
+            )
         tokenizer: Any = AutoTokenizer.from_pretrained(config.model_name_or_path)
     else:
         require(config, ["vision_model_name_or_path", "text_model_name_or_path"])
