@@ -92,8 +92,7 @@ def _draw(name: str, entries: list[results.Record], folder: Path) -> None:
     for entry in entries:
         points.setdefault(entry["line"], []).append((entry["x"], entry["figures"]))
     first = entries[0]
-    versions = ", ".join(f"{library} {version}" for library, version in first["versions"].items() if library != "python")
-    place = f"{first['machine']}; {first['date']}, commit {first['commit']}\n{versions}"
+    place = f"{first['machine']}; {first['date']}, commit {first['commit']}"
     draw(name, points, place, folder / f"{name}.png")
     print(f"wrote {folder / f'{name}.png'}", file=sys.stderr)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from benchmarks.curves.points import CAPTIONS
 
@@ -53,6 +53,7 @@ def _lines(axes: Axes, points: Points, value: Callable[[dict[str, float]], float
         xs = sorted({x for measured in points.values() for x, _ in measured})
         axes.set_xticks(xs, [_short(x) for x in xs])
         axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
@@ -102,7 +103,12 @@ PANELS: dict[str, list[tuple[str, str, Callable[[dict[str, Any]], float], bool]]
         )
     ],
     "search": [
-        ("Searching the 10 best of 1,000 queries", "time per query (ms)", lambda figures: figures["search"] * 1e3, True),
+        (
+            "The 10 best for 1,000 queries",
+            "time per query (ms)",
+            lambda figures: figures["search"] * 1e3,
+            True,
+        ),
         ("Building the index", "time (s)", lambda figures: figures["build"], True),
     ],
 }

@@ -13,6 +13,9 @@ from benchmarks.rows import r04_info_nce
 WIDTH = 512
 # Captions that are encoded, and queries that are searched for.
 CAPTIONS, QUERIES, TRUTH = 256, 1000, 200
+# Words of a short caption and of a long one.
+SHORT, LONG = (4, 12), (60, 90)
+ENCODERS = ("ours", "sentence-transformers", "batches of 64 in order")
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,6 @@ def loss_work(make_loss: Callable[[], Callable], batch: int) -> Work:
     return r04_info_nce._against(make_loss, batch, "cpu")
 
 
-# Share of long captions, in per cent.
-SHORT, LONG = (4, 12), (60, 90)
-
-
 def mixed_captions(percent_long: int) -> list[str]:
     """Captions of which some are long descriptions, in random order."""
     import random
@@ -61,7 +60,8 @@ def mixed_captions(percent_long: int) -> list[str]:
     choose = random.Random(0)
     lengths = [LONG if number * 100 < percent_long * CAPTIONS else SHORT for number in range(CAPTIONS)]
     choose.shuffle(lengths)
-    return [f"{number} " + " ".join(choose.choices(WORDS, k=choose.randint(*each))) for number, each in enumerate(lengths)]
+    words = [choose.choices(WORDS, k=choose.randint(*each)) for each in lengths]
+    return [f"{number} {' '.join(each)}" for number, each in enumerate(words)]
 
 
 def encode_work(contestant: str, percent_long: int) -> Work:
@@ -147,9 +147,7 @@ CURVES = {
     "encode": Curve(
         (0, 5, 20, 50, 100),
         (0, 20),
-        {
-            name: Line(partial(encode_work, name)) for name in ("ours", "sentence-transformers", "batches of 64 in order")
-        },
+        {name: Line(partial(encode_work, name)) for name in ENCODERS},
     ),
     "search": Curve(
         (10_000, 30_000, 100_000, 300_000, 1_000_000),

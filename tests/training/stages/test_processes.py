@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,21 @@ def test_two_processes_train_dinov2_with_checkpointing(inputs: Inputs, tmp_path:
     shutil.move(tmp_path / "states", tmp_path / "states-of-two")
     one = {"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 32}
     llm2clip("stage2", {**fields, **frozen, **one})
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+def test_accelerate_launch_equals_one_process(inputs: Inputs, tmp_path: Path) -> None:
+    fields = tiny.stage2_fields(tmp_path / "one", inputs.vision, inputs.text, inputs.cache)
+    fields |= {"save_strategy": "no", "max_steps": 2, "eval_sources": {}}
+    llm2clip("stage2", {**fields, "per_device_train_batch_size": 32})
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(yaml.safe_dump({**fields, "output_dir": str(tmp_path / "two")}))
+    config = str(files("llm2clip_training.recipes") / "accelerate" / "cpu_2.yaml")
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
+    result = subprocess.run(
+        [sys.executable, *launcher, *CLI, "stage2", str(recipe)], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
