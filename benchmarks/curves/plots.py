@@ -57,6 +57,7 @@ def _lines(axes: Axes, points: Points, value: Callable[[dict[str, float]], float
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
+        axes.set_xticks(sorted({x for measured in points.values() for x, _ in measured}))
         axes.set_ylim(bottom=0)
     axes.grid(color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -97,8 +98,8 @@ PANELS: dict[str, list[tuple[str, str, Callable[[dict[str, Any]], float], bool]]
     "encode": [
         (
             f"Encoding {CAPTIONS} captions, Llama of 27M parameters",
-            "CPU time (s)",
-            lambda figures: figures["cpu"],
+            "time (s)",
+            lambda figures: figures["wall"],
             False,
         )
     ],

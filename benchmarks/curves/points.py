@@ -12,7 +12,7 @@ from benchmarks.rows import r04_info_nce
 
 WIDTH = 512
 # Captions that are encoded, and queries that are searched for.
-CAPTIONS, QUERIES, TRUTH = 256, 1000, 200
+CAPTIONS, QUERIES, TRUTH = 128, 1000, 200
 # Words of a short caption and of a long one.
 SHORT, LONG = (4, 12), (60, 90)
 ENCODERS = ("ours", "sentence-transformers", "batches of 64 in order")
