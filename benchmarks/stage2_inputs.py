@@ -1,4 +1,4 @@
-"""What a small stage 2 starts from: captioned JPEGs, a vision tower, a text tower and its embedding cache, as folders."""
+"""What a small stage 2 starts from, as folders: captioned JPEGs, both towers, the embedding cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "golden" / "llm2vec_llama_a_hf"
-WORDS = "a the red blue old small glass river street house child dog horse bird walks stands near under snow light".split()
+WORDS = ("the", "red", "old", "small", "river", "street", "house", "dog", "bird", "walks", "near", "under", "light")
 # As img2dataset keeps CC3M's pictures: the shorter side is 384.
 PICTURE = (512, 384)
 # Settings of a run that writes nothing; its data is read by a second process, as on a machine with two cores.
@@ -116,9 +116,7 @@ def embed(folder: Path, text: Path, sources: list[dict[str, Any]]) -> tuple[Path
     from llm2clip_training.stages import embed as stage
 
     start = time.process_time()
-    stage.run(
-        stage.EmbedConfig(text_model_name_or_path=str(text), output_dir=str(folder / "cache"), sources=sources)
-    )
+    stage.run(stage.EmbedConfig(text_model_name_or_path=str(text), output_dir=str(folder / "cache"), sources=sources))
     return folder / "cache", time.process_time() - start
 
 
