@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A tile of this many queries is smaller than the candidates themselves for any width above it, however many candidates
-# there are, and is large enough to keep the matrix products at full speed.
+# The two tiles of this many queries are smaller than the candidates themselves for any width above 512, however many
+# candidates there are, and are large enough to keep the matrix products at full speed.
 DEFAULT_TILE_SIZE = 256
 MAX_NAMED_ROWS = 10
 # Cosines closer than this are equal: float32 products of unit vectors are exact to some 2e-7.

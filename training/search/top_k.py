@@ -9,7 +9,7 @@ from torch import Tensor
 QUERIES_AT_ONCE = 256
 DEFAULT_TILE_SIZE = 16384
 # On a CPU, products with more columns than these are slower.
-COLUMNS_AT_ONCE = 1024
+COLUMNS_AT_ONCE = 512
 # Candidates that are first looked at through their best one.
 GROUP = 32
 
