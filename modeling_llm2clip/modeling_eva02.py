@@ -22,13 +22,11 @@ from .configuration_llm2clip import EVA02VisionConfig
 
 ROPE_BASE = 10000.0
 
-RotaryTable = tuple[Tensor, Tensor]
-
 
 def rotary_table(
     head_dim: int, grid: tuple[int, int], pretrained_grid: int, device: torch.device | None = None
-) -> RotaryTable:
-    """Cosines and sines of the 2-D rotary positions, row-major over the patches.
+) -> Tensor:
+    """Cosines and sines of the 2-D rotary positions: of the class token, which is not rotated, then of the patches.
 
     The first half of a head encodes the row, the second half the column. Positions are scaled to the grid of
     pretraining, so that another image size covers the same range of angles.
@@ -40,32 +38,43 @@ def rotary_table(
         device: Where the table is made.
 
     Returns:
-        `(cos, sin)`, each float32 `(rows * columns, head_dim)`.
+        float32 `(1 + rows * columns, head_dim / 2, 2)`: a cosine and a sine for every two neighbours of a head.
     """
     axis_dim = head_dim // 2
     exponents = torch.arange(0, axis_dim, 2, dtype=torch.float32, device=device) / axis_dim
     frequencies = 1.0 / ROPE_BASE**exponents
-    angles = []
-    for size in grid:
-        positions = torch.arange(size, dtype=torch.float32, device=device) / size * pretrained_grid
-        angles.append(torch.outer(positions, frequencies).repeat_interleave(2, dim=-1))
-    rows, columns = angles
-    table = torch.cat(
+    rows, columns = (
+        torch.outer(torch.arange(size, dtype=torch.float32, device=device) / size * pretrained_grid, frequencies)
+        for size in grid
+    )
+    angles = torch.cat(
         [
             rows[:, None, :].expand(-1, grid[1], -1),
             columns[None, :, :].expand(grid[0], -1, -1),
         ],
         dim=-1,
     ).flatten(0, 1)
-    return table.cos(), table.sin()
+    angles = F.pad(angles, (0, 0, 1, 0))
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def apply_rotary(states: Tensor, table: RotaryTable) -> Tensor:
-    """Rotate the patch tokens of `states` `(batch, heads, 1 + patches, head_dim)`; the class token is left alone."""
-    cos, sin = (part.to(states.dtype) for part in table)
-    class_token, patches = states[:, :, :1], states[:, :, 1:]
-    rotated = torch.stack((-patches[..., 1::2], patches[..., ::2]), dim=-1).flatten(-2)
-    return torch.cat([class_token, patches * cos + rotated * sin], dim=2)
+def apply_rotary(states: Tensor, table: Tensor) -> Tensor:
+    """Rotate neighbouring channels by a token's angles.
+
+    Args:
+        states: `(batch, tokens, heads, head_dim)`.
+        table: `(tokens, head_dim / 2, 2)`, or one for every sample, `(batch, tokens, head_dim / 2, 2)`.
+    """
+    table = table.to(torch.promote_types(states.dtype, table.dtype)).unsqueeze(-3)
+    pairs = states.to(table.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        # Compilers and exporters fuse this; most of them know no complex numbers.
+        (first, second), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    else:
+        # A product of complex numbers is this in a single pass.
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    return rotated.flatten(-2).to(states.dtype)
 
 
 def resize_position_embedding(position_embedding: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -129,14 +138,13 @@ class EVA02Attention(nn.Module):
         self.inner_attn_ln = _sub_layer_norm(config, width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, hidden_states: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor | None]:
         batch, tokens, width = hidden_states.shape
         shape = (batch, tokens, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
         if rotary is not None:
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape)
         implementation = self.config._attn_implementation
         attend: Callable[..., tuple[Tensor, Tensor | None]] = eager_attention_forward
         if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
@@ -145,9 +153,9 @@ class EVA02Attention(nn.Module):
             attend = ALL_ATTENTION_FUNCTIONS[implementation]
         output, weights = attend(
             self,
-            query,
-            key,
-            value,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
             None,
             scaling=self.scaling,
             dropout=self.config.attention_dropout if self.training else 0.0,
@@ -168,7 +176,12 @@ class EVA02SwiGLU(nn.Module):
         self.w3 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.w3(self.ffn_ln(F.silu(self.w1(hidden_states)) * self.w2(hidden_states)))
+        hidden = F.silu(self.w1(hidden_states))
+        if torch.is_grad_enabled():
+            hidden = hidden * self.w2(hidden_states)
+        else:
+            hidden.mul_(self.w2(hidden_states))  # fresh memory costs more than the product
+        return self.w3(self.ffn_ln(hidden))
 
 
 class EVA02MLP(nn.Module):
@@ -198,7 +211,7 @@ class EVA02Block(GradientCheckpointingLayer):
             self.gamma_2 = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_init_value))
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, hidden_states: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.post_norm:
             attention, weights = self.attn(hidden_states, rotary)
             hidden_states = hidden_states + self._drop_path(_scaled(self.norm1(attention), self.gamma_1))
@@ -350,17 +363,13 @@ class EVA02VisionModel(PreTrainedModel):
             raise ValueError(f"pixel_values are {height} x {width}, which the patch size {patch} does not divide.")
         return height // patch, width // patch
 
-    def _drop_patches(self, hidden_states: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, RotaryTable | None]:
+    def _drop_patches(self, hidden_states: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor | None]:
         batch, tokens, width = hidden_states.shape
         kept = max(1, int((tokens - 1) * (1 - self.config.patch_dropout)))
         order = torch.rand(batch, tokens - 1, device=hidden_states.device).argsort(dim=1)[:, :kept]
-        patches = hidden_states[:, 1:].gather(1, order[..., None].expand(-1, -1, width))
-        hidden_states = torch.cat([hidden_states[:, :1], patches], dim=1)
-        if rotary is None:
-            return hidden_states, None
-        cos, sin = rotary
-        # One table per sample from here on, with an axis for the heads.
-        return hidden_states, (cos[order][:, None], sin[order][:, None])
+        order = F.pad(order + 1, (1, 0))  # and the class token
+        hidden_states = hidden_states.gather(1, order[..., None].expand(-1, -1, width))
+        return hidden_states, None if rotary is None else rotary[order]
 
 
 __all__ = ["EVA02VisionModel"]

@@ -64,7 +64,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         r"^vision_model\.",
         r"^visual_projection\.",
         r"^text_adapter\.",
-        r"^logit_scale$",
+        r"^logit_(scale|bias)$",
     ]
     _supports_sdpa = True
     _supports_flash_attn = True

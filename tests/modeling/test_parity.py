@@ -72,15 +72,16 @@ def test_rotary_tables() -> None:
     golden = load_golden("rope_tables_a")
     for case in golden.meta["config"]:
         tag, side = case["tag"], case["ft_seq_len"] or case["pt_seq_len"]
-        cos, sin = rotary_table(2 * case["half_head_dim"], (side, side), case["pt_seq_len"])
+        table = rotary_table(2 * case["half_head_dim"], (side, side), case["pt_seq_len"])
         rows = golden[f"out/{tag}/row_index"]
-        golden.close(cos[rows], f"out/{tag}/freqs_cos_rows")
-        golden.close(sin[rows], f"out/{tag}/freqs_sin_rows")
-        patches = golden[f"in/{tag}/x_rows"]
-        class_token = torch.randn_like(patches[:, :, :1])
-        rotated = apply_rotary(torch.cat([class_token, patches], dim=2), (cos[rows], sin[rows]))
-        golden.close(rotated[:, :, 1:], f"out/{tag}/rotated_rows")
-        assert rotated[:, :, :1].equal(class_token)
+        # The original has every angle twice, once per channel.
+        for part, name in enumerate(("cos", "sin")):
+            golden.close(table[1 + rows, :, part].repeat_interleave(2, dim=-1), f"out/{tag}/freqs_{name}_rows")
+        patches = golden[f"in/{tag}/x_rows"].transpose(1, 2)
+        tokens = torch.cat([torch.randn_like(patches[:, :1]), patches], dim=1)
+        rotated = apply_rotary(tokens, torch.cat([table[:1], table[1 + rows]]))
+        golden.close(rotated[:, 1:].transpose(1, 2), f"out/{tag}/rotated_rows")
+        assert rotated[:, 0].equal(tokens[:, 0])
 
 
 def test_position_embedding_resize() -> None:

@@ -12,7 +12,15 @@ from .embedding_cache import (
     EmbeddingCache,
     MissingCaptionError,
 )
-from .images import DEFAULT_MAX_PIXELS, EvalTransform, TrainTransform, decode_image
+from .images import (
+    DEFAULT_MAX_PIXELS,
+    IMAGE_BACKENDS,
+    EvalTransform,
+    ImageBackend,
+    TrainTransform,
+    decode_image,
+    decode_tensor,
+)
 from .pair_batches import PairBatchSampler
 from .pair_collator import PairCollator
 from .pairs import PairDataset, PairSource
@@ -22,6 +30,7 @@ from .sources import CaptionSource, SourceError, load_source
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",
+    "IMAGE_BACKENDS",
     "CacheDamagedError",
     "CacheError",
     "CacheIncompleteError",
@@ -33,6 +42,7 @@ __all__ = [
     "DamagedImageError",
     "EmbeddingCache",
     "EvalTransform",
+    "ImageBackend",
     "MissingCaptionError",
     "PairBatchSampler",
     "PairCollator",
@@ -52,6 +62,7 @@ __all__ = [
     "caption_id",
     "clean_caption",
     "decode_image",
+    "decode_tensor",
     "distinct_captions",
     "load_source",
 ]

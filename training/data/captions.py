@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .images import DEFAULT_MAX_PIXELS, EvalTransform, TrainTransform, decode_image
+from .images import DEFAULT_MAX_PIXELS, EvalTransform, TrainTransform
 from .records import RowCaptions, SampleError, SkippedSample, caption_id, column_texts
 from .sampling import EpochDataset, SampleIndex, stable_seed
 from .sources import CaptionSource, Columns, Table, load_source, source_columns, top_level
@@ -71,7 +71,7 @@ class SampleMaker:
                 "image_caption_ids": list(dict.fromkeys(map(caption_id, captions.texts))),
             }
             if columns.image is not None and self.eval_transform is not None:
-                image = decode_image(row[columns.image], key, self.max_pixels)
+                image = self.eval_transform.decode(row[columns.image], key, self.max_pixels)
                 if salt is None or self.train_transform is None:
                     sample["pixel_values"] = self.eval_transform(image)
                 else:

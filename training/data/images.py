@@ -1,16 +1,22 @@
-"""From stored bytes to pixel values: safe decoding, and the training and evaluation transforms."""
+"""From stored bytes to pixel values: safe decoding, and the training and evaluation transforms.
+
+There are two backends. `exact` is Pillow and what the image processor itself does; published numbers are made with it.
+`fast` decodes JPEGs straight into tensors and resizes those, which differs from Pillow by a grey level or two of 255.
+"""
 
 from __future__ import annotations
 
 import io
 import os
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 from transformers import BaseImageProcessor
@@ -29,6 +35,12 @@ TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+ImageBackend = Literal["exact", "fast"]
+IMAGE_BACKENDS = ("exact", "fast")
+# Of a value, its key and the largest number of pixels
+Decoder = Callable[[Any, str, int], Any]
+# The processors whose settings say all that they do
+CLIP_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorPil")
 
 
 def decode_image(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
@@ -50,20 +62,35 @@ def decode_image(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
     Raises:
         DamagedImageError: If the image is missing, unreadable, truncated, empty or too large.
     """
+    with _faults(value, key):
+        return _rgb(_opened(value, max_pixels))
+
+
+def decode_tensor(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tensor:
+    """Decode one image to RGB, upright, as `decode_image` does, but a JPEG without the copies that Pillow makes of it.
+
+    Returns:
+        uint8 `(3, H, W)`, in memory row by row and pixel by pixel.
+
+    Raises:
+        DamagedImageError: See `decode_image`.
+    """
+    with _faults(value, key):
+        image = _opened(value, max_pixels)
+        plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+        file = getattr(image, "fp", None)
+        if plain and file is not None and image.getexif().get(EXIF_ORIENTATION, 1) == 1:
+            file.seek(0)
+            data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+            return cast(torch.Tensor, decode_jpeg(data, mode=ImageReadMode.RGB))
+        return _as_tensor(_rgb(image))
+
+
+@contextmanager
+def _faults(value: Any, key: str) -> Iterator[None]:
+    """Whatever is wrong with an image becomes a DamagedImageError."""
     try:
-        with warnings.catch_warnings():
-            # The size is checked here, against the caller's limit.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = value if isinstance(value, Image.Image) else Image.open(_file(value))
-            width, height = image.size
-            if width < 1 or height < 1:
-                raise _UnusableError(f"it is {width} x {height} pixels large")
-            if width * height > max_pixels:
-                raise _UnusableError(
-                    f"its {width} x {height} pixels are more than the {max_pixels:,} that max_pixels allows"
-                )
-            image.load()
-            return _to_rgb(_upright(image))
+        yield
     except _UnusableError as error:
         raise DamagedImageError(key, str(error)) from None
     except UnidentifiedImageError as error:
@@ -72,6 +99,31 @@ def decode_image(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
         raise DamagedImageError(key, f"there is no file {error.filename or value!r}") from error
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead to, struct.error and KeyError too
         raise DamagedImageError(key, f"{type(error).__name__}: {error}") from error
+
+
+def _opened(value: Any, max_pixels: int) -> Image.Image:
+    """An image whose header has been read."""
+    with warnings.catch_warnings():
+        # The size is checked here, against the caller's limit.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = value if isinstance(value, Image.Image) else Image.open(_file(value))
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise _UnusableError(f"it is {width} x {height} pixels large")
+    if width * height > max_pixels:
+        raise _UnusableError(f"its {width} x {height} pixels are more than the {max_pixels:,} that max_pixels allows")
+    return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image.load()
+        return _to_rgb(_upright(image))
+
+
+def _as_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class _UnusableError(Exception):
@@ -119,18 +171,65 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 class EvalTransform:
-    """The image processor itself: `transform(image)` is a (3, H, W) float tensor.
+    """What an image processor does to an image: `transform(image)` is a (3, H, W) float tensor.
+
+    A CLIPImageProcessor's settings are followed here, without what it does for batches and other kinds of input; the
+    values are its own, to the rounding of float32. Any other image processor is called.
 
     Args:
         image_processor: A transformers image processor.
+        backend: `exact` resizes with the library that the image processor uses. `fast` resizes tensors, whatever it
+            uses, and `decode` gives those.
+
+    Raises:
+        ValueError: If there is no such backend, or it is `fast` and the image processor no CLIPImageProcessor.
     """
 
-    def __init__(self, image_processor: BaseImageProcessor) -> None:
+    def __init__(self, image_processor: BaseImageProcessor, backend: ImageBackend = "exact") -> None:
+        if backend not in IMAGE_BACKENDS:
+            raise ValueError(f"image_backend must be one of {', '.join(IMAGE_BACKENDS)}, not {backend!r}.")
         self.image_processor = image_processor
+        self.backend = backend
+        settings = image_processor.to_dict()
+        library = getattr(image_processor, "backend", None)  # transformers 5.2 does not say
+        steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+        self.is_clip = (
+            type(image_processor).__name__ in CLIP_PROCESSORS
+            and library in ("pil", "torchvision")
+            and all(settings.get(step) for step in steps)
+            and {name for name, length in dict(settings["size"]).items() if length is not None} == {"shortest_edge"}
+            and settings["resample"] == Image.Resampling.BICUBIC
+            and max(output_size(image_processor)) <= settings["size"]["shortest_edge"]
+        )
+        if not self.is_clip:
+            if backend == "fast":
+                raise ValueError(
+                    "image_backend: fast knows the steps of a CLIPImageProcessor (bicubic, shortest edge, center crop), but "
+                    f"the image processor is a {type(image_processor).__name__} with other ones; use exact."
+                )
+            return
+        self.shortest_edge = settings["size"]["shortest_edge"]
+        self.crop = output_size(image_processor)
+        self.with_tensors = backend == "fast" or library == "torchvision"
+        mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std"))
+        self.gain, self.offset = settings["rescale_factor"] / std, -mean / std
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
+    def decode(self, value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image | torch.Tensor:
+        """Decode an image as the backend does; see `decode_image` and `decode_tensor`."""
+        return (decode_tensor if self.backend == "fast" else decode_image)(value, key, max_pixels)
+
+    def __call__(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
         """Prepare an RGB image; returns (3, H, W) float32."""
-        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        if not self.is_clip:
+            return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        pixels: Any = _as_tensor(image) if self.with_tensors and isinstance(image, Image.Image) else image
+        height, width = F.get_size(pixels)
+        short, long = self.shortest_edge, int(self.shortest_edge * max(height, width) / min(height, width))
+        height, width = (long, short) if width <= height else (short, long)
+        pixels = F.resize(pixels, [height, width], InterpolationMode.BICUBIC, antialias=True)
+        pixels = F.crop(pixels, (height - self.crop[0]) // 2, (width - self.crop[1]) // 2, *self.crop)
+        pixels = pixels if isinstance(pixels, torch.Tensor) else _as_tensor(pixels)
+        return torch.addcmul(self.offset, pixels.to(torch.float32, memory_format=torch.contiguous_format), self.gain)
 
 
 class TrainTransform:
@@ -164,11 +263,11 @@ class TrainTransform:
         self.mean = list(settings["image_mean"]) if normalise else [0.0] * 3
         self.std = list(settings["image_std"]) if normalise else [1.0] * 3
 
-    def __call__(self, image: Image.Image, seed: int) -> torch.Tensor:
+    def __call__(self, image: Image.Image | torch.Tensor, seed: int) -> torch.Tensor:
         """Crop and normalise an RGB image.
 
         Args:
-            image: The image.
+            image: The image, or its uint8 tensor `(3, H, W)`, whose crop is resized as a tensor.
             seed: Decides the crop, alone: no global random state is read or advanced.
 
         Returns:
@@ -178,7 +277,8 @@ class TrainTransform:
             torch.default_generator.manual_seed(seed)
             top, left, height, width = RandomResizedCrop.get_params(image, self.scale, self.ratio)
         crop = F.resized_crop(image, top, left, height, width, list(self.size), InterpolationMode.BICUBIC)
-        pixels = F.pil_to_tensor(crop).float() * self.factor
+        crop = crop if isinstance(crop, torch.Tensor) else F.pil_to_tensor(crop)
+        pixels = crop.to(torch.float32, memory_format=torch.contiguous_format) * self.factor
         return F.normalize(pixels, self.mean, self.std)
 
 

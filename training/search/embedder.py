@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, BaseImageProcessor, PretrainedConfig
 
-from llm2clip_training.data import EvalTransform, SampleError
+from llm2clip_training.data import EvalTransform, ImageBackend, SampleError
+from llm2clip_training.data.images import Decoder
 from llm2clip_training.gather import process_state
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPVisionModelWithProjection
 from modeling_llm2clip.modeling_llm2clip_utils import absolute_path
@@ -27,8 +28,8 @@ FINGERPRINT_SAMPLES = 1024
 class Images(Protocol):
     """What can be embedded: numbered images, each decoded on demand."""
 
-    def decode(self, row: int) -> Image.Image:
-        """The image of a row in RGB, or a SampleError that says why there is none."""
+    def decode(self, row: int, decode: Decoder) -> Any:
+        """The image of a row in RGB, as `decode` gives it, or a SampleError that says why there is none."""
 
 
 class EmbeddedRows(NamedTuple):
@@ -53,6 +54,7 @@ class ImageEmbedder:
         image_processor: Prepares the images.
         name: Hub id or absolute folder of the model.
         revision: Its revision on the Hub.
+        image_backend: How images are decoded and resized; see `EvalTransform`.
     """
 
     def __init__(
@@ -61,14 +63,15 @@ class ImageEmbedder:
         image_processor: BaseImageProcessor,
         name: str,
         revision: str | None = None,
+        image_backend: ImageBackend = "exact",
     ) -> None:
         self.model = model
-        self.transform = EvalTransform(image_processor)
+        self.transform = EvalTransform(image_processor, image_backend)
         self.name = name
         self.revision = revision
 
     @classmethod
-    def load(cls, name: str, revision: str | None = None) -> ImageEmbedder:
+    def load(cls, name: str, revision: str | None = None, image_backend: ImageBackend = "exact") -> ImageEmbedder:
         """Load the vision half of an LLM2CLIP model; its LLM is not read.
 
         Raises:
@@ -78,7 +81,8 @@ class ImageEmbedder:
         require_llm2clip(name, revision)
         model = LLM2CLIPVisionModelWithProjection.from_pretrained(name, revision=revision)
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision)
-        return cls(model.to(process_state().device).eval(), image_processor, absolute_path(name), revision)
+        model = model.to(process_state().device).eval()
+        return cls(model, image_processor, absolute_path(name), revision, image_backend)
 
     @property
     def width(self) -> int:
@@ -176,7 +180,7 @@ class _Prepared(Dataset):
 
     def __getitem__(self, index: int) -> Tensor | str:
         try:
-            return self.transform(self.images.decode(self.rows[index]))
+            return self.transform(self.images.decode(self.rows[index], self.transform.decode))
         except SampleError as error:
             return error.reason or str(error)
 

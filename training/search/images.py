@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from llm2clip_training.data import DEFAULT_MAX_PIXELS, DamagedImageError, decode_image
+from llm2clip_training.data.images import Decoder
 from llm2clip_training.data.sources import (
     AUTOMATIC_KEY_COLUMNS,
     FORMATS,
@@ -104,8 +105,8 @@ class FolderImages:
             }
         )
 
-    def decode(self, row: int) -> Image.Image:
-        """The image of a row in RGB.
+    def decode(self, row: int, decode: Decoder = decode_image) -> Any:
+        """The image of a row in RGB, as `decode` gives it.
 
         Raises:
             DamagedImageError: It cannot be read; the reason says why.
@@ -114,7 +115,7 @@ class FolderImages:
         try:
             # Open, not read: among a user's files may be a film of many gigabytes.
             with open(self.folder / key, "rb") as file:
-                return decode_image(file, key, self.max_pixels)
+                return decode(file, key, self.max_pixels)
         except OSError as error:
             raise DamagedImageError(key, f"it cannot be read: {error.strerror}") from error
 
@@ -196,9 +197,9 @@ class TableImages:
             columns["caption"] = pa.array([self.captions[row] for row in rows], pa.string())
         return pa.table(columns)
 
-    def decode(self, row: int) -> Image.Image:
+    def decode(self, row: int, decode: Decoder = decode_image) -> Any:
         """See `FolderImages.decode`."""
-        return decode_image(self.table[row][self.image_column], self.keys[row], self.max_pixels)
+        return decode(self.table[row][self.image_column], self.keys[row], self.max_pixels)
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says of the source."""

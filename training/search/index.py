@@ -9,13 +9,13 @@ import shutil
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import torch
 from filelock import FileLock, Timeout
 
-from llm2clip_training.data import DEFAULT_MAX_PIXELS
+from llm2clip_training.data import DEFAULT_MAX_PIXELS, IMAGE_BACKENDS, ImageBackend
 from llm2clip_training.files import appearing_folder, refuse_existing
 from llm2clip_training.search.embedder import ImageEmbedder
 from llm2clip_training.search.image_index import FAILURES, VECTORS, IndexManifest, read_rows, write_index
@@ -69,6 +69,10 @@ class IndexConfig(VectorIndexSettings):
         default=4096, metadata={"help": "Images after which they are on disk, where a killed run goes on."}
     )
     max_pixels: int = field(default=DEFAULT_MAX_PIXELS, metadata={"help": "Largest image that is decoded."})
+    image_backend: str = field(
+        default="exact",
+        metadata={"help": "exact: as the image processor; fast: JPEGs as tensors, up to 2 grey levels off."},
+    )
     overwrite: bool = field(default=False, metadata={"help": "Begin anew where there is an index."})
 
     def __post_init__(self) -> None:
@@ -76,7 +80,7 @@ class IndexConfig(VectorIndexSettings):
         for setting, example in (("folder", "FOLDER --model MODEL"), ("model", f"{self.folder} --model MODEL")):
             if not getattr(self, setting):
                 raise ValueError(f"give a {setting}: llm2clip index {example}")
-        for setting, choices in (("kind", KINDS), ("dtype", DTYPES)):
+        for setting, choices in (("kind", KINDS), ("dtype", DTYPES), ("image_backend", IMAGE_BACKENDS)):
             value = getattr(self, setting)
             if value not in choices:
                 raise ValueError(f"{setting} {value!r} is unknown; choose one of {', '.join(choices)}.")
@@ -106,7 +110,7 @@ def run(config: IndexConfig) -> dict[str, Any]:
     output = _output(config)
     unfinished = output.with_name(f"{output.name}.unfinished")
     images = _open_images(config, (output, unfinished))
-    embedder = ImageEmbedder.load(config.model, config.model_revision)
+    embedder = ImageEmbedder.load(config.model, config.model_revision, cast(ImageBackend, config.image_backend))
     manifest = IndexManifest(
         model=embedder.name,
         revision=config.model_revision,

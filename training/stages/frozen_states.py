@@ -58,7 +58,7 @@ class FrozenStatesDataset(EpochDataset):
         num_workers: int = 0,
     ) -> None:
         if getattr(frozen.tower.config, "patch_dropout", 0):
-            raise ValueError("patch_dropout does not go with frozen_states_dir; set it to 0 in the tower's config.")
+            raise ValueError("patch_dropout does not go with frozen_states_dir; set it to 0.")
         self.captions = captions
         identity = {
             "layers": frozen.num_layers,
@@ -67,6 +67,8 @@ class FrozenStatesDataset(EpochDataset):
             "image_processor": image_processor.to_dict(),
             "on_error": images.make_sample.on_error,
         }
+        if images.make_sample.eval_transform is not None and images.make_sample.eval_transform.backend != "exact":
+            identity["image_backend"] = images.make_sample.eval_transform.backend
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self.folder = Path(folder) / digest
         if (self.folder / MANIFEST).exists():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 from torch import Tensor
@@ -16,6 +17,7 @@ from llm2clip_training.data import (
     CaptionSource,
     EmbeddingCache,
     EvalTransform,
+    ImageBackend,
     MissingCaptionError,
     StreamingCaptionImageDataset,
     TrainTransform,
@@ -42,7 +44,9 @@ NEW_MODEL_FIELDS = (
     "adapter_expansion",
     "adapter_normalize",
     "logit_scale_init_value",
+    "logit_bias_init_value",
 )
+SIGMOID_BIAS = -10.0
 
 
 def load_model(config: VisionAlignmentConfig) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
@@ -53,11 +57,18 @@ def load_model(config: VisionAlignmentConfig) -> tuple[LLM2CLIPModel, LLM2CLIPPr
     """
     options = loading_options("float32", config.attn_implementation)
     fields = {name: getattr(config, name) for name in NEW_MODEL_FIELDS if getattr(config, name) is not None}
+    if config.loss == "sigmoid" and config.model_name_or_path is None:
+        fields = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": SIGMOID_BIAS, **fields}
     if config.model_name_or_path is not None:
         if fields:
             raise ValueError(f"{config.model_name_or_path} is a finished model; leave out {', '.join(fields)}.")
         image_processor_name = config.model_name_or_path
         model = LLM2CLIPModel.from_pretrained(config.model_name_or_path, text_model=False, **options)
+        if (model.logit_bias is not None) != (config.loss == "sigmoid"):
+            raise ValueError(
+                f"{config.model_name_or_path} was trained with the "
+                f"{'softmax' if model.logit_bias is None else 'sigmoid'} loss; set loss to that."
+            )
         tokenizer: Any = AutoTokenizer.from_pretrained(config.model_name_or_path)
     else:
         require(config, ["vision_model_name_or_path", "text_model_name_or_path"])
@@ -76,9 +87,19 @@ def load_model(config: VisionAlignmentConfig) -> tuple[LLM2CLIPModel, LLM2CLIPPr
         model.text_model.requires_grad_(False)
     elif model.config.text_model_fingerprint is None:
         model.config.text_model_fingerprint = _fingerprint(model)
+    if config.patch_dropout is not None:
+        _set_patch_dropout(model, config.patch_dropout)
     image_processor = AutoImageProcessor.from_pretrained(config.image_processor_name_or_path or image_processor_name)
     freeze_unused(model.vision_model, image_processor(images=Image.new("RGB", (64, 64)), return_tensors="pt"))
     return model, LLM2CLIPProcessor(image_processor, tokenizer)
+
+
+def _set_patch_dropout(model: LLM2CLIPModel, rate: float) -> None:
+    tower = model.vision_model
+    if not hasattr(tower.config, "patch_dropout"):
+        raise ValueError(f"patch_dropout is for EVA02 towers; {type(tower).__name__} has none. Leave it unset.")
+    for config in (tower.config, model.config.vision_config):
+        config.patch_dropout = rate
 
 
 def _fingerprint(model: LLM2CLIPModel) -> str | None:
@@ -162,7 +183,7 @@ def build_dataset(
         ValueError: A streamed source is not the only one, or is to be read as stored states.
     """
     sources = [CaptionSource.from_dict(source) for source in config.sources]
-    evaluation = EvalTransform(image_processor)
+    evaluation = EvalTransform(image_processor, cast(ImageBackend, config.image_backend))
     training = TrainTransform(image_processor, scale=(config.crop_scale[0], config.crop_scale[1]))
     options: dict[str, Any] = {
         "seed": config.sampling_seed,

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
 from torchvision.transforms import RandomResizedCrop
-from transformers import CLIPImageProcessorPil, SiglipImageProcessor, ViTImageProcessor
+from transformers import CLIPImageProcessor, CLIPImageProcessorPil, SiglipImageProcessor, ViTImageProcessor
 
-from llm2clip_training.data import DamagedImageError, EvalTransform, TrainTransform, decode_image
+from llm2clip_training.data import DamagedImageError, EvalTransform, TrainTransform, decode_image, decode_tensor
 from llm2clip_training.data.images import output_size
 
 from .conftest import SIZE, png
@@ -134,6 +135,91 @@ def test_eval_transform_is_the_image_processor(image_processor: CLIPImageProcess
     assert pixels.shape == (3, SIZE, SIZE)
     assert pixels.dtype == torch.float32
     torch.testing.assert_close(pixels, image_processor(_noise(), return_tensors="pt")["pixel_values"][0])
+
+
+PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]
+
+
+def _photo(width: int, height: int, number: int = 0, **options: Any) -> bytes:
+    return _encode(PHOTOS[number].resize((width, height), Image.Resampling.BICUBIC), "JPEG", quality=90, **options)
+
+
+@pytest.mark.parametrize("kind", [CLIPImageProcessor, CLIPImageProcessorPil])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
+        {"size": {"shortest_edge": 37}, "crop_size": {"height": 30, "width": 36}},
+        {"size": {"shortest_edge": 32}, "crop_size": 32, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 1.0, 2.0]},
+        {"size": {"shortest_edge": 32}, "crop_size": 32, "do_normalize": False},
+        {"size": {"shortest_edge": 20}, "crop_size": 32},
+        {"size": {"height": 32, "width": 24}, "do_center_crop": False},
+        {"size": {"shortest_edge": 32}, "crop_size": 32, "resample": 2},
+    ],
+)
+def test_exact_is_what_the_image_processor_gives(kind: Any, settings: dict[str, Any]) -> None:
+    image_processor = kind(**settings)
+    transform = EvalTransform(image_processor)
+    for width, height in [(32, 32), (61, 47), (47, 61), (33, 100), (101, 33), (640, 427), (7, 9), (37, 37)]:
+        image = PHOTOS[1].resize((width, height))
+        expected = torch.as_tensor(image_processor(image, return_tensors="pt")["pixel_values"][0])
+        torch.testing.assert_close(transform(image), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_other_image_processors_are_called() -> None:
+    image_processor = SiglipImageProcessor(size={"height": 32, "width": 48})
+    transform = EvalTransform(image_processor)
+    assert not transform.is_clip
+    torch.testing.assert_close(transform(_noise()), image_processor(_noise(), return_tensors="pt")["pixel_values"][0])
+    with pytest.raises(ValueError, match=r"the image processor is a SiglipImageProcessor.*use exact"):
+        EvalTransform(image_processor, "fast")
+    with pytest.raises(ValueError, match="exact, fast, not 'quick'"):
+        EvalTransform(CLIPImageProcessor(), "quick")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [CLIPImageProcessor, CLIPImageProcessorPil])
+@pytest.mark.parametrize("size", [(500, 374), (741, 1002), (1500, 998)])
+def test_fast_is_within_two_grey_levels_on_photographs(kind: Any, size: tuple[int, int]) -> None:
+    image_processor = kind(size={"shortest_edge": 336}, crop_size=336)
+    exact, fast = EvalTransform(image_processor), EvalTransform(image_processor, "fast")
+    grey_level = 1 / 255 / min(image_processor.image_std)
+    for data in (
+        _photo(*size),
+        _photo(*size, number=1),
+        _photo(*size, subsampling=0),
+        _photo(*size, progressive=True),
+    ):
+        difference = (exact(exact.decode(data, "k")) - fast(fast.decode(data, "k"))).abs()
+        assert difference.max() <= 2.01 * grey_level
+        assert difference.mean() <= 0.1 * grey_level
+    training = TrainTransform(image_processor, scale=(0.5, 1.0))
+    slow, quick = (training(transform.decode(_photo(*size), "k"), 3) for transform in (exact, fast))
+    assert quick.is_contiguous()
+    assert (slow - quick).abs().max() <= 2.01 * grey_level
+
+
+def test_fast_decoding_gives_the_same_pixels() -> None:
+    """Of every format and mode, turned upright, and with the same faults."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    images = [
+        _photo(80, 60),
+        _photo(80, 60, exif=exif),
+        _encode(PHOTOS[0].convert("L"), "JPEG"),
+        _encode(PHOTOS[0].convert("CMYK"), "JPEG"),
+        _encode(_noise()),
+        _encode(_noise().quantize(16)),
+        PHOTOS[0],
+    ]
+    for data in images:
+        pixels = decode_tensor(data, "k")
+        assert pixels.dtype == torch.uint8
+        np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(decode_image(data, "k")))
+    for data in (b"", b"no image", _photo(80, 60)[:900], _photo(80, 60)[:-700], None):
+        with pytest.raises(DamagedImageError, match="image 'row-9' cannot be used"):
+            decode_tensor(data, "row-9")
+    with pytest.raises(DamagedImageError, match="80 x 60 pixels are more than the 4,799"):
+        decode_tensor(_photo(80, 60), "k", max_pixels=4799)
 
 
 def test_crop_is_a_pure_function_of_the_seed(image_processor: CLIPImageProcessorPil) -> None:

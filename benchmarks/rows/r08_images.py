@@ -1,0 +1,142 @@
+"""R8: from the bytes of a JPEG to what the vision tower takes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
+
+COUNT = 48
+SIZE = 336
+# Two grey levels of 255 over the largest magnitude of a normalised pixel, which is about 2
+GREY_LEVELS = 0.02
+
+
+def _photographs() -> list[bytes]:
+    """Parts of two photographs, 500 to 1,500 pixels long.
+
+    open_clip and transformers cut an odd number of pixels off at different sides, so that only even ones compare.
+    """
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
+    generator = np.random.default_rng(0)
+    found: list[bytes] = []
+    while len(found) < COUNT:
+        photograph = photographs[len(found) % 2]
+        width, height = (int(side * generator.uniform(0.6, 1)) for side in photograph.size)
+        left, top = (int(generator.integers(0, side)) for side in (641 - width, 428 - height))
+        part = photograph.crop((left, top, left + width, top + height))
+        scale = generator.integers(500, 1501) / max(part.size)
+        size = (round(width * scale), round(height * scale))
+        if int(SIZE * max(size) / min(size)) % 2:
+            continue
+        file = io.BytesIO()
+        part.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        found.append(file.getvalue())
+    return found
+
+
+def _work(make: Callable[[], Callable[[bytes], Any]]) -> Work:
+    import torch
+
+    images, prepare = _photographs(), make()
+
+    def work() -> Outcome:
+        pixels = torch.stack([torch.as_tensor(prepare(data)) for data in images])
+        return Outcome({"pixels": pixels, "mean": pixels.mean((2, 3))})
+
+    return work
+
+
+def _settings() -> dict[str, Any]:
+    return {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
+
+
+def _decoded(data: bytes) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _ours(backend: Any, pil: bool) -> Callable[[bytes], Any]:
+    from transformers import CLIPImageProcessor, CLIPImageProcessorPil
+
+    from llm2clip_training.data import EvalTransform
+
+    image_processor = (CLIPImageProcessorPil if pil else CLIPImageProcessor)(**_settings())
+    transform = EvalTransform(image_processor, backend)
+    return lambda data: transform(transform.decode(data, "image"))
+
+
+def _open_clip() -> Callable[[bytes], Any]:
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_transform
+
+    transform = image_transform(SIZE, is_train=False, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
+    return lambda data: transform(_decoded(data))
+
+
+def _transformers(pil: bool) -> Callable[[bytes], Any]:
+    from transformers import CLIPImageProcessor, CLIPImageProcessorPil
+
+    image_processor = (CLIPImageProcessorPil if pil else CLIPImageProcessor)(**_settings())
+    return lambda data: image_processor(_decoded(data), return_tensors="pt")["pixel_values"][0]
+
+
+def _decoding() -> Work:
+    images = _photographs()
+
+    def work() -> Outcome:
+        for data in images:
+            _decoded(data)
+        return Outcome()
+
+    return work
+
+
+def contests(device: str) -> list[Contest]:
+    peers = {
+        "open_clip transform": Contestant(partial(_work, _open_clip)),
+        "CLIPImageProcessor": Contestant(partial(_work, partial(_transformers, False))),
+        "CLIPImageProcessorPil": Contestant(partial(_work, partial(_transformers, True))),
+    }
+    limit = {"decoding by Pillow": Contestant(_decoding, is_limit=True)}
+
+    def ours(backend: str, pil: bool) -> dict[str, Contestant]:
+        return {"ours": Contestant(partial(_work, partial(_ours, backend, pil)))}
+
+    pillow = {name: peers[name] for name in ("open_clip transform", "CLIPImageProcessorPil")}
+    tensors = {"CLIPImageProcessor": peers["CLIPImageProcessor"]}
+    exact, close = {"pixels": 1e-6, "mean": 1e-6}, {"pixels": GREY_LEVELS, "mean": 1e-3}
+    return [
+        Contest(
+            "exact, resized by Pillow",
+            {**ours("exact", True), **pillow, **limit},
+            (Goal("open_clip transform", "cpu", 1.0), Goal("CLIPImageProcessorPil", "cpu", 1.0)),
+            exact,
+        ),
+        Contest(
+            "exact, resized by torchvision",
+            {**ours("exact", False), **tensors, **limit},
+            (Goal("CLIPImageProcessor", "cpu", 1.0),),
+            exact,
+            note="`exact` is what the image processor does. In transformers 5 CLIPImageProcessor resizes with "
+            "torchvision unless it is asked for its Pillow backend; open_clip resizes with Pillow.",
+        ),
+        Contest(
+            "fast",
+            {**ours("fast", True), **peers, **limit},
+            (Goal("open_clip transform", "cpu", 0.42),),
+            close,
+            note="Differs from Pillow by up to two grey levels of 255. It decodes into tensors, which costs less than "
+            "what Pillow does.",
+        ),
+    ]
+
+
+ROW = Row("R8", f"{COUNT} JPEGs of 500 to 1,500 pixels to {SIZE} x {SIZE}", contests)
