@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import get_device_states, set_device_states
 
@@ -54,8 +55,8 @@ def in_chunks(run: Run, model: nn.Module, inputs: Mapping[str, Tensor], chunk_si
     ]
     # DDP wants one forward for one backward: that of the last chunk, whose hooks wait for the gradients of all.
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    parameters = [parameter for parameter in inner.parameters() if parameter.requires_grad]
-    first = _Recomputed.apply(run, inner, chunks[:-1], parameters, *parameters)
+    trained = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    first = _Recomputed.apply(run, inner, chunks[:-1], list(trained), *trained.values())
     last = run(model, chunks[-1])
     return tuple(torch.cat(parts) for parts in zip(first, last, strict=True))
 
@@ -65,9 +66,10 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: Run, model: nn.Module, chunks: list[Inputs], parameters: list[Tensor], *_: Tensor
+        ctx: Any, run: Run, model: nn.Module, chunks: list[Inputs], names: list[str], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.work = run, model, chunks, parameters
+        ctx.work = _ChunkBackward(run, model), chunks, names
+        ctx.save_for_backward(*parameters)
         ctx.states, outputs = [], []
         for chunk in chunks:
             ctx.states.append(_State(chunk))
@@ -77,22 +79,31 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        run, model, chunks, parameters = ctx.work
+        chunk_backward, chunks, names = ctx.work
         sizes = [len(next(iter(chunk.values()))) for chunk in chunks]
-        total: list[Tensor | None] = [None] * len(parameters)
+        # Stand-ins, so that gradients add up in place and the parameters' own hooks (DDP's) run once, for the sum.
+        stand_ins = {
+            f"model.{name}": parameter.detach().requires_grad_()
+            for name, parameter in zip(names, ctx.saved_tensors, strict=True)
+        }
         by_chunk = zip(*(grad.split(sizes) for grad in grad_outputs), strict=True)
         for chunk, state, grads in zip(chunks, ctx.states, by_chunk, strict=True):
-            with torch.enable_grad(), state.restored():
-                outputs = run(model, chunk)
-            used = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
-            outputs, grads = zip(*used, strict=True)
-            found = torch.autograd.grad(outputs, parameters, grads, allow_unused=True)
-            for i, grad in enumerate(found):
-                before = total[i]
-                if grad is not None:
-                    total[i] = grad if before is None else before.add_(grad)
-            del outputs, found, used
-        return (None, None, None, None, *total)
+            functional_call(chunk_backward, stand_ins, (chunk, state, grads))
+        return (None, None, None, None, *(stand_in.grad for stand_in in stand_ins.values()))
+
+
+class _ChunkBackward(nn.Module):
+    """A chunk's graph and the way back through it, as a module, which is what `functional_call` takes."""
+
+    def __init__(self, run: Run, model: nn.Module) -> None:
+        super().__init__()
+        self.run, self.model = run, model
+
+    def forward(self, chunk: Inputs, state: _State, grad_outputs: tuple[Tensor, ...]) -> None:
+        with torch.enable_grad(), state.restored():
+            outputs = self.run(self.model, chunk)
+        used = [i for i, output in enumerate(outputs) if output.requires_grad]
+        torch.autograd.backward([outputs[i] for i in used], [grad_outputs[i] for i in used])
 
 
 class _State:
