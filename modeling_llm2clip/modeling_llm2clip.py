@@ -25,7 +25,7 @@ from .modeling_llm2clip_adapter import LLM2CLIPTextAdapter
 from .modeling_llm2clip_packing import PackedBatch  # noqa: F401
 from .modeling_llm2clip_pairing import LLM2CLIPPairedModel
 from .modeling_llm2clip_text import LLM2CLIPTextModel
-from .modeling_llm2clip_utils import absolute_path, adopt_submodel, encode_batches, execution_device
+from .modeling_llm2clip_utils import absolute_path, adopt_submodel, encode_tokens, execution_device, tokenize_captions
 from .modeling_llm2clip_vision import load_vision_tower
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
@@ -35,12 +35,13 @@ class LLM2CLIPOutput(ModelOutput):
     """Joint output of [`LLM2CLIPModel`].
 
     Args:
-        loss: Symmetric InfoNCE; only with `return_loss=True`.
+        loss: Symmetric InfoNCE, or the sigmoid loss of a model with a bias; only with `return_loss=True`.
         logits_per_image: `(images, texts)`.
         logits_per_text: `(texts, images)`.
         image_embeds: `(images, projection_dim)`, unit length.
         text_embeds: `(texts, projection_dim)`, unit length.
         logit_scale: The factor between cosine and logit.
+        logit_bias: What is added to the logits, in a model that has a bias.
     """
 
     loss: Tensor | None = None
@@ -49,6 +50,7 @@ class LLM2CLIPOutput(ModelOutput):
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
     logit_scale: Tensor | None = None
+    logit_bias: Tensor | None = None
 
 
 class LLM2CLIPModel(LLM2CLIPPairedModel):
@@ -60,7 +62,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
     """
 
     input_modalities = ["image", "text"]
-    _keep_in_fp32_modules_strict = ["logit_scale"]
+    _keep_in_fp32_modules_strict = ["logit_scale", "logit_bias"]
 
     def __init__(
         self, config: LLM2CLIPConfig, text_model: bool = True, vision_model: PreTrainedModel | None = None
@@ -75,6 +77,8 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
             self._keys_to_ignore_on_load_unexpected = [r"^text_model\."]
         self.text_adapter = LLM2CLIPTextAdapter(config)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        bias = config.logit_bias_init_value
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
         self.post_init()
         if vision_model is not None:
             # It has its weights already, so post_init() had better not see it.
@@ -82,12 +86,16 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
             self.config.vision_config = vision_model.config
             self.visual_projection.to(vision_model.device, vision_model.dtype)
             self.text_adapter.to(vision_model.device, vision_model.dtype)
-            self.logit_scale.data = self.logit_scale.data.to(vision_model.device)
+            for scalar in (self.logit_scale, self.logit_bias):
+                if scalar is not None:
+                    scalar.data = scalar.data.to(vision_model.device)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, LLM2CLIPModel):
             nn.init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            if module.logit_bias is not None:
+                nn.init.constant_(module.logit_bias, self.config.logit_bias_init_value)
 
     @classmethod
     def from_vision_text_pretrained(
@@ -194,18 +202,19 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         Args:
             texts: Captions; one string counts as a list of one.
             processor: This model's processor, or its tokenizer.
-            batch_size: Captions per batch; they are grouped by length.
+            batch_size: Largest number of captions in a batch; see [`LLM2CLIPTextModel.encode`].
             show_progress_bar: Show a bar over the batches.
 
         Returns:
             Unit rows, float32 `(len(texts), projection_dim)` on the CPU, in input order.
         """
-        device = execution_device(self if self.text_model is None else self.text_model)
-        return encode_batches(
-            texts,
-            getattr(processor, "tokenizer", processor),
-            lambda batch: _unit(self.get_text_features(**batch.to(device))),
-            prompt_token_ids=self.config.text_config.prompt_token_ids,
+        tokenizer = getattr(processor, "tokenizer", processor)
+        tokens, _ = tokenize_captions(texts, tokenizer, self.config.text_config.prompt_token_ids)
+        return encode_tokens(
+            tokens,
+            tokenizer,
+            lambda batch: _unit(self.get_text_features(**batch)),
+            device=execution_device(self if self.text_model is None else self.text_model),
             width=self.config.projection_dim,
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
@@ -280,10 +289,16 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         image_embeds = _unit(image_features)
         text_embeds = _unit(self.get_text_features(**text_inputs)).to(image_embeds.device)
         logit_scale = self.logit_scale.exp().to(image_embeds.device)
+        logit_bias = None if self.logit_bias is None else self.logit_bias.to(image_embeds.device)
         logits = loss = None
         if return_logits or return_loss:
             logits = logit_scale * text_embeds @ image_embeds.t()
-        if return_loss and logits is not None:
+            if logit_bias is not None:
+                logits = logits + logit_bias
+        if return_loss and logits is not None and logit_bias is not None:
+            signs = 2 * torch.eye(len(logits), device=logits.device) - 1
+            loss = -F.logsigmoid(signs * logits).sum() / len(logits)
+        elif return_loss and logits is not None:
             pairs = torch.arange(len(logits), device=logits.device)
             loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.t(), pairs)) / 2
         return LLM2CLIPOutput(
@@ -293,6 +308,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
             image_embeds=image_embeds,
             text_embeds=text_embeds,
             logit_scale=logit_scale,
+            logit_bias=logit_bias,
         )
 
 

@@ -24,42 +24,17 @@ from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 from .modeling_llm2clip_packing import PackedBatch
 from .modeling_llm2clip_utils import (
     adopt_submodel,
-    encode_batches,
+    encode_tokens,
     execution_device,
     hub_arguments,
+    pool,
     refuse_missing,
+    tokenize_captions,
 )
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
 FINGERPRINT_SAMPLES = 64
 COMPOSITE_TYPE = LLM2CLIPConfig.model_type
-
-
-def pool(hidden_states: Tensor, attention_mask: Tensor, pooling_mask: Tensor, mode: str) -> Tensor:
-    """Pool token states into one vector per caption.
-
-    Args:
-        hidden_states: `(batch, tokens, hidden)`.
-        attention_mask: `(batch, tokens)`, 1 for real tokens.
-        pooling_mask: `(batch, tokens)`, 1 for the tokens that are pooled.
-        mode: `mean`; `weighted_mean` (the weight grows linearly along the pooled tokens); `last_token`;
-            `eos_token` (the same token: the prompt ends in EOS then); `bos_token` (the first real token).
-
-    Returns:
-        `(batch, hidden)`, summed in float32 and returned in the states' dtype.
-    """
-    if mode in ("mean", "weighted_mean"):
-        weights = pooling_mask.float()
-        if mode == "weighted_mean":
-            weights = weights * weights.cumsum(dim=1)
-        weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
-        return (hidden_states.float() * weights[..., None]).sum(dim=1).to(hidden_states.dtype)
-    if mode == "bos_token":
-        index = attention_mask.long().argmax(dim=1)
-    else:
-        positions = torch.arange(pooling_mask.shape[1], device=pooling_mask.device)
-        index = (positions * pooling_mask).argmax(dim=1)
-    return hidden_states[torch.arange(len(index), device=index.device), index]
 
 
 def _is_readable(weight: Tensor) -> bool:
@@ -89,7 +64,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         r"^vision_model\.",
         r"^visual_projection\.",
         r"^text_adapter\.",
-        r"^logit_scale$",
+        r"^logit_(scale|bias)$",
     ]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -360,7 +335,8 @@ class LLM2CLIPTextModel(PreTrainedModel):
         if asked or not self.config.bidirectional or not self._takes_additive_mask or torch.compiler.is_compiling():
             return None
         packed = PackedBatch(attention_mask, order)
-        return packed if packed.position_ids.numel() < attention_mask.numel() else None
+        # The mask that keeps captions apart costs too.
+        return packed if packed.position_ids.numel() <= 0.9 * attention_mask.numel() else None
 
     @property
     def _takes_additive_mask(self) -> bool:
@@ -395,13 +371,24 @@ class LLM2CLIPTextModel(PreTrainedModel):
         batch_size: int = 64,
         show_progress_bar: bool = False,
     ) -> Tensor:
-        """Embed captions: float32 `(len(texts), hidden_size)` on the CPU, not normalised, in input order."""
-        device = execution_device(self)
-        return encode_batches(
-            texts,
+        """Embed captions of any length.
+
+        Args:
+            texts: Captions; one string counts as a list of one.
+            tokenizer: The tokenizer that was saved with this model.
+            batch_size: Largest number of captions in a batch. They are grouped by length, and a batch has fewer where
+                its tokens suffice to keep the device busy: 512 on a CPU, 16,384 elsewhere.
+            show_progress_bar: Show a bar over the batches.
+
+        Returns:
+            float32 `(len(texts), hidden_size)` on the CPU, not normalised, in input order.
+        """
+        tokens, _ = tokenize_captions(texts, tokenizer, self.config.prompt_token_ids)
+        return encode_tokens(
+            tokens,
             tokenizer,
-            lambda batch: self(**batch.to(device)).pooler_output,
-            prompt_token_ids=self.config.prompt_token_ids,
+            lambda batch: self(**batch).pooler_output,
+            device=execution_device(self),
             width=self.config.hidden_size,
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,

@@ -1,4 +1,4 @@
-"""What the models share: refusing incomplete checkpoints, attaching towers, encoding in batches."""
+"""What the models share: refusing incomplete checkpoints, attaching towers, pooling, encoding in batches."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from .processing_llm2clip import check_captions, count_cut_captions
 
 logger = logging.get_logger(__name__)
 
+# Padded tokens of a batch. On a CPU the states of a batch have to stay in its caches, an accelerator wants work.
+CPU_BATCH_TOKENS = 512
+ACCELERATOR_BATCH_TOKENS = 16384
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -68,29 +71,45 @@ def adopt_submodel(parent: PreTrainedModel, name: str, child: PreTrainedModel) -
         parent.all_tied_weights_keys.update({f"{name}.{key}": f"{name}.{value}" for key, value in tied.items()})
 
 
-def encode_batches(
-    texts: Sequence[str] | str,
-    tokenizer: PreTrainedTokenizerBase,
-    encode: Callable[[Any], Tensor],
-    *,
-    prompt_token_ids: list[int] | None,
-    width: int,
-    batch_size: int,
-    show_progress_bar: bool,
-) -> Tensor:
-    """Encode captions in batches of similar length and give the rows back in the order of the input.
+def pool(hidden_states: Tensor, attention_mask: Tensor, pooling_mask: Tensor, mode: str) -> Tensor:
+    """Pool token states into one vector per caption.
+
+    Args:
+        hidden_states: `(batch, tokens, hidden)`.
+        attention_mask: `(batch, tokens)`, 1 for real tokens.
+        pooling_mask: `(batch, tokens)`, 1 for the tokens that are pooled.
+        mode: `mean`; `weighted_mean` (the weight grows linearly along the pooled tokens); `last_token`;
+            `eos_token` (the same token: the prompt ends in EOS then); `bos_token` (the first real token).
+
+    Returns:
+        `(batch, hidden)`, summed in float32 and returned in the states' dtype.
+    """
+    if mode in ("mean", "weighted_mean"):
+        weights = pooling_mask.float()
+        if mode == "weighted_mean":
+            weights = weights * weights.cumsum(dim=1)
+        weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
+        return (hidden_states.float() * weights[..., None]).sum(dim=1).to(hidden_states.dtype)
+    if mode == "bos_token":
+        index = attention_mask.long().argmax(dim=1)
+    else:
+        positions = torch.arange(pooling_mask.shape[1], device=pooling_mask.device)
+        index = (positions * pooling_mask).argmax(dim=1)
+    return hidden_states[torch.arange(len(index), device=index.device), index]
+
+
+def tokenize_captions(
+    texts: Sequence[str] | str, tokenizer: PreTrainedTokenizerBase, prompt_token_ids: list[int] | None
+) -> tuple[list[list[int]], int]:
+    """Tokenise captions, once.
 
     Args:
         texts: Captions; one string counts as a list of one.
         tokenizer: The tokenizer that was saved with the model: it holds the prompt.
-        encode: Maps a tokenised batch to `(batch, width)`.
         prompt_token_ids: What the tokenizer has to make of an empty caption, where it is known.
-        width: Columns of the result, also for no captions at all.
-        batch_size: Captions per batch.
-        show_progress_bar: Show a bar over the batches.
 
     Returns:
-        float32 `(len(texts), width)` on the CPU.
+        The tokens of each caption, and how many captions were cut.
 
     Raises:
         TypeError: An item is not a string (an image, say).
@@ -99,22 +118,73 @@ def encode_batches(
     texts = [texts] if isinstance(texts, str) else list(texts)
     check_captions(texts)
     if not texts:
-        return torch.zeros(0, width)
+        return [], 0
     if prompt_token_ids is not None and list(tokenizer("")["input_ids"]) != prompt_token_ids:
         raise ValueError(
             f"the tokenizer ({tokenizer.name_or_path or 'unnamed'}) does not add the prompt that this model was "
             "trained with; load it from the model's own folder with AutoTokenizer or AutoProcessor."
         )
     tokens = tokenizer(texts, truncation=True)["input_ids"]
-    if count_cut_captions(tokenizer, texts, [len(ids) for ids in tokens]):
+    num_cut = count_cut_captions(tokenizer, texts, [len(ids) for ids in tokens])
+    if num_cut:
         # Not their number: whoever encodes millions in many calls reads this once.
         logger.warning_once(f"captions longer than {tokenizer.model_max_length} tokens are cut.")
-    order = sorted(range(len(texts)), key=lambda index: len(tokens[index]), reverse=True)
-    result = torch.empty(len(texts), width)
-    starts = range(0, len(texts), batch_size)
-    for start in logging.tqdm(starts, desc="Encoding captions", disable=not show_progress_bar):
-        rows = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt")
+    return tokens, num_cut
+
+
+def token_batches(lengths: Sequence[int], max_tokens: int, max_captions: int) -> list[list[int]]:
+    """Group captions of similar length.
+
+    Args:
+        lengths: Tokens of each caption.
+        max_tokens: Tokens of a batch, padding included; a longer caption is a batch of its own.
+        max_captions: Captions of a batch.
+
+    Returns:
+        The captions of each batch, the longest first.
+    """
+    batches: list[list[int]] = []
+    for caption in sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True):
+        batch = batches[-1] if batches else []
+        if batch and len(batch) < max_captions and (len(batch) + 1) * lengths[batch[0]] <= max_tokens:
+            batch.append(caption)
+        else:
+            batches.append([caption])
+    return batches
+
+
+def encode_tokens(
+    tokens: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    encode: Callable[[Any], Tensor],
+    *,
+    device: torch.device,
+    width: int,
+    batch_size: int,
+    show_progress_bar: bool = False,
+) -> Tensor:
+    """Encode tokenised captions in batches of similar length, each different one once.
+
+    Args:
+        tokens: See [`tokenize_captions`].
+        tokenizer: Pads.
+        encode: Maps a batch on the device to `(batch, width)`.
+        device: Where the model is; it decides how many tokens make a batch.
+        width: Columns of the result, also for no captions at all.
+        batch_size: Largest number of captions in a batch.
+        show_progress_bar: Show a bar over the batches.
+
+    Returns:
+        float32 `(len(tokens), width)` on the CPU, in the order of the input.
+    """
+    places: dict[tuple[int, ...], int] = {}
+    rows = [places.setdefault(tuple(ids), len(places)) for ids in tokens]
+    distinct = list(places)
+    budget = CPU_BATCH_TOKENS if device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
+    batches = token_batches([len(ids) for ids in distinct], budget, batch_size)
+    result = torch.empty(len(distinct), width)
+    for batch in logging.tqdm(batches, desc="Encoding captions", disable=not show_progress_bar):
+        inputs = tokenizer.pad({"input_ids": [list(distinct[row]) for row in batch]}, return_tensors="pt")
         with torch.inference_mode():
-            result[rows] = encode(batch).float().cpu()
-    return result
+            result[batch] = encode(inputs.to(device)).float().cpu()
+    return result if len(distinct) == len(rows) else result[rows]

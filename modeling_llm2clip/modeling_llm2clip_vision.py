@@ -132,7 +132,7 @@ class LLM2CLIPVisionModelWithProjection(LLM2CLIPPreTrainedModel):
 
     main_input_name = "pixel_values"
     input_modalities = ["image"]
-    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_adapter\.", r"^logit_scale$"]
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_adapter\.", r"^logit_(scale|bias)$"]
 
     def __init__(self, config: LLM2CLIPConfig) -> None:
         super().__init__(config)

@@ -18,7 +18,7 @@ from llm2clip_training import cli
 from llm2clip_training.recipe import find_recipe
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ("make", "llm2clip", "pip", "python", "torchrun", "jupyter", ".ci/run")
+PROGRAMS = ("make", "llm2clip", "pip", "python", "torchrun", "accelerate", "jupyter", ".ci/run")
 # A recipe that stands for the word RECIPE.
 RECIPES = {"mntp": "mntp", "stage1": "stage1_paper", "embed": "embed_paper", "stage2": "stage2_paper"}
 
@@ -88,6 +88,16 @@ def _torchrun(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     _llm2clip(arguments[module + 2 :], monkeypatch)
 
 
+def _accelerate(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert arguments[0] == "launch"
+    if len(arguments) == 1:
+        return  # the text speaks of the command
+    assert arguments[1] == "--config_file"
+    assert (ROOT / arguments[2]).is_file(), f"there is no {arguments[2]}"
+    assert arguments[3:5] == ["-m", "llm2clip_training.cli"]
+    _llm2clip(arguments[5:], monkeypatch)
+
+
 def _pip(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert arguments[0] == "install"
     setup = configparser.ConfigParser()
@@ -123,6 +133,7 @@ _CHECKS = {
     "make": _make,
     "llm2clip": _llm2clip,
     "torchrun": _torchrun,
+    "accelerate": _accelerate,
     "pip": _pip,
     "python": _python,
     "jupyter": _jupyter,

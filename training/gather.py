@@ -57,10 +57,16 @@ def exchange_counts(counts: Sequence[int], device: torch.device) -> list[list[in
     """Tell all ranks this rank's counts and return those of every rank, in rank order."""
     if world_size() == 1:
         return [list(counts)]
-    local = torch.tensor(counts, dtype=torch.int64, device=device)
-    gathered = local.new_empty(world_size(), len(counts))
-    dist.all_gather(list(gathered.unbind()), local)
-    return gathered.tolist()
+    return all_gather_equal(torch.tensor(counts, dtype=torch.int64, device=device)).tolist()
+
+
+def all_gather_equal(x: Tensor) -> Tensor:
+    """Gather tensors of one shape, without gradient: (ranks, *shape)."""
+    if world_size() == 1:
+        return x[None]
+    gathered = x.new_empty(world_size(), *x.shape)
+    dist.all_gather(list(gathered.unbind()), x.contiguous())
+    return gathered
 
 
 def gather_rows(x: Tensor, rows_per_rank: list[int]) -> GatheredRows:

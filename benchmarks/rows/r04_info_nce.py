@@ -51,19 +51,18 @@ def _transformers() -> Callable:
 
 
 def _products(batch: int, device: str) -> Work:
-    """The matrix products alone: the logits of each direction and the two gradients of each, tile by tile."""
+    """The matrix products alone, tile by tile: the logits, once for both directions, and the two gradients."""
     import torch
 
     images, texts = torch.randn(2, batch, WIDTH, device=device)
     gradient = torch.zeros_like(texts)
 
     def work() -> Outcome:
-        for queries, keys in ((images, texts), (texts, images)):
-            for start in range(0, batch, 1024):
-                tile = queries[start : start + 1024]
-                logits = tile @ keys.T
-                torch.mm(logits, keys)
-                gradient.addmm_(logits.T, tile)
+        for start in range(0, batch, 1024):
+            tile = images[start : start + 1024]
+            logits = tile @ texts.T
+            torch.mm(logits, texts)
+            gradient.addmm_(logits.T, tile)
         return Outcome()
 
     return work

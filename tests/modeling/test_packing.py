@@ -105,3 +105,47 @@ def test_padding_unpacks_to_zero() -> None:
     packed = PackedBatch(mask, mask.cumsum(dim=1))
     states = packed.pack(inputs["input_ids"])
     assert packed.unpack(states).equal(inputs["input_ids"] * mask)
+
+
+def test_positions_begin_anew_with_every_caption_of_a_row() -> None:
+    mask = batch("left")["attention_mask"]
+    packed = PackedBatch(mask, mask.cumsum(dim=1))
+    for caption in range(1, len(LENGTHS) + 1):
+        positions = packed.position_ids[packed.caption_ids == caption]
+        assert positions.tolist() == list(range(LENGTHS[caption - 1]))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_captions_of_a_row_do_not_see_each_other(attention: str) -> None:
+    model = tiny.text_model(attn_implementation=attention)
+    inputs = batch("left")
+    mask = inputs["attention_mask"]
+    rows = PackedBatch(mask, mask.cumsum(dim=1)).caption_ids.tolist()
+    assert any(len(set(row) - {0}) > 1 for row in rows), "no two captions share a row here"
+    with torch.no_grad():
+        before = model(**inputs).pooler_output
+        changed = inputs["input_ids"].clone()
+        changed[1] = (changed[1] + 7) % 400
+        after = model(**{**inputs, "input_ids": changed}).pooler_output
+    others = [row for row in range(len(LENGTHS)) if row != 1]
+    assert after[others].equal(before[others])
+    assert not torch.allclose(after[1], before[1])
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_attention_without_a_mask_of_our_own_gets_no_shared_rows(attention: str) -> None:
+    """It would see a row as one caption: with its 2-D mask transformers leaves the positions out of account."""
+    model = tiny.text_model()
+    mask = batch("left")["attention_mask"]
+    order = mask.cumsum(dim=1)
+    assert model._packing(mask, order, {}) is not None
+    model.decoder.config._attn_implementation_internal = attention
+    assert model.decoder.config._attn_implementation == attention
+    assert model._packing(mask, order, {}) is None
+    assert model._decoder_mask(mask).equal(mask)
+
+
+def test_a_batch_that_is_nearly_full_is_left_as_it_is() -> None:
+    model = tiny.text_model()
+    inputs = batch("left", [20, 20, 20, 20, 20, 20, 20, 20, 20, 10, 10])
+    assert tokens_of_decoder(model, inputs)[1] == inputs["input_ids"].numel()

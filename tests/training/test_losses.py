@@ -11,11 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm2clip_training.gather import gather_with_grad, gather_without_grad
-from llm2clip_training.losses import (
-    clip_loss,
-    hard_negative_info_nce,
-    info_nce,
-)
+from llm2clip_training.losses import clip_loss, hard_negative_info_nce, info_nce, sigmoid_loss, tiles
 from tests.golden import load_golden
 
 
@@ -172,6 +168,45 @@ def test_shared_captions_count_as_correct_in_both_directions() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kept_logits", [0, 60, 2**20])
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1000.0])
+def test_both_directions_equal_float64_however_far_apart_and_however_many_logits_are_kept(
+    scale: float, kept_logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "KEPT_LOGITS", kept_logits)
+    inputs = unit(11, 3), unit(11, 3), torch.tensor(scale)
+    image, text, factor = (x.double().requires_grad_() for x in inputs)
+    eye = torch.eye(11)
+    expected = (dense_info_nce(image, text, factor, eye) + dense_info_nce(text, image, factor, eye)) / 2
+    expected.backward()
+    spread = (factor * image @ text.T).amax(dim=0)
+    assert (spread.max() - spread.min() > tiles.SHARED_EXPONENTIALS) == (scale == 1000.0), "both ways are to be tested"
+    actual_inputs = leaves(*inputs)
+    actual = clip_loss(*actual_inputs, tile_size=3)
+    # Twice, because kept logits have to survive.
+    actual.backward(retain_graph=True)
+    actual.backward()
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(actual_inputs, (image, text, factor), strict=True):
+        torch.testing.assert_close(
+            ours.grad.double(), 2 * theirs.grad, atol=1e-4 * float(theirs.grad.abs().max()), rtol=1e-4
+        )
+
+
+def test_both_directions_pass_gradcheck_in_float64() -> None:
+    sampled, owned = shared_captions(images=5, captions=4, per_image=2)
+    inputs = leaves(unit(5, 3, torch.float64), unit(5, 3, torch.float64), torch.tensor(7.0).double())
+    assert torch.autograd.gradcheck(lambda *x: clip_loss(*x, sampled, owned, 0.1, tile_size=2), inputs)
+
+
+def test_a_caption_that_an_image_has_twice_counts_once() -> None:
+    image, text = unit(3, 4), unit(3, 4)
+    ids = torch.arange(3)
+    twice = torch.tensor([[0, 0, 1], [1, -1, 1], [2, 2, 2]])
+    once = torch.tensor([[0, 1], [1, -1], [2, -1]])
+    torch.testing.assert_close(clip_loss(image, text, 9.0, ids, twice), clip_loss(image, text, 9.0, ids, once))
+
+
 def test_distinct_captions_give_the_plain_loss() -> None:
     image, text = unit(6, 4), unit(6, 4)
     ids = torch.arange(6)
@@ -197,14 +232,16 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("with_ids", [True, False])
-def test_no_tensor_of_rows_by_columns_exists(with_ids: bool) -> None:
+def test_no_tensor_of_rows_by_columns_exists(with_ids: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, tile = 128, 4
+    monkeypatch.setattr(tiles, "KEPT_LOGITS", 2 * tile * rows)
     image, text = leaves(unit(rows, 8), unit(rows, 8))
     sampled, owned = shared_captions(rows, captions=100, per_image=3)
     ids = (sampled, owned) if with_ids else (None, None)
     with Operators() as operators:
         clip_loss(image, text, 10.0, *ids, tile_size=tile).backward()
-    assert operators.names.count("mm") >= 2 * rows / tile
+    # Logits and a sum over rows forward; logits again but for two tiles, and the gradient of the images.
+    assert operators.names.count("mm") == 4 * rows / tile - 2
     assert operators.largest <= max(rows * 8, rows * tile), "nothing but the inputs themselves and tiles of 4 rows"
 
 
@@ -257,3 +294,56 @@ def test_bad_inputs_are_refused_with_their_shapes() -> None:
         clip_loss(image, text, 1.0, label_smoothing=1.0)
     with pytest.raises(ValueError, match="must return a bool tensor"):
         info_nce(image, text, 1.0, lambda start, stop: torch.eye(4))
+
+
+def dense_sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    return -F.logsigmoid((2 * mask - 1) * (scale * image @ text.T + bias)).sum() / len(image)
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (110.0, -12.0), (1000.0, 5.0)])
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_sigmoid_loss_equals_a_dense_reference(scale: float, bias: float, with_ids: bool) -> None:
+    sampled, owned = shared_captions(images=14, captions=9, per_image=4)
+    mask, ids = (ownership(sampled, owned), (sampled, owned)) if with_ids else (torch.eye(14), ())
+    inputs = unit(14, 6), unit(14, 6), torch.tensor(scale), torch.tensor(bias)
+    actual_inputs, expected_inputs = leaves(*inputs), leaves(*(x.double() for x in inputs))
+    actual = sigmoid_loss(*actual_inputs, *ids, tile_size=4)
+    expected = dense_sigmoid(*expected_inputs, mask)
+    (3 * actual).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(actual_inputs, expected_inputs, strict=True):
+        torch.testing.assert_close(
+            ours.grad.double(), theirs.grad, atol=1e-5 * float(theirs.grad.abs().max()), rtol=1e-4
+        )
+
+
+def test_sigmoid_loss_equals_open_clip() -> None:
+    open_clip = pytest.importorskip("open_clip.loss")
+    inputs = unit(9, 6), unit(9, 6), torch.tensor(10.0), torch.tensor(-10.0)
+    actual_inputs, expected_inputs = leaves(*inputs), leaves(*inputs)
+    actual = sigmoid_loss(*actual_inputs, tile_size=4)
+    expected = open_clip.SigLipLoss()(*expected_inputs)
+    actual.backward()
+    expected.backward()
+    torch.testing.assert_close(actual, expected)
+    for ours, theirs in zip(actual_inputs, expected_inputs, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_sigmoid_loss_passes_gradcheck_in_float64() -> None:
+    scalars = torch.tensor(7.0).double(), torch.tensor(-3.0).double()
+    inputs = leaves(unit(5, 3, torch.float64), unit(5, 3, torch.float64), *scalars)
+    assert torch.autograd.gradcheck(lambda *x: sigmoid_loss(*x, tile_size=2), inputs)
+
+
+def test_sigmoid_loss_is_float32_under_autocast_and_holds_no_more_than_tiles() -> None:
+    image, text = leaves(unit(64, 8).bfloat16(), unit(64, 8).bfloat16())
+    with Operators() as operators, torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = sigmoid_loss(image, text, 10.0, -10.0, tile_size=4)
+        loss.backward()
+    torch.testing.assert_close(loss, sigmoid_loss(image.float(), text.float(), 10.0, -10.0))
+    assert image.grad.dtype == torch.bfloat16
+    assert operators.largest <= 64 * 8
+    with pytest.raises(ValueError, match="sigmoid_loss needs at least one pair"):
+        sigmoid_loss(image[:0], text[:0], 1.0, 0.0)

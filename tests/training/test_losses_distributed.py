@@ -20,6 +20,7 @@ from llm2clip_training.gather import gather_with_grad, gather_without_grad
 from llm2clip_training.losses import (
     clip_loss,
     hard_negative_info_nce,
+    sigmoid_loss,
 )
 from tests.golden import load_golden
 
@@ -91,6 +92,18 @@ def shared_captions(rank: int, world: int, dtype: torch.dtype = torch.float32) -
         image=split(unit(whole["image"]), rows, rank),
         text=split(unit(whole["text"]), rows, rank),
         scale=torch.tensor(12.0),
+    )
+
+
+def sigmoid(rank: int, world: int) -> dict[str, Tensor]:
+    whole, rows = example(), ROWS[world]
+    sampled, owned = split(whole["sampled"], rows, rank), split(whole["owned"], rows, rank)
+    return with_gradients(
+        lambda image, text, scale, bias: sigmoid_loss(image, text, scale, bias, sampled, owned, tile_size=2),
+        image=split(unit(whole["image"]), rows, rank),
+        text=split(unit(whole["text"]), rows, rank),
+        scale=torch.tensor(12.0),
+        bias=torch.tensor(-3.0),
     )
 
 
@@ -166,6 +179,7 @@ def run_all(rank: int, world: int) -> dict[str, Any]:
         "shared_captions": shared_captions(rank, world),
         "shared_captions_bf16": shared_captions(rank, world, torch.bfloat16),
         "uneven_hard_negative": uneven_hard_negative(rank, world),
+        "sigmoid": sigmoid(rank, world),
         "gathered": gathered(rank, world),
         "trained": trained_parameters(rank, world),
     }
@@ -224,7 +238,15 @@ def test_clip_loss_of_each_rank_equals_the_original(ranks: Results, name: str, s
         golden.close(ours["loss"], f"{tag}/loss")
         golden.close(ours["image"], f"{tag}/grad_image")
         golden.close(ours["text"], f"{tag}/grad_text")
-        golden.close(ours["log_scale"], f"{tag}/grad_log_scale")
+    # Ranks share that of the scale out in another way; DDP takes its mean.
+    tags = [f"out/ws{world}/local1_grad1_smooth{smoothing}/rank{rank}/grad_log_scale" for rank in range(world)]
+    torch.testing.assert_close(
+        torch.stack([results[f"clip_{name}_{smoothing}"]["log_scale"] for results in ranks]).mean(),
+        torch.stack([golden[tag] for tag in tags]).mean(),
+        atol=1e-5,
+        rtol=1e-4,
+        check_dtype=False,
+    )
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
@@ -267,6 +289,10 @@ def test_half_precision_embeddings_are_gathered_and_reduced(ranks: Results, sing
 
 def test_hard_negatives_on_some_ranks_only_equal_one_process(ranks: Results, single: dict[str, Any]) -> None:
     assert_mean_over_ranks_is_single(ranks, single, "uneven_hard_negative", atol=2e-6, rtol=1e-5)
+
+
+def test_sigmoid_loss_on_uneven_ranks_equals_one_process(ranks: Results, single: dict[str, Any]) -> None:
+    assert_mean_over_ranks_is_single(ranks, single, "sigmoid", atol=2e-6, rtol=1e-5)
 
 
 def test_gather_keeps_rank_order_and_sums_gradients_of_all_ranks(ranks: Results) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 
 from llm2clip_training.cli import COMMANDS
 from llm2clip_training.quickstart.pipeline import PROFILES
@@ -123,3 +125,16 @@ def test_every_packaged_recipe_builds_its_settings(path: Path) -> None:
 )
 def test_a_flag_takes_no_argument_that_follows_it(given: list[str], meant: list[str]) -> None:
     assert complete_flags(given, Settings) == meant
+
+
+@pytest.mark.parametrize("name", ["ddp_8gpu", "fsdp", "deepspeed_zero2", "cpu_2"])
+def test_accelerate_reads_the_launch_configurations(name: str) -> None:
+    path = str(resources.files("llm2clip_training.recipes") / "accelerate" / f"{name}.yaml")
+    config = load_config_from_file(path)
+    assert config.num_processes == (2 if name == "cpu_2" else 8)
+    assert config.use_cpu == (name == "cpu_2")
+    # accelerate passes over settings of a strategy that it does not know.
+    options = {action.dest for action in launch_command_parser()._actions}
+    strategy = {**(config.fsdp_config or {}), **(config.deepspeed_config or {})}
+    assert set(strategy) <= options
+    assert bool(strategy) == (name in ("fsdp", "deepspeed_zero2"))

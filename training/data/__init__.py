@@ -1,7 +1,7 @@
 """Captions, pairs and images: sources, data sets, batches and the embedding cache."""
 
 from .cache_builder import build_embedding_cache
-from .captions import CaptionImageDataset, StreamingCaptionImageDataset, distinct_captions
+from .captions import CaptionImageDataset, StreamingCaptionImageDataset, caption_batches, distinct_captions
 from .collators import SkipLog, VisionAlignmentCollator
 from .embedding_cache import (
     CacheDamagedError,
@@ -58,6 +58,7 @@ __all__ = [
     "TrainTransform",
     "VisionAlignmentCollator",
     "build_embedding_cache",
+    "caption_batches",
     "caption_id",
     "clean_caption",
     "decode_image",

@@ -40,7 +40,7 @@ IDENTITY = (
     "dtype",
     "normalize",
 )
-Embed = Callable[[list[str]], torch.Tensor]
+Embed = Callable[[list[str]], tuple[torch.Tensor, int]]
 
 
 def build_embedding_cache(
@@ -59,7 +59,6 @@ def build_embedding_cache(
     normalize: bool = False,
     shard_size: int = 8192,
     embed_size: int = 1024,
-    count_truncated: Callable[[list[str]], int] | None = None,
     show_progress: bool = True,
     rank: int = 0,
     world_size: int = 1,
@@ -75,8 +74,8 @@ def build_embedding_cache(
     Args:
         path: The folder; made if absent.
         captions: Distinct captions, the same on every rank.
-        embed: Turns n captions into (n, hidden_size) finite numbers; called with up to `embed_size` at once, so
-            that it can sort them by length.
+        embed: Turns n captions into (n, hidden_size) finite numbers, and says how many of them exceed `max_length`;
+            called with up to `embed_size` at once, so that it can sort them by length.
         fingerprint: Identity of the text encoder.
         text_model_name: Its name, for messages.
         hidden_size: Width of an embedding.
@@ -85,7 +84,6 @@ def build_embedding_cache(
         normalize: Store unit vectors.
         shard_size: Captions per shard; a build that goes on keeps the size it began with.
         embed_size: Captions per call of `embed`.
-        count_truncated: How many of some captions exceed `max_length`; the sum goes into the manifest.
         show_progress: Show a progress bar on rank 0 where standard error is a terminal.
         rank: This process.
         world_size: Number of processes.
@@ -138,8 +136,9 @@ def build_embedding_cache(
             truncated = 0
             for start in range(0, len(rows), embed_size):
                 texts = [captions[row] for row in rows[start : start + embed_size]]
-                vectors[start : start + len(texts)] = _checked(embed(texts), texts, manifest)
-                truncated += count_truncated(texts) if count_truncated else 0
+                embeddings, cut = embed(texts)
+                vectors[start : start + len(texts)] = _checked(embeddings, texts, manifest)
+                truncated += cut
                 advance(len(texts))
             _write_shard(folder / shard_name(number), vectors, keys[rows], truncated)
     wait()

@@ -261,6 +261,35 @@ def _load_captions(source: CaptionSource) -> Table:
     return table.select_columns(list(dict.fromkeys(top_level(table, name) for name in source.caption_columns)))
 
 
+def caption_batches(source: CaptionSource, show_progress: bool = True) -> Iterator[list[str]]:
+    """All caption texts of a source, those of a thousand rows at a time, in order: by row, column and list entry.
+
+    Args:
+        source: The source, a stream too.
+        show_progress: Show a progress bar where standard error is a terminal.
+    """
+    table = _load_captions(source)
+    console = Console(stderr=True)
+    batches = track(
+        table.iter(READ_ROWS),
+        description=f"Captions of {source.path}",
+        total=-(-len(table) // READ_ROWS) if isinstance(table, datasets.Dataset) else None,
+        console=console,
+        disable=not (show_progress and console.is_terminal),
+    )
+    num_empty = 0
+    for batch in batches:
+        found: list[str] = []
+        for values in zip(*batch.values(), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            texts = [text for column in source.caption_columns for text in column_texts(row, column)]
+            found += texts
+            num_empty += not texts
+        yield found
+    if num_empty:
+        logger.warning("%d rows of %s have no caption.", num_empty, source.path)
+
+
 def distinct_captions(sources: CaptionSource | Sequence[CaptionSource], show_progress: bool = True) -> list[str]:
     """Every different caption text of some sources: what an embedding cache for them must hold.
 
@@ -274,23 +303,7 @@ def distinct_captions(sources: CaptionSource | Sequence[CaptionSource], show_pro
         The texts in order of first appearance: by source, row, caption column and list entry.
     """
     captions: dict[str, None] = {}
-    console = Console(stderr=True)
     for source in [sources] if isinstance(sources, CaptionSource) else sources:
-        table = _load_captions(source)
-        batches = track(
-            table.iter(READ_ROWS),
-            description=f"Captions of {source.path}",
-            total=-(-len(table) // READ_ROWS) if isinstance(table, datasets.Dataset) else None,
-            console=console,
-            disable=not (show_progress and console.is_terminal),
-        )
-        num_empty = 0
-        for batch in batches:
-            for values in zip(*batch.values(), strict=True):
-                row = dict(zip(batch, values, strict=True))
-                texts = [text for column in source.caption_columns for text in column_texts(row, column)]
-                captions.update(dict.fromkeys(texts))
-                num_empty += not texts
-        if num_empty:
-            logger.warning("%d rows of %s have no caption.", num_empty, source.path)
+        for texts in caption_batches(source, show_progress):
+            captions.update(dict.fromkeys(texts))
     return list(captions)

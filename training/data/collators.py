@@ -24,8 +24,8 @@ class VisionAlignmentCollator:
     - `pixel_values`: (n, 3, H, W) float32, or `vision_states`: (n, tokens, width), what frozen layers made of them;
     - `caption_ids`: (n,) int64, and `image_caption_ids`: (n, K) int64 padded with -1: caption j is a correct answer
       for image i if `caption_ids[j]` is in `image_caption_ids[i]`;
-    - `llm_embeds`: (n, hidden) float32 from the cache, or `input_ids`, `attention_mask` (and what else the processor
-      makes) for an LLM that runs during training;
+    - `llm_embeds`: (n, hidden) in the 16 bits of the cache, which the model converts on its device, or `input_ids`,
+      `attention_mask` (and what else the processor makes) for an LLM that runs during training;
     - `skipped`: a list of (key, reason).
 
     A batch is smaller than the batch size when samples were skipped, so ranks can hold different numbers.
@@ -72,7 +72,7 @@ class VisionAlignmentCollator:
             padding_value=-1,
         )
         if self.cache is not None:
-            batch["llm_embeds"] = self.cache.lookup(captions)
+            batch["llm_embeds"] = self.cache.lookup(captions, dtype=None)
         elif self.processor is not None:
             batch.update(self.processor(text=captions, padding=True, truncation=True, return_tensors="pt"))
         batch["skipped"] = [tuple(sample) for sample in skipped]

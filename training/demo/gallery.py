@@ -20,6 +20,7 @@ from llm2clip_training.data import CaptionSource
 from llm2clip_training.evaluation import ImageTextRetrieval
 from llm2clip_training.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
 from llm2clip_training.gather import process_state
+from llm2clip_training.search.top_k import top_k
 from modeling_llm2clip import LLM2CLIPModel
 
 logger = logging.getLogger(__name__)
@@ -110,10 +111,9 @@ class Gallery:
         Raises:
             ValueError: The caption is empty.
         """
-        scores = self.embeds @ self._embed(query)
-        best = scores.topk(min(top, len(scores)))
+        scores, indices = top_k(self._embed(query)[None], self.embeds, top)
         found = []
-        for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        for score, index in zip(scores[0].tolist(), indices[0].tolist(), strict=True):
             row = self.rows[index]
             name = next(iter(self._images.image_captions[row]), "")
             found.append(Found(self._images.image(row), name, score))

@@ -4,7 +4,9 @@ A query may have several correct candidates, as an image has captions and a capt
 best one, so recall@k counts the queries with at least one correct candidate among the first k.
 
 Equal scores have no order. Ranks and recalls are the expected values when such candidates are shuffled, so that a
-model which maps everything to one point scores what guessing does, and no number depends on the sorting.
+model which maps everything to one point scores what guessing does, and no number depends on the sorting. Cosines that
+differ by less than rounding does (1e-6) are equal: the same two vectors give other last bits in another place of a
+matrix product.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from torch import Tensor
 # there are, and is large enough to keep the matrix products at full speed.
 DEFAULT_TILE_SIZE = 256
 MAX_NAMED_ROWS = 10
+# Cosines closer than this are equal: float32 products of unit vectors are exact to some 2e-7.
+ROUNDING = 1e-6
 
 
 def rank_of_best_match(
@@ -42,7 +46,7 @@ def rank_of_best_match(
         ValueError: A query has no correct candidate, an index is out of range, an embedding is not finite, or shapes
             do not fit.
     """
-    return _ranks(queries, candidates, matches, tile_size, ("query", "candidate")).expected()
+    return _ranks(queries, candidates, matches, tile_size, ("query", "candidate"))[0].expected()
 
 
 def retrieval_metrics(
@@ -74,12 +78,9 @@ def retrieval_metrics(
         ValueError: A text has no match, an index is out of range, an embedding is not finite, or shapes
             do not fit.
     """
-    text_to_image = _ranks(text_embeds, image_embeds, matches, tile_size, ("text", "image"))
-    asking, query_of_pair = matches[:, 1].unique(return_inverse=True)
-    pairs = torch.stack([query_of_pair, matches[:, 0]], dim=1)
-    image_to_text = _ranks(
-        image_embeds[asking.to(image_embeds.device)], text_embeds, pairs, tile_size, ("image", "text")
-    )
+    text_to_image, image_to_text = _ranks(text_embeds, image_embeds, matches, tile_size, ("text", "image"))
+    asking = matches[:, 1].unique().cpu()
+    image_to_text = _Ranks(*(column[asking] for column in image_to_text))
     counts = {"num_texts": len(text_embeds), "num_images": len(image_embeds), "num_images_with_text": len(asking)}
     return {
         **{f"text_to_image_{key}": value for key, value in _summary(text_to_image, ks).items()},
@@ -120,7 +121,7 @@ def caption_retrieval_metrics(
                 f"{len(target_embeds)} targets. Give the pairs as matches."
             )
         matches = torch.arange(len(query_embeds))[:, None].expand(-1, 2)
-    ranks = _ranks(query_embeds, target_embeds, matches, tile_size, ("query", "target"))
+    ranks, _ = _ranks(query_embeds, target_embeds, matches, tile_size, ("query", "target"))
     return {**_summary(ranks, ks), "num_queries": len(query_embeds), "num_targets": len(target_embeds)}
 
 
@@ -130,7 +131,7 @@ class _Ranks(NamedTuple):
     Attributes:
         ahead: Wrong candidates that score higher.
         tied_wrong: Wrong candidates with the same score.
-        tied_right: Correct candidates with the same score, at least 1.
+        tied_right: Correct candidates with the same score, at least 1 where there is a correct one.
     """
 
     ahead: Tensor
@@ -170,8 +171,18 @@ def _summary(ranks: _Ranks, ks: Sequence[int]) -> dict[str, float | int]:
 
 
 @torch.no_grad()
-def _ranks(queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int, names: tuple[str, str]) -> _Ranks:
-    """The ranks of [`rank_of_best_match`], with what its errors call a query and a candidate."""
+def _ranks(
+    queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int, names: tuple[str, str]
+) -> tuple[_Ranks, _Ranks]:
+    """The ranks of [`rank_of_best_match`], and those of the search for queries by candidates, out of one product.
+
+    Args:
+        queries, candidates, matches, tile_size: See there.
+        names: What errors call a query and a candidate.
+
+    Returns:
+        The ranks for every query, and for every candidate; those of a candidate without a match mean nothing.
+    """
     query_name, candidate_name = names
     if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:
         raise ValueError(
@@ -181,32 +192,73 @@ def _ranks(queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int,
     if tile_size < 1:
         raise ValueError(f"tile_size must be at least 1, but is {tile_size}.")
     device = candidates.device
-    matches = _checked_matches(matches, len(queries), len(candidates), names).to(device)
-    units = _unit(candidates, candidate_name)
+    matches = _checked_matches(matches, len(queries), len(candidates), names)
+    units = candidates.float() / _norms(candidates, candidate_name)
+    norms = _norms(queries, query_name)
+
+    def unit_queries(rows: Tensor | slice) -> Tensor:
+        return (queries[rows].float() / norms[rows]).to(device)
+
+    correct = torch.cat(
+        [
+            (unit_queries(chunk[:, 0].to(queries.device)) * units[chunk[:, 1].to(device)]).sum(dim=1)
+            for chunk in matches.split(tile_size)
+        ]
+    )
+    matches = matches.to(device)
+    sides = (_Side(len(queries), matches[:, 0], correct), _Side(len(candidates), matches[:, 1], correct))
     # For each tile, the slice of `matches` (sorted by query) that belongs to it.
     starts = range(0, len(queries), tile_size)
     bounds = torch.searchsorted(
         matches[:, 0].contiguous(), torch.tensor([*starts, len(queries)], device=device)
     ).tolist()
-    ranks = torch.empty(3, len(queries), dtype=torch.int64, device=device)
+    buffers = units.new_empty(2, min(tile_size, len(queries)), len(candidates))
     with torch.autocast(device.type, enabled=False):
         for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
-            tile = _unit(queries[start : start + tile_size].to(device), query_name, start)
-            scores = tile @ units.T
-            rows, columns = matches[first:last, 0] - start, matches[first:last, 1]
-            # Out of the same product as the scores it is compared with: another kernel would round differently, and
-            # a correct candidate could then outrank itself.
-            correct = scores[rows, columns]
-            best = scores.new_full((len(tile),), -torch.inf).scatter_reduce(0, rows, correct, "amax")
-            tied = (scores == best[:, None]).sum(dim=1)
-            scores[rows, columns] = -torch.inf
-            ahead, tied_wrong = (scores > best[:, None]).sum(dim=1), (scores == best[:, None]).sum(dim=1)
-            ranks[:, start : start + tile_size] = torch.stack([ahead, tied_wrong, tied - tied_wrong])
-    return _Ranks(*ranks.cpu())
+            tile = slice(start, start + tile_size)
+            scores, flags = buffers[:, : len(norms[tile])]
+            torch.mm(unit_queries(tile), units.T, out=scores)
+            # Only wrong ones are counted: a correct candidate must not outrank itself by rounding.
+            scores[matches[first:last, 0] - start, matches[first:last, 1]] = -torch.inf
+            sides[0].count(scores, flags, tile)
+            sides[1].count(scores.T, flags.T, slice(None))
+    return sides[0].ranks(), sides[1].ranks()
+
+
+class _Side:
+    """Counts, for every row of one side, what scores as high as its best correct match on the other side.
+
+    Args:
+        size: Number of rows.
+        rows: (p,) the row of each match.
+        correct: (p,) the score of each match.
+    """
+
+    def __init__(self, size: int, rows: Tensor, correct: Tensor) -> None:
+        self.best = correct.new_full((size,), -torch.inf).scatter_reduce(0, rows, correct, "amax")
+        self.tied_right = torch.bincount(rows[correct >= self.best[rows] - ROUNDING], minlength=size)
+        self.ahead = torch.zeros_like(self.tied_right)
+        self.not_behind = torch.zeros_like(self.tied_right)
+
+    def count(self, scores: Tensor, flags: Tensor, rows: slice) -> None:
+        """Count the wrong ones in a tile.
+
+        Args:
+            scores: (rows, others), -inf for the correct ones.
+            flags: A buffer of the same shape and type: comparisons and sums are fastest without a change of type.
+            rows: The tile's rows.
+        """
+        best = self.best[rows, None]
+        self.ahead[rows] += torch.gt(scores, best + ROUNDING, out=flags).sum(dim=1).long()
+        self.not_behind[rows] += torch.ge(scores, best - ROUNDING, out=flags).sum(dim=1).long()
+
+    def ranks(self) -> _Ranks:
+        """What was counted, on the CPU."""
+        return _Ranks(self.ahead.cpu(), (self.not_behind - self.ahead).cpu(), self.tied_right.cpu())
 
 
 def _checked_matches(matches: Tensor, num_queries: int, num_candidates: int, names: tuple[str, str]) -> Tensor:
-    """The pairs, sorted by query."""
+    """The pairs, sorted by query, each once."""
     if matches.dtype != torch.int64 or matches.ndim != 2 or matches.shape[1] != 2:
         raise ValueError(
             f"matches must be int64 pairs of shape (p, 2), but are {matches.dtype} of shape {tuple(matches.shape)}."
@@ -225,17 +277,17 @@ def _checked_matches(matches: Tensor, num_queries: int, num_candidates: int, nam
             if num_queries
             else f"There are no {names[0]} embeddings to evaluate."
         )
-    return matches[matches[:, 0].argsort(stable=True)]
+    numbers = (matches[:, 0] * num_candidates + matches[:, 1]).unique()
+    return torch.stack([numbers // num_candidates, numbers % num_candidates], dim=1)
 
 
-def _unit(embeds: Tensor, name: str, offset: int = 0) -> Tensor:
-    """Rows scaled to unit length in float32. `offset` is the index of the first row, for the error."""
-    embeds = embeds.float()
-    norms = embeds.norm(dim=1, keepdim=True)
+def _norms(embeds: Tensor, name: str) -> Tensor:
+    """Lengths of the rows, (n, 1) float32, not zero."""
+    norms = embeds.float().norm(dim=1, keepdim=True)
     broken = ~norms[:, 0].isfinite()
     if broken.any():
-        raise ValueError(f"Non-finite {name} embeddings in rows {_named(broken.nonzero()[:, 0] + offset)}.")
-    return embeds / norms.clamp_min(torch.finfo(torch.float32).tiny)
+        raise ValueError(f"Non-finite {name} embeddings in rows {_named(broken.nonzero()[:, 0])}.")
+    return norms.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _named(rows: Tensor) -> str:

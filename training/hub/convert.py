@@ -15,7 +15,8 @@ from llm2clip_training.cards import JOINT_TASK, VISION_TASK, CardFacts, licence_
 from llm2clip_training.files import appearing_folder, refuse_existing
 from llm2clip_training.hub.checkpoint import Checkpoint, open_checkpoint
 from llm2clip_training.hub.convert_text import convert_text_tower, holds_decoder
-from llm2clip_training.hub.joint import JointPlan, plan_joint
+from llm2clip_training.hub.joint import plan_joint
+from llm2clip_training.hub.joint_plan import JointPlan
 from llm2clip_training.hub.original import to_original
 from llm2clip_training.hub.report import print_report
 from llm2clip_training.towers import describe_text_tower, hub_ids

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from llm2clip_training.hub.checkpoint import Checkpoint
+from llm2clip_training.hub.joint_plan import ADAPTER_PART, HEAD, SCALE_PART, TOWER, JointPlan, listed
 from llm2clip_training.hub.layouts import ADAPTER, HUB_EVA02, SCALE, Layout, Rule, linear, unchanged
 from llm2clip_training.hub.original import joint_config
 from llm2clip_training.hub.published import joint_configs, published_models
-from llm2clip_training.hub.resize import resize_tower
 from llm2clip_training.hub.vision_towers import TowerKind, config_of_shapes, find_tower
 from llm2clip_training.towers import describe_text_tower
 from modeling_llm2clip import (
@@ -27,7 +24,6 @@ from modeling_llm2clip import (
     LLM2CLIPVisionModelWithProjection,
 )
 
-TOWER, HEAD, ADAPTER_PART, SCALE_PART = "vision_model.", "visual_projection.", "text_adapter.", "logit_scale"
 CLIP_TEXT = "CLIP's own text tower, which the LLM replaces"
 DROPPED = (
     (r"(?:.*\.)?position_ids", "a counter"),
@@ -37,64 +33,6 @@ DROPPED = (
     (r"input_resolution|context_length|vocab_size", "a number of the text tower or of the image size"),
     (r"logit_bias", "the bias of the sigmoid loss; the logits here have none"),
 )
-
-
-@dataclass
-class JointPlan:
-    """A conversion that is ready to be written.
-
-    Attributes:
-        recognised: What the checkpoint is, in words.
-        config: Config of the model that is written.
-        model_class: Its class.
-        vision_config: Config of its vision tower.
-        tensors: The weights under its names.
-        renames: `(theirs, ours)`.
-        dropped: `(theirs, reason)`.
-        new: Parts that the checkpoint does not hold, with the reason; they start at random values.
-        notes: What else the user should know.
-        text_model: The LLM's repo or folder.
-        text_model_revision: Its revision.
-    """
-
-    recognised: str
-    config: PretrainedConfig
-    model_class: Any
-    vision_config: PretrainedConfig
-    tensors: dict[str, Tensor]
-    renames: list[tuple[str, str]]
-    dropped: list[tuple[str, str]]
-    new: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    text_model: str | None = None
-    text_model_revision: str | None = None
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """Arguments of `from_pretrained` that load what was written and no more."""
-        joint = self.model_class is LLM2CLIPModel
-        return {"text_model": False} if joint and self.config.text_model_name_or_path is not None else {}
-
-    def skeleton(self) -> PreTrainedModel:
-        """The model without weights."""
-        with torch.device("meta"):
-            return self.model_class(copy.deepcopy(self.config), **self.loading)
-
-    def build(self, seed: int) -> PreTrainedModel:
-        """The model with its weights; what is new is drawn with `seed`."""
-        model = self.skeleton()
-        model.load_state_dict(self.tensors, strict=False, assign=True)
-        dtype = next(iter(self.tensors.values())).dtype
-        torch.manual_seed(seed)
-        for module in model.modules():
-            own = dict(module.named_parameters(recurse=False))
-            if any(parameter.is_meta for parameter in own.values()):
-                module.to_empty(device="cpu", recurse=False)
-                model._init_weights(module)
-                module.to(dtype)
-        if hasattr(model, "logit_scale"):
-            model.logit_scale.data = model.logit_scale.data.float()
-        return model
 
 
 def plan_joint(
@@ -129,10 +67,10 @@ def plan_joint(
     else:
         plan = _foreign_plan(checkpoint, model_config, text_model, text_model_revision, projection_dim, quick_gelu)
     if reset_heads:
-        _reset(plan)
-    _fit_image_size(plan, image_size)
-    _one_dtype(plan)
-    _check(plan)
+        plan.reset_heads()
+    plan.fit_image_size(image_size)
+    plan.to_one_dtype()
+    plan.check()
     return plan
 
 
@@ -171,7 +109,7 @@ def _foreign_plan(
     if renamed.unknown:
         raise ValueError(
             f"{checkpoint.path} was recognised as {kind.name}, but {len(renamed.unknown)} of its tensors belong to no "
-            f"part of it: {_listed(renamed.unknown, checkpoint.shapes)}. It is another model, or of a changed code."
+            f"part of it: {listed(renamed.unknown, checkpoint.shapes)}. It is another model, or of a changed code."
         )
     has_adapter = any(name.startswith(ADAPTER_PART) for name in renamed.tensors)
     vision_config, known = _vision_config(kind, prefix, checkpoint, model_config, quick_gelu)
@@ -303,7 +241,7 @@ def _as_vision_half(plan: JointPlan) -> None:
         visual_projection_bias="visual_projection.bias" in plan.tensors,
     )
     plan.model_class = LLM2CLIPVisionModelWithProjection
-    _drop(plan, SCALE_PART, "an image embedding needs no logit scale")
+    plan.drop(SCALE_PART, "an image embedding needs no logit scale")
     plan.notes.append("there is no text adapter in it, so it embeds images only; the .pt of the same repo has one.")
 
 
@@ -311,7 +249,7 @@ def _as_start(plan: JointPlan, text_model: str, text_model_revision: str | None,
     text_config = _text_config(text_model, text_model_revision)
     reason = f"a head of another space; the new one is {projection_dim} wide"
     bias = plan.vision_config.model_type == EVA02VisionConfig.model_type
-    _drop(plan, HEAD, reason)
+    plan.drop(HEAD, reason)
     _pair(
         plan,
         text_config,
@@ -329,26 +267,11 @@ def _as_tower(plan: JointPlan) -> None:
         plan.notes.append(
             f"its logit scale is {scale:.4f}: --logit-scale-init-value {scale:.4f} starts stage 2 there."
         )
-    _drop(plan, HEAD, "the head of CLIP's space; stage 2 trains a new one")
-    _drop(plan, SCALE_PART, "no part of a vision tower")
+    plan.drop(HEAD, "the head of CLIP's space; stage 2 trains a new one")
+    plan.drop(SCALE_PART, "no part of a vision tower")
     plan.notes.append("with --text-model it becomes a whole LLM2CLIP model to start stage 2 from.")
     plan.tensors = {name.removeprefix(TOWER): tensor for name, tensor in plan.tensors.items()}
     plan.renames = [(theirs, ours.replace(TOWER, "")) for theirs, ours in plan.renames]
-
-
-def _reset(plan: JointPlan) -> None:
-    for part in (HEAD, ADAPTER_PART):
-        if any(name.startswith(part) for name in plan.tensors):
-            _drop(plan, part, "reset on request")
-            plan.new.append((part, "reset on request"))
-
-
-def _drop(plan: JointPlan, part: str, reason: str) -> None:
-    for theirs, ours in plan.renames:
-        if ours.startswith(part):
-            plan.dropped.append((theirs, reason))
-    plan.renames = [(theirs, ours) for theirs, ours in plan.renames if not ours.startswith(part)]
-    plan.tensors = {name: tensor for name, tensor in plan.tensors.items() if not name.startswith(part)}
 
 
 def _published_like(vision: PretrainedConfig, llm_width: int) -> LLM2CLIPConfig | None:
@@ -370,63 +293,4 @@ def _text_config(name: str, revision: str | None) -> LLM2CLIPTextConfig:
     return copy.deepcopy(config)
 
 
-def _fit_image_size(plan: JointPlan, image_size: int | None) -> None:
-    config = plan.vision_config
-    target = image_size or config.image_size
-    bare = not any(name.startswith(TOWER) for name in plan.tensors)
-    state = {TOWER + name: tensor for name, tensor in plan.tensors.items()} if bare else plan.tensors
-    resized = resize_tower(state, target, config.patch_size)
-    changed = [name for name in resized if resized[name] is not state[name]]
-    if changed:
-        was = f"{tuple(state[changed[0]].shape)} to {tuple(resized[changed[0]].shape)}"
-        plan.notes.append(f"resized for images of {target} x {target}: {', '.join(changed)}, from {was}.")
-    config.image_size = target
-    plan.tensors = {name.removeprefix(TOWER) if bare else name: tensor for name, tensor in resized.items()}
-
-
-def _one_dtype(plan: JointPlan) -> None:
-    """The widest floating-point type of the weights, so that none loses digits."""
-    floats = [tensor.dtype for name, tensor in plan.tensors.items() if name != SCALE_PART]
-    dtype = floats[0]
-    for other in floats:
-        dtype = torch.promote_types(dtype, other)
-    plan.tensors = {name: tensor.to(dtype) for name, tensor in plan.tensors.items()}
-    if SCALE_PART in plan.tensors:
-        plan.tensors[SCALE_PART] = plan.tensors[SCALE_PART].float().reshape(())
-
-
-def _check(plan: JointPlan) -> None:
-    if plan.model_class is AutoModel:
-        with torch.device("meta"):
-            plan.model_class = type(AutoModel.from_config(plan.config))
-    expected = {name: tuple(tensor.shape) for name, tensor in plan.skeleton().state_dict().items()}
-    new = tuple(part for part, _ in plan.new)
-    missing = [name for name in expected if name not in plan.tensors and not (new and name.startswith(new))]
-    if missing:
-        raise ValueError(
-            f"recognised as {plan.recognised}, but {len(missing)} tensors are missing: {_listed(missing, expected)}. "
-            "The checkpoint is incomplete."
-        )
-    unknown = [name for name in plan.tensors if name not in expected]
-    if unknown:
-        raise ValueError(
-            f"recognised as {plan.recognised}, but {len(unknown)} tensors have no place in it: {_listed(unknown)}."
-        )
-    wrong = [name for name, tensor in plan.tensors.items() if tuple(tensor.shape) != expected[name]]
-    if wrong:
-        listed = "; ".join(f"{name} is {tuple(plan.tensors[name].shape)}, not {expected[name]}" for name in wrong[:3])
-        raise ValueError(
-            f"recognised as {plan.recognised}, but {len(wrong)} tensors have other shapes than its config says: "
-            f"{listed}. The weights are of mixed models, or --model-config is another model's."
-        )
-    spoilt = [name for name, tensor in plan.tensors.items() if not tensor.isfinite().all()]
-    if spoilt:
-        raise ValueError(f"{len(spoilt)} tensors hold NaN or infinity: {_listed(spoilt)}. The checkpoint is spoilt.")
-
-
-def _listed(names: list[str], shapes: Mapping[str, tuple[int, ...]] | None = None) -> str:
-    shown = [f"{name} {tuple(shapes[name])}" if shapes else name for name in names[:4]]
-    return ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-__all__ = ["JointPlan", "plan_joint"]
+__all__ = ["plan_joint"]

@@ -175,6 +175,11 @@ def validate_folder(folder: Path) -> None:
 def _upload(folder: Path, config: PushConfig, api: HfApi) -> dict[str, Any]:
     # None leaves it to the organisation whether new repos are private.
     url = api.create_repo(config.repo_id, private=config.private or None, exist_ok=True)
+    if config.private and not api.model_info(config.repo_id).private:
+        raise ValueError(
+            f"{config.repo_id} is there already and is public, which --private does not change: make it private in "
+            "its settings, or push to another repo."
+        )
     remote = _Remote.find(config, api)
     _refuse_other_model(folder, config, remote)
     if config.revision is not None and not config.create_pr:

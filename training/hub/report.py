@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from llm2clip_training.hub.joint import JointPlan
+from llm2clip_training.hub.joint_plan import JointPlan
 
 
 def print_report(plan: JointPlan) -> None:

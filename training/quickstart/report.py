@@ -23,6 +23,7 @@ from llm2clip_training.data import CaptionSource, EmbeddingCache, EvalTransform
 from llm2clip_training.evaluation import ImageTextRetrieval
 from llm2clip_training.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
 from llm2clip_training.files import write_text
+from llm2clip_training.search.top_k import top_k
 from modeling_llm2clip import LLM2CLIPModel
 
 CAPTION_SETS = {"lemma_to_gloss": "lemma → gloss", "name_to_keywords": "name → keywords"}
@@ -208,13 +209,13 @@ def _queries(model: LLM2CLIPModel, retrieval: ImageTextRetrieval, cache: Embeddi
     text_embeds = retrieval.embed_captions(model, cache.lookup)
     right = {(int(text), int(image)) for text, image in retrieval.matches(rows)}
     parts = []
-    for text in _sample(NUM_QUERIES, len(retrieval.captions), seed):
-        scores = image_embeds @ text_embeds[text]
-        found = scores.topk(min(NUM_FOUND, len(rows))).indices.tolist()
+    chosen = _sample(NUM_QUERIES, len(retrieval.captions), seed)
+    found = top_k(text_embeds[chosen], image_embeds, NUM_FOUND)
+    for text, scores, images in zip(chosen, *(column.tolist() for column in found), strict=True):
         pictures = "".join(
-            f"<img class='{'right' if (text, image) in right else ''}' alt='' title='cosine {scores[image]:.2f}' "
+            f"<img class='{'right' if (text, image) in right else ''}' alt='' title='cosine {score:.2f}' "
             f"src='{_thumbnail(retrieval.image(rows[image]))}'>"
-            for image in found
+            for score, image in zip(scores, images, strict=True)
         )
         parts.append(f"<div class='query'>{_text(retrieval.captions[text])}</div><div class='found'>{pictures}</div>")
     return "".join(parts)

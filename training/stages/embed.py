@@ -14,7 +14,7 @@ from llm2clip_training.gather import process_state
 from llm2clip_training.stages.base import require
 from llm2clip_training.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
-from modeling_llm2clip.processing_llm2clip import count_cut_captions
+from modeling_llm2clip.modeling_llm2clip_utils import encode_tokens, execution_device, tokenize_captions
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class EmbedConfig:
     sources: list[dict[str, Any]] = field(
         default_factory=list, metadata={"help": "Data sets whose captions are embedded: CaptionSource mappings."}
     )
-    batch_size: int = field(default=64, metadata={"help": "Captions per forward pass."})
+    batch_size: int = field(default=64, metadata={"help": "Largest number of captions per forward pass."})
     dtype: str = field(default="float32", metadata={"help": "dtype in which the LLM runs."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2."})
     cache_dtype: str = field(default="float16", metadata={"help": "dtype of the cache: float16 or bfloat16."})
@@ -93,12 +93,17 @@ def embed_captions(
         raise ValueError(f"the weights of {name} are quantised or offloaded; embed with the plain weights.")
     text = model.config
 
-    def count_truncated(batch: list[str]) -> int:
-        lengths = [len(ids) for ids in tokenizer(batch, truncation=True)["input_ids"]]
-        return count_cut_captions(tokenizer, batch, lengths)
-
-    def embed(batch: list[str]) -> torch.Tensor:
-        return model.encode(batch, tokenizer, config.batch_size)
+    def embed(batch: list[str]) -> tuple[torch.Tensor, int]:
+        tokens, num_truncated = tokenize_captions(batch, tokenizer, text.prompt_token_ids)
+        rows = encode_tokens(
+            tokens,
+            tokenizer,
+            lambda inputs: model(**inputs).pooler_output,
+            device=execution_device(model),
+            width=text.hidden_size,
+            batch_size=config.batch_size,
+        )
+        return rows, num_truncated
 
     return build_embedding_cache(
         folder,
@@ -114,7 +119,6 @@ def embed_captions(
         dtype=config.cache_dtype,
         normalize=config.normalize,
         shard_size=config.shard_size,
-        count_truncated=count_truncated,
         rank=state.process_index,
         world_size=state.num_processes,
         barrier=state.wait_for_everyone,

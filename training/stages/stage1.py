@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from llm2clip_training.data import PairBatchSampler, PairCollator, PairDataset, PairSource
-from llm2clip_training.losses import hard_negative_info_nce
+from llm2clip_training.losses import DEFAULT_TILE_SIZE, hard_negative_info_nce
 from llm2clip_training.stages.base import check_pushing, require, resume_point
+from llm2clip_training.stages.chunks import LOSS_CHUNK_HELP, TOWER_CHUNK_HELP, check_chunk_sizes, in_chunks
 from llm2clip_training.stages.text_tower import (
     TextTowerConfig,
     TextTowerTrainer,
@@ -37,10 +38,16 @@ class CaptionContrastiveConfig(TextTowerConfig):
     symmetric_loss: bool = field(
         default=False, metadata={"help": "Also retrieve anchors from positives; the paper's loss is one-directional."}
     )
+    tower_chunk_size: int | None = field(default=None, metadata={"help": TOWER_CHUNK_HELP})
+    loss_chunk_size: int = field(default=DEFAULT_TILE_SIZE, metadata={"help": LOSS_CHUNK_HELP})
     learning_rate: float = 2e-4
     warmup_steps: float = 300
     num_train_epochs: float = 1.0
     per_device_train_batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_chunk_sizes(self.tower_chunk_size, self.loss_chunk_size)
 
 
 class CaptionContrastiveTrainer(TextTowerTrainer):
@@ -69,19 +76,23 @@ class CaptionContrastiveTrainer(TextTowerTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         self.cut_captions += inputs.get("num_truncated", 0)
-        embeds = {
-            role: model(**inputs[role]).pooler_output for role in ("anchor", "positive", "negative") if role in inputs
-        }
+        roles = [role for role in ("anchor", "positive", "negative") if role in inputs]
+        embeds = {role: in_chunks(_embed, model, inputs[role], self.args.tower_chunk_size)[0] for role in roles}
         anchors, positives = embeds["anchor"], embeds["positive"]
-        loss = hard_negative_info_nce(anchors, positives, embeds.get("negative"), scale=self.args.scale)
+        options: dict[str, Any] = {"scale": self.args.scale, "tile_size": self.args.loss_chunk_size}
+        loss = hard_negative_info_nce(anchors, positives, embeds.get("negative"), **options)
         if self.args.symmetric_loss:
-            loss = (loss + hard_negative_info_nce(positives, anchors, scale=self.args.scale)) / 2
+            loss = (loss + hard_negative_info_nce(positives, anchors, **options)) / 2
         return (loss, embeds) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.cut_captions:
             logs["cut_captions"] = self.cut_captions
         super().log(logs, start_time)
+
+
+def _embed(model: nn.Module, captions: dict[str, Tensor]) -> tuple[Tensor]:
+    return (model(**captions).pooler_output,)
 
 
 def run(config: CaptionContrastiveConfig, resume: bool = False) -> dict[str, Any]:

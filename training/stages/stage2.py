@@ -20,15 +20,18 @@ from llm2clip_training.cards import JOINT_TASK
 from llm2clip_training.data import IMAGE_BACKENDS, CaptionSource, SampleIndexBatchSampler, SkipLog
 from llm2clip_training.data.sampling import EpochDataset
 from llm2clip_training.evaluation import ImageTextRetrieval
-from llm2clip_training.losses import clip_loss
+from llm2clip_training.losses import DEFAULT_TILE_SIZE, clip_loss, sigmoid_loss
 from llm2clip_training.optim import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
 from llm2clip_training.sentence_transformers import write_sentence_transformers_files
 from llm2clip_training.stages.base import StageConfig, StageTrainer, check_pushing, require, resume_point
+from llm2clip_training.stages.chunks import LOSS_CHUNK_HELP, TOWER_CHUNK_HELP, check_chunk_sizes, in_chunks
 from llm2clip_training.stages.frozen_layers import FrozenLayers
 from llm2clip_training.stages.stage2_inputs import build_dataset, load_model, open_captions
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
+
+CAPTION_INPUTS = ("input_ids", "attention_mask", "pooling_mask")
 
 
 @dataclass
@@ -59,7 +62,10 @@ class VisionAlignmentConfig(StageConfig):
     embedding_cache: str | None = field(
         default=None, metadata={"help": "Folder of the captions' embeddings, from `llm2clip embed`."}
     )
-    verify_cache: bool = field(default=True, metadata={"help": "Check every row of the cache when it is opened."})
+    verify_cache: bool = field(
+        default=True,
+        metadata={"help": "Check first that every row of the cache is sound and that no caption is missing there."},
+    )
     online_text_model: bool = field(
         default=False, metadata={"help": "Run the frozen LLM while training, instead of reading a cache."}
     )
@@ -75,7 +81,13 @@ class VisionAlignmentConfig(StageConfig):
     )
     logit_scale_init_value: float | None = field(
         default=None,
-        metadata={"help": "Log of the initial logit scale; unset: ln(1 / 0.07). Pretrained CLIPs: 4.6052."},
+        metadata={"help": "Log of the initial logit scale; unset: ln(1 / 0.07), sigmoid: ln 10. Of CLIPs: 4.6052."},
+    )
+    logit_bias_init_value: float | None = field(
+        default=None, metadata={"help": "Initial bias of the logits; unset: -10 with the sigmoid loss, else no bias."}
+    )
+    loss: str = field(
+        default="softmax", metadata={"help": "softmax (InfoNCE), or sigmoid (SigLIP) with a learned bias."}
     )
     vision_learning_rate: float | None = field(default=None, metadata={"help": "Unset: learning_rate."})
     text_learning_rate: float | None = field(default=None, metadata={"help": "Of the adapter; unset: learning_rate."})
@@ -109,6 +121,8 @@ class VisionAlignmentConfig(StageConfig):
     bundle_text_model: bool = field(
         default=False, metadata={"help": "Put the LLM's weights into the result; otherwise it names the LLM's repo."}
     )
+    tower_chunk_size: int | None = field(default=None, metadata={"help": TOWER_CHUNK_HELP})
+    loss_chunk_size: int = field(default=DEFAULT_TILE_SIZE, metadata={"help": LOSS_CHUNK_HELP})
     learning_rate: float = 1e-5
     weight_decay: float = 0.05
     max_grad_norm: float = 5.0
@@ -129,6 +143,13 @@ class VisionAlignmentConfig(StageConfig):
             raise ValueError(f"image_backend must be one of {', '.join(IMAGE_BACKENDS)}, not {self.image_backend!r}.")
         if self.patch_dropout is not None and not 0 <= self.patch_dropout < 1:
             raise ValueError(f"patch_dropout is a share from 0 to below 1, but is {self.patch_dropout}.")
+        check_chunk_sizes(self.tower_chunk_size, self.loss_chunk_size)
+        if self.loss not in ("softmax", "sigmoid"):
+            raise ValueError(f"loss is softmax or sigmoid, but is {self.loss!r}.")
+        if self.loss == "softmax" and self.logit_bias_init_value is not None:
+            raise ValueError("logit_bias_init_value is for the sigmoid loss; add loss: sigmoid.")
+        if self.loss == "sigmoid" and self.label_smoothing_factor:
+            raise ValueError("the sigmoid loss has no label smoothing; leave out label_smoothing_factor.")
 
 
 class ClampLogitScale(TrainerCallback):
@@ -219,25 +240,50 @@ class VisionAlignmentTrainer(StageTrainer):
         text_model = self.accelerator.unwrap_model(self.model).text_model
         if text_model is not None:
             text_model.eval()
+            if self.args.tower_chunk_size is not None:
+                inputs = self._with_llm_embeds(text_model, inputs)
+        # Through the wrapped model, so that DDP sees every parameter, the logit scale too.
+        images, texts, *numbers = in_chunks(self._embed, model, inputs, self.args.tower_chunk_size)
+        embeds = {"image_embeds": images, "text_embeds": texts}
+        # One number for every row; those of the last chunk are not computed again.
+        scale, *bias = [number[-1] for number in numbers]
+        options: dict[str, Any] = {
+            **embeds,
+            "logit_scale": scale,
+            "caption_ids": caption_ids,
+            "image_caption_ids": image_caption_ids,
+            "tile_size": self.args.loss_chunk_size,
+        }
+        if self.args.loss == "sigmoid":
+            loss = sigmoid_loss(**options, logit_bias=bias[0])
+        else:
+            loss = clip_loss(**options, label_smoothing=self.args.label_smoothing_factor)
+        return (loss, embeds) if return_outputs else loss
+
+    def _embed(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         with contextlib.ExitStack() as stack:
             if "vision_states" in inputs:
                 assert self.frozen is not None
+                inputs = dict(inputs)
                 inputs["pixel_values"] = stack.enter_context(self.frozen.replaced_by(inputs.pop("vision_states")))
-            # Through the wrapped model, so that DDP sees every parameter, the logit scale too.
             output = model(**inputs, return_logits=False)
-        loss = clip_loss(
-            output.image_embeds,
-            output.text_embeds,
-            output.logit_scale,
-            caption_ids,
-            image_caption_ids,
-            label_smoothing=self.args.label_smoothing_factor,
-        )
-        return (loss, output) if return_outputs else loss
+        numbers = [number for number in (output.logit_scale, output.logit_bias) if number is not None]
+        rows = len(output.image_embeds)
+        return output.image_embeds, output.text_embeds, *(number.expand(rows) for number in numbers)
+
+    def _with_llm_embeds(self, text_model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The captions as embeddings, so that backward does not run the frozen LLM again."""
+        captions = {name: inputs[name] for name in CAPTION_INPUTS if name in inputs}
+        with torch.no_grad():
+            (embeds,) = in_chunks(_embed_captions, text_model, captions, self.args.tower_chunk_size)
+        return {name: x for name, x in inputs.items() if name not in captions} | {"llm_embeds": embeds}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs["logit_scale"] = self.accelerator.unwrap_model(self.model).logit_scale.exp().item()
+            model = self.accelerator.unwrap_model(self.model)
+            logs["logit_scale"] = model.logit_scale.exp().item()
+            if model.logit_bias is not None:
+                logs["logit_bias"] = model.logit_bias.item()
         skipped = gather_object([self.skip_log.count if self.skip_log is not None else 0])
         if sum(skipped):
             logs["skipped_samples"] = sum(skipped)
@@ -258,6 +304,10 @@ class VisionAlignmentTrainer(StageTrainer):
             cast(LLM2CLIPProcessor, self.processing_class).save_pretrained(output_dir)
             write_sentence_transformers_files(output_dir)
         self.accelerator.wait_for_everyone()
+
+
+def _embed_captions(text_model: nn.Module, captions: dict[str, Tensor]) -> tuple[Tensor]:
+    return (text_model(**captions).pooler_output,)
 
 
 def run(config: VisionAlignmentConfig, resume: bool = False) -> dict[str, Any]:

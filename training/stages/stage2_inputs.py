@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
@@ -21,6 +22,7 @@ from llm2clip_training.data import (
     StreamingCaptionImageDataset,
     TrainTransform,
     VisionAlignmentCollator,
+    caption_batches,
 )
 from llm2clip_training.data.images import output_size
 from llm2clip_training.evaluation import ImageTextRetrieval
@@ -42,7 +44,9 @@ NEW_MODEL_FIELDS = (
     "adapter_expansion",
     "adapter_normalize",
     "logit_scale_init_value",
+    "logit_bias_init_value",
 )
+SIGMOID_BIAS = -10.0
 
 
 def load_model(config: VisionAlignmentConfig) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
@@ -53,11 +57,18 @@ def load_model(config: VisionAlignmentConfig) -> tuple[LLM2CLIPModel, LLM2CLIPPr
     """
     options = loading_options("float32", config.attn_implementation)
     fields = {name: getattr(config, name) for name in NEW_MODEL_FIELDS if getattr(config, name) is not None}
+    if config.loss == "sigmoid" and config.model_name_or_path is None:
+        fields = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": SIGMOID_BIAS, **fields}
     if config.model_name_or_path is not None:
         if fields:
             raise ValueError(f"{config.model_name_or_path} is a finished model; leave out {', '.join(fields)}.")
         image_processor_name = config.model_name_or_path
         model = LLM2CLIPModel.from_pretrained(config.model_name_or_path, text_model=False, **options)
+        if (model.logit_bias is not None) != (config.loss == "sigmoid"):
+            raise ValueError(
+                f"{config.model_name_or_path} was trained with the "
+                f"{'softmax' if model.logit_bias is None else 'sigmoid'} loss; set loss to that."
+            )
         tokenizer: Any = AutoTokenizer.from_pretrained(config.model_name_or_path)
     else:
         require(config, ["vision_model_name_or_path", "text_model_name_or_path"])
@@ -120,7 +131,7 @@ def open_captions(
 
     Raises:
         CacheError: The cache is another encoder's, incomplete or damaged.
-        MissingCaptionError: It lacks captions of a retrieval set.
+        MissingCaptionError: It lacks captions of a retrieval set or of the training set.
     """
     if config.embedding_cache is None:
         return CaptionInputs(
@@ -143,7 +154,24 @@ def open_captions(
                 f"the cache {config.embedding_cache} lacks {missing} of the {len(measured.captions)} captions of "
                 f"eval_sources {name!r}; run `llm2clip embed` on that source too."
             )
+    if verify:
+        for source in map(CaptionSource.from_dict, config.sources):
+            if not source.streaming:
+                _refuse_missing_captions(cache, source)
     return CaptionInputs(VisionAlignmentCollator(cache=cache), cache.lookup)
+
+
+def _refuse_missing_captions(cache: EmbeddingCache, source: CaptionSource) -> None:
+    """Raise for captions of the training set that the cache lacks, before they are reached in training."""
+    if source.caption_weights is not None:
+        drawn = [name for name, weight in zip(source.caption_columns, source.caption_weights, strict=True) if weight]
+        source = replace(source, caption_columns=drawn, caption_weights=None)
+    missing = sum(int((~cache.contains(texts)).sum()) for texts in caption_batches(source))
+    if missing:
+        raise MissingCaptionError(
+            f"the cache {cache.path} lacks {missing} captions of the training set {source.path}; run `llm2clip embed` "
+            "on it."
+        )
 
 
 def build_dataset(

@@ -20,7 +20,13 @@ def embed(texts: list[str]) -> torch.Tensor:
     return torch.from_numpy(rows)
 
 
-def build(folder: Path, texts: list[str], encoder: Any = embed, **fields: Any) -> CacheManifest:
+def none_truncated(texts: list[str]) -> int:
+    return 0
+
+
+def build(
+    folder: Path, texts: list[str], encoder: Any = embed, count_truncated: Any = none_truncated, **fields: Any
+) -> CacheManifest:
     settings: dict[str, Any] = {
         "fingerprint": "finger-a",
         "text_model_name": "tiny-encoder",
@@ -32,4 +38,8 @@ def build(folder: Path, texts: list[str], encoder: Any = embed, **fields: Any) -
         "shard_size": 10,
         "embed_size": 4,
     }
-    return build_embedding_cache(folder, texts, encoder, **{**settings, **fields})
+
+    def embed_and_count(batch: list[str]) -> tuple[torch.Tensor, int]:
+        return encoder(batch), count_truncated(batch)
+
+    return build_embedding_cache(folder, texts, embed_and_count, **{**settings, **fields})

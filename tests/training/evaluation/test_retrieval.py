@@ -147,6 +147,25 @@ def test_ties_are_the_mean_over_every_order_of_the_tied() -> None:
         assert metrics[f"recall@{k}"] == pytest.approx(sum(rank < k for rank in ranks) / len(ranks))
 
 
+def test_scores_closer_than_rounding_are_ties() -> None:
+    """A copy of the correct vector scores the same wherever it stands, though products round by place."""
+    candidates = torch.randn(300, 129)
+    candidates[torch.tensor([3, 150, 299])] = candidates[0].clone()
+    candidates[7] = candidates[0] + 0.01 * torch.randn(129)
+    matches = torch.tensor([[0, 0], [0, 299]])
+    # Of four equal ones two are correct: the mean number of wrong ones before the first of them.
+    assert rank_of_best_match(candidates[:1] * 3, candidates, matches).tolist() == [pytest.approx(2 / 3)]
+
+
+def test_both_directions_of_one_product_equal_two_searches() -> None:
+    image, text, matches = noisy_captions(images=40, per_image=3)
+    text[5] = text[6]
+    both = retrieval_metrics(image, text, matches, tile_size=7)
+    there, back = rank_of_best_match(text, image, matches, 11), rank_of_best_match(image, text, matches.flip(1), 13)
+    assert both["text_to_image_mean_rank"] == pytest.approx(1 + there.mean().item())
+    assert both["image_to_text_mean_rank"] == pytest.approx(1 + back.mean().item())
+
+
 def test_correct_candidates_do_not_compete() -> None:
     query = torch.tensor([[1.0, 0.0]])
     candidates = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])

@@ -79,6 +79,16 @@ def test_what_arrives_is_the_folder(hub: LoopbackHub, built: Path) -> None:
     assert content(built) == before
 
 
+def test_nothing_private_goes_to_a_public_repo(hub: LoopbackHub, built: Path) -> None:
+    upload(hub, built)
+    commits = len(hub.repo(REPO).messages)
+    with pytest.raises(ValueError, match=rf"{REPO} is there already and is public, which --private does not change"):
+        upload(hub, built, private=True)
+    assert len(hub.repo(REPO).messages) == commits
+    upload(hub, built, repo_id="tester/other", private=True)
+    upload(hub, built, repo_id="tester/other", private=True)
+
+
 def test_a_second_push_finishes_the_first(hub: LoopbackHub, built: Path) -> None:
     before = content(built)
     hub.fail_next("PUT", "_lfs", CUT, times=20)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,38 @@ def test_two_processes_train_dinov2_with_checkpointing(inputs: Inputs, tmp_path:
     shutil.move(tmp_path / "states", tmp_path / "states-of-two")
     one = {"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 32}
     llm2clip("stage2", {**fields, **frozen, **one})
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+def accelerate_launch(command: str, fields: dict[str, Any], config: dict[str, Any]) -> None:
+    """Run the command under `accelerate launch` on two processes of the CPU."""
+    launch = Path(fields["output_dir"]).with_suffix(".launch.yaml")
+    launch.write_text(yaml.safe_dump({**config, "num_processes": 2, "use_cpu": True}))
+    recipe = Path(fields["output_dir"]).with_suffix(".yaml")
+    recipe.write_text(yaml.safe_dump(fields))
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(launch), "--main_process_port", "0"]
+    result = subprocess.run(
+        [sys.executable, *launcher, *CLI, command, str(recipe)], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def launch_configuration(name: str) -> dict[str, Any]:
+    return yaml.safe_load((files("llm2clip_training.recipes") / "accelerate" / name).read_text())
+
+
+def test_stage2_under_accelerate_launch_equals_one_process(inputs: Inputs, tmp_path: Path) -> None:
+    fields = tiny.stage2_fields(tmp_path / "one", inputs.vision, inputs.text, inputs.cache)
+    fields |= {"save_strategy": "no", "max_steps": 2, "eval_sources": {}}
+    llm2clip("stage2", {**fields, "per_device_train_batch_size": 32})
+    accelerate_launch("stage2", {**fields, "output_dir": str(tmp_path / "two")}, launch_configuration("cpu_2.yaml"))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+def test_stage1_under_fsdp_equals_one_process(inputs: Inputs, tmp_path: Path) -> None:
+    fields = {**tiny.stage1_fields(tmp_path / "one", inputs.llm), "save_strategy": "no", "max_steps": 2}
+    llm2clip("stage1", {**fields, "per_device_train_batch_size": 16})
+    accelerate_launch("stage1", {**fields, "output_dir": str(tmp_path / "two")}, launch_configuration("fsdp.yaml"))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 

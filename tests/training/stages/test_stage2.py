@@ -29,6 +29,7 @@ from llm2clip_training.data import (
     images,
 )
 from llm2clip_training.data.images import decode_tensor
+from llm2clip_training.losses import sigmoid_loss
 from llm2clip_training.recipe import build_config
 from llm2clip_training.stages import embed, stage2
 from llm2clip_training.stages.frozen_layers import FrozenLayers
@@ -290,6 +291,15 @@ def test_plain_llm_is_a_text_tower_without_prompt(inputs: Inputs, tmp_path: Path
     )
 
 
+def test_missing_training_captions_are_noticed_before_training(inputs: Inputs, tmp_path: Path) -> None:
+    columns = {"caption_columns": ["caption", "caption_de"]}
+    with pytest.raises(MissingCaptionError, match=r"lacks \d+ captions of the training set"):
+        run(tmp_path, inputs, sources=[tiny.concepts(**columns)])
+    assert not list(tmp_path.iterdir())
+    # Those that are never drawn need no embedding.
+    run(tmp_path, inputs, sources=[tiny.concepts(**columns, caption_weights=[1, 0])], max_steps=1, save_strategy="no")
+
+
 def test_missing_evaluation_captions_are_noticed_before_training(inputs: Inputs, tmp_path: Path) -> None:
     evaluation = {"german": tiny.concepts("validation", caption_columns=["caption_de"])}
     with pytest.raises(MissingCaptionError, match=r"lacks \d+ of the \d+ captions of eval_sources 'german'"):
@@ -318,3 +328,38 @@ def test_stored_states_depend_on_the_preprocessing(inputs: Inputs, tmp_path: Pat
     vision = tiny.save_vision_tower(tmp_path / "vision", patch_dropout=0.5)
     with pytest.raises(ValueError, match="patch_dropout does not go with frozen_states_dir"):
         run(tmp_path / "c", inputs, vision_model_name_or_path=vision, **states)
+
+
+def test_sigmoid_loss_trains_a_bias_that_the_model_keeps(inputs: Inputs, tmp_path: Path) -> None:
+    run(tmp_path / "one", inputs, loss="sigmoid", save_strategy="no", tower_chunk_size=5)
+    run(tmp_path / "whole", inputs, loss="sigmoid", save_strategy="no")
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    trained = weights(tmp_path / "one")
+    assert trained["logit_bias"] != -10
+    model = AutoModel.from_pretrained(tmp_path / "one", text_model=False).eval()
+    assert model.logit_bias.equal(trained["logit_bias"])
+    pixels, embeds = torch.randn(3, 3, 28, 28), torch.randn(3, model.config.text_config.hidden_size)
+    output = model(pixel_values=pixels, llm_embeds=embeds, return_loss=True)
+    cosines = output.image_embeds @ output.text_embeds.T
+    torch.testing.assert_close(output.logits_per_image, cosines * output.logit_scale + output.logit_bias)
+    expected = sigmoid_loss(output.image_embeds, output.text_embeds, output.logit_scale, output.logit_bias)
+    torch.testing.assert_close(output.loss, expected)
+    # Trained further it keeps its loss.
+    finished = {"vision_model_name_or_path": "", "text_model_name_or_path": "", "projection_dim": None}
+    finished["model_name_or_path"] = str(tmp_path / "one")
+    run(tmp_path / "two", inputs, **finished, loss="sigmoid", max_steps=1)
+    with pytest.raises(ValueError, match="was trained with the sigmoid loss"):
+        run(tmp_path / "three", inputs, **finished, max_steps=1)
+
+
+def test_models_without_a_bias_have_none(inputs: Inputs, tmp_path: Path) -> None:
+    run(tmp_path, inputs, save_strategy="no", max_steps=1)
+    assert "logit_bias" not in weights(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path, text_model=False).logit_bias is None
+    for changes in (
+        {"loss": "hinge"},
+        {"logit_bias_init_value": -5.0},
+        {"loss": "sigmoid", "label_smoothing_factor": 0.1},
+    ):
+        with pytest.raises(ValueError, match="loss"):
+            run(tmp_path, inputs, **changes)

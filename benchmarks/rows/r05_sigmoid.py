@@ -1,0 +1,99 @@
+"""R5: the sigmoid loss of SigLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
+
+WIDTH = 512
+# Between the start of training (10) and where SigLIP's ends (about 118).
+SCALE, BIAS = 50.0, -10.0
+CHUNK = 1024
+
+
+def _against(make_loss: Callable[[], Callable], batch: int, device: str) -> Work:
+    """Loss and all gradients, from unit vectors that resemble each other in pairs."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, WIDTH, generator=generator)
+    texts = images + 4 * torch.randn(batch, WIDTH, generator=generator)
+    inputs = [torch.nn.functional.normalize(rows, dim=-1).to(device).requires_grad_() for rows in (images, texts)]
+    inputs += [torch.tensor(value, device=device, requires_grad=True) for value in (SCALE, BIAS)]
+    loss_of = make_loss()
+
+    def work() -> Outcome:
+        loss = loss_of(*inputs)
+        names = ("image_gradient", "text_gradient", "scale_gradient", "bias_gradient")
+        return Outcome({"loss": loss, **dict(zip(names, torch.autograd.grad(loss, inputs), strict=True))})
+
+    return work
+
+
+def _ours() -> Callable:
+    from llm2clip_training.losses import sigmoid_loss
+
+    return sigmoid_loss
+
+
+def _open_clip() -> Callable:
+    from open_clip.loss import SigLipLoss
+
+    return SigLipLoss()
+
+
+def _open_clip_in_chunks() -> Callable:
+    """open_clip's loss, image chunk by image chunk under autograd, as the `chunk_size` of its main branch has it."""
+    import torch
+    from open_clip.loss import SigLipLoss
+
+    logits_of = SigLipLoss().get_logits
+
+    def loss_of(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        loss = torch.zeros((), device=images.device)
+        for start in range(0, len(images), CHUNK):
+            logits = logits_of(images[start : start + CHUNK], texts, scale, bias)
+            labels = -torch.ones_like(logits)
+            labels.diagonal(start).fill_(1)
+            loss = loss - torch.nn.functional.logsigmoid(labels * logits).sum()
+        return loss / len(images)
+
+    return loss_of
+
+
+def _products(batch: int, device: str) -> Work:
+    """The matrix products alone, tile by tile: the logits and the two gradients."""
+    import torch
+
+    images, texts = torch.randn(2, batch, WIDTH, device=device)
+    gradient = torch.zeros_like(texts)
+
+    def work() -> Outcome:
+        for start in range(0, batch, CHUNK):
+            tile = images[start : start + CHUNK]
+            logits = tile @ texts.T
+            torch.mm(logits, texts)
+            gradient.addmm_(logits.T, tile)
+        return Outcome()
+
+    return work
+
+
+def contests(device: str) -> list[Contest]:
+    batch = 8192 if device == "cpu" else 32768
+    plain, chunked = "open_clip SigLipLoss", f"open_clip SigLipLoss in chunks of {CHUNK}"
+    contestants = {
+        "ours": Contestant(partial(_against, _ours, batch, device)),
+        plain: Contestant(partial(_against, _open_clip, batch, device)),
+        chunked: Contestant(partial(_against, _open_clip_in_chunks, batch, device)),
+        "matrix products": Contestant(partial(_products, batch, device), is_limit=True),
+    }
+    goals = (Goal(plain, "cpu", 0.6), Goal(chunked, "memory", 0.4), Goal(chunked, "cpu", 1.0))
+    names = ("image_gradient", "text_gradient", "scale_gradient", "bias_gradient")
+    tolerance = {"loss": 1e-5, **dict.fromkeys(names, 1e-4)}
+    return [Contest(f"batch {batch:,}", contestants, goals, tolerance)]
+
+
+ROW = Row("R5", "sigmoid loss forward and backward, width 512", contests, ("cpu", "cuda"))

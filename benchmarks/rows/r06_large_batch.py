@@ -1,0 +1,96 @@
+"""R6: a training step whose batch is too large for the towers' activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
+
+BATCH = 256
+IMAGE_SIZE = 112
+# eva02_tiny of timm.
+VISION = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 12, "num_attention_heads": 3}
+CHUNK = 12
+
+
+def _model(device: str) -> Any:
+    """An EVA02 tower and an adapter on cached embeddings."""
+    import torch
+    from transformers import AutoConfig
+
+    from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPModel
+
+    torch.manual_seed(0)
+    config = LLM2CLIPConfig(
+        vision_config=EVA02VisionConfig(**VISION, image_size=IMAGE_SIZE, patch_size=14, rope_grid_size=16),
+        text_config=AutoConfig.for_model("llama", hidden_size=512),
+        projection_dim=512,
+    )
+    return LLM2CLIPModel(config, text_model=False).to(device).train()
+
+
+def _step(
+    embed: Callable[[Any, dict[str, Any]], tuple[Any, ...]], checkpointing: bool, batch: int, device: str
+) -> Work:
+    """Loss and gradients of all parameters."""
+    import torch
+
+    from llm2clip_training.losses import clip_loss
+
+    model = _model(device)
+    if checkpointing:
+        model.vision_model.gradient_checkpointing_enable({"use_reentrant": False})
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "pixel_values": torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(device),
+        "llm_embeds": torch.randn(batch, 512, generator=generator).to(device),
+    }
+
+    def work() -> Outcome:
+        model.zero_grad(set_to_none=True)
+        images, texts, scales = embed(model, inputs)
+        loss = clip_loss(images, texts, scales[-1])
+        loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        norms = torch.stack([gradient.norm() for gradient in gradients])
+        first, scale = model.vision_model.patch_embed.proj.weight.grad, model.logit_scale.grad
+        return Outcome({"loss": loss, "gradient_norms": norms, "first_gradient": first, "scale_gradient": scale})
+
+    return work
+
+
+def _run(model: Any, inputs: dict[str, Any]) -> tuple[Any, ...]:
+    output = model(**inputs, return_logits=False)
+    return output.image_embeds, output.text_embeds, output.logit_scale.expand(len(output.image_embeds))
+
+
+def _in_chunks(model: Any, inputs: dict[str, Any]) -> tuple[Any, ...]:
+    from llm2clip_training.stages.chunks import in_chunks
+
+    return in_chunks(_run, model, inputs, CHUNK)
+
+
+def contests(device: str) -> list[Contest]:
+    batch = BATCH if device == "cpu" else 4096
+    contestants = {
+        "ours": Contestant(partial(_step, _in_chunks, False, batch, device)),
+        "direct": Contestant(partial(_step, _run, False, batch, device)),
+        "gradient checkpointing": Contestant(partial(_step, _run, True, batch, device)),
+    }
+    goals = (
+        Goal("direct", "memory", 0.08),
+        Goal("direct", "cpu", 1.2),
+        Goal("gradient checkpointing", "cpu", 1.0),
+        Goal("gradient checkpointing", "memory", 0.5),
+    )
+    tolerance = {"loss": 1e-5, "gradient_norms": 1e-4, "first_gradient": 1e-4, "scale_gradient": 1e-4}
+    note = (
+        f"towers in chunks of {CHUNK}. The least memory is a chunk's share of the activations, {CHUNK / batch:.3f}; "
+        "the least arithmetic is 4/3 of the direct step's, whose time goes into memory traffic too."
+    )
+    return [Contest(f"eva02-tiny at 112 px, batch {batch:,}", contestants, goals, tolerance, rounds=3, note=note)]
+
+
+ROW = Row("R6", "large-batch step with the towers in chunks", contests, ("cpu", "cuda"))

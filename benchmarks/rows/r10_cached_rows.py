@@ -1,0 +1,143 @@
+"""R10: caption embeddings on their way into a training step, out of the cache and out of the original's tars."""
+
+from __future__ import annotations
+
+import io
+import random
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
+from benchmarks.small_llama import captions, new_folder
+
+IMAGES, WIDTH, BATCH = 5_000, 4096, 256
+COLUMNS = ("shortsv_captions", "longsv_captions")
+COMPARED = ("00007", "02500", "04999")
+
+
+def _drawn() -> list[int]:
+    """Which of its captions each image comes with."""
+    return random.Random(1).choices((0, 1), k=IMAGES)
+
+
+def _texts() -> list[str]:
+    """Two captions of each image."""
+    return captions(2 * IMAGES)
+
+
+def _rows() -> Any:
+    import torch
+
+    return torch.randn(2 * IMAGES, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def _size(folder: Path) -> float:
+    return float(sum(file.stat().st_size for file in folder.iterdir()))
+
+
+def _consume(batches: Iterable[tuple[list[str], Any]], size: float) -> Outcome:
+    """Take all batches: keys of the images, and their captions' rows (images, width)."""
+    values, count = {}, 0
+    for keys, embeddings in batches:
+        count += len(keys)
+        for key in set(keys).intersection(COMPARED):
+            values[key] = embeddings[keys.index(key)].clone()
+    return Outcome({**values, "images": count}, {"bytes": size})
+
+
+def _ours() -> Work:
+    from llm2clip_training.data import EmbeddingCache, build_embedding_cache
+
+    texts, rows, folder = _texts(), _rows(), new_folder()
+    numbers = {text: number for number, text in enumerate(texts)}
+    build_embedding_cache(
+        folder,
+        texts,
+        lambda batch: (rows[[numbers[text] for text in batch]], 0),
+        fingerprint="benchmark",
+        text_model_name="benchmark",
+        hidden_size=WIDTH,
+        pooling="mean",
+        prompt_prefix="",
+        prompt_suffix="",
+        max_length=512,
+        show_progress=False,
+    )
+    cache, drawn = EmbeddingCache.open(folder), _drawn()
+
+    def batches() -> Iterator[tuple[list[str], Any]]:
+        order = random.Random(0).sample(range(IMAGES), IMAGES)
+        for start in range(0, IMAGES, BATCH):
+            images = order[start : start + BATCH]
+            # The collator's call.
+            found = cache.lookup([texts[2 * image + drawn[image]] for image in images], dtype=None)
+            yield [f"{image:05}" for image in images], found
+
+    return lambda: _consume(batches(), _size(folder))
+
+
+def _webdataset() -> Work:
+    import torch
+    import webdataset
+
+    rows, folder, drawn = _rows(), new_folder(), _drawn()
+    with tarfile.open(folder / "embeddings.tar", "w") as tar:
+        for number, row in enumerate(rows.numpy()):
+            member = tarfile.TarInfo(f"{number // 2:05}.{COLUMNS[number % 2]}")
+            member.size = row.nbytes
+            tar.addfile(member, io.BytesIO(row.tobytes()))
+    del rows
+
+    def decode(sample: dict[str, Any]) -> tuple[str, Any]:
+        key = sample["__key__"]
+        content = bytearray(sample[COLUMNS[drawn[int(key)]]])
+        return key, torch.frombuffer(content, dtype=torch.float32)
+
+    def collate(samples: list[tuple[str, Any]]) -> tuple[list[str], Any]:
+        keys, embeddings = zip(*samples, strict=True)
+        return list(keys), torch.stack(embeddings)
+
+    def work() -> Outcome:
+        stream = webdataset.WebDataset(str(folder / "embeddings.tar"), shardshuffle=False)
+        batches = stream.shuffle(1000).map(decode).batched(BATCH, collation_fn=collate)
+        return _consume(batches, _size(folder))
+
+    return work
+
+
+def _copy() -> Work:
+    import torch
+
+    rows = torch.zeros(IMAGES, WIDTH, dtype=torch.float16)
+
+    def work() -> Outcome:
+        for start in range(0, IMAGES, BATCH):
+            rows[start : start + BATCH].clone()
+        return Outcome()
+
+    return work
+
+
+def contests(device: str) -> list[Contest]:
+    peer, limit = "webdataset, float32 tar", "copying the bytes"
+    contestants = {
+        "ours": Contestant(_ours),
+        peer: Contestant(_webdataset),
+        limit: Contestant(_copy, is_limit=True),
+    }
+    return [
+        Contest(
+            f"{IMAGES:,} images with 2 captions each, one drawn, width {WIDTH}, batches of {BATCH}",
+            contestants,
+            (Goal(peer, "cpu", 0.1), Goal(peer, "wall", 0.1), Goal(peer, "bytes", 0.5)),
+            {**dict.fromkeys(COMPARED, 5e-4), "images": 0},
+            rounds=7,
+            note="Ours are found by the captions' texts, in random order; the tar is read from its start to its end "
+            "with both captions of each image, through a shuffle buffer of 1,000, as the original trains.",
+        )
+    ]
+
+
+ROW = Row("R10", "cached caption embeddings into batches", contests)

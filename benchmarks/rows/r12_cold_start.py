@@ -1,0 +1,117 @@
+"""R12: what a fresh process spends until the first caption and the first image are embedded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
+from benchmarks.small_llama import PROMPT, new_folder, write_llm
+
+CAPTION = "a small dog walks on a bridge"
+# As the README says it.
+OURS = """
+import sys
+import numpy as np
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+folder, values, caption = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+text = model.encode_text(caption, processor)
+image = model.encode_image(Image.new("RGB", (320, 240), "red"), processor)
+np.savez(values, text=text.numpy(), image=image.numpy())
+"""
+SENTENCE_TRANSFORMERS = """
+import sys
+import numpy as np
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+folder, values, caption = sys.argv[1:]
+model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+text = model.encode([caption])
+image = model.encode([Image.new("RGB", (320, 240), "red")])
+np.savez(values, text=text, image=image)
+"""
+PEAK = "\nimport resource\nprint('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+
+
+def _joint_model(folder: Path) -> Path:
+    """A small model with vision tower, adapter and LLM, as `llm2clip build` leaves one."""
+    from transformers import CLIPImageProcessor
+
+    from llm2clip_training.sentence_transformers import write_sentence_transformers_files
+    from llm2clip_training.towers import open_text_tower
+    from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
+
+    llm = write_llm(new_folder(), hidden=64, mlp=128, layers=2)
+    text_model, tokenizer = open_text_tower(str(llm), dtype="float32", **PROMPT)
+    vision = EVA02VisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=112,
+        patch_size=14,
+        rope_grid_size=8,
+    )
+    config = LLM2CLIPConfig(
+        vision_config=vision, text_config=text_model.config, projection_dim=64, initializer_range=0.2
+    )
+    model = LLM2CLIPModel(config, text_model=False)
+    model.set_text_model(text_model)
+    model.save_pretrained(folder)
+    size = {"height": 112, "width": 112}
+    LLM2CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 112}, crop_size=size), tokenizer).save_pretrained(
+        folder
+    )
+    write_sentence_transformers_files(folder)
+    return folder
+
+
+def _process(program: str, with_model: bool) -> Work:
+    import numpy as np
+    import torch
+
+    torch.manual_seed(0)
+    folder = new_folder()
+    values = folder / "values.npz"
+    arguments = [str(_joint_model(folder / "model")), str(values), CAPTION] if with_model else []
+    command = [sys.executable, "-c", program + PEAK, *arguments]
+
+    def work() -> Outcome:
+        # The worker counts the seconds of children, not their memory.
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peak = float(output.split()[-1]) * 1024
+        return Outcome(dict(np.load(values)) if with_model else {}, {"memory": peak})
+
+    return work
+
+
+def contests(device: str) -> list[Contest]:
+    contestants = {
+        "ours": Contestant(partial(_process, OURS, True)),
+        "sentence-transformers": Contestant(partial(_process, SENTENCE_TRANSFORMERS, True)),
+        "import transformers.AutoModel": Contestant(
+            partial(_process, "from transformers import AutoModel, AutoProcessor", False), is_limit=True
+        ),
+        "import torch": Contestant(partial(_process, "import torch", False), is_limit=True),
+    }
+    return [
+        Contest(
+            "a tiny model of both towers, a fresh process each time",
+            contestants,
+            (Goal("sentence-transformers", "cpu", 0.7), Goal("import transformers.AutoModel", "cpu", 1.25)),
+            {"text": 1e-4, "image": 1e-4},
+            rounds=5,
+            note="Memory is the peak of the whole process. By far the most of it all is the import of transformers, "
+            "which is shown as a limit; importing torch alone stands in results.jsonl.",
+        )
+    ]
+
+
+ROW = Row("R12", "import, load, first caption and first image embedded", contests)

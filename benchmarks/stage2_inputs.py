@@ -1,0 +1,173 @@
+"""What a small stage 2 starts from, as folders: captioned JPEGs, both towers, the embedding cache."""
+
+from __future__ import annotations
+
+import atexit
+import io
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+TOKENIZER = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "golden" / "llm2vec_llama_a_hf"
+WORDS = ("the", "red", "old", "small", "river", "street", "house", "dog", "bird", "walks", "near", "under", "light")
+# As img2dataset keeps CC3M's pictures: the shorter side is 384.
+PICTURE = (512, 384)
+# Settings of a run that writes nothing; its data is read by a second process, as on a machine with two cores.
+COMMON_FIELDS = {
+    "learning_rate": 1e-4,
+    "logging_steps": 1,
+    "dataloader_num_workers": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def temporary_folder() -> Path:
+    """A folder that goes when this process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="llm2clip-bench-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+def write_pictures(folder: Path, number: int, words: int) -> list[dict[str, Any]]:
+    """Write JPEGs with a caption each into a parquet file; returns the source."""
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    generator, choose = np.random.default_rng(0), random.Random(0)
+    rows: dict[str, list] = {"image": [], "caption": []}
+    for row in range(number):
+        # Smooth with some noise, which makes files of the size of photographs (50 KB).
+        small = Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        pixels = np.asarray(small.resize(PICTURE, Image.Resampling.BICUBIC), dtype=np.int16)
+        pixels = (pixels + generator.integers(-12, 13, pixels.shape)).clip(0, 255).astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=85)
+        rows["image"].append(file.getvalue())
+        rows["caption"].append(f"{row} " + " ".join(choose.choices(WORDS, k=words)))
+    path = folder / "pictures.parquet"
+    datasets.Dataset.from_dict(rows).to_parquet(str(path))
+    return [{"path": str(path), "caption_columns": ["caption"]}]
+
+
+def write_text_tower(folder: Path, hidden: int, layers: int) -> Path:
+    """A Llama of random weights as stage 1 would leave it."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
+
+    prefix, suffix = "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"
+    tokenizer, prefix_tokens = with_prompt(AutoTokenizer.from_pretrained(TOKENIZER), prefix, suffix)
+    decoder = AutoConfig.for_model(
+        "llama",
+        hidden_size=hidden,
+        intermediate_size=hidden * 7 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LLM2CLIPTextConfig(
+        decoder_config=decoder,
+        prompt_prefix=prefix,
+        prompt_suffix=suffix,
+        num_prefix_tokens=prefix_tokens,
+        prompt_token_ids=tokenizer("")["input_ids"],
+        max_text_length=512,
+    )
+    torch.manual_seed(0)
+    LLM2CLIPTextModel(config).save_pretrained(folder / "text")
+    tokenizer.save_pretrained(folder / "text")
+    return folder / "text"
+
+
+def write_vision_tower(folder: Path, hidden: int, layers: int, patch: int, size: int) -> Path:
+    """An EVA02 of random weights with its image processor."""
+    import torch
+    from transformers import CLIPImageProcessor
+
+    from modeling_llm2clip import EVA02VisionConfig, EVA02VisionModel
+
+    config = EVA02VisionConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 8 * 8,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        image_size=size,
+        patch_size=patch,
+    )
+    torch.manual_seed(0)
+    EVA02VisionModel(config).save_pretrained(folder / "vision")
+    processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    processor.save_pretrained(folder / "vision")
+    return folder / "vision"
+
+
+def embed(folder: Path, text: Path, sources: list[dict[str, Any]]) -> tuple[Path, float]:
+    """Embed the captions into a cache; returns its folder and the CPU seconds."""
+    from llm2clip_training.stages import embed as stage
+
+    start = time.process_time()
+    stage.run(stage.EmbedConfig(text_model_name_or_path=str(text), output_dir=str(folder / "cache"), sources=sources))
+    return folder / "cache", time.process_time() - start
+
+
+class StepClock:
+    """Seconds per step, between the end of the first step and the end of the last: nothing of the start is in it."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[float, float]] = []
+
+    def step_ends(self) -> None:
+        """Call at the end of every step."""
+        self.ends.append((time.perf_counter(), time.process_time()))
+
+    def metrics(self) -> dict[str, float]:
+        """`wall` and `cpu` of this process per step."""
+        wall, cpu = (
+            (last - first) / (len(self.ends) - 1) for first, last in zip(self.ends[0], self.ends[-1], strict=True)
+        )
+        return {"wall": wall, "cpu": cpu}
+
+
+def make_trainer(fields: dict[str, Any]) -> Any:
+    """The Trainer of `llm2clip stage2` with these settings; its model is the same every time."""
+    from transformers import set_seed
+
+    from llm2clip_training.recipe import build_config
+    from llm2clip_training.stages import stage2
+    from llm2clip_training.stages.stage2_inputs import build_dataset, load_model, open_captions
+
+    config = build_config(stage2.VisionAlignmentConfig, {**COMMON_FIELDS, **fields})
+    set_seed(config.seed)
+    model, processor = load_model(config)
+    captions = open_captions(config, model, processor, {})
+    dataset, _ = build_dataset(config, model, processor.image_processor)
+    return stage2.VisionAlignmentTrainer(
+        model=model, args=config, train_dataset=dataset, data_collator=captions.collator, processing_class=processor
+    )
+
+
+def train(trainer: Any) -> tuple[list[float], dict[str, float]]:
+    """Train; returns the loss of every step, and the seconds of one."""
+    from transformers import TrainerCallback
+
+    clock = StepClock()
+
+    class Clock(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            # The last that happens in a step.
+            if "loss" in logs:
+                clock.step_ends()
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], clock.metrics()

@@ -1,0 +1,43 @@
+"""The embedding cache of a text tower."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm2clip_training.data import EmbeddingCache
+from llm2clip_training.gather import process_state
+from llm2clip_training.stages.embed import EmbedConfig, embed_captions, run
+from llm2clip_training.towers import open_text_tower
+from tests.training.stages.conftest import Inputs
+
+
+def test_rows_are_what_the_encoder_gives_and_cut_captions_are_counted(inputs: Inputs, tmp_path: Path) -> None:
+    texts = ["a dog", "a red bus " * 300, "two cats"]
+    (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps({"caption": text}) for text in [*texts, "a dog"]))
+    source = {"path": str(tmp_path / "captions.jsonl")}
+    config = EmbedConfig(text_model_name_or_path=inputs.text, output_dir=str(tmp_path / "cache"), sources=[source])
+    assert run(config) == {"num_captions": 3, "num_truncated": 1}
+    model, tokenizer = open_text_tower(inputs.text, dtype="float32")
+    texts = [text.strip() for text in texts]
+    expected = model.eval().encode(texts, tokenizer)
+    found = EmbeddingCache.open(tmp_path / "cache").lookup(texts)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+
+
+def test_captions_are_tokenised_once(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = open_text_tower(inputs.text, dtype="float32")
+    seen: list[str] = []
+    call = type(tokenizer).__call__
+
+    def counting(self: object, text: list[str] | str, **options: object) -> object:
+        seen.extend([text] if isinstance(text, str) else text)
+        return call(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counting)
+    texts = [f"a dog {number}" for number in range(40)]
+    embed_captions(model, tokenizer, texts, str(tmp_path), "tower", EmbedConfig(), process_state())
+    assert [text for text in seen if text] == texts

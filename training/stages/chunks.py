@@ -1,0 +1,130 @@
+"""Towers that run over a batch in chunks, so that a large contrastive batch costs the memory of a chunk.
+
+The loss needs all embeddings, but no more of the towers than that: chunk by chunk, the embeddings are computed
+without keeping activations, and backward computes a chunk's activations again before it goes through it (GradCache,
+Gao et al. 2021, arXiv 2101.06983). The gradients are those of the whole batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+TOWER_CHUNK_HELP = "Rows that the towers hold activations of; they compute twice then. Unset: the whole batch at once."
+LOSS_CHUNK_HELP = "Rows of the batch that the loss compares with all columns at once."
+
+Inputs = dict[str, Tensor]
+Run = Callable[[nn.Module, Inputs], tuple[Tensor, ...]]
+
+
+def in_chunks(run: Run, model: nn.Module, inputs: Mapping[str, Tensor], chunk_size: int | None) -> tuple[Tensor, ...]:
+    """Run a model over chunks of its inputs' rows.
+
+    The activations of one chunk at a time are in memory: those of the last one from forward to backward, and those of
+    the others when backward computes them again, in the same state of the random number generators and of autocast.
+
+    Args:
+        run: Calls the model that it is given with the inputs that it is given, and returns tensors of their number of
+            rows.
+        model: The model, possibly in `DistributedDataParallel`.
+        inputs: Tensors of one number of rows, without gradients.
+        chunk_size: Rows per chunk; `None` runs all at once.
+
+    Returns:
+        What `run` returns, for all rows.
+
+    Raises:
+        ValueError: FSDP shards the model.
+    """
+    num_rows = len(next(iter(inputs.values())))
+    if chunk_size is None or chunk_size >= num_rows:
+        return run(model, dict(inputs))
+    if isinstance(model, (FSDPModule, FullyShardedDataParallel)):
+        raise ValueError("tower_chunk_size does not go with FSDP; leave it out, or train with DDP.")
+    chunks = [
+        {name: tensor[start : start + chunk_size] for name, tensor in inputs.items()}
+        for start in range(0, num_rows, chunk_size)
+    ]
+    # DDP wants one forward for one backward: that of the last chunk, whose hooks wait for the gradients of all.
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    parameters = [parameter for parameter in inner.parameters() if parameter.requires_grad]
+    first = _Recomputed.apply(run, inner, chunks[:-1], parameters, *parameters)
+    last = run(model, chunks[-1])
+    return tuple(torch.cat(parts) for parts in zip(first, last, strict=True))
+
+
+class _Recomputed(torch.autograd.Function):
+    """The outputs of chunks, whose graphs are made in backward, one at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Run, model: nn.Module, chunks: list[Inputs], parameters: list[Tensor], *_: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.work = run, model, chunks, parameters
+        ctx.states, outputs = [], []
+        for chunk in chunks:
+            ctx.states.append(_State(chunk))
+            outputs.append(run(model, chunk))
+        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        run, model, chunks, parameters = ctx.work
+        sizes = [len(next(iter(chunk.values()))) for chunk in chunks]
+        total: list[Tensor | None] = [None] * len(parameters)
+        by_chunk = zip(*(grad.split(sizes) for grad in grad_outputs), strict=True)
+        for chunk, state, grads in zip(chunks, ctx.states, by_chunk, strict=True):
+            with torch.enable_grad(), state.restored():
+                outputs = run(model, chunk)
+            used = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
+            outputs, grads = zip(*used, strict=True)
+            found = torch.autograd.grad(outputs, parameters, grads, allow_unused=True)
+            for i, grad in enumerate(found):
+                before = total[i]
+                if grad is not None:
+                    total[i] = grad if before is None else before.add_(grad)
+            del outputs, found, used
+        return (None, None, None, None, *total)
+
+
+class _State:
+    """What a model's outputs depend on besides its inputs: random number generators and autocast."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.device_type = next(iter(inputs.values())).device.type
+        self.cpu_generator = torch.get_rng_state()
+        self.devices, self.generators = get_device_states(*inputs.values())
+        self.autocast = torch.is_autocast_enabled(self.device_type)
+        self.autocast_dtype = torch.get_autocast_dtype(self.device_type)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Within this context the state is that of the beginning."""
+        has_generators = bool(self.devices)
+        with (
+            torch.random.fork_rng(self.devices, device_type=self.device_type if has_generators else "cuda"),
+            torch.autocast(self.device_type, dtype=self.autocast_dtype, enabled=self.autocast),
+        ):
+            torch.set_rng_state(self.cpu_generator)
+            if has_generators:
+                set_device_states(self.devices, self.generators, device_type=self.device_type)
+            yield
+
+
+def check_chunk_sizes(tower_chunk_size: int | None, loss_chunk_size: int) -> None:
+    """Refuse sizes that are no sizes.
+
+    Raises:
+        ValueError: One is below 1.
+    """
+    for name, size in (("tower_chunk_size", tower_chunk_size), ("loss_chunk_size", loss_chunk_size)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, but is {size}.")
