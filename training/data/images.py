@@ -204,8 +204,8 @@ class EvalTransform:
         if not self.is_clip:
             if backend == "fast":
                 raise ValueError(
-                    "image_backend: fast knows the steps of a CLIPImageProcessor (bicubic, shortest edge, center crop), but "
-                    f"the image processor is a {type(image_processor).__name__} with other ones; use exact."
+                    "image_backend: fast knows the steps of a CLIPImageProcessor (bicubic, shortest edge, center crop)"
+                    f", but the image processor is a {type(image_processor).__name__} with other ones; use exact."
                 )
             return
         self.shortest_edge = settings["size"]["shortest_edge"]

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, SchedulerType, TrainerCallback, set_seed
 
 from llm2clip_training.cards import JOINT_TASK
-from llm2clip_training.data import CaptionSource, SampleIndexBatchSampler, SkipLog
+from llm2clip_training.data import IMAGE_BACKENDS, CaptionSource, SampleIndexBatchSampler, SkipLog
 from llm2clip_training.data.sampling import EpochDataset
 from llm2clip_training.evaluation import ImageTextRetrieval
 from llm2clip_training.losses import DEFAULT_TILE_SIZE, clip_loss, sigmoid_loss
@@ -139,6 +139,8 @@ class VisionAlignmentConfig(StageConfig):
             raise ValueError("frozen_states_dir needs freeze_vision_layers.")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale is [smallest, largest] share, within 0 and 1, but is {self.crop_scale}.")
+        if self.image_backend not in IMAGE_BACKENDS:
+            raise ValueError(f"image_backend must be one of {', '.join(IMAGE_BACKENDS)}, not {self.image_backend!r}.")
         if self.patch_dropout is not None and not 0 <= self.patch_dropout < 1:
             raise ValueError(f"patch_dropout is a share from 0 to below 1, but is {self.patch_dropout}.")
         check_chunk_sizes(self.tower_chunk_size, self.loss_chunk_size)

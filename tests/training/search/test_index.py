@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from llm2clip_training import cli
-from llm2clip_training.data import decode_image
+from llm2clip_training.data import decode_image, images
+from llm2clip_training.data.images import decode_tensor
 from llm2clip_training.search.embedder import ImageEmbedder
 from llm2clip_training.search.image_index import ImageIndex
 from llm2clip_training.search.index import IndexConfig, run
@@ -75,6 +76,25 @@ def test_workers_change_nothing(pictures: Path, model: Model, tmp_path: Path) ->
     index(pictures, model[0], tmp_path / "none")
     index(pictures, model[0], tmp_path / "two", num_workers=2)
     assert content(tmp_path / "none") == content(tmp_path / "two")
+
+
+def test_fast_images_reach_the_embedder(
+    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+
+    def decode(value: Any, key: str, max_pixels: int) -> torch.Tensor:
+        decoded.append(key)
+        return decode_tensor(value, key, max_pixels)
+
+    monkeypatch.setattr(images, "decode_tensor", decode)
+    settings = {"model": str(model[0]), "folder": str(pictures), "num_workers": 0}
+    run(IndexConfig(output_dir=str(tmp_path / "exact"), **settings))
+    assert not decoded
+    run(IndexConfig(output_dir=str(tmp_path / "fast"), image_backend="fast", **settings))
+    assert decoded
+    with pytest.raises(ValueError, match="image_backend 'quick' is unknown"):
+        IndexConfig(image_backend="quick", **settings)
 
 
 def test_only_what_has_changed_is_embedded(pictures: Path, model: Model, tmp_path: Path) -> None:

@@ -26,12 +26,15 @@ from llm2clip_training.data import (
     EmbeddingCache,
     MissingCaptionError,
     distinct_captions,
+    images,
 )
+from llm2clip_training.data.images import decode_tensor
 from llm2clip_training.losses import sigmoid_loss
 from llm2clip_training.recipe import build_config
 from llm2clip_training.stages import embed, stage2
 from llm2clip_training.stages.frozen_layers import FrozenLayers
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from modeling_llm2clip.modeling_eva02 import EVA02Attention
 from tests.training import tiny
 from tests.training.stages.conftest import Inputs
 
@@ -81,6 +84,54 @@ def test_resumed_run_equals_an_unbroken_one(changes: dict[str, Any], inputs: Inp
     for name, value in weights(tmp_path / "broken").items():
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
     assert losses(tmp_path / "broken")[3:] == pytest.approx(losses(tmp_path / "unbroken")[3:], abs=1e-5)
+
+
+def test_fast_images_reach_the_training_set(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+
+    def decode(value: Any, key: str, max_pixels: int) -> torch.Tensor:
+        decoded.append(key)
+        return decode_tensor(value, key, max_pixels)
+
+    monkeypatch.setattr(images, "decode_tensor", decode)
+    fields = {"max_steps": 2, "save_strategy": "no", "crop_scale": [1.0, 1.0]}
+    run(tmp_path / "exact", inputs, **fields)
+    assert not decoded
+    run(tmp_path / "fast", inputs, image_backend="fast", **fields)
+    assert decoded
+    assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "exact"), abs=1e-2)
+
+
+def test_patch_dropout_reaches_the_tower(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens: list[int] = []
+    forward = EVA02Attention.forward
+
+    def counted(self: EVA02Attention, hidden_states: torch.Tensor, rotary: torch.Tensor | None) -> Any:
+        tokens.append(hidden_states.shape[1])
+        return forward(self, hidden_states, rotary)
+
+    monkeypatch.setattr(EVA02Attention, "forward", counted)
+    fields = {"max_steps": 1, "save_strategy": "no", "eval_sources": {}}
+    run(tmp_path / "all", inputs, **fields)
+    (whole,) = set(tokens)
+    tokens.clear()
+    run(tmp_path / "half", inputs, patch_dropout=0.5, **fields)
+    assert tokens[-1] == 1 + (whole - 1) // 2
+    assert LLM2CLIPModel.from_pretrained(tmp_path / "half", text_model=False).vision_model.config.patch_dropout == 0.5
+    CLIPVisionModel(
+        AutoConfig.for_model(
+            "clip_vision_model",
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+        )
+    ).save_pretrained(tmp_path / "clip")
+    processor = {"image_processor_name_or_path": inputs.vision}
+    with pytest.raises(ValueError, match="CLIPVisionModel has none"):
+        run(tmp_path / "no", inputs, vision_model_name_or_path=str(tmp_path / "clip"), patch_dropout=0.5, **processor)
 
 
 def test_online_llm_gives_the_losses_of_the_cache(inputs: Inputs, tmp_path: Path) -> None:
@@ -192,6 +243,8 @@ def test_damaged_images_are_refused_or_skipped_and_listed(inputs: Inputs, tmp_pa
         ({"frozen_states_dir": "x"}, ValueError, "needs freeze_vision_layers"),
         ({"crop_scale": [0.9]}, ValueError, "crop_scale is"),
         ({"sources": [{**tiny.concepts(), "max_samples": "many"}]}, ValueError, "max_samples is 'many'"),
+        ({"patch_dropout": 1.0}, ValueError, "patch_dropout is a share"),
+        ({"image_backend": "quick"}, ValueError, "image_backend must be one of exact, fast"),
         ({"on_error": "ignore"}, ValueError, "on_error must be 'raise' or 'skip'"),
         ({"text_model_name_or_path": ""}, ValueError, "needs text_model_name_or_path"),
     ],
