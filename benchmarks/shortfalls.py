@@ -1,9 +1,6 @@
 """Why a row misses its goal, and what was tried: shown below the table while it does."""
 
 SHORTFALLS: dict[str, str] = {
-    "R8": "fast was 0.36 of open_clip's time when both ran in one process, 0.48 in processes of their own under load. "
-    "Decoding at reduced size (Image.draft) costs 0.35 in one process, but is off by up to 1.3 (of pixels up to 2.6) on "
-    "detailed photographs, and is therefore not used.",
     "R1": "on L/14 timm itself takes only 2 to 13% more than the matrix products alone (on a loaded machine), so that "
     "0.95 of its training time is about their own. Beside them our tower has the norms, SiLU, the sums of the biases "
     "and one pass of rotary positions left. Tried: rotary positions as a complex product (under a third of their "
