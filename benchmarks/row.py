@@ -50,8 +50,8 @@ class Goal:
 
     Attributes:
         against: The other contestant.
-        metric: `cpu` (seconds of all threads), `wall` (seconds), `memory` (peak above what was there before the work,
-            bytes) or a metric of the outcome.
+        metric: `cpu` (seconds of all threads; on a card `wall` takes its place), `wall` (seconds), `memory` (peak
+            above what was there before the work, bytes) or a metric of the outcome.
         at_most: Largest ratio.
     """
 

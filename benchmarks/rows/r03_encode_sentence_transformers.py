@@ -62,7 +62,7 @@ def contests(device: str) -> list[Contest]:
         Contest(
             f"{CAPTIONS} captions of 12 to 450 tokens, 23M parameters",
             contestants,
-            tuple(Goal(name, "cpu" if device == "cpu" else "wall", 0.80) for name in peers),
+            tuple(Goal(name, "cpu", 0.80) for name in peers),
             {"embeddings": 1e-4},
             rounds=3,
             note="The limit is the one of R2. The folder's own code packs the short captions of a batch into shared "

@@ -45,7 +45,7 @@ def _open_clip() -> Callable:
 
 
 def _open_clip_in_chunks() -> Callable:
-    """open_clip's loss, image chunk by image chunk under autograd, as the `chunk_size` of its main branch has it."""
+    """open_clip's loss, image chunk by image chunk under autograd; its release has no setting for that."""
     import torch
     from open_clip.loss import SigLipLoss
 
