@@ -5,6 +5,7 @@ import pytest
 
 import benchmarks.__main__ as command
 from benchmarks import results
+from benchmarks.contest import ROOT
 from tests.benchmarks import tiny_row
 
 TURNS = {
@@ -98,3 +99,23 @@ def test_gpu_rows_are_skipped_without_a_card(capsys, monkeypatch):
     monkeypatch.setattr(command, "_has_cuda", lambda: False)
     assert command.main(["--device", "cuda"]) == 0
     assert "no CUDA card here" in capsys.readouterr().out
+
+
+README_LINES = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in (ROOT / "README.md").read_text().splitlines()
+    if line.startswith("| R")
+]
+
+
+@pytest.mark.parametrize("cells", README_LINES, ids=[f"{cells[0]} {cells[1]}" for cells in README_LINES])
+def test_the_readme_shows_what_was_measured(cells):
+    row, _, against, time, memory = cells
+    shown = {"cpu": time, "memory": memory}
+    measured = [
+        {goal["metric"]: results._number(goal["ratio"]) for goal in entry["goals"] if goal["against"] == against}
+        for (name, _, device), entry in results.read(results.lines()).items()
+        if name == row and device == "cpu"
+    ]
+    shown = {metric: ratio for metric, ratio in shown.items() if ratio}
+    assert any(shown.items() <= ratios.items() for ratios in measured)
