@@ -8,8 +8,8 @@ SHORTFALLS: dict[str, str] = {
     "R2": "reached against llm2vec as it comes. In batches of 8, its fastest, its padding shrinks too, and the matrix "
     "products alone are 0.69 of its time. Batches of 256 to 2,048 tokens, with and without packing, were tried; "
     "with 512 the padding is 2.7 % and 86 % of the time are matrix products.",
-    "R3": "the code in the folder packs the captions of a batch for sentence-transformers too, which takes it from 1.8 "
-    "to 1.2 of our time; against its batches without that the goal is reached.",
+    "R3": "the code in the folder packs the captions of a batch for sentence-transformers too, which takes it "
+    "from 1.8 to 1.2 of our time; against its batches without that the goal is reached.",
     "R5": "reached in memory. The matrix products alone take 0.59 of the plain loss's time, ours takes 6 % more than "
     "they do: one pass over tiles that fit the cache. On a machine where the peer is slower (it took 1.8 times as "
     "long where the goal was set) the ratio is lower.",
