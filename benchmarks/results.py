@@ -188,19 +188,27 @@ def table(
 
 
 def _lines(entry: Record, regressions: list[str]) -> list[str]:
-    lines = []
-    for goal in entry["goals"]:
-        against, metric = goal["against"], goal["metric"]
-        reached = goal["ratio"] <= goal["at_most"]
+    """The contest's goals, and how far its limits are where these are no goals."""
+    lines, metric = [], "cpu" if entry["device"] == "cpu" else "wall"
+    aims = {goal["against"] for goal in entry["goals"]}
+    times = {name: figures[metric] for name, figures in entry["figures"].items()}
+    limits = [
+        {"against": name, "metric": metric, "ratio": times[OURS] / times[name], "at_most": None}
+        for name in entry["limits"]
+        if name not in aims
+    ]
+    for goal in [*entry["goals"], *limits]:
+        against, metric, at_most = goal["against"], goal["metric"], goal["at_most"]
+        reached = at_most is not None and goal["ratio"] <= at_most
         mark = "🔴" if any(text.startswith(f"{metric} against {against} ") for text in regressions) else ""
-        mark = mark or ("🟢" if reached else "🟡")
+        mark = mark or ("🟢" if reached else "🟡" if at_most is not None else "")
         name = f"*limit:* {against}" if against in entry["limits"] else against
         mine, theirs = entry["figures"][OURS][metric], entry["figures"][against][metric]
         threads = "" if entry["threads"] == 1 else f", {entry['threads']} threads"
         lines.append(
             f"| {mark} | {entry['row']} | {entry['work']}: {entry['contest']}{threads} | {metric} | "
             f"{_quantity(metric, mine)} | {name} | {_quantity(metric, theirs)} | {_number(goal['ratio'])} | "
-            f"≤ {_number(goal['at_most'])} |"
+            f"{'' if at_most is None else f'≤ {_number(at_most)}'} |"
         )
     return lines
 

@@ -64,6 +64,12 @@ def test_a_missed_goal_is_shown_with_its_reason(entry):
     assert "no reason is given yet" in results.table({KEY: entry}, {}, {})
 
 
+def test_a_limit_that_is_no_goal_is_shown_too(entry):
+    entry["goals"] = entry["goals"][:1]
+    text = results.table({KEY: entry}, {}, {})
+    assert "|  | R99 | sums: equal | cpu | 1 s | *limit:* nothing | 0.5 s | 2.00 |  |" in text
+
+
 def test_the_command_writes_results_and_says_what_failed(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(command, "row_modules", lambda: {"R99": "tests.benchmarks.tiny_row"})
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results.jsonl")
