@@ -98,8 +98,8 @@ PANELS: dict[str, list[tuple[str, str, Callable[[dict[str, Any]], float], bool]]
     "encode": [
         (
             f"Encoding {CAPTIONS} captions, Llama of 27M parameters",
-            "time (s)",
-            lambda figures: figures["wall"],
+            "CPU time (s)",
+            lambda figures: figures["cpu"],
             False,
         )
     ],
