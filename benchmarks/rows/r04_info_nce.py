@@ -54,7 +54,7 @@ def _transformers() -> Callable:
     return lambda images, texts, scale: image_text_contrastive_loss(texts @ images.T * scale)
 
 
-def _products(batch: int, device: str) -> Work:
+def products(batch: int, device: str) -> Work:
     """The matrix products alone, tile by tile: the logits, once for both directions, and the two gradients."""
     import torch
 
@@ -80,7 +80,7 @@ def contests(device: str) -> list[Contest]:
             "ours": Contestant(partial(_against, _ours, batch, device)),
             "open_clip ClipLoss": Contestant(partial(_against, _open_clip, batch, device)),
             "transformers CLIP": Contestant(partial(_against, _transformers, batch, device)),
-            "matrix products": Contestant(partial(_products, batch, device), is_limit=True),
+            "matrix products": Contestant(partial(products, batch, device), is_limit=True),
         }
         goals = [Goal("open_clip ClipLoss", "memory", memory), Goal("transformers CLIP", "memory", memory)]
         if batch == min(sizes):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
+from benchmarks.rows.r04_info_nce import products
 
 WIDTH = 512
 # Between the start of training (10) and where SigLIP's ends (about 118).
@@ -63,24 +64,6 @@ def _open_clip_in_chunks() -> Callable:
     return loss_of
 
 
-def _products(batch: int, device: str) -> Work:
-    """The matrix products alone, tile by tile: the logits and the two gradients."""
-    import torch
-
-    images, texts = torch.randn(2, batch, WIDTH, device=device)
-    gradient = torch.zeros_like(texts)
-
-    def work() -> Outcome:
-        for start in range(0, batch, CHUNK):
-            tile = images[start : start + CHUNK]
-            logits = tile @ texts.T
-            torch.mm(logits, texts)
-            gradient.addmm_(logits.T, tile)
-        return Outcome()
-
-    return work
-
-
 def contests(device: str) -> list[Contest]:
     batch = 8192 if device == "cpu" else 32768
     plain, chunked = "open_clip SigLipLoss", f"open_clip SigLipLoss in chunks of {CHUNK}"
@@ -88,7 +71,7 @@ def contests(device: str) -> list[Contest]:
         "ours": Contestant(partial(_against, _ours, batch, device)),
         plain: Contestant(partial(_against, _open_clip, batch, device)),
         chunked: Contestant(partial(_against, _open_clip_in_chunks, batch, device)),
-        "matrix products": Contestant(partial(_products, batch, device), is_limit=True),
+        "matrix products": Contestant(partial(products, batch, device), is_limit=True),
     }
     goals = (Goal(plain, "cpu", 0.6), Goal(chunked, "memory", 0.4), Goal(chunked, "cpu", 1.0))
     names = ("image_gradient", "text_gradient", "scale_gradient", "bias_gradient")
