@@ -16,8 +16,8 @@ SHORTFALLS: dict[str, str] = {
     "as long where the goal was set) the ratio is lower.",
     "R6": "a chunk's activations are made twice, which is 1.32 of the direct step's arithmetic; the time is less "
     "since the direct step pays for 3.8 GiB of fresh memory, and how much that is depends on what else the "
-    "machine does (0.91 and 0.94 beside another job, 1.21 alone). Larger chunks would be faster and miss the "
-    "memory. Checkpointing computes as much again, in larger matrix products.",
+    "machine does (0.91 and 0.94 beside another job, 1.22 alone). Larger chunks miss the memory. "
+    "Checkpointing computes as much again, in larger matrix products.",
     "R7": "at 5k x 25k one matrix product alone is 0.034 of CLIP_benchmark's time. Both directions come out of one "
     "product now, and what is beside it (counting, gathering, checks) is a fifth of the time.",
     "R11": "torch's matrix product (MKL) alone is 1.06 of faiss' whole search (OpenBLAS) on this AMD processor, and "
