@@ -40,6 +40,7 @@ class IndexManifest:
         dtype: In which embeddings are stored.
         source: Where the images are.
         index: Type and settings of the faiss index.
+        image_backend: How images were decoded and resized.
         images: Number of images.
         failed: Number of files or rows that could not be embedded.
         versions: Of the libraries that made it.
@@ -53,6 +54,7 @@ class IndexManifest:
     dtype: str
     source: dict[str, Any]
     index: dict[str, Any]
+    image_backend: str = "exact"
     images: int = 0
     failed: int = 0
     versions: dict[str, str] | None = None

@@ -119,6 +119,7 @@ def run(config: IndexConfig) -> dict[str, Any]:
         dtype=config.dtype,
         source=images.describe(),
         index=config.of_type(),
+        image_backend=config.image_backend,
     )
     unfinished.mkdir(parents=True, exist_ok=True)
     lock = FileLock(unfinished / "lock", timeout=0)
@@ -244,9 +245,9 @@ class _Update:
             part.unlink()
 
     def _require_same(self, manifest: IndexManifest, folder: Path) -> None:
-        """Refuse to mix models, images of two places, or precisions."""
+        """Refuse to mix models, images of two places, precisions, or ways to decode."""
         manifest.require_model(folder, self.embedder.name, self.manifest.vision_fingerprint, self.manifest.width)
-        for what in ("source", "dtype"):
+        for what in ("source", "dtype", "image_backend"):
             there, here = getattr(manifest, what), getattr(self.manifest, what)
             if there != here:
                 raise ValueError(

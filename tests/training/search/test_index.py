@@ -93,6 +93,8 @@ def test_fast_images_reach_the_embedder(
     assert not decoded
     run(IndexConfig(output_dir=str(tmp_path / "fast"), image_backend="fast", **settings))
     assert decoded
+    with pytest.raises(ValueError, match=r"is the index of image_backend fast, not of exact; choose another"):
+        run(IndexConfig(output_dir=str(tmp_path / "fast"), **settings))
     with pytest.raises(ValueError, match="image_backend 'quick' is unknown"):
         IndexConfig(image_backend="quick", **settings)
 
