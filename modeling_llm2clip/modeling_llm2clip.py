@@ -62,7 +62,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
     """
 
     input_modalities = ["image", "text"]
-    _keep_in_fp32_modules_strict = ["logit_scale", "logit_bias"]
+    _keep_in_fp32_modules_strict = ["logit_scale"]
 
     def __init__(
         self, config: LLM2CLIPConfig, text_model: bool = True, vision_model: PreTrainedModel | None = None
@@ -79,6 +79,9 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         bias = config.logit_bias_init_value
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
+        if bias is not None:
+            # Named here only, since transformers 4.57 refuses a name that the model lacks.
+            self._keep_in_fp32_modules_strict = ["logit_scale", "logit_bias"]
         self.post_init()
         if vision_model is not None:
             # It has its weights already, so post_init() had better not see it.

@@ -89,6 +89,7 @@ def check_sixteen_bits(folder: Path) -> None:
     )
     assert model.dtype == torch.bfloat16
     assert model.logit_scale.dtype == torch.float32
+    assert model.logit_bias is None or model.logit_bias.dtype == torch.float32
     with tempfile.TemporaryDirectory() as copy:
         model.save_pretrained(copy)
         assert json.loads((Path(copy) / "config.json").read_text())["dtype"] == "bfloat16"

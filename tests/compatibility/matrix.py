@@ -53,7 +53,8 @@ def write_cases(folder: Path) -> None:
     cases["EVA02 + Llama 3"][1].decoder_config.rope_parameters = dict(LLAMA_3)
     for name, (vision, text) in cases.items():
         torch.manual_seed(0)
-        model = LLM2CLIPModel(tiny.joint_config(vision, text)).eval()
+        fields = {"logit_bias_init_value": -2.3} if name.startswith("SigLIP") else {}
+        model = LLM2CLIPModel(tiny.joint_config(vision, text, **fields)).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
