@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llm2clip_training.inner_products import inner_products
+
 # The two tiles of this many queries are smaller than the candidates themselves for any width above 512, however many
 # candidates there are, and are large enough to keep the matrix products at full speed.
 DEFAULT_TILE_SIZE = 256
@@ -217,7 +219,7 @@ def _ranks(
         for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
             tile = slice(start, start + tile_size)
             scores, flags = buffers[:, : len(norms[tile])]
-            torch.mm(unit_queries(tile), units.T, out=scores)
+            inner_products(unit_queries(tile), units, scores)
             # Only wrong ones are counted: a correct candidate must not outrank itself by rounding.
             scores[matches[first:last, 0] - start, matches[first:last, 1]] = -torch.inf
             sides[0].count(scores, flags, tile)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_training.gather import all_gather_equal
+from llm2clip_training.inner_products import inner_products
 
 # A tile of this many rows is smaller than the keys themselves for any width above it, however many keys there are, and
 # is large enough to keep the matrix products at full speed.
@@ -93,7 +94,9 @@ class Tiles:
 
     def logits(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """The logits of some rows."""
-        return torch.mm(self.queries[start:stop] * self.scale, self.keys.T, out=out)
+        if out is None:
+            out = self.keys.new_empty(stop - start, len(self.keys))
+        return inner_products(self.queries[start:stop] * self.scale, self.keys, out)
 
 
 class Gradients:

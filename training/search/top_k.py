@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm2clip_training.inner_products import inner_products
+
 # Scores of so many queries and candidates are 16 MiB.
 QUERIES_AT_ONCE = 256
 DEFAULT_TILE_SIZE = 16384
-# On a CPU, products with more columns than these are slower.
-COLUMNS_AT_ONCE = 512
 # Candidates that are first looked at through their best one.
 GROUP = 32
 
@@ -43,7 +43,6 @@ def top_k(queries: Tensor, candidates: Tensor, k: int, tile_size: int = DEFAULT_
     device = candidates.device
     k = min(k, len(candidates))
     keys = torch.empty(len(queries), k, dtype=torch.int64, device=device)
-    columns_at_once = COLUMNS_AT_ONCE if device.type == "cpu" else tile_size
     buffer = torch.empty(QUERIES_AT_ONCE, min(tile_size, len(candidates)), device=device)
     with torch.autocast(device.type, enabled=False):
         for start in range(0, len(queries), QUERIES_AT_ONCE):
@@ -51,11 +50,7 @@ def top_k(queries: Tensor, candidates: Tensor, k: int, tile_size: int = DEFAULT_
             best = keys.new_empty(len(tile), 0)
             for first in range(0, len(candidates), tile_size):
                 others = candidates[first : first + tile_size]
-                scores = buffer[: len(tile), : len(others)]
-                for columns, some in zip(
-                    scores.split(columns_at_once, dim=1), others.split(columns_at_once), strict=True
-                ):
-                    torch.mm(tile, some.float().T, out=columns)
+                scores = inner_products(tile, others, buffer[: len(tile), : len(others)])
                 best = torch.cat([best, _best_keys(scores, k, first)], dim=1)
                 best = best.topk(min(k, best.shape[1]), dim=1).values
             keys[start : start + QUERIES_AT_ONCE] = best

@@ -49,10 +49,10 @@ def in_chunks(run: Run, model: nn.Module, inputs: Mapping[str, Tensor], chunk_si
         return run(model, dict(inputs))
     if isinstance(model, (FSDPModule, FullyShardedDataParallel)):
         raise ValueError("tower_chunk_size does not go with FSDP; leave it out, or train with DDP.")
-    chunks = [
-        {name: tensor[start : start + chunk_size] for name, tensor in inputs.items()}
-        for start in range(0, num_rows, chunk_size)
-    ]
+    # What does not fill a chunk comes first, since the last chunk is the one that is not computed again.
+    sizes = [num_rows % chunk_size or chunk_size] + [chunk_size] * ((num_rows - 1) // chunk_size)
+    parts = zip(*(tensor.split(sizes) for tensor in inputs.values()), strict=True)
+    chunks = [dict(zip(inputs, part, strict=True)) for part in parts]
     # DDP wants one forward for one backward: that of the last chunk, whose hooks wait for the gradients of all.
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     trained = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
