@@ -38,7 +38,6 @@ def test_equal_scores_are_in_the_order_of_the_candidates(tile_size: int) -> None
 
 def test_more_queries_than_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "QUERIES_AT_ONCE", 4)
-    monkeypatch.setattr(module, "COLUMNS_AT_ONCE", 50)
     queries, candidates = torch.randn(10, 6), torch.randn(333, 6)
     assert torch.equal(top_k(queries, candidates, 5, 170)[1], sorted_by_score_and_row(queries, candidates, 5)[1])
 
