@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,17 +38,24 @@ def assign_rows(lengths: Sequence[int], capacity: int) -> tuple[list[int], list[
 
 
 class PackedBatch:
-    """Where each token of a padded batch goes in rows as long as its longest caption.
+    """Where each token of a padded batch goes in rows as long as its longest caption, or in a single row.
 
     Args:
         attention_mask: `(batch, tokens)`, 1 for real tokens.
         order: `(batch, tokens)`, the 1-based place of each real token in its caption.
+        single_row: Whether all captions stand in one row, in their order.
     """
 
-    def __init__(self, attention_mask: Tensor, order: Tensor) -> None:
+    def __init__(self, attention_mask: Tensor, order: Tensor, single_row: bool = False) -> None:
         lengths = order[:, -1].tolist()
-        self.width = max([1, *lengths])
-        rows, starts, self.num_rows = assign_rows(lengths, self.width)
+        self.ends = list(accumulate(lengths))
+        if single_row:
+            self.width, self.num_rows = max(1, self.ends[-1]), 1
+            rows, starts = [0] * len(lengths), [0, *self.ends[:-1]]
+        else:
+            self.width = max([1, *lengths])
+            rows, starts, self.num_rows = assign_rows(lengths, self.width)
+        self.longest = max(lengths)
         self.shape = attention_mask.shape
         first = torch.tensor([row * self.width + start for row, start in zip(rows, starts, strict=True)])
         real = attention_mask.bool()
@@ -75,6 +84,24 @@ class PackedBatch:
     def visible(self) -> Tensor:
         """`(rows, 1, width, width)`, whether a token sees another: those of its own caption."""
         return (self.caption_ids[:, :, None] == self.caption_ids[:, None, :])[:, None]
+
+    def block_mask(self) -> Any:
+        """The same as FlexAttention takes it."""
+        # Not every torch that runs the other implementations has it.
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        ids = self.caption_ids
+
+        def same_caption(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return ids[row, query] == ids[row, key]
+
+        return create_block_mask(same_caption, self.num_rows, None, self.width, self.width, device=ids.device)
+
+    def sequence_arguments(self) -> dict[str, Any]:
+        """Where the captions of a single row end, as flash attention takes it for sequences without padding."""
+        ends = torch.tensor([0, *self.ends], dtype=torch.int32, device=self.caption_ids.device)
+        lengths = {"max_length_q": self.longest, "max_length_k": self.longest}
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, **lengths}
 
 
 __all__ = ["PackedBatch", "assign_rows"]

@@ -34,6 +34,10 @@ from .modeling_llm2clip_utils import (
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
 FINGERPRINT_SAMPLES = 64
+# Attention that takes captions end to end, and is told where each ends.
+VARIABLE_LENGTHS = ("flash_attention_2", "flash_attention_3")
+# Whether decoders heed the flag `is_causal` of their config.
+IS_CAUSAL_COUNTS = tuple(int(part) for part in transformers_version.split(".")[:2]) >= (5, 2)
 COMPOSITE_TYPE = LLM2CLIPConfig.model_type
 
 
@@ -291,7 +295,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
             inputs_embeds: `(batch, tokens, hidden_size)` instead of `input_ids`.
 
         Short captions share rows inside, so a batch costs its tokens and not its padding; the states of padding are
-        zero then. Not so with flash attention, when compiled, or where hidden states or attentions are asked for.
+        zero then. Not so when compiled, or where hidden states or attentions are asked for.
         """
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
@@ -312,7 +316,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
                 "input_ids": None if input_ids is None else packed.pack(input_ids),
                 "inputs_embeds": None if inputs_embeds is None else packed.pack(inputs_embeds),
                 "position_ids": packed.position_ids,
-                "attention_mask": self._additive(packed.visible()),
+                **self._kept_apart(packed),
             }
         output = self.decoder(**inputs, use_cache=False, **kwargs)
         states = output.last_hidden_state
@@ -327,16 +331,30 @@ class LLM2CLIPTextModel(PreTrainedModel):
         )
 
     def _packing(self, attention_mask: Tensor, order: Tensor, kwargs: dict[str, Any]) -> PackedBatch | None:
-        """Short captions share rows, where a mask can keep them apart and nothing but the last states is asked for."""
+        """Short captions share rows, where they can be kept apart and nothing but the last states is asked for."""
         asked = any(
             kwargs.get(name, getattr(self.decoder.config, name, False))
             for name in ("output_hidden_states", "output_attentions")
         )
-        if asked or not self.config.bidirectional or not self._takes_additive_mask or torch.compiler.is_compiling():
+        if asked or not self.config.bidirectional or torch.compiler.is_compiling():
             return None
-        packed = PackedBatch(attention_mask, order)
-        # The mask that keeps captions apart costs too.
-        return packed if packed.position_ids.numel() <= 0.9 * attention_mask.numel() else None
+        attention = self.decoder.config._attn_implementation
+        if self._takes_additive_mask or (attention == "flex_attention" and IS_CAUSAL_COUNTS):
+            packed = PackedBatch(attention_mask, order)
+            # The mask that keeps captions apart costs too.
+            return packed if packed.position_ids.numel() <= 0.9 * attention_mask.numel() else None
+        if attention in VARIABLE_LENGTHS and IS_CAUSAL_COUNTS:
+            packed = PackedBatch(attention_mask, order, single_row=True)
+            return packed if packed.position_ids.numel() < attention_mask.numel() else None
+        return None
+
+    def _kept_apart(self, packed: PackedBatch) -> dict[str, Any]:
+        """The decoder's arguments that keep the captions of a row apart."""
+        if self._takes_additive_mask:
+            return {"attention_mask": self._additive(packed.visible())}
+        if self.decoder.config._attn_implementation == "flex_attention":
+            return {"attention_mask": packed.block_mask()}
+        return {"attention_mask": None, **packed.sequence_arguments()}
 
     @property
     def _takes_additive_mask(self) -> bool:
@@ -356,8 +374,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         if self._takes_additive_mask:
             row = self._additive(attention_mask[:, None, None, :] != 0)
             return row.expand(-1, 1, attention_mask.shape[1], -1)
-        version = tuple(int(part) for part in transformers_version.split(".")[:2])
-        if version < (5, 2):
+        if not IS_CAUSAL_COUNTS:
             raise ValueError(
                 f"attn_implementation {self.decoder.config._attn_implementation!r} is causal on transformers "
                 f"{transformers_version}; use 'sdpa' or 'eager', or transformers >= 5.2."

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import random
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -72,3 +75,29 @@ def test_an_llm_in_bfloat16_gives_float32_rows_that_are_close() -> None:
     rows = model.to(torch.bfloat16).encode(tiny.CAPTIONS, tokenizer())
     assert rows.dtype == torch.float32
     assert F.cosine_similarity(rows, expected).min() > 0.99
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
+def test_freed_memory_stays_with_the_process() -> None:
+    code = """
+import resource, torch
+from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
+
+def fresh_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        blocks = [torch.ones(700_000) for _ in range(4)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+fresh_pages()
+without = fresh_pages()
+keep_freed_memory()
+fresh_pages()
+print(without, fresh_pages())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    without, kept = map(int, done.stdout.split())
+    # 20 times 4 blocks of 684 pages.
+    assert without > 10_000
+    assert kept < 1_000

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import modeling_flash_attention_utils as flash_utils
 
 from modeling_llm2clip.modeling_llm2clip_packing import PackedBatch, assign_rows
 from tests.modeling import tiny
@@ -132,17 +133,112 @@ def test_captions_of_a_row_do_not_see_each_other(attention: str) -> None:
     assert not torch.allclose(after[1], before[1])
 
 
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
-def test_attention_without_a_mask_of_our_own_gets_no_shared_rows(attention: str) -> None:
-    """It would see a row as one caption: with its 2-D mask transformers leaves the positions out of account."""
-    model = tiny.text_model()
-    mask = batch("left")["attention_mask"]
-    order = mask.cumsum(dim=1)
-    assert model._packing(mask, order, {}) is not None
-    model.decoder.config._attn_implementation_internal = attention
-    assert model.decoder.config._attn_implementation == attention
-    assert model._packing(mask, order, {}) is None
-    assert model._decoder_mask(mask).equal(mask)
+class FlashOnCPU:
+    """The functions of the flash-attn package, slow and exact; transformers' own code around them is the real one."""
+
+    def __init__(self) -> None:
+        self.sequences: list[list[int]] = []
+
+    def varlen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+    ) -> Tensor:
+        assert cu_seqlens_q.dtype == torch.int32
+        assert cu_seqlens_q.equal(cu_seqlens_k)
+        assert cu_seqlens_q[-1] == len(q)
+        lengths = cu_seqlens_q.diff().tolist()
+        assert max(lengths) == max_seqlen_q == max_seqlen_k
+        self.sequences.append(lengths)
+        groups = q.shape[1] // k.shape[1]
+        outputs = []
+        for query, key, value in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+            scores = torch.einsum("qhd,khd->hqk", query, key) * (softmax_scale or q.shape[-1] ** -0.5)
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            distance = torch.arange(len(query))[:, None] - torch.arange(len(query))
+            hidden = (distance < 0) & torch.tensor(causal)
+            if window_size[0] >= 0:
+                hidden = hidden | (distance > window_size[0]) | (-distance > window_size[1])
+            outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), value))
+        return torch.cat(outputs)
+
+    def same_lengths(self, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+        batch, tokens = q.shape[:2]
+        ends = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32)
+        kwargs |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": tokens, "max_seqlen_k": tokens}
+        return self.varlen(*(x.flatten(0, 1) for x in (q, k, v)), **kwargs).unflatten(0, (batch, tokens))
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> FlashOnCPU:
+    functions = FlashOnCPU()
+    process = flash_utils._lazy_define_process_function(functions.varlen)
+    pads = (flash_utils._pad_input, flash_utils._unpad_input)
+    imported = ((functions.same_lengths, functions.varlen, None, *pads), (process, dict))
+    monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda *args, **kwargs: imported)
+    return functions
+
+
+def with_flash(model_type: str = "llama", **fields: Any) -> Any:
+    model = tiny.text_model(model_type, num_prefix_tokens=0, **fields)
+    # The way that does not ask for the package.
+    model.decoder.config._attn_implementation_internal = "flash_attention_2"
+    return model
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("model_type", list(tiny.DECODERS))
+def test_flash_attention_takes_captions_end_to_end(model_type: str, side: str, flash: FlashOnCPU) -> None:
+    model = with_flash(model_type)
+    inputs = batch(side)
+    packed, cost = tokens_of_decoder(model, inputs)
+    assert cost == sum(LENGTHS)
+    assert all(lengths == LENGTHS for lengths in flash.sequences)
+    assert flash.sequences
+    padded, _ = tokens_of_decoder(model, {**inputs, "output_hidden_states": True})
+    mask = inputs["attention_mask"].bool()
+    torch.testing.assert_close(packed.last_hidden_state[mask], padded.last_hidden_state[mask], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(packed.pooler_output, padded.pooler_output, atol=2e-5, rtol=1e-4)
+
+
+def test_flash_attention_gives_the_embeddings_and_gradients_of_sdpa(flash: FlashOnCPU) -> None:
+    inputs, gradients, pooled = batch("left"), [], []
+    models = with_flash(), tiny.text_model(num_prefix_tokens=0)
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        pooled.append(model(**inputs).pooler_output)
+        pooled[-1].square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert flash.sequences
+    torch.testing.assert_close(*pooled, atol=2e-5, rtol=1e-4)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_flex_attention_keeps_captions_apart(model_type: str, side: str) -> None:
+    model = tiny.text_model(model_type, "flex_attention", num_prefix_tokens=0)
+    expected = tiny.text_model(model_type, "sdpa", num_prefix_tokens=0)
+    expected.load_state_dict(model.state_dict())
+    inputs = batch(side)
+    # Without compiling, which takes minutes on a CPU.
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        packed, cost = tokens_of_decoder(model, inputs)
+    assert cost < 0.5 * inputs["input_ids"].numel()
+    torch.testing.assert_close(packed.pooler_output, expected(**inputs).pooler_output, atol=2e-5, rtol=1e-4)
 
 
 def test_a_batch_that_is_nearly_full_is_left_as_it_is() -> None:

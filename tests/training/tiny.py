@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, CLIPImageProcessor
+from transformers import AutoModelForCausalLM, CLIPImageProcessor, Dinov2Config, Dinov2Model
 
 from modeling_llm2clip import EVA02VisionModel
 from tests.modeling import tiny
@@ -29,6 +29,18 @@ def save_vision_tower(folder: Path, **fields: Any) -> str:
     """An EVA02 tower with its image processor, 28 pixels."""
     torch.manual_seed(0)
     EVA02VisionModel(tiny.vision_config(**{"initializer_range": 0.1, **fields})).save_pretrained(folder)
+    return _with_image_processor(folder)
+
+
+def save_dinov2_tower(folder: Path) -> str:
+    """A DINOv2 tower with its image processor, whose weights have other names in files than in transformers 5.23."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    Dinov2Model(Dinov2Config(**size, image_size=28, patch_size=7)).save_pretrained(folder)
+    return _with_image_processor(folder)
+
+
+def _with_image_processor(folder: Path) -> str:
     CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
     return str(folder)
 

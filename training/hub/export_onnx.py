@@ -210,9 +210,10 @@ def _export(graph: VisionGraph | TextGraph, path: Path, dtype: str) -> float:
 
 
 def _metadata(graph: VisionGraph | TextGraph) -> dict[str, str]:
-    """What a user needs besides the graphs: the factor between cosine and logit."""
-    scale = getattr(graph.model, "logit_scale", None)
-    return {} if scale is None else {"logit_scale": repr(scale.exp().item())}
+    """What a user needs besides the graphs: the factor between cosine and logit, and what some models add to it."""
+    scale, bias = (getattr(graph.model, name, None) for name in ("logit_scale", "logit_bias"))
+    metadata = {} if scale is None else {"logit_scale": repr(scale.exp().item())}
+    return metadata if bias is None else {**metadata, "logit_bias": repr(bias.item())}
 
 
 def _write(graph: VisionGraph | TextGraph, inputs: tuple[Tensor, ...], path: Path, metadata: dict[str, str]) -> None:

@@ -9,11 +9,12 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
@@ -33,6 +34,7 @@ from llm2clip_training.data.sampling import EpochBatchSampler
 from llm2clip_training.files import write_text
 from llm2clip_training.towers import hub_ids
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
+from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +90,15 @@ class StageTrainer(Trainer):
     # The pipeline tag of the card, and what `retrieval` measures, for subclasses to say.
     card_task = ""
     evaluation_title = ""
+    # How `from_pretrained` reads a checkpoint of what is trained.
+    load_options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, *, retrieval: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self.retrieval = retrieval or {}
         # The Trainer insists on an evaluation set; ours are those of `retrieval`.
         super().__init__(eval_dataset=list(self.retrieval) or None, **kwargs)
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
         # The losses are means over the batch, so that the Trainer has to divide them by the accumulation steps.
         self.model_accepts_loss_kwargs = False
 
@@ -108,6 +114,28 @@ class StageTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             make_readable_by_version_4(output_dir or str(self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load weights as `from_pretrained` does: some have other names in the file than in the model."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        target: Any = self.accelerator.unwrap_model(model or self.model)
+        saved = type(target).from_pretrained(resume_from_checkpoint, **self.load_options)
+        missing, unexpected = target.load_state_dict(saved.state_dict(), strict=False)
+        # A frozen LLM has its weights already.
+        missing = [name for name in missing if not name.startswith("text_model.")]
+        if missing or unexpected:
+            raise ValueError(
+                f"{resume_from_checkpoint} is of another model: it lacks {missing[:5]} and has {unexpected[:5]}. "
+                "Resume with the settings that the run began with."
+            )
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write our card, and not the Trainer's, around what a person wrote on the one that is there."""

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -172,6 +172,7 @@ class VisionAlignmentTrainer(StageTrainer):
 
     card_task = JOINT_TASK
     evaluation_title = "image-text retrieval"
+    load_options: ClassVar[dict[str, Any]] = {"text_model": False}
 
     args: VisionAlignmentConfig
 

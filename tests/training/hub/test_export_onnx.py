@@ -37,7 +37,7 @@ def text_embeds(folder: Path, captions: list[str]) -> Tensor:
 
 
 def test_graphs_equal_the_model(tmp_path: Path) -> None:
-    model = tiny.save(tmp_path)
+    model = tiny.save(tmp_path, logit_bias_init_value=-2.5)
     assert cli.main(["export-onnx", str(tmp_path)]) == 0
     folder = tmp_path / "onnx"
     assert sorted(path.name for path in folder.iterdir()) == ["text_model.onnx", "vision_model.onnx"]
@@ -53,8 +53,9 @@ def test_graphs_equal_the_model(tmp_path: Path) -> None:
         "attention_mask": ["batch", "length"],
     }
     assert session(folder, "vision").get_inputs()[0].shape == ["batch", 3, 28, 28]
-    scale = session(folder, "text").get_modelmeta().custom_metadata_map["logit_scale"]
-    assert float(scale) == pytest.approx(model.logit_scale.exp().item())
+    metadata = session(folder, "text").get_modelmeta().custom_metadata_map
+    assert float(metadata["logit_scale"]) == pytest.approx(model.logit_scale.exp().item())
+    assert float(metadata["logit_bias"]) == -2.5
 
 
 def test_half_precision_and_an_llm_in_its_own_folder(tmp_path: Path) -> None:

@@ -73,7 +73,12 @@ def test_llm_can_be_bundled(inputs: Inputs, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"freeze_vision_layers": 1, "frozen_states_dir": True}])
-def test_resumed_run_equals_an_unbroken_one(changes: dict[str, Any], inputs: Inputs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tower", ["eva02", "dinov2"])
+def test_resumed_run_equals_an_unbroken_one(
+    tower: str, changes: dict[str, Any], inputs: Inputs, tmp_path: Path
+) -> None:
+    if tower == "dinov2":
+        changes = {**changes, "vision_model_name_or_path": tiny.save_dinov2_tower(tmp_path / "vision")}
     if "frozen_states_dir" in changes:
         changes = {**changes, "frozen_states_dir": str(tmp_path / "states")}
     run(tmp_path / "unbroken", inputs, **changes)
@@ -84,6 +89,18 @@ def test_resumed_run_equals_an_unbroken_one(changes: dict[str, Any], inputs: Inp
     for name, value in weights(tmp_path / "broken").items():
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
     assert losses(tmp_path / "broken")[3:] == pytest.approx(losses(tmp_path / "unbroken")[3:], abs=1e-5)
+
+
+def test_best_checkpoint_is_loaded_at_the_end(inputs: Inputs, tmp_path: Path) -> None:
+    # The largest mean rank is the worst, and so not the last one.
+    best = {"metric_for_best_model": "eval_validation_text_to_image_mean_rank", "greater_is_better": True}
+    fields = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, **best}
+    run(tmp_path / "run", inputs, vision_model_name_or_path=tiny.save_dinov2_tower(tmp_path / "vision"), **fields)
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 3
+    expected = weights(Path(state["best_model_checkpoint"]))
+    for name, value in weights(tmp_path / "run").items():
+        assert value.equal(expected[name]), name
 
 
 def test_fast_images_reach_the_training_set(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
