@@ -48,20 +48,20 @@ class PackedBatch:
 
     def __init__(self, attention_mask: Tensor, order: Tensor, single_row: bool = False) -> None:
         lengths = order[:, -1].tolist()
-        self.ends = list(accumulate(lengths))
+        self.ends = [0, *accumulate(lengths)]
         if single_row:
             self.width, self.num_rows = max(1, self.ends[-1]), 1
-            rows, starts = [0] * len(lengths), [0, *self.ends[:-1]]
+            rows, starts = [0] * len(lengths), self.ends[:-1]
         else:
             self.width = max([1, *lengths])
             rows, starts, self.num_rows = assign_rows(lengths, self.width)
-        self.longest = max(lengths)
+        self.longest = max(lengths, default=0)
         self.shape = attention_mask.shape
-        first = torch.tensor([row * self.width + start for row, start in zip(rows, starts, strict=True)])
+        first = [row * self.width + start for row, start in zip(rows, starts, strict=True)]
         real = attention_mask.bool()
         self.source = real.flatten().nonzero().squeeze(1)
         places = order - 1
-        self.target = (first.to(order.device)[:, None] + places)[real]
+        self.target = (torch.tensor(first, dtype=torch.long, device=order.device)[:, None] + places)[real]
         captions = torch.arange(1, len(lengths) + 1, device=order.device)[:, None].expand_as(order)
         self.position_ids = self._rows(places[real])
         # 0 where a row is not full: such places see each other only.
@@ -99,7 +99,7 @@ class PackedBatch:
 
     def sequence_arguments(self) -> dict[str, Any]:
         """Where the captions of a single row end, as flash attention takes it for sequences without padding."""
-        ends = torch.tensor([0, *self.ends], dtype=torch.int32, device=self.caption_ids.device)
+        ends = torch.tensor(self.ends, dtype=torch.int32, device=self.caption_ids.device)
         lengths = {"max_length_q": self.longest, "max_length_k": self.longest}
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, **lengths}
 

@@ -100,10 +100,18 @@ def test_what_shows_every_layer_has_the_shape_of_the_batch() -> None:
     assert output.attentions[0].shape[-2:] == (width, width)
 
 
-def test_padding_unpacks_to_zero() -> None:
+@pytest.mark.parametrize("single_row", [False, True])
+def test_no_captions_make_an_empty_batch(single_row: bool) -> None:
+    mask = torch.ones(0, 5, dtype=torch.long)
+    packed = PackedBatch(mask, mask.cumsum(dim=1), single_row)
+    assert packed.unpack(packed.pack(mask)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("single_row", [False, True])
+def test_padding_unpacks_to_zero(single_row: bool) -> None:
     inputs = batch("left")
     mask = inputs["attention_mask"]
-    packed = PackedBatch(mask, mask.cumsum(dim=1))
+    packed = PackedBatch(mask, mask.cumsum(dim=1), single_row)
     states = packed.pack(inputs["input_ids"])
     assert packed.unpack(states).equal(inputs["input_ids"] * mask)
 
