@@ -197,7 +197,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         self,
         texts: Sequence[str] | str,
         processor: Any,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         show_progress_bar: bool = False,
     ) -> Tensor:
         """Embed captions of any length.

@@ -385,7 +385,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         self,
         texts: Sequence[str] | str,
         tokenizer: PreTrainedTokenizerBase,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         show_progress_bar: bool = False,
     ) -> Tensor:
         """Embed captions of any length.
@@ -393,8 +393,8 @@ class LLM2CLIPTextModel(PreTrainedModel):
         Args:
             texts: Captions; one string counts as a list of one.
             tokenizer: The tokenizer that was saved with this model.
-            batch_size: Largest number of captions in a batch. They are grouped by length, and a batch has fewer where
-                its tokens suffice to keep the device busy: 512 on a CPU, 16,384 elsewhere.
+            batch_size: Largest number of captions in a batch. They are grouped by length, and a batch has no more than
+                keep the device busy: 512 tokens on a CPU, 16,384 elsewhere.
             show_progress_bar: Show a bar over the batches.
 
         Returns:

@@ -134,13 +134,13 @@ def tokenize_captions(
     return tokens, num_cut
 
 
-def token_batches(lengths: Sequence[int], max_tokens: int, max_captions: int) -> list[list[int]]:
+def token_batches(lengths: Sequence[int], max_tokens: int, max_captions: int | None = None) -> list[list[int]]:
     """Group captions of similar length.
 
     Args:
         lengths: Tokens of each caption.
         max_tokens: Tokens of a batch, padding included; a longer caption is a batch of its own.
-        max_captions: Captions of a batch.
+        max_captions: Captions of a batch; None for as many as the tokens allow.
 
     Returns:
         The captions of each batch, the longest first.
@@ -148,7 +148,8 @@ def token_batches(lengths: Sequence[int], max_tokens: int, max_captions: int) ->
     batches: list[list[int]] = []
     for caption in sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True):
         batch = batches[-1] if batches else []
-        if batch and len(batch) < max_captions and (len(batch) + 1) * lengths[batch[0]] <= max_tokens:
+        has_room = max_captions is None or len(batch) < max_captions
+        if batch and has_room and (len(batch) + 1) * lengths[batch[0]] <= max_tokens:
             batch.append(caption)
         else:
             batches.append([caption])
@@ -171,7 +172,7 @@ def encode_tokens(
     *,
     device: torch.device,
     width: int,
-    batch_size: int,
+    batch_size: int | None = None,
     show_progress_bar: bool = False,
 ) -> Tensor:
     """Encode tokenised captions in batches of similar length, each different one once.
@@ -182,7 +183,7 @@ def encode_tokens(
         encode: Maps a batch on the device to `(batch, width)`.
         device: Where the model is; it decides how many tokens make a batch.
         width: Columns of the result, also for no captions at all.
-        batch_size: Largest number of captions in a batch.
+        batch_size: Largest number of captions in a batch; None for as many as their tokens allow.
         show_progress_bar: Show a bar over the batches.
 
     Returns:

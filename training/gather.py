@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +26,16 @@ class GatheredRows(NamedTuple):
     total: int
 
 
-def process_state() -> PartialState:
-    """This process among those of its launcher, with its device, also on a machine that has only CPUs."""
+def process_state(timeout: timedelta | None = None) -> PartialState:
+    """This process among those of its launcher, with its device, also on a machine that has only CPUs.
+
+    Args:
+        timeout: How long processes wait for each other; None for torch's default. Counts where this is what joins
+            them first.
+    """
     # accelerate joins torchrun's processes on the CPU only when told that the CPU is meant
-    return PartialState(cpu=not torch.accelerator.is_available())
+    options = {} if timeout is None else {"timeout": timeout}
+    return PartialState(cpu=not torch.accelerator.is_available(), **options)
 
 
 def gather_with_grad(x: Tensor) -> GatheredRows:

@@ -32,6 +32,11 @@ def test_batches_hold_every_caption_once_and_keep_to_both_limits(seed: int) -> N
     assert padded <= sum(lengths) + max_tokens + 120 * max_captions, "captions of a batch differ much in length"
 
 
+def test_tokens_alone_make_a_batch_unless_captions_are_limited() -> None:
+    assert token_batches([8] * 100, 16_384) == [list(range(100))]
+    assert len(token_batches([8] * 100, 16_384, 64)) == 2
+
+
 def tokenizer() -> Any:
     return with_prompt(tiny.plain_tokenizer(), tiny.PREFIX, tiny.SUFFIX, max_length=64)[0]
 

@@ -37,6 +37,7 @@ IDENTITY = (
     "prompt_prefix",
     "prompt_suffix",
     "max_length",
+    "text_model_dtype",
     "dtype",
     "normalize",
 )
@@ -55,6 +56,7 @@ def build_embedding_cache(
     prompt_prefix: str,
     prompt_suffix: str,
     max_length: int,
+    text_model_dtype: str = "float32",
     dtype: str = "float16",
     normalize: bool = False,
     shard_size: int = 8192,
@@ -68,8 +70,8 @@ def build_embedding_cache(
 
     The captions are cut into shards in the order given. A shard is written under a temporary name, flushed to disk
     and renamed, so that it is whole or absent; the shards that are there are kept, and the result equals that of a
-    run that was never interrupted. Shard i is the work of rank `i % world_size`. One build may run in a folder at a
-    time.
+    run that was never interrupted. The shards to be made are dealt out over the ranks. One build may run in a folder
+    at a time.
 
     Args:
         path: The folder; made if absent.
@@ -80,7 +82,8 @@ def build_embedding_cache(
         text_model_name: Its name, for messages.
         hidden_size: Width of an embedding.
         pooling, prompt_prefix, prompt_suffix, max_length: How the encoder reads a caption; kept in the manifest.
-        dtype: `float16` or `bfloat16`.
+        text_model_dtype: The dtype that the encoder computes in; kept in the manifest.
+        dtype: That of the cache: `float16` or `bfloat16`.
         normalize: Store unit vectors.
         shard_size: Captions per shard; a build that goes on keeps the size it began with.
         embed_size: Captions per call of `embed`.
@@ -112,6 +115,7 @@ def build_embedding_cache(
         prompt_prefix=prompt_prefix,
         prompt_suffix=prompt_suffix,
         max_length=max_length,
+        text_model_dtype=text_model_dtype,
         dtype=dtype,
         normalize=normalize,
         transformers_version=transformers.__version__,
@@ -128,7 +132,7 @@ def build_embedding_cache(
         raise CacheMismatchError(f"Rank {rank} was given other captions than rank 0 for {folder}.")
     if not work:
         logger.info("The embedding cache %s already holds all %d captions.", folder, len(captions))
-    mine = {number: rows for number, rows in work.items() if number % world_size == rank}
+    mine = dict(list(work.items())[rank::world_size])
     total = sum(map(len, mine.values()))
     with _progress_bar(total, show_progress and rank == 0 and total > 0) as advance:
         for number, rows in mine.items():

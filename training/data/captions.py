@@ -261,21 +261,27 @@ def _load_captions(source: CaptionSource) -> Table:
     return table.select_columns(list(dict.fromkeys(top_level(table, name) for name in source.caption_columns)))
 
 
-def caption_batches(source: CaptionSource, show_progress: bool = True) -> Iterator[list[str]]:
+def caption_batches(
+    source: CaptionSource, rank: int = 0, world_size: int = 1, show_progress: bool = True
+) -> Iterator[list[str]]:
     """All caption texts of a source, those of a thousand rows at a time, in order: by row, column and list entry.
 
     Args:
         source: The source, a stream too.
+        rank: This process, of several that take a part of the rows each.
+        world_size: Number of such processes.
         show_progress: Show a progress bar where standard error is a terminal.
     """
     table = _load_captions(source)
+    if world_size > 1:
+        table = split_dataset_by_node(table, rank, world_size)
     console = Console(stderr=True)
     batches = track(
         table.iter(READ_ROWS),
         description=f"Captions of {source.path}",
         total=-(-len(table) // READ_ROWS) if isinstance(table, datasets.Dataset) else None,
         console=console,
-        disable=not (show_progress and console.is_terminal),
+        disable=not (show_progress and rank == 0 and console.is_terminal),
     )
     num_empty = 0
     for batch in batches:
@@ -304,6 +310,6 @@ def distinct_captions(sources: CaptionSource | Sequence[CaptionSource], show_pro
     """
     captions: dict[str, None] = {}
     for source in [sources] if isinstance(sources, CaptionSource) else sources:
-        for texts in caption_batches(source, show_progress):
+        for texts in caption_batches(source, show_progress=show_progress):
             captions.update(dict.fromkeys(texts))
     return list(captions)

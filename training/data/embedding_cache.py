@@ -57,7 +57,8 @@ class CacheManifest:
         text_model_name: Its name, for messages.
         hidden_size: Width of an embedding.
         pooling, prompt_prefix, prompt_suffix, max_length: How captions were encoded.
-        dtype: `float16` or `bfloat16`.
+        text_model_dtype: The dtype that the text encoder computed in.
+        dtype: That of the embeddings here: `float16` or `bfloat16`.
         normalize: Whether embeddings have unit length.
         transformers_version: The version that computed them.
         shard_size: Rows per shard; the last shard of each build may be shorter.
@@ -74,6 +75,7 @@ class CacheManifest:
     prompt_prefix: str
     prompt_suffix: str
     max_length: int
+    text_model_dtype: str
     dtype: str
     normalize: bool
     transformers_version: str
@@ -252,8 +254,8 @@ class EmbeddingCache:
         Args:
             path: The folder.
             fingerprint: The text encoder in use; the cache must be its work. None accepts any.
-            verify: Read every embedding once and check that it is finite. Rows are checked as they are looked up in
-                any case, so that large caches can be opened without.
+            verify: Read every embedding once, see `check_finite`. Rows are checked as they are looked up in any case,
+                so that large caches can be opened without.
 
         Raises:
             FileNotFoundError: If there is no cache.
@@ -283,7 +285,7 @@ class EmbeddingCache:
             keys.append(read_keys(file, layout))
         cache = cls(folder, manifest, shards, KeyIndex(np.concatenate(keys) if keys else np.empty((0, 2), np.int64)))
         if verify:
-            cache._check_finite()
+            cache.check_finite()
         return cache
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -339,8 +341,18 @@ class EmbeddingCache:
                 self._raise_not_finite(int(np.searchsorted(self._starts, row, side="right")) - 1, row)
         return result if dtype is None else result.to(dtype)
 
-    def _check_finite(self) -> None:
-        for number, shard in enumerate(self._shards):
+    def check_finite(self, rank: int = 0, world_size: int = 1) -> None:
+        """Read every embedding once and check that it is finite; several processes share the shards.
+
+        Args:
+            rank: This process.
+            world_size: Number of processes.
+
+        Raises:
+            CacheDamagedError: If a row is not finite.
+        """
+        for number in range(rank, len(self._shards), world_size):
+            shard = self._shards[number]
             for start in range(0, len(shard), SCAN_ROWS):
                 bad = (~torch.isfinite(shard[start : start + SCAN_ROWS]).all(dim=1)).nonzero()
                 if len(bad):

@@ -38,7 +38,7 @@ class CaptionRetrieval:
         self,
         model: LLM2CLIPTextModel,
         tokenizer: PreTrainedTokenizerBase,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         show_progress_bar: bool = False,
     ) -> dict[str, float | int]:
         """Measure how often the right target is among the first k. See `caption_retrieval_metrics`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ class EmbedConfig:
     sources: list[dict[str, Any]] = field(
         default_factory=list, metadata={"help": "Data sets whose captions are embedded: CaptionSource mappings."}
     )
-    batch_size: int = field(default=64, metadata={"help": "Largest number of captions per forward pass."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Largest number of captions per forward pass; unset: as their tokens allow."}
+    )
     dtype: str = field(default="float32", metadata={"help": "dtype in which the LLM runs."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2."})
     cache_dtype: str = field(default="float16", metadata={"help": "dtype of the cache: float16 or bfloat16."})
@@ -49,14 +52,20 @@ def run(config: EmbedConfig) -> dict[str, Any]:
         The number of captions, and of those that were longer than the encoder reads.
     """
     require(config, ["text_model_name_or_path", "sources"])
-    state = process_state()
+    # The processes do not talk while they work, and one may end hours before another.
+    state = process_state(timeout=timedelta(days=7))
     model: Any
+    in_float16 = config.dtype == "float16"
     model, tokenizer = open_text_tower(
         config.text_model_name_or_path,
-        dtype=config.dtype,
+        dtype="auto" if in_float16 else config.dtype,
         attn_implementation=config.attn_implementation,
         revision=config.text_model_revision,
     )
+    if in_float16:
+        # Rounded to float16, the weights no longer show whose they are.
+        model.config.fingerprint = model.fingerprint()
+        model.half()
     model.to(state.device).eval()
     captions = distinct_captions([CaptionSource.from_dict(source) for source in config.sources])
     manifest = embed_captions(
@@ -88,9 +97,11 @@ def embed_captions(
     Raises:
         ValueError: The text tower's weights cannot be read, so that the cache could not say whose it is.
     """
-    fingerprint = model.fingerprint()
-    if fingerprint is None:
+    if not model.has_readable_weights:
         raise ValueError(f"the weights of {name} are quantised or offloaded; embed with the plain weights.")
+    fingerprint = model.identity()
+    if fingerprint is None:
+        raise ValueError(f"{name} in float16 does not show whose weights it has; load it in bfloat16 or float32.")
     text = model.config
 
     def embed(batch: list[str]) -> tuple[torch.Tensor, int]:
@@ -116,6 +127,7 @@ def embed_captions(
         prompt_prefix=text.prompt_prefix,
         prompt_suffix=text.prompt_suffix,
         max_length=text.max_text_length,
+        text_model_dtype=str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         dtype=config.cache_dtype,
         normalize=config.normalize,
         shard_size=config.shard_size,

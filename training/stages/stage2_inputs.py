@@ -138,8 +138,7 @@ def open_captions(
             VisionAlignmentCollator(processor=processor),
             lambda captions: model.text_model.encode(captions, processor.tokenizer),
         )
-    verify = config.verify_cache and config.process_index == 0
-    cache = EmbeddingCache.open(config.embedding_cache, model.config.text_model_fingerprint, verify)
+    cache = EmbeddingCache.open(config.embedding_cache, model.config.text_model_fingerprint, verify=False)
     width = model.config.text_config.hidden_size
     if cache.hidden_size != width:
         raise ValueError(
@@ -154,19 +153,20 @@ def open_captions(
                 f"the cache {config.embedding_cache} lacks {missing} of the {len(measured.captions)} captions of "
                 f"eval_sources {name!r}; run `llm2clip embed` on that source too."
             )
-    if verify:
+    if config.verify_cache:
+        cache.check_finite(config.process_index, config.world_size)
         for source in map(CaptionSource.from_dict, config.sources):
             if not source.streaming:
-                _refuse_missing_captions(cache, source)
+                _refuse_missing_captions(cache, source, config.process_index, config.world_size)
     return CaptionInputs(VisionAlignmentCollator(cache=cache), cache.lookup)
 
 
-def _refuse_missing_captions(cache: EmbeddingCache, source: CaptionSource) -> None:
-    """Raise for captions of the training set that the cache lacks, before they are reached in training."""
+def _refuse_missing_captions(cache: EmbeddingCache, source: CaptionSource, rank: int, world_size: int) -> None:
+    """Raise for captions of this rank's part of the training set that the cache lacks, before training gets there."""
     if source.caption_weights is not None:
         drawn = [name for name, weight in zip(source.caption_columns, source.caption_weights, strict=True) if weight]
         source = replace(source, caption_columns=drawn, caption_weights=None)
-    missing = sum(int((~cache.contains(texts)).sum()) for texts in caption_batches(source))
+    missing = sum(int((~cache.contains(texts)).sum()) for texts in caption_batches(source, rank, world_size))
     if missing:
         raise MissingCaptionError(
             f"the cache {cache.path} lacks {missing} captions of the training set {source.path}; run `llm2clip embed` "

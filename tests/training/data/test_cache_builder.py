@@ -198,6 +198,25 @@ def test_ranks_share_the_shards_and_give_the_same_cache(tmp_path: Path) -> None:
     assert asked == {0: TEXTS[:10] + TEXTS[30:], 1: TEXTS[10:20], 2: TEXTS[20:30]}
 
 
+def test_what_a_killed_build_left_is_dealt_out_over_all_ranks(tmp_path: Path) -> None:
+    build(tmp_path / "one", TEXTS)
+    build(tmp_path / "two", TEXTS)
+    for number in (1, 3):  # both would be rank 1's, were shards bound to ranks
+        (tmp_path / "two" / f"shard-0000{number}.safetensors").unlink()
+    asked: dict[int, int] = {0: 0, 1: 0}
+
+    def work(rank: int, barrier: Callable[[], None]) -> None:
+        def embed_here(texts: list[str]) -> torch.Tensor:
+            asked[rank] += len(texts)
+            return embed(texts)
+
+        build(tmp_path / "two", TEXTS, embed_here, rank=rank, world_size=2, barrier=barrier, show_progress=False)
+
+    assert _in_ranks(2, work) == []
+    assert asked == {0: 10, 1: 7}
+    assert _contents(tmp_path / "two") == _contents(tmp_path / "one")
+
+
 def test_ranks_with_different_captions_are_an_error(tmp_path: Path) -> None:
     def work(rank: int, barrier: Callable[[], None]) -> None:
         build(tmp_path, TEXTS[: 37 - rank], rank=rank, world_size=2, barrier=barrier, show_progress=False)

@@ -23,6 +23,7 @@ from llm2clip_training.data import (
     SkippedSample,
     StreamingCaptionImageDataset,
     TrainTransform,
+    caption_batches,
     caption_id,
     distinct_captions,
 )
@@ -264,6 +265,16 @@ def test_distinct_captions_come_in_order_of_first_appearance(made: Path, streami
     listed = CaptionSource(str(made / "webdataset"), caption_columns=["json.caption", "json.nested.long"])
     both = distinct_captions([listed, concepts, listed])
     assert both == [text for row in range(ROWS) for text in made_captions(row)] + expected
+
+
+def test_ranks_take_a_part_of_the_captions_each() -> None:
+    source = CaptionSource(CONCEPTS, split="test", caption_columns=["caption"])
+    whole, *parts = (
+        [text for texts in caption_batches(source, rank, world) for text in texts]
+        for rank, world in ((0, 1), (0, 2), (1, 2))
+    )
+    assert parts[0] + parts[1] == whole
+    assert abs(len(parts[0]) - len(parts[1])) <= 1
 
 
 def test_rows_without_a_caption_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -137,6 +137,14 @@ def test_lookup_checks_rows_that_were_not_verified(cache_folder: Path) -> None:
         cache.lookup([TEXTS[0], TEXTS[16]])
 
 
+def test_ranks_share_the_check(cache_folder: Path) -> None:
+    _not_finite(cache_folder / "shard-00001.safetensors")
+    cache = EmbeddingCache.open(cache_folder, verify=False)
+    cache.check_finite(rank=0, world_size=2)
+    with pytest.raises(CacheDamagedError, match=r"Row 6 of the shard .*00001"):
+        cache.check_finite(rank=1, world_size=2)
+
+
 def _edit(folder: Path, **fields: object) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest.update(fields)

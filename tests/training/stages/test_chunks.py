@@ -116,9 +116,9 @@ def test_a_stage_in_chunks_equals_the_stage_at_once(
     whole = run(stage, fields_of(stage, tmp_path / "whole", inputs) | changes)
     sizes = {"tower_chunk_size": 3, "loss_chunk_size": 5}
     chunked = run(stage, fields_of(stage, tmp_path / "chunked", inputs) | changes | sizes)
-    assert losses(tmp_path / "chunked") == pytest.approx(
-        losses(tmp_path / "whole"), abs=1e-3 if changes.get("bf16") else 1e-5
-    )
+    # Where the processor multiplies bfloat16 itself, it rounds by the shape of the product.
+    allowed = 1e-2 if changes.get("bf16") else 1e-5
+    assert losses(tmp_path / "chunked") == pytest.approx(losses(tmp_path / "whole"), abs=allowed)
     for name, value in whole.items():
         # On average, for Adam divides a gradient by its size, which makes the rounding of small ones visible.
         assert (chunked[name] - value).abs().mean() < (1e-4 if changes.get("bf16") else 1e-5), name

@@ -294,10 +294,12 @@ def test_cache_of_another_encoder_is_refused(inputs: Inputs, tmp_path: Path) -> 
         run(tmp_path / "out", inputs, **changes)
 
 
-def test_plain_llm_is_a_text_tower_without_prompt(inputs: Inputs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_plain_llm_is_a_text_tower_without_prompt(dtype: str, inputs: Inputs, tmp_path: Path) -> None:
     """The raw baseline: embed, stage 2 and the result all read captions the same way."""
     cache = str(tmp_path / "cache")
-    embed.run(embed.EmbedConfig(text_model_name_or_path=inputs.llm, output_dir=cache, sources=[tiny.concepts()]))
+    settings = {"text_model_name_or_path": inputs.llm, "output_dir": cache, "sources": [tiny.concepts()]}
+    embed.run(embed.EmbedConfig(**settings, dtype=dtype))
     fields = {"text_model_name_or_path": inputs.llm, "embedding_cache": cache, "eval_sources": {}}
     run(tmp_path / "out", inputs, **fields, max_steps=1, save_strategy="no")
     model, processor = (load(tmp_path / "out") for load in (AutoModel.from_pretrained, AutoProcessor.from_pretrained))
