@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not _has_cuda():
         print("no CUDA card here: the GPU rows are skipped.")
         return 0
-    before, failures, worse = results.committed(), [], []
+    before, failures, worse = results.committed(results.machine(options.device)), [], []
     for name in () if options.table else options.rows or modules:
         row = load_row(modules[name])
         if options.device not in row.devices:

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import subprocess
 import sys
 import venv
 from pathlib import Path
+
+from packaging.utils import canonicalize_name
 
 ENVIRONMENTS: dict[str, list[str]] = {
     # The last release, and the last transformers that it works with.
     "llm2vec": ["llm2vec==0.2.3", "transformers==4.44.2", "numpy<2", "webdataset>=0.2", "torch"],
 }
 FOLDER = Path(sys.prefix) / "peers"
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "timm",
+    "open_clip_torch",
+    "sentence-transformers",
+    "faiss-cpu",
+    "clip-benchmark",
+    "llm2vec",
+    "webdataset",
+    "torchvision",
+    "pillow",
+)
 
 
 def python_of(environment: str | None) -> str:
@@ -35,3 +52,13 @@ def python_of(environment: str | None) -> str:
         raise RuntimeError(f"the peer {environment} could not be installed: {' '.join(command)}")
     stamp.write_text(wanted)
     return str(python)
+
+
+def versions_of(environment: str | None) -> dict[str, str]:
+    """Versions of the libraries that take part, as far as an environment has them, and of Python."""
+    command = [python_of(environment), "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
+    listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    installed = {canonicalize_name(entry["name"]): entry["version"] for entry in listed}
+    found = {name: installed.get(canonicalize_name(name)) for name in LIBRARIES}
+    # Environments are made with the Python that runs this.
+    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}

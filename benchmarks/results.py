@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,25 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contest import ROOT, Measurements, ratio, summarise
+from benchmarks.environments import versions_of
 from benchmarks.row import OURS, Contest, Row
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 TABLE = Path(__file__).with_name("RESULTS.md")
 # Two runs of one tree differ by a few per cent; a change of a fifth has to show.
 SLOWER = 1.12
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "timm",
-    "open_clip_torch",
-    "sentence-transformers",
-    "faiss-cpu",
-    "clip-benchmark",
-    "webdataset",
-    "torchvision",
-    "pillow",
-)
-
 Record = dict[str, Any]
 
 
@@ -53,12 +40,18 @@ def record(row: Row, contest: Contest, device: str, turns: Measurements) -> Reco
         "threads": contest.threads,
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "versions": versions(),
+        "versions": versions_of(None),
+        "peers": {name: versions_of(name) for name in _environments(contest)},
         "limits": [name for name, contestant in contest.contestants.items() if contestant.is_limit],
         "note": contest.note,
         "figures": {name: _rounded(figures) for name, figures in summarise(turns).items()},
         "goals": goals,
     }
+
+
+def _environments(contest: Contest) -> list[str]:
+    """The environments that contestants run in, beside this one."""
+    return sorted({entry.environment for entry in contest.contestants.values() if entry.environment is not None})
 
 
 def _rounded(figures: dict[str, float]) -> dict[str, float]:
@@ -90,17 +83,6 @@ def _git(*arguments: str) -> str:
         return ""
 
 
-def versions() -> dict[str, str]:
-    """Versions of what takes part."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def read(lines: Iterable[str]) -> dict[tuple[str, str, str], Record]:
     """The newest record of each contest by row, contest and device."""
     newest = {}
@@ -116,9 +98,10 @@ def lines() -> list[str]:
     return RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.is_file() else []
 
 
-def committed() -> dict[tuple[str, str, str], Record]:
-    """The newest records that are committed; none where this is no checkout."""
-    return read(_git("show", "HEAD:./benchmarks/results.jsonl").splitlines())
+def committed(machine: str) -> dict[tuple[str, str, str], Record]:
+    """The newest records of a machine that are committed; none where this is no checkout."""
+    found = _git("show", "HEAD:./benchmarks/results.jsonl").splitlines()
+    return read(line for line in found if line.strip() and json.loads(line)["machine"] == machine)
 
 
 def append(entry: Record) -> None:
@@ -149,7 +132,7 @@ def table(
 
     Args:
         records: The newest record of each contest.
-        before: Those that they are compared with.
+        before: Those that they are compared with, where they are of the same machine.
         shortfalls: By row, why a goal is missed and what was tried.
     """
     ordered = sorted(records.items(), key=lambda item: (item[0][2], int(item[0][0][1:]), item[0][1]))
@@ -217,12 +200,17 @@ def _provenance(ordered: list[tuple[tuple[str, str, str], Record]]) -> list[str]
     """Which rows were measured where, when and with what, runs of one kind together."""
     groups: dict[str, list[str]] = {}
     for (row, _, _), entry in ordered:
-        libraries = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
-        place = f"{entry['machine']}, {entry['date']}, commit {entry['commit']}; {libraries}"
+        place = f"{entry['machine']}, {entry['date']}, commit {entry['commit']}; {_listed(entry['versions'])}"
+        for peer, versions in entry.get("peers", {}).items():
+            place += f"; {peer} in an environment with {_listed(versions)}"
         rows = groups.setdefault(place, [])
         if row not in rows:
             rows.append(row)
     return [f"- {', '.join(rows)}: {place}." for place, rows in groups.items()]
+
+
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _number(value: float) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks import results
 from benchmarks.contest import ROOT, THREAD_VARIABLES
 from benchmarks.curves.points import CURVES
+from benchmarks.environments import versions_of
 from benchmarks.worker import measure
 
 # As in the table.
@@ -71,7 +72,7 @@ def _measure_curve(name: str, quick: bool) -> list[results.Record]:
                     "machine": results.machine("cpu"),
                     "date": datetime.date.today().isoformat(),
                     "commit": results.commit(),
-                    "versions": results.versions(),
+                    "versions": versions_of(None),
                 }
             )
     return found

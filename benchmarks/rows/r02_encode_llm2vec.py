@@ -87,7 +87,7 @@ def contests(device: str) -> list[Contest]:
     goals = [Goal(name, "cpu", 0.75) for name in peers] + [Goal("matrix products", "cpu", 1.25)]
     work = f"{CAPTIONS} captions of 12 to 450 tokens, 23M parameters"
     note = "llm2vec in batches of 32 as it comes, and of the size at which it is fastest here."
-    found = [Contest(work, contestants, tuple(goals), {"embeddings": 1e-4}, rounds=2, note=note)]
+    found = [Contest(work, contestants, tuple(goals), {"embeddings": 1e-4}, rounds=3, note=note)]
     if device == "cuda":
         found.append(_flash_contest(work))
     return found
@@ -105,7 +105,7 @@ def _flash_contest(work: str) -> Contest:
         "ours, padded, sdpa": Contestant(partial(ours, packed=False, attention="sdpa")),
     }
     goals = (Goal("ours, padded", "cpu", 1.0), Goal("ours, padded, sdpa", "cpu", 1.0))
-    return Contest(f"{work}, bfloat16, {attention}", contestants, goals, {"embeddings": 3e-2}, rounds=2)
+    return Contest(f"{work}, bfloat16, {attention}", contestants, goals, {"embeddings": 3e-2}, rounds=3)
 
 
 ROW = Row("R2", "encode captions with a small Llama", contests, ("cpu", "cuda"))

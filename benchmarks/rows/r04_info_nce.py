@@ -86,7 +86,7 @@ def contests(device: str) -> list[Contest]:
         if batch == min(sizes):
             goals = [Goal("open_clip ClipLoss", "cpu", time), Goal("transformers CLIP", "cpu", 1.0), *goals]
         tolerance = {"loss": 1e-5, "image_gradient": 1e-4, "text_gradient": 1e-4, "scale_gradient": 1e-4}
-        rounds = 5 if batch < 10_000 else 1
+        rounds = 5 if batch < 10_000 else 3
         note = "" if device == "cpu" else INF_CL
         found.append(Contest(f"batch {batch:,}", contestants, tuple(goals), tolerance, rounds, note=note))
     return found

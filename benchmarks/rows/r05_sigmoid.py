@@ -46,7 +46,11 @@ def _open_clip() -> Callable:
 
 
 def _open_clip_in_chunks() -> Callable:
-    """open_clip's loss, image chunk by image chunk under autograd; its release has no setting for that."""
+    """open_clip's loss, image chunk by image chunk under autograd.
+
+    Its releases have no setting for that yet. Its development version has one, which like this one keeps the logits of
+    every chunk for the backward pass, and nothing else of their size.
+    """
     import torch
     from open_clip.loss import SigLipLoss
 
@@ -56,9 +60,8 @@ def _open_clip_in_chunks() -> Callable:
         loss = torch.zeros((), device=images.device)
         for start in range(0, len(images), CHUNK):
             logits = logits_of(images[start : start + CHUNK], texts, scale, bias)
-            labels = -torch.ones_like(logits)
-            labels.diagonal(start).fill_(1)
-            loss = loss - torch.nn.functional.logsigmoid(labels * logits).sum()
+            # -log sigmoid(-x) of all pairs; for the right ones, -log sigmoid(x) is that less x.
+            loss = loss + torch.nn.functional.softplus(logits).sum() - logits.diagonal(start).sum()
         return loss / len(images)
 
     return loss_of

@@ -14,7 +14,7 @@ from benchmarks.small_llama import captions, new_folder
 
 IMAGES, WIDTH, BATCH = 5_000, 4096, 256
 COLUMNS = ("shortsv_captions", "longsv_captions")
-COMPARED = ("00007", "02500", "04999")
+COMPARED = tuple(f"{image:05}" for image in range(99, IMAGES, 100))
 
 
 def _drawn() -> list[int]:

@@ -55,6 +55,18 @@ def test_other_machines_do_not_compare(entry):
     assert results.worse(slower(entry, 2), {**entry, "machine": "another"}) == []
 
 
+def test_the_last_record_of_the_same_machine_is_compared_with(entry, monkeypatch):
+    elsewhere = {**slower(entry, 3), "machine": "another"}
+    committed = "\n".join(map(json.dumps, (entry, elsewhere)))
+    monkeypatch.setattr(results, "_git", lambda *arguments: committed)
+    assert results.committed(entry["machine"]) == {KEY: entry}
+
+
+def test_environments_of_peers_are_named(entry):
+    text = results.table({KEY: {**entry, "peers": {"llm2vec": {"torch": "1.2.3"}}}}, {}, {})
+    assert "llm2vec in an environment with torch 1.2.3" in text
+
+
 def test_a_missed_goal_is_shown_with_its_reason(entry):
     text = results.table({KEY: entry}, {}, {"R99": "the peer is asleep."})
     assert "| 🟢 | R99 | sums: equal | memory | 0.0 MiB | peer | 0.0 MiB | 0.25 | ≤ 0.50 |" in text
@@ -74,7 +86,7 @@ def test_the_command_writes_results_and_says_what_failed(tmp_path, monkeypatch, 
     monkeypatch.setattr(command, "row_modules", lambda: {"R99": "tests.benchmarks.tiny_row"})
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results.jsonl")
     monkeypatch.setattr(results, "TABLE", tmp_path / "RESULTS.md")
-    monkeypatch.setattr(results, "committed", dict)
+    monkeypatch.setattr(results, "committed", lambda machine: {})
     assert command.main(["R99"]) == 1
     assert "FAILED  R99, unequal: sum: ours differs" in capfd.readouterr().err
     (kept,) = [json.loads(line) for line in results.lines()]
@@ -85,7 +97,7 @@ def test_the_command_writes_results_and_says_what_failed(tmp_path, monkeypatch, 
     before = copy.deepcopy(kept)
     for goal in before["goals"]:
         goal["ratio"] /= 1.2
-    monkeypatch.setattr(results, "committed", lambda: {KEY: before})
+    monkeypatch.setattr(results, "committed", lambda machine: {KEY: before})
     assert command.main(["--table"]) == 0
     assert "| 🔴 |" in results.TABLE.read_text()
 
