@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
+
+from benchmarks.units import UNITS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 BEGIN, END = "<!-- tables: made by python -m benchmarks.scaling -->\n", "<!-- /tables -->\n"
@@ -11,6 +15,7 @@ BEGIN, END = "<!-- tables: made by python -m benchmarks.scaling -->\n", "<!-- /t
 DATA_SETS = {"CC3M": 2_873_538, "15M": 12_873_763, "60M": 60_000_000}
 # Assumed: captions that are embedded for an image, their mean length with the prompt, epochs of stage 2.
 CAPTIONS_PER_IMAGE, TOKENS_PER_CAPTION, EPOCHS = 3, 60, 4
+CHARACTERS_PER_TOKEN = 4
 # Published: dense 16-bit TFLOP/s of the card.
 PEAK = {"A100": 312e12, "H100": 989e12}
 # Assumed: the share of the peak that encoding and training reach, and what eight GPUs keep of eight times one.
@@ -18,6 +23,8 @@ ENCODING_USE, TRAINING_USE, EIGHT = 0.40, 0.35, 0.95
 # A training step is a forward pass and twice that backwards.
 FORWARDS_PER_STEP = 3
 KEY_BYTES = 16
+# What finds a key when the cache is open: the key sorted, and its row.
+INDEX_BYTES = 20
 LLMS = {"1B": "LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned", "8B": "LLM2CLIP-Llama-3.1-8B-Instruct-CC"}
 TOWERS = {"B/16-224": "LLM2CLIP-EVA02-B-16", "L/14-336": "LLM2CLIP-EVA02-L-14-336"}
 # The paper's table of costs: hours of stage 2 from offline features on 16 A100.
@@ -90,12 +97,41 @@ def tables() -> str:
     lines += [f"| EVA02-{tower}, forward, one image | {flops / 1e9:,.0f} GFLOP |" for tower, flops in forward.items()]
     lines += [f"| Llama {llm}, forward, one token | {flops / 1e9:,.1f} GFLOP |" for llm, (flops, _) in units.items()]
     lines += [f"| cached caption, {llm} | {2 * width + KEY_BYTES:,} bytes |" for llm, (_, width) in units.items()]
+    lines += ["", *_measured(units["8B"][1], forward["L/14-336"])]
     lines += ["", "| if the paper's 1.3 h is 4 epochs of CC3M with | share of 16 A100's peak |", "| --- | ---: |"]
     available = PEAK["A100"] * PAPER_GPUS * PAPER_HOURS * 3600
     for tower, flops in {"L/14-224": image_flops(L14_224), "L/14-336": forward["L/14-336"]}.items():
         share = DATA_SETS["CC3M"] * EPOCHS * FORWARDS_PER_STEP * flops / available
         lines.append(f"| EVA02-{tower} | {share:.0%} |")
     return "\n".join(lines) + "\n"
+
+
+def _measured(width: int, image: float) -> list[str]:
+    """What was measured on one core, and what it means for 60M images with the 8B LLM on eight GPUs."""
+    measured: dict[str, Any] = json.loads(UNITS.read_text(encoding="utf-8"))
+    images = DATA_SETS["60M"]
+    count = images * CAPTIONS_PER_IMAGE
+    overhead = measured["bytes_per_caption"] - measured["characters_per_caption"]
+    held = count * (overhead + TOKENS_PER_CAPTION * CHARACTERS_PER_TOKEN) / 1e9
+    index = count * INDEX_BYTES / 1e9
+    check = count * 2 * width / measured["cache_bytes_checked_per_second"] / 8 / 60
+    rate = PEAK["H100"] * TRAINING_USE / (FORWARDS_PER_STEP * image)
+    exact, fast, rows = (measured[f"{name}_per_second"] for name in ("jpegs", "fast_jpegs", "cached_rows"))
+    read = measured["images_read_per_second"]
+    lines = [
+        f"| measured on one core ({measured['machine']}, {measured['date']}) | | at 60M images, 8 H100 |",
+        "| --- | ---: | --- |",
+        f"| `embed` reads the captions of tars (30 KB images, files in memory) | {read:,.0f} images/s | "
+        f"{_hours(images / read / 3600)}, in every process, before the first is embedded |",
+        f"| it holds the distinct ones | {overhead:,.0f} bytes and the text | {held:,.0f} GB in every process |",
+        f"| stage 2 checks the cache (`verify_cache`), a share in every process | "
+        f"{measured['cache_bytes_checked_per_second'] / 1e9:.2f} GB/s | {check:,.0f} minutes for the 8B LLM's |",
+        f"| it finds captions in the open cache | {rows:,.0f} captions/s | {index:.1f} GB of index in every process |",
+        f"| it decodes and resizes JPEGs of 500 to 1,500 pixels to 336 x 336, `exact` | {exact:,.0f} images/s | "
+        f"{rate / exact:.1f} cores for each GPU that trains EVA02-L/14-336 ({rate:,.0f} images/s) |",
+        f"| the same, `fast` | {fast:,.0f} images/s | {rate / fast:.1f} cores for each GPU |",
+    ]
+    return lines
 
 
 def _hours(value: float) -> str:

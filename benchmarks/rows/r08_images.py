@@ -76,6 +76,11 @@ def _ours(backend: Any, pil: bool) -> Callable[[bytes], Any]:
     return lambda data: transform(transform.decode(data, "image"))
 
 
+def ours(backend: str, pil: bool) -> Work:
+    """Our transform with a backend, of an image processor that resizes with Pillow or with torchvision."""
+    return _work(partial(_ours, backend, pil))
+
+
 def _open_clip() -> Callable[[bytes], Any]:
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_transform
 
@@ -109,8 +114,8 @@ def contests(device: str) -> list[Contest]:
     }
     limit = {"decoding by Pillow": Contestant(_decoding, is_limit=True)}
 
-    def ours(backend: str, pil: bool) -> dict[str, Contestant]:
-        return {"ours": Contestant(partial(_work, partial(_ours, backend, pil)))}
+    def our(backend: str, pil: bool) -> dict[str, Contestant]:
+        return {"ours": Contestant(partial(ours, backend, pil))}
 
     pillow = {name: peers[name] for name in ("open_clip transform", "CLIPImageProcessorPil")}
     tensors = {"CLIPImageProcessor": peers["CLIPImageProcessor"]}
@@ -118,13 +123,13 @@ def contests(device: str) -> list[Contest]:
     return [
         Contest(
             "exact, resized by Pillow",
-            {**ours("exact", True), **pillow, **limit},
+            {**our("exact", True), **pillow, **limit},
             (Goal("open_clip transform", "cpu", 1.0), Goal("CLIPImageProcessorPil", "cpu", 1.0)),
             exact,
         ),
         Contest(
             "exact, resized by torchvision",
-            {**ours("exact", False), **tensors, **limit},
+            {**our("exact", False), **tensors, **limit},
             (Goal("CLIPImageProcessor", "cpu", 1.0),),
             exact,
             note="`exact` is what the image processor does. In transformers 5 CLIPImageProcessor resizes with "
@@ -132,7 +137,7 @@ def contests(device: str) -> list[Contest]:
         ),
         Contest(
             "fast",
-            {**ours("fast", True), **peers, **limit},
+            {**our("fast", True), **peers, **limit},
             (Goal("open_clip transform", "cpu", 0.42),),
             close,
             note="Differs from Pillow by up to two grey levels of 255. It decodes into tensors, which costs less than "
