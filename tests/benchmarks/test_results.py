@@ -137,3 +137,13 @@ def test_the_readme_shows_what_was_measured(cells):
     ]
     shown = {metric: ratio for metric, ratio in shown.items() if ratio}
     assert any(shown.items() <= ratios.items() for ratios in measured)
+
+
+def test_the_readme_shows_the_goals_that_are_missed():
+    missed = {
+        (row, goal["against"])
+        for (row, _, device), entry in results.read(results.lines()).items()
+        for goal in entry["goals"]
+        if device == "cpu" and goal["ratio"] > goal["at_most"]
+    }
+    assert missed <= {(cells[0], cells[2]) for cells in README_LINES}
