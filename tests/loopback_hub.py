@@ -110,7 +110,7 @@ class LoopbackHub:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self) -> LoopbackHub:
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -272,9 +272,14 @@ class Answer:
         if repo is None or (operation in ("commit", "branch", "preupload") and not self.may_write(name)):
             return
         if operation == "branch":
+            if rest.startswith("refs/"):
+                return self.error(400, "BadRequest", f"Invalid reference for a branch: {rest}")
             if rest in repo.branches:
                 return self.error(409, "Conflict", "Reference already exists")
-            repo.branches[rest] = repo.branches["main"]
+            start = repo.resolve(json.loads(body or b"{}").get("startingPoint", "main"))
+            if start is None:
+                return self.error(404, "RevisionNotFound", "Invalid starting point")
+            repo.branches[rest] = start
             return self.send(200, {})
         if operation == "refs":
             branches = [
@@ -325,9 +330,14 @@ class Answer:
     def commit(self, repo: Repo, revision: str, parent: str, body: bytes) -> None:
         lines = [json.loads(line) for line in body.splitlines() if line.strip()]
         header = next(line["value"] for line in lines if line["key"] == "header")
-        if header.get("parentCommit") not in (None, parent):
+        opens_pr = self.query.get("create_pr", ["0"])[0].lower() in ("1", "true")
+        expected = header.get("parentCommit") or parent
+        if expected != parent and not opens_pr:
             return self.error(412, "PreconditionFailed", "A commit has happened since. Please refresh and try again.")
-        files = dict(repo.commits[parent])
+        if expected not in repo.commits:
+            return self.error(404, "RevisionNotFound", f"Invalid rev id: {expected}")
+        # A pull request may begin at an older commit.
+        files = dict(repo.commits[expected])
         for line in lines:
             key, value = line["key"], line["value"]
             if key == "file":
@@ -339,7 +349,7 @@ class Answer:
             elif key == "deletedFile":
                 files.pop(value["path"])
         answer = {"success": True, "hookOutput": ""}
-        if self.query.get("create_pr", ["0"])[0].lower() in ("1", "true"):
+        if opens_pr:
             number = 1 + sum(branch.startswith("refs/pr/") for branch in repo.branches)
             sha = repo.commit(f"refs/pr/{number}", files, header["summary"])
             answer["pullRequestUrl"] = f"{self.hub.url}/{repo.name}/discussions/{number}"

@@ -1,4 +1,4 @@
-"""Writing files so that a good one is never replaced by half of another."""
+"""Writing files so that a good one is never replaced by half of another, and reading them with clear errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import files as distribution_files
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,29 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON, see [`write_text`]."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: The file holds none; the message names the file.
+    """
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds no JSON object.")
+    return fields
+
+
+def write_licence(folder: Path) -> None:
+    """Write the licence of the code beside it; that of the weights stands in the card."""
+    found = [path for path in distribution_files("llm2clip") or [] if path.name == "LICENSE"]
+    if not found:
+        raise FileNotFoundError("this installation of llm2clip lacks its LICENSE file; install it again.")
+    write_text(folder / "LICENSE", found[0].read_text(encoding="utf-8"))
 
 
 @contextmanager

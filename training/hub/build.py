@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 from dataclasses import dataclass, field
-from importlib.metadata import files as distribution_files
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from llm2clip_training.cards import (
     summary,
     write_curves,
 )
-from llm2clip_training.files import appearing_folder, refuse_existing, write_json, write_text
+from llm2clip_training.files import appearing_folder, refuse_existing, write_json, write_licence, write_text
 from llm2clip_training.hub.validation import CAPTIONS, compare_with_stranger, sample_picture
 from llm2clip_training.sentence_transformers import write_sentence_transformers_files
 from llm2clip_training.towers import hub_ids, is_hub_id, save_text_tower
@@ -147,7 +146,7 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
         if example is not None:
             example.save(folder / EXAMPLE)
         _write_card(config, loaded, folder, results)
-        _write_licence(folder)
+        write_licence(folder)
         if config.code_repo is not None:
             _refer_to_code(folder, config.code_repo)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -319,14 +318,6 @@ def _write_card(config: BuildConfig, loaded: Loaded, folder: Path, results: list
     )
     # The Trainer knew its recipe.
     write_text(folder / CARD, render(facts, data, text, keep=["training"]))
-
-
-def _write_licence(folder: Path) -> None:
-    """Beside the code; that of the weights stands in the card."""
-    found = [path for path in distribution_files("llm2clip") or [] if path.name == "LICENSE"]
-    if not found:
-        raise FileNotFoundError("this installation of llm2clip lacks its LICENSE file; install it again.")
-    write_text(folder / "LICENSE", found[0].read_text(encoding="utf-8"))
 
 
 def _refer_to_code(folder: Path, repo: str) -> None:

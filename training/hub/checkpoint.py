@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,8 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from llm2clip_training.files import read_json
 
 # Where training code puts the weights inside a file of more.
 STATE_KEYS = ("module", "state_dict", "model", "model_state_dict")
@@ -35,7 +36,8 @@ class Checkpoint(Mapping[str, Tensor]):
     def __init__(self, path: Path, folder: Path | None, files: list[Path]) -> None:
         self.path = path
         self.folder = folder
-        self.config: dict[str, Any] = _read_json(folder / "config.json") if folder else {}
+        config = folder / "config.json" if folder else None
+        self.config: dict[str, Any] = read_json(config) if config and config.is_file() else {}
         self.files = files
         self._origin: dict[str, Path] = {}
         self._loaded: dict[str, Tensor] = {}
@@ -97,7 +99,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         return Checkpoint(pickles[0], path, pickles)
     for name in INDEX_FILES:
         if (path / name).is_file():
-            files = sorted(set(_read_json(path / name).get("weight_map", {}).values()))
+            files = sorted(set(read_json(path / name).get("weight_map", {}).values()))
             missing = [file for file in files if not (path / file).is_file()]
             if missing or not files:
                 listed = ", ".join(missing) or "it names none at all"
@@ -107,15 +109,6 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         if (path / name).is_file():
             return Checkpoint(path / name, path, [path / name])
     raise FileNotFoundError(f"{source} holds no weights: no .pt, {', '.join(SINGLE_FILES)} or index of shards.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 def _safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:

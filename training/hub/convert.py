@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from transformers import CLIPImageProcessor
 
 from llm2clip_training.cards import JOINT_TASK, VISION_TASK, CardFacts, licence_of, write_card
-from llm2clip_training.files import appearing_folder, refuse_existing
+from llm2clip_training.files import appearing_folder, read_json, refuse_existing
 from llm2clip_training.hub.checkpoint import Checkpoint, open_checkpoint
 from llm2clip_training.hub.convert_text import convert_text_tower, holds_decoder
 from llm2clip_training.hub.joint import plan_joint
@@ -121,14 +120,11 @@ def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) 
 def _read_model_config(path: str | None) -> dict[str, Any] | None:
     if path is None:
         return None
-    try:
-        fields: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    fields = read_json(path)
     missing = [key for key in ("embed_dim", "vision_cfg") if key not in fields]
     if missing:
         raise ValueError(f"{path} is no model_configs JSON of the original: it lacks {', '.join(missing)}.")
-    return dict(fields)
+    return fields
 
 
 def _write_processor(plan: JointPlan, checkpoint: Checkpoint, folder: Path) -> None:
@@ -154,7 +150,7 @@ def _image_processor(plan: JointPlan, checkpoint: Checkpoint) -> CLIPImageProces
     statistics = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
     saved = checkpoint.folder / "preprocessor_config.json" if checkpoint.folder else None
     if saved is not None and saved.is_file():
-        fields = json.loads(saved.read_text(encoding="utf-8"))
+        fields = read_json(saved)
         statistics = {key: fields.get(key, value) for key, value in statistics.items()}
     edges = {"shortest_edge": size}
     return CLIPImageProcessor(size=edges, crop_size={"height": size, "width": size}, **statistics)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2clip_training.cards import (
     CARD,
@@ -32,6 +29,7 @@ from llm2clip_training.cards import (
 )
 from llm2clip_training.data.sampling import EpochBatchSampler
 from llm2clip_training.files import write_text
+from llm2clip_training.stages.pushing import PushingTrainer
 from llm2clip_training.towers import hub_ids
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
@@ -76,7 +74,7 @@ class StageConfig(TrainingArguments):
         return self.seed if self.data_seed is None else self.data_seed
 
 
-class StageTrainer(Trainer):
+class StageTrainer(PushingTrainer):
     """A Trainer whose batches come from `batch_sampler()` and whose evaluation is retrieval.
 
     Several processes see the global batches of one process with a larger batch, and a resumed run those of an unbroken
@@ -158,29 +156,10 @@ class StageTrainer(Trainer):
             has_curves=write_curves(folder, self.state.log_history),
             is_adapter=getattr(model, "has_adapter", False),
         )
-        on_the_hub = self._card_on_the_hub()
+        on_the_hub = self.card_on_the_hub()
         write_text(
             folder / CARD, render(facts, *(read_card(folder) if on_the_hub is None else split_card(on_the_hub)))
         )
-
-    def _card_on_the_hub(self) -> str | None:
-        """The card of the repo that this run pushes to, which people may have edited since."""
-        if not self.args.push_to_hub or self.hub_model_id is None:
-            return None
-        options: dict[str, Any] = {
-            "revision": self.args.hub_revision,
-            "token": self.args.hub_token,
-            "force_download": True,
-        }
-        try:
-            path = hf_hub_download(self.hub_model_id, CARD, **options)
-        except (EntryNotFoundError, RevisionNotFoundError):
-            return None
-        except (OSError, ValueError) as error:
-            # Not worth a run: the upload that follows may well get through.
-            logger.warning("the card in %s cannot be read (%s); the one here is used.", self.hub_model_id, error)
-            return None
-        return Path(path).read_text(encoding="utf-8")
 
     def _trained_from(self) -> list[str | None]:
         names = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path")
@@ -216,17 +195,6 @@ class StageTrainer(Trainer):
                 split, revision = str(source.get("split") or name), source.get("revision")
                 found.append(Evaluation(self.evaluation_title, dataset, split, revision, metrics))
         return found
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        # While an upload reads the folder, the Trainer leaves this one out.
-        pushes = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not busy)
-        if self.is_world_process_zero() and pushes:
-            # The Trainer takes weights and config from the checkpoint, and would leave the model's code there.
-            for path in Path(checkpoint_folder).glob("*.py"):
-                shutil.copy(path, str(self.args.output_dir))
-            self.create_model_card()
-        super()._push_from_checkpoint(checkpoint_folder)
 
     def get_train_dataloader(self) -> DataLoader:
         dataset: Any = self.train_dataset
@@ -289,55 +257,12 @@ class StageTrainer(Trainer):
         self.save_state()
         self.create_model_card()
         if self.args.push_to_hub:
-            self._push_result()
+            self.push_result()
         return metrics
-
-    def _push_result(self) -> None:
-        """Upload what `save` wrote; `push_to_hub` would save the model anew, in the form of a checkpoint."""
-        if self.hub_model_id is None:
-            self.init_hf_repo()
-        self._finish_current_push()
-        if self.is_world_process_zero():
-            HfApi(token=self.args.hub_token).upload_folder(
-                repo_id=str(self.hub_model_id),
-                folder_path=str(self.args.output_dir),
-                commit_message="End of training",
-                # Adapters of mid-training, where the result is merged, and the pickle that the Trainer adds to them.
-                delete_patterns=[*ADAPTER_FILES, "*.bin"],
-                ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.bin", "*.jsonl", "trainer_state.json"],
-                revision=self.args.hub_revision,
-            )
 
 
 def _is_local(value: Any) -> bool:
     return isinstance(value, (str, Path)) and ("/" in str(value) or Path(value).exists()) and not hub_ids(str(value))
-
-
-def check_pushing(args: StageConfig, llm: str | None, result_needs_llm: bool, checkpoints_need_llm: bool) -> None:
-    """Refuse to push what others could not load, because the LLM that it refers to is in a folder of this machine.
-
-    Args:
-        args: The run's arguments.
-        llm: Name of the LLM.
-        result_needs_llm: Whether the result refers to it, rather than holding its weights.
-        checkpoints_need_llm: Whether checkpoints do.
-
-    Raises:
-        ValueError: Others could not load the result, or what is pushed in mid-training.
-    """
-    if not args.push_to_hub or not llm or hub_ids(llm):
-        return
-    if result_needs_llm:
-        raise ValueError(
-            f"push_to_hub with the LLM in {llm}, where others cannot load it from: push the LLM first and name its "
-            "Hub id, or put its weights into the result (stage 1: --save-format merged; stage 2: --bundle-text-model "
-            "true)."
-        )
-    if checkpoints_need_llm and args.hub_strategy != HubStrategy.END:
-        raise ValueError(
-            f"checkpoints that are pushed in mid-training refer to the LLM in {llm}, where others cannot load it "
-            "from: push the LLM first and name its Hub id, or push the result alone (--hub-strategy end)."
-        )
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:

@@ -25,7 +25,8 @@ from transformers import (
 
 from llm2clip_training.data import CaptionSource, SampleIndex, SampleIndexBatchSampler, distinct_captions
 from llm2clip_training.data.sampling import EpochDataset, stable_seed
-from llm2clip_training.stages.base import check_pushing, require, resume_point
+from llm2clip_training.stages.base import require, resume_point
+from llm2clip_training.stages.pushing import check_pushing
 from llm2clip_training.stages.text_tower import (
     TextTowerConfig,
     TextTowerTrainer,

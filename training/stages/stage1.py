@@ -10,8 +10,9 @@ from transformers import set_seed
 
 from llm2clip_training.data import PairBatchSampler, PairCollator, PairDataset, PairSource
 from llm2clip_training.losses import DEFAULT_TILE_SIZE, hard_negative_info_nce
-from llm2clip_training.stages.base import check_pushing, require, resume_point
+from llm2clip_training.stages.base import require, resume_point
 from llm2clip_training.stages.chunks import LOSS_CHUNK_HELP, TOWER_CHUNK_HELP, check_chunk_sizes, in_chunks
+from llm2clip_training.stages.pushing import check_pushing
 from llm2clip_training.stages.text_tower import (
     TextTowerConfig,
     TextTowerTrainer,

@@ -23,9 +23,10 @@ from llm2clip_training.evaluation import ImageTextRetrieval
 from llm2clip_training.losses import DEFAULT_TILE_SIZE, clip_loss, sigmoid_loss
 from llm2clip_training.optim import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
 from llm2clip_training.sentence_transformers import write_sentence_transformers_files
-from llm2clip_training.stages.base import StageConfig, StageTrainer, check_pushing, require, resume_point
+from llm2clip_training.stages.base import StageConfig, StageTrainer, require, resume_point
 from llm2clip_training.stages.chunks import LOSS_CHUNK_HELP, TOWER_CHUNK_HELP, check_chunk_sizes, in_chunks
 from llm2clip_training.stages.frozen_layers import FrozenLayers
+from llm2clip_training.stages.pushing import check_pushing
 from llm2clip_training.stages.stage2_inputs import build_dataset, load_model, open_captions
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 

@@ -6,13 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from llm2clip_training import cli
 from llm2clip_training.cards import CARD, split_card
 from llm2clip_training.hub import build, push
 from modeling_llm2clip import LLM2CLIPModel
-from tests.loopback_hub import CUT, READ_TOKEN, TOKEN, LoopbackHub
+from tests.loopback_hub import CUT, READ_TOKEN, TOKEN, File, LoopbackHub
 from tests.modeling import tiny
 from tests.modeling.tiny import CAPTIONS, IMAGES
 from tests.stranger import HIDE
@@ -41,15 +41,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     build.run(settings)
     return folder / "out"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    # The loopback interface is all that is reached.
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    with LoopbackHub() as server:
-        yield server
 
 
 def upload(hub: LoopbackHub, folder: Path, token: str | bool = TOKEN, **settings: Any) -> dict[str, Any]:
@@ -82,7 +73,7 @@ def test_what_arrives_is_the_folder(hub: LoopbackHub, built: Path) -> None:
 def test_nothing_private_goes_to_a_public_repo(hub: LoopbackHub, built: Path) -> None:
     upload(hub, built)
     commits = len(hub.repo(REPO).messages)
-    with pytest.raises(ValueError, match=rf"{REPO} is there already and is public, which --private does not change"):
+    with pytest.raises(ValueError, match=rf"{REPO} is there already and is public: make it private in its settings"):
         upload(hub, built, private=True)
     assert len(hub.repo(REPO).messages) == commits
     upload(hub, built, repo_id="tester/other", private=True)
@@ -133,7 +124,11 @@ def test_refusals_name_the_next_step(
 @pytest.mark.parametrize(
     ("status", "path", "message"),
     [
+        (400, "/commit/", r"does not take this: mend what it names .*, then push again \(HTTP 400"),
+        (402, "/commit/", r"plan does not cover this: free storage or change the plan .* \(HTTP 402"),
         (412, "/commit/", r"the repo changed while this push ran: push again \(HTTP 412"),
+        (413, "/commit/", r"a file is too large for the Hub: .*save its weights in shards .* \(HTTP 413"),
+        (451, "/commit/", r"the Hub refused: mend what it names \(HTTP 451"),
         (409, "/commit/", r"changed or is being created at the same time: push again \(HTTP 409"),
         (429, "/commit/", r"too many requests: wait some minutes, then push again \(HTTP 429"),
         (404, "/preupload/", r"there is no such repo, or the token may not see it \(HTTP 404"),
@@ -156,6 +151,21 @@ def test_branches_and_pull_requests(hub: LoopbackHub, built: Path) -> None:
     assert not hub.repo(REPO).files()
 
 
+def test_a_pull_request_takes_further_pushes(hub: LoopbackHub, built: Path) -> None:
+    upload(hub, built, create_pr=True)
+    upload(hub, built, revision="refs/pr/1", commit_message="Once more")
+    assert hub.repo(REPO).messages[-1] == "Once more"
+    assert not hub.repo(REPO).files()
+    # It is to become main.
+    data, _ = split_card(hub.repo(REPO).files("refs/pr/1")[CARD].decode())
+    assert data["widget"][0]["src"] == f"{hub.url}/{REPO}/resolve/main/example.png"
+    with pytest.raises(ValueError, match=rf"{REPO} has no refs/pr/2; --create-pr opens a new pull request"):
+        upload(hub, built, revision="refs/pr/2")
+    with pytest.raises(ValueError, match="leave out --revision experiment, or --create-pr"):
+        upload(hub, built, revision="experiment", create_pr=True)
+    assert list(hub.repo(REPO).branches) == ["main", "refs/pr/1"]
+
+
 def test_a_repo_of_another_model_is_left_alone(hub: LoopbackHub, built: Path) -> None:
     api = HfApi(endpoint=hub.url, token=TOKEN)
     api.create_repo(REPO)
@@ -169,13 +179,79 @@ def test_a_repo_of_another_model_is_left_alone(hub: LoopbackHub, built: Path) ->
     assert list(hub.repo(REPO).files()) == ["config.json"]
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config.json": b'{"architecture": "vit_base"}'}, "holds something else, and this model is 'llm2clip'"),
+        ({"config.json": b"{"}, "holds something else"),
+        ({"diffusion.safetensors": b"x"}, "holds diffusion.safetensors, but no config.json, so it is no earlier push"),
+        ({f"{letter}.bin": b"x" for letter in "abcd"}, r"holds a.bin, b.bin, c.bin and more, but no config.json"),
+    ],
+)
+def test_a_repo_of_something_else_is_left_alone(
+    files: dict[str, bytes], message: str, hub: LoopbackHub, built: Path
+) -> None:
+    HfApi(endpoint=hub.url, token=TOKEN).create_repo(REPO)
+    repo = hub.repo(REPO)
+    repo.commit("main", {name: File(content, lfs=False) for name, content in files.items()}, "theirs")
+    with pytest.raises(ValueError, match=f"{message}.*; push to another repo"):
+        upload(hub, built)
+    assert repo.files() == files
+
+
+def test_a_new_repo_keeps_what_the_website_put_there(hub: LoopbackHub, built: Path) -> None:
+    HfApi(endpoint=hub.url, token=TOKEN).create_repo(REPO)
+    card = b"---\nlicense: mit\n---\n"
+    hub.repo(REPO).commit("main", {".gitattributes": File(b"*", False), CARD: File(card, False)}, "website")
+    upload(hub, built)
+    assert hub.repo(REPO).files()[".gitattributes"] == b"*"
+    assert split_card(hub.repo(REPO).files()[CARD].decode())[0]["license"] == "mit"
+
+
+def edit_while_uploading(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, edits: list[Callable[[str], str]]) -> None:
+    """Change the card on main after the weights have arrived and before the commit, once for every edit."""
+    send = HfApi.preupload_lfs_files
+
+    def and_edit(*args: Any, **kwargs: Any) -> None:
+        send(*args, **kwargs)
+        if edits:
+            repo = hub.repo(REPO)
+            files = dict(repo.commits[repo.branches["main"]])
+            files[CARD] = File(edits.pop(0)(files[CARD].content.decode()).encode(), lfs=False)
+            repo.commit("main", files, "edit")
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", and_edit)
+
+
+def test_edits_of_the_card_while_the_push_runs_survive(
+    hub: LoopbackHub, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(hub, built)
+    edits = [lambda card: card + "\nOnce.\n", lambda card: card + "\nTwice.\n"]
+    edit_while_uploading(hub, monkeypatch, edits)
+    sent = len(hub.uploads())
+    upload(hub, built, commit_message="Second")
+    assert hub.repo(REPO).messages[-3:] == ["edit", "edit", "Second"]
+    assert "\nOnce.\n\nTwice.\n" in hub.repo(REPO).files()[CARD].decode()
+    assert len(hub.uploads()) == sent
+
+
+def test_a_repo_that_never_rests_ends_the_push(hub: LoopbackHub, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload(hub, built)
+    edits = [lambda card: card + "\nMore.\n"] * 10
+    edit_while_uploading(hub, monkeypatch, edits)
+    with pytest.raises(ValueError, match=r"the repo changed while this push ran: push again \(HTTP 412"):
+        upload(hub, built)
+    assert len(edits) == 6
+
+
 def test_edits_of_the_card_survive_and_stale_weights_go(hub: LoopbackHub, built: Path) -> None:
     upload(hub, built)
     api = HfApi(endpoint=hub.url, token=TOKEN)
     card = hub.repo(REPO).files()[CARD].decode().replace("An LLM2CLIP model:", "Edited on the website:")
     api.upload_file(path_or_fileobj=card.encode(), path_in_repo=CARD, repo_id=REPO)
-    stale = ("model-00001-of-00002.safetensors", "adapter_config.json")
-    others = ("notes.txt", "last-checkpoint/model.safetensors")
+    stale = ("model-00001-of-00002.safetensors", "adapter_config.json", "adapter_model.safetensors")
+    others = ("notes.txt", "last-checkpoint/model.safetensors", "diffusion.safetensors")
     for name in (*stale, *others):
         api.upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id=REPO)
     upload(hub, built)
@@ -187,8 +263,8 @@ def test_edits_of_the_card_survive_and_stale_weights_go(hub: LoopbackHub, built:
 
 def test_a_card_that_cannot_be_read_stops_the_push(hub: LoopbackHub, built: Path) -> None:
     upload(hub, built)
-    hub.fail_next("GET", "/resolve/main/", CUT, times=50)
-    hub.fail_next("HEAD", "/resolve/main/", CUT, times=50)
+    hub.fail_next("GET", "/resolve/", CUT, times=50)
+    hub.fail_next("HEAD", "/resolve/", CUT, times=50)
     with pytest.raises(ValueError, match=r"the connection broke .*push again"):
         upload(hub, built)
 
@@ -229,6 +305,13 @@ def test_folders_that_are_not_ready(built: Path, tmp_path: Path, capsys: pytest.
         (lambda: (copy / CARD).unlink(), "has no README.md"),
         (lambda: os.truncate(copy / "model.safetensors", 5000), "is damaged or truncated"),
         (lambda: (copy / CARD).write_text("---\nlicense: [\n---\n"), "README.md"),
+        (lambda: (copy / "tokenizer.json").unlink(), "lacks tokenizer.json; build it first"),
+        (
+            lambda: [(copy / f"{name}_config.json").unlink() for name in ("processor", "preprocessor")],
+            "lacks processor_config.json or preprocessor_config.json; build it first",
+        ),
+        (lambda: os.truncate(copy / "config.json", 30), f"{copy / 'config.json'} is not valid JSON"),
+        (lambda: (copy / "config.json").write_text("{}"), f"{copy / 'config.json'} has no model_type; build"),
     ):
         shutil.copytree(built, copy)
         spoil()

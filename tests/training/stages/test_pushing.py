@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 
 from llm2clip_training import cli
 from llm2clip_training.cards import CARD, split_card
-from tests.loopback_hub import TOKEN, LoopbackHub, Repo
+from llm2clip_training.stages.pushing import PushingTrainer
+from modeling_llm2clip import LLM2CLIPTextModel
+from tests.loopback_hub import CUT, READ_TOKEN, TOKEN, File, LoopbackHub, Repo
 from tests.stranger import HIDE
 from tests.training import tiny
 from tests.training.stages.conftest import Inputs
@@ -30,12 +31,6 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 encode = getattr(model, "encode_text", None) or model.encode
 print(tuple(encode(["a dog", "a cat"], tokenizer).shape), hasattr(model, "vision_model"))
 """
-
-
-@pytest.fixture
-def hub() -> Iterator[LoopbackHub]:
-    with LoopbackHub() as server:
-        yield server
 
 
 def train(hub: LoopbackHub, stage: str, fields: dict[str, Any], repo: str, home: Path, **changes: Any) -> None:
@@ -65,12 +60,8 @@ def commit_of(repo: Repo, message: str) -> str:
 
 
 @pytest.mark.slow
-def test_both_stages_push_as_they_train(
-    hub: LoopbackHub, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_stages_push_as_they_train(hub: LoopbackHub, inputs: Inputs, tmp_path: Path) -> None:
     """Stage 1 merged and in mid-run, then stage 2 on the LLM that was pushed, by its Hub id."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     HfApi(endpoint=hub.url, token=TOKEN).create_repo("tester/base")
     HfApi(endpoint=hub.url, token=TOKEN).upload_folder(repo_id="tester/base", folder_path=inputs.llm)
     stage1 = tiny.stage1_fields(tmp_path / "text", "tester/base") | {"max_steps": 4}
@@ -115,8 +106,140 @@ def test_both_stages_push_as_they_train(
     assert data["base_model"] == ["tester/llm"]
     assert data["model-index"][0]["results"][0]["dataset"]["split"] == "validation"
     assert data["my_key"] == 1
+    assert "LICENSE" in clip.files()
     # The run's own files stay at home.
     assert not [name for name in clip.files() if name.startswith("checkpoint-") or name.endswith(".bin")]
+
+
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training waits for every push in mid-training, so that none is left out."""
+    push = PushingTrainer._push_from_checkpoint
+
+    def and_wait(self: PushingTrainer, folder: str) -> None:
+        push(self, folder)
+        self._finish_current_push()
+
+    monkeypatch.setattr(PushingTrainer, "_push_from_checkpoint", and_wait)
+
+
+def stage1(inputs: Inputs, tmp_path: Path, **fields: Any) -> int:
+    """The exit code of a run without LoRA that pushes to tester/llm from this process."""
+    pushing = {"push_to_hub": True, "hub_model_id": "tester/llm", "hub_token": TOKEN, "hub_strategy": "end"}
+    changes = {"lora_rank": 0, "max_steps": 2, "save_steps": 1, **pushing, **fields}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny.stage1_fields(tmp_path / "text", inputs.llm) | changes))
+    return cli.main(["stage1", str(recipe)])
+
+
+def below(folder: str, files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name.partition("/")[2]: value for name, value in files.items() if name.startswith(f"{folder}/")}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "pushed"),
+    [
+        ("checkpoint", {"last-checkpoint": "checkpoint-2"}),
+        ("all_checkpoints", {"checkpoint-1": "checkpoint-1", "checkpoint-2": "checkpoint-2"}),
+    ],
+)
+@pytest.mark.usefixtures("waiting")
+def test_checkpoints_are_pushed_as_they_are(
+    strategy: str, pushed: dict[str, str], hub: LoopbackHub, inputs: Inputs, tmp_path: Path
+) -> None:
+    """Whole, so that a run goes on from what the Hub has, and beside a model that loads."""
+    assert stage1(inputs, tmp_path, hub_strategy=strategy) == 0
+    repo = hub.repo("tester/llm")
+    folders = {name.split("/")[0] for name in repo.files() if "checkpoint" in name}
+    assert folders == set(pushed)
+    for folder, local in pushed.items():
+        files = below(folder, repo.files())
+        assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= set(files)
+        assert files == {path.name: path.read_bytes() for path in (tmp_path / "text" / local).iterdir()}
+    step = repo.commits[commit_of(repo, "Training in progress, step 1")]
+    assert {"model.safetensors", "modeling_llm2clip_text.py", "tokenizer.json", CARD, "LICENSE"} <= set(step)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "tester/llm holds a model of type 'bert', and this model is 'llm2clip_text_model'; push to another repo"),
+        ({"hub_model_id": "tester/timm"}, "tester/timm holds weights.bin, but no config.json"),
+        ({"hub_private_repo": True}, "tester/llm is there already and is public: make it private in its settings"),
+        (
+            {"hub_model_id": "tester/mine", "hub_token": READ_TOKEN},
+            "tester/mine: the token may not do this: it needs write access",
+        ),
+        (
+            {"hub_model_id": "tester/mine", "hub_token": "hf_wrong"},
+            "tester/mine: the token is missing or not valid: log in with `hf auth login`",
+        ),
+        ({"hub_model_id": "someone-else/llm"}, "someone-else/llm: the token may not do this: it needs write access"),
+    ],
+)
+def test_what_the_hub_will_not_take_is_said_before_training(
+    fields: dict[str, Any], message: str, hub: LoopbackHub, inputs: Inputs, tmp_path: Path, capsys: Any
+) -> None:
+    for name, file in (
+        ("llm", {"config.json": b'{"model_type": "bert"}'}),
+        ("timm", {"weights.bin": b"x"}),
+        ("mine", {CARD: b"My model."}),
+    ):
+        HfApi(token=TOKEN).create_repo(f"tester/{name}")
+        repo = hub.repo(f"tester/{name}")
+        repo.commit("main", {path: File(content, lfs=False) for path, content in file.items()}, "theirs")
+    assert stage1(inputs, tmp_path, **fields) == 2
+    assert message in capsys.readouterr().err
+    assert all(repo.messages == ["initial commit", "theirs"] for repo in hub.repos.values())
+    assert not list((tmp_path / "text").glob("*.safetensors"))
+
+
+def test_a_hub_that_is_down_is_one_error(
+    hub: LoopbackHub, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.fail_next("POST", "/api/repos/create", CUT, times=20)
+    assert stage1(inputs, tmp_path) == 2
+    assert "llm2clip stage1: error: tester/llm: the connection broke" in capsys.readouterr().err
+
+
+def test_push_finishes_a_run_that_was_cut_off_at_its_end(
+    hub: LoopbackHub,
+    inputs: Inputs,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub.fail_next("POST", "/commit/", CUT, times=20)
+    assert stage1(inputs, tmp_path, hub_revision="experiment") == 2
+    folder = tmp_path / "text"
+    command = f"llm2clip push {folder} tester/llm --revision experiment"
+    said = capsys.readouterr().err
+    assert "tester/llm: the connection broke" in said
+    assert f"The result is in {folder}; `{command}` uploads it." in said
+    hub.failures.clear()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert cli.main([*command.split()[1:], "--validate", "false"]) == 0
+    files = hub.repo("tester/llm").files("experiment")
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert files["LICENSE"] == (folder / "LICENSE").read_bytes()
+    assert not [name for name in files if "checkpoint" in name or name.endswith(".bin")]
+    assert not hub.repo("tester/llm").files()
+    for name, content in files.items():
+        (tmp_path / "there" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "there" / name).write_bytes(content)
+    assert LLM2CLIPTextModel.from_pretrained(tmp_path / "there").config.max_text_length == 64
+
+
+@pytest.mark.usefixtures("waiting")
+def test_a_push_that_fails_in_mid_training_is_told_and_made_good(
+    hub: LoopbackHub, inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.fail_next("POST", "/commit/", 413)
+    assert stage1(inputs, tmp_path, hub_strategy="every_save") == 0
+    told = [record.getMessage() for record in caplog.records if "a push in mid-training failed" in record.message]
+    assert len(told) == 1
+    assert "tester/llm: a file is too large for the Hub" in told[0]
+    assert hub.repo("tester/llm").messages[1:] == ["Training in progress, step 2", "End of training"]
 
 
 def test_a_local_llm_is_refused_before_training(inputs: Inputs, tmp_path: Path, capsys: Any) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import datasets
 import evaluate
+import numpy as np
 import torch
 
 from llm2clip_training.evaluation import retrieval_metrics
@@ -17,9 +18,9 @@ INPUTS = """
 Args:
     text_embeds: One text embedding per pair of a text and an image that belong together.
     image_embeds: The image embedding of each pair.
-    image_ids: For every row, which image that is, where one image has several texts. Goes to compute(), also after
-        add_batch().
-    text_ids: For every row, which text that is, where one text has several images.
+    image_ids: For every row, which image that is, where one image has several texts: numbers or strings, such as file
+        names. Goes to compute(), also after add_batch().
+    text_ids: For every row, which text that is, where one text has several images: numbers or strings.
     ks: The k of recall@k; (1, 5, 10) by default.
 Returns:
     `text_to_image_recall@K`, `image_to_text_recall@K` (shares, 0 to 1), `_mean_rank` and `_median_rank` of both
@@ -50,13 +51,11 @@ class RetrievalRecall(evaluate.Metric):
         return metrics
 
 
-def _distinct(embeds: torch.Tensor, ids: Sequence[int] | None, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _distinct(embeds: torch.Tensor, ids: Sequence[int | str] | None, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The first embedding of every id, and each row's index into them."""
-    rows = torch.arange(len(embeds))
     if ids is None:
-        return embeds, rows
+        return embeds, torch.arange(len(embeds))
     if len(ids) != len(embeds):
         raise ValueError(f"there are {len(embeds)} rows, but {name} has {len(ids)}; give one id for every row.")
-    known, positions = torch.as_tensor(ids).unique(return_inverse=True)
-    first = torch.full((len(known),), len(rows)).scatter_reduce(0, positions, rows, "amin")
-    return embeds[first], positions
+    _, first, rows = np.unique(np.asarray(ids), return_index=True, return_inverse=True)
+    return embeds[torch.from_numpy(first)], torch.from_numpy(rows)
