@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
 import yaml
+from huggingface_hub import constants
 
 TOKEN, READ_TOKEN, USER = "hf_write", "hf_read", "tester"
 LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".jpg", ".parquet", ".arrow", ".tar")
@@ -127,6 +128,13 @@ class LoopbackHub:
         """Environment variables of a process that uses this hub, with an empty cache."""
         variables = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         return variables if token is None else {**variables, "HF_TOKEN": token}
+
+    def redirect(self, monkeypatch: Any, cache: Any) -> None:
+        """Make this process use this hub, with an empty cache; `datasets` has settings of its own."""
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        variables = {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(cache)}
+        for name, value in {**variables, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(constants, name, value)
 
     def fail_next(self, method: str, path: str, status: int, times: int = 1) -> None:
         """Answer the next requests whose path matches a pattern with an error, or with `CUT`: no answer at all."""

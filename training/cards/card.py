@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from llm2clip_training.cards.facts import EXAMPLE, CardFacts, Evaluation
+from llm2clip_training.cards.facts import EXAMPLE, VISION_TASK, CardFacts, Evaluation
 from llm2clip_training.cards.metadata import as_list, check_metadata
 from llm2clip_training.cards.sections import PAPER, sections
 from llm2clip_training.files import write_text
@@ -30,7 +30,7 @@ LOADED = re.compile(r'((?:from_pretrained\(|SentenceTransformer\(|snapshot_downl
 UNITED = ("tags", "base_model", "datasets")
 
 
-def licence_of(folder: Path | None) -> dict[str, str]:
+def licence_of(folder: Path | None) -> dict[str, Any]:
     """The licence that the card in a folder states, as fields of [`CardFacts`]; none where there is no card."""
     data = read_card(folder)[0] if folder else {}
     names = {"licence": "license", "licence_name": "license_name", "licence_link": "license_link"}
@@ -98,7 +98,8 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
     # Commas part the labels.
     labels = ", ".join(" ".join(caption.replace(",", " ").split()) for caption in facts.captions)
     widget = [{"src": EXAMPLE, "candidate_labels": labels}] if facts.has_example else None
-    tags = ["llm2clip", "clip", *([] if facts.is_adapter else ["sentence-transformers"]), f"arxiv:{PAPER}"]
+    is_encoder = facts.task != VISION_TASK and not facts.is_adapter
+    tags = ["llm2clip", "clip", *(["sentence-transformers"] if is_encoder else []), f"arxiv:{PAPER}"]
     data = ModelCardData(
         language=list(facts.languages) or None,
         license=facts.licence,
@@ -218,7 +219,7 @@ def validate_card(folder: Path) -> None:
     """
     if not (folder / CARD).is_file():
         raise FileNotFoundError(f"{folder} has no {CARD}; `llm2clip build` writes one.")
-    check_metadata(read_card(folder)[0])
+    check_metadata(read_card(folder)[0], folder / CARD)
     ModelCard.load(folder / CARD)
 
 

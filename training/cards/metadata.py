@@ -37,11 +37,12 @@ LANGUAGES = frozenset(
 )
 
 
-def check_metadata(data: Mapping[str, Any]) -> None:
+def check_metadata(data: Mapping[str, Any], subject: object = "the card") -> None:
     """Refuse a licence, languages or Hub ids that the Hub would not take.
 
     Args:
         data: Front matter of a card, or what will be; fields that are missing or empty are fine.
+        subject: Where they stand, for the message.
 
     Raises:
         ValueError: It names all that is wrong, and what to write.
@@ -55,7 +56,7 @@ def check_metadata(data: Mapping[str, Any]) -> None:
         if not _is_repo_id(value)
     ]
     if problems:
-        raise ValueError(f"the Hub does not take this card's metadata: {'; '.join(problems)}.")
+        raise ValueError(f"the Hub would not take the metadata of {subject}: {'; '.join(problems)}.")
 
 
 def as_list(value: Any) -> list[Any]:

@@ -69,11 +69,15 @@ def source_folder(config: BuildConfig) -> Path:
 
 
 def source_card(config: BuildConfig, source: Path) -> tuple[dict[str, Any], str]:
-    """Front matter and text of the source's card; what is asked for goes before what it says."""
+    """Front matter and text of the source's card, without what the settings say themselves.
+
+    Raises:
+        ValueError: The Hub would not take its metadata.
+    """
     data, text = read_card(source)
     asked = (*(LICENCE if config.license else ()), *(("language",) if config.languages else ()))
     data = {key: value for key, value in data.items() if key not in asked}
-    check_metadata(data)
+    check_metadata(data, source / CARD)
     return data, text
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard, constants, metadata_eval_result
+from huggingface_hub import ModelCard, metadata_eval_result
 from PIL import Image
 
 from llm2clip_training.cards import (
@@ -79,8 +79,7 @@ def test_the_hub_takes_what_is_written_and_not_what_is_refused_here(
         ({"base_models": [".."]}, r"base_model '\.\.' is no Hub id"),
     ]
     with LoopbackHub() as hub:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        hub.redirect(monkeypatch, tmp_path / "cache")
         for fields in good:
             (tmp_path / CARD).write_text(render(replace(FACTS, **fields)))
             validate_card(tmp_path)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-from huggingface_hub import constants
 
 from llm2clip_training.data import CaptionSource, data_revision, load_source
 from tests.loopback_hub import File, LoopbackHub, Repo
@@ -52,14 +51,11 @@ def test_files_patterns_and_urls(tmp_path: Path) -> None:
 def test_a_hub_id_gives_its_commit_online_and_from_the_cache(
     fields: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The loopback interface is all that is reached.
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     source = {"path": "someone/captions", **fields}
     with LoopbackHub() as hub:
+        hub.redirect(monkeypatch, tmp_path / "hub")
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
         repo = Repo("someone/captions", "dataset")
         commit = repo.commit("main", {"train.jsonl": File(b'{"caption": "a dog"}\n', lfs=False)}, "data")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 
 from llm2clip_training.cards import CARD
 from llm2clip_training.hub import build, push
@@ -37,21 +34,12 @@ print(json.dumps(shown))
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     # What is built is loaded by the reader here; test_build.py has the other process.
     monkeypatch.setattr(build, "_validate", lambda *_: 0.0)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     with LoopbackHub() as server:
+        server.redirect(monkeypatch, tmp_path / "publisher")
         yield server
-
-
-def llm2clip(hub: LoopbackHub, home: Path, *arguments: str | Path) -> None:
-    """Run a command in a process that uses the hub; this one found out at its start that there is none."""
-    environment = {**os.environ, **hub.environment(home / "publisher")}
-    command = [sys.executable, "-m", "llm2clip_training.cli", *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def read(hub: LoopbackHub, folder: Path, home: Path, picture: bool = False) -> list[str]:
@@ -110,6 +98,6 @@ def test_an_adapter_whose_llm_is_on_the_hub(hub: LoopbackHub, tmp_path: Path) ->
     tower.decoder = peft.get_peft_model(tower.decoder, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     tower.decoder.peft_config["default"].base_model_name_or_path = "tester/llm"
     save_text_tower(tower, tokenizer, tmp_path / "adapter")
-    llm2clip(hub, tmp_path, "build", tmp_path / "adapter", tmp_path / "out", "--merge-adapter", "false")
+    build.run(build.BuildConfig(str(tmp_path / "adapter"), str(tmp_path / "out"), merge_adapter=False))
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert read(hub, tmp_path / "out", tmp_path) == ["torch.Size([2, 32])\n"]
