@@ -17,10 +17,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
+import yaml
+from huggingface_hub import constants
+
 TOKEN, READ_TOKEN, USER = "hf_write", "hf_read", "tester"
 LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".jpg", ".parquet", ".arrow", ".tar")
 CUT = -1
 DATE = "2026-01-01T00:00:00.000Z"
+# Some of those that the real one knows.
+LICENCES = ("apache-2.0", "gemma", "llama3.1", "mit", "other")
+FIELDS = {"language": r"[a-z]{2,3}|code|multilingual", "datasets": r"(\w[\w.-]*/)?\w[\w.-]*"}
+FIELDS["base_model"] = FIELDS["datasets"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,13 @@ class LoopbackHub:
         variables = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         return variables if token is None else {**variables, "HF_TOKEN": token}
 
+    def redirect(self, monkeypatch: Any, cache: Any) -> None:
+        """Make this process use this hub, with an empty cache; `datasets` has settings of its own."""
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        variables = {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(cache)}
+        for name, value in {**variables, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(constants, name, value)
+
     def fail_next(self, method: str, path: str, status: int, times: int = 1) -> None:
         """Answer the next requests whose path matches a pattern with an error, or with `CUT`: no answer at all."""
         self.failures.append(Failure(method, path, status, times))
@@ -132,6 +146,29 @@ class LoopbackHub:
     def uploads(self) -> list[str]:
         """Paths of the LFS objects that were received."""
         return [path for method, path, status in self.requests if method == "PUT" and status == 200]
+
+
+def metadata_errors(card: str) -> list[str]:
+    """What the real one has against the front matter of a model's card."""
+    match = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
+    data = yaml.safe_load(match[1]) if match else {}
+    errors = [] if data.get("license", "mit") in LICENCES else ['"license" must be one of ' + ", ".join(LICENCES)]
+    if data.get("license") == "other" and not {"license_name", "license_link"} <= set(data):
+        errors.append('"license_name" and "license_link" are required')
+    for field_name, pattern in FIELDS.items():
+        values = data.get(field_name) or []
+        for value in values if isinstance(values, list) else [values]:
+            if not re.fullmatch(pattern, str(value)):
+                errors.append(f'"{field_name}" with value "{value}" is not valid')
+    for entry in data.get("model-index") or []:
+        if not entry.get("name"):
+            errors.append('"model-index[0].name" is required')
+        for result in entry.get("results", []):
+            needed = [result.get("task", {}).get("type"), *map((result.get("dataset") or {}).get, ("type", "name"))]
+            needed += [metric.get(key) for metric in result["metrics"] for key in ("type", "value")]
+            if any(value is None for value in needed):
+                errors.append('"model-index[0].results" lacks a type, name or value')
+    return errors
 
 
 class Answer:
@@ -210,7 +247,8 @@ class Answer:
             auth = {"accessToken": {"role": role, "displayName": "test"}}
             return self.send(200, {"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": auth})
         if self.path == "/api/validate-yaml":
-            return self.send(200, {"errors": [], "warnings": []})
+            errors = [{"message": message} for message in metadata_errors(json.loads(body)["content"])]
+            return self.send(400 if errors else 200, {"errors": errors, "warnings": []})
         if self.path == "/api/repos/create":
             return self.create(json.loads(body))
         if match := re.fullmatch(r"/_lfs/([0-9a-f]{64})", self.path):

@@ -20,20 +20,21 @@ sys.meta_path.insert(0, Hide())
 """
 
 
-def answer(code: str, *arguments: str | Path, home: Path) -> Any:
+def answer(code: str, *arguments: str | Path, home: Path, environment: dict[str, str] | None = None) -> Any:
     """What `code` prints, read as JSON.
 
     Args:
         code: Python; its arguments are in `sys.argv[1:]`.
         arguments: They.
         home: An empty folder: its working directory, and where it caches.
+        environment: Variables; the default is offline.
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "huggingface")}
+    variables = environment or {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "huggingface")}
     result = subprocess.run(
         [sys.executable, "-I", "-c", HIDE + code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, **variables},
         cwd=home,
     )
     assert result.returncode == 0, result.stderr[-3000:]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm2clip_training import cli
+from llm2clip_training.data import data_revision
 from modeling_llm2clip import LLM2CLIPModel
 from tests.modeling import tiny as tiny_models
 from tests.training import tiny
@@ -74,6 +75,7 @@ def test_evaluate_retrieval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "text_to_image_recall@1: " in capsys.readouterr().out
     metrics = json.loads(result.read_text())
     assert metrics["num_images"] == 24
+    assert metrics["data"]["revision"] == data_revision(tiny.CONCEPTS)
     assert 0 < metrics["num_texts"] <= 24
 
 

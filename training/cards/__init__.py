@@ -14,6 +14,7 @@ from llm2clip_training.cards.card import (
 from llm2clip_training.cards.curves import write_curves
 from llm2clip_training.cards.describe import base_models, summary
 from llm2clip_training.cards.facts import CURVES, EXAMPLE, JOINT_TASK, TEXT_TASK, VISION_TASK, CardFacts, Evaluation
+from llm2clip_training.cards.metadata import check_metadata
 
 __all__ = [
     "CARD",
@@ -25,6 +26,7 @@ __all__ = [
     "CardFacts",
     "Evaluation",
     "base_models",
+    "check_metadata",
     "licence_of",
     "merge_cards",
     "read_card",

@@ -16,7 +16,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from llm2clip_training.cards.facts import EXAMPLE, CardFacts, Evaluation
+from llm2clip_training.cards.facts import EXAMPLE, VISION_TASK, CardFacts, Evaluation
+from llm2clip_training.cards.metadata import as_list, check_metadata
 from llm2clip_training.cards.sections import PAPER, sections
 from llm2clip_training.files import write_text
 
@@ -24,15 +25,16 @@ CARD = "README.md"
 PEFT_TEMPLATE = "# Model Card for Model ID"
 SECTION = re.compile(r"<!-- llm2clip:(\w+) ([0-9a-f]{12}) -->\n(.*?)\n?<!-- /llm2clip:\1 -->", re.DOTALL)
 # What the snippets load.
-LOADED = re.compile(r'((?:from_pretrained\(|SentenceTransformer\(|snapshot_download\(|model=)")[^"]*(")')
+LOADED = re.compile(r'((?:from_pretrained\(|SentenceTransformer\(|snapshot_download\(|cached_file\(|model=)")[^"]*(")')
 # Of these lists a later card keeps what is there and adds what is new.
 UNITED = ("tags", "base_model", "datasets")
 
 
-def licence_of(folder: Path | None) -> str | None:
-    """The licence that the card in a folder states, if there is one."""
-    licence = read_card(folder)[0].get("license") if folder else None
-    return str(licence) if licence else None
+def licence_of(folder: Path | None) -> dict[str, Any]:
+    """The licence that the card in a folder states, as fields of [`CardFacts`]; none where there is no card."""
+    data = read_card(folder)[0] if folder else {}
+    names = {"licence": "license", "licence_name": "license_name", "licence_link": "license_link"}
+    return {name: str(data[key]) for name, key in names.items() if data.get(key)}
 
 
 def read_card(folder: Path) -> tuple[dict[str, Any], str]:
@@ -96,10 +98,13 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
     # Commas part the labels.
     labels = ", ".join(" ".join(caption.replace(",", " ").split()) for caption in facts.captions)
     widget = [{"src": EXAMPLE, "candidate_labels": labels}] if facts.has_example else None
-    tags = ["llm2clip", "clip", *([] if facts.is_adapter else ["sentence-transformers"]), f"arxiv:{PAPER}"]
+    is_encoder = facts.task != VISION_TASK and not facts.is_adapter
+    tags = ["llm2clip", "clip", *(["sentence-transformers"] if is_encoder else []), f"arxiv:{PAPER}"]
     data = ModelCardData(
         language=list(facts.languages) or None,
         license=facts.licence,
+        license_name=facts.licence_name,
+        license_link=facts.licence_link,
         base_model=list(facts.base_models) or None,
         datasets=list(facts.datasets) or None,
         library_name="transformers",
@@ -134,7 +139,7 @@ def _eval_results(evaluation: Evaluation, pipeline_tag: str) -> list[EvalResult]
 def _merge_data(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     merged = {**new, **old}
     for key in UNITED:
-        values = [*_as_list(old.get(key)), *_as_list(new.get(key))]
+        values = [*as_list(old.get(key)), *as_list(new.get(key))]
         if values:
             merged[key] = list(dict.fromkeys(values))
     if "model-index" in new:
@@ -150,10 +155,6 @@ def _measured(result: dict[str, Any]) -> tuple[Any, ...]:
     """What a result of a model-index was measured on."""
     dataset = result.get("dataset") or {}
     return ((result.get("task") or {}).get("name"), *(dataset.get(key) for key in ("type", "config", "split")))
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 def _marked(name: str, content: str) -> str:
@@ -218,7 +219,7 @@ def validate_card(folder: Path) -> None:
     """
     if not (folder / CARD).is_file():
         raise FileNotFoundError(f"{folder} has no {CARD}; `llm2clip build` writes one.")
-    read_card(folder)
+    check_metadata(read_card(folder)[0], folder / CARD)
     ModelCard.load(folder / CARD)
 
 

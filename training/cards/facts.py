@@ -49,6 +49,8 @@ class CardFacts:
         repo: Hub id or folder that the snippets load.
         summary: One or two sentences after the title.
         licence: Licence of the weights, in the Hub's spelling.
+        licence_name: Name of a licence that the Hub calls `other`.
+        licence_link: Its address, or a file of the repo.
         base_models: Hub ids of what the model was made of.
         datasets: Hub ids of the training data.
         languages: ISO codes of the languages of the captions.
@@ -66,6 +68,8 @@ class CardFacts:
     repo: str
     summary: str
     licence: str | None = None
+    licence_name: str | None = None
+    licence_link: str | None = None
     base_models: Sequence[str] = ()
     datasets: Sequence[str] = ()
     languages: Sequence[str] = ()

@@ -22,41 +22,57 @@ CITATION = """```bibtex
 ```"""
 RECALLS = ("recall@1", "recall@5", "recall@10")
 DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text", "": "query → target"}
-PICTURE, CAPTIONS = "picture.jpg", ("a photo of a dog", "a photo of a cat")
+# Of a folder as well as of a repo on the Hub.
+EXAMPLE_PICTURE = f'cached_file("{{repo}}", "{EXAMPLE}")'
+EXAMPLE_IMPORT = "from transformers.utils import cached_file\n"
+OWN_PICTURE = '"picture.jpg"  # an image file of yours'
+CAPTIONS = ("a photo of a dog", "a photo of a cat")
 
 JOINT = """```python
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
-
+{imports}
 model = AutoModel.from_pretrained("{repo}", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{repo}", trust_remote_code=True)
+picture = {picture}
 captions = {captions}
-inputs = processor(text=captions, images=Image.open("{picture}"), return_tensors="pt")
+inputs = processor(text=captions, images=Image.open(picture), return_tensors="pt")
 print(model(**inputs).logits_per_image.softmax(dim=-1))
 ```
 
 ```python
 from transformers import pipeline
-
+{imports}
 classify = pipeline("zero-shot-image-classification", model="{repo}", trust_remote_code=True)
-print(classify("{picture}", candidate_labels={captions}, hypothesis_template="{{}}"))
+picture = {picture}
+print(classify(picture, candidate_labels={captions}, hypothesis_template="{{}}"))
 ```
 
 ```python
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-
+{imports}
 model = SentenceTransformer("{repo}", trust_remote_code=True)
-print(model.similarity(model.encode([Image.open("{picture}")]), model.encode({captions})))
+picture = {picture}
+print(model.similarity(model.encode([Image.open(picture)]), model.encode({captions})))
 ```"""
 VISION = """```python
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
-
+{imports}
 model = AutoModel.from_pretrained("{repo}", trust_remote_code=True)
 processor = AutoImageProcessor.from_pretrained("{repo}")
-output = model(**processor(images=Image.open("{picture}"), return_tensors="pt"))
+picture = {picture}
+output = model(**processor(images=Image.open(picture), return_tensors="pt"))
 print(output.pooler_output.shape, output.last_hidden_state.shape)
+```
+
+```python
+from transformers import pipeline
+{imports}
+extract = pipeline("image-feature-extraction", model="{repo}", trust_remote_code=True)
+picture = {picture}
+print(extract(picture, pool=True, return_tensors=True).shape)
 ```"""
 TEXT = """```python
 from transformers import AutoModel, AutoTokenizer
@@ -65,6 +81,14 @@ model = AutoModel.from_pretrained("{repo}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)
 embeddings = model.encode({captions}, tokenizer)
 print(embeddings.shape)
+```
+
+```python
+from transformers import pipeline
+
+extract = pipeline("feature-extraction", model="{repo}", trust_remote_code=True)
+states = extract({captions}, return_tensors=True)  # of every token, before they are averaged
+print([state.shape for state in states])
 ```
 
 ```python
@@ -109,7 +133,8 @@ def _use(facts: CardFacts) -> str:
     snippets = ADAPTER if facts.is_adapter else {JOINT_TASK: JOINT, TEXT_TASK: TEXT}.get(facts.task, VISION)
     filled = snippets.format(
         repo=facts.repo,
-        picture=EXAMPLE if facts.has_example else PICTURE,
+        imports=EXAMPLE_IMPORT if facts.has_example else "",
+        picture=EXAMPLE_PICTURE.format(repo=facts.repo) if facts.has_example else OWN_PICTURE,
         captions=_literal(facts.captions or CAPTIONS),
     )
     picture = f"\n\n![A picture]({EXAMPLE})" if facts.has_example else ""
@@ -163,9 +188,11 @@ def _limits(facts: CardFacts) -> str:
         JOINT_TASK: "Retrieval between images and captions, and classification with labels in words.",
         TEXT_TASK: "Embedding captions, above all for an LLM2CLIP model whose adapter was trained with this LLM.",
     }.get(facts.task, "Embedding images, and as the vision tower of a multimodal LLM.")
+    name = facts.licence_name or facts.licence
+    name = f"[{name}]({facts.licence_link})" if facts.licence_link else name
     licence = (
-        f"The licence of the weights is {facts.licence}."
-        if facts.licence
+        f"The licence of the weights is {name}."
+        if name
         else "The licence of the weights is not stated: look up that of the models that it was made of."
     )
     caution = (

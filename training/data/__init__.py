@@ -25,6 +25,7 @@ from .pair_batches import PairBatchSampler
 from .pair_collator import PairCollator
 from .pairs import PairDataset, PairSource
 from .records import CaptionError, DamagedImageError, SampleError, SkippedSample, caption_id, clean_caption
+from .revisions import data_revision
 from .sampling import SampleIndex, SampleIndexBatchSampler
 from .sources import CaptionSource, SourceError, load_source
 
@@ -61,6 +62,7 @@ __all__ = [
     "caption_batches",
     "caption_id",
     "clean_caption",
+    "data_revision",
     "decode_image",
     "decode_tensor",
     "distinct_captions",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor
 
-from llm2clip_training.data import CaptionSource, EmbeddingCache, PairSource
+from llm2clip_training.data import CaptionSource, EmbeddingCache, PairSource, data_revision
 from llm2clip_training.evaluation.caption_pairs import CaptionRetrieval
 from llm2clip_training.evaluation.image_text import ImageTextRetrieval
 from llm2clip_training.files import write_json
@@ -66,9 +66,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(f"on_error must be 'raise' or 'skip', not {config.on_error!r}.")
     metrics = _retrieval(config) if config.task == "retrieval" else _caption_retrieval(config)
     if config.output and process_state().is_main_process:
-        write_json(
-            config.output, {"model": config.model, "task": config.task, "data": _source_fields(config), **metrics}
-        )
+        data = _source_fields(config)
+        data["revision"] = data_revision(data)
+        write_json(config.output, {"model": config.model, "task": config.task, "data": data, **metrics})
     return metrics
 
 

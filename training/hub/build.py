@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,24 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PretrainedConfig
 
 from llm2clip_training.cards import (
-    CARD,
-    CURVES,
     EXAMPLE,
     JOINT_TASK,
     TEXT_TASK,
     VISION_TASK,
-    CardFacts,
     Evaluation,
-    base_models,
-    read_card,
-    render,
-    summary,
-    write_curves,
+    check_metadata,
 )
+from llm2clip_training.data import DamagedImageError, decode_image
 from llm2clip_training.files import appearing_folder, refuse_existing, write_json, write_licence, write_text
-from llm2clip_training.hub.validation import CAPTIONS, compare_with_stranger, sample_picture
+from llm2clip_training.hub.build_card import (
+    LICENCE,
+    copy_curves,
+    read_results,
+    source_card,
+    source_folder,
+    write_built_card,
+)
+from llm2clip_training.hub.validation import CAPTIONS, compare_with_stranger, sample_llm_embeds, sample_picture
 from llm2clip_training.sentence_transformers import write_sentence_transformers_files
 from llm2clip_training.towers import hub_ids, is_hub_id, save_text_tower
 from modeling_llm2clip import (
@@ -43,9 +44,6 @@ from modeling_llm2clip import (
 )
 
 logger = logging.getLogger(__name__)
-
-HISTORY = "trainer_state.json"
-TASK_TITLES = {"retrieval": "image-text retrieval", "caption_retrieval": "caption retrieval"}
 
 
 @dataclass
@@ -78,6 +76,10 @@ class BuildConfig:
         default=None, metadata={"help": "Hub id in the card's snippets; unset: the folder, until `llm2clip push`."}
     )
     license: str | None = field(default=None, metadata={"help": "Licence of the weights, in the Hub's spelling."})
+    license_name: str | None = field(default=None, metadata={"help": "Name of the licence, with --license other."})
+    license_link: str | None = field(
+        default=None, metadata={"help": "Address of that licence, or its file in the folder."}
+    )
     base_models: list[str] = field(default_factory=list, metadata={"help": "Hub ids of what the model was made of."})
     datasets: list[str] = field(default_factory=list, metadata={"help": "Hub ids of the training data."})
     languages: list[str] = field(default_factory=list, metadata={"help": "ISO codes of the captions' languages."})
@@ -98,6 +100,18 @@ class BuildConfig:
             value = getattr(self, name)
             if value is not None and not is_hub_id(value):
                 raise ValueError(f"{name} {value!r} is no Hub id (OWNER/NAME).")
+        if not all(caption.strip() for caption in self.example_captions):
+            raise ValueError(f"an example caption is empty: {self.example_captions}.")
+        if (self.license_name or self.license_link) and self.license != "other":
+            raise ValueError("license_name and license_link go with license: other.")
+        check_metadata(
+            {
+                **{name: getattr(self, name) for name in LICENCE},
+                "language": self.languages,
+                "datasets": self.datasets,
+                "base_model": self.base_models,
+            }
+        )
 
 
 @dataclass
@@ -137,7 +151,10 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     refuse_existing(destination, config.overwrite)
     results = [*(evaluations or []), *(read_results(Path(path)) for path in config.results)]
     example = _open_picture(config.example_image)
-    loaded = _load(config)
+    fields = _fields(config)
+    source = source_folder(config)
+    card = source_card(config, source)
+    loaded = _load(config, fields)
     with appearing_folder(destination, config.overwrite) as folder:
         _save(loaded, config, folder)
         picture = example or sample_picture()
@@ -145,7 +162,7 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
         difference = _validate(loaded, folder, picture, captions)
         if example is not None:
             example.save(folder / EXAMPLE)
-        _write_card(config, loaded, folder, results)
+        write_built_card(config, loaded, card, results, copy_curves(source, folder), folder)
         write_licence(folder)
         if config.code_repo is not None:
             _refer_to_code(folder, config.code_repo)
@@ -177,10 +194,16 @@ def _model_type(name: str, fields: dict[str, Any]) -> str:
     return str(model_type)
 
 
-def _load(config: BuildConfig) -> Loaded:
+def _fields(config: BuildConfig) -> dict[str, Any]:
+    """The source's config.json, after a look at what it is."""
+    fields, _ = PretrainedConfig.get_config_dict(config.model, revision=config.revision)
+    _model_type(config.model, fields)
+    return fields
+
+
+def _load(config: BuildConfig, fields: dict[str, Any]) -> Loaded:
     options: dict[str, Any] = {"revision": config.revision}
-    fields, _ = PretrainedConfig.get_config_dict(config.model, **options)
-    if _model_type(config.model, fields) == LLM2CLIPTextConfig.model_type:
+    if fields["model_type"] == LLM2CLIPTextConfig.model_type:
         model: Any = LLM2CLIPTextModel.from_pretrained(config.model, **options).eval()
         if _merges(config, model):
             model.merge_adapter()
@@ -233,13 +256,15 @@ def validate(folder: Path) -> float:
     Raises:
         RuntimeError: It does not load there, or gives other outputs.
     """
-    loaded = _load(BuildConfig(model=str(folder), merge_adapter=False))
+    config = BuildConfig(model=str(folder), merge_adapter=False)
+    loaded = _load(config, _fields(config))
     return _validate(loaded, folder, sample_picture(), list(CAPTIONS))
 
 
 def _validate(loaded: Loaded, folder: Path, picture: Image.Image, captions: list[str]) -> float:
     model, processor, expected = loaded.model, loaded.processor, dict[str, Tensor]()
     texts = captions if loaded.with_captions else []
+    embeds, loading = None, dict[str, Any]()
     takes_pictures = loaded.task != TEXT_TASK
     image_processor = getattr(processor, "image_processor", processor)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -252,72 +277,21 @@ def _validate(loaded: Loaded, folder: Path, picture: Image.Image, captions: list
             expected["text"] = model(**batch).pooler_output
         if texts and takes_pictures:
             expected["logits"] = model(**pixels, **batch).logits_per_image
-    loading = {"text_model": False} if loaded.task == JOINT_TASK and not texts else {}
-    return compare_with_stranger(folder, expected, picture if takes_pictures else None, texts, **loading)
-
-
-def read_results(path: Path) -> Evaluation:
-    """The results of a run of `llm2clip evaluate --output`.
-
-    Raises:
-        ValueError: The file holds no such results.
-    """
-    try:
-        fields: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict) or not isinstance(fields.get("data"), dict) or "task" not in fields:
-        raise ValueError(f"{path} holds no results of `llm2clip evaluate --output`.")
-    data = fields["data"]
-    # A folder's name, since its path says nothing to others.
-    dataset = str(data["path"]) if hub_ids(str(data["path"])) else Path(data["path"]).name
-    metrics = {key: value for key, value in fields.items() if isinstance(value, (int, float))}
-    note = ", ".join(data.get("caption_columns") or ())
-    task = TASK_TITLES.get(fields["task"], str(fields["task"]))
-    return Evaluation(task, dataset, str(data.get("split")), data.get("revision"), metrics, note)
+        if loaded.task == JOINT_TASK and not texts:
+            # The adapter is checked without its LLM.
+            embeds = sample_llm_embeds(model.config.text_config.hidden_size)
+            expected["text"] = model.get_text_features(llm_embeds=embeds).pooler_output
+            loading["text_model"] = False
+    return compare_with_stranger(folder, expected, picture if takes_pictures else None, texts, embeds, **loading)
 
 
 def _open_picture(path: str | None) -> Image.Image | None:
     if path is None:
         return None
     try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise OSError(f"the example picture {path} cannot be read: {error}") from error
-
-
-def _write_card(config: BuildConfig, loaded: Loaded, folder: Path, results: list[Evaluation]) -> None:
-    source = Path(config.model)
-    has_curves = False
-    if (source / CURVES).is_file():
-        shutil.copy(source / CURVES, folder / CURVES)
-        has_curves = True
-    elif (source / HISTORY).is_file():
-        history = json.loads((source / HISTORY).read_text(encoding="utf-8"))["log_history"]
-        has_curves = write_curves(folder, history)
-    data, text = read_card(source) if source.is_dir() else ({}, "")
-    # What is asked for goes before what the source's card says.
-    for key, asked in (("license", config.license), ("language", config.languages)):
-        if asked:
-            data.pop(key, None)
-    name = config.name or Path(config.destination).name
-    facts = CardFacts(
-        name=name,
-        task=loaded.task,
-        repo=config.repo_id or config.destination,
-        summary=summary(loaded.model),
-        licence=config.license or data.get("license"),
-        base_models=config.base_models or hub_ids(*base_models(loaded.model.config)),
-        datasets=config.datasets,
-        languages=config.languages,
-        evaluations=results,
-        captions=config.example_captions,
-        has_example=(folder / EXAMPLE).is_file(),
-        has_curves=has_curves,
-        is_adapter=getattr(loaded.model, "has_adapter", False),
-    )
-    # The Trainer knew its recipe.
-    write_text(folder / CARD, render(facts, data, text, keep=["training"]))
+        return decode_image(path, path)
+    except DamagedImageError as error:
+        raise ValueError(f"the example picture {path} cannot be read: {error.reason}.") from error
 
 
 def _refer_to_code(folder: Path, repo: str) -> None:
@@ -342,4 +316,4 @@ def _with_code_repo(fields: Any, repo: str) -> Any:
     }
 
 
-__all__ = ["BuildConfig", "count_parameters", "read_results", "run", "validate"]
+__all__ = ["BuildConfig", "count_parameters", "run", "validate"]

@@ -109,8 +109,8 @@ def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) 
         task=JOINT_TASK if plan.model_class is LLM2CLIPModel else VISION_TASK,
         repo=folder.name,
         summary=f"Converted from {config.source} ({plan.recognised}) with llm2clip.",
-        licence=licence_of(checkpoint.folder),
         base_models=hub_ids(config.source, plan.text_model),
+        **licence_of(checkpoint.folder),
     )
     write_card(folder, facts)
     _verify(folder, plan)

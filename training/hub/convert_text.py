@@ -78,8 +78,8 @@ def convert_text_tower(
         task=TEXT_TASK,
         repo=folder.name,
         summary=f"A caption encoder, converted from {source} ({recognised}) with llm2clip.",
-        licence=licence_of(checkpoint.folder),
         base_models=hub_ids(source, *adapters),
+        **licence_of(checkpoint.folder),
     )
     write_card(folder, facts)
     return {"recognised": "an LLM", "prompt": prefix + "..." + suffix}

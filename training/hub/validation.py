@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 TOLERANCE = 1e-5
@@ -31,7 +31,7 @@ class Hide:
 sys.meta_path.insert(0, Hide())
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
 task = json.loads(sys.argv[1])
@@ -46,6 +46,8 @@ with torch.inference_mode():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         batch = tokenizer(task["captions"], padding=True, return_tensors="pt")
         found["text"] = model(**batch).pooler_output
+    if task["llm_embeds"]:
+        found["text"] = model.get_text_features(llm_embeds=load_file(task["llm_embeds"])["embeds"]).pooler_output
 if task["image"] and task["captions"]:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     inputs = processor(text=task["captions"], images=pictures, return_tensors="pt")
@@ -56,7 +58,11 @@ save_file({name: value.float().contiguous() for name, value in found.items()}, t
 
 
 def stranger_outputs(
-    folder: Path, image: Image.Image | None, captions: Sequence[str], **loading: Any
+    folder: Path,
+    image: Image.Image | None,
+    captions: Sequence[str],
+    llm_embeds: Tensor | None = None,
+    **loading: Any,
 ) -> dict[str, Any]:
     """What a new process makes of a folder.
 
@@ -64,6 +70,7 @@ def stranger_outputs(
         folder: A saved model with its processor or tokenizer.
         image: A picture, for a model that takes pictures.
         captions: Captions, for a model that reads captions.
+        llm_embeds: `(batch, hidden_size)`, in place of captions for a joint model without its LLM.
         loading: Arguments of `from_pretrained`.
 
     Returns:
@@ -74,10 +81,13 @@ def stranger_outputs(
     """
     with tempfile.TemporaryDirectory() as scratch:
         task: dict[str, Any] = {"folder": str(folder.resolve()), "captions": list(captions), "loading": loading}
-        task |= {"image": None, "output": str(Path(scratch) / "found.safetensors")}
+        task |= {"image": None, "llm_embeds": None, "output": str(Path(scratch) / "found.safetensors")}
         if image is not None:
             task["image"] = str(Path(scratch) / "image.png")
             image.save(task["image"])
+        if llm_embeds is not None:
+            task["llm_embeds"] = str(Path(scratch) / "llm_embeds.safetensors")
+            save_file({"embeds": llm_embeds}, task["llm_embeds"])
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
         command = [sys.executable, "-c", STRANGER, json.dumps(task)]
         options: dict[str, Any] = {"env": environment, "cwd": scratch, "capture_output": True, "text": True}
@@ -95,7 +105,7 @@ def compare_with_stranger(folder: Path, expected: dict[str, Tensor], *inputs: An
     Args:
         folder: The folder.
         expected: The outputs of the model that was saved; see [`stranger_outputs`].
-        inputs: A picture or None, and captions.
+        inputs: A picture or None, captions, and the LLM's embeddings or None.
         loading: Arguments of `from_pretrained`.
 
     Returns:
@@ -122,4 +132,9 @@ def sample_picture(size: int = 96) -> Image.Image:
     return Image.fromarray((ramp * 7 % 251).to(torch.uint8).numpy())
 
 
-__all__ = ["CAPTIONS", "compare_with_stranger", "sample_picture", "stranger_outputs"]
+def sample_llm_embeds(width: int) -> Tensor:
+    """What an LLM might make of two captions, `(2, width)`, for models without theirs."""
+    return torch.arange(2 * width).reshape(2, width) * 7 % 251 / 125 - 1
+
+
+__all__ = ["CAPTIONS", "compare_with_stranger", "sample_llm_embeds", "sample_picture", "stranger_outputs"]

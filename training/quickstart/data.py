@@ -129,17 +129,6 @@ class QuickstartData:
         sources = [self.source(split, self.caption_columns) for split in splits]
         return sources + [self.test_source(column) for column in self.translations.values()]
 
-    def checksum(self) -> str | None:
-        """What identifies the content of a folder of data; None for a Hub id."""
-        folder = Path(self.path)
-        if not folder.is_dir():
-            return None
-        digest = hashlib.sha256()
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            digest.update(str(file.relative_to(folder)).encode())
-            digest.update(file.read_bytes())
-        return digest.hexdigest()[:16]
-
     def settings(self) -> dict[str, Any]:
         """What decides the data, as JSON values."""
         folder = Path(self.path)

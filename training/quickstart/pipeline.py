@@ -20,7 +20,7 @@ from transformers import AutoProcessor, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from llm2clip_training.cards import Evaluation
-from llm2clip_training.data import EmbeddingCache, distinct_captions
+from llm2clip_training.data import EmbeddingCache, data_revision, distinct_captions
 from llm2clip_training.evaluation import ImageTextRetrieval
 from llm2clip_training.files import write_json
 from llm2clip_training.gather import process_state
@@ -282,8 +282,9 @@ class Quickstart:
         """The final model's rows of the results table, for its card."""
         data, found = self.data, self.ledger.steps["stage2-stage1"]["result"]["retrieval"]
         dataset = data.path if hub_ids(data.path) else Path(data.path).name
+        revision = data_revision(data.path)
         return [
-            Evaluation("image-text retrieval", dataset, data.test, data.checksum(), metrics, note=column)
+            Evaluation("image-text retrieval", dataset, data.test, revision, metrics, note=column)
             for column, metrics in found.items()
         ]
 

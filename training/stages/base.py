@@ -27,6 +27,7 @@ from llm2clip_training.cards import (
     summary,
     write_curves,
 )
+from llm2clip_training.data import data_revision
 from llm2clip_training.data.sampling import EpochBatchSampler
 from llm2clip_training.files import write_text
 from llm2clip_training.stages.pushing import PushingTrainer
@@ -95,6 +96,9 @@ class StageTrainer(PushingTrainer):
         self.retrieval = retrieval or {}
         # The Trainer insists on an evaluation set; ours are those of `retrieval`.
         super().__init__(eval_dataset=list(self.retrieval) or None, **kwargs)
+        sources = getattr(self.args, "eval_sources", {}) if self.is_world_process_zero() else {}
+        # Now, since a data set on the Hub may change while the model trains.
+        self._revisions = {name: data_revision(source) for name, source in sources.items()}
         if self.args.device.type == "cpu":
             keep_freed_memory()
         # The losses are means over the batch, so that the Trainer has to divide them by the accumulation steps.
@@ -184,6 +188,7 @@ class StageTrainer(PushingTrainer):
             others = [f"eval_{other}_" for other in self.retrieval if other.startswith(f"{name}_")]
             logged = [entry for entry in self.state.log_history if any(key.startswith(prefix) for key in entry)]
             source = getattr(self.args, "eval_sources", {}).get(name, {})
+            source = {"path": source} if isinstance(source, str) else source
             if logged:
                 metrics = {
                     key.removeprefix(prefix): value
@@ -192,7 +197,7 @@ class StageTrainer(PushingTrainer):
                 }
                 path = str(source.get("path") or name)
                 dataset = path if hub_ids(path) else Path(path).name
-                split, revision = str(source.get("split") or name), source.get("revision")
+                split, revision = str(source.get("split") or name), self._revisions.get(name)
                 found.append(Evaluation(self.evaluation_title, dataset, split, revision, metrics))
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from llm2clip_training.cards import (
     JOINT_TASK,
     CardFacts,
     Evaluation,
+    check_metadata,
     licence_of,
     merge_cards,
     read_card,
@@ -26,6 +28,7 @@ from llm2clip_training.cards import (
     write_card,
     write_curves,
 )
+from tests.loopback_hub import LoopbackHub
 
 METRICS = {f"{side}_recall@{k}": k / 20 for side in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
 FACTS = CardFacts(
@@ -47,7 +50,9 @@ def test_the_hub_reads_what_is_known(tmp_path: Path) -> None:
     write_card(tmp_path, FACTS)
     validate_card(tmp_path)
     data = ModelCard.load(tmp_path / CARD).data
-    assert data.license == licence_of(tmp_path) == "mit"
+    assert data.license == "mit"
+    assert licence_of(tmp_path) == {"licence": "mit"}
+    assert licence_of(tmp_path / "elsewhere") == licence_of(None) == {}
     assert data.pipeline_tag == "zero-shot-image-classification"
     assert data.library_name == "transformers"
     assert data.base_model == ["someone/tower", "someone/llm"]
@@ -58,6 +63,42 @@ def test_the_hub_reads_what_is_known(tmp_path: Path) -> None:
     assert all(result.dataset_revision == "abc" and result.dataset_split == "test" for result in results.values())
 
 
+def test_the_hub_takes_what_is_written_and_not_what_is_refused_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = {"licence": "other", "licence_name": "own", "licence_link": "LICENSE"}
+    good: list[dict[str, Any]] = [{}, {"languages": ["en", "yue"]}, {"datasets": ["imagenet-1k"]}, other]
+    bad: list[tuple[dict[str, Any], str]] = [
+        (
+            {"licence": "Apache-2.0"},
+            r"license 'Apache-2.0' is no licence id of the Hub \(did you mean 'apache-2.0'\?\)",
+        ),
+        ({"licence": "other"}, "license 'other' needs license_name and license_link"),
+        ({"languages": ["en", "English"]}, "language 'English' is no ISO 639 code such as en, de or yue"),
+        ({"datasets": ["./x"]}, r"datasets '\./x' is no Hub id"),
+        ({"base_models": [".."]}, r"base_model '\.\.' is no Hub id"),
+    ]
+    with LoopbackHub() as hub:
+        hub.redirect(monkeypatch, tmp_path / "cache")
+        for fields in good:
+            (tmp_path / CARD).write_text(render(replace(FACTS, **fields)))
+            validate_card(tmp_path)
+            ModelCard.load(tmp_path / CARD).validate()
+        for fields, message in bad:
+            (tmp_path / CARD).write_text(render(replace(FACTS, **fields)))
+            with pytest.raises(ValueError, match=message):
+                validate_card(tmp_path)
+            with pytest.raises(ValueError, match=r"license|language|datasets|base_model"):
+                ModelCard.load(tmp_path / CARD).validate()
+
+
+def test_all_that_is_wrong_is_named_at_once() -> None:
+    with pytest.raises(ValueError, match=r"license 'x'.*language 'zh-CN'.*datasets 'a/b/c'"):
+        check_metadata({"license": "x", "language": "zh-CN", "datasets": ["a/b/c"]})
+    # In a card that a person wrote, a bare `no` is Norwegian to the Hub and false to PyYAML.
+    check_metadata(yaml.safe_load("license: mit\nlanguage: [en, no]\n"))
+
+
 def test_the_text_says_it_too() -> None:
     card = render(FACTS)
     assert "| image-text retrieval | someone/pictures (test, caption) | text → image | 5.0 | 25.0 | 50.0 |" in card
@@ -66,6 +107,8 @@ def test_the_text_says_it_too() -> None:
     assert yaml.safe_load(settings) == FACTS.recipe
     assert "The licence of the weights is mit" in card
     assert "is not stated: look up" in render(replace(FACTS, licence=None))
+    other = replace(FACTS, licence="other", licence_name="own", licence_link="LICENSE")
+    assert "The licence of the weights is [own](LICENSE)." in render(other)
     # Nothing is said about what is not known.
     bare = render(CardFacts("x", JOINT_TASK, "x", "A model."))
     assert "## Results" not in bare
@@ -122,6 +165,7 @@ def test_snippets_name_the_repo() -> None:
     assert 'AutoModel.from_pretrained("someone/tiny"' in card
     assert 'model="someone/tiny"' in card
     assert 'SentenceTransformer("someone/tiny"' in card
+    assert 'cached_file("someone/tiny", "example.png")' in card
     assert "runs/tiny" not in card
     assert split_card(card)[0]["widget"][0]["src"] == "address/example.png"
 

@@ -19,12 +19,14 @@ from transformers import (
     Dinov2Model,
 )
 
+from llm2clip_training.cards import read_card
 from llm2clip_training.data import (
     CacheMismatchError,
     CaptionSource,
     DamagedImageError,
     EmbeddingCache,
     MissingCaptionError,
+    data_revision,
     distinct_captions,
     images,
 )
@@ -70,6 +72,18 @@ def test_llm_can_be_bundled(inputs: Inputs, tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(tmp_path)
     assert model.config.text_model_name_or_path is None
     assert model.text_model.fingerprint() == LLM2CLIPTextModel.from_pretrained(inputs.text).fingerprint()
+
+
+def test_the_card_says_on_which_data_it_was_measured(inputs: Inputs, tmp_path: Path) -> None:
+    table = load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/validation.parquet", split="train[:20]")
+    (tmp_path / "bare").mkdir()
+    table.to_parquet(tmp_path / "bare" / "train.parquet")
+    bare = str(tmp_path / "bare")
+    sources = {"validation": tiny.concepts("validation", caption_columns=["caption"], max_samples=40), "bare": bare}
+    run(tmp_path / "out", inputs, eval_sources=sources, max_steps=1, save_strategy="no")
+    results = read_card(tmp_path / "out")[0]["model-index"][0]["results"]
+    found = {result["dataset"]["type"]: result["dataset"]["revision"] for result in results}
+    assert found == {"concepts": data_revision(tiny.CONCEPTS), "bare": data_revision(bare)}
 
 
 @pytest.mark.parametrize("changes", [{}, {"freeze_vision_layers": 1, "frozen_states_dir": True}])
