@@ -23,7 +23,7 @@ from llm2clip_training.cards import (
     check_metadata,
 )
 from llm2clip_training.data import DamagedImageError, decode_image
-from llm2clip_training.files import appearing_folder, refuse_existing, write_json, write_licence, write_text
+from llm2clip_training.files import appearing_folder, refuse_existing, write_json, write_licence
 from llm2clip_training.hub.build_card import (
     LICENCE,
     copy_curves,
