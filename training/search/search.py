@@ -81,7 +81,7 @@ def run(config: SearchConfig) -> dict[str, Any]:
         embeds += list(embedder.model.encode_text(config.query, tokenizer).numpy())
     if config.image and image is not None:
         queries.append(Query(config.image, image))
-        embeds.append(embedder.embed(image))
+        embeds.append(embedder.embed(image, config.image))
     rows = index.search(np.stack(embeds), config.top)
     found = [Found.of(query, row, index.manifest) for query, row in zip(queries, rows, strict=True)]
     if config.json:
