@@ -30,7 +30,7 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
     bundled = Path(model).is_dir()
     if bundled:
         _refuse_divided_model(model)
-    with appearing_folder(destination, overwrite, mark="app.py") as folder:
+    with appearing_folder(destination, overwrite, marks=("app.py",)) as folder:
         for name in FILES:
             template = _packaged("llm2clip_training.hub_configs") / "space" / name
             text = template.read_text(encoding="utf-8").replace("{model}", "model" if bundled else model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from llm2clip_training.data.images import decode_tensor
 from llm2clip_training.search.embedder import ImageEmbedder
 from llm2clip_training.search.image_index import ImageIndex
 from llm2clip_training.search.index import IndexConfig, run
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, __version__
 from tests.modeling import tiny
 
 from .conftest import encoded, header_bomb, picture
@@ -142,21 +143,23 @@ def test_bad_files_are_listed_with_the_reason_and_the_run_goes_on(
     for name, (data, _) in bad.items():
         (pictures / name).write_bytes(data)
     (pictures / "gone.png").symlink_to("nowhere.png")
+    (pictures / "linked").symlink_to(pictures / "a", target_is_directory=True)
     os.mkfifo(pictures / "pipe.png")
     (Path(os.fsdecode(os.fsencode(pictures) + b"/\xff.png"))).write_bytes(encoded(picture(4)))
     output = tmp_path / "index"
     with caplog.at_level("WARNING"):
-        assert index(pictures, model[0], output, max_pixels=80_000) == (12, 0, 0, 9, 12)
+        assert index(pictures, model[0], output, max_pixels=80_000) == (12, 0, 0, 10, 12)
     failures = {entry["key"]: entry["reason"] for entry in json.loads((output / "failures.json").read_text())}
     expected = {name: reason for name, (_, reason) in bad.items()}
     expected |= {"gone.png": "No such file", "pipe.png": "no regular file", "?.png": "UTF-8"}
+    expected["linked"] = "link to a folder, which is not followed"
     assert set(failures) == set(expected)
     for name, reason in expected.items():
         assert reason in failures[name]
         assert f"{name}: " in caplog.text
     # A file that is mended gets in.
     (pictures / "empty.png").write_bytes(encoded(picture(60)))
-    assert index(pictures, model[0], output, max_pixels=80_000) == (1, 12, 0, 8, 13)
+    assert index(pictures, model[0], output, max_pixels=80_000) == (1, 12, 0, 9, 13)
 
 
 def test_a_killed_run_goes_on_to_an_equal_result(
@@ -329,6 +332,51 @@ def test_a_folder_of_other_things_is_not_replaced(pictures: Path, model: Model, 
     with pytest.raises(NotADirectoryError, match="is a file"):
         index(pictures, model[0], pictures / "00.png")
     assert len(list(pictures.rglob("*.png"))) == 12
+
+
+def test_another_folder_with_a_manifest_is_not_replaced(pictures: Path, model: Model, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "manifest.json").write_text("{}")  # a caption cache has one of this name
+    with pytest.raises(FileExistsError, match=r"holds other things \(no index.faiss or failures.json\)"):
+        index(pictures, model[0], cache, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "overwrite"),
+    [("index.faiss", False), ("failures.json", False), ("manifest.json", True), ("data-00000-of-00001.arrow", True)],
+)
+@pytest.mark.parametrize("damage", ["cut", "deleted"])
+def test_an_index_is_mended_as_the_message_says(
+    name: str, overwrite: bool, damage: str, pictures: Path, model: Model, tmp_path: Path
+) -> None:
+    output = tmp_path / "index"
+    index(pictures, model[0], output)
+    before = content(output)
+    if damage == "deleted":
+        (output / name).unlink()
+    else:
+        (output / name).write_bytes((output / name).read_bytes()[:40])
+    if name != "failures.json":  # searching does not need it
+        with pytest.raises((ValueError, FileNotFoundError), match="--overwrite" if overwrite else "index again"):
+            ImageIndex.open(output)
+    assert index(pictures, model[0], output, overwrite=overwrite)[-1] == 12
+    assert content(output) == before
+    ImageIndex.open(output)
+
+
+def test_faiss_may_come_from_another_distribution(
+    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if "faiss" in name or name == "llm2clip":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return importlib.metadata.version(name)
+
+    monkeypatch.setattr("llm2clip_training.search.image_index.version", version)
+    index(pictures, model[0], tmp_path / "index")
+    versions = json.loads((tmp_path / "index" / "manifest.json").read_text())["versions"]
+    assert (versions["faiss"], versions["llm2clip"]) == (faiss.__version__, __version__)
 
 
 def test_an_index_inside_the_folder_is_not_indexed(pictures: Path, model: Model) -> None:
