@@ -189,18 +189,24 @@ class _Prepared(Dataset):
             return SkippedSample(error.key, error.reason or str(error))
 
 
-def require_llm2clip(name: str, revision: str | None) -> dict[str, Any]:
-    """The fields of a model's config.json.
+def require_llm2clip(name: str, revision: str | None, with_llm: bool = False) -> None:
+    """Refuse what is no LLM2CLIP model by its config.json, before anything large is read.
+
+    Args:
+        name: Folder or Hub id.
+        revision: Its revision on the Hub.
+        with_llm: Refuse a vision half too.
 
     Raises:
         OSError: There is no such model.
-        ValueError: It is no LLM2CLIP model.
+        ValueError: It is no LLM2CLIP model, or a vision half.
     """
     fields, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     if fields.get("model_type") != LLM2CLIPConfig.model_type:
         found = fields.get("model_type")
         raise ValueError(f"{name} is no LLM2CLIP model (its model_type is {found!r}); `llm2clip convert` it.")
-    return fields
+    if with_llm and fields.get("architectures") == [LLM2CLIPVisionModelWithProjection.__name__]:
+        raise ValueError(f"{name} is a vision half, which reads no texts; name the whole model.")
 
 
 def vision_fingerprint(model: Any) -> str:

@@ -91,6 +91,15 @@ def test_a_table_shows_rank_score_and_path(indexed: Path, capsys: pytest.Capture
     assert len(re.findall(r"│ +[12] │ +-?0\.\d{3} │ .*", shown)) == 2
 
 
+def test_queries_are_texts_whatever_their_brackets(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    queries = ["a sign that says [/stop]", "[a dog] on grass", "{", "photo of a [bold] cat", ":dog:"]
+    assert [found["text"] for found in as_json(capsys, indexed, *queries)] == queries
+    for query in (*queries, "[cat]"):
+        assert [found["text"] for found in as_json(capsys, indexed, query)] == [query]
+        assert cli.main(["search", str(indexed), query]) == 0
+        assert capsys.readouterr().out.splitlines()[0].strip() == query
+
+
 def test_a_page_holds_its_thumbnails_and_escapes_what_it_shows(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
