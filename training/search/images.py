@@ -192,9 +192,9 @@ class TableImages:
             self._hashes = hashes
         return self._hashes
 
-    def hash(self, row: int) -> str:
-        """The hash of one row's image; reads that alone."""
-        return _hash(self.table[row][self.image_column])
+    def holds(self, row: int, digest: str | None) -> bool:
+        """Whether a row has the image of this hash; reads no other row."""
+        return row < len(self.keys) and _hash(self.table[row][self.image_column]) == digest
 
     def columns(self, rows: Sequence[int]) -> pa.Table:
         """What the index says of rows, besides their embeddings."""

@@ -113,18 +113,13 @@ class Thumbnails:
         try:
             if self.table is None:
                 image = decode_image(found.path, found.key, self.max_pixels)
-            elif self._is_in_its_row(found):
+            elif found.row is not None and self.table.holds(found.row, found.hash):
                 image = self.table.decode(found.row)
             else:
                 return None
         except SampleError:
             return None
         return thumbnail(image, size)
-
-    def _is_in_its_row(self, found: FoundImage) -> bool:
-        """Whether the data set has not changed there since it was indexed."""
-        assert self.table is not None
-        return found.row is not None and found.row < len(self.table.keys) and self.table.hash(found.row) == found.hash
 
 
 def thumbnail(image: Image.Image, size: int) -> Image.Image:
