@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -23,29 +22,17 @@ from llm2clip_training.data.images import decode_tensor
 from llm2clip_training.search.embedder import ImageEmbedder
 from llm2clip_training.search.image_index import ImageIndex
 from llm2clip_training.search.index import IndexConfig, run
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, __version__
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.modeling import tiny
 
-from .conftest import encoded, header_bomb, picture
+from .conftest import content, encoded, header_bomb, index, picture
 
 Model = tuple[Path, LLM2CLIPModel]
-COUNTS = ("embedded", "kept", "removed", "failed", "images")
-
-
-def index(folder: Path | str, model: Path, output: Path, **settings: Any) -> tuple[int, ...]:
-    """Run the job; returns its counts."""
-    settings = {"num_workers": 0, "batch_size": 4, **settings}
-    result = run(IndexConfig(folder=str(folder), model=str(model), output_dir=str(output), **settings))
-    return tuple(result[name] for name in COUNTS)
 
 
 def embeddings(output: Path) -> dict[str, np.ndarray]:
     rows = datasets.load_from_disk(str(output)).with_format("numpy", dtype=np.float16)
     return dict(zip(rows["key"], rows["embedding"], strict=True))
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "state.json"}
 
 
 def test_a_folder_becomes_unit_embeddings_by_relative_path(pictures: Path, model: Model, tmp_path: Path) -> None:
@@ -332,51 +319,6 @@ def test_a_folder_of_other_things_is_not_replaced(pictures: Path, model: Model, 
     with pytest.raises(NotADirectoryError, match="is a file"):
         index(pictures, model[0], pictures / "00.png")
     assert len(list(pictures.rglob("*.png"))) == 12
-
-
-def test_another_folder_with_a_manifest_is_not_replaced(pictures: Path, model: Model, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    (cache / "manifest.json").write_text("{}")  # a caption cache has one of this name
-    with pytest.raises(FileExistsError, match=r"holds other things \(no index.faiss or failures.json\)"):
-        index(pictures, model[0], cache, overwrite=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "overwrite"),
-    [("index.faiss", False), ("failures.json", False), ("manifest.json", True), ("data-00000-of-00001.arrow", True)],
-)
-@pytest.mark.parametrize("damage", ["cut", "deleted"])
-def test_an_index_is_mended_as_the_message_says(
-    name: str, overwrite: bool, damage: str, pictures: Path, model: Model, tmp_path: Path
-) -> None:
-    output = tmp_path / "index"
-    index(pictures, model[0], output)
-    before = content(output)
-    if damage == "deleted":
-        (output / name).unlink()
-    else:
-        (output / name).write_bytes((output / name).read_bytes()[:40])
-    if name != "failures.json":  # searching does not need it
-        with pytest.raises((ValueError, FileNotFoundError), match="--overwrite" if overwrite else "index again"):
-            ImageIndex.open(output)
-    assert index(pictures, model[0], output, overwrite=overwrite)[-1] == 12
-    assert content(output) == before
-    ImageIndex.open(output)
-
-
-def test_faiss_may_come_from_another_distribution(
-    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def version(name: str) -> str:
-        if "faiss" in name or name == "llm2clip":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return importlib.metadata.version(name)
-
-    monkeypatch.setattr("llm2clip_training.search.image_index.version", version)
-    index(pictures, model[0], tmp_path / "index")
-    versions = json.loads((tmp_path / "index" / "manifest.json").read_text())["versions"]
-    assert (versions["faiss"], versions["llm2clip"]) == (faiss.__version__, __version__)
 
 
 def test_an_index_inside_the_folder_is_not_indexed(pictures: Path, model: Model) -> None:
