@@ -63,7 +63,7 @@ class Gallery:
         self.model = model
         self.processor = processor
         self._images = ImageTextRetrieval(source, processor.image_processor, on_error="skip")
-        self._embedder = ImageEmbedder(model, processor.image_processor, model.name_or_path)
+        self._embedder = ImageEmbedder(model, processor.image_processor, model.name_or_path or "")
         key = self._key()
         path = cache_dir / f"{key}.safetensors"
         if path.is_file():
