@@ -297,8 +297,8 @@ class _Update:
         try:
             there = asdict(ImageIndex.open(self.output).manifest) | {"versions": None}
             written_failures = json.loads((self.output / FAILURES).read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            logger.info("written anew: %s", error)
+        except (ValueError, OSError):
+            logger.info("%s is damaged; it is written anew.", self.output)
             return False
         return there == asdict(self.manifest) | {"versions": None} and written_failures == failures
 
