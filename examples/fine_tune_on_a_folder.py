@@ -8,45 +8,50 @@ python examples/fine_tune_on_a_folder.py --data my_pictures  # train/ and test/,
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from common import example_parser, parse, pictures
 
 from llm2clip_training import cli
+from llm2clip_training.files import appearing_folder
 
 # The sample: one artist's drawings for training, another's of the same concepts for the test.
 SAMPLE = {"train": "emoji-twitter", "test": "emoji-google"}
 
 
-def write_sample(folder: Path) -> None:
-    for row in pictures("test"):
-        for split in (split for split, source in SAMPLE.items() if source == row["source"]):
-            (folder / split).mkdir(parents=True, exist_ok=True)
-            name = Path(row["key"]).name + ".png"
-            row["image"].save(folder / split / name)
-            with open(folder / split / "metadata.jsonl", "a") as metadata:
-                metadata.write(json.dumps({"file_name": name, "caption": row["caption"]}) + "\n")
+def write_sample(destination: Path) -> None:
+    with appearing_folder(destination) as folder:
+        for row in pictures("test"):
+            for split in (split for split, source in SAMPLE.items() if source == row["source"]):
+                (folder / split).mkdir(exist_ok=True)
+                name = Path(row["key"]).name + ".png"
+                row["image"].save(folder / split / name)
+                with open(folder / split / "metadata.jsonl", "a") as metadata:
+                    metadata.write(json.dumps({"file_name": name, "caption": row["caption"]}) + "\n")
 
 
 def main() -> None:
     parser = example_parser(__doc__)
     parser.add_argument("--data", help="the folder of pictures; without it a sample is written")
     parser.add_argument("--output-dir", default="runs/fine_tuned", help="(%(default)s)")
+    parser.add_argument("--batch-size", default=64, type=int, help="at most the number of pictures (%(default)s)")
     arguments = parse(parser)
     model, output = arguments.model, arguments.output_dir
-    data = arguments.data or f"{output}/sample"
+    data, tuned, cache = arguments.data or f"{output}/sample", f"{output}/llm2clip", f"{output}/cache"
+    if Path(tuned, "config.json").exists():
+        parser.error(f"{tuned} is there already: give another --output-dir, or delete it")
     if arguments.data is None and not Path(data).is_dir():
         write_sample(Path(data))
-
-    tuned, cache = f"{output}/llm2clip", f"{output}/cache"
-    train, test = f"{{path: {data}, split: train}}", f"{{path: {data}, split: test}}"
+    train, test = (json.dumps({"path": data, "split": split}) for split in ("train", "test"))
     embed = ["--text-model-name-or-path", model, "--sources", f"[{train}, {test}]", "--output-dir", cache]
     stage2 = ["--model-name-or-path", model, "--sources", f"[{train}]", "--embedding-cache", cache]
     stage2 += ["--output-dir", tuned, "--frozen-states-dir", f"{output}/vision_states"]
+    stage2 += ["--per-device-train-batch-size", str(arguments.batch_size)]
     commands = {"before": ["evaluate", model, "--data", test], "embed": ["embed", *embed]}
     commands |= {"stage2": ["stage2", "stage2_folder_cpu", *stage2], "after": ["evaluate", tuned, "--data", test]}
     for command in commands.values():
-        print(f"\n$ llm2clip {' '.join(command)}", flush=True)
+        print(f"\n$ llm2clip {shlex.join(command)}", flush=True)
         if cli.main(command):
             raise SystemExit(1)
 

@@ -38,6 +38,7 @@ class Command:
             holds a list takes any number of them, also none.
         optional: Those of them that may be left out.
         resumes: Whether it has a `--resume` option.
+        extra: Extra of this package that installs what it needs.
     """
 
     help: str
@@ -46,6 +47,7 @@ class Command:
     positional: tuple[str, ...] = ("recipe",)
     optional: tuple[str, ...] = ()
     resumes: bool = False
+    extra: str = "train"
 
 
 COMMANDS = {
@@ -54,6 +56,7 @@ COMMANDS = {
         "llm2clip_training.quickstart.pipeline",
         "QuickstartConfig",
         positional=(),
+        extra="quickstart",
     ),
     "mntp": Command(
         "optional, before stage 1: masked next token prediction",
@@ -106,24 +109,28 @@ COMMANDS = {
         "llm2clip_training.hub.export_onnx",
         "ExportOnnxConfig",
         positional=("model",),
+        extra="onnx",
     ),
     "index": Command(
         "the images of a folder or data set as a search index; run again, it embeds what has changed",
         "llm2clip_training.search.index",
         "IndexConfig",
         positional=("folder",),
+        extra="search",
     ),
     "search": Command(
         "the images of an index that fit a text or another image",
         "llm2clip_training.search.search",
         "SearchConfig",
         positional=("index", "query"),
+        extra="search",
     ),
     "demo": Command(
         "a page in the browser: search, classification, heat maps, two models side by side",
         "llm2clip_training.demo.job",
         "DemoConfig",
         positional=(),
+        extra="demo",
     ),
 }
 
@@ -147,19 +154,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if traceback or type(error) is KeyError:
             raise
-        print(f"llm2clip {name}: error: {_message(error)}\n(--traceback shows where)", file=sys.stderr)
+        print(f"llm2clip {name}: error: {_message(error, name)}\n(--traceback shows where)", file=sys.stderr)
         return 2
 
 
-def _message(error: Exception) -> str:
-    """The message of an error, also of one that a DataLoader's worker process raised, where it ends a traceback."""
+def _message(error: Exception, name: str) -> str:
+    """The message of a command's error, also of one that a DataLoader's worker raised, where it ends a traceback."""
     text = str(error)
     if "Original Traceback (most recent call last)" in text:
         text = text.strip().splitlines()[-1].partition(": ")[2]
     if text.startswith("Repo id must "):
         text = f"there is no such folder, and no Hub id is written like that: {text}"
-    if isinstance(error, ImportError):
-        text += "; pip install 'llm2clip[train,quickstart,search]' brings everything that the commands need"
+    if isinstance(error, ModuleNotFoundError):
+        text += f"; pip install 'llm2clip[{COMMANDS[name].extra}]' brings what llm2clip {name} needs"
     return text
 
 

@@ -50,19 +50,22 @@ def write_licence(folder: Path) -> None:
 
 
 @contextmanager
-def appearing_folder(destination: Path, overwrite: bool = False, mark: str = "config.json") -> Iterator[Path]:
+def appearing_folder(
+    destination: Path, overwrite: bool = False, marks: tuple[str, ...] = ("config.json",)
+) -> Iterator[Path]:
     """A folder that becomes `destination` when all has gone well, and vanishes otherwise.
 
     Args:
         destination: The folder.
         overwrite: Replace one that exists.
-        mark: A file (glob) by which a folder is known to be one of this kind, so that `overwrite` replaces no other.
+        marks: Files (globs), any of which shows that a folder is one of this kind, so that `overwrite` replaces no
+            other.
 
     Raises:
         FileExistsError: See [`refuse_existing`].
     """
     destination = destination.absolute()
-    refuse_existing(destination, overwrite, mark)
+    refuse_existing(destination, overwrite, marks)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch:
         folder = Path(scratch) / destination.name
@@ -73,13 +76,16 @@ def appearing_folder(destination: Path, overwrite: bool = False, mark: str = "co
         folder.rename(destination)
 
 
-def refuse_existing(destination: Path, overwrite: bool, mark: str = "config.json") -> None:
+def refuse_existing(destination: Path, overwrite: bool, marks: tuple[str, ...] = ("config.json",)) -> None:
     """Raise FileExistsError where `destination` exists and may not, or had better not, be replaced."""
     if not destination.exists():
         return
     if not overwrite:
         raise FileExistsError(f"{destination} exists; add --overwrite to replace it, or choose another destination.")
-    if destination.is_dir() and any(destination.iterdir()) and not any(destination.glob(mark)):
+    if not destination.is_dir() or not any(destination.iterdir()):
+        return
+    if not any(file for mark in marks for file in destination.glob(mark)):
         raise FileExistsError(
-            f"{destination} is not replaced, because it holds other things (no {mark}); choose another destination."
+            f"{destination} is not replaced, because it holds other things (no {' or '.join(marks)}); choose another "
+            "destination."
         )

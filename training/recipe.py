@@ -144,7 +144,7 @@ def convert(value: Any, hint: Any) -> Any:
 
 def _convert_collection(value: Any, hint: Any, kind: type) -> Any:
     if isinstance(value, str):
-        value = yaml.safe_load(value)
+        value = [value] if hint == list[str] else _yaml(value)
         if kind is list and not isinstance(value, list):
             value = [value]
     items: Any = value
@@ -154,6 +154,13 @@ def _convert_collection(value: Any, hint: Any, kind: type) -> Any:
     if kind is list and arguments:
         return [convert(item, arguments[0]) for item in items]
     return value
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(text) from error
 
 
 def _convert_bool(value: Any) -> bool:
@@ -229,13 +236,15 @@ def complete_flags(arguments: Sequence[str], config_class: type) -> list[str]:
 
 
 def given_fields(namespace: argparse.Namespace, config_class: type) -> dict[str, Any]:
-    """The fields that a parsed command line gives. A single word for a list may be a YAML list."""
+    """The fields that a parsed command line gives. One word for a list that is not of texts may be YAML."""
     names = {field.name for field in dataclasses.fields(config_class)}
     values = {name: value for name, value in vars(namespace).items() if name in names}
-    return {
-        name: value[0] if isinstance(value, list) and len(value) == 1 and value[0].startswith(("[", "{")) else value
-        for name, value in values.items()
-    }
+    hints = typing.get_type_hints(config_class)
+    for name, value in values.items():
+        is_word = isinstance(value, list) and len(value) == 1 and list[str] not in _options(hints[name])
+        if is_word and value[0].startswith(("[", "{")):
+            values[name] = value[0]
+    return values
 
 
 def _own_fields(base: type) -> Iterable[dataclasses.Field[Any]]:

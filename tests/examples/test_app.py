@@ -17,6 +17,8 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 from torch.nn import functional as F
 
+from llm2clip_training.demo.gallery import Gallery
+from llm2clip_training.demo.job import DemoConfig, data_source
 from modeling_llm2clip import LLM2CLIPModel
 from tests.examples.server import serving
 from tests.modeling import tiny
@@ -77,9 +79,21 @@ def model(chromium: tuple[str, str], table: datasets.Dataset, tmp_path_factory: 
 
 
 @pytest.fixture(scope="module")
-def address(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def opposite(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that finds last what the other finds first."""
+    clip = LLM2CLIPModel.from_pretrained(model)
+    with torch.no_grad():
+        clip.visual_projection.weight.neg_()
+    folder = tmp_path_factory.mktemp("opposite")
+    clip.save_pretrained(folder)
+    tiny.processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(model: Path, opposite: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("run")
-    with serving(ROOT / "examples" / "app.py", "--model", model, "--compare", model, folder=folder) as address:
+    with serving(ROOT / "examples" / "app.py", "--model", model, "--compare", opposite, folder=folder) as address:
         yield address
 
 
@@ -190,12 +204,16 @@ def test_heat_map_of_an_example(browser: webdriver.Chrome) -> None:
     shoot(browser, "heat_map")
 
 
-def test_two_checkpoints_side_by_side(browser: webdriver.Chrome) -> None:
+def test_two_checkpoints_side_by_side(browser: webdriver.Chrome, model: Path, opposite: Path, tmp_path: Path) -> None:
     open_tab(browser, "Compare")
     wait(browser, lambda: browser.find_element(By.ID, "compare_button").is_displayed())
     type_text(browser, "compare_query", QUERY)
     browser.find_element(By.ID, "compare_button").click()
     wait(browser, lambda: len(captions(browser, "compare_1")) == 9)
-    for side in ("compare_0", "compare_1"):
-        assert captions(browser, side)[0].endswith(f"· {QUERY}")
+    for side, folder in (("compare_0", model), ("compare_1", opposite)):
+        found = Gallery.open(str(folder), data_source(DemoConfig()), tmp_path).search(QUERY, 9)
+        shown = [caption.split(" · ") for caption in captions(browser, side)]
+        assert [name for _, name in shown] == [hit.name for hit in found]
+        assert [float(score) for score, _ in shown] == pytest.approx([hit.score for hit in found], abs=0.006)
+        assert (found[0].name == QUERY) == (folder == model)
     shoot(browser, "compare")

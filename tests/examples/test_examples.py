@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from huggingface_hub import constants
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoProcessor, Dinov2Config, Dinov2Model
 
+from llm2clip_training import cli
 from modeling_llm2clip import LLM2CLIPModel
 from tests.examples.conftest import EXAMPLES, FITTED, LONG_CAPTION, Run
 from tests.loopback_hub import TOKEN, LoopbackHub
@@ -64,9 +66,50 @@ def test_patch_features_of_every_layer(run: Run, fitted: Path, tmp_path: Path) -
     assert len(picture.crop((336, 0, 672, 336)).getcolors() or []) == 16
 
 
+def test_fine_tuning_settings(
+    run: Run, fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs: dict[str, Any] = {}
+    for name in ("evaluate", "embed", "stage2"):
+        monkeypatch.setattr(
+            f"{cli.COMMANDS[name].module}.run", lambda config, name=name, **options: jobs.update({name: config})
+        )
+    arguments = ("--model", fitted, "--data", "c, d: {e}", "--batch-size", "24")
+    run("fine_tune_on_a_folder.py", *arguments)
+    train, test = ({"path": "c, d: {e}", "split": split} for split in ("train", "test"))
+    assert (jobs["embed"].sources, jobs["stage2"].sources) == ([train, test], [train])
+    assert jobs["evaluate"].data == test
+    assert jobs["stage2"].per_device_train_batch_size == 24
+
+    (tmp_path / "runs/fine_tuned/llm2clip").mkdir(parents=True)
+    run("fine_tune_on_a_folder.py", *arguments)  # after a run that failed
+    (tmp_path / "runs/fine_tuned/llm2clip/config.json").touch()
+    with pytest.raises(SystemExit):
+        run("fine_tune_on_a_folder.py", *arguments)
+    assert "runs/fine_tuned/llm2clip is there already: give another --output-dir" in capsys.readouterr().err
+
+
+def test_half_a_sample_is_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    write_sample = runpy.run_path(str(EXAMPLES / "fine_tune_on_a_folder.py"))["write_sample"]
+
+    def full(*arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        with pytest.raises(OSError, match="no space"):
+            write_sample(tmp_path / "sample")
+    assert not list(tmp_path.iterdir())
+    write_sample(tmp_path / "sample")
+    for split in ("train", "test"):
+        lines = (tmp_path / "sample" / split / "metadata.jsonl").read_text().splitlines()
+        assert len(lines) == len(list((tmp_path / "sample" / split).glob("*.png"))) > 100
+
+
 @pytest.mark.slow
 def test_fine_tuning_on_a_folder_measures_before_and_after(run: Run, fitted: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "my_pictures"
+    folder = tmp_path / "my, pictures"
     runpy.run_path(str(EXAMPLES / "fine_tune_on_a_folder.py"))["write_sample"](folder)
     shown = run("fine_tune_on_a_folder.py", "--model", fitted, "--data", folder)
     before, after = (float(rank) for rank in re.findall(r"text_to_image_mean_rank: ([\d.]+)", shown))

@@ -40,6 +40,7 @@ class Settings:
     source: dict[str, Any] | None = None
     mode: Literal["a", "b"] = "a"
     limit: int | None = None
+    weights: list[float] | None = None
 
 
 def parse(*arguments: str) -> Settings:
@@ -54,8 +55,16 @@ def test_options_become_their_types() -> None:
         "--source", "{path: x, split: test}", "--mode", "b", "--limit", "7",
     )  # fmt: skip
     assert settings == Settings("12", 1e-5, 3, True, ["caption", "keywords"], {"path": "x", "split": "test"}, "b", 7)
-    assert parse("--name", "x", "--on", "false", "--limit", "null", "--columns", "[a, b]").columns == ["a", "b"]
-    assert parse("--name", "x", "--columns", "a").columns == ["a"]
+    settings = parse("--name", "x", "--on", "false", "--limit", "null", "--weights", "[1, 2e-1]")
+    assert (settings.on, settings.limit, settings.weights) == (False, None, [1.0, 0.2])
+    assert parse("--name", "x", "--weights", "3").weights == [3.0]
+
+
+@pytest.mark.parametrize("text", ["a", "[a, b]", "[a dog] on grass", "{", "[cat]", "null", "1e-3"])
+def test_texts_are_taken_as_they_are(text: str) -> None:
+    settings = parse("--name", text, "--columns", text)
+    assert (settings.name, settings.columns) == (text, [text])
+    assert build_config(Settings, {"name": "x", "columns": text}).columns == [text]
 
 
 def test_yaml_writes_small_numbers_as_text() -> None:
@@ -75,6 +84,7 @@ def test_yaml_writes_small_numbers_as_text() -> None:
         ({"name": "x", "mode": "c"}, "mode is 'c', but it has to be one of a, b"),
         ({"name": "x", "source": [1]}, "source is .*, but it has to be a mapping or null"),
         ({"name": ["x"]}, "name is .*, but it has to be a text"),
+        ({"name": "x", "weights": "[1"}, r"weights is '\[1', but it has to be a list of numbers or null"),
     ],
 )
 def test_bad_fields_are_one_clear_error(fields: dict[str, Any], message: str) -> None:

@@ -2,7 +2,7 @@
 
 from .cache_builder import build_embedding_cache
 from .captions import CaptionImageDataset, StreamingCaptionImageDataset, caption_batches, distinct_captions
-from .collators import SkipLog, VisionAlignmentCollator
+from .collators import PixelBatch, SkipLog, VisionAlignmentCollator, stack_pixels
 from .embedding_cache import (
     CacheDamagedError,
     CacheError,
@@ -49,6 +49,7 @@ __all__ = [
     "PairCollator",
     "PairDataset",
     "PairSource",
+    "PixelBatch",
     "SampleError",
     "SampleIndex",
     "SampleIndexBatchSampler",
@@ -67,4 +68,5 @@ __all__ = [
     "decode_tensor",
     "distinct_captions",
     "load_source",
+    "stack_pixels",
 ]

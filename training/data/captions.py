@@ -73,7 +73,7 @@ class SampleMaker:
             if columns.image is not None and self.eval_transform is not None:
                 image = self.eval_transform.decode(row[columns.image], key, self.max_pixels)
                 if salt is None or self.train_transform is None:
-                    sample["pixel_values"] = self.eval_transform(image)
+                    sample["pixel_values"] = self.eval_transform(image, key)
                 else:
                     sample["pixel_values"] = self.train_transform(image, stable_seed(self.seed, "crop", *salt))
         except SampleError as error:

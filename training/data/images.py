@@ -24,6 +24,8 @@ from transformers import BaseImageProcessor
 from .records import DamagedImageError
 
 DEFAULT_MAX_PIXELS = 89_478_485  # Pillow's own limit: a 24-bit image of 256 MiB
+# Largest result of resizing, of which the crop is then taken: 96 MiB. A square of 224 may become 1 : 660
+MAX_RESIZED_PIXELS = 2**25
 EXIF_ORIENTATION = 0x0112
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -191,15 +193,18 @@ class EvalTransform:
         self.image_processor = image_processor
         self.backend = backend
         settings = image_processor.to_dict()
+        lengths = {name: length for name, length in dict(settings.get("size") or {}).items() if length is not None}
+        resizes = settings.get("do_resize") and set(lengths) == {"shortest_edge"}
+        self.shortest_edge = lengths["shortest_edge"] if resizes else None
         library = getattr(image_processor, "backend", None)  # transformers 5.2 does not say
-        steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+        steps = ("do_center_crop", "do_rescale", "do_normalize")
         self.is_clip = (
             type(image_processor).__name__ in CLIP_PROCESSORS
             and library in ("pil", "torchvision")
             and all(settings.get(step) for step in steps)
-            and {name for name, length in dict(settings["size"]).items() if length is not None} == {"shortest_edge"}
+            and self.shortest_edge is not None
             and settings["resample"] == Image.Resampling.BICUBIC
-            and max(output_size(image_processor)) <= settings["size"]["shortest_edge"]
+            and max(output_size(image_processor)) <= self.shortest_edge
         )
         if not self.is_clip:
             if backend == "fast":
@@ -208,7 +213,6 @@ class EvalTransform:
                     f", but the image processor is a {type(image_processor).__name__} with other ones; use exact."
                 )
             return
-        self.shortest_edge = settings["size"]["shortest_edge"]
         self.crop = output_size(image_processor)
         self.with_tensors = backend == "fast" or library == "torchvision"
         mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std"))
@@ -218,18 +222,37 @@ class EvalTransform:
         """Decode an image as the backend does; see `decode_image` and `decode_tensor`."""
         return (decode_tensor if self.backend == "fast" else decode_image)(value, key, max_pixels)
 
-    def __call__(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
-        """Prepare an RGB image; returns (3, H, W) float32."""
+    def __call__(self, image: Image.Image | torch.Tensor, key: str = "image") -> torch.Tensor:
+        """Prepare an RGB image; returns (3, H, W) float32.
+
+        Args:
+            image: The image, as `decode` gives it.
+            key: The row's key, for the error.
+
+        Raises:
+            DamagedImageError: If it is so long and narrow that resizing its shorter side to the processor's size would
+                make it too large.
+        """
+        height, width = self._resized(image, key)
         if not self.is_clip:
             return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
         pixels: Any = _as_tensor(image) if self.with_tensors and isinstance(image, Image.Image) else image
-        height, width = F.get_size(pixels)
-        short, long = self.shortest_edge, int(self.shortest_edge * max(height, width) / min(height, width))
-        height, width = (long, short) if width <= height else (short, long)
         pixels = F.resize(pixels, [height, width], InterpolationMode.BICUBIC, antialias=True)
         pixels = F.crop(pixels, (height - self.crop[0]) // 2, (width - self.crop[1]) // 2, *self.crop)
         pixels = pixels if isinstance(pixels, torch.Tensor) else _as_tensor(pixels)
         return torch.addcmul(self.offset, pixels.to(torch.float32, memory_format=torch.contiguous_format), self.gain)
+
+    def _resized(self, image: Image.Image | torch.Tensor, key: str) -> tuple[int, int]:
+        """Height and width before the crop; those of the image where they do not follow from its shorter side."""
+        height, width = F.get_size(image)
+        if self.shortest_edge is None:
+            return height, width
+        short, long = self.shortest_edge, int(self.shortest_edge * max(height, width) / min(height, width))
+        if short * long > MAX_RESIZED_PIXELS:
+            raise DamagedImageError(
+                key, f"its {width} x {height} pixels are too narrow: resized, they would be {short} x {long}; cut it"
+            )
+        return (long, short) if width <= height else (short, long)
 
 
 class TrainTransform:

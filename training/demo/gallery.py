@@ -20,12 +20,15 @@ from llm2clip_training.data import CaptionSource
 from llm2clip_training.evaluation import ImageTextRetrieval
 from llm2clip_training.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
 from llm2clip_training.gather import process_state
+from llm2clip_training.search.embedder import ImageEmbedder
 from llm2clip_training.search.top_k import top_k
 from modeling_llm2clip import LLM2CLIPModel
 
 logger = logging.getLogger(__name__)
 
 MAP_WIDTH = 448
+# What errors call an uploaded picture.
+QUERY = "query"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Gallery:
         self.model = model
         self.processor = processor
         self._images = ImageTextRetrieval(source, processor.image_processor, on_error="skip")
+        self._embedder = ImageEmbedder(model, processor.image_processor, model.name_or_path or "")
         key = self._key()
         path = cache_dir / f"{key}.safetensors"
         if path.is_file():
@@ -109,7 +113,7 @@ class Gallery:
             top: How many.
 
         Raises:
-            ValueError: The caption is empty.
+            ValueError: The caption is empty, or the image too narrow to be resized.
         """
         scores, indices = top_k(self._embed(query)[None], self.embeds, top)
         found = []
@@ -154,7 +158,7 @@ class Gallery:
             What the tower sees of the image, the same with the heat map over it, and the cosine similarity of every
             patch `(rows, columns)`.
         """
-        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        pixels = self._embedder.transform(image, QUERY)[None]
         similarity = patch_similarity(self.model, pixels, self._embed(caption)[None])[0]
         seen = seen_part(image, self.processor.image_processor)
         drawn = draw_heat_map(seen, similarity, MAP_WIDTH)
@@ -165,7 +169,7 @@ class Gallery:
             if not query.strip():
                 raise ValueError("There is no caption yet: type what the picture should show.")
             return self.model.encode_text([query], self.processor)[0]
-        return self.model.encode_image([query], self.processor)[0]
+        return torch.from_numpy(self._embedder.embed(query, QUERY))
 
     def _key(self) -> str:
         """Identifies the images and everything that makes embeddings of them."""

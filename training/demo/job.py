@@ -10,6 +10,7 @@ from typing import Any
 from llm2clip_training.data import CaptionSource
 from llm2clip_training.demo.gallery import Gallery
 from llm2clip_training.demo.space import write_space
+from llm2clip_training.search.embedder import require_llm2clip
 
 QUICKSTART_MODEL = "runs/quickstart/llm2clip"
 
@@ -56,7 +57,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
         FileExistsError: The Space exists.
         FileNotFoundError: The model is the default one, and the quickstart has not made it yet.
         ImportError: gradio is not installed.
-        ValueError: There is no image.
+        OSError: There is no such model.
+        ValueError: There is no image, or a model is no LLM2CLIP model with its LLM.
     """
     if config.model == QUICKSTART_MODEL and not Path(config.model).is_dir():
         raise FileNotFoundError(
@@ -70,6 +72,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
     cache_dir = Path(config.cache_dir)
     source = data_source(config)
     names = [config.model, *([config.compare] if config.compare else [])]
+    for name in names:
+        require_llm2clip(name, None, with_llm=True)
     galleries = [(name, Gallery.open(name, source, cache_dir)) for name in names]
     serve(config, galleries, cache_dir)
     return {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from llm2clip_training.files import appearing_folder
+from llm2clip_training.search.embedder import require_llm2clip
 
 FILES = ("README.md", "requirements.txt", "app.py")
 PACKAGES = ("modeling_llm2clip", "llm2clip_training")
@@ -25,12 +26,13 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
 
     Raises:
         FileExistsError: The destination exists.
-        ValueError: The model is a folder whose LLM lies in another folder.
+        ValueError: The model is a folder of something else than an LLM2CLIP model, or its LLM lies in another folder.
     """
     bundled = Path(model).is_dir()
     if bundled:
+        require_llm2clip(model, None, with_llm=True)
         _refuse_divided_model(model)
-    with appearing_folder(destination, overwrite, mark="app.py") as folder:
+    with appearing_folder(destination, overwrite, marks=("app.py",)) as folder:
         for name in FILES:
             template = _packaged("llm2clip_training.hub_configs") / "space" / name
             text = template.read_text(encoding="utf-8").replace("{model}", "model" if bundled else model)

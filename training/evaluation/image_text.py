@@ -24,6 +24,7 @@ from llm2clip_training.data import (
     caption_id,
     decode_image,
     load_source,
+    stack_pixels,
 )
 from llm2clip_training.data.records import column_texts
 from llm2clip_training.data.sources import source_columns
@@ -139,18 +140,16 @@ class ImageTextRetrieval:
                 torch.utils.data.Subset(self.images, part),
                 batch_size=batch_size,
                 num_workers=num_workers,
-                collate_fn=list,
+                collate_fn=stack_pixels,
             )
             embeds = [torch.zeros(0, model.config.projection_dim)]
-            for samples in tqdm(loader, desc="Encoding images", disable=not show_progress_bar):
+            for batch in tqdm(loader, desc="Encoding images", disable=not show_progress_bar):
                 # A skipped image keeps its row, as not-a-number, so that every process knows what is missing.
-                rows = torch.full((len(samples), model.config.projection_dim), float("nan"))
-                good = [index for index, sample in enumerate(samples) if not isinstance(sample, SkippedSample)]
-                if good:
-                    pixels = torch.stack([samples[index] for index in good]).to(device)
-                    features = model.get_image_features(pixels).pooler_output
+                rows = torch.full((len(batch.skipped), model.config.projection_dim), float("nan"))
+                if batch.pixels is not None:
+                    features = model.get_image_features(batch.pixels.to(device)).pooler_output
                     assert features is not None
-                    rows[good] = F.normalize(features.float(), dim=-1).cpu()
+                    rows[batch.good] = F.normalize(features.float(), dim=-1).cpu()
                 embeds.append(rows)
             return torch.cat(embeds)
 
@@ -201,7 +200,7 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> Tensor | SkippedSample:
         try:
-            return self.transform(self.decode(index))
+            return self.transform(self.decode(index), self.key(index))
         except SampleError as error:
             if self.on_error == "raise":
                 raise

@@ -118,12 +118,12 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
     if config.output_dir is None and not Path(config.model).is_dir():
         raise ValueError(f"{config.model} is no folder; say where to write: --output-dir FOLDER")
     destination = Path(config.output_dir or Path(config.model) / "onnx")
-    refuse_existing(destination, config.overwrite, MARK)
+    refuse_existing(destination, config.overwrite, (MARK,))
     _require_libraries()
     parts = _parts(config)
     model = _load(config, "text" in parts)
     result: dict[str, Any] = {}
-    with appearing_folder(destination, config.overwrite, MARK) as folder:
+    with appearing_folder(destination, config.overwrite, (MARK,)) as folder:
         for part in parts:
             path = folder / f"{part}_model.onnx"
             graph = VisionGraph(model, _image_size(config, model)) if part == "vision" else TextGraph(model)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, BaseImageProcessor, PretrainedConfig
 
-from llm2clip_training.data import EvalTransform, ImageBackend, SampleError
+from llm2clip_training.data import EvalTransform, ImageBackend, SampleError, SkippedSample, stack_pixels
 from llm2clip_training.data.images import Decoder
 from llm2clip_training.gather import process_state
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPVisionModelWithProjection
@@ -93,9 +93,13 @@ class ImageEmbedder:
         """See [`vision_fingerprint`]."""
         return vision_fingerprint(self.model)
 
-    def embed(self, image: Image.Image) -> np.ndarray:
-        """The unit embedding of one RGB image: `(width,)` float32."""
-        return self._forward(self.transform(image)[None])[0]
+    def embed(self, image: Image.Image, key: str) -> np.ndarray:
+        """The unit embedding of one RGB image: `(width,)` float32.
+
+        Raises:
+            DamagedImageError: It is too narrow to be resized; the message names `key`.
+        """
+        return self._forward(self.transform(image, key)[None])[0]
 
     def embed_rows(
         self,
@@ -120,20 +124,20 @@ class ImageEmbedder:
             Parts; a row that cannot be read is in them with the reason.
         """
         loader = DataLoader(
-            _Prepared(images, rows, self.transform), batch_size=batch_size, num_workers=num_workers, collate_fn=list
+            _Prepared(images, rows, self.transform), batch_size, num_workers=num_workers, collate_fn=stack_pixels
         )
         disable = None if show_progress_bar is None else not show_progress_bar
         bar = tqdm(total=len(rows), desc="Embedding images", unit="image", disable=disable)
         done, part = 0, _Part(self.width)
         with bar:
-            for samples in loader:
-                good = [index for index, sample in enumerate(samples) if not isinstance(sample, str)]
-                embeds = np.zeros((len(samples), self.width), dtype=np.float32)
-                if good:
-                    embeds[good] = self._forward(torch.stack([samples[index] for index in good]))
-                part.add(rows[done : done + len(samples)], embeds, samples)
-                done += len(samples)
-                bar.update(len(samples))
+            for batch in loader:
+                count = len(batch.skipped)
+                embeds = np.zeros((count, self.width), dtype=np.float32)
+                if batch.pixels is not None:
+                    embeds[batch.good] = self._forward(batch.pixels)
+                part.add(rows[done : done + count], embeds, batch.skipped)
+                done += count
+                bar.update(count)
                 if done % part_size == 0 or done == len(rows):
                     yield part.take()
 
@@ -154,11 +158,11 @@ class _Part:
         self.embeds: list[np.ndarray] = []
         self.reasons: list[str | None] = []
 
-    def add(self, rows: Sequence[int], embeds: np.ndarray, samples: list[Tensor | str]) -> None:
+    def add(self, rows: Sequence[int], embeds: np.ndarray, skipped: list[SkippedSample | None]) -> None:
         self.rows += rows
         self.embeds.append(embeds)
-        for sample, finite in zip(samples, np.isfinite(embeds).all(axis=1), strict=True):
-            reason = sample if isinstance(sample, str) else None
+        for sample, finite in zip(skipped, np.isfinite(embeds).all(axis=1), strict=True):
+            reason = None if sample is None else sample.reason
             self.reasons.append(reason if finite else "the model's embedding of it is not finite")
 
     def take(self) -> EmbeddedRows:
@@ -178,25 +182,31 @@ class _Prepared(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Tensor | str:
+    def __getitem__(self, index: int) -> Tensor | SkippedSample:
         try:
             return self.transform(self.images.decode(self.rows[index], self.transform.decode))
         except SampleError as error:
-            return error.reason or str(error)
+            return SkippedSample(error.key, error.reason or str(error))
 
 
-def require_llm2clip(name: str, revision: str | None) -> dict[str, Any]:
-    """The fields of a model's config.json.
+def require_llm2clip(name: str, revision: str | None, with_llm: bool = False) -> None:
+    """Refuse what is no LLM2CLIP model by its config.json, before anything large is read.
+
+    Args:
+        name: Folder or Hub id.
+        revision: Its revision on the Hub.
+        with_llm: Refuse a vision half too.
 
     Raises:
         OSError: There is no such model.
-        ValueError: It is no LLM2CLIP model.
+        ValueError: It is no LLM2CLIP model, or a vision half.
     """
     fields, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     if fields.get("model_type") != LLM2CLIPConfig.model_type:
         found = fields.get("model_type")
         raise ValueError(f"{name} is no LLM2CLIP model (its model_type is {found!r}); `llm2clip convert` it.")
-    return fields
+    if with_llm and fields.get("architectures") == [LLM2CLIPVisionModelWithProjection.__name__]:
+        raise ValueError(f"{name} is a vision half, which reads no texts; name the whole model.")
 
 
 def vision_fingerprint(model: Any) -> str:

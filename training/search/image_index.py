@@ -12,20 +12,23 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from llm2clip_training.data import DEFAULT_MAX_PIXELS
 from llm2clip_training.files import write_json
 from llm2clip_training.search.store import EMBEDDING, embedding_column
 from llm2clip_training.search.vectors import (
     VectorIndexSettings,
     build_vector_index,
     read_vector_index,
+    require_faiss,
     write_vector_index,
 )
+from modeling_llm2clip import __version__
 
 MANIFEST = "manifest.json"
 VECTORS = "index.faiss"
 FAILURES = "failures.json"
 FORMAT_VERSION = 1
-LIBRARIES = ("llm2clip", "torch", "transformers", "datasets", "faiss-cpu", "pillow")
+LIBRARIES = ("torch", "transformers", "datasets", "pillow")
 
 
 @dataclass
@@ -41,9 +44,10 @@ class IndexManifest:
         source: Where the images are.
         index: Type and settings of the faiss index.
         image_backend: How images were decoded and resized.
+        max_pixels: Largest image that was decoded.
         images: Number of images.
         failed: Number of files or rows that could not be embedded.
-        versions: Of the libraries that made it.
+        versions: Of the libraries that made it; None where one does not say.
         format_version: Of this layout.
     """
 
@@ -55,9 +59,10 @@ class IndexManifest:
     source: dict[str, Any]
     index: dict[str, Any]
     image_backend: str = "exact"
+    max_pixels: int = DEFAULT_MAX_PIXELS
     images: int = 0
     failed: int = 0
-    versions: dict[str, str] | None = None
+    versions: dict[str, str | None] | None = None
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -70,9 +75,10 @@ class IndexManifest:
         """
         path = folder / MANIFEST
         if not path.is_file():
+            anew = " --overwrite" if folder.is_dir() and any(folder.iterdir()) else ""
             raise FileNotFoundError(
                 f"there is no index in {folder} (no {MANIFEST}); make one: llm2clip index FOLDER --model MODEL "
-                f"--output-dir {folder}"
+                f"--output-dir {folder}{anew}"
             )
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -80,7 +86,9 @@ class IndexManifest:
                 raise ValueError(f"its format is {fields['format_version']}, and this version reads {FORMAT_VERSION}")
             return cls(**fields)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no manifest of an index ({error}); make the index anew.") from error
+            raise ValueError(
+                f"{path} is no manifest of an index ({error}); make the index anew: add --overwrite to llm2clip index."
+            ) from error
 
     def write(self, folder: Path) -> None:
         """Write it into a folder."""
@@ -206,5 +214,7 @@ def write_index(
     rows.save_to_disk(str(folder))
     write_vector_index(build_vector_index(settings, embeds), folder / VECTORS)
     write_json(folder / FAILURES, failures)
-    manifest.versions = {library: version(library) for library in LIBRARIES}
+    # faiss comes under several names of distributions.
+    own = {"llm2clip": __version__, "faiss": getattr(require_faiss(), "__version__", None)}
+    manifest.versions = own | {library: version(library) for library in LIBRARIES}
     manifest.write(folder)

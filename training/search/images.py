@@ -31,13 +31,14 @@ CAPTION_COLUMNS = ("caption", "txt", "text")
 DATA_SUFFIXES = tuple(FORMATS)
 SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")
 READ_ROWS = 256
+LINK = "it is a link to a folder, which is not followed; index that folder too, or put it in the link's place"
 
 
 class FolderImages:
     """The files of a folder and of its subfolders, by relative path.
 
-    Hidden files and folders are left out, and links to folders are not followed. A file is the same as before if its
-    path, size and time of change are.
+    Hidden files and folders are left out. Links to folders are not followed, but are among the failures: they may lead
+    anywhere, also in circles. A file is the same as before if its path, size and time of change are.
 
     Args:
         folder: The folder.
@@ -67,14 +68,20 @@ class FolderImages:
         for parent, folders, files in os.walk(self.folder, onerror=self._note_folder):
             place = Path(parent)
             folders[:] = [name for name in folders if not name.startswith(".") and place / name not in left_out]
+            for name in filter(lambda name: (place / name).is_symlink(), folders):
+                self.failures[self._printable(place / name)] = LINK
             yield from (place / name for name in files if not name.startswith("."))
 
     def _note_folder(self, error: OSError) -> None:
-        self.failures[os.path.relpath(error.filename, self.folder)] = f"the folder cannot be read: {error.strerror}"
+        self.failures[self._printable(error.filename)] = f"the folder cannot be read: {error.strerror}"
+
+    def _printable(self, path: str | Path) -> str:
+        """A path from the folder, also where it is no valid UTF-8."""
+        return os.path.relpath(path, self.folder).encode(errors="replace").decode()
 
     def _list(self, path: Path) -> None:
         key = path.relative_to(self.folder).as_posix()
-        printable = key.encode(errors="replace").decode()
+        printable = self._printable(path)
         try:
             status = path.stat()
         except OSError as error:
@@ -184,6 +191,10 @@ class TableImages:
                 hashes += [_hash(value) for value in self.table[start : start + READ_ROWS][self.image_column]]
             self._hashes = hashes
         return self._hashes
+
+    def holds(self, row: int, digest: str | None) -> bool:
+        """Whether a row has the image of this hash; reads no other row."""
+        return row < len(self.keys) and _hash(self.table[row][self.image_column]) == digest
 
     def columns(self, rows: Sequence[int]) -> pa.Table:
         """What the index says of rows, besides their embeddings."""

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from llm2clip_training.data import DEFAULT_MAX_PIXELS, IMAGE_BACKENDS, ImageBackend
 from llm2clip_training.files import appearing_folder, refuse_existing
 from llm2clip_training.search.embedder import ImageEmbedder
-from llm2clip_training.search.image_index import FAILURES, VECTORS, IndexManifest, read_rows, write_index
+from llm2clip_training.search.image_index import FAILURES, VECTORS, ImageIndex, IndexManifest, read_rows, write_index
 from llm2clip_training.search.images import FolderImages, TableImages, is_dataset
 from llm2clip_training.search.store import EMBEDDING, EmbeddingStore, read_part, write_part
 from llm2clip_training.search.vectors import VectorIndexSettings, require_faiss
@@ -29,6 +29,8 @@ KINDS = ("auto", "folder", "dataset")
 DTYPES = ("float16", "float32")
 MAX_NAMED = 20
 PARTS = "part-*.arrow"
+# What shows that a folder is an index. Not its manifest alone: a caption cache has one of the same name.
+MARKS = (VECTORS, FAILURES)
 
 
 @dataclass
@@ -38,8 +40,8 @@ class IndexConfig(VectorIndexSettings):
     folder: str = field(
         default="",
         metadata={
-            "help": "Folder of images, with its subfolders; or data: Hub id of a data set, parquet file, webdataset "
-            "shards ('shards/*.tar'), a folder of those or one written by save_to_disk."
+            "help": "Folder of images, with its subfolders (not with those that are links); or data: Hub id of a data "
+            "set, parquet file, webdataset shards ('shards/*.tar'), a folder of those or one written by save_to_disk."
         },
     )
     model: str = field(default="", metadata={"help": "Folder or Hub id of an LLM2CLIP model or of its vision half."})
@@ -120,6 +122,7 @@ def run(config: IndexConfig) -> dict[str, Any]:
         source=images.describe(),
         index=config.of_type(),
         image_backend=config.image_backend,
+        max_pixels=config.max_pixels,
     )
     unfinished.mkdir(parents=True, exist_ok=True)
     lock = FileLock(unfinished / "lock", timeout=0)
@@ -144,7 +147,7 @@ def _output(config: IndexConfig) -> Path:
     output = Path(config.output_dir or f"runs/index/{name}")
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output} is a file; give a folder for the index: --output-dir FOLDER")
-    refuse_existing(output, overwrite=True, mark=VECTORS)
+    refuse_existing(output, overwrite=True, marks=MARKS)
     return output
 
 
@@ -284,15 +287,19 @@ class _Update:
         # faiss is about to need the memory.
         self.known.close()
         self.previous = None
-        with appearing_folder(self.output, overwrite=True, mark=VECTORS) as folder:
+        with appearing_folder(self.output, overwrite=True, marks=MARKS) as folder:
             write_index(folder, self.manifest, self.config, described, embeds, failures)
 
     def _is_written(self, described: pa.Table, failures: list[dict[str, Any]]) -> bool:
-        """Whether the index there is says all that already."""
+        """Whether the index there is says all that already, and is whole."""
         if self.previous is None or not self.previous.drop_columns([EMBEDDING]).equals(described):
             return False
-        there = asdict(IndexManifest.read(self.output)) | {"versions": None}
-        written_failures = json.loads((self.output / FAILURES).read_text(encoding="utf-8"))
+        try:
+            there = asdict(ImageIndex.open(self.output).manifest) | {"versions": None}
+            written_failures = json.loads((self.output / FAILURES).read_text(encoding="utf-8"))
+        except (ValueError, OSError):
+            logger.info("%s is damaged; it is written anew.", self.output)
+            return False
         return there == asdict(self.manifest) | {"versions": None} and written_failures == failures
 
     def _removed(self, identities: list[Hashable]) -> int:

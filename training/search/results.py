@@ -39,7 +39,8 @@ class FoundImage:
         score: Cosine with the query.
         key: Its path relative to the folder, or its key in the data set.
         path: Its file, where it has one.
-        row: Its row in the data set, where it is in one.
+        row: Its row in the data set when that was indexed, where it is in one.
+        hash: Of its bytes in the data set.
         caption: Its text, where the data set has one.
     """
 
@@ -47,6 +48,7 @@ class FoundImage:
     key: str
     path: str | None = None
     row: int | None = None
+    hash: str | None = None
     caption: str | None = None
 
     @property
@@ -75,6 +77,7 @@ class Found:
                 row["key"],
                 str(Path(manifest.source["path"]) / row["key"]) if is_folder else None,
                 row.get("row"),
+                row.get("hash"),
                 row.get("caption"),
             )
             for score, row in rows
@@ -99,17 +102,18 @@ class Thumbnails:
 
     def __init__(self, manifest: IndexManifest) -> None:
         source = manifest.source
+        self.max_pixels = manifest.max_pixels
         self.table: TableImages | None = None
         if source["kind"] == "dataset":
             names = ("path", "name", "split", "revision", "image_column")
-            self.table = TableImages(**{name: source[name] for name in names})
+            self.table = TableImages(**{name: source[name] for name in names}, max_pixels=manifest.max_pixels)
 
     def of(self, found: FoundImage, size: int) -> Image.Image | None:
         """The image of a result, no larger than `size` pixels either way; None where it is not there any more."""
         try:
             if self.table is None:
-                image = decode_image(found.path, found.key)
-            elif found.row is not None and found.row < len(self.table.keys):
+                image = decode_image(found.path, found.key, self.max_pixels)
+            elif found.row is not None and self.table.holds(found.row, found.hash):
                 image = self.table.decode(found.row)
             else:
                 return None

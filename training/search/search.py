@@ -19,7 +19,7 @@ from llm2clip_training.gather import process_state
 from llm2clip_training.search.embedder import ImageEmbedder, require_llm2clip
 from llm2clip_training.search.image_index import ImageIndex
 from llm2clip_training.search.results import Found, Query, Thumbnails
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
+from modeling_llm2clip import LLM2CLIPModel
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def run(config: SearchConfig) -> dict[str, Any]:
         embeds += list(embedder.model.encode_text(config.query, tokenizer).numpy())
     if config.image and image is not None:
         queries.append(Query(config.image, image))
-        embeds.append(embedder.embed(image))
+        embeds.append(embedder.embed(image, config.image))
     rows = index.search(np.stack(embeds), config.top)
     found = [Found.of(query, row, index.manifest) for query, row in zip(queries, rows, strict=True)]
     if config.json:
@@ -113,16 +113,14 @@ def _model_of(config: SearchConfig, index: ImageIndex) -> tuple[str, str | None]
 
 
 def _load_with_llm(name: str, revision: str | None) -> ImageEmbedder:
-    if require_llm2clip(name, revision).get("architectures") == [LLM2CLIPVisionModelWithProjection.__name__]:
-        raise ValueError(
-            f"{name} is a vision half, which reads no texts; name the whole model (--model MODEL) or use --image."
-        )
+    require_llm2clip(name, revision, with_llm=True)
     model: Any = LLM2CLIPModel.from_pretrained(name, revision=revision).to(process_state().device).eval()
     return ImageEmbedder(model, AutoImageProcessor.from_pretrained(name, revision=revision), name, revision)
 
 
 def _print_tables(found: list[Found]) -> None:
-    console = Console()
+    # What users typed and captions say is text: "[bold]" and ":dog:" too.
+    console = Console(markup=False, emoji=False)
     for each in found:
         table = Table(title=each.query.title, title_justify="left", title_style="bold")
         table.add_column("rank", justify="right")
@@ -134,7 +132,7 @@ def _print_tables(found: list[Found]) -> None:
         for rank, image in enumerate(each.images, 1):
             cells = [str(rank), f"{image.score:.3f}", image.place]
             table.add_row(*cells, *([image.caption or ""] if captioned else []))
-        console.print(table, markup=False)
+        console.print(table)
 
 
 def _draw(config: SearchConfig, found: list[Found], thumbnails: Thumbnails) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from llm2clip_training.data import CaptionImageDataset, SampleIndex, SkippedSample
+from llm2clip_training.data import CaptionImageDataset, PixelBatch, SampleIndex, SkippedSample, stack_pixels
 from llm2clip_training.data.sampling import EpochDataset
 from llm2clip_training.files import write_json
 from llm2clip_training.gather import process_state
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATES = "states.npy"
+
+
+def _stack(samples: Sequence[dict[str, Any] | SkippedSample]) -> PixelBatch:
+    return stack_pixels([s if isinstance(s, SkippedSample) else s["pixel_values"] for s in samples])
 
 
 class FrozenStatesDataset(EpochDataset):
@@ -112,24 +117,18 @@ class FrozenStatesDataset(EpochDataset):
         """Fill `rows` of the states; returns the rows that were skipped, with key and reason."""
         frozen.tower.eval()
         device = next(frozen.tower.parameters()).device
-        loader = DataLoader(Subset(images, rows), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+        loader = DataLoader(Subset(images, rows), batch_size, num_workers=num_workers, collate_fn=_stack)
         skipped = []
         start = rows.start
         shown = process_state().is_main_process and sys.stderr.isatty()
-        for samples in tqdm(loader, desc="Frozen vision layers", disable=not shown):
-            good = []
-            for row, sample in enumerate(samples, start):
-                if isinstance(sample, SkippedSample):
-                    skipped.append((row, sample.key, sample.reason))
-                else:
-                    good.append(row)
-            if good:
-                pixels = torch.stack([samples[row - start]["pixel_values"] for row in good])
-                output = frozen.compute(pixels.to(device)).half()
+        for batch in tqdm(loader, desc="Frozen vision layers", disable=not shown):
+            skipped += [(row, *sample) for row, sample in enumerate(batch.skipped, start) if sample is not None]
+            if batch.pixels is not None:
+                output = frozen.compute(batch.pixels.to(device)).half()
                 if not output.isfinite().all():
                     raise ValueError("the frozen layers' states exceed float16; train without frozen_states_dir.")
-                states[good] = output.cpu().numpy()
-            start += len(samples)
+                states[[start + index for index in batch.good]] = output.cpu().numpy()
+            start += len(batch.skipped)
         return skipped
 
     def __len__(self) -> int:

@@ -149,6 +149,17 @@ def test_damage_is_raised_by_key_or_skipped(tmp_path: Path, transforms: tuple[Ev
         CaptionImageDataset(source, *transforms, on_error="ignore")  # type: ignore[arg-type]
 
 
+def test_a_strip_is_skipped_or_raised_by_key(tmp_path: Path, transforms: tuple[EvalTransform, TrainTransform]) -> None:
+    table = datasets.Dataset.from_dict({"key": ["strip"], "image": [png(1, (1, 140_000))], "caption": ["a"]})
+    table.to_parquet(str(tmp_path / "strip.parquet"))
+    source = CaptionSource(str(tmp_path / "strip.parquet"))
+    with pytest.raises(DamagedImageError, match=r"image 'strip' cannot be used: .* too narrow"):
+        CaptionImageDataset(source, *transforms)[0]
+    skipped = CaptionImageDataset(source, *transforms, on_error="skip")[0]
+    assert isinstance(skipped, SkippedSample)
+    assert "would be 16 x 2240000" in skipped.reason
+
+
 def test_error_from_a_worker_keeps_its_type_and_key(
     tmp_path: Path, transforms: tuple[EvalTransform, TrainTransform]
 ) -> None:

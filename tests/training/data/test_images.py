@@ -166,6 +166,21 @@ def test_exact_is_what_the_image_processor_gives(kind: Any, settings: dict[str, 
         torch.testing.assert_close(transform(image), expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "image_processor", [CLIPImageProcessor(), CLIPImageProcessor(do_center_crop=False), CLIPImageProcessorPil()]
+)
+def test_a_strip_is_refused_before_it_is_resized(image_processor: Any) -> None:
+    transform = EvalTransform(image_processor)
+    strip = Image.new("RGB", (3000, 1))
+    with pytest.raises(DamagedImageError, match=r"image 'row-9' .* 3000 x 1 pixels .* would be 224 x 672000; cut it"):
+        transform(strip, "row-9")
+    with pytest.raises(DamagedImageError, match="too narrow"):
+        transform(torch.zeros(3, 3000, 1, dtype=torch.uint8), "row-9")
+    # A crop of limited ratio, and a processor that resizes to a square.
+    assert TrainTransform(CLIPImageProcessor())(strip, 0).shape == (3, 224, 224)
+    assert EvalTransform(ViTImageProcessor())(strip).shape == (3, 224, 224)
+
+
 def test_other_image_processors_are_called() -> None:
     image_processor = SiglipImageProcessor(size={"height": 32, "width": 48})
     transform = EvalTransform(image_processor)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from llm2clip_training.data import DamagedImageError
 from llm2clip_training.demo.gallery import Gallery
 from modeling_llm2clip import LLM2CLIPModel
 from tests.training.demo.conftest import NUM_IMAGES, source
@@ -34,6 +35,17 @@ def test_an_image_finds_itself_first(gallery: Gallery) -> None:
     found = gallery.search(query, top=3)
     assert found[0].image.tobytes() == query.tobytes()
     assert found[0].score == pytest.approx(1, abs=1e-5)
+
+
+def test_a_strip_is_refused_before_it_is_resized(gallery: Gallery) -> None:
+    strip = Image.new("RGB", (1, 100_000))
+    for ask in (
+        gallery.search,
+        lambda image: gallery.classify(image, LABELS),
+        lambda image: gallery.heat_map(image, "a"),
+    ):
+        with pytest.raises(DamagedImageError, match="1 x 100000 pixels are too narrow"):
+            ask(strip)
 
 
 def test_probabilities_are_the_models(gallery: Gallery) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from llm2clip_training.search.index import IndexConfig, run
 from modeling_llm2clip import LLM2CLIPModel
 from tests.modeling import tiny
 
@@ -32,6 +34,20 @@ def header_bomb() -> bytes:
     data[16:24] = (200_000).to_bytes(4, "big") * 2
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     return bytes(data)
+
+
+COUNTS = ("embedded", "kept", "removed", "failed", "images")
+
+
+def index(folder: Path | str, model: Path, output: Path, **settings: Any) -> tuple[int, ...]:
+    """Run the job; returns its counts."""
+    settings = {"num_workers": 0, "batch_size": 4, **settings}
+    result = run(IndexConfig(folder=str(folder), model=str(model), output_dir=str(output), **settings))
+    return tuple(result[name] for name in COUNTS)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "state.json"}
 
 
 @pytest.fixture(scope="session")

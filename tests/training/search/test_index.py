@@ -25,26 +25,14 @@ from llm2clip_training.search.index import IndexConfig, run
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.modeling import tiny
 
-from .conftest import encoded, header_bomb, picture
+from .conftest import content, encoded, header_bomb, index, picture
 
 Model = tuple[Path, LLM2CLIPModel]
-COUNTS = ("embedded", "kept", "removed", "failed", "images")
-
-
-def index(folder: Path | str, model: Path, output: Path, **settings: Any) -> tuple[int, ...]:
-    """Run the job; returns its counts."""
-    settings = {"num_workers": 0, "batch_size": 4, **settings}
-    result = run(IndexConfig(folder=str(folder), model=str(model), output_dir=str(output), **settings))
-    return tuple(result[name] for name in COUNTS)
 
 
 def embeddings(output: Path) -> dict[str, np.ndarray]:
     rows = datasets.load_from_disk(str(output)).with_format("numpy", dtype=np.float16)
     return dict(zip(rows["key"], rows["embedding"], strict=True))
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "state.json"}
 
 
 def test_a_folder_becomes_unit_embeddings_by_relative_path(pictures: Path, model: Model, tmp_path: Path) -> None:
@@ -137,25 +125,28 @@ def test_bad_files_are_listed_with_the_reason_and_the_run_goes_on(
         "cut.png": (encoded(picture(3))[:60], ""),
         "bomb.png": (header_bomb(), "pixels"),
         "large.png": (encoded(Image.new("1", (300, 300))), "300 x 300 pixels are more than the 80,000"),
+        "strip.png": (encoded(Image.new("1", (1, 70_000))), "resized, they would be 28 x 1960000; cut it"),
     }
     for name, (data, _) in bad.items():
         (pictures / name).write_bytes(data)
     (pictures / "gone.png").symlink_to("nowhere.png")
+    (pictures / "linked").symlink_to(pictures / "a", target_is_directory=True)
     os.mkfifo(pictures / "pipe.png")
     (Path(os.fsdecode(os.fsencode(pictures) + b"/\xff.png"))).write_bytes(encoded(picture(4)))
     output = tmp_path / "index"
     with caplog.at_level("WARNING"):
-        assert index(pictures, model[0], output, max_pixels=80_000) == (12, 0, 0, 8, 12)
+        assert index(pictures, model[0], output, max_pixels=80_000) == (12, 0, 0, 10, 12)
     failures = {entry["key"]: entry["reason"] for entry in json.loads((output / "failures.json").read_text())}
     expected = {name: reason for name, (_, reason) in bad.items()}
     expected |= {"gone.png": "No such file", "pipe.png": "no regular file", "?.png": "UTF-8"}
+    expected["linked"] = "link to a folder, which is not followed"
     assert set(failures) == set(expected)
     for name, reason in expected.items():
         assert reason in failures[name]
         assert f"{name}: " in caplog.text
     # A file that is mended gets in.
     (pictures / "empty.png").write_bytes(encoded(picture(60)))
-    assert index(pictures, model[0], output, max_pixels=80_000) == (1, 12, 0, 7, 13)
+    assert index(pictures, model[0], output, max_pixels=80_000) == (1, 12, 0, 9, 13)
 
 
 def test_a_killed_run_goes_on_to_an_equal_result(

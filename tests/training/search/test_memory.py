@@ -1,9 +1,10 @@
-"""Memory while indexing, and a run that is really killed. In processes of their own, which end after a measurement."""
+"""What indexing takes of memory and files, and a run that is really killed. In processes of their own."""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -78,6 +79,22 @@ def pretend_embedded(folder: Path, model: Path, output: Path, count: int) -> Non
         embeds = generator.standard_normal((len(rows), embedder.width), dtype=np.float32).astype(np.float16)
         columns = images.columns(rows).select(list(images.identity))
         write_part(unfinished / f"part-{number:06d}.arrow", columns, embeds, [None] * len(rows))
+
+
+def test_a_large_batch_needs_few_open_files(tmp_path: Path) -> None:
+    tiny.save(tmp_path / "model")
+    folder = save_pictures(tmp_path / "pictures", 600)
+    command = [sys.executable, "-m", "llm2clip_training.cli", "index", str(folder), "--model", str(tmp_path / "model")]
+    command += ["--num-workers", "2", "--batch-size", "256", "--output-dir", str(tmp_path / "index")]
+    result = subprocess.run(
+        command,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128)),
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "embedded: 600\n" in result.stdout
 
 
 @pytest.mark.slow

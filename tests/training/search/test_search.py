@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from llm2clip_training import cli
+from llm2clip_training.data import decode_image
 from llm2clip_training.search.index import IndexConfig
 from llm2clip_training.search.index import run as index
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
@@ -90,6 +91,15 @@ def test_a_table_shows_rank_score_and_path(indexed: Path, capsys: pytest.Capture
     assert len(re.findall(r"│ +[12] │ +-?0\.\d{3} │ .*", shown)) == 2
 
 
+def test_queries_are_texts_whatever_their_brackets(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    queries = ["a sign that says [/stop]", "[a dog] on grass", "{", "photo of a [bold] cat", ":dog:"]
+    assert [found["text"] for found in as_json(capsys, indexed, *queries)] == queries
+    for query in (*queries, "[cat]"):
+        assert [found["text"] for found in as_json(capsys, indexed, query)] == [query]
+        assert cli.main(["search", str(indexed), query]) == 0
+        assert capsys.readouterr().out.splitlines()[0].strip() == query
+
+
 def test_a_page_holds_its_thumbnails_and_escapes_what_it_shows(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +130,38 @@ def test_a_page_survives_images_that_are_gone(indexed: Path, pictures: Path, tmp
     page = (tmp_path / "page.html").read_text()
     assert page.count("not there any more") == 1
     assert page.count("<img") == 11
+
+
+def test_a_page_shows_no_other_image_of_a_data_set(model: Model, tmp_path: Path) -> None:
+    def save(seeds: list[int]) -> None:
+        rows = {"image": [{"bytes": encoded(picture(seed)), "path": None} for seed in seeds]}
+        features = datasets.Features({"image": datasets.Image()})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data.parquet")
+
+    save([0, 1, 2, 3])
+    settings = {"folder": str(tmp_path / "data.parquet"), "model": str(model[0]), "num_workers": 0}
+    index(IndexConfig(output_dir=str(tmp_path / "index"), **settings))
+    save([0, 5, 2])
+    assert cli.main(["search", str(tmp_path / "index"), TEXT, "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("not there any more") == 2
+    assert page.count("<img") == 2
+
+
+def test_images_are_shown_up_to_the_size_that_was_indexed(
+    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+
+    def decode(value: Any, key: str, max_pixels: int) -> Image.Image:
+        decoded.append(max_pixels)
+        return decode_image(value, key, max_pixels)
+
+    output = str(tmp_path / "index")
+    index(IndexConfig(folder=str(pictures), model=str(model[0]), output_dir=output, num_workers=0, max_pixels=10**9))
+    monkeypatch.setattr("llm2clip_training.search.results.decode_image", decode)
+    assert cli.main(["search", output, TEXT, "--html", str(tmp_path / "page.html")]) == 0
+    assert decoded == [10**9] * 10
 
 
 def test_a_picture_shows_a_row_per_query(indexed: Path, tmp_path: Path) -> None:
