@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.documents.reading import ROOT
+
 # Run as modules, since an environment that borrows its packages does not have their console scripts.
 MODULES = {
     "llm2clip": "llm2clip_training.cli",

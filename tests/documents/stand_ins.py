@@ -19,12 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPCo
 from llm2clip_training.hub.original import to_original
 from llm2clip_training.hub.published import published_models
 from llm2clip_training.recipe import find_recipe, load_recipe
+from tests.documents.reading import ROOT
 from tests.golden import FOLDER as GOLDEN
 from tests.modeling import tiny as tiny_models
 from tests.training import tiny
 from tests.training.hub.checkpoints import microsoft_openai_names
 
-ROOT = Path(__file__).parents[2]
 Builder = Callable[[Path], Any]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 DREAMLIP = [f"{length}{llm}_captions" for length in ("short", "long") for llm in ("IB", "SV", "LLA")]
@@ -55,20 +55,20 @@ def clip(folder: Path) -> None:
 
 
 def published(name: str, folder: Path) -> None:
-    """A published checkpoint with the names and shapes of its tensors, in the file format of its repo.
+    """A published checkpoint with the names and shapes of its tensors.
 
-    Every tensor is one zero, repeated, so that gigabytes of it are a file of some kilobytes.
+    Every tensor is one zero, repeated. A pickle keeps the one, so that gigabytes are a file of some kilobytes.
     """
     model = published_models()[name]
-    names = model.build().state_dict()
+    tensors = model.build().state_dict()
     config = {"model_type": "clip", "projection_dim": model.config.projection_dim}
     if name.startswith("LLM2CLIP-Openai"):
-        names, file = microsoft_openai_names(names), "pytorch_model.bin"
+        tensors, file = microsoft_openai_names(tensors), "pytorch_model.bin"
         config["vision_config"] = model.config.vision_config.to_dict()
     else:
-        names, file = to_original(model.config, names), f"{name}.pt"
-    state = {name: torch.zeros((), dtype=torch.float16).expand(tensor.shape) for name, tensor in names.items()}
-    torch.save(state, folder / file)
+        tensors, file = to_original(model.config, tensors), f"{name}.pt"
+    zero = torch.zeros((), dtype=torch.float16)
+    torch.save({key: zero.expand(tensor.shape) for key, tensor in tensors.items()}, folder / file)
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -96,6 +96,7 @@ def captions_csv(columns: list[str], folder: Path) -> None:
 
 
 def text_pairs(folder: Path) -> None:
+    """Queries with a right and a wrong answer."""
     content = [
         {"query": row["caption"], "positive": row["long"], "negative": other["long"]}
         for row, other in zip(rows(), reversed(rows()), strict=True)
@@ -141,6 +142,7 @@ def small_profile(name: str, path: Path) -> None:
 
 
 def photo(path: Path) -> None:
+    """A picture of noise."""
     Image.effect_noise((60, 40), 80).convert("RGB").save(path)
 
 
