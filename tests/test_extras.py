@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from llm2clip_training import cli
-from tests.commands import ROOT
+from tests.documents.reading import ROOT
 
 OWN = {"llm2clip_training": ROOT / "training", "modeling_llm2clip": ROOT / "modeling_llm2clip"}
 # The example: the extra that it needs beside what `make quickstart` installs; see examples/README.md.

@@ -17,11 +17,11 @@ START_SECONDS = 240
 
 
 @contextmanager
-def serving(script: Path, *arguments: str | Path, folder: Path, path: Path | None = None) -> Iterator[str]:
+def serving(script: Path | str, *arguments: str | Path, folder: Path, path: Path | None = None) -> Iterator[str]:
     """Start a script that serves the demo, wait until it answers, and stop it afterwards.
 
     Args:
-        script: The script.
+        script: The script, or `-m` before the name of a module.
         arguments: Its arguments.
         folder: Its working directory.
         path: Where Python looks for packages first.

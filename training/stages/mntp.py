@@ -153,7 +153,9 @@ def masked_next_token_loss(states: Tensor, labels: Tensor, head: nn.Module, soft
     """
     targets = labels[:, 1:]
     scored = targets != -100
-    logits = head(states[:, :-1][scored]).float()
+    # Mixed precision ends at the model: its states are float32, whatever the head's weights are.
+    dtype = next(head.parameters()).dtype
+    logits = head(states[:, :-1][scored].to(dtype)).float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, targets[scored])

@@ -83,11 +83,16 @@ def microsoft_openai_folder(folder: Path) -> str:
 
 
 def write_microsoft_openai(folder: Path, tensors: dict[str, Tensor], vision_config: dict[str, Any]) -> None:
-    tensors = {_adaptor(name): tensor.clone() for name, tensor in tensors.items()}
+    tensors = {name: tensor.clone() for name, tensor in microsoft_openai_names(tensors).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     fields = {"model_type": "clip", "architectures": ["LLM2CLIPModel"], "projection_dim": 1280}
     (folder / "config.json").write_text(json.dumps({**fields, "vision_config": vision_config, "text_config": {}}))
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\n")
+
+
+def microsoft_openai_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under the names of microsoft/LLM2CLIP-Openai-*."""
+    return {_adaptor(name): tensor for name, tensor in tensors.items()}
 
 
 def _adaptor(name: str) -> str:

@@ -48,6 +48,14 @@ def test_leaves_a_text_tower_that_stage1_takes(inputs: Inputs, tmp_path: Path) -
     assert (tmp_path / "stage1" / "model.safetensors").exists()
 
 
+def test_weights_in_16_bit_train_in_mixed_precision(inputs: Inputs, tmp_path: Path) -> None:
+    losses = [
+        run(tmp_path / name, inputs.llm, max_steps=2, save_strategy="no", **precision)["train_loss"]
+        for name, precision in (("single", {}), ("mixed", {"dtype": "bfloat16", "bf16": True}))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
 def test_resumed_run_equals_an_unbroken_one(inputs: Inputs, tmp_path: Path) -> None:
     run(tmp_path / "unbroken", inputs.llm)
     run(tmp_path / "broken", inputs.llm)

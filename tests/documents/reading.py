@@ -1,0 +1,64 @@
+"""What the documents hold: fenced blocks, code spans, and the commands in both."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PATTERNS = ("*.md", "docs/**/*.md", "examples/**/*.md", "hub_configs/**/*.md", "benchmarks/**/*.md")
+DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in ROOT.glob(pattern))
+PROGRAMS = ("make", "llm2clip", "pip", "python", "torchrun", "accelerate", "jupyter", ".ci/run")
+# Blocks that show what a command printed, by their first words.
+OUTPUTS = ("{'a train on a single rail':", "Caption retrieval, R@1 / 5 / 10 in %")
+
+
+def is_command(text: str) -> bool:
+    """Whether a line or a code span is a command."""
+    program, _, rest = text.strip().partition(" ")
+    return program in PROGRAMS and (bool(rest.strip()) or program == ".ci/run")
+
+
+def blocks(document: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a document: language and content."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def kind(language: str, content: str) -> str:
+    """What a block is: python, shell or output.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    lines = content.replace("\\\n", " ").splitlines()
+    if language == "python":
+        return "python"
+    if language in ("", "bash", "shell") and lines and all(map(is_command, lines)):
+        return "shell"
+    if not language and content.startswith(OUTPUTS):
+        return "output"
+    raise ValueError(f"this block is neither Python nor known commands nor a listed output:\n{content}")
+
+
+def code_spans(document: str) -> list[str]:
+    """The inline code of a document; a span may go over a line's end."""
+    text = (ROOT / document).read_text()
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+
+
+def commands(document: str) -> list[str]:
+    """The commands of a document, from its blocks and its code spans, without the remarks behind them."""
+    lines = [
+        line
+        for language, content in blocks(document)
+        if kind(language, content) == "shell"
+        for line in content.replace("\\\n", " ").splitlines()
+    ]
+    return [bare(line) for line in [*lines, *filter(is_command, code_spans(document))]]
+
+
+def bare(line: str) -> str:
+    """A command without its remark, which follows a `#` or, behind make and .ci/run, some spaces."""
+    remark = r"\s{2,}.*|\s#.*" if line.startswith(("make ", ".ci/run")) else r"\s#.*"
+    return " ".join(re.sub(remark, "", line.strip()).split())

@@ -1,0 +1,191 @@
+"""What the documents' commands name and a test machine has not: small models and data under the same names."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable
+from functools import cache, partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPConfig, CLIPModel
+
+from llm2clip_training.hub.original import to_original
+from llm2clip_training.hub.published import published_models
+from llm2clip_training.recipe import find_recipe, load_recipe
+from tests.documents.reading import ROOT
+from tests.golden import FOLDER as GOLDEN
+from tests.modeling import tiny as tiny_models
+from tests.training import tiny
+from tests.training.hub.checkpoints import microsoft_openai_names
+
+Builder = Callable[[Path], Any]
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+DREAMLIP = [f"{length}{llm}_captions" for length in ("short", "long") for llm in ("IB", "SV", "LLA")]
+
+
+@cache
+def rows(count: int = 24) -> list[dict[str, Any]]:
+    """Some of the bundled images, each with a short and a long caption."""
+    bundled = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/test.parquet", split=f"train[:{count}]")
+    return [
+        {"image": row["image"], "caption": row["caption"], "long": f"{row['caption']}: {row['keywords']}"}
+        for row in bundled
+    ]
+
+
+def llm(golden: str, folder: Path) -> None:
+    """A causal LLM of a golden tower's type and tokenizer."""
+    config = AutoConfig.from_pretrained(GOLDEN / golden)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(GOLDEN / golden).save_pretrained(folder)
+
+
+def clip(folder: Path) -> None:
+    """A CLIP of OpenAI's layout, with its image processor."""
+    sizes = {**SIZES, "image_size": 28, "patch_size": 7}
+    CLIPModel(CLIPConfig(vision_config=sizes, text_config={**SIZES, "vocab_size": 64})).save_pretrained(folder)
+    tiny_models.processor().image_processor.save_pretrained(folder)
+
+
+def published(name: str, folder: Path) -> None:
+    """A published checkpoint with the names and shapes of its tensors.
+
+    Every tensor is one zero, repeated. A pickle keeps the one, so that gigabytes are a file of some kilobytes.
+    """
+    model = published_models()[name]
+    tensors = model.build().state_dict()
+    config = {"model_type": "clip", "projection_dim": model.config.projection_dim}
+    if name.startswith("LLM2CLIP-Openai"):
+        tensors, file = microsoft_openai_names(tensors), "pytorch_model.bin"
+        config["vision_config"] = model.config.vision_config.to_dict()
+    else:
+        tensors, file = to_original(model.config, tensors), f"{name}.pt"
+    zero = torch.zeros((), dtype=torch.float16)
+    torch.save({key: zero.expand(tensor.shape) for key, tensor in tensors.items()}, folder / file)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def wikitext(folder: Path) -> None:
+    """Free text, as `Salesforce/wikitext` lays it out."""
+    name = "wikitext-103-raw-v1"
+    (folder / name).mkdir()
+    texts = [row["long"] for row in rows()]
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(folder / name / "train-00000-of-00001.parquet")
+    config = {"config_name": name, "data_files": [{"split": "train", "path": f"{name}/train-*"}]}
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': [config]})}---\n")
+
+
+def table(columns: dict[str, str], splits: tuple[str, ...], folder: Path) -> None:
+    """Captioned images in parquet files, one per split; `columns` says which caption each column holds."""
+    for split in splits:
+        content = [{"image": row["image"], **{name: row[kind] for name, kind in columns.items()}} for row in rows()]
+        datasets.Dataset.from_list(content).to_parquet(folder / f"{split}.parquet")
+
+
+def captions_csv(columns: list[str], folder: Path) -> None:
+    """Captions of images, one column per kind."""
+    content = [{name: row["long" if "long" in name else "caption"] for name in columns} for row in rows()]
+    datasets.Dataset.from_list(content).to_csv(folder / "part-0.csv")
+
+
+def text_pairs(folder: Path) -> None:
+    """Queries with a right and a wrong answer."""
+    content = [
+        {"query": row["caption"], "positive": row["long"], "negative": other["long"]}
+        for row, other in zip(rows(), reversed(rows()), strict=True)
+    ]
+    (folder / "part-0.jsonl").write_text("\n".join(map(json.dumps, content)))
+
+
+def shards(folder: Path) -> None:
+    """Two webdataset shards with the captions of DreamLIP."""
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for number, row in enumerate(rows()[shard::2]):
+                jpeg = BytesIO()
+                row["image"].convert("RGB").save(jpeg, "jpeg")
+                fields = {"raw_caption": row["caption"]}
+                fields |= {"shortSV_captions": row["caption"], "longSV_captions": row["long"]}
+                for suffix, content in (("jpg", jpeg.getvalue()), ("json", json.dumps(fields).encode())):
+                    entry = tarfile.TarInfo(f"{shard}-{number:03d}.{suffix}")
+                    entry.size = len(content)
+                    tar.addfile(entry, BytesIO(content))
+
+
+def pictures(folder: Path) -> None:
+    """A folder of pictures with `metadata.jsonl` for each split: more than one batch of the recipe's."""
+    for split in ("train", "test"):
+        (folder / split).mkdir()
+        lines = []
+        for number, row in enumerate(rows(72)):
+            row["image"].save(folder / split / f"{number}.png")
+            lines.append(json.dumps({"file_name": f"{number}.png", "caption": row["caption"]}))
+        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def small_profile(name: str, path: Path) -> None:
+    """A profile of the quickstart with a few small steps on a CPU."""
+    profile = load_recipe(find_recipe(f"quickstart_{name}"))
+    small = {"use_cpu": True, "max_steps": 3, "warmup_steps": 0, "per_device_train_batch_size": 8}
+    profile["stage1"] |= small
+    profile["stage2"] |= {**small, "projection_dim": 16}
+    if "freeze_vision_layers" in profile["stage2"]:
+        profile["stage2"]["freeze_vision_layers"] = 1
+    path.write_text(yaml.safe_dump(profile))
+
+
+def photo(path: Path) -> None:
+    """A picture of noise."""
+    Image.effect_noise((60, 40), 80).convert("RGB").save(path)
+
+
+LLAMA, QWEN, SMOL = "llm2vec_llama_a_hf", "llm2vec_qwen2_a_hf", "llm2vec_mistral_a_hf"
+# Repos of the Hub, by id. A published LLM is any LLM there: `convert` reads all its sizes from its files.
+HUB: dict[str, Builder] = {
+    "meta-llama/Llama-3.1-8B-Instruct": partial(llm, LLAMA),
+    "meta-llama/Llama-3.2-1B-Instruct": partial(llm, LLAMA),
+    "Qwen/Qwen2.5-0.5B": partial(llm, QWEN),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": partial(llm, SMOL),
+    "openai/clip-vit-base-patch16": clip,
+    "openai/clip-vit-large-patch14-336": clip,
+    "facebook/dinov2-small": lambda folder: tiny.save_dinov2_tower(folder),
+    "Salesforce/wikitext": wikitext,
+    **{
+        f"microsoft/{name}": partial(published, name) if model.is_joint else partial(llm, LLAMA)
+        for name, model in published_models().items()
+        if "original_checkpoint" in model.card
+    },
+}
+DATASETS = ("Salesforce/wikitext",)
+MODEL = "runs/quickstart/llm2clip"
+# Folders of the reader's, by path: what `make quickstart` leaves, and data.
+FOLDERS: dict[str, Builder] = {
+    MODEL: tiny_models.save,
+    "runs/quickstart/weights/smollm2-135m-instruct": partial(llm, SMOL),
+    "my_images": partial(
+        table,
+        {"caption": "caption", "short_caption": "caption", "long_caption": "long"},
+        ("train", "validation", "test"),
+    ),
+    "my_pictures": pictures,
+    "data/dreamlip": partial(captions_csv, ["raw_caption", *DREAMLIP]),
+    "data/text_pairs": text_pairs,
+    "data/captions": partial(captions_csv, ["short_caption", "long_caption"]),
+    "data/cc3m": shards,
+    "data/mine": partial(table, {"caption": "caption"}, ("train", "validation")),
+}
+# Files, and folders of the checkout.
+FILES: dict[str, Builder] = {
+    "examples": lambda path: path.symlink_to(ROOT / "examples"),
+    "training": lambda path: path.symlink_to(ROOT / "training"),
+    "photo.jpg": photo,
+    "default.yaml": partial(small_profile, "default"),
+    "full.yaml": partial(small_profile, "full"),
+}

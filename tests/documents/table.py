@@ -1,0 +1,273 @@
+"""Every command that the documents show, and how a test runs it: what stands in, what is smaller, what comes out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from llm2clip_training.hub.published import FOLDER, Published, published_models
+from tests.documents.stand_ins import HUB, MODEL
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command that is run.
+
+    Attributes:
+        needs: What has to be there: files and folders, Hub ids (see `stand_ins`), or commands that ran before.
+        meant: Words that stand for something, and what the reader would write.
+        small: Options that are appended, so that it ends soon, on a CPU.
+        makes: What it leaves: paths, or Hub ids.
+        prints: What it prints, in part.
+        check: Looks at the folder afterwards.
+        serves: Whether it serves a page until it is interrupted.
+        slow: Whether it is left to the slow tests.
+    """
+
+    needs: tuple[str, ...] = ()
+    meant: dict[str, str] = field(default_factory=dict)
+    small: str = ""
+    makes: tuple[str, ...] = ()
+    prints: str = ""
+    check: Callable[[Path], None] | None = None
+    serves: bool = False
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """A command that only its own check looks at (see `test_commands`).
+
+    Attributes:
+        reason: Why.
+        run_by: The test that runs it: file and name.
+    """
+
+    reason: str
+    run_by: str = ""
+
+
+def same_prompt(name: str, folder: Path) -> None:
+    """Check that the LLM of stage 1 encodes captions as a folder of `hub_configs` says."""
+    fields = [
+        json.loads(path.read_text()) for path in (folder / "runs/stage1/config.json", FOLDER / name / "config.json")
+    ]
+    for key in ("prompt_prefix", "prompt_suffix", "pooling", "max_text_length", "bidirectional"):
+        assert fields[0][key] == fields[1][key], key
+
+
+def llm_of(model: Published) -> list[str]:
+    """The Hub id of a published model's LLM, if there is one."""
+    name = model.config.text_model_name_or_path if model.is_joint else None
+    return [name] if name in HUB else []
+
+
+# The paper's settings on a CPU: two steps of four rows.
+CPU = "--use-cpu true --max-steps 2 --per-device-train-batch-size 4"
+STAGE1 = f"{CPU} --attn-implementation sdpa --lora-rank 2"
+TUNE = f"{CPU} --dataloader-num-workers 0 --freeze-vision-layers 1"
+STAGE2 = f"{CPU} --dataloader-num-workers 0 --projection-dim 16"
+EMBED = "--attn-implementation sdpa"
+
+INDEX = "llm2clip index examples/data/concepts --split test --model runs/quickstart/llm2clip"
+TRAIN_LLM = "llm2clip stage1 stage1_paper --output-dir runs/stage1"
+EMBED_CAPTIONS = "llm2clip embed embed_paper"
+TRAIN_VISION = "llm2clip stage2 stage2_paper --learning-rate 2e-5"
+BUILD = "llm2clip build runs/stage2 my-model --license apache-2.0"
+LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
+PAIRS = ("data/dreamlip", "data/text_pairs")
+TOWER = "openai/clip-vit-large-patch14-336"
+LAUNCH = "accelerate launch --config_file training/recipes/accelerate"
+CI = ".ci/run runs it"
+
+README = {
+    INDEX: Run(needs=("examples", MODEL), makes=("runs/index/concepts",), prints="embedded: 695"),
+    'llm2clip search runs/index/concepts "someone riding a bicycle" "a vehicle that carries heavy goods" '
+    "--top 6 --picture results.png": Run(needs=(INDEX,), makes=("results.png",)),
+    "llm2clip demo": Run(needs=(MODEL,), serves=True, slow=True),
+    "llm2clip export-onnx MODEL": Run(
+        needs=(MODEL,),
+        meant={"MODEL": MODEL},
+        makes=(f"{MODEL}/onnx/vision_model.onnx", f"{MODEL}/onnx/text_model.onnx"),
+        slow=True,
+    ),
+    "llm2clip quickstart --llm Qwen/Qwen2.5-0.5B --vision-model openai/clip-vit-base-patch16 --data ./my_images "
+    "--caption-columns short_caption long_caption": Run(
+        needs=("Qwen/Qwen2.5-0.5B", "openai/clip-vit-base-patch16", "my_images", "default.yaml"),
+        small="--profile default.yaml",
+        makes=(f"{MODEL}/model.safetensors", "runs/quickstart/report.html"),
+        prints="stage 2, stage-1 LLM",
+    ),
+    TRAIN_LLM: Run(needs=(LLAMA, *PAIRS), small=STAGE1, makes=("runs/stage1/model.safetensors",)),
+    EMBED_CAPTIONS: Run(
+        needs=(TRAIN_LLM, "data/cc3m"), small=EMBED, makes=("runs/cache/manifest.json",), prints="num_captions: "
+    ),
+    "llm2clip embed --dtype float16": Run(
+        needs=(TRAIN_LLM, "data/cc3m"),
+        meant={"embed": "embed embed_paper"},
+        small=EMBED,
+        makes=("runs/cache/manifest.json",),
+    ),
+    TRAIN_VISION: Run(
+        needs=(EMBED_CAPTIONS, TOWER),
+        small=STAGE2,
+        makes=("runs/stage2/model.safetensors", "runs/stage2/README.md"),
+    ),
+    "llm2clip evaluate runs/stage2 --data ./my_images --split test --caption-columns caption": Run(
+        needs=(TRAIN_VISION, "my_images"), prints="text_to_image_recall@10: "
+    ),
+    BUILD: Run(needs=(TRAIN_VISION,), makes=("my-model/model.safetensors", "my-model/modeling_llm2clip.py")),
+    "llm2clip push my-model OWNER/my-model": Run(
+        needs=(BUILD,),
+        meant={"OWNER": "tester"},
+        small="--validate false",  # `build` has just loaded it in a new process
+        makes=("tester/my-model",),
+        prints="/tester/my-model",
+    ),
+    "llm2clip mntp": Run(
+        needs=("meta-llama/Llama-3.2-1B-Instruct", "Salesforce/wikitext", "data/captions"),
+        meant={"mntp": "mntp mntp"},
+        small=f"{STAGE1} --block-size 64",
+        makes=("runs/mntp/model.safetensors",),
+    ),
+    "torchrun --nproc_per_node N -m llm2clip_training.cli stage2 RECIPE": Run(
+        needs=(TRAIN_VISION, "data/mine"),
+        meant={"N": "2", "RECIPE": "stage2_small_gpu"},
+        small=TUNE,
+        makes=("runs/mine/model.safetensors",),
+        slow=True,
+    ),
+    "llm2clip convert SOURCE DESTINATION": Run(
+        needs=("openai/clip-vit-base-patch16",),
+        meant={"SOURCE": "openai/clip-vit-base-patch16", "DESTINATION": "tower"},
+        makes=("tower/model.safetensors",),
+        prints="recognised: a plain vision tower",
+    ),
+    "make quickstart": NotRun(
+        "a quarter of an hour",
+        run_by="tests/training/quickstart/test_real_weights.py::test_stage_1_doubles_image_retrieval",
+    ),
+    'make quickstart ARGS="--profile full"': Run(
+        needs=("Qwen/Qwen2.5-0.5B", "openai/clip-vit-base-patch16", "my_images", "full.yaml"),
+        meant={"full": "full.yaml"},
+        small="--llm Qwen/Qwen2.5-0.5B --vision-model openai/clip-vit-base-patch16 --data my_images "
+        "--caption-columns short_caption long_caption",
+        makes=(f"{MODEL}/model.safetensors",),
+        slow=True,
+    ),
+    "make test": NotRun(CI),
+    "make bench": NotRun("an hour of an idle machine", run_by="tests/benchmarks/test_contest.py"),
+    "python -m llm2clip_training.evaluation.clip_benchmark": NotRun(
+        "its captioning metrics need Java",
+        run_by="tests/training/evaluation/test_clip_benchmark.py::test_the_command_knows_the_model_type",
+    ),
+}
+CONTRIBUTING = {
+    "make lint": NotRun(CI),
+    "make compat": NotRun(CI),
+    "make format": NotRun("it rewrites the code; `make lint` runs the same tools"),
+    "make bench-gpu": NotRun("there is no GPU"),
+    ".ci/run": NotRun("it is what runs these tests"),
+}
+SCALING = {
+    "torchrun --nproc_per_node 8 -m llm2clip_training.cli embed embed_paper --output_dir runs/cache": Run(
+        needs=(TRAIN_LLM, "data/cc3m"),
+        meant={"8": "2"},
+        small=f"{EMBED} --shard-size 8",
+        makes=("runs/cache/manifest.json",),
+        prints="num_captions: ",
+        slow=True,
+    ),
+    "torchrun --nproc_per_node 8 -m llm2clip_training.cli stage2 stage2_paper": Run(
+        needs=(EMBED_CAPTIONS, TOWER),
+        meant={"8": "2"},
+        small=STAGE2,
+        makes=("runs/stage2/model.safetensors",),
+        slow=True,
+    ),
+    f"{LAUNCH}/ddp_8gpu.yaml -m llm2clip_training.cli stage2 stage2_paper": Run(
+        needs=(EMBED_CAPTIONS, TOWER, "training"),
+        meant={"ddp_8gpu.yaml": "ddp_8gpu.yaml --num_processes 2 --cpu"},
+        small=STAGE2,
+        makes=("runs/stage2/model.safetensors",),
+        slow=True,
+    ),
+    f"{LAUNCH}/deepspeed_zero2.yaml -m llm2clip_training.cli stage2 stage2_paper": NotRun(
+        "DeepSpeed needs a GPU",
+        run_by="tests/training/test_recipe.py::test_accelerate_reads_the_launch_configurations",
+    ),
+    f"{LAUNCH}/fsdp.yaml -m llm2clip_training.cli stage1 stage1_paper": Run(
+        needs=(LLAMA, *PAIRS, "training"),
+        meant={"fsdp.yaml": "fsdp.yaml --num_processes 2 --cpu"},
+        small=STAGE1,
+        makes=("runs/stage1/model.safetensors",),
+        slow=True,
+    ),
+    f"{LAUNCH}/cpu_2.yaml -m llm2clip_training.cli stage2 RECIPE": Run(
+        needs=(TRAIN_VISION, "data/mine", "training"),
+        meant={"RECIPE": "stage2_small_gpu"},
+        small=TUNE,
+        makes=("runs/mine/model.safetensors",),
+        slow=True,
+    ),
+}
+EXAMPLE = ("examples", MODEL)
+EXAMPLES = {
+    "jupyter lab examples/quickstart.ipynb": NotRun(
+        "a page in the browser",
+        run_by="tests/examples/test_notebook.py::test_the_notebook_runs_from_top_to_bottom",
+    ),
+    "python examples/zero_shot_classification.py": Run(EXAMPLE, prints="picture of: penguin"),
+    "python examples/long_caption_retrieval.py": Run(EXAMPLE, prints="the first 77, ending in"),
+    "python examples/fine_tune_on_a_folder.py --data my_pictures": Run(
+        (*EXAMPLE, "my_pictures"), makes=("runs/fine_tuned/llm2clip/model.safetensors",)
+    ),
+    "python examples/swap_the_llm.py --llm Qwen/Qwen2.5-0.5B": Run(
+        (*EXAMPLE, "Qwen/Qwen2.5-0.5B"), makes=("runs/other_llm/model.safetensors",)
+    ),
+    "python examples/swap_the_vision_tower.py --vision-model facebook/dinov2-small": Run(
+        (*EXAMPLE, "facebook/dinov2-small"), makes=("runs/other_vision_tower/model.safetensors",)
+    ),
+    "python examples/llava_vision_tower.py": Run(
+        (*EXAMPLE, "runs/quickstart/weights/smollm2-135m-instruct"), prints="the LLM reads"
+    ),
+    "python examples/push_to_the_hub.py --repo-id OWNER/NAME": Run(
+        EXAMPLE, meant={"OWNER": "tester", "NAME": "example"}, makes=("tester/example",), prints="pushed: "
+    ),
+    "python examples/langchain_llamaindex.py": Run(EXAMPLE, prints="[a drawing of: monorail]"),
+    "python examples/app.py": Run(EXAMPLE, serves=True, slow=True),
+    "python examples/patch_features.py --image photo.jpg": Run(
+        (*EXAMPLE, "photo.jpg"), makes=("patch_features.png",), prints="hidden_states[0]"
+    ),
+}
+HUB_CONFIGS = {
+    f"llm2clip convert microsoft/{name} {name}": Run(
+        needs=(f"microsoft/{name}", *llm_of(model)),
+        makes=(f"{name}/model.safetensors", f"{name}/README.md"),
+        prints="missing: none",
+        # The shapes are those of the real one.
+        slow=model.is_joint,
+    )
+    for name, model in published_models().items()
+    if "original_checkpoint" in model.card
+}
+NO_PROMPT = ' --prompt-prefix "" --prompt-suffix ""'
+for name, llm, options in (
+    ("LLM2CLIP-Llama-3.1-8B-Instruct-CC", LLAMA, ""),
+    ("LLM2CLIP-Qwen2.5-0.5B-CC", "Qwen/Qwen2.5-0.5B", NO_PROMPT),
+    ("LLM2CLIP-SmolLM2-135M-CC", "HuggingFaceTB/SmolLM2-135M-Instruct", NO_PROMPT),
+):
+    HUB_CONFIGS[f"llm2clip stage1 stage1_paper --model-name-or-path {llm}{options}"] = Run(
+        needs=(llm, *PAIRS), small=STAGE1, makes=("runs/stage1/model.safetensors",), check=partial(same_prompt, name)
+    )
+SPACE = {
+    "llm2clip demo --model OWNER/NAME --write-space FOLDER": Run(
+        meant={"OWNER": "tester", "NAME": "model", "FOLDER": "space"}, makes=("space/app.py",)
+    ),
+}
+COMMANDS: dict[str, Run | NotRun] = {
+    **README, **CONTRIBUTING, **SCALING, **EXAMPLES, **HUB_CONFIGS, **SPACE,
+}  # fmt: skip
