@@ -17,8 +17,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
+import transformers.utils.hub
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 
 TOKEN, READ_TOKEN, USER = "hf_write", "hf_read", "tester"
 LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".jpg", ".parquet", ".arrow", ".tar")
@@ -135,6 +136,9 @@ class LoopbackHub:
         variables = {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(cache)}
         for name, value in {**variables, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
             monkeypatch.setattr(constants, name, value)
+        # Clients that were made for the endpoint of that time.
+        monkeypatch.setattr(hf_api.api, "endpoint", self.url)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
 
     def fail_next(self, method: str, path: str, status: int, times: int = 1) -> None:
         """Answer the next requests whose path matches a pattern with an error, or with `CUT`: no answer at all."""

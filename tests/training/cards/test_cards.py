@@ -63,9 +63,7 @@ def test_the_hub_reads_what_is_known(tmp_path: Path) -> None:
     assert all(result.dataset_revision == "abc" and result.dataset_split == "test" for result in results.values())
 
 
-def test_the_hub_takes_what_is_written_and_not_what_is_refused_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hub_takes_what_is_written_and_not_what_is_refused_here(hub: LoopbackHub, tmp_path: Path) -> None:
     other = {"licence": "other", "licence_name": "own", "licence_link": "LICENSE"}
     good: list[dict[str, Any]] = [{}, {"languages": ["en", "yue"]}, {"datasets": ["imagenet-1k"]}, other]
     bad: list[tuple[dict[str, Any], str]] = [
@@ -78,18 +76,16 @@ def test_the_hub_takes_what_is_written_and_not_what_is_refused_here(
         ({"datasets": ["./x"]}, r"datasets '\./x' is no Hub id"),
         ({"base_models": [".."]}, r"base_model '\.\.' is no Hub id"),
     ]
-    with LoopbackHub() as hub:
-        hub.redirect(monkeypatch, tmp_path / "cache")
-        for fields in good:
-            (tmp_path / CARD).write_text(render(replace(FACTS, **fields)))
+    for fields in good:
+        (tmp_path / CARD).write_text(render(replace(FACTS, **fields)))
+        validate_card(tmp_path)
+        ModelCard.load(tmp_path / CARD).validate()
+    for fields, message in bad:
+        (tmp_path / CARD).write_text(render(replace(FACTS, **fields)))
+        with pytest.raises(ValueError, match=message):
             validate_card(tmp_path)
+        with pytest.raises(ValueError, match=r"license|language|datasets|base_model"):
             ModelCard.load(tmp_path / CARD).validate()
-        for fields, message in bad:
-            (tmp_path / CARD).write_text(render(replace(FACTS, **fields)))
-            with pytest.raises(ValueError, match=message):
-                validate_card(tmp_path)
-            with pytest.raises(ValueError, match=r"license|language|datasets|base_model"):
-                ModelCard.load(tmp_path / CARD).validate()
 
 
 def test_all_that_is_wrong_is_named_at_once() -> None:

@@ -93,18 +93,18 @@ def test_a_licence_that_the_hub_does_not_list(tmp_path: Path, monkeypatch: pytes
     assert "The licence of the weights is [own](LICENSE.txt)." in text
 
 
-def test_a_model_on_the_hub_brings_its_card_and_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_on_the_hub_brings_its_card_and_curves(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(build, "_validate", lambda *_: 0.0)
     tiny.save(tmp_path / "model")
     (tmp_path / "model" / CARD).write_text("---\nlicense: mit\nmy_key: 1\n---\n\nMy own words.\n")
     IMAGES[0].save(tmp_path / "model" / "training_curves.png")
-    with LoopbackHub() as hub:
-        repo = Repo("tester/model", "model")
-        files = {path.name: File(path.read_bytes(), lfs=False) for path in (tmp_path / "model").iterdir()}
-        repo.commit("main", files, "a model")
-        hub.repos["model", repo.name] = repo
-        hub.redirect(monkeypatch, tmp_path / "cache")
-        run(repo.name, tmp_path / "out")
+    repo = Repo("tester/model", "model")
+    files = {path.name: File(path.read_bytes(), lfs=False) for path in (tmp_path / "model").iterdir()}
+    repo.commit("main", files, "a model")
+    hub.repos["model", repo.name] = repo
+    run(repo.name, tmp_path / "out")
     data, text = read_card(tmp_path / "out")
     assert (data["license"], data["my_key"], text) == ("mit", 1, "My own words.\n")
     assert (tmp_path / "out" / "training_curves.png").read_bytes() == files["training_curves.png"].content
