@@ -7,8 +7,8 @@ from torch import Tensor
 
 from llm2clip_training.inner_products import inner_products
 
-# Scores of so many queries and candidates are 32 MiB.
-QUERIES_AT_ONCE = 512
+# Scores of so many queries and candidates are 16 MiB.
+QUERIES_AT_ONCE = 256
 DEFAULT_TILE_SIZE = 16384
 # Candidates that are first looked at through their best one.
 GROUP = 32
