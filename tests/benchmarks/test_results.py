@@ -144,6 +144,6 @@ def test_the_readme_shows_the_goals_that_are_missed():
         (row, goal["against"])
         for (row, _, device), entry in results.read(results.lines()).items()
         for goal in entry["goals"]
-        if device == "cpu" and goal["ratio"] > goal["at_most"]
+        if device == "cpu" and goal["ratio"] > goal["at_most"] and goal["against"] not in entry["limits"]
     }
     assert missed <= {(cells[0], cells[2]) for cells in README_LINES}
