@@ -22,7 +22,7 @@ UNITS = Path(__file__).with_name("units.json")
 ROUNDS = 5
 # An image of the web at training size, which stands between its captions in a tar.
 IMAGES, CAPTIONS, IMAGE_BYTES = 3_000, 3, 30_000
-CACHE_ROWS, CACHE_WIDTH = 20_000, 4096
+CACHE_ROWS = 20_000
 
 
 def _captions_of_tars() -> Callable[[], list[str]]:
@@ -50,23 +50,8 @@ def _reading() -> Work:
 def _checking() -> Work:
     import torch
 
-    from llm2clip_training.data import EmbeddingCache, build_embedding_cache
-
-    folder = new_folder()
-    build_embedding_cache(
-        folder,
-        [str(number) for number in range(CACHE_ROWS)],
-        lambda batch: (torch.ones(len(batch), CACHE_WIDTH), 0),
-        fingerprint="benchmark",
-        text_model_name="benchmark",
-        hidden_size=CACHE_WIDTH,
-        pooling="mean",
-        prompt_prefix="",
-        prompt_suffix="",
-        max_length=512,
-        show_progress=False,
-    )
-    cache = EmbeddingCache.open(folder, verify=False)
+    texts = [str(number) for number in range(CACHE_ROWS)]
+    cache = r10_cached_rows.cache_of(texts, lambda batch: torch.ones(len(batch), r10_cached_rows.WIDTH), new_folder())
 
     def work() -> Outcome:
         cache.check_finite()
@@ -101,7 +86,7 @@ def main() -> None:
         "images_read_per_second": IMAGES / seconds(_reading()),
         "bytes_per_caption": _bytes_per_caption(),
         "characters_per_caption": sum(map(len, texts)) / len(texts),
-        "cache_bytes_checked_per_second": 2 * CACHE_ROWS * CACHE_WIDTH / seconds(_checking()),
+        "cache_bytes_checked_per_second": 2 * CACHE_ROWS * r10_cached_rows.WIDTH / seconds(_checking()),
         "jpegs_per_second": r08_images.COUNT / seconds(r08_images.ours("exact", True)),
         "fast_jpegs_per_second": r08_images.COUNT / seconds(r08_images.ours("fast", True)),
         "cached_rows_per_second": r10_cached_rows.IMAGES / seconds(r10_cached_rows.ours()),
