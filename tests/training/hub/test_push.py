@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def test_nothing_private_goes_to_a_public_repo(hub: LoopbackHub, built: Path) ->
     upload(hub, built, repo_id="tester/other", private=True)
 
 
-def test_a_second_push_finishes_the_first(hub: LoopbackHub, built: Path) -> None:
+def test_a_second_push_finishes_the_first(hub: LoopbackHub, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits between its tries
     before = content(built)
     hub.fail_next("PUT", "_lfs", CUT, times=20)
     with pytest.raises(ValueError, match=r"the connection broke .*push again, and what has been uploaded is not sent"):
