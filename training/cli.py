@@ -209,16 +209,18 @@ def _run(name: str, command: Command, arguments: list[str]) -> int:
         values, origin = {**load_recipe(path), **values}, str(path)
     config = build_config(config_class, values, origin)
     result = module.run(config, resume=namespace.resume) if command.resumes else module.run(config)
-    if _is_main_process():
-        for key, value in (result or {}).items():
-            print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+    _end(result or {})
     return 0
 
 
-def _is_main_process() -> bool:
-    from llm2clip_training.gather import process_state
+def _end(result: dict[str, Any]) -> None:
+    """Print the result once, and part from the other processes of a launcher."""
+    from llm2clip_training.gather import leave_processes, process_state
 
-    return process_state().is_main_process
+    if process_state().is_main_process:
+        for key, value in result.items():
+            print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -38,6 +38,12 @@ def process_state(timeout: timedelta | None = None) -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), **options)
 
 
+def leave_processes() -> None:
+    """Part from the other processes, when the work is done: torch's threads may abort one that ends without."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def gather_with_grad(x: Tensor) -> GatheredRows:
     """Gather the rows of all ranks; the gradient flows back to the rank that each row came from.
 

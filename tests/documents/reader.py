@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -121,7 +122,10 @@ def recipe(line: str) -> str:
         AssertionError: make refuses it, or does not use one of its variables.
     """
     _, target, *variables = shlex.split(line)
-    asked = subprocess.run(["make", "-n", target, *variables], cwd=ROOT, capture_output=True, text=True)
+    # A make that runs the tests would have its own settings taken over, and talk of folders.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "-n", target, *variables]
+    asked = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert asked.returncode == 0, asked.stderr
     last = asked.stdout.splitlines()[-1]
     unused = [variable for variable in variables if variable.partition("=")[2] not in last]

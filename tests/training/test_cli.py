@@ -8,9 +8,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from torch import distributed as dist
 
 from llm2clip_training import cli
 from llm2clip_training.data import data_revision
+from llm2clip_training.evaluation import job
 from modeling_llm2clip import LLM2CLIPModel
 from tests.modeling import tiny as tiny_models
 from tests.training import tiny
@@ -101,3 +103,13 @@ def test_faults_of_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("llm2clip_training.evaluation.job.run", broken)
     with pytest.raises(KeyError):
         cli.main(["evaluate", "x", "--data", "y"])
+
+
+def test_a_command_leaves_the_processes_of_its_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    monkeypatch.setattr(job, "run", lambda config: {"recall": 0.5})
+    assert cli.main(["evaluate", "model", "--data", "data"]) == 0
+    assert capsys.readouterr().out == "recall: 0.5000\n"
+    assert not dist.is_initialized()
