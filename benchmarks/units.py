@@ -27,7 +27,7 @@ CACHE_ROWS = 20_000
 
 def _captions_of_tars() -> Callable[[], list[str]]:
     """Reads the distinct captions of a stream of tars, as `llm2clip embed` does first."""
-    from llm2clip_training.data import CaptionSource, distinct_captions
+    from llm2clip.data import CaptionSource, distinct_captions
 
     path, texts = new_folder() / "0.tar", iter(captions(IMAGES * CAPTIONS))
     with tarfile.open(path, "w") as tar:

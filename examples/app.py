@@ -4,12 +4,12 @@
     python examples/app.py --compare runs/quickstart/stage2-raw       # beside the one that learned from the raw LLM
     python examples/app.py --model FOLDER_OR_HUB_ID --data MY_IMAGES  # another model, other images
 
-It is the command `llm2clip demo` (`--help` shows all settings); `llm2clip_training/demo/` is what it is made of.
+It is the command `llm2clip demo` (`--help` shows all settings); `llm2clip/demo/` is what it is made of.
 """
 
 import sys
 
-from llm2clip_training.cli import main
+from llm2clip.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["demo", *sys.argv[1:]]))

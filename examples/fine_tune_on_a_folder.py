@@ -13,8 +13,8 @@ from pathlib import Path
 
 from common import example_parser, parse, pictures
 
-from llm2clip_training import cli
-from llm2clip_training.files import appearing_folder
+from llm2clip import cli
+from llm2clip.utils.files import appearing_folder
 
 # The sample: one artist's drawings for training, another's of the same concepts for the test.
 SAMPLE = {"train": "emoji-twitter", "test": "emoji-google"}

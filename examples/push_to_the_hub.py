@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import example_parser, parse
 
-from llm2clip_training.hub import build, push
+from llm2clip.hub import build, push
 
 
 def main() -> None:

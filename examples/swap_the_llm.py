@@ -12,8 +12,8 @@ from common import example_parser, parse, pictures
 from torch.nn import functional as F
 from transformers import AutoProcessor
 
-from llm2clip_training.losses import clip_loss
-from llm2clip_training.towers import open_text_tower
+from llm2clip.losses import clip_loss
+from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 KEPT = ("projection_dim", "visual_projection", "visual_projection_bias")

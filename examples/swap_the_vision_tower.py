@@ -12,7 +12,7 @@ from common import example_parser, parse, pictures
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoProcessor
 
-from llm2clip_training.losses import clip_loss
+from llm2clip.losses import clip_loss
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 TOWER = "runs/quickstart/weights/vit-small-14-11-layers"

@@ -14,7 +14,7 @@ HIDE = """
 import sys
 class Hide:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_llm2clip", "llm2clip_training", "tests"):
+        if name.split(".")[0] in ("modeling_llm2clip", "llm2clip", "tests"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Hide())
 """

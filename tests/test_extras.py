@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from llm2clip_training import cli
+from llm2clip import cli
 from tests.documents.reading import ROOT
 
-OWN = {"llm2clip_training": ROOT / "training", "modeling_llm2clip": ROOT / "modeling_llm2clip"}
+OWN = {"llm2clip": ROOT / "training", "modeling_llm2clip": ROOT / "modeling_llm2clip"}
 # The example: the extra that it needs beside what `make quickstart` installs; see examples/README.md.
 EXAMPLES = {"app.py": "demo", "langchain_llamaindex.py": "sentence-transformers"}
 
@@ -106,7 +106,7 @@ def missing(modules: set[str], *extras: str) -> set[str]:
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_the_extra_of_a_command_brings_what_it_imports(name: str) -> None:
     command = cli.COMMANDS[name]
-    modules = needed({"llm2clip_training.cli", command.module})
+    modules = needed({"llm2clip.cli", command.module})
     assert "torch" in modules
     assert missing(modules), "the base installation would do"
     assert not missing(modules, command.extra)

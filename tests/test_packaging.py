@@ -12,15 +12,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LOOK = """
-import llm2clip_training, modeling_llm2clip
+import llm2clip, modeling_llm2clip
 from importlib import resources
-from llm2clip_training.recipe import find_recipe
-for package in (llm2clip_training, modeling_llm2clip):
+from llm2clip.recipes import (find_recipe)
+for package in (llm2clip, modeling_llm2clip):
     assert package.__file__.startswith({target!r}), package.__file__
-data = resources.files("llm2clip_training.example_data")
+data = resources.files("llm2clip.example_data")
 assert (data / "concepts" / "test.parquet").is_file() and (data / "README.md").is_file()
-assert resources.files("llm2clip_training.hub_configs").is_dir()
-metrics = resources.files("llm2clip_training.evaluation.metrics")
+assert resources.files("llm2clip.hub_configs").is_dir()
+metrics = resources.files("llm2clip.evaluation.evaluate_modules")
 assert (metrics / "retrieval_recall" / "retrieval_recall.py").is_file()
 assert (resources.files("modeling_llm2clip") / "py.typed").is_file()
 print(find_recipe("quickstart_default"), find_recipe("stage1_paper"))

@@ -70,7 +70,7 @@ def encode_work(contestant: str, percent_long: int) -> Work:
     from transformers import AutoTokenizer
 
     from benchmarks import stage2_inputs
-    from llm2clip_training.sentence_transformers import write_sentence_transformers_files
+    from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
     from modeling_llm2clip import LLM2CLIPTextModel
 
     folder = stage2_inputs.write_text_tower(stage2_inputs.temporary_folder(), hidden=512, layers=8)
@@ -103,8 +103,8 @@ def search_work(index_type: str | None, count: int) -> Work:
     """Building an index and searching in it; None: `top_k`, without one."""
     import torch
 
-    from llm2clip_training.search.top_k import top_k
-    from llm2clip_training.search.vectors import VectorIndexSettings, build_vector_index, require_faiss
+    from llm2clip.search.top_k import top_k
+    from llm2clip.search.vectors import VectorIndexSettings, build_vector_index, require_faiss
 
     require_faiss().omp_set_num_threads(torch.get_num_threads())
     generator = torch.Generator().manual_seed(0)

@@ -34,7 +34,7 @@ def _timm_model(tower: str) -> Any:
 
 
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    from llm2clip_training.hub.layouts import TIMM_EVA02
+    from llm2clip.convert.layouts import TIMM_EVA02
 
     return TIMM_EVA02.rename(state).tensors
 

@@ -20,7 +20,7 @@ def _unit(rows: object) -> Outcome:
 
 
 def _ours(device: str, packed: bool = True, dtype: str = "float32", attention: str = "sdpa") -> Work:
-    from llm2clip_training.towers import open_text_tower
+    from llm2clip.utils.towers import open_text_tower
 
     options = {"dtype": dtype, "attn_implementation": attention, **PROMPT}
     model, tokenizer = open_text_tower(str(write_llm(new_folder())), **options)

@@ -12,8 +12,8 @@ CAPTIONS = 512
 
 
 def _text_tower() -> Path:
-    from llm2clip_training.sentence_transformers import write_sentence_transformers_files
-    from llm2clip_training.towers import open_text_tower, save_text_tower
+    from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
+    from llm2clip.utils.towers import open_text_tower, save_text_tower
 
     folder = new_folder()
     save_text_tower(*open_text_tower(str(write_llm(new_folder())), dtype="float32", **PROMPT), folder)

@@ -37,7 +37,7 @@ def _against(make_loss: Callable[[], Callable], batch: int, device: str) -> Work
 
 
 def _ours() -> Callable:
-    from llm2clip_training.losses import clip_loss
+    from llm2clip.losses import clip_loss
 
     return clip_loss
 

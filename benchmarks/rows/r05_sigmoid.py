@@ -34,7 +34,7 @@ def _against(make_loss: Callable[[], Callable], batch: int, device: str) -> Work
 
 
 def _ours() -> Callable:
-    from llm2clip_training.losses import sigmoid_loss
+    from llm2clip.losses import sigmoid_loss
 
     return sigmoid_loss
 

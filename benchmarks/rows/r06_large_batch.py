@@ -38,7 +38,7 @@ def _step(
     """Loss and gradients of all parameters."""
     import torch
 
-    from llm2clip_training.losses import clip_loss
+    from llm2clip.losses import clip_loss
 
     model = _model(device)
     if checkpointing:
@@ -65,7 +65,7 @@ def _run(model: Any, inputs: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _in_chunks(model: Any, inputs: dict[str, Any], size: int) -> tuple[Any, ...]:
-    from llm2clip_training.stages.chunks import in_chunks
+    from llm2clip.trainers.grad_cache import in_chunks
 
     return in_chunks(_run, model, inputs, size)
 

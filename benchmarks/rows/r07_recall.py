@@ -52,7 +52,7 @@ def _contestant(make_measure: Callable[[], Callable], images: int) -> Work:
 def _ours() -> Callable:
     import torch
 
-    from llm2clip_training.evaluation import retrieval_metrics
+    from llm2clip.evaluation import retrieval_metrics
 
     def measure(seen: Any, written: Any, owner: Any) -> list[float]:
         matches = torch.stack([torch.arange(len(owner)), owner], dim=1)

@@ -69,7 +69,7 @@ def _decoded(data: bytes) -> Any:
 def _ours(backend: Any, pil: bool) -> Callable[[bytes], Any]:
     from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
-    from llm2clip_training.data import EvalTransform
+    from llm2clip.data import EvalTransform
 
     image_processor = (CLIPImageProcessorPil if pil else CLIPImageProcessor)(**_settings())
     transform = EvalTransform(image_processor, backend)

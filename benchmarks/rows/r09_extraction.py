@@ -48,10 +48,11 @@ def _outcome(folder: Path, read: Callable[[list[str]], Any]) -> Outcome:
 
 
 def _ours() -> Work:
-    from llm2clip_training.data import CaptionSource, EmbeddingCache, distinct_captions
-    from llm2clip_training.gather import process_state
-    from llm2clip_training.stages.embed import EmbedConfig, embed_captions
-    from llm2clip_training.towers import open_text_tower
+    from llm2clip.data import CaptionSource, distinct_captions
+    from llm2clip.embedding import EmbeddingCache
+    from llm2clip.embedding.embed import EmbedConfig, embed_captions
+    from llm2clip.utils.processes import process_state
+    from llm2clip.utils.towers import open_text_tower
 
     shards = _write_shards()
     model, tokenizer = open_text_tower(str(write_llm(new_folder())), dtype="float32", **PROMPT)

@@ -49,7 +49,7 @@ def _consume(batches: Iterable[tuple[list[str], Any]], size: float) -> Outcome:
 
 def cache_of(texts: list[str], embed: Callable[[list[str]], Any], folder: Path) -> Any:
     """A cache in a folder, of what stands in for a text encoder; opened, unchecked."""
-    from llm2clip_training.data import EmbeddingCache, build_embedding_cache
+    from llm2clip.embedding import EmbeddingCache, build_embedding_cache
 
     build_embedding_cache(
         folder,

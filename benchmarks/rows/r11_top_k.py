@@ -19,7 +19,7 @@ def _vectors() -> tuple:
 
 
 def _ours() -> Work:
-    from llm2clip_training.search.top_k import top_k
+    from llm2clip.search.top_k import top_k
 
     queries, candidates = _vectors()
 

@@ -44,8 +44,8 @@ def _joint_model(folder: Path) -> Path:
     """A small model with vision tower, adapter and LLM, as `llm2clip build` leaves one."""
     from transformers import CLIPImageProcessor
 
-    from llm2clip_training.sentence_transformers import write_sentence_transformers_files
-    from llm2clip_training.towers import open_text_tower
+    from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
+    from llm2clip.utils.towers import open_text_tower
     from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
     llm = write_llm(new_folder(), hidden=64, mlp=128, layers=2)

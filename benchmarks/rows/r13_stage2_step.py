@@ -49,7 +49,7 @@ def _bare_loop() -> Work:
     import torch
 
     from benchmarks.stage2_inputs import StepClock, make_trainer
-    from llm2clip_training.optim import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
+    from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
 
     fields = _fields()
     trainer = make_trainer(fields)

@@ -2,7 +2,7 @@
 
 import sys
 
-from llm2clip_training.cli import main
+from llm2clip.cli import main
 
 MODEL = "{model}"
 

@@ -16,7 +16,7 @@ from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
 
 from modeling_llm2clip import LLM2CLIPModel
 from tests.compatibility.check import CAPTIONS, pictures
-from tests.modeling import tiny
+from tests.modeling_llm2clip import tiny
 
 # What each version wants beside it; the rest comes from the environment that runs this.
 OLD = ["huggingface_hub>=1.3,<2", "tokenizers==0.22.2"]

@@ -21,7 +21,7 @@ from tests.documents.reading import ROOT
 
 # Run as modules, since an environment that borrows its packages does not have their console scripts.
 MODULES = {
-    "llm2clip": "llm2clip_training.cli",
+    "llm2clip": "llm2clip.cli",
     "torchrun": "torch.distributed.run",
     "accelerate": "accelerate.commands.accelerate_cli",
 }
@@ -125,7 +125,7 @@ def _end(status: int | str | None) -> None:
 if __name__ == "__main__":
     from importlib import import_module
 
-    from llm2clip_training import cli
+    from llm2clip import cli
 
     for job in cli.COMMANDS.values():
         import_module(job.module)

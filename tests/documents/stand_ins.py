@@ -16,14 +16,14 @@ import yaml
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPConfig, CLIPModel
 
-from llm2clip_training.hub.original import to_original
-from llm2clip_training.hub.published import published_models
-from llm2clip_training.recipe import find_recipe, load_recipe
+from llm2clip.convert.original import to_original
+from llm2clip.convert.published import published_models
+from llm2clip.recipes import find_recipe, load_recipe
 from tests.documents.reading import ROOT
 from tests.golden import FOLDER as GOLDEN
-from tests.modeling import tiny as tiny_models
-from tests.training import tiny
-from tests.training.hub.checkpoints import microsoft_openai_names
+from tests.llm2clip import tiny
+from tests.llm2clip.hub.checkpoints import microsoft_openai_names
+from tests.modeling_llm2clip import tiny as tiny_models
 
 Builder = Callable[[Path], Any]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

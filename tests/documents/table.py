@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from llm2clip_training.hub.published import FOLDER, Published, published_models
+from llm2clip.convert.published import FOLDER, Published, published_models
 from tests.documents.stand_ins import HUB, MODEL
 
 
@@ -80,7 +80,7 @@ BUILD = "llm2clip build runs/stage2 my-model --license apache-2.0"
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 PAIRS = ("data/dreamlip", "data/text_pairs")
 TOWER = "openai/clip-vit-large-patch14-336"
-LAUNCH = "accelerate launch --config_file training/recipes/accelerate"
+LAUNCH = "accelerate launch --config_file training/llm2clip/recipes/accelerate"
 CI = ".ci/run runs it"
 
 README = {
@@ -133,7 +133,7 @@ README = {
         small=f"{STAGE1} --block-size 64",
         makes=("runs/mntp/model.safetensors",),
     ),
-    "torchrun --nproc_per_node N -m llm2clip_training.cli stage2 RECIPE": Run(
+    "torchrun --nproc_per_node N -m llm2clip.cli stage2 RECIPE": Run(
         needs=(TRAIN_VISION, "data/mine"),
         meant={"N": "2", "RECIPE": "stage2_small_gpu"},
         small=TUNE,
@@ -148,7 +148,7 @@ README = {
     ),
     "make quickstart": NotRun(
         "a quarter of an hour",
-        run_by="tests/training/quickstart/test_real_weights.py::test_stage_1_doubles_image_retrieval",
+        run_by="tests/llm2clip/quickstart/test_real_weights.py::test_stage_1_doubles_image_retrieval",
     ),
     'make quickstart ARGS="--profile full"': Run(
         needs=("Qwen/Qwen2.5-0.5B", "openai/clip-vit-base-patch16", "my_images", "full.yaml"),
@@ -160,9 +160,9 @@ README = {
     ),
     "make test": NotRun(CI),
     "make bench": NotRun("an hour of an idle machine", run_by="tests/benchmarks/test_contest.py"),
-    "python -m llm2clip_training.evaluation.clip_benchmark": NotRun(
+    "python -m llm2clip.evaluation.clip_benchmark": NotRun(
         "its captioning metrics need Java",
-        run_by="tests/training/evaluation/test_clip_benchmark.py::test_the_command_knows_the_model_type",
+        run_by="tests/llm2clip/evaluation/test_clip_benchmark.py::test_the_command_knows_the_model_type",
     ),
 }
 CONTRIBUTING = {
@@ -173,7 +173,7 @@ CONTRIBUTING = {
     ".ci/run": NotRun("it is what runs these tests"),
 }
 SCALING = {
-    "torchrun --nproc_per_node 8 -m llm2clip_training.cli embed embed_paper --output_dir runs/cache": Run(
+    "torchrun --nproc_per_node 8 -m llm2clip.cli embed embed_paper --output_dir runs/cache": Run(
         needs=(TRAIN_LLM, "data/cc3m"),
         meant={"8": "2"},
         small=f"{EMBED} --shard-size 8",
@@ -181,32 +181,32 @@ SCALING = {
         prints="num_captions: ",
         slow=True,
     ),
-    "torchrun --nproc_per_node 8 -m llm2clip_training.cli stage2 stage2_paper": Run(
+    "torchrun --nproc_per_node 8 -m llm2clip.cli stage2 stage2_paper": Run(
         needs=(EMBED_CAPTIONS, TOWER),
         meant={"8": "2"},
         small=STAGE2,
         makes=("runs/stage2/model.safetensors",),
         slow=True,
     ),
-    f"{LAUNCH}/ddp_8gpu.yaml -m llm2clip_training.cli stage2 stage2_paper": Run(
+    f"{LAUNCH}/ddp_8gpu.yaml -m llm2clip.cli stage2 stage2_paper": Run(
         needs=(EMBED_CAPTIONS, TOWER, "training"),
         meant={"ddp_8gpu.yaml": "ddp_8gpu.yaml --num_processes 2 --cpu"},
         small=STAGE2,
         makes=("runs/stage2/model.safetensors",),
         slow=True,
     ),
-    f"{LAUNCH}/deepspeed_zero2.yaml -m llm2clip_training.cli stage2 stage2_paper": NotRun(
+    f"{LAUNCH}/deepspeed_zero2.yaml -m llm2clip.cli stage2 stage2_paper": NotRun(
         "DeepSpeed needs a GPU",
-        run_by="tests/training/test_recipe.py::test_accelerate_reads_the_launch_configurations",
+        run_by="tests/llm2clip/test_recipe.py::test_accelerate_reads_the_launch_configurations",
     ),
-    f"{LAUNCH}/fsdp.yaml -m llm2clip_training.cli stage1 stage1_paper": Run(
+    f"{LAUNCH}/fsdp.yaml -m llm2clip.cli stage1 stage1_paper": Run(
         needs=(LLAMA, *PAIRS, "training"),
         meant={"fsdp.yaml": "fsdp.yaml --num_processes 2 --cpu"},
         small=STAGE1,
         makes=("runs/stage1/model.safetensors",),
         slow=True,
     ),
-    f"{LAUNCH}/cpu_2.yaml -m llm2clip_training.cli stage2 RECIPE": Run(
+    f"{LAUNCH}/cpu_2.yaml -m llm2clip.cli stage2 RECIPE": Run(
         needs=(TRAIN_VISION, "data/mine", "training"),
         meant={"RECIPE": "stage2_small_gpu"},
         small=TUNE,

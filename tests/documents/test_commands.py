@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from llm2clip_training import cli
+from llm2clip import cli
 from tests.documents.reader import Reader, recipe
 from tests.documents.reading import DOCUMENTS, ROOT, code_spans, commands, kind
 from tests.documents.table import COMMANDS, NotRun, Run

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessor
 
 from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
-from tests.modeling import tiny
-from tests.training.tiny import CONCEPTS
+from tests.llm2clip.tiny import CONCEPTS
+from tests.modeling_llm2clip import tiny
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # Its subject stands behind the first 77 tokens.

@@ -17,12 +17,12 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 from torch.nn import functional as F
 
-from llm2clip_training.demo.gallery import Gallery
-from llm2clip_training.demo.job import DemoConfig, data_source
+from llm2clip.demo.gallery import Gallery
+from llm2clip.demo.job import DemoConfig, data_source
 from modeling_llm2clip import LLM2CLIPModel
 from tests.examples.server import serving
-from tests.modeling import tiny
-from tests.training import tiny as training
+from tests.llm2clip import tiny as training
+from tests.modeling_llm2clip import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -13,11 +13,11 @@ from huggingface_hub import constants
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoProcessor, Dinov2Config, Dinov2Model
 
-from llm2clip_training import cli
+from llm2clip import cli
 from modeling_llm2clip import LLM2CLIPModel
 from tests.examples.conftest import EXAMPLES, FITTED, LONG_CAPTION, Run
+from tests.llm2clip import tiny
 from tests.loopback_hub import TOKEN, LoopbackHub
-from tests.training import tiny
 
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")
 

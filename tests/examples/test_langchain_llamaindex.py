@@ -9,8 +9,8 @@ import datasets
 import pytest
 import torch
 
-from tests.modeling import tiny
-from tests.modeling.tiny import CAPTIONS, IMAGES
+from tests.modeling_llm2clip import tiny
+from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = EXAMPLES / "langchain_llamaindex.py"

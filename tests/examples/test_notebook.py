@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from tests.examples.conftest import EXAMPLES
-from tests.training import tiny
-from tests.training.quickstart.test_pipeline import PROFILE, save_data
+from tests.llm2clip import tiny
+from tests.llm2clip.quickstart.test_pipeline import PROFILE, save_data
 
 NOTEBOOK = EXAMPLES / "quickstart.ipynb"
 

@@ -11,9 +11,9 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from llm2clip_training.demo.space import write_space
+from llm2clip.demo.space import write_space
 from tests.examples.server import serving
-from tests.modeling import tiny
+from tests.modeling_llm2clip import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -24,7 +24,7 @@ def test_space_serves_the_demo(tmp_path: Path) -> None:
     write_space(space, str(tmp_path / "model"))
     # Python finds the Space's packages before the installed ones, as it would on a machine that has none.
     where = subprocess.run(
-        [sys.executable, "-c", "import llm2clip_training.demo.job as job; print(job.__file__)"],
+        [sys.executable, "-c", "import llm2clip.demo.job as job; print(job.__file__)"],
         env={**os.environ, "PYTHONPATH": str(space)}, cwd=space, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert where.stdout.startswith(str(space))

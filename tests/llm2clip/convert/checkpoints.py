@@ -1,0 +1,147 @@
+"""Checkpoints of other code bases, made of the golden models and of tiny models of transformers and timm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
+
+from llm2clip.convert.original import from_original
+from tests.golden import Golden, load_golden
+from tests.modeling_llm2clip import tiny
+
+EVA = load_golden("customclip_a")
+OPENAI = load_golden("customclip_b")
+BACK = {
+    "text_adapter.blocks.{n}.norm.": "text_adapter.adaptor.{n}.ln.",
+    "text_adapter.blocks.{n}.fc1.": "text_adapter.adaptor.{n}.fn.0.",
+    "text_adapter.blocks.{n}.fc2.": "text_adapter.adaptor.{n}.fn.3.",
+    "text_adapter.norm.": "text_adapter.adaptor.4.",
+    "text_adapter.proj.": "text_adapter.adaptor.5.",
+}
+
+
+def llm_folder(folder: Path, width: int, **kwargs: Any) -> str:
+    """A plain LLM of a width, with its tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**tiny.DECODER, "hidden_size": width, "num_attention_heads": 2, "num_key_value_heads": 1})
+    LlamaModel(config).save_pretrained(folder, **kwargs)
+    tiny.plain_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def llm_of(golden: Golden, folder: Path) -> str:
+    """An LLM for a golden model's adapter."""
+    return llm_folder(folder, golden.meta["config"]["text_cfg"]["llm_embedding_dim"])
+
+
+def model_config(golden: Golden, folder: Path) -> str:
+    path = folder / "model_config.json"
+    path.write_text(json.dumps(golden.meta["config"]))
+    return str(path)
+
+
+def original_pt(golden: Golden, path: Path, wrap: str | None = None, dtype: torch.dtype | None = None) -> str:
+    """The golden model as the original's training writes it."""
+    state: Any = {name: tensor.to(dtype or tensor.dtype) for name, tensor in golden.group("state").items()}
+    if wrap == "ddp":
+        state = {f"module.{name}": tensor for name, tensor in state.items()}
+    elif wrap == "deepspeed":
+        state = {"module": state, "global_steps": 7, "optimizer": None, "args": [1, "x"]}
+    elif wrap is not None:
+        state = {wrap: state, "epoch": 3}
+    torch.save(state, path)
+    return str(path)
+
+
+def ours(golden: Golden) -> dict[str, Tensor]:
+    _, tensors = from_original(golden.group("state"), golden.meta["config"])
+    return tensors
+
+
+def microsoft_openai_folder(folder: Path) -> str:
+    """The layout of microsoft/LLM2CLIP-Openai-*."""
+    folder.mkdir()
+    vision = OPENAI.meta["config"]["vision_cfg"]
+    vision_config = {
+        "model_type": "clip_vision_model",
+        "hidden_size": vision["width"],
+        "intermediate_size": 4 * vision["width"],
+        "num_hidden_layers": vision["layers"],
+        "num_attention_heads": vision["width"] // vision["head_width"],
+        "image_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        "hidden_act": "quick_gelu",
+    }
+    write_microsoft_openai(folder, ours(OPENAI), vision_config)
+    return str(folder)
+
+
+def write_microsoft_openai(folder: Path, tensors: dict[str, Tensor], vision_config: dict[str, Any]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in microsoft_openai_names(tensors).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    fields = {"model_type": "clip", "architectures": ["LLM2CLIPModel"], "projection_dim": 1280}
+    (folder / "config.json").write_text(json.dumps({**fields, "vision_config": vision_config, "text_config": {}}))
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\n")
+
+
+def microsoft_openai_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under the names of microsoft/LLM2CLIP-Openai-*."""
+    return {_adaptor(name): tensor for name, tensor in tensors.items()}
+
+
+def _adaptor(name: str) -> str:
+    for mine, theirs in BACK.items():
+        for number in range(4):
+            name = name.replace(mine.replace("{n}", str(number)), theirs.replace("{n}", str(number)))
+    return name
+
+
+def microsoft_eva_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors in the layout of the Hub class of microsoft/LLM2CLIP-EVA02-*, which holds the vision half alone."""
+    names = {
+        "blocks.": "encoder.layers.",
+        "norm1": "layer_norm1",
+        "norm2": "layer_norm2",
+        "attn.inner_attn_ln": "self_attn.inner_ln_kept",
+        "attn.proj": "self_attn.out_proj",
+        "attn.": "self_attn.",
+        "self_self_attn": "self_attn",
+        "inner_ln_kept": "inner_attn_ln",
+        "mlp.w": "mlp.fc",
+        "patch_embed.proj": "embeddings.patch_embedding",
+        "cls_token": "embeddings.class_embedding",
+        "pos_embed": "embeddings.position_embedding.weight",
+        "vision_model.norm": "vision_model.post_layernorm",
+    }
+    renamed = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(("vision_model.", "visual_projection.")):
+            continue
+        for old, new in names.items():
+            name = name.replace(old, new)
+        if name.endswith("class_embedding"):
+            tensor = tensor[0, 0]
+        elif name.endswith("position_embedding.weight"):
+            tensor = tensor[0]
+        renamed[name] = tensor.clone()
+    return renamed
+
+
+def older_bias_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """EVA-CLIP's names of the biases, which a newer version of the original replaced."""
+    return {
+        name.replace("q_proj.bias", "q_bias").replace("v_proj.bias", "v_bias"): value for name, value in state.items()
+    }
+
+
+def with_text_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A plain EVA-CLIP checkpoint: one with CLIP's own text tower, and without an adapter."""
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("text.")}
+    text = {"transformer.resblocks.0.ln_1.weight": torch.ones(4), "token_embedding.weight": torch.ones(5, 4)}
+    return {**state, **{f"text.{name}": tensor for name, tensor in text.items()}}

@@ -1,0 +1,278 @@
+"""`llm2clip convert` on every layout of checkpoints with a vision tower, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    CLIPConfig,
+    CLIPModel,
+    SiglipConfig,
+    SiglipModel,
+)
+
+from llm2clip import cli
+from llm2clip.convert.original import to_original
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
+from tests.golden import Golden, load_golden
+from tests.llm2clip.hub import checkpoints
+from tests.llm2clip.hub.checkpoints import EVA, OPENAI
+
+
+def convert(source: str, destination: Path, *options: str) -> None:
+    assert cli.main(["convert", source, str(destination), *options]) == 0
+
+
+def check_features(golden: Golden, folder: Path, **close: Any) -> LLM2CLIPModel:
+    model = LLM2CLIPModel.from_pretrained(folder, text_model=False).float().eval()
+    with torch.no_grad():
+        output = model(pixel_values=golden["in/pixel_values"], llm_embeds=golden["in/text_embeddings"])
+    tolerance = close or {"atol": 2e-5, "rtol": 1e-4}
+    torch.testing.assert_close(output.image_embeds, golden["out/image_features"], **tolerance)
+    torch.testing.assert_close(output.text_embeds, golden["out/text_features"], **tolerance)
+    return model
+
+
+@pytest.fixture
+def eva_options(tmp_path: Path) -> list[str]:
+    llm = checkpoints.llm_of(EVA, tmp_path / "llm")
+    return ["--model-config", checkpoints.model_config(EVA, tmp_path), "--text-model", llm]
+
+
+@pytest.mark.parametrize("wrap", [None, "module", "state_dict", "ddp", "deepspeed"])
+def test_original_checkpoint(wrap: str | None, tmp_path: Path, eva_options: list[str]) -> None:
+    source = checkpoints.original_pt(EVA, tmp_path / "model.pt", wrap)
+    convert(source, tmp_path / "out", *eva_options)
+    model = check_features(EVA, tmp_path / "out")
+    assert model.config.text_model_name_or_path == str(tmp_path / "llm")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert processor.image_processor.crop_size["height"] == EVA.meta["config"]["vision_cfg"]["image_size"]
+    assert processor(text=["a cat"], return_tensors="pt")["input_ids"].shape[0] == 1
+    # With its LLM too: what `from_pretrained` of a user does.
+    whole = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert whole.encode_text(["a cat"], processor).isfinite().all()
+
+
+def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path, eva_options: list[str]) -> None:
+    source = checkpoints.original_pt(EVA, tmp_path / "model.pt", dtype=torch.float16)
+    convert(source, tmp_path / "out", *eva_options)
+    assert LLM2CLIPModel.from_pretrained(tmp_path / "out", text_model=False).dtype == torch.float16
+    assert load_file(tmp_path / "out" / "model.safetensors")["logit_scale"].dtype == torch.float32
+    check_features(EVA, tmp_path / "out", atol=5e-3, rtol=1e-2)
+
+
+def test_names_of_the_report(tmp_path: Path, eva_options: list[str], capsys: Any) -> None:
+    source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
+    convert(source, tmp_path / "out", *eva_options)
+    printed = capsys.readouterr().out
+    assert "recognised: an LLM2CLIP model: EVA02 (EVA-CLIP names), text adapter" in printed
+    assert "visual.blocks.{0-1}.norm1.weight -> vision_model.blocks.{0-1}.norm1.weight" in printed
+    assert "visual.blocks.{0-1}.attn.rope.freqs_cos: rotary tables follow from the config" in printed
+    assert "missing: none" in printed
+
+
+def test_openai_tower_gets_quickgelu(tmp_path: Path) -> None:
+    """The original's JSONs leave `quick_gelu` out, although OpenAI's towers need it."""
+    golden = OPENAI.meta["config"]
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in golden.items() if k != "quick_gelu"}))
+    source = checkpoints.original_pt(OPENAI, tmp_path / "model.pt")
+    options = ["--model-config", str(tmp_path / "config.json")]
+    options += ["--text-model", checkpoints.llm_of(OPENAI, tmp_path / "llm")]
+    convert(source, tmp_path / "out", *options)
+    assert golden["quick_gelu"]
+    check_features(OPENAI, tmp_path / "out")
+    convert(source, tmp_path / "exact", *options, "--quick-gelu", "false")
+    with pytest.raises(AssertionError):
+        check_features(OPENAI, tmp_path / "exact")
+
+
+def test_microsoft_openai_folder(tmp_path: Path) -> None:
+    source = checkpoints.microsoft_openai_folder(tmp_path / "microsoft")
+    convert(source, tmp_path / "out", "--text-model", checkpoints.llm_of(OPENAI, tmp_path / "llm"))
+    check_features(OPENAI, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert source in card
+
+
+def test_microsoft_eva_folder(tmp_path: Path, eva_options: list[str], capsys: Any) -> None:
+    folder = tmp_path / "microsoft"
+    folder.mkdir()
+    save_file(checkpoints.microsoft_eva_names(checkpoints.ours(EVA)), folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "clip", "projection_dim": 32}')
+    convert(str(folder), tmp_path / "vision", *eva_options)
+    assert "without text adapter" in capsys.readouterr().out
+    model = LLM2CLIPVisionModelWithProjection.from_pretrained(tmp_path / "vision").eval()
+    with torch.no_grad():
+        embeds = torch.nn.functional.normalize(model(EVA["in/pixel_values"]).pooler_output, dim=-1)
+    EVA.close(embeds, "out/image_features")
+    # The .pt beside it holds the adapter and is preferred.
+    checkpoints.original_pt(EVA, folder / "model.pt")
+    convert(str(folder), tmp_path / "out", *eva_options)
+    check_features(EVA, tmp_path / "out")
+
+
+def test_plain_eva_clip_is_a_start_for_stage_2(tmp_path: Path, eva_options: list[str]) -> None:
+    scale = torch.tensor(4.5)
+    state = checkpoints.with_text_tower(checkpoints.older_bias_names(EVA.group("state")))
+    torch.save({**state, "logit_scale": scale}, tmp_path / "eva.pt")
+    convert(str(tmp_path / "eva.pt"), tmp_path / "out", *eva_options, "--projection-dim", "16")
+    model = LLM2CLIPModel.from_pretrained(tmp_path / "out", text_model=False)
+    assert model.logit_scale.equal(scale)
+    assert model.visual_projection.weight.shape == (16, EVA.meta["config"]["vision_cfg"]["width"])
+    assert model.visual_projection.weight.std() > 0.01  # the original's 2e-5 vanishes in fp16
+    assert not model.text_adapter.proj.weight.eq(0).all()
+    # Without an LLM it is a vision tower.
+    convert(str(tmp_path / "eva.pt"), tmp_path / "tower", *eva_options[:2])
+    tower = AutoModel.from_pretrained(tmp_path / "tower")
+    with torch.no_grad():
+        torch.testing.assert_close(tower(EVA["in/pixel_values"]), model.vision_model(EVA["in/pixel_values"]))
+
+
+def test_timm_names(tmp_path: Path, eva_options: list[str]) -> None:
+    timm_eva = pytest.importorskip("timm.models.eva")
+    sizes = EVA.meta["config"]["vision_cfg"]
+    timm_tower = timm_eva.Eva(
+        img_size=sizes["image_size"],
+        patch_size=sizes["patch_size"],
+        embed_dim=sizes["width"],
+        depth=sizes["layers"],
+        num_heads=sizes["width"] // sizes["head_width"],
+        mlp_ratio=sizes["mlp_ratio"],
+        qkv_fused=False,
+        swiglu_mlp=True,
+        scale_mlp=True,
+        scale_attn_inner=True,
+        use_rot_pos_emb=True,
+        ref_feat_shape=(sizes["pt_hw_seq_len"],) * 2,
+        global_pool="token",
+        num_classes=8,
+    ).eval()
+    for parameter in timm_tower.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_file(timm_tower.state_dict(), tmp_path / "timm.safetensors")
+    convert(str(tmp_path / "timm.safetensors"), tmp_path / "out", *eva_options[:2])
+    tower = AutoModel.from_pretrained(tmp_path / "out").eval()
+    images = torch.randn(2, 3, sizes["image_size"], sizes["image_size"])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            tower(images).last_hidden_state, timm_tower.forward_features(images), atol=1e-5, rtol=1e-5
+        )
+
+
+VISION = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 7}
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_plain_repos_of_transformers(family: str, tmp_path: Path) -> None:
+    config_class, model_class = {"clip": (CLIPConfig, CLIPModel), "siglip": (SiglipConfig, SiglipModel)}[family]
+    plain = model_class(config_class(vision_config=dict(VISION), text_config=dict(TEXT))).eval()
+    plain.save_pretrained(tmp_path / "plain")
+    llm = checkpoints.llm_folder(tmp_path / "llm", 16)
+    convert(str(tmp_path / "plain"), tmp_path / "out", "--text-model", llm, "--projection-dim", "24")
+    model = LLM2CLIPModel.from_pretrained(tmp_path / "out", text_model=False).eval()
+    images = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        expected = plain.vision_model(images).pooler_output
+        torch.testing.assert_close(model.vision_model(images).pooler_output, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(model.logit_scale, plain.logit_scale.reshape(()))
+
+
+@pytest.mark.parametrize("size", [21, 42])
+def test_another_image_size(size: int, tmp_path: Path, eva_options: list[str]) -> None:
+    source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
+    convert(source, tmp_path / "out", *eva_options, "--image-size", str(size))
+    convert(source, tmp_path / "same", *eva_options)
+    model = LLM2CLIPModel.from_pretrained(tmp_path / "out", text_model=False).eval()
+    other = LLM2CLIPModel.from_pretrained(tmp_path / "same", text_model=False).eval()
+    images = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        expected = other.get_image_features(images, interpolate_pos_encoding=True).pooler_output
+        torch.testing.assert_close(model.get_image_features(images).pooler_output, expected)
+    # And from a folder of our own, back again.
+    convert(str(tmp_path / "out"), tmp_path / "back", "--image-size", "28")
+    back = LLM2CLIPModel.from_pretrained(tmp_path / "back", text_model=False)
+    assert back.vision_model.pos_embed.shape == other.vision_model.pos_embed.shape
+    processor = AutoProcessor.from_pretrained(tmp_path / "back", trust_remote_code=True)
+    assert processor.image_processor.size["shortest_edge"] == 28
+
+
+@pytest.mark.parametrize("golden", [EVA, OPENAI], ids=["eva", "openai"])
+def test_the_way_back(golden: Golden, tmp_path: Path) -> None:
+    source = checkpoints.original_pt(golden, tmp_path / "model.pt")
+    llm = checkpoints.llm_of(golden, tmp_path / "llm")
+    convert(
+        source, tmp_path / "out", "--model-config", checkpoints.model_config(golden, tmp_path), "--text-model", llm
+    )
+    convert(str(tmp_path / "out"), tmp_path / "back.pt", "--to", "original")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    state = {name: tensor for name, tensor in golden.group("state").items() if "rope" not in name}
+    assert back.keys() == state.keys()
+    assert all(back[name].equal(state[name]) for name in state)
+
+
+def test_the_originals_loader_and_its_losses(tmp_path: Path) -> None:
+    """The original's `--pretrained` drops head and adapter; a switch does so here."""
+    golden = load_golden("ckpt_load_a")
+    fields = golden.meta["config"]
+    side = fields["new_grid"] * fields["vision_cfg"]["patch_size"]
+    vision = {**fields["vision_cfg"], "image_size": side, "pt_hw_seq_len": fields["pt_hw_seq_len"]}
+    text = {"llm_embedding_dim": fields["text_dim"]}
+    (tmp_path / "c.json").write_text(
+        json.dumps({"embed_dim": fields["embed_dim"], "vision_cfg": vision, "text_cfg": text})
+    )
+    torch.save({"module": golden.group("ckpt")}, tmp_path / "model.pt")
+    llm = checkpoints.llm_folder(tmp_path / "llm", fields["text_dim"])
+    options = ["--model-config", str(tmp_path / "c.json"), "--text-model", llm]
+    convert(str(tmp_path / "model.pt"), tmp_path / "kept", *options)
+    convert(str(tmp_path / "model.pt"), tmp_path / "reset", *options, "--reset-heads")
+    kept = LLM2CLIPModel.from_pretrained(tmp_path / "kept", text_model=False).eval()
+    reset = LLM2CLIPModel.from_pretrained(tmp_path / "reset", text_model=False).eval()
+    head = golden["ckpt/visual.head.weight"]
+    assert kept.visual_projection.weight.equal(head)
+    assert not reset.visual_projection.weight.equal(head)
+    for model in (kept, reset):
+        assert model.logit_scale.equal(golden["ckpt/logit_scale"])
+        loaded = {
+            name: tensor for name, tensor in golden.group("after").items() if name in golden.meta["keys_changed"]
+        }
+        _compare_with_original(model, loaded, golden)
+
+
+def _compare_with_original(model: LLM2CLIPModel, loaded: dict[str, torch.Tensor], golden: Golden) -> None:
+    state = to_original(model.config, model.state_dict())
+    for name, tensor in loaded.items():
+        torch.testing.assert_close(state[name], tensor, atol=2e-5, rtol=1e-4)
+
+
+def test_openai_state_dict(tmp_path: Path) -> None:
+    golden = load_golden("openai_load_a")
+    torch.save(golden.group("ckpt"), tmp_path / "openai.pt")
+    sizes = golden.meta["config"]
+    vision = {"image_size": 28, "layers": 1, "width": sizes["width"], "patch_size": sizes["patch"]}
+    (tmp_path / "c.json").write_text(json.dumps({"embed_dim": 32, "vision_cfg": vision}))
+    llm = checkpoints.llm_folder(tmp_path / "llm", 16)
+    convert(
+        str(tmp_path / "openai.pt"), tmp_path / "out", "--model-config", str(tmp_path / "c.json"), "--text-model", llm
+    )
+    model = LLM2CLIPModel.from_pretrained(tmp_path / "out", text_model=False).eval()
+    assert model.config.projection_dim == 1280
+    torch.testing.assert_close(model.logit_scale, golden["out/logit_scale"])
+    with torch.no_grad():
+        # The original rounds these weights to fp16 on the way; ours stay as they are.
+        for module in model.vision_model.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                for parameter in module.parameters():
+                    parameter.copy_(parameter.half())
+        tower = model.vision_model(golden["in/pixel_values"], output_hidden_states=True)
+    golden.close(tower.pooler_output, "out/pooled")
+    golden.close(tower.hidden_states[-1], "out/all_features")

@@ -1,0 +1,179 @@
+"""Bad checkpoints: `llm2clip convert` ends with one readable message, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llm2clip import cli
+from tests.llm2clip.hub import checkpoints
+from tests.llm2clip.hub.checkpoints import EVA
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("the pickle's code ran",))
+
+
+def truncated_pt(folder: Path) -> Path:
+    path = Path(checkpoints.original_pt(EVA, folder / "model.pt"))
+    path.write_bytes(path.read_bytes()[:-5000])
+    return path
+
+
+def truncated_safetensors(folder: Path) -> Path:
+    path = folder / "model.safetensors"
+    save_file(checkpoints.ours(EVA), path)
+    path.write_bytes(path.read_bytes()[:-5000])
+    return path
+
+
+def code(folder: Path) -> Path:
+    path = folder / "model.pt"
+    torch.save({"state_dict": EVA.group("state"), "hook": Bomb()}, path)
+    return path
+
+
+def bare_pickle(folder: Path) -> Path:
+    path = folder / "model.pt"
+    path.write_bytes(pickle.dumps({"x": Bomb()}))
+    return path
+
+
+def text_file(folder: Path) -> Path:
+    path = folder / "model.pt"
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    return path
+
+
+def _text(folder: Path) -> Path:
+    path = folder / "model.pt"
+    path.write_text("Not found")
+    return path
+
+
+def edited(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        state = dict(EVA.group("state"))
+        change(state)
+        torch.save(state, folder / "model.pt")
+        return folder / "model.pt"
+
+    return make
+
+
+def spoil(state: dict[str, torch.Tensor]) -> None:
+    state["visual.norm.weight"] = state["visual.norm.weight"] * float("nan")
+
+
+def mix(state: dict[str, torch.Tensor]) -> None:
+    state["visual.blocks.1.mlp.w3.weight"] = torch.zeros(64, 128)
+
+
+CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "truncated .pt": (truncated_pt, "damaged or truncated"),
+    "truncated safetensors": (truncated_safetensors, "damaged or truncated"),
+    "code": (code, "would run code from the file, which is refused"),
+    "bare pickle": (bare_pickle, "no checkpoint of torch|would run code"),
+    "a Git LFS pointer": (text_file, "is a Git LFS pointer and not the file itself"),
+    "a text": (lambda folder: _text(folder), "no checkpoint of torch, or it is damaged"),
+    "NaN": (edited(spoil), r"1 tensors hold NaN or infinity: vision_model\.norm\.weight"),
+    "another model": (
+        lambda folder: _saved(folder, {"encoder.conv.weight": torch.zeros(2), "decoder.x": torch.zeros(2)}),
+        r"no vision tower and no LLM of a known layout; its first tensors are encoder\.conv\.weight",
+    ),
+    "extra keys": (
+        edited(lambda s: s.update({"visual.lora": torch.zeros(3)})),
+        r"belong to no part of it: visual\.lora",
+    ),
+    "missing keys": (
+        edited(lambda s: s.pop("visual.blocks.1.norm2.weight")),
+        r"1 tensors are missing: vision_model\.blocks\.1\.norm2\.weight \(48,\)",
+    ),
+    "mixed widths": (edited(mix), r"blocks\.1\.mlp\.w3\.weight is \(64, 128\), not \(48, 128\)"),
+    "nothing": (lambda folder: folder / "absent.pt", "neither a file, nor a folder, nor a Hub id"),
+    "an empty folder": (lambda folder: folder / "empty", "holds no weights"),
+}
+
+
+def _saved(folder: Path, state: dict[str, torch.Tensor]) -> Path:
+    torch.save(state, folder / "model.pt")
+    return folder / "model.pt"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_checkpoints(case: str, tmp_path: Path, capfd: Any) -> None:
+    make, message = CASES[case]
+    (tmp_path / "in" / "empty").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    source = make(tmp_path / "in")
+    options = ["--model-config", checkpoints.model_config(EVA, tmp_path)]
+    options += ["--text-model", checkpoints.llm_of(EVA, tmp_path / "llm")]
+    capfd.readouterr()
+    assert cli.main(["convert", str(source), str(tmp_path / "out" / "model"), *options]) == 2
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.err
+    assert "code ran" not in printed.out
+    assert re.search(message, printed.err), printed.err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_adapter_of_another_llm(tmp_path: Path, capsys: Any) -> None:
+    source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
+    options = ["--model-config", checkpoints.model_config(EVA, tmp_path)]
+    llm = checkpoints.llm_folder(tmp_path / "llm", 32)
+    assert cli.main(["convert", source, str(tmp_path / "out"), *options, "--text-model", llm]) == 2
+    assert f"takes embeddings of width 24, but {llm} gives 32" in capsys.readouterr().err
+    assert cli.main(["convert", source, str(tmp_path / "out"), *options]) == 2
+    assert "say which LLM gives them: --text-model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_unpublished_sizes_need_a_config(tmp_path: Path, capsys: Any) -> None:
+    source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
+    assert cli.main(["convert", source, str(tmp_path / "out")]) == 2
+    assert "hidden_size=48" in (error := capsys.readouterr().err)
+    assert "--model-config" in error
+
+
+def test_config_of_another_model(tmp_path: Path, capsys: Any) -> None:
+    source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
+    fields = json.loads(json.dumps(EVA.meta["config"]))
+    fields["vision_cfg"]["width"] = 64
+    (tmp_path / "c.json").write_text(json.dumps(fields))
+    options = ["--model-config", str(tmp_path / "c.json"), "--text-model", checkpoints.llm_of(EVA, tmp_path / "llm")]
+    assert cli.main(["convert", source, str(tmp_path / "out"), *options]) == 2
+    assert "tensors have other shapes than its config says" in capsys.readouterr().err
+
+
+def test_destinations_are_kept(tmp_path: Path, capsys: Any) -> None:
+    source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
+    options = ["--model-config", checkpoints.model_config(EVA, tmp_path)]
+    options += ["--text-model", checkpoints.llm_of(EVA, tmp_path / "llm")]
+    out, mine = tmp_path / "out", tmp_path / "out" / "mine.txt"
+    out.mkdir()
+    mine.write_text("mine")
+    assert cli.main(["convert", source, str(out), *options]) == 2
+    assert "add --overwrite" in capsys.readouterr().err
+    # What is no model is not replaced at all.
+    assert cli.main(["convert", source, str(out), *options, "--overwrite"]) == 2
+    assert "out is not replaced, because it holds other things (no config.json)" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    # A conversion that fails leaves what was there, also with --overwrite.
+    (out / "config.json").write_text("{}")
+    (tmp_path / "in").mkdir()
+    bad = str(truncated_pt(tmp_path / "in"))
+    assert cli.main(["convert", bad, str(out), *options, "--overwrite"]) == 2
+    assert mine.exists()
+    assert cli.main(["convert", source, str(out), *options, "--overwrite"]) == 0
+    assert not mine.exists()
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

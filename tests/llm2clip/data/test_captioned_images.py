@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader
+from transformers import CLIPImageProcessorPil
+
+from llm2clip.data import (
+    CaptionError,
+    CaptionImageDataset,
+    CaptionSource,
+    DamagedImageError,
+    EvalTransform,
+    SampleIndex,
+    SampleIndexBatchSampler,
+    SkippedSample,
+    StreamingCaptionImageDataset,
+    TrainTransform,
+    caption_batches,
+    caption_id,
+    distinct_captions,
+)
+
+from .conftest import CONCEPTS, ROWS, png
+from .conftest import captions as made_captions
+
+
+@pytest.fixture(scope="module")
+def transforms(image_processor: CLIPImageProcessorPil) -> tuple[EvalTransform, TrainTransform]:
+    return EvalTransform(image_processor), TrainTransform(image_processor, scale=(0.3, 1.0))
+
+
+def _concepts(split: str = "validation", **fields: Any) -> CaptionSource:
+    return CaptionSource(CONCEPTS, split=split, **{"caption_columns": ["caption", "keywords"], **fields})
+
+
+def _batches(loader: DataLoader) -> list[list[tuple[str, str, float]]]:
+    return [[(s["key"], s["caption"], float(s["pixel_values"].double().sum())) for s in batch] for batch in loader]
+
+
+def test_sample_holds_the_row(transforms: tuple[EvalTransform, TrainTransform]) -> None:
+    dataset = CaptionImageDataset(_concepts(), *transforms)
+    row = datasets.load_dataset(CONCEPTS, split="validation")[5]
+    sample = dataset[5]
+    assert isinstance(sample, dict)
+    assert (sample["key"], sample["caption"]) == (row["key"], row["caption"])
+    assert sample["caption_id"] == caption_id(row["caption"])
+    assert sample["image_caption_ids"] == [caption_id(row["caption"]), caption_id(row["keywords"])]
+    torch.testing.assert_close(sample["pixel_values"], transforms[0](row["image"].convert("RGB")))
+    assert len(dataset) == 369
+    for outside in (369, -1):
+        with pytest.raises(IndexError):
+            dataset[outside]
+
+
+def test_drawing_is_a_function_of_seed_epoch_and_index(transforms: tuple[EvalTransform, TrainTransform]) -> None:
+    dataset = CaptionImageDataset(_concepts(), *transforms, seed=1)
+    other = CaptionImageDataset(_concepts(), *transforms, seed=2)
+    where = [SampleIndex(0, 3), SampleIndex(1, 3)]
+    first, second, reseeded = dataset[where[0]], dataset[where[1]], other[where[0]]
+    torch.manual_seed(99)
+    again = dataset[where[0]]
+    assert torch.equal(first["pixel_values"], again["pixel_values"])
+    assert first["caption"] == again["caption"]
+    assert not torch.equal(first["pixel_values"], second["pixel_values"])
+    assert not torch.equal(first["pixel_values"], reseeded["pixel_values"])
+    assert len({dataset[SampleIndex(epoch, 3)]["caption"] for epoch in range(12)}) == 2
+
+
+def test_caption_weights_hold_over_epochs_and_rows() -> None:
+    dataset = CaptionImageDataset(_concepts(caption_weights=[0.25, 0.75]), None)
+    first = datasets.load_dataset(CONCEPTS, split="validation")["caption"]
+    counts = Counter(
+        dataset[SampleIndex(epoch, index)]["caption"] == first[index]
+        for epoch in range(8)
+        for index in range(len(dataset))
+    )
+    total = sum(counts.values())
+    assert abs(counts[True] / total - 0.25) < 4 * (0.25 * 0.75 / total) ** 0.5
+
+
+def test_workers_do_not_change_a_batch(transforms: tuple[EvalTransform, TrainTransform]) -> None:
+    source = _concepts(max_samples=24)
+    runs = []
+    for workers in (0, 2):
+        dataset = CaptionImageDataset(source, *transforms, seed=4)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=SampleIndexBatchSampler(dataset, 4, seed=4),
+            collate_fn=list,
+            num_workers=workers,
+        )
+        run = []
+        for epoch in range(2):
+            dataset.set_epoch(epoch)
+            run.append(_batches(loader))
+        runs.append(run)
+    assert runs[0] == runs[1]
+    assert runs[0][0] != runs[0][1]
+
+
+def test_several_sources_are_concatenated(made: Path) -> None:
+    first = CaptionSource(str(made / "bytes.parquet"))
+    second = CaptionSource(str(made / "csv" / "data.csv"), key_column="id")
+    dataset = CaptionImageDataset([first, second], None)
+    assert len(dataset) == 2 * ROWS
+    assert [dataset[i]["key"] for i in (0, 5, 6, 11)] == [f"{first.path}:0", f"{first.path}:5", "100", "105"]
+    assert dataset[ROWS + 2]["caption"] == made_captions(2)[0]
+    assert CaptionImageDataset(first, None)[3]["key"] == "3"
+
+
+def _damaged_source(tmp_path: Path) -> CaptionSource:
+    table = datasets.Dataset.from_dict(
+        {
+            "key": ["fine", "no image", "no text", "torn"],
+            "image": [png(1), None, png(2), png(3)[:40]],
+            "caption": ["a", "b", "  ", "d"],
+        }
+    )
+    table.to_parquet(str(tmp_path / "damaged.parquet"))
+    return CaptionSource(str(tmp_path / "damaged.parquet"))
+
+
+def test_damage_is_raised_by_key_or_skipped(tmp_path: Path, transforms: tuple[EvalTransform, TrainTransform]) -> None:
+    source = _damaged_source(tmp_path)
+    strict = CaptionImageDataset(source, *transforms)
+    lenient = CaptionImageDataset(source, *transforms, on_error="skip")
+    assert isinstance(strict[0], dict)
+    for index, error, reason in (
+        (1, DamagedImageError, "missing"),
+        (2, CaptionError, "no text in caption"),
+        (3, DamagedImageError, "no image format"),
+    ):
+        key = ["fine", "no image", "no text", "torn"][index]
+        with pytest.raises(error, match=f"'{key}' cannot be used"):
+            strict[index]
+        skipped = lenient[index]
+        assert isinstance(skipped, SkippedSample)
+        assert skipped.key == key
+        assert reason in skipped.reason
+    with pytest.raises(ValueError, match="on_error must be 'raise' or 'skip'"):
+        CaptionImageDataset(source, *transforms, on_error="ignore")  # type: ignore[arg-type]
+
+
+def test_a_strip_is_skipped_or_raised_by_key(tmp_path: Path, transforms: tuple[EvalTransform, TrainTransform]) -> None:
+    table = datasets.Dataset.from_dict({"key": ["strip"], "image": [png(1, (1, 140_000))], "caption": ["a"]})
+    table.to_parquet(str(tmp_path / "strip.parquet"))
+    source = CaptionSource(str(tmp_path / "strip.parquet"))
+    with pytest.raises(DamagedImageError, match=r"image 'strip' cannot be used: .* too narrow"):
+        CaptionImageDataset(source, *transforms)[0]
+    skipped = CaptionImageDataset(source, *transforms, on_error="skip")[0]
+    assert isinstance(skipped, SkippedSample)
+    assert "would be 16 x 2240000" in skipped.reason
+
+
+def test_error_from_a_worker_keeps_its_type_and_key(
+    tmp_path: Path, transforms: tuple[EvalTransform, TrainTransform]
+) -> None:
+    dataset = CaptionImageDataset(_damaged_source(tmp_path), *transforms)
+    try:
+        dataset[1]
+    except DamagedImageError:
+        sent = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(DamagedImageError, match="'no image' cannot be used"):
+        sent.reraise()
+
+
+def _stream(transforms: tuple[Any, Any], source: CaptionSource, **options: Any) -> StreamingCaptionImageDataset:
+    return StreamingCaptionImageDataset(source, *transforms, **options)
+
+
+def test_stream_and_random_access_give_the_same_evaluation_samples(
+    transforms: tuple[EvalTransform, TrainTransform],
+) -> None:
+    stream = _stream(transforms, _concepts(streaming=True, max_samples=20), training=False)
+    table = CaptionImageDataset(_concepts(max_samples=20), *transforms)
+    for position, sample in enumerate(stream):
+        expected = table[position]
+        assert isinstance(sample, dict)
+        assert torch.equal(sample.pop("pixel_values"), expected.pop("pixel_values"))
+        assert sample == expected
+    assert position == 19
+
+
+def test_stream_order_and_samples_depend_on_seed_and_epoch_alone(
+    transforms: tuple[EvalTransform, TrainTransform],
+) -> None:
+    source = _concepts(streaming=True, max_samples=60)
+
+    def run(seed: int, epoch: int) -> list[tuple[str, str, float]]:
+        stream = _stream(transforms, source, seed=seed, shuffle_buffer=30)
+        stream.set_epoch(epoch)
+        assert stream.epoch == epoch
+        torch.manual_seed(seed + 10 * epoch)
+        return [batch[0] for batch in _batches(DataLoader(stream, batch_size=1, collate_fn=list))]
+
+    base = run(0, 0)
+    assert base == run(0, 0)
+    assert sorted(key for key, _, _ in base) == sorted(key for key, _, _ in run(0, 1))
+    assert [key for key, _, _ in base] != [key for key, _, _ in run(0, 1)]
+    assert [key for key, _, _ in base] != [key for key, _, _ in run(1, 0)]
+    assert {key: pixels for key, _, pixels in base} != {key: pixels for key, _, pixels in run(0, 1)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("form", ["webdataset", "bytes.parquet"])
+def test_ranks_and_workers_share_a_stream_out(made: Path, form: str, world: int, workers: int) -> None:
+    columns = ["json.caption"] if form == "webdataset" else ["caption"]
+    source = CaptionSource(str(made / form), caption_columns=columns, streaming=True)
+    captions, keys = [], []
+    for rank in range(world):
+        stream = StreamingCaptionImageDataset(source, None, rank=rank, world_size=world, shuffle_buffer=2)
+        for batch in DataLoader(stream, batch_size=2, num_workers=workers, collate_fn=list):
+            captions += [sample["caption"].split()[-1] for sample in batch]
+            keys += [sample["key"] for sample in batch]
+    assert sorted(captions) == [str(row) for row in range(ROWS)]
+    assert len(set(keys)) == ROWS
+
+
+def test_persistent_workers_see_the_new_epoch(made: Path) -> None:
+    source = CaptionSource(str(made / "webdataset"), caption_columns=["json.caption"], streaming=True)
+    stream = StreamingCaptionImageDataset(source, None, shuffle_buffer=8)
+    loader = DataLoader(stream, batch_size=None, num_workers=1, persistent_workers=True)
+    orders = []
+    for epoch in (0, 1, 2, 0):
+        stream.set_epoch(epoch)
+        orders.append([sample["key"] for sample in loader])
+    assert orders[0] == orders[3]
+    assert len({tuple(order) for order in orders}) > 1
+
+
+def test_repeating_stream_goes_on_with_the_next_epochs_order(made: Path) -> None:
+    source = CaptionSource(str(made / "webdataset"), caption_columns=["json.caption"], streaming=True)
+    endless = iter(StreamingCaptionImageDataset(source, None, repeat=True))
+    got = [next(endless)["key"] for _ in range(3 * ROWS)]
+    second = StreamingCaptionImageDataset(source, None)
+    second.set_epoch(1)
+    assert got[ROWS : 2 * ROWS] == [sample["key"] for sample in second]
+    assert Counter(got) == {f"sample{row}": 3 for row in range(ROWS)}
+
+
+def test_stream_reports_damage(tmp_path: Path, transforms: tuple[EvalTransform, TrainTransform]) -> None:
+    source = _damaged_source(tmp_path)
+    source.streaming = True
+    samples = list(_stream(transforms, source, on_error="skip"))
+    assert {sample.key for sample in samples if isinstance(sample, SkippedSample)} == {"no image", "no text", "torn"}
+    with pytest.raises((DamagedImageError, CaptionError)):
+        list(_stream(transforms, source))
+
+
+def test_wrong_kind_of_source_is_refused(made: Path) -> None:
+    path = str(made / "bytes.parquet")
+    with pytest.raises(ValueError, match="use StreamingCaptionImageDataset"):
+        CaptionImageDataset(CaptionSource(path, streaming=True), None)
+    with pytest.raises(ValueError, match="use CaptionImageDataset"):
+        StreamingCaptionImageDataset(CaptionSource(path), None)
+    with pytest.raises(ValueError, match="2 of 2"):
+        StreamingCaptionImageDataset(CaptionSource(path, streaming=True), None, rank=2, world_size=2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_distinct_captions_come_in_order_of_first_appearance(made: Path, streaming: bool) -> None:
+    concepts = CaptionSource(CONCEPTS, split="test", caption_columns=["caption", "caption_de"], streaming=streaming)
+    table = datasets.load_dataset(CONCEPTS, split="test").select_columns(["caption", "caption_de"])
+    expected = list(dict.fromkeys(text for row in table for text in row.values() if text))
+    assert distinct_captions(concepts) == expected
+    assert len(expected) == 488
+    listed = CaptionSource(str(made / "webdataset"), caption_columns=["json.caption", "json.nested.long"])
+    both = distinct_captions([listed, concepts, listed])
+    assert both == [text for row in range(ROWS) for text in made_captions(row)] + expected
+
+
+def test_ranks_take_a_part_of_the_captions_each() -> None:
+    source = CaptionSource(CONCEPTS, split="test", caption_columns=["caption"])
+    whole, *parts = (
+        [text for texts in caption_batches(source, rank, world) for text in texts]
+        for rank, world in ((0, 1), (0, 2), (1, 2))
+    )
+    assert parts[0] + parts[1] == whole
+    assert abs(len(parts[0]) - len(parts[1])) <= 1
+
+
+def test_rows_without_a_caption_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = datasets.Dataset.from_dict({"caption": ["a", None, " ", "b"], "long": ["c", None, "d", None]})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    source = CaptionSource(str(tmp_path / "rows.parquet"), caption_columns=["caption", "long"])
+    assert distinct_captions(source) == ["a", "c", "d", "b"]
+    assert f"1 rows of {source.path} have no caption" in caplog.text
+
+
+def test_distinct_captions_cover_every_sample() -> None:
+    source = _concepts(max_samples=100)
+    known = set(distinct_captions(source))
+    dataset = CaptionImageDataset(source, None)
+    assert {dataset[SampleIndex(epoch, index)]["caption"] for epoch in range(20) for index in range(100)} == known
+
+
+def test_dataset_can_be_sent_to_a_process(transforms: tuple[EvalTransform, TrainTransform]) -> None:
+    dataset = CaptionImageDataset(_concepts(max_samples=3), *transforms)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(copy[1]["pixel_values"], dataset[1]["pixel_values"])

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import skip_first_batches
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+
+from llm2clip.data import PairBatchSampler, PairDataset, SampleIndex, caption_id
+from llm2clip.data.pairs import PairTable
+
+from .test_pairs import concepts, glosses, table_source
+
+
+@pytest.fixture(scope="module")
+def bundled() -> PairDataset:
+    return PairDataset([glosses(), concepts()])
+
+
+@pytest.fixture(scope="module")
+def grouped() -> PairDataset:
+    return PairDataset([glosses(group_column="synset"), concepts(group_column="caption")])
+
+
+def _global_batches(sampler: PairBatchSampler, epoch: int = 0) -> list[list[SampleIndex]]:
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    assert len(batches) == len(sampler)
+    step = sampler.num_replicas
+    return [[index for batch in batches[i : i + step] for index in batch] for i in range(0, len(batches), step)]
+
+
+def _texts(dataset: PairDataset, index: SampleIndex) -> tuple[str, set[int], set[int]]:
+    """Source, ids of all texts on either side, ids of all negatives: read anew from the row."""
+    number = sum(index.index >= start for start in dataset.starts[1:])
+    table: PairTable = dataset.tables[number]
+    row = table.table[int(table.rows[index.index - int(dataset.starts[number])])]
+    source = table.source
+    own, negative = set(), set()
+    for column in (source.anchor_column, source.positive_column, *(source.caption_columns or [])):
+        values = row[column] if column else None
+        own |= {caption_id(text) for text in ([values] if isinstance(values, str) else values or []) if text}
+    if source.group_column:
+        own.add(-1 - caption_id(str(row[source.group_column])))
+    if source.negative_column:
+        values = row[source.negative_column]
+        negative |= {
+            caption_id(text) for text in ([values] if isinstance(values, str) else values or []) if text
+        } - own
+    return table.label, own, negative
+
+
+def _assert_no_false_negatives(dataset: PairDataset, batch: list[SampleIndex]) -> None:
+    rows = [_texts(dataset, index) for index in batch]
+    assert len({label for label, _, _ in rows}) == 1
+    for (_, own, negative), (_, other_own, other_negative) in itertools.combinations(rows, 2):
+        assert own.isdisjoint(other_own | other_negative)
+        assert negative.isdisjoint(other_own)
+
+
+@pytest.mark.parametrize("name", ["bundled", "grouped"])
+@pytest.mark.parametrize("batch_size", [16, 128])
+def test_bundled_batches_hold_no_false_negatives_and_each_row_once(
+    name: str, batch_size: int, request: pytest.FixtureRequest
+) -> None:
+    dataset: PairDataset = request.getfixturevalue(name)
+    sampler = PairBatchSampler(dataset, batch_size, seed=1)
+    for epoch in range(2):
+        batches = _global_batches(sampler, epoch)
+        for batch in batches:
+            assert len(batch) == batch_size
+            assert {index.epoch for index in batch} == {epoch}
+            _assert_no_false_negatives(dataset, batch)
+        seen = [index.index for batch in batches for index in batch]
+        assert len(set(seen)) == len(seen)
+        assert len(dataset) - len(seen) < 4 * batch_size  # up to one short batch and few conflicts per source
+
+
+def test_shuffling_alone_would_make_false_negatives(bundled: PairDataset) -> None:
+    order = random.Random(0).sample(range(*bundled.starts[1:].tolist()), 512)
+    with pytest.raises(AssertionError):
+        _assert_no_false_negatives(bundled, [SampleIndex(0, index) for index in order])
+
+
+def test_one_rank_and_two_see_the_same_global_batches(bundled: PairDataset) -> None:
+    for epoch in (0, 1):
+        one = _global_batches(PairBatchSampler(bundled, 48), epoch)
+        assert _global_batches(PairBatchSampler(bundled, 24, num_replicas=2), epoch) == one
+        assert _global_batches(PairBatchSampler(bundled, 12, num_replicas=4), epoch) == one
+
+
+def test_epochs_differ_in_batches_and_order_but_not_in_length(bundled: PairDataset) -> None:
+    sampler = PairBatchSampler(bundled, 64)
+    first, second, again = (_global_batches(sampler, epoch) for epoch in (0, 1, 0))
+    assert first == again
+    indices = [[index.index for batch in epoch for index in batch] for epoch in (first, second)]
+    assert indices[0] != indices[1]
+    assert len(first) == len(second)
+    assert {frozenset(index.index for index in batch) for batch in first} & {
+        frozenset(index.index for index in batch) for batch in second
+    } == set()
+    other_seed = _global_batches(PairBatchSampler(bundled, 64, seed=5))
+    assert [index.index for batch in other_seed for index in batch] != indices[0]
+
+
+def test_sources_are_mixed_through_the_epoch(bundled: PairDataset) -> None:
+    labels = [bundled[batch[0]]["source"] for batch in _global_batches(PairBatchSampler(bundled, 64))]
+    halves = [Counter(labels[: len(labels) // 2]), Counter(labels[len(labels) // 2 :])]
+    assert all(half["glosses"] > 20 and half["concepts"] > 20 for half in halves)
+
+
+def test_weights_set_the_share_of_batches(tmp_path: Path) -> None:
+    dataset = PairDataset([glosses(weight=3.0), concepts(weight=1.0)])
+    sampler = PairBatchSampler(dataset, 64)
+    seen: set[int] = set()
+    for epoch in range(2):
+        batches = _global_batches(sampler, epoch)
+        counts = Counter(dataset[batch[0]]["source"] for batch in batches)
+        assert counts["glosses"] == 5414 // 64
+        assert counts["concepts"] == counts["glosses"] // 3
+        seen |= {index.index for batch in batches for index in batch if index.index >= dataset.starts[1]}
+    assert len(seen) > 1.5 * counts["concepts"] * 64  # another epoch takes other rows
+    with pytest.raises(ValueError, match="weight, or none: concepts have none"):
+        PairBatchSampler(PairDataset([glosses(weight=3.0), concepts()]), 64)
+
+
+def _random_source(folder: Path, seed: int) -> PairDataset:
+    """Pairs from a small vocabulary: almost every row conflicts with many others."""
+    generator = random.Random(seed)
+    rows = 300
+    columns: dict[str, list[Any]] = {
+        "q": [f"q{generator.randrange(150)}" for _ in range(rows)],
+        "p": [[f"p{generator.randrange(150)}" for _ in range(generator.randrange(1, 4))] for _ in range(rows)],
+        "n": [[f"{generator.choice('qpx')}{generator.randrange(150)}" for _ in range(2)] for _ in range(rows)],
+        "g": [generator.choice([None, generator.randrange(100)]) for _ in range(rows)],
+    }
+    return PairDataset(
+        table_source(
+            folder,
+            columns,
+            f"random{seed}",
+            anchor_column="q",
+            positive_column="p",
+            negative_column="n",
+            group_column=generator.choice(["g", None]),
+        )
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_dense_conflicts_with_hard_negatives_are_all_avoided(tmp_path: Path, seed: int) -> None:
+    dataset = _random_source(tmp_path, seed)
+    for size in (2, 7, 20):
+        sampler = PairBatchSampler(dataset, size, seed=seed)
+        for epoch in range(3):
+            batches = _global_batches(sampler, epoch)
+            for batch in batches:
+                for (_, own, negative), (_, other_own, other_negative) in itertools.combinations(
+                    [_without_missing_group(dataset, index) for index in batch], 2
+                ):
+                    assert own.isdisjoint(other_own | other_negative)
+                    assert negative.isdisjoint(other_own)
+            seen = Counter(index.index for batch in batches for index in batch)
+            assert max(seen.values()) == 1
+            assert len(seen) > 0.7 * len(dataset)
+
+
+def _without_missing_group(dataset: PairDataset, index: SampleIndex) -> tuple[str, set[int], set[int]]:
+    label, own, negative = _texts(dataset, index)
+    return label, own - {-1 - caption_id("None")}, negative
+
+
+def test_deferred_rows_come_later_instead_of_being_lost(tmp_path: Path) -> None:
+    # Ten groups of ten rows in batches of ten: every batch must hold one row of each group.
+    columns = {
+        "q": [f"q{i}" for i in range(100)],
+        "p": [f"p{i}" for i in range(100)],
+        "g": [i // 10 for i in range(100)],
+    }
+    source = table_source(tmp_path, columns, anchor_column="q", positive_column="p", group_column="g")
+    sampler = PairBatchSampler(PairDataset(source), 10)
+    placed = [len({index.index for batch in _global_batches(sampler, epoch) for index in batch}) for epoch in range(5)]
+    assert placed == [100] * 5
+
+
+def test_every_epoch_has_the_length_that_the_trainer_counted_on(tmp_path: Path) -> None:
+    generator = random.Random(3)
+    columns = {
+        "q": [f"q{i}" for i in range(60)],
+        "p": [f"p{i}" for i in range(60)],
+        "g": [generator.randrange(9) for _ in range(60)],
+    }
+    source = table_source(tmp_path, columns, anchor_column="q", positive_column="p", group_column="g")
+    dataset = PairDataset(source)
+    for seed in range(4):
+        sampler = PairBatchSampler(dataset, 7, seed=seed)
+        assert {len(_global_batches(sampler, epoch)) for epoch in range(30)} == {len(sampler)}
+
+
+def test_short_last_batch_is_kept_on_request(tmp_path: Path) -> None:
+    columns = {"q": [f"q{i}" for i in range(10)], "p": [f"p{i}" for i in range(10)]}
+    dataset = PairDataset(table_source(tmp_path, columns, anchor_column="q", positive_column="p"))
+    assert [len(batch) for batch in _global_batches(PairBatchSampler(dataset, 4))] == [4, 4]
+    kept = _global_batches(PairBatchSampler(dataset, 4, drop_last=False))
+    assert sorted(len(batch) for batch in kept) == [2, 4, 4]
+    assert {index.index for batch in kept for index in batch} == set(range(10))
+    with pytest.raises(ValueError, match="single rank"):
+        PairBatchSampler(dataset, 2, num_replicas=2, drop_last=False)
+
+
+def test_source_that_fills_no_batch_is_an_error(tmp_path: Path) -> None:
+    columns = {"q": [f"q{i}" for i in range(30)], "p": ["same"] * 30}
+    dataset = PairDataset(table_source(tmp_path, columns, anchor_column="q", positive_column="p"))
+    with pytest.raises(ValueError, match="30 usable rows of pairs fill no batch of 4"):
+        PairBatchSampler(dataset, 2, num_replicas=2)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_accelerate_keeps_global_batches_together_and_resumes(world: int) -> None:
+    few = PairDataset([glosses(max_samples=110), concepts(max_samples=110)])
+    size = 32 // world
+
+    def run(epochs: list[int], skip: int) -> list[list[list[int]]]:
+        ranks = []
+        for rank in range(world):
+            sampler = PairBatchSampler(few, size, num_replicas=world)
+            loader = prepare_data_loader(
+                DataLoader(_Indices(few), batch_sampler=sampler, collate_fn=list),
+                num_processes=world,
+                process_index=rank,
+            )
+            assert len(loader) == 6
+            few.set_epoch(0)
+            seen = []
+            for position, epoch in enumerate(epochs):
+                current = skip_first_batches(loader, skip) if skip and position == 0 else loader
+                current.set_epoch(epoch)
+                seen += [[index.index for index in batch] for batch in current]
+            ranks.append(seen)
+        return [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
+
+    unbroken = run([0, 1, 2], 0)
+    assert unbroken == [
+        [index.index for index in batch]
+        for epoch in range(3)
+        for batch in _global_batches(PairBatchSampler(few, 32), epoch)
+    ]
+    assert run([1, 2], 2) == unbroken[6 + 2 :]
+
+
+class _Indices(PairDataset):
+    """Returns indices instead of texts; shares the epoch of the data set it stands for."""
+
+    def __init__(self, dataset: PairDataset) -> None:
+        self.__dict__ = dataset.__dict__
+
+    def __getitem__(self, index: Any) -> Any:
+        return index

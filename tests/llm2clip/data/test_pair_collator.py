@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+
+from llm2clip.data import PairBatchSampler, PairCollator, PairDataset
+from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
+from tests.modeling_llm2clip.tiny import PREFIX, SUFFIX, plain_tokenizer
+
+from .test_pairs import concepts, glosses
+
+
+@pytest.fixture(scope="module")
+def prompted() -> tuple[PreTrainedTokenizerFast, int]:
+    return with_prompt(plain_tokenizer(), PREFIX, SUFFIX, max_length=64)
+
+
+def _pair(anchor: str, positive: str, **fields: Any) -> dict[str, Any]:
+    base = {"negative": None, "instruction": None, "positive_instruction": None, "source": "s"}
+    return {**base, "anchor": anchor, "positive": positive, **fields}
+
+
+def _split(tensors: dict[str, torch.Tensor], row: int) -> tuple[list[int], list[int]]:
+    """The real tokens of a row: context and pooled."""
+    ids, attention, pooling = (tensors[name][row].bool() if name != "input_ids" else tensors[name][row] for name in
+                               ("input_ids", "attention_mask", "pooling_mask"))  # fmt: skip
+    assert not (pooling & ~attention).any()
+    return ids[attention & ~pooling].tolist(), ids[pooling].tolist()
+
+
+def test_pooling_covers_caption_and_suffix(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
+    tokenizer, num_prefix = prompted
+    batch = PairCollator(tokenizer, num_prefix, 64)([_pair("a cat", "an animal"), _pair("a very long dog", "beast")])
+    assert set(batch) == {"anchor", "positive", "num_truncated", "source"}
+    assert batch["source"] == "s"
+    raw = plain_tokenizer()
+    encode = lambda text: raw(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    for place, captions in (("anchor", ["a cat", "a very long dog"]), ("positive", ["an animal", "beast"])):
+        tensors = batch[place]
+        assert all(
+            value.dtype == torch.int64 and value.shape == tensors["input_ids"].shape for value in tensors.values()
+        )
+        assert tensors["attention_mask"][:, -1].all(), "padding is on the left"
+        for row, caption in enumerate(captions):
+            context, pooled = _split(tensors, row)
+            assert context == [raw.bos_token_id, *encode(PREFIX)]
+            assert len(context) == num_prefix
+            assert pooled == encode(caption) + encode(SUFFIX)
+
+
+def test_ids_are_those_of_the_processor(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
+    tokenizer, num_prefix = prompted
+    processor = LLM2CLIPProcessor(CLIPImageProcessorPil(), tokenizer)
+    captions = ["a cat", "two words <|eot_id|> typed"]
+    tensors, _ = PairCollator(processor, num_prefix, 64).tokenize(captions, [None, None])
+    expected = processor(text=captions, return_tensors="pt")
+    assert torch.equal(tensors["input_ids"], expected["input_ids"])
+    assert torch.equal(tensors["attention_mask"], expected["attention_mask"])
+
+
+@pytest.mark.parametrize(
+    "instruction", ["Given a caption, find a similar one: ", "Given a caption:", "Find:\n", "Gib\u00e4 \U0001f98a: "]
+)
+def test_instruction_is_context(prompted: tuple[PreTrainedTokenizerFast, int], instruction: str) -> None:
+    tokenizer, num_prefix = prompted
+    collator = PairCollator(tokenizer, num_prefix, 64)
+    caption = "caf\u00e9 \U0001f98a fox"
+    tensors, cut = collator.tokenize([caption, caption], [instruction, None])
+    assert cut == 0
+    context, pooled = _split(tensors, 0)
+    bare_context, bare_pooled = _split(tensors, 1)
+    text = instruction if instruction[-1].isspace() else instruction + " "
+    assert tokenizer.decode(context[len(bare_context) :]) == text.rstrip(" ")
+    assert tokenizer.decode(pooled).strip() == tokenizer.decode(bare_pooled)
+    assert [*context, *pooled] == tokenizer(text + caption)["input_ids"]
+
+
+def test_instructions_go_to_their_side(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
+    tokenizer, num_prefix = prompted
+    pair = _pair("a", "b", negative="c", instruction="find: ", positive_instruction="found: ")
+    batch = PairCollator(tokenizer, num_prefix, 64)([pair])
+    texts = {place: tokenizer.decode(_split(batch[place], 0)[0]) for place in ("anchor", "positive", "negative")}
+    assert texts["anchor"].endswith("find:")
+    assert texts["positive"].endswith("found:")
+    assert texts["negative"].endswith("found:")
+    assert tokenizer.decode(_split(batch["negative"], 0)[1]).strip() == "c<|eot_id|>"
+
+
+def test_long_caption_is_cut_at_its_own_end(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
+    tokenizer, num_prefix = prompted
+    collator = PairCollator(tokenizer, num_prefix, 20)
+    long = "one two three four five six seven eight nine ten eleven twelve"
+    batch = collator([_pair(long, "short", instruction="hi: "), _pair("b", long)])
+    assert batch["num_truncated"] == 2
+    assert batch["anchor"]["input_ids"].shape[1] == 20
+    suffix = plain_tokenizer()(SUFFIX, add_special_tokens=False)["input_ids"]
+    context, pooled = _split(batch["anchor"], 0)
+    assert pooled[-len(suffix) :] == suffix
+    assert tokenizer.decode(context).endswith("hi:")
+    assert long.startswith(tokenizer.decode(pooled[: -len(suffix)]).strip())
+    with pytest.raises(ValueError, match=r"instruction 'one two .* leaves no room for its caption within 20 tokens"):
+        collator([_pair("b", "c", instruction=long)])
+
+
+def test_what_cannot_work_is_refused(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
+    tokenizer, num_prefix = prompted
+    with pytest.raises(ValueError, match="leaves no room for a caption"):
+        PairCollator(tokenizer, num_prefix, num_prefix)
+    bare = plain_tokenizer()
+    bare.pad_token = None
+    with pytest.raises(ValueError, match="no padding token"):
+        PairCollator(bare, 1)
+    with pytest.raises(ValueError, match="1 of 2 pairs of a batch have no negative"):
+        PairCollator(tokenizer, num_prefix, 64)([_pair("a", "b", negative="c"), _pair("d", "e")])
+
+
+def test_workers_do_not_change_a_batch(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
+    tokenizer, num_prefix = prompted
+    runs = []
+    for workers in (0, 2):
+        dataset = PairDataset([glosses(symmetric=True, max_samples=60), concepts(max_samples=60, instruction="x: ")])
+        sampler = PairBatchSampler(dataset, 16)
+        loader = DataLoader(
+            dataset, batch_sampler=sampler, collate_fn=PairCollator(tokenizer, num_prefix, 64), num_workers=workers
+        )
+        run = []
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            run += [(batch["source"], batch["anchor"], batch["positive"]) for batch in loader]
+        runs.append(run)
+    assert len(runs[0]) == len(runs[1]) >= 10
+    for (label, *left), (other, *right) in zip(*runs, strict=True):
+        assert label == other
+        for one, two in zip(left, right, strict=True):
+            assert all(torch.equal(one[name], two[name]) for name in one)

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from llm2clip.data import PairDataset, PairSource, SampleIndex, SourceError, caption_id
+
+from .conftest import CONCEPTS, GLOSSES
+
+
+def glosses(**fields: Any) -> PairSource:
+    return PairSource(GLOSSES, anchor_column="lemmas", positive_column="gloss", **fields)
+
+
+def concepts(**fields: Any) -> PairSource:
+    return PairSource(CONCEPTS, caption_columns=["caption", "keywords", "caption_de"], **fields)
+
+
+def table_source(folder: Path, columns: dict[str, list[Any]], name: str = "pairs", **fields: Any) -> PairSource:
+    path = folder / f"{name}.parquet"
+    datasets.Dataset.from_dict(columns).to_parquet(str(path))
+    return PairSource(str(path), **fields)
+
+
+def test_pair_of_two_columns() -> None:
+    dataset = PairDataset(glosses(instruction="Describe: "))
+    row = datasets.load_dataset(GLOSSES, split="train")[7]
+    expected = {
+        "anchor": row["lemmas"],
+        "positive": row["gloss"],
+        "negative": None,
+        "instruction": "Describe: ",
+        "positive_instruction": None,
+        "source": "glosses",
+    }
+    assert dataset[7] == dataset[SampleIndex(3, 7)] == expected
+    assert len(dataset) + dataset.num_dropped == 5414
+
+
+def test_captions_of_a_row_are_paired_afresh_in_both_orders() -> None:
+    dataset = PairDataset(concepts())
+    row = datasets.load_dataset(CONCEPTS, split="train")[0]
+    texts = [row["caption"], row["keywords"], row["caption_de"]]
+    draws = 1200
+    counts = Counter((pair["anchor"], pair["positive"]) for pair in (dataset[SampleIndex(e, 0)] for e in range(draws)))
+    assert set(counts) == {(a, b) for a in texts for b in texts if a != b}
+    assert all(abs(count / draws - 1 / 6) < 4 * (1 / 6 * 5 / 6 / draws) ** 0.5 for count in counts.values())
+    first = dataset[0]
+    assert (first["anchor"], first["positive"]) == (texts[0], texts[1])
+
+
+def test_drawing_depends_on_seed_epoch_and_index_alone() -> None:
+    one, other = PairDataset(concepts(), seed=1), PairDataset(concepts(), seed=2)
+    indices = [SampleIndex(epoch, index) for epoch in range(3) for index in range(40)]
+    assert [one[index] for index in indices] == [one[index] for index in reversed(indices)][::-1]
+    assert [one[index] for index in indices] != [other[index] for index in indices]
+    assert pickle.loads(pickle.dumps(one))[indices[50]] == one[indices[50]]
+
+
+def test_rows_without_two_different_captions_are_dropped_and_counted(tmp_path: Path) -> None:
+    captions = [["a", "b"], ["a", " A "], ["c"], [], None, ["d", "", "e"]]
+    dataset = PairDataset(table_source(tmp_path, {"captions": captions}, caption_columns=["captions"]))
+    assert (len(dataset), dataset.num_dropped) == (2, 4)
+    assert {dataset[1]["anchor"], dataset[1]["positive"]} == {"d", "e"}
+    pairs = {"anchor": ["a", "b", "", "d"], "positive": ["x", "B", "y", None]}
+    source = table_source(tmp_path, pairs, "two", anchor_column="anchor", positive_column="positive")
+    dataset = PairDataset(source)
+    assert (len(dataset), dataset.num_dropped) == (1, 3)
+    with pytest.raises(ValueError, match=r"None of the 1 rows of .* has a pair of two different texts in caption"):
+        PairDataset(table_source(tmp_path, {"caption": ["a"]}, "none", caption_columns=["caption"]))
+
+
+def test_symmetric_source_swaps_half_of_the_pairs() -> None:
+    dataset = PairDataset(glosses(symmetric=True))
+    plain = PairDataset(glosses())
+    swapped = sum(dataset[SampleIndex(0, i)]["anchor"] == plain[i]["positive"] for i in range(2000))
+    assert abs(swapped / 2000 - 0.5) < 4 * (0.25 / 2000) ** 0.5
+    for index in range(50):
+        pair = dataset[SampleIndex(0, index)]
+        assert {pair["anchor"], pair["positive"]} == {plain[index]["anchor"], plain[index]["positive"]}
+
+
+def test_hard_negatives_never_equal_the_pair(tmp_path: Path) -> None:
+    columns = {
+        "q": ["a", "b", "c", "d"],
+        "p": [["a1", "a2"], ["b1"], ["c1"], ["d1"]],
+        "n": [["A2", "far"], ["near", "nearer"], ["C1"], None],
+    }
+    source = table_source(tmp_path, columns, anchor_column="q", positive_column="p", negative_column="n")
+    dataset = PairDataset(source)
+    assert (len(dataset), dataset.num_dropped) == (2, 2)
+    drawn = [dataset[SampleIndex(epoch, index)] for epoch in range(40) for index in range(2)]
+    assert {(pair["anchor"], pair["negative"]) for pair in drawn} == {("a", "far"), ("b", "near"), ("b", "nearer")}
+    assert {pair["positive"] for pair in drawn} == {"a1", "a2", "b1"}
+
+
+def test_sources_are_concatenated_under_labels_of_their_own(tmp_path: Path) -> None:
+    dataset = PairDataset([glosses(max_samples=10), glosses(split="test", max_samples=5), concepts(label="names")])
+    assert [dataset[index]["source"] for index in (0, 9, 10, 14, 15)] == [
+        "glosses", "glosses", "glosses-2", "glosses-2", "names"
+    ]  # fmt: skip
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+def test_missing_column_and_wrong_type_are_one_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        SourceError, match=r"no column 'lemma'; it has synset, domain, lemmas, gloss\. Did you mean 'lemmas'"
+    ):
+        PairDataset(PairSource(GLOSSES, anchor_column="lemma", positive_column="gloss"))
+    source = table_source(tmp_path, {"q": ["a", "b"], "p": [1, 2]}, anchor_column="q", positive_column="p")
+    with pytest.raises(SourceError, match=r"Row 0 of .*column 'p': a caption must be text, not int"):
+        PairDataset(source)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "either anchor_column and positive_column, or caption_columns"),
+        ({"anchor_column": "a"}, "either anchor_column and positive_column"),
+        ({"anchor_column": "a", "positive_column": "b", "caption_columns": ["c"]}, "either anchor_column"),
+        ({"caption_columns": ["c"], "negative_column": "n"}, "cannot have a negative_column"),
+        ({"caption_columns": ["c"], "weight": 0}, "must be positive"),
+        ({"caption_columns": ["c"], "max_samples": 0}, "at least 1"),
+    ],
+)
+def test_senseless_source_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PairSource("somewhere", **fields)
+
+
+def test_caption_identity_decides_what_is_different() -> None:
+    dataset = PairDataset(concepts())
+    for index in range(0, len(dataset), 50):
+        pair = dataset[SampleIndex(0, index)]
+        assert caption_id(pair["anchor"]) != caption_id(pair["positive"])

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+
+from llm2clip.data import SampleIndex, SampleIndexBatchSampler
+from llm2clip.data.sampling import EpochDataset, stable_seed
+
+
+class Echo(EpochDataset):
+    """Returns what it was asked for."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: SampleIndex) -> tuple[int, int]:
+        return tuple(index)
+
+
+def test_seed_is_stable_and_tells_parts_apart() -> None:
+    assert stable_seed(1, "a") == 2969518301517151295
+    assert len({stable_seed(1, 2), stable_seed(12), stable_seed("1", 2), stable_seed(2, 1), stable_seed(1, 2, 0)}) == 5
+    assert all(0 <= stable_seed(number) < 2**63 for number in range(100))
+
+
+def test_each_sample_comes_once_per_epoch_in_an_order_of_its_own() -> None:
+    sampler = SampleIndexBatchSampler(Echo(50), 8, drop_last=False, seed=3)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) == 7
+        assert {index.epoch for batch in batches for index in batch} == {epoch}
+        orders.append([index.index for batch in batches for index in batch])
+        assert sorted(orders[-1]) == list(range(50))
+    assert orders[0] == orders[2] != orders[1]
+    assert [index.index for batch in SampleIndexBatchSampler(Echo(6), 3, shuffle=False) for index in batch] == [
+        *range(6)
+    ]
+
+
+def test_two_ranks_share_the_global_batches_of_one() -> None:
+    one = list(SampleIndexBatchSampler(Echo(50), 8, num_replicas=1))
+    two = list(SampleIndexBatchSampler(Echo(50), 4, num_replicas=2))
+    assert len(one) == 6
+    assert [two[i] + two[i + 1] for i in range(0, len(two), 2)] == one
+
+
+def test_length_counts_what_comes() -> None:
+    for length, size, replicas, drop_last in [
+        (50, 8, 1, True),
+        (50, 8, 3, True),
+        (50, 8, 1, False),
+        (9, 4, 2, False),
+    ]:
+        sampler = SampleIndexBatchSampler(Echo(length), size, replicas, drop_last=drop_last)
+        assert len(list(sampler)) == len(sampler)
+
+
+def test_too_little_data_for_a_batch_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"7 samples, fewer than one batch of 8 \(4 on each of 2 ranks\)"):
+        SampleIndexBatchSampler(Echo(7), 4, num_replicas=2)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        SampleIndexBatchSampler(Echo(7), 0)
+
+
+def _ranks(epoch_calls: list[int], skip: int, world: int, workers: int) -> Iterator[list[list[tuple[int, int]]]]:
+    """Per rank, the batches that the Trainer's loop would see: set_epoch on the loader, a pass, skipping first."""
+    for rank in range(world):
+        dataset = Echo(40)
+        sampler = SampleIndexBatchSampler(dataset, 4, num_replicas=world, seed=1)
+        loader = prepare_data_loader(
+            DataLoader(dataset, batch_sampler=sampler, num_workers=workers), num_processes=world, process_index=rank
+        )
+        seen = []
+        for position, epoch in enumerate(epoch_calls):
+            current = skip_first_batches(loader, skip) if skip and position == 0 else loader
+            current.set_epoch(epoch)
+            for epochs, indices in current:
+                seen.append(list(zip(epochs.tolist(), indices.tolist(), strict=True)))
+        yield seen
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2])
+def test_accelerate_passes_the_epoch_on_also_when_it_skips(world: int, workers: int) -> None:
+    unbroken = list(_ranks([0, 1, 2], 0, world, workers))
+    resumed = list(_ranks([1, 2], 3, world, workers))
+    per_epoch = len(unbroken[0]) // 3
+    for rank in range(world):
+        assert {epoch for batch in unbroken[rank] for epoch, _ in batch} == {0, 1, 2}
+        assert resumed[rank] == unbroken[rank][per_epoch + 3 :]
+    samples = [index for seen in unbroken for batch in seen[:per_epoch] for _, index in batch]
+    assert len(set(samples)) == len(samples) == 40
+
+
+def test_epoch_does_not_touch_global_random_state() -> None:
+    state = torch.get_rng_state()
+    list(SampleIndexBatchSampler(Echo(40), 4))
+    assert torch.equal(state, torch.get_rng_state())

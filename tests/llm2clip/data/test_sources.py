@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import pytest
+
+from llm2clip.data import CaptionSource, PairSource, SourceError, load_source
+from llm2clip.data.records import column_texts
+from llm2clip.data.transforms import decode_image
+
+from .conftest import CONCEPTS, ROWS, captions
+
+FORMS = {
+    "csv file": ("csv/data.csv", ["caption"]),
+    "tsv file": ("csv/data.tsv", ["caption"]),
+    "jsonl file": ("csv/data.jsonl", ["caption"]),
+    "json file": ("csv/data.json", ["caption"]),
+    "image folder": ("imagefolder", ["caption"]),
+    "webdataset folder": ("webdataset", ["json.caption", "json.nested.long"]),
+    "webdataset glob": ("webdataset/*.tar", ["json.caption"]),
+    "one tar": ("webdataset/00000.tar", ["json.caption"]),
+    "parquet of bytes": ("bytes.parquet", ["caption"]),
+    "saved data set": ("saved", ["caption"]),
+    "saved splits": ("saved_splits", ["caption"]),
+}
+
+
+def _shade(value: object) -> int:
+    return decode_image(value, "x").getpixel((0, 0))[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "stream"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_encoded_images_and_captions(made: Path, form: str, streaming: bool) -> None:
+    path, columns = FORMS[form]
+    table = load_source(CaptionSource(str(made / path), caption_columns=columns, streaming=streaming))
+    assert isinstance(table, datasets.IterableDataset if streaming else datasets.Dataset)
+    rows = list(table)
+    assert len(rows) == (3 if form == "one tar" else ROWS)
+    image = "png" if "tar" in form or "webdataset" in form else "image"
+    for number, row in enumerate(rows):
+        assert not hasattr(row[image], "getpixel"), "images must not be decoded by datasets"
+        assert _shade(row[image]) == number
+        texts = [text for column in columns for text in column_texts(row, column)]
+        assert texts == captions(number)[: len(texts)]
+
+
+def test_bundled_folder_is_read_by_split() -> None:
+    for split, count in (("train", 6150), ("validation", 369), ("test", 695)):
+        assert len(load_source(CaptionSource(CONCEPTS, split=split), with_images=False)) == count
+    assert len(load_source(CaptionSource(CONCEPTS, split="train[:10]+test[:5]"), with_images=False)) == 15
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_only_the_columns_in_use_are_read(streaming: bool) -> None:
+    source = CaptionSource(CONCEPTS, split="test", caption_columns=["keywords", "caption_de"], streaming=streaming)
+    assert set(load_source(source).column_names) == {"key", "image", "keywords", "caption_de"}
+    assert set(load_source(source, with_images=False).column_names) == {"key", "keywords", "caption_de"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_max_samples_takes_the_first_rows(streaming: bool) -> None:
+    source = CaptionSource(CONCEPTS, split="test", streaming=streaming, max_samples=7)
+    rows = list(load_source(source, with_images=False))
+    whole = load_source(CaptionSource(CONCEPTS, split="test"), with_images=False)
+    assert [row["key"] for row in rows] == whole[:7]["key"]
+
+
+def test_missing_columns_are_one_error_that_lists_the_columns(made: Path) -> None:
+    source = CaptionSource(CONCEPTS, caption_columns=["captions", "caption"], image_column="picture", key_column="id")
+    with pytest.raises(
+        SourceError, match="no columns 'picture', 'captions', 'id'; it has key, image, source"
+    ) as caught:
+        load_source(source)
+    assert "Did you mean 'caption'" in str(caught.value)
+    with pytest.raises(
+        SourceError, match=r"it has png, json, json\.caption, json\.nested, json\.nested\.long, __key__"
+    ):
+        load_source(CaptionSource(str(made / "webdataset"), caption_columns=["txt"]))
+    with pytest.raises(SourceError, match=r"metadata\.jsonl"):
+        load_source(CaptionSource(str(made / "csv")))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_column_that_holds_no_images_is_refused(made: Path, streaming: bool) -> None:
+    source = CaptionSource(str(made / "bytes.parquet"), image_column="caption", streaming=streaming)
+    with pytest.raises(SourceError, match=r"Column 'caption' of .* holds List.*, not images"):
+        load_source(source)
+
+
+def test_relative_image_paths_of_files_in_several_folders_are_refused(tmp_path: Path) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "data.csv").write_text("image,caption\n1.png,text\n")
+    with pytest.raises(SourceError, match=r"'1\.png' of .* is relative, but the data files are in 2 folders"):
+        load_source(CaptionSource(str(tmp_path / "*" / "data.csv")))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no/such/file.parquet", "no file or folder 'no/such/file.parquet'"),
+        ("nowhere", "does not look like a data set on the Hub"),
+        ("/no/folder", "does not look like a data set on the Hub"),
+        ("shards/*.tar", r"No file matches 'shards/\*.tar'"),
+        ("owner/name", "Hub could not be asked"),
+    ],
+)
+def test_nothing_at_the_path_is_one_clear_error(path: str, message: str) -> None:
+    with pytest.raises(FileNotFoundError, match=message):
+        load_source(CaptionSource(path))
+
+
+def test_unknown_split_lists_the_splits(made: Path) -> None:
+    for streaming in (False, True):
+        with pytest.raises(SourceError, match="no split 'dev'; it has train, validation, test"):
+            load_source(CaptionSource(CONCEPTS, split="dev", streaming=streaming))
+    with pytest.raises(SourceError, match="no split 'dev'; it has train, test"):
+        load_source(CaptionSource(str(made / "saved_splits"), split="dev"))
+
+
+def test_unreadable_and_unsupported_files_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(SourceError, match=r"Reading .*broken\.parquet failed"):
+        load_source(CaptionSource(str(tmp_path / "broken.parquet")))
+    (tmp_path / "notes.docx").write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"one format out of \.parquet.*'\.docx'"):
+        load_source(CaptionSource(str(tmp_path / "notes.docx")))
+
+
+def test_words_that_pandas_takes_for_missing_stay_captions(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("image,caption\na.png,nan\nb.png,None\nc.png,\n")
+    for path in ("data.csv", ""):
+        rows = list(load_source(CaptionSource(str(tmp_path / path)), with_images=False))
+        assert [row["caption"] for row in rows] == ["nan", "None", None]
+
+
+def test_unknown_field_suggests_the_nearest() -> None:
+    with pytest.raises(ValueError, match="no field 'caption_colums'; did you mean 'caption_columns'"):
+        CaptionSource.from_dict({"path": "x", "caption_colums": ["a"]})
+    with pytest.raises(ValueError, match="PairSource has no field 'zzz'"):
+        PairSource.from_dict({"path": "x", "zzz": 1})
+    with pytest.raises(ValueError, match="needs a path"):
+        CaptionSource.from_dict({"split": "test"})
+    assert CaptionSource.from_dict("a/b") == CaptionSource("a/b")
+    assert CaptionSource.from_dict({"path": "a", "caption_columns": "x"}).caption_columns == ["x"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"caption_columns": []},
+        {"caption_weights": [0.5, 0.5]},
+        {"caption_weights": [0.0]},
+        {"caption_weights": [-1.0]},
+        {"max_samples": 0},
+    ],
+)
+def test_senseless_values_are_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="somewhere"):
+        CaptionSource("somewhere", **fields)

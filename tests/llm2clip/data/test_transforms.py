@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
+from torchvision.transforms import RandomResizedCrop
+from transformers import CLIPImageProcessor, CLIPImageProcessorPil, SiglipImageProcessor, ViTImageProcessor
+
+from llm2clip.data import DamagedImageError, EvalTransform, TrainTransform, decode_image, decode_tensor
+from llm2clip.data.transforms import output_size
+
+from .conftest import SIZE, png
+
+
+def _encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def _noise(height: int = 24, width: int = 30) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_every_way_to_hand_over_an_image_gives_the_same_pixels(tmp_path: Path) -> None:
+    data = png(7)
+    file = tmp_path / "a.png"
+    file.write_bytes(data)
+    expected = np.asarray(Image.open(io.BytesIO(data)))
+    for value in (
+        data,
+        bytearray(data),
+        str(file),
+        file,
+        file.as_uri(),
+        Image.open(file),
+        {"bytes": data, "path": None},
+        {"bytes": data, "path": "elsewhere.png"},
+        {"bytes": None, "path": str(file)},
+    ):
+        image = decode_image(value, "key")
+        assert image.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(image), expected)
+
+
+def _header_bomb() -> bytes:
+    data = bytearray(png(1))
+    data[16:24] = (200_000).to_bytes(4, "big") * 2  # width and height in the PNG header
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (b"", "zero bytes"),
+        (b"this is not an image", "no image format"),
+        (_encode(_noise())[:-200], "truncated|broken|OSError"),
+        (_encode(_noise(), "JPEG")[:300], "[Tt]runcated"),
+        (None, "missing"),
+        ({"bytes": None, "path": None}, "missing"),
+        ("/no/such/file.png", "no file '/no/such/file.png'"),
+        (Image.new("RGB", (0, 5)), "0 x 5 pixels"),
+        (_header_bomb(), "200000 x 200000 pixels|DecompressionBomb"),
+        (_encode(Image.fromarray(np.zeros((4, 4), dtype=np.float32)), "TIFF"), "no defined white point"),
+        (3.5, "TypeError"),
+    ],
+)
+def test_damaged_images_are_reported_by_key(value: Any, reason: str) -> None:
+    with pytest.raises(DamagedImageError, match=f"image 'row-9' cannot be used: .*({reason})") as caught:
+        decode_image(value, "row-9")
+    assert caught.value.key == "row-9"
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.key, again.reason) == (str(caught.value), "row-9", caught.value.reason)
+
+
+def test_size_is_judged_by_the_header_before_decoding() -> None:
+    data = png(1, (50, 40))
+    assert decode_image(data, "k", max_pixels=2000).size == (50, 40)
+    with pytest.raises(DamagedImageError, match="50 x 40 pixels are more than the 1,999"):
+        decode_image(data[:60], "k", max_pixels=1999)  # decoding these bytes would fail another way
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DamagedImageError, match="more than"):
+            decode_image(Image.new("1", (10_000, 10_000)), "k")
+
+
+def test_transparency_becomes_white() -> None:
+    image = Image.new("RGBA", (2, 1))
+    image.putpixel((0, 0), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    for encoded in (_encode(image), _encode(image, "WEBP", lossless=True), _encode(image.quantize())):
+        assert [decode_image(encoded, "k").getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
+    half = Image.new("LA", (1, 1), (0, 128))
+    assert decode_image(_encode(half), "k").getpixel((0, 0)) == (127, 127, 127)
+    keyed = _encode(Image.new("RGB", (1, 1), (9, 9, 9)), transparency=(9, 9, 9))
+    assert decode_image(keyed, "k").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_other_modes_become_rgb_without_losing_their_values() -> None:
+    palette = _noise().quantize(16)
+    np.testing.assert_array_equal(np.asarray(decode_image(_encode(palette), "k")), np.asarray(palette.convert("RGB")))
+    assert decode_image(_encode(Image.new("1", (2, 2), 1)), "k").getpixel((0, 0)) == (255, 255, 255)
+    assert decode_image(_encode(Image.new("CMYK", (2, 2), (0, 255, 255, 0)), "TIFF"), "k").getpixel((0, 0)) == (
+        255,
+        0,
+        0,
+    )
+    assert decode_image(_encode(Image.new("L", (2, 2), 77)), "k").getpixel((0, 0)) == (77, 77, 77)
+    sixteen = Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16))
+    assert [decode_image(_encode(sixteen), "k").getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = _encode(_noise(), "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(np.asarray(decode_image(data, "k")), np.asarray(expected))
+
+
+def test_eval_transform_is_the_image_processor(image_processor: CLIPImageProcessorPil) -> None:
+    pixels = EvalTransform(image_processor)(_noise())
+    assert pixels.shape == (3, SIZE, SIZE)
+    assert pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels, image_processor(_noise(), return_tensors="pt")["pixel_values"][0])
+
+
+PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]
+
+
+def _photo(width: int, height: int, number: int = 0, **options: Any) -> bytes:
+    return _encode(PHOTOS[number].resize((width, height), Image.Resampling.BICUBIC), "JPEG", quality=90, **options)
+
+
+@pytest.mark.parametrize("kind", [CLIPImageProcessor, CLIPImageProcessorPil])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
+        {"size": {"shortest_edge": 37}, "crop_size": {"height": 30, "width": 36}},
+        {"size": {"shortest_edge": 32}, "crop_size": 32, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 1.0, 2.0]},
+        {"size": {"shortest_edge": 32}, "crop_size": 32, "do_normalize": False},
+        {"size": {"shortest_edge": 20}, "crop_size": 32},
+        {"size": {"height": 32, "width": 24}, "do_center_crop": False},
+        {"size": {"shortest_edge": 32}, "crop_size": 32, "resample": 2},
+    ],
+)
+def test_exact_is_what_the_image_processor_gives(kind: Any, settings: dict[str, Any]) -> None:
+    image_processor = kind(**settings)
+    transform = EvalTransform(image_processor)
+    for width, height in [(32, 32), (61, 47), (47, 61), (33, 100), (101, 33), (640, 427), (7, 9), (37, 37)]:
+        image = PHOTOS[1].resize((width, height))
+        expected = torch.as_tensor(image_processor(image, return_tensors="pt")["pixel_values"][0])
+        torch.testing.assert_close(transform(image), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "image_processor", [CLIPImageProcessor(), CLIPImageProcessor(do_center_crop=False), CLIPImageProcessorPil()]
+)
+def test_a_strip_is_refused_before_it_is_resized(image_processor: Any) -> None:
+    transform = EvalTransform(image_processor)
+    strip = Image.new("RGB", (3000, 1))
+    with pytest.raises(DamagedImageError, match=r"image 'row-9' .* 3000 x 1 pixels .* would be 224 x 672000; cut it"):
+        transform(strip, "row-9")
+    with pytest.raises(DamagedImageError, match="too narrow"):
+        transform(torch.zeros(3, 3000, 1, dtype=torch.uint8), "row-9")
+    # A crop of limited ratio, and a processor that resizes to a square.
+    assert TrainTransform(CLIPImageProcessor())(strip, 0).shape == (3, 224, 224)
+    assert EvalTransform(ViTImageProcessor())(strip).shape == (3, 224, 224)
+
+
+def test_other_image_processors_are_called() -> None:
+    image_processor = SiglipImageProcessor(size={"height": 32, "width": 48})
+    transform = EvalTransform(image_processor)
+    assert not transform.is_clip
+    torch.testing.assert_close(transform(_noise()), image_processor(_noise(), return_tensors="pt")["pixel_values"][0])
+    with pytest.raises(ValueError, match=r"the image processor is a SiglipImageProcessor.*use exact"):
+        EvalTransform(image_processor, "fast")
+    with pytest.raises(ValueError, match="exact, fast, not 'quick'"):
+        EvalTransform(CLIPImageProcessor(), "quick")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [CLIPImageProcessor, CLIPImageProcessorPil])
+@pytest.mark.parametrize("size", [(500, 374), (741, 1002), (1500, 998)])
+def test_fast_is_within_two_grey_levels_on_photographs(kind: Any, size: tuple[int, int]) -> None:
+    image_processor = kind(size={"shortest_edge": 336}, crop_size=336)
+    exact, fast = EvalTransform(image_processor), EvalTransform(image_processor, "fast")
+    grey_level = 1 / 255 / min(image_processor.image_std)
+    for data in (
+        _photo(*size),
+        _photo(*size, number=1),
+        _photo(*size, subsampling=0),
+        _photo(*size, progressive=True),
+    ):
+        difference = (exact(exact.decode(data, "k")) - fast(fast.decode(data, "k"))).abs()
+        assert difference.max() <= 2.01 * grey_level
+        assert difference.mean() <= 0.1 * grey_level
+    training = TrainTransform(image_processor, scale=(0.5, 1.0))
+    slow, quick = (training(transform.decode(_photo(*size), "k"), 3) for transform in (exact, fast))
+    assert quick.is_contiguous()
+    assert (slow - quick).abs().max() <= 2.01 * grey_level
+
+
+def test_fast_decoding_gives_the_same_pixels() -> None:
+    """Of every format and mode, turned upright, and with the same faults."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    images = [
+        _photo(80, 60),
+        _photo(80, 60, exif=exif),
+        _encode(PHOTOS[0].convert("L"), "JPEG"),
+        _encode(PHOTOS[0].convert("CMYK"), "JPEG"),
+        _encode(_noise()),
+        _encode(_noise().quantize(16)),
+        PHOTOS[0],
+    ]
+    for data in images:
+        pixels = decode_tensor(data, "k")
+        assert pixels.dtype == torch.uint8
+        np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(decode_image(data, "k")))
+    for data in (b"", b"no image", _photo(80, 60)[:900], _photo(80, 60)[:-700], None):
+        with pytest.raises(DamagedImageError, match="image 'row-9' cannot be used"):
+            decode_tensor(data, "row-9")
+    with pytest.raises(DamagedImageError, match="80 x 60 pixels are more than the 4,799"):
+        decode_tensor(_photo(80, 60), "k", max_pixels=4799)
+
+
+def test_crop_is_a_pure_function_of_the_seed(image_processor: CLIPImageProcessorPil) -> None:
+    transform = TrainTransform(image_processor, scale=(0.3, 1.0))
+    state = torch.get_rng_state()
+    first = transform(_noise(), 5)
+    torch.rand(3)
+    assert torch.equal(first, transform(_noise(), 5))
+    assert not torch.equal(first, transform(_noise(), 6))
+    torch.set_rng_state(state)
+    transform(_noise(), 5)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(first, pickle.loads(pickle.dumps(transform))(_noise(), 5))
+
+
+def test_crop_follows_the_published_recipe(image_processor: CLIPImageProcessorPil) -> None:
+    image = _noise(90, 120)
+    torch.manual_seed(11)
+    top, left, height, width = RandomResizedCrop.get_params(image, [0.9, 1.0], [3 / 4, 4 / 3])
+    crop = image.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    expected = torch.from_numpy(np.array(crop)).permute(2, 0, 1) / 255
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std)
+    )
+    torch.testing.assert_close(TrainTransform(image_processor)(image, 11), (expected - mean) / std)
+
+
+def test_a_whole_image_is_prepared_as_for_evaluation(image_processor: CLIPImageProcessorPil) -> None:
+    square = _noise(40, 40)
+    pixels = TrainTransform(image_processor, scale=(1.0, 1.0), ratio=(1.0, 1.0))(square, 0)
+    torch.testing.assert_close(pixels, EvalTransform(image_processor)(square), atol=1e-5, rtol=1e-5)
+
+
+def test_output_size_comes_from_the_processor() -> None:
+    assert output_size(CLIPImageProcessorPil()) == (224, 224)
+    assert output_size(SiglipImageProcessor(size={"height": 32, "width": 48})) == (32, 48)
+    assert output_size(ViTImageProcessor()) == (224, 224)
+    with pytest.raises(ValueError, match="no fixed size"):
+        output_size(CLIPImageProcessorPil(do_center_crop=False))
+    with pytest.raises(ValueError, match="crop scale"):
+        TrainTransform(CLIPImageProcessorPil(), scale=(0.0, 1.0))

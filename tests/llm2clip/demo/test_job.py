@@ -1,0 +1,36 @@
+"""What the demo refuses before it loads anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llm2clip import cli
+from llm2clip.demo.gallery import Gallery
+from modeling_llm2clip import LLM2CLIPVisionModelWithProjection
+from tests.modeling_llm2clip import tiny
+
+
+@pytest.mark.parametrize(
+    "options", [("--model",), ("--model", "MODEL", "--compare"), ("--write-space", "space", "--model")]
+)
+def test_other_models_are_refused_at_once(
+    options: tuple[str, ...],
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(Gallery, "open", refuse)
+    monkeypatch.chdir(tmp_path)
+    tiny.save_vision(tmp_path / "plain")
+    LLM2CLIPVisionModelWithProjection.from_pretrained(model_folder).save_pretrained(tmp_path / "half")
+    given = [str(model_folder) if option == "MODEL" else option for option in options]
+    for name, message in (("plain", "is no LLM2CLIP model (its model_type is"), ("half", "is a vision half")):
+        assert cli.main(["demo", *given, str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "space").exists()

@@ -1,0 +1,71 @@
+"""The folder of the demo's Space is complete and in step with this package."""
+
+from __future__ import annotations
+
+import configparser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm2clip import cli
+from llm2clip.convert.published import FOLDER, published_models
+from tests.modeling_llm2clip import tiny
+
+
+def test_space_holds_card_entry_package_data_and_model(model_folder: Path, tmp_path: Path) -> None:
+    space = tmp_path / "space"
+    assert cli.main(["demo", "--model", str(model_folder), "--write-space", str(space)]) == 0
+    assert {path.name for path in space.iterdir()} == {
+        "README.md", "requirements.txt", "app.py", "modeling_llm2clip", "llm2clip", "model",
+    }  # fmt: skip
+    card = yaml.safe_load((space / "README.md").read_text().split("---\n")[1])
+    assert card["sdk"] == "gradio"
+    assert (space / card["app_file"]).is_file()
+    assert 'MODEL = "model"' in (space / "app.py").read_text()
+    assert (space / "model" / "model.safetensors").is_file()
+    assert [path.name for path in space.rglob("*.parquet")] == ["test.parquet"]
+    assert not list(space.rglob("__pycache__"))
+
+
+def test_space_names_a_model_on_the_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["demo", "--model", "owner/name", "--write-space", str(tmp_path / "space")]
+    assert cli.main(arguments) == 0
+    for name in ("app.py", "README.md"):
+        text = (tmp_path / "space" / name).read_text()
+        assert "owner/name" in text
+        assert "{model}" not in text
+    assert cli.main(arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert cli.main([*arguments, "--overwrite"]) == 0
+
+
+def test_space_needs_the_llm_inside_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.save_apart(tmp_path)
+    arguments = ["demo", "--model", str(tmp_path / "clip"), "--write-space", str(tmp_path / "space")]
+    assert cli.main(arguments) == 2
+    assert f"{tmp_path / 'llm'}" in capsys.readouterr().err
+    assert not (tmp_path / "space").exists()
+
+
+def test_requirements_are_those_of_the_demo_extra() -> None:
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(FOLDER.parent / "setup.cfg")
+    extras = setup["options.extras_require"]
+    wanted = [setup["options"]["install_requires"], extras["train"], extras["demo"]]
+    lines = {line for text in wanted for line in text.split("\n") if line and "%(" not in line}
+    assert set((FOLDER / "space" / "requirements.txt").read_text().splitlines()) == lines
+
+
+def test_space_is_no_published_model() -> None:
+    assert "space" not in published_models()
+
+
+def test_missing_quickstart_model_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo"]) == 2
+    message = capsys.readouterr().err
+    assert "runs/quickstart/llm2clip" in message
+    assert "make quickstart" in message

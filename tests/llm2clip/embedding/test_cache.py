@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm2clip.data import CaptionSource, distinct_captions
+from llm2clip.embedding import (
+    CacheDamagedError,
+    CacheError,
+    CacheIncompleteError,
+    CacheMismatchError,
+    EmbeddingCache,
+    MissingCaptionError,
+)
+from llm2clip.embedding.cache import KeyIndex
+
+from .conftest import CONCEPTS
+from .encoder import WIDTH, build, embed
+
+TEXTS = [f"caption number {number}" for number in range(37)]
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path) -> Path:
+    build(tmp_path / "cache", TEXTS)
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("bfloat16", 2e-2)])
+def test_lookup_returns_each_captions_own_embedding(tmp_path: Path, dtype: str, tolerance: float) -> None:
+    texts = distinct_captions(CaptionSource(CONCEPTS, split="test", caption_columns=["caption", "keywords"]))
+    build(tmp_path, texts, dtype=dtype, shard_size=100, embed_size=64)
+    cache = EmbeddingCache.open(tmp_path, fingerprint="finger-a")
+    assert len(cache) == len(texts) == cache.manifest.num_captions
+    assert cache.hidden_size == WIDTH
+    asked = random.Random(0).choices(texts, k=500)
+    found = cache.lookup(asked)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, embed(asked), atol=tolerance, rtol=tolerance)
+    stored = embed(asked).to(getattr(torch, dtype)).float()
+    assert torch.equal(found, stored)
+    assert cache.lookup([]).shape == (0, WIDTH)
+
+
+def test_contains_goes_by_exact_text(cache_folder: Path) -> None:
+    cache = EmbeddingCache.open(cache_folder)
+    assert cache.contains([TEXTS[3], TEXTS[3].upper(), TEXTS[3] + " ", "other"]).tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_missing_captions_are_one_error_that_quotes_the_first(cache_folder: Path) -> None:
+    cache = EmbeddingCache.open(cache_folder)
+    absent = [f"absent {number} " + "x" * 200 for number in range(50)]
+    with pytest.raises(
+        MissingCaptionError, match=r"lacks 50 of 51 captions, the first being 'absent 0 x+', 'absent 1"
+    ) as caught:
+        cache.lookup([TEXTS[0], *absent])
+    assert isinstance(caught.value, KeyError)
+    assert "llm2clip embed" in str(caught.value)
+    assert len(str(caught.value)) < 700
+    assert not str(caught.value).startswith('"')
+
+
+def test_other_encoders_fingerprint_is_refused(cache_folder: Path) -> None:
+    with pytest.raises(
+        CacheMismatchError, match=r"made by tiny-encoder with fingerprint finger-a, .* fingerprint other"
+    ):
+        EmbeddingCache.open(cache_folder, fingerprint="other")
+
+
+def _cut(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-10])
+
+
+def _cut_header(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:20])
+
+
+def _empty(shard: Path) -> None:
+    shard.write_bytes(b"")
+
+
+def _fewer_rows(shard: Path) -> None:
+    tensors = load_file(shard)
+    save_file({name: tensor[:4].clone() for name, tensor in tensors.items()}, shard)
+
+
+def _not_finite(shard: Path) -> None:
+    tensors = load_file(shard)
+    tensors["embeddings"][6, 2] = float("nan")
+    save_file(tensors, shard)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, r"shard-00001\.safetensors is missing"),
+        (_cut, r"shard-00001\.safetensors is truncated: \d+ bytes instead of \d+"),
+        (_cut_header, r"shard-00001\.safetensors \(20 bytes\) has no valid header"),
+        (_empty, r"shard-00001\.safetensors \(0 bytes\) has no valid header"),
+        (_fewer_rows, r"shard-00001\.safetensors holds embeddings \(4, 8\) .* instead of \(10, 8\)"),
+        (_not_finite, r"Row 6 of the shard .*shard-00001\.safetensors is not finite"),
+    ],
+)
+def test_damaged_shard_is_named_and_can_be_made_again(
+    cache_folder: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    shard = cache_folder / "shard-00001.safetensors"
+    whole = shard.read_bytes()
+    damage(shard)
+    with pytest.raises(CacheDamagedError, match=message):
+        EmbeddingCache.open(cache_folder)
+    shard.unlink(missing_ok=True)
+    build(cache_folder, TEXTS)
+    assert shard.read_bytes() == whole
+    EmbeddingCache.open(cache_folder)
+
+
+def test_lookup_checks_rows_that_were_not_verified(cache_folder: Path) -> None:
+    _not_finite(cache_folder / "shard-00001.safetensors")
+    cache = EmbeddingCache.open(cache_folder, verify=False)
+    cache.lookup(TEXTS[:16])
+    with pytest.raises(CacheDamagedError, match=r"Row 6 of the shard .*00001"):
+        cache.lookup([TEXTS[0], TEXTS[16]])
+
+
+def test_ranks_share_the_check(cache_folder: Path) -> None:
+    _not_finite(cache_folder / "shard-00001.safetensors")
+    cache = EmbeddingCache.open(cache_folder, verify=False)
+    cache.check_finite(rank=0, world_size=2)
+    with pytest.raises(CacheDamagedError, match=r"Row 6 of the shard .*00001"):
+        cache.check_finite(rank=1, world_size=2)
+
+
+def _edit(folder: Path, **fields: object) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.update(fields)
+    (folder / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
+
+
+def test_manifest_that_does_not_fit_is_refused(cache_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="not an embedding cache"):
+        EmbeddingCache.open(tmp_path / "nothing")
+    _edit(cache_folder, status="building")
+    with pytest.raises(CacheIncompleteError, match="build of 37 captions has not ended"):
+        EmbeddingCache.open(cache_folder)
+    _edit(cache_folder, status="complete", format_version=2)
+    with pytest.raises(CacheError, match="format version 2, but this release reads version 1"):
+        EmbeddingCache.open(cache_folder)
+    _edit(cache_folder, format_version=1, pooling=None)
+    with pytest.raises(CacheDamagedError, match="lacks pooling"):
+        EmbeddingCache.open(cache_folder)
+    _edit(cache_folder, format="something else")
+    with pytest.raises(CacheError, match="not the manifest of an embedding cache"):
+        EmbeddingCache.open(cache_folder)
+    (cache_folder / "manifest.json").write_text("{")
+    with pytest.raises(CacheDamagedError, match="not valid JSON"):
+        EmbeddingCache.open(cache_folder)
+
+
+def test_sent_to_another_process_it_opens_the_files_there(cache_folder: Path) -> None:
+    cache = EmbeddingCache.open(cache_folder)
+    sent = pickle.dumps(cache)
+    assert len(sent) < 1000
+    assert torch.equal(pickle.loads(sent).lookup(TEXTS), cache.lookup(TEXTS))
+
+
+def test_shards_are_mapped_not_read(tmp_path: Path) -> None:
+    import psutil
+
+    rows, width = 2000, 4096
+    build(
+        tmp_path,
+        [str(number) for number in range(rows)],
+        lambda texts: torch.ones(len(texts), width),
+        hidden_size=width,
+        shard_size=500,
+        embed_size=500,
+    )
+    process = psutil.Process()
+    before = process.memory_info().rss, process.num_fds()
+    cache = EmbeddingCache.open(tmp_path, verify=False)
+    assert process.memory_info().rss - before[0] < rows * width  # half of what the embeddings take
+    assert process.num_fds() == before[1]
+    assert torch.equal(cache.lookup(["1999", "0"]), torch.ones(2, width))
+
+
+def test_index_tells_keys_with_equal_halves_apart() -> None:
+    keys = np.array([[5, 1], [5, 2], [-7, 3], [5, 3], [9, 1]], dtype=np.int64)
+    index = KeyIndex(keys)
+    assert index.find(keys).tolist() == [0, 1, 2, 3, 4]
+    assert index.find(np.array([[5, 4], [9, 2], [10, 1], [-8, 1], [9, 1]], dtype=np.int64)).tolist() == [-1] * 4 + [4]
+    assert KeyIndex(np.empty((0, 2), np.int64)).find(keys).tolist() == [-1] * 5

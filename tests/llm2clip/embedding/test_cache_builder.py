@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm2clip.embedding import CacheIncompleteError, CacheMismatchError, EmbeddingCache, cache_builder
+
+from .encoder import build, embed
+
+TEXTS = [f"caption number {number}" for number in range(37)]
+MORE = [f"another caption {number}" for number in range(15)]
+
+
+class KilledError(Exception):
+    pass
+
+
+def _killed_after(calls: int) -> Callable[[list[str]], torch.Tensor]:
+    left = [calls]
+
+    def embed_some(texts: list[str]) -> torch.Tensor:
+        if not left[0]:
+            raise KilledError
+        left[0] -= 1
+        return embed(texts)
+
+    return embed_some
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_manifest_says_what_the_cache_holds(tmp_path: Path) -> None:
+    build(tmp_path, TEXTS, count_truncated=lambda texts: sum(text.endswith("7") for text in texts))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["format_version"] == 1
+    assert manifest["status"] == "complete"
+    assert manifest["num_captions"] == 37
+    assert manifest["shards"] == [10, 10, 10, 7]
+    assert manifest["num_truncated"] == 3
+    for name, value in {
+        "fingerprint": "finger-a",
+        "text_model_name": "tiny-encoder",
+        "hidden_size": 8,
+        "pooling": "mean",
+        "prompt_prefix": "user: ",
+        "prompt_suffix": "<eot>",
+        "max_length": 64,
+        "dtype": "float16",
+        "normalize": False,
+    }.items():
+        assert manifest[name] == value
+    assert manifest["transformers_version"]
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 3, 4, 7, 9])
+def test_killed_build_goes_on_and_equals_an_unbroken_one(tmp_path: Path, calls: int) -> None:
+    truncated = {"count_truncated": lambda texts: len(texts) // 2}
+    build(tmp_path / "unbroken", TEXTS, **truncated)
+    with pytest.raises(KilledError):
+        build(tmp_path / "broken", TEXTS, _killed_after(calls), **truncated)
+    with pytest.raises(CacheIncompleteError):
+        EmbeddingCache.open(tmp_path / "broken")
+    kept = {name: path for name, path in _contents(tmp_path / "broken").items() if name.startswith("shard")}
+    assert len(kept) == calls // 3
+    asked: list[str] = []
+
+    def counting(texts: list[str]) -> torch.Tensor:
+        asked.extend(texts)
+        return embed(texts)
+
+    build(tmp_path / "broken", TEXTS, counting, **truncated)
+    assert asked == TEXTS[10 * len(kept) :]
+    assert _contents(tmp_path / "broken") == _contents(tmp_path / "unbroken")
+
+
+def test_complete_cache_is_left_alone(tmp_path: Path) -> None:
+    build(tmp_path, TEXTS)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    manifest = build(tmp_path, TEXTS[5:20], _killed_after(0))
+    assert manifest.num_captions == 37
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_complete_cache_takes_further_captions_in_further_shards(tmp_path: Path) -> None:
+    build(tmp_path, TEXTS)
+    first = _contents(tmp_path)
+    with pytest.raises(KilledError):
+        build(tmp_path, [*MORE, *TEXTS[:9]], _killed_after(3))
+    with pytest.raises(CacheMismatchError, match="not the same ones"):
+        build(tmp_path, [*MORE, "one more"])
+    manifest = build(tmp_path, [*MORE, *TEXTS[:9]])
+    assert manifest.shards == [10, 10, 10, 7, 10, 5]
+    after = _contents(tmp_path)
+    assert all(after[name] == content for name, content in first.items() if name.startswith("shard"))
+    cache = EmbeddingCache.open(tmp_path)
+    torch.testing.assert_close(cache.lookup(MORE + TEXTS), embed(MORE + TEXTS), atol=2e-3, rtol=2e-3)
+
+
+def test_unfinished_build_refuses_other_captions(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        build(tmp_path, TEXTS, _killed_after(4))
+    for other in (TEXTS[::-1], TEXTS[:20], TEXTS + MORE, MORE):
+        with pytest.raises(CacheMismatchError, match="lacks 3 of the 4 shards planned for its 37 captions"):
+            build(tmp_path, other)
+    build(tmp_path, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("fingerprint", "finger-b"), ("max_length", 32), ("dtype", "bfloat16"), ("normalize", True), ("hidden_size", 9)],
+)
+def test_cache_of_another_encoder_is_not_added_to(tmp_path: Path, field: str, value: object) -> None:
+    build(tmp_path, TEXTS)
+    with pytest.raises(CacheMismatchError, match=rf"{field} .*, but this build has {field} {value!r}"):
+        build(tmp_path, MORE, **{field: value})
+
+
+def test_torn_shard_of_a_crashed_machine_is_made_anew(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        build(tmp_path, TEXTS, _killed_after(7))
+    torn = tmp_path / "shard-00000.safetensors"
+    torn.write_bytes(torn.read_bytes()[:100])
+    (tmp_path / ".shard-00002.safetensors.tmp-999").write_bytes(b"left behind")
+    build(tmp_path, TEXTS)
+    build(tmp_path / "unbroken", TEXTS)
+    assert _contents(tmp_path) == _contents(tmp_path / "unbroken")
+
+
+def test_shard_cut_short_while_it_is_written_never_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half a shard")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(cache_builder, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        build(tmp_path, TEXTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    monkeypatch.undo()
+    assert build(tmp_path, TEXTS).status == "complete"
+
+
+def test_kill_between_writing_and_renaming_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(source: Path, target: Path) -> None:
+        if target.name.startswith("shard"):
+            raise KilledError
+        replace(source, target)
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KilledError):
+        build(tmp_path, TEXTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def _in_ranks(world: int, work: Callable[[int, Callable[[], None]], None]) -> list[BaseException]:
+    barrier = threading.Barrier(world, timeout=20)
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            work(rank, lambda: barrier.wait() and None)
+        except BaseException as error:
+            barrier.abort()
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_ranks_share_the_shards_and_give_the_same_cache(tmp_path: Path) -> None:
+    build(tmp_path / "one", TEXTS)
+    asked: dict[int, list[str]] = {0: [], 1: [], 2: []}
+
+    def work(rank: int, barrier: Callable[[], None]) -> None:
+        def embed_here(texts: list[str]) -> torch.Tensor:
+            asked[rank].extend(texts)
+            return embed(texts)
+
+        build(tmp_path / "three", TEXTS, embed_here, rank=rank, world_size=3, barrier=barrier, show_progress=False)
+        assert EmbeddingCache.open(tmp_path / "three").manifest.status == "complete"
+
+    assert _in_ranks(3, work) == []
+    assert _contents(tmp_path / "three") == _contents(tmp_path / "one")
+    assert asked == {0: TEXTS[:10] + TEXTS[30:], 1: TEXTS[10:20], 2: TEXTS[20:30]}
+
+
+def test_what_a_killed_build_left_is_dealt_out_over_all_ranks(tmp_path: Path) -> None:
+    build(tmp_path / "one", TEXTS)
+    build(tmp_path / "two", TEXTS)
+    for number in (1, 3):  # both would be rank 1's, were shards bound to ranks
+        (tmp_path / "two" / f"shard-0000{number}.safetensors").unlink()
+    asked: dict[int, int] = {0: 0, 1: 0}
+
+    def work(rank: int, barrier: Callable[[], None]) -> None:
+        def embed_here(texts: list[str]) -> torch.Tensor:
+            asked[rank] += len(texts)
+            return embed(texts)
+
+        build(tmp_path / "two", TEXTS, embed_here, rank=rank, world_size=2, barrier=barrier, show_progress=False)
+
+    assert _in_ranks(2, work) == []
+    assert asked == {0: 10, 1: 7}
+    assert _contents(tmp_path / "two") == _contents(tmp_path / "one")
+
+
+def test_ranks_with_different_captions_are_an_error(tmp_path: Path) -> None:
+    def work(rank: int, barrier: Callable[[], None]) -> None:
+        build(tmp_path, TEXTS[: 37 - rank], rank=rank, world_size=2, barrier=barrier, show_progress=False)
+
+    assert any(
+        isinstance(error, CacheMismatchError) and "Rank 1 was given other captions" in str(error)
+        for error in _in_ranks(2, work)
+    )
+    with pytest.raises(ValueError, match="need a barrier"):
+        build(tmp_path, TEXTS, world_size=2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_embedding_that_is_not_finite_names_the_caption(tmp_path: Path, bad: float) -> None:
+    def broken(texts: list[str]) -> torch.Tensor:
+        vectors = embed(texts)
+        vectors[[text == TEXTS[14] for text in texts]] = bad
+        return vectors
+
+    with pytest.raises(ValueError, match="embedding of the caption 'caption number 14' is not finite"):
+        build(tmp_path, TEXTS, broken)
+
+
+def test_float16_overflow_is_an_error_not_infinity(tmp_path: Path) -> None:
+    def large(texts: list[str]) -> torch.Tensor:
+        return embed(texts).clamp(-1, 1) + 65504
+
+    with pytest.raises(ValueError, match="'caption number 0' exceeds the range of float16; use bfloat16 or normalize"):
+        build(tmp_path / "a", TEXTS, large)
+    build(tmp_path / "b", TEXTS, large, dtype="bfloat16")
+    build(tmp_path / "c", TEXTS, large, normalize=True)
+    lengths = EmbeddingCache.open(tmp_path / "c").lookup(TEXTS).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones(37), atol=2e-3, rtol=0)
+
+
+def test_wrong_input_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"shape \(4, 7\) instead of \(4, 8\)"):
+        build(tmp_path / "a", TEXTS, lambda texts: embed(texts)[:, :7])
+    with pytest.raises(ValueError, match="2 captions are there more than once, 'b' for one"):
+        build(tmp_path / "b", ["a", "b", "b", "b"])
+    with pytest.raises(ValueError, match="no captions"):
+        build(tmp_path / "b", [])
+    with pytest.raises(ValueError, match="is zero, which has no direction"):
+        build(tmp_path / "b", TEXTS, lambda texts: torch.zeros(len(texts), 8), normalize=True)
+    with pytest.raises(ValueError, match="'float16' or 'bfloat16', not 'float32'"):
+        build(tmp_path / "c", TEXTS, dtype="float32")

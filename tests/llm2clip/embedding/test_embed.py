@@ -1,0 +1,60 @@
+"""The embedding cache of a text tower."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm2clip.embedding import CacheMismatchError, EmbeddingCache
+from llm2clip.embedding.embed import EmbedConfig, embed_captions, run
+from llm2clip.utils.processes import process_state
+from llm2clip.utils.towers import open_text_tower
+from tests.llm2clip.stages.conftest import Inputs
+
+
+def test_rows_are_what_the_encoder_gives_and_cut_captions_are_counted(inputs: Inputs, tmp_path: Path) -> None:
+    texts = ["a dog", "a red bus " * 300, "two cats"]
+    (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps({"caption": text}) for text in [*texts, "a dog"]))
+    source = {"path": str(tmp_path / "captions.jsonl")}
+    config = EmbedConfig(text_model_name_or_path=inputs.text, output_dir=str(tmp_path / "cache"), sources=[source])
+    assert run(config) == {"num_captions": 3, "num_truncated": 1}
+    model, tokenizer = open_text_tower(inputs.text, dtype="float32")
+    texts = [text.strip() for text in texts]
+    expected = model.eval().encode(texts, tokenizer)
+    found = EmbeddingCache.open(tmp_path / "cache").lookup(texts)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_makes_the_cache_of_the_same_tower(dtype: str, inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"caption": "a dog"}))
+    source = {"path": str(tmp_path / "captions.jsonl")}
+    config = EmbedConfig(
+        text_model_name_or_path=inputs.text, output_dir=str(tmp_path / "cache"), sources=[source], dtype=dtype
+    )
+    run(config)
+    model, tokenizer = open_text_tower(inputs.text, dtype="float32")
+    cache = EmbeddingCache.open(tmp_path / "cache", model.fingerprint())
+    assert cache.manifest.text_model_dtype == dtype
+    torch.testing.assert_close(cache.lookup(["a dog"]), model.encode("a dog", tokenizer), atol=3e-2, rtol=3e-2)
+    with pytest.raises(CacheMismatchError, match=f"text_model_dtype '{dtype}', but this build has"):
+        run(replace(config, dtype="float32"))
+
+
+def test_captions_are_tokenised_once(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = open_text_tower(inputs.text, dtype="float32")
+    seen: list[str] = []
+    call = type(tokenizer).__call__
+
+    def counting(self: object, text: list[str] | str, **options: object) -> object:
+        seen.extend([text] if isinstance(text, str) else text)
+        return call(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counting)
+    texts = [f"a dog {number}" for number in range(40)]
+    embed_captions(model, tokenizer, texts, str(tmp_path), "tower", EmbedConfig(), process_state())
+    assert [text for text in seen if text] == texts

@@ -1,0 +1,172 @@
+"""CLIP_benchmark's own functions and command run a model folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, Siglip2ImageProcessor
+
+from llm2clip.evaluation import clip_benchmark, retrieval_metrics
+from llm2clip.evaluation.clip_benchmark import load_clip
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from tests.modeling_llm2clip import tiny
+
+CONCEPTS = Path(__file__).parents[3] / "examples" / "data" / "concepts" / "test.parquet"
+PICTURES = 32
+KS = [1, 5, 10]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    tiny.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[tuple[Image.Image, list[str]]]:
+    """Pictures with captions that no other has, since CLIP_benchmark breaks ties as they come; half are grey."""
+    table = datasets.Dataset.from_parquet(str(CONCEPTS), keep_in_memory=True)
+    first = {caption.lower(): row for row, caption in reversed(list(enumerate(table["caption"])))}
+    table = table.select(sorted(first.values())[:PICTURES])
+    modes = ["RGB", "LA"] * (PICTURES // 2)
+    return [
+        (row["image"].convert(mode), [row["caption"], row["keywords"]]) for row, mode in zip(table, modes, strict=True)
+    ]
+
+
+class Pictures(torch.utils.data.Dataset[Any]):
+    """A data set with CLIP_benchmark's attributes."""
+
+    def __init__(self, rows: list[tuple[Image.Image, Any]], transform: Any) -> None:
+        self.rows, self.transform = rows, transform
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
+        image, target = self.rows[index]
+        return self.transform(image), target
+
+
+def embeddings(folder: Path, images: list[Image.Image], texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    model, processor = LLM2CLIPModel.from_pretrained(folder).eval(), tiny.processor()
+    return model.encode_image(images, processor), model.encode_text(texts, processor)
+
+
+def test_retrieval(folder: Path, pairs: list[tuple[Image.Image, list[str]]]) -> None:
+    rows = [(image.convert("RGB"), captions) for image, captions in pairs]
+    model, transform, tokenizer = load_clip(str(folder), "", None, "cpu")
+    loader = DataLoader(
+        Pictures(rows, transform),
+        batch_size=8,
+        collate_fn=lambda batch: (torch.stack([image for image, _ in batch]), [captions for _, captions in batch]),
+    )
+    found = zeroshot_retrieval.evaluate(model, loader, tokenizer, "cpu", amp=False, recall_k_list=KS)
+    images, texts = embeddings(
+        folder, [image for image, _ in rows], [text for _, captions in rows for text in captions]
+    )
+    owners = torch.arange(PICTURES).repeat_interleave(2)
+    expected = retrieval_metrics(images, texts, torch.stack([torch.arange(2 * PICTURES), owners], dim=1), ks=KS)
+    assert 0 < expected["text_to_image_recall@10"] < 1
+    for k in KS:
+        assert found[f"image_retrieval_recall@{k}"] == pytest.approx(expected[f"text_to_image_recall@{k}"])
+        assert found[f"text_retrieval_recall@{k}"] == pytest.approx(expected[f"image_to_text_recall@{k}"])
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_zero_shot_classification(folder: Path, pairs: list[tuple[Image.Image, list[str]]], amp: bool) -> None:
+    names = [captions[0] for _, captions in pairs]
+    model, transform, tokenizer = load_clip(str(folder))
+    pictures = Pictures([(image, index) for index, (image, _) in enumerate(pairs)], transform)
+    loader = DataLoader(pictures, batch_size=8)
+    classifier = zeroshot_classification.zero_shot_classifier(
+        model, tokenizer, names, ["a drawing of {c}"], "cpu", amp
+    )
+    logits, targets = zeroshot_classification.run_classification(model, classifier, loader, "cpu", amp)
+    assert targets.tolist() == list(range(PICTURES))
+    # White where the pictures are transparent, as the data sets of this package are read.
+    upright = [clip_benchmark.decode_image(image, "picture") for image, _ in pairs]
+    images, texts = embeddings(folder, upright, [f"a drawing of {name}" for name in names])
+    torch.testing.assert_close(logits, 100 * images @ texts.t(), atol=3 if amp else 1e-3, rtol=0)
+
+
+def test_scale_is_the_models(folder: Path) -> None:
+    model, _, tokenizer = load_clip(str(folder))
+    assert model.logit_scale is model.model.logit_scale
+    assert not model.training
+    assert len(tokenizer) == len(tiny.processor().tokenizer)
+
+
+def test_the_command_knows_the_model_type(
+    folder: Path,
+    pairs: list[tuple[Image.Image, list[str]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The real command on a local copy of Flickr30k's layout, without its captioning metrics, which need Java."""
+    captioning = "clip_benchmark.metrics.captioning"
+    monkeypatch.setitem(sys.modules, captioning, ModuleType(captioning))
+    lines = ["image,caption"]
+    for index, (image, captions) in enumerate(pairs):
+        image.convert("RGB").save(tmp_path / f"{index}.jpg")
+        lines += [f"{index}.jpg,{caption}" for caption in captions]
+    (tmp_path / "captions.txt").write_text("\n".join(lines))
+    output = tmp_path / "result.json"
+    options = {
+        "--model_type": "llm2clip",
+        "--model": folder,
+        "--pretrained": "",
+        "--dataset": "flickr30k",
+        "--dataset_root": tmp_path,
+        "--annotation_file": tmp_path / "captions.txt",
+        "--recall_k": 5,
+        "--num_workers": 0,
+        "--output": output,
+    }
+    arguments = [str(part) for option in options.items() for part in option]
+    monkeypatch.setattr(sys, "argv", ["clip_benchmark", "eval", "--no_amp", *arguments])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    clip_benchmark.main()
+    found = json.loads(output.read_text())["metrics"]
+    images = [Image.open(tmp_path / f"{index}.jpg") for index in range(PICTURES)]
+    rows = embeddings(folder, images, [text for _, captions in pairs for text in captions])
+    owners = torch.arange(PICTURES).repeat_interleave(2)
+    expected = retrieval_metrics(*rows, torch.stack([torch.arange(2 * PICTURES), owners], dim=1), ks=[5])
+    assert found["image_retrieval_recall@5"] == pytest.approx(expected["text_to_image_recall@5"])
+    assert found["text_retrieval_recall@5"] == pytest.approx(expected["image_to_text_recall@5"])
+
+
+def test_bad_input(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"pretrained \('laion400m_e32'\) is a revision on the Hub, but .* is a folder"
+    ):
+        load_clip(str(folder), "laion400m_e32")
+    tiny.text_model().save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="holds a model of type 'llm2clip_text_model', not an LLM2CLIP model"):
+        load_clip(str(tmp_path / "text"))
+    vision = AutoConfig.for_model(
+        "siglip2_vision_model",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        patch_size=7,
+        num_patches=16,
+    )
+    tiny.joint_model(vision=vision).save_pretrained(tmp_path / "naflex")
+    image_processor = Siglip2ImageProcessor(patch_size=7, max_num_patches=16)
+    LLM2CLIPProcessor(image_processor, tiny.processor().tokenizer).save_pretrained(tmp_path / "naflex")
+    with pytest.raises(ValueError, match="are pixel_values, pixel_attention_mask, spatial_shapes, but CLIP_benchmark"):
+        load_clip(str(tmp_path / "naflex"))

@@ -1,0 +1,76 @@
+"""The evaluate library's modules give what the functions behind them give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import pytest
+import torch
+
+from llm2clip.evaluation import caption_retrieval_metrics, metric_path, retrieval_metrics
+from llm2clip.evaluation.evaluate_modules import METRICS
+
+
+def load(name: str, cache: Path) -> Any:
+    return evaluate.load(metric_path(name), cache_dir=str(cache), keep_in_memory=True)
+
+
+def without(counts: set[str], metrics: dict[str, float | int]) -> dict[str, Any]:
+    return {name: pytest.approx(value) for name, value in metrics.items() if name not in counts}
+
+
+def test_rows_are_pairs(tmp_path: Path) -> None:
+    texts, images = torch.randn(2, 30, 8)
+    found = load("retrieval_recall", tmp_path).compute(text_embeds=texts, image_embeds=images)
+    expected = retrieval_metrics(images, texts, torch.arange(30)[:, None].expand(-1, 2))
+    assert found == without({"num_images_with_text"}, expected)
+
+
+def test_equal_ids_are_one_image_or_text(tmp_path: Path) -> None:
+    texts, images = torch.randn(12, 8), torch.randn(5, 8)
+    # Text 3 belongs to two images; ids need not start at 0 nor come in order.
+    pairs = torch.tensor([*((text, text % 5) for text in range(12)), (3, 4)])[torch.randperm(13)]
+    metric = load("retrieval_recall", tmp_path)
+    for batch in pairs.split(4):
+        rows, columns = batch.unbind(1)
+        metric.add_batch(text_embeds=texts[rows], image_embeds=images[columns])
+    found = metric.compute(text_ids=pairs[:, 0] + 100, image_ids=(7 - pairs[:, 1]).tolist(), ks=[1, 2])
+    assert found == without({"num_images_with_text"}, retrieval_metrics(images, texts, pairs, ks=(1, 2)))
+    assert (found["num_texts"], found["num_images"]) == (12, 5)
+
+
+def test_several_texts_of_an_image(tmp_path: Path) -> None:
+    texts, images = torch.randn(10, 8), torch.randn(5, 8)
+    owners = torch.arange(10) // 2
+    names = [("train.jpg", "dog.jpg", "école.jpg", "cat.jpg", "bus.jpg")[owner] for owner in owners]
+    metric = load("retrieval_recall", tmp_path)
+    found = metric.compute(text_embeds=texts.numpy(), image_embeds=images[owners].numpy(), image_ids=names)
+    expected = retrieval_metrics(images, texts, torch.stack([torch.arange(10), owners], dim=1))
+    assert found == without({"num_images_with_text"}, expected)
+
+
+def test_caption_retrieval_accuracy(tmp_path: Path) -> None:
+    queries = torch.randn(40, 8)
+    targets = queries + torch.randn(40, 8)
+    metric = load("caption_retrieval_accuracy", tmp_path)
+    found = metric.compute(predictions=queries, references=targets)
+    expected = caption_retrieval_metrics(queries, targets)
+    accuracy = found.pop("caption_retrieval_accuracy")
+    assert 0 < accuracy < 1
+    assert accuracy == pytest.approx(expected["recall@1"])
+    assert found == without({"num_targets"}, expected)
+    assert "recall@1" not in metric.compute(predictions=queries, references=targets, ks=[5])
+
+
+def test_ids_of_another_length_are_refused(tmp_path: Path) -> None:
+    metric = load("retrieval_recall", tmp_path)
+    with pytest.raises(ValueError, match="there are 3 rows, but image_ids has 2"):
+        metric.compute(text_embeds=torch.randn(3, 4), image_embeds=torch.randn(3, 4), image_ids=[0, 1])
+
+
+def test_names() -> None:
+    assert all((Path(metric_path(name)) / f"{name}.py").is_file() for name in METRICS)
+    with pytest.raises(ValueError, match="no metric 'recall'; choose one of caption_retrieval_accuracy, retrieval_"):
+        metric_path("recall")

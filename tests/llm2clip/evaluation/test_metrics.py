@@ -1,0 +1,263 @@
+"""Retrieval metrics: against the original's numbers, and against a naive reading of their definition."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm2clip.evaluation import caption_retrieval_metrics, rank_of_best_match, retrieval_metrics
+from tests.golden import load_golden
+
+DIRECTIONS = {"text_to_image": "image_retrieval", "image_to_text": "text_retrieval"}
+
+
+def diagonal(rows: int) -> Tensor:
+    return torch.arange(rows)[:, None].expand(-1, 2)
+
+
+def naive_ranks(queries: Tensor, candidates: Tensor, matches: Tensor) -> list[int]:
+    """Per query: how many wrong candidates are closer than the closest correct one."""
+    scores = torch.nn.functional.normalize(queries) @ torch.nn.functional.normalize(candidates).T
+    ranks = []
+    for query, row in enumerate(scores.tolist()):
+        correct = {candidate for q, candidate in matches.tolist() if q == query}
+        best = max(row[candidate] for candidate in correct)
+        ranks.append(sum(score > best for candidate, score in enumerate(row) if candidate not in correct))
+    return ranks
+
+
+def noisy_captions(images: int, per_image: int, width: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Image embeddings, text embeddings in random order, and (text, image) pairs in random order."""
+    image = torch.randn(images, width)
+    owner = torch.arange(images).repeat_interleave(per_image)[torch.randperm(images * per_image)]
+    text = image[owner] + 1.5 * torch.randn(len(owner), width)
+    matches = torch.stack([torch.arange(len(owner)), owner], dim=1)
+    return image, text, matches[torch.randperm(len(matches))]
+
+
+@dataclass
+class OriginalCase:
+    """A fixture's projected embeddings and pairs. The fixtures that end in b hold equal vectors."""
+
+    meta: dict[str, Any]
+    image: Tensor
+    text: Tensor
+    matches: Tensor
+
+    @classmethod
+    def load(cls, name: str) -> OriginalCase:
+        golden = load_golden(name)
+        image, text = (golden[f"in/{key}"] @ golden["in/projection"] for key in ("images", "texts"))
+        text = text.reshape(-1, text.shape[-1])
+        texts = torch.arange(len(text))
+        matches = torch.stack([texts, texts // (len(text) // len(image))], dim=1)
+        return cls(golden.meta, image, text, matches)
+
+    def tolerance(self, queries: int) -> float:
+        """Two queries where scores are equal, whose order is torch.topk's in the original (the fixture says so)."""
+        return 2 / queries + 1e-6 if self.meta["has_ties"] else 1e-6
+
+
+@pytest.mark.parametrize(
+    "name", ["retrieval_global_a", "retrieval_global_b", "retrieval_multi_a", "retrieval_multi_b"]
+)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_recall_equals_the_original(name: str, direction: str) -> None:
+    case = OriginalCase.load(name)
+    tolerance = case.tolerance(len(case.text if direction == "text_to_image" else case.image))
+    recalls = {
+        int(key.rpartition("@")[2]): value
+        for key, value in case.meta["metrics"].items()
+        if key.startswith(f"{DIRECTIONS[direction]}_recall@")
+    }
+    ours = retrieval_metrics(case.image, case.text, case.matches, sorted(recalls))
+    for k, original in recalls.items():
+        assert ours[f"{direction}_recall@{k}"] == pytest.approx(original, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", ["retrieval_global_a", "retrieval_global_b"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_mean_and_median_rank_equal_the_original(name: str, direction: str) -> None:
+    case = OriginalCase.load(name)
+    ours = retrieval_metrics(case.image, case.text, case.matches)
+    original = case.meta["get_metrics"]
+    assert ours[f"{direction}_mean_rank"] == pytest.approx(
+        original[f"{direction}_mean_rank"], abs=case.tolerance(len(case.image))
+    )
+    assert ours[f"{direction}_median_rank"] == original[f"{direction}_median_rank"]
+
+
+@pytest.mark.parametrize("tile_size", [1, 7, 1000])
+def test_five_captions_per_image_equal_a_naive_count_in_any_tiling(tile_size: int) -> None:
+    image, text, matches = noisy_captions(images=12, per_image=5)
+    to_image, to_text = naive_ranks(text, image, matches), naive_ranks(image, text, matches.flip(1))
+    assert max(to_image) > 5, "the example must have failures"
+    assert max(to_text) > 1
+    assert rank_of_best_match(text, image, matches, tile_size).tolist() == to_image
+    assert rank_of_best_match(image, text, matches.flip(1), tile_size).tolist() == to_text
+    metrics = retrieval_metrics(image, text, matches, ks=(1, 3), tile_size=tile_size)
+    for direction, ranks in (("text_to_image", to_image), ("image_to_text", to_text)):
+        for k in (1, 3):
+            assert metrics[f"{direction}_recall@{k}"] == pytest.approx(sum(r < k for r in ranks) / len(ranks))
+        assert metrics[f"{direction}_mean_rank"] == pytest.approx(1 + sum(ranks) / len(ranks))
+
+
+def test_several_images_per_caption_count_as_correct() -> None:
+    """A caption such as "a dog" that several images share, as the concepts of the bundled data do."""
+    image = torch.randn(30, 6)
+    text = torch.randn(8, 6)
+    matches = torch.cat(
+        [
+            torch.stack([torch.randint(8, (30,)), torch.arange(30)], 1),
+            torch.stack([torch.arange(8), torch.arange(8)], 1),
+        ]
+    )
+    # A pair that is listed twice is one pair.
+    matches = torch.cat([matches, matches[:5]])
+    assert rank_of_best_match(text, image, matches, 3).tolist() == naive_ranks(text, image, matches)
+    assert rank_of_best_match(image, text, matches.flip(1), 3).tolist() == naive_ranks(image, text, matches.flip(1))
+
+
+def test_a_collapsed_model_scores_what_guessing_does() -> None:
+    one = torch.randn(1, 16)
+    metrics = retrieval_metrics(one.expand(40, -1), one.expand(40, -1), diagonal(40), ks=(1, 10))
+    assert metrics["text_to_image_recall@1"] == pytest.approx(1 / 40)
+    assert metrics["image_to_text_recall@10"] == pytest.approx(10 / 40)
+    assert metrics["text_to_image_mean_rank"] == 20.5
+    zeros = caption_retrieval_metrics(torch.zeros(5, 4), torch.zeros(5, 4))
+    assert zeros["recall@1"] == pytest.approx(1 / 5)
+
+
+def test_ties_are_the_mean_over_every_order_of_the_tied() -> None:
+    """Two correct and three wrong candidates with one score, one wrong candidate before them, one behind."""
+    query = torch.tensor([[1.0, 0.0]])
+    candidates = torch.tensor([[2.0, 0.0]] + 5 * [[1.0, 1.0]] + [[0.0, 1.0]])
+    matches = torch.tensor([[0, 1], [0, 2], [0, 6]])
+    ranks = []
+    for order in itertools.permutations(range(1, 6)):
+        ranks.append(1 + min(order.index(1), order.index(2)))
+    assert rank_of_best_match(query, candidates, matches).item() == pytest.approx(sum(ranks) / len(ranks))
+    metrics = caption_retrieval_metrics(query, candidates, matches, ks=(1, 2, 3, 4, 5, 6))
+    for k in (1, 2, 3, 4, 5, 6):
+        assert metrics[f"recall@{k}"] == pytest.approx(sum(rank < k for rank in ranks) / len(ranks))
+
+
+def test_scores_closer_than_rounding_are_ties() -> None:
+    """A copy of the correct vector scores the same wherever it stands, though products round by place."""
+    candidates = torch.randn(300, 129)
+    candidates[torch.tensor([3, 150, 299])] = candidates[0].clone()
+    candidates[7] = candidates[0] + 0.01 * torch.randn(129)
+    matches = torch.tensor([[0, 0], [0, 299]])
+    # Of four equal ones two are correct: the mean number of wrong ones before the first of them.
+    assert rank_of_best_match(candidates[:1] * 3, candidates, matches).tolist() == [pytest.approx(2 / 3)]
+
+
+def test_both_directions_of_one_product_equal_two_searches() -> None:
+    image, text, matches = noisy_captions(images=40, per_image=3)
+    text[5] = text[6]
+    both = retrieval_metrics(image, text, matches, tile_size=7)
+    there, back = rank_of_best_match(text, image, matches, 11), rank_of_best_match(image, text, matches.flip(1), 13)
+    assert both["text_to_image_mean_rank"] == pytest.approx(1 + there.mean().item())
+    assert both["image_to_text_mean_rank"] == pytest.approx(1 + back.mean().item())
+
+
+def test_correct_candidates_do_not_compete() -> None:
+    query = torch.tensor([[1.0, 0.0]])
+    candidates = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+    assert rank_of_best_match(query, candidates, torch.tensor([[0, 0], [0, 1]])).tolist() == [0]
+    assert rank_of_best_match(query, candidates, torch.tensor([[0, 0], [0, 1], [0, 2]])).tolist() == [0]
+
+
+def test_an_image_without_text_is_a_wrong_answer_and_no_query() -> None:
+    image, text = torch.eye(3), torch.eye(3)[1:] + torch.tensor([2.0, 0.0, 0.0])
+    metrics = retrieval_metrics(image, text, torch.tensor([[0, 1], [1, 2]]), ks=(1, 2))
+    assert metrics["text_to_image_recall@1"] == 0.0
+    assert metrics["text_to_image_recall@2"] == 1.0
+    assert metrics["image_to_text_recall@1"] == 1.0
+    assert (metrics["num_images"], metrics["num_images_with_text"]) == (3, 2)
+
+
+def test_a_perfect_model_never_loses_against_its_own_rounding() -> None:
+    """Scores of equal vectors differ in the last bits between kernels, so comparing two products would fail here."""
+    image = torch.randn(301, 257)
+    metrics = retrieval_metrics(image, image, diagonal(301), tile_size=13)
+    assert metrics["text_to_image_recall@1"] == metrics["image_to_text_recall@1"] == 1.0
+
+
+def test_length_and_type_of_embeddings_do_not_matter() -> None:
+    image, text, matches = noisy_captions(images=10, per_image=2)
+    expected = retrieval_metrics(image, text, matches)
+    scaled = retrieval_metrics(image * torch.rand(10, 1).add(0.1), 1e4 * text, matches)
+    assert scaled == expected
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert retrieval_metrics(image.double(), text.requires_grad_(), matches) == expected
+    half = retrieval_metrics(image.half(), text.detach().half(), matches)
+    assert half["text_to_image_mean_rank"] == pytest.approx(expected["text_to_image_mean_rank"], abs=0.2)
+
+
+def test_k_beyond_the_candidates_gives_one() -> None:
+    image, text, matches = noisy_captions(images=3, per_image=2)
+    metrics = retrieval_metrics(image, text, matches, ks=(3, 50))
+    assert metrics["text_to_image_recall@3"] == metrics["image_to_text_recall@50"] == 1.0
+
+
+def test_caption_retrieval_pairs_rows_unless_told_otherwise() -> None:
+    query = torch.randn(20, 6)
+    target = query + torch.randn(20, 6)
+    metrics = caption_retrieval_metrics(query, target, ks=(1, 2))
+    ranks = naive_ranks(query, target, diagonal(20))
+    assert metrics["recall@1"] == pytest.approx(sum(rank == 0 for rank in ranks) / 20)
+    assert metrics["recall@2"] == pytest.approx(sum(rank < 2 for rank in ranks) / 20)
+    assert metrics["mean_rank"] == pytest.approx(1 + sum(ranks) / 20)
+    assert (metrics["num_queries"], metrics["num_targets"]) == (20, 20)
+    order = torch.randperm(20)
+    shuffled = caption_retrieval_metrics(query, target[order], torch.stack([order, torch.arange(20)], 1), ks=(1, 2))
+    assert shuffled == metrics
+    more_targets = caption_retrieval_metrics(query[:5], target, diagonal(5))
+    assert (more_targets["num_queries"], more_targets["num_targets"]) == (5, 20)
+
+
+def test_median_of_two_middle_ranks_is_rounded_down() -> None:
+    # Ranks 1 and 4 (from 1), whose middle is 2.5.
+    targets = torch.eye(4)
+    queries = torch.tensor([[9.0, 1.0, 1.0, 1.0], [3.0, 0.0, 2.0, 1.0]])
+    metrics = caption_retrieval_metrics(queries, targets, torch.tensor([[0, 0], [1, 1]]))
+    assert metrics["mean_rank"] == 2.5
+    assert metrics["median_rank"] == 2
+
+
+def test_bad_input_is_named() -> None:
+    image, text = torch.randn(4, 3), torch.randn(5, 3)
+    matches = torch.tensor([[0, 0], [1, 1], [2, 2], [3, 3], [4, 3]])
+    with pytest.raises(ValueError, match="Every text needs a correct image in matches; 3, 4 of 5 have none"):
+        retrieval_metrics(image, text, matches[:3])
+    with pytest.raises(ValueError, match="matches name image 4, but there are 4 image embeddings"):
+        retrieval_metrics(image, text, matches + torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"int64 pairs of shape \(p, 2\)"):
+        rank_of_best_match(text, image, matches.float())
+    with pytest.raises(ValueError, match="Without matches"):
+        caption_retrieval_metrics(image, text)
+    with pytest.raises(ValueError, match="matrices of one width"):
+        rank_of_best_match(torch.randn(5, 2), image, matches)
+    with pytest.raises(ValueError, match="no query embeddings"):
+        caption_retrieval_metrics(image[:0], text[:0])
+    with pytest.raises(ValueError, match="k of at least 1"):
+        caption_retrieval_metrics(image, image, ks=(0,))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_non_finite_embeddings_are_named_by_row(value: float) -> None:
+    image, text = torch.randn(6, 3), torch.randn(6, 3)
+    text[4, 1] = value
+    with pytest.raises(ValueError, match=r"Non-finite text embeddings in rows 4\."):
+        retrieval_metrics(image, text, diagonal(6), tile_size=2)
+    with pytest.raises(ValueError, match=r"Non-finite candidate embeddings in rows 4\."):
+        rank_of_best_match(image, text, diagonal(6))
+    broken = torch.full((30, 3), value)
+    with pytest.raises(ValueError, match=r"rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\. \(30 rows\)"):
+        caption_retrieval_metrics(torch.randn(30, 3), broken)

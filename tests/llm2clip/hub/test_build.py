@@ -1,0 +1,232 @@
+"""`llm2clip build`: what it writes loads for strangers, and says what it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from llm2clip import cli
+from llm2clip.convert.published import FOLDER, parameters, published_models
+from llm2clip.hub import build, validation
+from llm2clip.hub.cards import CARD, read_card
+from llm2clip.utils.towers import save_text_tower
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from tests.loopback_hub import File, LoopbackHub, Repo
+from tests.modeling_llm2clip import tiny
+from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
+
+
+def run(*arguments: str | Path) -> None:
+    assert cli.main(["build", *map(str, arguments)]) == 0
+
+
+def refused(capsys: pytest.CaptureFixture[str], message: str, *arguments: str | Path) -> None:
+    assert cli.main(["build", *map(str, arguments)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def logits(folder: Path) -> torch.Tensor:
+    processor = AutoProcessor.from_pretrained(folder)
+    with torch.inference_mode():
+        return AutoModel.from_pretrained(folder)(
+            **processor(text=CAPTIONS, images=IMAGES, return_tensors="pt")
+        ).logits_per_image
+
+
+def test_an_llm_in_a_folder_is_bundled(tmp_path: Path) -> None:
+    tiny.save_apart(tmp_path)
+    (tmp_path / "clip" / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": 2.0}]}))
+    IMAGES[0].save(tmp_path / "picture.jpg")
+    metrics = {"text_to_image_recall@1": 0.25, "text_to_image_recall@5": 0.5, "text_to_image_recall@10": 0.75}
+    fields = {"model": "x", "task": "retrieval", "data": {"path": "/somewhere/pictures", "split": "test"}, **metrics}
+    (tmp_path / "results.json").write_text(json.dumps(fields))
+    expected = logits(tmp_path / "clip")
+    out = tmp_path / "out"
+    run(
+        *(tmp_path / "clip", out, "--license", "mit", "--results", tmp_path / "results.json"),
+        *("--example-image", tmp_path / "picture.jpg", "--example-captions", "noise", "a dog", "--languages", "en"),
+    )
+    for llm in (tmp_path / "llm").iterdir():
+        llm.unlink()
+    assert logits(out).equal(expected)
+    assert LLM2CLIPModel.from_pretrained(out).config.text_model_name_or_path is None
+    assert str(tmp_path) not in (out / "config.json").read_text()
+    data, text = read_card(out)
+    assert str(tmp_path) not in text.replace(str(out), "")
+    assert (data["license"], data["language"]) == ("mit", ["en"])
+    assert "| image-text retrieval | pictures (test) | text → image | 25.0 | 50.0 | 75.0 |" in text
+    assert "![Training curves](training_curves.png)" in text
+    assert "Apache License" in (out / "LICENSE").read_text()
+    assert Image.open(out / "training_curves.png").size[0] > 100
+    assert Image.open(out / "example.png").size == IMAGES[0].size
+
+
+def test_the_example_picture_is_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_validate", lambda *_: 0.0)
+    tiny.save(tmp_path / "model")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    IMAGES[0].save(tmp_path / "phone.jpg", exif=turned)
+    run(tmp_path / "model", tmp_path / "out", "--example-image", tmp_path / "phone.jpg")
+    example = Image.open(tmp_path / "out" / "example.png")
+    assert example.size == IMAGES[0].size[::-1]
+    assert not example.getexif()
+
+
+def test_a_licence_that_the_hub_does_not_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_validate", lambda *_: 0.0)
+    tiny.save(tmp_path / "model")
+    (tmp_path / "model" / CARD).write_text("---\nlicense: mit\n---\n")
+    names = ("--license", "other", "--license-name", "own", "--license-link", "LICENSE.txt")
+    run(tmp_path / "model", tmp_path / "out", *names)
+    data, text = read_card(tmp_path / "out")
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "own", "LICENSE.txt")
+    assert "The licence of the weights is [own](LICENSE.txt)." in text
+
+
+def test_a_model_on_the_hub_brings_its_card_and_curves(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_validate", lambda *_: 0.0)
+    tiny.save(tmp_path / "model")
+    (tmp_path / "model" / CARD).write_text("---\nlicense: mit\nmy_key: 1\n---\n\nMy own words.\n")
+    IMAGES[0].save(tmp_path / "model" / "training_curves.png")
+    repo = Repo("tester/model", "model")
+    files = {path.name: File(path.read_bytes(), lfs=False) for path in (tmp_path / "model").iterdir()}
+    repo.commit("main", files, "a model")
+    hub.repos["model", repo.name] = repo
+    run(repo.name, tmp_path / "out")
+    data, text = read_card(tmp_path / "out")
+    assert (data["license"], data["my_key"], text) == ("mit", 1, "My own words.\n")
+    assert (tmp_path / "out" / "training_curves.png").read_bytes() == files["training_curves.png"].content
+
+
+def test_an_llm_on_the_hub_is_named(tmp_path: Path) -> None:
+    tiny.save_apart(tmp_path)
+    run(tmp_path / "clip", tmp_path / "out", "--text-model", "someone/llm")
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields["text_model_name_or_path"] == "someone/llm"
+    assert fields["text_model_fingerprint"]
+    names = load_file(tmp_path / "out" / "model.safetensors")
+    assert not [name for name in names if name.startswith("text_model.")]
+    assert "someone/llm" in read_card(tmp_path / "out")[0]["base_model"]
+
+
+def test_a_text_tower_and_its_adapter(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    tokenizer = tiny.processor().tokenizer
+    save_text_tower(tiny.text_model(), tokenizer, tmp_path / "llm")
+    tower = LLM2CLIPTextModel.from_pretrained(tmp_path / "llm").eval()
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    tower.decoder = peft.get_peft_model(tower.decoder, lora)
+    tower.decoder.peft_config["default"].base_model_name_or_path = str(tmp_path / "llm")
+    save_text_tower(tower, tokenizer, tmp_path / "adapter")
+    run(tmp_path / "adapter", tmp_path / "out")
+    built = LLM2CLIPTextModel.from_pretrained(tmp_path / "out")
+    assert not built.has_adapter
+    expected = LLM2CLIPTextModel.from_pretrained(tmp_path / "adapter").encode(CAPTIONS, tokenizer)
+    torch.testing.assert_close(built.encode(CAPTIONS, tokenizer), expected, atol=1e-5, rtol=1e-5)
+    data, text = read_card(tmp_path / "out")
+    assert data["pipeline_tag"] == "feature-extraction"
+    assert "model.encode(" in text
+
+
+def test_a_vision_half(tmp_path: Path) -> None:
+    half = LLM2CLIPVisionModelWithProjection(tiny.joint_config())
+    half.save_pretrained(tmp_path / "half")
+    tiny.processor().image_processor.save_pretrained(tmp_path / "half")
+    run(tmp_path / "half", tmp_path / "out")
+    data, text = read_card(tmp_path / "out")
+    assert data["pipeline_tag"] == "image-feature-extraction"
+    assert "sentence-transformers" not in data["tags"]
+    assert "SentenceTransformer" not in text
+
+
+def test_code_can_live_in_one_repo(tmp_path: Path) -> None:
+    tiny.save(tmp_path / "model")
+    run(tmp_path / "model", tmp_path / "out", "--code-repo", "someone/code")
+    assert not list((tmp_path / "out").glob("*.py"))
+    for name in ("config.json", "processor_config.json"):
+        targets = json.loads((tmp_path / "out" / name).read_text())["auto_map"].values()
+        assert all(target.startswith("someone/code--") for target in targets), name
+
+
+def test_building_again_keeps_what_was_written_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_validate", lambda *_: 0.0)
+    tiny.save(tmp_path / "model")
+    run(tmp_path / "model", tmp_path / "out")
+    card = (tmp_path / "out" / CARD).read_text()
+    (tmp_path / "model" / CARD).write_text(card.replace("An LLM2CLIP model:", "Ours, with love:"))
+    run(tmp_path / "model", tmp_path / "out", "--overwrite", "--license", "mit")
+    data, text = read_card(tmp_path / "out")
+    assert "Ours, with love:" in text
+    assert data["license"] == "mit"
+    (tmp_path / "model" / CARD).write_text((tmp_path / "out" / CARD).read_text())
+    run(tmp_path / "model", tmp_path / "out", "--overwrite", "--license", "apache-2.0")
+    data, text = read_card(tmp_path / "out")
+    assert data["license"] == "apache-2.0"
+    assert "The licence of the weights is apache-2.0" in text
+
+
+@pytest.mark.parametrize("llm", [None, "someone/llm"])
+def test_nothing_stays_where_a_stranger_gets_other_numbers(
+    llm: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.save(tmp_path / "model")
+    save = build._save
+
+    def spoiled(loaded: Any, config: Any, folder: Path) -> None:
+        save(loaded, config, folder)
+        with torch.no_grad():
+            loaded.model.text_adapter.proj.weight.mul_(1.01)
+
+    monkeypatch.setattr(build, "_save", spoiled)
+    with pytest.raises(RuntimeError, match="gives other text outputs in a new process"):
+        build.run(build.BuildConfig(str(tmp_path / "model"), str(tmp_path / "out"), text_model=llm))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_does_not_load_is_not_built(tmp_path: Path) -> None:
+    tiny.save(tmp_path / "model")
+    (tmp_path / "model" / "modeling_llm2clip_adapter.py").unlink()
+    with pytest.raises(RuntimeError, match="does not load in a new process without this package"):
+        validation.stranger_outputs(tmp_path / "model", IMAGES[0], CAPTIONS)
+
+
+def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.save_apart(tmp_path)
+    clip, out = tmp_path / "clip", tmp_path / "out"
+    refused(capsys, "give a model and a destination", clip)
+    refused(capsys, "where others cannot load it from; bundle it", clip, out, "--bundle-text-model", "false")
+    refused(capsys, "drop one", clip, out, "--bundle-text-model", "true", "--text-model", "someone/llm")
+    refused(capsys, "text_model './llm' is no Hub id (OWNER/NAME)", clip, out, "--text-model", "./llm")
+    refused(capsys, "is neither an LLM2CLIP model nor a text tower (its model_type is", tmp_path / "vision", out)
+    refused(capsys, "the example picture nowhere.jpg cannot be read", clip, out, "--example-image", "nowhere.jpg")
+    (tmp_path / "results.json").write_text("[]")
+    refused(capsys, "holds no results of `llm2clip evaluate", clip, out, "--results", tmp_path / "results.json")
+    refused(capsys, "an example caption is empty: ['a', '']", clip, out, "--example-captions", "a", "")
+    bad = ("--license", "notalicense", "--languages", "English", "--datasets", "./x", "--base-models", "..")
+    refused(capsys, "license 'notalicense' is no licence id of the Hub", clip, out, *bad)
+    refused(capsys, "license 'other' needs license_name and license_link", clip, out, "--license", "other")
+    refused(capsys, "go with license: other", clip, out, "--license", "mit", "--license-name", "own")
+    (clip / CARD).write_text("---\nlicense: ours\n---\n")
+    refused(capsys, f"the metadata of {clip / CARD}: license 'ours' is no licence id of the Hub", clip, out)
+    assert not out.exists()
+    out.mkdir()
+    refused(capsys, "add --overwrite", clip, out)
+
+
+@pytest.mark.parametrize("name", published_models())
+def test_config_only_counts_the_parameters_of_every_published_model(name: str) -> None:
+    counts = build.run(build.BuildConfig(str(FOLDER / name), config_only=True))
+    assert counts.pop("parameters") == parameters(published_models()[name].build()) > 0
+    assert sum(counts.values()) in (counts_total := parameters(published_models()[name].build()), counts_total - 1)

@@ -1,0 +1,203 @@
+"""Model cards: valid for the Hub, true to the facts, and careful with what people wrote."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, metadata_eval_result
+from PIL import Image
+
+from llm2clip.hub.cards import (
+    CARD,
+    CURVES,
+    JOINT_TASK,
+    CardFacts,
+    Evaluation,
+    check_metadata,
+    licence_of,
+    merge_cards,
+    read_card,
+    render,
+    split_card,
+    validate_card,
+    with_repo,
+    write_card,
+    write_curves,
+)
+from tests.loopback_hub import LoopbackHub
+
+METRICS = {f"{side}_recall@{k}": k / 20 for side in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
+FACTS = CardFacts(
+    name="tiny",
+    task=JOINT_TASK,
+    repo="runs/tiny",
+    summary="A tiny model.",
+    licence="mit",
+    base_models=["someone/tower", "someone/llm"],
+    datasets=["someone/pictures"],
+    recipe={"learning_rate": 1e-3, "caption_weights": [3, 1]},
+    evaluations=[Evaluation("image-text retrieval", "someone/pictures", "test", "abc", METRICS, "caption")],
+    captions=['a "red" bus', "a dog, with\ntwo lines"],
+    has_example=True,
+)
+
+
+def test_the_hub_reads_what_is_known(tmp_path: Path) -> None:
+    write_card(tmp_path, FACTS)
+    validate_card(tmp_path)
+    data = ModelCard.load(tmp_path / CARD).data
+    assert data.license == "mit"
+    assert licence_of(tmp_path) == {"licence": "mit"}
+    assert licence_of(tmp_path / "elsewhere") == licence_of(None) == {}
+    assert data.pipeline_tag == "zero-shot-image-classification"
+    assert data.library_name == "transformers"
+    assert data.base_model == ["someone/tower", "someone/llm"]
+    assert data.datasets == ["someone/pictures"]
+    assert data.widget == [{"src": "example.png", "candidate_labels": 'a "red" bus, a dog with two lines'}]
+    results = {result.metric_type: result for result in data.eval_results}
+    assert {name: result.metric_value for name, result in results.items()} == METRICS
+    assert all(result.dataset_revision == "abc" and result.dataset_split == "test" for result in results.values())
+
+
+def test_the_hub_takes_what_is_written_and_not_what_is_refused_here(hub: LoopbackHub, tmp_path: Path) -> None:
+    other = {"licence": "other", "licence_name": "own", "licence_link": "LICENSE"}
+    good: list[dict[str, Any]] = [{}, {"languages": ["en", "yue"]}, {"datasets": ["imagenet-1k"]}, other]
+    bad: list[tuple[dict[str, Any], str]] = [
+        (
+            {"licence": "Apache-2.0"},
+            r"license 'Apache-2.0' is no licence id of the Hub \(did you mean 'apache-2.0'\?\)",
+        ),
+        ({"licence": "other"}, "license 'other' needs license_name and license_link"),
+        ({"languages": ["en", "English"]}, "language 'English' is no ISO 639 code such as en, de or yue"),
+        ({"datasets": ["./x"]}, r"datasets '\./x' is no Hub id"),
+        ({"base_models": [".."]}, r"base_model '\.\.' is no Hub id"),
+    ]
+    for fields in good:
+        (tmp_path / CARD).write_text(render(replace(FACTS, **fields)))
+        validate_card(tmp_path)
+        ModelCard.load(tmp_path / CARD).validate()
+    for fields, message in bad:
+        (tmp_path / CARD).write_text(render(replace(FACTS, **fields)))
+        with pytest.raises(ValueError, match=message):
+            validate_card(tmp_path)
+        with pytest.raises(ValueError, match=r"license|language|datasets|base_model"):
+            ModelCard.load(tmp_path / CARD).validate()
+
+
+def test_all_that_is_wrong_is_named_at_once() -> None:
+    with pytest.raises(ValueError, match=r"license 'x'.*language 'zh-CN'.*datasets 'a/b/c'"):
+        check_metadata({"license": "x", "language": "zh-CN", "datasets": ["a/b/c"]})
+    # In a card that a person wrote, a bare `no` is Norwegian to the Hub and false to PyYAML.
+    check_metadata(yaml.safe_load("license: mit\nlanguage: [en, no]\n"))
+
+
+def test_the_text_says_it_too() -> None:
+    card = render(FACTS)
+    assert "| image-text retrieval | someone/pictures (test, caption) | text → image | 5.0 | 25.0 | 50.0 |" in card
+    assert 'captions = ["a \\"red\\" bus", "a dog, with\\ntwo lines"]' in card
+    settings = card.split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(settings) == FACTS.recipe
+    assert "The licence of the weights is mit" in card
+    assert "is not stated: look up" in render(replace(FACTS, licence=None))
+    other = replace(FACTS, licence="other", licence_name="own", licence_link="LICENSE")
+    assert "The licence of the weights is [own](LICENSE)." in render(other)
+    # Nothing is said about what is not known.
+    bare = render(CardFacts("x", JOINT_TASK, "x", "A model."))
+    assert "## Results" not in bare
+    assert "## Training" not in bare
+    assert "model-index" not in bare
+
+
+def test_edits_survive_and_the_rest_is_renewed(tmp_path: Path) -> None:
+    write_card(tmp_path, FACTS)
+    card = (tmp_path / CARD).read_text()
+    edited = card.replace("A tiny model.", "My own words.").replace("license: mit", "license: apache-2.0\nmy_key: 1")
+    edited = edited.replace("## Citation", "## Notes\n\nBetween the sections.\n\n## Citation", 1)
+    start = edited.index("<!-- llm2clip:limits")
+    end = edited.index("<!-- /llm2clip:limits -->") + len("<!-- /llm2clip:limits -->")
+    edited = edited[:start] + "My own limits." + edited[end:]
+    (tmp_path / CARD).write_text(edited)
+    better = {name: value + 0.1 for name, value in METRICS.items()}
+    new = replace(FACTS, evaluations=[replace(FACTS.evaluations[0], metrics=better)], datasets=["someone/more"])
+    write_card(tmp_path, new)
+    data, text = read_card(tmp_path)
+    assert "My own words." in text
+    assert "A tiny model." not in text
+    assert "Between the sections." in text
+    assert "My own limits." in text
+    assert "Intended use" not in text
+    assert data["license"] == "apache-2.0"
+    assert data["my_key"] == 1
+    assert data["datasets"] == ["someone/pictures", "someone/more"]
+    assert "| 15.0 | 35.0 | 60.0 |" in text
+    assert "| 5.0 | 25.0 | 50.0 |" not in text
+    values = [metric["value"] for metric in data["model-index"][0]["results"][0]["metrics"]]
+    assert values == list(better.values())
+
+
+def test_a_card_of_ones_own_stays_as_it_is() -> None:
+    mine = "---\nlicense: mit\n---\n\n# Mine\n\nAll of it.\n"
+    merged = merge_cards(mine, render(replace(FACTS, licence="apache-2.0")))
+    data, text = split_card(merged)
+    assert text == "# Mine\n\nAll of it.\n"
+    assert data["license"] == "mit"
+    assert data["pipeline_tag"] == JOINT_TASK
+    # A repo that was made on the website has front matter alone.
+    assert "A tiny model." in merge_cards("---\nlicense: mit\n---\n", render(FACTS))
+
+
+def test_the_same_facts_give_the_same_card() -> None:
+    card = render(FACTS)
+    assert merge_cards(card, card) == card
+    assert with_repo(with_repo(card, "a/b", "x"), "a/b", "x") == with_repo(card, "a/b", "x")
+
+
+def test_snippets_name_the_repo() -> None:
+    card = with_repo(render(FACTS), "someone/tiny", "address/example.png")
+    assert 'AutoModel.from_pretrained("someone/tiny"' in card
+    assert 'model="someone/tiny"' in card
+    assert 'SentenceTransformer("someone/tiny"' in card
+    assert 'cached_file("someone/tiny", "example.png")' in card
+    assert "runs/tiny" not in card
+    assert split_card(card)[0]["widget"][0]["src"] == "address/example.png"
+
+
+def test_other_peoples_results_can_be_added() -> None:
+    result = metadata_eval_result(
+        model_pretty_name="tiny",
+        task_pretty_name="x",
+        task_id="y",
+        metrics_pretty_name="recall",
+        metrics_id="recall",
+        metrics_value=0.5,
+        dataset_pretty_name="d",
+        dataset_id="d",
+    )
+    card = f"---\n{yaml.safe_dump(result)}---\n\ntext\n"
+    assert split_card(merge_cards(card, render(CardFacts("x", JOINT_TASK, "x", "A."))))[0]["model-index"]
+    results = split_card(merge_cards(card, render(FACTS)))[0]["model-index"][0]["results"]
+    assert [entry["task"]["name"] for entry in results] == ["image-text retrieval", "x"]
+    assert len(split_card(merge_cards(render(FACTS), render(FACTS)))[0]["model-index"][0]["results"]) == 1
+
+
+def test_broken_front_matter_is_refused(tmp_path: Path) -> None:
+    (tmp_path / CARD).write_text("---\nlicense: [mit\n---\n")
+    with pytest.raises(ValueError, match=r"the front matter of README\.md is no YAML"):
+        read_card(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"has no README\.md; `llm2clip build` writes one"):
+        validate_card(tmp_path / "elsewhere")
+
+
+def test_curves_are_drawn_where_there_are_any(tmp_path: Path) -> None:
+    assert not write_curves(tmp_path, [{"epoch": 1.0, "train_runtime": 3.0, "step": 4}])
+    assert not (tmp_path / CURVES).exists()
+    history = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
+    assert write_curves(tmp_path, history)
+    alone = Image.open(tmp_path / CURVES).size
+    history += [{"step": step, "eval_validation_text_to_image_recall@10": step / 9} for step in (4, 8)]
+    assert write_curves(tmp_path, history)
+    assert Image.open(tmp_path / CURVES).width > alone[0]

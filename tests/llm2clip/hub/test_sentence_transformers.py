@@ -1,0 +1,194 @@
+"""A saved folder is a SentenceTransformer for a process that has never seen this package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoConfig, Siglip2ImageProcessor
+
+from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
+from modeling_llm2clip import LLM2CLIPProcessor, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from tests import stranger
+from tests.modeling_llm2clip import tiny
+from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
+
+STRANGER = """
+import json
+from pathlib import Path
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+folder, images, captions = sys.argv[1], sorted(Path(sys.argv[2]).iterdir()), json.loads(sys.argv[3])
+images = [Image.open(path) for path in images]
+model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+module = sys.modules[type(model[0].model).__module__].__name__
+text, image = model.encode(captions), model.encode(images)
+model.save_pretrained("again")
+again = SentenceTransformer("again", trust_remote_code=True, device="cpu")
+short = SentenceTransformer(folder, trust_remote_code=True, truncate_dim=8, device="cpu")
+print(json.dumps({
+    "module": module,
+    "text": text.tolist(),
+    "text_one_by_one": model.encode(captions, batch_size=1).tolist(),
+    "image": image.tolist(),
+    "image_one_by_one": model.encode(images, batch_size=1).tolist(),
+    "similarity": model.similarity(text, image).tolist(),
+    "prompted": model.encode(captions, prompt="a photo of ").tolist(),
+    "query": model.encode_query(captions).tolist(),
+    "truncated": short.encode(captions).tolist(),
+    "again": again.encode(captions).tolist(),
+    "again_image": again.encode(images).tolist(),
+    "dimensions": [model.get_embedding_dimension(), short.get_embedding_dimension()],
+    "max_seq_length": model.max_seq_length,
+}))
+"""
+SEVERAL_PROCESSES = """
+import json
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+if __name__ == "__main__":
+    captions = json.loads(sys.argv[2])
+    images = [Image.open(path) for path in sys.argv[3:]]
+    model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu")
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    rows = [model.encode(inputs, pool=pool, chunk_size=1).tolist() for inputs in (captions, images)]
+    model.stop_multi_process_pool(pool)
+    print(json.dumps(rows))
+"""
+CLOSE = {"atol": 1e-5, "rtol": 0}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for index, image in enumerate(IMAGES):
+        image.save(folder / f"{index}.png")
+    return folder
+
+
+def test_stranger_gets_the_models_own_rows(pictures: Path, tmp_path: Path) -> None:
+    model, processor = tiny.save(tmp_path / "model"), tiny.processor()
+    write_sentence_transformers_files(tmp_path / "model")
+    found = stranger.answer(STRANGER, tmp_path / "model", pictures, json.dumps(CAPTIONS), home=tmp_path)
+    assert found["module"].startswith("transformers_modules.")
+    text, image = model.encode_text(CAPTIONS, processor), model.encode_image(IMAGES, processor)
+    prompted = model.encode_text([f"a photo of {caption}" for caption in CAPTIONS], processor)
+    expected = {
+        "text": text,
+        "text_one_by_one": text,
+        "image": image,
+        "image_one_by_one": image,
+        "similarity": text @ image.t(),
+        "prompted": prompted,
+        "query": text,
+        "truncated": text[:, :8],
+        "again": text,
+        "again_image": image,
+    }
+    for name, rows in expected.items():
+        torch.testing.assert_close(torch.tensor(found[name]), rows, **CLOSE, msg=lambda text, name=name: name + text)
+    assert found["dimensions"] == [24, 8]
+    assert found["max_seq_length"] == 64
+
+
+@pytest.mark.slow  # three processes import sentence-transformers
+def test_two_processes_give_the_rows_of_one(pictures: Path, tmp_path: Path) -> None:
+    model, processor = tiny.save(tmp_path / "model"), tiny.processor()
+    write_sentence_transformers_files(tmp_path / "model")
+    text, image = stranger.answer(
+        SEVERAL_PROCESSES, tmp_path / "model", json.dumps(CAPTIONS), *sorted(pictures.iterdir()), home=tmp_path
+    )
+    torch.testing.assert_close(torch.tensor(text), model.encode_text(CAPTIONS, processor), **CLOSE)
+    torch.testing.assert_close(torch.tensor(image), model.encode_image(IMAGES, processor), **CLOSE)
+
+
+def test_folder_without_the_files_gives_the_same_directions(tmp_path: Path) -> None:
+    """sentence-transformers reads the return annotations of `forward` and `get_*_features`."""
+    model, processor = tiny.save(tmp_path), tiny.processor()
+    loaded = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
+    text = loaded.encode(CAPTIONS, convert_to_tensor=True, normalize_embeddings=True)
+    image = loaded.encode(IMAGES, convert_to_tensor=True, normalize_embeddings=True)
+    torch.testing.assert_close(text, model.encode_text(CAPTIONS, processor), **CLOSE)
+    torch.testing.assert_close(image, model.encode_image(IMAGES, processor), **CLOSE)
+
+
+def test_model_that_names_the_folder_of_its_llm(tmp_path: Path) -> None:
+    model = tiny.save_apart(tmp_path)
+    write_sentence_transformers_files(tmp_path / "clip")
+    loaded = SentenceTransformer(str(tmp_path / "clip"), trust_remote_code=True, device="cpu")
+    rows = loaded.encode(CAPTIONS, convert_to_tensor=True)
+    torch.testing.assert_close(rows, model.encode_text(CAPTIONS, tiny.processor()), **CLOSE)
+    loaded.save_pretrained(str(tmp_path / "again"))
+    assert AutoConfig.from_pretrained(tmp_path / "again").text_model_name_or_path == str(tmp_path / "llm")
+    again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
+    torch.testing.assert_close(again.encode(CAPTIONS, convert_to_tensor=True), rows, **CLOSE)
+
+
+def test_text_tower_gives_what_an_adapter_takes(tmp_path: Path) -> None:
+    tower, tokenizer = save_text_tower(tmp_path)
+    files = write_sentence_transformers_files(tmp_path)
+    assert all(file.is_file() for file in files)
+    loaded = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
+    rows = loaded.encode(CAPTIONS, convert_to_tensor=True)
+    torch.testing.assert_close(rows, tower.encode(CAPTIONS, tokenizer), **CLOSE)
+    unit = loaded.encode(CAPTIONS, convert_to_tensor=True, normalize_embeddings=True)
+    torch.testing.assert_close(loaded.similarity(rows, rows), unit @ unit.t(), **CLOSE)
+    assert loaded.get_embedding_dimension() == tiny.HIDDEN
+
+
+def test_tower_whose_images_have_masks(tmp_path: Path) -> None:
+    """Images of another shape than square reach a NaFlex tower with their patch grid."""
+    vision = AutoConfig.for_model(
+        "siglip2_vision_model",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        patch_size=7,
+        num_patches=16,
+    )
+    model = tiny.joint_model(vision=vision)
+    image_processor = Siglip2ImageProcessor(patch_size=7, max_num_patches=16)
+    processor = LLM2CLIPProcessor(image_processor, tiny.processor().tokenizer)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    write_sentence_transformers_files(tmp_path)
+    loaded = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
+    images = [IMAGES[0], IMAGES[1].resize((20, 60))]
+    expected = model.encode_image(images, processor)
+    torch.testing.assert_close(loaded.encode(images, convert_to_tensor=True), expected, **CLOSE)
+
+
+def save_text_tower(folder: Path) -> tuple[LLM2CLIPTextModel, Any]:
+    tower, tokenizer = tiny.text_model(), tiny.processor().tokenizer
+    tower.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tower, tokenizer
+
+
+def test_what_cannot_be_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json; give a folder that save_pretrained"):
+        write_sentence_transformers_files(tmp_path)
+    tiny.joint_model().save_pretrained(tmp_path / "bare")
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer; save the model's processor"):
+        write_sentence_transformers_files(tmp_path / "bare")
+    tiny.processor().tokenizer.save_pretrained(tmp_path / "bare")
+    with pytest.raises(FileNotFoundError, match=r"holds no processor_config\.json"):
+        write_sentence_transformers_files(tmp_path / "bare")
+    LLM2CLIPVisionModelWithProjection(tiny.joint_config()).save_pretrained(tmp_path / "vision")
+    with pytest.raises(ValueError, match="holds a vision half alone"):
+        write_sentence_transformers_files(tmp_path / "vision")
+    tiny.decoder_config().save_pretrained(tmp_path / "llm")
+    with pytest.raises(ValueError, match="holds a model of type 'llama'"):
+        write_sentence_transformers_files(tmp_path / "llm")
+    save_text_tower(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds a PEFT adapter.*call merge_adapter\(\)"):
+        write_sentence_transformers_files(tmp_path / "adapter")
+    assert not list(tmp_path.rglob("modules.json"))

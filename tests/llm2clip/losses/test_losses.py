@@ -1,0 +1,349 @@
+"""Losses in one process: against the original's numbers, and against dense references."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llm2clip.losses import clip_loss, hard_negative_info_nce, info_nce, sigmoid_loss, tiles
+from llm2clip.losses.gather import gather_with_grad, gather_without_grad
+from tests.golden import load_golden
+
+
+def unit(rows: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return F.normalize(torch.randn(rows, width, dtype=dtype), dim=1)
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.clone().requires_grad_() for tensor in tensors]
+
+
+def dense_info_nce(q: Tensor, k: Tensor, s: Tensor | float, mask: Tensor, smoothing: float = 0.0) -> Tensor:
+    target = (1 - smoothing) * mask / mask.sum(1, keepdim=True) + smoothing / mask.shape[1]
+    return -(target * (s * q @ k.T).log_softmax(1)).sum(1).mean()
+
+
+def shared_captions(images: int, captions: int, per_image: int) -> tuple[Tensor, Tensor]:
+    """Ids of a batch in which images share captions: (n,) sampled and (n, K) all, the latter padded with -1."""
+    owned = torch.stack([torch.randperm(captions)[:per_image] for _ in range(images)])
+    sampled = owned[torch.arange(images), torch.randint(per_image, (images,))]
+    padding = (torch.rand(images, per_image) < 0.3) & (owned != sampled[:, None])
+    return sampled, owned.masked_fill(padding, -1)
+
+
+def ownership(sampled: Tensor, owned: Tensor) -> Tensor:
+    """(i, j): image i owns the caption that was sampled in row j, by sets."""
+    return torch.tensor([[int(caption) in set(row.tolist()) for caption in sampled] for row in owned])
+
+
+@pytest.mark.parametrize("name", ["clip_loss_a", "clip_loss_b"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_clip_loss_equals_the_original(name: str, smoothing: float) -> None:
+    golden = load_golden(name)
+    image, text, log_scale = leaves(golden["in/image_features"], golden["in/text_features"], golden["in/log_scale"])
+    loss = clip_loss(image, text, log_scale.exp(), label_smoothing=smoothing)
+    loss.backward()
+    tag = f"out/ws1/smooth{smoothing}/rank0"
+    golden.close(loss, f"{tag}/loss")
+    golden.close(image.grad, f"{tag}/grad_image")
+    golden.close(text.grad, f"{tag}/grad_text")
+    golden.close(log_scale.grad, f"{tag}/grad_log_scale")
+
+
+@pytest.mark.parametrize("name", ["hard_negative_nll_a", "hard_negative_nll_b"])
+@pytest.mark.parametrize("scale", [50, 20])
+@pytest.mark.parametrize("with_negatives", [True, False])
+def test_hard_negative_loss_equals_the_original(name: str, scale: int, with_negatives: bool) -> None:
+    golden = load_golden(name)
+    query, positive, negative = leaves(golden["in/q"], golden["in/d"], golden["in/n"])
+    loss = hard_negative_info_nce(query, positive, negative if with_negatives else None, scale=scale)
+    loss.backward()
+    tag = f"out/ws1/scale{scale}/{'neg' if with_negatives else 'noneg'}"
+    golden.close(loss, f"{tag}/loss")
+    golden.close(query.grad, f"{tag}/grad_q")
+    golden.close(positive.grad, f"{tag}/grad_d")
+    if with_negatives:
+        golden.close(negative.grad, f"{tag}/grad_n")
+
+
+@pytest.mark.parametrize("tile_size", [1, 3, 1000])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_several_positives_equal_a_dense_reference_in_any_tiling(tile_size: int, smoothing: float) -> None:
+    inputs = unit(10, 6), unit(13, 6), torch.tensor(14.0)
+    mask = torch.rand(10, 13) < 0.3
+    mask[torch.arange(10), torch.randint(13, (10,))] = True
+    expected_inputs, actual_inputs = leaves(*inputs), leaves(*inputs)
+    expected = dense_info_nce(*expected_inputs, mask, smoothing)
+    actual = info_nce(*actual_inputs, lambda start, stop: mask[start:stop], smoothing, tile_size)
+    # An upstream factor shows that backward scales what forward stored.
+    (3 * expected).backward()
+    (3 * actual).backward()
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(actual_inputs, expected_inputs, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_column_positives_equal_one_true_per_row_of_a_mask() -> None:
+    queries, keys = unit(6, 4), unit(9, 4)
+    columns = torch.randint(9, (6,))
+    mask = F.one_hot(columns, 9).bool()
+    by_column = info_nce(queries, keys, 20.0, columns, tile_size=4)
+    by_mask = info_nce(queries, keys, 20.0, lambda start, stop: mask[start:stop], tile_size=4)
+    torch.testing.assert_close(by_column, by_mask)
+    torch.testing.assert_close(by_column, F.cross_entropy(20 * queries @ keys.T, columns))
+
+
+def test_gradients_pass_gradcheck_in_float64() -> None:
+    mask = torch.eye(5, 7).bool() | (torch.rand(5, 7) < 0.3)
+
+    def loss(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+        return info_nce(queries, keys, scale, lambda start, stop: mask[start:stop], 0.1, tile_size=2)
+
+    inputs = leaves(unit(5, 3, torch.float64), unit(7, 3, torch.float64), torch.tensor(7.0).double())
+    assert loss(*inputs).dtype == torch.float64
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_each_gradient_alone_equals_that_of_all_together(wanted: tuple[int, ...]) -> None:
+    inputs = unit(5, 4), unit(5, 4), torch.tensor(9.0)
+    everything = leaves(*inputs)
+    info_nce(*everything, torch.arange(5), tile_size=2).backward()
+    some = [tensor.clone().requires_grad_(i in wanted) for i, tensor in enumerate(inputs)]
+    info_nce(*some, torch.arange(5), tile_size=2).backward()
+    for i, (one, reference) in enumerate(zip(some, everything, strict=True)):
+        assert (one.grad is not None) == (i in wanted)
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, reference.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_computed_in_float32_even_under_autocast(dtype: torch.dtype) -> None:
+    image, text = unit(12, 16).to(dtype), unit(12, 16).to(dtype)
+    half_image, half_text = leaves(image, text)
+    float_image, float_text = leaves(image.float(), text.float())
+    scale = torch.tensor(100.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = clip_loss(half_image, half_text, scale)
+    expected = clip_loss(float_image, float_text, scale)
+    loss.backward()
+    expected.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+    for half, full in ((half_image, float_image), (half_text, float_text)):
+        assert half.grad is not None
+        assert full.grad is not None
+        assert half.grad.dtype == dtype
+        # Both roles of an embedding (query, key) round once, and so does their sum.
+        torch.testing.assert_close(
+            half.grad.float(), full.grad, rtol=3 * torch.finfo(dtype).eps, atol=float(full.grad.abs().max()) * 1e-2
+        )
+
+
+def test_a_perfect_fit_at_the_largest_scale_has_a_loss_with_correct_digits() -> None:
+    basis = torch.eye(8)
+    loss = clip_loss(basis, basis, torch.tensor(12.0))
+    expected = torch.log1p(7 * torch.exp(torch.tensor(-12.0, dtype=torch.float64)))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=0)
+
+
+def test_shared_captions_count_as_correct_in_both_directions() -> None:
+    sampled, owned = shared_captions(images=14, captions=9, per_image=4)
+    mask = ownership(sampled, owned)
+    assert mask.sum() > 14, "the example must hold more matches than the diagonal"
+    inputs = unit(14, 6), unit(14, 6), torch.tensor(10.0)
+    actual_inputs, expected_inputs = leaves(*inputs), leaves(*inputs)
+    actual = clip_loss(*actual_inputs, sampled, owned, tile_size=4)
+    image, text, scale = expected_inputs
+    expected = (dense_info_nce(image, text, scale, mask) + dense_info_nce(text, image, scale, mask.T)) / 2
+    actual.backward()
+    expected.backward()
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(actual_inputs, expected_inputs, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kept_logits", [0, 60, 2**20])
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1000.0])
+def test_both_directions_equal_float64_however_far_apart_and_however_many_logits_are_kept(
+    scale: float, kept_logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "KEPT_LOGITS", kept_logits)
+    inputs = unit(11, 3), unit(11, 3), torch.tensor(scale)
+    image, text, factor = (x.double().requires_grad_() for x in inputs)
+    eye = torch.eye(11)
+    expected = (dense_info_nce(image, text, factor, eye) + dense_info_nce(text, image, factor, eye)) / 2
+    expected.backward()
+    spread = (factor * image @ text.T).amax(dim=0)
+    assert (spread.max() - spread.min() > tiles.SHARED_EXPONENTIALS) == (scale == 1000.0), "both ways are to be tested"
+    actual_inputs = leaves(*inputs)
+    actual = clip_loss(*actual_inputs, tile_size=3)
+    # Twice, because kept logits have to survive.
+    actual.backward(retain_graph=True)
+    actual.backward()
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(actual_inputs, (image, text, factor), strict=True):
+        torch.testing.assert_close(
+            ours.grad.double(), 2 * theirs.grad, atol=1e-4 * float(theirs.grad.abs().max()), rtol=1e-4
+        )
+
+
+def test_both_directions_pass_gradcheck_in_float64() -> None:
+    sampled, owned = shared_captions(images=5, captions=4, per_image=2)
+    inputs = leaves(unit(5, 3, torch.float64), unit(5, 3, torch.float64), torch.tensor(7.0).double())
+    assert torch.autograd.gradcheck(lambda *x: clip_loss(*x, sampled, owned, 0.1, tile_size=2), inputs)
+
+
+def test_a_caption_that_an_image_has_twice_counts_once() -> None:
+    image, text = unit(3, 4), unit(3, 4)
+    ids = torch.arange(3)
+    twice = torch.tensor([[0, 0, 1], [1, -1, 1], [2, 2, 2]])
+    once = torch.tensor([[0, 1], [1, -1], [2, -1]])
+    torch.testing.assert_close(clip_loss(image, text, 9.0, ids, twice), clip_loss(image, text, 9.0, ids, once))
+
+
+def test_distinct_captions_give_the_plain_loss() -> None:
+    image, text = unit(6, 4), unit(6, 4)
+    ids = torch.arange(6)
+    with_ids = clip_loss(image, text, 10.0, ids, torch.stack([ids, ids + 100], dim=1))
+    torch.testing.assert_close(with_ids, clip_loss(image, text, 10.0))
+
+
+class Operators(TorchDispatchMode):
+    """Records the operators that run and the element count of the largest tensor that any of them returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_no_tensor_of_rows_by_columns_exists(with_ids: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, tile = 128, 4
+    monkeypatch.setattr(tiles, "KEPT_LOGITS", 2 * tile * rows)
+    image, text = leaves(unit(rows, 8), unit(rows, 8))
+    sampled, owned = shared_captions(rows, captions=100, per_image=3)
+    ids = (sampled, owned) if with_ids else (None, None)
+    with Operators() as operators:
+        clip_loss(image, text, 10.0, *ids, tile_size=tile).backward()
+    # Logits and a sum over rows forward; logits again but for two tiles, and the gradient of the images.
+    assert operators.names.count("mm") == 4 * rows / tile - 2
+    assert operators.largest <= max(rows * 8, rows * tile), "nothing but the inputs themselves and tiles of 4 rows"
+
+
+def test_no_gradient_work_under_no_grad() -> None:
+    queries, keys = leaves(unit(6, 4), unit(6, 4))
+    with torch.no_grad(), Operators() as operators:
+        loss = info_nce(queries, keys, 10.0, torch.arange(6), tile_size=2)
+    assert not loss.requires_grad
+    products = [name for name in operators.names if name in ("mm", "addmm", "addmm_")]
+    assert products == ["mm"] * 3, "one product per tile, for the logits"
+
+
+def test_one_process_gathers_itself() -> None:
+    x = torch.randn(3, 2, requires_grad=True)
+    assert gather_with_grad(x).rows is x
+    assert gather_with_grad(x)[1:] == (0, 3)
+    assert not gather_without_grad(x).rows.requires_grad
+
+
+def test_a_query_without_a_correct_key_is_named() -> None:
+    queries, keys = unit(5, 3), unit(4, 3)
+    mask = torch.ones(5, 4).bool()
+    mask[3] = False
+    with pytest.raises(ValueError, match="Query row 3 has no correct key"):
+        info_nce(queries, keys, 1.0, lambda start, stop: mask[start:stop], tile_size=2)
+    with pytest.raises(ValueError, match=r"Query row 2 .* its column is 4"):
+        info_nce(queries, keys, 1.0, torch.tensor([0, 1, 4, 2, 3]))
+
+
+def test_bad_inputs_are_refused_with_their_shapes() -> None:
+    image, text = unit(4, 3), unit(4, 3)
+    ids = torch.arange(4)
+    with pytest.raises(ValueError, match=r"\(4, 3\) and \(3, 3\)"):
+        clip_loss(image, text[:3], 1.0)
+    with pytest.raises(ValueError, match="or neither"):
+        clip_loss(image, text, 1.0, caption_ids=ids)
+    with pytest.raises(ValueError, match="K >= 1"):
+        clip_loss(image, text, 1.0, ids, ids[:, None].int())
+    with pytest.raises(ValueError, match=r"Row 2: caption id 2 .* \[9, -1\]"):
+        clip_loss(image, text, 1.0, ids, torch.tensor([[0, 1], [1, -1], [9, -1], [3, -1]]))
+    with pytest.raises(ValueError, match="Row 0: caption id -1 must be >= 0"):
+        clip_loss(image, text, 1.0, ids - 1, (ids - 1)[:, None])
+    with pytest.raises(ValueError, match="at least one query"):
+        hard_negative_info_nce(image[:0], text[:0])
+    with pytest.raises(ValueError, match="at least one pair"):
+        clip_loss(image[:0], text[:0], 1.0)
+    with pytest.raises(ValueError, match=r"negatives of shape \(any, 3\)"):
+        hard_negative_info_nce(image, text, unit(4, 5))
+    with pytest.raises(ValueError, match="label_smoothing"):
+        clip_loss(image, text, 1.0, label_smoothing=1.0)
+    with pytest.raises(ValueError, match="must return a bool tensor"):
+        info_nce(image, text, 1.0, lambda start, stop: torch.eye(4))
+
+
+def dense_sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    return -F.logsigmoid((2 * mask - 1) * (scale * image @ text.T + bias)).sum() / len(image)
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (110.0, -12.0), (1000.0, 5.0)])
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_sigmoid_loss_equals_a_dense_reference(scale: float, bias: float, with_ids: bool) -> None:
+    sampled, owned = shared_captions(images=14, captions=9, per_image=4)
+    mask, ids = (ownership(sampled, owned), (sampled, owned)) if with_ids else (torch.eye(14), ())
+    inputs = unit(14, 6), unit(14, 6), torch.tensor(scale), torch.tensor(bias)
+    actual_inputs, expected_inputs = leaves(*inputs), leaves(*(x.double() for x in inputs))
+    actual = sigmoid_loss(*actual_inputs, *ids, tile_size=4)
+    expected = dense_sigmoid(*expected_inputs, mask)
+    (3 * actual).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(actual_inputs, expected_inputs, strict=True):
+        torch.testing.assert_close(
+            ours.grad.double(), theirs.grad, atol=1e-5 * float(theirs.grad.abs().max()), rtol=1e-4
+        )
+
+
+def test_sigmoid_loss_equals_open_clip() -> None:
+    open_clip = pytest.importorskip("open_clip.loss")
+    inputs = unit(9, 6), unit(9, 6), torch.tensor(10.0), torch.tensor(-10.0)
+    actual_inputs, expected_inputs = leaves(*inputs), leaves(*inputs)
+    actual = sigmoid_loss(*actual_inputs, tile_size=4)
+    expected = open_clip.SigLipLoss()(*expected_inputs)
+    actual.backward()
+    expected.backward()
+    torch.testing.assert_close(actual, expected)
+    for ours, theirs in zip(actual_inputs, expected_inputs, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_sigmoid_loss_passes_gradcheck_in_float64() -> None:
+    scalars = torch.tensor(7.0).double(), torch.tensor(-3.0).double()
+    inputs = leaves(unit(5, 3, torch.float64), unit(5, 3, torch.float64), *scalars)
+    assert torch.autograd.gradcheck(lambda *x: sigmoid_loss(*x, tile_size=2), inputs)
+
+
+def test_sigmoid_loss_is_float32_under_autocast_and_holds_no_more_than_tiles() -> None:
+    image, text = leaves(unit(64, 8).bfloat16(), unit(64, 8).bfloat16())
+    with Operators() as operators, torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = sigmoid_loss(image, text, 10.0, -10.0, tile_size=4)
+        loss.backward()
+    torch.testing.assert_close(loss, sigmoid_loss(image.float(), text.float(), 10.0, -10.0))
+    assert image.grad.dtype == torch.bfloat16
+    assert operators.largest <= 64 * 8
+    with pytest.raises(ValueError, match="sigmoid_loss needs at least one pair"):
+        sigmoid_loss(image[:0], text[:0], 1.0, 0.0)

@@ -1,0 +1,323 @@
+"""Losses on 2 and 4 real gloo processes: against the original's numbers, and against one process on all rows.
+
+Starting processes is slow, so each world runs every scenario once and the tests look at what the ranks brought back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from llm2clip.losses import clip_loss, hard_negative_info_nce, sigmoid_loss
+from llm2clip.losses.gather import gather_with_grad, gather_without_grad
+from tests.golden import load_golden
+
+Results = list[dict[str, Any]]
+
+# Rank 1 of the larger world has lost all its rows (damaged images).
+ROWS = {1: [8], 2: [5, 3], 4: [3, 0, 4, 1]}
+NEGATIVES = {1: [5], 2: [5, 0], 4: [2, 0, 0, 3]}
+WIDTH = 6
+
+
+def split(x: Tensor, rows: list[int], rank: int) -> Tensor:
+    return x.split(rows)[rank]
+
+
+def example() -> dict[str, Tensor]:
+    """The whole batch of the scenarios without golden numbers; the same in every process."""
+    generator = torch.Generator().manual_seed(7)
+    rows, captions, per_image = sum(ROWS[1]), 6, 4
+    owned = torch.stack([torch.randperm(captions, generator=generator)[:per_image] for _ in range(rows)])
+    # Captions 2 and 3 of the first five images do not exist, so that ranks can hold different K.
+    owned[:5, 2:] = -1
+    return {
+        "image": torch.randn(rows, WIDTH, generator=generator),
+        "text": torch.randn(rows, WIDTH, generator=generator),
+        "negative": torch.randn(sum(NEGATIVES[1]), WIDTH, generator=generator),
+        "sampled": owned[:, 0].clone(),
+        "owned": owned,
+    }
+
+
+def unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=1)
+
+
+def with_gradients(loss_of: Callable[..., Tensor], **inputs: Tensor) -> dict[str, Tensor]:
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    loss = loss_of(**leaves)
+    loss.backward()
+    grads = {name: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    return {"loss": loss.detach(), **grads}
+
+
+def golden_clip(name: str, smoothing: float, rank: int, world: int) -> dict[str, Tensor]:
+    golden = load_golden(name)
+    image, text = golden["in/image_features"], golden["in/text_features"]
+    return with_gradients(
+        lambda image, text, log_scale: clip_loss(image, text, log_scale.exp(), label_smoothing=smoothing),
+        image=image.chunk(world)[rank],
+        text=text.chunk(world)[rank],
+        log_scale=golden["in/log_scale"],
+    )
+
+
+def golden_hard_negative(name: str, negatives: bool, rank: int, world: int) -> dict[str, Tensor]:
+    golden = load_golden(name)
+    inputs = {key: golden[f"in/{key}"].tensor_split(world)[rank] for key in ("q", "d", "n") if key != "n" or negatives}
+    return with_gradients(lambda q, d, n=None: hard_negative_info_nce(q, d, n, scale=50.0), **inputs)
+
+
+def shared_captions(rank: int, world: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    whole, rows = example(), ROWS[world]
+    owned = split(whole["owned"], rows, rank)
+    # A rank pads only as far as its own images need: K is 2 where no image has more, else 4.
+    owned = owned if (owned[:, 2:] >= 0).any() else owned[:, :2]
+    sampled = split(whole["sampled"], rows, rank)
+    return with_gradients(
+        lambda image, text, scale: clip_loss(image.to(dtype), text.to(dtype), scale, sampled, owned, 0.1, tile_size=2),
+        image=split(unit(whole["image"]), rows, rank),
+        text=split(unit(whole["text"]), rows, rank),
+        scale=torch.tensor(12.0),
+    )
+
+
+def sigmoid(rank: int, world: int) -> dict[str, Tensor]:
+    whole, rows = example(), ROWS[world]
+    sampled, owned = split(whole["sampled"], rows, rank), split(whole["owned"], rows, rank)
+    return with_gradients(
+        lambda image, text, scale, bias: sigmoid_loss(image, text, scale, bias, sampled, owned, tile_size=2),
+        image=split(unit(whole["image"]), rows, rank),
+        text=split(unit(whole["text"]), rows, rank),
+        scale=torch.tensor(12.0),
+        bias=torch.tensor(-3.0),
+    )
+
+
+def uneven_hard_negative(rank: int, world: int) -> dict[str, Tensor]:
+    whole = example()
+    negatives = split(whole["negative"], NEGATIVES[world], rank)
+    inputs = {
+        "queries": split(whole["image"], ROWS[world], rank),
+        "positives": split(whole["text"], ROWS[world], rank),
+    }
+    if len(negatives):
+        inputs["negatives"] = negatives
+    return with_gradients(lambda **kwargs: hard_negative_info_nce(**kwargs, scale=5.0), **inputs)
+
+
+def gathered(rank: int, world: int) -> dict[str, Any]:
+    x = split(example()["image"], ROWS[world], rank).clone().requires_grad_()
+    rows = gather_with_grad(x)
+    ids = gather_without_grad(split(example()["owned"], ROWS[world], rank))
+    # Rank r weighs row i by (r + 1) * i: the gradient that row i's owner must see is i * (1 + ... + world).
+    ((rank + 1) * torch.arange(rows.total)[:, None] * rows.rows).sum().backward()
+    return {"rows": rows.rows.detach(), "offset": rows.offset, "total": rows.total, "ids": ids.rows, "grad": x.grad}
+
+
+def trained_parameters(rank: int, world: int) -> dict[str, Tensor]:
+    """Three SGD steps of a linear pair of towers with a learned scale, as the trainers run them."""
+
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image = nn.Linear(WIDTH, 5)
+            self.text = nn.Linear(WIDTH, 5)
+            self.logit_scale = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return unit(self.image(image)), unit(self.text(text)), self.logit_scale.exp()
+
+    torch.manual_seed(3)
+    towers = Towers()
+    model: nn.Module = DistributedDataParallel(towers) if world > 1 else towers
+    optimizer = torch.optim.SGD(towers.parameters(), lr=0.5)
+    whole = example()
+    image, text = (split(whole[name], ROWS[world], rank) for name in ("image", "text"))
+    for _ in range(3):
+        optimizer.zero_grad()
+        clip_loss(*model(image, text)).backward()
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in towers.named_parameters()}
+
+
+def mixed_ids_message(rank: int, world: int) -> str:
+    x = unit(torch.randn(2, WIDTH))
+    ids = torch.arange(2)
+    with pytest.raises(ValueError, match="give them on all ranks") as error:
+        clip_loss(x, x, 1.0, *((ids, ids[:, None]) if rank == 0 else (None, None)))
+    return str(error.value)
+
+
+def no_rows_at_all() -> list[str]:
+    """What happens when every rank has lost all its rows."""
+    nothing = torch.empty(0, WIDTH)
+    assert gather_with_grad(nothing).rows.shape == (0, WIDTH)
+    messages = []
+    for loss in (lambda: clip_loss(nothing, nothing, 1.0), lambda: hard_negative_info_nce(nothing, nothing)):
+        with pytest.raises(ValueError, match="on some rank") as error:
+            loss()
+        messages.append(str(error.value))
+    return messages
+
+
+def run_all(rank: int, world: int) -> dict[str, Any]:
+    results: dict[str, Any] = {
+        "shared_captions": shared_captions(rank, world),
+        "shared_captions_bf16": shared_captions(rank, world, torch.bfloat16),
+        "uneven_hard_negative": uneven_hard_negative(rank, world),
+        "sigmoid": sigmoid(rank, world),
+        "gathered": gathered(rank, world),
+        "trained": trained_parameters(rank, world),
+    }
+    for name in ("a", "b"):
+        for smoothing in (0.0, 0.1):
+            results[f"clip_{name}_{smoothing}"] = golden_clip(f"clip_loss_{name}", smoothing, rank, world)
+        for negatives in (True, False):
+            tag = f"hard_negative_{name}_{negatives}"
+            results[tag] = golden_hard_negative(f"hard_negative_nll_{name}", negatives, rank, world)
+    if world > 1:
+        results["mixed_ids"] = mixed_ids_message(rank, world)
+        results["no_rows"] = no_rows_at_all()
+    return results
+
+
+def worker(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    # A file instead of a port: nothing else on the machine can take it first.
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.save(run_all(rank, world), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp(f"world{request.param}")
+    torch.multiprocessing.spawn(worker, args=(request.param, str(folder)), nprocs=request.param)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, Any]:
+    return run_all(0, 1)
+
+
+def assert_mean_over_ranks_is_single(
+    ranks: Results, single: dict[str, Any], scenario: str, **tolerance: float
+) -> None:
+    """Scalars by their mean over ranks; a row's gradient by its owner's, divided by the world size."""
+    for name, expected in single[scenario].items():
+        parts = [rank[scenario].get(name) for rank in ranks]
+        present = [part for part in parts if part is not None]
+        actual = torch.stack(present).mean(0) if expected.ndim == 0 else torch.cat(present) / len(ranks)
+        torch.testing.assert_close(
+            actual, expected, msg=lambda message, name=name: f"{scenario} {name}: {message}", **tolerance
+        )
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_clip_loss_of_each_rank_equals_the_original(ranks: Results, name: str, smoothing: float) -> None:
+    golden, world = load_golden(f"clip_loss_{name}"), len(ranks)
+    for rank, results in enumerate(ranks):
+        ours, tag = results[f"clip_{name}_{smoothing}"], f"out/ws{world}/local1_grad1_smooth{smoothing}/rank{rank}"
+        golden.close(ours["loss"], f"{tag}/loss")
+        golden.close(ours["image"], f"{tag}/grad_image")
+        golden.close(ours["text"], f"{tag}/grad_text")
+    # Ranks share that of the scale out in another way; DDP takes its mean.
+    tags = [f"out/ws{world}/local1_grad1_smooth{smoothing}/rank{rank}/grad_log_scale" for rank in range(world)]
+    torch.testing.assert_close(
+        torch.stack([results[f"clip_{name}_{smoothing}"]["log_scale"] for results in ranks]).mean(),
+        torch.stack([golden[tag] for tag in tags]).mean(),
+        atol=1e-5,
+        rtol=1e-4,
+        check_dtype=False,
+    )
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mean_over_ranks_equals_the_original_s_global_loss(ranks: Results, name: str, smoothing: float) -> None:
+    golden, world = load_golden(f"clip_loss_{name}"), len(ranks)
+    tag = f"out/ws{world}/local0_grad1_smooth{smoothing}"
+    mean = torch.stack([results[f"clip_{name}_{smoothing}"]["loss"] for results in ranks]).mean()
+    for rank, results in enumerate(ranks):
+        golden.close(mean, f"{tag}/rank{rank}/loss")
+        golden.close(results[f"clip_{name}_{smoothing}"]["image"], f"{tag}/rank{rank}/grad_image")
+        golden.close(results[f"clip_{name}_{smoothing}"]["text"], f"{tag}/rank{rank}/grad_text")
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("negatives", [True, False])
+def test_hard_negative_loss_equals_the_original(ranks: Results, name: str, negatives: bool) -> None:
+    golden, world = load_golden(f"hard_negative_nll_{name}"), len(ranks)
+    scenario, tag = f"hard_negative_{name}_{negatives}", "neg" if negatives else "noneg"
+    losses = torch.stack([results[scenario]["loss"] for results in ranks])
+    golden.close(losses.mean(), f"out/ws1/scale50/{tag}/loss")
+    for key in ("q", "d", "n") if negatives else ("q", "d"):
+        whole = torch.cat([results[scenario][key] for results in ranks])
+        golden.close(whole / world, f"out/ws1/scale50/{tag}/grad_{key}")
+        if world == 2:
+            for rank, results in enumerate(ranks):
+                golden.close(losses.mean(), f"out/ws2/{tag}/rank{rank}/loss")
+                golden.close(results[scenario][key], f"out/ws2/{tag}/rank{rank}/grad_{key}")
+
+
+def test_shared_captions_on_uneven_ranks_with_different_k_equal_one_process(
+    ranks: Results, single: dict[str, Any]
+) -> None:
+    assert_mean_over_ranks_is_single(ranks, single, "shared_captions", atol=2e-6, rtol=1e-5)
+
+
+def test_half_precision_embeddings_are_gathered_and_reduced(ranks: Results, single: dict[str, Any]) -> None:
+    assert_mean_over_ranks_is_single(ranks, single, "shared_captions_bf16", atol=3e-3, rtol=3e-2)
+
+
+def test_hard_negatives_on_some_ranks_only_equal_one_process(ranks: Results, single: dict[str, Any]) -> None:
+    assert_mean_over_ranks_is_single(ranks, single, "uneven_hard_negative", atol=2e-6, rtol=1e-5)
+
+
+def test_sigmoid_loss_on_uneven_ranks_equals_one_process(ranks: Results, single: dict[str, Any]) -> None:
+    assert_mean_over_ranks_is_single(ranks, single, "sigmoid", atol=2e-6, rtol=1e-5)
+
+
+def test_gather_keeps_rank_order_and_sums_gradients_of_all_ranks(ranks: Results) -> None:
+    whole, rows = example(), ROWS[len(ranks)]
+    sum_of_weights = len(ranks) * (len(ranks) + 1) / 2
+    for rank, results in enumerate(ranks):
+        result, offset = results["gathered"], sum(rows[:rank])
+        assert (result["offset"], result["total"]) == (offset, sum(rows))
+        assert result["rows"].equal(whole["image"])
+        assert result["ids"].equal(whole["owned"])
+        expected = sum_of_weights * torch.arange(offset, offset + rows[rank])[:, None].expand(-1, WIDTH)
+        torch.testing.assert_close(result["grad"], expected)
+
+
+def test_training_under_ddp_equals_one_process(ranks: Results, single: dict[str, Any]) -> None:
+    for results in ranks:
+        for name, expected in single["trained"].items():
+            torch.testing.assert_close(results["trained"][name], expected, atol=2e-6, rtol=1e-5)
+
+
+def test_ids_on_some_ranks_only_are_an_error_on_every_rank(ranks: Results) -> None:
+    messages = [results["mixed_ids"] for results in ranks]
+    assert messages[0].startswith("This rank gave caption ids")
+    assert all(message.startswith("Other ranks gave caption ids") for message in messages[1:])
+
+
+def test_a_batch_that_is_empty_on_all_ranks_is_an_error_on_every_rank(ranks: Results) -> None:
+    for results in ranks:
+        assert results["no_rows"] == [
+            "clip_loss needs at least one pair on some rank, but there is none.",
+            "hard_negative_info_nce needs at least one query on some rank, but there is none.",
+        ]

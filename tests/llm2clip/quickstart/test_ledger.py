@@ -1,0 +1,69 @@
+"""Steps are done once, go on after a kill, and start anew when what they depend on changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llm2clip.quickstart.ledger import Ledger
+
+
+class Work:
+    """Counts its calls and remembers whether it was told to go on."""
+
+    def __init__(self, folder: Path, fail: bool = False) -> None:
+        self.folder = folder
+        self.fail = fail
+        self.resumed: list[bool] = []
+
+    def __call__(self, resume: bool) -> dict[str, int]:
+        self.resumed.append(resume)
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "part").touch()
+        if self.fail:
+            raise KeyboardInterrupt
+        return {"calls": len(self.resumed)}
+
+
+def test_a_step_is_reused_while_its_settings_are_the_same(tmp_path: Path) -> None:
+    work = Work(tmp_path / "out")
+    for _ in range(2):
+        ledger = Ledger(tmp_path)
+        assert ledger.run("a", "A", {"x": 1}, work, folder=work.folder) == {"calls": 1}
+    assert ledger.reused == ["a"]
+    assert Ledger(tmp_path).run("a", "A", {"x": 2}, work, folder=work.folder) == {"calls": 2}
+    (work.folder / "part").unlink()
+    work.folder.rmdir()
+    assert Ledger(tmp_path).run("a", "A", {"x": 2}, work, folder=work.folder) == {"calls": 3}
+
+
+def test_a_killed_step_goes_on_and_one_with_other_settings_starts_anew(tmp_path: Path) -> None:
+    work = Work(tmp_path / "out", fail=True)
+    with pytest.raises(KeyboardInterrupt):
+        Ledger(tmp_path).run("a", "A", {"x": 1}, work, folder=work.folder)
+    with pytest.raises(KeyboardInterrupt):
+        Ledger(tmp_path).run("a", "A", {"x": 1}, work, folder=work.folder)
+    (work.folder / "old").touch()
+    with pytest.raises(KeyboardInterrupt):
+        Ledger(tmp_path).run("a", "A", {"x": 2}, work, folder=work.folder)
+    assert work.resumed == [False, True, False]
+    assert not (work.folder / "old").exists()
+
+
+def test_a_step_is_done_again_when_one_before_it_changes(tmp_path: Path) -> None:
+    first, second = Work(tmp_path / "1"), Work(tmp_path / "2")
+    for setting in (1, 1, 2):
+        ledger = Ledger(tmp_path)
+        ledger.run("first", "First", {"x": setting}, first)
+        ledger.run("second", "Second", {}, second, after=("first",))
+    assert (len(first.resumed), len(second.resumed)) == (2, 2)
+
+
+def test_a_folder_that_no_quickstart_made_is_left_alone(tmp_path: Path) -> None:
+    work = Work(tmp_path / "out")
+    work.folder.mkdir()
+    (work.folder / "precious").touch()
+    with pytest.raises(FileExistsError, match="no quickstart made it"):
+        Ledger(tmp_path).run("a", "A", {}, work, folder=work.folder)
+    assert (work.folder / "precious").exists()

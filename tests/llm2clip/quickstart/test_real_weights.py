@@ -1,0 +1,69 @@
+"""The quickstart as it comes: real weights, the bundled data, and what its table has to show."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm2clip import cli
+from tests import stranger
+from tests.llm2clip import tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+
+STRANGER = """
+import json, sys
+import datasets, torch
+from transformers import AutoModel, AutoProcessor
+folder, rows, captions = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+images = datasets.load_dataset("parquet", data_files=rows, split="train[:4]")["image"][:]
+with torch.no_grad():
+    print(model(**processor(text=captions, images=images, return_tensors="pt")).logits_per_image.tolist())
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quickstart")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        assert cli.main(["quickstart", "--traceback", "--output-dir", str(folder)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text())
+
+
+def test_stage_1_lifts_caption_retrieval_tenfold(results: dict[str, Any]) -> None:
+    rows = {name: sets["lemma_to_gloss"]["recall@1"] for name, sets in results["caption_retrieval"].items()}
+    assert rows["after stage 1"] >= 10 * max(rows["raw LLM, causal"], rows["raw LLM, bidirectional"])
+
+
+def test_stage_1_doubles_image_retrieval(results: dict[str, Any]) -> None:
+    rows = {name: row["text_to_image_recall@10"] for name, row in results["image_retrieval"].items()}
+    assert rows["stage 2, stage-1 LLM"] >= 2 * rows["stage 2, raw LLM"]
+    assert rows["stage 2, raw LLM"] > rows["before training"]
+
+
+def test_a_stranger_gets_the_same_logits(run: Path, results: dict[str, Any], tmp_path: Path) -> None:
+    sample = results["model_sample"]
+    rows = f"{tiny.CONCEPTS}/test.parquet"
+    logits = stranger.answer(STRANGER, run / "llm2clip", rows, json.dumps(sample["captions"]), home=tmp_path)
+    torch.testing.assert_close(torch.tensor(logits), torch.tensor(sample["logits_per_image"]), atol=1e-5, rtol=0)
+
+
+def test_a_second_run_reuses_every_step(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["quickstart", "--output-dir", str(run)]) == 0
+    assert "reused from an earlier run: weights, raw, stage1" in capsys.readouterr().out.replace("\n", " ")

@@ -1,0 +1,68 @@
+"""A tiny model, folders of small pictures, and files that are none."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llm2clip.search.index import IndexConfig, run
+from modeling_llm2clip import LLM2CLIPModel
+from tests.modeling_llm2clip import tiny
+
+
+def picture(seed: int) -> Image.Image:
+    """Coarse noise, so that a tower of 28 pixels tells pictures apart."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def header_bomb() -> bytes:
+    """A PNG whose header says 200,000 x 200,000 pixels."""
+    data = bytearray(encoded(picture(0)))
+    data[16:24] = (200_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+COUNTS = ("embedded", "kept", "removed", "failed", "images")
+
+
+def index(folder: Path | str, model: Path, output: Path, **settings: Any) -> tuple[int, ...]:
+    """Run the job; returns its counts."""
+    settings = {"num_workers": 0, "batch_size": 4, **settings}
+    result = run(IndexConfig(folder=str(folder), model=str(model), output_dir=str(output), **settings))
+    return tuple(result[name] for name in COUNTS)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "state.json"}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LLM2CLIPModel]:
+    """A saved tiny model, and the model."""
+    folder = tmp_path_factory.mktemp("model")
+    return folder, tiny.save(folder)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of twelve pictures in two subfolders and at the top."""
+    folder = tmp_path / "pictures"
+    for number in range(12):
+        path = folder / ("", "a", "b/c")[number % 3] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(picture(number)))
+    return folder

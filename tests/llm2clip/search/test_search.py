@@ -1,0 +1,223 @@
+"""Searching: the right image first, every form of output, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llm2clip import cli
+from llm2clip.data import decode_image
+from llm2clip.search.index import IndexConfig
+from llm2clip.search.index import run as index
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from tests.modeling_llm2clip import tiny
+
+from .conftest import encoded, picture
+
+Model = tuple[Path, LLM2CLIPModel]
+TEXT = "two children play football"
+
+
+@pytest.fixture
+def indexed(pictures: Path, model: Model, tmp_path: Path) -> Path:
+    folder = tmp_path / "index"
+    index(IndexConfig(folder=str(pictures), model=str(model[0]), output_dir=str(folder), num_workers=0))
+    return folder
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[dict[str, Any]]:
+    """The queries of `llm2clip search --json`."""
+    capsys.readouterr()
+    assert cli.main(["search", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["queries"]
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """The message of a search that is refused."""
+    capsys.readouterr()
+    assert cli.main(["search", *map(str, arguments)]) == 2
+    return capsys.readouterr().err
+
+
+def test_texts_find_what_the_model_says(
+    indexed: Path, pictures: Path, model: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = as_json(capsys, indexed, TEXT, "a red bus", "--top", 4)
+    files = sorted(pictures.rglob("*.png"))
+    images = model[1].encode_image([str(file) for file in files], tiny.processor())
+    for query, text in zip(found, (TEXT, "a red bus"), strict=True):
+        scores = images @ model[1].encode_text([text], tiny.processor())[0]
+        expected = scores.topk(4)
+        assert query["text"] == text
+        assert [result["path"] for result in query["results"]] == [str(files[i]) for i in expected.indices]
+        np.testing.assert_allclose([result["score"] for result in query["results"]], expected.values, atol=2e-3)
+        assert [result["rank"] for result in query["results"]] == [1, 2, 3, 4]
+
+
+def test_an_image_finds_itself_without_the_llm(
+    indexed: Path, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the LLM was built")
+
+    monkeypatch.setattr(LLM2CLIPTextModel, "__init__", refuse)
+    (found,) = as_json(capsys, indexed, "--image", pictures / "a" / "07.png")
+    assert found["results"][0]["key"] == "a/07.png"
+    assert found["results"][0]["score"] == pytest.approx(1, abs=2e-3)
+    assert len(found["results"]) == 10
+
+
+def test_a_text_and_an_image_in_one_search(indexed: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = as_json(capsys, indexed, "--image", pictures / "00.png", TEXT, "--top", 1)
+    assert [query.get("text") or query["image"] for query in found] == [TEXT, str(pictures / "00.png")]
+    assert found[1]["results"][0]["key"] == "00.png"
+
+
+def test_a_table_shows_rank_score_and_path(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["search", str(indexed), TEXT, "--top", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert TEXT in shown
+    assert len(re.findall(r"│ +[12] │ +-?0\.\d{3} │ .*", shown)) == 2
+
+
+def test_queries_are_texts_whatever_their_brackets(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    queries = ["a sign that says [/stop]", "[a dog] on grass", "{", "photo of a [bold] cat", ":dog:"]
+    assert [found["text"] for found in as_json(capsys, indexed, *queries)] == queries
+    for query in (*queries, "[cat]"):
+        assert [found["text"] for found in as_json(capsys, indexed, query)] == [query]
+        assert cli.main(["search", str(indexed), query]) == 0
+        assert capsys.readouterr().out.splitlines()[0].strip() == query
+
+
+def test_a_page_holds_its_thumbnails_and_escapes_what_it_shows(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {"image": [{"bytes": encoded(picture(seed)), "path": None} for seed in range(3)]}
+    rows["caption"] = ["<b>bold</b> & more"] * 3
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    data = tmp_path / "data.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(data)
+    index(IndexConfig(folder=str(data), model=str(model[0]), output_dir=str(tmp_path / "index"), num_workers=0))
+    assert cli.main(["search", str(tmp_path / "index"), "<i>text</i>", "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "&lt;i&gt;text&lt;/i&gt;" in page
+    assert page.count("&lt;b&gt;bold&lt;/b&gt; &amp; more</div>") == 3
+    assert "<i>" not in page
+    assert "<b>" not in page
+    sources = re.findall(r"(?:src|href)='([^']*)'", page)
+    images = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
+    assert all(source.startswith("data:image/webp;base64,") for source in sources)
+    assert [image.size for image in images] == [(32, 32)] * 3
+    (found,) = as_json(capsys, tmp_path / "index", TEXT)
+    assert found["results"][0]["caption"] == "<b>bold</b> & more"
+    assert {result["row"] for result in found["results"]} == {0, 1, 2}
+
+
+def test_a_page_survives_images_that_are_gone(indexed: Path, pictures: Path, tmp_path: Path) -> None:
+    (pictures / "00.png").unlink()
+    assert cli.main(["search", str(indexed), TEXT, "--top", "12", "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("not there any more") == 1
+    assert page.count("<img") == 11
+
+
+def test_a_page_shows_no_other_image_of_a_data_set(model: Model, tmp_path: Path) -> None:
+    def save(seeds: list[int]) -> None:
+        rows = {"image": [{"bytes": encoded(picture(seed)), "path": None} for seed in seeds]}
+        features = datasets.Features({"image": datasets.Image()})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data.parquet")
+
+    save([0, 1, 2, 3])
+    settings = {"folder": str(tmp_path / "data.parquet"), "model": str(model[0]), "num_workers": 0}
+    index(IndexConfig(output_dir=str(tmp_path / "index"), **settings))
+    save([0, 5, 2])
+    assert cli.main(["search", str(tmp_path / "index"), TEXT, "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("not there any more") == 2
+    assert page.count("<img") == 2
+
+
+def test_images_are_shown_up_to_the_size_that_was_indexed(
+    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+
+    def decode(value: Any, key: str, max_pixels: int) -> Image.Image:
+        decoded.append(max_pixels)
+        return decode_image(value, key, max_pixels)
+
+    output = str(tmp_path / "index")
+    index(IndexConfig(folder=str(pictures), model=str(model[0]), output_dir=output, num_workers=0, max_pixels=10**9))
+    monkeypatch.setattr("llm2clip.search.results.decode_image", decode)
+    assert cli.main(["search", output, TEXT, "--html", str(tmp_path / "page.html")]) == 0
+    assert decoded == [10**9] * 10
+
+
+def test_a_picture_shows_a_row_per_query(indexed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.png"
+    heights = []
+    for queries in ([TEXT], [TEXT, "costs $5 or $6"]):
+        assert cli.main(["search", str(indexed), *queries, "--top", "4", "--picture", str(path)]) == 0
+        with Image.open(path) as drawn:
+            assert (drawn.format, drawn.width) == ("PNG", 1000)
+            heights.append(drawn.height)
+    assert heights[1] > 1.6 * heights[0]
+
+
+def test_another_model_is_refused_by_name(
+    indexed: Path, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(5)
+    tiny.save(tmp_path / "other")
+    tiny.save(tmp_path / "wide", projection_dim=40)
+    for name in ("other", "wide"):
+        for query in ([TEXT], ["--image", pictures / "00.png"]):
+            message = error(capsys, indexed, *query, "--model", tmp_path / name)
+            assert f"made by {model[0]} (width 24" in message
+            assert f"the model is {tmp_path / name} (width {40 if name == 'wide' else 24}" in message
+
+
+def test_the_same_weights_elsewhere_are_accepted(
+    indexed: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model[0], tmp_path / "copy")
+    assert as_json(capsys, indexed, TEXT, "--model", tmp_path / "copy")
+
+
+def test_what_is_missing_is_said(
+    indexed: Path, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "there is no index in /no/such (no manifest.json)" in error(capsys, "/no/such", TEXT)
+    assert "there is no image file /no/such.png" in error(capsys, indexed, "--image", "/no/such.png")
+    assert "say what to search" in error(capsys, indexed)
+    assert "a query is empty" in error(capsys, indexed, " ")
+    assert "top must be at least 1" in error(capsys, indexed, TEXT, "--top", 0)
+    (pictures / "bad.png").write_bytes(b"words")
+    assert "no image format" in error(capsys, indexed, "--image", pictures / "bad.png")
+    half = tmp_path / "half"
+    LLM2CLIPVisionModelWithProjection.from_pretrained(model[0]).save_pretrained(half)
+    tiny.processor().image_processor.save_pretrained(half)
+    assert "is a vision half, which reads no texts" in error(capsys, indexed, TEXT, "--model", half)
+    assert as_json(capsys, indexed, "--image", pictures / "00.png", "--model", half)
+    manifest = json.loads((indexed / "manifest.json").read_text())
+    (indexed / "manifest.json").write_text(json.dumps({**manifest, "model": "/moved/away"}))
+    assert "the model in /moved/away, which is not there any more" in error(capsys, indexed, TEXT)
+
+
+@pytest.mark.parametrize("damage", ["index.faiss", "data-00000-of-00001.arrow", "manifest.json"])
+def test_a_damaged_index_is_an_error(damage: str, indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = indexed / damage
+    path.write_bytes(path.read_bytes()[:40])
+    message = error(capsys, indexed, TEXT)
+    assert "anew" in message or "again" in message

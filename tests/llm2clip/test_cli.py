@@ -1,0 +1,115 @@
+"""The command line: help, one clear error, the evaluate job."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from torch import distributed as dist
+
+from llm2clip import cli
+from llm2clip.evaluation import evaluate as job
+from llm2clip.utils.revisions import data_revision
+from modeling_llm2clip import LLM2CLIPModel
+from tests.llm2clip import tiny
+from tests.modeling_llm2clip import tiny as tiny_models
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_shows_every_field_with_its_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_code:
+        cli.main([command, "--help"])
+    assert exit_code.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    settings = getattr(import_module(cli.COMMANDS[command].module), cli.COMMANDS[command].config)
+    positional = cli.COMMANDS[command].positional
+    shown = [field.name for field in fields(settings) if field.init and field.name not in positional]
+    missing = [name for name in shown if f"--{name}" not in text]
+    assert not missing
+    assert text.count("default: ") == len(shown)
+
+
+def test_top_level_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = capsys.readouterr().out.split()
+    assert all(name in shown for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stage1", "--lora_rnk", "4"], "there is no option --lora_rnk; did you mean 'lora_rank'?"),
+        (["stage1", "no_such_recipe"], "the recipe no_such_recipe does not exist"),
+        (["stage2", "--embedding_cache", "x", "--max_steps", "many"], "max_steps is 'many'"),
+        (["evaluate", "x", "--task", "guessing", "--data", "y"], "task 'guessing' is unknown"),
+        (["evaluate", "x"], "evaluate needs data"),
+        (["evaluate", "x", "--data", "y", "--on_error", "ignore"], "on_error must be 'raise' or 'skip'"),
+        (
+            ["evaluate", "/no/such/folder", "--data", "y"],
+            "there is no such folder, and no Hub id",
+        ),
+        (["embed"], "EmbedConfig needs output_dir, text_model_name_or_path, sources"),
+        (["convert", "a", "b", "two words"], "the argument 'two words' is one too many"),
+        (["quickstart", "--profile", "fast"], "the recipe fast does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line_without_traceback(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    with pytest.raises((ValueError, OSError)):
+        cli.main([*arguments, "--traceback"])
+
+
+def test_evaluate_retrieval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_models.save(tmp_path / "model")
+    data = json.dumps(tiny.concepts("test", max_samples=24))
+    result = tmp_path / "result.json"
+    arguments = ["evaluate", str(tmp_path / "model"), "--data", data, "--caption_columns", "caption"]
+    assert cli.main([*arguments, "--output", str(result)]) == 0
+    assert "text_to_image_recall@1: " in capsys.readouterr().out
+    metrics = json.loads(result.read_text())
+    assert metrics["num_images"] == 24
+    assert metrics["data"]["revision"] == data_revision(tiny.CONCEPTS)
+    assert 0 < metrics["num_texts"] <= 24
+
+
+def test_evaluate_caption_retrieval_of_a_joint_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model: LLM2CLIPModel = tiny_models.save(tmp_path / "model")
+    model.text_model.save_pretrained(tmp_path / "llm")
+    tiny.save_llm(tmp_path / "raw")
+    tiny_models.processor().tokenizer.save_pretrained(tmp_path / "llm")
+    options = ["--task", "caption_retrieval", "--data", tiny.GLOSSES]
+    columns = ["--query_column", "lemmas", "--target_column", "gloss"]
+    results = []
+    for name in ("model", "llm", "raw"):
+        assert cli.main(["evaluate", str(tmp_path / name), *options, *columns]) == 0
+        results.append(capsys.readouterr().out)
+    assert "num_targets: 586" in results[0]
+    assert results[0] == results[1] != results[2]
+
+
+def test_faults_of_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: object) -> None:
+        raise KeyError("image")
+
+    monkeypatch.setattr("llm2clip.evaluation.evaluate.run", broken)
+    with pytest.raises(KeyError):
+        cli.main(["evaluate", "x", "--data", "y"])
+
+
+def test_a_command_leaves_the_processes_of_its_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    monkeypatch.setattr(job, "run", lambda config: {"recall": 0.5})
+    assert cli.main(["evaluate", "model", "--data", "data"]) == 0
+    assert capsys.readouterr().out == "recall: 0.5000\n"
+    assert not dist.is_initialized()

@@ -1,0 +1,102 @@
+"""Tiny real inputs for the stages: an LLM, a vision tower and a slice of the bundled data, as folders."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, CLIPImageProcessor, Dinov2Config, Dinov2Model
+
+from modeling_llm2clip import EVA02VisionModel
+from tests.modeling_llm2clip import tiny
+
+DATA = Path(str(resources.files("llm2clip.example_data")))
+CONCEPTS = str(DATA / "concepts")
+GLOSSES = str(DATA / "glosses")
+
+
+def save_llm(folder: Path) -> str:
+    """A causal LLM with its tokenizer."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny.decoder_config()).save_pretrained(folder)
+    tiny.plain_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_vision_tower(folder: Path, **fields: Any) -> str:
+    """An EVA02 tower with its image processor, 28 pixels."""
+    torch.manual_seed(0)
+    EVA02VisionModel(tiny.vision_config(**{"initializer_range": 0.1, **fields})).save_pretrained(folder)
+    return _with_image_processor(folder)
+
+
+def save_dinov2_tower(folder: Path) -> str:
+    """A DINOv2 tower with its image processor, whose weights have other names in files than in transformers 5.23."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    Dinov2Model(Dinov2Config(**size, image_size=28, patch_size=7)).save_pretrained(folder)
+    return _with_image_processor(folder)
+
+
+def _with_image_processor(folder: Path) -> str:
+    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    return str(folder)
+
+
+def concepts(split: str = "train", **fields: Any) -> dict[str, Any]:
+    """A source of captioned images."""
+    return {"path": CONCEPTS, "split": split, "caption_columns": ["caption", "keywords"], "max_samples": 96, **fields}
+
+
+def pair_sources() -> list[dict[str, Any]]:
+    """The two sources of stage 1."""
+    return [
+        {"path": GLOSSES, "anchor_column": "lemmas", "positive_column": "gloss"},
+        {"path": CONCEPTS, "caption_columns": ["caption", "keywords"]},
+    ]
+
+
+def stage1_fields(folder: Path, llm: str) -> dict[str, Any]:
+    """Settings of a small stage 1."""
+    return {
+        "model_name_or_path": llm,
+        "output_dir": str(folder),
+        "sources": pair_sources(),
+        "prompt_prefix": tiny.PREFIX,
+        "prompt_suffix": tiny.SUFFIX,
+        "max_text_length": 64,
+        "lora_rank": 4,
+        "learning_rate": 5e-3,
+        "warmup_steps": 0,
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "report_to": "none",
+        "use_cpu": True,
+        "seed": 7,
+    }
+
+
+def stage2_fields(folder: Path, vision: str, text: str, cache: str) -> dict[str, Any]:
+    """Settings of a small stage 2."""
+    return {
+        "vision_model_name_or_path": vision,
+        "text_model_name_or_path": text,
+        "embedding_cache": cache,
+        "output_dir": str(folder),
+        "sources": [concepts()],
+        "eval_sources": {"validation": concepts("validation", caption_columns=["caption"], max_samples=40)},
+        "projection_dim": 24,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "max_steps": 6,
+        "per_device_train_batch_size": 16,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "report_to": "none",
+        "use_cpu": True,
+        "seed": 7,
+    }

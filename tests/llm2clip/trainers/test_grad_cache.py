@@ -1,0 +1,142 @@
+"""Towers in chunks: the gradients of the whole batch, whatever is drawn at random, in one process and in two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llm2clip.losses import clip_loss
+from llm2clip.trainers import stage1, stage2
+from llm2clip.trainers.grad_cache import in_chunks
+from llm2clip.utils.settings import build_config
+from modeling_llm2clip import EVA02VisionModel, LLM2CLIPModel, LLM2CLIPTextModel
+from tests.llm2clip import tiny
+from tests.llm2clip.stages.conftest import Inputs
+from tests.llm2clip.stages.test_processes import llm2clip, losses
+from tests.modeling_llm2clip import tiny as tiny_models
+
+
+def embed(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor]:
+    return (nn.functional.normalize(model(**inputs).pooler_output, dim=-1),)
+
+
+def random_tower() -> EVA02VisionModel:
+    """A tower that draws patches, paths and attention weights."""
+    torch.manual_seed(0)
+    fields = {"patch_dropout": 0.5, "drop_path_rate": 0.3, "attention_dropout": 0.2, "initializer_range": 0.1}
+    return EVA02VisionModel(tiny_models.vision_config(**fields)).train()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_and_random_numbers_are_those_of_chunks_that_keep_their_activations(autocast: bool) -> None:
+    pixels = torch.randn(10, 3, 28, 28)
+    texts = nn.functional.normalize(torch.randn(10, random_tower().config.hidden_size), dim=-1)
+
+    def step(kept: bool) -> tuple[Tensor, list[Tensor], Tensor]:
+        model = random_tower()
+        torch.manual_seed(5)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            if kept:
+                images = torch.cat([embed(model, {"pixel_values": chunk})[0] for chunk in pixels.split([2, 4, 4])])
+            else:
+                (images,) = in_chunks(embed, model, {"pixel_values": pixels}, 4)
+            loss = clip_loss(images, texts, 10.0)
+        loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return images.detach(), gradients, torch.rand(3)
+
+    expected, actual = step(kept=True), step(kept=False)
+    assert actual[0].equal(expected[0])
+    assert len(actual[1]) == len(expected[1]) > 10
+    for ours, theirs in zip(actual[1], expected[1], strict=True):
+        # In one graph, the gradients of the chunks are added up in bfloat16.
+        atol = float(theirs.abs().max()) * (2e-2 if autocast else 1e-5)
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+    assert actual[2].equal(expected[2]), "the next step draws the same numbers"
+
+
+def test_no_more_than_a_chunk_is_in_a_graph_and_the_last_one_runs_once() -> None:
+    model = random_tower()
+    calls: list[tuple[bool, int]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((torch.is_grad_enabled(), len(kwargs["pixel_values"]))),
+        with_kwargs=True,
+    )
+    (images,) = in_chunks(embed, model, {"pixel_values": torch.randn(10, 3, 28, 28)}, 4)
+    assert calls == [(False, 2), (False, 4), (True, 4)]
+    images.square().sum().backward()
+    assert calls[3:] == [(True, 2), (True, 4)]
+
+
+def test_parameters_without_gradient_are_left_alone() -> None:
+    model = random_tower()
+    for parameter in model.blocks[0].parameters():
+        parameter.requires_grad_(False)
+    (images,) = in_chunks(embed, model, {"pixel_values": torch.randn(6, 3, 28, 28)}, 2)
+    images[:, 0].sum().backward()
+    assert all(parameter.grad is None for parameter in model.blocks[0].parameters())
+    assert model.blocks[1].mlp.w1.weight.grad is not None
+
+
+def fields_of(stage: str, folder: Path, inputs: Inputs) -> dict[str, Any]:
+    """Three steps with gradient accumulation, and with clipping that bites."""
+    if stage == "stage1":
+        fields = tiny.stage1_fields(folder, inputs.llm)
+    else:
+        fields = tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache) | {"eval_sources": {}}
+    return {**fields, "max_steps": 3, "save_strategy": "no", "max_grad_norm": 0.1, "gradient_accumulation_steps": 2}
+
+
+def run(stage: str, fields: dict[str, Any]) -> dict[str, Tensor]:
+    if stage == "stage1":
+        stage1.run(build_config(stage1.Stage1Config, fields))
+        return LLM2CLIPTextModel.from_pretrained(fields["output_dir"]).state_dict()
+    stage2.run(build_config(stage2.Stage2Config, fields))
+    return LLM2CLIPModel.from_pretrained(fields["output_dir"], text_model=False).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("stage1", {"symmetric_loss": True}),
+        ("stage2", {}),
+        ("stage2", {"bf16": True}),
+        ("stage2", {"freeze_vision_layers": 1, "frozen_states_dir": "states"}),
+        ("stage2", {"embedding_cache": None, "online_text_model": True, "text_model_dtype": "float32"}),
+    ],
+)
+def test_a_stage_in_chunks_equals_the_stage_at_once(
+    stage: str, changes: dict[str, Any], inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = run(stage, fields_of(stage, tmp_path / "whole", inputs) | changes)
+    sizes = {"tower_chunk_size": 3, "loss_chunk_size": 5}
+    chunked = run(stage, fields_of(stage, tmp_path / "chunked", inputs) | changes | sizes)
+    # Where the processor multiplies bfloat16 itself, it rounds by the shape of the product.
+    allowed = 1e-2 if changes.get("bf16") else 1e-5
+    assert losses(tmp_path / "chunked") == pytest.approx(losses(tmp_path / "whole"), abs=allowed)
+    for name, value in whole.items():
+        # On average, for Adam divides a gradient by its size, which makes the rounding of small ones visible.
+        assert (chunked[name] - value).abs().mean() < (1e-4 if changes.get("bf16") else 1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_two_processes_in_chunks_equal_one_at_once(stage: str, inputs: Inputs, tmp_path: Path) -> None:
+    one = fields_of(stage, tmp_path / "one", inputs)
+    two = {**one, "output_dir": str(tmp_path / "two"), "tower_chunk_size": 3, "loss_chunk_size": 4}
+    two["per_device_train_batch_size"] = one["per_device_train_batch_size"] // 2
+    run(stage, one)
+    llm2clip(stage, two, 2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tower_chunk_size", "loss_chunk_size"])
+def test_a_chunk_of_nothing_is_refused(name: str, inputs: Inputs, tmp_path: Path) -> None:
+    for stage in ("stage1", "stage2"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, but is 0"):
+            run(stage, fields_of(stage, tmp_path, inputs) | {name: 0})

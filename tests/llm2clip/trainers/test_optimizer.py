@@ -1,0 +1,278 @@
+"""Optimiser groups and schedule: against the original's numbers, and on the towers that it did not have."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import PretrainedConfig
+
+from llm2clip.convert.original import from_original
+from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
+from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPModel
+from tests.golden import load_golden
+
+WIDTHS = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+VISION = {**WIDTHS, "num_hidden_layers": 3, "image_size": 28, "patch_size": 14}
+LLAMA = {"model_type": "llama", "vocab_size": 10, "num_hidden_layers": 2, "num_key_value_heads": 1, **WIDTHS}
+
+
+def tiny_model(vision: PretrainedConfig) -> LLM2CLIPModel:
+    return LLM2CLIPModel(LLM2CLIPConfig(vision_config=vision, text_config=LLAMA, projection_dim=8))
+
+
+def groups_of(model: nn.Module, **settings: Any) -> dict[str, dict[str, Any]]:
+    """Each parameter's group."""
+    groups = parameter_groups(model, **{"learning_rate": 1e-3, "weight_decay": 0.1, **settings})
+    return {name: group for group in groups for name in group["param_names"]}
+
+
+def scales(model: nn.Module, **settings: Any) -> dict[str, float]:
+    return {name: group["lr_scale"] for name, group in groups_of(model, **settings).items()}
+
+
+@pytest.mark.parametrize("name", ["optim_groups_a", "optim_groups_b"])
+def test_groups_equal_the_original(name: str) -> None:
+    golden = load_golden(name).meta
+    config, _ = from_original({}, golden["config"])
+    model = LLM2CLIPModel(config, text_model=False)
+    args = golden["config"]["args"]
+    expected: dict[str, dict[str, Any]] = {}
+    for original_name, setting in golden["per_parameter"].items():
+        # One of the original's fused projections becomes three of ours.
+        _, converted = from_original({original_name: torch.zeros(3, 1)}, golden["config"])
+        expected |= dict.fromkeys(converted, setting)
+
+    actual = groups_of(
+        model,
+        learning_rate=args["lr"],
+        weight_decay=args["wd"],
+        vision_learning_rate=args["visual_lr"],
+        text_learning_rate=args["text_lr"],
+        vision_weight_decay=args["visual_wd"],
+        text_weight_decay=args["text_wd"],
+        vision_layer_decay=args["visual_ld"],
+        text_layer_decay=args["text_ld"],
+    )
+    assert actual.keys() == expected.keys()
+    for parameter, setting in expected.items():
+        group = actual[parameter]
+        assert group["name"].split("/")[0] == {"visual": "vision"}.get(setting["group"], setting["group"])
+        assert group["lr_scale"] == pytest.approx(setting["lr_scale"], rel=1e-12)
+        assert group["lr"] == pytest.approx(setting["lr"] * setting["lr_scale"], rel=1e-12)
+        assert group["weight_decay"] == setting["weight_decay"]
+
+
+@pytest.mark.parametrize(
+    ("vision", "first", "last"),
+    [
+        (
+            EVA02VisionConfig(**VISION),
+            ["cls_token", "pos_embed", "patch_embed.proj.weight"],
+            ["norm.weight"],
+        ),
+        (
+            transformers.CLIPVisionConfig(**VISION),
+            ["embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"],
+            ["embeddings.class_embedding", "pre_layrnorm.weight", "post_layernorm.bias"],
+        ),
+        (
+            transformers.SiglipVisionConfig(**VISION),
+            ["embeddings.patch_embedding.bias", "embeddings.position_embedding.weight"],
+            ["post_layernorm.weight", "head.probe", "head.attention.in_proj_weight", "head.mlp.fc1.weight"],
+        ),
+        (
+            transformers.Dinov2Config(**VISION),
+            [
+                "embeddings.cls_token",
+                "embeddings.position_embeddings",
+                "embeddings.patch_embeddings.projection.weight",
+            ],
+            ["layernorm.weight"],
+        ),
+        (
+            transformers.Dinov2WithRegistersConfig(**VISION),
+            ["embeddings.register_tokens", "embeddings.mask_token"],
+            ["layernorm.bias"],
+        ),
+        (
+            transformers.DINOv3ViTConfig(**VISION),
+            ["embeddings.patch_embeddings.weight"],
+            ["norm.weight"],
+        ),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, PretrainedConfig) else "",
+)
+def test_layers_of_every_tower_slow_down_towards_the_patches(
+    vision: PretrainedConfig, first: list[str], last: list[str]
+) -> None:
+    found = scales(tiny_model(vision), vision_layer_decay=0.5)
+    for name in first:
+        assert found.pop(f"vision_model.{name}") == 0.5**4
+    for name in [*(f"vision_model.{name}" for name in last), "visual_projection.weight", "logit_scale"]:
+        assert found.pop(name) == 1.0
+    layers: dict[int, set[float]] = {}
+    for name, scale in found.items():
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        if name.startswith("vision_model.") and numbers:
+            layers.setdefault(numbers[0], set()).add(scale)
+    assert layers == {0: {0.5**3}, 1: {0.5**2}, 2: {0.5}}
+
+
+def test_a_tower_nested_one_level_deeper_has_the_same_layers() -> None:
+    """As CLIPVisionModel is in transformers 4, and any model inside wrappers."""
+    inner = tiny_model(transformers.CLIPVisionConfig(**VISION))
+    expected = scales(inner)
+    outer, tower = nn.Module(), nn.Module()
+    tower.vision_model = inner.vision_model
+    outer.vision_model = tower
+    nested = scales(outer)
+    assert nested == {
+        name.replace("vision_model.", "vision_model.vision_model."): scale
+        for name, scale in expected.items()
+        if name.startswith("vision_model.")
+    }
+    wrapped = scales(nn.ModuleDict({"base_model": nn.ModuleDict({"model": inner})}))
+    assert wrapped == {f"base_model.model.{name}": scale for name, scale in expected.items()}
+
+
+def test_only_matrices_are_decayed() -> None:
+    for vision in (
+        EVA02VisionConfig(**VISION),
+        transformers.Dinov2Config(**VISION),
+        transformers.SiglipVisionConfig(**VISION),
+    ):
+        model = tiny_model(vision)
+        decayed = {name for name, group in groups_of(model).items() if group["weight_decay"] > 0}
+        matrices = {name for name, p in model.named_parameters() if p.ndim > 1}
+        assert decayed < matrices
+        assert {name.rsplit(".", 1)[-1] for name in decayed} <= {"weight", "in_proj_weight"}
+        tokens = ("pos_embed", "cls_token", "mask_token", "position_embedding", "probe")
+        assert matrices - decayed == {name for name in matrices if any(token in name for token in tokens)}
+
+
+def test_each_tower_has_its_own_rate_and_decay() -> None:
+    groups = groups_of(
+        tiny_model(EVA02VisionConfig(**VISION)),
+        vision_learning_rate=2.0,
+        text_learning_rate=3.0,
+        vision_weight_decay=0.2,
+        text_weight_decay=0.3,
+    )
+    assert (groups["visual_projection.weight"]["lr"], groups["visual_projection.weight"]["weight_decay"]) == (2.0, 0.2)
+    assert (groups["text_adapter.proj.weight"]["lr"], groups["text_adapter.proj.weight"]["weight_decay"]) == (3.0, 0.3)
+    assert (groups["logit_scale"]["lr"], groups["logit_scale"]["weight_decay"]) == (1e-3, 0.0)
+    zero = groups_of(tiny_model(EVA02VisionConfig(**VISION)), vision_learning_rate=0.0)
+    assert zero["visual_projection.weight"]["lr"] == 0.0, "0 is a rate, not a missing one"
+
+
+def test_frozen_parameters_are_left_out_but_still_count_as_layers() -> None:
+    model = tiny_model(transformers.Dinov2Config(**VISION))
+    expected = scales(model)
+    model.text_model.requires_grad_(False)
+    for name, parameter in model.vision_model.named_parameters():
+        parameter.requires_grad_("layer.1." in name)
+    found = scales(model)
+    assert not any("text_model" in name or "layer.2." in name for name in found)
+    assert found == {name: expected[name] for name in found}
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        groups_of(model)
+
+
+def test_a_trained_llm_can_have_layer_decay() -> None:
+    model = tiny_model(EVA02VisionConfig(**VISION))
+    found = scales(model, text_layer_decay=0.5)
+    text = {name: scale for name, scale in found.items() if name.startswith("text_model.")}
+    assert {scale for name, scale in text.items() if "layers.0." in name} == {0.25}
+    assert {scale for name, scale in text.items() if "layers.1." in name} == {0.5}
+    assert {scale for name, scale in text.items() if "embed_tokens" in name} == {0.125}
+    # The adapter's own numbered blocks come after all of the LLM's layers.
+    assert {scale for name, scale in found.items() if name.startswith("text_adapter.")} == {1.0}
+
+
+def test_layer_decay_without_layers_to_number_is_an_error() -> None:
+    adapter = nn.ModuleDict({"text_adapter": nn.Linear(2, 2)})
+    assert scales(adapter) == {"text_adapter.weight": 1.0, "text_adapter.bias": 1.0}
+    with pytest.raises(ValueError, match=r"text_layer_decay below 1 needs numbered layers .* under 'text_model'"):
+        groups_of(adapter, text_layer_decay=0.9)
+    stage = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2)])})])})
+    with pytest.raises(ValueError, match=r"'vision_model.layers.0.blocks.0.weight' is a layer in a stage"):
+        groups_of(nn.ModuleDict({"vision_model": stage}))
+    with pytest.raises(ValueError, match="vision_layer_decay must be above 0"):
+        groups_of(adapter, vision_layer_decay=0.0)
+    with pytest.raises(ValueError, match="weight decay of 'text' must not be negative"):
+        groups_of(adapter, text_weight_decay=-0.1)
+
+
+def test_groups_are_taken_by_an_optimiser_and_survive_its_state_dict() -> None:
+    model = tiny_model(EVA02VisionConfig(**VISION))
+    settings = {"learning_rate": 1e-3, "weight_decay": 0.1}
+    optimizer = torch.optim.AdamW(parameter_groups(model, **settings))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    names = [group["name"] for group in optimizer.param_groups]
+    assert len(set(names)) == len(names)
+    assert "vision/layer0/decay" in names
+    assert "vision/layer4/no_decay" in names
+    assert "text/decay" in names
+    assert "other/no_decay" in names
+    resumed = torch.optim.AdamW(parameter_groups(model, **settings))
+    resumed.load_state_dict(optimizer.state_dict())
+    assert [group["name"] for group in resumed.param_groups] == names
+
+
+@pytest.mark.parametrize("warmup", list(load_golden("lr_schedule_a").meta["by_warmup"]))
+def test_schedule_equals_the_original(warmup: str) -> None:
+    golden = load_golden("lr_schedule_a").meta
+    total, base = golden["config"]["total_steps"], golden["config"]["args"]["lr"]
+    factors = [scale for _, scale in golden["config"]["groups"]]
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in factors]
+    optimizer = torch.optim.SGD([{"params": [p], "lr": base * f} for p, f in zip(parameters, factors, strict=True)])
+    scheduler = warmup_cosine_schedule(optimizer, int(warmup), total)
+    seen = []
+    for _ in range(total + 1):
+        seen.append(scheduler.get_last_lr())
+        optimizer.step()
+        scheduler.step()
+    for entry in golden["by_warmup"][warmup]:
+        assert seen[entry["step"]] == pytest.approx(entry["lrs"], rel=1e-9, abs=1e-30)
+
+
+def test_schedule_stays_at_zero_after_the_end_and_resumes() -> None:
+    def build() -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        return optimizer, warmup_cosine_schedule(optimizer, 2, 6)
+
+    optimizer, scheduler = build()
+    rates = []
+    for step in range(9):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+        if step == 3:
+            state = scheduler.state_dict()
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[6:] == [0.0, 0.0, 0.0]
+    _, resumed = build()
+    resumed.load_state_dict(state)
+    assert resumed.get_last_lr()[0] == rates[4]
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(5, 5), (6, 5), (-1, 5), (0, 0)])
+def test_a_warmup_that_does_not_fit_is_an_error(warmup: int, total: int) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(ValueError, match=f"has {warmup} of {total} optimiser steps"):
+        warmup_cosine_schedule(optimizer, warmup, total)
+
+
+@pytest.mark.parametrize(("before", "after"), [(-0.5, 0.0), (2.5, 2.5), (9.0, math.log(100))])
+def test_logit_scale_is_kept_between_one_and_a_hundred(before: float, after: float) -> None:
+    model = nn.Module()
+    model.logit_scale = nn.Parameter(torch.tensor(before))
+    clamp_logit_scale(model)
+    assert model.logit_scale.item() == pytest.approx(after)
+    assert model.logit_scale.requires_grad

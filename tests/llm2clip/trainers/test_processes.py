@@ -1,0 +1,179 @@
+"""The command under torchrun and under a kill: two processes, and a run that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoImageProcessor, Dinov2Model
+
+from llm2clip.data import CaptionSource, distinct_captions
+from llm2clip.embedding import EmbeddingCache
+from modeling_llm2clip import LLM2CLIPModel
+from tests.llm2clip import tiny
+from tests.llm2clip.stages.conftest import Inputs
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+CLI = ["-m", "llm2clip.cli"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *CLI]
+
+
+def llm2clip(command: str, fields: dict[str, Any], processes: int = 1, *options: str) -> None:
+    """Run the command on a recipe file."""
+    recipe = Path(fields["output_dir"]).with_suffix(".yaml")
+    recipe.write_text(yaml.safe_dump(fields))
+    launcher = TORCHRUN if processes == 2 else CLI
+    result = subprocess.run(
+        [sys.executable, *launcher, command, str(recipe), *options], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def metric(folder: Path, name: str) -> float:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in history if name in entry][-1]
+
+
+def test_stage1_on_two_processes_equals_one_with_the_doubled_batch(inputs: Inputs, tmp_path: Path) -> None:
+    fields = {**tiny.stage1_fields(tmp_path / "one", inputs.llm), "save_strategy": "no"}
+    gloss_test = {"path": tiny.GLOSSES, "split": "test", "anchor_column": "lemmas", "positive_column": "gloss"}
+    fields["eval_sources"] = {"glosses": gloss_test}
+    llm2clip("stage1", {**fields, "per_device_train_batch_size": 16})
+    llm2clip("stage1", {**fields, "output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 8}, 2)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 6
+    assert two == pytest.approx(one, abs=1e-4)
+    name = "eval_glosses_mean_rank"
+    assert metric(tmp_path / "two", name) == pytest.approx(metric(tmp_path / "one", name), abs=0.5)
+
+
+def test_embed_and_stage2_on_two_processes_equal_one(inputs: Inputs, tmp_path: Path) -> None:
+    embedding = {
+        "text_model_name_or_path": inputs.text,
+        "output_dir": str(tmp_path / "cache"),
+        "sources": [tiny.concepts(), tiny.concepts("validation", max_samples=40)],
+        "shard_size": 16,
+    }
+    llm2clip("embed", embedding, 2)
+    one_cache, two_cache = (EmbeddingCache.open(path) for path in (inputs.cache, tmp_path / "cache"))
+    assert len(one_cache) == len(two_cache)
+    captions = distinct_captions(CaptionSource.from_dict(tiny.concepts()))
+    torch.testing.assert_close(two_cache.lookup(captions), one_cache.lookup(captions), atol=1e-3, rtol=1e-3)
+
+    fields = tiny.stage2_fields(tmp_path / "one", inputs.vision, inputs.text, inputs.cache) | {"save_strategy": "no"}
+    llm2clip("stage2", {**fields, "per_device_train_batch_size": 32})
+    llm2clip("stage2", {**fields, "output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 16}, 2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    name = "eval_validation_text_to_image_mean_rank"
+    assert metric(tmp_path / "two", name) == pytest.approx(metric(tmp_path / "one", name), abs=0.1)
+    one, two = (
+        LLM2CLIPModel.from_pretrained(tmp_path / name, text_model=False).state_dict() for name in ("one", "two")
+    )
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, atol=1e-4, rtol=1e-3)
+
+
+def test_two_processes_train_dinov2_with_checkpointing(inputs: Inputs, tmp_path: Path) -> None:
+    """Its mask token has no gradient, which DDP would wait for; the frozen states are computed by both."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
+    Dinov2Model(AutoConfig.for_model("dinov2", **sizes)).save_pretrained(tmp_path / "vision")
+    AutoImageProcessor.from_pretrained(inputs.vision).save_pretrained(tmp_path / "vision")
+    fields = tiny.stage2_fields(tmp_path / "whole", str(tmp_path / "vision"), inputs.text, inputs.cache)
+    fields |= {"save_strategy": "no", "max_steps": 2, "gradient_checkpointing": True}
+    llm2clip("stage2", fields, 2)
+    frozen = {
+        "freeze_vision_layers": 1,
+        "frozen_states_dir": str(tmp_path / "states"),
+        "gradient_checkpointing": False,
+    }
+    llm2clip("stage2", {**fields, **frozen, "output_dir": str(tmp_path / "two")}, 2)
+    shutil.move(tmp_path / "states", tmp_path / "states-of-two")
+    one = {"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 32}
+    llm2clip("stage2", {**fields, **frozen, **one})
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+def accelerate_launch(command: str, fields: dict[str, Any], config: dict[str, Any]) -> None:
+    """Run the command under `accelerate launch` on two processes of the CPU."""
+    launch = Path(fields["output_dir"]).with_suffix(".launch.yaml")
+    launch.write_text(yaml.safe_dump({**config, "num_processes": 2, "use_cpu": True}))
+    recipe = Path(fields["output_dir"]).with_suffix(".yaml")
+    recipe.write_text(yaml.safe_dump(fields))
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(launch), "--main_process_port", "0"]
+    result = subprocess.run(
+        [sys.executable, *launcher, *CLI, command, str(recipe)], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def launch_configuration(name: str) -> dict[str, Any]:
+    return yaml.safe_load((files("llm2clip.recipes") / "accelerate" / name).read_text())
+
+
+def test_stage2_under_accelerate_launch_equals_one_process(inputs: Inputs, tmp_path: Path) -> None:
+    fields = tiny.stage2_fields(tmp_path / "one", inputs.vision, inputs.text, inputs.cache)
+    fields |= {"save_strategy": "no", "max_steps": 2, "eval_sources": {}}
+    llm2clip("stage2", {**fields, "per_device_train_batch_size": 32})
+    accelerate_launch("stage2", {**fields, "output_dir": str(tmp_path / "two")}, launch_configuration("cpu_2.yaml"))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+def test_stage1_under_fsdp_equals_one_process(inputs: Inputs, tmp_path: Path) -> None:
+    fields = {**tiny.stage1_fields(tmp_path / "one", inputs.llm), "save_strategy": "no", "max_steps": 2}
+    llm2clip("stage1", {**fields, "per_device_train_batch_size": 16})
+    accelerate_launch("stage1", {**fields, "output_dir": str(tmp_path / "two")}, launch_configuration("fsdp.yaml"))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+def test_a_worker_process_fails_in_one_line(inputs: Inputs, tmp_path: Path) -> None:
+    fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, inputs.text, inputs.cache)
+    fields |= {"sources": [tiny.concepts(max_samples=300)], "dataloader_num_workers": 1, "eval_sources": {}}
+    fields["verify_cache"] = False  # otherwise the main process finds the captions missing first
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(fields))
+    command = [sys.executable, *CLI, "stage2", str(recipe)]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "llm2clip stage2: error: The embedding cache" in result.stderr
+
+
+def test_a_killed_stage2_goes_on_to_the_same_parameters(inputs: Inputs, tmp_path: Path) -> None:
+    fields = tiny.stage2_fields(tmp_path / "unbroken", inputs.vision, inputs.text, inputs.cache)
+    fields |= {"max_steps": 40, "save_steps": 5, "save_total_limit": 2, "eval_sources": {}}
+    llm2clip("stage2", fields)
+    broken = tmp_path / "broken"
+    recipe = tmp_path / "broken.yaml"
+    recipe.write_text(yaml.safe_dump({**fields, "output_dir": str(broken)}))
+    process = subprocess.Popen(
+        [sys.executable, *CLI, "stage2", str(recipe)], env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (broken / "checkpoint-10" / "trainer_state.json").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken / "model.safetensors").exists()
+    llm2clip("stage2", {**fields, "output_dir": str(broken)}, 1, "--resume")
+    folders = (tmp_path / "unbroken", broken)
+    unbroken, resumed = (LLM2CLIPModel.from_pretrained(path, text_model=False).state_dict() for path in folders)
+    for key, value in unbroken.items():
+        torch.testing.assert_close(resumed[key], value, atol=1e-6, rtol=0)

@@ -1,0 +1,265 @@
+"""Training that pushes to a hub on the loopback interface: what arrives in mid-run loads, and the card is ours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import HfApi
+
+from llm2clip import cli
+from llm2clip.hub.cards import CARD, split_card
+from llm2clip.trainers.pushing import PushingTrainer
+from modeling_llm2clip import LLM2CLIPTextModel
+from tests.llm2clip import tiny
+from tests.llm2clip.stages.conftest import Inputs
+from tests.loopback_hub import CUT, READ_TOKEN, TOKEN, File, LoopbackHub, Repo
+from tests.stranger import HIDE
+
+CONSUMER = """
+from huggingface_hub import snapshot_download
+from transformers import AutoModel, AutoTokenizer
+# A folder, since transformers looks for the revision of an adapter in the repo of its base.
+folder = snapshot_download(sys.argv[1], revision=sys.argv[2])
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+encode = getattr(model, "encode_text", None) or model.encode
+print(tuple(encode(["a dog", "a cat"], tokenizer).shape), hasattr(model, "vision_model"))
+"""
+
+
+def train(hub: LoopbackHub, stage: str, fields: dict[str, Any], repo: str, home: Path, **changes: Any) -> None:
+    pushing = {"push_to_hub": True, "hub_model_id": repo, "hub_strategy": "every_save", "save_strategy": "steps"}
+    fields = {**fields, **pushing, "save_steps": 2, **changes}
+    recipe = home / f"{stage}.yaml"
+    recipe.write_text(yaml.safe_dump(fields))
+    environment = {**os.environ, **hub.environment(home / "publisher"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "llm2clip.cli", stage, str(recipe)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def loaded(hub: LoopbackHub, repo: str, revision: str, home: Path) -> str:
+    """What a process that has never seen this package finds in a repo."""
+    home.mkdir(exist_ok=True)
+    environment = {**os.environ, **hub.environment(home / "consumer", token=None)}
+    command = [sys.executable, "-I", "-c", HIDE + CONSUMER, repo, revision]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+def commit_of(repo: Repo, message: str) -> str:
+    """The last commit with a message."""
+    return [sha for sha, found in zip(repo.commits, repo.messages, strict=True) if found == message][-1]
+
+
+@pytest.mark.slow
+def test_both_stages_push_as_they_train(hub: LoopbackHub, inputs: Inputs, tmp_path: Path) -> None:
+    """Stage 1 merged and in mid-run, then stage 2 on the LLM that was pushed, by its Hub id."""
+    HfApi(endpoint=hub.url, token=TOKEN).create_repo("tester/base")
+    HfApi(endpoint=hub.url, token=TOKEN).upload_folder(repo_id="tester/base", folder_path=inputs.llm)
+    stage1 = tiny.stage1_fields(tmp_path / "text", "tester/base") | {"max_steps": 4}
+    train(hub, "stage1", stage1, "tester/llm", tmp_path)
+    llm = hub.repo("tester/llm")
+    step, end = (commit_of(llm, message) for message in ("Training in progress, step 2", "End of training"))
+    assert "adapter_model.safetensors" in llm.commits[step]
+    assert "adapter_model.safetensors" not in llm.commits[end]
+    for revision in (step, end):
+        assert loaded(hub, "tester/llm", revision, tmp_path / revision).endswith("32) False")
+    data, text = split_card(llm.files()[CARD].decode())
+    assert data["pipeline_tag"] == "feature-extraction"
+    assert "max_steps: 4" in text
+    assert str(tmp_path) not in text
+    assert TOKEN not in llm.files()[CARD].decode()
+    assert "![Training curves](training_curves.png)" in text
+    assert "training_curves.png" in llm.files()
+
+    cache = tmp_path / "cache"
+    environment = {**os.environ, **hub.environment(tmp_path / "publisher")}
+    sources = [tiny.concepts(), tiny.concepts("validation", max_samples=40)]
+    fields = {"text_model_name_or_path": "tester/llm", "output_dir": str(cache), "sources": sources}
+    (tmp_path / "embed.yaml").write_text(yaml.safe_dump(fields))
+    command = [sys.executable, "-m", "llm2clip.cli", "embed", str(tmp_path / "embed.yaml")]
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+
+    HfApi(endpoint=hub.url, token=TOKEN).create_repo("tester/clip")
+    card = b"---\nmy_key: 1\n---\n\nEdited on the website.\n"
+    HfApi(endpoint=hub.url, token=TOKEN).upload_file(path_or_fileobj=card, path_in_repo=CARD, repo_id="tester/clip")
+    stage2 = tiny.stage2_fields(tmp_path / "clip", inputs.vision, "tester/llm", str(cache)) | {"max_steps": 4}
+    options = {"eval_strategy": "steps", "eval_steps": 2, "hub_token": TOKEN}
+    train(hub, "stage2", stage2, "tester/clip", tmp_path, **options)
+    clip = hub.repo("tester/clip")
+    # The Trainer's arguments are pushed in mid-training.
+    assert "training_args.bin" in clip.commits[commit_of(clip, "Training in progress, step 2")]
+    assert not any(TOKEN.encode() in blob for blob in hub.blobs.values())
+    assert "Edited on the website." in clip.files()[CARD].decode()
+    for number, message in enumerate(("Training in progress, step 2", "End of training")):
+        found = loaded(hub, "tester/clip", commit_of(clip, message), tmp_path / f"clip-{number}")
+        assert found.endswith("24) True"), message
+    data, text = split_card(clip.files()[CARD].decode())
+    assert data["base_model"] == ["tester/llm"]
+    assert data["model-index"][0]["results"][0]["dataset"]["split"] == "validation"
+    assert data["my_key"] == 1
+    assert "LICENSE" in clip.files()
+    # The run's own files stay at home.
+    assert not [name for name in clip.files() if name.startswith("checkpoint-") or name.endswith(".bin")]
+
+
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training waits for every push in mid-training, so that none is left out."""
+    push = PushingTrainer._push_from_checkpoint
+
+    def and_wait(self: PushingTrainer, folder: str) -> None:
+        push(self, folder)
+        self._finish_current_push()
+
+    monkeypatch.setattr(PushingTrainer, "_push_from_checkpoint", and_wait)
+
+
+def stage1(inputs: Inputs, tmp_path: Path, **fields: Any) -> int:
+    """The exit code of a run without LoRA that pushes to tester/llm from this process."""
+    pushing = {"push_to_hub": True, "hub_model_id": "tester/llm", "hub_token": TOKEN, "hub_strategy": "end"}
+    changes = {"lora_rank": 0, "max_steps": 2, "save_steps": 1, **pushing, **fields}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny.stage1_fields(tmp_path / "text", inputs.llm) | changes))
+    return cli.main(["stage1", str(recipe)])
+
+
+def below(folder: str, files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name.partition("/")[2]: value for name, value in files.items() if name.startswith(f"{folder}/")}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "pushed"),
+    [
+        ("checkpoint", {"last-checkpoint": "checkpoint-2"}),
+        ("all_checkpoints", {"checkpoint-1": "checkpoint-1", "checkpoint-2": "checkpoint-2"}),
+    ],
+)
+@pytest.mark.usefixtures("waiting")
+def test_checkpoints_are_pushed_as_they_are(
+    strategy: str, pushed: dict[str, str], hub: LoopbackHub, inputs: Inputs, tmp_path: Path
+) -> None:
+    """Whole, so that a run goes on from what the Hub has, and beside a model that loads."""
+    assert stage1(inputs, tmp_path, hub_strategy=strategy) == 0
+    repo = hub.repo("tester/llm")
+    folders = {name.split("/")[0] for name in repo.files() if "checkpoint" in name}
+    assert folders == set(pushed)
+    for folder, local in pushed.items():
+        files = below(folder, repo.files())
+        assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= set(files)
+        assert files == {path.name: path.read_bytes() for path in (tmp_path / "text" / local).iterdir()}
+    step = repo.commits[commit_of(repo, "Training in progress, step 1")]
+    assert {"model.safetensors", "modeling_llm2clip_text.py", "tokenizer.json", CARD, "LICENSE"} <= set(step)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "tester/llm holds a model of type 'bert', and this model is 'llm2clip_text_model'; push to another repo"),
+        ({"hub_model_id": "tester/timm"}, "tester/timm holds weights.bin, but no config.json"),
+        ({"hub_private_repo": True}, "tester/llm is there already and is public: make it private in its settings"),
+        (
+            {"hub_model_id": "tester/mine", "hub_token": READ_TOKEN},
+            "tester/mine: the token may not do this: it needs write access",
+        ),
+        (
+            {"hub_model_id": "tester/mine", "hub_token": "hf_wrong"},
+            "tester/mine: the token is missing or not valid: log in with `hf auth login`",
+        ),
+        ({"hub_model_id": "someone-else/llm"}, "someone-else/llm: the token may not do this: it needs write access"),
+    ],
+)
+def test_what_the_hub_will_not_take_is_said_before_training(
+    fields: dict[str, Any], message: str, hub: LoopbackHub, inputs: Inputs, tmp_path: Path, capsys: Any
+) -> None:
+    for name, file in (
+        ("llm", {"config.json": b'{"model_type": "bert"}'}),
+        ("timm", {"weights.bin": b"x"}),
+        ("mine", {CARD: b"My model."}),
+    ):
+        HfApi(token=TOKEN).create_repo(f"tester/{name}")
+        repo = hub.repo(f"tester/{name}")
+        repo.commit("main", {path: File(content, lfs=False) for path, content in file.items()}, "theirs")
+    assert stage1(inputs, tmp_path, **fields) == 2
+    assert message in capsys.readouterr().err
+    assert all(repo.messages == ["initial commit", "theirs"] for repo in hub.repos.values())
+    assert not list((tmp_path / "text").glob("*.safetensors"))
+
+
+def test_a_hub_that_is_down_is_one_error(
+    hub: LoopbackHub, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.fail_next("POST", "/api/repos/create", CUT, times=20)
+    assert stage1(inputs, tmp_path) == 2
+    assert "llm2clip stage1: error: tester/llm: the connection broke" in capsys.readouterr().err
+
+
+def test_push_finishes_a_run_that_was_cut_off_at_its_end(
+    hub: LoopbackHub,
+    inputs: Inputs,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub.fail_next("POST", "/commit/", CUT, times=20)
+    assert stage1(inputs, tmp_path, hub_revision="experiment") == 2
+    folder = tmp_path / "text"
+    command = f"llm2clip push {folder} tester/llm --revision experiment"
+    said = capsys.readouterr().err
+    assert "tester/llm: the connection broke" in said
+    assert f"The result is in {folder}; `{command}` uploads it." in said
+    hub.failures.clear()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert cli.main([*command.split()[1:], "--validate", "false"]) == 0
+    files = hub.repo("tester/llm").files("experiment")
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert files["LICENSE"] == (folder / "LICENSE").read_bytes()
+    assert not [name for name in files if "checkpoint" in name or name.endswith(".bin")]
+    assert not hub.repo("tester/llm").files()
+    for name, content in files.items():
+        (tmp_path / "there" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "there" / name).write_bytes(content)
+    assert LLM2CLIPTextModel.from_pretrained(tmp_path / "there").config.max_text_length == 64
+
+
+@pytest.mark.usefixtures("waiting")
+def test_a_push_that_fails_in_mid_training_is_told_and_made_good(
+    hub: LoopbackHub, inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.fail_next("POST", "/commit/", 413)
+    assert stage1(inputs, tmp_path, hub_strategy="every_save") == 0
+    told = [record.getMessage() for record in caplog.records if "a push in mid-training failed" in record.message]
+    assert len(told) == 1
+    assert "tester/llm: a file is too large for the Hub" in told[0]
+    assert hub.repo("tester/llm").messages[1:] == ["Training in progress, step 2", "End of training"]
+
+
+def test_a_local_llm_is_refused_before_training(inputs: Inputs, tmp_path: Path, capsys: Any) -> None:
+    fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, inputs.text, inputs.cache)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**fields, "push_to_hub": True, "hub_model_id": "tester/clip"}))
+    assert cli.main(["stage2", str(recipe)]) == 2
+    assert "others cannot load it from: push the LLM first and name its Hub id" in capsys.readouterr().err
+    assert cli.main(["stage2", str(recipe), "--bundle-text-model", "true", "--hub-strategy", "every_save"]) == 2
+    assert "or push the result alone (--hub-strategy end)" in capsys.readouterr().err
+
+
+def test_the_card_of_a_run_keeps_what_was_written_on_it(inputs: Inputs, tmp_path: Path) -> None:
+    fields = tiny.stage1_fields(tmp_path / "text", inputs.llm) | {"max_steps": 1, "save_strategy": "no"}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(fields))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / CARD).write_text("---\nlicense: mit\n---\n\nMy own words.\n")
+    assert cli.main(["stage1", str(recipe)]) == 0
+    data, text = split_card((tmp_path / "text" / CARD).read_text())
+    assert text == "My own words.\n"
+    assert data["license"] == "mit"
+    assert data["pipeline_tag"] == "feature-extraction"

@@ -1,0 +1,68 @@
+"""`torch.compile` takes the models whole, without a graph break, and changes no value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modeling_llm2clip import EVA02VisionModel
+from tests.modeling_llm2clip.tiny import CAPTIONS, joint_model, processor, text_model, vision_config
+
+PIXELS = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compare(model: nn.Module, inputs: dict[str, Any], output: str, training: bool) -> None:
+    """Values of a model and of the same model compiled, with gradients where it trains."""
+    model.train(training)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found: list[list[Tensor | None]] = []
+    for called in (model, compiled):
+        model.zero_grad()
+        with torch.set_grad_enabled(training):
+            value = getattr(called(**inputs), output)
+        if training:
+            value.square().mean().backward()
+        found.append([value.detach(), *(parameter.grad for parameter in model.parameters())])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rope_grid_size": None, "swiglu": False, "sub_layer_norm": False, "layer_scale_init_value": 0.1},
+        {"attn_implementation": "eager"},
+    ],
+)
+def test_vision_tower(fields: dict[str, Any], training: bool) -> None:
+    compare(EVA02VisionModel(vision_config(**fields)), {"pixel_values": PIXELS}, "pooler_output", training)
+
+
+def test_other_image_size_and_dropped_patches() -> None:
+    model = EVA02VisionModel(vision_config(patch_dropout=0.5))
+    inputs = {"pixel_values": torch.randn(2, 3, 42, 35), "interpolate_pos_encoding": True}
+    compare(model, inputs, "pooler_output", training=False)
+    with torch.no_grad():
+        tokens = torch.compile(model.train(), backend="aot_eager", fullgraph=True)(**inputs).last_hidden_state
+    assert tokens.shape == (2, 1 + 15, 32)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_joint_model_with_its_llm(training: bool) -> None:
+    model = joint_model()
+    model.set_text_model(text_model())
+    inputs = processor()(text=CAPTIONS, return_tensors="pt", padding=True)
+    compare(model, {**inputs, "pixel_values": PIXELS}, "logits_per_image", training)

@@ -1,0 +1,84 @@
+"""What the EVA02 tower does to be fast changes no value, in any dtype."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modeling_llm2clip import EVA02VisionModel
+from modeling_llm2clip.modeling_eva02 import apply_rotary, rotary_table
+from tests.modeling_llm2clip.tiny import vision_config
+
+
+def rotated_by_matrices(states: Tensor, table: Tensor) -> Tensor:
+    """Two neighbours at a time, by the definition; `table` has a row per token and may have one per sample."""
+    batch, tokens, _, width = states.shape
+    result = states.double().clone()
+    table = table.double().expand(batch, tokens, width // 2, 2)
+    for pair in range(width // 2):
+        cos, sin = table[:, :, pair].unbind(-1)
+        matrices = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2)
+        channels = slice(2 * pair, 2 * pair + 2)
+        result[..., channels] = (matrices[:, :, None] @ states[..., channels, None].double()).squeeze(-1)
+    return result
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-6), ("float32", 1e-6), ("bfloat16", 2**-8)])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_rotary_is_a_rotation_of_neighbours(dtype: str, tolerance: float, per_sample: bool) -> None:
+    """Rounded once, at the end."""
+    states = torch.randn(2, 13, 3, 8).to(getattr(torch, dtype))
+    table = rotary_table(8, (3, 4), 2)
+    if per_sample:
+        table = torch.stack([table, table.flip(0)])
+    rotated = apply_rotary(states, table)
+    assert rotated.dtype == states.dtype
+    torch.testing.assert_close(rotated.double(), rotated_by_matrices(states, table), atol=tolerance, rtol=tolerance)
+
+
+def test_what_hooks_see_in_inference_stays() -> None:
+    """Inference reuses memory, but not the memory of a layer's output."""
+    model = EVA02VisionModel(vision_config()).eval()
+    seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def keep(name: str) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            seen[name] = (inputs[0], output, output.clone())
+
+        model.get_submodule(name).register_forward_hook(hook)
+
+    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.LayerNorm))]
+    for name in layers:
+        keep(name)
+    with torch.no_grad():
+        model(torch.randn(2, 3, 28, 28))
+    assert seen.keys() == set(layers)
+    for _, output, then in seen.values():
+        assert output.equal(then)
+
+
+def test_inference_gives_the_values_of_training_mode_without_its_gradients() -> None:
+    model = EVA02VisionModel(vision_config()).eval()
+    images = torch.randn(2, 3, 28, 28)
+    with_gradients = model(images).last_hidden_state
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(model(images).last_hidden_state, with_gradients.detach(), atol=1e-6, rtol=1e-6)
+    doubled = copy.deepcopy(model).double()
+    torch.testing.assert_close(doubled(images).last_hidden_state.float(), with_gradients, atol=1e-4, rtol=1e-4)
+
+
+def test_dropped_patches_keep_their_positions() -> None:
+    """The patches that stay are those of the whole image, rotated by their own angles."""
+    model = EVA02VisionModel(vision_config(patch_dropout=0.5, num_hidden_layers=1)).train()
+    states, table = torch.randn(2, 17, 32), rotary_table(8, (4, 4), 3)
+    kept, angles = model._drop_patches(states, table)
+    assert kept.shape == (2, 9, 32)
+    for sample in range(2):
+        rows = [int((states[sample] == token).all(dim=1).nonzero()) for token in kept[sample]]
+        assert rows[0] == 0
+        assert len(set(rows)) == 9
+        assert angles[sample].equal(table[rows])

@@ -1,0 +1,228 @@
+"""Big models on small machines: offloading, dtype and attention by part, a quantised LLM, one half alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel, BitsAndBytesConfig, TorchAoConfig
+
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from tests.modeling_llm2clip import tiny
+from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
+
+LAYOUTS = ["bundled", "apart"]
+MEBIBYTE = 2**20
+
+
+def saved(layout: str, folder: Path) -> tuple[Path, dict[str, Tensor], Tensor]:
+    """A saved model with its LLM inside or in a folder of its own, inputs for it, and its logits."""
+    model = tiny.save(folder / "clip") if layout == "bundled" else tiny.save_apart(folder)
+    inputs = tiny.processor()(text=CAPTIONS, images=IMAGES, return_tensors="pt")
+    with torch.inference_mode():
+        return folder / "clip", inputs, model(**inputs).logits_per_image
+
+
+def int8() -> TorchAoConfig:
+    quantization = pytest.importorskip("torchao.quantization")
+    return TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+
+def is_plain(module: torch.nn.Module) -> bool:
+    return all(type(parameter.data) is Tensor for parameter in module.parameters())
+
+
+def test_parts_can_be_offloaded_to_disk(tmp_path: Path) -> None:
+    model = tiny.save(tmp_path / "all")
+    processor = tiny.processor()
+    texts, images = model.encode_text(CAPTIONS, processor), model.encode_image(IMAGES, processor)
+    parts = {"vision_model": "disk", "visual_projection": "cpu", "text_model": "disk", "text_adapter": "disk"}
+    loaded = LLM2CLIPModel.from_pretrained(
+        tmp_path / "all", device_map={**parts, "logit_scale": "cpu"}, offload_folder=tmp_path / "offload"
+    )
+    assert loaded.text_adapter.proj.weight.is_meta
+    torch.testing.assert_close(loaded.encode_text(CAPTIONS, processor), texts)
+    torch.testing.assert_close(loaded.encode_image(IMAGES, processor), images)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, {"": "cpu", "text_model": "disk"}])
+def test_device_maps(device_map: Any, layout: str, tmp_path: Path) -> None:
+    folder, inputs, expected = saved(layout, tmp_path)
+    loaded = AutoModel.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
+    offloaded = isinstance(device_map, dict) and "text_model" in device_map
+    assert next(loaded.text_model.parameters()).is_meta == offloaded
+    assert not next(loaded.vision_model.parameters()).is_meta
+    assert loaded(**inputs).logits_per_image.equal(expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_auto_device_map_offloads_what_memory_does_not_hold(layout: str, tmp_path: Path) -> None:
+    folder, inputs, expected = saved(layout, tmp_path)
+    loaded = AutoModel.from_pretrained(
+        folder, device_map="auto", max_memory={"cpu": 60_000}, offload_folder=tmp_path / "offload"
+    )
+    assert next(loaded.text_model.parameters()).is_meta
+    assert loaded(**inputs).logits_per_image.equal(expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("save_text_model", [None, True])
+def test_an_offloaded_model_can_be_saved(save_text_model: bool | None, layout: str, tmp_path: Path) -> None:
+    folder, inputs, expected = saved(layout, tmp_path)
+    loaded = AutoModel.from_pretrained(
+        folder, device_map="auto", max_memory={"cpu": 60_000}, offload_folder=tmp_path / "offload"
+    )
+    if save_text_model and layout == "apart":
+        with pytest.raises(ValueError, match="the LLM is quantised or offloaded"):
+            loaded.save_pretrained(tmp_path / "again", save_text_model=True)
+        assert not (tmp_path / "again").exists()
+        return
+    loaded.save_pretrained(tmp_path / "again", save_text_model=save_text_model)
+    again = AutoModel.from_pretrained(tmp_path / "again")
+    assert (again.config.text_model_name_or_path is None) == bool(save_text_model)
+    assert again.config.text_model_fingerprint == again.text_model.fingerprint()
+    assert again(**inputs).logits_per_image.equal(expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", ["dtype", "torch_dtype", "text_model_kwargs"])
+def test_dtype_by_part(form: str, layout: str, tmp_path: Path) -> None:
+    folder, inputs, expected = saved(layout, tmp_path)
+    options: dict[str, Any] = {form: {"vision_config": torch.float32, "text_config": "bfloat16"}}
+    if form == "text_model_kwargs":
+        options = {form: {"dtype": torch.bfloat16}}
+    loaded = AutoModel.from_pretrained(folder, **options)
+    assert {parameter.dtype for parameter in loaded.vision_model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in loaded.text_adapter.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in loaded.text_model.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(loaded(**inputs).logits_per_image, expected, atol=0.5, rtol=0)
+    loaded = AutoModel.from_pretrained(folder, dtype={"": torch.float32, "vision_config": torch.bfloat16})
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.text_model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention_by_part(layout: str, tmp_path: Path) -> None:
+    folder, inputs, expected = saved(layout, tmp_path)
+    cases: list[tuple[Any, str, str]] = [
+        ("eager", "eager", "eager"),
+        ({"vision_config": "eager"}, "eager", "sdpa"),
+        ({"text_config": "eager"}, "sdpa", "eager"),
+    ]
+    for asked, vision, text in cases:
+        for loader in (AutoModel, LLM2CLIPModel):
+            loaded = loader.from_pretrained(folder, attn_implementation=asked)
+            assert loaded.vision_model.config._attn_implementation == vision
+            assert loaded.text_model.decoder.config._attn_implementation == text
+            torch.testing.assert_close(loaded(**inputs).logits_per_image, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_unknown_parts_are_refused(tmp_path: Path) -> None:
+    folder, _, _ = saved("bundled", tmp_path)
+    with pytest.raises(ValueError, match="dtype names 'text_model'; its parts are 'vision_config' and 'text_config'"):
+        AutoModel.from_pretrained(folder, dtype={"text_model": torch.bfloat16})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quantization_is_of_the_llm_alone(layout: str, tmp_path: Path) -> None:
+    folder, inputs, expected = saved(layout, tmp_path)
+    loaded = AutoModel.from_pretrained(folder, quantization_config=int8())
+    quantised = [
+        name for name, parameter in loaded.named_parameters() if type(parameter.data).__name__ == "Int8Tensor"
+    ]
+    # Seven linear layers in each of the two blocks, and nothing else.
+    assert len(quantised) == 14
+    assert all(name.startswith("text_model.decoder.layers.") for name in quantised)
+    assert is_plain(loaded.vision_model)
+    assert is_plain(loaded.text_adapter)
+    logits = loaded(**inputs).logits_per_image
+    assert not logits.equal(expected)
+    torch.testing.assert_close(logits, expected, atol=0.5, rtol=0)
+    by_text_model_kwargs = AutoModel.from_pretrained(folder, text_model_kwargs={"quantization_config": int8()})
+    assert by_text_model_kwargs(**inputs).logits_per_image.equal(logits)
+    with pytest.raises(ValueError, match="which text_model=False leaves out"):
+        AutoModel.from_pretrained(folder, quantization_config=int8(), text_model=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_with_a_quantised_llm_is_saved_without_it(layout: str, tmp_path: Path) -> None:
+    folder, inputs, expected = saved(layout, tmp_path)
+    loaded = AutoModel.from_pretrained(folder, quantization_config=int8())
+    with pytest.raises(ValueError, match="the LLM is quantised or offloaded"):
+        loaded.save_pretrained(tmp_path / "again", save_text_model=True)
+    assert not (tmp_path / "again").exists()
+    loaded.save_pretrained(tmp_path / "again")
+    assert AutoModel.from_pretrained(tmp_path / "again")(**inputs).logits_per_image.equal(expected)
+
+
+def test_a_quantised_llm_can_have_its_own_folder(tmp_path: Path) -> None:
+    folder, inputs, _ = saved("apart", tmp_path)
+    loaded = AutoModel.from_pretrained(folder, quantization_config=int8())
+    expected = loaded(**inputs).logits_per_image
+    loaded.text_model.save_pretrained(tmp_path / "llm")
+    again = AutoModel.from_pretrained(folder)
+    assert not is_plain(again.text_model)
+    torch.testing.assert_close(again(**inputs).logits_per_image, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes quantises on an accelerator")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bitsandbytes(layout: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder, inputs, expected = saved(layout, tmp_path)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    loaded = AutoModel.from_pretrained(folder, quantization_config=quantization, device_map="cuda")
+    kinds = {type(module).__name__ for module in loaded.text_model.modules()}
+    assert "Linear4bit" in kinds
+    assert "Linear4bit" not in {type(module).__name__ for module in loaded.vision_model.modules()}
+    logits = loaded(**{name: value.to("cuda") for name, value in inputs.items()}).logits_per_image
+    torch.testing.assert_close(logits.cpu(), expected, atol=2, rtol=0)
+
+
+def growth(code: str, folder: Path, warm_up: Path) -> int:
+    """Peak memory, in bytes, that `code` adds to a fresh process that has loaded `warm_up`."""
+    script = f"""
+import sys
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+LLM2CLIPModel.from_pretrained(sys.argv[2])  # imports what loading needs
+folder, before = sys.argv[1], status("VmRSS")
+{code}
+print("PEAK", 1024 * (status("VmHWM") - before))
+"""
+    command = [sys.executable, "-c", script, str(folder), str(warm_up)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.rpartition("PEAK")[2])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the process's memory from /proc")
+def test_a_half_reads_only_its_own_tensors(tmp_path: Path) -> None:
+    text = tiny.text_config()
+    text.decoder_config.vocab_size = 2_000_000
+    model = tiny.joint_model(text=text)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.text_model.parameters())
+    assert size > 240 * MEBIBYTE
+    folder, small = tmp_path / "large", tmp_path / "small"
+    model.save_pretrained(folder)
+    tiny.joint_model().save_pretrained(small)
+    vision = growth("LLM2CLIPVisionModelWithProjection.from_pretrained(folder)", folder, small)
+    without = growth("LLM2CLIPModel.from_pretrained(folder, text_model=False)", folder, small)
+    touch = "for parameter in LLM2CLIPModel.from_pretrained(folder).parameters(): parameter.sum()"
+    assert max(vision, without) < 32 * MEBIBYTE
+    assert growth(touch, folder, small) > size
+    half = LLM2CLIPVisionModelWithProjection.from_pretrained(folder)
+    images = torch.randn(2, 3, 28, 28)
+    assert half(images).pooler_output.equal(model.get_image_features(images).pooler_output)
+
+
+def test_the_text_half_of_a_bundled_model_loads_alone(tmp_path: Path) -> None:
+    model = tiny.save(tmp_path)
+    half, info = LLM2CLIPTextModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert half.fingerprint() == model.text_model.fingerprint()

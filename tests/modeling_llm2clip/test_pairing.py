@@ -1,0 +1,166 @@
+"""Which LLM a model's adapter belongs to: attaching it, refusing another one, saving with or without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
+from tests.modeling_llm2clip import tiny
+from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
+
+
+def test_external_llm_is_attached_after_loading(tmp_path: Path) -> None:
+    model = tiny.save_apart(tmp_path)
+    inputs = tiny.processor()(text=CAPTIONS, images=IMAGES, return_tensors="pt")
+    expected = model(**inputs).logits_per_image
+    loaded = AutoModel.from_pretrained(tmp_path / "clip")
+    assert loaded(**inputs).logits_per_image.equal(expected)
+
+    without = AutoModel.from_pretrained(tmp_path / "clip", text_model=False)
+    assert without.text_model is None
+    assert without(pixel_values=inputs["pixel_values"]).pooler_output.shape == (2, 24)
+    with pytest.raises(ValueError, match="loaded without its LLM"):
+        without(**inputs)
+    without.load_text_model()
+    assert without(**inputs).logits_per_image.equal(expected)
+
+
+def test_external_llm_stays_out_of_the_checkpoint(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    model = tiny.save_apart(tmp_path)
+    with safe_open(tmp_path / "clip" / "model.safetensors", "pt") as file:
+        assert not [key for key in file.keys() if key.startswith("text_model.")]  # noqa: SIM118
+    model.save_pretrained(tmp_path / "all", save_text_model=True)
+    assert model.config.text_model_name_or_path is not None
+    bundled = LLM2CLIPModel.from_pretrained(tmp_path / "all")
+    assert bundled.config.text_model_name_or_path is None
+    assert bundled.text_model.fingerprint() == model.text_model.fingerprint()
+
+
+def test_bundled_llm_can_be_left_out_and_loaded_later(tmp_path: Path) -> None:
+    model = tiny.save(tmp_path / "all")
+    inputs = tiny.processor()(text=CAPTIONS, images=IMAGES, return_tensors="pt")
+    light = LLM2CLIPModel.from_pretrained(tmp_path / "all", text_model=False)
+    assert light.text_model is None
+    light.save_pretrained(tmp_path / "light")
+    again = LLM2CLIPModel.from_pretrained(tmp_path / "light", text_model=False)
+    again.load_text_model()
+    assert again(**inputs).logits_per_image.equal(model(**inputs).logits_per_image)
+
+
+def test_adapter_repo_as_llm(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    tiny.text_model().decoder.save_pretrained(tmp_path / "base")
+    config = tiny.text_config()
+    text_model = LLM2CLIPTextModel.from_decoder(
+        tmp_path / "base", prompt_prefix=config.prompt_prefix, num_prefix_tokens=config.num_prefix_tokens
+    )
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    text_model.decoder = peft.get_peft_model(text_model.decoder, lora)
+    text_model.save_pretrained(tmp_path / "llm")
+    model = LLM2CLIPModel.from_vision_text_pretrained(tiny.save_vision(tmp_path / "vision"), tmp_path / "llm").eval()
+    model.config.text_model_fingerprint = text_model.fingerprint()
+    model.save_pretrained(tmp_path / "clip")
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path / "clip")
+    ids = torch.randint(1, 400, (2, 9))
+    torch.testing.assert_close(loaded.text_model(ids).pooler_output, text_model.eval()(ids).pooler_output)
+    with pytest.raises(ValueError, match="merge_adapter"):
+        loaded.save_pretrained(tmp_path / "bundled", save_text_model=True)
+
+
+def test_wrong_pairing_names_both_sides(tmp_path: Path) -> None:
+    model = tiny.save_apart(tmp_path)
+    with torch.no_grad():
+        model.text_model.decoder.layers[0].mlp.up_proj.weight.mul_(1.5)
+    other = model.text_model
+    other.save_pretrained(tmp_path / "llm")
+    with pytest.raises(ValueError, match=rf"{model.config.text_model_fingerprint}.*{other.fingerprint()}"):
+        AutoModel.from_pretrained(tmp_path / "clip")
+    wide = LLM2CLIPTextModel(LLM2CLIPTextConfig(decoder_config={**tiny.decoder_config().to_dict(), "hidden_size": 64}))
+    with pytest.raises(ValueError, match=rf"width {tiny.HIDDEN} .*gives {wide.config.hidden_size}"):
+        model.set_text_model(wide)
+    with pytest.raises(TypeError, match="LlamaModel is no text tower; wrap it"):
+        model.set_text_model(other.decoder)
+    with pytest.raises(ValueError, match="llm_embeds have width 7, but this adapter takes 32"):
+        model.get_text_features(llm_embeds=torch.ones(1, 7))
+
+
+def test_llm_is_told_apart_by_prompt_and_pooling_too(tmp_path: Path) -> None:
+    """At load time the LLM's repo speaks for itself, not the joint config."""
+    tiny.save_apart(tmp_path)
+    other = tiny.text_model(pooling="last_token")
+    other.load_state_dict(LLM2CLIPTextModel.from_pretrained(tmp_path / "llm").state_dict())
+    other.save_pretrained(tmp_path / "llm")
+    with pytest.raises(ValueError, match="other weights, prompt or pooling"):
+        AutoModel.from_pretrained(tmp_path / "clip")
+
+
+def test_llm_of_another_width_is_refused_at_load(tmp_path: Path) -> None:
+    tiny.save_apart(tmp_path)
+    config = LLM2CLIPTextConfig(decoder_config={**tiny.decoder_config().to_dict(), "hidden_size": 64})
+    LLM2CLIPTextModel(config).save_pretrained(tmp_path / "llm")
+    with pytest.raises(ValueError, match=rf"embeddings of width {tiny.HIDDEN} .*gives 64"):
+        AutoModel.from_pretrained(tmp_path / "clip")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_external_llm_loads_in_16_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny.save_apart(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path / "clip", dtype=dtype)
+    assert loaded.text_model.dtype == loaded.dtype == dtype
+
+
+def test_llm_keeps_the_dtype_that_it_was_saved_in(tmp_path: Path) -> None:
+    tiny.save_apart(tmp_path)
+    LLM2CLIPTextModel.from_pretrained(tmp_path / "llm").to(torch.bfloat16).save_pretrained(tmp_path / "llm")
+    loaded = AutoModel.from_pretrained(tmp_path / "clip")
+    assert loaded.dtype == torch.float32
+    assert loaded.text_model.dtype == torch.bfloat16
+
+
+def test_attached_llm_is_the_one_that_a_reload_brings(tmp_path: Path) -> None:
+    tiny.text_model().save_pretrained(tmp_path / "a")
+    other = tiny.text_model()
+    other.save_pretrained(tmp_path / "b")
+    other = LLM2CLIPTextModel.from_pretrained(tmp_path / "b")
+    model = LLM2CLIPModel.from_vision_text_pretrained(tiny.save_vision(tmp_path / "vision"), tmp_path / "a")
+    with pytest.raises(ValueError, match="other weights"):
+        model.set_text_model(other)
+    model.config.text_model_fingerprint = None
+    model.set_text_model(other)
+    model.save_pretrained(tmp_path / "clip")
+    assert AutoModel.from_pretrained(tmp_path / "clip").text_model.fingerprint() == other.fingerprint()
+
+
+def test_local_folder_of_the_llm_is_recorded_absolutely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.text_model().save_pretrained(tmp_path / "llm")
+    vision = tiny.save_vision(tmp_path / "vision")
+    monkeypatch.chdir(tmp_path)
+    model = LLM2CLIPModel.from_vision_text_pretrained(vision, "llm")
+    assert model.config.text_model_name_or_path == str(tmp_path / "llm")
+
+
+def test_incomplete_towers_are_refused(tmp_path: Path) -> None:
+    tiny.save_apart(tmp_path)
+    with pytest.raises(ValueError, match="holds a LLM2CLIPTextModel, which takes no images"):
+        LLM2CLIPModel.from_vision_text_pretrained(tmp_path / "llm", tmp_path / "llm")
+    same = LLM2CLIPTextModel.from_pretrained(tmp_path / "clip")
+    assert same.fingerprint() == LLM2CLIPTextModel.from_pretrained(tmp_path / "llm").fingerprint()
+    config = AutoConfig.from_pretrained(tmp_path / "llm")
+    config.decoder_config.num_hidden_layers = 3
+    config.save_pretrained(tmp_path / "llm")
+    with pytest.raises(ValueError, match=r"lacks weights of LLM2CLIPTextModel: decoder\.layers\.2"):
+        LLM2CLIPTextModel.from_pretrained(tmp_path / "llm")
+
+
+def test_save_without_any_llm_is_refused(tmp_path: Path) -> None:
+    model = LLM2CLIPModel(tiny.joint_config(), text_model=False)
+    with pytest.raises(ValueError, match="there is no LLM to save"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has to name their repo"):
+        tiny.joint_model().save_pretrained(tmp_path, save_text_model=False)

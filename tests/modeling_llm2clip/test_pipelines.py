@@ -1,0 +1,91 @@
+"""transformers' pipelines and Auto classes on a saved folder give the model's own numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForZeroShotImageClassification,
+    AutoTokenizer,
+    pipeline,
+)
+
+from modeling_llm2clip import LLM2CLIPModel
+from tests.modeling_llm2clip import tiny
+from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
+
+CLOSE = {"atol": 1e-5, "rtol": 0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> LLM2CLIPModel:
+    return LLM2CLIPModel.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("template", ["{}", "a drawing of {}, seen from far away"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_zero_shot_classification(folder: Path, model: LLM2CLIPModel, template: str, batch_size: int) -> None:
+    labels = [f"{caption} and {count} trees" for count in range(40) for caption in CAPTIONS]
+    classify = pipeline("zero-shot-image-classification", model=str(folder))
+    results = classify(IMAGES, candidate_labels=labels, hypothesis_template=template, batch_size=batch_size)
+    processor = tiny.processor()
+    text = model.encode_text([template.format(label) for label in labels], processor)
+    scores = (model.logit_scale.exp() * model.encode_image(IMAGES, processor) @ text.t()).softmax(dim=-1)
+    assert len(results) == len(IMAGES)
+    for result, row in zip(results, scores, strict=True):
+        found = {answer["label"]: answer["score"] for answer in result}
+        torch.testing.assert_close(torch.tensor([found[label] for label in labels]), row.detach(), **CLOSE)
+        assert result[0]["label"] == labels[int(row.argmax())]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_image_features(folder: Path, model: LLM2CLIPModel, batch_size: int) -> None:
+    extract = pipeline("image-feature-extraction", model=str(folder))
+    pooled = torch.tensor(extract(IMAGES, pool=True, batch_size=batch_size))[:, 0]
+    torch.testing.assert_close(F.normalize(pooled, dim=-1), model.encode_image(IMAGES, tiny.processor()), **CLOSE)
+    patches = torch.tensor(extract(IMAGES, batch_size=batch_size))[:, 0]
+    pixels = tiny.processor()(images=IMAGES, return_tensors="pt")
+    torch.testing.assert_close(patches, model.get_image_features(**pixels).last_hidden_state, **CLOSE)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_text_features_are_the_token_states_behind_the_embedding(
+    folder: Path, model: LLM2CLIPModel, batch_size: int
+) -> None:
+    extract = pipeline("feature-extraction", model=str(folder))
+    tokenizer = tiny.processor().tokenizer
+    expected = model.encode_text(CAPTIONS, tokenizer)
+    for caption, states, embedding in zip(CAPTIONS, extract(CAPTIONS, batch_size=batch_size), expected, strict=True):
+        tokens = torch.tensor(states)[0, -len(tokenizer(caption)["input_ids"]) :]
+        pooled = tokens[model.config.text_config.num_prefix_tokens :].mean(dim=0, keepdim=True)
+        features = model.get_text_features(llm_embeds=pooled).pooler_output[0]
+        torch.testing.assert_close(F.normalize(features, dim=-1), embedding, **CLOSE)
+
+
+def test_text_features_of_a_text_tower(tmp_path: Path) -> None:
+    tower, tokenizer = tiny.text_model(), tiny.processor().tokenizer
+    tower.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    extract = pipeline("feature-extraction", model=str(tmp_path))
+    states = torch.tensor(extract(CAPTIONS[0]))[0]
+    pooled = states[tower.config.num_prefix_tokens :].mean(dim=0)
+    torch.testing.assert_close(pooled, tower.encode(CAPTIONS[0], tokenizer)[0], **CLOSE)
+
+
+def test_auto_classes_share_the_folder(folder: Path, model: LLM2CLIPModel) -> None:
+    classifier = AutoModelForZeroShotImageClassification.from_pretrained(folder)
+    pixels = AutoImageProcessor.from_pretrained(folder)(IMAGES, return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(folder)(CAPTIONS, padding=True, return_tensors="pt")
+    inputs = tiny.processor()(text=CAPTIONS, images=IMAGES, return_tensors="pt")
+    assert classifier(**pixels, **tokens).logits_per_image.equal(model(**inputs).logits_per_image)

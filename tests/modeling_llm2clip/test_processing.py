@@ -1,0 +1,128 @@
+"""The prompt in the tokenizer, and the processor."""
+
+from __future__ import annotations
+
+import logging
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
+from tests.modeling_llm2clip import tiny
+
+LONG = "several boats are tied to a wooden pier while the sun sets behind them " * 8
+
+
+def expected_ids(text: str) -> list[int]:
+    plain = tiny.plain_tokenizer()
+    pieces = [plain(part, add_special_tokens=False)["input_ids"] for part in (tiny.PREFIX, text, tiny.SUFFIX)]
+    return [plain.bos_token_id, *chain.from_iterable(pieces)]
+
+
+def test_every_way_to_the_ids_is_the_same(tmp_path: Path) -> None:
+    processor = tiny.processor()
+    processor.save_pretrained(tmp_path)
+    text = "a small brown dog"
+    expected = expected_ids(text)
+    assert processor.tokenizer(text)["input_ids"] == expected
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == expected
+    assert processor(text=[text], return_tensors="pt")["input_ids"][0].tolist() == expected
+    assert AutoProcessor.from_pretrained(tmp_path)(text=[text])["input_ids"][0] == expected
+
+
+def test_truncation_cuts_the_caption_alone() -> None:
+    tokenizer, prefix_tokens = with_prompt(tiny.plain_tokenizer(), tiny.PREFIX, tiny.SUFFIX, max_length=20)
+    ids = tokenizer(LONG, truncation=True)["input_ids"]
+    assert len(ids) == 20
+    whole = expected_ids(LONG)
+    assert ids[:-1] == whole[:19]
+    assert ids[-1] == whole[-1]
+    assert ids[:prefix_tokens] == expected_ids("")[:prefix_tokens]
+
+
+def test_what_a_user_types_is_text(tmp_path: Path) -> None:
+    """Also after a reload; the prompt's own special tokens stay special."""
+    tiny.processor().save_pretrained(tmp_path)
+    for tokenizer in (tiny.processor().tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        ids = tokenizer("hi <|eot_id|> there")["input_ids"]
+        assert ids.count(424) == 1
+        assert ids[-1] == 424
+
+
+def test_cut_captions_are_counted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(transformers_logging.get_logger("modeling_llm2clip"), "propagate", True)
+    processor = tiny.processor()
+    with caplog.at_level(logging.WARNING):
+        processor(text=["a dog", LONG, LONG], return_tensors="pt")
+    assert "2 of 3 captions were cut at 64 tokens" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        processor(text=["a dog", LONG], text_kwargs={"max_length": 32}, common_kwargs={"return_tensors": "pt"})
+    assert "1 of 2 captions were cut at 32 tokens" in caplog.text
+    caplog.clear()
+    processor(text=["a dog", "a cat"], return_tensors="pt")
+    assert not caplog.text
+    transformers_logging.warning_once.cache_clear()
+    model = tiny.joint_model()
+    for _ in range(3):
+        model.encode_text(["a dog", LONG], processor)
+    assert caplog.text.count("captions longer than 64 tokens are cut") == 1
+
+
+def test_batches_are_padded_on_the_left_by_default() -> None:
+    batch = tiny.processor()(text=["a dog", "a small brown dog on the beach"], return_tensors="pt")
+    assert batch["attention_mask"][0, 0] == 0
+    assert batch["attention_mask"][:, -1].tolist() == [1, 1]
+
+
+def test_processor_options_reach_both_halves() -> None:
+    processor = tiny.processor()
+    image = Image.new("RGB", (40, 30))
+    batch = processor(
+        text=["a dog"], images=[image], text_kwargs={"padding": "max_length"}, images_kwargs={"do_normalize": False},
+        common_kwargs={"return_tensors": "pt"},
+    )  # fmt: skip
+    assert batch["input_ids"].shape == (1, 64)
+    assert batch["pixel_values"].min() == 0
+
+
+def test_processor_round_trip(tmp_path: Path) -> None:
+    processor = tiny.processor()
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(loaded, LLM2CLIPProcessor)
+    image = Image.effect_noise((50, 40), 60).convert("RGB")
+    ours, theirs = (p(text=["a dog"], images=image, return_tensors="pt") for p in (processor, loaded))
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert torch.equal(ours[key], theirs[key])
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "message"),
+    [
+        (["a dog", ""], ValueError, "caption 1 is empty"),
+        (["a dog", "  \n"], ValueError, "caption 1 is empty"),
+        ([Image.new("RGB", (4, 4))], TypeError, "item 0 is a PIL.Image.Image where a caption"),
+        (Image.new("RGB", (4, 4)), TypeError, "images go to images="),
+        ([], ValueError, "the list of captions is empty"),
+    ],
+)
+def test_bad_captions_are_one_clear_error(texts: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        tiny.processor()(text=texts)
+
+
+def test_caption_given_as_image_is_one_clear_error() -> None:
+    with pytest.raises(TypeError, match="'a dog' is not an image file; captions go to text="):
+        tiny.processor()("a dog")
+
+
+def test_prompt_that_leaves_no_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="leaves none of 6 to captions"):
+        with_prompt(tiny.plain_tokenizer(), tiny.PREFIX, tiny.SUFFIX, max_length=6)

@@ -1,0 +1,85 @@
+"""A saved folder works for strangers: a process that has never seen this package, offline."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import modeling_llm2clip
+from tests import stranger
+from tests.modeling_llm2clip import tiny
+
+STRANGER = """
+import json, sys, torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, AutoTokenizer, pipeline
+)
+folder, image = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+captions = ["a small dog", "a red bus in front of a church"]
+inputs = processor(text=captions, images=[Image.open(image)], return_tensors="pt")
+logits = model(**inputs).logits_per_image
+classify = pipeline("zero-shot-image-classification", model=folder, trust_remote_code=True)
+scores = classify(Image.open(image), candidate_labels=captions, hypothesis_template="{}")
+classifier = AutoModelForZeroShotImageClassification.from_pretrained(folder, trust_remote_code=True)
+pixels = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)(Image.open(image), return_tensors="pt")
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+tokens = tokenizer(captions, padding=True, return_tensors="pt")
+assert classifier(**pixels, **tokens).logits_per_image.equal(logits)
+extract = pipeline("image-feature-extraction", model=folder, trust_remote_code=True)
+assert extract(Image.open(image), pool=True, return_tensors=True).equal(model(**pixels).pooler_output)
+extract = pipeline("feature-extraction", model=folder, trust_remote_code=True)
+first = tokenizer(captions[:1], return_tensors="pt")
+assert extract(captions[0], return_tensors=True).equal(model(**first).last_hidden_state)
+model.save_pretrained(folder + "-again")
+processor.save_pretrained(folder + "-again")
+again = AutoModel.from_pretrained(folder + "-again", trust_remote_code=True)
+assert again(**inputs).logits_per_image.equal(logits)
+model.set_text_model(again.text_model)
+print(json.dumps({"module": type(model).__module__, "logits": logits.tolist(), "best": scores[0]["label"]}))
+"""
+
+
+def test_stranger_gets_equal_logits(tmp_path: Path) -> None:
+    folder = tmp_path / "llm2clip-tiny"
+    model = tiny.save(folder)
+    image = tmp_path / "noise.png"
+    Image.effect_noise((40, 30), 80).convert("RGB").save(image)
+    found = stranger.answer(STRANGER, folder, image, home=tmp_path)
+    assert found["module"].startswith("transformers_modules.")
+    captions = ["a small dog", "a red bus in front of a church"]
+    inputs = tiny.processor()(text=captions, images=[Image.open(image)], return_tensors="pt")
+    expected = model(**inputs).logits_per_image
+    torch.testing.assert_close(torch.tensor(found["logits"]), expected.detach(), atol=1e-5, rtol=0)
+    assert found["best"] == captions[int(expected.argmax())]
+
+
+ENTRIES = (
+    "configuration_llm2clip",
+    "modeling_eva02",
+    "modeling_llm2clip",
+    "modeling_llm2clip_text",
+    "modeling_llm2clip_vision",
+    "processing_llm2clip",
+)
+
+
+def _named(module: str) -> set[str]:
+    source = Path(modeling_llm2clip.__file__).with_name(f"{module}.py").read_text()
+    return set(re.findall(r"^\s*from \.(\w+) import", source, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_entry_modules_name_all_that_they_need(entry: str) -> None:
+    """transformers 4.57 copies from a local folder the modules that an entry module names itself, and no others."""
+    needed, found = _named(entry), set()
+    while needed - found:
+        found |= (names := needed - found)
+        needed |= {name for module in names for name in _named(module)}
+    assert _named(entry) == found - {entry}

@@ -1,0 +1,240 @@
+"""The text tower: parity with the original's encoder, both directions, independence of the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from llm2clip.convert.original import original_prompt
+from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
+from tests.golden import FOLDER, Golden, load_golden
+from tests.modeling_llm2clip import tiny
+
+FIXTURES = [f"llm2vec_{name}" for name in ("llama_a", "llama_b", "mistral_a", "qwen2_a", "gemma_a", "phi3_a")]
+CAPTIONS = ["a small dog", "two children play football in a green park near a river", "a red bus, seen from above"]
+
+
+def load_text_model(golden: Golden, folder: Path, attention: str = "sdpa", pooling: str = "mean") -> LLM2CLIPTextModel:
+    source = FOLDER / f"{golden.name}_hf"
+    config = AutoConfig.from_pretrained(source)
+    config.architectures = None
+    config.save_pretrained(folder)
+    save_file(golden.group("state"), folder / "model.safetensors", metadata={"format": "pt"})
+    return LLM2CLIPTextModel.from_decoder(
+        folder, decoder_kwargs={"attn_implementation": attention, "dtype": "float32"}, pooling=pooling
+    ).eval()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", FIXTURES)
+def test_equals_llm2vec(name: str, attention: str, tmp_path: Path) -> None:
+    golden = load_golden(name)
+    model = load_text_model(golden, tmp_path, attention)
+    for batch in ("pairs", "raw_no_separator", "dup_separator", "single"):
+        inputs = golden.group(f"in/{batch}")
+        mask = inputs["attention_mask"]
+        with torch.no_grad():
+            output = model(inputs["input_ids"], mask)
+        real = mask.bool()
+        expected = golden[f"out/{batch}/last_hidden_state"]
+        torch.testing.assert_close(output.last_hidden_state[real], expected[real], **golden.meta["tolerance"])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last_token", "eos_token", "bos_token"])
+@pytest.mark.parametrize("name", FIXTURES)
+def test_pooling_equals_llm2vec(name: str, pooling: str, tmp_path: Path) -> None:
+    golden = load_golden(name)
+    model = load_text_model(golden, tmp_path, pooling=pooling)
+    inputs = golden.group("in/pairs")
+    for skip, pooling_mask in ((0, inputs["attention_mask"]), (1, inputs["embed_mask"])):
+        key = f"out/pairs/pooled/{pooling}_skip{skip}"
+        if key not in golden.tensors or not len(golden[key]):
+            continue  # this tokenizer adds no BOS, and the original then pools nothing
+        with torch.no_grad():
+            pooled = model(inputs["input_ids"], inputs["attention_mask"], pooling_mask).pooler_output
+        golden.close(pooled, key)
+
+
+@pytest.mark.parametrize("name", ["llm2vec_llama_a", "llm2vec_llama_b", "llm2vec_gemma_a"])
+def test_encode_equals_llm2vec_from_text_to_embedding(name: str, tmp_path: Path) -> None:
+    golden = load_golden(name)
+    model = load_text_model(golden, tmp_path)
+    prompt = original_prompt(model.config.decoder_config.model_type, golden.meta["name_or_path"])
+    tokenizer, prefix_tokens = with_prompt(AutoTokenizer.from_pretrained(FOLDER / f"{name}_hf"), *prompt)
+    model.config.num_prefix_tokens = prefix_tokens
+    rows = [row for row, (instruction, _) in enumerate(golden.meta["pairs"]) if not instruction]
+    texts = [golden.meta["pairs"][row][1] for row in rows]
+    expected = golden["out/encode/pairs_mean"][rows]
+    torch.testing.assert_close(model.encode(texts, tokenizer, batch_size=2), expected, **golden.meta["tolerance"])
+
+
+def test_prompts_equal_the_original_templates() -> None:
+    golden = load_golden("prompt_templates_a")
+    for row in golden.meta["rows"]:
+        model_type = row["config_class"].removesuffix("Config").lower()
+        prefix, suffix = original_prompt(model_type, row["name_or_path"], row["pooling_mode"])
+        for text, expected in zip(golden.meta["texts"], row["vendored"], strict=True):
+            # Without a template the original leaves the text as it is.
+            caption = text.strip() if prefix or suffix else text
+            assert prefix + caption + suffix == expected, row["name_or_path"]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("model_type", list(tiny.DECODERS))
+def test_every_decoder_attends_in_both_directions(model_type: str, attention: str) -> None:
+    """Changing the last token moves the first token's state, padded or not, also beyond a sliding window."""
+    model = tiny.text_model(model_type, attention)
+    ids = torch.randint(1, 400, (1, 12))
+    changed = ids.clone()
+    changed[0, -1] += 1
+    padding = torch.zeros(1, 3, dtype=torch.long)
+    mask = torch.cat([padding, torch.ones(1, 12, dtype=torch.long)], dim=1)
+    with torch.no_grad():
+        plain, moved = (model(tokens).last_hidden_state[0, 0] for tokens in (ids, changed))
+        padded = model(torch.cat([padding, ids], dim=1), mask).last_hidden_state[0, 3]
+    assert (plain - moved).abs().max() > 1e-2
+    torch.testing.assert_close(plain, padded, atol=2e-5, rtol=1e-4)
+
+
+def test_causal_baseline_stays_causal() -> None:
+    model = tiny.text_model(bidirectional=False)
+    ids = torch.randint(1, 400, (1, 12))
+    changed = ids.clone()
+    changed[0, -1] += 1
+    with torch.no_grad():
+        states = [model(tokens).last_hidden_state[0, :-1] for tokens in (ids, changed)]
+    torch.testing.assert_close(states[0], states[1])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last_token", "bos_token"])
+@pytest.mark.parametrize("model_type", list(tiny.DECODERS))
+def test_embedding_depends_on_the_caption_alone(model_type: str, pooling: str) -> None:
+    """Not on the batch, the padding side or the attention implementation."""
+    tokenizer, _ = with_prompt(tiny.plain_tokenizer(), tiny.PREFIX, tiny.SUFFIX, max_length=64)
+    model = tiny.text_model(model_type, pooling=pooling)
+    expected = torch.cat([model.encode([caption], tokenizer) for caption in CAPTIONS])
+    torch.testing.assert_close(model.encode(CAPTIONS, tokenizer), expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(model.encode(CAPTIONS, tokenizer, batch_size=2), expected, atol=2e-5, rtol=1e-4)
+    tokenizer.padding_side = "right"
+    torch.testing.assert_close(model.encode(CAPTIONS, tokenizer), expected, atol=2e-5, rtol=1e-4)
+    model.set_attn_implementation("eager")
+    assert model.decoder.config._attn_implementation == "eager"
+    torch.testing.assert_close(model.encode(CAPTIONS, tokenizer), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_prefix_is_context_but_not_pooled() -> None:
+    tokenizer, prefix_tokens = with_prompt(tiny.plain_tokenizer(), tiny.PREFIX, tiny.SUFFIX, max_length=64)
+    model = tiny.text_model()
+    inputs = tokenizer(CAPTIONS[:1], return_tensors="pt")
+    output = model(**inputs)
+    torch.testing.assert_close(output.pooler_output[0], output.last_hidden_state[0, prefix_tokens:].mean(dim=0))
+    explicit = model(**inputs, pooling_mask=inputs["attention_mask"]).pooler_output
+    assert not torch.allclose(explicit, output.pooler_output)
+
+
+def test_gradient_checkpointing_reaches_the_decoder_and_keeps_gradients() -> None:
+    model = tiny.text_model().train()
+    ids = torch.randint(1, 400, (2, 9))
+    model(ids).pooler_output.sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    calls: list[int] = []
+    model.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model(ids).pooler_output.sum().backward()
+    assert len(calls) == 2
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name])
+
+
+def test_fingerprint_follows_weights_prompt_and_pooling_but_not_dtype() -> None:
+    model = tiny.text_model()
+    original = model.fingerprint()
+    assert model.to(torch.bfloat16).fingerprint() == original
+    model.config.pooling = "last_token"
+    assert model.fingerprint() != original
+    model.config.pooling = "mean"
+    assert model.fingerprint() == original
+    with torch.no_grad():
+        model.decoder.layers[1].mlp.up_proj.weight.add_(0.5)
+    assert model.fingerprint() != original
+
+
+def test_save_and_load_through_auto_classes(tmp_path: Path) -> None:
+    model = tiny.text_model()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(loaded, LLM2CLIPTextModel)
+    assert loaded.fingerprint() == model.fingerprint()
+    assert loaded.config.prompt_prefix == tiny.PREFIX
+    assert (tmp_path / "modeling_llm2clip_text.py").exists()
+
+
+def test_adapter_checkpoint_loads_over_its_base(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = tiny.text_model()
+    base.decoder.save_pretrained(tmp_path / "base")
+    model = LLM2CLIPTextModel.from_decoder(tmp_path / "base", prompt_prefix=tiny.PREFIX, num_prefix_tokens=3)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    model.decoder = peft.get_peft_model(model.decoder, lora)
+    ids = torch.randint(1, 400, (2, 9))
+    expected = model.eval()(ids).pooler_output
+    model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    loaded = LLM2CLIPTextModel.from_pretrained(tmp_path / "adapter").eval()
+    assert loaded.has_adapter
+    assert loaded.config.prompt_prefix == tiny.PREFIX
+    assert loaded.fingerprint() == model.fingerprint()
+    torch.testing.assert_close(loaded(ids).pooler_output, expected)
+    loaded.merge_adapter()
+    assert not loaded.has_adapter
+    torch.testing.assert_close(loaded(ids).pooler_output, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_adapter_over_a_trained_tower_loads_over_that_tower(tmp_path: Path) -> None:
+    """Its base is the tower, whose weights are not those of the LLM that it once came from."""
+    peft = pytest.importorskip("peft")
+    tower = tiny.text_model()
+    tower.config._name_or_path = "some/llm"
+    tower.save_pretrained(tmp_path / "tower")
+    model = LLM2CLIPTextModel.from_pretrained(tmp_path / "tower")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model.decoder = peft.get_peft_model(model.decoder, lora)
+    model.decoder.peft_config["default"].base_model_name_or_path = str(tmp_path / "tower")
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.randint(1, 400, (2, 9))
+    for load in (LLM2CLIPTextModel.from_pretrained, AutoModel.from_pretrained):
+        loaded = load(tmp_path / "adapter").eval()
+        torch.testing.assert_close(loaded(ids).pooler_output, model.eval()(ids).pooler_output)
+
+
+def test_suffix_alone_is_missed_in_a_plain_tokenizer() -> None:
+    tokenizer, prefix_tokens = with_prompt(tiny.plain_tokenizer(), "", tiny.SUFFIX, max_length=64)
+    ids = tokenizer("")["input_ids"]
+    model = tiny.text_model(num_prefix_tokens=prefix_tokens, prompt_prefix="", prompt_token_ids=ids)
+    assert model.encode(CAPTIONS, tokenizer).shape == (3, tiny.HIDDEN)
+    plain = tiny.plain_tokenizer()
+    plain.pad_token = plain.eos_token
+    with pytest.raises(ValueError, match="does not add the prompt"):
+        model.encode(CAPTIONS, plain)
+
+
+def test_lora_reaches_every_linear() -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny.text_model()
+    ids = torch.randint(1, 400, (2, 9))
+    before = model(ids).pooler_output
+    model.decoder = peft.get_peft_model(
+        model.decoder, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
+    assert not torch.allclose(model(ids).pooler_output, before, atol=1e-3)
+
+
+def test_unknown_pooling_is_one_clear_error() -> None:
+    with pytest.raises(ValueError, match="'max' is unknown; choose one of mean"):
+        LLM2CLIPTextConfig(pooling="max")

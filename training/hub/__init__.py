@@ -1,1 +1,0 @@
-"""Hub: conversion of the original checkpoints."""

@@ -1,0 +1,190 @@
+"""`llm2clip convert`: a checkpoint of another code becomes a folder that `from_pretrained` loads, or the way back."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPImageProcessor
+
+from llm2clip.convert.checkpoint import Checkpoint, open_checkpoint
+from llm2clip.convert.convert_text import convert_text_tower, holds_decoder
+from llm2clip.convert.joint import plan_joint
+from llm2clip.convert.joint_plan import JointPlan
+from llm2clip.convert.original import to_original
+from llm2clip.convert.report import print_report
+from llm2clip.hub.cards import JOINT_TASK, VISION_TASK, CardFacts, licence_of, write_card
+from llm2clip.utils.files import appearing_folder, read_json, refuse_existing
+from llm2clip.utils.towers import describe_text_tower, hub_ids
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
+
+logger = logging.getLogger(__name__)
+
+TARGETS = ("transformers", "original")
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+
+
+@dataclass
+class ConvertConfig:
+    """Settings of `llm2clip convert`."""
+
+    source: str = field(default="", metadata={"help": "Checkpoint: a file, a folder or a Hub id."})
+    destination: str = field(default="", metadata={"help": "Folder to write; with --to original, a .pt file."})
+    to: str = field(default="transformers", metadata={"help": "transformers, or original: back to a .pt file."})
+    model_config: str | None = field(
+        default=None, metadata={"help": "The original's model_configs JSON, for a model of unpublished sizes."}
+    )
+    text_model: str | None = field(
+        default=None, metadata={"help": "The adapter's LLM: Hub id or folder; unset: that of the published model."}
+    )
+    text_model_revision: str | None = field(default=None, metadata={"help": "Revision of that LLM."})
+    adapters: list[str] = field(
+        default_factory=list,
+        metadata={"help": "PEFT adapters of an LLM, merged into it in this order: Hub ids or folders."},
+    )
+    prompt_name: str | None = field(
+        default=None,
+        metadata={"help": "Name of the LLM by which the original chooses its prompt; unset: the one in its config."},
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Resize the tower's positions to this image size."})
+    projection_dim: int = field(default=1280, metadata={"help": "Width of a new projection, for a plain CLIP tower."})
+    quick_gelu: bool | None = field(
+        default=None, metadata={"help": "QuickGELU in OpenAI's towers; unset: what --model-config says, else true."}
+    )
+    reset_heads: bool = field(
+        default=False,
+        metadata={"help": "New projection and adapter instead of trained ones, as the original's --pretrained does."},
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of what is new."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a destination that exists."})
+
+    def __post_init__(self) -> None:
+        if self.to not in TARGETS:
+            raise ValueError(f"to {self.to!r} is unknown; choose {' or '.join(TARGETS)}.")
+
+
+def run(config: ConvertConfig) -> dict[str, Any]:
+    """Convert a checkpoint; prints what became of every tensor.
+
+    Raises:
+        FileExistsError: The destination exists and `overwrite` is off.
+        ValueError: The checkpoint is damaged, of no known layout, or not wholly explained. Nothing is written then.
+    """
+    if not config.source or not config.destination:
+        raise ValueError("give a source and a destination: llm2clip convert SOURCE DESTINATION")
+    destination = Path(config.destination)
+    refuse_existing(destination, config.overwrite)
+    if config.to == "original":
+        return _to_original(config, destination)
+    checkpoint = open_checkpoint(config.source)
+    with appearing_folder(destination, config.overwrite) as folder:
+        if holds_decoder(checkpoint):
+            result = convert_text_tower(checkpoint, folder, config.source, config.adapters, config.prompt_name)
+        else:
+            result = _convert_joint(checkpoint, folder, config)
+    return {**result, "written": str(destination)}
+
+
+def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) -> dict[str, Any]:
+    plan = plan_joint(
+        checkpoint,
+        model_config=_read_model_config(config.model_config),
+        text_model=config.text_model,
+        text_model_revision=config.text_model_revision,
+        projection_dim=config.projection_dim,
+        image_size=config.image_size,
+        quick_gelu=config.quick_gelu,
+        reset_heads=config.reset_heads,
+    )
+    print_report(plan)
+    model = plan.build(config.seed)
+    model.save_pretrained(folder)
+    _write_processor(plan, checkpoint, folder)
+    facts = CardFacts(
+        name=folder.name,
+        task=JOINT_TASK if plan.model_class is LLM2CLIPModel else VISION_TASK,
+        repo=folder.name,
+        summary=f"Converted from {config.source} ({plan.recognised}) with llm2clip.",
+        base_models=hub_ids(config.source, plan.text_model),
+        **licence_of(checkpoint.folder),
+    )
+    write_card(folder, facts)
+    _verify(folder, plan)
+    return {"recognised": plan.recognised, "tensors": len(plan.tensors)}
+
+
+def _read_model_config(path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    fields = read_json(path)
+    missing = [key for key in ("embed_dim", "vision_cfg") if key not in fields]
+    if missing:
+        raise ValueError(f"{path} is no model_configs JSON of the original: it lacks {', '.join(missing)}.")
+    return fields
+
+
+def _write_processor(plan: JointPlan, checkpoint: Checkpoint, folder: Path) -> None:
+    image_processor = _image_processor(plan, checkpoint)
+    tokenizer = None
+    if plan.text_model is not None:
+        try:
+            _, tokenizer = describe_text_tower(plan.text_model, plan.text_model_revision)
+        except OSError:
+            logger.warning(
+                "the tokenizer of %s cannot be reached, so the folder has an image processor but no tokenizer: load "
+                "captions' tokenizer from that repo, or convert again with --text-model FOLDER.",
+                plan.text_model,
+            )
+    if tokenizer is None:
+        image_processor.save_pretrained(folder)
+    else:
+        LLM2CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
+
+
+def _image_processor(plan: JointPlan, checkpoint: Checkpoint) -> CLIPImageProcessor:
+    size = plan.vision_config.image_size
+    statistics = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    saved = checkpoint.folder / "preprocessor_config.json" if checkpoint.folder else None
+    if saved is not None and saved.is_file():
+        fields = read_json(saved)
+        statistics = {key: fields.get(key, value) for key, value in statistics.items()}
+    edges = {"shortest_edge": size}
+    return CLIPImageProcessor(size=edges, crop_size={"height": size, "width": size}, **statistics)
+
+
+def _verify(folder: Path, plan: JointPlan) -> None:
+    """Load what was written, and compare it with what was read."""
+    model = plan.model_class.from_pretrained(folder, **plan.loading)
+    state = model.state_dict()
+    for name, tensor in plan.tensors.items():
+        if not torch.equal(state[name].float(), tensor.float()):
+            raise RuntimeError(f"{name} changed on the way; please report this.")
+    size = plan.vision_config.image_size
+    with torch.inference_mode():
+        output = model(pixel_values=torch.zeros(1, 3, size, size, dtype=model.dtype)).pooler_output
+    if not output.isfinite().all():
+        raise ValueError("the converted model gives numbers that are not finite for a grey image.")
+
+
+def _to_original(config: ConvertConfig, destination: Path) -> dict[str, Any]:
+    fields = LLM2CLIPConfig.get_config_dict(config.source)[0]
+    if fields.get("model_type") != LLM2CLIPConfig.model_type:
+        found = fields.get("model_type")
+        raise ValueError(f"{config.source} is no LLM2CLIP model of this package (its model_type is {found!r}).")
+    model = LLM2CLIPModel.from_pretrained(config.source, text_model=False)
+    state = to_original(model.config, model.state_dict())
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = destination.with_name(f".{destination.name}.tmp")
+    try:
+        torch.save(state, temporary)
+        temporary.replace(destination)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {"written": str(destination), "tensors": len(state)}
+
+
+__all__ = ["ConvertConfig", "run"]

@@ -1,0 +1,192 @@
+"""An LLM's checkpoint becomes a text tower, shard by shard, so that no more than one shard is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
+
+from llm2clip.convert.checkpoint import Checkpoint, open_checkpoint
+from llm2clip.convert.original import original_prompt
+from llm2clip.hub.cards import TEXT_TASK, CardFacts, licence_of, write_card
+from llm2clip.utils.files import write_json
+from llm2clip.utils.towers import hub_ids, prompted, save_text_tower
+from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
+from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
+
+DECODER = "decoder."
+PREFIXES = ("model.", "")
+# Not parts of an encoder.
+HEAD = "lm_head."
+
+
+def holds_decoder(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is an LLM."""
+    return _prefix(checkpoint) is not None and checkpoint.config.get("model_type") in CONFIG_MAPPING
+
+
+def _prefix(checkpoint: Checkpoint) -> str | None:
+    return next((prefix for prefix in PREFIXES if f"{prefix}embed_tokens.weight" in checkpoint), None)
+
+
+def convert_text_tower(
+    checkpoint: Checkpoint, folder: Path, source: str, adapters: Sequence[str] = (), prompt_name: str | None = None
+) -> dict[str, Any]:
+    """Write an LLM as [`LLM2CLIPTextModel`] folder, with the prompt that the original's encoder gives it.
+
+    Args:
+        checkpoint: The LLM's weights, in a folder with its config and tokenizer.
+        folder: An empty folder.
+        source: What the user called the checkpoint.
+        adapters: PEFT adapters that are merged, in this order; the whole LLM is in memory then.
+        prompt_name: Name of the LLM that decides its prompt.
+
+    Raises:
+        ValueError: Weights are missing, of another shape than the config says, or not finite; or an adapter does not
+            fit.
+    """
+    assert checkpoint.folder is not None
+    fields = dict(checkpoint.config)
+    name = prompt_name or fields.get("_name_or_path") or source
+    prefix, suffix = original_prompt(fields["model_type"], str(name))
+    files = len(checkpoint.files)
+    print(f"recognised: an LLM of type {fields['model_type']}, {len(checkpoint)} tensors, {files} file(s)")
+    print(f"prompt of {name!r}: " + (f"{prefix!r} caption {suffix!r}" if prefix or suffix else "none"))
+    tokenizer, prompt = prompted(
+        AutoTokenizer.from_pretrained(checkpoint.folder), {"prompt_prefix": prefix, "prompt_suffix": suffix}
+    )
+    fields.pop("auto_map", None)
+    decoder_config = CONFIG_MAPPING[fields.pop("model_type")].from_dict(fields)
+    config = LLM2CLIPTextConfig(decoder_config=decoder_config, **prompt)
+    if adapters:
+        _merge(checkpoint, config, tokenizer, adapters, folder)
+    else:
+        _stream(checkpoint, config, tokenizer, folder)
+    recognised = "an LLM" + "".join(f" + {adapter}" for adapter in adapters)
+    facts = CardFacts(
+        name=folder.name,
+        task=TEXT_TASK,
+        repo=folder.name,
+        summary=f"A caption encoder, converted from {source} ({recognised}) with llm2clip.",
+        base_models=hub_ids(source, *adapters),
+        **licence_of(checkpoint.folder),
+    )
+    write_card(folder, facts)
+    return {"recognised": "an LLM", "prompt": prefix + "..." + suffix}
+
+
+def _stream(
+    checkpoint: Checkpoint, config: LLM2CLIPTextConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    with torch.device("meta"):
+        model = LLM2CLIPTextModel(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names, dropped = _names(checkpoint)
+    _compare(expected, {ours: checkpoint.shapes[theirs] for theirs, ours in names.items()})
+    print(f"renamed ({len(names)}): {_prefix(checkpoint)}* -> {DECODER}*")
+    for theirs, reason in dropped:
+        print(f"dropped: {theirs}: {reason}")
+    print("missing: none")
+    weight_map: dict[str, str] = {}
+    total = 0
+    dtypes = set()
+    for number, file in enumerate(logging.tqdm(checkpoint.files, desc="Writing shards"), start=1):
+        shard = _read_shard(checkpoint, file, names)
+        target = f"model-{number:05d}-of-{len(checkpoint.files):05d}.safetensors"
+        target = "model.safetensors" if len(checkpoint.files) == 1 else target
+        for name, tensor in shard.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} in {file} holds NaN or infinity: the checkpoint is spoilt.")
+            weight_map[name] = target
+            total += tensor.nbytes
+            dtypes.add(tensor.dtype)
+        save_file(shard, folder / target, metadata={"format": "pt"})
+        del shard
+    if len(checkpoint.files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / "model.safetensors.index.json", index)
+    dtype = max(dtypes, key=lambda kind: kind.itemsize)
+    config.dtype = config.decoder_config.dtype = dtype
+    written = open_checkpoint(folder)
+    config.fingerprint = model.fingerprint(written)
+    config.architectures = [LLM2CLIPTextModel.__name__]
+    custom_object_save(model, folder, config=config)  # type: ignore[arg-type]
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    make_readable_by_version_4(folder)
+    _compare(expected, written.shapes)
+
+
+def _read_shard(checkpoint: Checkpoint, file: Path, names: dict[str, str]) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as handle:
+            return {names[name]: handle.get_tensor(name) for name in handle.keys() if name in names}  # noqa: SIM118
+    found = [name for name in names if checkpoint.origin(name) == file]
+    return {names[name]: checkpoint[name].contiguous() for name in found}
+
+
+def _names(checkpoint: Checkpoint) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    prefix = _prefix(checkpoint) or ""
+    names, dropped = {}, []
+    for name in checkpoint:
+        if name.startswith(HEAD):
+            dropped.append((name, "the language-modelling head is no part of an encoder"))
+        elif name.endswith("rotary_emb.inv_freq"):
+            dropped.append((name, "follows from the config"))
+        else:
+            names[name] = DECODER + name.removeprefix(prefix)
+    return names, dropped
+
+
+def _compare(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    for what, names in (
+        ("are missing", [name for name in expected if name not in found]),
+        ("have no place in the model", [name for name in found if name not in expected]),
+        ("have another shape than the config says", [n for n in expected if n in found and expected[n] != found[n]]),
+    ):
+        if names:
+            shown = ", ".join(f"{name} {found.get(name) or expected.get(name)}" for name in names[:4])
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            raise ValueError(f"{len(names)} tensors of the LLM {what}: {shown}{more}.")
+
+
+def _merge(
+    checkpoint: Checkpoint,
+    config: LLM2CLIPTextConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    adapters: Sequence[str],
+    folder: Path,
+) -> None:
+    base = LLM2CLIPTextModel.from_decoder(str(checkpoint.folder))
+    decoder: Any = base.decoder
+    for adapter in adapters:
+        peft_config = PeftConfig.from_pretrained(adapter)
+        model = PeftModel(decoder, peft_config)
+        wanted = {name for name in model.state_dict() if "lora_" in name}
+        missing = wanted & set(model.load_adapter(adapter, "default", is_trainable=False).missing_keys)
+        if missing:
+            raise ValueError(
+                f"{adapter} has no weights for {len(missing)} of the layers that it names "
+                f"({', '.join(sorted(missing)[:3])}): it is the adapter of another LLM, or of one with a "
+                "language-modelling head."
+            )
+        decoder = model.merge_and_unload()
+        print(f"merged: {adapter} (rank {peft_config.r}, alpha {peft_config.lora_alpha})")
+    tower = LLM2CLIPTextModel(config, decoder=decoder)
+    save_text_tower(tower, tokenizer, folder)
+    loaded = LLM2CLIPTextModel.from_pretrained(folder)
+    if loaded.fingerprint() != tower.fingerprint():
+        raise RuntimeError("the merged weights changed on the way; please report this.")
+
+
+__all__ = ["convert_text_tower", "holds_decoder"]

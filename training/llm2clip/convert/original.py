@@ -1,0 +1,122 @@
+"""The original LLM2CLIP code's models: its state dicts, model_configs JSON and prompts, and the way back to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from llm2clip.convert.layouts import ADAPTER, EVA, EVA02, OPENAI, SCALE, TIMM_SIGLIP, Layout, Rule, linear
+from llm2clip.convert.vision_towers import config_of_original
+from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPTextConfig
+
+DEFAULT_LLM_WIDTH = 4096
+
+
+def original_layout(vision_config: PretrainedConfig) -> Layout:
+    """The names of the original's state dict for a model with this vision tower."""
+    head = Layout(linear("visual.head", "visual_projection"))
+    if vision_config.model_type == EVA02VisionConfig.model_type:
+        tower = (EVA02 if vision_config.sub_layer_norm else EVA).under("visual.", "vision_model.")
+    elif vision_config.model_type == "clip_vision_model":
+        tower = OPENAI.under("visual.", "vision_model.")
+        head = Layout((Rule(("visual.proj",), ("visual_projection.weight",), transpose=True),))
+    elif vision_config.model_type == "siglip_vision_model":
+        tower = TIMM_SIGLIP.under("visual.trunk.", "vision_model.")
+    else:
+        raise ValueError(f"the original has no vision tower of type {vision_config.model_type!r}.")
+    return tower + head + ADAPTER.under("text.text_adaptor.", "text_adapter.") + SCALE
+
+
+def from_original(
+    state_dict: Mapping[str, Tensor],
+    model_config: Mapping[str, Any],
+    text_config: PretrainedConfig | dict[str, Any] | None = None,
+) -> tuple[LLM2CLIPConfig, dict[str, Tensor]]:
+    """Map an original model to this package.
+
+    Args:
+        state_dict: The original's tensors: `visual.*`, `text.text_adaptor.*`, `logit_scale`; a part of them is fine.
+        model_config: The original's model_configs JSON.
+        text_config: The LLM that the adapter belongs to; by default only its width is recorded.
+
+    Returns:
+        The config and the renamed state dict of an [`LLM2CLIPModel`] without its LLM. Rotary tables, which the
+        original repeats in every block, are left out: they follow from the config.
+
+    Raises:
+        ValueError: A tensor is of no known layout; the message names it.
+    """
+    config = joint_config(model_config, text_config)
+    renamed = original_layout(config.vision_config).rename(state_dict)
+    if renamed.unknown:
+        raise ValueError(f"the tensor {renamed.unknown[0]!r} belongs to no layout of the original code known here.")
+    return config, renamed.tensors
+
+
+def joint_config(
+    model_config: Mapping[str, Any], text_config: PretrainedConfig | dict[str, Any] | None = None
+) -> LLM2CLIPConfig:
+    """The config of an original model_configs JSON; see [`from_original`]."""
+    vision = config_of_original(model_config["vision_cfg"], model_config.get("quick_gelu", False))
+    text = model_config.get("text_cfg", {})
+    return LLM2CLIPConfig(
+        vision_config=vision,
+        text_config=text_config or width_only(text.get("llm_embedding_dim", DEFAULT_LLM_WIDTH)),
+        projection_dim=model_config["embed_dim"],
+        # The original's timm towers end in their attention pooling.
+        visual_projection="timm_model_name" not in model_config["vision_cfg"],
+        visual_projection_bias=vision.model_type == EVA02VisionConfig.model_type,
+        # Where the LLM runs inside the original's model, the original skips the normalisation.
+        adapter_normalize=text.get("use_embedding", True),
+    )
+
+
+def width_only(width: int) -> LLM2CLIPTextConfig:
+    """A text config that stands for an LLM of which nothing but the width is known."""
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    return LLM2CLIPTextConfig(decoder_config={"model_type": "llama", "hidden_size": width, **heads})
+
+
+def to_original(config: LLM2CLIPConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back: a model's tensors under the original's names, its LLM left out.
+
+    Raises:
+        ValueError: The vision tower is of a kind that the original does not have.
+    """
+    state = {name: tensor for name, tensor in state_dict.items() if not name.startswith("text_model.")}
+    return original_layout(config.vision_config).restore(state)
+
+
+def original_prompt(model_type: str, name_or_path: str, pooling: str = "mean") -> tuple[str, str]:
+    """The prompt that the original code's encoder wraps around a caption, which it chooses by the LLM's name.
+
+    Args:
+        model_type: The LLM's `model_type`, such as `llama`.
+        name_or_path: The LLM's name as its config recorded it.
+        pooling: With `eos_token` the original appends an end-of-sequence token.
+
+    Returns:
+        `(prompt_prefix, prompt_suffix)` for [`LLM2CLIPTextConfig`].
+    """
+    prefix = suffix = ""
+    if model_type == "llama" and "Llama-3" in name_or_path and "Instruct" in name_or_path:
+        return "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"
+    if name_or_path in ("mistralai/Mistral-7B-Instruct-v0.2", "meta-llama/Llama-2-7b-chat-hf"):
+        prefix, suffix = "[INST] ", " [/INST]"
+    elif name_or_path == "google/gemma-2-9b-it":
+        prefix, suffix = "<bos><start_of_turn>user\n", "<end_of_turn>"
+    elif name_or_path in ("Qwen/Qwen2-1.5B-Instruct", "Qwen/Qwen2-7B-Instruct"):
+        prefix, suffix = "<|im_start|>user\n", "<|im_end|>"
+    elif name_or_path == "microsoft/Phi-3.5-mini-instruct":
+        prefix, suffix = "<|user|>\n", "<|end|>\n"
+    if pooling == "eos_token":
+        ends = {"gemma": "<eos>", "qwen2": "<|endoftext|>", "phi3": "<|endoftext|>"}
+        end = "<|end_of_text|>" if name_or_path == "meta-llama/Meta-Llama-3-8B" else ends.get(model_type, " </s>")
+        suffix = suffix.rstrip() + end
+    return prefix, suffix
+
+
+__all__ = ["from_original", "joint_config", "original_layout", "original_prompt", "to_original", "width_only"]

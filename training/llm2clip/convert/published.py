@@ -1,0 +1,153 @@
+"""The models of `hub_configs/`: their configs, and the tables that are made of them.
+
+`python -m llm2clip.convert.published` rewrites the tables, in `hub_configs/README.md` and in the README.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from torch import nn
+
+from llm2clip.utils.files import write_text
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
+
+FOLDER = Path(str(files("llm2clip.hub_configs"))).resolve()
+MARKS = ("<!-- checkpoints: made by python -m llm2clip.convert.published -->", "<!-- /checkpoints -->")
+
+
+@dataclass(frozen=True)
+class Published:
+    """One folder of `hub_configs/`.
+
+    Attributes:
+        name: The folder's name.
+        config: Its config.json: [`LLM2CLIPConfig`] or [`LLM2CLIPTextConfig`].
+        card: The front matter of its model card.
+    """
+
+    name: str
+    config: Any
+    card: dict[str, Any]
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether it is a joint model; otherwise it is an LLM alone."""
+        return self.config.model_type == LLM2CLIPConfig.model_type
+
+    def build(self) -> LLM2CLIPModel | LLM2CLIPTextModel:
+        """The model on the meta device, with the shapes of its weights and nothing else; without an external LLM."""
+        with torch.device("meta"):
+            return LLM2CLIPModel(self.config) if self.is_joint else LLM2CLIPTextModel(self.config)
+
+
+@functools.cache
+def published_models() -> dict[str, Published]:
+    """Every folder of `hub_configs/` by name."""
+    models = {}
+    for path in sorted(FOLDER.glob("*/config.json")):
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        joint = fields["model_type"] == LLM2CLIPConfig.model_type
+        config = (LLM2CLIPConfig if joint else LLM2CLIPTextConfig).from_dict(fields)
+        card = (path.parent / "README.md").read_text(encoding="utf-8").split("---\n")[1]
+        models[path.parent.name] = Published(path.parent.name, config, yaml.safe_load(card))
+    return models
+
+
+def joint_configs() -> dict[str, LLM2CLIPConfig]:
+    """The configs of the joint models by name."""
+    return {name: model.config for name, model in published_models().items() if model.is_joint}
+
+
+def parameters(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def joint_table() -> str:
+    """A table of the joint models: parameters by part, sizes, LLM, licence."""
+    rows = ["| model | image | tower | projection | adapter | total | shared width | LLM | LLM width | licence |"]
+    rows.append("|" + " --- |" * 10)
+    for name, published in published_models().items():
+        if not published.is_joint:
+            continue
+        config, model = published.config, cast(LLM2CLIPModel, published.build())
+        parts = (model.vision_model, model.visual_projection, model.text_adapter)
+        counts = [f"{parameters(part):,}" for part in (*parts, model)]
+        size = config.vision_config.image_size
+        cells = [
+            f"[{name}]({name})",
+            f"{size} px, patch {config.vision_config.patch_size}",
+            *counts,
+            str(config.projection_dim),
+            config.text_model_name_or_path,
+            str(config.text_config.hidden_size),
+            published.card["license"],
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def text_table() -> str:
+    """A table of the LLMs."""
+    rows = ["| model | parameters | width | layers | prompt | licence |", "|" + " --- |" * 6]
+    for name, published in published_models().items():
+        if published.is_joint:
+            continue
+        config = published.config
+        prompt = f"`{config.prompt_prefix!r}` caption `{config.prompt_suffix!r}`" if config.prompt_suffix else "none"
+        cells = [
+            f"[{name}]({name})",
+            f"{parameters(published.build()):,}",
+            str(config.hidden_size),
+            str(config.decoder_config.num_hidden_layers),
+            prompt,
+            published.card["license"],
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def command_table() -> str:
+    """A table of the published checkpoints: how to convert each, what that needs and gives."""
+    rows = ["| command | needs | gives |", "| --- | --- | --- |"]
+    for name, published in published_models().items():
+        source = published.card.get("original_checkpoint")
+        if source is None:
+            continue
+        needs = published.card["needs"]
+        gives = published.card["gives"]
+        rows.append(f"| `llm2clip convert {source} {name}` | {needs} | {gives} |")
+    return "\n".join(rows)
+
+
+def with_table(text: str, table: str) -> str:
+    """Put a table between the marks of a document."""
+    start, end = MARKS
+    return re.sub(f"{re.escape(start)}.*{re.escape(end)}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
+
+
+def documents() -> dict[Path, str]:
+    """The documents that hold tables, as they should be."""
+    overview = FOLDER / "README.md"
+    readme = FOLDER.parent / "README.md"
+    tables = {overview: f"{joint_table()}\n\n{text_table()}", readme: command_table()}
+    return {path: with_table(path.read_text(encoding="utf-8"), table) for path, table in tables.items()}
+
+
+def main() -> None:
+    for path, text in documents().items():
+        write_text(path, text)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Which vision tower a checkpoint holds, told by the names and shapes of its tensors, and the tower's config.
+
+Shapes do not tell the width of a head or the pretraining grid of rotary positions. They come from the original's
+model_configs JSON where it is given, and else from the published configs in `hub_configs/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
+
+from llm2clip.convert import layouts
+from llm2clip.convert.layouts import Layout
+from llm2clip.convert.published import joint_configs
+from modeling_llm2clip import EVA02VisionConfig
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+LAYER_NORM_EPS_OPENAI = 1e-5
+LAYER_NORM_EPS_TIMM = 1e-6
+# What the original's SigLIP 2 config names; its sizes live in timm.
+TIMM_TOWERS: dict[str, dict[str, Any]] = {
+    "vit_so400m_patch14_siglip_224": {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 14,
+    }
+}
+
+
+@dataclass(frozen=True)
+class TowerKind:
+    """A family of vision towers in one checkpoint layout.
+
+    Attributes:
+        name: What is printed.
+        marks: Names that all of its checkpoints have, below the tower's own prefix.
+        layout: Its names; None where they are those of the transformers class.
+        patch: Name of the patch embedding's kernel.
+        positions: Name of the position embedding.
+        mlp: Name of the first block's first MLP matrix.
+        class_tokens: Positions before the patches.
+        config: Makes the config of sizes that shapes tell and of those that they do not.
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    layout: Layout | None
+    patch: str
+    positions: str
+    mlp: str
+    class_tokens: int
+    config: Callable[..., PretrainedConfig]
+
+    def sizes(self, shapes: Shapes) -> dict[str, int]:
+        """What the shapes of a tower tell about its config."""
+        kernel = shapes[self.patch]
+        patches = shapes[self.positions][-2] - self.class_tokens
+        block, _, rest = self.mlp.partition("0")
+        layers = sum(name.startswith(block) and name.endswith(rest) for name in shapes)
+        return {
+            "hidden_size": kernel[0],
+            "intermediate_size": shapes[self.mlp][0],
+            "num_hidden_layers": layers,
+            "image_size": round(patches**0.5) * kernel[-1],
+            "patch_size": kernel[-1],
+        }
+
+
+def _eva02(**sizes: Any) -> PretrainedConfig:
+    return EVA02VisionConfig(**sizes)
+
+
+def _eva(**sizes: Any) -> PretrainedConfig:
+    return EVA02VisionConfig(**{"rope_grid_size": None, "swiglu": False, "sub_layer_norm": False, **sizes})
+
+
+def _openai(**sizes: Any) -> PretrainedConfig:
+    # All of OpenAI's towers have heads of width 64 and QuickGELU.
+    heads = sizes["hidden_size"] // 64
+    fields = {"num_attention_heads": heads, "hidden_act": "quick_gelu", "layer_norm_eps": LAYER_NORM_EPS_OPENAI}
+    return CLIPVisionConfig(**{**fields, **sizes})
+
+
+def _siglip(**sizes: Any) -> PretrainedConfig:
+    return SiglipVisionConfig(**{"hidden_act": "gelu", "layer_norm_eps": LAYER_NORM_EPS_TIMM, **sizes})
+
+
+_EVA_NAMES = ("patch_embed.proj.weight", "pos_embed")
+_HUB_NAMES = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight")
+
+TOWER_KINDS = (
+    TowerKind(
+        "EVA02 (EVA-CLIP names)",
+        ("blocks.0.attn.inner_attn_ln.weight", "blocks.0.attn.q_proj.weight"),
+        layouts.EVA02,
+        *_EVA_NAMES,
+        "blocks.0.mlp.w1.weight",
+        1,
+        _eva02,
+    ),
+    TowerKind(
+        "EVA02 (timm names)",
+        ("blocks.0.mlp.fc1_g.weight",),
+        layouts.TIMM_EVA02,
+        *_EVA_NAMES,
+        "blocks.0.mlp.fc1_g.weight",
+        1,
+        _eva02,
+    ),
+    TowerKind(
+        "EVA02 (Hub class EvaCLIPModel)",
+        ("encoder.layers.0.self_attn.inner_attn_ln.weight",),
+        layouts.HUB_EVA02,
+        *_HUB_NAMES,
+        "encoder.layers.0.mlp.fc1.weight",
+        1,
+        _eva02,
+    ),
+    TowerKind(
+        "EVA (EVA-CLIP names)",
+        ("blocks.0.attn.qkv.weight", "blocks.0.attn.q_bias"),
+        layouts.EVA,
+        *_EVA_NAMES,
+        "blocks.0.mlp.fc1.weight",
+        1,
+        _eva,
+    ),
+    TowerKind(
+        "SigLIP (timm names)",
+        ("attn_pool.latent",),
+        layouts.TIMM_SIGLIP,
+        *_EVA_NAMES,
+        "blocks.0.mlp.fc1.weight",
+        0,
+        _siglip,
+    ),
+    TowerKind(
+        "CLIP ViT (OpenAI names)",
+        ("conv1.weight", "transformer.resblocks.0.attn.in_proj_weight"),
+        layouts.OPENAI,
+        "conv1.weight",
+        "positional_embedding",
+        "transformer.resblocks.0.mlp.c_fc.weight",
+        1,
+        _openai,
+    ),
+    TowerKind(
+        "CLIP ViT (transformers names)",
+        ("pre_layrnorm.weight",),
+        None,
+        *_HUB_NAMES,
+        "encoder.layers.0.mlp.fc1.weight",
+        1,
+        _openai,
+    ),
+    TowerKind(
+        "SigLIP (transformers names)",
+        ("head.probe", "embeddings.position_embedding.weight"),
+        None,
+        *_HUB_NAMES,
+        "encoder.layers.0.mlp.fc1.weight",
+        0,
+        _siglip,
+    ),
+)
+TOWER_PREFIXES = ("visual.trunk.", "visual.", "trunk.", "vision_model.", "")
+
+
+def find_tower(shapes: Shapes) -> tuple[TowerKind, str] | None:
+    """The kind of vision tower among a checkpoint's tensors, and the prefix of its names; None where there is none."""
+    for prefix in TOWER_PREFIXES:
+        for kind in TOWER_KINDS:
+            if all(prefix + mark in shapes for mark in kind.marks):
+                return kind, prefix
+    return None
+
+
+def config_of_shapes(kind: TowerKind, shapes: Shapes, given: Mapping[str, Any] | None = None) -> PretrainedConfig:
+    """The config of a tower.
+
+    Args:
+        kind: Its kind.
+        shapes: Its tensors' shapes, without the prefix.
+        given: Fields that are known from elsewhere, such as a `vision_config` of transformers. Where it is None, what
+            the shapes do not tell is taken from the published config of the same sizes.
+
+    Raises:
+        ValueError: The sizes are those of no published config.
+    """
+    sizes: dict[str, Any] = kind.sizes(shapes)
+    if given is not None:
+        return kind.config(**{**given, **sizes})
+    for config in joint_configs().values():
+        published = config.vision_config
+        same = ("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size")
+        if all(getattr(published, name, None) == sizes[name] for name in same):
+            return kind.config(**{**published.to_dict(), **sizes})
+    listed = ", ".join(f"{name}={value}" for name, value in sizes.items())
+    raise ValueError(
+        f"a tower of kind {kind.name} with {listed} is none of the published ones, and shapes do not tell the width "
+        "of its heads; give its model_configs JSON with --model-config."
+    )
+
+
+def config_of_original(vision: Mapping[str, Any], quick_gelu: bool = False) -> PretrainedConfig:
+    """The config of a vision part of the original's model_configs JSON.
+
+    Args:
+        vision: Its `vision_cfg`.
+        quick_gelu: For OpenAI's layout, the original's `quick_gelu`.
+
+    Raises:
+        ValueError: It names a timm model that is not known here.
+    """
+    if name := vision.get("timm_model_name"):
+        if name not in TIMM_TOWERS:
+            raise ValueError(f"timm_model_name {name!r} is unknown; known: {', '.join(TIMM_TOWERS)}.")
+        return _siglip(**TIMM_TOWERS[name])
+    sizes = {
+        "hidden_size": vision["width"],
+        "intermediate_size": int(vision["width"] * vision.get("mlp_ratio", 4.0)),
+        "num_hidden_layers": vision["layers"],
+        "num_attention_heads": vision["width"] // vision.get("head_width", 64),
+        "image_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+    }
+    if "eva_model_name" not in vision:
+        return _openai(hidden_act="quick_gelu" if quick_gelu else "gelu", **sizes)
+    grid = vision["image_size"] // vision["patch_size"]
+    rope_grid = None
+    if vision.get("rope"):
+        # Without interpolation the original's rotary positions are the grid's own.
+        rope_grid = vision.get("pt_hw_seq_len", 16) if vision.get("intp_freq") else grid
+    return EVA02VisionConfig(
+        rope_grid_size=rope_grid,
+        swiglu=bool(vision.get("naiveswiglu")),
+        sub_layer_norm=bool(vision.get("subln")),
+        post_norm=bool(vision.get("postnorm")),
+        layer_scale_init_value=vision.get("ls_init_value"),
+        drop_path_rate=vision.get("drop_path_rate") or 0.0,
+        **sizes,
+    )

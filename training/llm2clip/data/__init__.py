@@ -1,0 +1,64 @@
+"""Captions, pairs and images: sources, data sets, samplers and collators."""
+
+from llm2clip.data.captioned_images import (
+    CaptionImageDataset,
+    StreamingCaptionImageDataset,
+    caption_batches,
+    distinct_captions,
+)
+from llm2clip.data.collators import PixelBatch, SkipLog, Stage2Collator, stack_pixels
+from llm2clip.data.pair_batches import PairBatchSampler
+from llm2clip.data.pair_collator import PairCollator
+from llm2clip.data.pairs import PairDataset, PairSource
+from llm2clip.data.records import (
+    CaptionError,
+    DamagedImageError,
+    SampleError,
+    SkippedSample,
+    caption_id,
+    clean_caption,
+)
+from llm2clip.data.sampling import SampleIndex, SampleIndexBatchSampler
+from llm2clip.data.sources import CaptionSource, SourceError, load_source
+from llm2clip.data.transforms import (
+    DEFAULT_MAX_PIXELS,
+    IMAGE_BACKENDS,
+    EvalTransform,
+    ImageBackend,
+    TrainTransform,
+    decode_image,
+    decode_tensor,
+)
+
+__all__ = [
+    "DEFAULT_MAX_PIXELS",
+    "IMAGE_BACKENDS",
+    "CaptionError",
+    "CaptionImageDataset",
+    "CaptionSource",
+    "DamagedImageError",
+    "EvalTransform",
+    "ImageBackend",
+    "PairBatchSampler",
+    "PairCollator",
+    "PairDataset",
+    "PairSource",
+    "PixelBatch",
+    "SampleError",
+    "SampleIndex",
+    "SampleIndexBatchSampler",
+    "SkipLog",
+    "SkippedSample",
+    "SourceError",
+    "Stage2Collator",
+    "StreamingCaptionImageDataset",
+    "TrainTransform",
+    "caption_batches",
+    "caption_id",
+    "clean_caption",
+    "decode_image",
+    "decode_tensor",
+    "distinct_captions",
+    "load_source",
+    "stack_pixels",
+]

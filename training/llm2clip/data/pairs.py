@@ -1,0 +1,293 @@
+"""Pairs of texts that describe the same thing, for stage 1."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+
+from llm2clip.data.records import caption_id, column_texts, column_value
+from llm2clip.data.sampling import EpochDataset, SampleIndex, stable_seed
+from llm2clip.data.sources import SourceError, open_table, require_columns, source_from_dict, table_columns, top_level
+
+logger = logging.getLogger(__name__)
+
+READ_ROWS = 1000
+
+
+@dataclass
+class PairSource:
+    """Text pairs: either from two columns, or two captions of the same row.
+
+    Every column may hold one text or a list, from which one is drawn afresh each epoch.
+
+    Attributes:
+        path, name, split, revision: As in `CaptionSource`.
+        anchor_column: The query side.
+        positive_column: What must be found.
+        negative_column: A hard negative (optional). Rows without one, or whose only one is a text of the pair, are
+            left out, so that all rows of a batch have one.
+        group_column: Rows with an equal value here are never each other's negatives (an image's id, say).
+        caption_columns: Instead of anchor and positive: columns with captions of the same image, two different ones
+            of which are drawn each epoch, in random order.
+        weight: Share of the batches that come from this source, relative to the others. Set it for all sources or
+            for none: by default a source's share is its size.
+        instruction: Text put before the anchor; context that is not pooled.
+        positive_instruction: The same for positives and negatives.
+        symmetric: Swap anchor and positive at random.
+        max_samples: Use only the first rows.
+        label: Name in messages and samples; by default the file's name.
+
+    Raises:
+        ValueError: If neither or both of the two forms are described, or a number makes no sense.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    anchor_column: str | None = None
+    positive_column: str | None = None
+    negative_column: str | None = None
+    group_column: str | None = None
+    caption_columns: list[str] | None = None
+    weight: float | None = None
+    instruction: str | None = None
+    positive_instruction: str | None = None
+    symmetric: bool = False
+    max_samples: int | None = None
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        self.path = os.fspath(self.path)
+        if isinstance(self.caption_columns, str):
+            self.caption_columns = [self.caption_columns]
+        columns = bool(self.anchor_column) + bool(self.positive_column)
+        if columns == 1 or bool(columns) == bool(self.caption_columns):
+            raise ValueError(
+                f"The pair source {self.path} needs either anchor_column and positive_column, or caption_columns."
+            )
+        if self.caption_columns and self.negative_column:
+            raise ValueError(f"The pair source {self.path} cannot have a negative_column with caption_columns.")
+        if self.weight is not None and self.weight <= 0:
+            raise ValueError(f"The weight of {self.path} must be positive, not {self.weight}.")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"max_samples of {self.path} must be at least 1, not {self.max_samples}.")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any] | PairSource) -> PairSource:
+        """Build a source from a recipe's mapping."""
+        return source_from_dict(cls, fields)
+
+    @property
+    def columns(self) -> list[str]:
+        """All columns that are read."""
+        names = (self.anchor_column, self.positive_column, self.negative_column, self.group_column)
+        return [*filter(None, names), *(self.caption_columns or [])]
+
+
+class RowTexts(NamedTuple):
+    """The candidates of one row for each place in a pair; no negative is also one of the others."""
+
+    anchors: list[str]
+    positives: list[str]
+    negatives: list[str]
+
+    @property
+    def own_ids(self) -> set[int]:
+        """Ids of the texts on either side of the pair."""
+        return {caption_id(text) for text in (*self.anchors, *self.positives)}
+
+
+class PairTable:
+    """The usable rows of one source, and what decides which of them may share a batch.
+
+    Two rows conflict if they share an own key (a text on either side, or the group), or if a hard negative of one
+    is a text of the other: one would then be trained as a negative of what it matches. The keys cover all
+    candidates of a row, whatever is drawn from them.
+
+    Attributes:
+        rows: (n,) positions of the usable rows in the table.
+        own_keys, own_starts: Own keys of row i are `own_keys[own_starts[i]:own_starts[i + 1]]`.
+        negative_keys, negative_starts: The same for its hard negatives.
+        num_dropped: Rows without two different texts, or without the negative that the source asks for.
+    """
+
+    def __init__(self, source: PairSource, table: datasets.Dataset, label: str) -> None:
+        self.source = source
+        self.label = label
+        self.table = table
+        rows: list[int] = []
+        own, negative = _Ragged(), _Ragged()
+        for position, row in enumerate(_rows(table)):
+            try:
+                texts = self._texts(row)
+            except TypeError as error:
+                raise SourceError(f"Row {position} of {source.path}: {error}.") from None
+            own_ids = texts.own_ids
+            if not texts.anchors or not texts.positives or len(own_ids) < 2:
+                continue
+            if source.negative_column and not texts.negatives:
+                continue
+            group = column_value(row, source.group_column) if source.group_column else None
+            if group is not None:
+                own_ids.add(stable_seed("group", str(group)))
+            rows.append(position)
+            own.append(own_ids)
+            negative.append({caption_id(text) for text in texts.negatives})
+        self.rows = np.array(rows, dtype=np.int64)
+        self.num_dropped = len(table) - len(rows)
+        self.own_keys, self.own_starts = own.arrays()
+        self.negative_keys, self.negative_starts = negative.arrays()
+        if not rows:
+            raise ValueError(
+                f"None of the {len(table)} rows of {source.path} has a pair of two different texts in "
+                f"{', '.join(source.columns)}."
+            )
+        if self.num_dropped:
+            logger.warning(
+                "%d of %d rows of %s are left out: they have no two different texts (or no hard negative).",
+                self.num_dropped,
+                len(table),
+                label,
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _texts(self, row: Mapping[str, Any]) -> RowTexts:
+        source = self.source
+        if source.caption_columns:
+            captions = [text for column in source.caption_columns for text in column_texts(row, column)]
+            distinct = list({caption_id(text): text for text in reversed(captions)}.values())[::-1]
+            return RowTexts(distinct, distinct, [])
+        assert source.anchor_column is not None
+        assert source.positive_column is not None
+        texts = RowTexts(column_texts(row, source.anchor_column), column_texts(row, source.positive_column), [])
+        if source.negative_column:
+            own_ids = texts.own_ids
+            negatives = column_texts(row, source.negative_column)
+            texts.negatives.extend(text for text in negatives if caption_id(text) not in own_ids)
+        return texts
+
+    def draw(self, index: int, seed: int | None) -> dict[str, Any]:
+        """The pair of usable row `index`; `seed` decides what is drawn (None takes the first texts)."""
+        source = self.source
+        texts = self._texts(self.table[int(self.rows[index])])
+        generator = None if seed is None else random.Random(seed)
+        if source.caption_columns:
+            anchor, positive = texts.anchors[:2] if generator is None else generator.sample(texts.anchors, 2)
+        else:
+            pairs = [
+                (anchor, positive)
+                for anchor in texts.anchors
+                for positive in texts.positives
+                if caption_id(anchor) != caption_id(positive)
+            ]
+            anchor, positive = pairs[0] if generator is None else generator.choice(pairs)
+        if generator is not None and source.symmetric and generator.random() < 0.5:
+            anchor, positive = positive, anchor
+        negative = None
+        if texts.negatives:
+            negative = texts.negatives[0] if generator is None else generator.choice(texts.negatives)
+        return {
+            "anchor": anchor,
+            "positive": positive,
+            "negative": negative,
+            "instruction": source.instruction,
+            "positive_instruction": source.positive_instruction,
+            "source": self.label,
+        }
+
+
+class _Ragged:
+    """Collects sets of numbers into one flat array and the start of each."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+        self._buffer: list[int] = []
+        self._starts: list[int] = [0]
+
+    def append(self, numbers: set[int]) -> None:
+        self._buffer.extend(sorted(numbers))
+        self._starts.append(self._starts[-1] + len(numbers))
+        if len(self._buffer) > 1_000_000:  # Python's numbers take four times the memory of the array's
+            self._flush()
+
+    def _flush(self) -> None:
+        self._parts.append(np.array(self._buffer, dtype=np.int64))
+        self._buffer = []
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        self._flush()
+        return np.concatenate(self._parts), np.array(self._starts, dtype=np.int64)
+
+
+def _rows(table: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    for batch in table.iter(READ_ROWS):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+class PairDataset(EpochDataset):
+    """The pairs of all sources, in random access.
+
+    `dataset[SampleIndex(epoch, index)]` draws from the row's texts by seed, epoch and index alone;
+    `dataset[index]` takes the first of them. A sample is a dict with `anchor`, `positive`, `negative` (or None),
+    `instruction`, `positive_instruction` (or None) and `source` (its label).
+
+    Args:
+        sources: One or several sources.
+        seed: Seed of what is drawn.
+
+    Raises:
+        FileNotFoundError, SourceError: If a source cannot be read.
+        ValueError: If a source has no usable row.
+    """
+
+    def __init__(self, sources: PairSource | Sequence[PairSource], seed: int = 0) -> None:
+        self.sources = [sources] if isinstance(sources, PairSource) else list(sources)
+        if not self.sources:
+            raise ValueError("A data set of pairs needs at least one source.")
+        self.seed = seed
+        self.tables: list[PairTable] = []
+        labels: set[str] = set()
+        for source in self.sources:
+            base = source.label or os.path.basename(source.path.rstrip("/\\")).split(".")[0]
+            numbered = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
+            label = next(name for name in numbered if name not in labels)
+            labels.add(label)
+            self.tables.append(PairTable(source, _load(source), label))
+        self.starts = np.cumsum([0, *map(len, self.tables)])
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows of all sources that cannot be used."""
+        return sum(table.num_dropped for table in self.tables)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: SampleIndex | int) -> dict[str, Any]:
+        position = index.index if isinstance(index, SampleIndex) else int(index)
+        if not 0 <= position < len(self):
+            raise IndexError(f"There is no pair {position} among {len(self)}.")
+        number = int(np.searchsorted(self.starts, position, side="right")) - 1
+        seed = stable_seed(self.seed, "pair", index.epoch, position) if isinstance(index, SampleIndex) else None
+        return self.tables[number].draw(position - int(self.starts[number]), seed)
+
+
+def _load(source: PairSource) -> datasets.Dataset:
+    opened = open_table(source.path, source.name, source.split, source.revision)
+    require_columns(source.path, source.columns, table_columns(opened.table), opened.hint)
+    table = opened.table.select_columns(list(dict.fromkeys(top_level(opened.table, name) for name in source.columns)))
+    if source.max_samples is not None:
+        table = table.select(range(min(source.max_samples, len(table))))
+    return table

@@ -1,0 +1,384 @@
+"""Where captioned images and text come from: any form that `datasets` reads, described by a few fields."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import datasets
+from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.packaged_modules.parquet.parquet import Parquet
+
+from llm2clip.utils.settings import build_config
+
+Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
+SourceT = TypeVar("SourceT")
+
+WEBDATASET_IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp")
+AUTOMATIC_KEY_COLUMNS = ("key", "__key__")
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".parquet": ("parquet", {}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".tar": ("webdataset", {}),
+    ".arrow": ("arrow", {}),
+}
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+# pandas reads "nan", "None" or "NA" as a missing cell, but each can be a caption (nan is a bread).
+CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
+PATH_TYPES = ("string", "large_string")
+BYTES_TYPES = ("binary", "large_binary")
+STREAM_SHARDS = 64
+
+
+class SourceError(ValueError):
+    """A source that cannot be read as described."""
+
+
+@dataclass
+class CaptionSource:
+    """Images with captions.
+
+    Attributes:
+        path: A file (parquet, json, jsonl, csv, tsv, tar), a glob pattern, a URL, a folder (data files named by
+            split, an image folder with `metadata.jsonl`, webdataset shards, or the output of `save_to_disk`), or
+            a data set on the Hub (`owner/name`).
+        name: The configuration, for data sets that have several.
+        split: The split; for single files any name will do.
+        revision: Branch, tag or commit on the Hub.
+        image_column: Column of the images: encoded bytes, or paths relative to the file's folder. When `image` is
+            absent, the first of `jpg`, `jpeg`, `png`, `webp` is taken (webdataset).
+        caption_columns: Columns of the captions; each holds one text or a list. `a.b` is field `b` of record `a`.
+        caption_weights: How often a caption is drawn from each column, relative to the others. A column that
+            holds a list shares its weight among the entries. Equal by default.
+        key_column: Column that names a row in messages. By default `key` or `__key__`, else the row's number.
+        streaming: Read the data as a stream instead of preparing a local copy.
+        max_samples: Use only the first rows.
+
+    Raises:
+        ValueError: If a field's value makes no sense.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    image_column: str = "image"
+    caption_columns: list[str] = field(default_factory=lambda: ["caption"])
+    caption_weights: list[float] | None = None
+    key_column: str | None = None
+    streaming: bool = False
+    max_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        self.path = os.fspath(self.path)
+        if isinstance(self.caption_columns, str):
+            self.caption_columns = [self.caption_columns]
+        if not self.caption_columns:
+            raise ValueError(f"The source {self.path} needs at least one entry in caption_columns.")
+        weights = self.caption_weights
+        if weights is not None:
+            if len(weights) != len(self.caption_columns):
+                raise ValueError(
+                    f"caption_weights of {self.path} has {len(weights)} entries for {len(self.caption_columns)} "
+                    "caption_columns; give one weight per column."
+                )
+            if min(weights) < 0 or sum(weights) <= 0:
+                raise ValueError(
+                    f"caption_weights of {self.path} must not be negative or all zero, but are {weights}."
+                )
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"max_samples of {self.path} must be at least 1, not {self.max_samples}.")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any] | str | CaptionSource) -> CaptionSource:
+        """Build a source from a recipe's mapping, or from a bare path."""
+        return source_from_dict(cls, fields)
+
+
+def source_from_dict(cls: type[SourceT], fields: Mapping[str, Any] | str | SourceT) -> SourceT:
+    """Build a source (a dataclass with a `path`) from a recipe's mapping, or from a bare path.
+
+    Raises:
+        ValueError: If a field does not exist (the nearest one is suggested), does not fit its type, or `path` is
+            missing.
+    """
+    if isinstance(fields, cls):
+        return fields
+    if isinstance(fields, str):
+        fields = {"path": fields}
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"A source is a path or a mapping of {cls.__name__} fields, not {fields!r:.80}.")
+    if not fields.get("path"):
+        raise ValueError(f"A {cls.__name__} needs a path, but its fields are only: {', '.join(fields) or 'none'}.")
+    return build_config(cls, fields, cls.__name__)
+
+
+class Columns(NamedTuple):
+    """The columns of a table that a `CaptionSource` uses; `key` is None when rows are named by number."""
+
+    image: str | None
+    key: str | None
+    captions: list[str]
+
+
+def load_source(source: CaptionSource, with_images: bool = True) -> Table:
+    """Open the data that a source describes.
+
+    Args:
+        source: The description.
+        with_images: Leave the image column out if False (its bytes are then not read, where the format allows).
+
+    Returns:
+        The table with the columns that the source uses (see `source_columns`); images stay encoded.
+
+    Raises:
+        FileNotFoundError: If there is nothing at the path.
+        SourceError: If a column or the split is missing, or the data cannot be read.
+    """
+    opened = open_table(source.path, source.name, source.split, source.revision, source.streaming)
+    columns = source_columns(source, opened.table, opened.hint, with_images)
+    used = [column for column in (columns.key, columns.image) if column is not None]
+    used += [top_level(opened.table, column) for column in columns.captions]
+    table = opened.select(list(dict.fromkeys(used)))
+    if columns.image is not None:
+        table = keep_encoded(table, columns.image, opened.folders, source.path)
+    if source.max_samples is not None:
+        if isinstance(table, datasets.Dataset):
+            table = table.select(range(min(source.max_samples, len(table))))
+        else:
+            table = table.take(source.max_samples)
+    return table
+
+
+def source_columns(source: CaptionSource, table: Table, hint: str = "", with_images: bool = True) -> Columns:
+    """Find a source's columns in a table.
+
+    Raises:
+        SourceError: If any is missing; one message lists all that are missing and those there are.
+    """
+    have = table_columns(table)
+    image: str | None = source.image_column if with_images else None
+    if image == "image" and "image" not in have:
+        image = next((column for column in WEBDATASET_IMAGE_COLUMNS if column in have), image)
+    key = source.key_column or next((column for column in AUTOMATIC_KEY_COLUMNS if column in have), None)
+    wanted = [column for column in (image, *source.caption_columns, key) if column is not None]
+    require_columns(source.path, wanted, have, hint)
+    return Columns(image, key, list(source.caption_columns))
+
+
+def require_columns(path: str, wanted: Iterable[str], have: Sequence[str], hint: str = "") -> None:
+    """Raise a SourceError that lists the columns there are unless all `wanted` ones exist."""
+    missing = [column for column in dict.fromkeys(wanted) if column not in have]
+    if missing:
+        plural = "columns" if len(missing) > 1 else "column"
+        near = [match for name in missing for match in difflib.get_close_matches(name, have, n=1)]
+        raise SourceError(
+            f"{path} has no {plural} {', '.join(map(repr, missing))}; it has {', '.join(have)}."
+            + (f" Did you mean {', '.join(map(repr, near))}?" if near else "")
+            + hint
+        )
+
+
+def table_columns(table: Table) -> list[str]:
+    """The names of a table's columns, and of the fields inside records as `column.field`."""
+    if table.features is None:
+        return _record_columns(next(iter(table), {}))
+    return _record_columns(table.features)
+
+
+def top_level(table: Table, column: str) -> str:
+    """The name of the table's column that holds `column`: itself, or the record that it is a field of."""
+    names = table.column_names or table_columns(table)
+    return column if column in names else column.split(".")[0]
+
+
+def _record_columns(record: Mapping[str, Any], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, value in record.items():
+        names.append(f"{prefix}{name}")
+        if isinstance(value, Mapping) and set(value) != {"bytes", "path"}:
+            names += _record_columns(value, f"{prefix}{name}.")
+    return names
+
+
+@dataclass
+class OpenedTable:
+    """A table, and what is known about the files behind it.
+
+    Attributes:
+        table: The table with all its columns.
+        folders: The folders of its data files.
+        hint: Advice for when a column is missing.
+        arguments: What `datasets.load_dataset_builder` was given, for parquet that is streamed.
+        split: The split.
+    """
+
+    table: Table
+    folders: list[str] = field(default_factory=list)
+    hint: str = ""
+    arguments: dict[str, Any] | None = None
+    split: str = "train"
+
+    def select(self, columns: list[str]) -> Table:
+        """The table with these columns only; a parquet stream then does not read the others."""
+        if self.arguments is not None:
+            builder = datasets.load_dataset_builder(**self.arguments, columns=columns)
+            return builder.as_streaming_dataset(self.split)
+        return self.table.select_columns(columns)
+
+
+def open_table(path: str, name: str | None, split: str, revision: str | None, streaming: bool = False) -> OpenedTable:
+    """Open a table by path, glob pattern, URL or Hub id (see `CaptionSource`).
+
+    Raises:
+        FileNotFoundError: If there is nothing at the path.
+        SourceError: If the split is missing or the data cannot be read.
+    """
+    place = Path(path).expanduser()
+    if (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():
+        return _from_disk(place, split, streaming)
+    arguments = _builder_arguments(path, place, split)
+    arguments |= {key: value for key, value in (("name", name), ("revision", revision)) if value is not None}
+    try:
+        builder = datasets.load_dataset_builder(**arguments)
+        if isinstance(builder, Csv):
+            arguments |= CSV_OPTIONS
+            builder = datasets.load_dataset_builder(**arguments)
+        files = builder.config.data_files or {}
+        known = list(files) or list(builder.info.splits or {})
+        _require_split(path, split, known)
+        if streaming:
+            table: Table = builder.as_streaming_dataset(split)
+        else:
+            builder.download_and_prepare()
+            table = builder.as_dataset(split)
+    except SourceError:
+        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"No data at {path!r}: {error}") from error
+    except ConnectionError as error:
+        raise FileNotFoundError(
+            f"{path!r} is no file or folder here, and the Hub could not be asked for a data set called so ({error})."
+        ) from error
+    except (OSError, ValueError, DatasetsError) as error:
+        cause = error.__cause__ or error
+        raise SourceError(f"Reading {path} failed: {type(cause).__name__}: {cause}") from error
+    hint = ""
+    if isinstance(builder, ImageFolder):
+        hint = " In a folder of images, metadata.jsonl, .csv or .parquet holds the captions, by file_name."
+    return OpenedTable(
+        table=table,
+        folders=sorted({os.path.dirname(file) for name in split_names(split) for file in files.get(name, [])}),
+        hint=hint,
+        arguments=arguments if streaming and isinstance(builder, Parquet) else None,
+        split=split,
+    )
+
+
+def split_names(split: str) -> list[str]:
+    """The bare names in a split expression such as `train[:10%]+test`."""
+    return [re.split(r"[\[(]", part.strip())[0] for part in split.split("+")]
+
+
+def _require_split(path: str, split: str, known: Sequence[str]) -> None:
+    missing = [name for name in split_names(split) if name not in known and name != "all"]
+    if known and missing:
+        raise SourceError(f"{path} has no split {missing[0]!r}; it has {', '.join(map(str, known))}.")
+
+
+def _builder_arguments(path: str, place: Path, split: str) -> dict[str, Any]:
+    if place.is_dir():
+        return {"path": str(place)}
+    if "://" in path:
+        return _file_arguments(path, [path], split)
+    if place.is_file():
+        return _file_arguments(path, [str(place)], split)
+    if glob.has_magic(path):
+        files = sorted(file for file in glob.glob(str(place), recursive=True) if os.path.isfile(file))
+        if not files:
+            raise FileNotFoundError(f"No file matches {path!r} (in {os.getcwd()}).")
+        return _file_arguments(path, files, split)
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and _suffix(path) not in FORMATS:
+        return {"path": path}
+    raise FileNotFoundError(
+        f"There is no file or folder {path!r} (in {os.getcwd()}), and it does not look like a data set on the Hub, "
+        "which would be named owner/name."
+    )
+
+
+def _file_arguments(path: str, files: list[str], split: str) -> dict[str, Any]:
+    suffixes = {_suffix(file) for file in files}
+    if len(suffixes) != 1 or not suffixes <= set(FORMATS):
+        raise SourceError(
+            f"{path} must be of one format out of {', '.join(FORMATS)}, but its files end in "
+            f"{', '.join(sorted(repr(suffix) for suffix in suffixes))}."
+        )
+    builder, options = FORMATS[suffixes.pop()]
+    return {"path": builder, "data_files": dict.fromkeys(split_names(split), files), **options}
+
+
+def _suffix(file: str) -> str:
+    stem, suffix = os.path.splitext(file.split("?")[0].lower())
+    return os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix
+
+
+def _from_disk(folder: Path, split: str, streaming: bool) -> OpenedTable:
+    loaded = datasets.load_from_disk(str(folder))
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise SourceError(f"{folder} has no split {split!r}; it has {', '.join(map(str, loaded))}.")
+        loaded = loaded[split]
+    if streaming:
+        return OpenedTable(loaded.to_iterable_dataset(num_shards=max(1, min(STREAM_SHARDS, len(loaded)))))
+    return OpenedTable(loaded)
+
+
+def keep_encoded(table: Table, column: str, folders: list[str], path: str) -> Table:
+    """Images as encoded bytes or absolute paths, not decoded by `datasets`: decoding reports damage by key."""
+    if table.features is None:  # a stream of a format whose types are known row by row only
+        return table.map(_absolute_paths, batched=True, fn_kwargs={"column": column, "folders": folders, "path": path})
+    feature = table.features[column]
+    dtype = feature.dtype if isinstance(feature, datasets.Value) else None
+    is_record = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    if not (isinstance(feature, datasets.Image) or is_record or dtype in PATH_TYPES + BYTES_TYPES):
+        raise SourceError(f"Column {column!r} of {path} holds {feature}, not images (encoded bytes or paths).")
+    if dtype in PATH_TYPES:
+        features = table.features.copy()
+        features[column] = datasets.Value("string")  # datasets 4 cannot turn large_string into images
+        table = table.map(
+            _absolute_paths,
+            batched=True,
+            fn_kwargs={"column": column, "folders": folders, "path": path},
+            features=features,
+        )
+    return table.cast_column(column, datasets.Image(decode=False))
+
+
+def _absolute_paths(batch: dict[str, list[Any]], column: str, folders: list[str], path: str) -> dict[str, list[Any]]:
+    values = batch[column]
+    relative = {
+        value for value in values if isinstance(value, str) and not os.path.isabs(value) and "://" not in value
+    }
+    if relative and len(folders) != 1:
+        raise SourceError(
+            f"The image path {min(relative)!r} of {path} is relative, but the data files are in "
+            f"{len(folders)} folders; give one source per folder, or absolute paths."
+        )
+    return {
+        column: [
+            os.path.join(folders[0], value) if isinstance(value, str) and value in relative else value
+            for value in values
+        ]
+    }

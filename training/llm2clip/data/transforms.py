@@ -1,0 +1,321 @@
+"""From stored bytes to pixel values: safe decoding, and the training and evaluation transforms.
+
+There are two backends. `exact` is Pillow and what the image processor itself does; published numbers are made with it.
+`fast` decodes JPEGs straight into tensors and resizes those, which differs from Pillow by a grey level or two of 255.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as F
+from transformers import BaseImageProcessor
+
+from llm2clip.data.records import DamagedImageError
+
+DEFAULT_MAX_PIXELS = 89_478_485  # Pillow's own limit: a 24-bit image of 256 MiB
+# Largest result of resizing, of which the crop is then taken: 96 MiB. A square of 224 may become 1 : 660
+MAX_RESIZED_PIXELS = 2**25
+EXIF_ORIENTATION = 0x0112
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+ImageBackend = Literal["exact", "fast"]
+IMAGE_BACKENDS = ("exact", "fast")
+# Of a value, its key and the largest number of pixels
+Decoder = Callable[[Any, str, int], Any]
+# The processors whose settings say all that they do
+CLIP_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorPil")
+
+
+def decode_image(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """Decode one image to RGB, upright.
+
+    Conversion to RGB comes before any resizing: resizing a palette or 1-bit image first means nearest-neighbour
+    sampling, and an image with alpha would be darkened. Transparent parts are composited on white. 16-bit grey is
+    scaled to 8 bits. Of an animation the first frame is taken. EXIF orientation is applied.
+
+    Args:
+        value: Encoded bytes, a path or fsspec URL, the `{"bytes", "path"}` record of `datasets`, a PIL image, or a
+            file that is open for reading bytes, of which no more is read than the image needs.
+        key: The row's key, for the error.
+        max_pixels: Largest width x height, judged by the file's header before anything is decoded.
+
+    Returns:
+        An image in mode RGB.
+
+    Raises:
+        DamagedImageError: If the image is missing, unreadable, truncated, empty or too large.
+    """
+    with _faults(value, key):
+        return _rgb(_opened(value, max_pixels))
+
+
+def decode_tensor(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tensor:
+    """Decode one image to RGB, upright, as `decode_image` does, but a JPEG without the copies that Pillow makes of it.
+
+    Returns:
+        uint8 `(3, H, W)`, in memory row by row and pixel by pixel.
+
+    Raises:
+        DamagedImageError: See `decode_image`.
+    """
+    with _faults(value, key):
+        image = _opened(value, max_pixels)
+        plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+        file = getattr(image, "fp", None)
+        if plain and file is not None and image.getexif().get(EXIF_ORIENTATION, 1) == 1:
+            file.seek(0)
+            data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+            return cast(torch.Tensor, decode_jpeg(data, mode=ImageReadMode.RGB))
+        return _as_tensor(_rgb(image))
+
+
+@contextmanager
+def _faults(value: Any, key: str) -> Iterator[None]:
+    """Whatever is wrong with an image becomes a DamagedImageError."""
+    try:
+        yield
+    except _UnusableError as error:
+        raise DamagedImageError(key, str(error)) from None
+    except UnidentifiedImageError as error:
+        raise DamagedImageError(key, "its bytes are in no image format that Pillow knows") from error
+    except FileNotFoundError as error:
+        raise DamagedImageError(key, f"there is no file {error.filename or value!r}") from error
+    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead to, struct.error and KeyError too
+        raise DamagedImageError(key, f"{type(error).__name__}: {error}") from error
+
+
+def _opened(value: Any, max_pixels: int) -> Image.Image:
+    """An image whose header has been read."""
+    with warnings.catch_warnings():
+        # The size is checked here, against the caller's limit.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = value if isinstance(value, Image.Image) else Image.open(_file(value))
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise _UnusableError(f"it is {width} x {height} pixels large")
+    if width * height > max_pixels:
+        raise _UnusableError(f"its {width} x {height} pixels are more than the {max_pixels:,} that max_pixels allows")
+    return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image.load()
+        return _to_rgb(_upright(image))
+
+
+def _as_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class _UnusableError(Exception):
+    """A fault that is found here rather than by Pillow."""
+
+
+def _file(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if value is None:
+        raise _UnusableError("it is missing")
+    if isinstance(value, io.IOBase):
+        return value
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        if len(value) == 0:
+            raise _UnusableError("it has zero bytes")
+        return io.BytesIO(value)
+    path = os.fspath(value)
+    if "://" in path:
+        import fsspec
+
+        with fsspec.open(path, "rb") as file:
+            return io.BytesIO(file.read())
+    with open(path, "rb") as file:  # read here: Pillow would leave the file open until the image is collected
+        return io.BytesIO(file.read())
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it writes the other tags anew and fails on images whose maker got one wrong.
+    transposition = TRANSPOSITIONS.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    return image if transposition is None else image.transpose(transposition)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # Pillow's own conversion clips at 255, which turns a 16-bit image white.
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise _UnusableError(f"its mode {image.mode} has no defined white point; store 8 or 16 bits per channel")
+    if image.mode in ALPHA_MODES or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        background = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(background, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+class EvalTransform:
+    """What an image processor does to an image: `transform(image)` is a (3, H, W) float tensor.
+
+    A CLIPImageProcessor's settings are followed here, without what it does for batches and other kinds of input; the
+    values are its own, to the rounding of float32. Any other image processor is called.
+
+    Args:
+        image_processor: A transformers image processor.
+        backend: `exact` resizes with the library that the image processor uses. `fast` resizes tensors, whatever it
+            uses, and `decode` gives those.
+
+    Raises:
+        ValueError: If there is no such backend, or it is `fast` and the image processor no CLIPImageProcessor.
+    """
+
+    def __init__(self, image_processor: BaseImageProcessor, backend: ImageBackend = "exact") -> None:
+        if backend not in IMAGE_BACKENDS:
+            raise ValueError(f"image_backend must be one of {', '.join(IMAGE_BACKENDS)}, not {backend!r}.")
+        self.image_processor = image_processor
+        self.backend = backend
+        settings = image_processor.to_dict()
+        lengths = {name: length for name, length in dict(settings.get("size") or {}).items() if length is not None}
+        resizes = settings.get("do_resize") and set(lengths) == {"shortest_edge"}
+        self.shortest_edge = lengths["shortest_edge"] if resizes else None
+        library = getattr(image_processor, "backend", None)  # transformers 5.2 does not say
+        steps = ("do_center_crop", "do_rescale", "do_normalize")
+        self.is_clip = (
+            type(image_processor).__name__ in CLIP_PROCESSORS
+            and library in ("pil", "torchvision")
+            and all(settings.get(step) for step in steps)
+            and self.shortest_edge is not None
+            and settings["resample"] == Image.Resampling.BICUBIC
+            and max(output_size(image_processor)) <= self.shortest_edge
+        )
+        if not self.is_clip:
+            if backend == "fast":
+                raise ValueError(
+                    "image_backend: fast knows the steps of a CLIPImageProcessor (bicubic, shortest edge, center crop)"
+                    f", but the image processor is a {type(image_processor).__name__} with other ones; use exact."
+                )
+            return
+        self.crop = output_size(image_processor)
+        self.with_tensors = backend == "fast" or library == "torchvision"
+        mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std"))
+        self.gain, self.offset = settings["rescale_factor"] / std, -mean / std
+
+    def decode(self, value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image | torch.Tensor:
+        """Decode an image as the backend does; see `decode_image` and `decode_tensor`."""
+        return (decode_tensor if self.backend == "fast" else decode_image)(value, key, max_pixels)
+
+    def __call__(self, image: Image.Image | torch.Tensor, key: str = "image") -> torch.Tensor:
+        """Prepare an RGB image; returns (3, H, W) float32.
+
+        Args:
+            image: The image, as `decode` gives it.
+            key: The row's key, for the error.
+
+        Raises:
+            DamagedImageError: If it is so long and narrow that resizing its shorter side to the processor's size would
+                make it too large.
+        """
+        height, width = self._resized(image, key)
+        if not self.is_clip:
+            return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        pixels: Any = _as_tensor(image) if self.with_tensors and isinstance(image, Image.Image) else image
+        pixels = F.resize(pixels, [height, width], InterpolationMode.BICUBIC, antialias=True)
+        pixels = F.crop(pixels, (height - self.crop[0]) // 2, (width - self.crop[1]) // 2, *self.crop)
+        pixels = pixels if isinstance(pixels, torch.Tensor) else _as_tensor(pixels)
+        return torch.addcmul(self.offset, pixels.to(torch.float32, memory_format=torch.contiguous_format), self.gain)
+
+    def _resized(self, image: Image.Image | torch.Tensor, key: str) -> tuple[int, int]:
+        """Height and width before the crop; those of the image where they do not follow from its shorter side."""
+        height, width = F.get_size(image)
+        if self.shortest_edge is None:
+            return height, width
+        short, long = self.shortest_edge, int(self.shortest_edge * max(height, width) / min(height, width))
+        if short * long > MAX_RESIZED_PIXELS:
+            raise DamagedImageError(
+                key, f"its {width} x {height} pixels are too narrow: resized, they would be {short} x {long}; cut it"
+            )
+        return (long, short) if width <= height else (short, long)
+
+
+class TrainTransform:
+    """A random crop of an image, resized and normalised as the image processor does.
+
+    The original recipe: RandomResizedCrop with a scale of 0.9 to 1, ratio 3/4 to 4/3, bicubic, no flip.
+
+    Args:
+        image_processor: A transformers image processor, which gives output size, mean and standard deviation.
+        scale: Smallest and largest share of the image's area that a crop keeps.
+        ratio: Smallest and largest aspect ratio of a crop.
+
+    Raises:
+        ValueError: If the scale is not within (0, 1], or the processor's output has no fixed size.
+    """
+
+    def __init__(
+        self,
+        image_processor: BaseImageProcessor,
+        scale: tuple[float, float] = (0.9, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    ) -> None:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"The crop scale must be two ascending numbers within (0, 1], not {tuple(scale)}.")
+        self.scale = list(scale)
+        self.ratio = list(ratio)
+        self.size = output_size(image_processor)
+        settings = image_processor.to_dict()
+        self.factor = settings["rescale_factor"] if settings.get("do_rescale", True) else 1.0
+        normalise = settings.get("do_normalize", True)
+        self.mean = list(settings["image_mean"]) if normalise else [0.0] * 3
+        self.std = list(settings["image_std"]) if normalise else [1.0] * 3
+
+    def __call__(self, image: Image.Image | torch.Tensor, seed: int) -> torch.Tensor:
+        """Crop and normalise an RGB image.
+
+        Args:
+            image: The image, or its uint8 tensor `(3, H, W)`, whose crop is resized as a tensor.
+            seed: Decides the crop, alone: no global random state is read or advanced.
+
+        Returns:
+            (3, H, W) float32.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            top, left, height, width = RandomResizedCrop.get_params(image, self.scale, self.ratio)
+        crop = F.resized_crop(image, top, left, height, width, list(self.size), InterpolationMode.BICUBIC)
+        crop = crop if isinstance(crop, torch.Tensor) else F.pil_to_tensor(crop)
+        pixels = crop.to(torch.float32, memory_format=torch.contiguous_format) * self.factor
+        return F.normalize(pixels, self.mean, self.std)
+
+
+def output_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
+    """Height and width of what an image processor returns.
+
+    Raises:
+        ValueError: If they depend on the image.
+    """
+    settings = image_processor.to_dict()
+    size = dict(settings["crop_size"]) if settings.get("do_center_crop") else dict(settings["size"])
+    if {"height", "width"} <= set(size):
+        return size["height"], size["width"]
+    raise ValueError(
+        f"{type(image_processor).__name__} resizes to {size} without cropping, so that its output has no fixed size; "
+        "set do_center_crop and crop_size."
+    )

@@ -1,0 +1,307 @@
+"""The demo's page: four tabs over one or two galleries."""
+
+from __future__ import annotations
+
+import functools
+import html
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+from PIL import Image
+
+from llm2clip.data import decode_image
+from llm2clip.demo.gallery import Found, Gallery
+from modeling_llm2clip import LLM2CLIPModel
+
+TITLE = "LLM2CLIP"
+QUERIES = {
+    "English": ["someone riding a bicycle up a hill", "a monkey covering its mouth", "a woman in a police uniform"],
+    "Deutsch": ["ein Surfer auf einer Welle", "Ein Mountainbiker in den Bergen", "Eine Pizza"],
+    "Français": ["personne faisant du surf", "policière", "crayon pastel"],
+}
+# Captions of bundled images, each with labels to choose from and a caption for its heat map.
+EXAMPLE_IMAGES = {
+    "closed mailbox with raised flag": ("a letter box\na camera\na light bulb", "a letter box with a raised flag"),
+    "person mountain biking": ("person riding a bicycle\nperson in a wheelchair\nperson running", "mountain biking"),
+    "crayon": ("a crayon\na paintbrush\na pill", "crayon"),
+    "person surfing": ("surfing\ncycling\nswimming", "person surfing"),
+}
+CREDITS = (
+    "Pictures: Noto Emoji (Apache-2.0), Twemoji by Twitter, Inc. and other contributors (CC-BY-4.0), Fluent Emoji "
+    "(MIT), Openclipart (public domain); names from Unicode CLDR."
+)
+CSS = """
+.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
+#head h1 { font-size: 1.75rem; font-weight: 700; margin: .4rem 0 .1rem; letter-spacing: -.02em; }
+#head p { margin: .1rem 0; } #head .facts { opacity: .7; font-size: .85rem; }
+.note, .note p { font-size: .85rem !important; opacity: .85; }
+.found .grid-wrap { max-height: none !important; overflow: visible !important; }
+.found .thumbnail-item { background: #fff; } .found .thumbnail-item img { padding: 8px 8px 38px; }
+.found .caption-label { left: 0; right: 0; bottom: 0; max-width: none; border: 0; font-size: .75rem; }
+.found .caption-label { text-align: center; white-space: normal; line-height: 1.2; min-height: 2.6rem; }
+.picture img { width: 100%; height: 100%; object-fit: contain; }
+"""
+
+
+class ExamplePicture(NamedTuple):
+    """An example image: its file, labels one per line, and a caption."""
+
+    path: str
+    labels: str
+    caption: str
+
+
+def build_interface(galleries: Sequence[tuple[str, Gallery]], examples: bool, example_dir: Path) -> gr.Blocks:
+    """Build the page.
+
+    Args:
+        galleries: Names of one or two models with their galleries; the first one serves every tab.
+        examples: Whether the images are the bundled ones, for which there are example queries.
+        example_dir: Folder for the example images.
+    """
+    name, gallery = galleries[0]
+    pictures = _save_examples(gallery, example_dir) if examples else []
+    with gr.Blocks(title=f"{TITLE} demo", analytics_enabled=False, fill_width=True) as page:
+        gr.HTML(_head(name, gallery), elem_id="head")
+        with gr.Tab("Search", id="search"):
+            start = _search_tab(gallery, examples)
+        with gr.Tab("Classify", id="classify"):
+            _classify_tab(gallery, pictures)
+        with gr.Tab("Heat map", id="heat_map"):
+            _heat_map_tab(gallery, pictures)
+        with gr.Tab("Compare", id="compare"):
+            _compare_tab(galleries, examples)
+        if examples:
+            gr.Markdown(CREDITS, elem_classes="note")
+            page.load(*start, api_visibility="private")
+    return page
+
+
+def theme() -> gr.themes.Base:
+    """The page's look; its fonts are the reader's own."""
+    return gr.themes.Base(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        radius_size="md",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+
+
+def _head(name: str, gallery: Gallery) -> str:
+    facts = [name, *_facts(gallery.model), f"{len(gallery):,} images"]
+    return (
+        f"<h1>{TITLE}</h1><p>A large language model reads the caption, a vision tower sees the picture, and one space "
+        f"holds both.</p><p class='facts'>{html.escape(' · '.join(facts))}</p>"
+    )
+
+
+def _facts(model: LLM2CLIPModel) -> list[str]:
+    millions = [
+        sum(parameter.numel() for parameter in part.parameters()) / 1e6
+        for part in (model.text_model, model.vision_model)
+    ]
+    text, vision = model.config.text_config.decoder_config.model_type, model.config.vision_config.model_type
+    return [f"LLM: {text}, {millions[0]:,.0f} M parameters", f"vision: {vision}, {millions[1]:,.0f} M"]
+
+
+def _search_tab(gallery: Gallery, examples: bool) -> tuple[Callable[..., Any], gr.Textbox, gr.Gallery]:
+    """Returns the search, where its query comes from and where its result goes."""
+
+    def by_text(query: str) -> Any:
+        return _results(gallery.search(query))
+
+    def by_image(path: str | None) -> Any:
+        return _results(gallery.search(_decode(path))) if path else gr.skip()
+
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            query = gr.Textbox(
+                QUERIES["English"][0] if examples else "", label="Caption",
+                placeholder="What should the picture show?", elem_id="query", max_lines=6,
+            )  # fmt: skip
+            button = gr.Button("Search", variant="primary", elem_id="search_button")
+            image = _picture_field("query_image", "or a picture like this one", 190)
+            examples_at = gr.Column()
+        with gr.Column(scale=5, min_width=480):
+            found = _found_gallery("found", 4)
+            gr.Markdown(
+                "Each picture's number is its cosine similarity with the query; the order means more than the value. "
+                "Names are only shown, never searched. Languages work as far as the language model reads them.",
+                elem_classes="note",
+            )
+    search = _shown(by_text)
+    gr.on([button.click, query.submit], search, query, found, api_name="search")
+    image.input(_shown(by_image), image, found, api_name="search_by_image")
+    if examples:
+        with examples_at:
+            _example_queries(query, found, search)
+    return search, query, found
+
+
+def _classify_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
+    def classify(path: str | None, labels: str, template: str) -> dict[str, float]:
+        return gallery.classify(_decode(path), labels.splitlines(), template)
+
+    with gr.Row():
+        with gr.Column(scale=3, min_width=300):
+            image = _picture_field("classify_image")
+            examples = _example_pictures(pictures) if pictures else None
+        with gr.Column(scale=4, min_width=360):
+            labels = gr.Textbox(label="Labels, one per line", lines=5, elem_id="labels")
+            template = gr.Textbox("{}", label="Caption for a label", info="{} is where the label goes.")
+            button = gr.Button("Classify", variant="primary", elem_id="classify_button")
+            probabilities = gr.Label(label="Probabilities", elem_id="probabilities")
+            gr.Markdown(
+                "The probabilities sum to one over your labels: something is always the likeliest, also when none is "
+                "right.",
+                elem_classes="note",
+            )
+    inputs = [image, labels, template]
+    button.click(_shown(classify), inputs, probabilities, api_name="classify")
+    if examples is not None:
+
+        def classify_example(index: int) -> tuple[Any, ...]:
+            picture = pictures[index]
+            return picture.path, picture.labels, "{}", classify(picture.path, picture.labels, "{}")
+
+        examples.click(_shown(classify_example), examples, [*inputs, probabilities], api_visibility="private")
+
+
+def _heat_map_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
+    def heat_map(path: str | None, caption: str) -> tuple[Image.Image, Image.Image, str]:
+        seen, drawn, similarity = gallery.heat_map(_decode(path), caption)
+        rows, columns = similarity.shape
+        text = (
+            f"{rows} × {columns} patches; cosine similarity from **{similarity.min():.2f}** (blue) to "
+            f"**{similarity.max():.2f}** (red). The colours span each map's own range, so a caption that does not fit "
+            "has red parts too. The tower was trained on whole pictures only: the map shows a tendency."
+        )
+        return seen, drawn, text
+
+    with gr.Row():
+        with gr.Column(scale=3, min_width=260):
+            image = _picture_field("map_image")
+            examples = _example_pictures(pictures) if pictures else None
+            caption = gr.Textbox(label="Caption", elem_id="map_caption")
+            button = gr.Button("Show where it matches", variant="primary", elem_id="map_button")
+        with gr.Column(scale=5, min_width=480):
+            with gr.Row():
+                seen = gr.Image(label="What the tower sees", format="png", interactive=False, buttons=[])
+                drawn = gr.Image(
+                    label="Where the caption matches", format="png", interactive=False, elem_id="heat_map",
+                    buttons=["download"],
+                )  # fmt: skip
+            note = gr.Markdown(elem_classes="note")
+    inputs, outputs = [image, caption], [seen, drawn, note]
+    gr.on([button.click, caption.submit], _shown(heat_map), inputs, outputs, api_name="heat_map")
+    if examples is not None:
+
+        def map_example(index: int) -> tuple[Any, ...]:
+            picture = pictures[index]
+            return picture.path, picture.caption, *heat_map(picture.path, picture.caption)
+
+        examples.click(_shown(map_example), examples, [*inputs, *outputs], api_visibility="private")
+
+
+def _compare_tab(galleries: Sequence[tuple[str, Gallery]], examples: bool) -> None:
+    if len(galleries) == 1:
+        gr.Markdown(
+            "Start the demo with a second checkpoint to see both side by side: `--compare FOLDER_OR_HUB_ID`. After "
+            "`make quickstart`, `--compare runs/quickstart/stage2-raw` is the model that learned from the LLM before "
+            "stage 1."
+        )
+        return
+
+    def compare(query: str) -> list[Any]:
+        return [_results(gallery.search(query, 9)) for _, gallery in galleries]
+
+    with gr.Row(equal_height=True):
+        query = gr.Textbox(label="Caption", scale=5, elem_id="compare_query")
+        button = gr.Button("Compare", variant="primary", scale=1, elem_id="compare_button")
+    outputs: list[Any] = []
+    examples_at = gr.Row()
+    with gr.Row():
+        for index, (name, gallery) in enumerate(galleries):
+            with gr.Column():
+                gr.Markdown(f"**{name}**  \n{' · '.join(_facts(gallery.model))}")
+                outputs.append(_found_gallery(f"compare_{index}", 3))
+    search = _shown(compare)
+    gr.on([button.click, query.submit], search, query, outputs, api_name="compare")
+    if examples:
+        with examples_at:
+            _example_queries(query, outputs, search)
+
+
+def _picture_field(identity: str, label: str = "Picture", height: int = 300) -> gr.Image:
+    field = gr.Image(
+        label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], height=height,
+        elem_id=identity, elem_classes="picture", buttons=[],
+    )  # fmt: skip
+    # Its own way would open the file and fail without a word on a damaged one; `decode_image` says what is wrong.
+    field.preprocess = _uploaded_file  # type: ignore[method-assign]
+    return field
+
+
+def _uploaded_file(payload: Any) -> str | None:
+    return None if payload is None else payload.path
+
+
+def _found_gallery(identity: str, columns: int) -> gr.Gallery:
+    return gr.Gallery(
+        label="Found", show_label=False, columns=columns, height="auto", object_fit="contain", interactive=False,
+        elem_id=identity, elem_classes="found", buttons=[],
+    )  # fmt: skip
+
+
+def _example_queries(query: gr.Textbox, outputs: Any, search: Callable[..., Any]) -> None:
+    for language, queries in QUERIES.items():
+        gr.Examples(
+            queries, query, outputs, search, run_on_click=True, cache_examples=False, label=language,
+            api_visibility="private",
+        )  # fmt: skip
+
+
+def _example_pictures(pictures: list[ExamplePicture]) -> gr.Dataset:
+    return gr.Dataset(
+        components=[gr.Image(visible=False, type="filepath")], samples=[[picture.path] for picture in pictures],
+        type="index", label="Examples", elem_classes="examples",
+    )  # fmt: skip
+
+
+def _results(found: Sequence[Found]) -> Any:
+    pairs = [(hit.image, f"{hit.score:.2f} · {hit.name}" if hit.name else f"{hit.score:.2f}") for hit in found]
+    return gr.update(value=pairs, selected_index=None)
+
+
+def _decode(path: str | None) -> Image.Image:
+    if path is None:
+        raise ValueError("There is no picture yet: drop one into the field, or take an example.")
+    return decode_image(path, Path(path).name)
+
+
+def _save_examples(gallery: Gallery, folder: Path) -> list[ExamplePicture]:
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for name, (labels, caption) in EXAMPLE_IMAGES.items():
+        image = gallery.find(name)
+        if image is not None:
+            path = folder / f"{name.replace(' ', '-')}.png"
+            image.save(path)
+            pictures.append(ExamplePicture(str(path), labels, caption))
+    return pictures
+
+
+def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Show what a user can mend as a message on the page."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except ValueError as error:
+            raise gr.Error(str(error), title="", print_exception=False) from error
+
+    return wrapped

@@ -1,0 +1,28 @@
+"""Encoding an evaluation set on several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llm2clip.losses.gather import gather_without_grad
+
+
+def encode_sharded(num_rows: int, encode: Callable[[range], Tensor], device: torch.device) -> Tensor:
+    """Encode rows 0 to `num_rows - 1`, each process its part, and gather all of them on every process.
+
+    Args:
+        num_rows: Rows in total.
+        encode: Maps a range of rows to `(len(range), width)`.
+        device: Device that the process group can exchange tensors on.
+
+    Returns:
+        `(num_rows, width)` on the CPU.
+    """
+    if not torch.distributed.is_initialized():
+        return encode(range(num_rows)).cpu()
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    bounds = [num_rows * part // world_size for part in range(world_size + 1)]
+    return gather_without_grad(encode(range(bounds[rank], bounds[rank + 1])).to(device)).rows.cpu()

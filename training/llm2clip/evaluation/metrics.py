@@ -1,0 +1,297 @@
+"""Retrieval between images and captions, and between captions: recall@k and ranks, in tiles.
+
+A query may have several correct candidates, as an image has captions and a caption images; its rank is that of the
+best one, so recall@k counts the queries with at least one correct candidate among the first k.
+
+Equal scores have no order. Ranks and recalls are the expected values when such candidates are shuffled, so that a
+model which maps everything to one point scores what guessing does, and no number depends on the sorting. Cosines that
+differ by less than rounding does (1e-6) are equal: the same two vectors give other last bits in another place of a
+matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llm2clip.utils.inner_products import inner_products
+
+# The two tiles of this many queries are smaller than the candidates themselves for any width above 512, however many
+# candidates there are, and are large enough to keep the matrix products at full speed.
+DEFAULT_TILE_SIZE = 256
+MAX_NAMED_ROWS = 10
+# Cosines closer than this are equal: float32 products of unit vectors are exact to some 2e-7.
+ROUNDING = 1e-6
+
+
+def rank_of_best_match(
+    queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int = DEFAULT_TILE_SIZE
+) -> Tensor:
+    """Find the rank of each query's best correct candidate by cosine similarity.
+
+    Scores are float32, in tiles of `tile_size` queries by all candidates.
+
+    Args:
+        queries: (q, d); need not be normalised.
+        candidates: (c, d), on the device that does the work; tiles of queries are moved there.
+        matches: (p, 2) int64 pairs of a query's and a correct candidate's index; any number per query, in any order.
+        tile_size: Number of queries per tile.
+
+    Returns:
+        (q,) float64 on the CPU: the number of wrong candidates before the first correct one, its expected value where
+        scores are equal.
+
+    Raises:
+        ValueError: A query has no correct candidate, an index is out of range, an embedding is not finite, or shapes
+            do not fit.
+    """
+    return _ranks(queries, candidates, matches, tile_size, ("query", "candidate"))[0].expected()
+
+
+def retrieval_metrics(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    matches: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+    tile_size: int = DEFAULT_TILE_SIZE,
+) -> dict[str, float | int]:
+    """Compute retrieval metrics in both directions, as on Flickr30k and COCO.
+
+    A text counts as hit if any image it belongs to is among the first k images, an image if any of its texts is among
+    the first k texts.
+
+    Args:
+        image_embeds: (images, d); need not be normalised.
+        text_embeds: (texts, d).
+        matches: (p, 2) int64 pairs of a text's and an image's index. Every text needs one; an image without any is a
+            wrong answer to every text and asks for nothing itself.
+        ks: The k of recall@k. One that exceeds the number of candidates gives 1.
+        tile_size: Number of queries per tile.
+
+    Returns:
+        For both directions, with `text_to_image` (the search for an image) and `image_to_text` as prefixes:
+        `_recall@K` (shares, 0 to 1), `_mean_rank` and `_median_rank` (from 1; of two middle ranks the mean, rounded
+        down, as CLIP training code reports it); also `num_texts`, `num_images` and `num_images_with_text`.
+
+    Raises:
+        ValueError: A text has no match, an index is out of range, an embedding is not finite, or shapes
+            do not fit.
+    """
+    text_to_image, image_to_text = _ranks(text_embeds, image_embeds, matches, tile_size, ("text", "image"))
+    asking = matches[:, 1].unique().cpu()
+    image_to_text = _Ranks(*(column[asking] for column in image_to_text))
+    counts = {"num_texts": len(text_embeds), "num_images": len(image_embeds), "num_images_with_text": len(asking)}
+    return {
+        **{f"text_to_image_{key}": value for key, value in _summary(text_to_image, ks).items()},
+        **{f"image_to_text_{key}": value for key, value in _summary(image_to_text, ks).items()},
+        **counts,
+    }
+
+
+def caption_retrieval_metrics(
+    query_embeds: Tensor,
+    target_embeds: Tensor,
+    matches: Tensor | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    tile_size: int = DEFAULT_TILE_SIZE,
+) -> dict[str, float | int]:
+    """Compute how well a text encoder finds another caption of the same image (LLM2CLIP's "CRA").
+
+    The paper takes the first two captions of each of the 5,000 COCO test images as query and target and reports top-1.
+    Its numbers changed by a factor of three between versions, so compare only what was measured in one way.
+
+    Args:
+        query_embeds: (q, d); need not be normalised.
+        target_embeds: (t, d).
+        matches: (p, 2) int64 pairs of a query's and a target's index; None pairs row i with row i.
+        ks: The k of recall@k. One that exceeds the number of targets gives 1.
+        tile_size: Number of queries per tile.
+
+    Returns:
+        `recall@K` (shares, 0 to 1), `mean_rank` and `median_rank` (from 1), `num_queries` and `num_targets`.
+
+    Raises:
+        ValueError: A query has no target, an index is out of range, an embedding is not finite, or shapes do not fit.
+    """
+    if matches is None:
+        if len(query_embeds) != len(target_embeds):
+            raise ValueError(
+                f"Without matches, query i belongs to target i, but there are {len(query_embeds)} queries and "
+                f"{len(target_embeds)} targets. Give the pairs as matches."
+            )
+        matches = torch.arange(len(query_embeds))[:, None].expand(-1, 2)
+    ranks, _ = _ranks(query_embeds, target_embeds, matches, tile_size, ("query", "target"))
+    return {**_summary(ranks, ks), "num_queries": len(query_embeds), "num_targets": len(target_embeds)}
+
+
+class _Ranks(NamedTuple):
+    """Where the best correct candidate of each query stands, (q,) int64 each.
+
+    Attributes:
+        ahead: Wrong candidates that score higher.
+        tied_wrong: Wrong candidates with the same score.
+        tied_right: Correct candidates with the same score, at least 1 where there is a correct one.
+    """
+
+    ahead: Tensor
+    tied_wrong: Tensor
+    tied_right: Tensor
+
+    def expected(self) -> Tensor:
+        """Expected number of wrong candidates before the first correct one."""
+        return self.ahead + self.tied_wrong.double() / (self.tied_right + 1)
+
+    def hit_probability(self, k: int) -> Tensor:
+        """Probability that a correct candidate is among the first k."""
+        tied = (self.tied_wrong + self.tied_right).double()
+        right = self.tied_right.double()
+        # All correct ones of the tie stand behind the first m of it: C(tied - m, right) of C(tied, right) orders.
+        behind = tied - (k - self.ahead).clamp(min=0)
+        possible = behind >= right
+        behind = torch.where(possible, behind, right)
+        log_share = _log_binomial(behind, right) - _log_binomial(tied, right)
+        miss = torch.where(possible, log_share.exp(), torch.zeros_like(tied))
+        return torch.where(self.tied_wrong == 0, (self.ahead < k).double(), 1 - miss)
+
+
+def _log_binomial(n: Tensor, k: Tensor) -> Tensor:
+    return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+
+
+def _summary(ranks: _Ranks, ks: Sequence[int]) -> dict[str, float | int]:
+    for k in ks:
+        if k < 1:
+            raise ValueError(f"recall@k needs k of at least 1, but got {k}.")
+    expected = ranks.expected()
+    ordered = expected.sort().values
+    middle = int(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
+    recalls: dict[str, float | int] = {f"recall@{k}": ranks.hit_probability(k).mean().item() for k in ks}
+    return {**recalls, "mean_rank": expected.mean().item() + 1, "median_rank": middle + 1}
+
+
+@torch.no_grad()
+def _ranks(
+    queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int, names: tuple[str, str]
+) -> tuple[_Ranks, _Ranks]:
+    """The ranks of [`rank_of_best_match`], and those of the search for queries by candidates, out of one product.
+
+    Args:
+        queries, candidates, matches, tile_size: See there.
+        names: What errors call a query and a candidate.
+
+    Returns:
+        The ranks for every query, and for every candidate; those of a candidate without a match mean nothing.
+    """
+    query_name, candidate_name = names
+    if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:
+        raise ValueError(
+            f"{query_name} and {candidate_name} embeddings must be matrices of one width, but are "
+            f"{tuple(queries.shape)} and {tuple(candidates.shape)}."
+        )
+    if tile_size < 1:
+        raise ValueError(f"tile_size must be at least 1, but is {tile_size}.")
+    device = candidates.device
+    matches = _checked_matches(matches, len(queries), len(candidates), names)
+    units = candidates.float() / _norms(candidates, candidate_name)
+    norms = _norms(queries, query_name)
+
+    def unit_queries(rows: Tensor | slice) -> Tensor:
+        return (queries[rows].float() / norms[rows]).to(device)
+
+    correct = torch.cat(
+        [
+            (unit_queries(chunk[:, 0].to(queries.device)) * units[chunk[:, 1].to(device)]).sum(dim=1)
+            for chunk in matches.split(tile_size)
+        ]
+    )
+    matches = matches.to(device)
+    sides = (_Side(len(queries), matches[:, 0], correct), _Side(len(candidates), matches[:, 1], correct))
+    # For each tile, the slice of `matches` (sorted by query) that belongs to it.
+    starts = range(0, len(queries), tile_size)
+    bounds = torch.searchsorted(
+        matches[:, 0].contiguous(), torch.tensor([*starts, len(queries)], device=device)
+    ).tolist()
+    buffers = units.new_empty(2, min(tile_size, len(queries)), len(candidates))
+    with torch.autocast(device.type, enabled=False):
+        for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
+            tile = slice(start, start + tile_size)
+            scores, flags = buffers[:, : len(norms[tile])]
+            inner_products(unit_queries(tile), units, scores)
+            # Only wrong ones are counted: a correct candidate must not outrank itself by rounding.
+            scores[matches[first:last, 0] - start, matches[first:last, 1]] = -torch.inf
+            sides[0].count(scores, flags, tile)
+            sides[1].count(scores.T, flags.T, slice(None))
+    return sides[0].ranks(), sides[1].ranks()
+
+
+class _Side:
+    """Counts, for every row of one side, what scores as high as its best correct match on the other side.
+
+    Args:
+        size: Number of rows.
+        rows: (p,) the row of each match.
+        correct: (p,) the score of each match.
+    """
+
+    def __init__(self, size: int, rows: Tensor, correct: Tensor) -> None:
+        self.best = correct.new_full((size,), -torch.inf).scatter_reduce(0, rows, correct, "amax")
+        self.tied_right = torch.bincount(rows[correct >= self.best[rows] - ROUNDING], minlength=size)
+        self.ahead = torch.zeros_like(self.tied_right)
+        self.not_behind = torch.zeros_like(self.tied_right)
+
+    def count(self, scores: Tensor, flags: Tensor, rows: slice) -> None:
+        """Count the wrong ones in a tile.
+
+        Args:
+            scores: (rows, others), -inf for the correct ones.
+            flags: A buffer of the same shape and type: comparisons and sums are fastest without a change of type.
+            rows: The tile's rows.
+        """
+        best = self.best[rows, None]
+        self.ahead[rows] += torch.gt(scores, best + ROUNDING, out=flags).sum(dim=1).long()
+        self.not_behind[rows] += torch.ge(scores, best - ROUNDING, out=flags).sum(dim=1).long()
+
+    def ranks(self) -> _Ranks:
+        """What was counted, on the CPU."""
+        return _Ranks(self.ahead.cpu(), (self.not_behind - self.ahead).cpu(), self.tied_right.cpu())
+
+
+def _checked_matches(matches: Tensor, num_queries: int, num_candidates: int, names: tuple[str, str]) -> Tensor:
+    """The pairs, sorted by query, each once."""
+    if matches.dtype != torch.int64 or matches.ndim != 2 or matches.shape[1] != 2:
+        raise ValueError(
+            f"matches must be int64 pairs of shape (p, 2), but are {matches.dtype} of shape {tuple(matches.shape)}."
+        )
+    for name, column, count in zip(names, matches.unbind(1), (num_queries, num_candidates), strict=True):
+        outside = (column < 0) | (column >= count)
+        if outside.any():
+            raise ValueError(
+                f"matches name {name} {int(column[outside][0])}, but there are {count} {name} embeddings (from 0)."
+            )
+    unmatched = torch.bincount(matches[:, 0], minlength=num_queries) == 0
+    if num_queries == 0 or unmatched.any():
+        raise ValueError(
+            f"Every {names[0]} needs a correct {names[1]} in matches; {_named(unmatched.nonzero()[:, 0])} of "
+            f"{num_queries} have none."
+            if num_queries
+            else f"There are no {names[0]} embeddings to evaluate."
+        )
+    numbers = (matches[:, 0] * num_candidates + matches[:, 1]).unique()
+    return torch.stack([numbers // num_candidates, numbers % num_candidates], dim=1)
+
+
+def _norms(embeds: Tensor, name: str) -> Tensor:
+    """Lengths of the rows, (n, 1) float32, not zero."""
+    norms = embeds.float().norm(dim=1, keepdim=True)
+    broken = ~norms[:, 0].isfinite()
+    if broken.any():
+        raise ValueError(f"Non-finite {name} embeddings in rows {_named(broken.nonzero()[:, 0])}.")
+    return norms.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _named(rows: Tensor) -> str:
+    shown = ", ".join(map(str, rows[:MAX_NAMED_ROWS].tolist()))
+    return shown if len(rows) <= MAX_NAMED_ROWS else f"{shown}, ... ({len(rows)} rows)"

@@ -1,0 +1,1 @@
+"""Publishing: model cards, Hub-ready folders, uploads and exports."""

@@ -1,0 +1,40 @@
+"""Model cards."""
+
+from llm2clip.hub.cards.card import (
+    CARD,
+    licence_of,
+    merge_cards,
+    read_card,
+    render,
+    split_card,
+    validate_card,
+    with_repo,
+    write_card,
+)
+from llm2clip.hub.cards.curves import write_curves
+from llm2clip.hub.cards.describe import base_models, summary
+from llm2clip.hub.cards.facts import CURVES, EXAMPLE, JOINT_TASK, TEXT_TASK, VISION_TASK, CardFacts, Evaluation
+from llm2clip.hub.cards.metadata import check_metadata
+
+__all__ = [
+    "CARD",
+    "CURVES",
+    "EXAMPLE",
+    "JOINT_TASK",
+    "TEXT_TASK",
+    "VISION_TASK",
+    "CardFacts",
+    "Evaluation",
+    "base_models",
+    "check_metadata",
+    "licence_of",
+    "merge_cards",
+    "read_card",
+    "render",
+    "split_card",
+    "summary",
+    "validate_card",
+    "with_repo",
+    "write_card",
+    "write_curves",
+]

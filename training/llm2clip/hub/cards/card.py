@@ -1,0 +1,236 @@
+"""Model cards: what is known about a model, as front matter and sections that later cards renew.
+
+A section stands between marks that hold its checksum. A later card replaces the sections that nobody has touched, and
+leaves alone what a person wrote, changed or deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from llm2clip.hub.cards.facts import EXAMPLE, VISION_TASK, CardFacts, Evaluation
+from llm2clip.hub.cards.metadata import as_list, check_metadata
+from llm2clip.hub.cards.sections import PAPER, sections
+from llm2clip.utils.files import write_text
+
+CARD = "README.md"
+PEFT_TEMPLATE = "# Model Card for Model ID"
+SECTION = re.compile(r"<!-- llm2clip:(\w+) ([0-9a-f]{12}) -->\n(.*?)\n?<!-- /llm2clip:\1 -->", re.DOTALL)
+# What the snippets load.
+LOADED = re.compile(r'((?:from_pretrained\(|SentenceTransformer\(|snapshot_download\(|cached_file\(|model=)")[^"]*(")')
+# Of these lists a later card keeps what is there and adds what is new.
+UNITED = ("tags", "base_model", "datasets")
+
+
+def licence_of(folder: Path | None) -> dict[str, Any]:
+    """The licence that the card in a folder states, as fields of [`CardFacts`]; none where there is no card."""
+    data = read_card(folder)[0] if folder else {}
+    names = {"licence": "license", "licence_name": "license_name", "licence_link": "license_link"}
+    return {name: str(data[key]) for name, key in names.items() if data.get(key)}
+
+
+def read_card(folder: Path) -> tuple[dict[str, Any], str]:
+    """Front matter and text of the card in a folder; both empty where there is none."""
+    path = folder / CARD
+    if not path.is_file():
+        return {}, ""
+    data, text = split_card(path.read_text(encoding="utf-8"))
+    # PEFT's template, in which nobody has filled in anything.
+    return ({}, "") if text.lstrip().startswith(PEFT_TEMPLATE) else (data, text)
+
+
+def split_card(content: str) -> tuple[dict[str, Any], str]:
+    """Front matter and text of a card.
+
+    Raises:
+        ValueError: The front matter is no YAML mapping.
+    """
+    match = re.match(r"\s*---\n(.*?)\n---\n*", content, re.DOTALL)
+    if match is None:
+        return {}, content
+    try:
+        data = yaml.safe_load(match[1]) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"the front matter of README.md is no YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError("the front matter of README.md is no YAML mapping.")
+    return data, content[match.end() :]
+
+
+def write_card(folder: Path, facts: CardFacts) -> None:
+    """Write README.md, around what a person wrote into the one that is there."""
+    write_text(folder / CARD, render(facts, *read_card(folder)))
+
+
+def render(facts: CardFacts, data: dict[str, Any] | None = None, text: str = "", keep: Sequence[str] = ()) -> str:
+    """A card.
+
+    Args:
+        facts: What is known now.
+        data: Front matter of the card so far.
+        text: Its text.
+        keep: Sections that stay as they are, unless they are empty.
+    """
+    merged = _merge_data(data or {}, front_matter(facts))
+    new = sections(facts)
+    if not text.strip():
+        return _assemble(merged, _fresh(new))
+    filled = {name for name, _, content in SECTION.findall(text) if content.strip()}
+    body = _merge_sections(text, {name: value for name, value in new.items() if name not in filled & set(keep)})
+    return _assemble(merged, body)
+
+
+def _assemble(data: dict[str, Any], text: str) -> str:
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n\n{text.strip()}\n"
+
+
+def front_matter(facts: CardFacts) -> dict[str, Any]:
+    """The metadata that the Hub reads."""
+    results = [result for evaluation in facts.evaluations for result in _eval_results(evaluation, facts.task)]
+    # Commas part the labels.
+    labels = ", ".join(" ".join(caption.replace(",", " ").split()) for caption in facts.captions)
+    widget = [{"src": EXAMPLE, "candidate_labels": labels}] if facts.has_example else None
+    is_encoder = facts.task != VISION_TASK and not facts.is_adapter
+    tags = ["llm2clip", "clip", *(["sentence-transformers"] if is_encoder else []), f"arxiv:{PAPER}"]
+    data = ModelCardData(
+        language=list(facts.languages) or None,
+        license=facts.licence,
+        license_name=facts.licence_name,
+        license_link=facts.licence_link,
+        base_model=list(facts.base_models) or None,
+        datasets=list(facts.datasets) or None,
+        library_name="transformers",
+        pipeline_tag=facts.task,
+        tags=tags,
+        widget=widget,
+    )
+    fields = data.to_dict()
+    if results:
+        fields["model-index"] = eval_results_to_model_index(facts.name, results)
+    return fields
+
+
+def _eval_results(evaluation: Evaluation, pipeline_tag: str) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=pipeline_tag,
+            task_name=evaluation.task,
+            dataset_type=evaluation.dataset,
+            dataset_name=evaluation.title,
+            # Without it the Hub's index would put two caption columns of one split together.
+            dataset_config=evaluation.note or None,
+            dataset_split=evaluation.split,
+            dataset_revision=evaluation.revision,
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in evaluation.metrics.items()
+    ]
+
+
+def _merge_data(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    merged = {**new, **old}
+    for key in UNITED:
+        values = [*as_list(old.get(key)), *as_list(new.get(key))]
+        if values:
+            merged[key] = list(dict.fromkeys(values))
+    if "model-index" in new:
+        ours = new["model-index"][0]
+        measured = [_measured(result) for result in ours["results"]]
+        others = [result for entry in old.get("model-index") or [] for result in entry.get("results") or []]
+        kept = [result for result in others if _measured(result) not in measured]
+        merged["model-index"] = [{**ours, "results": [*ours["results"], *kept]}]
+    return merged
+
+
+def _measured(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What a result of a model-index was measured on."""
+    dataset = result.get("dataset") or {}
+    return ((result.get("task") or {}).get("name"), *(dataset.get(key) for key in ("type", "config", "split")))
+
+
+def _marked(name: str, content: str) -> str:
+    content = content.strip()
+    return f"<!-- llm2clip:{name} {_checksum(content)} -->\n{content}\n<!-- /llm2clip:{name} -->"
+
+
+def _checksum(content: str) -> str:
+    return hashlib.sha256(content.strip().encode()).hexdigest()[:12]
+
+
+def _fresh(new: dict[str, str]) -> str:
+    return "\n\n".join(_marked(name, content) for name, content in new.items())
+
+
+def _merge_sections(text: str, new: dict[str, str]) -> str:
+    def renew(match: re.Match[str]) -> str:
+        name, checksum, content = match.groups()
+        untouched = _checksum(content) == checksum
+        # What nothing is known about now may have been known before.
+        return _marked(name, new[name]) if untouched and new.get(name) else match[0]
+
+    return SECTION.sub(renew, text)
+
+
+def merge_cards(theirs: str, ours: str) -> str:
+    """A newer card around what a person wrote on an older one.
+
+    Args:
+        theirs: The older card.
+        ours: The newer one.
+    """
+    data, text = split_card(theirs)
+    new_data, new_text = split_card(ours)
+    new = {name: content for name, _, content in SECTION.findall(new_text)}
+    body = _merge_sections(text, new) if SECTION.search(text) or text.strip() else new_text
+    return _assemble(_merge_data(data, new_data), body)
+
+
+def with_repo(card: str, repo: str, example: str) -> str:
+    """A card whose snippets load `repo`, and whose widget shows the picture at the address `example`."""
+    data, text = split_card(card)
+    for entry in data.get("widget") or []:
+        if entry.get("src") == EXAMPLE:
+            entry["src"] = example
+
+    def renew(match: re.Match[str]) -> str:
+        name, checksum, content = match.groups()
+        if name != "use" or _checksum(content) != checksum:
+            return match[0]
+        return _marked(name, LOADED.sub(rf"\g<1>{repo}\g<2>", content))
+
+    return _assemble(data, SECTION.sub(renew, text))
+
+
+def validate_card(folder: Path) -> None:
+    """Refuse a card that the Hub would not take.
+
+    Raises:
+        FileNotFoundError: There is no README.md.
+        ValueError: Its metadata is not valid.
+    """
+    if not (folder / CARD).is_file():
+        raise FileNotFoundError(f"{folder} has no {CARD}; `llm2clip build` writes one.")
+    check_metadata(read_card(folder)[0], folder / CARD)
+    ModelCard.load(folder / CARD)
+
+
+__all__ = [
+    "CARD",
+    "licence_of",
+    "merge_cards",
+    "read_card",
+    "render",
+    "split_card",
+    "validate_card",
+    "with_repo",
+    "write_card",
+]

@@ -1,0 +1,207 @@
+"""The sections of a model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from llm2clip.hub.cards.facts import CURVES, EXAMPLE, JOINT_TASK, TEXT_TASK, CardFacts, Evaluation
+
+PAPER = "2411.04997"
+CITATION = """```bibtex
+@article{huang2024llm2clip,
+  title={LLM2CLIP: Powerful Language Model Unlocks Richer Visual Representation},
+  author={Huang, Weiquan and Wu, Aoqi and Yang, Yifan and Luo, Xufang and Yang, Yuqing and Hu, Liang and Dai, Qi and
+          Dai, Xiyang and Chen, Dongdong and Luo, Chong and Qiu, Lili},
+  journal={arXiv preprint arXiv:2411.04997},
+  year={2024}
+}
+```"""
+RECALLS = ("recall@1", "recall@5", "recall@10")
+DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text", "": "query → target"}
+# Of a folder as well as of a repo on the Hub.
+EXAMPLE_PICTURE = f'cached_file("{{repo}}", "{EXAMPLE}")'
+EXAMPLE_IMPORT = "from transformers.utils import cached_file\n"
+OWN_PICTURE = '"picture.jpg"  # an image file of yours'
+CAPTIONS = ("a photo of a dog", "a photo of a cat")
+
+JOINT = """```python
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+{imports}
+model = AutoModel.from_pretrained("{repo}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{repo}", trust_remote_code=True)
+picture = {picture}
+captions = {captions}
+inputs = processor(text=captions, images=Image.open(picture), return_tensors="pt")
+print(model(**inputs).logits_per_image.softmax(dim=-1))
+```
+
+```python
+from transformers import pipeline
+{imports}
+classify = pipeline("zero-shot-image-classification", model="{repo}", trust_remote_code=True)
+picture = {picture}
+print(classify(picture, candidate_labels={captions}, hypothesis_template="{{}}"))
+```
+
+```python
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+{imports}
+model = SentenceTransformer("{repo}", trust_remote_code=True)
+picture = {picture}
+print(model.similarity(model.encode([Image.open(picture)]), model.encode({captions})))
+```"""
+VISION = """```python
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+{imports}
+model = AutoModel.from_pretrained("{repo}", trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained("{repo}")
+picture = {picture}
+output = model(**processor(images=Image.open(picture), return_tensors="pt"))
+print(output.pooler_output.shape, output.last_hidden_state.shape)
+```
+
+```python
+from transformers import pipeline
+{imports}
+extract = pipeline("image-feature-extraction", model="{repo}", trust_remote_code=True)
+picture = {picture}
+print(extract(picture, pool=True, return_tensors=True).shape)
+```"""
+TEXT = """```python
+from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("{repo}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)
+embeddings = model.encode({captions}, tokenizer)
+print(embeddings.shape)
+```
+
+```python
+from transformers import pipeline
+
+extract = pipeline("feature-extraction", model="{repo}", trust_remote_code=True)
+states = extract({captions}, return_tensors=True)  # of every token, before they are averaged
+print([state.shape for state in states])
+```
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{repo}", trust_remote_code=True)
+embeddings = model.encode({captions})
+print(model.similarity(embeddings, embeddings))
+```"""
+
+
+# transformers would look for the code in the repo of the LLM, so it has to be a folder.
+ADAPTER = """```python
+from huggingface_hub import snapshot_download
+from transformers import AutoModel, AutoTokenizer
+
+folder = snapshot_download("{repo}")
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+embeddings = model.encode({captions}, tokenizer)
+print(embeddings.shape)
+```"""
+
+
+def sections(facts: CardFacts) -> dict[str, str]:
+    """All sections by name; one about which nothing is known is empty."""
+    return {
+        "about": _about(facts),
+        "use": _use(facts),
+        "results": _results(facts.evaluations),
+        "training": _training(facts),
+        "limits": _limits(facts),
+        "citation": f"## Citation\n\n{CITATION}",
+    }
+
+
+def _about(facts: CardFacts) -> str:
+    return f"# {facts.name}\n\n{facts.summary}"
+
+
+def _use(facts: CardFacts) -> str:
+    snippets = ADAPTER if facts.is_adapter else {JOINT_TASK: JOINT, TEXT_TASK: TEXT}.get(facts.task, VISION)
+    filled = snippets.format(
+        repo=facts.repo,
+        imports=EXAMPLE_IMPORT if facts.has_example else "",
+        picture=EXAMPLE_PICTURE.format(repo=facts.repo) if facts.has_example else OWN_PICTURE,
+        captions=_literal(facts.captions or CAPTIONS),
+    )
+    picture = f"\n\n![A picture]({EXAMPLE})" if facts.has_example else ""
+    return f"## Use\n\n{filled}{picture}"
+
+
+def _literal(captions: Sequence[str]) -> str:
+    # Double quotes, as a formatter would write them.
+    return "[" + ", ".join(json.dumps(caption, ensure_ascii=False) for caption in captions) + "]"
+
+
+def _results(evaluations: Sequence[Evaluation]) -> str:
+    if not evaluations:
+        return ""
+    lines = ["## Results", "", "Recall in percent.", "", "| task | data | direction | R@1 | R@5 | R@10 |"]
+    lines.append("| --- | --- | --- | ---: | ---: | ---: |")
+    for evaluation in evaluations:
+        for direction, title in DIRECTIONS.items():
+            names = [f"{direction}_{recall}" if direction else recall for recall in RECALLS]
+            if all(name in evaluation.metrics for name in names):
+                values = " | ".join(f"{100 * evaluation.metrics[name]:.1f}" for name in names)
+                lines.append(f"| {evaluation.task} | {evaluation.title} | {title} | {values} |")
+    return "\n".join(lines)
+
+
+def _training(facts: CardFacts) -> str:
+    parts = []
+    if facts.base_models:
+        parts.append("Made of: " + ", ".join(facts.base_models) + ".")
+    data = [*facts.datasets, *facts.sources]
+    if data:
+        parts.append("Trained on: " + "; ".join(data) + ".")
+    if facts.recipe:
+        settings = yaml.safe_dump(_plain(facts.recipe), sort_keys=True, allow_unicode=True)
+        parts.append(f"Settings that differ from the defaults:\n\n```yaml\n{settings}```")
+    if facts.has_curves:
+        parts.append(f"![Training curves]({CURVES})")
+    return "## Training\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+def _limits(facts: CardFacts) -> str:
+    uses = {
+        JOINT_TASK: "Retrieval between images and captions, and classification with labels in words.",
+        TEXT_TASK: "Embedding captions, above all for an LLM2CLIP model whose adapter was trained with this LLM.",
+    }.get(facts.task, "Embedding images, and as the vision tower of a multimodal LLM.")
+    name = facts.licence_name or facts.licence
+    name = f"[{name}]({facts.licence_link})" if facts.licence_link else name
+    licence = (
+        f"The licence of the weights is {name}."
+        if name
+        else "The licence of the weights is not stated: look up that of the models that it was made of."
+    )
+    caution = (
+        "It has the biases of its training data and of the models that it was made of, and it works as well as the "
+        "results above say: measure it on your own data first. Do not use it to identify people, nor for decisions "
+        "about them."
+    )
+    code = "The code that comes with them is under Apache-2.0."
+    return f"## Intended use and limits\n\n{uses} {caution}\n\n{licence} {code}"
+
+
+__all__ = ["PAPER", "sections"]

@@ -1,0 +1,121 @@
+"""A batch of images and captions, row by row a pair, among those of all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm2clip.losses.gather import exchange_counts, gather_rows
+from llm2clip.losses.tiles import Positives
+
+
+@dataclass
+class PairBatch:
+    """This rank's images against the texts of all ranks.
+
+    Attributes:
+        texts: (m, d), with gradient to the ranks that they came from.
+        own_columns: This rank's rows of `texts`.
+        positives: The texts that are correct for images of this rank.
+        weight: Makes a sum over rows this rank's share of the mean over all rows, times the number of ranks.
+    """
+
+    texts: Tensor
+    own_columns: slice
+    positives: Positives
+    weight: float
+
+
+def gather_pairs(
+    name: str,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    caption_ids: Tensor | None,
+    image_caption_ids: Tensor | None,
+) -> PairBatch:
+    """Check a batch and gather its texts; see [`clip_loss`] for the arguments.
+
+    Args:
+        name: Of the loss, for messages.
+
+    Raises:
+        ValueError: See [`clip_loss`].
+    """
+    if image_embeds.ndim != 2 or image_embeds.shape != text_embeds.shape:
+        raise ValueError(
+            f"{name} needs image and text embeddings of one shape (n, d), row i of both being a pair, but got "
+            f"{tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}."
+        )
+    num_rows = len(image_embeds)
+    _check_ids(caption_ids, image_caption_ids, num_rows, name)
+    counts = exchange_counts([num_rows, int(caption_ids is not None)], image_embeds.device)
+    rows_per_rank = [rows for rows, _ in counts]
+    total = sum(rows_per_rank)
+    if total == 0:
+        raise ValueError(f"{name} needs at least one pair on some rank, but there is none.")
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        texts = gather_rows(text_embeds, rows_per_rank)
+    if caption_ids is None or image_caption_ids is None:
+        if any(has_ids for _, has_ids in counts):
+            raise ValueError(f"Other ranks gave caption ids to {name}, this one gave None; give them on all ranks.")
+        positives = one_each(texts.offset + torch.arange(num_rows, device=image_embeds.device))
+    else:
+        if not all(has_ids for _, has_ids in counts):
+            raise ValueError(f"This rank gave caption ids to {name}, another gave None; give them on all ranks.")
+        positives = _captions_of_images(gather_rows(caption_ids, rows_per_rank).rows, image_caption_ids)
+    own_columns = slice(texts.offset, texts.offset + num_rows)
+    return PairBatch(texts.rows, own_columns, positives, len(counts) / total)
+
+
+def one_each(columns: Tensor) -> Positives:
+    """One correct column (n,) for each row."""
+    return lambda start, stop: (torch.arange(stop - start, device=columns.device), columns[start:stop])
+
+
+def _captions_of_images(caption_ids: Tensor, image_caption_ids: Tensor) -> Positives:
+    """Where the captions (m,) of images (n, K) are, found by bisection: comparing all with all would cost a tile."""
+    sorted_ids, order = caption_ids.sort()
+    wanted = image_caption_ids.sort(dim=1).values
+    # An image may have one caption twice, which counts once; ids are never negative.
+    repeated = F.pad(wanted[:, 1:] == wanted[:, :-1], (1, 0))
+    wanted = wanted.masked_fill(repeated, -1)
+
+    def pairs(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        ids = wanted[start:stop].flatten()
+        first = torch.searchsorted(sorted_ids, ids)
+        counts = torch.searchsorted(sorted_ids, ids, right=True) - first
+        place = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
+        within = torch.arange(len(place), device=ids.device) - (counts.cumsum(0) - counts)[place]
+        return place // wanted.shape[1], order[first[place] + within]
+
+    return pairs
+
+
+def _check_ids(caption_ids: Tensor | None, image_caption_ids: Tensor | None, num_rows: int, name: str) -> None:
+    if caption_ids is None and image_caption_ids is None:
+        return
+    if caption_ids is None or image_caption_ids is None:
+        raise ValueError(f"{name} needs both caption_ids and image_caption_ids, or neither, but got only one.")
+    if (
+        caption_ids.dtype != torch.int64
+        or image_caption_ids.dtype != torch.int64
+        or caption_ids.shape != (num_rows,)
+        or image_caption_ids.ndim != 2
+        or image_caption_ids.shape[0] != num_rows
+        or image_caption_ids.shape[1] == 0
+    ):
+        raise ValueError(
+            f"{name} needs int64 caption_ids of shape ({num_rows},) and image_caption_ids of shape ({num_rows}, K "
+            f">= 1), but got {caption_ids.dtype} {tuple(caption_ids.shape)} and {image_caption_ids.dtype} "
+            f"{tuple(image_caption_ids.shape)}."
+        )
+    valid = (image_caption_ids == caption_ids[:, None]).any(dim=1) & (caption_ids >= 0)
+    if not valid.all():
+        row = int((~valid).nonzero()[0])
+        raise ValueError(
+            f"Row {row}: caption id {int(caption_ids[row])} must be >= 0 and one of its image's captions, which are "
+            f"{image_caption_ids[row].tolist()}."
+        )

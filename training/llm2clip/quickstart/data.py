@@ -1,0 +1,142 @@
+"""The quickstart's data: captioned images with their splits, and the glosses for stage 1."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from llm2clip.data import CaptionSource, PairDataset, PairSource, load_source
+from llm2clip.data.sources import SourceError
+from llm2clip.evaluation import CaptionRetrieval
+
+logger = logging.getLogger(__name__)
+
+LANGUAGES = {"de": "German", "fr": "French"}
+
+
+@dataclass(frozen=True)
+class QuickstartData:
+    """Captioned images in three splits.
+
+    Attributes:
+        path: Folder or Hub id.
+        caption_columns: Caption columns; the first is the query of the retrieval tables.
+        image_column: Image column.
+        train, validation, test: Names of the splits.
+        glosses: Folder of the bundled word-gloss pairs.
+    """
+
+    path: str
+    caption_columns: list[str]
+    image_column: str
+    train: str
+    validation: str
+    test: str
+    glosses: str
+
+    @classmethod
+    def find(cls, path: str | None, caption_columns: list[str], image_column: str = "image") -> QuickstartData:
+        """Look at a data set. Where validation and test are missing, parts of `train` stand in, kept from training.
+
+        Args:
+            path: Folder or Hub id; None takes the bundled concepts.
+            caption_columns: Its caption columns.
+            image_column: Its image column.
+        """
+        bundled = Path(str(resources.files("llm2clip.example_data")))
+        path = path or str(bundled / "concepts")
+        found = []
+        for split in ("validation", "test"):
+            try:
+                load_source(CaptionSource(path, split=split, caption_columns=caption_columns[:1]), with_images=False)
+                found.append(split)
+            except SourceError as error:
+                logger.info("%s", error)
+        splits = {"train": "train", "validation": "train[80%:90%]", "test": "train[90%:]"}
+        if found:
+            splits |= {"validation": found[0], "test": found[-1]}
+        else:
+            splits["train"] = "train[:80%]"
+            logger.info("the last fifth of %s is kept from training, for validation and test.", path)
+        return cls(path, caption_columns, image_column, glosses=str(bundled / "glosses"), **splits)
+
+    @property
+    def query_column(self) -> str:
+        """The column of the captions that search for images."""
+        return self.caption_columns[0]
+
+    def source(self, split: str, caption_columns: list[str]) -> CaptionSource:
+        """The images of a split with the captions of some columns."""
+        return CaptionSource(self.path, split=split, image_column=self.image_column, caption_columns=caption_columns)
+
+    def gloss_pairs(self, split: str) -> PairSource:
+        """Words and their definitions."""
+        return PairSource(path=self.glosses, split=split, anchor_column="lemmas", positive_column="gloss", weight=1)
+
+    def caption_pairs(self, split: str) -> PairSource:
+        """Two captions of one image: two batches of them for one of glosses, since stage 2 embeds captions."""
+        return PairSource(path=self.path, split=split, caption_columns=self.caption_columns, weight=2)
+
+    def pair_sources(self) -> list[PairSource]:
+        """What stage 1 trains on: the glosses, and the captions of images that have several."""
+        return [self.gloss_pairs("train"), *([self.caption_pairs(self.train)] if self.has_pairs else [])]
+
+    @cached_property
+    def has_pairs(self) -> bool:
+        """Whether an image has two captions, which stage 1 can pull together."""
+        try:
+            return len(PairDataset(self.caption_pairs(self.test))) > 0
+        except SourceError:
+            raise
+        except ValueError as error:
+            logger.info("stage 1 uses the bundled glosses alone: %s", error)
+            return False
+
+    @cached_property
+    def caption_sets(self) -> dict[str, CaptionRetrieval]:
+        """The caption retrieval sets of the results table."""
+        sets = {"lemma_to_gloss": CaptionRetrieval.from_source(self.gloss_pairs("test"))}
+        if self.has_pairs:
+            sets["name_to_keywords"] = CaptionRetrieval.from_source(self.caption_pairs(self.test))
+        return sets
+
+    def test_source(self, column: str | None = None) -> CaptionSource:
+        """The test images with the captions of one column, by default the query column."""
+        return self.source(self.test, [column or self.query_column])
+
+    @cached_property
+    def translations(self) -> dict[str, str]:
+        """The columns that hold the query caption in other languages, by language."""
+        columns = {name: f"{self.query_column}_{code}" for code, name in LANGUAGES.items()}
+        found = {}
+        for name, column in columns.items():
+            try:
+                load_source(self.test_source(column), with_images=False)
+                found[name] = column
+            except SourceError:
+                logger.info("%s has no column %s: no row for %s captions.", self.path, column, name)
+        return found
+
+    def sources(self) -> list[CaptionSource]:
+        """Everything that is embedded: the captions of all splits, and the test captions' translations."""
+        splits = dict.fromkeys((self.train, self.validation, self.test))
+        sources = [self.source(split, self.caption_columns) for split in splits]
+        return sources + [self.test_source(column) for column in self.translations.values()]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the data, as JSON values."""
+        folder = Path(self.path)
+        files = sorted(folder.rglob("*")) if folder.is_dir() else [folder] if folder.is_file() else []
+        content = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+        return {
+            "data": self.path,
+            "content": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
+            "splits": [self.train, self.validation, self.test],
+            "caption_columns": self.caption_columns,
+        }

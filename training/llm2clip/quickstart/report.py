@@ -1,0 +1,251 @@
+"""What the quickstart shows: a table on the terminal and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional as F
+from transformers import AutoProcessor
+
+from llm2clip.data import CaptionSource, EvalTransform
+from llm2clip.embedding import EmbeddingCache
+from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
+from llm2clip.search.top_k import top_k
+from llm2clip.utils.files import write_text
+from modeling_llm2clip import LLM2CLIPModel
+
+CAPTION_SETS = {"lemma_to_gloss": "lemma → gloss", "name_to_keywords": "name → keywords"}
+RECALLS = ("recall@1", "recall@5", "recall@10")
+NUM_QUERIES, NUM_FOUND, NUM_MAPS, THUMBNAIL, MAP_WIDTH = 10, 6, 6, 96, 224
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1d2430; }
+h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; width: 100%; } th, td { padding: .35rem .6rem; text-align: right; }
+th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #8792a5; font-weight: 600; }
+tbody tr { border-bottom: 1px solid #dde2ea; } tr.best td { font-weight: 600; background: #eef6ee; }
+.found { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin: .3rem 0 .9rem; }
+.found img { width: 96px; height: 96px; border: 3px solid #d9dee6; border-radius: 6px; }
+.found img.right { border-color: #2e9e4f; } .query { font-weight: 600; }
+.note { color: #5a6678; font-size: .9rem; } .plot { max-width: 100%; }
+pre { background: #f3f5f8; padding: 1rem; overflow: auto; font-size: .8rem; }
+"""
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """Print the results table of a run, with the count that every row was measured on."""
+    console = Console()
+    captions = Table(title="Caption retrieval, R@1 / 5 / 10 in %", title_justify="left")
+    captions.add_column("text encoder")
+    for name, title in CAPTION_SETS.items():
+        counts = next(iter(results["caption_retrieval"].values())).get(name)
+        if counts:
+            captions.add_column(
+                f"{title}\n{counts['num_queries']} queries, {counts['num_targets']} targets", justify="right"
+            )
+    for row, sets in results["caption_retrieval"].items():
+        captions.add_row(row, *[_percent(sets[name], "") for name in CAPTION_SETS if name in sets])
+    images = Table(title="Image retrieval on unseen concepts, R@1 / 5 / 10 in %", title_justify="left")
+    for column in ("model", "text → image", "image → text", "captions\n× images"):
+        images.add_column(column, justify="left" if column == "model" else "right")
+    for row, metrics in results["image_retrieval"].items():
+        images.add_row(
+            row,
+            _percent(metrics, "text_to_image_"),
+            _percent(metrics, "image_to_text_"),
+            f"{metrics['num_texts']} × {metrics['num_images']}",
+        )
+    console.print()
+    console.print(captions)
+    console.print(images)
+    settings = results["settings"]
+    machine = results["machine"]
+    console.print(
+        f"profile {settings['profile']}, seed {settings['seed']}; LLM {settings['llm']}; vision tower "
+        f"{settings['vision_model']}; {machine['threads']} threads of {machine['processor']}",
+        style="dim",
+        highlight=False,
+    )
+    reused = results["reused_steps"]
+    if reused:
+        console.print(f"reused from an earlier run: {', '.join(reused)}", style="dim", highlight=False)
+    folder = Path(results["model"]).parent
+    console.print(
+        f"\n{folder / 'report.html'}  curves, queries and pictures\n{folder / 'results.json'}  every number\n"
+        f"{results['model']}  the model: AutoModel.from_pretrained(folder, trust_remote_code=True)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _percent(metrics: dict[str, Any], prefix: str) -> str:
+    return " / ".join(f"{100 * metrics[prefix + recall]:.1f}" for recall in RECALLS)
+
+
+def write_report(path: Path, results: dict[str, Any], folder: Path, source: CaptionSource) -> None:
+    """Write the page.
+
+    Args:
+        path: The HTML file.
+        results: Content of `results.json`.
+        folder: The run's folder, with the final model and the caches.
+        source: The test split with its query captions.
+    """
+    model: Any = LLM2CLIPModel.from_pretrained(folder / "llm2clip", text_model=False)
+    model.eval()
+    processor = AutoProcessor.from_pretrained(folder / "llm2clip")
+    cache = EmbeddingCache.open(folder / "cache" / "stage1")
+    retrieval = ImageTextRetrieval(source, processor.image_processor)
+    settings = results["settings"]
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>LLM2CLIP quickstart</title>",
+        f"<style>{STYLE}</style></head><body><h1>LLM2CLIP quickstart</h1>",
+        f"<p>Profile {_text(settings['profile'])}, seed {settings['seed']}. LLM: {_text(settings['llm'])}. "
+        f"Vision tower: {_text(settings['vision_model'])}. Data: {_text(settings['data'])}.</p>",
+        "<h2>Does the LLM tell captions apart?</h2>",
+        "<p class='note'>Given one text, is the other text about the same thing among the first 1, 5 or 10 of all "
+        "candidates? In %.</p>",
+        _caption_table(results["caption_retrieval"]),
+        "<h2>Does the model find images of concepts that it never saw?</h2>",
+        "<p class='note'>No test caption occurs in training. A caption that belongs to several images is right with "
+        "any of them. In %.</p>",
+        _image_table(results["image_retrieval"]),
+        "<h2>Training</h2>",
+        f"<img class='plot' alt='loss curves' src='{_plot(results['history'])}'>",
+        "<h2>Queries and what was found</h2>",
+        f"<p class='note'>{NUM_QUERIES} of the {len(retrieval.captions)} test captions, drawn with the run's seed, "
+        f"and the first {NUM_FOUND} of {len(retrieval.images)} images. Right ones have a green frame.</p>",
+        _queries(model, retrieval, cache, settings["seed"]),
+        "<h2>Where a caption matches its image</h2>",
+        "<p class='note'>Cosine similarity between the caption and every patch of its image, from blue (low) to red "
+        "(high).</p>",
+        _patch_maps(model, processor, retrieval, cache, settings["seed"]),
+        "<h2>Settings and times</h2>",
+        f"<pre>{_text(json.dumps({k: results[k] for k in ('settings', 'seconds', 'machine')}, indent=2))}</pre>",
+        "</body></html>",
+    ]
+    write_text(path, "\n".join(parts))
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _caption_table(rows: dict[str, Any]) -> str:
+    names = [name for name in CAPTION_SETS if name in next(iter(rows.values()))]
+    counts = {name: next(iter(rows.values()))[name]["num_queries"] for name in names}
+    head = "".join(
+        f"<th>{CAPTION_SETS[name]}<br><span class='note'>{counts[name]} queries</span></th>" for name in names
+    )
+    body = "".join(
+        f"<tr><td>{_text(row)}</td>" + "".join(f"<td>{_percent(sets[name], '')}</td>" for name in names) + "</tr>"
+        for row, sets in rows.items()
+    )
+    return f"<table><thead><tr><th>text encoder</th>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _image_table(rows: dict[str, Any]) -> str:
+    body = "".join(
+        f"<tr{' class=best' if row == 'stage 2, stage-1 LLM' else ''}><td>{_text(row)}</td>"
+        f"<td>{_percent(metrics, 'text_to_image_')}</td><td>{_percent(metrics, 'image_to_text_')}</td>"
+        f"<td>{metrics['num_texts']}</td><td>{metrics['num_images']}</td></tr>"
+        for row, metrics in rows.items()
+    )
+    head = "".join(f"<th>{name}</th>" for name in ("model", "text → image", "image → text", "captions", "images"))
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _plot(history: dict[str, list[dict[str, float]]]) -> str:
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    titles = {"stage1": "stage 1", "stage2-raw": "raw LLM", "stage2-stage1": "stage-1 LLM"}
+    for name, log in history.items():
+        axis = axes[0] if name == "stage1" else axes[1]
+        points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+        if not points:
+            continue
+        axis.plot(*zip(*points, strict=True), label=titles[name], marker="." if len(points) < 30 else None)
+    for axis, title in zip(axes, ("Stage 1: caption contrastive loss", "Stage 2: image-text loss"), strict=True):
+        axis.set(title=title, xlabel="step", ylabel="loss")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+    return _figure(figure)
+
+
+def _figure(figure: Figure) -> str:
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _thumbnail(image: Image.Image, size: int = THUMBNAIL) -> str:
+    small = image.copy()
+    small.thumbnail((size, size))
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _sample(count: int, total: int, seed: int) -> list[int]:
+    return sorted(np.random.default_rng(seed).choice(total, size=min(count, total), replace=False).tolist())
+
+
+def _queries(model: LLM2CLIPModel, retrieval: ImageTextRetrieval, cache: EmbeddingCache, seed: int) -> str:
+    image_embeds, rows = retrieval.embed_images(model)
+    text_embeds = retrieval.embed_captions(model, cache.lookup)
+    right = {(int(text), int(image)) for text, image in retrieval.matches(rows)}
+    parts = []
+    chosen = _sample(NUM_QUERIES, len(retrieval.captions), seed)
+    found = top_k(text_embeds[chosen], image_embeds, NUM_FOUND)
+    for text, scores, images in zip(chosen, *(column.tolist() for column in found), strict=True):
+        pictures = "".join(
+            f"<img class='{'right' if (text, image) in right else ''}' alt='' title='cosine {score:.2f}' "
+            f"src='{_thumbnail(retrieval.image(rows[image]))}'>"
+            for score, image in zip(scores, images, strict=True)
+        )
+        parts.append(f"<div class='query'>{_text(retrieval.captions[text])}</div><div class='found'>{pictures}</div>")
+    return "".join(parts)
+
+
+@torch.no_grad()
+def _patch_maps(
+    model: LLM2CLIPModel,
+    processor: Any,
+    retrieval: ImageTextRetrieval,
+    cache: EmbeddingCache,
+    seed: int,
+) -> str:
+    rows = _sample(4 * NUM_MAPS, len(retrieval.images), seed + 1)
+    chosen = [row for row in rows if retrieval.image_captions[row]][:NUM_MAPS]
+    images = [retrieval.image(row) for row in chosen]
+    transform = EvalTransform(processor.image_processor)
+    pixels = torch.stack([transform(image) for image in images])
+    captions = [retrieval.image_captions[row][0] for row in chosen]
+    features = model.get_text_features(llm_embeds=cache.lookup(captions)).pooler_output
+    assert features is not None
+    maps = patch_similarity(model, pixels, F.normalize(features.float(), dim=-1))
+    figure = Figure(figsize=(2 * len(chosen), 4.3), layout="constrained")
+    axes = figure.subplots(2, len(chosen), squeeze=False)
+    for column, (image, caption, heat) in enumerate(zip(images, captions, maps, strict=True)):
+        picture = seen_part(image, processor.image_processor)
+        axes[0, column].imshow(picture)
+        axes[0, column].set_title(caption[:22], fontsize=9)
+        axes[1, column].imshow(draw_heat_map(picture, heat, MAP_WIDTH))
+    for axis in axes.flat:
+        axis.axis("off")
+    return f"<img class='plot' alt='patch similarity' src='{_figure(figure)}'>"

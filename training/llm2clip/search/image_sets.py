@@ -1,0 +1,248 @@
+"""Which images there are in a folder or a data set, and what tells whether one has changed."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import stat
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from PIL import Image
+from tqdm.auto import tqdm
+
+from llm2clip.data import DEFAULT_MAX_PIXELS, DamagedImageError, decode_image
+from llm2clip.data.sources import (
+    AUTOMATIC_KEY_COLUMNS,
+    FORMATS,
+    WEBDATASET_IMAGE_COLUMNS,
+    keep_encoded,
+    open_table,
+    require_columns,
+    table_columns,
+)
+from llm2clip.data.transforms import Decoder
+
+CAPTION_COLUMNS = ("caption", "txt", "text")
+DATA_SUFFIXES = tuple(FORMATS)
+SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")
+READ_ROWS = 256
+LINK = "it is a link to a folder, which is not followed; index that folder too, or put it in the link's place"
+
+
+class FolderImages:
+    """The files of a folder and of its subfolders, by relative path.
+
+    Hidden files and folders are left out. Links to folders are not followed, but are among the failures: they may lead
+    anywhere, also in circles. A file is the same as before if its path, size and time of change are.
+
+    Args:
+        folder: The folder.
+        exclude: Folders inside it that are left out (the index itself).
+        max_pixels: Largest image that is decoded.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+    """
+
+    identity = ("key", "size", "mtime_ns")
+
+    def __init__(self, folder: str | Path, exclude: Sequence[Path] = (), max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+        self.folder = Path(folder).expanduser().resolve()
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}.")
+        self.max_pixels = max_pixels
+        self.failures: dict[str, str] = {}
+        self.keys: list[str] = []
+        self.sizes: list[int] = []
+        self.mtimes: list[int] = []
+        left_out = {path.resolve() for path in exclude}
+        for path in sorted(self._files(left_out), key=lambda path: path.relative_to(self.folder).parts):
+            self._list(path)
+
+    def _files(self, left_out: set[Path]) -> Iterable[Path]:
+        for parent, folders, files in os.walk(self.folder, onerror=self._note_folder):
+            place = Path(parent)
+            folders[:] = [name for name in folders if not name.startswith(".") and place / name not in left_out]
+            for name in filter(lambda name: (place / name).is_symlink(), folders):
+                self.failures[self._printable(place / name)] = LINK
+            yield from (place / name for name in files if not name.startswith("."))
+
+    def _note_folder(self, error: OSError) -> None:
+        self.failures[self._printable(error.filename)] = f"the folder cannot be read: {error.strerror}"
+
+    def _printable(self, path: str | Path) -> str:
+        """A path from the folder, also where it is no valid UTF-8."""
+        return os.path.relpath(path, self.folder).encode(errors="replace").decode()
+
+    def _list(self, path: Path) -> None:
+        key = path.relative_to(self.folder).as_posix()
+        printable = self._printable(path)
+        try:
+            status = path.stat()
+        except OSError as error:
+            self.failures[printable] = f"it cannot be read: {error.strerror}"
+            return
+        if printable != key:
+            self.failures[printable] = "its name is no valid UTF-8; rename it"
+        elif not stat.S_ISREG(status.st_mode):
+            self.failures[key] = "it is no regular file"
+        elif status.st_size == 0:
+            self.failures[key] = "it has zero bytes"
+        else:
+            self.keys.append(key)
+            self.sizes.append(status.st_size)
+            self.mtimes.append(status.st_mtime_ns)
+
+    def identities(self) -> list[Hashable]:
+        """What a file is known by, per row; see `identity`."""
+        return list(zip(self.keys, self.sizes, self.mtimes, strict=True))
+
+    def columns(self, rows: Sequence[int]) -> pa.Table:
+        """What the index says of rows, besides their embeddings."""
+        return pa.table(
+            {
+                "key": pa.array([self.keys[row] for row in rows], pa.string()),
+                "size": pa.array([self.sizes[row] for row in rows], pa.int64()),
+                "mtime_ns": pa.array([self.mtimes[row] for row in rows], pa.int64()),
+            }
+        )
+
+    def decode(self, row: int, decode: Decoder = decode_image) -> Any:
+        """The image of a row in RGB, as `decode` gives it.
+
+        Raises:
+            DamagedImageError: It cannot be read; the reason says why.
+        """
+        key = self.keys[row]
+        try:
+            # Open, not read: among a user's files may be a film of many gigabytes.
+            with open(self.folder / key, "rb") as file:
+                return decode(file, key, self.max_pixels)
+        except OSError as error:
+            raise DamagedImageError(key, f"it cannot be read: {error.strerror}") from error
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says of the source."""
+        return {"kind": "folder", "path": str(self.folder)}
+
+
+class TableImages:
+    """The rows of a data set. A row's image is the same as before if its bytes are, wherever it stands.
+
+    Args:
+        path: See `CaptionSource.path`.
+        name: The configuration.
+        split: The split.
+        revision: Branch, tag or commit on the Hub.
+        image_column: Column of the images; None: `image`, or `jpg`, `png`, ... of webdataset shards.
+        caption_column: Column whose text is shown with a result; None: `caption`, `txt` or `text`, where there is one.
+        max_pixels: Largest image that is decoded.
+
+    Raises:
+        FileNotFoundError: There is no such data.
+        SourceError: It cannot be read, or lacks the split or a column.
+    """
+
+    identity = ("hash",)
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        split: str = "train",
+        revision: str | None = None,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+    ) -> None:
+        opened = open_table(path, name, split, revision)
+        have = table_columns(opened.table)
+        found = [column for column in ("image", *WEBDATASET_IMAGE_COLUMNS) if column in have]
+        self.image_column = image_column or (found[0] if found else "image")
+        key_column = next((column for column in AUTOMATIC_KEY_COLUMNS if column in have), None)
+        self.caption_column = caption_column or next((column for column in CAPTION_COLUMNS if column in have), None)
+        wanted = [column for column in (self.image_column, key_column, self.caption_column) if column is not None]
+        require_columns(path, wanted, have, opened.hint)
+        table = keep_encoded(opened.select(wanted), self.image_column, opened.folders, path)
+        assert isinstance(table, datasets.Dataset)
+        is_local = os.path.exists(path) or (glob.has_magic(path) and "://" not in path)
+        self.source = {"path": os.path.abspath(path) if is_local else path, "name": name, "split": split}
+        self.source |= {"revision": revision, "image_column": self.image_column}
+        self.table = table.select_columns([self.image_column])
+        self.keys = [str(key) for key in table[key_column]] if key_column else [str(row) for row in range(len(table))]
+        self.captions = [_text(value) for value in table[self.caption_column]] if self.caption_column else None
+        self.max_pixels = max_pixels
+        self.failures: dict[str, str] = {}
+        self._hashes: list[str] | None = None
+
+    def identities(self) -> list[Hashable]:
+        """What an image is known by, per row; see `identity`. The first call reads all images."""
+        return list(self._hash_column())
+
+    def _hash_column(self) -> list[str]:
+        if self._hashes is None:
+            hashes = []
+            for start in tqdm(range(0, len(self.table), READ_ROWS), desc="Reading images", disable=None):
+                hashes += [_hash(value) for value in self.table[start : start + READ_ROWS][self.image_column]]
+            self._hashes = hashes
+        return self._hashes
+
+    def holds(self, row: int, digest: str | None) -> bool:
+        """Whether a row has the image of this hash; reads no other row."""
+        return row < len(self.keys) and _hash(self.table[row][self.image_column]) == digest
+
+    def columns(self, rows: Sequence[int]) -> pa.Table:
+        """What the index says of rows, besides their embeddings."""
+        hashes = self._hash_column()
+        columns = {
+            "key": pa.array([self.keys[row] for row in rows], pa.string()),
+            "row": pa.array(rows, pa.int64()),
+            "hash": pa.array([hashes[row] for row in rows], pa.string()),
+        }
+        if self.captions is not None:
+            columns["caption"] = pa.array([self.captions[row] for row in rows], pa.string())
+        return pa.table(columns)
+
+    def decode(self, row: int, decode: Decoder = decode_image) -> Any:
+        """See `FolderImages.decode`."""
+        return decode(self.table[row][self.image_column], self.keys[row], self.max_pixels)
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says of the source."""
+        return {"kind": "dataset", **self.source}
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, list):
+        value = value[0] if value else None
+    return value if isinstance(value, str) else None
+
+
+def _hash(value: dict[str, Any] | None) -> str:
+    """Of an image's encoded bytes; of one that is not there, of its path."""
+    value = value or {}
+    data, path = value.get("bytes"), value.get("path") or ""
+    if data is None and os.path.isfile(path):
+        data = Path(path).read_bytes()
+    return hashlib.blake2b(path.encode() if data is None else data, digest_size=16).hexdigest()
+
+
+def is_dataset(path: str) -> bool:
+    """Whether a path is data for `datasets` rather than a folder of image files.
+
+    A folder is data if it was written by `save_to_disk`, or if at its top (or in its `data/`) there are parquet files,
+    shards or tables and no images.
+    """
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        return True
+    if any((place / name).is_file() for name in SAVED_DATASETS):
+        return True
+    files = [file for folder in (place, place / "data") if folder.is_dir() for file in folder.iterdir()]
+    suffixes = {file.suffix.lower() for file in files if file.is_file()}
+    return bool(suffixes & {".parquet", ".tar", ".arrow"}) and not suffixes & set(Image.registered_extensions())

@@ -1,0 +1,143 @@
+"""The outputs of a vision tower's frozen layers, computed once for a data set and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from llm2clip.data import CaptionImageDataset, PixelBatch, SampleIndex, SkippedSample, stack_pixels
+from llm2clip.data.sampling import EpochDataset
+from llm2clip.trainers.frozen_layers import FrozenLayers
+from llm2clip.utils.files import write_json
+from llm2clip.utils.processes import process_state
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STATES = "states.npy"
+
+
+def _stack(samples: Sequence[dict[str, Any] | SkippedSample]) -> PixelBatch:
+    return stack_pixels([s if isinstance(s, SkippedSample) else s["pixel_values"] for s in samples])
+
+
+class FrozenStatesDataset(EpochDataset):
+    """Captioned images as the states of the frozen layers instead of pixels.
+
+    The states are computed on first use, by all processes together, and kept in float16 in `folder`, one subfolder per
+    combination of frozen weights, data and preprocessing, so that several runs share them.
+
+    Args:
+        captions: The data set, without images: it draws the captions.
+        images: The data set's images, in the same order: evaluation samples.
+        frozen: The frozen layers.
+        image_processor: What prepared the images.
+        folder: Where states are kept.
+        batch_size: Images per forward pass.
+        num_workers: Processes that read images.
+
+    Raises:
+        ValueError: No image can be read, the states exceed float16, or the tower drops patches in training, which
+            stored states cannot.
+    """
+
+    def __init__(
+        self,
+        captions: CaptionImageDataset,
+        images: CaptionImageDataset,
+        frozen: FrozenLayers,
+        image_processor: Any,
+        folder: str | Path,
+        batch_size: int = 64,
+        num_workers: int = 0,
+    ) -> None:
+        if getattr(frozen.tower.config, "patch_dropout", 0):
+            raise ValueError("patch_dropout does not go with frozen_states_dir; set it to 0.")
+        self.captions = captions
+        identity = {
+            "layers": frozen.num_layers,
+            "weights": frozen.fingerprint(),
+            "data": [table._fingerprint for table in images.tables],
+            "image_processor": image_processor.to_dict(),
+            "on_error": images.make_sample.on_error,
+        }
+        if images.make_sample.eval_transform is not None and images.make_sample.eval_transform.backend != "exact":
+            identity["image_backend"] = images.make_sample.eval_transform.backend
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.folder = Path(folder) / digest
+        if (self.folder / MANIFEST).exists():
+            logger.info("the frozen layers' states are in %s already.", self.folder)
+        else:
+            self._build(images, frozen, batch_size, num_workers)
+        manifest = json.loads((self.folder / MANIFEST).read_text())
+        self.skipped: dict[int, tuple[str, str]] = {row: (key, reason) for row, key, reason in manifest["skipped"]}
+        self.states: np.ndarray = np.load(self.folder / STATES, mmap_mode="r")
+
+    def _build(self, images: CaptionImageDataset, frozen: FrozenLayers, batch_size: int, num_workers: int) -> None:
+        state = process_state()
+        state.wait_for_everyone()  # all have seen that there is no manifest
+        if state.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shape = (len(images), *frozen.state_shape)
+            np.lib.format.open_memmap(self.folder / STATES, mode="w+", dtype=np.float16, shape=shape)
+        state.wait_for_everyone()
+        states = np.lib.format.open_memmap(self.folder / STATES, mode="r+")
+        bounds = [len(images) * part // state.num_processes for part in range(state.num_processes + 1)]
+        rows = range(bounds[state.process_index], bounds[state.process_index + 1])
+        skipped = self._compute(images, rows, frozen, states, batch_size, num_workers)
+        states.flush()
+        skipped = gather_object(skipped)
+        if len(skipped) == len(images):
+            raise ValueError(f"none of the {len(images)} images can be read.")
+        if state.is_main_process:
+            # The manifest comes last: states without one are not used.
+            write_json(self.folder / MANIFEST, {"skipped": skipped})
+        state.wait_for_everyone()
+
+    def _compute(
+        self,
+        images: CaptionImageDataset,
+        rows: range,
+        frozen: FrozenLayers,
+        states: np.ndarray,
+        batch_size: int,
+        num_workers: int,
+    ) -> list[tuple[int, str, str]]:
+        """Fill `rows` of the states; returns the rows that were skipped, with key and reason."""
+        frozen.tower.eval()
+        device = next(frozen.tower.parameters()).device
+        loader = DataLoader(Subset(images, rows), batch_size, num_workers=num_workers, collate_fn=_stack)
+        skipped = []
+        start = rows.start
+        shown = process_state().is_main_process and sys.stderr.isatty()
+        for batch in tqdm(loader, desc="Frozen vision layers", disable=not shown):
+            skipped += [(row, *sample) for row, sample in enumerate(batch.skipped, start) if sample is not None]
+            if batch.pixels is not None:
+                output = frozen.compute(batch.pixels.to(device)).half()
+                if not output.isfinite().all():
+                    raise ValueError("the frozen layers' states exceed float16; train without frozen_states_dir.")
+                states[[start + index for index in batch.good]] = output.cpu().numpy()
+            start += len(batch.skipped)
+        return skipped
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: SampleIndex) -> dict[str, Any] | SkippedSample:
+        if index.index in self.skipped:
+            return SkippedSample(*self.skipped[index.index])
+        sample = self.captions[index]
+        if isinstance(sample, dict):
+            sample["vision_states"] = torch.from_numpy(np.array(self.states[index.index]))
+        return sample

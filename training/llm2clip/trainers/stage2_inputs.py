@@ -1,0 +1,220 @@
+"""What stage 2 starts from: the model, the captions' embeddings, the training set."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from llm2clip.data import (
+    CaptionImageDataset,
+    CaptionSource,
+    EvalTransform,
+    ImageBackend,
+    Stage2Collator,
+    StreamingCaptionImageDataset,
+    TrainTransform,
+    caption_batches,
+)
+from llm2clip.data.transforms import output_size
+from llm2clip.embedding import EmbeddingCache, MissingCaptionError
+from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
+from llm2clip.trainers.frozen_states import FrozenStatesDataset
+from llm2clip.utils.settings import require
+from llm2clip.utils.towers import describe_text_tower, loading_options, open_text_tower
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+
+if TYPE_CHECKING:
+    from llm2clip.trainers.stage2 import Stage2Config
+
+logger = logging.getLogger(__name__)
+
+# Settings of a new model; of a finished one they are part of it.
+NEW_MODEL_FIELDS = (
+    "projection_dim",
+    "adapter_num_layers",
+    "adapter_expansion",
+    "adapter_normalize",
+    "logit_scale_init_value",
+    "logit_bias_init_value",
+)
+SIGMOID_BIAS = -10.0
+
+
+def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+    """The model of a run, its trained parts in float32, and its processor; the LLM is there only if it runs online.
+
+    Raises:
+        ValueError: Settings of a new model are given for a finished one.
+    """
+    options = loading_options("float32", config.attn_implementation)
+    fields = {name: getattr(config, name) for name in NEW_MODEL_FIELDS if getattr(config, name) is not None}
+    if config.loss == "sigmoid" and config.model_name_or_path is None:
+        fields = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": SIGMOID_BIAS, **fields}
+    if config.model_name_or_path is not None:
+        if fields:
+            raise ValueError(f"{config.model_name_or_path} is a finished model; leave out {', '.join(fields)}.")
+        image_processor_name = config.model_name_or_path
+        model = LLM2CLIPModel.from_pretrained(config.model_name_or_path, text_model=False, **options)
+        if (model.logit_bias is not None) != (config.loss == "sigmoid"):
+            raise ValueError(
+                f"{config.model_name_or_path} was trained with the "
+                f"{'softmax' if model.logit_bias is None else 'sigmoid'} loss; set loss to that."
+            )
+        tokenizer: Any = AutoTokenizer.from_pretrained(config.model_name_or_path)
+    else:
+        require(config, ["vision_model_name_or_path", "text_model_name_or_path"])
+        image_processor_name = config.vision_model_name_or_path
+        text_config, tokenizer = describe_text_tower(config.text_model_name_or_path, config.text_model_revision)
+        model = LLM2CLIPModel.from_vision_text_pretrained(
+            config.vision_model_name_or_path,
+            config.text_model_name_or_path,
+            text_config=text_config,
+            text_model_revision=config.text_model_revision,
+            vision_model_kwargs={**options, "revision": config.vision_model_revision},
+            **fields,
+        )
+    if config.online_text_model:
+        model.load_text_model(**loading_options(config.text_model_dtype))
+        model.text_model.requires_grad_(False)
+    elif model.config.text_model_fingerprint is None:
+        model.config.text_model_fingerprint = _fingerprint(model)
+    if config.patch_dropout is not None:
+        _set_patch_dropout(model, config.patch_dropout)
+    image_processor = AutoImageProcessor.from_pretrained(config.image_processor_name_or_path or image_processor_name)
+    freeze_unused(model.vision_model, image_processor(images=Image.new("RGB", (64, 64)), return_tensors="pt"))
+    return model, LLM2CLIPProcessor(image_processor, tokenizer)
+
+
+def _set_patch_dropout(model: LLM2CLIPModel, rate: float) -> None:
+    tower = model.vision_model
+    if not hasattr(tower.config, "patch_dropout"):
+        raise ValueError(f"patch_dropout is for EVA02 towers; {type(tower).__name__} has none. Leave it unset.")
+    for config in (tower.config, model.config.vision_config):
+        config.patch_dropout = rate
+
+
+def _fingerprint(model: LLM2CLIPModel) -> str | None:
+    name, revision = model.config.text_model_name_or_path, model.config.text_model_revision
+    logger.info("%s does not say its fingerprint: reading its weights.", name)
+    return open_text_tower(name, revision=revision)[0].fingerprint()
+
+
+@dataclass
+class CaptionInputs:
+    """How captions reach the model.
+
+    Attributes:
+        collator: Makes batches.
+        embed: Maps captions to the LLM's embeddings.
+    """
+
+    collator: Stage2Collator
+    embed: Callable[[list[str]], Tensor]
+
+
+def open_captions(
+    config: Stage2Config,
+    model: LLM2CLIPModel,
+    processor: LLM2CLIPProcessor,
+    retrieval: Mapping[str, ImageTextRetrieval],
+) -> CaptionInputs:
+    """The captions' way into the model: the embedding cache, or the LLM online.
+
+    Raises:
+        CacheError: The cache is another encoder's, incomplete or damaged.
+        MissingCaptionError: It lacks captions of a retrieval set or of the training set.
+    """
+    if config.embedding_cache is None:
+        return CaptionInputs(
+            Stage2Collator(processor=processor),
+            lambda captions: model.text_model.encode(captions, processor.tokenizer),
+        )
+    cache = EmbeddingCache.open(config.embedding_cache, model.config.text_model_fingerprint, verify=False)
+    width = model.config.text_config.hidden_size
+    if cache.hidden_size != width:
+        raise ValueError(
+            f"the cache {config.embedding_cache} holds embeddings of width {cache.hidden_size} (of "
+            f"{cache.manifest.text_model_name}), but {model.config.text_model_name_or_path} gives {width}; embed the "
+            "captions with that text tower."
+        )
+    for name, measured in retrieval.items():
+        missing = (~cache.contains(measured.captions)).sum()
+        if missing:
+            raise MissingCaptionError(
+                f"the cache {config.embedding_cache} lacks {missing} of the {len(measured.captions)} captions of "
+                f"eval_sources {name!r}; run `llm2clip embed` on that source too."
+            )
+    if config.verify_cache:
+        cache.check_finite(config.process_index, config.world_size)
+        for source in map(CaptionSource.from_dict, config.sources):
+            if not source.streaming:
+                _refuse_missing_captions(cache, source, config.process_index, config.world_size)
+    return CaptionInputs(Stage2Collator(cache=cache), cache.lookup)
+
+
+def _refuse_missing_captions(cache: EmbeddingCache, source: CaptionSource, rank: int, world_size: int) -> None:
+    """Raise for captions of this rank's part of the training set that the cache lacks, before training gets there."""
+    if source.caption_weights is not None:
+        drawn = [name for name, weight in zip(source.caption_columns, source.caption_weights, strict=True) if weight]
+        source = replace(source, caption_columns=drawn, caption_weights=None)
+    missing = sum(int((~cache.contains(texts)).sum()) for texts in caption_batches(source, rank, world_size))
+    if missing:
+        raise MissingCaptionError(
+            f"the cache {cache.path} lacks {missing} captions of the training set {source.path}; run `llm2clip embed` "
+            "on it."
+        )
+
+
+def build_dataset(config: Stage2Config, model: LLM2CLIPModel, image_processor: Any) -> tuple[Any, FrozenLayers | None]:
+    """The training set, and the vision tower's frozen layers, if any.
+
+    Raises:
+        ValueError: A streamed source is not the only one, or is to be read as stored states.
+    """
+    sources = [CaptionSource.from_dict(source) for source in config.sources]
+    evaluation = EvalTransform(image_processor, cast(ImageBackend, config.image_backend))
+    training = TrainTransform(image_processor, scale=(config.crop_scale[0], config.crop_scale[1]))
+    options: dict[str, Any] = {
+        "seed": config.sampling_seed,
+        "on_error": config.on_error,
+        "max_pixels": config.max_image_pixels,
+    }
+    frozen = None
+    if config.freeze_vision_layers:
+        frozen = FrozenLayers(model.vision_model, config.freeze_vision_layers, output_size(image_processor))
+    if any(source.streaming for source in sources):
+        if len(sources) > 1 or config.frozen_states_dir:
+            raise ValueError("a streamed source has to be the only one, and frozen_states_dir does not apply to it.")
+        stream = StreamingCaptionImageDataset(
+            sources[0],
+            evaluation,
+            training,
+            shuffle_buffer=config.shuffle_buffer,
+            rank=config.process_index,
+            world_size=config.world_size,
+            repeat=True,
+            **options,
+        )
+        return stream, frozen
+    if not config.frozen_states_dir:
+        return CaptionImageDataset(sources, evaluation, training, **options), frozen
+    assert frozen is not None
+    model.vision_model.to(config.device)
+    dataset = FrozenStatesDataset(
+        captions=CaptionImageDataset(sources, None, **options),
+        images=CaptionImageDataset(sources, evaluation, **options),
+        frozen=frozen,
+        image_processor=image_processor,
+        folder=config.frozen_states_dir,
+        batch_size=config.per_device_eval_batch_size,
+        num_workers=config.dataloader_num_workers,
+    )
+    return dataset, frozen

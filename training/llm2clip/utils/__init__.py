@@ -1,0 +1,1 @@
+"""What every room uses: files, processes, settings, and what a repository holds."""

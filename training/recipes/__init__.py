@@ -1,1 +1,0 @@
-"""Packaged recipes: YAML files of a stage's settings."""
