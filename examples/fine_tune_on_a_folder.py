@@ -14,14 +14,14 @@ from pathlib import Path
 from common import example_parser, parse, pictures
 
 from llm2clip import cli
-from llm2clip.utils.files import appearing_folder
+from llm2clip.utils.files import atomic_folder
 
 # The sample: one artist's drawings for training, another's of the same concepts for the test.
 SAMPLE = {"train": "emoji-twitter", "test": "emoji-google"}
 
 
 def write_sample(destination: Path) -> None:
-    with appearing_folder(destination) as folder:
+    with atomic_folder(destination) as folder:
         for row in pictures("test"):
             for split in (split for split, source in SAMPLE.items() if source == row["source"]):
                 (folder / split).mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from llm2clip import cli
 from tests.documents.reading import ROOT
 
-OWN = {"llm2clip": ROOT / "training", "modeling_llm2clip": ROOT / "modeling_llm2clip"}
+OWN = {"llm2clip": ROOT / "training" / "llm2clip", "modeling_llm2clip": ROOT / "modeling_llm2clip"}
 # The example: the extra that it needs beside what `make quickstart` installs; see examples/README.md.
 EXAMPLES = {"app.py": "demo", "langchain_llamaindex.py": "sentence-transformers"}
 

@@ -22,7 +22,7 @@ from llm2clip.recipes import find_recipe, load_recipe
 from tests.documents.reading import ROOT
 from tests.golden import FOLDER as GOLDEN
 from tests.llm2clip import tiny
-from tests.llm2clip.hub.checkpoints import microsoft_openai_names
+from tests.llm2clip.convert.checkpoints import microsoft_openai_names
 from tests.modeling_llm2clip import tiny as tiny_models
 
 Builder = Callable[[Path], Any]

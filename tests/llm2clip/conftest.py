@@ -1,11 +1,17 @@
-"""A hub on the loopback interface, which this process takes for the real one."""
+"""Fixtures of several rooms: a hub on the loopback interface, and one small stage 1 with its embedding cache."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from llm2clip.embedding import embed
+from llm2clip.trainers import stage1
+from llm2clip.utils.settings import build_config
+from tests.llm2clip import tiny
 from tests.loopback_hub import LoopbackHub
 
 
@@ -14,3 +20,31 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
     with LoopbackHub() as server:
         server.redirect(monkeypatch, tmp_path_factory.mktemp("hub_cache"))
         yield server
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Folders of an LLM, a vision tower, the text tower of stage 1 and the cache that it made."""
+
+    llm: str
+    vision: str
+    text: str
+    cache: str
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder: Path = tmp_path_factory.mktemp("stages")
+    llm = tiny.save_llm(folder / "llm")
+    vision = tiny.save_vision_tower(folder / "vision")
+    fields = tiny.stage1_fields(folder / "text", llm) | {"max_steps": 2, "save_strategy": "no"}
+    stage1.run(build_config(stage1.Stage1Config, fields))
+    embed.run(
+        embed.EmbedConfig(
+            text_model_name_or_path=str(folder / "text"),
+            output_dir=str(folder / "cache"),
+            sources=[tiny.concepts(), tiny.concepts("validation", max_samples=40)],
+            shard_size=64,
+        )
+    )
+    return Inputs(llm, vision, str(folder / "text"), str(folder / "cache"))

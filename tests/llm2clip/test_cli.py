@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from llm2clip import cli
 from llm2clip.evaluation import evaluate as job
-from llm2clip.utils.revisions import data_revision
+from llm2clip.utils.identity import data_revision
 from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip import tiny
 from tests.modeling_llm2clip import tiny as tiny_models

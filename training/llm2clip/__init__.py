@@ -1,1 +1,48 @@
-"""The training toolbox of LLM2CLIP."""
+"""LLM2CLIP for the Hugging Face Hub: models, training, embedding, evaluation and publishing.
+
+Every name in `__all__` is imported when it is first used (PEP 562): `import llm2clip` alone does not load torch or
+transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Type checkers and editors read the same names in __init__.pyi; a test compares the two.
+MODULES = {
+    "modeling_llm2clip": [
+        "EVA02VisionConfig",
+        "EVA02VisionModel",
+        "LLM2CLIPConfig",
+        "LLM2CLIPModel",
+        "LLM2CLIPOutput",
+        "LLM2CLIPProcessor",
+        "LLM2CLIPTextConfig",
+        "LLM2CLIPTextModel",
+        "LLM2CLIPVisionModelWithProjection",
+    ],
+    "llm2clip.trainers.mntp": ["MNTPConfig", "MNTPTrainer"],
+    "llm2clip.trainers.stage1": ["Stage1Config", "Stage1Trainer"],
+    "llm2clip.trainers.stage2": ["Stage2Config", "Stage2Trainer"],
+    "llm2clip.losses": ["clip_loss", "info_nce", "sigmoid_loss"],
+    "llm2clip.embedding": ["EmbeddingCache"],
+    "llm2clip.evaluation": ["retrieval_metrics"],
+}
+_MODULE_OF = {name: module for module, names in MODULES.items() for name in names}
+
+__all__ = sorted([*_MODULE_OF, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("modeling_llm2clip").__version__
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -22,8 +22,8 @@ from llm2clip import cli
 from llm2clip.convert.original import to_original
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.golden import Golden, load_golden
-from tests.llm2clip.hub import checkpoints
-from tests.llm2clip.hub.checkpoints import EVA, OPENAI
+from tests.llm2clip.convert import checkpoints
+from tests.llm2clip.convert.checkpoints import EVA, OPENAI
 
 
 def convert(source: str, destination: Path, *options: str) -> None:

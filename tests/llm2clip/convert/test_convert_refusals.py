@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from llm2clip import cli
-from tests.llm2clip.hub import checkpoints
-from tests.llm2clip.hub.checkpoints import EVA
+from tests.llm2clip.convert import checkpoints
+from tests.llm2clip.convert.checkpoints import EVA
 
 
 class Bomb:

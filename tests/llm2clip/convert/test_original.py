@@ -8,7 +8,7 @@ import torch
 from llm2clip.convert.original import from_original
 from modeling_llm2clip import LLM2CLIPConfig
 from tests.golden import load_golden
-from tests.llm2clip.hub.checkpoints import older_bias_names
+from tests.llm2clip.convert.checkpoints import older_bias_names
 
 EVA = load_golden("customclip_a")
 

@@ -19,9 +19,9 @@ from llm2clip.data import (
     distinct_captions,
 )
 from llm2clip.embedding import EmbeddingCache, MissingCaptionError
+from tests.llm2clip.embedding.encoder import WIDTH, build, embed
 
 from .conftest import CONCEPTS, SIZE
-from .encoder import WIDTH, build, embed
 
 
 def _sample(caption: str, *others: str, key: str = "k") -> dict[str, Any]:

@@ -21,8 +21,8 @@ from llm2clip.embedding import (
     MissingCaptionError,
 )
 from llm2clip.embedding.cache import KeyIndex
+from tests.llm2clip.data.conftest import CONCEPTS
 
-from .conftest import CONCEPTS
 from .encoder import WIDTH, build, embed
 
 TEXTS = [f"caption number {number}" for number in range(37)]

@@ -128,7 +128,7 @@ def test_torn_shard_of_a_crashed_machine_is_made_anew(tmp_path: Path) -> None:
         build(tmp_path, TEXTS, _killed_after(7))
     torn = tmp_path / "shard-00000.safetensors"
     torn.write_bytes(torn.read_bytes()[:100])
-    (tmp_path / ".shard-00002.safetensors.tmp-999").write_bytes(b"left behind")
+    (tmp_path / ".shard-00002.safetensors.999.tmp").write_bytes(b"left behind")
     build(tmp_path, TEXTS)
     build(tmp_path / "unbroken", TEXTS)
     assert _contents(tmp_path) == _contents(tmp_path / "unbroken")

@@ -13,7 +13,7 @@ from llm2clip.embedding import CacheMismatchError, EmbeddingCache
 from llm2clip.embedding.embed import EmbedConfig, embed_captions, run
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.towers import open_text_tower
-from tests.llm2clip.stages.conftest import Inputs
+from tests.llm2clip.conftest import Inputs
 
 
 def test_rows_are_what_the_encoder_gives_and_cut_captions_are_counted(inputs: Inputs, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from llm2clip.hub.cards import (
     CardFacts,
     Evaluation,
     check_metadata,
-    licence_of,
+    license_of,
     merge_cards,
     read_card,
     render,
@@ -51,8 +51,8 @@ def test_the_hub_reads_what_is_known(tmp_path: Path) -> None:
     validate_card(tmp_path)
     data = ModelCard.load(tmp_path / CARD).data
     assert data.license == "mit"
-    assert licence_of(tmp_path) == {"licence": "mit"}
-    assert licence_of(tmp_path / "elsewhere") == licence_of(None) == {}
+    assert license_of(tmp_path) == {"licence": "mit"}
+    assert license_of(tmp_path / "elsewhere") == license_of(None) == {}
     assert data.pipeline_tag == "zero-shot-image-classification"
     assert data.library_name == "transformers"
     assert data.base_model == ["someone/tower", "someone/llm"]

@@ -15,8 +15,8 @@ from llm2clip.trainers.grad_cache import in_chunks
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import EVA02VisionModel, LLM2CLIPModel, LLM2CLIPTextModel
 from tests.llm2clip import tiny
-from tests.llm2clip.stages.conftest import Inputs
-from tests.llm2clip.stages.test_processes import llm2clip, losses
+from tests.llm2clip.conftest import Inputs
+from tests.llm2clip.trainers.test_processes import llm2clip, losses
 from tests.modeling_llm2clip import tiny as tiny_models
 
 

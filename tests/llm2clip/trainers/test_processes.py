@@ -22,7 +22,7 @@ from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.embedding import EmbeddingCache
 from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip import tiny
-from tests.llm2clip.stages.conftest import Inputs
+from tests.llm2clip.conftest import Inputs
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 CLI = ["-m", "llm2clip.cli"]

@@ -17,7 +17,7 @@ from llm2clip.hub.cards import CARD, split_card
 from llm2clip.trainers.pushing import PushingTrainer
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny
-from tests.llm2clip.stages.conftest import Inputs
+from tests.llm2clip.conftest import Inputs
 from tests.loopback_hub import CUT, READ_TOKEN, TOKEN, File, LoopbackHub, Repo
 from tests.stranger import HIDE
 

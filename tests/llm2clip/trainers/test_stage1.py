@@ -15,7 +15,7 @@ from llm2clip.trainers import stage1
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny
-from tests.llm2clip.stages.conftest import Inputs
+from tests.llm2clip.conftest import Inputs
 from tests.modeling_llm2clip import tiny as tiny_models
 
 

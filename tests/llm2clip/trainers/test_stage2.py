@@ -27,12 +27,12 @@ from llm2clip.hub.cards import read_card
 from llm2clip.losses import sigmoid_loss
 from llm2clip.trainers import stage2
 from llm2clip.trainers.frozen_layers import FrozenLayers
-from llm2clip.utils.revisions import data_revision
+from llm2clip.utils.identity import data_revision
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_eva02 import EVA02Attention
 from tests.llm2clip import tiny
-from tests.llm2clip.stages.conftest import Inputs
+from tests.llm2clip.conftest import Inputs
 
 
 def run(folder: Path, inputs: Inputs, resume: bool = False, **changes: Any) -> dict[str, Any]:

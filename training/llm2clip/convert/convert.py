@@ -16,9 +16,10 @@ from llm2clip.convert.joint import plan_joint
 from llm2clip.convert.joint_plan import JointPlan
 from llm2clip.convert.original import to_original
 from llm2clip.convert.report import print_report
-from llm2clip.hub.cards import JOINT_TASK, VISION_TASK, CardFacts, licence_of, write_card
-from llm2clip.utils.files import appearing_folder, read_json, refuse_existing
-from llm2clip.utils.towers import describe_text_tower, hub_ids
+from llm2clip.hub.cards import JOINT_TASK, VISION_TASK, CardFacts, license_of, write_card
+from llm2clip.utils.files import atomic_file, atomic_folder, read_json, refuse_existing
+from llm2clip.utils.repos import hub_ids
+from llm2clip.utils.towers import describe_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     if config.to == "original":
         return _to_original(config, destination)
     checkpoint = open_checkpoint(config.source)
-    with appearing_folder(destination, config.overwrite) as folder:
+    with atomic_folder(destination, config.overwrite) as folder:
         if holds_decoder(checkpoint):
             result = convert_text_tower(checkpoint, folder, config.source, config.adapters, config.prompt_name)
         else:
@@ -110,7 +111,7 @@ def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) 
         repo=folder.name,
         summary=f"Converted from {config.source} ({plan.recognised}) with llm2clip.",
         base_models=hub_ids(config.source, plan.text_model),
-        **licence_of(checkpoint.folder),
+        **license_of(checkpoint.folder),
     )
     write_card(folder, facts)
     _verify(folder, plan)
@@ -177,13 +178,8 @@ def _to_original(config: ConvertConfig, destination: Path) -> dict[str, Any]:
         raise ValueError(f"{config.source} is no LLM2CLIP model of this package (its model_type is {found!r}).")
     model = LLM2CLIPModel.from_pretrained(config.source, text_model=False)
     state = to_original(model.config, model.state_dict())
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.with_name(f".{destination.name}.tmp")
-    try:
-        torch.save(state, temporary)
-        temporary.replace(destination)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(destination) as file:
+        torch.save(state, file)
     return {"written": str(destination), "tensors": len(state)}
 
 

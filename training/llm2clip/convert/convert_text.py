@@ -18,9 +18,10 @@ from transformers.utils import logging
 
 from llm2clip.convert.checkpoint import Checkpoint, open_checkpoint
 from llm2clip.convert.original import original_prompt
-from llm2clip.hub.cards import TEXT_TASK, CardFacts, licence_of, write_card
+from llm2clip.hub.cards import TEXT_TASK, CardFacts, license_of, write_card
 from llm2clip.utils.files import write_json
-from llm2clip.utils.towers import hub_ids, prompted, save_text_tower
+from llm2clip.utils.repos import hub_ids
+from llm2clip.utils.towers import prompted, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 
@@ -79,7 +80,7 @@ def convert_text_tower(
         repo=folder.name,
         summary=f"A caption encoder, converted from {source} ({recognised}) with llm2clip.",
         base_models=hub_ids(source, *adapters),
-        **licence_of(checkpoint.folder),
+        **license_of(checkpoint.folder),
     )
     write_card(folder, facts)
     return {"recognised": "an LLM", "prompt": prefix + "..." + suffix}

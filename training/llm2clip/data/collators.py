@@ -6,13 +6,12 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from llm2clip.data.records import SkippedSample
-from llm2clip.embedding.cache import EmbeddingCache
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +44,14 @@ def stack_pixels(samples: Sequence[Tensor | SkippedSample]) -> PixelBatch:
     return PixelBatch(torch.stack(good) if good else None, skipped)
 
 
+class EmbeddingLookup(Protocol):
+    """Stored caption embeddings, such as [`EmbeddingCache`]."""
+
+    def lookup(self, captions: Sequence[str], dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """Embeddings of captions, `(captions, hidden_size)`; `dtype=None` keeps the stored dtype."""
+        ...
+
+
 class Stage2Collator:
     """Puts samples of `CaptionImageDataset` into a batch.
 
@@ -68,7 +75,7 @@ class Stage2Collator:
         ValueError: If both or neither of cache and processor are given.
     """
 
-    def __init__(self, cache: EmbeddingCache | None = None, processor: Callable[..., Any] | None = None) -> None:
+    def __init__(self, cache: EmbeddingLookup | None = None, processor: Callable[..., Any] | None = None) -> None:
         if (cache is None) == (processor is None):
             raise ValueError("Stage2Collator needs either an embedding cache or a processor.")
         self.cache = cache

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from llm2clip.embedding.image_embedder import require_llm2clip
-from llm2clip.utils.files import appearing_folder
+from llm2clip.utils.files import atomic_folder
 
 FILES = ("README.md", "requirements.txt", "app.py")
 PACKAGES = ("modeling_llm2clip", "llm2clip")
@@ -32,7 +32,7 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
     if bundled:
         require_llm2clip(model, None, with_llm=True)
         _refuse_divided_model(model)
-    with appearing_folder(destination, overwrite, marks=("app.py",)) as folder:
+    with atomic_folder(destination, overwrite, marks=("app.py",)) as folder:
         for name in FILES:
             template = _packaged("llm2clip.hub_configs") / "space" / name
             text = template.read_text(encoding="utf-8").replace("{model}", "model" if bundled else model)

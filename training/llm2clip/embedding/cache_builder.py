@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from llm2clip.embedding.cache import (
     read_layout,
     shard_name,
 )
+from llm2clip.utils.files import atomic_path, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -259,29 +259,12 @@ def _refuse(bad: torch.Tensor, texts: list[str], fault: str) -> None:
 def _write_shard(path: Path, vectors: torch.Tensor, keys: np.ndarray, truncated: int) -> None:
     tensors = {"embeddings": vectors, "keys": torch.from_numpy(keys.astype(np.int64))}
     metadata = {"num_truncated": str(truncated)}  # safetensors writes several entries in no fixed order
-    _write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata)
 
 
 def _write_manifest(folder: Path, manifest: CacheManifest) -> None:
-    content = manifest.to_json()
-    _write_atomically(folder / MANIFEST, lambda temporary: temporary.write_text(content, encoding="utf-8"))
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself reaches the disk with the folder
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    write_text(folder / MANIFEST, manifest.to_json())
 
 
 def _finish(folder: Path, manifest: CacheManifest) -> None:
@@ -292,7 +275,7 @@ def _finish(folder: Path, manifest: CacheManifest) -> None:
     manifest.num_truncated = sum(int(layout.metadata["num_truncated"]) for layout in layouts)
     manifest.status = "complete"
     _write_manifest(folder, manifest)
-    for leftover in folder.glob(".*.tmp-*"):
+    for leftover in folder.glob(".*.tmp"):
         leftover.unlink()
     if manifest.num_truncated:
         logger.warning(

@@ -13,8 +13,8 @@ from llm2clip.embedding import EmbeddingCache
 from llm2clip.evaluation.caption_pairs import CaptionRetrieval
 from llm2clip.evaluation.image_text import ImageTextRetrieval
 from llm2clip.utils.files import write_json
+from llm2clip.utils.identity import data_revision
 from llm2clip.utils.processes import process_state
-from llm2clip.utils.revisions import data_revision
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel
 

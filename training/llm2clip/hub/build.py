@@ -19,8 +19,9 @@ from llm2clip.hub.build_card import LICENCE, copy_curves, read_results, source_c
 from llm2clip.hub.cards import EXAMPLE, JOINT_TASK, TEXT_TASK, VISION_TASK, Evaluation, check_metadata
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.hub.validation import CAPTIONS, compare_with_stranger, sample_llm_embeds, sample_picture
-from llm2clip.utils.files import appearing_folder, refuse_existing, write_json, write_licence
-from llm2clip.utils.towers import hub_ids, is_hub_id, save_text_tower
+from llm2clip.utils.files import atomic_folder, refuse_existing, write_json, write_license
+from llm2clip.utils.repos import hub_ids, is_hub_id
+from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import (
     LLM2CLIPConfig,
     LLM2CLIPModel,
@@ -141,7 +142,7 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     source = source_folder(config)
     card = source_card(config, source)
     loaded = _load(config, fields)
-    with appearing_folder(destination, config.overwrite) as folder:
+    with atomic_folder(destination, config.overwrite) as folder:
         _save(loaded, config, folder)
         picture = example or sample_picture()
         captions = config.example_captions or list(CAPTIONS)
@@ -149,7 +150,7 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
         if example is not None:
             example.save(folder / EXAMPLE)
         write_built_card(config, loaded, card, results, copy_curves(source, folder), folder)
-        write_licence(folder)
+        write_license(folder)
         if config.code_repo is not None:
             _refer_to_code(folder, config.code_repo)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -23,7 +23,7 @@ from llm2clip.hub.cards import (
     write_curves,
 )
 from llm2clip.utils.files import write_text
-from llm2clip.utils.towers import hub_ids
+from llm2clip.utils.repos import hub_ids
 
 if TYPE_CHECKING:
     from llm2clip.hub.build import BuildConfig, Loaded

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, PretrainedConfig
 
-from llm2clip.utils.files import appearing_folder, refuse_existing
+from llm2clip.utils.files import atomic_folder, refuse_existing
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
     parts = _parts(config)
     model = _load(config, "text" in parts)
     result: dict[str, Any] = {}
-    with appearing_folder(destination, config.overwrite, (MARK,)) as folder:
+    with atomic_folder(destination, config.overwrite, (MARK,)) as folder:
         for part in parts:
             path = folder / f"{part}_model.onnx"
             graph = VisionGraph(model, _image_size(config, model)) if part == "vision" else TextGraph(model)

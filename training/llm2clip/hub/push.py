@@ -14,7 +14,7 @@ from llm2clip.hub import build
 from llm2clip.hub.cards import validate_card
 from llm2clip.hub.upload import explained, open_repo, upload
 from llm2clip.utils.files import read_json
-from llm2clip.utils.towers import is_hub_id
+from llm2clip.utils.repos import is_hub_id
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPVisionModelWithProjection
 
 logger = logging.getLogger(__name__)

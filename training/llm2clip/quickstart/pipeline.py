@@ -33,10 +33,11 @@ from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.trainers import stage1, stage2
 from llm2clip.trainers.text_tower import TextTowerConfig, load_text_tower
 from llm2clip.utils.files import write_json
+from llm2clip.utils.identity import data_revision
 from llm2clip.utils.processes import process_state
-from llm2clip.utils.revisions import data_revision
+from llm2clip.utils.repos import hub_ids
 from llm2clip.utils.settings import build_config
-from llm2clip.utils.towers import hub_ids, save_text_tower
+from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from llm2clip.search.image_index import FAILURES, VECTORS, ImageIndex, IndexMani
 from llm2clip.search.image_sets import FolderImages, TableImages, is_dataset
 from llm2clip.search.store import EMBEDDING, EmbeddingStore, read_part, write_part
 from llm2clip.search.vectors import VectorIndexSettings, require_faiss
-from llm2clip.utils.files import appearing_folder, refuse_existing
+from llm2clip.utils.files import atomic_folder, refuse_existing
 
 logger = logging.getLogger(__name__)
 
@@ -287,7 +287,7 @@ class _Update:
         # faiss is about to need the memory.
         self.known.close()
         self.previous = None
-        with appearing_folder(self.output, overwrite=True, marks=MARKS) as folder:
+        with atomic_folder(self.output, overwrite=True, marks=MARKS) as folder:
             write_index(folder, self.manifest, self.config, described, embeds, failures)
 
     def _is_written(self, described: pa.Table, failures: list[dict[str, Any]]) -> bool:

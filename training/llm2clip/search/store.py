@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+
+from llm2clip.utils.files import atomic_file
 
 EMBEDDING = "embedding"
 REASON = "reason"
@@ -34,13 +35,8 @@ def write_part(path: Path, columns: pa.Table, embeds: np.ndarray, reasons: Seque
     """
     table = columns.append_column(REASON, pa.array(reasons, pa.string()))
     table = table.append_column(EMBEDDING, embedding_column(embeds))
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        with pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with atomic_file(path) as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
 
 
 def read_part(path: Path) -> pa.Table:

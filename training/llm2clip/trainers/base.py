@@ -30,8 +30,8 @@ from llm2clip.hub.cards import (
 )
 from llm2clip.trainers.pushing import PushingTrainer
 from llm2clip.utils.files import write_text
-from llm2clip.utils.revisions import data_revision
-from llm2clip.utils.towers import hub_ids
+from llm2clip.utils.identity import data_revision
+from llm2clip.utils.repos import hub_ids
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
 

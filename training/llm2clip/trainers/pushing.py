@@ -13,8 +13,8 @@ from transformers.trainer_utils import HubStrategy
 
 from llm2clip.hub.cards import CARD
 from llm2clip.hub.upload import RemoteRepo, check_write_access, explained, explanation, open_branch, open_repo, upload
-from llm2clip.utils.files import write_licence
-from llm2clip.utils.towers import hub_ids
+from llm2clip.utils.files import write_license
+from llm2clip.utils.repos import hub_ids
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class PushingTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         folder = Path(str(self.args.output_dir))
-        write_licence(folder)
+        write_license(folder)
         name = self.args.hub_model_id or folder.absolute().name
         api = self._hub(token)
         with explained(name):

@@ -1,28 +1,70 @@
-"""Writing files so that a good one is never replaced by half of another, and reading them with clear errors."""
+"""Atomic writes: a file or folder appears complete or not at all. Reads that name the damaged file."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import files as distribution_files
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+READ_SIZE = 1 << 22
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file under a temporary name and rename it; makes the folder."""
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path whose file replaces `path` when the block ends, and is removed when the block raises.
+
+    The content and the rename reach the disk before the call returns, so that a crash leaves either the old file or
+    the new one. The temporary name contains the process id: two processes that write the same file do not mix.
+    Temporary files of a killed process match `.*.tmp`.
+
+    Args:
+        path: The file; its folder is created.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
+    """[`atomic_path`] as an open file.
+
+    Args:
+        path: The file.
+        mode: `wb` or `w`.
+        options: Passed to `open`, such as `encoding`.
+    """
+    with atomic_path(path) as temporary, open(temporary, mode, **options) as file:
+        yield file
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, see [`atomic_file`]."""
+    with atomic_file(path, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON, see [`write_text`]."""
+    """Write JSON, see [`atomic_file`]."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -30,36 +72,54 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: The file holds none; the message names the file.
+        ValueError: The file does not contain a JSON object; the message names the file.
     """
     try:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds no JSON object.")
+        raise ValueError(f"{path} does not contain a JSON object.")
     return fields
 
 
-def write_licence(folder: Path) -> None:
-    """Write the licence of the code beside it; that of the weights stands in the card."""
+def digest_files(files: Iterable[Path], digest: Any = None) -> Any:
+    """Hash the names and contents of files, in the given order.
+
+    Args:
+        files: The files.
+        digest: A `hashlib` object to continue with; a new SHA-256 by default.
+
+    Returns:
+        The `hashlib` object.
+    """
+    digest = hashlib.sha256() if digest is None else digest
+    for path in files:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(READ_SIZE):
+                digest.update(block)
+    return digest
+
+
+def write_license(folder: Path) -> None:
+    """Write the license of the code; the license of the weights is stated in the model card."""
     found = [path for path in distribution_files("llm2clip") or [] if path.name == "LICENSE"]
     if not found:
-        raise FileNotFoundError("this installation of llm2clip lacks its LICENSE file; install it again.")
+        raise FileNotFoundError("this installation of llm2clip has no LICENSE file; install it again.")
     write_text(folder / "LICENSE", found[0].read_text(encoding="utf-8"))
 
 
 @contextmanager
-def appearing_folder(
+def atomic_folder(
     destination: Path, overwrite: bool = False, marks: tuple[str, ...] = ("config.json",)
 ) -> Iterator[Path]:
-    """A folder that becomes `destination` when all has gone well, and vanishes otherwise.
+    """Create a folder that becomes `destination` when the block ends, and is removed when the block raises.
 
     Args:
         destination: The folder.
-        overwrite: Replace one that exists.
-        marks: Files (globs), any of which shows that a folder is one of this kind, so that `overwrite` replaces no
-            other.
+        overwrite: Replace an existing folder.
+        marks: Glob patterns. `overwrite` only replaces a folder that contains a file matching one of them.
 
     Raises:
         FileExistsError: See [`refuse_existing`].
@@ -77,7 +137,7 @@ def appearing_folder(
 
 
 def refuse_existing(destination: Path, overwrite: bool, marks: tuple[str, ...] = ("config.json",)) -> None:
-    """Raise FileExistsError where `destination` exists and may not, or had better not, be replaced."""
+    """Raise FileExistsError if `destination` exists and must not be replaced; see [`atomic_folder`]."""
     if not destination.exists():
         return
     if not overwrite:
@@ -86,6 +146,6 @@ def refuse_existing(destination: Path, overwrite: bool, marks: tuple[str, ...] =
         return
     if not any(file for mark in marks for file in destination.glob(mark)):
         raise FileExistsError(
-            f"{destination} is not replaced, because it holds other things (no {' or '.join(marks)}); choose another "
-            "destination."
+            f"{destination} is not replaced, because it contains other files (no {' or '.join(marks)}); choose "
+            "another destination."
         )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from llm2clip.utils.repos import OURS, inspect_repo
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
-
-OURS = (LLM2CLIPTextConfig.model_type, LLM2CLIPConfig.model_type)
 
 
 def loading_options(dtype: str, attn_implementation: str | None = None, revision: str | None = None) -> dict[str, Any]:
@@ -33,23 +31,9 @@ def loading_options(dtype: str, attn_implementation: str | None = None, revision
     return {key: value for key, value in options.items() if value is not None}
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of a Hub id: OWNER/NAME."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
-
-
-def hub_ids(*names: str | None) -> list[str]:
-    """Those of the names that are Hub ids and not folders or files here."""
-    return [name for name in names if name and is_hub_id(name) and not Path(name).exists()]
-
-
 def is_text_tower(name: str, revision: str | None = None) -> bool:
-    """Whether a repo or folder says itself how its LLM encodes captions: a text tower, or an LLM2CLIP model."""
-    try:
-        fields, _ = PretrainedConfig.get_config_dict(name, revision=revision)
-    except OSError:  # a bare adapter
-        return False
-    return fields.get("model_type") in OURS
+    """Whether a repository specifies how its LLM encodes captions: a text tower, or an LLM2CLIP model."""
+    return inspect_repo(name, revision).kind in OURS
 
 
 def open_text_tower(

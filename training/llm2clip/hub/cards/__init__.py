@@ -2,7 +2,7 @@
 
 from llm2clip.hub.cards.card import (
     CARD,
-    licence_of,
+    license_of,
     merge_cards,
     read_card,
     render,
@@ -27,7 +27,7 @@ __all__ = [
     "Evaluation",
     "base_models",
     "check_metadata",
-    "licence_of",
+    "license_of",
     "merge_cards",
     "read_card",
     "render",

@@ -30,7 +30,7 @@ LOADED = re.compile(r'((?:from_pretrained\(|SentenceTransformer\(|snapshot_downl
 UNITED = ("tags", "base_model", "datasets")
 
 
-def licence_of(folder: Path | None) -> dict[str, Any]:
+def license_of(folder: Path | None) -> dict[str, Any]:
     """The licence that the card in a folder states, as fields of [`CardFacts`]; none where there is no card."""
     data = read_card(folder)[0] if folder else {}
     names = {"licence": "license", "licence_name": "license_name", "licence_link": "license_link"}
@@ -225,7 +225,7 @@ def validate_card(folder: Path) -> None:
 
 __all__ = [
     "CARD",
-    "licence_of",
+    "license_of",
     "merge_cards",
     "read_card",
     "render",

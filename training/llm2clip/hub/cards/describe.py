@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm2clip.utils.towers import hub_ids
+from llm2clip.utils.repos import hub_ids
 from modeling_llm2clip import LLM2CLIPTextConfig
 
 

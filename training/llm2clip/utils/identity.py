@@ -1,4 +1,4 @@
-"""What identifies the data that something was measured on: a commit on the Hub, or a checksum of files."""
+"""The identity of data: a commit on the Hub, or a checksum of local files."""
 
 from __future__ import annotations
 

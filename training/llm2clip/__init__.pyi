@@ -1,0 +1,62 @@
+from llm2clip.embedding import (
+    EmbeddingCache as EmbeddingCache,
+)
+from llm2clip.evaluation import (
+    retrieval_metrics as retrieval_metrics,
+)
+from llm2clip.losses import (
+    clip_loss as clip_loss,
+)
+from llm2clip.losses import (
+    info_nce as info_nce,
+)
+from llm2clip.losses import (
+    sigmoid_loss as sigmoid_loss,
+)
+from llm2clip.trainers.mntp import (
+    MNTPConfig as MNTPConfig,
+)
+from llm2clip.trainers.mntp import (
+    MNTPTrainer as MNTPTrainer,
+)
+from llm2clip.trainers.stage1 import (
+    Stage1Config as Stage1Config,
+)
+from llm2clip.trainers.stage1 import (
+    Stage1Trainer as Stage1Trainer,
+)
+from llm2clip.trainers.stage2 import (
+    Stage2Config as Stage2Config,
+)
+from llm2clip.trainers.stage2 import (
+    Stage2Trainer as Stage2Trainer,
+)
+from modeling_llm2clip import (
+    EVA02VisionConfig as EVA02VisionConfig,
+)
+from modeling_llm2clip import (
+    EVA02VisionModel as EVA02VisionModel,
+)
+from modeling_llm2clip import (
+    LLM2CLIPConfig as LLM2CLIPConfig,
+)
+from modeling_llm2clip import (
+    LLM2CLIPModel as LLM2CLIPModel,
+)
+from modeling_llm2clip import (
+    LLM2CLIPOutput as LLM2CLIPOutput,
+)
+from modeling_llm2clip import (
+    LLM2CLIPProcessor as LLM2CLIPProcessor,
+)
+from modeling_llm2clip import (
+    LLM2CLIPTextConfig as LLM2CLIPTextConfig,
+)
+from modeling_llm2clip import (
+    LLM2CLIPTextModel as LLM2CLIPTextModel,
+)
+from modeling_llm2clip import (
+    LLM2CLIPVisionModelWithProjection as LLM2CLIPVisionModelWithProjection,
+)
+
+__version__: str

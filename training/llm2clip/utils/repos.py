@@ -1,0 +1,107 @@
+"""What a Hub repository or folder contains, read from its config files before anything large is loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.utils import find_adapter_config_file
+
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPVisionModelWithProjection
+
+
+class RepoKind(str, Enum):
+    """The kinds of model repository that this package distinguishes."""
+
+    JOINT = "LLM2CLIP model"
+    VISION_HALF = "vision half of an LLM2CLIP model"
+    TEXT_TOWER = "text tower"
+    ADAPTER = "PEFT adapter"
+    OTHER = "other model"
+
+
+OURS = (RepoKind.JOINT, RepoKind.VISION_HALF, RepoKind.TEXT_TOWER)
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A model repository.
+
+    Attributes:
+        name: Hub id or folder.
+        revision: Branch, tag or commit on the Hub.
+        kind: What the repository contains. A text tower that is stored as an adapter is a `TEXT_TOWER` with
+            `is_adapter`; `ADAPTER` is an adapter without a config of this package; `OTHER` includes plain LLMs.
+        is_adapter: Whether the weights are a PEFT adapter.
+        config: The fields of config.json; empty if there is none.
+    """
+
+    name: str
+    revision: str | None
+    kind: RepoKind
+    is_adapter: bool
+    config: dict[str, Any]
+
+    @property
+    def model_type(self) -> str | None:
+        """`model_type` of config.json."""
+        return self.config.get("model_type")
+
+    def require(self, *kinds: RepoKind, hint: str = "`llm2clip convert` converts checkpoints of other code.") -> Repo:
+        """Raise ValueError unless the repository is one of `kinds`; returns the repository itself.
+
+        Args:
+            kinds: The accepted kinds.
+            hint: What the user can do, the last sentence of the message.
+        """
+        if self.kind in kinds:
+            return self
+        wanted = " or ".join(f"{'an' if kind.value[0] in 'aeiouAEIOUL' else 'a'} {kind.value}" for kind in kinds)
+        found = f"model_type {self.model_type!r}" if self.kind is RepoKind.OTHER else f"a {self.kind.value}"
+        raise ValueError(f"{self.name} is not {wanted}: it contains {found}. {hint}")
+
+
+def inspect_repo(name: str | Path, revision: str | None = None, **hub_arguments: Any) -> Repo:
+    """Read the config files of a repository or folder.
+
+    Args:
+        name: Hub id or folder.
+        revision: Branch, tag or commit on the Hub.
+        hub_arguments: `cache_dir`, `token` and other arguments of `from_pretrained`.
+
+    Raises:
+        OSError: There is no such repository, or it contains neither config.json nor adapter_config.json.
+    """
+    name = str(name)
+    options = {"revision": revision, **hub_arguments}
+    is_adapter = find_adapter_config_file(name, **options) is not None
+    try:
+        config = PretrainedConfig.get_config_dict(name, **options)[0]
+    except OSError:
+        if not is_adapter:
+            raise
+        config = {}
+    return Repo(name, revision, _kind(config, is_adapter), is_adapter, config)
+
+
+def _kind(config: dict[str, Any], is_adapter: bool) -> RepoKind:
+    if config.get("model_type") == LLM2CLIPTextConfig.model_type:
+        return RepoKind.TEXT_TOWER
+    if config.get("model_type") == LLM2CLIPConfig.model_type:
+        is_half = config.get("architectures") == [LLM2CLIPVisionModelWithProjection.__name__]
+        return RepoKind.VISION_HALF if is_half else RepoKind.JOINT
+    return RepoKind.ADAPTER if is_adapter else RepoKind.OTHER
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id: OWNER/NAME."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def hub_ids(*names: str | None) -> list[str]:
+    """The names that are Hub ids and do not exist as local folders or files."""
+    return [name for name in names if name and is_hub_id(name) and not Path(name).exists()]
