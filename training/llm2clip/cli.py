@@ -80,7 +80,7 @@ COMMANDS = {
     ),
     "convert": Command(
         "a checkpoint of the original code, of Microsoft's repos or of a plain CLIP, to this format and back",
-        "llm2clip.convert.convert",
+        "llm2clip.convert.conversion",
         "ConvertConfig",
         positional=("source", "destination"),
     ),
