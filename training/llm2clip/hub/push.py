@@ -120,7 +120,9 @@ def check_folder(folder: Path) -> None:
         missing = sorted(shards - {path.name for path in weights})
         if missing:
             raise FileNotFoundError(f"{folder} lacks {len(missing)} of its shards: {', '.join(missing[:3])}.")
-    for target in (fields.get("auto_map") or {"AutoModel": "its auto_map.X"}).values():
+    targets = [*(fields.get("auto_map") or {"AutoModel": "its auto_map.X"}).values()]
+    targets += [pipeline["impl"] for pipeline in fields.get("custom_pipelines", {}).values()]
+    for target in targets:
         module = target.split("--")[-1].split(".")[0]
         if "--" not in target and not (folder / f"{module}.py").is_file():
             raise FileNotFoundError(
