@@ -113,8 +113,9 @@ def _convert_collection(value: Any, hint: Any, kind: type) -> Any:
         value = [value] if kind is list and not isinstance(value, list) else value
     if not isinstance(value, kind):
         raise ValueError(value)
+    items: Any = value
     arguments = typing.get_args(hint)
-    return [convert(item, arguments[0]) for item in value] if kind is list and arguments else value
+    return [convert(item, arguments[0]) for item in items] if kind is list and arguments else items
 
 
 def _is_enum(hint: Any) -> bool:
