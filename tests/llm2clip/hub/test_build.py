@@ -192,7 +192,7 @@ def test_nothing_is_written_if_outputs_differ_in_a_new_process(
             self.model.text_adapter.proj.weight.mul_(1.01)
 
     monkeypatch.setattr(SourceModel, "save", save_and_change_the_model)
-    with pytest.raises(RuntimeError, match="the text outputs of .* in a new process differ by"):
+    with pytest.raises(RuntimeError, match=r"the text outputs of .* in a new process differ by"):
         build.run(build.BuildConfig(str(tmp_path / "model"), str(tmp_path / "out"), text_model=llm))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -213,7 +213,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(
     refused(capsys, "which others cannot load; bundle it", clip, out, "--bundle-text-model", "false")
     refused(capsys, "drop one", clip, out, "--bundle-text-model", "true", "--text-model", "someone/llm")
     refused(capsys, "text_model './llm' is not a Hub id (OWNER/NAME)", clip, out, "--text-model", "./llm")
-    refused(capsys, "it contains model_type 'llm2clip_eva02_vision'", tmp_path / "vision", out)
+    refused(capsys, "it contains model_type 'eva02_vision_model'", tmp_path / "vision", out)
     refused(capsys, "the example image nowhere.jpg cannot be read", clip, out, "--example-image", "nowhere.jpg")
     results = tmp_path / "results.json"
     for content, message in (

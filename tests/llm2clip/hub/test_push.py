@@ -114,7 +114,10 @@ def test_incomplete_folder_is_refused_before_the_upload(
             "lacks processor_config.json or preprocessor_config.json; build it first",
         ),
         (lambda: os.truncate(copy / "config.json", 30), f"{copy / 'config.json'}' is not a valid JSON file"),
-        (lambda: (copy / "config.json").write_text("{}"), "it contains model_type None. Build the folder of a model"),
+        (
+            lambda: (copy / "config.json").write_text('{"a": 1}'),
+            "it contains model_type None. Build it first: llm2clip",
+        ),
     ):
         shutil.copytree(built, copy)
         spoil()

@@ -107,6 +107,7 @@ def write_built_card(
         folder: The folder.
     """
     data, text = card
+    license_fields: dict[str, Any] = {name: getattr(config, name) or data.get(name) for name in LICENSE_FIELDS}
     facts = CardFacts(
         name=config.name or Path(config.destination).name,
         task=source.task,
@@ -120,7 +121,7 @@ def write_built_card(
         has_example=config.example_image is not None,
         has_curves=has_curves,
         is_adapter=getattr(source.model, "has_adapter", False),
-        **{name: getattr(config, name) or data.get(name) for name in LICENSE_FIELDS},
+        **license_fields,
     )
     # The section on training was written by the Trainer, which knew the settings.
     write_text(folder / CARD, render(facts, data, text, keep=["training"]))

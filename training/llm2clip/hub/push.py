@@ -103,7 +103,7 @@ def check_folder(folder: Path) -> Repo:
         raise FileNotFoundError(f"{folder} is not a folder; `llm2clip build MODEL {folder}` creates it.")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; {BUILD_FIRST}")
-    repo = inspect_repo(folder).require(*OURS, hint=f"Build the folder of a model: {BUILD_FIRST.partition(': ')[2]}")
+    repo = inspect_repo(folder).require(*OURS, hint="Build it first: llm2clip build MODEL FOLDER")
     _check_weights(folder)
     for target in (repo.config.get("auto_map") or {"AutoModel": "its auto_map.X"}).values():
         module = target.split("--")[-1].split(".")[0]
@@ -143,7 +143,9 @@ def _check_weights(folder: Path) -> None:
 def _processor_files(kind: RepoKind) -> list[tuple[str, ...]]:
     """Files of the tokenizer and of the image processor; one of each tuple is needed."""
     tokenizer, images = ("tokenizer.json",), ("processor_config.json", "preprocessor_config.json")
-    return {RepoKind.TEXT_TOWER: [tokenizer], RepoKind.VISION_HALF: [images]}.get(kind, [tokenizer, images])
+    if kind is RepoKind.TEXT_TOWER:
+        return [tokenizer]
+    return [images] if kind is RepoKind.VISION_HALF else [tokenizer, images]
 
 
 def _validate(folder: Path, repo: Repo) -> None:
