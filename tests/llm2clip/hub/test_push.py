@@ -158,7 +158,7 @@ def test_pushed_model_works_in_auto_classes_pipelines_and_sentence_transformers(
 ) -> None:
     """The command pushes; AutoModel, three pipelines and SentenceTransformer load the model by its Hub id."""
     environment = {**os.environ, **hub.environment(tmp_path / "publisher")}
-    command = [sys.executable, "-m", "llm2clip.cli", "push", str(built), REPO]
+    command = [sys.executable, "-m", "llm2clip", "push", str(built), REPO]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"repo: {hub.url}/{REPO}" in done.stdout
