@@ -201,12 +201,15 @@ def _refer_to_code(folder: Path, repo: str) -> None:
 def _with_code_repo(fields: Any, repo: str) -> Any:
     if not isinstance(fields, dict):
         return fields
-    return {
-        key: {name: f"{repo}--{target}" for name, target in value.items()}
-        if key == "auto_map"
-        else _with_code_repo(value, repo)
-        for key, value in fields.items()
-    }
+    referring: dict[str, Any] = {}
+    for key, value in fields.items():
+        if key == "auto_map":
+            referring[key] = {name: f"{repo}--{target}" for name, target in value.items()}
+        elif key == "impl":  # the class of a custom pipeline
+            referring[key] = f"{repo}--{value}"
+        else:
+            referring[key] = _with_code_repo(value, repo)
+    return referring
 
 
 __all__ = ["BuildConfig", "build_folder", "count_parameters", "run"]

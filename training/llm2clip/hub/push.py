@@ -105,7 +105,9 @@ def check_folder(folder: Path) -> Repo:
         raise FileNotFoundError(f"{folder} has no config.json; {BUILD_FIRST}")
     repo = inspect_repo(folder).require(*OURS, hint="Build it first: llm2clip build MODEL FOLDER")
     _check_weights(folder)
-    for target in (repo.config.get("auto_map") or {"AutoModel": "its auto_map.X"}).values():
+    targets = [*(repo.config.get("auto_map") or {"AutoModel": "its auto_map.X"}).values()]
+    targets += [pipeline["impl"] for pipeline in repo.config.get("custom_pipelines", {}).values()]
+    for target in targets:
         module = target.split("--")[-1].split(".")[0]
         if "--" not in target and not (folder / f"{module}.py").is_file():
             raise FileNotFoundError(f"{folder} lacks the code of {target}; {BUILD_FIRST}")
