@@ -120,7 +120,7 @@ COMMANDS = {
     ),
     "demo": Command(
         "a page in the browser: search, classification, heat maps, two models side by side",
-        "llm2clip.demo.job",
+        "llm2clip.demo.demo",
         "DemoConfig",
         positional=(),
         extra="demo",

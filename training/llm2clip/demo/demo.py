@@ -1,4 +1,4 @@
-"""The `demo` job: a page on this machine that shows what a model does with images and captions."""
+"""The command `llm2clip demo`: a local web page that shows what a model does with images and captions."""
 
 from __future__ import annotations
 
@@ -7,41 +7,47 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from llm2clip.data import CaptionSource
 from llm2clip.demo.gallery import Gallery
 from llm2clip.demo.space import write_space
-from llm2clip.embedding.image_embedder import require_llm2clip
+from llm2clip.search.image_sets import FolderImages, IndexedImages, TableImages, is_dataset
+from llm2clip.search.vector_index import require_faiss
+from llm2clip.utils.repos import RepoKind, inspect_repo
 
 QUICKSTART_MODEL = "runs/quickstart/llm2clip"
 
 
 @dataclass
 class DemoConfig:
-    """Settings of the demo."""
+    """Settings of `llm2clip demo`."""
 
-    model: str = field(default=QUICKSTART_MODEL, metadata={"help": "The model: Hub id or folder."})
+    model: str = field(default=QUICKSTART_MODEL, metadata={"help": "Hub id or folder of the model."})
     compare: str | None = field(
-        default=None, metadata={"help": "A second model, to see beside the first: Hub id or folder."}
+        default=None, metadata={"help": "Hub id or folder of a second model, shown beside the first."}
     )
     data: str | None = field(
         default=None,
-        metadata={"help": "Captioned images to search: a path or Hub id; by default the bundled test split."},
+        metadata={
+            "help": "Images to search: a folder of images, or the path or Hub id of a data set; default: the bundled "
+            "test split."
+        },
     )
-    split: str = field(default="test", metadata={"help": "Split of the data."})
-    caption_columns: list[str] = field(
-        default_factory=lambda: ["caption"], metadata={"help": "Columns that name the images."}
+    split: str = field(default="test", metadata={"help": "Data set: split."})
+    caption_column: str | None = field(
+        default=None,
+        metadata={"help": "Data set: column of the images' names; default: caption, txt or text, if any."},
     )
     cache_dir: str = field(
-        default="runs/demo", metadata={"help": "Keeps the images' embeddings between starts, by model and images."}
+        default="runs/demo", metadata={"help": "Folder of the search indexes, which the next start uses again."}
     )
     host: str | None = field(
-        default=None, metadata={"help": "Address to listen on; by default this machine alone can connect."}
+        default=None,
+        metadata={"help": "Address to listen on, such as 0.0.0.0; default: only this machine can connect."},
     )
-    port: int | None = field(default=None, metadata={"help": "Port; by default the first free one from 7860."})
+    port: int | None = field(default=None, metadata={"help": "Port; default: the first free port from 7860 on."})
     write_space: str | None = field(
-        default=None, metadata={"help": "Write a folder here that is a Space on the Hub, and serve nothing."}
+        default=None, metadata={"help": "Write the demo as a Space for the Hub into this folder, and do not serve it."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "write_space: replace a Space that exists."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an existing folder of --write-space."})
 
 
 def run(config: DemoConfig) -> dict[str, Any]:
@@ -51,38 +57,46 @@ def run(config: DemoConfig) -> dict[str, Any]:
         config: The settings.
 
     Returns:
-        Where the Space was written, or nothing.
+        The folder of the Space, or an empty dict.
 
     Raises:
-        FileExistsError: The Space exists.
-        FileNotFoundError: The model is the default one, and the quickstart has not made it yet.
-        ImportError: gradio is not installed.
-        OSError: There is no such model.
-        ValueError: There is no image, or a model is no LLM2CLIP model with its LLM.
+        FileExistsError: The folder of the Space exists.
+        FileNotFoundError: No model was given, and the quickstart has not produced one yet.
+        ImportError: gradio or faiss is not installed.
+        OSError: The model does not exist.
+        ValueError: There are no images, or a model is not an LLM2CLIP model with its LLM.
     """
     if config.model == QUICKSTART_MODEL and not Path(config.model).is_dir():
         raise FileNotFoundError(
-            f"no model in {QUICKSTART_MODEL}: run `make quickstart`, or give --model a folder or Hub id"
+            f"there is no model in {QUICKSTART_MODEL}: run `make quickstart`, or give --model a folder or Hub id"
         )
     if config.write_space:
         write_space(Path(config.write_space), config.model, config.overwrite)
         return {"space": config.write_space}
-    import gradio  # noqa: F401, before the minutes that a large model takes to load
+    # Missing libraries are reported before a large model is loaded, which takes minutes.
+    import gradio  # noqa: F401
+
+    require_faiss()
 
     cache_dir = Path(config.cache_dir)
-    source = data_source(config)
     names = [config.model, *([config.compare] if config.compare else [])]
     for name in names:
-        require_llm2clip(name, None, with_llm=True)
-    galleries = [(name, Gallery.open(name, source, cache_dir)) for name in names]
+        inspect_repo(name).require(RepoKind.JOINT)
+    images = open_images(config)
+    galleries = [(name, Gallery.open(name, images, cache_dir)) for name in names]
     serve(config, galleries, cache_dir)
     return {}
 
 
-def data_source(config: DemoConfig) -> CaptionSource:
-    """The images that the settings ask for."""
+def open_images(config: DemoConfig) -> IndexedImages:
+    """Open the images that the settings select."""
     path = config.data or str(resources.files("llm2clip.example_data") / "concepts" / "test.parquet")
-    return CaptionSource(path, split=config.split, caption_columns=config.caption_columns)
+    place = Path(path).expanduser()
+    # Metadata files contain the captions of a folder of images, which `datasets` reads.
+    captioned = any(place.glob("metadata.*")) or any(place.glob("*/metadata.*"))
+    if is_dataset(path) or captioned:
+        return TableImages(path, split=config.split, caption_column=config.caption_column)
+    return FolderImages(path, exclude=[Path(config.cache_dir)])
 
 
 def serve(config: DemoConfig, galleries: list[tuple[str, Gallery]], cache_dir: Path) -> None:

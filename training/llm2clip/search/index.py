@@ -55,8 +55,8 @@ class IndexConfig(UpdateSettings):
     image_backend: ImageBackend = field(
         default="exact",
         metadata={
-            "help": "exact: decode and resize as the image processor does; fast: decode JPEGs to tensors, about twice "
-            "as fast, with pixel values that differ by up to 2 of 255."
+            "help": "exact: decode and resize as the image processor does; fast: decode JPEGs to tensors, with pixel "
+            "values that differ by up to 2 of 255."
         },
     )
 

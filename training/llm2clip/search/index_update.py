@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Hashable
@@ -18,7 +19,7 @@ from llm2clip.search.embedding_store import EMBEDDING, EmbeddingStore, read_part
 from llm2clip.search.image_index import FAILURES, VECTORS, ImageIndex, IndexManifest, read_rows, write_index
 from llm2clip.search.image_sets import FolderImages, IndexedImages
 from llm2clip.search.vector_index import VectorIndexSettings
-from llm2clip.utils.files import atomic_folder, read_json
+from llm2clip.utils.files import atomic_folder
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +102,7 @@ def update_index(
 class _Update:
     """One run: the embeddings that exist, those that are missing, and the index of both."""
 
-    def __init__(
-        self, folder: Path, images: IndexedImages, embedder: ImageEmbedder, settings: UpdateSettings
-    ) -> None:
+    def __init__(self, folder: Path, images: IndexedImages, embedder: ImageEmbedder, settings: UpdateSettings) -> None:
         self.folder = folder
         self.images = images
         self.embedder = embedder
@@ -228,7 +227,7 @@ class _Update:
             return False
         try:
             there = asdict(ImageIndex.open(self.folder).manifest) | {"versions": None}
-            written_failures = read_json(self.folder / FAILURES)
+            written_failures = json.loads((self.folder / FAILURES).read_text(encoding="utf-8"))
         except (ValueError, OSError):
             logger.info("%s is damaged; it is written again.", self.folder)
             return False

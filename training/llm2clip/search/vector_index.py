@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal
 
 import numpy as np
 
-IndexType: TypeAlias = Literal["flat", "ivf", "hnsw"]
+from llm2clip.utils.settings import check_choices
+
 # Rows that are converted to float32 and passed to faiss in one call.
 ROWS_AT_ONCE = 16384
 # Upper bound on the images per cell that train an IVF index.
@@ -20,12 +21,12 @@ TRAINING_ROWS_PER_CELL = 64
 class VectorIndexSettings:
     """Type and parameters of a faiss index."""
 
-    index_type: IndexType = field(
+    index_type: Literal["flat", "ivf", "hnsw"] = field(
         default="flat",
         metadata={
             "help": "flat is exact: at width 512, one core takes 20 ms per query for 100,000 images and 0.3 s for a "
-            "million. ivf and hnsw are approximate; they are worth it from about 100,000 images on, with many queries. "
-            "For a million images ivf takes 0.6 ms per query and a minute to build, hnsw 3 ms and several minutes."
+            "million. ivf and hnsw are approximate; they pay off from about 100,000 images on, with many queries; "
+            "there ivf takes 0.6 ms per query and a minute to build, hnsw 3 ms and several minutes."
         },
     )
     ivf_cells: int | None = field(
@@ -44,9 +45,7 @@ class VectorIndexSettings:
     )
 
     def __post_init__(self) -> None:
-        if self.index_type not in get_args(IndexType):
-            choices = ", ".join(get_args(IndexType))
-            raise ValueError(f"index_type {self.index_type!r} is unknown; choose one of {choices}.")
+        check_choices(self)
         for name in ("ivf_cells", "ivf_probes", "hnsw_links", "hnsw_construction", "hnsw_search"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -94,8 +93,8 @@ def build_vector_index(settings: VectorIndexSettings, embeds: np.ndarray) -> Any
         cells = settings.ivf_cells or max(1, round(4 * math.sqrt(count)))
         if cells > count:
             raise ValueError(
-                f"an ivf index of {cells} cells needs at least {cells} images, but there are {count}; lower ivf_cells, "
-                "or use the index_type flat."
+                f"an ivf index of {cells} cells needs at least {cells} images, but there are {count}; lower "
+                "ivf_cells, or use the index_type flat."
             )
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, product)
         index.nprobe = min(settings.ivf_probes, cells)

@@ -242,3 +242,19 @@ def require(config: Any, names: Sequence[str]) -> None:
     missing = [name for name in ("output_dir", *names) if not getattr(config, name)]
     if missing:
         raise ValueError(f"{type(config).__name__} needs {', '.join(missing)}; give them in the recipe or as options.")
+
+
+def check_choices(config: Any) -> None:
+    """Raise ValueError if a `Literal` field of a settings dataclass has another value; for its `__post_init__`."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name, None)
+        choices = [
+            choice
+            for option in (hint, *_options(hint))
+            if typing.get_origin(option) is typing.Literal
+            for choice in typing.get_args(option)
+        ]
+        if choices and value not in choices and not (value is None and type(None) in _options(hint)):
+            raise ValueError(
+                f"{name} {value!r} is unknown; choose one of {', '.join(map(str, dict.fromkeys(choices)))}."
+            )
