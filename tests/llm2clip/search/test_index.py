@@ -84,7 +84,7 @@ def test_fast_images_reach_the_embedder(
     assert decoded
     with pytest.raises(ValueError, match=r"was built with image_backend fast, not exact; choose another"):
         run(IndexConfig(output_dir=str(tmp_path / "fast"), **settings))
-    with pytest.raises(ValueError, match="image_backend 'quick' is unknown"):
+    with pytest.raises(ValueError, match="image_backend is 'quick', but it has to be one of exact, fast"):
         IndexConfig(image_backend="quick", **settings)
 
 
