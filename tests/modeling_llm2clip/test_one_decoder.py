@@ -22,6 +22,7 @@ from llm2clip.demo.gallery import Gallery
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.evaluation.clip_benchmark import CLIPBenchmarkTransform
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
+from llm2clip.search.image_sets import TableImages
 from llm2clip.search.index import IndexConfig
 from llm2clip.search.index import run as run_index
 from modeling_llm2clip import LLM2CLIPModel
@@ -115,7 +116,7 @@ def index(files: list[Path], folder: Path, tmp_path: Path, **doors: Any) -> list
 
 def demo(files: list[Path], folder: Path, table: CaptionSource, tmp_path: Path, **doors: Any) -> list[Tensor]:
     with recorded_pixels() as pixels:
-        Gallery.open(str(folder), table, tmp_path)
+        Gallery.open(str(folder), TableImages(table.path), tmp_path)
     return pixels
 
 
