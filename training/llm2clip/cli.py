@@ -138,7 +138,7 @@ COMMANDS = {
     ),
     "demo": Command(
         "open a demo in the browser: search, classification, heat maps, comparison of two models",
-        "llm2clip.demo.job",
+        "llm2clip.demo.demo",
         "DemoConfig",
         positional=(),
         extra="demo",

@@ -220,3 +220,13 @@ def require(config: Any, names: Sequence[str]) -> None:
     missing = [name for name in ("output_dir", *names) if not getattr(config, name)]
     if missing:
         raise ValueError(f"{type(config).__name__} needs {', '.join(missing)}; set them in the recipe or as options.")
+
+
+def check_choices(config: Any) -> None:
+    """Raise ValueError if a `Literal` field of a settings dataclass has another value; for its `__post_init__`."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        options, value = _options(hint), getattr(config, name, None)
+        literals = [option for option in options if typing.get_origin(option) is typing.Literal]
+        choices = [choice for literal in literals for choice in typing.get_args(literal)]
+        if choices and value not in choices and not (value is None and type(None) in options):
+            raise ValueError(f"{name} is {value!r}, but it has to be one of {', '.join(map(str, choices))}.")
