@@ -116,7 +116,7 @@ def test_an_unknown_row_is_refused(capsys):
 def test_gpu_rows_are_skipped_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(command, "_has_cuda", lambda: False)
     assert command.main(["--device", "cuda"]) == 0
-    assert "no CUDA card here" in capsys.readouterr().out
+    assert "there is no CUDA device" in capsys.readouterr().out
 
 
 README_LINES = [
