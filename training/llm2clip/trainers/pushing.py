@@ -66,8 +66,11 @@ class PushingTrainer(Trainer):
             # The Trainer takes weights and config from the checkpoint, and would leave the model's code there.
             for path in Path(checkpoint_folder).glob("*.py"):
                 shutil.copy(path, str(self.args.output_dir))
-            self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
+
+    def finish_pushes(self) -> None:
+        """Wait for the uploads of checkpoints, and warn of those that failed."""
+        self._finish_current_push()
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
