@@ -238,8 +238,6 @@ class StageTrainer(PushingTrainer):
             The metrics of training and evaluation.
         """
         metrics = self.train(resume_from_checkpoint=checkpoint).metrics
-        # The upload of a checkpoint may still be reading the folder.
-        self.finish_pushes()
         save()
         if self.retrieval or self._has_eval_rows:
             metrics |= self.evaluate()
