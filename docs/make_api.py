@@ -13,6 +13,7 @@ import llm2clip
 
 PAGE = Path(__file__).with_name("api.md")
 TABLES = re.compile(r"(?<=<!-- api: made by docs/make_api\.py -->\n).*?(?=<!-- /api -->)", re.DOTALL)
+SENTENCE_END = re.compile(r"(?<=[.:])(?<!al\.)\s")
 # The sections of the page, by the beginning of the name of the modules that define their names.
 SECTIONS = {
     "modeling_llm2clip": "Models and processor",
@@ -39,8 +40,8 @@ def first_sentence(name: str) -> str:
     doc = inspect.cleandoc(vars(value).get("__doc__") or "") if isinstance(value, type) else inspect.getdoc(value)
     if not doc or doc.startswith(f"{name}("):
         raise ValueError(f"llm2clip.{name} has no docstring, and docs/api.md shows its first sentence.")
-    paragraph = " ".join(doc.split("\n\n")[0].split())
-    return re.split(r"(?<=[.:;])\s", paragraph)[0].rstrip(".:;").replace("|", "\\|") + "."
+    paragraph = re.sub(r"\[(`\w+`)\]", r"\1", " ".join(doc.split("\n\n")[0].split()))
+    return SENTENCE_END.split(paragraph)[0].rstrip(".:").replace("|", "\\|") + "."
 
 
 def section(module: str) -> str:
@@ -55,6 +56,8 @@ def tables() -> str:
         names[section(module)] += members
     parts = []
     for title, members in names.items():
+        if not members:
+            continue
         rows = [f"| `{name}` | {first_sentence(name)} |" for name in sorted(members, key=str.lower)]
         parts.append("\n".join([f"## {title}", "", "| name | description |", "| --- | --- |", *rows]) + "\n")
     return "\n" + "\n".join(parts) + "\n"

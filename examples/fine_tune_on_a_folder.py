@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import json
 import shlex
+import tempfile
 from pathlib import Path
 
 from common import example_parser, parse, pictures
 
-from llm2clip import cli
-from llm2clip.utils.files import atomic_folder
+from llm2clip import main as llm2clip_main
 
 # The sample: one artist's drawings for training, another's of the same concepts for the test.
-SAMPLE = {"train": "emoji-twitter", "test": "emoji-google"}
+SAMPLE = {"emoji-twitter": "train", "emoji-google": "test"}
 
 
 def write_sample(destination: Path) -> None:
-    with atomic_folder(destination) as folder:
-        for row in pictures("test"):
-            for split in (split for split, source in SAMPLE.items() if source == row["source"]):
-                (folder / split).mkdir(exist_ok=True)
-                name = Path(row["key"]).name + ".png"
-                row["image"].save(folder / split / name)
-                with open(folder / split / "metadata.jsonl", "a") as metadata:
-                    metadata.write(json.dumps({"file_name": name, "caption": row["caption"]}) + "\n")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
+        folder = Path(scratch) / "sample"
+        for row in pictures("test").filter(lambda source: source in SAMPLE, input_columns="source"):
+            picture = folder / SAMPLE[row["source"]] / f"{Path(row['key']).name}.png"
+            picture.parent.mkdir(exist_ok=True, parents=True)
+            row["image"].save(picture)
+            with open(picture.parent / "metadata.jsonl", "a") as metadata:
+                metadata.write(json.dumps({"file_name": picture.name, "caption": row["caption"]}) + "\n")
+        folder.rename(destination)
 
 
 def main() -> None:
@@ -45,14 +47,27 @@ def main() -> None:
         write_sample(Path(data))
     train, test = (json.dumps({"path": data, "split": split}) for split in ("train", "test"))
     embed = ["--text-model-name-or-path", model, "--sources", f"[{train}, {test}]", "--output-dir", cache]
-    stage2 = ["--model-name-or-path", model, "--sources", f"[{train}]", "--embedding-cache", cache]
-    stage2 += ["--output-dir", tuned, "--frozen-states-dir", f"{output}/vision_states"]
-    stage2 += ["--per-device-train-batch-size", str(arguments.batch_size)]
+    stage2 = [
+        "--model-name-or-path",
+        model,
+        "--sources",
+        f"[{train}]",
+        "--embedding-cache",
+        cache,
+        "--output-dir",
+        tuned,
+    ]
+    stage2 += [
+        "--frozen-states-dir",
+        f"{output}/vision_states",
+        "--per-device-train-batch-size",
+        str(arguments.batch_size),
+    ]
     commands = {"before": ["evaluate", model, "--data", test], "embed": ["embed", *embed]}
     commands |= {"stage2": ["stage2", "stage2_folder_cpu", *stage2], "after": ["evaluate", tuned, "--data", test]}
     for command in commands.values():
         print(f"\n$ llm2clip {shlex.join(command)}", flush=True)
-        if cli.main(command):
+        if llm2clip_main(command):
             raise SystemExit(1)
 
 

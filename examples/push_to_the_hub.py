@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import example_parser, parse
 
-from llm2clip.hub import build, push
+from llm2clip import build_folder, push_folder
 
 
 def main() -> None:
@@ -23,11 +23,11 @@ def main() -> None:
         parser.error("say where it goes: --repo-id OWNER/NAME")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / arguments.repo_id.split("/")[-1]
-        built = build.run(build.BuildConfig(arguments.model, str(folder), license=arguments.license))
+        built = build_folder(arguments.model, folder, license=arguments.license)
         print(f"built {folder.name}: {built['megabytes']} MB; a new process's outputs differ by {built['difference']}")
         # It has just been loaded in a process without this package.
-        settings = push.PushConfig(str(folder), arguments.repo_id, private=arguments.private, validate=False)
-        print(f"pushed: {push.run(settings)['repo']}")
+        pushed = push_folder(folder, arguments.repo_id, private=arguments.private, validate=False)
+        print(f"pushed: {pushed['repo']}")
 
 
 if __name__ == "__main__":

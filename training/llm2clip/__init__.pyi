@@ -1,6 +1,9 @@
 from llm2clip.cli import (
     main as main,
 )
+from llm2clip.convert.conversion import (
+    convert_checkpoint as convert_checkpoint,
+)
 from llm2clip.data import (
     CaptionSource as CaptionSource,
 )
@@ -30,6 +33,12 @@ from llm2clip.evaluation.heat_map import (
 )
 from llm2clip.evaluation.mteb_encoder import (
     LLM2CLIPEncoder as LLM2CLIPEncoder,
+)
+from llm2clip.hub.build import (
+    build_folder as build_folder,
+)
+from llm2clip.hub.push import (
+    push_folder as push_folder,
 )
 from llm2clip.losses import (
     clip_loss as clip_loss,
