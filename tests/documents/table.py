@@ -171,7 +171,10 @@ CONTRIBUTING = {
     "make format": NotRun("it rewrites the code; `make lint` runs the same tools"),
     "make bench-gpu": NotRun("there is no GPU"),
     "make docs": NotRun("it needs mkdocs", run_by="tests/llm2clip/test_public_api.py::test_api_page_is_up_to_date"),
-    "make clean": NotRun("it deletes the environment"),
+    "python -m llm2clip": NotRun(
+        "it is a command only with the name of a job",
+        run_by="tests/test_packaging.py::test_installed_command_shows_the_help_of_the_quickstart",
+    ),
     ".ci/run": NotRun("it is what runs these tests"),
 }
 SCALING = {
@@ -199,7 +202,7 @@ SCALING = {
     ),
     f"{LAUNCH}/deepspeed_zero2.yaml -m llm2clip stage2 stage2_paper": NotRun(
         "DeepSpeed needs a GPU",
-        run_by="tests/llm2clip/test_recipe.py::test_accelerate_reads_the_launch_configurations",
+        run_by="tests/llm2clip/utils/test_settings.py::test_accelerate_reads_the_launch_configurations",
     ),
     f"{LAUNCH}/fsdp.yaml -m llm2clip stage1 stage1_paper": Run(
         needs=(LLAMA, *PAIRS, "training"),
