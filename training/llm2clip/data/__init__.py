@@ -1,4 +1,4 @@
-"""Captions, pairs and images: sources, data sets, samplers and collators."""
+"""Sources, data sets, samplers and collators of captioned images and text pairs."""
 
 from llm2clip.data.captioned_images import (
     CaptionImageDataset,
@@ -6,20 +6,21 @@ from llm2clip.data.captioned_images import (
     caption_batches,
     distinct_captions,
 )
-from llm2clip.data.collators import PixelBatch, SkipLog, Stage2Collator, stack_pixels
 from llm2clip.data.pair_batches import PairBatchSampler
 from llm2clip.data.pair_collator import PairCollator
 from llm2clip.data.pairs import PairDataset, PairSource
 from llm2clip.data.records import (
     CaptionError,
+    OnError,
     SkippedSample,
     caption_id,
     clean_caption,
 )
 from llm2clip.data.sampling import SampleIndex, SampleIndexBatchSampler
+from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.sources import CaptionSource, SourceError, load_source
+from llm2clip.data.stage2_collator import PixelBatch, Stage2Collator, stack_pixels
 from llm2clip.data.transforms import (
-    IMAGE_BACKENDS,
     EvalTransform,
     ImageBackend,
     TrainTransform,
@@ -34,13 +35,13 @@ from modeling_llm2clip.image_decoding_llm2clip import (
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",
-    "IMAGE_BACKENDS",
     "CaptionError",
     "CaptionImageDataset",
     "CaptionSource",
     "DamagedImageError",
     "EvalTransform",
     "ImageBackend",
+    "OnError",
     "PairBatchSampler",
     "PairCollator",
     "PairDataset",

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from llm2clip.data import (
     CaptionSource,
     DamagedImageError,
     EvalTransform,
-    SkipLog,
     SkippedSample,
     Stage2Collator,
     caption_id,
@@ -171,19 +169,3 @@ def test_example_images_make_a_batch(tmp_path: Path, image_processor: CLIPImageP
     captions = [dataset[index]["caption"] for index in range(8)]
     assert owns.tolist() == [[left == right for right in captions] for left in captions]
     assert owns.sum() > 8  # several drawings of the same thing
-
-
-def test_skip_log_lists_each_key_once(tmp_path: Path) -> None:
-    path = tmp_path / "logs" / "skipped.jsonl"
-    log = SkipLog(path)
-    assert log.count == 0
-    assert not path.exists()
-    assert log.add([("a", "torn"), ("ü", "leer"), ("a", "again")]) == 2
-    assert log.add([("a", "torn")]) == 0
-    with path.open("a") as file:
-        file.write('{"key": "half')  # killed while writing
-    resumed = SkipLog(path)
-    assert resumed.count == 2
-    assert resumed.add([("b", "x"), ("a", "torn")]) == 1
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert lines == [{"key": "a", "reason": "torn"}, {"key": "ü", "reason": "leer"}, {"key": "b", "reason": "x"}]

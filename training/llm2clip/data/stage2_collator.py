@@ -1,11 +1,8 @@
-"""Batches for stage 2, and the list of rows that were left out."""
+"""Batches for stage 2: images, caption embeddings or tokens, and caption ids."""
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,19 +10,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llm2clip.data.records import RowCaptions, SkippedSample
-from llm2clip.data.transforms import decode_image
-
-logger = logging.getLogger(__name__)
+from modeling_llm2clip.image_decoding_llm2clip import decode_image
 
 TOKEN_FIELDS = ("input_ids", "attention_mask", "pooling_mask")
 
 
 class PixelBatch(NamedTuple):
-    """Prepared images, and those that could not be prepared.
+    """A batch of prepared images without the skipped ones.
 
     Attributes:
-        pixels: (good, 3, H, W) float32 of the images that are not skipped, in order; None if all are.
-        skipped: For each of the n images what is wrong with it, or None.
+        pixels: (good, 3, H, W) float32 of the images that are not skipped, in order; None if there are none.
+        skipped: For each of the n images its `SkippedSample`, or None.
     """
 
     pixels: Tensor | None
@@ -33,26 +28,22 @@ class PixelBatch(NamedTuple):
 
     @property
     def good(self) -> list[int]:
-        """Which of the n images `pixels` holds."""
+        """Indices of the images in `pixels`."""
         return [index for index, sample in enumerate(self.skipped) if sample is None]
 
 
 def stack_pixels(samples: Sequence[Tensor | SkippedSample]) -> PixelBatch:
-    """Put images into one tensor: a worker process sends each tensor through a file descriptor, and those are few.
-
-    Args:
-        samples: n prepared images (3, H, W), or what is wrong with them.
-    """
+    """Stack prepared images (3, H, W) into one tensor, since workers send each tensor through a file descriptor."""
     good = [sample for sample in samples if isinstance(sample, Tensor)]
     skipped = [sample if isinstance(sample, SkippedSample) else None for sample in samples]
     return PixelBatch(torch.stack(good) if good else None, skipped)
 
 
 class EmbeddingLookup(Protocol):
-    """Stored caption embeddings, such as [`EmbeddingCache`]."""
+    """Stored caption embeddings, such as an [`EmbeddingCache`]."""
 
     def lookup(self, captions: Sequence[str], dtype: torch.dtype | None = torch.float32) -> Tensor:
-        """Embeddings of captions, `(captions, hidden_size)`; `dtype=None` keeps the stored dtype."""
+        """Look up the embeddings of captions, `(captions, hidden_size)`; `dtype=None` keeps the stored dtype."""
         ...
 
 
@@ -159,45 +150,3 @@ def _column(rows: Sequence[dict[str, Any]], name: str) -> list[Any]:
 
 def _pad(rows: list[Tensor], value: int, side: str = "right") -> Tensor:
     return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
-
-
-class SkipLog:
-    """A file of the rows that were left out: one JSON line with key and reason, each key once.
-
-    An existing file is continued, so that a resumed run does not list a row twice. Every process needs a file of
-    its own.
-
-    Args:
-        path: The file; it appears with the first entry.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._keys: set[str] = set()
-        if self.path.exists():
-            content = self.path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):  # the run was killed while it wrote the last line
-                self.path.write_bytes(whole)
-            self._keys.update(json.loads(line)["key"] for line in whole.splitlines())
-
-    @property
-    def count(self) -> int:
-        """Number of different rows listed."""
-        return len(self._keys)
-
-    def add(self, skipped: Iterable[tuple[str, str]]) -> int:
-        """Append the (key, reason) pairs whose key is new; returns how many were."""
-        new: dict[str, str] = {}
-        for key, reason in skipped:
-            if key not in self._keys:
-                new.setdefault(key, reason)
-        if new:
-            if not self._keys:
-                logger.warning("Rows that cannot be used are skipped and listed in %s.", self.path)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                for key, reason in new.items():
-                    file.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
-            self._keys.update(new)
-        return len(new)
