@@ -64,8 +64,8 @@ class Stage2Collator:
     The batch contains, for n rows:
 
     - `pixel_values` (n, 3, H, W) or `vision_states` (n, tokens, width);
-    - `llm_embeds` (n, hidden_size) in the dtype of the cache or the rows, or `input_ids` (n, L), `attention_mask` and
-      whatever else the rows or the processor provide, padded on the left;
+    - `llm_embeds` (n, hidden_size) in the dtype of the cache or the rows, or `input_ids` (n, L) and `attention_mask`,
+      padded on the left, with `pooling_mask` if the rows have one;
     - `caption_ids` (n,) and `image_caption_ids` (n, K), padded with -1, if the rows have ids: caption j is a correct
       answer for image i if `caption_ids[j]` is in `image_caption_ids[i]`;
     - `skipped`: (key, reason) of each [`SkippedSample`] among the samples. These are left out, so that the batches of
@@ -103,6 +103,8 @@ class Stage2Collator:
             all_ids = _column(rows, "image_caption_ids") if "image_caption_ids" in rows[0] else [[one] for one in ids]
             batch["caption_ids"] = torch.tensor(ids, dtype=torch.int64)
             batch["image_caption_ids"] = _pad([torch.as_tensor(some, dtype=torch.int64) for some in all_ids], -1)
+        elif "image_caption_ids" in rows[0]:
+            raise ValueError("Rows with image_caption_ids need a caption_id as well.")
         batch["skipped"] = [tuple(sample) for sample in skipped]
         return batch
 

@@ -19,7 +19,7 @@ from llm2clip.data import EvalTransform, ImageBackend, SampleError, SkippedSampl
 from llm2clip.data.transforms import Decoder
 from llm2clip.utils.processes import process_state
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPVisionModelWithProjection
-from modeling_llm2clip.modeling_llm2clip_utils import absolute_path
+from modeling_llm2clip.modeling_llm2clip_utils import absolute_path, digest_weights
 
 # Values of every weight that the fingerprint reads.
 FINGERPRINT_SAMPLES = 1024
@@ -222,11 +222,5 @@ def vision_fingerprint(model: Any) -> str:
     state.update(model.visual_projection.state_dict(prefix="visual_projection."))
     # transformers 5 nests some towers once more than earlier versions.
     names = {name.replace("vision_model.vision_model.", "vision_model."): name for name in state}
-    for short in sorted(names):
-        weight = state[names[short]]
-        values = weight.detach().reshape(-1)
-        step = max(1, values.numel() // FINGERPRINT_SAMPLES)
-        sample = values[::step][:FINGERPRINT_SAMPLES].to(torch.bfloat16).view(torch.int16)
-        digest.update(f"{short}{tuple(weight.shape)}".encode())
-        digest.update(sample.cpu().numpy().tobytes())
+    digest_weights(((short, state[names[short]]) for short in sorted(names)), digest, FINGERPRINT_SAMPLES)
     return digest.hexdigest()[:32]
