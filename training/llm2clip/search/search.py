@@ -15,10 +15,11 @@ from rich.table import Table
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from llm2clip.data import decode_image
-from llm2clip.embedding.image_embedder import ImageEmbedder, require_llm2clip
+from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.results import Query, QueryResults, ResultImages
 from llm2clip.utils.processes import process_state
+from llm2clip.utils.repos import RepoKind, inspect_repo
 from modeling_llm2clip import LLM2CLIPModel
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,8 @@ def _model_of(config: SearchConfig, index: ImageIndex) -> tuple[str, str | None]
 
 
 def _load_with_llm(name: str, revision: str | None) -> ImageEmbedder:
-    require_llm2clip(name, revision, with_llm=True)
+    hint = "A text query needs the whole model with its LLM; `llm2clip convert` converts checkpoints of other code."
+    inspect_repo(name, revision).require(RepoKind.JOINT, hint=hint)
     model: Any = LLM2CLIPModel.from_pretrained(name, revision=revision).to(process_state().device).eval()
     return ImageEmbedder(model, AutoImageProcessor.from_pretrained(name, revision=revision), name, revision)
 
