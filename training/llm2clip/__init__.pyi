@@ -1,8 +1,17 @@
+from llm2clip.convert.conversion import (
+    convert_checkpoint as convert_checkpoint,
+)
 from llm2clip.embedding import (
     EmbeddingCache as EmbeddingCache,
 )
 from llm2clip.evaluation import (
     retrieval_metrics as retrieval_metrics,
+)
+from llm2clip.hub.build import (
+    build_folder as build_folder,
+)
+from llm2clip.hub.push import (
+    push_folder as push_folder,
 )
 from llm2clip.losses import (
     clip_loss as clip_loss,

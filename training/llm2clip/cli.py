@@ -80,7 +80,7 @@ COMMANDS = {
     ),
     "convert": Command(
         "a checkpoint of the original code, of Microsoft's repos or of a plain CLIP, to this format and back",
-        "llm2clip.convert.convert",
+        "llm2clip.convert.conversion",
         "ConvertConfig",
         positional=("source", "destination"),
     ),
@@ -208,12 +208,12 @@ def _run(name: str, command: Command, arguments: list[str]) -> int:
 
 def _end(result: dict[str, Any]) -> None:
     """Print the result once, and part from the other processes of a launcher."""
-    from llm2clip.utils.processes import leave_processes, process_state
+    from llm2clip.utils.processes import leave_process_group, process_state
 
     if process_state().is_main_process:
         for key, value in result.items():
             print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
-    leave_processes()
+    leave_process_group()
 
 
 if __name__ == "__main__":

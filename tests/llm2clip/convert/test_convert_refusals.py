@@ -165,7 +165,7 @@ def test_destinations_are_kept(tmp_path: Path, capsys: Any) -> None:
     assert "add --overwrite" in capsys.readouterr().err
     # What is no model is not replaced at all.
     assert cli.main(["convert", source, str(out), *options, "--overwrite"]) == 2
-    assert "out is not replaced, because it holds other things (no config.json)" in capsys.readouterr().err
+    assert "out is not replaced, because it contains other files (no config.json)" in capsys.readouterr().err
     assert mine.read_text() == "mine"
     # A conversion that fails leaves what was there, also with --overwrite.
     (out / "config.json").write_text("{}")

@@ -134,7 +134,7 @@ def test_shards_stream_through_memory(tmp_path: Path) -> None:
     script = """
 import resource, sys
 from llm2clip import cli
-from llm2clip.convert import convert
+from llm2clip.convert import conversion
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 before = status("VmRSS")

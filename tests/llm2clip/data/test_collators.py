@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import CLIPImageProcessorPil
 
 from llm2clip.data import (
     CaptionImageDataset,
     CaptionSource,
+    DamagedImageError,
     EvalTransform,
     SkipLog,
     SkippedSample,
@@ -19,9 +24,11 @@ from llm2clip.data import (
     distinct_captions,
 )
 from llm2clip.embedding import EmbeddingCache, MissingCaptionError
+from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
 from tests.llm2clip.embedding.encoder import WIDTH, build, embed
+from tests.modeling_llm2clip.tiny import plain_tokenizer
 
-from .conftest import CONCEPTS, SIZE
+from .conftest import CONCEPTS, SIZE, png
 
 
 def _sample(caption: str, *others: str, key: str = "k") -> dict[str, Any]:
@@ -36,7 +43,7 @@ def cache(tmp_path: Path) -> EmbeddingCache:
     return EmbeddingCache.open(tmp_path)
 
 
-def test_batch_from_the_cache(cache: EmbeddingCache) -> None:
+def test_batch_with_embeddings_from_the_cache(cache: EmbeddingCache) -> None:
     batch = Stage2Collator(cache)([_sample("bb", "a"), _sample("a"), _sample("bb")])
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [2, 1, 2]
     assert batch["caption_ids"].tolist() == [caption_id("bb"), caption_id("a"), caption_id("bb")]
@@ -48,7 +55,7 @@ def test_batch_from_the_cache(cache: EmbeddingCache) -> None:
     assert batch["skipped"] == []
 
 
-def test_skipped_samples_are_taken_out_and_listed(cache: EmbeddingCache) -> None:
+def test_skipped_samples_are_left_out_and_reported(cache: EmbeddingCache) -> None:
     batch = Stage2Collator(cache)([_sample("a"), SkippedSample("k1", "torn"), _sample("ccc")])
     assert batch["pixel_values"].shape[0] == len(batch["caption_ids"]) == len(batch["llm_embeds"]) == 2
     assert batch["skipped"] == [("k1", "torn")]
@@ -56,12 +63,12 @@ def test_skipped_samples_are_taken_out_and_listed(cache: EmbeddingCache) -> None
         Stage2Collator(cache)([SkippedSample("k1", "torn"), SkippedSample("k2", "empty")])
 
 
-def test_caption_without_embedding_is_an_error(cache: EmbeddingCache) -> None:
+def test_caption_missing_from_the_cache_raises(cache: EmbeddingCache) -> None:
     with pytest.raises(MissingCaptionError, match="lacks 1 of 2 captions, the first being 'zz'"):
         Stage2Collator(cache)([_sample("a"), _sample("zz")])
 
 
-def test_online_encoder_gets_token_ids() -> None:
+def test_processor_tokenizes_captions_without_a_cache() -> None:
     calls = []
 
     def processor(**arguments: Any) -> dict[str, torch.Tensor]:
@@ -73,13 +80,87 @@ def test_online_encoder_gets_token_ids() -> None:
     assert set(batch) == {"pixel_values", "caption_ids", "image_caption_ids", "input_ids", "attention_mask", "skipped"}
 
 
-def test_exactly_one_text_side_is_needed(cache: EmbeddingCache) -> None:
-    for arguments in ({}, {"cache": cache, "processor": print}):
-        with pytest.raises(ValueError, match="either an embedding cache or a processor"):
-            Stage2Collator(**arguments)
+class _Rows(Dataset):
+    """A plain map-style data set, as users write them."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
 
 
-def test_bundled_images_make_a_batch(tmp_path: Path, image_processor: CLIPImageProcessorPil) -> None:
+class _Stream(IterableDataset):
+    """A plain iterable data set."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+
+@pytest.mark.parametrize("kind", [_Rows, _Stream])
+def test_rows_of_a_plain_torch_dataset_with_embeddings(kind: type[Dataset]) -> None:
+    rows = [{"pixel_values": torch.full((3, 2, 2), float(n)), "llm_embeds": np.full(4, n)} for n in range(3)]
+    (batch,) = DataLoader(kind(rows), batch_size=3, collate_fn=Stage2Collator())
+    assert set(batch) == {"pixel_values", "llm_embeds", "skipped"}  # without ids, row i matches row i only
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == batch["llm_embeds"][:, 0].tolist() == [0, 1, 2]
+
+
+def test_token_rows_of_unequal_length_are_padded_on_the_left() -> None:
+    pixels = torch.zeros(3, 2, 2)
+    rows = [
+        {"pixel_values": pixels, "input_ids": [5, 6, 7], "pooling_mask": [0, 1, 1]},
+        {"pixel_values": pixels, "input_ids": torch.tensor([8]), "pooling_mask": torch.tensor([1])},
+    ]
+    batch = Stage2Collator()(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert batch["pooling_mask"].tolist() == [[0, 1, 1], [0, 0, 1]]
+
+
+def test_caption_id_alone_matches_rows_with_equal_captions() -> None:
+    row = {"pixel_values": torch.zeros(3, 2, 2), "llm_embeds": torch.zeros(4)}
+    batch = Stage2Collator()([{**row, "caption_id": number} for number in (7, 9)])
+    assert batch["caption_ids"].tolist() == [7, 9]
+    assert batch["image_caption_ids"].tolist() == [[7], [9]]
+
+
+def test_images_are_prepared_as_in_evaluation(tmp_path: Path, image_processor: CLIPImageProcessorPil) -> None:
+    path = tmp_path / "image.png"
+    path.write_bytes(png(90))
+    images = [png(90), path, Image.new("RGB", (20, 18), (90, 0, 0))]
+    processor = LLM2CLIPProcessor(image_processor, with_prompt(plain_tokenizer())[0])
+    batch = Stage2Collator(processor=processor)([{"image": image, "caption": " a cat\n"} for image in images])
+    expected = EvalTransform(image_processor)(images[2])
+    for pixels in batch["pixel_values"]:
+        torch.testing.assert_close(pixels, expected)
+    assert torch.equal(batch["input_ids"], processor(text=["a cat"] * 3, return_tensors="pt")["input_ids"])
+    with pytest.raises(DamagedImageError, match="'row 1' cannot be used: it has zero bytes"):
+        Stage2Collator(processor=processor)([{"image": b"", "caption": "a", "key": "row 1"}])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"llm_embeds": [1.0]}], "needs pixel_values, vision_states or image, but has llm_embeds"),
+        ([{"pixel_values": [1.0]}], "needs llm_embeds, input_ids or caption, but has pixel_values"),
+        ([{"pixel_values": [1.0], "caption": "a"}], r"with a caption need Stage2Collator\(cache=...\) or .*processor"),
+        ([{"pixel_values": [1.0], "caption": " "}], "it has no text in caption"),
+        ([{"image": b"1", "caption": "a"}], r"with an image need Stage2Collator\(processor=...\)"),
+        ([{"pixel_values": [1.0], "llm_embeds": [1.0]}, {"pixel_values": [1.0]}], "row 1 lacks 'llm_embeds' of row 0"),
+    ],
+)
+def test_unusable_rows_are_explained(rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Stage2Collator()(rows)
+
+
+def test_example_images_make_a_batch(tmp_path: Path, image_processor: CLIPImageProcessorPil) -> None:
     source = CaptionSource(CONCEPTS, split="test", caption_columns=["caption", "keywords"], max_samples=8)
     build(tmp_path, distinct_captions(source))
     dataset = CaptionImageDataset(source, EvalTransform(image_processor))

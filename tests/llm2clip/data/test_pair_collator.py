@@ -25,7 +25,7 @@ def _pair(anchor: str, positive: str, **fields: Any) -> dict[str, Any]:
 
 
 def _split(tensors: dict[str, torch.Tensor], row: int) -> tuple[list[int], list[int]]:
-    """The real tokens of a row: context and pooled."""
+    """The token ids of a row without padding: context, pooled."""
     ids, attention, pooling = (tensors[name][row].bool() if name != "input_ids" else tensors[name][row] for name in
                                ("input_ids", "attention_mask", "pooling_mask"))  # fmt: skip
     assert not (pooling & ~attention).any()
@@ -52,7 +52,7 @@ def test_pooling_covers_caption_and_suffix(prompted: tuple[PreTrainedTokenizerFa
             assert pooled == encode(caption) + encode(SUFFIX)
 
 
-def test_ids_are_those_of_the_processor(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
+def test_token_ids_equal_those_of_the_processor(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
     tokenizer, num_prefix = prompted
     processor = LLM2CLIPProcessor(CLIPImageProcessorPil(), tokenizer)
     captions = ["a cat", "two words <|eot_id|> typed"]
@@ -65,7 +65,7 @@ def test_ids_are_those_of_the_processor(prompted: tuple[PreTrainedTokenizerFast,
 @pytest.mark.parametrize(
     "instruction", ["Given a caption, find a similar one: ", "Given a caption:", "Find:\n", "Gib\u00e4 \U0001f98a: "]
 )
-def test_instruction_is_context(prompted: tuple[PreTrainedTokenizerFast, int], instruction: str) -> None:
+def test_instructions_are_not_pooled(prompted: tuple[PreTrainedTokenizerFast, int], instruction: str) -> None:
     tokenizer, num_prefix = prompted
     collator = PairCollator(tokenizer, num_prefix, 64)
     caption = "caf\u00e9 \U0001f98a fox"
@@ -79,7 +79,7 @@ def test_instruction_is_context(prompted: tuple[PreTrainedTokenizerFast, int], i
     assert [*context, *pooled] == tokenizer(text + caption)["input_ids"]
 
 
-def test_instructions_go_to_their_side(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
+def test_each_instruction_precedes_the_texts_of_its_side(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
     tokenizer, num_prefix = prompted
     pair = _pair("a", "b", negative="c", instruction="find: ", positive_instruction="found: ")
     batch = PairCollator(tokenizer, num_prefix, 64)([pair])
@@ -90,7 +90,7 @@ def test_instructions_go_to_their_side(prompted: tuple[PreTrainedTokenizerFast, 
     assert tokenizer.decode(_split(batch["negative"], 0)[1]).strip() == "c<|eot_id|>"
 
 
-def test_long_caption_is_cut_at_its_own_end(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
+def test_long_captions_are_truncated_before_the_suffix(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
     tokenizer, num_prefix = prompted
     collator = PairCollator(tokenizer, num_prefix, 20)
     long = "one two three four five six seven eight nine ten eleven twelve"
@@ -106,7 +106,7 @@ def test_long_caption_is_cut_at_its_own_end(prompted: tuple[PreTrainedTokenizerF
         collator([_pair("b", "c", instruction=long)])
 
 
-def test_what_cannot_work_is_refused(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
+def test_unusable_tokenizers_and_pairs_are_rejected(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
     tokenizer, num_prefix = prompted
     with pytest.raises(ValueError, match="leaves no room for a caption"):
         PairCollator(tokenizer, num_prefix, num_prefix)
@@ -116,9 +116,27 @@ def test_what_cannot_work_is_refused(prompted: tuple[PreTrainedTokenizerFast, in
         PairCollator(bare, 1)
     with pytest.raises(ValueError, match="1 of 2 pairs of a batch have no negative"):
         PairCollator(tokenizer, num_prefix, 64)([_pair("a", "b", negative="c"), _pair("d", "e")])
+    with pytest.raises(ValueError, match="Row 1 of a batch has no text in 'positive'; it has anchor"):
+        PairCollator(tokenizer, num_prefix, 64)([{"anchor": "a", "positive": "b"}, {"anchor": "c"}])
+    with pytest.raises(ValueError, match="The anchor of row 0 of a batch cannot be used: a caption must be text, not"):
+        PairCollator(tokenizer, num_prefix, 64)([{"anchor": 1, "positive": "b"}])
 
 
-def test_workers_do_not_change_a_batch(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
+@pytest.mark.parametrize("negative", [{}, {"negative": "a stone"}])
+def test_rows_of_a_plain_dataset_need_only_texts(
+    prompted: tuple[PreTrainedTokenizerFast, int], negative: dict[str, str]
+) -> None:
+    tokenizer, num_prefix = prompted
+    collator = PairCollator(tokenizer, num_prefix, 64)
+    rows = [{"anchor": " a cat\n", "positive": "an animal", **negative}, {"anchor": "b", "positive": "c", **negative}]
+    (batch,) = DataLoader(rows, batch_size=2, collate_fn=collator)
+    assert set(batch) == {"anchor", "positive", *negative, "num_truncated"}
+    expected = collator([_pair("a cat", "an animal", **negative), _pair("b", "c", **negative)])
+    for side in ("anchor", "positive", *negative):
+        assert all(torch.equal(batch[side][name], expected[side][name]) for name in expected[side])
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
     tokenizer, num_prefix = prompted
     runs = []
     for workers in (0, 2):

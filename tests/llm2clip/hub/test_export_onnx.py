@@ -129,7 +129,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "clip" / "onnx").mkdir()
     refused([clip], "onnx exists; add --overwrite to replace it", capsys)
     assert not list((tmp_path / "clip" / "onnx").iterdir())
-    refused([clip, "--output_dir", clip, "--overwrite"], "clip is not replaced, because it holds other things", capsys)
+    refused([clip, "--output_dir", clip, "--overwrite"], "is not replaced, because it contains other files", capsys)
     LLM2CLIPModel(tiny.joint_config(vision=vision_tower("siglip2_vision_model"))).save_pretrained(tmp_path / "naflex")
     refused([str(tmp_path / "naflex")], "takes images of any shape, as lists of patches", capsys)
     assert not (tmp_path / "naflex" / "onnx").exists()

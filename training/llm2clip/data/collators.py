@@ -10,10 +10,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from llm2clip.data.records import SkippedSample
+from llm2clip.data.records import RowCaptions, SkippedSample
+from llm2clip.data.transforms import decode_image
 
 logger = logging.getLogger(__name__)
+
+TOKEN_FIELDS = ("input_ids", "attention_mask", "pooling_mask")
 
 
 class PixelBatch(NamedTuple):
@@ -53,66 +57,108 @@ class EmbeddingLookup(Protocol):
 
 
 class Stage2Collator:
-    """Puts samples of `CaptionImageDataset` into a batch.
+    """Builds stage-2 batches from rows of images and captions.
 
-    The batch holds, for the n samples that are not skipped:
+    A row is a dict from any map-style or iterable data set, [`CaptionImageDataset`] being one. All rows of a batch
+    need the same keys:
 
-    - `pixel_values`: (n, 3, H, W) float32, or `vision_states`: (n, tokens, width), what frozen layers made of them;
-    - `caption_ids`: (n,) int64, and `image_caption_ids`: (n, K) int64 padded with -1: caption j is a correct answer
-      for image i if `caption_ids[j]` is in `image_caption_ids[i]`;
-    - `llm_embeds`: (n, hidden) in the 16 bits of the cache, which the model converts on its device, or `input_ids`,
-      `attention_mask` (and what else the processor makes) for an LLM that runs during training;
-    - `skipped`: a list of (key, reason).
+    - the image as `pixel_values` (3, H, W), as `vision_states` (tokens, width) that frozen layers made of it, or as
+      `image`: a PIL image, encoded bytes or a path, prepared by the processor as in evaluation;
+    - its caption as `llm_embeds` (hidden_size,), as `input_ids` (L,) with optional `attention_mask` and
+      `pooling_mask`, where L may differ between rows, or as `caption`: a text for the cache or else the processor;
+    - optionally `caption_id`, an int64 >= 0 that equal captions share, and `image_caption_ids`, the ids of all
+      captions of the image (by default `caption_id` alone). Without ids, a caption matches the image of its own row
+      only; [`caption_id`] makes them from texts.
 
-    A batch is smaller than the batch size when samples were skipped, so ranks can hold different numbers.
+    The batch contains, for n rows:
+
+    - `pixel_values` (n, 3, H, W) or `vision_states` (n, tokens, width);
+    - `llm_embeds` (n, hidden_size) in the dtype of the cache or the rows, or `input_ids` (n, L), `attention_mask` and
+      whatever else the rows or the processor provide, padded on the left;
+    - `caption_ids` (n,) and `image_caption_ids` (n, K), padded with -1, if the rows have ids: caption j is a correct
+      answer for image i if `caption_ids[j]` is in `image_caption_ids[i]`;
+    - `skipped`: (key, reason) of each [`SkippedSample`] among the samples. These are left out, so that the batches of
+      two ranks can differ in size.
 
     Args:
-        cache: Embedding cache that holds every caption.
-        processor: The text half of an `LLM2CLIPProcessor` or its tokenizer, called as
-            `processor(text=captions, padding=True, truncation=True, return_tensors="pt")`.
-
-    Raises:
-        ValueError: If both or neither of cache and processor are given.
+        cache: Embedding cache with every caption, for rows with a `caption`.
+        processor: `LLM2CLIPProcessor`, for rows with an `image`, or with a `caption` if there is no cache; for
+            captions its tokenizer is enough.
     """
 
     def __init__(self, cache: EmbeddingLookup | None = None, processor: Callable[..., Any] | None = None) -> None:
-        if (cache is None) == (processor is None):
-            raise ValueError("Stage2Collator needs either an embedding cache or a processor.")
         self.cache = cache
         self.processor = processor
 
     def __call__(self, samples: Sequence[dict[str, Any] | SkippedSample]) -> dict[str, Any]:
-        """Collate samples.
+        """Collate rows.
 
         Raises:
-            ValueError: If every sample was skipped.
+            ValueError: If every sample was skipped, or rows lack a key or differ in their keys.
             MissingCaptionError: If the cache lacks a caption.
+            SampleError: If an `image` or `caption` cannot be used.
         """
         skipped = [sample for sample in samples if isinstance(sample, SkippedSample)]
-        kept = [sample for sample in samples if not isinstance(sample, SkippedSample)]
-        if not kept:
+        rows = [sample for sample in samples if not isinstance(sample, SkippedSample)]
+        if not rows:
             shown = "; ".join(f"{key}: {reason}" for key, reason in skipped[:3])
             raise ValueError(
-                f"All {len(skipped)} samples of a batch were skipped, so something is wrong with the whole source. "
-                f"The first: {shown}."
+                f"All {len(skipped)} samples of a batch were skipped, which suggests a problem with the whole source; "
+                f"the first ones: {shown}."
             )
-        captions = [sample["caption"] for sample in kept]
-        batch: dict[str, Any] = {}
-        for name in ("pixel_values", "vision_states"):
-            if name in kept[0]:
-                batch[name] = torch.stack([sample[name] for sample in kept])
-        batch["caption_ids"] = torch.tensor([sample["caption_id"] for sample in kept], dtype=torch.int64)
-        batch["image_caption_ids"] = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(sample["image_caption_ids"], dtype=torch.int64) for sample in kept],
-            batch_first=True,
-            padding_value=-1,
-        )
-        if self.cache is not None:
-            batch["llm_embeds"] = self.cache.lookup(captions, dtype=None)
-        elif self.processor is not None:
-            batch.update(self.processor(text=captions, padding=True, truncation=True, return_tensors="pt"))
+        batch: dict[str, Any] = {**self._images(rows), **self._captions(rows)}
+        if "caption_id" in rows[0]:
+            ids = _column(rows, "caption_id")
+            all_ids = _column(rows, "image_caption_ids") if "image_caption_ids" in rows[0] else [[one] for one in ids]
+            batch["caption_ids"] = torch.tensor(ids, dtype=torch.int64)
+            batch["image_caption_ids"] = _pad([torch.as_tensor(some, dtype=torch.int64) for some in all_ids], -1)
         batch["skipped"] = [tuple(sample) for sample in skipped]
         return batch
+
+    def _images(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        for name in ("pixel_values", "vision_states"):
+            if name in rows[0]:
+                return {name: torch.stack([torch.as_tensor(values) for values in _column(rows, name)])}
+        if "image" not in rows[0]:
+            raise ValueError(f"A row needs pixel_values, vision_states or image, but has {', '.join(rows[0])}.")
+        image_processor = getattr(self.processor, "image_processor", None)
+        if image_processor is None:
+            raise ValueError("Rows with an image need Stage2Collator(processor=...) with an image processor.")
+        images = [
+            decode_image(image, str(row.get("key", number)))
+            for number, (row, image) in enumerate(zip(rows, _column(rows, "image"), strict=True))
+        ]
+        return {"pixel_values": image_processor(images=images, return_tensors="pt")["pixel_values"]}
+
+    def _captions(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        if "llm_embeds" in rows[0]:
+            return {"llm_embeds": torch.stack([torch.as_tensor(embeds) for embeds in _column(rows, "llm_embeds")])}
+        if "input_ids" in rows[0]:
+            tokens = {name: _column(rows, name) for name in TOKEN_FIELDS if name in rows[0]}
+            tokens.setdefault("attention_mask", [[1] * len(ids) for ids in tokens["input_ids"]])
+            tensors = {name: [torch.as_tensor(row) for row in values] for name, values in tokens.items()}
+            return {name: _pad(values, 0, "left") for name, values in tensors.items()}
+        if "caption" not in rows[0]:
+            raise ValueError(f"A row needs llm_embeds, input_ids or caption, but has {', '.join(rows[0])}.")
+        captions = [
+            RowCaptions.of(row, str(row.get("key", n)), ["caption"], None).texts[0] for n, row in enumerate(rows)
+        ]
+        if self.cache is not None:
+            return {"llm_embeds": self.cache.lookup(captions, dtype=None)}
+        if self.processor is None:
+            raise ValueError("Rows with a caption need Stage2Collator(cache=...) or Stage2Collator(processor=...).")
+        return dict(self.processor(text=captions, padding=True, truncation=True, return_tensors="pt"))
+
+
+def _column(rows: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    for number, row in enumerate(rows):
+        if name not in row:
+            raise ValueError(f"All rows of a batch need the same keys, but row {number} lacks {name!r} of row 0.")
+    return [row[name] for row in rows]
+
+
+def _pad(rows: list[Tensor], value: int, side: str = "right") -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
 
 class SkipLog:

@@ -1,8 +1,8 @@
-"""Batches for stage 1: pairs become token ids, with a mask of the tokens that are pooled."""
+"""Batches for stage 1: tokenized text pairs with the mask of the pooled tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,23 +10,31 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
+from llm2clip.data.records import clean_caption
+
 
 class PairCollator:
-    """Tokenises the pairs of `PairDataset`.
+    """Tokenizes text pairs for stage 1.
 
-    The batch is `{"anchor": {...}, "positive": {...}, "negative": {...}}` (no `negative` where the pairs have none),
-    each `{"input_ids", "attention_mask", "pooling_mask"}`, (n, L) int64, left padded; and `source`, the pairs' label,
-    and `num_truncated`, the number of texts that were cut.
+    A row is a dict from any map-style or iterable data set, [`PairDataset`] being one: `anchor` and `positive`, texts
+    that describe the same thing; optionally `negative`, a hard negative, which all rows of a batch have or none has;
+    and optionally `instruction` for the anchor, `positive_instruction` for positive and negative, and `source`, a
+    label. Two rows of a batch must not have interchangeable texts, since each is trained as a negative of the other:
+    [`PairBatchSampler`] sees to it for a `PairDataset`.
 
-    The prompt is the tokenizer's: its post-processor puts BOS and prefix before a text and the suffix after it. The
-    pooling mask covers caption and suffix. An instruction is put before the caption (after a space, unless it ends
-    in white space) and belongs to the context: a token is left out of pooling if it ends within the instruction. A
-    text that is too long is cut at its end, before the suffix.
+    The batch is `{"anchor": {...}, "positive": {...}, "negative": {...}}` (without `negative` if the rows have none),
+    each `{"input_ids", "attention_mask", "pooling_mask"}`, (n, L) int64, padded on the left, along with `source` (the
+    first row's, if any) and `num_truncated`, the number of texts that were truncated.
+
+    The tokenizer's post-processor adds the prompt: BOS and prefix before the text, the suffix after it. The pooling
+    mask covers caption and suffix. An instruction precedes the caption, separated by a space unless it ends in white
+    space, and is context: tokens that end within it are not pooled. Texts that are too long are truncated at their
+    end, before the suffix.
 
     Args:
-        processor: The caption tokenizer (a fast one, with a padding token), or the processor that holds it.
-        num_prefix_tokens: Tokens that the tokenizer puts before a text, as in the text config.
-        max_length: Longest input in tokens, prompt and instruction included; by default the tokenizer's own.
+        processor: The caption tokenizer (a fast one with a padding token), or a processor that contains it.
+        num_prefix_tokens: Number of tokens that the tokenizer adds before a text, as in the text config.
+        max_length: Maximum number of tokens including prompt and instruction; by default the tokenizer's own.
 
     Raises:
         ValueError: If the tokenizer is not a fast one, cannot pad, or `max_length` leaves no room for a caption.
@@ -40,7 +48,9 @@ class PairCollator:
     ) -> None:
         tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
         if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer, which alone knows character spans.")
+            raise ValueError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer; only those report character offsets."
+            )
         if tokenizer.pad_token is None:
             raise ValueError(f"{type(tokenizer).__name__} has no padding token; set tokenizer.pad_token first.")
         max_length = tokenizer.model_max_length if max_length is None else max_length
@@ -53,38 +63,42 @@ class PairCollator:
         self.num_prefix_tokens = num_prefix_tokens
         self.max_length = max_length
 
-    def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate pairs.
 
         Raises:
-            ValueError: If only some of them have a negative, or an instruction leaves no room for its caption.
+            ValueError: If a text is missing, only some pairs have a negative, or an instruction leaves no room for
+                its caption.
         """
-        places = {"anchor": "instruction", "positive": "positive_instruction", "negative": "positive_instruction"}
-        without = sum(pair["negative"] is None for pair in pairs)
-        if without:
-            if without < len(pairs):
-                raise ValueError(f"{without} of {len(pairs)} pairs of a batch have no negative; all or none must.")
-            del places["negative"]
+        sides = {"anchor": "instruction", "positive": "positive_instruction", "negative": "positive_instruction"}
+        without = sum(pair.get("negative") is None for pair in pairs)
+        if without == len(pairs):
+            del sides["negative"]
+        elif without:
+            raise ValueError(
+                f"{without} of {len(pairs)} pairs of a batch have no negative; all or none must have one."
+            )
         batch: dict[str, Any] = {}
         num_truncated = 0
-        for place, instruction in places.items():
-            batch[place], truncated = self.tokenize(
-                [pair[place] for pair in pairs], [pair[instruction] for pair in pairs]
-            )
+        for side, instruction in sides.items():
+            captions = [_text(pair, side, number) for number, pair in enumerate(pairs)]
+            batch[side], truncated = self.tokenize(captions, [pair.get(instruction) for pair in pairs])
             num_truncated += truncated
-        return {**batch, "source": pairs[0]["source"], "num_truncated": num_truncated}
+        if "source" in pairs[0]:
+            batch["source"] = pairs[0]["source"]
+        return {**batch, "num_truncated": num_truncated}
 
     def tokenize(
         self, captions: Sequence[str], instructions: Sequence[str | None]
     ) -> tuple[dict[str, torch.Tensor], int]:
-        """Tokenise captions after their instructions.
+        """Tokenize captions preceded by their instructions.
 
         Args:
             captions: n captions.
-            instructions: The instruction of each, or None.
+            instructions: The instruction of each caption, or None.
 
         Returns:
-            `input_ids`, `attention_mask` and `pooling_mask`, and how many texts were cut.
+            `input_ids`, `attention_mask` and `pooling_mask`, and the number of truncated texts.
         """
         leads = [_lead(instruction) for instruction in instructions]
         encoding = self.tokenizer(
@@ -113,6 +127,16 @@ class PairCollator:
             "pooling_mask": torch.from_numpy(pooled),
         }
         return tensors, sum(bool(tokens.overflowing) for tokens in encoding.encodings)
+
+
+def _text(pair: Mapping[str, Any], side: str, number: int) -> str:
+    try:
+        text = clean_caption(pair.get(side))
+    except TypeError as error:
+        raise ValueError(f"The {side} of row {number} of a batch cannot be used: {error}.") from None
+    if text is None:
+        raise ValueError(f"Row {number} of a batch has no text in {side!r}; it has {', '.join(pair)}.")
+    return text
 
 
 def _lead(instruction: str | None) -> str:

@@ -21,6 +21,7 @@ from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.hub.validation import CAPTIONS, compare_with_stranger, sample_llm_embeds, sample_picture
 from llm2clip.utils.files import atomic_folder, refuse_existing, write_json, write_license
 from llm2clip.utils.repos import hub_ids, is_hub_id
+from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import (
     LLM2CLIPConfig,
@@ -116,6 +117,27 @@ class Loaded:
     processor: Any
     task: str
     with_captions: bool
+
+
+def build_folder(model: str | Path, destination: str | Path, **settings: Any) -> dict[str, Any]:
+    """Write a self-contained folder for the Hub: weights, code, processor, card and license.
+
+    A new process without this package loads the folder and compares its outputs before the folder appears.
+
+    Args:
+        model: Checkpoint of a stage, or another saved model or text tower: folder or Hub id.
+        destination: Folder to write.
+        settings: Other fields of [`BuildConfig`].
+
+    Returns:
+        `written`, the destination; `megabytes`; `difference`, the largest difference of an output in the new process.
+
+    Raises:
+        FileExistsError: The destination exists and `overwrite` is off.
+        RuntimeError: The folder does not load in the new process, or its outputs differ; nothing is written.
+        ValueError: A setting is wrong, or `model` is not a model of this package.
+    """
+    return run(build_config(BuildConfig, {"model": model, "destination": destination, **settings}, "BuildConfig"))
 
 
 def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dict[str, Any]:
@@ -303,4 +325,4 @@ def _with_code_repo(fields: Any, repo: str) -> Any:
     }
 
 
-__all__ = ["BuildConfig", "count_parameters", "run", "validate"]
+__all__ = ["BuildConfig", "build_folder", "count_parameters", "run", "validate"]

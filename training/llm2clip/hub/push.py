@@ -15,6 +15,7 @@ from llm2clip.hub.cards import validate_card
 from llm2clip.hub.upload import explained, open_repo, upload
 from llm2clip.utils.files import read_json
 from llm2clip.utils.repos import is_hub_id
+from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPVisionModelWithProjection
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,28 @@ class PushConfig:
     validate: bool = field(
         default=True, metadata={"help": "Load the folder in a new process, without this package, before the upload."}
     )
+
+
+def push_folder(folder: str | Path, repo_id: str, **settings: Any) -> dict[str, Any]:
+    """Check a folder of [`build_folder`] and upload it to the Hub in one commit.
+
+    Edits that people made to the card on the Hub are kept. An interrupted push can be repeated; files that were
+    uploaded before are not sent again.
+
+    Args:
+        folder: The folder; it is not changed.
+        repo_id: OWNER/NAME; the repo is created if it does not exist.
+        settings: Other fields of [`PushConfig`].
+
+    Returns:
+        `repo`, its address; `commit`; `files` and `megabytes`; `pull_request` if one was opened.
+
+    Raises:
+        FileNotFoundError: The folder is incomplete.
+        ValueError: A setting is wrong, the repo contains another model, or the Hub refuses; the message says what to
+            do.
+    """
+    return run(build_config(PushConfig, {"folder": folder, "repo_id": repo_id, **settings}, "PushConfig"))
 
 
 def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
@@ -141,4 +164,4 @@ def validate_folder(folder: Path) -> None:
     build.validate(folder)
 
 
-__all__ = ["PushConfig", "check_folder", "run", "validate_folder"]
+__all__ = ["PushConfig", "check_folder", "push_folder", "run", "validate_folder"]

@@ -1,4 +1,4 @@
-"""This process among those of its launcher."""
+"""The processes of a distributed run."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from accelerate import PartialState
 
 
 def process_state(timeout: timedelta | None = None) -> PartialState:
-    """This process among those of its launcher, with its device, also on a machine that has only CPUs.
+    """Return the rank, world size and device of this process, joining the process group if a launcher started it.
 
     Args:
-        timeout: How long processes wait for each other; None for torch's default. Counts where this is what joins
-            them first.
+        timeout: How long a collective operation may wait for the other processes; None for the default of torch. It
+            has an effect only if this call creates the process group.
     """
-    # accelerate joins torchrun's processes on the CPU only when told that the CPU is meant
+    # Without cpu=True, accelerate does not create a process group on machines that have no accelerator.
     options = {} if timeout is None else {"timeout": timeout}
     return PartialState(cpu=not torch.accelerator.is_available(), **options)
 
 
-def leave_processes() -> None:
-    """Part from the other processes, when the work is done: torch's threads may abort one that ends without."""
+def leave_process_group() -> None:
+    """Destroy the process group at the end of a run; otherwise threads of torch may abort the process at exit."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def world_size() -> int:
-    """Number of processes; 1 without a process group."""
+    """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -85,6 +85,8 @@ def inspect_repo(name: str | Path, revision: str | None = None, **hub_arguments:
         if not is_adapter:
             raise
         config = {}
+    if not config and not is_adapter:
+        raise FileNotFoundError(f"{name} contains neither config.json nor adapter_config.json.")
     return Repo(name, revision, _kind(config, is_adapter), is_adapter, config)
 
 

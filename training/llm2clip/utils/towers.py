@@ -1,4 +1,4 @@
-"""Opening a text tower with its tokenizer, whatever the repo holds: a tower, an LLM2CLIP model, or a plain LLM."""
+"""Load text towers with their tokenizers from a text tower, an LLM2CLIP model or a plain LLM."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 
 
 def loading_options(dtype: str, attn_implementation: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for the settings of a run; what is unset is left out.
+    """Build keyword arguments for `from_pretrained` from the settings of a run; unset values are omitted.
 
     Args:
-        dtype: `float32`, `bfloat16`, `float16`, or `auto` for that of the weights.
+        dtype: `float32`, `bfloat16` or `float16`; `auto` keeps the dtype of the checkpoint.
         attn_implementation: Such as `sdpa`.
-        revision: Branch, tag or commit.
+        revision: Branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: There is no dtype of that name.
+        ValueError: `dtype` is not the name of a torch dtype.
     """
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype, None)
     if torch_dtype != "auto" and not isinstance(torch_dtype, torch.dtype):
@@ -45,18 +45,18 @@ def open_text_tower(
     decoder: PreTrainedModel | None = None,
     **prompt: Any,
 ) -> tuple[LLM2CLIPTextModel, PreTrainedTokenizerBase]:
-    """Load a text tower and the caption tokenizer that holds its prompt. An adapter is merged.
+    """Load a text tower and its caption tokenizer, which adds the prompt. Adapters are merged.
 
     Args:
-        name: Hub id or folder of a text tower, of an LLM2CLIP model, or of a plain LLM, which becomes a tower.
+        name: Hub id or folder of a text tower, an LLM2CLIP model, or a plain LLM, which is wrapped as a tower.
         dtype: See [`loading_options`].
         attn_implementation: Such as `sdpa`.
-        revision: Branch, tag or commit.
-        decoder: The plain LLM, where it is loaded already.
-        prompt: For a plain LLM, fields of [`LLM2CLIPTextConfig`] such as `prompt_prefix`; None means unset.
+        revision: Branch, tag or commit on the Hub.
+        decoder: The plain LLM, if it is already loaded.
+        prompt: Fields of [`LLM2CLIPTextConfig`] for a plain LLM, such as `prompt_prefix`; None means unset.
 
     Raises:
-        ValueError: `prompt` would change what a text tower says itself.
+        ValueError: `prompt` is given for a text tower, whose config already defines the prompt.
     """
     options = loading_options(dtype, attn_implementation, revision)
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
@@ -64,7 +64,7 @@ def open_text_tower(
     if is_text_tower(name, revision):
         if prompt:
             raise ValueError(
-                f"{name} is a text tower and says itself how captions are encoded; leave out {', '.join(prompt)}."
+                f"{name} is a text tower, and its config defines how captions are encoded; remove {', '.join(prompt)}."
             )
         model = LLM2CLIPTextModel.from_pretrained(name, **options)
         model.merge_adapter()
@@ -75,14 +75,14 @@ def open_text_tower(
 
 
 def save_text_tower(model: LLM2CLIPTextModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Save a text tower with its tokenizer, as a Hub repo holds them."""
+    """Save a text tower and its tokenizer in the layout of a Hub repository."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     make_readable_by_version_4(folder)
 
 
 def describe_text_tower(name: str, revision: str | None = None) -> tuple[LLM2CLIPTextConfig, PreTrainedTokenizerBase]:
-    """The config and the tokenizer that [`open_text_tower`] would give, without loading the LLM."""
+    """Return the config and the tokenizer of [`open_text_tower`] without loading the weights."""
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
     config = AutoConfig.from_pretrained(name, revision=revision)
     if config.model_type == LLM2CLIPConfig.model_type:
@@ -96,7 +96,7 @@ def describe_text_tower(name: str, revision: str | None = None) -> tuple[LLM2CLI
 def prompted(
     tokenizer: PreTrainedTokenizerBase, prompt: dict[str, Any]
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
-    """A plain LLM's tokenizer with a prompt, and the fields of [`LLM2CLIPTextConfig`] that go with it."""
+    """Add a prompt to the tokenizer of a plain LLM; also return the matching fields of [`LLM2CLIPTextConfig`]."""
     defaults = LLM2CLIPTextConfig()
     prefix, suffix, length = (
         prompt.get(key, getattr(defaults, key)) for key in ("prompt_prefix", "prompt_suffix", "max_text_length")

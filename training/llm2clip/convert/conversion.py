@@ -19,6 +19,7 @@ from llm2clip.convert.report import print_report
 from llm2clip.hub.cards import JOINT_TASK, VISION_TASK, CardFacts, license_of, write_card
 from llm2clip.utils.files import atomic_file, atomic_folder, read_json, refuse_existing
 from llm2clip.utils.repos import hub_ids
+from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import describe_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
@@ -66,6 +67,26 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         if self.to not in TARGETS:
             raise ValueError(f"to {self.to!r} is unknown; choose {' or '.join(TARGETS)}.")
+
+
+def convert_checkpoint(source: str | Path, destination: str | Path, **settings: Any) -> dict[str, Any]:
+    """Convert a checkpoint of other code to a folder that `from_pretrained` loads, or a model back to the original.
+
+    Args:
+        source: Checkpoint: a file, a folder or a Hub id.
+        destination: Folder to write; with `to="original"`, a `.pt` file.
+        settings: Other fields of [`ConvertConfig`].
+
+    Returns:
+        `written`, the destination, and what was recognized.
+
+    Raises:
+        FileExistsError: The destination exists and `overwrite` is off.
+        ValueError: A setting is wrong, or the checkpoint is damaged or not fully recognized; nothing is written.
+    """
+    return run(
+        build_config(ConvertConfig, {"source": source, "destination": destination, **settings}, "ConvertConfig")
+    )
 
 
 def run(config: ConvertConfig) -> dict[str, Any]:
@@ -183,4 +204,4 @@ def _to_original(config: ConvertConfig, destination: Path) -> dict[str, Any]:
     return {"written": str(destination), "tensors": len(state)}
 
 
-__all__ = ["ConvertConfig", "run"]
+__all__ = ["ConvertConfig", "convert_checkpoint", "run"]

@@ -1,0 +1,95 @@
+"""Files and folders appear complete or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from llm2clip.utils import files
+
+
+def test_file_keeps_its_old_content_when_writing_fails(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    files.write_text(path, "old")
+
+    def write() -> None:
+        with files.atomic_file(path, "w") as file:
+            file.write("half of the new con")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        write()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["settings.json"]
+
+
+def test_file_is_complete_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (order.append("fsync"), fsync(descriptor))[1])
+    monkeypatch.setattr(Path, "replace", lambda self, target: (order.append("rename"), replace(self, target))[1])
+    files.write_json(tmp_path / "new" / "config.json", {"a": 1})
+    assert order[:2] == ["fsync", "rename"]
+    assert files.read_json(tmp_path / "new" / "config.json") == {"a": 1}
+
+
+def test_two_processes_that_write_one_file_do_not_share_a_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "shard"
+    with files.atomic_path(path) as mine:
+        mine.write_bytes(b"mine")
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with files.atomic_path(path) as other:
+            other.write_bytes(b"other")
+        assert path.read_bytes() == b"other"
+    assert path.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(("content", "fault"), [("{", "is not valid JSON"), ("[1]", "does not contain a JSON object")])
+def test_damaged_json_is_reported_by_file_name(tmp_path: Path, content: str, fault: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"config.json {fault}"):
+        files.read_json(path)
+
+
+def test_folder_does_not_appear_when_its_creation_fails(tmp_path: Path) -> None:
+    def build() -> None:
+        with files.atomic_folder(tmp_path / "model") as folder:
+            (folder / "config.json").write_text("{}")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        build()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_is_replaced_only_with_overwrite_and_only_if_it_contains_a_model(tmp_path: Path) -> None:
+    model, photos = tmp_path / "model", tmp_path / "photos"
+    with files.atomic_folder(model) as folder:
+        (folder / "config.json").write_text("{}")
+    photos.mkdir()
+    (photos / "holiday.jpg").write_bytes(b"jpeg")
+    with pytest.raises(FileExistsError, match="add --overwrite"), files.atomic_folder(model):
+        pass
+    with pytest.raises(FileExistsError, match="contains other files"), files.atomic_folder(photos, overwrite=True):
+        pass
+    with files.atomic_folder(model, overwrite=True) as folder:
+        (folder / "config.json").write_text('{"new": true}')
+    assert files.read_json(model / "config.json") == {"new": True}
+    assert (photos / "holiday.jpg").exists()
+
+
+def test_digest_depends_on_names_and_contents(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_bytes(b"1")
+    second.write_bytes(b"2")
+    digest = files.digest_files([first, second]).hexdigest()
+    second.write_bytes(b"3")
+    changed = files.digest_files([first, second]).hexdigest()
+    second.rename(tmp_path / "c")
+    assert len({digest, changed, files.digest_files([first, tmp_path / "c"]).hexdigest()}) == 3

@@ -1,0 +1,63 @@
+"""The kind of a repository is read from its config files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llm2clip.utils.repos import RepoKind, hub_ids, inspect_repo, is_hub_id
+
+KINDS = {
+    RepoKind.JOINT: {"model_type": "llm2clip", "architectures": ["LLM2CLIPModel"]},
+    RepoKind.VISION_HALF: {"model_type": "llm2clip", "architectures": ["LLM2CLIPVisionModelWithProjection"]},
+    RepoKind.TEXT_TOWER: {"model_type": "llm2clip_text_model"},
+    RepoKind.OTHER: {"model_type": "llama"},
+}
+
+
+def save(folder: Path, config: dict | None, adapter: bool = False) -> Path:
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    if adapter:
+        (folder / "adapter_config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_kind_follows_from_the_config(tmp_path: Path, kind: RepoKind) -> None:
+    repo = inspect_repo(save(tmp_path, KINDS[kind]))
+    assert repo.kind is kind
+    assert not repo.is_adapter
+    assert repo.config == KINDS[kind]
+
+
+def test_adapter_without_a_config_of_this_package_is_an_adapter(tmp_path: Path) -> None:
+    repo = inspect_repo(save(tmp_path, None, adapter=True))
+    assert (repo.kind, repo.is_adapter, repo.config) == (RepoKind.ADAPTER, True, {})
+
+
+def test_text_tower_stored_as_an_adapter_stays_a_text_tower(tmp_path: Path) -> None:
+    repo = inspect_repo(save(tmp_path, KINDS[RepoKind.TEXT_TOWER], adapter=True))
+    assert (repo.kind, repo.is_adapter) == (RepoKind.TEXT_TOWER, True)
+
+
+def test_wrong_kind_is_refused_with_what_was_found_and_what_to_do(tmp_path: Path) -> None:
+    repo = inspect_repo(save(tmp_path, KINDS[RepoKind.OTHER]))
+    with pytest.raises(ValueError, match=r"is not an LLM2CLIP model: it contains model_type 'llama'"):
+        repo.require(RepoKind.JOINT)
+    assert repo.require(RepoKind.JOINT, RepoKind.OTHER) is repo
+
+
+def test_folder_without_a_config_raises_os_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"config\.json"):
+        inspect_repo(tmp_path)
+
+
+def test_existing_paths_are_not_taken_for_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("owner/local").mkdir(parents=True)
+    assert is_hub_id("owner/name-1.0")
+    assert not is_hub_id("/absolute/path")
+    assert hub_ids("owner/local", "owner/name", None, "") == ["owner/name"]

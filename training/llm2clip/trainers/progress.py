@@ -1,0 +1,73 @@
+"""The progress bar of training, in place of transformers' bar and its printed dictionaries."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llm2clip.utils.progress import ProgressBar, close_bar, open_bar
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingProgress(TrainerCallback):
+    """Show the step, the rate, the loss and the time left; the logged values go to the log at debug level.
+
+    It takes the place of `ProgressCallback` and `PrinterCallback`. `close` removes the bar after an error, for which
+    the Trainer calls no callback.
+
+    Args:
+        description: What is being trained, such as "Stage 1".
+    """
+
+    def __init__(self, description: str = "Training") -> None:
+        self.description = description
+        self._bar: ProgressBar | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+        if state.is_world_process_zero:
+            self._bar = open_bar(self.description, state.max_steps, "step", initial=state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        values = {key: _format(value) for key, value in logs.items() if key != "total_flos"}
+        logger.debug("step %d: %s", state.global_step, ", ".join(f"{key} {value}" for key, value in values.items()))
+        if self._bar is not None and "loss" in logs:
+            self._bar.update(state.global_step, status=f"loss {float(logs['loss']):.4f}")
+        recalls = [f"{key.removeprefix('eval_')} {values[key]}" for key in values if key.endswith("recall@1")]
+        if recalls:
+            logger.info("Step %d: %s", state.global_step, ", ".join(recalls))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close(done=True)
+
+    def close(self, done: bool = False) -> None:
+        """Remove the bar; with `done`, log one line in its place."""
+        if self._bar is not None:
+            close_bar(self._bar, done)
+            self._bar = None
+
+
+def _format(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
