@@ -29,7 +29,7 @@ MODULES = {
     "llm2clip.hub.build": ["build_folder"],
     "llm2clip.hub.push": ["push_folder"],
     "llm2clip.losses": ["clip_loss", "info_nce", "sigmoid_loss"],
-    "llm2clip.embedding": ["EmbeddingCache"],
+    "llm2clip.embedding": ["EmbeddingCache", "embed_captions", "embed_images"],
     "llm2clip.evaluation": ["retrieval_metrics"],
 }
 _MODULE_OF = {name: module for module, names in MODULES.items() for name in names}

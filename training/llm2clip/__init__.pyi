@@ -4,6 +4,12 @@ from llm2clip.convert.conversion import (
 from llm2clip.embedding import (
     EmbeddingCache as EmbeddingCache,
 )
+from llm2clip.embedding import (
+    embed_captions as embed_captions,
+)
+from llm2clip.embedding import (
+    embed_images as embed_images,
+)
 from llm2clip.evaluation import (
     retrieval_metrics as retrieval_metrics,
 )

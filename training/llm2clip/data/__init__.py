@@ -6,7 +6,7 @@ from llm2clip.data.captioned_images import (
     caption_batches,
     distinct_captions,
 )
-from llm2clip.data.collators import PixelBatch, SkipLog, Stage2Collator, stack_pixels
+from llm2clip.data.collators import SkipLog, Stage2Collator
 from llm2clip.data.pair_batches import PairBatchSampler
 from llm2clip.data.pair_collator import PairCollator
 from llm2clip.data.pairs import PairDataset, PairSource
@@ -43,7 +43,6 @@ __all__ = [
     "PairCollator",
     "PairDataset",
     "PairSource",
-    "PixelBatch",
     "SampleError",
     "SampleIndex",
     "SampleIndexBatchSampler",
@@ -60,5 +59,4 @@ __all__ = [
     "decode_tensor",
     "distinct_captions",
     "load_source",
-    "stack_pixels",
 ]

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,34 +18,6 @@ from llm2clip.data.transforms import decode_image
 logger = logging.getLogger(__name__)
 
 TOKEN_FIELDS = ("input_ids", "attention_mask", "pooling_mask")
-
-
-class PixelBatch(NamedTuple):
-    """Prepared images, and those that could not be prepared.
-
-    Attributes:
-        pixels: (good, 3, H, W) float32 of the images that are not skipped, in order; None if all are.
-        skipped: For each of the n images what is wrong with it, or None.
-    """
-
-    pixels: Tensor | None
-    skipped: list[SkippedSample | None]
-
-    @property
-    def good(self) -> list[int]:
-        """Which of the n images `pixels` holds."""
-        return [index for index, sample in enumerate(self.skipped) if sample is None]
-
-
-def stack_pixels(samples: Sequence[Tensor | SkippedSample]) -> PixelBatch:
-    """Put images into one tensor: a worker process sends each tensor through a file descriptor, and those are few.
-
-    Args:
-        samples: n prepared images (3, H, W), or what is wrong with them.
-    """
-    good = [sample for sample in samples if isinstance(sample, Tensor)]
-    skipped = [sample if isinstance(sample, SkippedSample) else None for sample in samples]
-    return PixelBatch(torch.stack(good) if good else None, skipped)
 
 
 class EmbeddingLookup(Protocol):

@@ -10,7 +10,7 @@ from typing import Any
 from llm2clip.data import CaptionSource
 from llm2clip.demo.gallery import Gallery
 from llm2clip.demo.space import write_space
-from llm2clip.embedding.image_embedder import require_llm2clip
+from llm2clip.utils.repos import RepoKind, inspect_repo
 
 QUICKSTART_MODEL = "runs/quickstart/llm2clip"
 
@@ -73,7 +73,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     source = data_source(config)
     names = [config.model, *([config.compare] if config.compare else [])]
     for name in names:
-        require_llm2clip(name, None, with_llm=True)
+        inspect_repo(name).require(RepoKind.JOINT)
     galleries = [(name, Gallery.open(name, source, cache_dir)) for name in names]
     serve(config, galleries, cache_dir)
     return {}

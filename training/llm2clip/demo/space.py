@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from llm2clip.embedding.image_embedder import require_llm2clip
 from llm2clip.utils.files import atomic_folder
+from llm2clip.utils.repos import RepoKind, inspect_repo
 
 FILES = ("README.md", "requirements.txt", "app.py")
 PACKAGES = ("modeling_llm2clip", "llm2clip")
@@ -30,7 +30,7 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
     """
     bundled = Path(model).is_dir()
     if bundled:
-        require_llm2clip(model, None, with_llm=True)
+        inspect_repo(model).require(RepoKind.JOINT)
         _refuse_divided_model(model)
     with atomic_folder(destination, overwrite, marks=("app.py",)) as folder:
         for name in FILES:

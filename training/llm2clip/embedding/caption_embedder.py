@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from llm2clip.utils.processes import process_state
@@ -17,7 +16,12 @@ from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
-from modeling_llm2clip.modeling_llm2clip_utils import encode_tokens, execution_device, tokenize_captions
+from modeling_llm2clip.modeling_llm2clip_utils import (
+    encode_tokens,
+    execution_device,
+    tokenize_captions,
+    unit_features,
+)
 
 
 class CaptionEmbedder:
@@ -109,7 +113,7 @@ class CaptionEmbedder:
 
     def _forward(self, inputs: Any) -> Tensor:
         if self.is_joint:
-            return F.normalize(self.model.get_text_features(**inputs).pooler_output.float(), dim=-1)
+            return unit_features(self.model.get_text_features(**inputs))
         return self.model(**inputs).pooler_output
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, EvalTransform, SampleError, SkippedSample
+from llm2clip.data.captioned_images import OnError
 from llm2clip.data.transforms import Decoder
 from llm2clip.utils.progress import progress_bar
-
-OnError = Literal["raise", "skip"]
 
 
 class ImageSet(Protocol):

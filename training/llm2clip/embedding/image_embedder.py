@@ -12,15 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from llm2clip.data import EvalTransform, ImageBackend
+from llm2clip.data.captioned_images import OnError
 from llm2clip.embedding.image_batches import (
     ForwardedBatch,
     ImageList,
     ImageSet,
-    OnError,
     PreparedImages,
     forward_images,
     prepare_image,
@@ -29,7 +28,7 @@ from llm2clip.utils.identity import vision_fingerprint
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
-from modeling_llm2clip.modeling_llm2clip_utils import absolute_path, execution_device
+from modeling_llm2clip.modeling_llm2clip_utils import absolute_path, encode_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -158,15 +157,7 @@ class ImageEmbedder:
         return parts[0] if parts else EmbeddedImages([], np.zeros((0, self.width), dtype=np.float32), [])
 
     def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        device, dtype = execution_device(self.model.vision_model), self.model.dtype
-        inputs = {
-            name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
-            for name, value in inputs.items()
-        }
-        with torch.inference_mode():
-            features = self.model.get_image_features(**inputs).pooler_output
-            assert features is not None
-            return F.normalize(features.float(), dim=-1).cpu()
+        return next(encode_pixels(self.model, [inputs]))
 
 
 class _Part:
@@ -183,7 +174,7 @@ class _Part:
         if batch.output is not None:
             embeds[batch.good] = batch.output.numpy()
         reasons = [None if sample is None else sample.reason for sample in batch.skipped]
-        for index in np.flatnonzero(~np.isfinite(embeds).all(axis=1)):
+        for index in np.flatnonzero(~np.isfinite(embeds).all(axis=1)).tolist():
             if on_error == "raise":
                 raise ValueError(f"the model's embedding of image {rows[index]} is not finite.")
             reasons[index] = "the model's embedding of it is not finite"

@@ -11,18 +11,18 @@ import datasets
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import BaseImageProcessor
 
+from llm2clip.data.captioned_images import OnError
 from llm2clip.data import DEFAULT_MAX_PIXELS, CaptionSource, caption_id, decode_image, load_source
 from llm2clip.data.records import column_texts
 from llm2clip.data.sources import source_columns
 from llm2clip.data.transforms import Decoder
-from llm2clip.embedding.image_batches import OnError
 from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.embedding.sharding import encode_sharded
 from llm2clip.evaluation.metrics import retrieval_metrics
 from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.modeling_llm2clip_utils import unit_features
 
 logger = logging.getLogger(__name__)
 
@@ -169,9 +169,7 @@ class ImageTextRetrieval:
         parts = []
         with torch.inference_mode():
             for part in llm_embeds.split(TEXT_BATCH):
-                features = model.get_text_features(llm_embeds=part).pooler_output
-                assert features is not None
-                parts.append(F.normalize(features.float(), dim=-1).cpu())
+                parts.append(unit_features(model.get_text_features(llm_embeds=part)).cpu())
         return torch.cat(parts)
 
 

@@ -98,6 +98,10 @@ class FolderImages:
             self.sizes.append(status.st_size)
             self.mtimes.append(status.st_mtime_ns)
 
+    def key(self, row: int) -> str:
+        """Return the relative path of a row's file."""
+        return self.keys[row]
+
     def identities(self) -> list[Hashable]:
         """What a file is known by, per row; see `identity`."""
         return list(zip(self.keys, self.sizes, self.mtimes, strict=True))
@@ -179,6 +183,10 @@ class TableImages:
         self.max_pixels = max_pixels
         self.failures: dict[str, str] = {}
         self._hashes: list[str] | None = None
+
+    def key(self, row: int) -> str:
+        """Return the name of a row."""
+        return self.keys[row]
 
     def identities(self) -> list[Hashable]:
         """What an image is known by, per row; see `identity`. The first call reads all images."""
