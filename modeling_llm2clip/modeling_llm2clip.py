@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.image_utils import load_image
+from transformers import AutoConfig, BatchFeature, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
 from .configuration_llm2clip import LLM2CLIPConfig
+from .image_decoding_llm2clip import decode_images, is_missing_file
 from .modeling_eva02 import EVA02VisionModel  # noqa: F401
 from .modeling_llm2clip_adapter import LLM2CLIPTextAdapter
 from .modeling_llm2clip_packing import PackedBatch  # noqa: F401
 from .modeling_llm2clip_pairing import LLM2CLIPPairedModel
 from .modeling_llm2clip_text import LLM2CLIPTextModel
-from .modeling_llm2clip_utils import absolute_path, adopt_submodel, encode_tokens, execution_device, tokenize_captions
+from .modeling_llm2clip_utils import (
+    absolute_path,
+    adopt_submodel,
+    encode_pixels,
+    encode_tokens,
+    execution_device,
+    tokenize_captions,
+    unit_features,
+)
 from .modeling_llm2clip_vision import load_vision_tower
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
@@ -216,7 +223,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         return encode_tokens(
             tokens,
             tokenizer,
-            lambda batch: _unit(self.get_text_features(**batch)),
+            lambda batch: unit_features(self.get_text_features(**batch)),
             device=execution_device(self if self.text_model is None else self.text_model),
             width=self.config.projection_dim,
             batch_size=batch_size,
@@ -233,7 +240,8 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         """Embed images.
 
         Args:
-            images: PIL images, arrays, tensors or file names; one counts as a list of one.
+            images: Images of any kind that [`decode_image`] reads (PIL images, paths, URLs, bytes), arrays or tensors;
+                one counts as a list of one.
             processor: This model's processor, or its image processor.
             batch_size: Images per batch.
             show_progress_bar: Show a bar over the batches.
@@ -242,19 +250,19 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
             Unit rows, float32 `(len(images), projection_dim)` on the CPU, in input order.
 
         Raises:
+            DamagedImageError: An image cannot be decoded.
             FileNotFoundError: A string is not the name of a file (a caption, say).
         """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         image_processor = getattr(processor, "image_processor", processor)
-        device = execution_device(self.vision_model)
-        result = torch.empty(len(images), self.config.projection_dim)
-        starts = range(0, len(images), batch_size)
-        for start in logging.tqdm(starts, desc="Encoding images", disable=not show_progress_bar):
-            batch = [_as_image(image) for image in images[start : start + batch_size]]
-            inputs = image_processor(images=batch, return_tensors="pt").to(device)
-            with torch.inference_mode():
-                result[start : start + len(batch)] = _unit(self.get_image_features(**inputs)).cpu()
-        return result
+
+        def batches() -> Iterator[BatchFeature]:
+            starts = range(0, len(images), batch_size)
+            for start in logging.tqdm(starts, desc="Encoding images", disable=not show_progress_bar):
+                batch = decode_images([_check_file(image) for image in images[start : start + batch_size]])
+                yield image_processor(images=batch, return_tensors="pt")
+
+        return torch.cat([torch.empty(0, self.config.projection_dim), *encode_pixels(self, batches())])
 
     def forward(
         self,
@@ -289,8 +297,8 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         image_features = self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
         if not has_text:
             return image_features
-        image_embeds = _unit(image_features)
-        text_embeds = _unit(self.get_text_features(**text_inputs)).to(image_embeds.device)
+        image_embeds = unit_features(image_features)
+        text_embeds = unit_features(self.get_text_features(**text_inputs)).to(image_embeds.device)
         logit_scale = self.logit_scale.exp().to(image_embeds.device)
         logit_bias = None if self.logit_bias is None else self.logit_bias.to(image_embeds.device)
         logits = loss = None
@@ -315,17 +323,10 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         )
 
 
-def _unit(features: Any) -> Tensor:
-    # In float32, so that rows of a 16-bit model have unit length too.
-    return F.normalize(features.pooler_output.float(), dim=-1)
-
-
-def _as_image(image: Any) -> Any:
-    if not isinstance(image, (str, os.PathLike)):
-        return image
-    if not Path(image).is_file():
+def _check_file(image: Any) -> Any:
+    if isinstance(image, (str, os.PathLike)) and is_missing_file(os.fspath(image)):
         raise FileNotFoundError(f"{os.fspath(image)!r} is not an image file; captions go to encode_text().")
-    return load_image(os.fspath(image))
+    return image
 
 
 __all__ = ["LLM2CLIPModel", "LLM2CLIPOutput"]

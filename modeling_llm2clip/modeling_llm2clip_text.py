@@ -21,6 +21,7 @@ from transformers.utils import find_adapter_config_file
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
 from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
+from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_llm2clip_packing import PackedBatch
 from .modeling_llm2clip_utils import (
     adopt_submodel,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -203,3 +204,30 @@ def encode_tokens(
         with torch.inference_mode():
             result[batch] = encode(inputs.to(device)).float().cpu()
     return result if len(distinct) == len(rows) else result[rows]
+
+
+def unit_features(features: Any) -> Tensor:
+    """Normalise the pooled output of a model to unit length, in float32 so that rows of a 16-bit model have it too."""
+    return F.normalize(features.pooler_output.float(), dim=-1)
+
+
+def encode_pixels(model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> Iterator[Tensor]:
+    """Embed batches of images, one after the other.
+
+    Args:
+        model: An LLM2CLIP model or its vision half.
+        batches: Pixel values `(batch, channels, height, width)`, or all that an image processor returns.
+
+    Yields:
+        Unit rows of a batch, float32 `(batch, projection_dim)` on the CPU.
+    """
+    device = execution_device(model.vision_model)
+    for batch in batches:
+        inputs = {"pixel_values": batch} if isinstance(batch, Tensor) else batch
+        inputs = {
+            name: value.to(device, model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+        with torch.inference_mode():
+            rows = unit_features(model.get_image_features(**inputs)).cpu()
+        yield rows

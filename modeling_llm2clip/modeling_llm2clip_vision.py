@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .compatibility_llm2clip import nests_vision_towers
 from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig
+from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_eva02 import EVA02VisionModel
 from .modeling_llm2clip_utils import hub_arguments, refuse_missing
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tokenizers import processors
@@ -13,6 +12,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from .compatibility_llm2clip import make_readable_by_version_4
+from .image_decoding_llm2clip import decode_images, is_missing_file
 
 logger = logging.get_logger(__name__)
 
@@ -138,16 +138,19 @@ class LLM2CLIPProcessor(ProcessorMixin):
         """Prepare images, captions or both.
 
         Args:
-            images: PIL images, arrays or tensors; one or a list.
+            images: One image or a list, of any kind that [`decode_image`] reads (PIL images, paths, URLs, bytes);
+                arrays and tensors go to the image processor as they are.
             text: One caption or a list.
             kwargs: `return_tensors`, and the options of the tokenizer and of the image processor.
 
         Raises:
+            DamagedImageError: An image cannot be decoded.
             TypeError: Something else than a string stands among the captions.
             ValueError: A caption is empty.
         """
-        if isinstance(images, str) and not Path(images).is_file() and "://" not in images:
+        if isinstance(images, str) and is_missing_file(images):
             raise TypeError(f"{images[:80]!r} is not an image file; captions go to text=.")
+        images = decode_images(images)
         if text is None:
             return super().__call__(images=images, **kwargs)
         texts = list(text) if isinstance(text, (list, tuple)) else [text]

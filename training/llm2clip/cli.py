@@ -11,7 +11,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from llm2clip.recipes import find_recipe, load_recipe
+from llm2clip.utils.logs import LogFile, command_logs, quiet_libraries
+from llm2clip.utils.progress import close_bars, is_main_process
 from llm2clip.utils.settings import add_fields, build_config, complete_flags, given_fields, nearest
+
+logger = logging.getLogger(__name__)
 
 # What a user can mend; anything else is a fault of ours and keeps its traceback. A KeyError of a class of its own is
 # a message (a caption that the cache lacks), a plain one is a fault.
@@ -31,6 +35,7 @@ class Command:
             holds a list takes any number of them, also none.
         optional: Those of them that may be left out.
         resumes: Whether it has a `--resume` option.
+        writes_log: Whether its messages are kept in `log.txt` in its `output_dir`.
         extra: Extra of this package that installs what it needs.
     """
 
@@ -40,6 +45,7 @@ class Command:
     positional: tuple[str, ...] = ("recipe",)
     optional: tuple[str, ...] = ()
     resumes: bool = False
+    writes_log: bool = False
     extra: str = "train"
 
 
@@ -49,6 +55,7 @@ COMMANDS = {
         "llm2clip.quickstart.pipeline",
         "QuickstartConfig",
         positional=(),
+        writes_log=True,
         extra="quickstart",
     ),
     "mntp": Command(
@@ -56,21 +63,27 @@ COMMANDS = {
         "llm2clip.trainers.mntp",
         "MNTPConfig",
         resumes=True,
+        writes_log=True,
     ),
     "stage1": Command(
         "caption contrastive fine-tuning of the LLM",
         "llm2clip.trainers.stage1",
         "Stage1Config",
         resumes=True,
+        writes_log=True,
     ),
     "embed": Command(
-        "the captions' embedding cache; goes on where it stopped", "llm2clip.embedding.embed", "EmbedConfig"
+        "the captions' embedding cache; goes on where it stopped",
+        "llm2clip.embedding.embed",
+        "EmbedConfig",
+        writes_log=True,
     ),
     "stage2": Command(
         "vision tower and adapter against the cache",
         "llm2clip.trainers.stage2",
         "Stage2Config",
         resumes=True,
+        writes_log=True,
     ),
     "evaluate": Command(
         "image-text retrieval or caption retrieval of a saved model",
@@ -142,13 +155,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = top.parse_args(arguments[:1]).command
     command = COMMANDS[name]
     traceback = "--traceback" in arguments
-    try:
-        return _run(name, command, [argument for argument in arguments[1:] if argument != "--traceback"])
-    except USER_ERRORS as error:
-        if traceback or type(error) is KeyError:
-            raise
-        print(f"llm2clip {name}: error: {_message(error, name)}\n(--traceback shows where)", file=sys.stderr)
-        return 2
+    with command_logs() as log_file:
+        try:
+            return _run(name, command, [argument for argument in arguments[1:] if argument != "--traceback"], log_file)
+        except USER_ERRORS as error:
+            logger.debug("llm2clip %s failed", name, exc_info=True)
+            if traceback or type(error) is KeyError:
+                raise
+            close_bars()
+            print(f"llm2clip {name}: error: {_message(error, name)}\n(--traceback shows where)", file=sys.stderr)
+            return 2
 
 
 def _message(error: Exception, name: str) -> str:
@@ -163,14 +179,9 @@ def _message(error: Exception, name: str) -> str:
     return text
 
 
-def _run(name: str, command: Command, arguments: list[str]) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for library in ("httpx", "httpx2", "datasets", "faiss", "matplotlib", "fsspec", "onnxscript", "onnx_ir"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    # They speak of kernels for accelerators whenever torchao is installed, used or not.
-    for library in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+def _run(name: str, command: Command, arguments: list[str], log_file: LogFile) -> int:
     module: Any = importlib.import_module(command.module)
+    quiet_libraries()
     config_class = getattr(module, command.config)
     parser = argparse.ArgumentParser(prog=f"llm2clip {name}", description=command.help, allow_abbrev=False)
     if command.positional == ("recipe",):
@@ -201,6 +212,10 @@ def _run(name: str, command: Command, arguments: list[str]) -> int:
         path = find_recipe(namespace.recipe)
         values, origin = {**load_recipe(path), **values}, str(path)
     config = build_config(config_class, values, origin)
+    if command.writes_log and config.output_dir and is_main_process():
+        logger.info("llm2clip %s: %s\nLog: %s", name, command.help, log_file.open(config.output_dir))
+    else:
+        log_file.discard()
     result = module.run(config, resume=namespace.resume) if command.resumes else module.run(config)
     _end(result or {})
     return 0

@@ -352,7 +352,7 @@ save_file({key: value.detach().contiguous() for key, value in found.items()}, ou
 def test_strangers_use_the_repo_through_every_door(hub: LoopbackHub, built: Path, tmp_path: Path) -> None:
     """Push by the command, then AutoModel, three pipelines and SentenceTransformer from the repo id alone."""
     environment = {**os.environ, **hub.environment(tmp_path / "publisher")}
-    command = [sys.executable, "-m", "llm2clip.cli", "push", str(built), REPO]
+    command = [sys.executable, "-m", "llm2clip", "push", str(built), REPO]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"repo: {hub.url}/{REPO}" in done.stdout

@@ -41,7 +41,7 @@ def save_pictures(folder: Path, count: int) -> Path:
 
 def peak_memory(folder: Path, model: Path, output: Path) -> int:
     """Bytes that indexing a folder with two workers takes at most, shared pages counted once."""
-    command = [sys.executable, "-m", "llm2clip.cli", "index", str(folder), "--model", str(model)]
+    command = [sys.executable, "-m", "llm2clip", "index", str(folder), "--model", str(model)]
     command += ["--num-workers", "2", "--part-size", str(PART), "--output-dir", str(output)]
     peak = 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -84,7 +84,7 @@ def pretend_embedded(folder: Path, model: Path, output: Path, count: int) -> Non
 def test_a_large_batch_needs_few_open_files(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model")
     folder = save_pictures(tmp_path / "pictures", 600)
-    command = [sys.executable, "-m", "llm2clip.cli", "index", str(folder), "--model", str(tmp_path / "model")]
+    command = [sys.executable, "-m", "llm2clip", "index", str(folder), "--model", str(tmp_path / "model")]
     command += ["--num-workers", "2", "--batch-size", "256", "--output-dir", str(tmp_path / "index")]
     result = subprocess.run(
         command,
@@ -128,7 +128,7 @@ def test_an_image_takes_the_memory_of_its_embedding(tmp_path: Path) -> None:
 def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model")
     folder = save_pictures(tmp_path / "pictures", 2000)
-    command = [sys.executable, "-m", "llm2clip.cli", "index", str(folder), "--model", str(tmp_path / "model")]
+    command = [sys.executable, "-m", "llm2clip", "index", str(folder), "--model", str(tmp_path / "model")]
     command += ["--part-size", "128", "--num-workers", "1"]
     unfinished = tmp_path / "index.unfinished"
     with subprocess.Popen([*command, "--output-dir", str(tmp_path / "index")], stderr=subprocess.PIPE) as process:

@@ -25,7 +25,7 @@ from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-CLI = ["-m", "llm2clip.cli"]
+CLI = ["-m", "llm2clip"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *CLI]
 
 

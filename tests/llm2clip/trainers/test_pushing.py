@@ -39,7 +39,7 @@ def train(hub: LoopbackHub, stage: str, fields: dict[str, Any], repo: str, home:
     recipe = home / f"{stage}.yaml"
     recipe.write_text(yaml.safe_dump(fields))
     environment = {**os.environ, **hub.environment(home / "publisher"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "llm2clip.cli", stage, str(recipe)]
+    command = [sys.executable, "-m", "llm2clip", stage, str(recipe)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -85,7 +85,7 @@ def test_both_stages_push_as_they_train(hub: LoopbackHub, inputs: Inputs, tmp_pa
     sources = [tiny.concepts(), tiny.concepts("validation", max_samples=40)]
     fields = {"text_model_name_or_path": "tester/llm", "output_dir": str(cache), "sources": sources}
     (tmp_path / "embed.yaml").write_text(yaml.safe_dump(fields))
-    command = [sys.executable, "-m", "llm2clip.cli", "embed", str(tmp_path / "embed.yaml")]
+    command = [sys.executable, "-m", "llm2clip", "embed", str(tmp_path / "embed.yaml")]
     subprocess.run(command, env=environment, capture_output=True, check=True)
 
     HfApi(endpoint=hub.url, token=TOKEN).create_repo("tester/clip")

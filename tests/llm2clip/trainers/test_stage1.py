@@ -130,7 +130,7 @@ def test_a_text_tower_is_trained_further_with_its_own_prompt(inputs: Inputs, tmp
     assert LLM2CLIPTextModel.from_pretrained(tmp_path).config.prompt_prefix == tiny_models.PREFIX
     with pytest.raises(ValueError, match="defines how captions are encoded; remove prompt_prefix, prompt_suffix"):
         run(tmp_path / "again", inputs.text)
-    with pytest.raises(ValueError, match="leave out bidirectional"):
+    with pytest.raises(ValueError, match="remove bidirectional"):
         run(tmp_path / "again", inputs.text, bidirectional=False, **unset)
 
 

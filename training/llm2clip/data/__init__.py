@@ -12,8 +12,6 @@ from llm2clip.data.pair_collator import PairCollator
 from llm2clip.data.pairs import PairDataset, PairSource
 from llm2clip.data.records import (
     CaptionError,
-    DamagedImageError,
-    SampleError,
     SkippedSample,
     caption_id,
     clean_caption,
@@ -21,13 +19,17 @@ from llm2clip.data.records import (
 from llm2clip.data.sampling import SampleIndex, SampleIndexBatchSampler
 from llm2clip.data.sources import CaptionSource, SourceError, load_source
 from llm2clip.data.transforms import (
-    DEFAULT_MAX_PIXELS,
     IMAGE_BACKENDS,
     EvalTransform,
     ImageBackend,
     TrainTransform,
-    decode_image,
     decode_tensor,
+)
+from modeling_llm2clip.image_decoding_llm2clip import (
+    DEFAULT_MAX_PIXELS,
+    DamagedImageError,
+    SampleError,
+    decode_image,
 )
 
 __all__ = [

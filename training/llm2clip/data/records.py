@@ -9,31 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-
-class SampleError(ValueError):
-    """A row that cannot be used.
-
-    Args:
-        key: The row's key. Without a reason it is the whole message, which is how torch's DataLoader rebuilds an
-            exception that was raised in a worker process.
-        reason: What is wrong with the row.
-    """
-
-    subject = "row"
-
-    def __init__(self, key: str, reason: str | None = None) -> None:
-        super().__init__(key if reason is None else f"The {self.subject} {key!r} cannot be used: {reason}.")
-        self.key = key
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str | None]]:
-        return type(self), (self.key, self.reason)
-
-
-class DamagedImageError(SampleError):
-    """An image that cannot be decoded, is empty, or is too large to decode safely."""
-
-    subject = "image"
+from modeling_llm2clip.image_decoding_llm2clip import SampleError
 
 
 class CaptionError(SampleError):

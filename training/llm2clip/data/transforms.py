@@ -6,66 +6,35 @@ There are two backends. `exact` is Pillow and what the image processor itself do
 
 from __future__ import annotations
 
-import io
-import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 from transformers import BaseImageProcessor
 
-from llm2clip.data.records import DamagedImageError
+from modeling_llm2clip.image_decoding_llm2clip import (
+    DEFAULT_MAX_PIXELS,
+    EXIF_ORIENTATION,
+    DamagedImageError,
+    decode_image,
+    decoding_errors,
+    open_image,
+    to_upright_rgb,
+)
 
-DEFAULT_MAX_PIXELS = 89_478_485  # Pillow's own limit: a 24-bit image of 256 MiB
 # Largest result of resizing, of which the crop is then taken: 96 MiB. A square of 224 may become 1 : 660
 MAX_RESIZED_PIXELS = 2**25
-EXIF_ORIENTATION = 0x0112
-TRANSPOSITIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 ImageBackend = Literal["exact", "fast"]
 IMAGE_BACKENDS = ("exact", "fast")
 # Of a value, its key and the largest number of pixels
 Decoder = Callable[[Any, str, int], Any]
 # The processors whose settings say all that they do
 CLIP_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorPil")
-
-
-def decode_image(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """Decode one image to RGB, upright.
-
-    Conversion to RGB comes before any resizing: resizing a palette or 1-bit image first means nearest-neighbour
-    sampling, and an image with alpha would be darkened. Transparent parts are composited on white. 16-bit grey is
-    scaled to 8 bits. Of an animation the first frame is taken. EXIF orientation is applied.
-
-    Args:
-        value: Encoded bytes, a path or fsspec URL, the `{"bytes", "path"}` record of `datasets`, a PIL image, or a
-            file that is open for reading bytes, of which no more is read than the image needs.
-        key: The row's key, for the error.
-        max_pixels: Largest width x height, judged by the file's header before anything is decoded.
-
-    Returns:
-        An image in mode RGB.
-
-    Raises:
-        DamagedImageError: If the image is missing, unreadable, truncated, empty or too large.
-    """
-    with _faults(value, key):
-        return _rgb(_opened(value, max_pixels))
 
 
 def decode_tensor(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tensor:
@@ -77,99 +46,19 @@ def decode_tensor(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) ->
     Raises:
         DamagedImageError: See `decode_image`.
     """
-    with _faults(value, key):
-        image = _opened(value, max_pixels)
+    with decoding_errors(value, key):
+        image = open_image(value, max_pixels)
         plain = image.format == "JPEG" and image.mode in ("RGB", "L")
         file = getattr(image, "fp", None)
         if plain and file is not None and image.getexif().get(EXIF_ORIENTATION, 1) == 1:
             file.seek(0)
             data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
             return cast(torch.Tensor, decode_jpeg(data, mode=ImageReadMode.RGB))
-        return _as_tensor(_rgb(image))
-
-
-@contextmanager
-def _faults(value: Any, key: str) -> Iterator[None]:
-    """Whatever is wrong with an image becomes a DamagedImageError."""
-    try:
-        yield
-    except _UnusableError as error:
-        raise DamagedImageError(key, str(error)) from None
-    except UnidentifiedImageError as error:
-        raise DamagedImageError(key, "its bytes are in no image format that Pillow knows") from error
-    except FileNotFoundError as error:
-        raise DamagedImageError(key, f"there is no file {error.filename or value!r}") from error
-    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead to, struct.error and KeyError too
-        raise DamagedImageError(key, f"{type(error).__name__}: {error}") from error
-
-
-def _opened(value: Any, max_pixels: int) -> Image.Image:
-    """An image whose header has been read."""
-    with warnings.catch_warnings():
-        # The size is checked here, against the caller's limit.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = value if isinstance(value, Image.Image) else Image.open(_file(value))
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise _UnusableError(f"it is {width} x {height} pixels large")
-    if width * height > max_pixels:
-        raise _UnusableError(f"its {width} x {height} pixels are more than the {max_pixels:,} that max_pixels allows")
-    return image
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image.load()
-        return _to_rgb(_upright(image))
+        return _as_tensor(to_upright_rgb(image))
 
 
 def _as_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-class _UnusableError(Exception):
-    """A fault that is found here rather than by Pillow."""
-
-
-def _file(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    if value is None:
-        raise _UnusableError("it is missing")
-    if isinstance(value, io.IOBase):
-        return value
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        if len(value) == 0:
-            raise _UnusableError("it has zero bytes")
-        return io.BytesIO(value)
-    path = os.fspath(value)
-    if "://" in path:
-        import fsspec
-
-        with fsspec.open(path, "rb") as file:
-            return io.BytesIO(file.read())
-    with open(path, "rb") as file:  # read here: Pillow would leave the file open until the image is collected
-        return io.BytesIO(file.read())
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    # Not ImageOps.exif_transpose: it writes the other tags anew and fails on images whose maker got one wrong.
-    transposition = TRANSPOSITIONS.get(image.getexif().get(EXIF_ORIENTATION, 1))
-    return image if transposition is None else image.transpose(transposition)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        # Pillow's own conversion clips at 255, which turns a 16-bit image white.
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise _UnusableError(f"its mode {image.mode} has no defined white point; store 8 or 16 bits per channel")
-    if image.mode in ALPHA_MODES or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        background = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(background, layer).convert("RGB")
-    return image.convert("RGB")
 
 
 class EvalTransform:

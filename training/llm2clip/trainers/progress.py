@@ -25,6 +25,7 @@ class TrainingProgress(TrainerCallback):
     def __init__(self, description: str = "Training") -> None:
         self.description = description
         self._bar: ProgressBar | None = None
+        self._evaluated_step: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -53,9 +54,12 @@ class TrainingProgress(TrainerCallback):
         logger.debug("step %d: %s", state.global_step, ", ".join(f"{key} {value}" for key, value in values.items()))
         if self._bar is not None and "loss" in logs:
             self._bar.update(state.global_step, status=f"loss {float(logs['loss']):.4f}")
-        recalls = [f"{key.removeprefix('eval_')} {values[key]}" for key in values if key.endswith("recall@1")]
-        if recalls:
-            logger.info("Step %d: %s", state.global_step, ", ".join(recalls))
+        recalls = {key: value for key, value in values.items() if key.endswith("recall@1")}
+        # A run that ends with an evaluation measures its result again after saving it.
+        if recalls and state.global_step != self._evaluated_step:
+            self._evaluated_step = state.global_step
+            scores = ", ".join(f"{key.removeprefix('eval_')} {value}" for key, value in recalls.items())
+            logger.info("Evaluation at step %d: %s", state.global_step, scores)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,242 @@
+"""Decode images of any kind to upright RGB: the one decoder of training, evaluation, search and inference."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import os
+import re
+import urllib.request
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+DEFAULT_MAX_PIXELS = 89_478_485  # Pillow's own limit: a 24-bit image of 256 MiB
+EXIF_ORIENTATION = 0x0112
+# The entries of `Image.info` in which Pillow looks for an orientation.
+ORIENTATION_SOURCES = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+# A string of this length that names no file may be the image itself, in base64.
+SHORTEST_BASE64 = 60
+
+
+class SampleError(ValueError):
+    """A row that cannot be used.
+
+    Args:
+        key: The row's key. Without a reason it is the whole message, which is how torch's DataLoader rebuilds an
+            exception that was raised in a worker process.
+        reason: What is wrong with the row.
+    """
+
+    subject = "row"
+
+    def __init__(self, key: str, reason: str | None = None) -> None:
+        super().__init__(key if reason is None else f"The {self.subject} {key!r} cannot be used: {reason}.")
+        self.key = key
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str | None]]:
+        return type(self), (self.key, self.reason)
+
+
+class DamagedImageError(SampleError):
+    """An image that cannot be decoded, is empty, or is too large to decode safely."""
+
+    subject = "image"
+
+
+class _UnusableError(Exception):
+    """A fault that is found here rather than by Pillow."""
+
+
+def decode_image(
+    value: Any, key: str = "image", max_pixels: int = DEFAULT_MAX_PIXELS, timeout: float | None = None
+) -> Image.Image:
+    """Decode one image to RGB, upright.
+
+    Conversion to RGB comes before any resizing: resizing a palette or 1-bit image first means nearest-neighbour
+    sampling, and an image with alpha would be darkened. Transparent parts are composited on white. 16-bit grey is
+    scaled to 8 bits. Of an animation the first frame is used. EXIF orientation is applied.
+
+    Args:
+        value: Encoded bytes, a path, a URL (http, https, data, or one that fsspec knows), base64 text, the
+            `{"bytes", "path"}` record of `datasets`, a file opened in binary mode (read only as far as necessary), a
+            PIL image, or a uint8 array or tensor with channels first or last.
+        key: Name of the image in error messages.
+        max_pixels: Largest width x height, checked against the file's header before anything is decoded.
+        timeout: Seconds to wait for an http server; None waits indefinitely.
+
+    Returns:
+        An image in mode RGB. Decoding it again does not change it.
+
+    Raises:
+        DamagedImageError: If the image is missing, unreadable, truncated, empty or too large.
+    """
+    with decoding_errors(value, key):
+        return to_upright_rgb(open_image(value, max_pixels, timeout))
+
+
+def decode_images(images: Any) -> Any:
+    """Decode the images that an image processor is called with.
+
+    Args:
+        images: One image or nested lists of them; see [`decode_image`].
+
+    Returns:
+        The same nesting of RGB images. Arrays and tensors are pixels already and stay as they are.
+
+    Raises:
+        DamagedImageError: If an image cannot be decoded; the message names its position.
+    """
+    return _decode_nested(images, "image")
+
+
+def _decode_nested(images: Any, key: str) -> Any:
+    if isinstance(images, (list, tuple)):
+        return [_decode_nested(image, f"{key} {index}") for index, image in enumerate(images)]
+    if images is None or isinstance(images, (np.ndarray, torch.Tensor)):
+        return images
+    return decode_image(images, key)
+
+
+def is_missing_file(name: str) -> bool:
+    """Whether a string is neither a file nor a URL nor possibly an image in base64: a caption, say."""
+    return not ("://" in name or name.startswith("data:") or os.path.isfile(name) or _may_be_base64(name))
+
+
+@contextmanager
+def decoding_errors(value: Any, key: str) -> Iterator[None]:
+    """Turn every error in this context into a DamagedImageError that names the image."""
+    try:
+        yield
+    except _UnusableError as error:
+        raise DamagedImageError(key, str(error)) from None
+    except UnidentifiedImageError as error:
+        raise DamagedImageError(key, "its bytes are in no image format that Pillow knows") from error
+    except FileNotFoundError as error:
+        raise DamagedImageError(key, f"there is no file {error.filename or value!r}") from error
+    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead to, struct.error and KeyError too
+        raise DamagedImageError(key, f"{type(error).__name__}: {error}") from error
+
+
+def open_image(value: Any, max_pixels: int = DEFAULT_MAX_PIXELS, timeout: float | None = None) -> Image.Image:
+    """Open an image, reading no more than its header, and check its size."""
+    with warnings.catch_warnings():
+        # The size is checked here, against the caller's limit.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = _open(value, timeout)
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise _UnusableError(f"it is {width} x {height} pixels large")
+    if width * height > max_pixels:
+        raise _UnusableError(f"its {width} x {height} pixels are more than the {max_pixels:,} that max_pixels allows")
+    return image
+
+
+def to_upright_rgb(image: Image.Image) -> Image.Image:
+    """Decode an opened image, apply its EXIF orientation and convert it to RGB."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image.load()
+        # Not ImageOps.exif_transpose: it rewrites the other tags and fails on images with a malformed one.
+        transposition = TRANSPOSITIONS.get(image.getexif().get(EXIF_ORIENTATION, 1))
+        if transposition is None:
+            return _to_rgb(image)
+        rgb = _to_rgb(image.transpose(transposition))
+    for source in ORIENTATION_SOURCES:  # otherwise decoding the result again would turn it once more
+        rgb.info.pop(source, None)
+    return rgb
+
+
+def _open(value: Any, timeout: float | None) -> Image.Image:
+    if isinstance(value, Mapping):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if value is None:
+        raise _UnusableError("it is missing")
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray):
+        return _from_array(value)
+    if isinstance(value, io.IOBase):
+        return Image.open(value)  # type: ignore[arg-type]
+    data = value if isinstance(value, (bytes, bytearray, memoryview)) else _read(os.fspath(value), timeout)
+    if len(data) == 0:
+        raise _UnusableError("it has zero bytes")
+    return Image.open(io.BytesIO(data))
+
+
+def _read(name: str, timeout: float | None) -> bytes:
+    """Read a file, a URL or base64 text."""
+    if name.startswith("data:"):
+        return base64.b64decode(name.partition(",")[2])
+    if name.startswith(("http://", "https://")):
+        # Some servers refuse requests without a user agent of the form name/version.
+        request = urllib.request.Request(name, headers={"User-Agent": "llm2clip/0.1"})
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return bytes(response.read())
+    if "://" in name:
+        # Not an import statement: transformers would demand fsspec of everyone who loads this code from a Hub repo.
+        with importlib.import_module("fsspec").open(name, "rb") as file:
+            return bytes(file.read())
+    try:
+        with open(name, "rb") as file:  # read here: Pillow would leave the file open until the image is collected
+            return file.read()
+    except OSError:  # also of a name that is too long
+        if not _may_be_base64(name):
+            raise
+        return base64.b64decode("".join(name.split()))
+
+
+def _may_be_base64(text: str) -> bool:
+    return len(text) >= SHORTEST_BASE64 and re.fullmatch(r"[A-Za-z0-9+/\n]+={0,2}\n?", text) is not None
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    """Make an image of an array with channels first or last; as in transformers, first where both are possible."""
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.dtype != np.uint8 and array.ndim != 2:
+        raise _UnusableError(f"an array of {array.dtype} is not an image; give uint8, or prepare it as pixel_values")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # Pillow's own conversion clips at 255, which turns a 16-bit image white.
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise _UnusableError(f"its mode {image.mode} has no defined white point; store 8 or 16 bits per channel")
+    if image.mode in ALPHA_MODES or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        background = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(background, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+__all__ = [
+    "DEFAULT_MAX_PIXELS",
+    "DamagedImageError",
+    "SampleError",
+    "decode_image",
+    "decode_images",
+]

@@ -1,0 +1,138 @@
+"""What a command writes to the terminal, and the log file that receives everything else."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llm2clip.utils.progress import close_bars, is_main_process
+
+LOG_FILE = "log.txt"
+OUR_LOGGERS = ("llm2clip", "modeling_llm2clip", "transformers_modules")
+# Warnings of these categories concern the developers of a library and not its users.
+DEVELOPER_WARNINGS = ("FutureWarning:", "DeprecationWarning:")
+
+
+class LogFile(logging.Handler):
+    """All records of a run, in `log.txt` in its output folder.
+
+    The folder is known only after the libraries are imported. Until `open` or `discard`, records are kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._kept: list[logging.LogRecord] = []
+        self._file: logging.FileHandler | None = None
+        self._discards = False
+
+    def open(self, folder: str | Path) -> Path:
+        """Append all records, also the earlier ones, to `log.txt` in `folder`; returns its path."""
+        path = Path(folder) / LOG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = logging.FileHandler(path, encoding="utf-8")
+        self._file.setFormatter(self.formatter)
+        for record in self._kept:
+            self._file.emit(record)
+        self._kept.clear()
+        return path
+
+    def discard(self) -> None:
+        """Drop all records: the run has no output folder."""
+        self._discards = True
+        self._kept.clear()
+
+    @property
+    def receives(self) -> bool:
+        """Whether a record is written, now or later."""
+        return not self._discards
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._file is not None:
+            self._file.emit(record)
+        elif not self._discards:
+            self._kept.append(record)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+
+class TerminalHandler(logging.StreamHandler):
+    """Our messages on standard error, and errors of libraries.
+
+    Warnings of libraries appear only where there is no log file for them. Processes other than the first of their
+    launcher write warnings alone.
+    """
+
+    def __init__(self, file: LogFile) -> None:
+        super().__init__()
+        self._log_file = file
+        self.addFilter(self._shows)
+
+    def _shows(self, record: logging.LogRecord) -> bool:
+        if record.name.partition(".")[0] in OUR_LOGGERS:
+            return record.levelno >= (logging.INFO if is_main_process() else logging.WARNING)
+        if record.levelno != logging.WARNING or self._log_file.receives or not is_main_process():
+            return record.levelno >= logging.ERROR
+        return record.name != "py.warnings" or not any(name in record.getMessage() for name in DEVELOPER_WARNINGS)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # A progress bar replaces sys.stderr while it is drawn, so that messages appear above it.
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+@contextmanager
+def command_logs() -> Iterator[LogFile]:
+    """Direct the logs of all libraries and Python's warnings to the terminal and to the log file that is yielded.
+
+    When the block ends, also by an error, no progress bar is left on the terminal and logging is as before.
+    """
+    root, ours, file = logging.getLogger(), logging.getLogger("llm2clip"), LogFile()
+    handlers = (TerminalHandler(file), file)
+    levels = root.level, ours.level
+    root.setLevel(logging.INFO)
+    ours.setLevel(logging.DEBUG)
+    for handler in handlers:
+        root.addHandler(handler)
+    # torch prints it, past these handlers, about enumerations of torchao wherever that is installed.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    logging.captureWarnings(True)
+    try:
+        yield file
+    finally:
+        close_bars()
+        logging.captureWarnings(False)
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
+        root.setLevel(levels[0])
+        ours.setLevel(levels[1])
+
+
+def quiet_libraries() -> None:
+    """Turn off the progress bars of the Hugging Face libraries, and let [`command_logs`] decide on their messages.
+
+    To be called when the libraries are imported: each of them attaches a handler of its own to its logger.
+    """
+    for name in ("transformers", "datasets", "huggingface_hub"):
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.propagate = True
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        from datasets.utils import disable_progress_bars as disable_datasets_bars
+
+        disable_datasets_bars()
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub.utils import disable_progress_bars as disable_hub_bars
+
+        disable_hub_bars()
