@@ -30,7 +30,10 @@ def test_other_models_are_refused_at_once(
     tiny.save_vision(tmp_path / "plain")
     LLM2CLIPVisionModelWithProjection.from_pretrained(model_folder).save_pretrained(tmp_path / "half")
     given = [str(model_folder) if option == "MODEL" else option for option in options]
-    for name, message in (("plain", "is no LLM2CLIP model (its model_type is"), ("half", "is a vision half")):
+    for name, message in (
+        ("plain", "is not an LLM2CLIP model: it contains model_type"),
+        ("half", "it contains a vision half"),
+    ):
         assert cli.main(["demo", *given, str(tmp_path / name)]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "space").exists()

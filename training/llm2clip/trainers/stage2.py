@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, SchedulerType, TrainerCallback, set_seed
 
 from llm2clip.data import IMAGE_BACKENDS, CaptionSource, SampleIndexBatchSampler, SkipLog
+from llm2clip.data.captioned_images import OnError
 from llm2clip.data.sampling import EpochDataset
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.hub.cards import JOINT_TASK
@@ -335,7 +336,7 @@ def run(config: Stage2Config, resume: bool = False) -> dict[str, Any]:
     image_processor = processor.image_processor
     retrieval = {
         name: ImageTextRetrieval(
-            CaptionSource.from_dict(source), image_processor, config.on_error, config.max_image_pixels
+            CaptionSource.from_dict(source), image_processor, cast(OnError, config.on_error), config.max_image_pixels
         )
         for name, source in config.eval_sources.items()
     }
