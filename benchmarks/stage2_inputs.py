@@ -142,16 +142,16 @@ def make_trainer(fields: dict[str, Any]) -> Any:
     """The Trainer of `llm2clip stage2` with these settings; its model is the same every time."""
     from transformers import set_seed
 
-    from llm2clip.trainers import stage2
-    from llm2clip.trainers.stage2_inputs import build_dataset, load_model, open_captions
+    from llm2clip import Stage2Config, Stage2Trainer
+    from llm2clip.trainers.run_stage2 import build_dataset, load_model, open_captions
     from llm2clip.utils.settings import build_config
 
-    config = build_config(stage2.Stage2Config, {**COMMON_FIELDS, **fields})
+    config = build_config(Stage2Config, {**COMMON_FIELDS, **fields})
     set_seed(config.seed)
     model, processor = load_model(config)
     captions = open_captions(config, model, processor, {})
     dataset, _ = build_dataset(config, model, processor.image_processor)
-    return stage2.Stage2Trainer(
+    return Stage2Trainer(
         model=model, args=config, train_dataset=dataset, data_collator=captions.collator, processing_class=processor
     )
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llm2clip.embedding import embed
-from llm2clip.trainers import stage1
+from llm2clip.trainers import run_stage1
+from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.utils.settings import build_config
 from tests.llm2clip import tiny
 from tests.loopback_hub import LoopbackHub
@@ -38,7 +39,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     llm = tiny.save_llm(folder / "llm")
     vision = tiny.save_vision_tower(folder / "vision")
     fields = tiny.stage1_fields(folder / "text", llm) | {"max_steps": 2, "save_strategy": "no"}
-    stage1.run(build_config(stage1.Stage1Config, fields))
+    run_stage1.run(build_config(Stage1Config, fields))
     embed.run(
         embed.EmbedConfig(
             text_model_name_or_path=str(folder / "text"),

@@ -28,22 +28,22 @@ from llm2clip.losses import (
 from llm2clip.losses import (
     sigmoid_loss as sigmoid_loss,
 )
-from llm2clip.trainers.mntp import (
+from llm2clip.trainers.mntp_config import (
     MNTPConfig as MNTPConfig,
 )
-from llm2clip.trainers.mntp import (
+from llm2clip.trainers.mntp_trainer import (
     MNTPTrainer as MNTPTrainer,
 )
-from llm2clip.trainers.stage1 import (
+from llm2clip.trainers.stage1_config import (
     Stage1Config as Stage1Config,
 )
-from llm2clip.trainers.stage1 import (
+from llm2clip.trainers.stage1_trainer import (
     Stage1Trainer as Stage1Trainer,
 )
-from llm2clip.trainers.stage2 import (
+from llm2clip.trainers.stage2_config import (
     Stage2Config as Stage2Config,
 )
-from llm2clip.trainers.stage2 import (
+from llm2clip.trainers.stage2_trainer import (
     Stage2Trainer as Stage2Trainer,
 )
 from modeling_llm2clip import (

@@ -60,14 +60,14 @@ COMMANDS = {
     ),
     "mntp": Command(
         "optional, before stage 1: masked next token prediction",
-        "llm2clip.trainers.mntp",
+        "llm2clip.trainers.run_mntp",
         "MNTPConfig",
         resumes=True,
         writes_log=True,
     ),
     "stage1": Command(
         "caption contrastive fine-tuning of the LLM",
-        "llm2clip.trainers.stage1",
+        "llm2clip.trainers.run_stage1",
         "Stage1Config",
         resumes=True,
         writes_log=True,
@@ -80,7 +80,7 @@ COMMANDS = {
     ),
     "stage2": Command(
         "vision tower and adapter against the cache",
-        "llm2clip.trainers.stage2",
+        "llm2clip.trainers.run_stage2",
         "Stage2Config",
         resumes=True,
         writes_log=True,

@@ -1,4 +1,4 @@
-"""Losses in one process: against the original's numbers, and against dense references."""
+"""Losses in one process, compared to the original's numbers and to dense references."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def dense_info_nce(q: Tensor, k: Tensor, s: Tensor | float, mask: Tensor, smooth
 
 
 def shared_captions(images: int, captions: int, per_image: int) -> tuple[Tensor, Tensor]:
-    """Ids of a batch in which images share captions: (n,) sampled and (n, K) all, the latter padded with -1."""
+    """Make ids of a batch in which images share captions: (n,) sampled and (n, K) all, padded with -1."""
     owned = torch.stack([torch.randperm(captions)[:per_image] for _ in range(images)])
     sampled = owned[torch.arange(images), torch.randint(per_image, (images,))]
     padding = (torch.rand(images, per_image) < 0.3) & (owned != sampled[:, None])
@@ -37,7 +37,7 @@ def shared_captions(images: int, captions: int, per_image: int) -> tuple[Tensor,
 
 
 def ownership(sampled: Tensor, owned: Tensor) -> Tensor:
-    """(i, j): image i owns the caption that was sampled in row j, by sets."""
+    """Whether image i has the caption that was sampled for row j, (i, j), computed with sets."""
     return torch.tensor([[int(caption) in set(row.tolist()) for caption in sampled] for row in owned])
 
 
@@ -73,14 +73,14 @@ def test_hard_negative_loss_equals_the_original(name: str, scale: int, with_nega
 
 @pytest.mark.parametrize("tile_size", [1, 3, 1000])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_several_positives_equal_a_dense_reference_in_any_tiling(tile_size: int, smoothing: float) -> None:
+def test_several_positives_equal_a_dense_reference_for_any_tile_size(tile_size: int, smoothing: float) -> None:
     inputs = unit(10, 6), unit(13, 6), torch.tensor(14.0)
     mask = torch.rand(10, 13) < 0.3
     mask[torch.arange(10), torch.randint(13, (10,))] = True
     expected_inputs, actual_inputs = leaves(*inputs), leaves(*inputs)
     expected = dense_info_nce(*expected_inputs, mask, smoothing)
     actual = info_nce(*actual_inputs, lambda start, stop: mask[start:stop], smoothing, tile_size)
-    # An upstream factor shows that backward scales what forward stored.
+    # The upstream factor tests that backward scales the stored gradients.
     (3 * expected).backward()
     (3 * actual).backward()
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
@@ -88,7 +88,7 @@ def test_several_positives_equal_a_dense_reference_in_any_tiling(tile_size: int,
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
 
 
-def test_column_positives_equal_one_true_per_row_of_a_mask() -> None:
+def test_positives_as_columns_equal_positives_as_a_mask() -> None:
     queries, keys = unit(6, 4), unit(9, 4)
     columns = torch.randint(9, (6,))
     mask = F.one_hot(columns, 9).bool()
@@ -110,7 +110,7 @@ def test_gradients_pass_gradcheck_in_float64() -> None:
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
-def test_each_gradient_alone_equals_that_of_all_together(wanted: tuple[int, ...]) -> None:
+def test_gradients_do_not_depend_on_which_inputs_require_grad(wanted: tuple[int, ...]) -> None:
     inputs = unit(5, 4), unit(5, 4), torch.tensor(9.0)
     everything = leaves(*inputs)
     info_nce(*everything, torch.arange(5), tile_size=2).backward()
@@ -145,17 +145,17 @@ def test_half_precision_inputs_are_computed_in_float32_even_under_autocast(dtype
         )
 
 
-def test_a_perfect_fit_at_the_largest_scale_has_a_loss_with_correct_digits() -> None:
+def test_loss_near_zero_is_accurate() -> None:
     basis = torch.eye(8)
     loss = clip_loss(basis, basis, torch.tensor(12.0))
     expected = torch.log1p(7 * torch.exp(torch.tensor(-12.0, dtype=torch.float64)))
     torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=0)
 
 
-def test_shared_captions_count_as_correct_in_both_directions() -> None:
+def test_shared_captions_are_positives_in_both_directions() -> None:
     sampled, owned = shared_captions(images=14, captions=9, per_image=4)
     mask = ownership(sampled, owned)
-    assert mask.sum() > 14, "the example must hold more matches than the diagonal"
+    assert mask.sum() > 14, "the example must have matches outside the diagonal"
     inputs = unit(14, 6), unit(14, 6), torch.tensor(10.0)
     actual_inputs, expected_inputs = leaves(*inputs), leaves(*inputs)
     actual = clip_loss(*actual_inputs, sampled, owned, tile_size=4)
@@ -170,7 +170,7 @@ def test_shared_captions_count_as_correct_in_both_directions() -> None:
 
 @pytest.mark.parametrize("kept_logits", [0, 60, 2**20])
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1000.0])
-def test_both_directions_equal_float64_however_far_apart_and_however_many_logits_are_kept(
+def test_both_directions_equal_float64_for_any_scale_and_number_of_kept_logits(
     scale: float, kept_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "KEPT_LOGITS", kept_logits)
@@ -180,10 +180,12 @@ def test_both_directions_equal_float64_however_far_apart_and_however_many_logits
     expected = (dense_info_nce(image, text, factor, eye) + dense_info_nce(text, image, factor, eye)) / 2
     expected.backward()
     spread = (factor * image @ text.T).amax(dim=0)
-    assert (spread.max() - spread.min() > tiles.SHARED_EXPONENTIALS) == (scale == 1000.0), "both ways are to be tested"
+    assert (spread.max() - spread.min() > tiles.SHARED_EXPONENTIALS) == (scale == 1000.0), (
+        "both branches must be tested"
+    )
     actual_inputs = leaves(*inputs)
     actual = clip_loss(*actual_inputs, tile_size=3)
-    # Twice, because kept logits have to survive.
+    # Twice: backward must not change the kept logits.
     actual.backward(retain_graph=True)
     actual.backward()
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
@@ -199,7 +201,7 @@ def test_both_directions_pass_gradcheck_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda *x: clip_loss(*x, sampled, owned, 0.1, tile_size=2), inputs)
 
 
-def test_a_caption_that_an_image_has_twice_counts_once() -> None:
+def test_repeated_caption_of_an_image_counts_once() -> None:
     image, text = unit(3, 4), unit(3, 4)
     ids = torch.arange(3)
     twice = torch.tensor([[0, 0, 1], [1, -1, 1], [2, 2, 2]])
@@ -207,7 +209,7 @@ def test_a_caption_that_an_image_has_twice_counts_once() -> None:
     torch.testing.assert_close(clip_loss(image, text, 9.0, ids, twice), clip_loss(image, text, 9.0, ids, once))
 
 
-def test_distinct_captions_give_the_plain_loss() -> None:
+def test_distinct_captions_give_the_loss_without_ids() -> None:
     image, text = unit(6, 4), unit(6, 4)
     ids = torch.arange(6)
     with_ids = clip_loss(image, text, 10.0, ids, torch.stack([ids, ids + 100], dim=1))
@@ -215,7 +217,7 @@ def test_distinct_captions_give_the_plain_loss() -> None:
 
 
 class Operators(TorchDispatchMode):
-    """Records the operators that run and the element count of the largest tensor that any of them returns."""
+    """Records the operators that run and the number of elements of the largest tensor that they return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +234,7 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("with_ids", [True, False])
-def test_no_tensor_of_rows_by_columns_exists(with_ids: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_is_larger_than_a_tile_or_an_input(with_ids: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, tile = 128, 4
     monkeypatch.setattr(tiles, "KEPT_LOGITS", 2 * tile * rows)
     image, text = leaves(unit(rows, 8), unit(rows, 8))
@@ -240,12 +242,12 @@ def test_no_tensor_of_rows_by_columns_exists(with_ids: bool, monkeypatch: pytest
     ids = (sampled, owned) if with_ids else (None, None)
     with Operators() as operators:
         clip_loss(image, text, 10.0, *ids, tile_size=tile).backward()
-    # Logits and a sum over rows forward; logits again but for two tiles, and the gradient of the images.
+    # Forward: logits and a sum over rows. Backward: logits, except for two kept tiles, and the gradient of the images.
     assert operators.names.count("mm") == 4 * rows / tile - 2
-    assert operators.largest <= max(rows * 8, rows * tile), "nothing but the inputs themselves and tiles of 4 rows"
+    assert operators.largest <= max(rows * 8, rows * tile), "only inputs and tiles of 4 rows are allowed"
 
 
-def test_no_gradient_work_under_no_grad() -> None:
+def test_no_grad_computes_no_gradients() -> None:
     queries, keys = leaves(unit(6, 4), unit(6, 4))
     with torch.no_grad(), Operators() as operators:
         loss = info_nce(queries, keys, 10.0, torch.arange(6), tile_size=2)
@@ -254,14 +256,14 @@ def test_no_gradient_work_under_no_grad() -> None:
     assert products == ["mm"] * 3, "one product per tile, for the logits"
 
 
-def test_one_process_gathers_itself() -> None:
+def test_gathering_in_one_process_returns_the_input() -> None:
     x = torch.randn(3, 2, requires_grad=True)
     assert gather_with_grad(x).rows is x
     assert gather_with_grad(x)[1:] == (0, 3)
     assert not gather_without_grad(x).rows.requires_grad
 
 
-def test_a_query_without_a_correct_key_is_named() -> None:
+def test_error_names_the_query_without_a_correct_key() -> None:
     queries, keys = unit(5, 3), unit(4, 3)
     mask = torch.ones(5, 4).bool()
     mask[3] = False
@@ -271,7 +273,7 @@ def test_a_query_without_a_correct_key_is_named() -> None:
         info_nce(queries, keys, 1.0, torch.tensor([0, 1, 4, 2, 3]))
 
 
-def test_bad_inputs_are_refused_with_their_shapes() -> None:
+def test_errors_for_invalid_inputs_show_shapes_and_ids() -> None:
     image, text = unit(4, 3), unit(4, 3)
     ids = torch.arange(4)
     with pytest.raises(ValueError, match=r"\(4, 3\) and \(3, 3\)"):
@@ -337,7 +339,7 @@ def test_sigmoid_loss_passes_gradcheck_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda *x: sigmoid_loss(*x, tile_size=2), inputs)
 
 
-def test_sigmoid_loss_is_float32_under_autocast_and_holds_no_more_than_tiles() -> None:
+def test_sigmoid_loss_is_float32_under_autocast_and_allocates_only_tiles() -> None:
     image, text = leaves(unit(64, 8).bfloat16(), unit(64, 8).bfloat16())
     with Operators() as operators, torch.autocast("cpu", dtype=torch.bfloat16):
         loss = sigmoid_loss(image, text, 10.0, -10.0, tile_size=4)

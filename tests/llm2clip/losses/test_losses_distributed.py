@@ -1,6 +1,6 @@
-"""Losses on 2 and 4 real gloo processes: against the original's numbers, and against one process on all rows.
+"""Losses on 2 and 4 gloo processes, compared to the original's numbers and to one process with all rows.
 
-Starting processes is slow, so each world runs every scenario once and the tests look at what the ranks brought back.
+Starting processes is slow, so each world runs every scenario once and the tests check the results of the ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.golden import load_golden
 
 Results = list[dict[str, Any]]
 
-# Rank 1 of the larger world has lost all its rows (damaged images).
+# Rank 1 of the larger world has no rows, as when all its images are damaged.
 ROWS = {1: [8], 2: [5, 3], 4: [3, 0, 4, 1]}
 NEGATIVES = {1: [5], 2: [5, 0], 4: [2, 0, 0, 3]}
 WIDTH = 6
@@ -33,11 +33,11 @@ def split(x: Tensor, rows: list[int], rank: int) -> Tensor:
 
 
 def example() -> dict[str, Tensor]:
-    """The whole batch of the scenarios without golden numbers; the same in every process."""
+    """Make the global batch of the scenarios without golden numbers; identical in every process."""
     generator = torch.Generator().manual_seed(7)
     rows, captions, per_image = sum(ROWS[1]), 6, 4
     owned = torch.stack([torch.randperm(captions, generator=generator)[:per_image] for _ in range(rows)])
-    # Captions 2 and 3 of the first five images do not exist, so that ranks can hold different K.
+    # The first five images have only two captions, so that K can differ between ranks.
     owned[:5, 2:] = -1
     return {
         "image": torch.randn(rows, WIDTH, generator=generator),
@@ -80,7 +80,7 @@ def golden_hard_negative(name: str, negatives: bool, rank: int, world: int) -> d
 def shared_captions(rank: int, world: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     whole, rows = example(), ROWS[world]
     owned = split(whole["owned"], rows, rank)
-    # A rank pads only as far as its own images need: K is 2 where no image has more, else 4.
+    # Each rank pads to the largest number of captions of its own images: 2 or 4.
     owned = owned if (owned[:, 2:] >= 0).any() else owned[:, :2]
     sampled = split(whole["sampled"], rows, rank)
     return with_gradients(
@@ -119,13 +119,13 @@ def gathered(rank: int, world: int) -> dict[str, Any]:
     x = split(example()["image"], ROWS[world], rank).clone().requires_grad_()
     rows = gather_with_grad(x)
     ids = gather_without_grad(split(example()["owned"], ROWS[world], rank))
-    # Rank r weighs row i by (r + 1) * i: the gradient that row i's owner must see is i * (1 + ... + world).
+    # Rank r weights row i by (r + 1) * i: the gradient of row i must be i * (1 + ... + world).
     ((rank + 1) * torch.arange(rows.total)[:, None] * rows.rows).sum().backward()
     return {"rows": rows.rows.detach(), "offset": rows.offset, "total": rows.total, "ids": ids.rows, "grad": x.grad}
 
 
 def trained_parameters(rank: int, world: int) -> dict[str, Tensor]:
-    """Three SGD steps of a linear pair of towers with a learned scale, as the trainers run them."""
+    """Train two linear towers and a logit scale for three SGD steps, with DDP if there are several ranks."""
 
     class Towers(nn.Module):
         def __init__(self) -> None:
@@ -159,7 +159,7 @@ def mixed_ids_message(rank: int, world: int) -> str:
 
 
 def no_rows_at_all() -> list[str]:
-    """What happens when every rank has lost all its rows."""
+    """Return the error messages for a batch without rows on every rank."""
     nothing = torch.empty(0, WIDTH)
     assert gather_with_grad(nothing).rows.shape == (0, WIDTH)
     messages = []
@@ -193,7 +193,7 @@ def run_all(rank: int, world: int) -> dict[str, Any]:
 
 def worker(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    # A file instead of a port: nothing else on the machine can take it first.
+    # A file instead of a port, which another process could take first.
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.save(run_all(rank, world), f"{folder}/{rank}.pt")
     dist.barrier()
@@ -215,7 +215,7 @@ def single() -> dict[str, Any]:
 def assert_mean_over_ranks_is_single(
     ranks: Results, single: dict[str, Any], scenario: str, **tolerance: float
 ) -> None:
-    """Scalars by their mean over ranks; a row's gradient by its owner's, divided by the world size."""
+    """Compare the mean of scalars over ranks, and gradients of rows divided by the world size, to a single process."""
     for name, expected in single[scenario].items():
         parts = [rank[scenario].get(name) for rank in ranks]
         present = [part for part in parts if part is not None]
@@ -234,7 +234,7 @@ def test_clip_loss_of_each_rank_equals_the_original(ranks: Results, name: str, s
         golden.close(ours["loss"], f"{tag}/loss")
         golden.close(ours["image"], f"{tag}/grad_image")
         golden.close(ours["text"], f"{tag}/grad_text")
-    # Ranks share that of the scale out in another way; DDP takes its mean.
+    # The share of each rank in the gradient of the scale differs from the original; DDP averages over ranks.
     tags = [f"out/ws{world}/local1_grad1_smooth{smoothing}/rank{rank}/grad_log_scale" for rank in range(world)]
     torch.testing.assert_close(
         torch.stack([results[f"clip_{name}_{smoothing}"]["log_scale"] for results in ranks]).mean(),
@@ -247,7 +247,7 @@ def test_clip_loss_of_each_rank_equals_the_original(ranks: Results, name: str, s
 
 @pytest.mark.parametrize("name", ["a", "b"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_mean_over_ranks_equals_the_original_s_global_loss(ranks: Results, name: str, smoothing: float) -> None:
+def test_mean_over_ranks_equals_the_global_loss_of_the_original(ranks: Results, name: str, smoothing: float) -> None:
     golden, world = load_golden(f"clip_loss_{name}"), len(ranks)
     tag = f"out/ws{world}/local0_grad1_smooth{smoothing}"
     mean = torch.stack([results[f"clip_{name}_{smoothing}"]["loss"] for results in ranks]).mean()
@@ -279,7 +279,7 @@ def test_shared_captions_on_uneven_ranks_with_different_k_equal_one_process(
     assert_mean_over_ranks_is_single(ranks, single, "shared_captions", atol=2e-6, rtol=1e-5)
 
 
-def test_half_precision_embeddings_are_gathered_and_reduced(ranks: Results, single: dict[str, Any]) -> None:
+def test_half_precision_embeddings_on_uneven_ranks_equal_one_process(ranks: Results, single: dict[str, Any]) -> None:
     assert_mean_over_ranks_is_single(ranks, single, "shared_captions_bf16", atol=3e-3, rtol=3e-2)
 
 
@@ -291,7 +291,7 @@ def test_sigmoid_loss_on_uneven_ranks_equals_one_process(ranks: Results, single:
     assert_mean_over_ranks_is_single(ranks, single, "sigmoid", atol=2e-6, rtol=1e-5)
 
 
-def test_gather_keeps_rank_order_and_sums_gradients_of_all_ranks(ranks: Results) -> None:
+def test_gathering_keeps_rank_order_and_sums_the_gradients_of_all_ranks(ranks: Results) -> None:
     whole, rows = example(), ROWS[len(ranks)]
     sum_of_weights = len(ranks) * (len(ranks) + 1) / 2
     for rank, results in enumerate(ranks):
@@ -309,13 +309,13 @@ def test_training_under_ddp_equals_one_process(ranks: Results, single: dict[str,
             torch.testing.assert_close(results["trained"][name], expected, atol=2e-6, rtol=1e-5)
 
 
-def test_ids_on_some_ranks_only_are_an_error_on_every_rank(ranks: Results) -> None:
+def test_ids_on_only_some_ranks_raise_on_every_rank(ranks: Results) -> None:
     messages = [results["mixed_ids"] for results in ranks]
     assert messages[0].startswith("This rank gave caption ids")
     assert all(message.startswith("Other ranks gave caption ids") for message in messages[1:])
 
 
-def test_a_batch_that_is_empty_on_all_ranks_is_an_error_on_every_rank(ranks: Results) -> None:
+def test_batch_without_rows_on_any_rank_raises_on_every_rank(ranks: Results) -> None:
     for results in ranks:
         assert results["no_rows"] == [
             "clip_loss needs at least one pair on some rank, but there is none.",

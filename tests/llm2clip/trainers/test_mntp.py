@@ -10,7 +10,10 @@ import torch
 from transformers import AutoTokenizer
 
 from llm2clip.data.sampling import SampleIndex
-from llm2clip.trainers import mntp, stage1
+from llm2clip.trainers import run_mntp, run_stage1
+from llm2clip.trainers.mntp_config import MNTPConfig
+from llm2clip.trainers.mntp_data import MaskCollator, TokenBlocks
+from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny
@@ -29,7 +32,7 @@ def fields(folder: Path, llm: str, **changes: Any) -> dict[str, Any]:
 
 
 def run(folder: Path, llm: str, resume: bool = False, **changes: Any) -> dict[str, Any]:
-    return mntp.run(build_config(mntp.MNTPConfig, fields(folder, llm, **changes)), resume=resume)
+    return run_mntp.run(build_config(MNTPConfig, fields(folder, llm, **changes)), resume=resume)
 
 
 def test_leaves_a_text_tower_that_stage1_takes(inputs: Inputs, tmp_path: Path) -> None:
@@ -44,7 +47,7 @@ def test_leaves_a_text_tower_that_stage1_takes(inputs: Inputs, tmp_path: Path) -
     assert all("proj" in name for name in changed)
     unset = {"prompt_prefix": None, "prompt_suffix": None, "max_text_length": None, "max_steps": 1}
     settings = {**tiny.stage1_fields(tmp_path / "stage1", str(tmp_path / "mntp")), **unset}
-    stage1.run(build_config(stage1.Stage1Config, settings))
+    run_stage1.run(build_config(Stage1Config, settings))
     assert (tmp_path / "stage1" / "model.safetensors").exists()
 
 
@@ -67,10 +70,10 @@ def test_resumed_run_equals_an_unbroken_one(inputs: Inputs, tmp_path: Path) -> N
 
 
 def test_masks_depend_on_seed_and_sample_alone(inputs: Inputs, tmp_path: Path) -> None:
-    config = build_config(mntp.MNTPConfig, fields(tmp_path, inputs.llm))
+    config = build_config(MNTPConfig, fields(tmp_path, inputs.llm))
     tokenizer = AutoTokenizer.from_pretrained(inputs.llm)
-    collate = mntp.MaskCollator(tokenizer, config)
-    blocks = mntp.TokenBlocks(["a small brown dog runs on the beach"] * 40, tokenizer, 32)
+    collate = MaskCollator(tokenizer, config)
+    blocks = TokenBlocks(["a small brown dog runs on the beach"] * 40, tokenizer, 32)
     samples = [blocks[SampleIndex(1, index)] for index in range(4)]
     first = collate(samples)
     torch.rand(3)

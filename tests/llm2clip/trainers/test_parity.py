@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llm2clip.convert.original import from_original
 from llm2clip.data.sampling import EpochDataset, SampleIndex, SampleIndexBatchSampler
 from llm2clip.losses import hard_negative_info_nce
-from llm2clip.trainers.mntp import masked_next_token_loss
-from llm2clip.trainers.stage1 import Stage1Config, Stage1Trainer
-from llm2clip.trainers.stage2 import Stage2Config, Stage2Trainer
+from llm2clip.trainers.mntp_trainer import masked_next_token_loss
+from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage1_trainer import Stage1Trainer
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.golden import FOLDER, Golden, load_golden
 

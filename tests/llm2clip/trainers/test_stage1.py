@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from llm2clip.data import PairCollator
-from llm2clip.trainers import stage1
+from llm2clip.trainers import run_stage1
+from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny
@@ -21,7 +22,7 @@ from tests.modeling_llm2clip import tiny as tiny_models
 
 def run(folder: Path, llm: str, resume: bool = False, **changes: Any) -> dict[str, Any]:
     fields = {**tiny.stage1_fields(folder, llm), **changes}
-    return stage1.run(build_config(stage1.Stage1Config, fields), resume=resume)
+    return run_stage1.run(build_config(Stage1Config, fields), resume=resume)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -162,8 +163,8 @@ def test_hard_negatives_and_instructions_reach_the_loss(inputs: Inputs, tmp_path
     [
         ({"sources": []}, "Stage1Config needs sources"),
         ({"model_name_or_path": ""}, "needs model_name_or_path"),
-        ({"dtype": "float31"}, "dtype 'float31' is unknown"),
-        ({"save_format": "zip"}, "save_format 'zip' is unknown"),
+        ({"dtype": "float31"}, "dtype is 'float31', but it has to be one of float32"),
+        ({"save_format": "zip"}, "save_format is 'zip', but it has to be one of merged, adapter"),
         ({"lora_rank": 0, "save_format": "adapter"}, "needs LoRA, but lora_rank is 0"),
         ({"sources": [{"path": tiny.GLOSSES, "anchor_colum": "lemmas"}]}, "did you mean 'anchor_column'"),
         ({"sources": [{"path": tiny.GLOSSES, "anchor_column": "word", "positive_column": "gloss"}]}, "lemmas"),

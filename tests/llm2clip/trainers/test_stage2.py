@@ -25,8 +25,9 @@ from llm2clip.data.transforms import decode_tensor
 from llm2clip.embedding import CacheMismatchError, EmbeddingCache, MissingCaptionError, embed
 from llm2clip.hub.cards import read_card
 from llm2clip.losses import sigmoid_loss
-from llm2clip.trainers import stage2
+from llm2clip.trainers import run_stage2
 from llm2clip.trainers.frozen_layers import FrozenLayers
+from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.identity import data_revision
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
@@ -37,7 +38,7 @@ from tests.llm2clip.conftest import Inputs
 
 def run(folder: Path, inputs: Inputs, resume: bool = False, **changes: Any) -> dict[str, Any]:
     fields = {**tiny.stage2_fields(folder, inputs.vision, inputs.text, inputs.cache), **changes}
-    return stage2.run(build_config(stage2.Stage2Config, fields), resume=resume)
+    return run_stage2.run(build_config(Stage2Config, fields), resume=resume)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -266,11 +267,11 @@ def test_damaged_images_are_refused_or_skipped_and_listed(inputs: Inputs, tmp_pa
         ({"sources": [tiny.concepts(caption_columns=["title"])]}, ValueError, "title.*caption_de"),
         ({"sources": [tiny.concepts(max_samples=200)]}, MissingCaptionError, "lacks .* captions"),
         ({"frozen_states_dir": "x"}, ValueError, "needs freeze_vision_layers"),
-        ({"crop_scale": [0.9]}, ValueError, "crop_scale is"),
+        ({"crop_scale": [0.9]}, ValueError, "crop_scale must be"),
         ({"sources": [{**tiny.concepts(), "max_samples": "many"}]}, ValueError, "max_samples is 'many'"),
-        ({"patch_dropout": 1.0}, ValueError, "patch_dropout is a share"),
-        ({"image_backend": "quick"}, ValueError, "image_backend must be one of exact, fast"),
-        ({"on_error": "ignore"}, ValueError, "on_error must be 'raise' or 'skip'"),
+        ({"patch_dropout": 1.0}, ValueError, "patch_dropout must be at least 0 and below 1"),
+        ({"image_backend": "quick"}, ValueError, "image_backend is 'quick', but it has to be one of exact, fast"),
+        ({"on_error": "ignore"}, ValueError, "on_error is 'ignore', but it has to be one of raise, skip"),
         ({"text_model_name_or_path": ""}, ValueError, "needs text_model_name_or_path"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Inner products in parts are those of one matrix product."""
+"""Inner products in blocks equal one matrix product."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from llm2clip.utils.inner_products import CPU_COLUMNS, inner_products
 
 
 @pytest.mark.parametrize("num_columns", [0, 1, CPU_COLUMNS, 2 * CPU_COLUMNS + 3])
-def test_parts_make_the_whole_product(num_columns: int) -> None:
+def test_blocks_equal_one_matrix_product(num_columns: int) -> None:
     rows, columns = torch.randn(5, 7), torch.randn(num_columns, 7)
     wide = torch.full((5, num_columns + 4), torch.nan)
     inner_products(rows, columns, wide[:, :num_columns])
     torch.testing.assert_close(wide[:, :num_columns], rows @ columns.T)
-    assert wide[:, num_columns:].isnan().all(), "what lies beside the result stays as it is"
+    assert wide[:, num_columns:].isnan().all(), "memory beside the result must not change"
 
 
-def test_columns_of_sixteen_bits_are_multiplied_in_the_type_of_the_result() -> None:
+def test_half_precision_columns_are_multiplied_in_the_dtype_of_the_result() -> None:
     rows, columns = torch.randn(5, 7), torch.randn(CPU_COLUMNS + 1, 7).bfloat16()
     out = inner_products(rows, columns, torch.empty(5, CPU_COLUMNS + 1))
     torch.testing.assert_close(out, rows @ columns.float().T)

@@ -15,8 +15,8 @@ from accelerate.commands.launch import launch_command_parser
 from llm2clip.cli import COMMANDS
 from llm2clip.quickstart.pipeline import PROFILES
 from llm2clip.recipes import find_recipe, load_recipe
-from llm2clip.trainers.stage1 import Stage1Config
-from llm2clip.trainers.stage2 import Stage2Config
+from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.settings import add_fields, build_config, complete_flags, given_fields
 
 RECIPES = sorted(Path(str(resources.files("llm2clip.recipes"))).glob("*.yaml"))

@@ -1,11 +1,11 @@
 """Contrastive losses of both stages, for one process or many.
 
-Every loss compares the rows of this rank with the columns of all ranks (rows stay local, columns are gathered with
-gradient). A rank returns its share of the global loss times the number of ranks, so the mean over ranks of the losses
-and of the gradients, which is what `DistributedDataParallel` takes, equals one process on the whole batch. That stays
-exact when ranks hold different numbers of rows. Every rank has to call `backward`, with the same factor.
+Each loss compares the rows of this rank with the columns of all ranks: rows stay local, columns are gathered with
+gradient. A rank returns its share of the global loss times the number of ranks, so that the mean of losses and
+gradients over ranks, which `DistributedDataParallel` computes, equals those of a single process on the whole batch.
+This is exact even if ranks have different numbers of rows. Every rank must call `backward`, with the same loss scale.
 
-No rows x columns matrix ever exists as a whole, but for small ones: the losses walk over it in tiles of rows.
+The losses compute the logits in tiles of rows; only small logits matrices are ever kept in memory as a whole.
 """
 
 from llm2clip.losses.contrastive import clip_loss, hard_negative_info_nce, info_nce

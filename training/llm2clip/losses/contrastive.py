@@ -1,4 +1,4 @@
-"""Cross entropies between embeddings: InfoNCE in one direction and in two."""
+"""InfoNCE losses in one direction (stage 1) and in both directions (stage 2)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip.losses.gather import exchange_counts, gather_rows
-from llm2clip.losses.matches import gather_pairs, one_each
+from llm2clip.losses.matches import gather_batch, single_positives
 from llm2clip.losses.tiles import DEFAULT_TILE_SIZE, Positives, tiled_cross_entropy
 
 
@@ -21,43 +21,44 @@ def info_nce(
     label_smoothing: float = 0.0,
     tile_size: int = DEFAULT_TILE_SIZE,
 ) -> Tensor:
-    r"""InfoNCE with any number of correct keys per query, in tiles.
+    r"""Compute InfoNCE with any number of correct keys per query, in tiles.
 
     The mean over queries of the cross entropy between `softmax(scale * queries @ keys.T)` and the distribution that
     is uniform over the query's correct keys: `-1/|P(i)| sum_{p in P(i)} log softmax_p` (the "out" form of SupCon,
-    Khosla et al. 2020, Eq. 2; UniCL, Yang et al. 2022). One correct key makes it InfoNCE (van den Oord et al. 2018).
+    Khosla et al. 2020, Eq. 2; UniCL, Yang et al. 2022). With one correct key per query, it is the InfoNCE of van den
+    Oord et al. (2018).
 
-    Memory is two tiles of `tile_size` x `keys`, the gradients, and at most 128 MiB for logits that backward would
-    otherwise compute again. The arithmetic is float32 (float64 for float64 inputs) whatever the inputs' type and
-    autocast.
+    Memory: two tiles of `tile_size` x `keys`, the gradients, and up to 128 MiB of logits that are kept for backward
+    instead of being recomputed. Computation is in float32 (float64 for float64 inputs), regardless of autocast and of
+    the inputs' dtype.
 
     Args:
         queries: (n, d).
         keys: (m, d).
-        scale: Factor of the dot products (inverse temperature), 0-d; its gradient is computed if it needs one.
-        positives: Which keys are correct. Either a function that takes `start, stop` and returns the bool tensor
-            (stop - start, m) for those queries, or an int64 tensor (n,) with the single correct column of each query.
-        label_smoothing: Share of the target that is spread evenly over all keys.
+        scale: 0-d factor of the dot products (inverse temperature); may require grad.
+        positives: The correct keys: either an int64 tensor (n,) with the single correct column of each query, or a
+            function of `start, stop` that returns a bool mask (stop - start, m) for those queries.
+        label_smoothing: Share of the target distribution that is spread evenly over all keys.
         tile_size: Number of queries per tile.
 
     Returns:
         0-d loss.
 
     Raises:
-        ValueError: A query has no correct key, or shapes do not fit.
+        ValueError: If a query has no correct key or shapes do not match.
     """
     if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1]:
         raise ValueError(
-            f"info_nce needs queries (n, d) and keys (m, d) of one width d, but got {tuple(queries.shape)} and "
+            f"info_nce needs queries (n, d) and keys (m, d) of equal width d, but got {tuple(queries.shape)} and "
             f"{tuple(keys.shape)}."
         )
     if len(queries) == 0 or len(keys) == 0:
         raise ValueError(f"info_nce needs at least one query and one key, but got {len(queries)} and {len(keys)}.")
     if isinstance(positives, Tensor):
         _check_columns(positives, len(queries), len(keys))
-        pairs = one_each(positives)
+        pairs = single_positives(positives)
     else:
-        pairs = _pairs_of_mask(positives, len(keys))
+        pairs = _positives_of_mask(positives, len(keys))
     loss = tiled_cross_entropy(queries, keys, scale, pairs, label_smoothing=label_smoothing, tile_size=tile_size)
     return loss / len(queries)
 
@@ -71,31 +72,30 @@ def clip_loss(
     label_smoothing: float = 0.0,
     tile_size: int = DEFAULT_TILE_SIZE,
 ) -> Tensor:
-    """Symmetric InfoNCE between images and their captions over the batch of all ranks (CLIP, Radford et al. 2021).
+    """Compute symmetric InfoNCE between images and captions over the batch of all ranks (CLIP, Radford et al. 2021).
 
-    Row i of both inputs is one image with the caption that was sampled for it. Without ids, that caption is the
-    image's only correct answer and the reverse. With ids, text j is correct for image i when it is any of the image's
-    captions, wherever it was sampled: an image's target is spread evenly over those texts, a text's target evenly over
-    the images that own it.
+    Row i of both inputs is one image with the caption that was sampled for it. Without ids, they match only each
+    other. With ids, text j matches image i if it equals any of the image's captions, whichever row it was sampled for:
+    the target of an image is spread evenly over the matching texts, that of a text evenly over the matching images.
 
     Args:
-        image_embeds: (n, d) unit vectors; n may differ between ranks (and be 0 on some).
+        image_embeds: (n, d) unit vectors; n may differ between ranks and be 0 on some.
         text_embeds: (n, d) unit vectors.
-        logit_scale: 0-d multiplier of the cosines, i.e. already exponentiated.
-        caption_ids: (n,) int64, an id >= 0 of the text of each row's caption; equal texts have equal ids on all ranks.
+        logit_scale: 0-d factor of the cosine similarities, already exponentiated.
+        caption_ids: (n,) int64, the id >= 0 of each row's caption; equal texts have equal ids on all ranks.
         image_caption_ids: (n, K) int64, the ids of all captions of each row's image, padded with -1. K may differ
             between ranks.
-        label_smoothing: Share of the target that is spread evenly over all columns.
+        label_smoothing: Share of the target distribution that is spread evenly over all columns.
         tile_size: Number of rows per tile, see [`info_nce`].
 
     Returns:
-        0-d loss of this rank. Its mean over ranks is the loss of the whole batch.
+        0-d loss of this rank. The mean over ranks is the loss of the whole batch.
 
     Raises:
-        ValueError: Shapes do not fit, only one kind of ids is given (here or on another rank), or a row's caption
+        ValueError: If shapes do not match, only one kind of ids is given, only some ranks give ids, or a row's caption
             is not among its image's captions.
     """
-    batch = gather_pairs("clip_loss", image_embeds, text_embeds, caption_ids, image_caption_ids)
+    batch = gather_batch("clip_loss", image_embeds, text_embeds, caption_ids, image_caption_ids)
     loss = tiled_cross_entropy(
         image_embeds,
         batch.texts,
@@ -116,28 +116,28 @@ def hard_negative_info_nce(
     scale: float = 50.0,
     tile_size: int = DEFAULT_TILE_SIZE,
 ) -> Tensor:
-    """One-directional InfoNCE on cosines with optional hard negatives, the stage-1 loss of LLM2CLIP and LLM2Vec.
+    """Compute one-directional InfoNCE with optional hard negatives, the stage-1 loss of LLM2CLIP and LLM2Vec.
 
-    Query i is to find positive i among the positives and hard negatives of all queries on all ranks (supervised
-    SimCSE, Gao et al. 2021, Eq. 5). Nothing here tells false negatives apart: the batch must not hold two queries
-    with interchangeable positives.
+    Query i is contrasted, by cosine similarity, with the positives and hard negatives of all queries on all ranks
+    (supervised SimCSE, Gao et al. 2021, Eq. 5). False negatives are not detected: no two queries of a batch may have
+    interchangeable positives.
 
     Args:
-        queries: (n, d); need not be normalised. n may differ between ranks.
-        positives: (n, d), row i belongs to query i.
-        negatives: (any number, d) hard negatives, or None.
-        scale: Inverse temperature; the paper's runs use 50.
+        queries: (n, d), not necessarily normalized; n may differ between ranks.
+        positives: (n, d), row i for query i.
+        negatives: (any number, d) hard negatives.
+        scale: Inverse temperature; the paper uses 50.
         tile_size: Number of queries per tile, see [`info_nce`].
 
     Returns:
-        0-d loss of this rank. Its mean over ranks is the loss of the whole batch.
+        0-d loss of this rank. The mean over ranks is the loss of the whole batch.
 
     Raises:
-        ValueError: Shapes do not fit.
+        ValueError: If shapes do not match.
     """
     if queries.ndim != 2 or queries.shape != positives.shape:
         raise ValueError(
-            "hard_negative_info_nce needs queries and positives of one shape (n, d), but got "
+            "hard_negative_info_nce needs queries and positives of the same shape (n, d), but got "
             f"{tuple(queries.shape)} and {tuple(positives.shape)}."
         )
     candidates = positives
@@ -152,10 +152,10 @@ def hard_negative_info_nce(
     total = sum(size for size, _ in counts)
     if total == 0:
         raise ValueError("hard_negative_info_nce needs at least one query on some rank, but there is none.")
-    # Each rank's positives come first in its block of columns; a softmax does not care about the order of the rest.
+    # The positives come first in the block of columns of each rank; the order of the rest does not affect a softmax.
     keys = gather_rows(_unit(candidates), [size for _, size in counts])
     columns = keys.offset + torch.arange(len(queries), device=queries.device)
-    loss = tiled_cross_entropy(_unit(queries), keys.rows, scale, one_each(columns), tile_size=tile_size)
+    loss = tiled_cross_entropy(_unit(queries), keys.rows, scale, single_positives(columns), tile_size=tile_size)
     return loss * (len(counts) / total)
 
 
@@ -173,7 +173,7 @@ def _check_columns(columns: Tensor, num_queries: int, num_keys: int) -> None:
         )
 
 
-def _pairs_of_mask(mask_of: Callable[[int, int], Tensor], num_columns: int) -> Positives:
+def _positives_of_mask(mask_of: Callable[[int, int], Tensor], num_columns: int) -> Positives:
     def pairs(start: int, stop: int) -> tuple[Tensor, Tensor]:
         mask = mask_of(start, stop)
         if mask.dtype != torch.bool or mask.shape != (stop - start, num_columns):
@@ -188,6 +188,6 @@ def _pairs_of_mask(mask_of: Callable[[int, int], Tensor], num_columns: int) -> P
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Rows scaled to unit length, at least in float32."""
+    """Normalize rows to unit length, at least in float32."""
     with torch.autocast(x.device.type, enabled=False):
         return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)

@@ -1,4 +1,4 @@
-"""Gathering rows from all ranks, with gradient and also when ranks hold different numbers of rows."""
+"""Differentiable gathering of rows from all ranks, which may have different numbers of rows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class GatheredRows(NamedTuple):
     """The rows of all ranks, in rank order.
 
     Attributes:
-        rows: (total, ...) tensor, equal on all ranks.
-        offset: Where this rank's own rows begin in `rows`.
+        rows: (total, ...) tensor, identical on all ranks.
+        offset: Index in `rows` of this rank's first row.
         total: Number of rows of all ranks together.
     """
 
@@ -27,31 +27,31 @@ class GatheredRows(NamedTuple):
 
 
 def gather_with_grad(x: Tensor) -> GatheredRows:
-    """Gather the rows of all ranks; the gradient flows back to the rank that each row came from.
+    """Gather the rows of all ranks; gradients flow back to the rank that each row came from.
 
-    Ranks may hold different numbers of rows (also none), at the price of one small exchange of the counts. A rank's
-    gradient is the sum over the losses of all ranks, so every rank has to call `backward`.
+    Ranks may have different numbers of rows, including none; the counts are exchanged first. The gradient of a row
+    sums over the losses of all ranks, so every rank must call `backward`.
 
     Args:
-        x: (rows, ...) tensor; all dimensions but the first are the same on all ranks.
+        x: (rows, ...) tensor; all dimensions but the first must agree between ranks.
     """
     return gather_rows(x, [count for (count,) in exchange_counts([x.shape[0]], x.device)])
 
 
 def gather_without_grad(x: Tensor) -> GatheredRows:
-    """Gather the rows of all ranks without gradient, e.g. integer ids. See [`gather_with_grad`]."""
+    """Gather the rows of all ranks without gradient, such as integer ids; see [`gather_with_grad`]."""
     return gather_with_grad(x.detach())
 
 
 def exchange_counts(counts: Sequence[int], device: torch.device) -> list[list[int]]:
-    """Tell all ranks this rank's counts and return those of every rank, in rank order."""
+    """Exchange integers with all ranks; returns those of every rank, in rank order."""
     if world_size() == 1:
         return [list(counts)]
     return all_gather_equal(torch.tensor(counts, dtype=torch.int64, device=device)).tolist()
 
 
 def all_gather_equal(x: Tensor) -> Tensor:
-    """Gather tensors of one shape, without gradient: (ranks, *shape)."""
+    """Gather tensors of the same shape from all ranks, without gradient; returns (ranks, *shape)."""
     if world_size() == 1:
         return x[None]
     gathered = x.new_empty(world_size(), *x.shape)
@@ -60,7 +60,7 @@ def all_gather_equal(x: Tensor) -> Tensor:
 
 
 def gather_rows(x: Tensor, rows_per_rank: list[int]) -> GatheredRows:
-    """[`gather_with_grad`] where the number of rows of every rank is known."""
+    """Gather rows as [`gather_with_grad`] does, given the number of rows of every rank."""
     if len(rows_per_rank) == 1:
         return GatheredRows(x, 0, len(x))
     offset = sum(rows_per_rank[: dist.get_rank()])
@@ -68,11 +68,11 @@ def gather_rows(x: Tensor, rows_per_rank: list[int]) -> GatheredRows:
 
 
 class _AllGather(torch.autograd.Function):
-    """All-gather of rows whose backward sums the gradients of all ranks.
+    """All-gather whose backward sums the gradients of all ranks.
 
-    Own code because `torch.distributed.nn.functional.all_gather` is deprecated and takes equal sizes only. Backward is
-    an all-reduce rather than a reduce-scatter: that works on every backend and with any number of rows, and the
-    embeddings are small next to the model's gradients.
+    `torch.distributed.nn.functional.all_gather` is deprecated and requires equal sizes. Backward is an all-reduce
+    instead of a reduce-scatter, because that works on every backend and with any number of rows, and embeddings are
+    small compared to the model's gradients.
     """
 
     @staticmethod
@@ -81,7 +81,7 @@ class _AllGather(torch.autograd.Function):
         largest = max(rows_per_rank)
         padded = torch.cat([x, x.new_zeros(largest - len(x), *x.shape[1:])]) if len(x) < largest else x
         gathered = padded.new_empty(len(rows_per_rank), *padded.shape)
-        # Views of one buffer, so that equal sizes need no concatenation.
+        # Views of one buffer: equal sizes need no concatenation.
         blocks = gathered.unbind()
         dist.all_gather(list(blocks), padded.contiguous())
         if min(rows_per_rank) == largest:

@@ -1,4 +1,4 @@
-"""A batch of images and captions, row by row a pair, among those of all ranks."""
+"""Which texts of all ranks match which images of this rank."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from llm2clip.losses.tiles import Positives
 
 
 @dataclass
-class PairBatch:
-    """This rank's images against the texts of all ranks.
+class GatheredBatch:
+    """The texts of all ranks and their matches with the images of this rank.
 
     Attributes:
-        texts: (m, d), with gradient to the ranks that they came from.
-        own_columns: This rank's rows of `texts`.
-        positives: The texts that are correct for images of this rank.
-        weight: Makes a sum over rows this rank's share of the mean over all rows, times the number of ranks.
+        texts: (m, d) texts of all ranks, with gradient.
+        own_columns: The rows of `texts` that belong to this rank.
+        positives: The matching texts of each image.
+        weight: Factor that turns a sum over this rank's rows into its share of the mean over all rows, times the
+            number of ranks.
     """
 
     texts: Tensor
@@ -29,24 +30,24 @@ class PairBatch:
     weight: float
 
 
-def gather_pairs(
+def gather_batch(
     name: str,
     image_embeds: Tensor,
     text_embeds: Tensor,
     caption_ids: Tensor | None,
     image_caption_ids: Tensor | None,
-) -> PairBatch:
-    """Check a batch and gather its texts; see [`clip_loss`] for the arguments.
+) -> GatheredBatch:
+    """Validate a batch and gather its texts; see [`clip_loss`] for the other arguments.
 
     Args:
-        name: Of the loss, for messages.
+        name: Name of the loss for error messages.
 
     Raises:
         ValueError: See [`clip_loss`].
     """
     if image_embeds.ndim != 2 or image_embeds.shape != text_embeds.shape:
         raise ValueError(
-            f"{name} needs image and text embeddings of one shape (n, d), row i of both being a pair, but got "
+            f"{name} needs image and text embeddings of the same shape (n, d), paired by row, but got "
             f"{tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}."
         )
     num_rows = len(image_embeds)
@@ -60,26 +61,26 @@ def gather_pairs(
         texts = gather_rows(text_embeds, rows_per_rank)
     if caption_ids is None or image_caption_ids is None:
         if any(has_ids for _, has_ids in counts):
-            raise ValueError(f"Other ranks gave caption ids to {name}, this one gave None; give them on all ranks.")
-        positives = one_each(texts.offset + torch.arange(num_rows, device=image_embeds.device))
+            raise ValueError(f"Other ranks gave caption ids to {name}, but this one did not; give them on all ranks.")
+        positives = single_positives(texts.offset + torch.arange(num_rows, device=image_embeds.device))
     else:
         if not all(has_ids for _, has_ids in counts):
-            raise ValueError(f"This rank gave caption ids to {name}, another gave None; give them on all ranks.")
-        positives = _captions_of_images(gather_rows(caption_ids, rows_per_rank).rows, image_caption_ids)
+            raise ValueError(f"This rank gave caption ids to {name}, but another did not; give them on all ranks.")
+        positives = _positives_of_ids(gather_rows(caption_ids, rows_per_rank).rows, image_caption_ids)
     own_columns = slice(texts.offset, texts.offset + num_rows)
-    return PairBatch(texts.rows, own_columns, positives, len(counts) / total)
+    return GatheredBatch(texts.rows, own_columns, positives, len(counts) / total)
 
 
-def one_each(columns: Tensor) -> Positives:
-    """One correct column (n,) for each row."""
+def single_positives(columns: Tensor) -> Positives:
+    """Make [`Positives`] of one correct column (n,) per row."""
     return lambda start, stop: (torch.arange(stop - start, device=columns.device), columns[start:stop])
 
 
-def _captions_of_images(caption_ids: Tensor, image_caption_ids: Tensor) -> Positives:
-    """Where the captions (m,) of images (n, K) are, found by bisection: comparing all with all would cost a tile."""
+def _positives_of_ids(caption_ids: Tensor, image_caption_ids: Tensor) -> Positives:
+    """Find the captions (m,) of images (n, K) by binary search; comparing all pairs needs the memory of a tile."""
     sorted_ids, order = caption_ids.sort()
     wanted = image_caption_ids.sort(dim=1).values
-    # An image may have one caption twice, which counts once; ids are never negative.
+    # A caption that an image has twice counts once. The padding of -1 matches nothing, since ids are not negative.
     repeated = F.pad(wanted[:, 1:] == wanted[:, :-1], (1, 0))
     wanted = wanted.masked_fill(repeated, -1)
 
@@ -98,7 +99,7 @@ def _check_ids(caption_ids: Tensor | None, image_caption_ids: Tensor | None, num
     if caption_ids is None and image_caption_ids is None:
         return
     if caption_ids is None or image_caption_ids is None:
-        raise ValueError(f"{name} needs both caption_ids and image_caption_ids, or neither, but got only one.")
+        raise ValueError(f"{name} needs both caption_ids and image_caption_ids or neither, but got only one of them.")
     if (
         caption_ids.dtype != torch.int64
         or image_caption_ids.dtype != torch.int64

@@ -1,4 +1,4 @@
-"""The sigmoid loss of SigLIP: every image and text is a question of its own, whether they belong together."""
+"""The sigmoid loss of SigLIP: binary classification of every image-text pair."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.losses.matches import gather_pairs
+from llm2clip.losses.matches import gather_batch
 from llm2clip.losses.tiles import DEFAULT_TILE_SIZE, Gradients, Positives, Tiles
 
 
@@ -21,44 +21,44 @@ def sigmoid_loss(
     image_caption_ids: Tensor | None = None,
     tile_size: int = DEFAULT_TILE_SIZE,
 ) -> Tensor:
-    """Sigmoid loss over the batch of all ranks (SigLIP, Zhai et al. 2023, arXiv 2303.15343).
+    """Compute the sigmoid loss over the batch of all ranks (SigLIP, Zhai et al. 2023, arXiv 2303.15343).
 
     `-1/n sum_ij log sigmoid(t_ij (scale image_i . text_j + bias))`, where `t_ij` is 1 if text j is a caption of image
-    i and -1 otherwise. With ids, all captions of an image count, wherever they were sampled. Training starts at a
-    scale of 10 and a bias of -10.
+    i and -1 otherwise. With ids, all captions of an image count, whichever row they were sampled for. The paper starts
+    training at a scale of 10 and a bias of -10.
 
-    Loss and gradients come out of one walk over the logits in tiles of rows. The arithmetic is float32 (float64 for
-    float64 inputs) whatever the inputs' type and autocast.
+    Loss and gradients are computed in one pass over the logits, in tiles of rows. Computation is in float32 (float64
+    for float64 inputs), regardless of autocast and of the inputs' dtype.
 
     Args:
-        image_embeds: (n, d) unit vectors; n may differ between ranks (and be 0 on some).
+        image_embeds: (n, d) unit vectors; n may differ between ranks and be 0 on some.
         text_embeds: (n, d) unit vectors.
-        logit_scale: 0-d multiplier of the cosines, i.e. already exponentiated.
-        logit_bias: 0-d, added to all logits.
+        logit_scale: 0-d factor of the cosine similarities, already exponentiated.
+        logit_bias: 0-d summand of all logits.
         caption_ids: See [`clip_loss`].
         image_caption_ids: See [`clip_loss`].
         tile_size: Number of rows per tile.
 
     Returns:
-        0-d loss of this rank. Its mean over ranks is the loss of the whole batch.
+        0-d loss of this rank. The mean over ranks is the loss of the whole batch.
 
     Raises:
         ValueError: See [`clip_loss`].
     """
     if tile_size < 1:
         raise ValueError(f"tile_size must be at least 1, but is {tile_size}.")
-    batch = gather_pairs("sigmoid_loss", image_embeds, text_embeds, caption_ids, image_caption_ids)
+    batch = gather_batch("sigmoid_loss", image_embeds, text_embeds, caption_ids, image_caption_ids)
     inputs = [image_embeds, batch.texts]
     for number in (logit_scale, logit_bias):
         inputs.append(number if isinstance(number, Tensor) else image_embeds.new_tensor(number, dtype=torch.float32))
     if not torch.is_grad_enabled():
-        # Inside forward a Function cannot see that nobody wants gradients; detached inputs tell it.
+        # ctx.needs_input_grad ignores no_grad; detached inputs make forward skip the gradients.
         inputs = [x.detach() for x in inputs]
     return _TiledSigmoidLoss.apply(*inputs, batch.positives, tile_size) * batch.weight
 
 
 class _TiledSigmoidLoss(torch.autograd.Function):
-    """With `t` in (-1, 1) and logits `z`, the gradient of `softplus(-t z)` by `z` is `-t sigmoid(-t z)`."""
+    """Sum of `softplus(-t z)` over logits `z` with `t` in {-1, 1}; the gradient of `z` is `-t sigmoid(-t z)`."""
 
     @staticmethod
     def forward(
@@ -87,7 +87,7 @@ class _TiledSigmoidLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # The factor (1/rows, the loss scale of fp16 training) goes in before the rounding to the inputs' type.
+        # Apply the factor (1/rows, the loss scale of fp16 training) before rounding to the inputs' dtype.
         grads = (
             None if grad is None else (grad * grad_output).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

@@ -1,9 +1,9 @@
-"""The cross entropy of a logits matrix, by rows or by rows and columns, that is walked over in tiles of rows.
+"""Cross entropy of a logits matrix along rows, or along rows and columns, computed in tiles of rows.
 
-Forward takes the losses and the normalisers of all rows and columns from the tiles; backward makes the tiles again and
-turns each into gradients. That is 8 n m d floating point operations for loss and gradients in both directions, where
-one matrix in memory takes 6 and a matrix for each direction 12. Of the first tiles, [`KEPT_LOGITS`] logits are kept
-for backward, so that small matrices cost 6 too.
+Forward computes the losses and normalizers of all rows and columns; backward recomputes the tiles and turns each into
+gradients. Loss and gradients in both directions take 8 n m d floating point operations, compared to 6 with one full
+logits matrix in memory and 12 with one per direction. Up to [`KEPT_LOGITS`] logits of the first tiles are kept for
+backward, so that small matrices take 6 as well.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 from llm2clip.losses.gather import all_gather_equal
 from llm2clip.utils.inner_products import inner_products
 
-# A tile of this many rows is smaller than the keys themselves for any width above it, however many keys there are, and
-# is large enough to keep the matrix products at full speed.
+# A tile of this many rows takes less memory than the keys if their width is larger, for any number of keys, and is
+# large enough for matrix products at full speed.
 DEFAULT_TILE_SIZE = 256
-# 128 MiB of float32: all of a batch of 5,792.
+# 128 MiB in float32: all logits of a batch of 5,792.
 KEPT_LOGITS = 2**25
-# Up to this difference between the largest logit of all and the largest of a column, the exponentials by rows serve
-# for the columns too: what underflows in them is below exp(-87 + 60) there, and exp(60) is far from overflow.
+# Up to this difference between the largest logit overall and that of a column, the exponentials of the rows are reused
+# for the columns: terms that underflow are below exp(-87 + 60) of the column's maximum, and exp(60) does not overflow.
 SHARED_EXPONENTIALS = 60.0
 
-# Gives the correct columns of the rows from a first to before a last one, as pairs: (rows, counted from the first one)
-# and (columns), both int64.
+# Called with `start, stop`: the correct columns of those rows as two int64 tensors, row (counted from `start`) and
+# column of each match.
 Positives = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
@@ -42,41 +42,41 @@ def tiled_cross_entropy(
     label_smoothing: float = 0.0,
     tile_size: int = DEFAULT_TILE_SIZE,
 ) -> Tensor:
-    """Sum of the cross entropies of the rows of `scale * queries @ keys.T`, of which there may be none.
+    """Sum the cross entropies of the rows of `scale * queries @ keys.T`; there may be no rows.
 
     Args:
         queries: (n, d).
         keys: (m, d).
         scale: 0-d factor.
         positives: The correct keys of each query.
-        both_directions: Add the cross entropies of the columns. The columns' queries are those of all ranks, and
-            `keys` are the same on all ranks, so that every rank has to call this.
-        own_columns: The columns whose cross entropies are added on this rank. The gradients are those of the sum over
-            ranks by this rank's queries, and this rank's share of those by the keys and the scale.
-        label_smoothing: Share of the target that is spread evenly.
+        both_directions: Add the cross entropies of the columns over the queries of all ranks. `keys` must be the same
+            on all ranks, and every rank must call this function.
+        own_columns: The columns whose cross entropies are added on this rank. Gradients are those of the sum over
+            ranks: in full for this rank's queries, and this rank's share for the keys and the scale.
+        label_smoothing: Share of the target distribution that is spread evenly.
         tile_size: Number of queries per tile.
 
     Returns:
         0-d sum, at least float32.
 
     Raises:
-        ValueError: A setting is out of range, or a query has no correct key.
+        ValueError: If a setting is out of range or a query has no correct key.
     """
     if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing must lie in [0, 1), but is {label_smoothing}.")
+        raise ValueError(f"label_smoothing must be in [0, 1), but is {label_smoothing}.")
     if tile_size < 1:
         raise ValueError(f"tile_size must be at least 1, but is {tile_size}.")
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float32, device=queries.device)
     if not torch.is_grad_enabled():
-        # Inside forward a Function cannot see that nobody wants gradients; detached inputs tell it.
+        # ctx.needs_input_grad ignores no_grad; detached inputs make forward skip the gradients.
         queries, keys, scale = queries.detach(), keys.detach(), scale.detach()
     columns = own_columns if both_directions else None
     return _TiledCrossEntropy.apply(queries, keys, scale, positives, columns, label_smoothing, tile_size)
 
 
 class Tiles:
-    """The tiles of `scale * queries @ keys.T`, in buffers that all tiles share."""
+    """Tiles of rows of `scale * queries @ keys.T`."""
 
     def __init__(self, queries: Tensor, keys: Tensor, scale: Tensor, tile_size: int) -> None:
         dtype = torch.float64 if torch.float64 in (queries.dtype, keys.dtype) else torch.float32
@@ -84,28 +84,28 @@ class Tiles:
         self.tile_size = tile_size
 
     def buffer(self) -> Tensor:
-        """Room for a tile."""
+        """Allocate memory for one tile."""
         return self.keys.new_empty(min(self.tile_size, len(self.queries)), len(self.keys))
 
     def bounds(self) -> Iterator[tuple[int, int]]:
-        """The first row of each tile, and the row after its last."""
+        """Yield the start and stop row of each tile."""
         for start in range(0, len(self.queries), self.tile_size):
             yield start, min(start + self.tile_size, len(self.queries))
 
     def logits(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """The logits of some rows."""
+        """Compute the logits of a range of rows."""
         if out is None:
             out = self.keys.new_empty(stop - start, len(self.keys))
         return inner_products(self.queries[start:stop] * self.scale, self.keys, out)
 
 
 class Gradients:
-    """What backward adds up, tile by tile.
+    """Accumulates the gradients of queries, keys and scale tile by tile.
 
     Args:
         tiles: The tiles.
-        factor: 0-d gradient of the loss.
-        needed: Whether queries, keys and scale need theirs.
+        factor: 0-d upstream gradient.
+        needed: Whether queries, keys and scale need gradients.
     """
 
     def __init__(self, tiles: Tiles, factor: Tensor, needed: Sequence[bool]) -> None:
@@ -115,7 +115,7 @@ class Gradients:
         self.scale = torch.zeros_like(tiles.scale) if needed[2] else None
 
     def add(self, start: int, stop: int, grad_logits: Tensor) -> None:
-        """Take in a tile's gradient by its logits, without the factor."""
+        """Add the contribution of a tile, given the gradient of its logits without the factor."""
         queries = self.tiles.queries[start:stop]
         factor = self.tiles.scale * self.factor
         if self.keys is not None:
@@ -129,13 +129,13 @@ class Gradients:
             torch.mul(weighted_keys, factor, out=self.queries[start:stop])
 
     def like(self, *inputs: Tensor) -> list[Tensor | None]:
-        """The gradients in the types of the inputs."""
+        """Return the gradients in the dtypes of the inputs."""
         found = (self.queries, self.keys, self.scale)
         return [None if grad is None else grad.to(x.dtype) for grad, x in zip(found, inputs, strict=True)]
 
 
 class _Columns:
-    """The cross entropies of the columns, whose rows come tile by tile and from all ranks."""
+    """Accumulates the cross entropies of the columns over tiles and ranks."""
 
     def __init__(self, keys: Tensor) -> None:
         self.maximum = keys.new_full((len(keys),), -torch.inf)
@@ -143,7 +143,7 @@ class _Columns:
         self.num_rows = 0
 
     def add(self, logits: Tensor, row_maxima: Tensor, by_rows: Tensor) -> None:
-        """Take in a tile; `by_rows` is `exp(logits - row_maxima)`, whose memory may be used."""
+        """Add the normalizers of a tile; `by_rows` is `exp(logits - row_maxima)` and may be overwritten."""
         tile_maximum, top = logits.amax(dim=0), row_maxima.max()
         maximum = torch.maximum(self.maximum, tile_maximum)
         if top - tile_maximum.min() < SHARED_EXPONENTIALS:
@@ -154,7 +154,7 @@ class _Columns:
         self.maximum = maximum
 
     def add_target(self, logits: Tensor, columns: Tensor, positive_logits: Tensor, smoothing: float) -> None:
-        """Take in the part of a tile that the targets weigh."""
+        """Add the target logits of a tile."""
         self.positive_logits.index_add_(0, columns, positive_logits)
         self.num_positives.index_add_(0, columns, torch.ones_like(positive_logits))
         if smoothing:
@@ -162,12 +162,12 @@ class _Columns:
         self.num_rows += len(logits)
 
     def gather(self) -> None:
-        """Take in the rows of the other ranks."""
+        """Combine the sums with those of the other ranks."""
         rows = self.maximum.new_full((len(self.maximum),), self.num_rows)
         sums = (self.sum_of_exp, self.sum_of_logits, self.positive_logits, self.num_positives, rows)
         maxima, *parts = all_gather_equal(torch.stack([self.maximum, *sums])).unbind(dim=1)
         self.maximum = maxima.amax(dim=0)
-        # A rank without rows has no maximum, and no sum either.
+        # A rank without rows has a maximum of -inf, which makes its factor 0.
         parts[0] = parts[0] * (maxima - self.maximum).exp()
         totals = [part.sum(dim=0) for part in parts]
         self.sum_of_exp, self.sum_of_logits, self.positive_logits, self.num_positives = totals[:4]
@@ -181,7 +181,7 @@ class _Columns:
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
-    """With logits `z`, softmax `p` and target `t`, the gradient of a row's, or a column's, loss by `z` is `p - t`."""
+    """Cross entropy of softmax `p` and target `t`; the gradient with respect to the logits is `p - t`."""
 
     @staticmethod
     def forward(
@@ -215,7 +215,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 maximum = logits.amax(dim=1)
                 exponentials = torch.sub(logits, maximum[:, None], out=work[:size]).exp_()
                 sum_of_exp = exponentials.sum(dim=1)
-                # Near a loss of zero, the difference of two large logsumexp terms would keep few correct digits.
+                # Subtracting logsumexp from the target logit instead would lose digits if the loss is near zero.
                 row_losses[start:stop] = sum_of_exp.log() + (maximum - target)
                 row_maxima[start:stop], row_sums[start:stop] = maximum, sum_of_exp
                 if columns is not None:
@@ -258,7 +258,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if column_maxima is None:
                     grad_logits *= row_factor
                 else:
-                    # Kept logits stay as they are: backward may come again.
+                    # Do not overwrite kept logits: backward may run again.
                     if shared:
                         torch.addcmul(row_factor, (row_maximum - top).exp(), column_factor, out=room)
                         grad_logits *= room
@@ -275,7 +275,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
 
 def _tile_target(positives: Positives, start: int, stop: int, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The correct keys of a tile's queries as (row in the tile, column, weight); a row's weights sum to 1."""
+    """Return row in the tile, column and weight of each match; the weights of a row sum to 1."""
     rows, columns = positives(start, stop)
     counts = rows.bincount(minlength=stop - start)
     if (counts == 0).any():

@@ -30,8 +30,11 @@ from llm2clip.quickstart.data import QuickstartData
 from llm2clip.quickstart.ledger import Ledger
 from llm2clip.quickstart.report import print_table, write_report
 from llm2clip.recipes import find_recipe, load_recipe
-from llm2clip.trainers import stage1, stage2
-from llm2clip.trainers.text_tower import TextTowerConfig, load_text_tower
+from llm2clip.trainers import run_stage1, run_stage2
+from llm2clip.trainers.run_text_tower import load_text_tower
+from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.text_tower_config import TextTowerConfig
 from llm2clip.utils.files import write_json
 from llm2clip.utils.identity import data_revision
 from llm2clip.utils.processes import process_state
@@ -186,8 +189,8 @@ class Quickstart:
             "sources": [asdict(source) for source in self.data.pair_sources()],
             "seed": self.config.seed,
         }
-        config = build_config(stage1.Stage1Config, recipe, f"stage1 of the profile {self.config.profile}")
-        metrics = stage1.run(config, resume=resume)
+        config = build_config(Stage1Config, recipe, f"stage1 of the profile {self.config.profile}")
+        metrics = run_stage1.run(config, resume=resume)
         return {
             "metrics": metrics,
             "history": _history(folder),
@@ -205,7 +208,7 @@ class Quickstart:
         manifest = embed_into_cache(captions, embedder, folder, tower, EmbedConfig(), state)
         return {"num_captions": manifest.num_captions, "num_truncated": manifest.num_truncated}
 
-    def _stage2_config(self, name: str) -> stage2.Stage2Config:
+    def _stage2_config(self, name: str) -> Stage2Config:
         data = self.data
         recipe = dict(self.profile["stage2"])
         weights = recipe.pop("caption_weights", None)
@@ -224,17 +227,17 @@ class Quickstart:
         }
         if recipe.get("freeze_vision_layers"):
             recipe.setdefault("frozen_states_dir", str(self._cache("vision_states")))
-        return build_config(stage2.Stage2Config, recipe, f"stage2 of the profile {self.config.profile}")
+        return build_config(Stage2Config, recipe, f"stage2 of the profile {self.config.profile}")
 
     def _before(self, resume: bool) -> dict[str, Any]:
         config = self._stage2_config("stage1")
         set_seed(config.seed)
-        model, processor = stage2.load_model(config)
+        model, processor = run_stage2.load_model(config)
         return self._retrieval(model, processor, "stage1", [self.data.query_column])
 
     def _stage2(self, name: str, resume: bool) -> dict[str, Any]:
         config = self._stage2_config(name)
-        metrics = stage2.run(config, resume=resume)
+        metrics = run_stage2.run(config, resume=resume)
         model = LLM2CLIPModel.from_pretrained(config.output_dir, text_model=False)
         processor = AutoProcessor.from_pretrained(config.output_dir)
         columns = [self.data.query_column]

@@ -18,9 +18,6 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-TOWER_CHUNK_HELP = "Rows that the towers hold activations of; they compute twice then. Unset: the whole batch at once."
-LOSS_CHUNK_HELP = "Rows of the batch that the loss compares with all columns at once."
-
 Inputs = dict[str, Tensor]
 Run = Callable[[nn.Module, Inputs], tuple[Tensor, ...]]
 
@@ -128,14 +125,3 @@ class _State:
             if has_generators:
                 set_device_states(self.devices, self.generators, device_type=self.device_type)
             yield
-
-
-def check_chunk_sizes(tower_chunk_size: int | None, loss_chunk_size: int) -> None:
-    """Refuse sizes that are no sizes.
-
-    Raises:
-        ValueError: One is below 1.
-    """
-    for name, size in (("tower_chunk_size", tower_chunk_size), ("loss_chunk_size", loss_chunk_size)):
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be at least 1, but is {size}.")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from llm2clip.utils.progress import close_bars, is_main_process
 
@@ -121,18 +122,12 @@ def quiet_libraries() -> None:
     To be called when the libraries are imported: each of them attaches a handler of its own to its logger.
     """
     for name in ("transformers", "datasets", "huggingface_hub"):
-        library = logging.getLogger(name)
-        library.handlers.clear()
-        library.propagate = True
-    if "transformers" in sys.modules:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
-    if "datasets" in sys.modules:
-        from datasets.utils import disable_progress_bars as disable_datasets_bars
-
-        disable_datasets_bars()
-    if "huggingface_hub" in sys.modules:
-        from huggingface_hub.utils import disable_progress_bars as disable_hub_bars
-
-        disable_hub_bars()
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        # Not imported here: a command that does without one of them must not require it.
+        library: Any = sys.modules.get(name)
+        if library is not None and name == "transformers":
+            library.utils.logging.disable_progress_bar()
+        elif library is not None:
+            library.utils.disable_progress_bars()

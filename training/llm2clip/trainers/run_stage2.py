@@ -6,17 +6,18 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 
 from llm2clip.data import (
     CaptionImageDataset,
     CaptionSource,
     EvalTransform,
-    ImageBackend,
+    SkipLog,
     Stage2Collator,
     StreamingCaptionImageDataset,
     TrainTransform,
@@ -25,14 +26,15 @@ from llm2clip.data import (
 from llm2clip.data.transforms import output_size
 from llm2clip.embedding import CaptionEmbedder, EmbeddingCache, MissingCaptionError
 from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.trainers.checkpoints import resume_point
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
 from llm2clip.trainers.frozen_states import FrozenStatesDataset
+from llm2clip.trainers.pushing import check_pushing
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from llm2clip.utils.settings import require
 from llm2clip.utils.towers import describe_text_tower, loading_options, open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
-
-if TYPE_CHECKING:
-    from llm2clip.trainers.stage2 import Stage2Config
 
 logger = logging.getLogger(__name__)
 
@@ -180,12 +182,12 @@ def build_dataset(config: Stage2Config, model: LLM2CLIPModel, image_processor: A
         ValueError: A streamed source is not the only one, or is to be read as stored states.
     """
     sources = [CaptionSource.from_dict(source) for source in config.sources]
-    evaluation = EvalTransform(image_processor, cast(ImageBackend, config.image_backend))
+    evaluation = EvalTransform(image_processor, config.image_backend)
     training = TrainTransform(image_processor, scale=(config.crop_scale[0], config.crop_scale[1]))
     options: dict[str, Any] = {
         "seed": config.sampling_seed,
         "on_error": config.on_error,
-        "max_pixels": config.max_image_pixels,
+        "max_pixels": config.max_pixels,
     }
     frozen = None
     if config.freeze_vision_layers:
@@ -218,3 +220,45 @@ def build_dataset(config: Stage2Config, model: LLM2CLIPModel, image_processor: A
         num_workers=config.dataloader_num_workers,
     )
     return dataset, frozen
+
+
+def run(config: Stage2Config, resume: bool = False) -> dict[str, Any]:
+    """Stage 2 from its settings to a Hub-ready folder in `config.output_dir`.
+
+    Args:
+        config: The settings.
+        resume: Go on from the newest checkpoint.
+
+    Returns:
+        The metrics of the run: training's, and retrieval's with the prefix `eval_`.
+    """
+    require(config, ["sources"])
+    if (config.embedding_cache is not None) == config.online_text_model:
+        raise ValueError("give either embedding_cache (from `llm2clip embed`) or online_text_model: true.")
+    check_pushing(config, config.text_model_name_or_path, not config.bundle_text_model, checkpoints_need_llm=True)
+    checkpoint = resume_point(config, resume)
+    set_seed(config.seed)
+    model, processor = load_model(config)
+    # A model that is trained further names its LLM itself.
+    check_pushing(
+        config, model.config.text_model_name_or_path, not config.bundle_text_model, checkpoints_need_llm=True
+    )
+    image_processor = processor.image_processor
+    retrieval = {
+        name: ImageTextRetrieval(CaptionSource.from_dict(source), image_processor, config.on_error, config.max_pixels)
+        for name, source in config.eval_sources.items()
+    }
+    captions = open_captions(config, model, processor, retrieval)
+    dataset, frozen = build_dataset(config, model, image_processor)
+    trainer = Stage2Trainer(
+        model=model,
+        args=config,
+        train_dataset=dataset,
+        data_collator=captions.collator,
+        processing_class=processor,
+        frozen=frozen,
+        retrieval=retrieval,
+        embed=captions.embed,
+        skip_log=SkipLog(Path(config.output_dir) / f"skipped-{config.process_index}.jsonl"),
+    )
+    return trainer.fit(checkpoint, lambda: trainer.save_result(config.output_dir))

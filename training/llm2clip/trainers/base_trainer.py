@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2clip.data.sampling import EpochBatchSampler
 from llm2clip.hub.cards import (
@@ -35,44 +30,8 @@ from llm2clip.utils.repos import hub_ids
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
 
-logger = logging.getLogger(__name__)
-
 # Settings that say where a run was, or that are nobody else's business, and not what it did.
 PRIVATE_SETTINGS = ("output_dir", "hub_", "push_to_hub", "report_to", "run_name", "logging_", "use_cpu", "local_rank")
-
-# The Trainer writes it last, so that a checkpoint without it was not finished.
-CHECKPOINT_MARK = "trainer_state.json"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-RESULT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-
-
-@dataclass
-class StageConfig(TrainingArguments):
-    """Settings of every stage.
-
-    These defaults differ from `TrainingArguments`: `remove_unused_columns=False`, `dataloader_drop_last=True`,
-    `label_names=[]`, `logging_steps=10`.
-    """
-
-    output_dir: str = field(default="", metadata={"help": "Folder of the checkpoints and of the result."})
-    remove_unused_columns: bool = False
-    dataloader_drop_last: bool = True
-    label_names: list[str] | None = field(default_factory=list)
-    logging_steps: float = 10
-
-    def __post_init__(self) -> None:
-        # Without this the Trainer refuses bf16 where there is no accelerator.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The Trainer pickles its arguments into the folder that it pushes.
-        return {**self.__dict__, "hub_token": None}
-
-    @property
-    def sampling_seed(self) -> int:
-        """Seed of everything that is drawn from the data."""
-        return self.seed if self.data_seed is None else self.data_seed
 
 
 class StageTrainer(PushingTrainer):
@@ -268,46 +227,3 @@ class StageTrainer(PushingTrainer):
 
 def _is_local(value: Any) -> bool:
     return isinstance(value, (str, Path)) and ("/" in str(value) or Path(value).exists()) and not hub_ids(str(value))
-
-
-def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run; one that a killed process left half-written is passed over."""
-    pattern = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
-    folder = Path(output_dir)
-    if not folder.is_dir():
-        return None
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := pattern.match(path.name))]
-    for _, path in sorted(found, reverse=True):
-        if (path / CHECKPOINT_MARK).is_file():
-            return path
-        logger.warning("%s is incomplete (no %s) and is passed over.", path, CHECKPOINT_MARK)
-    return None
-
-
-def resume_point(args: StageConfig, resume: bool) -> str | None:
-    """Where a run starts from.
-
-    Args:
-        args: The run's arguments.
-        resume: Whether to go on from the newest checkpoint in `args.output_dir`.
-
-    Returns:
-        The checkpoint to load, or `None` for a new run.
-
-    Raises:
-        FileExistsError: The folder holds a run already and `resume` is off.
-    """
-    if args.resume_from_checkpoint:
-        return args.resume_from_checkpoint
-    found = last_checkpoint(args.output_dir)
-    if resume:
-        if found is None:
-            logger.info("nothing to resume in %s: starting from the beginning.", args.output_dir)
-        return None if found is None else str(found)
-    results = [name for name in RESULT_FILES if Path(args.output_dir, name).exists()]
-    if found is not None or results:
-        raise FileExistsError(
-            f"{args.output_dir} holds a run already ({found.name if found else results[0]}); add --resume to go on "
-            "with it, or choose another output_dir."
-        )
-    return None

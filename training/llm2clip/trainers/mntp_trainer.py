@@ -1,0 +1,80 @@
+"""Masked next token prediction, the optional stage before stage 1 (LLM2Vec, arXiv 2404.05961).
+
+A decoder that suddenly attends in both directions learns to use the context on its right: tokens are masked, and the
+state *before* a masked token predicts it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llm2clip.data import SampleIndexBatchSampler
+from llm2clip.data.sampling import EpochDataset
+from llm2clip.trainers.mntp_config import MNTPConfig
+from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
+
+
+class MNTPTrainer(TextTowerTrainer):
+    """Trains the decoder of a text tower to predict masked tokens; the LLM's head is used and not trained.
+
+    Args:
+        head: The LLM's output embedding, `hidden_size` to vocabulary.
+        kwargs: See [`StageTrainer`].
+    """
+
+    args: MNTPConfig
+
+    def __init__(self, *, head: nn.Module, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.head = head.to(self.args.device)
+
+    def batch_sampler(self) -> SampleIndexBatchSampler:
+        return SampleIndexBatchSampler(
+            cast(EpochDataset, self.train_dataset),
+            self.args.per_device_train_batch_size,
+            num_replicas=self.accelerator.num_processes,
+            seed=self.args.sampling_seed,
+            drop_last=self.args.dataloader_drop_last,
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        states = model(**inputs).last_hidden_state
+        loss = masked_next_token_loss(states, labels, self.head, self._softcap)
+        return (loss, {"last_hidden_state": states}) if return_outputs else loss
+
+    @property
+    def _softcap(self) -> float | None:
+        config = self.accelerator.unwrap_model(self.model).config.decoder_config
+        return getattr(config, "final_logit_softcapping", None)
+
+
+def masked_next_token_loss(states: Tensor, labels: Tensor, head: nn.Module, softcap: float | None = None) -> Tensor:
+    """Cross entropy of predicting each masked token from the state before it.
+
+    Args:
+        states: `(batch, tokens, hidden_size)`.
+        labels: `(batch, tokens)`, the original token where it was masked and -100 elsewhere. A label at the first
+            position has no state before it and is not scored.
+        head: Maps states to logits. Only the scored positions pass through it.
+        softcap: Gemma 2's cap on the logits.
+    """
+    targets = labels[:, 1:]
+    scored = targets != -100
+    # Mixed precision ends at the model: its states are float32, whatever the head's weights are.
+    dtype = next(head.parameters()).dtype
+    logits = head(states[:, :-1][scored].to(dtype)).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets[scored])

@@ -1,0 +1,60 @@
+"""What stage 1 and its optional pre-stage start from: the text tower, LoRA, the retrieval sets."""
+
+from __future__ import annotations
+
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llm2clip.data import PairSource
+from llm2clip.evaluation import CaptionRetrieval
+from llm2clip.trainers.text_tower_config import TextTowerConfig
+from llm2clip.utils.towers import open_text_tower
+from modeling_llm2clip import LLM2CLIPTextModel
+from modeling_llm2clip.modeling_llm2clip_utils import absolute_path
+
+
+def load_text_tower(
+    config: TextTowerConfig, decoder: PreTrainedModel | None = None
+) -> tuple[LLM2CLIPTextModel, PreTrainedTokenizerBase]:
+    """The LLM of a run as text tower, with its tokenizer; see [`open_text_tower`]."""
+    return open_text_tower(
+        config.model_name_or_path,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        revision=config.model_revision,
+        decoder=decoder,
+        prompt_prefix=config.prompt_prefix,
+        prompt_suffix=config.prompt_suffix,
+        pooling=config.pooling,
+        max_text_length=config.max_text_length,
+        bidirectional=config.bidirectional,
+    )
+
+
+def add_lora(model: LLM2CLIPTextModel, config: TextTowerConfig) -> None:
+    """Give the decoder LoRA layers, in float32, and freeze the rest; nothing happens when `lora_rank` is 0.
+
+    LoRA sits on the base model, without a language-modelling head, so that the adapter loads over `AutoModel` too.
+    """
+    if config.lora_rank == 0:
+        return
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules[0]
+        if config.lora_target_modules == ["all-linear"]
+        else config.lora_target_modules,
+        revision=config.model_revision,
+    )
+    model.decoder = get_peft_model(model.decoder, lora)
+    # The decoder may have changed since it left the LLM that its config names: the adapter belongs to this model.
+    model.decoder.peft_config["default"].base_model_name_or_path = absolute_path(config.model_name_or_path)
+
+
+def retrieval_sets(config: TextTowerConfig) -> dict[str, CaptionRetrieval]:
+    """The caption retrieval sets of the settings' `eval_sources`."""
+    return {
+        name: CaptionRetrieval.from_source(PairSource.from_dict(source))
+        for name, source in config.eval_sources.items()
+    }

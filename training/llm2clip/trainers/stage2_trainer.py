@@ -1,0 +1,189 @@
+"""Stage 2, vision alignment: train vision tower and adapter against the frozen LLM (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, SchedulerType, TrainerCallback
+
+from llm2clip.data import SampleIndexBatchSampler, SkipLog
+from llm2clip.data.sampling import EpochDataset
+from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.hub.cards import JOINT_TASK
+from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
+from llm2clip.losses import clip_loss, sigmoid_loss
+from llm2clip.trainers.base_trainer import StageTrainer
+from llm2clip.trainers.frozen_layers import FrozenLayers
+from llm2clip.trainers.grad_cache import in_chunks
+from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
+from llm2clip.trainers.stage2_config import Stage2Config
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+
+CAPTION_INPUTS = ("input_ids", "attention_mask", "pooling_mask")
+
+
+class ClampLogitScale(TrainerCallback):
+    """Keeps the logit scale between 1 and 100 after every step of the optimiser."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        with torch.no_grad():
+            clamp_logit_scale(model)
+
+
+class Stage2Trainer(StageTrainer):
+    """Trains an [`LLM2CLIPModel`] whose LLM is frozen, on cached embeddings or with the LLM online.
+
+    Args:
+        frozen: The vision tower's frozen layers, where the training set holds their states.
+        embed: Maps captions to the LLM's embeddings, for the retrieval sets.
+        skip_log: Where skipped samples are listed.
+        kwargs: See [`StageTrainer`].
+    """
+
+    card_task = JOINT_TASK
+    evaluation_title = "image-text retrieval"
+    load_options: ClassVar[dict[str, Any]] = {"text_model": False}
+
+    args: Stage2Config
+
+    def __init__(
+        self,
+        *,
+        frozen: FrozenLayers | None = None,
+        embed: Callable[[list[str]], Tensor] | None = None,
+        skip_log: SkipLog | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.frozen = frozen
+        self.embed = embed
+        self.skip_log = skip_log
+        super().__init__(**kwargs)
+        self.add_callback(ClampLogitScale())
+
+    def batch_sampler(self) -> SampleIndexBatchSampler:
+        return SampleIndexBatchSampler(
+            cast(EpochDataset, self.train_dataset),
+            self.args.per_device_train_batch_size,
+            num_replicas=self.accelerator.num_processes,
+            seed=self.args.sampling_seed,
+            drop_last=self.args.dataloader_drop_last,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        if self.optimizer is None:
+            model = cast(nn.Module, self.model if model is None else model)
+            args = self.args
+            groups = parameter_groups(
+                model,
+                learning_rate=args.learning_rate,
+                weight_decay=args.weight_decay,
+                vision_learning_rate=args.vision_learning_rate,
+                text_learning_rate=args.text_learning_rate,
+                vision_weight_decay=args.vision_weight_decay,
+                text_weight_decay=args.text_weight_decay,
+                vision_layer_decay=args.vision_layer_decay,
+            )
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, cast(PreTrainedModel, model))
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        if self.lr_scheduler is None and self.args.lr_scheduler_type == SchedulerType.COSINE:
+            warmup_steps = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = warmup_cosine_schedule(
+                cast(Optimizer, optimizer or self.optimizer), warmup_steps, num_training_steps
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        skipped = inputs.pop("skipped", [])
+        if skipped and self.skip_log is not None:
+            self.skip_log.add(skipped)
+        caption_ids, image_caption_ids = inputs.pop("caption_ids", None), inputs.pop("image_caption_ids", None)
+        text_model = self.accelerator.unwrap_model(self.model).text_model
+        if text_model is not None:
+            text_model.eval()
+            if self.args.tower_chunk_size is not None:
+                inputs = self._with_llm_embeds(text_model, inputs)
+        # Through the wrapped model, so that DDP sees every parameter, the logit scale too.
+        images, texts, *numbers = in_chunks(self._embed, model, inputs, self.args.tower_chunk_size)
+        embeds = {"image_embeds": images, "text_embeds": texts}
+        # One number for every row; those of the last chunk are not computed again.
+        scale, *bias = [number[-1] for number in numbers]
+        options: dict[str, Any] = {
+            **embeds,
+            "logit_scale": scale,
+            "caption_ids": caption_ids,
+            "image_caption_ids": image_caption_ids,
+            "tile_size": self.args.loss_chunk_size,
+        }
+        if self.args.loss == "sigmoid":
+            loss = sigmoid_loss(**options, logit_bias=bias[0])
+        else:
+            loss = clip_loss(**options, label_smoothing=self.args.label_smoothing_factor)
+        return (loss, embeds) if return_outputs else loss
+
+    def _embed(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        with contextlib.ExitStack() as stack:
+            if "vision_states" in inputs:
+                assert self.frozen is not None
+                inputs = dict(inputs)
+                inputs["pixel_values"] = stack.enter_context(self.frozen.replaced_by(inputs.pop("vision_states")))
+            output = model(**inputs, return_logits=False)
+        numbers = [number for number in (output.logit_scale, output.logit_bias) if number is not None]
+        rows = len(output.image_embeds)
+        return output.image_embeds, output.text_embeds, *(number.expand(rows) for number in numbers)
+
+    def _with_llm_embeds(self, text_model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The captions as embeddings, so that backward does not run the frozen LLM again."""
+        captions = {name: inputs[name] for name in CAPTION_INPUTS if name in inputs}
+        with torch.no_grad():
+            (embeds,) = in_chunks(_embed_captions, text_model, captions, self.args.tower_chunk_size)
+        return {name: x for name, x in inputs.items() if name not in captions} | {"llm_embeds": embeds}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            model = self.accelerator.unwrap_model(self.model)
+            logs["logit_scale"] = model.logit_scale.exp().item()
+            if model.logit_bias is not None:
+                logs["logit_bias"] = model.logit_bias.item()
+        skipped = gather_object([self.skip_log.count if self.skip_log is not None else 0])
+        if sum(skipped):
+            logs["skipped_samples"] = sum(skipped)
+        super().log(logs, start_time)
+
+    def measure(self, model: LLM2CLIPModel, retrieval: ImageTextRetrieval) -> dict[str, float | int]:
+        assert self.embed is not None
+        return retrieval(model, self.embed, self.args.per_device_eval_batch_size, self.args.dataloader_num_workers)
+
+    def save_result(self, output_dir: str | Path) -> None:
+        """Save model, processor and code as a Hub repo holds them."""
+        self.accelerator.wait_for_everyone()
+        model = self.accelerator.unwrap_model(self.model)
+        if self.args.should_save:
+            if self.args.bundle_text_model and model.text_model is None:
+                model.load_text_model()
+            model.save_pretrained(output_dir, save_text_model=self.args.bundle_text_model)
+            cast(LLM2CLIPProcessor, self.processing_class).save_pretrained(output_dir)
+            write_sentence_transformers_files(output_dir)
+        self.accelerator.wait_for_everyone()
+
+
+def _embed_captions(text_model: nn.Module, captions: dict[str, Tensor]) -> tuple[Tensor]:
+    return (text_model(**captions).pooler_output,)
