@@ -234,6 +234,9 @@ class LLM2CLIPConfig(PretrainedConfig):
         output = super().to_dict()
         # A quantised LLM is never part of a checkpoint, and the folder that holds it says how it was quantised.
         output["text_config"].pop("quantization_config", None)
+        for pipeline in output.get("custom_pipelines", {}).values():
+            # transformers' pipeline() replaces the names by the classes, which are not JSON.
+            pipeline["pt"] = [getattr(head, "__name__", head) for head in pipeline["pt"]]
         return _without_local_names(output)
 
 

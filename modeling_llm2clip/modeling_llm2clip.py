@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ from .modeling_llm2clip_utils import (
 )
 from .modeling_llm2clip_vision import load_vision_tower
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
+
+if TYPE_CHECKING:
+    from .pipeline_llm2clip import custom_pipelines  # noqa: F401
 
 
 @dataclass

@@ -89,6 +89,11 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         if nests_vision_towers() and self.config.vision_config.model_type in NESTED_TOWERS:
             state_dict = self.state_dict() if state_dict is None else state_dict
             state_dict = {name.replace(f"{NEST}.", "vision_model.", 1): value for name, value in state_dict.items()}
+        if self._auto_class is not None:
+            # Imported here: only a model that is saved needs it.
+            from .pipeline_llm2clip import custom_pipelines
+
+            self.config.custom_pipelines = custom_pipelines(with_text="text" in self.input_modalities)
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         if transformers_version.startswith("4.") and kwargs.get("is_main_process", True):
             # Version 4 records the dtype of the first parameter, which is logit_scale.

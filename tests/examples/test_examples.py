@@ -81,7 +81,7 @@ def test_fine_tuning_settings(
     assert jobs["evaluate"].data == test
     assert jobs["stage2"].per_device_train_batch_size == 24
 
-    (tmp_path / "runs/fine_tuned/llm2clip").mkdir(parents=True)
+    (tmp_path / "runs/fine_tuned/llm2clip").mkdir(parents=True, exist_ok=True)
     run("fine_tune_on_a_folder.py", *arguments)  # after a run that failed
     (tmp_path / "runs/fine_tuned/llm2clip/config.json").touch()
     with pytest.raises(SystemExit):

@@ -37,7 +37,7 @@ def model(folder: Path) -> LLM2CLIPModel:
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_zero_shot_classification(folder: Path, model: LLM2CLIPModel, template: str, batch_size: int) -> None:
     labels = [f"{caption} and {count} trees" for count in range(40) for caption in CAPTIONS]
-    classify = pipeline("zero-shot-image-classification", model=str(folder))
+    classify = pipeline("zero-shot-image-classification", model=str(folder), trust_remote_code=True)
     results = classify(IMAGES, candidate_labels=labels, hypothesis_template=template, batch_size=batch_size)
     processor = tiny.processor()
     text = model.encode_text([template.format(label) for label in labels], processor)
@@ -51,7 +51,7 @@ def test_zero_shot_classification(folder: Path, model: LLM2CLIPModel, template: 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_image_features(folder: Path, model: LLM2CLIPModel, batch_size: int) -> None:
-    extract = pipeline("image-feature-extraction", model=str(folder))
+    extract = pipeline("image-feature-extraction", model=str(folder), trust_remote_code=True)
     pooled = torch.tensor(extract(IMAGES, pool=True, batch_size=batch_size))[:, 0]
     torch.testing.assert_close(F.normalize(pooled, dim=-1), model.encode_image(IMAGES, tiny.processor()), **CLOSE)
     patches = torch.tensor(extract(IMAGES, batch_size=batch_size))[:, 0]

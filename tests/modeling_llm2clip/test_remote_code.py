@@ -66,6 +66,7 @@ ENTRIES = (
     "modeling_llm2clip",
     "modeling_llm2clip_text",
     "modeling_llm2clip_vision",
+    "pipeline_llm2clip",
     "processing_llm2clip",
 )
 

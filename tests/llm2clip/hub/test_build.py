@@ -1,10 +1,9 @@
-"""`llm2clip build`: what it writes loads for strangers, and says what it is."""
+"""`llm2clip build`: the folder loads without this package, and its card states the facts."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ from transformers import AutoModel, AutoProcessor
 
 from llm2clip import cli
 from llm2clip.convert.published import FOLDER, parameters, published_models
-from llm2clip.hub import build, validation
+from llm2clip.hub import build, new_process
 from llm2clip.hub.cards import CARD, read_card
+from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from tests.loopback_hub import File, LoopbackHub, Repo
@@ -42,7 +42,7 @@ def logits(folder: Path) -> torch.Tensor:
         ).logits_per_image
 
 
-def test_an_llm_in_a_folder_is_bundled(tmp_path: Path) -> None:
+def test_llm_in_a_local_folder_is_bundled_with_card_curves_and_example(tmp_path: Path) -> None:
     tiny.save_apart(tmp_path)
     (tmp_path / "clip" / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": 2.0}]}))
     IMAGES[0].save(tmp_path / "picture.jpg")
@@ -70,8 +70,8 @@ def test_an_llm_in_a_folder_is_bundled(tmp_path: Path) -> None:
     assert Image.open(out / "example.png").size == IMAGES[0].size
 
 
-def test_the_example_picture_is_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_validate", lambda *_: 0.0)
+def test_example_image_is_rotated_by_its_exif_orientation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
     tiny.save(tmp_path / "model")
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -82,21 +82,23 @@ def test_the_example_picture_is_upright(tmp_path: Path, monkeypatch: pytest.Monk
     assert not example.getexif()
 
 
-def test_a_licence_that_the_hub_does_not_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_validate", lambda *_: 0.0)
+def test_license_other_needs_name_and_link_and_replaces_that_of_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
     tiny.save(tmp_path / "model")
     (tmp_path / "model" / CARD).write_text("---\nlicense: mit\n---\n")
     names = ("--license", "other", "--license-name", "own", "--license-link", "LICENSE.txt")
     run(tmp_path / "model", tmp_path / "out", *names)
     data, text = read_card(tmp_path / "out")
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "own", "LICENSE.txt")
-    assert "The licence of the weights is [own](LICENSE.txt)." in text
+    assert "The license of the weights is [own](LICENSE.txt)." in text
 
 
-def test_a_model_on_the_hub_brings_its_card_and_curves(
+def test_card_and_curves_of_a_model_on_the_hub_are_kept(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "_validate", lambda *_: 0.0)
+    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
     tiny.save(tmp_path / "model")
     (tmp_path / "model" / CARD).write_text("---\nlicense: mit\nmy_key: 1\n---\n\nMy own words.\n")
     IMAGES[0].save(tmp_path / "model" / "training_curves.png")
@@ -110,7 +112,7 @@ def test_a_model_on_the_hub_brings_its_card_and_curves(
     assert (tmp_path / "out" / "training_curves.png").read_bytes() == files["training_curves.png"].content
 
 
-def test_an_llm_on_the_hub_is_named(tmp_path: Path) -> None:
+def test_llm_on_the_hub_is_referred_to_and_not_bundled(tmp_path: Path) -> None:
     tiny.save_apart(tmp_path)
     run(tmp_path / "clip", tmp_path / "out", "--text-model", "someone/llm")
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -121,7 +123,7 @@ def test_an_llm_on_the_hub_is_named(tmp_path: Path) -> None:
     assert "someone/llm" in read_card(tmp_path / "out")[0]["base_model"]
 
 
-def test_a_text_tower_and_its_adapter(tmp_path: Path) -> None:
+def test_adapter_of_a_text_tower_is_merged(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     tokenizer = tiny.processor().tokenizer
     save_text_tower(tiny.text_model(), tokenizer, tmp_path / "llm")
@@ -140,7 +142,7 @@ def test_a_text_tower_and_its_adapter(tmp_path: Path) -> None:
     assert "model.encode(" in text
 
 
-def test_a_vision_half(tmp_path: Path) -> None:
+def test_vision_half_is_built_as_an_image_encoder(tmp_path: Path) -> None:
     half = LLM2CLIPVisionModelWithProjection(tiny.joint_config())
     half.save_pretrained(tmp_path / "half")
     tiny.processor().image_processor.save_pretrained(tmp_path / "half")
@@ -151,7 +153,7 @@ def test_a_vision_half(tmp_path: Path) -> None:
     assert "SentenceTransformer" not in text
 
 
-def test_code_can_live_in_one_repo(tmp_path: Path) -> None:
+def test_code_repo_replaces_the_code_in_the_folder(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model")
     run(tmp_path / "model", tmp_path / "out", "--code-repo", "someone/code")
     assert not list((tmp_path / "out").glob("*.py"))
@@ -160,73 +162,80 @@ def test_code_can_live_in_one_repo(tmp_path: Path) -> None:
         assert all(target.startswith("someone/code--") for target in targets), name
 
 
-def test_building_again_keeps_what_was_written_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_validate", lambda *_: 0.0)
+def test_second_build_keeps_the_edits_of_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
     tiny.save(tmp_path / "model")
     run(tmp_path / "model", tmp_path / "out")
     card = (tmp_path / "out" / CARD).read_text()
-    (tmp_path / "model" / CARD).write_text(card.replace("An LLM2CLIP model:", "Ours, with love:"))
+    (tmp_path / "model" / CARD).write_text(card.replace("An LLM2CLIP model:", "Edited by hand:"))
     run(tmp_path / "model", tmp_path / "out", "--overwrite", "--license", "mit")
     data, text = read_card(tmp_path / "out")
-    assert "Ours, with love:" in text
+    assert "Edited by hand:" in text
     assert data["license"] == "mit"
     (tmp_path / "model" / CARD).write_text((tmp_path / "out" / CARD).read_text())
     run(tmp_path / "model", tmp_path / "out", "--overwrite", "--license", "apache-2.0")
     data, text = read_card(tmp_path / "out")
     assert data["license"] == "apache-2.0"
-    assert "The licence of the weights is apache-2.0" in text
+    assert "The license of the weights is apache-2.0" in text
 
 
 @pytest.mark.parametrize("llm", [None, "someone/llm"])
-def test_nothing_stays_where_a_stranger_gets_other_numbers(
+def test_nothing_is_written_if_outputs_differ_in_a_new_process(
     llm: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.save(tmp_path / "model")
-    save = build._save
+    save = SourceModel.save
 
-    def spoiled(loaded: Any, config: Any, folder: Path) -> None:
-        save(loaded, config, folder)
+    def save_and_change_the_model(self: SourceModel, folder: Path) -> None:
+        save(self, folder)
         with torch.no_grad():
-            loaded.model.text_adapter.proj.weight.mul_(1.01)
+            self.model.text_adapter.proj.weight.mul_(1.01)
 
-    monkeypatch.setattr(build, "_save", spoiled)
-    with pytest.raises(RuntimeError, match="gives other text outputs in a new process"):
+    monkeypatch.setattr(SourceModel, "save", save_and_change_the_model)
+    with pytest.raises(RuntimeError, match=r"the text outputs of .* in a new process differ by"):
         build.run(build.BuildConfig(str(tmp_path / "model"), str(tmp_path / "out"), text_model=llm))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_what_does_not_load_is_not_built(tmp_path: Path) -> None:
+def test_folder_without_its_code_does_not_load_in_a_new_process(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model")
     (tmp_path / "model" / "modeling_llm2clip_adapter.py").unlink()
     with pytest.raises(RuntimeError, match="does not load in a new process without this package"):
-        validation.stranger_outputs(tmp_path / "model", IMAGES[0], CAPTIONS)
+        new_process.outputs_of_new_process(tmp_path / "model", IMAGES[0], CAPTIONS)
 
 
-def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_settings_are_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny.save_apart(tmp_path)
     clip, out = tmp_path / "clip", tmp_path / "out"
     refused(capsys, "give a model and a destination", clip)
-    refused(capsys, "where others cannot load it from; bundle it", clip, out, "--bundle-text-model", "false")
+    refused(capsys, "which others cannot load; bundle it", clip, out, "--bundle-text-model", "false")
     refused(capsys, "drop one", clip, out, "--bundle-text-model", "true", "--text-model", "someone/llm")
-    refused(capsys, "text_model './llm' is no Hub id (OWNER/NAME)", clip, out, "--text-model", "./llm")
-    refused(capsys, "is neither an LLM2CLIP model nor a text tower (its model_type is", tmp_path / "vision", out)
-    refused(capsys, "the example picture nowhere.jpg cannot be read", clip, out, "--example-image", "nowhere.jpg")
-    (tmp_path / "results.json").write_text("[]")
-    refused(capsys, "holds no results of `llm2clip evaluate", clip, out, "--results", tmp_path / "results.json")
+    refused(capsys, "text_model './llm' is not a Hub id (OWNER/NAME)", clip, out, "--text-model", "./llm")
+    refused(capsys, "it contains model_type 'eva02_vision_model'", tmp_path / "vision", out)
+    refused(capsys, "the example image nowhere.jpg cannot be read", clip, out, "--example-image", "nowhere.jpg")
+    results = tmp_path / "results.json"
+    for content, message in (
+        ("[]", "does not contain a JSON object"),
+        ("{}", "does not contain results of `llm2clip"),
+    ):
+        results.write_text(content)
+        refused(capsys, message, clip, out, "--results", results)
     refused(capsys, "an example caption is empty: ['a', '']", clip, out, "--example-captions", "a", "")
     bad = ("--license", "notalicense", "--languages", "English", "--datasets", "./x", "--base-models", "..")
-    refused(capsys, "license 'notalicense' is no licence id of the Hub", clip, out, *bad)
+    refused(capsys, "license 'notalicense' is not a license id of the Hub", clip, out, *bad)
     refused(capsys, "license 'other' needs license_name and license_link", clip, out, "--license", "other")
-    refused(capsys, "go with license: other", clip, out, "--license", "mit", "--license-name", "own")
+    refused(capsys, "require license: other", clip, out, "--license", "mit", "--license-name", "own")
     (clip / CARD).write_text("---\nlicense: ours\n---\n")
-    refused(capsys, f"the metadata of {clip / CARD}: license 'ours' is no licence id of the Hub", clip, out)
+    refused(capsys, f"the metadata of {clip / CARD}: license 'ours' is not a license id of the Hub", clip, out)
     assert not out.exists()
     out.mkdir()
     refused(capsys, "add --overwrite", clip, out)
 
 
 @pytest.mark.parametrize("name", published_models())
-def test_config_only_counts_the_parameters_of_every_published_model(name: str) -> None:
+def test_config_only_counts_the_parameters_of_a_published_model(name: str) -> None:
     counts = build.run(build.BuildConfig(str(FOLDER / name), config_only=True))
     assert counts.pop("parameters") == parameters(published_models()[name].build()) > 0
     assert sum(counts.values()) in (counts_total := parameters(published_models()[name].build()), counts_total - 1)

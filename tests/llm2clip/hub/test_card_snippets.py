@@ -1,4 +1,4 @@
-"""The snippets of a pushed card run for a reader who has nothing but the card: no package, no files, no cache."""
+"""The code examples of a pushed card run in a new process without this package, local files or a cache."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
-from llm2clip.hub import build, push
+from llm2clip.hub import build
 from llm2clip.hub.cards import CARD
+from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from tests.llm2clip.hub.conftest import REPO, upload
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.tiny import IMAGES
 from tests.stranger import answer
 
-REPO = "tester/tiny"
 READER = """
 import contextlib, io, json
 shown = []
@@ -33,14 +34,21 @@ print(json.dumps(shown))
 
 
 @pytest.fixture(autouse=True)
-def _loaded_by_the_reader_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    # test_build.py has the process that loads what was built.
-    monkeypatch.setattr(build, "_validate", lambda *_: 0.0)
+def _no_process_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    # test_build.py tests the process that loads the built folder.
+    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
 
 
 def read(hub: LoopbackHub, folder: Path, home: Path, picture: bool = False) -> list[str]:
-    """Push a folder; returns what the snippets of the card print to a reader, who may have a picture."""
-    push.run(push.PushConfig(str(folder), REPO, validate=False), HfApi(endpoint=hub.url, token=TOKEN))
+    """Push a folder and run the code examples of its card; returns the output of each.
+
+    Args:
+        hub: The hub.
+        folder: A built folder.
+        home: An empty folder for the new process.
+        picture: Whether there is a picture.jpg in the working directory.
+    """
+    upload(hub, folder)
     card = hub.repo(REPO).files()[CARD].decode()
     reader = home / "reader"
     reader.mkdir()
@@ -50,7 +58,7 @@ def read(hub: LoopbackHub, folder: Path, home: Path, picture: bool = False) -> l
     return answer(READER, snippets, home=reader, environment=hub.environment(home / "cache", token=None))
 
 
-def test_a_joint_model_with_a_picture(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_examples_of_a_joint_model_with_an_example_image(hub: LoopbackHub, tmp_path: Path) -> None:
     tiny.save(tmp_path / "model")
     IMAGES[0].save(tmp_path / "picture.png")
     settings = build.BuildConfig(str(tmp_path / "model"), str(tmp_path / "out"))
@@ -64,17 +72,17 @@ def test_a_joint_model_with_a_picture(hub: LoopbackHub, tmp_path: Path) -> None:
     assert similarity.startswith("tensor([[")
 
 
-def test_a_vision_half_and_the_readers_picture(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_examples_of_a_vision_half_with_an_image_of_the_user(hub: LoopbackHub, tmp_path: Path) -> None:
     LLM2CLIPVisionModelWithProjection(tiny.joint_config()).save_pretrained(tmp_path / "half")
     tiny.processor().image_processor.save_pretrained(tmp_path / "half")
     build.run(build.BuildConfig(str(tmp_path / "half"), str(tmp_path / "out")))
-    assert 'picture = "picture.jpg"  # an image file of yours' in (tmp_path / "out" / CARD).read_text()
+    assert 'picture = "picture.jpg"  # path of an image' in (tmp_path / "out" / CARD).read_text()
     states, pooled = read(hub, tmp_path / "out", tmp_path, picture=True)
     assert states == "torch.Size([1, 24]) torch.Size([1, 17, 32])\n"
     assert pooled == "torch.Size([1, 24])\n"
 
 
-def test_a_text_tower(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_examples_of_a_text_tower(hub: LoopbackHub, tmp_path: Path) -> None:
     save_text_tower(tiny.text_model(), tiny.processor().tokenizer, tmp_path / "llm")
     build.run(build.BuildConfig(str(tmp_path / "llm"), str(tmp_path / "out")))
     shape, states, similarity = read(hub, tmp_path / "out", tmp_path)
@@ -83,7 +91,7 @@ def test_a_text_tower(hub: LoopbackHub, tmp_path: Path) -> None:
     assert similarity.startswith(("tensor([[1.0", "tensor([[0.99"))
 
 
-def test_an_adapter_whose_llm_is_on_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_example_of_an_adapter_whose_llm_is_on_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     tokenizer = tiny.processor().tokenizer
     save_text_tower(tiny.text_model(), tokenizer, tmp_path / "llm")

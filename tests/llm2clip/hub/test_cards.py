@@ -1,4 +1,4 @@
-"""Model cards: valid for the Hub, true to the facts, and careful with what people wrote."""
+"""Model cards: valid metadata, correct content, and merging that keeps the edits of people."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FACTS = CardFacts(
     task=JOINT_TASK,
     repo="runs/tiny",
     summary="A tiny model.",
-    licence="mit",
+    license="mit",
     base_models=["someone/tower", "someone/llm"],
     datasets=["someone/pictures"],
     recipe={"learning_rate": 1e-3, "caption_weights": [3, 1]},
@@ -46,12 +46,12 @@ FACTS = CardFacts(
 )
 
 
-def test_the_hub_reads_what_is_known(tmp_path: Path) -> None:
+def test_model_card_class_reads_the_metadata(tmp_path: Path) -> None:
     write_card(tmp_path, FACTS)
     validate_card(tmp_path)
     data = ModelCard.load(tmp_path / CARD).data
     assert data.license == "mit"
-    assert license_of(tmp_path) == {"licence": "mit"}
+    assert license_of(tmp_path) == {"license": "mit"}
     assert license_of(tmp_path / "elsewhere") == license_of(None) == {}
     assert data.pipeline_tag == "zero-shot-image-classification"
     assert data.library_name == "transformers"
@@ -63,18 +63,18 @@ def test_the_hub_reads_what_is_known(tmp_path: Path) -> None:
     assert all(result.dataset_revision == "abc" and result.dataset_split == "test" for result in results.values())
 
 
-def test_the_hub_takes_what_is_written_and_not_what_is_refused_here(hub: LoopbackHub, tmp_path: Path) -> None:
-    other = {"licence": "other", "licence_name": "own", "licence_link": "LICENSE"}
+def test_check_of_the_metadata_agrees_with_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
+    other = {"license": "other", "license_name": "own", "license_link": "LICENSE"}
     good: list[dict[str, Any]] = [{}, {"languages": ["en", "yue"]}, {"datasets": ["imagenet-1k"]}, other]
     bad: list[tuple[dict[str, Any], str]] = [
         (
-            {"licence": "Apache-2.0"},
-            r"license 'Apache-2.0' is no licence id of the Hub \(did you mean 'apache-2.0'\?\)",
+            {"license": "Apache-2.0"},
+            r"license 'Apache-2.0' is not a license id of the Hub \(did you mean 'apache-2.0'\?\)",
         ),
-        ({"licence": "other"}, "license 'other' needs license_name and license_link"),
-        ({"languages": ["en", "English"]}, "language 'English' is no ISO 639 code such as en, de or yue"),
-        ({"datasets": ["./x"]}, r"datasets '\./x' is no Hub id"),
-        ({"base_models": [".."]}, r"base_model '\.\.' is no Hub id"),
+        ({"license": "other"}, "license 'other' needs license_name and license_link"),
+        ({"languages": ["en", "English"]}, "language 'English' is not an ISO 639 code such as en, de or yue"),
+        ({"datasets": ["./x"]}, r"datasets '\./x' is not a Hub id"),
+        ({"base_models": [".."]}, r"base_model '\.\.' is not a Hub id"),
     ]
     for fields in good:
         (tmp_path / CARD).write_text(render(replace(FACTS, **fields)))
@@ -88,31 +88,31 @@ def test_the_hub_takes_what_is_written_and_not_what_is_refused_here(hub: Loopbac
             ModelCard.load(tmp_path / CARD).validate()
 
 
-def test_all_that_is_wrong_is_named_at_once() -> None:
+def test_one_error_names_all_problems_of_the_metadata() -> None:
     with pytest.raises(ValueError, match=r"license 'x'.*language 'zh-CN'.*datasets 'a/b/c'"):
         check_metadata({"license": "x", "language": "zh-CN", "datasets": ["a/b/c"]})
-    # In a card that a person wrote, a bare `no` is Norwegian to the Hub and false to PyYAML.
+    # `no` without quotes is Norwegian for the Hub, and false for PyYAML.
     check_metadata(yaml.safe_load("license: mit\nlanguage: [en, no]\n"))
 
 
-def test_the_text_says_it_too() -> None:
+def test_text_contains_results_captions_settings_and_license() -> None:
     card = render(FACTS)
     assert "| image-text retrieval | someone/pictures (test, caption) | text → image | 5.0 | 25.0 | 50.0 |" in card
     assert 'captions = ["a \\"red\\" bus", "a dog, with\\ntwo lines"]' in card
     settings = card.split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(settings) == FACTS.recipe
-    assert "The licence of the weights is mit" in card
-    assert "is not stated: look up" in render(replace(FACTS, licence=None))
-    other = replace(FACTS, licence="other", licence_name="own", licence_link="LICENSE")
-    assert "The licence of the weights is [own](LICENSE)." in render(other)
-    # Nothing is said about what is not known.
+    assert "The license of the weights is mit" in card
+    assert "is not stated; see the licenses" in render(replace(FACTS, license=None))
+    other = replace(FACTS, license="other", license_name="own", license_link="LICENSE")
+    assert "The license of the weights is [own](LICENSE)." in render(other)
+    # Sections without content are left out.
     bare = render(CardFacts("x", JOINT_TASK, "x", "A model."))
     assert "## Results" not in bare
     assert "## Training" not in bare
     assert "model-index" not in bare
 
 
-def test_edits_survive_and_the_rest_is_renewed(tmp_path: Path) -> None:
+def test_edited_sections_are_kept_and_the_others_replaced(tmp_path: Path) -> None:
     write_card(tmp_path, FACTS)
     card = (tmp_path / CARD).read_text()
     edited = card.replace("A tiny model.", "My own words.").replace("license: mit", "license: apache-2.0\nmy_key: 1")
@@ -139,24 +139,24 @@ def test_edits_survive_and_the_rest_is_renewed(tmp_path: Path) -> None:
     assert values == list(better.values())
 
 
-def test_a_card_of_ones_own_stays_as_it_is() -> None:
+def test_card_without_generated_sections_only_gains_metadata() -> None:
     mine = "---\nlicense: mit\n---\n\n# Mine\n\nAll of it.\n"
-    merged = merge_cards(mine, render(replace(FACTS, licence="apache-2.0")))
+    merged = merge_cards(mine, render(replace(FACTS, license="apache-2.0")))
     data, text = split_card(merged)
     assert text == "# Mine\n\nAll of it.\n"
     assert data["license"] == "mit"
     assert data["pipeline_tag"] == JOINT_TASK
-    # A repo that was made on the website has front matter alone.
+    # The card of a repo created on the website has only front matter.
     assert "A tiny model." in merge_cards("---\nlicense: mit\n---\n", render(FACTS))
 
 
-def test_the_same_facts_give_the_same_card() -> None:
+def test_merging_a_card_with_itself_changes_nothing() -> None:
     card = render(FACTS)
     assert merge_cards(card, card) == card
     assert with_repo(with_repo(card, "a/b", "x"), "a/b", "x") == with_repo(card, "a/b", "x")
 
 
-def test_snippets_name_the_repo() -> None:
+def test_code_examples_load_the_repo_after_a_push() -> None:
     card = with_repo(render(FACTS), "someone/tiny", "address/example.png")
     assert 'AutoModel.from_pretrained("someone/tiny"' in card
     assert 'model="someone/tiny"' in card
@@ -166,7 +166,7 @@ def test_snippets_name_the_repo() -> None:
     assert split_card(card)[0]["widget"][0]["src"] == "address/example.png"
 
 
-def test_other_peoples_results_can_be_added() -> None:
+def test_results_that_others_added_are_kept() -> None:
     result = metadata_eval_result(
         model_pretty_name="tiny",
         task_pretty_name="x",
@@ -184,15 +184,15 @@ def test_other_peoples_results_can_be_added() -> None:
     assert len(split_card(merge_cards(render(FACTS), render(FACTS)))[0]["model-index"][0]["results"]) == 1
 
 
-def test_broken_front_matter_is_refused(tmp_path: Path) -> None:
+def test_invalid_front_matter_or_missing_card_is_refused(tmp_path: Path) -> None:
     (tmp_path / CARD).write_text("---\nlicense: [mit\n---\n")
-    with pytest.raises(ValueError, match=r"the front matter of README\.md is no YAML"):
+    with pytest.raises(ValueError, match=r"the front matter of README\.md is not valid YAML"):
         read_card(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"has no README\.md; `llm2clip build` writes one"):
         validate_card(tmp_path / "elsewhere")
 
 
-def test_curves_are_drawn_where_there_are_any(tmp_path: Path) -> None:
+def test_curves_are_drawn_only_if_the_history_contains_any(tmp_path: Path) -> None:
     assert not write_curves(tmp_path, [{"epoch": 1.0, "train_runtime": 3.0, "step": 4}])
     assert not (tmp_path / CURVES).exists()
     history = [{"step": step, "loss": 1 / step} for step in range(1, 9)]

@@ -1,4 +1,4 @@
-"""ONNX graphs, run by onnxruntime and compared with the model that they came from."""
+"""ONNX graphs in onnxruntime give the outputs of the exported model."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def text_embeds(folder: Path, captions: list[str]) -> Tensor:
     return torch.from_numpy(session(folder, "text").run(["text_embeds"], inputs)[0])
 
 
-def test_graphs_equal_the_model(tmp_path: Path) -> None:
+def test_graphs_give_the_outputs_of_the_model(tmp_path: Path) -> None:
     model = tiny.save(tmp_path, logit_bias_init_value=-2.5)
     assert cli.main(["export-onnx", str(tmp_path)]) == 0
     folder = tmp_path / "onnx"
     assert sorted(path.name for path in folder.iterdir()) == ["text_model.onnx", "vision_model.onnx"]
     expected = model.encode_text(CAPTIONS, PROCESSOR)
     torch.testing.assert_close(text_embeds(folder, CAPTIONS), expected, atol=1e-5, rtol=0)
-    # A caption alone: another batch, another length, no padding.
+    # One caption: another batch size and length, no padding.
     torch.testing.assert_close(text_embeds(folder, CAPTIONS[:1]), expected[:1], atol=1e-5, rtol=0)
     images = model.encode_image([*IMAGES, IMAGES[0]], PROCESSOR)
     torch.testing.assert_close(image_embeds(folder), images, atol=1e-5, rtol=0)
@@ -58,7 +58,7 @@ def test_graphs_equal_the_model(tmp_path: Path) -> None:
     assert float(metadata["logit_bias"]) == -2.5
 
 
-def test_half_precision_and_an_llm_in_its_own_folder(tmp_path: Path) -> None:
+def test_float16_graph_of_a_model_whose_llm_is_in_its_own_folder(tmp_path: Path) -> None:
     model = tiny.save_apart(tmp_path)
     arguments = [str(tmp_path / "clip"), "--output_dir", str(tmp_path / "out"), "--dtype", "float16"]
     assert cli.main(["export-onnx", *arguments, "--parts", "text"]) == 0
@@ -70,12 +70,12 @@ def test_half_precision_and_an_llm_in_its_own_folder(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["vision_model.onnx"]
 
 
-def test_a_vision_half_has_a_vision_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_vision_half_has_only_a_vision_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = LLM2CLIPVisionModelWithProjection(tiny.joint_config()).eval()
     model.save_pretrained(tmp_path)
     PROCESSOR.image_processor.save_pretrained(tmp_path)
     assert cli.main(["export-onnx", str(tmp_path), "--parts", "text"]) == 2
-    assert "is a vision half alone, without a text graph" in capsys.readouterr().err
+    assert "is a vision half of an LLM2CLIP model and has no text graph" in capsys.readouterr().err
     assert cli.main(["export-onnx", str(tmp_path)]) == 0
     pixels = PROCESSOR(images=[*IMAGES, IMAGES[0]], return_tensors="pt")
     expected = torch.nn.functional.normalize(model(**pixels).pooler_output, dim=-1)
@@ -83,7 +83,7 @@ def test_a_vision_half_has_a_vision_graph(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("model_type", ["clip_vision_model", "siglip_vision_model", "dinov2"])
-def test_other_vision_towers(model_type: str, tmp_path: Path) -> None:
+def test_vision_graph_of_other_towers(model_type: str, tmp_path: Path) -> None:
     model = LLM2CLIPModel(tiny.joint_config(vision=vision_tower(model_type))).eval()
     model.save_pretrained(tmp_path)
     PROCESSOR.save_pretrained(tmp_path)
@@ -92,7 +92,7 @@ def test_other_vision_towers(model_type: str, tmp_path: Path) -> None:
     torch.testing.assert_close(image_embeds(tmp_path / "onnx"), expected, atol=1e-5, rtol=0)
 
 
-def test_the_image_processor_says_the_size_of_the_graph(tmp_path: Path) -> None:
+def test_image_processor_determines_the_image_size_of_the_graph(tmp_path: Path) -> None:
     """DINOv2 interpolates its positions, so a model may see smaller images than its tower was trained on."""
     model = LLM2CLIPModel(tiny.joint_config(vision=vision_tower("dinov2"))).eval()
     model.save_pretrained(tmp_path)
@@ -103,7 +103,7 @@ def test_the_image_processor_says_the_size_of_the_graph(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", [name for name in tiny.DECODERS if name != "llama"])
-def test_other_llms(model_type: str, tmp_path: Path) -> None:
+def test_text_graph_of_other_llms(model_type: str, tmp_path: Path) -> None:
     model = tiny.save(tmp_path, text=tiny.text_config(model_type))
     export_onnx.run(export_onnx.ExportOnnxConfig(str(tmp_path), parts=["text"]))
     expected = model.encode_text(CAPTIONS, PROCESSOR)
@@ -117,13 +117,15 @@ def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[st
     assert "Traceback" not in error
 
 
-def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_and_settings_that_cannot_be_exported_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny.save_apart(tmp_path)
     clip, llm = str(tmp_path / "clip"), str(tmp_path / "llm")
-    refused([llm], "is no LLM2CLIP model (its model_type is 'llm2clip_text_model')", capsys)
-    refused(["someone/model"], "someone/model is no folder; say where to write: --output-dir FOLDER", capsys)
-    refused([clip, "--dtype", "int8"], "dtype 'int8' is unknown; choose float32 or float16", capsys)
-    refused([clip, "--parts", "audio"], "parts ['audio']; choose vision, text or both", capsys)
+    refused([llm], "it contains a text tower", capsys)
+    refused(["someone/model"], "someone/model is not a folder; give a folder to write: --output-dir FOLDER", capsys)
+    refused([clip, "--dtype", "int8"], "dtype is 'int8', but it has to be one of float32, float16", capsys)
+    refused([clip, "--parts", "audio"], "parts is ['audio']; choose vision, text or both", capsys)
     (tmp_path / "llm").rename(tmp_path / "moved")
     refused([clip], "--parts vision exports the vision graph without the LLM", capsys)
     (tmp_path / "clip" / "onnx").mkdir()
@@ -131,11 +133,11 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert not list((tmp_path / "clip" / "onnx").iterdir())
     refused([clip, "--output_dir", clip, "--overwrite"], "is not replaced, because it contains other files", capsys)
     LLM2CLIPModel(tiny.joint_config(vision=vision_tower("siglip2_vision_model"))).save_pretrained(tmp_path / "naflex")
-    refused([str(tmp_path / "naflex")], "takes images of any shape, as lists of patches", capsys)
+    refused([str(tmp_path / "naflex")], "reads images of any shape as lists of patches", capsys)
     assert not (tmp_path / "naflex" / "onnx").exists()
 
 
-def test_a_graph_that_differs_is_not_kept(
+def test_graph_that_differs_from_torch_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny.save(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import llm2clip
-from llm2clip.hub import build
+from llm2clip.hub.source_model import SourceModel
 from tests.llm2clip.convert import checkpoints
 from tests.llm2clip.convert.checkpoints import OPENAI
 from tests.loopback_hub import TOKEN, LoopbackHub
@@ -17,7 +17,7 @@ def test_checkpoint_is_converted_built_and_pushed_by_functions_alone(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # test_build.py covers the process that loads the built folder.
-    monkeypatch.setattr(build, "_validate", lambda *_: 0.0)
+    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     converted = llm2clip.convert_checkpoint(
         Path(checkpoints.original_pt(OPENAI, tmp_path / "model.pt")),

@@ -1,4 +1,4 @@
-"""`llm2clip push` against a hub on the loopback interface: the good day, and the bad ones."""
+"""`llm2clip push`: checks before the upload, error messages, and the pushed model in the hands of its users."""
 
 from __future__ import annotations
 
@@ -6,54 +6,24 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llm2clip import cli
-from llm2clip.hub import build, push
 from llm2clip.hub.cards import CARD, split_card
 from modeling_llm2clip import LLM2CLIPModel
-from tests.loopback_hub import CUT, READ_TOKEN, TOKEN, File, LoopbackHub
+from tests.llm2clip.hub.conftest import REPO, content, upload
+from tests.loopback_hub import READ_TOKEN, TOKEN, LoopbackHub
 from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
 from tests.stranger import HIDE
 
-REPO = "tester/tiny"
 
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("built")
-    tiny.save_apart(folder)
-    IMAGES[0].save(folder / "picture.png")
-    settings = build.BuildConfig(
-        str(folder / "clip"),
-        str(folder / "out"),
-        example_image=str(folder / "picture.png"),
-        example_captions=["noise", "a dog"],
-    )
-    build.run(settings)
-    return folder / "out"
-
-
-def upload(hub: LoopbackHub, folder: Path, token: str | bool = TOKEN, **settings: Any) -> dict[str, Any]:
-    config = push.PushConfig(**{"folder": str(folder), "repo_id": REPO, "validate": False, **settings})
-    return push.run(config, HfApi(endpoint=hub.url, token=token))
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_what_arrives_is_the_folder(hub: LoopbackHub, built: Path) -> None:
+def test_push_uploads_every_file_of_the_folder_unchanged_except_the_card(hub: LoopbackHub, built: Path) -> None:
     before = content(built)
     result = upload(hub, built, private=True, commit_message="Hello")
     repo = hub.repo(REPO)
@@ -71,51 +41,19 @@ def test_what_arrives_is_the_folder(hub: LoopbackHub, built: Path) -> None:
     assert content(built) == before
 
 
-def test_nothing_private_goes_to_a_public_repo(hub: LoopbackHub, built: Path) -> None:
-    upload(hub, built)
-    commits = len(hub.repo(REPO).messages)
-    with pytest.raises(ValueError, match=rf"{REPO} is there already and is public: make it private in its settings"):
-        upload(hub, built, private=True)
-    assert len(hub.repo(REPO).messages) == commits
-    upload(hub, built, repo_id="tester/other", private=True)
-    upload(hub, built, repo_id="tester/other", private=True)
-
-
-def test_a_second_push_finishes_the_first(hub: LoopbackHub, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits between its tries
-    before = content(built)
-    hub.fail_next("PUT", "_lfs", CUT, times=20)
-    with pytest.raises(ValueError, match=r"the connection broke .*push again, and what has been uploaded is not sent"):
-        upload(hub, built)
-    assert not hub.repo(REPO).files()
-    hub.failures.clear()
-    upload(hub, built)
-    assert hub.repo(REPO).files()["model.safetensors"] == (built / "model.safetensors").read_bytes()
-    # Cut off after the weights had arrived: they are not sent again.
-    sent = len(hub.uploads())
-    hub.fail_next("POST", "/commit/", CUT, times=20)
-    with pytest.raises(ValueError, match="push again"):
-        upload(hub, built, repo_id="tester/other")
-    hub.failures.clear()
-    upload(hub, built, repo_id="tester/other")
-    assert len(hub.uploads()) == sent
-    assert hub.repo("tester/other").files().keys() == hub.repo(REPO).files().keys()
-    assert content(built) == before
-
-
 @pytest.mark.parametrize(
     ("token", "repo", "message"),
     [
         (False, REPO, r"token is missing or not valid: log in with `hf auth login`, or set HF_TOKEN \(HTTP 401"),
         ("hf_wrong", REPO, r"token is missing or not valid.*HTTP 401"),
-        (READ_TOKEN, REPO, r"needs write access to the repo and its organisation \(HTTP 403"),
-        (TOKEN, "someone-else/tiny", r"needs write access to the repo and its organisation \(HTTP 403"),
-        (TOKEN, "tester/a--b", r"'tester/a--b' is no repo name that the Hub takes"),
-        (TOKEN, "tiny", r"'tiny' is no repo name: write OWNER/NAME"),
-        (TOKEN, "tester/no spaces", r"is no repo name: write OWNER/NAME"),
+        (READ_TOKEN, REPO, r"needs write access to the repo and its organization \(HTTP 403"),
+        (TOKEN, "someone-else/tiny", r"needs write access to the repo and its organization \(HTTP 403"),
+        (TOKEN, "tester/a--b", r"'tester/a--b' is not a valid repo name"),
+        (TOKEN, "tiny", r"'tiny' is not a repo name: write OWNER/NAME"),
+        (TOKEN, "tester/no spaces", r"is not a repo name: write OWNER/NAME"),
     ],
 )
-def test_refusals_name_the_next_step(
+def test_error_for_token_or_repo_name_names_the_next_step(
     token: str | bool, repo: str, message: str, hub: LoopbackHub, built: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -126,165 +64,26 @@ def test_refusals_name_the_next_step(
 @pytest.mark.parametrize(
     ("status", "path", "message"),
     [
-        (400, "/commit/", r"does not take this: mend what it names .*, then push again \(HTTP 400"),
-        (402, "/commit/", r"plan does not cover this: free storage or change the plan .* \(HTTP 402"),
-        (412, "/commit/", r"the repo changed while this push ran: push again \(HTTP 412"),
+        (400, "/commit/", r"the Hub rejects this request: correct what it names .* and push again \(HTTP 400"),
+        (402, "/commit/", r"plan of the account does not cover this: free storage, or change the plan .* \(HTTP 402"),
+        (412, "/commit/", r"the repo changed during this push: push again \(HTTP 412"),
         (413, "/commit/", r"a file is too large for the Hub: .*save its weights in shards .* \(HTTP 413"),
-        (451, "/commit/", r"the Hub refused: mend what it names \(HTTP 451"),
+        (451, "/commit/", r"the Hub refuses this request \(HTTP 451"),
         (409, "/commit/", r"changed or is being created at the same time: push again \(HTTP 409"),
-        (429, "/commit/", r"too many requests: wait some minutes, then push again \(HTTP 429"),
-        (404, "/preupload/", r"there is no such repo, or the token may not see it \(HTTP 404"),
+        (429, "/commit/", r"too many requests: wait some minutes and push again \(HTTP 429"),
+        (404, "/preupload/", r"the repo does not exist, or the token has no access to it \(HTTP 404"),
     ],
 )
-def test_bad_days_name_the_next_step(status: int, path: str, message: str, hub: LoopbackHub, built: Path) -> None:
+def test_error_for_http_status_names_the_next_step(
+    status: int, path: str, message: str, hub: LoopbackHub, built: Path
+) -> None:
     hub.fail_next("POST", path, status, times=20)
     with pytest.raises(ValueError, match=message):
         upload(hub, built)
     assert not hub.repo(REPO).files()
 
 
-def test_branches_and_pull_requests(hub: LoopbackHub, built: Path) -> None:
-    upload(hub, built, revision="experiment")
-    assert not hub.repo(REPO).files()
-    assert "model.safetensors" in hub.repo(REPO).files("experiment")
-    result = upload(hub, built, create_pr=True)
-    assert result["pull_request"].endswith(f"/{REPO}/discussions/1")
-    assert "model.safetensors" in hub.repo(REPO).files("refs/pr/1")
-    assert not hub.repo(REPO).files()
-
-
-def test_a_pull_request_takes_further_pushes(hub: LoopbackHub, built: Path) -> None:
-    upload(hub, built, create_pr=True)
-    upload(hub, built, revision="refs/pr/1", commit_message="Once more")
-    assert hub.repo(REPO).messages[-1] == "Once more"
-    assert not hub.repo(REPO).files()
-    # It is to become main.
-    data, _ = split_card(hub.repo(REPO).files("refs/pr/1")[CARD].decode())
-    assert data["widget"][0]["src"] == f"{hub.url}/{REPO}/resolve/main/example.png"
-    with pytest.raises(ValueError, match=rf"{REPO} has no refs/pr/2; --create-pr opens a new pull request"):
-        upload(hub, built, revision="refs/pr/2")
-    with pytest.raises(ValueError, match="leave out --revision experiment, or --create-pr"):
-        upload(hub, built, revision="experiment", create_pr=True)
-    assert list(hub.repo(REPO).branches) == ["main", "refs/pr/1"]
-
-
-def test_a_repo_of_another_model_is_left_alone(hub: LoopbackHub, built: Path) -> None:
-    api = HfApi(endpoint=hub.url, token=TOKEN)
-    api.create_repo(REPO)
-    api.upload_file(path_or_fileobj=b'{"model_type": "bert"}', path_in_repo="config.json", repo_id=REPO)
-    for revision in (None, "experiment"):
-        with pytest.raises(
-            ValueError, match=r"holds a model of type 'bert', and .* is 'llm2clip'; push to another repo"
-        ):
-            upload(hub, built, revision=revision)
-    assert list(hub.repo(REPO).branches) == ["main"]
-    assert list(hub.repo(REPO).files()) == ["config.json"]
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"config.json": b'{"architecture": "vit_base"}'}, "holds something else, and this model is 'llm2clip'"),
-        ({"config.json": b"{"}, "holds something else"),
-        ({"diffusion.safetensors": b"x"}, "holds diffusion.safetensors, but no config.json, so it is no earlier push"),
-        ({f"{letter}.bin": b"x" for letter in "abcd"}, r"holds a.bin, b.bin, c.bin and more, but no config.json"),
-    ],
-)
-def test_a_repo_of_something_else_is_left_alone(
-    files: dict[str, bytes], message: str, hub: LoopbackHub, built: Path
-) -> None:
-    HfApi(endpoint=hub.url, token=TOKEN).create_repo(REPO)
-    repo = hub.repo(REPO)
-    repo.commit("main", {name: File(content, lfs=False) for name, content in files.items()}, "theirs")
-    with pytest.raises(ValueError, match=f"{message}.*; push to another repo"):
-        upload(hub, built)
-    assert repo.files() == files
-
-
-def test_a_new_repo_keeps_what_the_website_put_there(hub: LoopbackHub, built: Path) -> None:
-    HfApi(endpoint=hub.url, token=TOKEN).create_repo(REPO)
-    card = b"---\nlicense: mit\n---\n"
-    hub.repo(REPO).commit("main", {".gitattributes": File(b"*", False), CARD: File(card, False)}, "website")
-    upload(hub, built)
-    assert hub.repo(REPO).files()[".gitattributes"] == b"*"
-    assert split_card(hub.repo(REPO).files()[CARD].decode())[0]["license"] == "mit"
-
-
-def edit_while_uploading(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, edits: list[Callable[[str], str]]) -> None:
-    """Change the card on main after the weights have arrived and before the commit, once for every edit."""
-    send = HfApi.preupload_lfs_files
-
-    def and_edit(*args: Any, **kwargs: Any) -> None:
-        send(*args, **kwargs)
-        if edits:
-            repo = hub.repo(REPO)
-            files = dict(repo.commits[repo.branches["main"]])
-            files[CARD] = File(edits.pop(0)(files[CARD].content.decode()).encode(), lfs=False)
-            repo.commit("main", files, "edit")
-
-    monkeypatch.setattr(HfApi, "preupload_lfs_files", and_edit)
-
-
-def test_edits_of_the_card_while_the_push_runs_survive(
-    hub: LoopbackHub, built: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    upload(hub, built)
-    edits = [lambda card: card + "\nOnce.\n", lambda card: card + "\nTwice.\n"]
-    edit_while_uploading(hub, monkeypatch, edits)
-    sent = len(hub.uploads())
-    upload(hub, built, commit_message="Second")
-    assert hub.repo(REPO).messages[-3:] == ["edit", "edit", "Second"]
-    assert "\nOnce.\n\nTwice.\n" in hub.repo(REPO).files()[CARD].decode()
-    assert len(hub.uploads()) == sent
-
-
-def test_a_repo_that_never_rests_ends_the_push(hub: LoopbackHub, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    upload(hub, built)
-    edits = [lambda card: card + "\nMore.\n"] * 10
-    edit_while_uploading(hub, monkeypatch, edits)
-    with pytest.raises(ValueError, match=r"the repo changed while this push ran: push again \(HTTP 412"):
-        upload(hub, built)
-    assert len(edits) == 6
-
-
-def test_edits_of_the_card_survive_and_stale_weights_go(hub: LoopbackHub, built: Path) -> None:
-    upload(hub, built)
-    api = HfApi(endpoint=hub.url, token=TOKEN)
-    card = hub.repo(REPO).files()[CARD].decode().replace("An LLM2CLIP model:", "Edited on the website:")
-    api.upload_file(path_or_fileobj=card.encode(), path_in_repo=CARD, repo_id=REPO)
-    stale = ("model-00001-of-00002.safetensors", "adapter_config.json", "adapter_model.safetensors")
-    others = ("notes.txt", "last-checkpoint/model.safetensors", "diffusion.safetensors")
-    for name in (*stale, *others):
-        api.upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id=REPO)
-    upload(hub, built)
-    files = hub.repo(REPO).files()
-    assert "Edited on the website:" in files[CARD].decode()
-    assert set(others) <= set(files)
-    assert not set(stale) & set(files)
-
-
-def test_a_card_that_cannot_be_read_stops_the_push(hub: LoopbackHub, built: Path) -> None:
-    upload(hub, built)
-    hub.fail_next("GET", "/resolve/", CUT, times=50)
-    hub.fail_next("HEAD", "/resolve/", CUT, times=50)
-    with pytest.raises(ValueError, match=r"the connection broke .*push again"):
-        upload(hub, built)
-
-
-def test_a_licence_that_was_changed_on_the_hub_stays_and_is_named(
-    hub: LoopbackHub, built: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(built, copy)
-    for licence in ("mit", "apache-2.0"):
-        card = (built / CARD).read_text().replace("pipeline_tag:", f"license: {licence}\npipeline_tag:", 1)
-        (copy / CARD).write_text(card)
-        upload(hub, copy)
-    assert split_card(hub.repo(REPO).files()[CARD].decode())[0]["license"] == "mit"
-    assert "the card on the Hub keeps its own license; change it there" in caplog.text
-
-
-def test_folder_names_that_look_like_hub_ids(
+def test_local_folder_whose_path_looks_like_a_hub_id_is_pushed(
     hub: LoopbackHub, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -293,12 +92,14 @@ def test_folder_names_that_look_like_hub_ids(
     assert "model.safetensors" in hub.repo(REPO).files()
 
 
-def test_folders_that_are_not_ready(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomplete_folder_is_refused_before_the_upload(
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def refused(folder: Path, message: str) -> None:
         assert cli.main(["push", str(folder), REPO]) == 2
         assert message in capsys.readouterr().err
 
-    refused(tmp_path / "nowhere", "is no folder; `llm2clip build MODEL")
+    refused(tmp_path / "nowhere", "is not a folder; `llm2clip build MODEL")
     refused(tmp_path, "has no config.json; build it first")
     copy = tmp_path / "copy"
     for spoil, message in (
@@ -312,15 +113,18 @@ def test_folders_that_are_not_ready(built: Path, tmp_path: Path, capsys: pytest.
             lambda: [(copy / f"{name}_config.json").unlink() for name in ("processor", "preprocessor")],
             "lacks processor_config.json or preprocessor_config.json; build it first",
         ),
-        (lambda: os.truncate(copy / "config.json", 30), f"{copy / 'config.json'} is not valid JSON"),
-        (lambda: (copy / "config.json").write_text("{}"), f"{copy / 'config.json'} has no model_type; build"),
+        (lambda: os.truncate(copy / "config.json", 30), f"{copy / 'config.json'}' is not a valid JSON file"),
+        (
+            lambda: (copy / "config.json").write_text('{"a": 1}'),
+            "it contains model_type None. Build it first: llm2clip",
+        ),
     ):
         shutil.copytree(built, copy)
         spoil()
         refused(copy, message)
         shutil.rmtree(copy)
     tiny.save_apart(tmp_path)
-    refused(tmp_path / "clip", "where others cannot load it from; `llm2clip build` bundles it")
+    refused(tmp_path / "clip", "which others cannot load; `llm2clip build` bundles it")
 
 
 CONSUMER = """
@@ -349,8 +153,10 @@ save_file({key: value.detach().contiguous() for key, value in found.items()}, ou
 """
 
 
-def test_strangers_use_the_repo_through_every_door(hub: LoopbackHub, built: Path, tmp_path: Path) -> None:
-    """Push by the command, then AutoModel, three pipelines and SentenceTransformer from the repo id alone."""
+def test_pushed_model_works_in_auto_classes_pipelines_and_sentence_transformers(
+    hub: LoopbackHub, built: Path, tmp_path: Path
+) -> None:
+    """The command pushes; AutoModel, three pipelines and SentenceTransformer load the model by its Hub id."""
     environment = {**os.environ, **hub.environment(tmp_path / "publisher")}
     command = [sys.executable, "-m", "llm2clip", "push", str(built), REPO]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""A saved folder is a SentenceTransformer for a process that has never seen this package."""
+"""A saved folder loads as a SentenceTransformer in a process without this package."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_stranger_gets_the_models_own_rows(pictures: Path, tmp_path: Path) -> None:
+def test_process_without_this_package_gets_the_embeddings_of_the_model(pictures: Path, tmp_path: Path) -> None:
     model, processor = tiny.save(tmp_path / "model"), tiny.processor()
     write_sentence_transformers_files(tmp_path / "model")
     found = stranger.answer(STRANGER, tmp_path / "model", pictures, json.dumps(CAPTIONS), home=tmp_path)
@@ -98,7 +98,7 @@ def test_stranger_gets_the_models_own_rows(pictures: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow  # three processes import sentence-transformers
-def test_two_processes_give_the_rows_of_one(pictures: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_embeddings_of_one(pictures: Path, tmp_path: Path) -> None:
     model, processor = tiny.save(tmp_path / "model"), tiny.processor()
     write_sentence_transformers_files(tmp_path / "model")
     text, image = stranger.answer(
@@ -108,7 +108,7 @@ def test_two_processes_give_the_rows_of_one(pictures: Path, tmp_path: Path) -> N
     torch.testing.assert_close(torch.tensor(image), model.encode_image(IMAGES, processor), **CLOSE)
 
 
-def test_folder_without_the_files_gives_the_same_directions(tmp_path: Path) -> None:
+def test_folder_without_the_files_gives_the_same_embeddings_when_normalized(tmp_path: Path) -> None:
     """sentence-transformers reads the return annotations of `forward` and `get_*_features`."""
     model, processor = tiny.save(tmp_path), tiny.processor()
     loaded = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
@@ -118,7 +118,7 @@ def test_folder_without_the_files_gives_the_same_directions(tmp_path: Path) -> N
     torch.testing.assert_close(image, model.encode_image(IMAGES, processor), **CLOSE)
 
 
-def test_model_that_names_the_folder_of_its_llm(tmp_path: Path) -> None:
+def test_model_whose_llm_is_in_another_folder_is_loaded_and_saved(tmp_path: Path) -> None:
     model = tiny.save_apart(tmp_path)
     write_sentence_transformers_files(tmp_path / "clip")
     loaded = SentenceTransformer(str(tmp_path / "clip"), trust_remote_code=True, device="cpu")
@@ -130,7 +130,7 @@ def test_model_that_names_the_folder_of_its_llm(tmp_path: Path) -> None:
     torch.testing.assert_close(again.encode(CAPTIONS, convert_to_tensor=True), rows, **CLOSE)
 
 
-def test_text_tower_gives_what_an_adapter_takes(tmp_path: Path) -> None:
+def test_text_tower_gives_embeddings_that_are_not_normalized(tmp_path: Path) -> None:
     tower, tokenizer = save_text_tower(tmp_path)
     files = write_sentence_transformers_files(tmp_path)
     assert all(file.is_file() for file in files)
@@ -142,8 +142,7 @@ def test_text_tower_gives_what_an_adapter_takes(tmp_path: Path) -> None:
     assert loaded.get_embedding_dimension() == tiny.HIDDEN
 
 
-def test_tower_whose_images_have_masks(tmp_path: Path) -> None:
-    """Images of another shape than square reach a NaFlex tower with their patch grid."""
+def test_images_that_are_not_square_reach_a_naflex_tower_with_their_grid(tmp_path: Path) -> None:
     vision = AutoConfig.for_model(
         "siglip2_vision_model",
         hidden_size=32,
@@ -172,23 +171,23 @@ def save_text_tower(folder: Path) -> tuple[LLM2CLIPTextModel, Any]:
     return tower, tokenizer
 
 
-def test_what_cannot_be_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json; give a folder that save_pretrained"):
+def test_folders_that_are_not_caption_encoders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json; give a folder that save_pretrained"):
         write_sentence_transformers_files(tmp_path)
     tiny.joint_model().save_pretrained(tmp_path / "bare")
-    with pytest.raises(FileNotFoundError, match="holds no tokenizer; save the model's processor"):
+    with pytest.raises(FileNotFoundError, match="has no tokenizer; save the model's processor"):
         write_sentence_transformers_files(tmp_path / "bare")
     tiny.processor().tokenizer.save_pretrained(tmp_path / "bare")
-    with pytest.raises(FileNotFoundError, match=r"holds no processor_config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"has no processor_config\.json"):
         write_sentence_transformers_files(tmp_path / "bare")
     LLM2CLIPVisionModelWithProjection(tiny.joint_config()).save_pretrained(tmp_path / "vision")
-    with pytest.raises(ValueError, match="holds a vision half alone"):
+    with pytest.raises(ValueError, match=r"vision half of an LLM2CLIP model\. Give the folder of a model that embeds"):
         write_sentence_transformers_files(tmp_path / "vision")
     tiny.decoder_config().save_pretrained(tmp_path / "llm")
-    with pytest.raises(ValueError, match="holds a model of type 'llama'"):
+    with pytest.raises(ValueError, match="contains model_type 'llama'"):
         write_sentence_transformers_files(tmp_path / "llm")
     save_text_tower(tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds a PEFT adapter.*call merge_adapter\(\)"):
+    with pytest.raises(ValueError, match=r"contains a PEFT adapter.*call merge_adapter\(\)"):
         write_sentence_transformers_files(tmp_path / "adapter")
     assert not list(tmp_path.rglob("modules.json"))

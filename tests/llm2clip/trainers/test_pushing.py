@@ -163,18 +163,21 @@ def test_checkpoints_are_pushed_as_they_are(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "tester/llm holds a model of type 'bert', and this model is 'llm2clip_text_model'; push to another repo"),
-        ({"hub_model_id": "tester/timm"}, "tester/timm holds weights.bin, but no config.json"),
-        ({"hub_private_repo": True}, "tester/llm is there already and is public: make it private in its settings"),
+        ({}, "tester/llm contains a model of type 'bert', and this model has type 'llm2clip_text_model'; push"),
+        ({"hub_model_id": "tester/timm"}, "tester/timm contains weights.bin, but no config.json"),
+        ({"hub_private_repo": True}, "tester/llm exists and is public: make it private in its settings"),
         (
             {"hub_model_id": "tester/mine", "hub_token": READ_TOKEN},
-            "tester/mine: the token may not do this: it needs write access",
+            "tester/mine: the token does not allow this: it needs write access",
         ),
         (
             {"hub_model_id": "tester/mine", "hub_token": "hf_wrong"},
             "tester/mine: the token is missing or not valid: log in with `hf auth login`",
         ),
-        ({"hub_model_id": "someone-else/llm"}, "someone-else/llm: the token may not do this: it needs write access"),
+        (
+            {"hub_model_id": "someone-else/llm"},
+            "someone-else/llm: the token does not allow this: it needs write access",
+        ),
     ],
 )
 def test_what_the_hub_will_not_take_is_said_before_training(

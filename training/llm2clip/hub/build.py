@@ -1,37 +1,31 @@
-"""`llm2clip build`: a self-contained folder, ready for the Hub, that loads without this package."""
+"""`llm2clip build`: write a self-contained folder for the Hub, which loads without this package."""
 
 from __future__ import annotations
 
 import copy
-import json
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PretrainedConfig
 
 from llm2clip.data import DamagedImageError, decode_image
-from llm2clip.hub.build_card import LICENCE, copy_curves, read_results, source_card, source_folder, write_built_card
-from llm2clip.hub.cards import EXAMPLE, JOINT_TASK, TEXT_TASK, VISION_TASK, Evaluation, check_metadata
-from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
-from llm2clip.hub.validation import CAPTIONS, compare_with_stranger, sample_llm_embeds, sample_picture
-from llm2clip.utils.files import atomic_folder, refuse_existing, write_json, write_license
-from llm2clip.utils.repos import hub_ids, is_hub_id
-from llm2clip.utils.settings import build_config
-from llm2clip.utils.towers import save_text_tower
-from modeling_llm2clip import (
-    LLM2CLIPConfig,
-    LLM2CLIPModel,
-    LLM2CLIPTextConfig,
-    LLM2CLIPTextModel,
-    LLM2CLIPVisionModelWithProjection,
+from llm2clip.hub.build_card import (
+    LICENSE_FIELDS,
+    copy_curves,
+    read_results,
+    source_card,
+    source_folder,
+    write_built_card,
 )
-
-logger = logging.getLogger(__name__)
+from llm2clip.hub.cards import EXAMPLE, Evaluation, check_metadata
+from llm2clip.hub.new_process import CAPTIONS, sample_picture
+from llm2clip.hub.source_model import SourceModel
+from llm2clip.utils.files import atomic_folder, read_json, refuse_existing, write_json, write_license
+from llm2clip.utils.repos import OURS, RepoKind, inspect_repo, is_hub_id
+from llm2clip.utils.settings import build_config
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 
 
 @dataclass
@@ -40,83 +34,76 @@ class BuildConfig:
 
     model: str = field(
         default="",
-        metadata={"help": "Checkpoint of a stage, or another saved model or text tower: folder or Hub id."},
+        metadata={"help": "Model to build from: output folder of a stage, another saved model, or a Hub id."},
     )
-    destination: str = field(default="", metadata={"help": "Folder to write; not needed with --config-only."})
-    revision: str | None = field(default=None, metadata={"help": "Revision of the model."})
+    destination: str = field(default="", metadata={"help": "Folder to write; not used with --config-only."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."})
     bundle_text_model: bool | None = field(
         default=None,
-        metadata={"help": "Put the LLM's weights into the folder; unset: unless a Hub id says where they are."},
+        metadata={"help": "Store the LLM's weights in the folder. Default: only if the LLM is not on the Hub."},
     )
     text_model: str | None = field(
         default=None,
-        metadata={"help": "Hub id under which the LLM is, or will be; it is not bundled then."},
+        metadata={"help": "Hub id of the LLM, if it is or will be published separately; it is then not bundled."},
     )
     merge_adapter: bool | None = field(
         default=None,
-        metadata={"help": "Merge a stage-1 LoRA adapter into its LLM (the default), or keep it: false."},
+        metadata={"help": "Merge the LoRA adapter of a stage-1 model into its LLM (default), or keep it (false)."},
     )
     code_repo: str | None = field(
-        default=None, metadata={"help": "Hub id of a repo that holds the code; the folder then has none of its own."}
+        default=None,
+        metadata={"help": "Hub id of a repo with the model code; the folder refers to it and contains no code."},
     )
-    name: str | None = field(default=None, metadata={"help": "Title of the card; unset: the folder's name."})
+    name: str | None = field(default=None, metadata={"help": "Title of the card. Default: name of the folder."})
     repo_id: str | None = field(
-        default=None, metadata={"help": "Hub id in the card's snippets; unset: the folder, until `llm2clip push`."}
+        default=None,
+        metadata={"help": "Hub id in the code examples of the card. Default: the folder; push replaces it."},
     )
-    license: str | None = field(default=None, metadata={"help": "Licence of the weights, in the Hub's spelling."})
-    license_name: str | None = field(default=None, metadata={"help": "Name of the licence, with --license other."})
+    license: str | None = field(
+        default=None, metadata={"help": "License of the weights as the Hub spells it, such as apache-2.0."}
+    )
+    license_name: str | None = field(default=None, metadata={"help": "Name of the license, with --license other."})
     license_link: str | None = field(
-        default=None, metadata={"help": "Address of that licence, or its file in the folder."}
+        default=None, metadata={"help": "URL of the license, or its file in the folder, with --license other."}
     )
-    base_models: list[str] = field(default_factory=list, metadata={"help": "Hub ids of what the model was made of."})
+    base_models: list[str] = field(
+        default_factory=list, metadata={"help": "Hub ids of the models that this one was trained from."}
+    )
     datasets: list[str] = field(default_factory=list, metadata={"help": "Hub ids of the training data."})
-    languages: list[str] = field(default_factory=list, metadata={"help": "ISO codes of the captions' languages."})
+    languages: list[str] = field(default_factory=list, metadata={"help": "ISO 639 codes of the caption languages."})
     results: list[str] = field(
         default_factory=list, metadata={"help": "Results for the card: JSON files of `llm2clip evaluate --output`."}
     )
-    example_image: str | None = field(default=None, metadata={"help": "A picture for the card."})
+    example_image: str | None = field(default=None, metadata={"help": "Example image for the card."})
     example_captions: list[str] = field(
-        default_factory=list, metadata={"help": "Captions for the card; the first is that of the picture."}
+        default_factory=list, metadata={"help": "Captions for the card; the first one describes the example image."}
     )
-    config_only: bool = field(default=False, metadata={"help": "Only instantiate the config and count parameters."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace a destination that exists."})
+    config_only: bool = field(
+        default=False, metadata={"help": "Write nothing; only count the parameters of the model's config."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace an existing destination."})
 
     def __post_init__(self) -> None:
         if self.text_model is not None and self.bundle_text_model:
-            raise ValueError("text_model says that the LLM is elsewhere, bundle_text_model that it is here; drop one.")
+            raise ValueError(
+                "text_model excludes the LLM from the folder, and bundle_text_model includes it; drop one."
+            )
         for name in ("text_model", "code_repo", "repo_id"):
             value = getattr(self, name)
             if value is not None and not is_hub_id(value):
-                raise ValueError(f"{name} {value!r} is no Hub id (OWNER/NAME).")
+                raise ValueError(f"{name} {value!r} is not a Hub id (OWNER/NAME).")
         if not all(caption.strip() for caption in self.example_captions):
             raise ValueError(f"an example caption is empty: {self.example_captions}.")
         if (self.license_name or self.license_link) and self.license != "other":
-            raise ValueError("license_name and license_link go with license: other.")
+            raise ValueError("license_name and license_link require license: other.")
         check_metadata(
             {
-                **{name: getattr(self, name) for name in LICENCE},
+                **{name: getattr(self, name) for name in LICENSE_FIELDS},
                 "language": self.languages,
                 "datasets": self.datasets,
                 "base_model": self.base_models,
             }
         )
-
-
-@dataclass
-class Loaded:
-    """A model to build from.
-
-    Attributes:
-        model: A joint model, a vision half or a text tower.
-        processor: Its processor, image processor or tokenizer.
-        task: The card's task.
-        with_captions: Whether its captions can be checked: the LLM is in the folder or at hand.
-    """
-
-    model: Any
-    processor: Any
-    task: str
-    with_captions: bool
 
 
 def build_folder(model: str | Path, destination: str | Path, **settings: Any) -> dict[str, Any]:
@@ -125,7 +112,7 @@ def build_folder(model: str | Path, destination: str | Path, **settings: Any) ->
     A new process without this package loads the folder and compares its outputs before the folder appears.
 
     Args:
-        model: Checkpoint of a stage, or another saved model or text tower: folder or Hub id.
+        model: Output folder of a stage, another saved model, or a Hub id.
         destination: Folder to write.
         settings: Other fields of [`BuildConfig`].
 
@@ -141,16 +128,11 @@ def build_folder(model: str | Path, destination: str | Path, **settings: Any) ->
 
 
 def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dict[str, Any]:
-    """Build a folder, and load it in a new process before it appears.
+    """Run `llm2clip build`; see [`build_folder`].
 
     Args:
         config: The settings.
-        evaluations: Results for the card, besides those of `config.results`.
-
-    Raises:
-        FileExistsError: The destination exists and `overwrite` is off.
-        RuntimeError: What was written does not load, or gives other outputs. Nothing is kept then.
-        ValueError: The source is no model of this package, or would not load elsewhere.
+        evaluations: Results for the card, in addition to those of `config.results`.
     """
     if config.config_only:
         return count_parameters(config.model, config.revision)
@@ -160,18 +142,21 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     refuse_existing(destination, config.overwrite)
     results = [*(evaluations or []), *(read_results(Path(path)) for path in config.results)]
     example = _open_picture(config.example_image)
-    fields = _fields(config)
-    source = source_folder(config)
-    card = source_card(config, source)
-    loaded = _load(config, fields)
+    repo = inspect_repo(config.model, config.revision).require(*OURS)
+    folder_of_source = source_folder(config)
+    card = source_card(config, folder_of_source)
+    source = SourceModel.load(
+        repo,
+        text_model=config.text_model,
+        bundle_text_model=config.bundle_text_model,
+        merge_adapter=config.merge_adapter,
+    )
     with atomic_folder(destination, config.overwrite) as folder:
-        _save(loaded, config, folder)
-        picture = example or sample_picture()
-        captions = config.example_captions or list(CAPTIONS)
-        difference = _validate(loaded, folder, picture, captions)
+        source.save(folder)
+        difference = source.compare(folder, example or sample_picture(), config.example_captions or list(CAPTIONS))
         if example is not None:
             example.save(folder / EXAMPLE)
-        write_built_card(config, loaded, card, results, copy_curves(source, folder), folder)
+        write_built_card(config, source, card, results, copy_curves(folder_of_source, folder), folder)
         write_license(folder)
         if config.code_repo is not None:
             _refer_to_code(folder, config.code_repo)
@@ -180,118 +165,17 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
 
 
 def count_parameters(model: str, revision: str | None = None) -> dict[str, Any]:
-    """Instantiate a config without weights; returns the number of parameters by part."""
-    fields, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+    """Instantiate a config without weights; returns the number of parameters of each part and of the whole."""
+    repo = inspect_repo(model, revision).require(*OURS)
     with torch.device("meta"):
-        if _model_type(model, fields) == LLM2CLIPTextConfig.model_type:
-            built: Any = LLM2CLIPTextModel(LLM2CLIPTextConfig.from_dict(fields))
+        if repo.kind is RepoKind.TEXT_TOWER:
+            built: Any = LLM2CLIPTextModel(LLM2CLIPTextConfig.from_dict(repo.config))
             parts = {"decoder": built.decoder}
         else:
-            built = LLM2CLIPModel(LLM2CLIPConfig.from_dict(fields))
+            built = LLM2CLIPModel(LLM2CLIPConfig.from_dict(repo.config))
             parts = {name: module for name, module in built.named_children() if module is not None}
     counts = {name: sum(value.numel() for value in module.parameters()) for name, module in parts.items()}
     return {**counts, "parameters": sum(value.numel() for value in built.parameters())}
-
-
-def _model_type(name: str, fields: dict[str, Any]) -> str:
-    model_type = fields.get("model_type")
-    if model_type not in (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type):
-        raise ValueError(
-            f"{name} is neither an LLM2CLIP model nor a text tower (its model_type is {model_type!r}); "
-            "`llm2clip convert` makes one of a checkpoint of other code."
-        )
-    return str(model_type)
-
-
-def _fields(config: BuildConfig) -> dict[str, Any]:
-    """The source's config.json, after a look at what it is."""
-    fields, _ = PretrainedConfig.get_config_dict(config.model, revision=config.revision)
-    _model_type(config.model, fields)
-    return fields
-
-
-def _load(config: BuildConfig, fields: dict[str, Any]) -> Loaded:
-    options: dict[str, Any] = {"revision": config.revision}
-    if fields["model_type"] == LLM2CLIPTextConfig.model_type:
-        model: Any = LLM2CLIPTextModel.from_pretrained(config.model, **options).eval()
-        if _merges(config, model):
-            model.merge_adapter()
-        return Loaded(model, AutoTokenizer.from_pretrained(config.model, **options), TEXT_TASK, True)
-    if fields.get("architectures") == [LLM2CLIPVisionModelWithProjection.__name__]:
-        half = LLM2CLIPVisionModelWithProjection.from_pretrained(config.model, **options).eval()
-        return Loaded(half, AutoImageProcessor.from_pretrained(config.model, **options), VISION_TASK, False)
-    elsewhere = config.text_model or fields.get("text_model_name_or_path")
-    on_the_hub = config.text_model is not None or bool(hub_ids(elsewhere))
-    bundle = not on_the_hub if config.bundle_text_model is None else config.bundle_text_model
-    if not bundle and not on_the_hub:
-        raise ValueError(
-            f"the LLM is in {elsewhere!r}, where others cannot load it from; bundle it (the default), or say with "
-            "--text-model under which Hub id it is."
-        )
-    model = LLM2CLIPModel.from_pretrained(config.model, text_model=bundle, **options).eval()
-    if bundle:
-        model.text_model.merge_adapter()
-        model.config.text_model_name_or_path = model.config.text_model_revision = None
-    elif config.text_model is not None:
-        model.config.text_model_name_or_path, model.config.text_model_revision = config.text_model, None
-    return Loaded(model, AutoProcessor.from_pretrained(config.model, **options), JOINT_TASK, bundle)
-
-
-def _merges(config: BuildConfig, model: Any) -> bool:
-    if not model.has_adapter:
-        return False
-    base = model.decoder.peft_config[model.decoder.active_adapter].base_model_name_or_path
-    if config.merge_adapter is False and not hub_ids(base):
-        raise ValueError(f"the adapter's LLM is in {base!r}, where others cannot load it from; merge it.")
-    return config.merge_adapter is not False
-
-
-def _save(loaded: Loaded, config: BuildConfig, folder: Path) -> None:
-    if loaded.task == TEXT_TASK:
-        save_text_tower(loaded.model, loaded.processor, folder)
-    else:
-        loaded.model.save_pretrained(folder)
-        loaded.processor.save_pretrained(folder)
-    if loaded.task == JOINT_TASK or (loaded.task == TEXT_TASK and not loaded.model.has_adapter):
-        write_sentence_transformers_files(folder)
-
-
-def validate(folder: Path) -> float:
-    """Load a built folder here and in a new process without this package.
-
-    Returns:
-        The largest difference of their outputs, relative to the largest entry.
-
-    Raises:
-        RuntimeError: It does not load there, or gives other outputs.
-    """
-    config = BuildConfig(model=str(folder), merge_adapter=False)
-    loaded = _load(config, _fields(config))
-    return _validate(loaded, folder, sample_picture(), list(CAPTIONS))
-
-
-def _validate(loaded: Loaded, folder: Path, picture: Image.Image, captions: list[str]) -> float:
-    model, processor, expected = loaded.model, loaded.processor, dict[str, Tensor]()
-    texts = captions if loaded.with_captions else []
-    embeds, loading = None, dict[str, Any]()
-    takes_pictures = loaded.task != TEXT_TASK
-    image_processor = getattr(processor, "image_processor", processor)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    with torch.inference_mode():
-        if takes_pictures:
-            pixels = image_processor(images=[picture], return_tensors="pt").to(model.dtype)
-            expected["image"] = model(**pixels).pooler_output
-        if texts:
-            batch = tokenizer(texts, padding=True, return_tensors="pt")
-            expected["text"] = model(**batch).pooler_output
-        if texts and takes_pictures:
-            expected["logits"] = model(**pixels, **batch).logits_per_image
-        if loaded.task == JOINT_TASK and not texts:
-            # The adapter is checked without its LLM.
-            embeds = sample_llm_embeds(model.config.text_config.hidden_size)
-            expected["text"] = model.get_text_features(llm_embeds=embeds).pooler_output
-            loading["text_model"] = False
-    return compare_with_stranger(folder, expected, picture if takes_pictures else None, texts, embeds, **loading)
 
 
 def _open_picture(path: str | None) -> Image.Image | None:
@@ -300,13 +184,13 @@ def _open_picture(path: str | None) -> Image.Image | None:
     try:
         return decode_image(path, path)
     except DamagedImageError as error:
-        raise ValueError(f"the example picture {path} cannot be read: {error.reason}.") from error
+        raise ValueError(f"the example image {path} cannot be read: {error.reason}.") from error
 
 
 def _refer_to_code(folder: Path, repo: str) -> None:
-    """Take the code out of a folder and name the repo that holds it."""
-    for path in folder.glob("*.json"):
-        fields = json.loads(path.read_text(encoding="utf-8"))
+    """Remove the code from a folder and refer to the repo that contains it."""
+    for path in folder.glob("*config.json"):
+        fields = read_json(path)
         referring = _with_code_repo(copy.deepcopy(fields), repo)
         if referring != fields:
             write_json(path, referring)
@@ -317,12 +201,15 @@ def _refer_to_code(folder: Path, repo: str) -> None:
 def _with_code_repo(fields: Any, repo: str) -> Any:
     if not isinstance(fields, dict):
         return fields
-    return {
-        key: {name: f"{repo}--{target}" for name, target in value.items()}
-        if key == "auto_map"
-        else _with_code_repo(value, repo)
-        for key, value in fields.items()
-    }
+    referring: dict[str, Any] = {}
+    for key, value in fields.items():
+        if key == "auto_map":
+            referring[key] = {name: f"{repo}--{target}" for name, target in value.items()}
+        elif key == "impl":  # the class of a custom pipeline
+            referring[key] = f"{repo}--{value}"
+        else:
+            referring[key] = _with_code_repo(value, repo)
+    return referring
 
 
-__all__ = ["BuildConfig", "build_folder", "count_parameters", "run", "validate"]
+__all__ = ["BuildConfig", "build_folder", "count_parameters", "run"]

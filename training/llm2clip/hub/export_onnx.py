@@ -1,4 +1,4 @@
-"""`llm2clip export-onnx`: the two halves of a model as ONNX graphs, each compared with torch before it is kept."""
+"""`llm2clip export-onnx`: export both halves of a model as ONNX graphs and compare them with torch."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import logging
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, PretrainedConfig
+from transformers import AutoImageProcessor
 
 from llm2clip.utils.files import atomic_folder, refuse_existing
-from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
+from llm2clip.utils.repos import RepoKind, inspect_repo
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 
 logger = logging.getLogger(__name__)
 
 PARTS = ("vision", "text")
 MARK = "*_model.onnx"
-# Largest difference from torch in float32, in an entry of a unit vector.
+# Allowed difference of an entry of a unit vector from torch in float32.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
-# A protobuf file ends at 2 GiB; larger weights go to a file beside it.
+# Weights above this size are stored in a second file, because protobuf limits a file to 2 GiB.
 LARGEST_FILE = 2**30
 BATCH, LENGTH = torch.export.Dim("batch", max=2**15), torch.export.Dim("length", max=2**17)
 
@@ -32,23 +33,25 @@ BATCH, LENGTH = torch.export.Dim("batch", max=2**15), torch.export.Dim("length",
 class ExportOnnxConfig:
     """Settings of `llm2clip export-onnx`."""
 
-    model: str = field(default="", metadata={"help": "Folder or Hub id of an LLM2CLIP model or of its vision half."})
+    model: str = field(
+        default="", metadata={"help": "LLM2CLIP model or vision half of one to export: folder or Hub id."}
+    )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder to write; unset: `onnx` in the model's folder."}
+        default=None, metadata={"help": "Folder to write. Default: `onnx` in the model's folder."}
     )
     parts: list[str] | None = field(
-        default=None, metadata={"help": "vision, text or both; unset: what the model holds."}
+        default=None, metadata={"help": "Graphs to export: vision, text or both. Default: all that the model has."}
     )
-    dtype: str = field(default="float32", metadata={"help": "Of the graphs: float32 or float16."})
-    revision: str | None = field(default=None, metadata={"help": "Revision of the model."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace an output folder that exists."})
+    dtype: Literal["float32", "float16"] = field(
+        default="float32", metadata={"help": "Precision of the weights; float16 halves the files."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an existing output folder."})
 
     def __post_init__(self) -> None:
         unknown = [part for part in self.parts or () if part not in PARTS]
         if unknown or self.parts == []:
-            raise ValueError(f"parts {unknown or 'are none'}; choose vision, text or both.")
-        if self.dtype not in TOLERANCE:
-            raise ValueError(f"dtype {self.dtype!r} is unknown; choose {' or '.join(TOLERANCE)}.")
+            raise ValueError(f"parts is {self.parts}; choose vision, text or both.")
 
 
 def _unit(features: Any) -> Tensor:
@@ -56,9 +59,9 @@ def _unit(features: Any) -> Tensor:
 
 
 class VisionGraph(nn.Module):
-    """`pixel_values` `(batch, channels, height, width)` to `image_embeds` `(batch, projection_dim)`, unit rows.
+    """Graph from `pixel_values` `(batch, channels, height, width)` to `image_embeds` `(batch, projection_dim)`.
 
-    Height and width are fixed.
+    The rows are unit vectors; height and width are fixed.
     """
 
     inputs = {"pixel_values": {0: BATCH}}
@@ -73,14 +76,14 @@ class VisionGraph(nn.Module):
         return _unit(self.model.get_image_features(pixel_values.to(self.model.dtype)))
 
     def example(self, batch: int) -> tuple[Tensor, ...]:
-        """Random input of a batch size."""
+        """Random input with the given batch size."""
         return (torch.randn(batch, self.model.config.vision_config.num_channels, *self.image_size),)
 
 
 class TextGraph(nn.Module):
-    """`input_ids` and `attention_mask` `(batch, length)` to `text_embeds` `(batch, projection_dim)`, unit rows.
+    """Graph from `input_ids` and `attention_mask` `(batch, length)` to `text_embeds` `(batch, projection_dim)`.
 
-    The tokens are those of the model's own tokenizer, which holds the prompt.
+    The rows are unit vectors. The tokens come from the model's own tokenizer, which adds the prompt.
     """
 
     inputs = {"input_ids": {0: BATCH, 1: LENGTH}, "attention_mask": {0: BATCH, 1: LENGTH}}
@@ -94,7 +97,7 @@ class TextGraph(nn.Module):
         return _unit(self.model.get_text_features(input_ids, attention_mask))
 
     def example(self, batch: int) -> tuple[Tensor, ...]:
-        """Random captions of 8 to 8 + `batch` tokens after the prompt's prefix, padded on the left."""
+        """Random captions of 8 to 8 + `batch` tokens after the prompt prefix, padded on the left."""
         config = self.model.config.text_config
         lengths = config.num_prefix_tokens + 8 + torch.arange(batch)
         positions = torch.arange(int(lengths.max()))
@@ -106,8 +109,8 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
     """Write `vision_model.onnx` and `text_model.onnx`.
 
     Returns:
-        For each graph the largest difference from torch, over batches of other sizes and lengths than it was traced
-        with.
+        `written`, the output folder, and for each graph the largest difference from torch, over batches whose size
+        and length differ from those of the trace.
 
     Raises:
         FileExistsError: The output folder exists and `overwrite` is off.
@@ -116,7 +119,7 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
     if not config.model:
         raise ValueError("give a model: llm2clip export-onnx MODEL")
     if config.output_dir is None and not Path(config.model).is_dir():
-        raise ValueError(f"{config.model} is no folder; say where to write: --output-dir FOLDER")
+        raise ValueError(f"{config.model} is not a folder; give a folder to write: --output-dir FOLDER")
     destination = Path(config.output_dir or Path(config.model) / "onnx")
     refuse_existing(destination, config.overwrite, (MARK,))
     _require_libraries()
@@ -139,20 +142,15 @@ def _require_libraries() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"{error}: pip install 'llm2clip[onnx]' brings it") from error
+        raise ImportError(f"{error}: pip install 'llm2clip[onnx]' installs it") from error
 
 
 def _parts(config: ExportOnnxConfig) -> tuple[str, ...]:
-    fields, _ = PretrainedConfig.get_config_dict(config.model, revision=config.revision)
-    if fields.get("model_type") != LLM2CLIPConfig.model_type:
-        found = fields.get("model_type")
-        raise ValueError(f"{config.model} is no LLM2CLIP model (its model_type is {found!r}); `llm2clip convert` it.")
-    vision_alone = fields.get("architectures") == [LLM2CLIPVisionModelWithProjection.__name__]
-    held = PARTS[:1] if vision_alone else PARTS
-    missing = [part for part in config.parts or () if part not in held]
-    if missing:
-        raise ValueError(f"{config.model} is a vision half alone, without a text graph.")
-    return tuple(part for part in held if config.parts is None or part in config.parts)
+    repo = inspect_repo(config.model, config.revision).require(RepoKind.JOINT, RepoKind.VISION_HALF)
+    available = PARTS[:1] if repo.kind is RepoKind.VISION_HALF else PARTS
+    if any(part not in available for part in config.parts or ()):
+        raise ValueError(f"{config.model} is a {repo.kind.value} and has no text graph.")
+    return tuple(part for part in available if config.parts is None or part in config.parts)
 
 
 def _load(config: ExportOnnxConfig, with_llm: bool) -> Any:
@@ -168,11 +166,11 @@ def _load(config: ExportOnnxConfig, with_llm: bool) -> Any:
 
 
 def _image_size(config: ExportOnnxConfig, model: Any) -> tuple[int, int]:
-    """The height and width that the model's image processor gives, or those of its tower where it has none."""
+    """Height and width of the image processor's output, or of the tower's images if there is no image processor."""
     tower = model.config.vision_config
     if not hasattr(tower, "image_size"):
         raise ValueError(
-            f"a {tower.model_type} takes images of any shape, as lists of patches; its graph cannot be exported. "
+            f"a {tower.model_type} reads images of any shape as lists of patches, which cannot be exported; "
             "--parts text exports the text graph."
         )
     try:
@@ -181,12 +179,12 @@ def _image_size(config: ExportOnnxConfig, model: Any) -> tuple[int, int]:
         return tower.image_size, tower.image_size
     size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
     if "height" not in size:
-        raise ValueError(f"the image processor of {config.model} gives images of several sizes: {dict(size)}.")
+        raise ValueError(f"the image processor of {config.model} has no fixed output size: {dict(size)}.")
     return size["height"], size["width"]
 
 
 def _export(graph: VisionGraph | TextGraph, path: Path, dtype: str) -> float:
-    """Write a graph and return the largest difference of its output from that of torch in float32."""
+    """Write a graph; returns the largest difference of its output from torch in float32."""
     generator_state = torch.get_rng_state()
     torch.manual_seed(0)
     try:
@@ -201,16 +199,16 @@ def _export(graph: VisionGraph | TextGraph, path: Path, dtype: str) -> float:
         (actual - wanted).abs().max().item()
         for actual, wanted in zip(_run(path, list(graph.inputs), others), expected, strict=True)
     )
-    # A comparison that is false for a difference that is no number.
+    # Not `>`, which is false for NaN.
     if not difference <= TOLERANCE[dtype]:
         raise ValueError(
-            f"{path.name} differs from torch by {difference:.1e}, where {TOLERANCE[dtype]:.0e} is allowed for {dtype}."
+            f"{path.name} differs from torch by {difference:.1e}; the limit for {dtype} is {TOLERANCE[dtype]:.0e}."
         )
     return difference
 
 
 def _metadata(graph: VisionGraph | TextGraph) -> dict[str, str]:
-    """What a user needs besides the graphs: the factor between cosine and logit, and what some models add to it."""
+    """Scale and bias that turn cosines into logits; they are not part of the graphs."""
     scale, bias = (getattr(graph.model, name, None) for name in ("logit_scale", "logit_bias"))
     metadata = {} if scale is None else {"logit_scale": repr(scale.exp().item())}
     return metadata if bias is None else {**metadata, "logit_bias": repr(bias.item())}

@@ -1,38 +1,37 @@
-"""The files by which sentence-transformers reads a saved model folder."""
+"""Files that make a saved model folder loadable as a `SentenceTransformer`."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from llm2clip.utils.files import write_json
-from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPVisionModelWithProjection
+from llm2clip.utils.repos import RepoKind, inspect_repo
 
 MODULES = "sentence_transformers.base.modules"
 NORMALIZE_FOLDER = "1_Normalize"
-# `forward` and not `get_image_features`: some towers take more than pixels, and of another method's arguments
-# sentence-transformers passes only those that its signature names.
+# `forward` instead of `get_image_features`: some towers need more inputs than the pixels, and sentence-transformers
+# passes to any other method only the arguments in its signature.
 FORWARD = {"method": "forward", "method_output_name": "pooler_output"}
 
 
 def write_sentence_transformers_files(folder: str | Path) -> list[Path]:
     """Make a saved model folder load as `SentenceTransformer(folder, trust_remote_code=True)`.
 
-    A joint model embeds captions and images with unit rows, as its `encode_text` and `encode_image` do. A text tower
-    embeds captions as its `encode` does: not normalised, so that the rows can go into an adapter as `llm_embeds`
-    (`similarity` is the cosine, and `encode(normalize_embeddings=True)` gives unit rows). No prompt is added here: the
-    tokenizer holds it. Files of those names are replaced.
+    A joint model embeds captions and images as unit vectors, like its `encode_text` and `encode_image`. A text tower
+    embeds captions like its `encode`: not normalized, so that an adapter accepts the rows as `llm_embeds`
+    (`similarity` is the cosine, and `encode(normalize_embeddings=True)` returns unit vectors). No prompt is set,
+    because the tokenizer adds it. Existing files of the same names are replaced.
 
     Args:
-        folder: What `save_pretrained` of a model and of its processor or tokenizer left.
+        folder: A model and its processor or tokenizer, written by `save_pretrained`.
 
     Returns:
         The files that were written.
 
     Raises:
-        FileNotFoundError: The folder holds no config.json, or no tokenizer or image processor.
-        ValueError: It holds another kind of model, a vision half alone, or a PEFT adapter.
+        FileNotFoundError: The folder has no config.json, tokenizer or image processor.
+        ValueError: The folder contains another kind of model, a vision half, or a PEFT adapter.
     """
     folder = Path(folder)
     modalities = _modalities(folder)
@@ -68,26 +67,22 @@ def write_sentence_transformers_files(folder: str | Path) -> list[Path]:
 
 
 def _modalities(folder: Path) -> dict[str, dict[str, str]]:
-    """What a folder's model embeds, and by which of its methods."""
+    """The method of the model for each modality that it embeds."""
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json; give a folder that save_pretrained() has written.")
-    if (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; give a folder that save_pretrained() has written.")
+    repo = inspect_repo(folder)
+    if repo.is_adapter:
         raise ValueError(
-            f"{folder} holds a PEFT adapter, which sentence-transformers would put on a plain causal LLM; merge it "
-            "first: load it, call merge_adapter() and save_pretrained()."
+            f"{folder} contains a PEFT adapter, which sentence-transformers would attach to a plain causal LLM; merge "
+            "it first: load it, call merge_adapter() and save_pretrained()."
         )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind = config.get("model_type")
-    if kind not in (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type):
-        raise ValueError(f"{folder} holds a model of type {kind!r}; give a folder of an LLM2CLIP model or text tower.")
-    if LLM2CLIPVisionModelWithProjection.__name__ in (config.get("architectures") or []):
-        raise ValueError(f"{folder} holds a vision half alone, which takes no captions; give the whole model.")
+    repo.require(RepoKind.JOINT, RepoKind.TEXT_TOWER, hint="Give the folder of a model that embeds captions.")
     if not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no tokenizer; save the model's processor or tokenizer there too.")
-    if kind == LLM2CLIPTextConfig.model_type:
+        raise FileNotFoundError(f"{folder} has no tokenizer; save the model's processor or tokenizer there too.")
+    if repo.kind is RepoKind.TEXT_TOWER:
         return {"text": FORWARD}
     if not (folder / "processor_config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no processor_config.json; save the model's processor there too.")
+        raise FileNotFoundError(f"{folder} has no processor_config.json; save the model's processor there too.")
     return {"text": FORWARD, "image": FORWARD}
 
 

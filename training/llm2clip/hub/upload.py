@@ -1,13 +1,13 @@
-"""Uploading a folder to a Hub repo in one commit, beside what others keep there and write there meanwhile."""
+"""Uploads to the Hub in one commit; the only module of this package that writes to the Hub.
+
+An upload keeps what others store in the repo, and the edits that people made to its card, even during the upload.
+"""
 
 from __future__ import annotations
 
 import fnmatch
-import json
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,252 +20,229 @@ from huggingface_hub import (
     RepoUrl,
     hf_hub_download,
 )
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from llm2clip.hub.cards import CARD, EXAMPLE, merge_cards, split_card, with_repo
+from llm2clip.hub.hub_errors import explained, http_status
+from llm2clip.utils.files import read_json
+from llm2clip.utils.repos import inspect_repo
 
 logger = logging.getLogger(__name__)
 
-# httpx's under huggingface_hub 1, httpx2's under 2.
-HTTPError: Any = HfHubHTTPError.__bases__[0]
-
-# How often a commit is made anew because somebody else was quicker.
+# How many commits are tried while others commit to the same branch.
 ATTEMPTS = 4
-# What this package and its Trainers write. From an earlier push, it would be loaded beside, or instead of, the new
-# weights.
+# Files that this package and its Trainers write. Those of an earlier push are deleted: they would be loaded instead of
+# the new weights, or together with them.
 REPLACED = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|adapter_config\.json|"
     r"adapter_model\.safetensors|training_args\.bin"
 )
-# What a repo may hold before the first push.
+# Files that a repo may contain before the first push.
 FRESH = {".gitattributes", CARD, "LICENSE"}
-# What a stage leaves in its folder and nobody needs to load the model.
+# Files of a training run that are not needed to load the model.
 IGNORED = ("checkpoint-*", ".*", "_*", "*.bin", "*.pt", "*.pth", "skipped-*.jsonl", "trainer_state.json", "runs")
-# Fields of a card that are united with those on the Hub, or differ by the address alone.
+# Fields of a card that are merged with those on the Hub, or that differ in an address only.
 RENEWED = ("tags", "base_model", "datasets", "model-index", "widget")
-NEXT_STEPS = {
-    400: "the Hub does not take this: mend what it names (branch, file or the card's metadata), then push again",
-    401: "the token is missing or not valid: log in with `hf auth login`, or set HF_TOKEN",
-    402: "the account's plan does not cover this: free storage or change the plan in its billing settings",
-    403: "the token may not do this: it needs write access to the repo and its organisation",
-    404: "there is no such repo, or the token may not see it",
-    409: "the repo changed or is being created at the same time: push again",
-    412: "the repo changed while this push ran: push again",
-    413: "a file is too large for the Hub: take out what the model does not need, or save its weights in shards "
-    "(`save_pretrained(..., max_shard_size='5GB')`)",
-    429: "too many requests: wait some minutes, then push again",
-}
-
-
-@contextmanager
-def explained(repo_id: str) -> Iterator[None]:
-    """Turn what the Hub or the connection refuses into a ValueError that says what to do; other errors pass."""
-    try:
-        yield
-    except (OSError, HTTPError, HFValidationError, RuntimeError) as error:
-        message = explanation(error, repo_id)
-        if message is None:
-            raise
-        raise ValueError(message) from error
-
-
-def explanation(error: BaseException, repo_id: str) -> str | None:
-    """What went wrong and what to do; None for an error that is neither the Hub's nor the connection's."""
-    # A thread of the upload wraps its error.
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, LocalTokenNotFoundError):
-        return f"{repo_id}: {NEXT_STEPS[401]}."
-    if isinstance(error, HFValidationError):
-        return f"{repo_id!r} is no repo name that the Hub takes: {error}"
-    if isinstance(error, HfHubHTTPError):
-        return f"{repo_id}: {_next_step(error)}."
-    if isinstance(error, (HTTPError, ConnectionError)):
-        said = str(error) or type(error).__name__
-        return f"{repo_id}: the connection broke ({said}); push again, and what has been uploaded is not sent twice."
-    return None
-
-
-def _status(error: HfHubHTTPError) -> int:
-    return error.response.status_code if error.response is not None else 0
-
-
-def _next_step(error: HfHubHTTPError) -> str:
-    status = _status(error)
-    said = str(getattr(error, "server_message", None) or error).strip().splitlines()[-1]
-    other = "the Hub had an error: push again later" if status >= 500 else "the Hub refused: mend what it names"
-    return f"{NEXT_STEPS.get(status, other)} (HTTP {status}: {said})"
 
 
 @dataclass(frozen=True)
-class RemoteRepo:
-    """A repo at one commit.
+class Snapshot:
+    """A branch of a repo at its newest commit.
 
     Attributes:
-        api: The Hub.
-        repo_id: OWNER/NAME.
-        revision: Branch or pull request (`refs/pr/N`); None: main.
-        is_new: Whether there is no such branch yet; it will begin as a copy of main.
+        is_new: Whether the branch does not exist yet; it will start from main.
         commit: The newest commit of the branch, or of main.
-        files: Paths in it.
+        files: Paths of the files in it.
     """
 
-    api: HfApi
-    repo_id: str
-    revision: str | None
     is_new: bool
     commit: str | None
     files: list[str]
 
-    @classmethod
-    def find(cls, api: HfApi, repo_id: str, revision: str | None = None) -> RemoteRepo:
-        """The repo as it is now.
+
+class Uploader:
+    """The connection to a Hub repo that a model is pushed to.
+
+    Every method raises a ValueError with the next step if the Hub refuses or the connection breaks.
+
+    Args:
+        repo_id: OWNER/NAME, or NAME for the owner of the token.
+        revision: Branch, created if it does not exist, or pull request (`refs/pr/N`); main by default.
+        create_pr: Open a pull request against main instead of committing.
+        token: Access token; by default the one that the user is logged in with.
+        api: Client to use instead of a new one with `token`.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+        api: HfApi | None = None,
+    ) -> None:
+        self.repo_id, self.revision, self.create_pr = repo_id, revision, create_pr
+        self.api = api or HfApi(token=token)
+
+    def create_repo(self, private: bool | None = None) -> RepoUrl:
+        """Create the repo if it does not exist; returns its address, and completes `repo_id` with the owner.
+
+        Args:
+            private: Whether a new repo is private; None follows the default of its owner.
 
         Raises:
-            ValueError: There is no such pull request.
+            ValueError: `private` is true, but the repo exists and is public.
         """
+        with explained(self.repo_id):
+            url = self.api.create_repo(self.repo_id, private=private, exist_ok=True)
+            self.repo_id = url.repo_id
+            if private and not self.api.model_info(url.repo_id).private:
+                raise ValueError(
+                    f"{url.repo_id} exists and is public: make it private in its settings, or push to another repo."
+                )
+        return url
+
+    def prepare(self, model_type: str, private: bool | None = None) -> RepoUrl:
+        """Create repo and branch and check write access, so that a long run fails at its start and not at its end.
+
+        Args:
+            model_type: `model_type` of the model that will be uploaded.
+            private: See [`create_repo`].
+
+        Raises:
+            ValueError: The repo contains something else, see [`upload`].
+        """
+        url = self.create_repo(private)
+        with explained(self.repo_id):
+            self._open_branch(model_type)
+            # The first request of every upload; the Hub answers 403 to a read-only token.
+            addition = CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=b"?")
+            self.api.preupload_lfs_files(self.repo_id, additions=[addition], revision=self.revision)
+        return url
+
+    def read_card(self) -> str | None:
+        """Read the card in the repo, which people may have edited; None if there is none."""
+        with explained(self.repo_id):
+            return self._read_card(self._snapshot())
+
+    def upload(self, folder: Path, message: str) -> dict[str, Any]:
+        """Upload a folder in one commit. The repo has to exist.
+
+        Args:
+            folder: A saved model with its card; it is not changed.
+            message: Message of the commit.
+
+        Returns:
+            `commit`, `files`, `megabytes`, and `pull_request` if one was opened.
+
+        Raises:
+            ValueError: The repo contains another type of model, or files but no model.
+        """
+        model_type = str(inspect_repo(folder).model_type)
+        local = _local_files(folder)
+        megabytes = round(sum(path.stat().st_size for path in local.values()) / 1e6, 1)
+        logger.info("uploading %d files, %.1f MB, to %s", len(local), megabytes, self.repo_id)
+        with explained(self.repo_id):
+            commit = self._commit(folder, local, model_type, message)
+        result = {"commit": commit.oid, "files": len(local), "megabytes": megabytes}
+        return {**result, "pull_request": commit.pr_url} if commit.pr_url else result
+
+    def _commit(self, folder: Path, local: dict[str, Path], model_type: str, message: str) -> Any:
+        for attempt in range(1, ATTEMPTS + 1):
+            snapshot = self._open_branch(model_type)
+            files: dict[str, Path | bytes] = {**local, CARD: self._merged_card(folder, snapshot).encode()}
+            stale = [name for name in snapshot.files if REPLACED.fullmatch(name) and name not in local]
+            operations: list[CommitOperation] = [
+                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()),
+                *(CommitOperationDelete(path_in_repo=name) for name in stale),
+            ]
+            try:
+                return self.api.create_commit(
+                    self.repo_id,
+                    operations,
+                    commit_message=message,
+                    revision=self.revision,
+                    create_pr=self.create_pr,
+                    # With it the Hub refuses the commit if the card was edited after it was read.
+                    parent_commit=snapshot.commit,
+                )
+            except HfHubHTTPError as error:
+                if http_status(error) != 412 or attempt == ATTEMPTS:
+                    raise
+                logger.info("%s changed during the upload; repeating the commit on top of the change", self.repo_id)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _snapshot(self) -> Snapshot:
         is_new = False
         try:
-            commit = api.model_info(repo_id, revision=revision).sha
+            commit = self.api.model_info(self.repo_id, revision=self.revision).sha
         except RevisionNotFoundError:
-            if revision is not None and revision.startswith("refs/"):
-                raise ValueError(f"{repo_id} has no {revision}; --create-pr opens a new pull request.") from None
-            commit, is_new = api.model_info(repo_id).sha, True
-        return cls(api, repo_id, revision, is_new, commit, api.list_repo_files(repo_id, revision=commit))
+            if self.revision is not None and self.revision.startswith("refs/"):
+                raise ValueError(
+                    f"{self.repo_id} has no {self.revision}; --create-pr opens a new pull request."
+                ) from None
+            commit, is_new = self.api.model_info(self.repo_id).sha, True
+        return Snapshot(is_new, commit, self.api.list_repo_files(self.repo_id, revision=commit))
 
-    def read(self, name: str) -> str | None:
-        """A file's text, or None where there is none."""
-        if name not in self.files:
-            return None
-        options: dict[str, Any] = {"endpoint": self.api.endpoint, "token": self.api.token, "force_download": True}
-        try:
-            path = hf_hub_download(self.repo_id, name, revision=self.commit, **options)
-        except ValueError as error:
-            # The client hides behind it why a forced download failed.
-            raise error.__cause__ or error from None
-        return Path(path).read_text(encoding="utf-8")
+    def _open_branch(self, model_type: str) -> Snapshot:
+        """Read the branch, which is created if it does not exist, unless the repo contains something else."""
+        snapshot = self._snapshot()
+        self._refuse_other_model(snapshot, model_type)
+        if snapshot.is_new:
+            self.api.create_branch(self.repo_id, branch=str(self.revision), revision=snapshot.commit, exist_ok=True)
+        return snapshot
 
-    def refuse_other_model(self, model_type: str) -> None:
-        """Refuse to replace what is no earlier push of such a model.
-
-        Raises:
-            ValueError: The repo holds a model of another type, or files of something else.
-        """
-        config = self.read("config.json")
+    def _refuse_other_model(self, snapshot: Snapshot, model_type: str) -> None:
+        config = self._download(snapshot, "config.json")
         if config is None:
-            others = [name for name in self.files if name not in FRESH]
+            others = [name for name in snapshot.files if name not in FRESH]
             if others:
                 raise ValueError(
-                    f"{self.repo_id} holds {', '.join(others[:3])}{' and more' if len(others) > 3 else ''}, but no "
-                    "config.json, so it is no earlier push of this model; push to another repo."
+                    f"{self.repo_id} contains {', '.join(others[:3])}{' and more' if len(others) > 3 else ''}, but no "
+                    "config.json, so it is not an earlier push of this model; push to another repo."
                 )
             return
         try:
-            fields = json.loads(config)
+            found = read_json(config).get("model_type")
         except ValueError:
-            fields = None
-        theirs = fields.get("model_type") if isinstance(fields, dict) else None
-        if theirs != model_type:
-            kind = "something else" if theirs is None else f"a model of type {theirs!r}"
-            raise ValueError(f"{self.repo_id} holds {kind}, and this model is {model_type!r}; push to another repo.")
-
-
-def open_repo(api: HfApi, repo_id: str, private: bool | None = None) -> RepoUrl:
-    """Make a repo where there is none; returns its address and name.
-
-    Args:
-        api: The Hub.
-        repo_id: OWNER/NAME, or NAME for the owner of the token.
-        private: Whether nobody else may see it; None leaves that of a new repo to the organisation.
-
-    Raises:
-        ValueError: It is to be private, but is there already and is public.
-    """
-    url = api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not api.model_info(url.repo_id).private:
-        raise ValueError(
-            f"{url.repo_id} is there already and is public: make it private in its settings, or push to another repo."
-        )
-    return url
-
-
-def open_branch(api: HfApi, repo_id: str, revision: str | None, model_type: str) -> RemoteRepo:
-    """The repo as it is now, with the branch, which is made where it is new.
-
-    Raises:
-        ValueError: What is there may not be replaced, see [`RemoteRepo.refuse_other_model`].
-    """
-    remote = RemoteRepo.find(api, repo_id, revision)
-    remote.refuse_other_model(model_type)
-    if remote.is_new:
-        api.create_branch(repo_id, branch=str(revision), revision=remote.commit, exist_ok=True)
-    return remote
-
-
-def check_write_access(api: HfApi, repo_id: str, revision: str | None = None) -> None:
-    """Ask the Hub what every upload asks it first, so that a token which may only read is found out at once.
-
-    Raises:
-        HfHubHTTPError: The token may not write to the repo, see [`explained`].
-    """
-    addition = CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=b"?")
-    api.preupload_lfs_files(repo_id, additions=[addition], revision=revision)
-
-
-def upload(
-    folder: Path,
-    repo_id: str,
-    api: HfApi,
-    *,
-    message: str,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> dict[str, Any]:
-    """Upload a folder in one commit, around what a person wrote on the card, also while the upload ran.
-
-    Args:
-        folder: A saved model with its card; it is not changed.
-        repo_id: OWNER/NAME; the repo exists.
-        api: The Hub.
-        message: Message of the commit.
-        revision: Branch, made where it is new, or pull request (`refs/pr/N`); None: main.
-        create_pr: Open a pull request instead of committing.
-
-    Returns:
-        `commit`, `files`, `megabytes`, and `pull_request` where one was opened.
-
-    Raises:
-        ValueError: The repo holds something else, see [`RemoteRepo.refuse_other_model`].
-        HfHubHTTPError: The Hub refuses, see [`explained`].
-    """
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    local = _local_files(folder)
-    megabytes = round(sum(path.stat().st_size for path in local.values()) / 1e6, 1)
-    logger.info("uploading %d files, %.1f MB, to %s", len(local), megabytes, repo_id)
-    for attempt in range(1, ATTEMPTS + 1):
-        remote = open_branch(api, repo_id, revision, model_type)
-        try:
-            commit = api.create_commit(
-                repo_id,
-                _operations(folder, local, remote),
-                commit_message=message,
-                revision=revision,
-                create_pr=create_pr,
-                # So that the Hub refuses, rather than drops what came after the card was read.
-                parent_commit=remote.commit,
+            found = None
+        if found != model_type:
+            kind = "something else" if found is None else f"a model of type {found!r}"
+            raise ValueError(
+                f"{self.repo_id} contains {kind}, and this model has type {model_type!r}; push to another repo."
             )
-            break
-        except HfHubHTTPError as error:
-            if _status(error) != 412 or attempt == ATTEMPTS:
-                raise
-            logger.info("%s changed meanwhile; the commit is made anew on top of that", repo_id)
-    result = {"commit": commit.oid, "files": len(local), "megabytes": megabytes}
-    return {**result, "pull_request": commit.pr_url} if commit.pr_url else result
+
+    def _download(self, snapshot: Snapshot, name: str) -> Path | None:
+        """Download a file; None if the repo does not contain it."""
+        if name not in snapshot.files:
+            return None
+        options: dict[str, Any] = {"endpoint": self.api.endpoint, "token": self.api.token, "force_download": True}
+        try:
+            return Path(hf_hub_download(self.repo_id, name, revision=snapshot.commit, **options))
+        except ValueError as error:
+            # The client wraps the reason why a forced download failed.
+            raise error.__cause__ or error from None
+
+    def _read_card(self, snapshot: Snapshot) -> str | None:
+        path = self._download(snapshot, CARD)
+        return None if path is None else path.read_text(encoding="utf-8")
+
+    def _merged_card(self, folder: Path, snapshot: Snapshot) -> str:
+        """The folder's card for this repo, with the edits that people made to the card on the Hub."""
+        local = (folder / CARD).read_text(encoding="utf-8")
+        # A pull request is meant to become main.
+        branch = "main" if self.revision is None or self.revision.startswith("refs/") else self.revision
+        local = with_repo(local, self.repo_id, f"{self.api.endpoint}/{self.repo_id}/resolve/{branch}/{EXAMPLE}")
+        theirs = self._read_card(snapshot)
+        if theirs is None:
+            return local
+        merged = merge_cards(theirs, local)
+        ours, result = split_card(local)[0], split_card(merged)[0]
+        kept = [key for key, value in ours.items() if result[key] != value and key not in RENEWED]
+        if kept:
+            logger.warning("the card on the Hub keeps its own %s; change it there", ", ".join(kept))
+        return merged
 
 
 def _local_files(folder: Path) -> dict[str, Path]:
@@ -277,30 +254,4 @@ def _local_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _operations(folder: Path, local: dict[str, Path], remote: RemoteRepo) -> list[CommitOperation]:
-    files: dict[str, Path | bytes] = {**local, CARD: _card(folder, remote).encode()}
-    stale = [name for name in remote.files if REPLACED.fullmatch(name) and name not in local]
-    return [
-        *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()),
-        *(CommitOperationDelete(path_in_repo=name) for name in stale),
-    ]
-
-
-def _card(folder: Path, remote: RemoteRepo) -> str:
-    """The folder's card for this repo, around what a person wrote on the one that is there."""
-    local = (folder / CARD).read_text(encoding="utf-8")
-    # A pull request is to become main.
-    branch = "main" if remote.revision is None or remote.revision.startswith("refs/") else remote.revision
-    local = with_repo(local, remote.repo_id, f"{remote.api.endpoint}/{remote.repo_id}/resolve/{branch}/{EXAMPLE}")
-    theirs = remote.read(CARD)
-    if theirs is None:
-        return local
-    merged = merge_cards(theirs, local)
-    ours, result = split_card(local)[0], split_card(merged)[0]
-    kept = [key for key, value in ours.items() if result[key] != value and key not in RENEWED]
-    if kept:
-        logger.warning("the card on the Hub keeps its own %s; change it there", ", ".join(kept))
-    return merged
-
-
-__all__ = ["RemoteRepo", "check_write_access", "explained", "explanation", "open_branch", "open_repo", "upload"]
+__all__ = ["Uploader"]

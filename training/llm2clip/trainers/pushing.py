@@ -7,12 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import HfApi
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from llm2clip.hub.cards import CARD
-from llm2clip.hub.upload import RemoteRepo, check_write_access, explained, explanation, open_branch, open_repo, upload
+from llm2clip.hub.hub_errors import explanation
+from llm2clip.hub.upload import Uploader
 from llm2clip.utils.files import write_license
 from llm2clip.utils.repos import hub_ids
 
@@ -37,12 +36,9 @@ class PushingTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         write_license(folder)
         name = self.args.hub_model_id or folder.absolute().name
-        api = self._hub(token)
-        with explained(name):
-            # Any, since the Trainer's own class says None.
-            repo: Any = open_repo(api, name, self.args.hub_private_repo if private is None else private).repo_id
-            open_branch(api, repo, self.args.hub_revision, cast(Any, self.model).config.model_type)
-            check_write_access(api, repo, self.args.hub_revision)
+        private = self.args.hub_private_repo if private is None else private
+        # Any, since the Trainer's own class says None.
+        repo: Any = self._uploader(name, token).prepare(cast(Any, self.model).config.model_type, private).repo_id
         self.hub_model_id, self.push_in_progress = repo, None
 
     def card_on_the_hub(self) -> str | None:
@@ -50,8 +46,7 @@ class PushingTrainer(Trainer):
         if not self.args.push_to_hub or self.hub_model_id is None:
             return None
         try:
-            with explained(self.hub_model_id):
-                return RemoteRepo.find(self._hub(), self.hub_model_id, self.args.hub_revision).read(CARD)
+            return self._uploader(self.hub_model_id).read_card()
         except ValueError as error:
             # Not worth a run: the upload that follows may well get through.
             logger.warning("the card cannot be read (%s); the one here is used.", error)
@@ -94,16 +89,15 @@ class PushingTrainer(Trainer):
             return
         folder, repo, revision = Path(str(self.args.output_dir)), str(self.hub_model_id), self.args.hub_revision
         try:
-            with explained(repo):
-                upload(folder, repo, self._hub(), message="End of training", revision=revision)
+            self._uploader(repo).upload(folder, "End of training")
         except ValueError as error:
             branch = f" --revision {revision}" if revision else ""
             raise ValueError(
                 f"{error} The result is in {folder}; `llm2clip push {folder} {repo}{branch}` uploads it."
             ) from error
 
-    def _hub(self, token: str | None = None) -> HfApi:
-        return HfApi(token=token or self.args.hub_token)
+    def _uploader(self, repo: str, token: str | None = None) -> Uploader:
+        return Uploader(repo, revision=self.args.hub_revision, token=token or self.args.hub_token)
 
 
 def check_pushing(

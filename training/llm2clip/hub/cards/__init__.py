@@ -1,4 +1,4 @@
-"""Model cards."""
+"""Model cards: facts about a model, rendered as README.md and merged with the edits of people."""
 
 from llm2clip.hub.cards.card import (
     CARD,

@@ -1,7 +1,7 @@
-"""Model cards: what is known about a model, as front matter and sections that later cards renew.
+"""Rendering, reading and merging model cards.
 
-A section stands between marks that hold its checksum. A later card replaces the sections that nobody has touched, and
-leaves alone what a person wrote, changed or deleted.
+Each generated section is enclosed in marks with its checksum. A later card replaces the sections whose checksum is
+still right, and keeps everything that people wrote, changed or deleted.
 """
 
 from __future__ import annotations
@@ -24,34 +24,33 @@ from llm2clip.utils.files import write_text
 CARD = "README.md"
 PEFT_TEMPLATE = "# Model Card for Model ID"
 SECTION = re.compile(r"<!-- llm2clip:(\w+) ([0-9a-f]{12}) -->\n(.*?)\n?<!-- /llm2clip:\1 -->", re.DOTALL)
-# What the snippets load.
+# The repo or folder in the code examples.
 LOADED = re.compile(r'((?:from_pretrained\(|SentenceTransformer\(|snapshot_download\(|cached_file\(|model=)")[^"]*(")')
-# Of these lists a later card keeps what is there and adds what is new.
+# Lists that are united with those of the earlier card.
 UNITED = ("tags", "base_model", "datasets")
 
 
 def license_of(folder: Path | None) -> dict[str, Any]:
-    """The licence that the card in a folder states, as fields of [`CardFacts`]; none where there is no card."""
+    """Read the license in a folder's card, as fields of [`CardFacts`]; empty if there is no card."""
     data = read_card(folder)[0] if folder else {}
-    names = {"licence": "license", "licence_name": "license_name", "licence_link": "license_link"}
-    return {name: str(data[key]) for name, key in names.items() if data.get(key)}
+    return {name: str(data[name]) for name in ("license", "license_name", "license_link") if data.get(name)}
 
 
 def read_card(folder: Path) -> tuple[dict[str, Any], str]:
-    """Front matter and text of the card in a folder; both empty where there is none."""
+    """Read front matter and text of the card in a folder; both are empty if there is none."""
     path = folder / CARD
     if not path.is_file():
         return {}, ""
     data, text = split_card(path.read_text(encoding="utf-8"))
-    # PEFT's template, in which nobody has filled in anything.
+    # The unfilled template that PEFT writes does not count as a card.
     return ({}, "") if text.lstrip().startswith(PEFT_TEMPLATE) else (data, text)
 
 
 def split_card(content: str) -> tuple[dict[str, Any], str]:
-    """Front matter and text of a card.
+    """Split a card into front matter and text.
 
     Raises:
-        ValueError: The front matter is no YAML mapping.
+        ValueError: The front matter is not a YAML mapping.
     """
     match = re.match(r"\s*---\n(.*?)\n---\n*", content, re.DOTALL)
     if match is None:
@@ -59,25 +58,25 @@ def split_card(content: str) -> tuple[dict[str, Any], str]:
     try:
         data = yaml.safe_load(match[1]) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"the front matter of README.md is no YAML: {error}") from error
+        raise ValueError(f"the front matter of README.md is not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise ValueError("the front matter of README.md is no YAML mapping.")
+        raise ValueError("the front matter of README.md is not a YAML mapping.")
     return data, content[match.end() :]
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
-    """Write README.md, around what a person wrote into the one that is there."""
+    """Write README.md, keeping the edits in an existing one."""
     write_text(folder / CARD, render(facts, *read_card(folder)))
 
 
 def render(facts: CardFacts, data: dict[str, Any] | None = None, text: str = "", keep: Sequence[str] = ()) -> str:
-    """A card.
+    """Render a card.
 
     Args:
-        facts: What is known now.
-        data: Front matter of the card so far.
-        text: Its text.
-        keep: Sections that stay as they are, unless they are empty.
+        facts: Content of the card.
+        data: Front matter of the existing card.
+        text: Text of the existing card.
+        keep: Sections that are only replaced if they are empty.
     """
     merged = _merge_data(data or {}, front_matter(facts))
     new = sections(facts)
@@ -93,18 +92,18 @@ def _assemble(data: dict[str, Any], text: str) -> str:
 
 
 def front_matter(facts: CardFacts) -> dict[str, Any]:
-    """The metadata that the Hub reads."""
+    """Collect the metadata that the Hub reads."""
     results = [result for evaluation in facts.evaluations for result in _eval_results(evaluation, facts.task)]
-    # Commas part the labels.
+    # The Hub separates the labels at commas.
     labels = ", ".join(" ".join(caption.replace(",", " ").split()) for caption in facts.captions)
     widget = [{"src": EXAMPLE, "candidate_labels": labels}] if facts.has_example else None
     is_encoder = facts.task != VISION_TASK and not facts.is_adapter
     tags = ["llm2clip", "clip", *(["sentence-transformers"] if is_encoder else []), f"arxiv:{PAPER}"]
     data = ModelCardData(
         language=list(facts.languages) or None,
-        license=facts.licence,
-        license_name=facts.licence_name,
-        license_link=facts.licence_link,
+        license=facts.license,
+        license_name=facts.license_name,
+        license_link=facts.license_link,
         base_model=list(facts.base_models) or None,
         datasets=list(facts.datasets) or None,
         library_name="transformers",
@@ -125,7 +124,7 @@ def _eval_results(evaluation: Evaluation, pipeline_tag: str) -> list[EvalResult]
             task_name=evaluation.task,
             dataset_type=evaluation.dataset,
             dataset_name=evaluation.title,
-            # Without it the Hub's index would put two caption columns of one split together.
+            # Without it the Hub would merge the results of two caption columns of one split.
             dataset_config=evaluation.note or None,
             dataset_split=evaluation.split,
             dataset_revision=evaluation.revision,
@@ -152,7 +151,7 @@ def _merge_data(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measured(result: dict[str, Any]) -> tuple[Any, ...]:
-    """What a result of a model-index was measured on."""
+    """Task and data of a result in a model-index."""
     dataset = result.get("dataset") or {}
     return ((result.get("task") or {}).get("name"), *(dataset.get(key) for key in ("type", "config", "split")))
 
@@ -174,18 +173,18 @@ def _merge_sections(text: str, new: dict[str, str]) -> str:
     def renew(match: re.Match[str]) -> str:
         name, checksum, content = match.groups()
         untouched = _checksum(content) == checksum
-        # What nothing is known about now may have been known before.
+        # An empty new section does not replace earlier content.
         return _marked(name, new[name]) if untouched and new.get(name) else match[0]
 
     return SECTION.sub(renew, text)
 
 
 def merge_cards(theirs: str, ours: str) -> str:
-    """A newer card around what a person wrote on an older one.
+    """Merge a new card into an older one that people may have edited.
 
     Args:
         theirs: The older card.
-        ours: The newer one.
+        ours: The new card.
     """
     data, text = split_card(theirs)
     new_data, new_text = split_card(ours)
@@ -195,7 +194,7 @@ def merge_cards(theirs: str, ours: str) -> str:
 
 
 def with_repo(card: str, repo: str, example: str) -> str:
-    """A card whose snippets load `repo`, and whose widget shows the picture at the address `example`."""
+    """Rewrite a card so that its code examples load `repo` and its widget shows the image at the URL `example`."""
     data, text = split_card(card)
     for entry in data.get("widget") or []:
         if entry.get("src") == EXAMPLE:
@@ -211,7 +210,7 @@ def with_repo(card: str, repo: str, example: str) -> str:
 
 
 def validate_card(folder: Path) -> None:
-    """Refuse a card that the Hub would not take.
+    """Check the card in a folder by the rules of the Hub.
 
     Raises:
         FileNotFoundError: There is no README.md.

@@ -1,4 +1,4 @@
-"""The training curves of a card."""
+"""Training curves for a card."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from llm2clip.hub.cards.facts import CURVES
 
 
 def write_curves(folder: Path, history: Sequence[Mapping[str, Any]]) -> bool:
-    """Draw loss and recall over the steps into a folder.
+    """Draw loss and recall over the steps as `training_curves.png`.
 
     Args:
-        folder: Where `training_curves.png` goes.
-        history: The Trainer's log: entries with `step`, and `loss` or `eval_*` metrics.
+        folder: Folder of the image.
+        history: `log_history` of the Trainer: entries with `step`, and `loss` or `eval_*` metrics.
 
     Returns:
-        Whether there was anything to draw.
+        Whether the history contains anything to draw.
     """
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     recalls: dict[str, list[tuple[int, float]]] = {}

@@ -1,4 +1,4 @@
-"""What a model says about itself."""
+"""Texts of a card that are derived from a model's config."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from modeling_llm2clip import LLM2CLIPTextConfig
 
 
 def summary(model: Any) -> str:
-    """What a model is, in a sentence or two."""
+    """Describe a model in one or two sentences."""
     config = model.config
     if config.model_type == LLM2CLIPTextConfig.model_type:
         kind = config.decoder_config.model_type
         return (
-            f"A caption encoder (LLM2CLIP, stage 1): a {kind} language model that attends in both directions; "
+            f"A caption encoder (LLM2CLIP, stage 1): a {kind} language model with bidirectional attention; "
             f"{config.hidden_size} dimensions, captions of up to {config.max_text_length} tokens."
         )
     vision = config.vision_config
-    # A folder's path says nothing to others, and too much.
+    # The path of a local folder means nothing to others and may be private.
     names = hub_ids(config.text_model_name_or_path)
     llm = names[0] if names else f"a {config.text_config.decoder_config.model_type} language model"
     size = getattr(vision, "image_size", None)
     return (
-        f"An LLM2CLIP model: a vision tower ({vision.model_type}{f', {size} px' if size else ''}) in one space of "
-        f"{config.projection_dim} dimensions with the captions that {llm} reads."
+        f"An LLM2CLIP model: a vision tower ({vision.model_type}{f', {size} px' if size else ''}) and {llm} as the "
+        f"caption encoder, with embeddings of {config.projection_dim} dimensions in one space."
     )
 
 
 def base_models(config: Any) -> list[str]:
-    """Names under which the parts of a model were loaded."""
+    """Names that the parts of a model were loaded from."""
     if config.model_type == LLM2CLIPTextConfig.model_type:
         return [config.decoder_config._name_or_path]
     return [

@@ -1,4 +1,4 @@
-"""What is known about a model and goes on its card."""
+"""The facts about a model that its card states."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Evaluation:
     """Metrics of a model on a data set.
 
     Args:
-        task: `image-text retrieval`, `caption retrieval` or another name of the task.
+        task: Name of the task, such as `image-text retrieval` or `caption retrieval`.
         dataset: Hub id or name of the data set.
-        split: Its split.
-        revision: Its commit, or a checksum of its content.
-        metrics: Values in 0..1 (recalls) or counts, by name.
-        note: What else identifies the measurement, such as the caption column.
+        split: Split of the data set.
+        revision: Commit of the data set, or a checksum of its content.
+        metrics: Recalls in 0..1, or counts, by name.
+        note: Further identification of the measurement, such as the caption column.
     """
 
     task: str
@@ -41,35 +41,35 @@ class Evaluation:
 
 @dataclass
 class CardFacts:
-    """What a card says.
+    """Content of a card.
 
     Args:
         name: Title.
-        task: Pipeline tag, by which the snippets are chosen.
-        repo: Hub id or folder that the snippets load.
-        summary: One or two sentences after the title.
-        licence: Licence of the weights, in the Hub's spelling.
-        licence_name: Name of a licence that the Hub calls `other`.
-        licence_link: Its address, or a file of the repo.
-        base_models: Hub ids of what the model was made of.
+        task: Pipeline tag; it selects the code examples.
+        repo: Hub id or folder that the code examples load.
+        summary: One or two sentences below the title.
+        license: License of the weights as the Hub spells it.
+        license_name: Name of the license, if `license` is `other`.
+        license_link: URL of that license, or a file of the repo.
+        base_models: Hub ids of the models that this one was trained from.
         datasets: Hub ids of the training data.
-        languages: ISO codes of the languages of the captions.
-        sources: Training data in words, where it has no Hub id.
+        languages: ISO 639 codes of the caption languages.
+        sources: Description of training data without a Hub id.
         recipe: Settings that differ from the defaults.
-        evaluations: What was measured.
-        captions: Labels of the example picture, or captions for the snippets; the first is the right one.
-        has_example: Whether the folder holds an example picture, `EXAMPLE`.
-        is_adapter: Whether the folder holds a PEFT adapter, which `AutoModel` loads from a folder alone.
-        has_curves: Whether the folder holds training curves, `CURVES`.
+        evaluations: Evaluation results.
+        captions: Labels of the example image, the correct one first, or captions for the code examples.
+        has_example: Whether the folder contains an example image, `EXAMPLE`.
+        has_curves: Whether the folder contains training curves, `CURVES`.
+        is_adapter: Whether the folder contains a PEFT adapter, which `AutoModel` only loads from a local folder.
     """
 
     name: str
     task: str
     repo: str
     summary: str
-    licence: str | None = None
-    licence_name: str | None = None
-    licence_link: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
     base_models: Sequence[str] = ()
     datasets: Sequence[str] = ()
     languages: Sequence[str] = ()

@@ -1,4 +1,4 @@
-"""What the Hub takes as metadata of a card, so that a mistake shows before anything is built or uploaded."""
+"""Checks of a card's metadata by the rules of the Hub, before anything is built or uploaded."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-# Those that its documentation lists; a newer one goes as `other`, with its name and link.
-LICENCES = frozenset(
+# The ids in the documentation of the Hub; any other license is `other` with its name and link.
+LICENSES = frozenset(
     """
     afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
     bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
@@ -24,7 +24,7 @@ LICENCES = frozenset(
     postgresql unknown unlicense wtfpl zlib
     """.split()  # noqa: SIM905
 )
-# ISO 639-1; of the codes of three letters (639-3) there are thousands.
+# ISO 639-1. The thousands of three-letter codes (ISO 639-3) are only checked by their form.
 LANGUAGES = frozenset(
     """
     aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el
@@ -38,37 +38,39 @@ LANGUAGES = frozenset(
 
 
 def check_metadata(data: Mapping[str, Any], subject: object = "the card") -> None:
-    """Refuse a licence, languages or Hub ids that the Hub would not take.
+    """Check license, languages and Hub ids.
 
     Args:
-        data: Front matter of a card, or what will be; fields that are missing or empty are fine.
-        subject: Where they stand, for the message.
+        data: Front matter of a card; fields may be absent or empty.
+        subject: Name of the card in the message.
 
     Raises:
-        ValueError: It names all that is wrong, and what to write.
+        ValueError: The Hub would reject some of them; the message names all problems and their corrections.
     """
-    problems = [problem for value in as_list(data.get("license")) if (problem := _licence_problem(value, data))]
+    problems = [problem for value in as_list(data.get("license")) if (problem := _license_problem(value, data))]
     problems += [problem for value in as_list(data.get("language")) if (problem := _language_problem(value))]
     problems += [
-        f"{key} {value!r} is no Hub id (OWNER/NAME)"
+        f"{key} {value!r} is not a Hub id (OWNER/NAME)"
         for key in ("datasets", "base_model")
         for value in as_list(data.get(key))
         if not _is_repo_id(value)
     ]
     if problems:
-        raise ValueError(f"the Hub would not take the metadata of {subject}: {'; '.join(problems)}.")
+        raise ValueError(f"the Hub would reject the metadata of {subject}: {'; '.join(problems)}.")
 
 
 def as_list(value: Any) -> list[Any]:
-    """A field of a card that holds one value, several or none."""
+    """The values of a field that may be a single value, a list or absent."""
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _licence_problem(value: Any, data: Mapping[str, Any]) -> str | None:
-    if value not in LICENCES:
-        near = difflib.get_close_matches(str(value).lower(), sorted(LICENCES), n=1)
+def _license_problem(value: Any, data: Mapping[str, Any]) -> str | None:
+    if value not in LICENSES:
+        near = difflib.get_close_matches(str(value).lower(), sorted(LICENSES), n=1)
         guess = f" (did you mean {near[0]!r}?)" if near else ""
-        return f"license {value!r} is no licence id of the Hub{guess}; others are 'other', with their name and link"
+        return (
+            f"license {value!r} is not a license id of the Hub{guess}; use 'other' with license_name and license_link"
+        )
     missing = [key for key in ("license_name", "license_link") if not data.get(key)]
     if value == "other" and missing:
         return f"license 'other' needs {' and '.join(missing)}"
@@ -76,11 +78,11 @@ def _licence_problem(value: Any, data: Mapping[str, Any]) -> str | None:
 
 
 def _language_problem(value: Any) -> str | None:
-    # PyYAML reads a bare `no`, which is Norwegian, as false.
+    # PyYAML reads the code of Norwegian, `no`, as false.
     code = "no" if value is False else str(value)
     if code in LANGUAGES or re.fullmatch(r"[a-z]{3}", code):
         return None
-    return f"language {code!r} is no ISO 639 code such as en, de or yue (BCP 47 tags go into language_bcp47)"
+    return f"language {code!r} is not an ISO 639 code such as en, de or yue (BCP 47 tags belong in language_bcp47)"
 
 
 def _is_repo_id(value: Any) -> bool:

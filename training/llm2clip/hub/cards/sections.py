@@ -1,4 +1,4 @@
-"""The sections of a model card."""
+"""The generated sections of a model card."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ CITATION = """```bibtex
 ```"""
 RECALLS = ("recall@1", "recall@5", "recall@10")
 DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text", "": "query → target"}
-# Of a folder as well as of a repo on the Hub.
+# `cached_file` finds the image in a folder as well as in a repo on the Hub.
 EXAMPLE_PICTURE = f'cached_file("{{repo}}", "{EXAMPLE}")'
 EXAMPLE_IMPORT = "from transformers.utils import cached_file\n"
-OWN_PICTURE = '"picture.jpg"  # an image file of yours'
+OWN_PICTURE = '"picture.jpg"  # path of an image'
 CAPTIONS = ("a photo of a dog", "a photo of a cat")
 
 JOINT = """```python
@@ -87,7 +87,7 @@ print(embeddings.shape)
 from transformers import pipeline
 
 extract = pipeline("feature-extraction", model="{repo}", trust_remote_code=True)
-states = extract({captions}, return_tensors=True)  # of every token, before they are averaged
+states = extract({captions}, return_tensors=True)  # one row per token, before pooling
 print([state.shape for state in states])
 ```
 
@@ -100,7 +100,7 @@ print(model.similarity(embeddings, embeddings))
 ```"""
 
 
-# transformers would look for the code in the repo of the LLM, so it has to be a folder.
+# Given a Hub id, transformers would look for the code in the repo of the LLM.
 ADAPTER = """```python
 from huggingface_hub import snapshot_download
 from transformers import AutoModel, AutoTokenizer
@@ -114,7 +114,7 @@ print(embeddings.shape)
 
 
 def sections(facts: CardFacts) -> dict[str, str]:
-    """All sections by name; one about which nothing is known is empty."""
+    """Render all sections by name; a section without content is empty."""
     return {
         "about": _about(facts),
         "use": _use(facts),
@@ -137,12 +137,12 @@ def _use(facts: CardFacts) -> str:
         picture=EXAMPLE_PICTURE.format(repo=facts.repo) if facts.has_example else OWN_PICTURE,
         captions=_literal(facts.captions or CAPTIONS),
     )
-    picture = f"\n\n![A picture]({EXAMPLE})" if facts.has_example else ""
+    picture = f"\n\n![Example image]({EXAMPLE})" if facts.has_example else ""
     return f"## Use\n\n{filled}{picture}"
 
 
 def _literal(captions: Sequence[str]) -> str:
-    # Double quotes, as a formatter would write them.
+    # Double quotes, as formatters write them.
     return "[" + ", ".join(json.dumps(caption, ensure_ascii=False) for caption in captions) + "]"
 
 
@@ -163,7 +163,7 @@ def _results(evaluations: Sequence[Evaluation]) -> str:
 def _training(facts: CardFacts) -> str:
     parts = []
     if facts.base_models:
-        parts.append("Made of: " + ", ".join(facts.base_models) + ".")
+        parts.append("Trained from: " + ", ".join(facts.base_models) + ".")
     data = [*facts.datasets, *facts.sources]
     if data:
         parts.append("Trained on: " + "; ".join(data) + ".")
@@ -185,23 +185,22 @@ def _plain(value: Any) -> Any:
 
 def _limits(facts: CardFacts) -> str:
     uses = {
-        JOINT_TASK: "Retrieval between images and captions, and classification with labels in words.",
-        TEXT_TASK: "Embedding captions, above all for an LLM2CLIP model whose adapter was trained with this LLM.",
+        JOINT_TASK: "Image-text retrieval and zero-shot image classification.",
+        TEXT_TASK: "Embedding captions, mainly for an LLM2CLIP model whose adapter was trained with this LLM.",
     }.get(facts.task, "Embedding images, and as the vision tower of a multimodal LLM.")
-    name = facts.licence_name or facts.licence
-    name = f"[{name}]({facts.licence_link})" if facts.licence_link else name
-    licence = (
-        f"The licence of the weights is {name}."
+    name = facts.license_name or facts.license
+    name = f"[{name}]({facts.license_link})" if facts.license_link else name
+    license_text = (
+        f"The license of the weights is {name}."
         if name
-        else "The licence of the weights is not stated: look up that of the models that it was made of."
+        else "The license of the weights is not stated; see the licenses of the models that it was trained from."
     )
     caution = (
-        "It has the biases of its training data and of the models that it was made of, and it works as well as the "
-        "results above say: measure it on your own data first. Do not use it to identify people, nor for decisions "
-        "about them."
+        "The model has the biases of its training data and of the models that it was trained from. Evaluate it on "
+        "your own data before you use it. Do not use it to identify people or to make decisions about them."
     )
-    code = "The code that comes with them is under Apache-2.0."
-    return f"## Intended use and limits\n\n{uses} {caution}\n\n{licence} {code}"
+    code = "The model code is licensed under Apache-2.0."
+    return f"## Intended use and limitations\n\n{uses} {caution}\n\n{license_text} {code}"
 
 
 __all__ = ["PAPER", "sections"]

@@ -1,4 +1,4 @@
-"""A saved folder as a stranger would load it: in a new process, offline, without this package."""
+"""Load a saved folder as its users do: in a new process, offline, without this package."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch import Tensor
 TOLERANCE = 1e-5
 CAPTIONS = ("a photo of a dog", "two children play football in a green park behind a red brick church")
 
-# It hides this package, which is installed where the folder is built.
-STRANGER = """
+# The new process cannot import this package, although it is installed on the machine that builds the folder.
+SCRIPT = """
 import json, sys
 
 class Hide:
@@ -35,53 +35,53 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
 task = json.loads(sys.argv[1])
-folder, found = task["folder"], {}
+folder, outputs = task["folder"], {}
 model = AutoModel.from_pretrained(folder, trust_remote_code=True, **task["loading"]).eval()
 with torch.inference_mode():
     if task["image"]:
-        pictures = [Image.open(task["image"])]
-        pixels = AutoImageProcessor.from_pretrained(folder)(images=pictures, return_tensors="pt")
-        found["image"] = model(**pixels.to(model.dtype)).pooler_output
+        images = [Image.open(task["image"])]
+        pixels = AutoImageProcessor.from_pretrained(folder)(images=images, return_tensors="pt")
+        outputs["image"] = model(**pixels.to(model.dtype)).pooler_output
     if task["captions"]:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         batch = tokenizer(task["captions"], padding=True, return_tensors="pt")
-        found["text"] = model(**batch).pooler_output
+        outputs["text"] = model(**batch).pooler_output
     if task["llm_embeds"]:
-        found["text"] = model.get_text_features(llm_embeds=load_file(task["llm_embeds"])["embeds"]).pooler_output
+        outputs["text"] = model.get_text_features(llm_embeds=load_file(task["llm_embeds"])["embeds"]).pooler_output
 if task["image"] and task["captions"]:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    inputs = processor(text=task["captions"], images=pictures, return_tensors="pt")
+    inputs = processor(text=task["captions"], images=images, return_tensors="pt")
     with torch.inference_mode():
-        found["logits"] = model(**inputs.to(model.dtype)).logits_per_image
-save_file({name: value.float().contiguous() for name, value in found.items()}, task["output"])
+        outputs["logits"] = model(**inputs.to(model.dtype)).logits_per_image
+save_file({name: value.float().contiguous() for name, value in outputs.items()}, task["output"])
 """
 
 
-def stranger_outputs(
+def outputs_of_new_process(
     folder: Path,
     image: Image.Image | None,
     captions: Sequence[str],
     llm_embeds: Tensor | None = None,
     **loading: Any,
-) -> dict[str, Any]:
-    """What a new process makes of a folder.
+) -> dict[str, Tensor]:
+    """Load a folder in a new process and compute its outputs.
 
     Args:
         folder: A saved model with its processor or tokenizer.
-        image: A picture, for a model that takes pictures.
-        captions: Captions, for a model that reads captions.
-        llm_embeds: `(batch, hidden_size)`, in place of captions for a joint model without its LLM.
+        image: An image, for a model with a vision tower.
+        captions: Captions, for a model that contains an LLM.
+        llm_embeds: `(batch, hidden_size)`, instead of captions for a joint model without its LLM.
         loading: Arguments of `from_pretrained`.
 
     Returns:
-        `image` `(1, width)` and `text` `(captions, width)`, not normalised, and `logits` where it has both; float32.
+        `image` `(1, width)` and `text` `(captions, width)`, not normalized, and `logits` if there are both; float32.
 
     Raises:
-        RuntimeError: The process failed; the message ends with its own.
+        RuntimeError: The process failed; the message ends with its output.
     """
     with tempfile.TemporaryDirectory() as scratch:
         task: dict[str, Any] = {"folder": str(folder.resolve()), "captions": list(captions), "loading": loading}
-        task |= {"image": None, "llm_embeds": None, "output": str(Path(scratch) / "found.safetensors")}
+        task |= {"image": None, "llm_embeds": None, "output": str(Path(scratch) / "outputs.safetensors")}
         if image is not None:
             task["image"] = str(Path(scratch) / "image.png")
             image.save(task["image"])
@@ -89,7 +89,7 @@ def stranger_outputs(
             task["llm_embeds"] = str(Path(scratch) / "llm_embeds.safetensors")
             save_file({"embeds": llm_embeds}, task["llm_embeds"])
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
-        command = [sys.executable, "-c", STRANGER, json.dumps(task)]
+        command = [sys.executable, "-c", SCRIPT, json.dumps(task)]
         options: dict[str, Any] = {"env": environment, "cwd": scratch, "capture_output": True, "text": True}
         done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False, **options)
         if done.returncode != 0:
@@ -99,42 +99,41 @@ def stranger_outputs(
         return load_file(task["output"])
 
 
-def compare_with_stranger(folder: Path, expected: dict[str, Tensor], *inputs: Any, **loading: Any) -> float:
-    """Load a folder as a stranger and compare.
+def compare_with_new_process(folder: Path, expected: dict[str, Tensor], *inputs: Any, **loading: Any) -> float:
+    """Compare the outputs of a folder in a new process with those of the model that was saved.
 
     Args:
         folder: The folder.
-        expected: The outputs of the model that was saved; see [`stranger_outputs`].
-        inputs: A picture or None, captions, and the LLM's embeddings or None.
+        expected: Outputs of the model that was saved; see [`outputs_of_new_process`].
+        inputs: An image or None, captions, and LLM embeddings or None.
         loading: Arguments of `from_pretrained`.
 
     Returns:
         The largest difference, relative to the largest entry.
 
     Raises:
-        RuntimeError: The folder does not load, or gives other outputs.
+        RuntimeError: The folder does not load, or its outputs differ.
     """
-    found = stranger_outputs(folder, *inputs, **loading)
+    found = outputs_of_new_process(folder, *inputs, **loading)
     worst = 0.0
     for name, wanted in expected.items():
         difference = (found[name] - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1)
         worst = max(worst, difference.item())
+        # Not `>`, which is false for NaN.
         if not difference <= TOLERANCE:
-            raise RuntimeError(
-                f"{folder} gives other {name} outputs in a new process: they differ by {difference:.1e}."
-            )
+            raise RuntimeError(f"the {name} outputs of {folder} in a new process differ by {difference:.1e}.")
     return worst
 
 
 def sample_picture(size: int = 96) -> Image.Image:
-    """A picture with edges and colours, for models without an example."""
+    """An image with edges and colors, for models without an example image."""
     ramp = torch.arange(size * size * 3).reshape(size, size, 3)
     return Image.fromarray((ramp * 7 % 251).to(torch.uint8).numpy())
 
 
 def sample_llm_embeds(width: int) -> Tensor:
-    """What an LLM might make of two captions, `(2, width)`, for models without theirs."""
+    """Values in the place of the LLM embeddings of two captions, `(2, width)`, for models without their LLM."""
     return torch.arange(2 * width).reshape(2, width) * 7 % 251 / 125 - 1
 
 
-__all__ = ["CAPTIONS", "compare_with_stranger", "sample_llm_embeds", "sample_picture", "stranger_outputs"]
+__all__ = ["CAPTIONS", "compare_with_new_process", "outputs_of_new_process", "sample_llm_embeds", "sample_picture"]

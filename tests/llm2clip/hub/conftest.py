@@ -1,0 +1,40 @@
+"""A built folder and a helper to push it to the loopback hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi
+
+from llm2clip.hub import build, push
+from tests.loopback_hub import TOKEN, LoopbackHub
+from tests.modeling_llm2clip import tiny
+from tests.modeling_llm2clip.tiny import IMAGES
+
+REPO = "tester/tiny"
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A joint model with its LLM, built by `llm2clip build`; tests must not change it."""
+    folder = tmp_path_factory.mktemp("built")
+    tiny.save_apart(folder)
+    IMAGES[0].save(folder / "picture.png")
+    captions = ["noise", "a dog"]
+    build.build_folder(
+        folder / "clip", folder / "out", example_image=folder / "picture.png", example_captions=captions
+    )
+    return folder / "out"
+
+
+def upload(hub: LoopbackHub, folder: Path, token: str | bool = TOKEN, **settings: Any) -> dict[str, Any]:
+    """Push a folder to the loopback hub without loading it first."""
+    config = push.PushConfig(**{"folder": str(folder), "repo_id": REPO, "validate": False, **settings})
+    return push.run(config, HfApi(endpoint=hub.url, token=token))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Content of every file in a folder by path."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,0 +1,73 @@
+"""Errors of the Hub and of the connection, as messages that name the next step."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+# The Hub client lets the connection errors of its HTTP library through and has no public class for them: httpx in
+# huggingface_hub 1, httpx2 in huggingface_hub 2.
+HTTP_LIBRARY = "httpx" if huggingface_hub.__version__.startswith("1.") else "httpx2"
+HTTPError: Any = importlib.import_module(HTTP_LIBRARY).HTTPError
+
+NEXT_STEPS = {
+    400: "the Hub rejects this request: correct what it names (branch, file or the card's metadata) and push again",
+    401: "the token is missing or not valid: log in with `hf auth login`, or set HF_TOKEN",
+    402: "the plan of the account does not cover this: free storage, or change the plan in its billing settings",
+    403: "the token does not allow this: it needs write access to the repo and its organization",
+    404: "the repo does not exist, or the token has no access to it",
+    409: "the repo changed or is being created at the same time: push again",
+    412: "the repo changed during this push: push again",
+    413: "a file is too large for the Hub: remove files that the model does not need, or save its weights in shards "
+    "(`save_pretrained(..., max_shard_size='5GB')`)",
+    429: "too many requests: wait some minutes and push again",
+}
+
+
+@contextmanager
+def explained(repo_id: str) -> Iterator[None]:
+    """Raise errors of the Hub and of the connection as a ValueError that names the next step; others pass through."""
+    try:
+        yield
+    except (OSError, HTTPError, HFValidationError, RuntimeError) as error:
+        message = explanation(error, repo_id)
+        if message is None:
+            raise
+        raise ValueError(message) from error
+
+
+def explanation(error: BaseException, repo_id: str) -> str | None:
+    """Describe an error of the Hub or of the connection and its next step; None for any other error."""
+    # The upload threads of the client wrap their errors.
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"{repo_id}: {NEXT_STEPS[401]}."
+    if isinstance(error, HFValidationError):
+        return f"{repo_id!r} is not a valid repo name: {error}"
+    if isinstance(error, HfHubHTTPError):
+        return f"{repo_id}: {_next_step(error)}."
+    if isinstance(error, (HTTPError, ConnectionError)):
+        reason = str(error) or type(error).__name__
+        return f"{repo_id}: the connection broke ({reason}); push again: files that were uploaded are not sent twice."
+    return None
+
+
+def http_status(error: HfHubHTTPError) -> int:
+    """The HTTP status of an error; 0 if the Hub did not answer."""
+    return error.response.status_code if error.response is not None else 0
+
+
+def _next_step(error: HfHubHTTPError) -> str:
+    status = http_status(error)
+    reason = str(getattr(error, "server_message", None) or error).strip().splitlines()[-1]
+    other = "the Hub had an internal error: push again later" if status >= 500 else "the Hub refuses this request"
+    return f"{NEXT_STEPS.get(status, other)} (HTTP {status}: {reason})"
+
+
+__all__ = ["explained", "explanation", "http_status"]

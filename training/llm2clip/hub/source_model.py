@@ -1,0 +1,149 @@
+"""The model that a folder is built from: loading, saving, and comparing it with its saved copy in a new process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+from llm2clip.hub.cards import JOINT_TASK, TEXT_TASK, VISION_TASK
+from llm2clip.hub.new_process import CAPTIONS, compare_with_new_process, sample_llm_embeds, sample_picture
+from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
+from llm2clip.utils.repos import OURS, Repo, RepoKind, hub_ids, inspect_repo
+from llm2clip.utils.towers import save_text_tower
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+
+
+@dataclass
+class SourceModel:
+    """A model that a folder is built from.
+
+    Attributes:
+        model: A joint model, a vision half or a text tower.
+        processor: Its processor, image processor or tokenizer.
+        task: Pipeline tag of its card.
+        with_captions: Whether its LLM is loaded, so that captions can be compared.
+    """
+
+    model: Any
+    processor: Any
+    task: str
+    with_captions: bool
+
+    @classmethod
+    def load(
+        cls,
+        repo: Repo,
+        *,
+        text_model: str | None = None,
+        bundle_text_model: bool | None = None,
+        merge_adapter: bool | None = None,
+    ) -> SourceModel:
+        """Load the model of a repo or folder.
+
+        Args:
+            repo: One of the kinds in `OURS`.
+            text_model: Hub id of a joint model's LLM, which is then not bundled.
+            bundle_text_model: Whether a joint model contains its LLM; by default it does unless the LLM is on the Hub.
+            merge_adapter: Whether the LoRA adapter of a text tower is merged; by default it is.
+
+        Raises:
+            ValueError: Other machines could not load the result, because it refers to a local folder.
+        """
+        options: dict[str, Any] = {"revision": repo.revision}
+        if repo.kind is RepoKind.TEXT_TOWER:
+            tower = LLM2CLIPTextModel.from_pretrained(repo.name, **options).eval()
+            if _is_merged(tower, merge_adapter):
+                tower.merge_adapter()
+            return cls(tower, AutoTokenizer.from_pretrained(repo.name, **options), TEXT_TASK, True)
+        if repo.kind is RepoKind.VISION_HALF:
+            half = LLM2CLIPVisionModelWithProjection.from_pretrained(repo.name, **options).eval()
+            return cls(half, AutoImageProcessor.from_pretrained(repo.name, **options), VISION_TASK, False)
+        llm = text_model or repo.config.get("text_model_name_or_path")
+        is_on_hub = text_model is not None or bool(hub_ids(llm))
+        bundle = not is_on_hub if bundle_text_model is None else bundle_text_model
+        if not bundle and not is_on_hub:
+            raise ValueError(
+                f"the LLM is in {llm!r}, which others cannot load; bundle it (the default), or give its Hub id with "
+                "--text-model."
+            )
+        model = LLM2CLIPModel.from_pretrained(repo.name, text_model=bundle, **options).eval()
+        if bundle:
+            model.text_model.merge_adapter()
+            model.config.text_model_name_or_path = model.config.text_model_revision = None
+        elif text_model is not None:
+            model.config.text_model_name_or_path, model.config.text_model_revision = text_model, None
+        return cls(model, AutoProcessor.from_pretrained(repo.name, **options), JOINT_TASK, bundle)
+
+    def save(self, folder: Path) -> None:
+        """Save model, processor and the files of sentence-transformers."""
+        if self.task == TEXT_TASK:
+            save_text_tower(self.model, self.processor, folder)
+        else:
+            self.model.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+        if self.task == JOINT_TASK or (self.task == TEXT_TASK and not self.model.has_adapter):
+            write_sentence_transformers_files(folder)
+
+    def compare(self, folder: Path, picture: Image.Image, captions: Sequence[str]) -> float:
+        """Load a folder in a new process without this package and compare its outputs with those of this model.
+
+        Returns:
+            The largest difference, relative to the largest entry.
+
+        Raises:
+            RuntimeError: The folder does not load there, or its outputs differ.
+        """
+        model, processor, expected = self.model, self.processor, dict[str, Tensor]()
+        texts = captions if self.with_captions else []
+        embeds, loading = None, dict[str, Any]()
+        has_vision = self.task != TEXT_TASK
+        image_processor = getattr(processor, "image_processor", processor)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        with torch.inference_mode():
+            if has_vision:
+                pixels = image_processor(images=[picture], return_tensors="pt").to(model.dtype)
+                expected["image"] = model(**pixels).pooler_output
+            if texts:
+                batch = tokenizer(texts, padding=True, return_tensors="pt")
+                expected["text"] = model(**batch).pooler_output
+            if texts and has_vision:
+                expected["logits"] = model(**pixels, **batch).logits_per_image
+            if self.task == JOINT_TASK and not texts:
+                # The adapter is compared without its LLM.
+                embeds = sample_llm_embeds(model.config.text_config.hidden_size)
+                expected["text"] = model.get_text_features(llm_embeds=embeds).pooler_output
+                loading["text_model"] = False
+        return compare_with_new_process(folder, expected, picture if has_vision else None, texts, embeds, **loading)
+
+
+def _is_merged(tower: LLM2CLIPTextModel, merge_adapter: bool | None) -> bool:
+    if not tower.has_adapter:
+        return False
+    decoder: Any = tower.decoder
+    base = decoder.peft_config[decoder.active_adapter].base_model_name_or_path
+    if merge_adapter is False and not hub_ids(base):
+        raise ValueError(f"the LLM of the adapter is in {base!r}, which others cannot load; merge the adapter.")
+    return merge_adapter is not False
+
+
+def validate_folder(folder: Path) -> float:
+    """Load a built folder here and in a new process without this package, and compare the outputs.
+
+    Returns:
+        The largest difference, relative to the largest entry.
+
+    Raises:
+        RuntimeError: The folder does not load in the new process, or its outputs differ.
+    """
+    source = SourceModel.load(inspect_repo(folder).require(*OURS), merge_adapter=False)
+    return source.compare(folder, sample_picture(), list(CAPTIONS))
+
+
+__all__ = ["SourceModel", "validate_folder"]
