@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .processing_llm2clip import check_captions, count_cut_captions
+from .processing_llm2clip import clean_captions, count_cut_captions
 
 logger = logging.get_logger(__name__)
 
@@ -118,8 +118,7 @@ def tokenize_captions(
         TypeError: An item is not a string (an image, say).
         ValueError: A caption is empty, or the tokenizer does not hold the model's prompt.
     """
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    check_captions(texts)
+    texts = clean_captions([texts] if isinstance(texts, str) else list(texts))
     if not texts:
         return [], 0
     if prompt_token_ids is not None and list(tokenizer("")["input_ids"]) != prompt_token_ids:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import processors
+from tokenizers import Regex, normalizers, processors
 from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers import __version__ as transformers_version
 from transformers.processing_utils import ProcessorMixin
@@ -18,6 +18,9 @@ logger = logging.get_logger(__name__)
 
 PROMPT_PREFIX_PIECE = "<llm2clip_prefix>"
 PROMPT_SUFFIX_PIECE = "<llm2clip_suffix>"
+# What str.strip() removes; the regex class does not include U+001C to U+001F.
+WHITE_SPACE = r"[\s\x1c-\x1f\x85]"
+OUTER_WHITE_SPACE = rf"\A{WHITE_SPACE}+|{WHITE_SPACE}+\z"
 
 
 def with_prompt(
@@ -29,6 +32,10 @@ def with_prompt(
     caption, suffix), so that a bare tokenizer, a pipeline and the processor make the same ids. What a user types is
     text, even when it looks like a special token; in `prefix` and `suffix` special tokens are special. Padding is on
     the left, with EOS where the tokenizer has no padding token.
+
+    White space around a caption is removed by a normalizer, as `str.strip` does. Tokenizers with tokens of their own
+    for white space (Gemma) split texts at them before any normalizer runs; for these the processor and `encode_text`
+    strip captions, a bare tokenizer does not.
 
     Args:
         tokenizer: A fast tokenizer; it is not changed.
@@ -77,14 +84,17 @@ def with_prompt(
         elif ids:
             template.append(piece)
             pieces.append({"id": piece, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)})
-    prompted.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=" ".join(template), special_tokens=pieces
-    )
+    backend = prompted.backend_tokenizer
+    if not any(token.content.isspace() for token in tokenizer.added_tokens_decoder.values()):
+        # First, because SentencePiece-style normalizers put "\u2581" (a visible blank) before the text.
+        steps = [normalizers.Replace(Regex(OUTER_WHITE_SPACE), ""), backend.normalizer]
+        backend.normalizer = normalizers.Sequence([step for step in steps if step is not None])
+    backend.post_processor = processors.TemplateProcessing(single=" ".join(template), special_tokens=pieces)
     return prompted, len(before)
 
 
-def check_captions(texts: Sequence[Any]) -> None:
-    """Raise one clear error for the first item that is not a caption.
+def clean_captions(texts: Sequence[Any]) -> list[str]:
+    """Strip captions, for tokenizers that do not, and check that each has a text.
 
     Raises:
         TypeError: An item is not a string.
@@ -98,6 +108,7 @@ def check_captions(texts: Sequence[Any]) -> None:
             )
         if not text.strip():
             raise ValueError(f"caption {index} is empty; leave it out or give it a text.")
+    return [text.strip() for text in texts]
 
 
 def count_cut_captions(
@@ -156,11 +167,14 @@ class LLM2CLIPProcessor(ProcessorMixin):
         texts = list(text) if isinstance(text, (list, tuple)) else [text]
         if not texts:
             raise ValueError("the list of captions is empty.")
-        check_captions(texts)
+        texts = clean_captions(texts)
+        text = texts if isinstance(text, (list, tuple)) else texts[0]
         options = kwargs.get("text_kwargs", kwargs)
         options = {"padding": True, "truncation": True, **options}
         kwargs = {**kwargs, "text_kwargs": options} if "text_kwargs" in kwargs else options
-        features = super().__call__(images=images, text=text, **kwargs)
+        features = super().__call__(
+            images=images, text=texts if isinstance(text, (list, tuple)) else texts[0], **kwargs
+        )
         rows = features["input_ids"]
         lengths = [len(rows)] if isinstance(rows[0], int) else [len(row) for row in rows]
         limit = options.get("max_length") or self.tokenizer.model_max_length

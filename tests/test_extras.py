@@ -134,4 +134,4 @@ def test_a_missing_library_names_the_extra(
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert cli.main(["demo"]) == 2
     error = capsys.readouterr().err
-    assert "pip install 'llm2clip[demo]' brings what llm2clip demo needs" in error
+    assert "pip install 'llm2clip[demo]' installs what llm2clip demo needs" in error

@@ -104,7 +104,7 @@ def search_work(index_type: str | None, count: int) -> Work:
     import torch
 
     from llm2clip.search.top_k import top_k
-    from llm2clip.search.vectors import VectorIndexSettings, build_vector_index, require_faiss
+    from llm2clip.search.vector_index import VectorIndexSettings, build_vector_index, require_faiss
 
     require_faiss().omp_set_num_threads(torch.get_num_threads())
     generator = torch.Generator().manual_seed(0)

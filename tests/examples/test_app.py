@@ -17,8 +17,8 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 from torch.nn import functional as F
 
+from llm2clip.demo.demo import DemoConfig, open_images
 from llm2clip.demo.gallery import Gallery
-from llm2clip.demo.job import DemoConfig, data_source
 from modeling_llm2clip import LLM2CLIPModel
 from tests.examples.server import serving
 from tests.llm2clip import tiny as training
@@ -211,7 +211,7 @@ def test_two_checkpoints_side_by_side(browser: webdriver.Chrome, model: Path, op
     browser.find_element(By.ID, "compare_button").click()
     wait(browser, lambda: len(captions(browser, "compare_1")) == 9)
     for side, folder in (("compare_0", model), ("compare_1", opposite)):
-        found = Gallery.open(str(folder), data_source(DemoConfig()), tmp_path).search(QUERY, 9)
+        found = Gallery.open(str(folder), open_images(DemoConfig()), tmp_path).search(QUERY, 9)
         shown = [caption.split(" · ") for caption in captions(browser, side)]
         assert [name for _, name in shown] == [hit.name for hit in found]
         assert [float(score) for score, _ in shown] == pytest.approx([hit.score for hit in found], abs=0.006)

@@ -24,7 +24,7 @@ def test_space_serves_the_demo(tmp_path: Path) -> None:
     write_space(space, str(tmp_path / "model"))
     # Python finds the Space's packages before the installed ones, as it would on a machine that has none.
     where = subprocess.run(
-        [sys.executable, "-c", "import llm2clip.demo.job as job; print(job.__file__)"],
+        [sys.executable, "-c", "import llm2clip.demo.demo as demo; print(demo.__file__)"],
         env={**os.environ, "PYTHONPATH": str(space)}, cwd=space, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert where.stdout.startswith(str(space))

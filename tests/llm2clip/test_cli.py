@@ -1,8 +1,10 @@
-"""The command line: help, one clear error, the evaluate job."""
+"""The command line: help, errors, start-up, the evaluate command."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +34,26 @@ def test_help_shows_every_field_with_its_default(command: str, capsys: pytest.Ca
     assert text.count("default: ") == len(shown)
 
 
+def test_top_level_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import runpy, sys; sys.argv = ['llm2clip', '--help']\n"
+        "try: runpy.run_module('llm2clip', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_run_writes_its_log_into_output_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = ["--output_dir", str(tmp_path / "run"), "--text_model_name_or_path", str(tmp_path / "missing")]
+    assert cli.main(["embed", *fields, "--sources", "[{path: x, caption_columns: [caption]}]"]) == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0] == f"llm2clip embed: {cli.COMMANDS['embed'].help}"
+    assert shown[1] == f"Log: {tmp_path / 'run' / 'log.txt'}"
+    assert len(shown) == 4
+    assert "Traceback" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_top_level_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
@@ -50,14 +72,14 @@ def test_top_level_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -
         (["evaluate", "x", "--data", "y", "--on_error", "ignore"], "one of raise, skip"),
         (
             ["evaluate", "/no/such/folder", "--data", "y"],
-            "there is no such folder, and no Hub id",
+            "there is no such folder, and it is not a valid Hub id",
         ),
         (["embed"], "EmbedConfig needs output_dir, text_model_name_or_path, sources"),
         (["convert", "a", "b", "two words"], "the argument 'two words' is one too many"),
         (["quickstart", "--profile", "fast"], "the recipe fast does not exist"),
     ],
 )
-def test_a_mistake_is_one_line_without_traceback(
+def test_a_user_error_is_one_line_without_traceback(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(arguments) == 2
@@ -96,7 +118,7 @@ def test_evaluate_caption_retrieval_of_a_joint_model(tmp_path: Path, capsys: pyt
     assert results[0] == results[1] != results[2]
 
 
-def test_faults_of_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(config: object) -> None:
         raise KeyError("image")
 
@@ -105,7 +127,7 @@ def test_faults_of_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
         cli.main(["evaluate", "x", "--data", "y"])
 
 
-def test_a_command_leaves_the_processes_of_its_launcher(
+def test_a_command_leaves_the_process_group_of_its_launcher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
@@ -126,3 +127,46 @@ def test_caption_given_as_image_is_one_clear_error() -> None:
 def test_prompt_that_leaves_no_room_is_refused() -> None:
     with pytest.raises(ValueError, match="leaves none of 6 to captions"):
         with_prompt(tiny.plain_tokenizer(), tiny.PREFIX, tiny.SUFFIX, max_length=6)
+
+
+def test_outer_white_space_of_captions_never_reaches_the_model(tmp_path: Path) -> None:
+    """The tokenizer agrees with str.strip(), also after a reload, alone and in every function that takes captions."""
+    spaces = "".join(filter(str.isspace, map(chr, range(0x3001))))
+    processor, model = tiny.processor(), tiny.joint_model()
+    processor.save_pretrained(tmp_path)
+    for text in ("a small brown dog", "two  blanks\n\nand  lines"):
+        expected = expected_ids(text)
+        for tokenizer in (processor.tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+            for space in [spaces, *spaces]:
+                assert tokenizer(f"{space}{text}{space}")["input_ids"] == expected, repr(space)
+    assert processor(text=["a dog\n", " a dog "])["input_ids"] == [expected_ids("a dog")] * 2
+    rows = model.encode_text(["a dog\n", "\x1fa dog\u3000", "a dog"], processor)
+    assert rows[0].equal(rows[2])
+    assert rows[1].equal(rows[2])
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_outer_white_space_is_stripped_before_sentencepiece_adds_its_own(metaspace: bool) -> None:
+    words = {"<unk>": 0, "</s>": 1, "\u2581a": 2, "\u2581dog": 3, "\u2581": 4}
+    backend = Tokenizer(models.WordLevel(words, "<unk>"))
+    if metaspace:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    else:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        backend.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    plain = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    prompted, _ = with_prompt(plain)
+    assert plain("a dog")["input_ids"] == [2, 3]
+    assert plain(" a dog ")["input_ids"] != [2, 3]
+    assert prompted(" a dog\n")["input_ids"] == prompted("a dog")["input_ids"] == [2, 3]
+
+
+def test_tokenizers_with_white_space_tokens_leave_stripping_to_the_processor() -> None:
+    """Such tokens split a caption before the normalizer runs, which would strip its inner white space too."""
+    plain = tiny.plain_tokenizer()
+    plain.add_tokens([AddedToken("\n\n", normalized=False)])
+    tokenizer, _ = with_prompt(plain)
+    ids = tokenizer("a dog \n\n a cat")["input_ids"]
+    assert ids[1:] == plain("a dog \n\n a cat", add_special_tokens=False)["input_ids"]
+    processor = LLM2CLIPProcessor(tiny.processor().image_processor, tokenizer)
+    assert processor(text=["a dog\n\n"])["input_ids"][0] == tokenizer("a dog")["input_ids"]

@@ -1,4 +1,4 @@
-"""Small data in every supported form, and a private cache for what `datasets` prepares."""
+"""Small data sets in every supported format, and a temporary cache for `datasets`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _private_cache(_prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", _prepared)
-    # After each pass over streamed parquet, datasets gives Arrow's threads five seconds to end.
+    # After each pass over streamed parquet, datasets waits five seconds for the threads of Arrow.
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05, raising=False)
 
 
@@ -38,7 +38,7 @@ def image_processor() -> CLIPImageProcessorPil:
 
 
 def png(shade: int, size: tuple[int, int] = (20, 18)) -> bytes:
-    """A PNG of one colour: its red channel names the row that it belongs to."""
+    """Encode a PNG of one color, whose red channel identifies its row."""
     file = io.BytesIO()
     Image.new("RGB", size, (shade, 0, 0)).save(file, "PNG")
     return file.getvalue()
@@ -50,7 +50,7 @@ def captions(row: int) -> list[str]:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the same six captioned images in each form."""
+    """Create a folder with the same six captioned images in each format."""
     root = tmp_path_factory.mktemp("made")
     names = [f"{row}.png" for row in range(ROWS)]
 

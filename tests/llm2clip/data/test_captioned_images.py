@@ -45,7 +45,7 @@ def _batches(loader: DataLoader) -> list[list[tuple[str, str, float]]]:
     return [[(s["key"], s["caption"], float(s["pixel_values"].double().sum())) for s in batch] for batch in loader]
 
 
-def test_sample_holds_the_row(transforms: tuple[EvalTransform, TrainTransform]) -> None:
+def test_sample_has_image_caption_and_ids_of_its_row(transforms: tuple[EvalTransform, TrainTransform]) -> None:
     dataset = CaptionImageDataset(_concepts(), *transforms)
     row = datasets.load_dataset(CONCEPTS, split="validation")[5]
     sample = dataset[5]
@@ -60,7 +60,9 @@ def test_sample_holds_the_row(transforms: tuple[EvalTransform, TrainTransform]) 
             dataset[outside]
 
 
-def test_drawing_is_a_function_of_seed_epoch_and_index(transforms: tuple[EvalTransform, TrainTransform]) -> None:
+def test_caption_and_crop_depend_only_on_seed_epoch_and_index(
+    transforms: tuple[EvalTransform, TrainTransform],
+) -> None:
     dataset = CaptionImageDataset(_concepts(), *transforms, seed=1)
     other = CaptionImageDataset(_concepts(), *transforms, seed=2)
     where = [SampleIndex(0, 3), SampleIndex(1, 3)]
@@ -74,7 +76,7 @@ def test_drawing_is_a_function_of_seed_epoch_and_index(transforms: tuple[EvalTra
     assert len({dataset[SampleIndex(epoch, 3)]["caption"] for epoch in range(12)}) == 2
 
 
-def test_caption_weights_hold_over_epochs_and_rows() -> None:
+def test_captions_are_drawn_by_weight_over_epochs_and_rows() -> None:
     dataset = CaptionImageDataset(_concepts(caption_weights=[0.25, 0.75]), None)
     first = datasets.load_dataset(CONCEPTS, split="validation")["caption"]
     counts = Counter(
@@ -86,7 +88,7 @@ def test_caption_weights_hold_over_epochs_and_rows() -> None:
     assert abs(counts[True] / total - 0.25) < 4 * (0.25 * 0.75 / total) ** 0.5
 
 
-def test_workers_do_not_change_a_batch(transforms: tuple[EvalTransform, TrainTransform]) -> None:
+def test_batches_do_not_depend_on_the_number_of_workers(transforms: tuple[EvalTransform, TrainTransform]) -> None:
     source = _concepts(max_samples=24)
     runs = []
     for workers in (0, 2):
@@ -128,7 +130,9 @@ def _damaged_source(tmp_path: Path) -> CaptionSource:
     return CaptionSource(str(tmp_path / "damaged.parquet"))
 
 
-def test_damage_is_raised_by_key_or_skipped(tmp_path: Path, transforms: tuple[EvalTransform, TrainTransform]) -> None:
+def test_unusable_rows_raise_with_their_key_or_are_skipped(
+    tmp_path: Path, transforms: tuple[EvalTransform, TrainTransform]
+) -> None:
     source = _damaged_source(tmp_path)
     strict = CaptionImageDataset(source, *transforms)
     lenient = CaptionImageDataset(source, *transforms, on_error="skip")
@@ -149,7 +153,9 @@ def test_damage_is_raised_by_key_or_skipped(tmp_path: Path, transforms: tuple[Ev
         CaptionImageDataset(source, *transforms, on_error="ignore")  # type: ignore[arg-type]
 
 
-def test_a_strip_is_skipped_or_raised_by_key(tmp_path: Path, transforms: tuple[EvalTransform, TrainTransform]) -> None:
+def test_too_narrow_images_raise_with_their_key_or_are_skipped(
+    tmp_path: Path, transforms: tuple[EvalTransform, TrainTransform]
+) -> None:
     table = datasets.Dataset.from_dict({"key": ["strip"], "image": [png(1, (1, 140_000))], "caption": ["a"]})
     table.to_parquet(str(tmp_path / "strip.parquet"))
     source = CaptionSource(str(tmp_path / "strip.parquet"))
@@ -160,7 +166,7 @@ def test_a_strip_is_skipped_or_raised_by_key(tmp_path: Path, transforms: tuple[E
     assert "would be 16 x 2240000" in skipped.reason
 
 
-def test_error_from_a_worker_keeps_its_type_and_key(
+def test_error_in_a_worker_keeps_its_type_and_key(
     tmp_path: Path, transforms: tuple[EvalTransform, TrainTransform]
 ) -> None:
     dataset = CaptionImageDataset(_damaged_source(tmp_path), *transforms)
@@ -176,7 +182,7 @@ def _stream(transforms: tuple[Any, Any], source: CaptionSource, **options: Any) 
     return StreamingCaptionImageDataset(source, *transforms, **options)
 
 
-def test_stream_and_random_access_give_the_same_evaluation_samples(
+def test_streaming_and_map_style_evaluation_samples_are_equal(
     transforms: tuple[EvalTransform, TrainTransform],
 ) -> None:
     stream = _stream(transforms, _concepts(streaming=True, max_samples=20), training=False)
@@ -189,7 +195,7 @@ def test_stream_and_random_access_give_the_same_evaluation_samples(
     assert position == 19
 
 
-def test_stream_order_and_samples_depend_on_seed_and_epoch_alone(
+def test_stream_order_and_samples_depend_only_on_seed_and_epoch(
     transforms: tuple[EvalTransform, TrainTransform],
 ) -> None:
     source = _concepts(streaming=True, max_samples=60)
@@ -212,7 +218,7 @@ def test_stream_order_and_samples_depend_on_seed_and_epoch_alone(
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("form", ["webdataset", "bytes.parquet"])
-def test_ranks_and_workers_share_a_stream_out(made: Path, form: str, world: int, workers: int) -> None:
+def test_ranks_and_workers_read_disjoint_parts_of_a_stream(made: Path, form: str, world: int, workers: int) -> None:
     columns = ["json.caption"] if form == "webdataset" else ["caption"]
     source = CaptionSource(str(made / form), caption_columns=columns, streaming=True)
     captions, keys = [], []
@@ -225,7 +231,7 @@ def test_ranks_and_workers_share_a_stream_out(made: Path, form: str, world: int,
     assert len(set(keys)) == ROWS
 
 
-def test_persistent_workers_see_the_new_epoch(made: Path) -> None:
+def test_persistent_workers_read_the_new_epoch(made: Path) -> None:
     source = CaptionSource(str(made / "webdataset"), caption_columns=["json.caption"], streaming=True)
     stream = StreamingCaptionImageDataset(source, None, shuffle_buffer=8)
     loader = DataLoader(stream, batch_size=None, num_workers=1, persistent_workers=True)
@@ -237,7 +243,7 @@ def test_persistent_workers_see_the_new_epoch(made: Path) -> None:
     assert len({tuple(order) for order in orders}) > 1
 
 
-def test_repeating_stream_goes_on_with_the_next_epochs_order(made: Path) -> None:
+def test_repeating_stream_continues_in_the_order_of_the_next_epoch(made: Path) -> None:
     source = CaptionSource(str(made / "webdataset"), caption_columns=["json.caption"], streaming=True)
     endless = iter(StreamingCaptionImageDataset(source, None, repeat=True))
     got = [next(endless)["key"] for _ in range(3 * ROWS)]
@@ -247,7 +253,9 @@ def test_repeating_stream_goes_on_with_the_next_epochs_order(made: Path) -> None
     assert Counter(got) == {f"sample{row}": 3 for row in range(ROWS)}
 
 
-def test_stream_reports_damage(tmp_path: Path, transforms: tuple[EvalTransform, TrainTransform]) -> None:
+def test_streaming_unusable_rows_raise_or_are_skipped(
+    tmp_path: Path, transforms: tuple[EvalTransform, TrainTransform]
+) -> None:
     source = _damaged_source(tmp_path)
     source.streaming = True
     samples = list(_stream(transforms, source, on_error="skip"))
@@ -256,7 +264,7 @@ def test_stream_reports_damage(tmp_path: Path, transforms: tuple[EvalTransform, 
         list(_stream(transforms, source))
 
 
-def test_wrong_kind_of_source_is_refused(made: Path) -> None:
+def test_streaming_sources_and_ranks_are_validated(made: Path) -> None:
     path = str(made / "bytes.parquet")
     with pytest.raises(ValueError, match="use StreamingCaptionImageDataset"):
         CaptionImageDataset(CaptionSource(path, streaming=True), None)
@@ -267,7 +275,7 @@ def test_wrong_kind_of_source_is_refused(made: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_distinct_captions_come_in_order_of_first_appearance(made: Path, streaming: bool) -> None:
+def test_distinct_captions_are_in_order_of_first_appearance(made: Path, streaming: bool) -> None:
     concepts = CaptionSource(CONCEPTS, split="test", caption_columns=["caption", "caption_de"], streaming=streaming)
     table = datasets.load_dataset(CONCEPTS, split="test").select_columns(["caption", "caption_de"])
     expected = list(dict.fromkeys(text for row in table for text in row.values() if text))
@@ -278,7 +286,7 @@ def test_distinct_captions_come_in_order_of_first_appearance(made: Path, streami
     assert both == [text for row in range(ROWS) for text in made_captions(row)] + expected
 
 
-def test_ranks_take_a_part_of_the_captions_each() -> None:
+def test_ranks_read_disjoint_parts_of_the_captions() -> None:
     source = CaptionSource(CONCEPTS, split="test", caption_columns=["caption"])
     whole, *parts = (
         [text for texts in caption_batches(source, rank, world) for text in texts]
@@ -288,7 +296,7 @@ def test_ranks_take_a_part_of_the_captions_each() -> None:
     assert abs(len(parts[0]) - len(parts[1])) <= 1
 
 
-def test_rows_without_a_caption_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_without_a_caption_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = datasets.Dataset.from_dict({"caption": ["a", None, " ", "b"], "long": ["c", None, "d", None]})
     rows.to_parquet(tmp_path / "rows.parquet")
     source = CaptionSource(str(tmp_path / "rows.parquet"), caption_columns=["caption", "long"])
@@ -296,14 +304,14 @@ def test_rows_without_a_caption_are_counted(tmp_path: Path, caplog: pytest.LogCa
     assert f"1 rows of {source.path} have no caption" in caplog.text
 
 
-def test_distinct_captions_cover_every_sample() -> None:
+def test_distinct_captions_contain_the_caption_of_every_sample() -> None:
     source = _concepts(max_samples=100)
     known = set(distinct_captions(source))
     dataset = CaptionImageDataset(source, None)
     assert {dataset[SampleIndex(epoch, index)]["caption"] for epoch in range(20) for index in range(100)} == known
 
 
-def test_dataset_can_be_sent_to_a_process(transforms: tuple[EvalTransform, TrainTransform]) -> None:
+def test_dataset_can_be_pickled(transforms: tuple[EvalTransform, TrainTransform]) -> None:
     dataset = CaptionImageDataset(_concepts(max_samples=3), *transforms)
     copy = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(copy[1]["pixel_values"], dataset[1]["pixel_values"])

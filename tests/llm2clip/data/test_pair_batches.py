@@ -36,7 +36,7 @@ def _global_batches(sampler: PairBatchSampler, epoch: int = 0) -> list[list[Samp
 
 
 def _texts(dataset: PairDataset, index: SampleIndex) -> tuple[str, set[int], set[int]]:
-    """Source, ids of all texts on either side, ids of all negatives: read anew from the row."""
+    """Read source, caption ids of anchors and positives, and caption ids of negatives from the row."""
     number = sum(index.index >= start for start in dataset.starts[1:])
     table: PairTable = dataset.tables[number]
     row = table.table[int(table.rows[index.index - int(dataset.starts[number])])]
@@ -65,7 +65,7 @@ def _assert_no_false_negatives(dataset: PairDataset, batch: list[SampleIndex]) -
 
 @pytest.mark.parametrize("name", ["bundled", "grouped"])
 @pytest.mark.parametrize("batch_size", [16, 128])
-def test_bundled_batches_hold_no_false_negatives_and_each_row_once(
+def test_batches_have_no_false_negatives_and_each_row_at_most_once(
     name: str, batch_size: int, request: pytest.FixtureRequest
 ) -> None:
     dataset: PairDataset = request.getfixturevalue(name)
@@ -81,13 +81,13 @@ def test_bundled_batches_hold_no_false_negatives_and_each_row_once(
         assert len(dataset) - len(seen) < 4 * batch_size  # up to one short batch and few conflicts per source
 
 
-def test_shuffling_alone_would_make_false_negatives(bundled: PairDataset) -> None:
+def test_random_batches_have_false_negatives(bundled: PairDataset) -> None:
     order = random.Random(0).sample(range(*bundled.starts[1:].tolist()), 512)
     with pytest.raises(AssertionError):
         _assert_no_false_negatives(bundled, [SampleIndex(0, index) for index in order])
 
 
-def test_one_rank_and_two_see_the_same_global_batches(bundled: PairDataset) -> None:
+def test_one_and_two_ranks_have_the_same_global_batches(bundled: PairDataset) -> None:
     for epoch in (0, 1):
         one = _global_batches(PairBatchSampler(bundled, 48), epoch)
         assert _global_batches(PairBatchSampler(bundled, 24, num_replicas=2), epoch) == one
@@ -108,13 +108,13 @@ def test_epochs_differ_in_batches_and_order_but_not_in_length(bundled: PairDatas
     assert [index.index for batch in other_seed for index in batch] != indices[0]
 
 
-def test_sources_are_mixed_through_the_epoch(bundled: PairDataset) -> None:
+def test_batches_of_all_sources_are_shuffled_together(bundled: PairDataset) -> None:
     labels = [bundled[batch[0]]["source"] for batch in _global_batches(PairBatchSampler(bundled, 64))]
     halves = [Counter(labels[: len(labels) // 2]), Counter(labels[len(labels) // 2 :])]
     assert all(half["glosses"] > 20 and half["concepts"] > 20 for half in halves)
 
 
-def test_weights_set_the_share_of_batches(tmp_path: Path) -> None:
+def test_weights_determine_the_share_of_batches(tmp_path: Path) -> None:
     dataset = PairDataset([glosses(weight=3.0), concepts(weight=1.0)])
     sampler = PairBatchSampler(dataset, 64)
     seen: set[int] = set()
@@ -124,13 +124,13 @@ def test_weights_set_the_share_of_batches(tmp_path: Path) -> None:
         assert counts["glosses"] == 5414 // 64
         assert counts["concepts"] == counts["glosses"] // 3
         seen |= {index.index for batch in batches for index in batch if index.index >= dataset.starts[1]}
-    assert len(seen) > 1.5 * counts["concepts"] * 64  # another epoch takes other rows
-    with pytest.raises(ValueError, match="weight, or none: concepts have none"):
+    assert len(seen) > 1.5 * counts["concepts"] * 64  # epochs use different rows
+    with pytest.raises(ValueError, match="weight for all pair sources or for none; concepts have none"):
         PairBatchSampler(PairDataset([glosses(weight=3.0), concepts()]), 64)
 
 
 def _random_source(folder: Path, seed: int) -> PairDataset:
-    """Pairs from a small vocabulary: almost every row conflicts with many others."""
+    """Make pairs from a small vocabulary, in which almost every row conflicts with many others."""
     generator = random.Random(seed)
     rows = 300
     columns: dict[str, list[Any]] = {
@@ -153,7 +153,7 @@ def _random_source(folder: Path, seed: int) -> PairDataset:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_dense_conflicts_with_hard_negatives_are_all_avoided(tmp_path: Path, seed: int) -> None:
+def test_dense_conflicts_with_hard_negatives_are_avoided(tmp_path: Path, seed: int) -> None:
     dataset = _random_source(tmp_path, seed)
     for size in (2, 7, 20):
         sampler = PairBatchSampler(dataset, size, seed=seed)
@@ -175,8 +175,8 @@ def _without_missing_group(dataset: PairDataset, index: SampleIndex) -> tuple[st
     return label, own - {-1 - caption_id("None")}, negative
 
 
-def test_deferred_rows_come_later_instead_of_being_lost(tmp_path: Path) -> None:
-    # Ten groups of ten rows in batches of ten: every batch must hold one row of each group.
+def test_conflicting_rows_are_moved_to_later_batches(tmp_path: Path) -> None:
+    # Ten groups of ten rows in batches of ten: every batch must have one row of each group.
     columns = {
         "q": [f"q{i}" for i in range(100)],
         "p": [f"p{i}" for i in range(100)],
@@ -188,7 +188,7 @@ def test_deferred_rows_come_later_instead_of_being_lost(tmp_path: Path) -> None:
     assert placed == [100] * 5
 
 
-def test_every_epoch_has_the_length_that_the_trainer_counted_on(tmp_path: Path) -> None:
+def test_every_epoch_has_the_same_number_of_batches(tmp_path: Path) -> None:
     generator = random.Random(3)
     columns = {
         "q": [f"q{i}" for i in range(60)],
@@ -202,7 +202,7 @@ def test_every_epoch_has_the_length_that_the_trainer_counted_on(tmp_path: Path) 
         assert {len(_global_batches(sampler, epoch)) for epoch in range(30)} == {len(sampler)}
 
 
-def test_short_last_batch_is_kept_on_request(tmp_path: Path) -> None:
+def test_drop_last_false_keeps_the_short_last_batch(tmp_path: Path) -> None:
     columns = {"q": [f"q{i}" for i in range(10)], "p": [f"p{i}" for i in range(10)]}
     dataset = PairDataset(table_source(tmp_path, columns, anchor_column="q", positive_column="p"))
     assert [len(batch) for batch in _global_batches(PairBatchSampler(dataset, 4))] == [4, 4]
@@ -213,7 +213,7 @@ def test_short_last_batch_is_kept_on_request(tmp_path: Path) -> None:
         PairBatchSampler(dataset, 2, num_replicas=2, drop_last=False)
 
 
-def test_source_that_fills_no_batch_is_an_error(tmp_path: Path) -> None:
+def test_source_that_fills_no_batch_raises(tmp_path: Path) -> None:
     columns = {"q": [f"q{i}" for i in range(30)], "p": ["same"] * 30}
     dataset = PairDataset(table_source(tmp_path, columns, anchor_column="q", positive_column="p"))
     with pytest.raises(ValueError, match="30 usable rows of pairs fill no batch of 4"):
@@ -221,7 +221,7 @@ def test_source_that_fills_no_batch_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_accelerate_keeps_global_batches_together_and_resumes(world: int) -> None:
+def test_accelerate_splits_global_batches_over_ranks_and_resumes(world: int) -> None:
     few = PairDataset([glosses(max_samples=110), concepts(max_samples=110)])
     size = 32 // world
 
@@ -254,7 +254,7 @@ def test_accelerate_keeps_global_batches_together_and_resumes(world: int) -> Non
 
 
 class _Indices(PairDataset):
-    """Returns indices instead of texts; shares the epoch of the data set it stands for."""
+    """Returns indices instead of texts and shares the epoch of the original data set."""
 
     def __init__(self, dataset: PairDataset) -> None:
         self.__dict__ = dataset.__dict__

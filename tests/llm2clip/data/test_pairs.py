@@ -27,7 +27,7 @@ def table_source(folder: Path, columns: dict[str, list[Any]], name: str = "pairs
     return PairSource(str(path), **fields)
 
 
-def test_pair_of_two_columns() -> None:
+def test_pair_is_drawn_from_anchor_and_positive_column() -> None:
     dataset = PairDataset(glosses(instruction="Describe: "))
     row = datasets.load_dataset(GLOSSES, split="train")[7]
     expected = {
@@ -42,7 +42,7 @@ def test_pair_of_two_columns() -> None:
     assert len(dataset) + dataset.num_dropped == 5414
 
 
-def test_captions_of_a_row_are_paired_afresh_in_both_orders() -> None:
+def test_captions_of_a_row_are_paired_at_random_in_both_orders() -> None:
     dataset = PairDataset(concepts())
     row = datasets.load_dataset(CONCEPTS, split="train")[0]
     texts = [row["caption"], row["keywords"], row["caption_de"]]
@@ -54,7 +54,7 @@ def test_captions_of_a_row_are_paired_afresh_in_both_orders() -> None:
     assert (first["anchor"], first["positive"]) == (texts[0], texts[1])
 
 
-def test_drawing_depends_on_seed_epoch_and_index_alone() -> None:
+def test_drawn_texts_depend_only_on_seed_epoch_and_index() -> None:
     one, other = PairDataset(concepts(), seed=1), PairDataset(concepts(), seed=2)
     indices = [SampleIndex(epoch, index) for epoch in range(3) for index in range(40)]
     assert [one[index] for index in indices] == [one[index] for index in reversed(indices)][::-1]
@@ -85,7 +85,7 @@ def test_symmetric_source_swaps_half_of_the_pairs() -> None:
         assert {pair["anchor"], pair["positive"]} == {plain[index]["anchor"], plain[index]["positive"]}
 
 
-def test_hard_negatives_never_equal_the_pair(tmp_path: Path) -> None:
+def test_hard_negatives_differ_from_anchor_and_positive(tmp_path: Path) -> None:
     columns = {
         "q": ["a", "b", "c", "d"],
         "p": [["a1", "a2"], ["b1"], ["c1"], ["d1"]],
@@ -99,7 +99,7 @@ def test_hard_negatives_never_equal_the_pair(tmp_path: Path) -> None:
     assert {pair["positive"] for pair in drawn} == {"a1", "a2", "b1"}
 
 
-def test_sources_are_concatenated_under_labels_of_their_own(tmp_path: Path) -> None:
+def test_sources_are_concatenated_with_unique_labels(tmp_path: Path) -> None:
     dataset = PairDataset([glosses(max_samples=10), glosses(split="test", max_samples=5), concepts(label="names")])
     assert [dataset[index]["source"] for index in (0, 9, 10, 14, 15)] == [
         "glosses", "glosses", "glosses-2", "glosses-2", "names"
@@ -108,7 +108,7 @@ def test_sources_are_concatenated_under_labels_of_their_own(tmp_path: Path) -> N
         dataset[len(dataset)]
 
 
-def test_missing_column_and_wrong_type_are_one_error(tmp_path: Path) -> None:
+def test_missing_column_and_wrong_type_raise_source_error(tmp_path: Path) -> None:
     with pytest.raises(
         SourceError, match=r"no column 'lemma'; it has synset, domain, lemmas, gloss\. Did you mean 'lemmas'"
     ):
@@ -129,12 +129,12 @@ def test_missing_column_and_wrong_type_are_one_error(tmp_path: Path) -> None:
         ({"caption_columns": ["c"], "max_samples": 0}, "at least 1"),
     ],
 )
-def test_senseless_source_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_invalid_sources_are_rejected(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PairSource("somewhere", **fields)
 
 
-def test_caption_identity_decides_what_is_different() -> None:
+def test_texts_with_equal_caption_id_are_not_a_pair() -> None:
     dataset = PairDataset(concepts())
     for index in range(0, len(dataset), 50):
         pair = dataset[SampleIndex(0, index)]

@@ -8,7 +8,7 @@ from llm2clip.data import CaptionError, caption_id, clean_caption
 from llm2clip.data.records import RowCaptions, caption_keys, column_texts
 
 
-def test_caption_id_ignores_case_spacing_and_composition_only() -> None:
+def test_caption_id_ignores_only_case_white_space_and_unicode_composition() -> None:
     same = ["A red  squirrel", "a RED squirrel\n", "\ta red\u00a0squirrel "]
     assert len({caption_id(text) for text in same}) == 1
     assert caption_id("caf\u00e9") == caption_id("cafe\u0301")
@@ -17,20 +17,20 @@ def test_caption_id_ignores_case_spacing_and_composition_only() -> None:
     assert caption_id("a red squirrel") == 6556511861023502500
 
 
-def test_caption_ids_fit_a_signed_tensor() -> None:
+def test_caption_ids_fit_into_an_int64_tensor() -> None:
     ids = [caption_id(str(number)) for number in range(1000)]
     assert all(0 <= number < 2**63 for number in ids)
     assert len(set(ids)) == 1000
 
 
-def test_clean_caption() -> None:
+def test_clean_caption_strips_white_space_and_rejects_other_types() -> None:
     assert clean_caption("  a cat\n") == "a cat"
     assert all(clean_caption(text) is None for text in (None, "", " \n", float("nan")))
     with pytest.raises(TypeError, match="must be text, not int"):
         clean_caption(3)
 
 
-def test_keys_tell_exact_texts_apart() -> None:
+def test_caption_keys_differ_for_different_texts() -> None:
     keys = caption_keys(["a", "A", "a ", "a"])
     assert keys.shape == (4, 2)
     assert len({tuple(key) for key in keys.tolist()}) == 3
@@ -38,7 +38,7 @@ def test_keys_tell_exact_texts_apart() -> None:
     assert caption_keys([]).shape == (0, 2)
 
 
-def test_columns_hold_a_text_a_list_or_a_record() -> None:
+def test_columns_may_contain_texts_lists_or_records() -> None:
     row = {"a": " x ", "b": ["y", None, " ", "z"], "c": {"d": {"e": "w"}}, "f.g": "v", "n": None}
     assert [column_texts(row, name) for name in ("a", "b", "c.d.e", "f.g", "n", "c.q", "n.q")] == [
         ["x"], ["y", "z"], ["w"], ["v"], [], [], []
@@ -65,7 +65,7 @@ def test_captions_are_drawn_by_weight(weights: list[float] | None, shares: dict[
         assert abs(counts[text] / draws - share) < 4 * (share * (1 - share) / draws) ** 0.5
 
 
-def test_row_without_a_caption_that_could_be_drawn_is_an_error() -> None:
+def test_row_without_a_drawable_caption_raises() -> None:
     for row, weights in (({"a": " ", "b": []}, None), ({"a": "x", "b": None}, [0.0, 1.0])):
         with pytest.raises(CaptionError, match="'k7' cannot be used: it has no text in a, b"):
             RowCaptions.of(row, "k7", ["a", "b"], weights)

@@ -13,7 +13,7 @@ from llm2clip.data.sampling import EpochDataset, stable_seed
 
 
 class Echo(EpochDataset):
-    """Returns what it was asked for."""
+    """Returns the requested index."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -25,13 +25,13 @@ class Echo(EpochDataset):
         return tuple(index)
 
 
-def test_seed_is_stable_and_tells_parts_apart() -> None:
+def test_stable_seed_is_constant_and_differs_between_parts() -> None:
     assert stable_seed(1, "a") == 2969518301517151295
     assert len({stable_seed(1, 2), stable_seed(12), stable_seed("1", 2), stable_seed(2, 1), stable_seed(1, 2, 0)}) == 5
     assert all(0 <= stable_seed(number) < 2**63 for number in range(100))
 
 
-def test_each_sample_comes_once_per_epoch_in_an_order_of_its_own() -> None:
+def test_each_epoch_has_every_sample_once_in_a_new_order() -> None:
     sampler = SampleIndexBatchSampler(Echo(50), 8, drop_last=False, seed=3)
     orders = []
     for epoch in (0, 1, 0):
@@ -47,14 +47,14 @@ def test_each_sample_comes_once_per_epoch_in_an_order_of_its_own() -> None:
     ]
 
 
-def test_two_ranks_share_the_global_batches_of_one() -> None:
+def test_one_and_two_ranks_have_the_same_global_batches() -> None:
     one = list(SampleIndexBatchSampler(Echo(50), 8, num_replicas=1))
     two = list(SampleIndexBatchSampler(Echo(50), 4, num_replicas=2))
     assert len(one) == 6
     assert [two[i] + two[i + 1] for i in range(0, len(two), 2)] == one
 
 
-def test_length_counts_what_comes() -> None:
+def test_length_equals_the_number_of_batches() -> None:
     for length, size, replicas, drop_last in [
         (50, 8, 1, True),
         (50, 8, 3, True),
@@ -65,15 +65,15 @@ def test_length_counts_what_comes() -> None:
         assert len(list(sampler)) == len(sampler)
 
 
-def test_too_little_data_for_a_batch_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"7 samples, fewer than one batch of 8 \(4 on each of 2 ranks\)"):
+def test_fewer_samples_than_a_global_batch_raise() -> None:
+    with pytest.raises(ValueError, match=r"7 samples, fewer than one global batch of 8 \(4 on each of 2 ranks\)"):
         SampleIndexBatchSampler(Echo(7), 4, num_replicas=2)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         SampleIndexBatchSampler(Echo(7), 0)
 
 
 def _ranks(epoch_calls: list[int], skip: int, world: int, workers: int) -> Iterator[list[list[tuple[int, int]]]]:
-    """Per rank, the batches that the Trainer's loop would see: set_epoch on the loader, a pass, skipping first."""
+    """Return the batches of each rank as in the Trainer's loop: set_epoch on the loader, skip batches, iterate."""
     for rank in range(world):
         dataset = Echo(40)
         sampler = SampleIndexBatchSampler(dataset, 4, num_replicas=world, seed=1)
@@ -91,7 +91,7 @@ def _ranks(epoch_calls: list[int], skip: int, world: int, workers: int) -> Itera
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2])
-def test_accelerate_passes_the_epoch_on_also_when_it_skips(world: int, workers: int) -> None:
+def test_accelerate_passes_on_the_epoch_when_it_skips_batches(world: int, workers: int) -> None:
     unbroken = list(_ranks([0, 1, 2], 0, world, workers))
     resumed = list(_ranks([1, 2], 3, world, workers))
     per_epoch = len(unbroken[0]) // 3
@@ -102,7 +102,7 @@ def test_accelerate_passes_the_epoch_on_also_when_it_skips(world: int, workers: 
     assert len(set(samples)) == len(samples) == 40
 
 
-def test_epoch_does_not_touch_global_random_state() -> None:
+def test_sampling_does_not_change_the_global_random_state() -> None:
     state = torch.get_rng_state()
     list(SampleIndexBatchSampler(Echo(40), 4))
     assert torch.equal(state, torch.get_rng_state())

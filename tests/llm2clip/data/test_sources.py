@@ -32,7 +32,7 @@ def _shade(value: object) -> int:
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "stream"])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_same_encoded_images_and_captions(made: Path, form: str, streaming: bool) -> None:
+def test_all_formats_give_the_same_encoded_images_and_captions(made: Path, form: str, streaming: bool) -> None:
     path, columns = FORMS[form]
     table = load_source(CaptionSource(str(made / path), caption_columns=columns, streaming=streaming))
     assert isinstance(table, datasets.IterableDataset if streaming else datasets.Dataset)
@@ -46,14 +46,14 @@ def test_every_form_gives_the_same_encoded_images_and_captions(made: Path, form:
         assert texts == captions(number)[: len(texts)]
 
 
-def test_bundled_folder_is_read_by_split() -> None:
+def test_example_folder_is_read_by_split() -> None:
     for split, count in (("train", 6150), ("validation", 369), ("test", 695)):
         assert len(load_source(CaptionSource(CONCEPTS, split=split), with_images=False)) == count
     assert len(load_source(CaptionSource(CONCEPTS, split="train[:10]+test[:5]"), with_images=False)) == 15
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_only_the_columns_in_use_are_read(streaming: bool) -> None:
+def test_only_the_used_columns_are_read(streaming: bool) -> None:
     source = CaptionSource(CONCEPTS, split="test", caption_columns=["keywords", "caption_de"], streaming=streaming)
     assert set(load_source(source).column_names) == {"key", "image", "keywords", "caption_de"}
     assert set(load_source(source, with_images=False).column_names) == {"key", "keywords", "caption_de"}
@@ -67,7 +67,7 @@ def test_max_samples_takes_the_first_rows(streaming: bool) -> None:
     assert [row["key"] for row in rows] == whole[:7]["key"]
 
 
-def test_missing_columns_are_one_error_that_lists_the_columns(made: Path) -> None:
+def test_error_for_missing_columns_lists_the_existing_columns(made: Path) -> None:
     source = CaptionSource(CONCEPTS, caption_columns=["captions", "caption"], image_column="picture", key_column="id")
     with pytest.raises(
         SourceError, match="no columns 'picture', 'captions', 'id'; it has key, image, source"
@@ -83,13 +83,13 @@ def test_missing_columns_are_one_error_that_lists_the_columns(made: Path) -> Non
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_column_that_holds_no_images_is_refused(made: Path, streaming: bool) -> None:
+def test_column_without_images_is_rejected(made: Path, streaming: bool) -> None:
     source = CaptionSource(str(made / "bytes.parquet"), image_column="caption", streaming=streaming)
-    with pytest.raises(SourceError, match=r"Column 'caption' of .* holds List.*, not images"):
+    with pytest.raises(SourceError, match=r"Column 'caption' of .* contains List.*, not images"):
         load_source(source)
 
 
-def test_relative_image_paths_of_files_in_several_folders_are_refused(tmp_path: Path) -> None:
+def test_relative_image_paths_with_several_folders_are_rejected(tmp_path: Path) -> None:
     for folder in "ab":
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "data.csv").write_text("image,caption\n1.png,text\n")
@@ -101,18 +101,18 @@ def test_relative_image_paths_of_files_in_several_folders_are_refused(tmp_path: 
     ("path", "message"),
     [
         ("no/such/file.parquet", "no file or folder 'no/such/file.parquet'"),
-        ("nowhere", "does not look like a data set on the Hub"),
-        ("/no/folder", "does not look like a data set on the Hub"),
+        ("nowhere", "not the id of a data set on the Hub"),
+        ("/no/folder", "not the id of a data set on the Hub"),
         ("shards/*.tar", r"No file matches 'shards/\*.tar'"),
-        ("owner/name", "Hub could not be asked"),
+        ("owner/name", "Hub cannot be reached"),
     ],
 )
-def test_nothing_at_the_path_is_one_clear_error(path: str, message: str) -> None:
+def test_error_for_a_path_that_does_not_exist_names_it(path: str, message: str) -> None:
     with pytest.raises(FileNotFoundError, match=message):
         load_source(CaptionSource(path))
 
 
-def test_unknown_split_lists_the_splits(made: Path) -> None:
+def test_error_for_an_unknown_split_lists_the_splits(made: Path) -> None:
     for streaming in (False, True):
         with pytest.raises(SourceError, match="no split 'dev'; it has train, validation, test"):
             load_source(CaptionSource(CONCEPTS, split="dev", streaming=streaming))
@@ -120,7 +120,7 @@ def test_unknown_split_lists_the_splits(made: Path) -> None:
         load_source(CaptionSource(str(made / "saved_splits"), split="dev"))
 
 
-def test_unreadable_and_unsupported_files_name_the_file(tmp_path: Path) -> None:
+def test_errors_for_unreadable_and_unsupported_files_name_them(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(SourceError, match=r"Reading .*broken\.parquet failed"):
         load_source(CaptionSource(str(tmp_path / "broken.parquet")))
@@ -129,14 +129,14 @@ def test_unreadable_and_unsupported_files_name_the_file(tmp_path: Path) -> None:
         load_source(CaptionSource(str(tmp_path / "notes.docx")))
 
 
-def test_words_that_pandas_takes_for_missing_stay_captions(tmp_path: Path) -> None:
+def test_captions_that_pandas_reads_as_missing_are_kept(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("image,caption\na.png,nan\nb.png,None\nc.png,\n")
     for path in ("data.csv", ""):
         rows = list(load_source(CaptionSource(str(tmp_path / path)), with_images=False))
         assert [row["caption"] for row in rows] == ["nan", "None", None]
 
 
-def test_unknown_field_suggests_the_nearest() -> None:
+def test_error_for_an_unknown_field_suggests_the_nearest_one() -> None:
     with pytest.raises(ValueError, match="no field 'caption_colums'; did you mean 'caption_columns'"):
         CaptionSource.from_dict({"path": "x", "caption_colums": ["a"]})
     with pytest.raises(ValueError, match="PairSource has no field 'zzz'"):
@@ -157,6 +157,6 @@ def test_unknown_field_suggests_the_nearest() -> None:
         {"max_samples": 0},
     ],
 )
-def test_senseless_values_are_refused(fields: dict[str, object]) -> None:
+def test_invalid_field_values_are_rejected(fields: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="somewhere"):
         CaptionSource("somewhere", **fields)

@@ -32,7 +32,7 @@ def _noise(height: int = 24, width: int = 30) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def test_every_way_to_hand_over_an_image_gives_the_same_pixels(tmp_path: Path) -> None:
+def test_all_types_of_image_values_decode_to_the_same_pixels(tmp_path: Path) -> None:
     data = png(7)
     file = tmp_path / "a.png"
     file.write_bytes(data)
@@ -76,7 +76,7 @@ def _header_bomb() -> bytes:
         (3.5, "TypeError"),
     ],
 )
-def test_damaged_images_are_reported_by_key(value: Any, reason: str) -> None:
+def test_errors_for_damaged_images_name_the_key(value: Any, reason: str) -> None:
     with pytest.raises(DamagedImageError, match=f"image 'row-9' cannot be used: .*({reason})") as caught:
         decode_image(value, "row-9")
     assert caught.value.key == "row-9"
@@ -84,18 +84,18 @@ def test_damaged_images_are_reported_by_key(value: Any, reason: str) -> None:
     assert (str(again), again.key, again.reason) == (str(caught.value), "row-9", caught.value.reason)
 
 
-def test_size_is_judged_by_the_header_before_decoding() -> None:
+def test_max_pixels_is_checked_before_decoding() -> None:
     data = png(1, (50, 40))
     assert decode_image(data, "k", max_pixels=2000).size == (50, 40)
     with pytest.raises(DamagedImageError, match="50 x 40 pixels are more than the 1,999"):
-        decode_image(data[:60], "k", max_pixels=1999)  # decoding these bytes would fail another way
+        decode_image(data[:60], "k", max_pixels=1999)  # decoding these bytes would raise another error
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(DamagedImageError, match="more than"):
             decode_image(Image.new("1", (10_000, 10_000)), "k")
 
 
-def test_transparency_becomes_white() -> None:
+def test_transparency_is_composited_on_white() -> None:
     image = Image.new("RGBA", (2, 1))
     image.putpixel((0, 0), (255, 0, 0, 255))
     image.putpixel((1, 0), (0, 0, 0, 0))
@@ -107,7 +107,7 @@ def test_transparency_becomes_white() -> None:
     assert decode_image(keyed, "k").getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_other_modes_become_rgb_without_losing_their_values() -> None:
+def test_other_modes_are_converted_to_rgb_with_their_values() -> None:
     palette = _noise().quantize(16)
     np.testing.assert_array_equal(np.asarray(decode_image(_encode(palette), "k")), np.asarray(palette.convert("RGB")))
     assert decode_image(_encode(Image.new("1", (2, 2), 1)), "k").getpixel((0, 0)) == (255, 255, 255)
@@ -130,7 +130,7 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     np.testing.assert_array_equal(np.asarray(decode_image(data, "k")), np.asarray(expected))
 
 
-def test_eval_transform_is_the_image_processor(image_processor: CLIPImageProcessorPil) -> None:
+def test_eval_transform_equals_the_image_processor(image_processor: CLIPImageProcessorPil) -> None:
     pixels = EvalTransform(image_processor)(_noise())
     assert pixels.shape == (3, SIZE, SIZE)
     assert pixels.dtype == torch.float32
@@ -157,7 +157,7 @@ def _photo(width: int, height: int, number: int = 0, **options: Any) -> bytes:
         {"size": {"shortest_edge": 32}, "crop_size": 32, "resample": 2},
     ],
 )
-def test_exact_is_what_the_image_processor_gives(kind: Any, settings: dict[str, Any]) -> None:
+def test_exact_backend_equals_the_image_processor(kind: Any, settings: dict[str, Any]) -> None:
     image_processor = kind(**settings)
     transform = EvalTransform(image_processor)
     for width, height in [(32, 32), (61, 47), (47, 61), (33, 100), (101, 33), (640, 427), (7, 9), (37, 37)]:
@@ -169,14 +169,14 @@ def test_exact_is_what_the_image_processor_gives(kind: Any, settings: dict[str, 
 @pytest.mark.parametrize(
     "image_processor", [CLIPImageProcessor(), CLIPImageProcessor(do_center_crop=False), CLIPImageProcessorPil()]
 )
-def test_a_strip_is_refused_before_it_is_resized(image_processor: Any) -> None:
+def test_too_narrow_image_raises_before_resizing(image_processor: Any) -> None:
     transform = EvalTransform(image_processor)
     strip = Image.new("RGB", (3000, 1))
     with pytest.raises(DamagedImageError, match=r"image 'row-9' .* 3000 x 1 pixels .* would be 224 x 672000; cut it"):
         transform(strip, "row-9")
     with pytest.raises(DamagedImageError, match="too narrow"):
         transform(torch.zeros(3, 3000, 1, dtype=torch.uint8), "row-9")
-    # A crop of limited ratio, and a processor that resizes to a square.
+    # Not for crops of limited aspect ratio, nor for a processor that resizes to a square.
     assert TrainTransform(CLIPImageProcessor())(strip, 0).shape == (3, 224, 224)
     assert EvalTransform(ViTImageProcessor())(strip).shape == (3, 224, 224)
 
@@ -194,7 +194,7 @@ def test_other_image_processors_are_called() -> None:
 
 @pytest.mark.parametrize("kind", [CLIPImageProcessor, CLIPImageProcessorPil])
 @pytest.mark.parametrize("size", [(500, 374), (741, 1002), (1500, 998)])
-def test_fast_is_within_two_grey_levels_on_photographs(kind: Any, size: tuple[int, int]) -> None:
+def test_fast_backend_is_within_two_grey_levels_on_photographs(kind: Any, size: tuple[int, int]) -> None:
     image_processor = kind(size={"shortest_edge": 336}, crop_size=336)
     exact, fast = EvalTransform(image_processor), EvalTransform(image_processor, "fast")
     grey_level = 1 / 255 / min(image_processor.image_std)
@@ -213,8 +213,7 @@ def test_fast_is_within_two_grey_levels_on_photographs(kind: Any, size: tuple[in
     assert (slow - quick).abs().max() <= 2.01 * grey_level
 
 
-def test_fast_decoding_gives_the_same_pixels() -> None:
-    """Of every format and mode, turned upright, and with the same faults."""
+def test_decode_tensor_equals_decode_image_for_formats_modes_and_errors() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     images = [
@@ -237,7 +236,7 @@ def test_fast_decoding_gives_the_same_pixels() -> None:
         decode_tensor(_photo(80, 60), "k", max_pixels=4799)
 
 
-def test_crop_is_a_pure_function_of_the_seed(image_processor: CLIPImageProcessorPil) -> None:
+def test_crop_depends_only_on_the_seed(image_processor: CLIPImageProcessorPil) -> None:
     transform = TrainTransform(image_processor, scale=(0.3, 1.0))
     state = torch.get_rng_state()
     first = transform(_noise(), 5)
@@ -250,7 +249,7 @@ def test_crop_is_a_pure_function_of_the_seed(image_processor: CLIPImageProcessor
     assert torch.equal(first, pickle.loads(pickle.dumps(transform))(_noise(), 5))
 
 
-def test_crop_follows_the_published_recipe(image_processor: CLIPImageProcessorPil) -> None:
+def test_crop_has_the_published_scale_and_ratio(image_processor: CLIPImageProcessorPil) -> None:
     image = _noise(90, 120)
     torch.manual_seed(11)
     top, left, height, width = RandomResizedCrop.get_params(image, [0.9, 1.0], [3 / 4, 4 / 3])
@@ -262,13 +261,13 @@ def test_crop_follows_the_published_recipe(image_processor: CLIPImageProcessorPi
     torch.testing.assert_close(TrainTransform(image_processor)(image, 11), (expected - mean) / std)
 
 
-def test_a_whole_image_is_prepared_as_for_evaluation(image_processor: CLIPImageProcessorPil) -> None:
+def test_crop_of_the_whole_image_equals_the_eval_transform(image_processor: CLIPImageProcessorPil) -> None:
     square = _noise(40, 40)
     pixels = TrainTransform(image_processor, scale=(1.0, 1.0), ratio=(1.0, 1.0))(square, 0)
     torch.testing.assert_close(pixels, EvalTransform(image_processor)(square), atol=1e-5, rtol=1e-5)
 
 
-def test_output_size_comes_from_the_processor() -> None:
+def test_output_size_is_read_from_the_processor() -> None:
     assert output_size(CLIPImageProcessorPil()) == (224, 224)
     assert output_size(SiglipImageProcessor(size={"height": 32, "width": 48})) == (32, 48)
     assert output_size(ViTImageProcessor()) == (224, 224)

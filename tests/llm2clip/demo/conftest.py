@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2clip.data import CaptionSource
 from llm2clip.demo.gallery import Gallery
+from llm2clip.search.image_sets import TableImages
 from tests.llm2clip import tiny as training
 from tests.modeling_llm2clip import tiny
 
 NUM_IMAGES = 30
 
 
-def source(num_images: int = NUM_IMAGES) -> CaptionSource:
-    return CaptionSource(f"{training.CONCEPTS}/test.parquet", max_samples=num_images)
+def bundled_images(count: int = NUM_IMAGES) -> TableImages:
+    """The first bundled images."""
+    return TableImages(f"{training.CONCEPTS}/test.parquet", split=f"test[:{count}]")
 
 
 @pytest.fixture(scope="session")
@@ -29,4 +30,4 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def gallery(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Gallery:
-    return Gallery.open(str(model_folder), source(), tmp_path_factory.mktemp("cache"))
+    return Gallery.open(str(model_folder), bundled_images(), tmp_path_factory.mktemp("cache"))

@@ -1,43 +1,45 @@
-"""What the demo shows is what the model says, and a second start reads what the first one computed."""
+"""The demo shows what the model computes, and embeds each image once."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from llm2clip.data import DamagedImageError
+from llm2clip.demo.demo import DemoConfig, open_images
 from llm2clip.demo.gallery import Gallery
+from llm2clip.search.image_sets import FolderImages, TableImages
 from modeling_llm2clip import LLM2CLIPModel
-from tests.llm2clip.demo.conftest import NUM_IMAGES, source
+from tests.llm2clip.demo.conftest import NUM_IMAGES, bundled_images
 
+IMAGES = [bundled_images().decode(row) for row in range(NUM_IMAGES)]
 LABELS = ["a bicycle", "a camera", "a monkey"]
 
 
-def test_text_search_ranks_as_the_model_does(gallery: Gallery) -> None:
-    images = gallery.first(NUM_IMAGES)
+def test_text_search_ranks_images_by_the_models_cosine(gallery: Gallery) -> None:
     with torch.no_grad():
-        inputs = gallery.processor(text="a camera", images=images, return_tensors="pt")
+        inputs = gallery.processor(text="a camera", images=IMAGES, return_tensors="pt")
         output = gallery.model(**inputs)
     cosines = (output.logits_per_text[0] / output.logit_scale).tolist()
     found = gallery.search("a camera", top=5)
-    assert [hit.score for hit in found] == pytest.approx(sorted(cosines, reverse=True)[:5], abs=1e-5)
-    best = images[cosines.index(max(cosines))]
+    assert [shown.score for shown in found] == pytest.approx(sorted(cosines, reverse=True)[:5], abs=1e-5)
+    best = IMAGES[cosines.index(max(cosines))]
     assert found[0].image.tobytes() == best.tobytes()
     assert found[0].name
 
 
 def test_an_image_finds_itself_first(gallery: Gallery) -> None:
-    query = gallery.first(8)[7]
+    query = IMAGES[7]
     found = gallery.search(query, top=3)
     assert found[0].image.tobytes() == query.tobytes()
     assert found[0].score == pytest.approx(1, abs=1e-5)
 
 
-def test_a_strip_is_refused_before_it_is_resized(gallery: Gallery) -> None:
+def test_an_extremely_narrow_image_is_refused_before_resizing(gallery: Gallery) -> None:
     strip = Image.new("RGB", (1, 100_000))
     for ask in (
         gallery.search,
@@ -48,8 +50,8 @@ def test_a_strip_is_refused_before_it_is_resized(gallery: Gallery) -> None:
             ask(strip)
 
 
-def test_probabilities_are_the_models(gallery: Gallery) -> None:
-    image = gallery.first(1)[0]
+def test_class_probabilities_equal_the_softmax_of_the_models_logits(gallery: Gallery) -> None:
+    image = IMAGES[0]
     probabilities = gallery.classify(image, [*LABELS, " a camera ", ""], "this is {}, {}")
     with torch.no_grad():
         captions = [f"this is {label}, {label}" for label in LABELS]
@@ -62,16 +64,16 @@ def test_probabilities_are_the_models(gallery: Gallery) -> None:
 @pytest.mark.parametrize(
     ("labels", "template", "message"), [(["one", "one "], "{}", "two different"), (LABELS, "a thing", "needs {}")]
 )
-def test_classification_without_a_choice_is_refused(
+def test_classification_needs_two_labels_and_a_placeholder(
     gallery: Gallery, labels: list[str], template: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        gallery.classify(gallery.first(1)[0], labels, template)
+        gallery.classify(IMAGES[0], labels, template)
 
 
-def test_heat_map_covers_what_the_tower_sees(gallery: Gallery) -> None:
+def test_heat_map_covers_the_centre_crop(gallery: Gallery) -> None:
     wide = Image.new("RGB", (200, 100), "white")
-    wide.paste(gallery.first(1)[0].resize((100, 100)), (50, 0))
+    wide.paste(IMAGES[0].resize((100, 100)), (50, 0))
     seen, drawn, similarity = gallery.heat_map(wide, "a camera")
     assert similarity.shape == (4, 4)
     assert -1 <= similarity.min() < similarity.max() <= 1
@@ -82,7 +84,7 @@ def test_heat_map_covers_what_the_tower_sees(gallery: Gallery) -> None:
     torch.testing.assert_close(similarity, square, atol=0.02, rtol=0)
 
 
-def test_heat_map_of_one_patch_follows_that_patch(gallery: Gallery) -> None:
+def test_changing_one_patch_changes_its_similarity_most(gallery: Gallery) -> None:
     image = Image.new("RGB", (28, 28), "white")
     before = gallery.heat_map(image, "a camera")[2]
     image.paste((0, 0, 0), (21, 0, 28, 7))
@@ -90,30 +92,82 @@ def test_heat_map_of_one_patch_follows_that_patch(gallery: Gallery) -> None:
     assert change.argmax() == 3
 
 
-def test_a_second_start_reads_the_embeddings(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_second_start_embeds_no_image_again(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = Gallery.open(str(model_folder), source(9), tmp_path)
+    first = Gallery.open(str(model_folder), bundled_images(9), tmp_path)
     assert len(first) == 9
-    other_images = Gallery.open(str(model_folder), source(5), tmp_path)
+    other_images = Gallery.open(str(model_folder), bundled_images(5), tmp_path)
     assert len(other_images) == 5
     assert len(list(tmp_path.iterdir())) == 2
-    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+    with monkeypatch.context() as patch:
         patch.setattr(LLM2CLIPModel, "get_image_features", None)
-        second = Gallery.open(str(model_folder), source(9), tmp_path)
-    assert "9 image embeddings are read from" in caplog.text
-    assert torch.equal(first.embeds, second.embeds)
-    assert second.rows == first.rows
+        second = Gallery.open(str(model_folder), bundled_images(9), tmp_path)
+    assert second.index.rows[:] == first.index.rows[:]
 
 
-def test_another_model_has_other_embeddings(gallery: Gallery, tmp_path: Path) -> None:
-    first = Gallery(gallery.model, gallery.processor, source(4), tmp_path)
+def test_another_model_gets_an_index_of_its_own(gallery: Gallery, tmp_path: Path) -> None:
+    first = Gallery(gallery.model, gallery.processor, bundled_images(4), tmp_path)
     weight = gallery.model.visual_projection.weight
     original = weight.detach().clone()
     with torch.no_grad():
         weight[0, 0] += 1
-    second = Gallery(gallery.model, gallery.processor, source(4), tmp_path)
+    second = Gallery(gallery.model, gallery.processor, bundled_images(4), tmp_path)
     with torch.no_grad():
         weight.copy_(original)
-    assert not torch.equal(first.embeds, second.embeds)
+    assert first.index.rows["embedding"][:] != second.index.rows["embedding"][:]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_another_image_processor_gets_an_index_of_its_own(gallery: Gallery, tmp_path: Path) -> None:
+    first = Gallery(gallery.model, gallery.processor, bundled_images(4), tmp_path)
+    mean = gallery.processor.image_processor.image_mean
+    gallery.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    try:
+        second = Gallery(gallery.model, gallery.processor, bundled_images(4), tmp_path)
+    finally:
+        gallery.processor.image_processor.image_mean = mean
+    assert first.index.rows["embedding"][:] != second.index.rows["embedding"][:]
+
+
+def test_a_folder_of_images_is_searched_and_updated(gallery: Gallery, tmp_path: Path) -> None:
+    folder, cache = tmp_path / "pictures", tmp_path / "cache"
+    (folder / "sub").mkdir(parents=True)
+    for number in range(3):
+        IMAGES[number].save(folder / "sub" / f"{number}.png")
+    (folder / "damaged.png").write_bytes(b"words")
+    opened = Gallery(gallery.model, gallery.processor, FolderImages(folder), cache)
+    assert len(opened) == 3
+    assert opened.search(IMAGES[1], top=1)[0].name == "sub/1.png"
+    (folder / "sub" / "1.png").unlink()
+    assert "sub/1.png" not in [shown.name for shown in opened.search(IMAGES[1])]
+    IMAGES[5].save(folder / "new.png")
+    updated = Gallery(gallery.model, gallery.processor, FolderImages(folder), cache)
+    assert updated.search(IMAGES[5], top=1)[0].name == "new.png"
+    assert len(updated) == 3
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_data_without_readable_images_is_refused(gallery: Gallery, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"words")
+    with pytest.raises(ValueError, match="none of the 1 files or rows"):
+        Gallery(gallery.model, gallery.processor, FolderImages(tmp_path / "pictures"), tmp_path / "cache")
+
+
+def test_a_caption_finds_its_image(gallery: Gallery) -> None:
+    caption = bundled_images().captions[3]  # type: ignore[index]
+    image = gallery.find(str(caption))
+    assert image is not None
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(IMAGES[3]))
+    assert gallery.find("no such caption") is None
+
+
+def test_folders_with_and_without_captions_are_opened(tmp_path: Path) -> None:
+    IMAGES[0].save(tmp_path / "0.png")
+    assert isinstance(open_images(DemoConfig(data=str(tmp_path))), FolderImages)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "caption": "a caption"}')
+    captioned = open_images(DemoConfig(data=str(tmp_path), split="train"))
+    assert isinstance(captioned, TableImages)
+    assert captioned.captions == ["a caption"]
+    assert isinstance(open_images(DemoConfig()), TableImages)

@@ -21,7 +21,7 @@ def test_another_folder_with_a_manifest_is_not_replaced(pictures: Path, model: M
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "manifest.json").write_text("{}")  # a caption cache has one of this name
-    with pytest.raises(FileExistsError, match=r"holds other things \(no index.faiss or failures.json\)"):
+    with pytest.raises(FileExistsError, match=r"contains other files \(no index.faiss or failures.json\)"):
         index(pictures, model[0], cache, overwrite=True)
 
 

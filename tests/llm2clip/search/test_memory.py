@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.search.embedding_store import write_part
 from llm2clip.search.image_index import IndexManifest
 from llm2clip.search.image_sets import FolderImages
-from llm2clip.search.store import write_part
 from tests.modeling_llm2clip import tiny
 
 from .conftest import encoded, picture
@@ -141,7 +141,7 @@ def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
     assert 2 <= len(parts) < 2000 / 128
     again = subprocess.run([*command, "--output-dir", str(tmp_path / "index")], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "going on from an unfinished run" in again.stderr
+    assert "resuming an unfinished run" in again.stderr
     assert "embedded: 2000\n" in again.stdout
     subprocess.run([*command, "--output-dir", str(tmp_path / "whole")], check=True, capture_output=True)
     for name in ("index.faiss", "data-00000-of-00001.arrow", "manifest.json"):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from llm2clip.search.image_index import IndexManifest
 from llm2clip.search.picture import draw_picture, font_families, wrap
-from llm2clip.search.results import Found, FoundImage, Query, Thumbnails
+from llm2clip.search.results import Query, QueryResults, ResultImages, SearchResult
 
 CAT = "猫"
 MANIFEST = IndexManifest("model", None, "", 24, "float16", {"kind": "folder", "path": "."}, {"type": "flat"})
@@ -22,8 +22,8 @@ MANIFEST = IndexManifest("model", None, "", 24, "float16", {"kind": "folder", "p
 
 def draw(path: Path, text: str, count: int = 4) -> np.ndarray:
     """The picture of a query whose images are gone: `(height, 1000)` grey levels."""
-    found = Found(Query(text), [FoundImage(0.5, "gone.png", "gone.png")] * count)
-    draw_picture(path, [found], Thumbnails(MANIFEST))
+    found = QueryResults(Query(text), [SearchResult(0.5, "gone.png", "gone.png")] * count)
+    draw_picture(path, [found], ResultImages(MANIFEST))
     with Image.open(path) as image:
         return np.asarray(image.convert("L"))
 

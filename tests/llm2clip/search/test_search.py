@@ -128,7 +128,7 @@ def test_a_page_survives_images_that_are_gone(indexed: Path, pictures: Path, tmp
     (pictures / "00.png").unlink()
     assert cli.main(["search", str(indexed), TEXT, "--top", "12", "--html", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
-    assert page.count("not there any more") == 1
+    assert page.count("no longer available") == 1
     assert page.count("<img") == 11
 
 
@@ -144,7 +144,7 @@ def test_a_page_shows_no_other_image_of_a_data_set(model: Model, tmp_path: Path)
     save([0, 5, 2])
     assert cli.main(["search", str(tmp_path / "index"), TEXT, "--html", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
-    assert page.count("not there any more") == 2
+    assert page.count("no longer available") == 2
     assert page.count("<img") == 2
 
 
@@ -200,7 +200,7 @@ def test_what_is_missing_is_said(
 ) -> None:
     assert "there is no index in /no/such (no manifest.json)" in error(capsys, "/no/such", TEXT)
     assert "there is no image file /no/such.png" in error(capsys, indexed, "--image", "/no/such.png")
-    assert "say what to search" in error(capsys, indexed)
+    assert "the query is missing" in error(capsys, indexed)
     assert "a query is empty" in error(capsys, indexed, " ")
     assert "top must be at least 1" in error(capsys, indexed, TEXT, "--top", 0)
     (pictures / "bad.png").write_bytes(b"words")
@@ -212,7 +212,7 @@ def test_what_is_missing_is_said(
     assert as_json(capsys, indexed, "--image", pictures / "00.png", "--model", half)
     manifest = json.loads((indexed / "manifest.json").read_text())
     (indexed / "manifest.json").write_text(json.dumps({**manifest, "model": "/moved/away"}))
-    assert "the model in /moved/away, which is not there any more" in error(capsys, indexed, TEXT)
+    assert "the model in /moved/away, which no longer exists" in error(capsys, indexed, TEXT)
 
 
 @pytest.mark.parametrize("damage", ["index.faiss", "data-00000-of-00001.arrow", "manifest.json"])

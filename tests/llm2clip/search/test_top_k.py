@@ -71,7 +71,7 @@ def test_queries_by_candidates_never_exists() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(ValueError, match=r"matrices of one width, but are \(2, 3\) and \(4, 5\)"):
+    with pytest.raises(ValueError, match=r"matrices of equal width, but are \(2, 3\) and \(4, 5\)"):
         top_k(torch.randn(2, 3), torch.randn(4, 5), 1)
     with pytest.raises(ValueError, match="at least 1, but are 0 and 16384"):
         top_k(torch.randn(2, 3), torch.randn(4, 3), 0)

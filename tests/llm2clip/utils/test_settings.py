@@ -1,4 +1,4 @@
-"""From recipes and options to settings."""
+"""Settings from recipes and options."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RECIPES = sorted(Path(str(resources.files("llm2clip.recipes"))).glob("*.yaml"))
 
 @dataclass
 class Settings:
-    """Settings of every kind of type."""
+    """One field of each supported type."""
 
     name: str
     rate: float = field(default=1e-3, metadata={"help": "100% of it"})
@@ -55,13 +55,13 @@ def test_options_become_their_types() -> None:
 
 
 @pytest.mark.parametrize("text", ["a", "[a, b]", "[a dog] on grass", "{", "[cat]", "null", "1e-3"])
-def test_texts_are_taken_as_they_are(text: str) -> None:
+def test_strings_are_not_parsed_as_yaml(text: str) -> None:
     settings = parse("--name", text, "--columns", text)
     assert (settings.name, settings.columns) == (text, [text])
     assert build_config(Settings, {"name": "x", "columns": text}).columns == [text]
 
 
-def test_yaml_writes_small_numbers_as_text() -> None:
+def test_numbers_that_yaml_reads_as_strings_are_converted() -> None:
     assert build_config(Settings, {"name": "x", "rate": "1e-5"}).rate == 1e-5
 
 
@@ -71,17 +71,17 @@ def test_yaml_writes_small_numbers_as_text() -> None:
         ({"name": "x", "rat": 1}, "mine.yaml has no field 'rat'; did you mean 'rate'?"),
         ({"name": "x", "zzz": 1}, r"mine.yaml has no field 'zzz'\."),
         ({}, "mine.yaml lacks name"),
-        ({"name": "x", "steps": 1.5}, "steps is 1.5, but it has to be a whole number"),
-        ({"name": "x", "steps": True}, "steps is True, but it has to be a whole number"),
+        ({"name": "x", "steps": 1.5}, "steps is 1.5, but it has to be an integer"),
+        ({"name": "x", "steps": True}, "steps is True, but it has to be an integer"),
         ({"name": "x", "rate": "fast"}, "rate is 'fast', but it has to be a number"),
         ({"name": "x", "on": "perhaps"}, "on is 'perhaps', but it has to be true or false"),
         ({"name": "x", "mode": "c"}, "mode is 'c', but it has to be one of a, b"),
         ({"name": "x", "source": [1]}, "source is .*, but it has to be a mapping or null"),
-        ({"name": ["x"]}, "name is .*, but it has to be a text"),
+        ({"name": ["x"]}, "name is .*, but it has to be a string"),
         ({"name": "x", "weights": "[1"}, r"weights is '\[1', but it has to be a list of numbers or null"),
     ],
 )
-def test_bad_fields_are_one_clear_error(fields: dict[str, Any], message: str) -> None:
+def test_an_unknown_missing_or_misfitting_field_is_one_clear_error(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_config(Settings, fields, "mine.yaml")
 
@@ -94,7 +94,7 @@ def test_a_recipe_is_found_by_path_or_by_its_packaged_name(tmp_path: Path) -> No
     with pytest.raises(FileNotFoundError, match="the packaged recipes: embed_paper"):
         find_recipe("stage_one")
     mine.write_text("- a list")
-    with pytest.raises(ValueError, match="holds list"):
+    with pytest.raises(ValueError, match="but is a list"):
         load_recipe(mine)
     mine.write_text("a: [")
     with pytest.raises(ValueError, match="is not valid YAML"):
@@ -127,7 +127,7 @@ def test_every_packaged_recipe_builds_its_settings(path: Path) -> None:
         ([], []),
     ],
 )
-def test_a_flag_takes_no_argument_that_follows_it(given: list[str], meant: list[str]) -> None:
+def test_a_flag_does_not_consume_the_next_argument(given: list[str], meant: list[str]) -> None:
     assert complete_flags(given, Settings) == meant
 
 

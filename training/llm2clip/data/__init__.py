@@ -1,4 +1,4 @@
-"""Captions, pairs and images: sources, data sets, samplers and collators."""
+"""Sources, data sets, samplers and collators of captioned images and text pairs."""
 
 from llm2clip.data.captioned_images import (
     CaptionImageDataset,
@@ -12,6 +12,7 @@ from llm2clip.data.pair_collator import PairCollator
 from llm2clip.data.pairs import PairDataset, PairSource
 from llm2clip.data.records import (
     CaptionError,
+    OnError,
     SkippedSample,
     caption_id,
     clean_caption,
@@ -41,6 +42,7 @@ __all__ = [
     "DamagedImageError",
     "EvalTransform",
     "ImageBackend",
+    "OnError",
     "PairBatchSampler",
     "PairCollator",
     "PairDataset",

@@ -1,4 +1,4 @@
-"""Captioned images for stage 2, as a map-style data set and as a stream."""
+"""Data sets of captioned images for stage 2: map-style and streaming."""
 
 from __future__ import annotations
 
@@ -6,31 +6,29 @@ import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from rich.console import Console
-from rich.progress import track
 from torch.utils.data import IterableDataset, get_worker_info
 
-from llm2clip.data.records import RowCaptions, SampleError, SkippedSample, caption_id, column_texts
+from llm2clip.data.records import OnError, RowCaptions, SkippedSample, caption_id, column_texts
 from llm2clip.data.sampling import EpochDataset, SampleIndex, stable_seed
-from llm2clip.data.sources import CaptionSource, Columns, Table, load_source, source_columns, top_level
-from llm2clip.data.transforms import DEFAULT_MAX_PIXELS, EvalTransform, TrainTransform
+from llm2clip.data.sources import CaptionSource, Columns, Table, load_source, row_batches, source_columns, top_level
+from llm2clip.data.transforms import EvalTransform, TrainTransform
+from llm2clip.utils.progress import progress_bar
+from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
 
 logger = logging.getLogger(__name__)
 
-OnError = Literal["raise", "skip"]
 ROW_NUMBER = "__row_number__"
-READ_ROWS = 1000
 
 
 @dataclass
 class SampleMaker:
-    """Turns a row into a sample (see `CaptionImageDataset` for the fields and the result)."""
+    """Makes samples of rows; see [`CaptionImageDataset`] for the fields and the samples."""
 
     eval_transform: EvalTransform | None
     train_transform: TrainTransform | None
@@ -50,14 +48,15 @@ class SampleMaker:
         weights: Sequence[float] | None,
         salt: tuple[int | str, ...] | None,
     ) -> dict[str, Any] | SkippedSample:
-        """Make the sample of a row.
+        """Make the sample of a row, or a `SkippedSample` if it cannot be used and `on_error` is `skip`.
 
         Args:
             row: The row.
-            key: Its key.
+            key: The key of the row.
             columns: The columns to read.
             weights: Sampling weight of each caption column.
-            salt: With the seed decides caption and crop; None takes the first caption and the evaluation transform.
+            salt: Determines caption and crop together with the seed; None takes the first caption and the evaluation
+                transform.
         """
         try:
             captions = RowCaptions.of(row, key, columns.captions, weights)
@@ -84,26 +83,26 @@ class SampleMaker:
 
 
 class CaptionImageDataset(EpochDataset):
-    """Images with captions, in random access.
+    """Map-style data set of captioned images.
 
-    `dataset[SampleIndex(epoch, index)]` is a training sample: one caption drawn by the sources' weights and a
-    random crop, both functions of the seed and the index alone. `dataset[index]` is an evaluation sample: the row's
-    first caption and the evaluation transform. A sample is a dict with `key`, `caption`, `caption_id` (see
-    `caption_id`), `image_caption_ids` (the distinct ids of all captions of the image) and `pixel_values`, (3, H, W)
+    `dataset[SampleIndex(epoch, index)]` is a training sample: a caption, drawn by the weights of the source, and a
+    random crop, both functions of seed, epoch and index. `dataset[index]` is an evaluation sample: the first caption
+    of the row and the evaluation transform. A sample is a dict with `key`, `caption`, `caption_id` (see
+    [`caption_id`]), `image_caption_ids` (the distinct ids of all captions of the image) and `pixel_values`, (3, H, W)
     float32.
 
     Args:
-        sources: One or several descriptions of the data; several are concatenated.
-        eval_transform: The evaluation transform. None leaves `pixel_values` out and the images unread.
-        train_transform: The training transform; without one, training uses the evaluation transform too.
-        seed: Seed of caption choice and crops.
-        on_error: What a damaged image or a row without caption gives: its error, or a `SkippedSample`, which the
-            collator takes out and reports.
-        max_pixels: Largest image, width x height.
+        sources: One or several sources, which are concatenated.
+        eval_transform: The evaluation transform. With None, images are not read and samples have no `pixel_values`.
+        train_transform: The training transform; by default the evaluation transform.
+        seed: Seed of the drawn captions and crops.
+        on_error: `raise` the error of a damaged image or a row without caption, or return a `SkippedSample` (`skip`),
+            which the collator removes and reports.
+        max_pixels: Largest width x height of an image to decode.
 
     Raises:
         FileNotFoundError, SourceError: If a source cannot be read.
-        ValueError: If a source is a stream, or `on_error` is neither of the two.
+        ValueError: If a source is set to streaming or `on_error` is invalid.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class CaptionImageDataset(EpochDataset):
     ) -> None:
         self.sources = [sources] if isinstance(sources, CaptionSource) else list(sources)
         if not self.sources:
-            raise ValueError("A data set of captioned images needs at least one source.")
+            raise ValueError("CaptionImageDataset needs at least one source.")
         for source in self.sources:
             if source.streaming:
                 raise ValueError(f"{source.path} is set to streaming; use StreamingCaptionImageDataset.")
@@ -135,7 +134,7 @@ class CaptionImageDataset(EpochDataset):
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
-            raise IndexError(f"There is no sample {index} among {len(self)}.")
+            raise IndexError(f"Index {index} is out of range for {len(self)} samples.")
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return number, index - int(self._starts[number])
 
@@ -159,26 +158,30 @@ class CaptionImageDataset(EpochDataset):
 
 
 class StreamingCaptionImageDataset(IterableDataset):
-    """Images with captions, read once per epoch in a shuffled stream.
+    """Iterable data set of captioned images, read as a shuffled stream.
 
-    Samples are those of `CaptionImageDataset`; caption and crop are functions of seed, epoch and key. Files are
-    shared out over ranks and DataLoader workers; where there are fewer files than ranks, every rank reads all and
-    keeps its share. This rank's part is already taken here: do not let accelerate shard the loader again.
-    Rows without a key column are named by their number in the stream, after `rank-worker-` if there are several.
+    Samples are those of [`CaptionImageDataset`]; caption and crop are functions of seed, epoch and key. Files are
+    distributed over ranks and DataLoader workers; with fewer files than ranks, every rank reads all files and keeps
+    its share of the rows. Since the data set shards itself, accelerate must not shard or dispatch its loader. Without
+    a key column, the key of a row is its number in the stream, preceded by `rank-worker-` if there are several.
 
     Args:
-        source: The description of the data.
-        eval_transform: The evaluation transform. None leaves `pixel_values` out.
-        train_transform: The training transform; without one, training uses the evaluation transform too.
-        training: Draw captions and crops; if False, take first captions and the evaluation transform, in order.
-        seed: Seed of order, caption choice and crops.
-        shuffle_buffer: Number of rows held for shuffling (the order of the files is shuffled too); 0 keeps the order.
-        rank: This process.
+        source: The source, with `streaming=True`.
+        eval_transform: The evaluation transform. With None, samples have no `pixel_values`.
+        train_transform: The training transform; by default the evaluation transform.
+        training: Draw captions and crops; False takes first captions and the evaluation transform, in order.
+        seed: Seed of order, drawn captions and crops.
+        shuffle_buffer: Number of rows in the shuffle buffer; 0 keeps rows and files in order.
+        rank: Rank of this process.
         world_size: Number of processes.
-        repeat: Begin anew at the end, with the order of the next epoch, so that no rank runs out before another;
-            for training by number of steps.
-        on_error: As in `CaptionImageDataset`.
-        max_pixels: Largest image, width x height.
+        repeat: Start the next epoch at the end of the data, so that no rank runs out before another; for training by
+            number of steps.
+        on_error: See [`CaptionImageDataset`].
+        max_pixels: Largest width x height of an image to decode.
+
+    Raises:
+        FileNotFoundError, SourceError: If the source cannot be read.
+        ValueError: If the source is not set to streaming, or `rank` or `on_error` is invalid.
     """
 
     def __init__(
@@ -196,7 +199,7 @@ class StreamingCaptionImageDataset(IterableDataset):
         max_pixels: int = DEFAULT_MAX_PIXELS,
     ) -> None:
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be within 0 and world_size - 1, but is {rank} of {world_size}.")
+            raise ValueError(f"rank must be between 0 and world_size - 1, but is {rank} of {world_size}.")
         if not source.streaming:
             raise ValueError(f"{source.path} is not set to streaming; use CaptionImageDataset or streaming: true.")
         self.source = source
@@ -210,7 +213,7 @@ class StreamingCaptionImageDataset(IterableDataset):
         self.rank = rank
         self.world_size = world_size
         self.repeat = repeat
-        # Shared memory, so that workers which persist over epochs see the new one.
+        # In shared memory, so that persistent workers see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
@@ -219,7 +222,7 @@ class StreamingCaptionImageDataset(IterableDataset):
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass."""
+        """Set the epoch of the next pass."""
         self._epoch.fill_(epoch)
 
     def _stream(self, epoch: int) -> datasets.IterableDataset:
@@ -264,49 +267,40 @@ def _load_captions(source: CaptionSource) -> Table:
 def caption_batches(
     source: CaptionSource, rank: int = 0, world_size: int = 1, show_progress: bool = True
 ) -> Iterator[list[str]]:
-    """All caption texts of a source, those of a thousand rows at a time, in order: by row, column and list entry.
+    """Yield the captions of a source in order of row, column and list entry, a thousand rows at a time.
 
     Args:
-        source: The source, a stream too.
-        rank: This process, of several that take a part of the rows each.
-        world_size: Number of such processes.
-        show_progress: Show a progress bar where standard error is a terminal.
+        source: The source; may be a stream.
+        rank: Rank of this process, which reads its share of the rows.
+        world_size: Number of processes that share the rows.
+        show_progress: Show the progress.
     """
     table = _load_captions(source)
     if world_size > 1:
         table = split_dataset_by_node(table, rank, world_size)
-    console = Console(stderr=True)
-    batches = track(
-        table.iter(READ_ROWS),
-        description=f"Captions of {source.path}",
-        total=-(-len(table) // READ_ROWS) if isinstance(table, datasets.Dataset) else None,
-        console=console,
-        disable=not (show_progress and rank == 0 and console.is_terminal),
-    )
+    total = len(table) if isinstance(table, datasets.Dataset) else None
     num_empty = 0
-    for batch in batches:
-        found: list[str] = []
-        for values in zip(*batch.values(), strict=True):
-            row = dict(zip(batch, values, strict=True))
-            texts = [text for column in source.caption_columns for text in column_texts(row, column)]
-            found += texts
-            num_empty += not texts
-        yield found
+    with progress_bar(f"Captions of {source.path}", total, "row", show_progress and rank == 0) as bar:
+        for rows in row_batches(table):
+            found = [[text for column in source.caption_columns for text in column_texts(row, column)] for row in rows]
+            num_empty += found.count([])
+            yield [text for texts in found for text in texts]
+            bar.update(advance=len(rows))
     if num_empty:
         logger.warning("%d rows of %s have no caption.", num_empty, source.path)
 
 
 def distinct_captions(sources: CaptionSource | Sequence[CaptionSource], show_progress: bool = True) -> list[str]:
-    """Every different caption text of some sources: what an embedding cache for them must hold.
+    """Collect the distinct captions of sources, which an embedding cache for them must contain.
 
-    Texts are compared as they are, but for surrounding white space: another spelling is another embedding.
+    Captions are distinct if they differ in more than surrounding white space, because their embeddings differ.
 
     Args:
-        sources: One or several sources, streams too.
-        show_progress: Show a progress bar where standard error is a terminal.
+        sources: One or several sources; may be streams.
+        show_progress: Show the progress.
 
     Returns:
-        The texts in order of first appearance: by source, row, caption column and list entry.
+        The captions in order of first appearance: by source, row, caption column and list entry.
     """
     captions: dict[str, None] = {}
     for source in [sources] if isinstance(sources, CaptionSource) else sources:

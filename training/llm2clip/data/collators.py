@@ -1,4 +1,4 @@
-"""Batches for stage 2, and the list of rows that were left out."""
+"""Batches for stage 2, and the log of skipped rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llm2clip.data.records import RowCaptions, SkippedSample
-from llm2clip.data.transforms import decode_image
+from modeling_llm2clip.image_decoding_llm2clip import decode_image
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +21,10 @@ TOKEN_FIELDS = ("input_ids", "attention_mask", "pooling_mask")
 
 
 class EmbeddingLookup(Protocol):
-    """Stored caption embeddings, such as [`EmbeddingCache`]."""
+    """Stored caption embeddings, such as an [`EmbeddingCache`]."""
 
     def lookup(self, captions: Sequence[str], dtype: torch.dtype | None = torch.float32) -> Tensor:
-        """Embeddings of captions, `(captions, hidden_size)`; `dtype=None` keeps the stored dtype."""
+        """Look up the embeddings of captions, `(captions, hidden_size)`; `dtype=None` keeps the stored dtype."""
         ...
 
 
@@ -134,13 +134,12 @@ def _pad(rows: list[Tensor], value: int, side: str = "right") -> Tensor:
 
 
 class SkipLog:
-    """A file of the rows that were left out: one JSON line with key and reason, each key once.
+    """Log of skipped rows: a file with one JSON line of key and reason per row.
 
-    An existing file is continued, so that a resumed run does not list a row twice. Every process needs a file of
-    its own.
+    An existing file is continued, so that a resumed run does not list a row twice. Each process needs its own file.
 
     Args:
-        path: The file; it appears with the first entry.
+        path: The file, created with the first entry.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -149,24 +148,24 @@ class SkipLog:
         if self.path.exists():
             content = self.path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):  # the run was killed while it wrote the last line
+            if len(whole) < len(content):  # the last line is incomplete: the run was killed
                 self.path.write_bytes(whole)
             self._keys.update(json.loads(line)["key"] for line in whole.splitlines())
 
     @property
     def count(self) -> int:
-        """Number of different rows listed."""
+        """Number of distinct rows in the log."""
         return len(self._keys)
 
     def add(self, skipped: Iterable[tuple[str, str]]) -> int:
-        """Append the (key, reason) pairs whose key is new; returns how many were."""
+        """Append the (key, reason) pairs with a new key; returns their number."""
         new: dict[str, str] = {}
         for key, reason in skipped:
             if key not in self._keys:
                 new.setdefault(key, reason)
         if new:
             if not self._keys:
-                logger.warning("Rows that cannot be used are skipped and listed in %s.", self.path)
+                logger.warning("Skipping rows that cannot be used; they are listed in %s.", self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 for key, reason in new.items():

@@ -1,4 +1,4 @@
-"""Batches of text pairs without false negatives."""
+"""Batch sampler for text pairs that avoids false negatives."""
 
 from __future__ import annotations
 
@@ -18,23 +18,21 @@ PLAN_ATTEMPTS = 4
 
 
 class PairBatchSampler(EpochBatchSampler):
-    """Batches of one source each, in which no row is a false negative of another.
+    """Batches from one source each, in which no row is a false negative of another.
 
-    No two rows of a global batch share a group or a text on either side, and no hard negative is another row's text
-    (see `PairTable`). A row that conflicts with a batch goes into a later one of the epoch; what does not fit
-    anywhere at the end is left out, and comes again in the next epoch's order. Every row comes at most once per
-    epoch.
+    No two rows of a global batch share a text or a group, and no hard negative is a text of another row (see
+    [`PairTable`]). A row that conflicts with a batch is moved to a later batch of the epoch, or left out of the epoch
+    if it fits into none. A row appears at most once per epoch.
 
-    Every epoch has the same number of batches, so that the Trainer's count of steps holds: that of the first
-    epoch's plan. With weights, an epoch ends when the source that lasts shortest has been seen once; each epoch
-    takes other rows of the rest.
+    Every epoch has as many batches as the first one, so that the Trainer computes the correct number of steps. With
+    weights, an epoch ends when the first source is used up; the rows of the other sources differ between epochs.
 
-    See `EpochBatchSampler` for the arguments and for how a global batch is cut into ranks. With `drop_last=False`,
-    possible on one rank only, each source's last batch may be short.
+    See [`EpochBatchSampler`] for the arguments and for how ranks share a global batch. With `drop_last=False`, which
+    needs a single rank, the last batch of each source may be short.
 
     Raises:
-        ValueError: If a source fills no global batch, weights are given for some sources only, or `drop_last` is
-            False with several ranks.
+        ValueError: If a source does not fill a global batch, only some sources have weights, or `drop_last` is False
+            with several ranks.
     """
 
     dataset: PairDataset
@@ -49,9 +47,7 @@ class PairBatchSampler(EpochBatchSampler):
     ) -> None:
         super().__init__(dataset, batch_size, num_replicas, seed, drop_last)
         if not drop_last and num_replicas > 1:
-            raise ValueError(
-                "drop_last=False needs a single rank: the ranks' slices of a short batch would differ in size."
-            )
+            raise ValueError("drop_last=False needs a single rank, because ranks would get batches of different size.")
         self._planners = [
             BatchPlanner(table, self.global_batch_size, drop_last, stable_seed(seed, "plan", number))
             for number, table in enumerate(dataset.tables)
@@ -66,16 +62,16 @@ class PairBatchSampler(EpochBatchSampler):
             return available
         if len(given) < len(weights):
             without = [table.label for table in self.dataset.tables if table.source.weight is None]
-            raise ValueError(f"Give every pair source a weight, or none: {', '.join(without)} have none.")
+            raise ValueError(f"Set weight for all pair sources or for none; {', '.join(without)} have none.")
         epoch = min(count * sum(given) / weight for count, weight in zip(available, given, strict=True))
         return [max(1, int(epoch * weight / sum(given) + 1e-9)) for weight in given]
 
     def __len__(self) -> int:
-        """Batches over all ranks; the same for every epoch, and exact."""
+        """Number of batches of all ranks together; the same in every epoch."""
         return self.num_replicas * sum(self._quotas)
 
     def global_batches(self, epoch: int) -> Iterator[np.ndarray]:
-        """The sample numbers of each global batch of an epoch, in order."""
+        """Yield the sample indices of each global batch of an epoch."""
         if self._plan is None or self._plan[0] != epoch:
             self._plan = (epoch, self._make_plan(epoch))
         yield from self._plan[1]
@@ -89,7 +85,7 @@ class PairBatchSampler(EpochBatchSampler):
             left_out = len(planner.table) - sum(map(len, own))
             if left_out:
                 logger.info(
-                    "Epoch %d leaves out %d of %d rows of %s, which fill no batch without a conflict.",
+                    "Epoch %d leaves out %d of %d rows of %s, which do not fit into any batch.",
                     epoch,
                     left_out,
                     len(planner.table),
@@ -100,17 +96,16 @@ class PairBatchSampler(EpochBatchSampler):
 
 
 class BatchPlanner:
-    """Cuts one source's rows into batches without conflicts, anew each epoch.
+    """Plans the batches of one source so that the rows of a batch do not conflict.
 
-    Rows are taken in random order. One that conflicts with the batch at hand waits under the key that it shares
-    with it; each new batch first takes one row from every waiting line, since rows that wait under one key need a
-    batch each.
+    Rows are taken in random order. A row that conflicts with the current batch is queued under the shared key. Each
+    new batch first takes one row from every queue, since rows in the same queue exclude each other.
 
     Args:
         table: The source.
         batch_size: Rows per batch.
-        drop_last: Leave out the last, short batch.
-        seed: Seed of the order.
+        drop_last: Drop the last batch if it is short.
+        seed: Seed of the row order.
     """
 
     def __init__(self, table: PairTable, batch_size: int, drop_last: bool, seed: int) -> None:
@@ -127,12 +122,12 @@ class BatchPlanner:
             )
 
     def plan(self, epoch: int) -> list[np.ndarray]:
-        """The epoch's batches, `num_batches` of them; each holds row numbers within the source."""
+        """Return the `num_batches` batches of an epoch as indices of rows in the source."""
         for attempt in range(PLAN_ATTEMPTS):
             batches = self._attempt(epoch, attempt)
             if len(batches) >= self.num_batches:
                 return batches[: self.num_batches]
-        # Rare: many rows share few keys, and this order packs worse than the first epoch's. Its batches are valid.
+        # Rare: if many rows share few keys, these orders can give fewer batches than that of the first epoch.
         return self._attempt(0, 0)
 
     def _attempt(self, epoch: int, attempt: int) -> list[np.ndarray]:
@@ -180,12 +175,12 @@ class BatchPlanner:
 
 
 def _compact(numbers: np.ndarray) -> array[int]:
-    """An array that is read one by one faster than numpy's, in the same memory."""
+    """Copy to an array that Python indexes faster than NumPy's, in the same amount of memory."""
     return array("q", numbers.astype(np.int64).tobytes())
 
 
 def _shared_keys(table: PairTable) -> tuple[array[int], array[int], array[int], array[int]]:
-    """A table's keys and starts, numbered anew, without the keys that one row alone has: they cannot conflict."""
+    """Renumber the keys of a table without those of a single row, which cannot conflict; returns keys and starts."""
     both = np.concatenate([table.own_keys, table.negative_keys])
     _, numbers, counts = np.unique(both, return_inverse=True, return_counts=True)
     shared = counts[numbers] > 1

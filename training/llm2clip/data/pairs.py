@@ -1,4 +1,4 @@
-"""Pairs of texts that describe the same thing, for stage 1."""
+"""Data set of text pairs that describe the same thing, for stage 1."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,38 +15,44 @@ import numpy as np
 
 from llm2clip.data.records import caption_id, column_texts, column_value
 from llm2clip.data.sampling import EpochDataset, SampleIndex, stable_seed
-from llm2clip.data.sources import SourceError, open_table, require_columns, source_from_dict, table_columns, top_level
+from llm2clip.data.sources import (
+    SourceError,
+    open_table,
+    require_columns,
+    row_batches,
+    source_from_dict,
+    table_columns,
+    top_level,
+)
 
 logger = logging.getLogger(__name__)
-
-READ_ROWS = 1000
 
 
 @dataclass
 class PairSource:
-    """Text pairs: either from two columns, or two captions of the same row.
+    """Source of text pairs: an anchor and a positive column, or columns with captions of the same image.
 
-    Every column may hold one text or a list, from which one is drawn afresh each epoch.
+    A column may contain a text or a list of texts, one of which is drawn in each epoch.
 
     Attributes:
-        path, name, split, revision: As in `CaptionSource`.
-        anchor_column: The query side.
-        positive_column: What must be found.
-        negative_column: A hard negative (optional). Rows without one, or whose only one is a text of the pair, are
-            left out, so that all rows of a batch have one.
-        group_column: Rows with an equal value here are never each other's negatives (an image's id, say).
-        caption_columns: Instead of anchor and positive: columns with captions of the same image, two different ones
-            of which are drawn each epoch, in random order.
-        weight: Share of the batches that come from this source, relative to the others. Set it for all sources or
-            for none: by default a source's share is its size.
-        instruction: Text put before the anchor; context that is not pooled.
-        positive_instruction: The same for positives and negatives.
+        path, name, split, revision: See [`CaptionSource`].
+        anchor_column: Column of the anchors (queries).
+        positive_column: Column of the positives.
+        negative_column: Column of the hard negatives. Rows without a hard negative that differs from their pair are
+            dropped, so that all rows of a batch have one.
+        group_column: Rows with the same value in this column, such as an image id, are never negatives of each other.
+        caption_columns: Instead of anchor and positive: columns with captions of the same image, two of which are
+            drawn in each epoch, in random order.
+        weight: Share of batches from this source, relative to the other sources. Set it for all sources or for none;
+            by default, each source contributes in proportion to its size.
+        instruction: Text before the anchor; context that is not pooled.
+        positive_instruction: Text before positive and negative.
         symmetric: Swap anchor and positive at random.
         max_samples: Use only the first rows.
-        label: Name in messages and samples; by default the file's name.
+        label: Name in messages and samples; by default the file name.
 
     Raises:
-        ValueError: If neither or both of the two forms are described, or a number makes no sense.
+        ValueError: If neither or both of the two forms are given, or a number is out of range.
     """
 
     path: str
@@ -83,18 +89,18 @@ class PairSource:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any] | PairSource) -> PairSource:
-        """Build a source from a recipe's mapping."""
+        """Build a source from the mapping of a recipe."""
         return source_from_dict(cls, fields)
 
     @property
     def columns(self) -> list[str]:
-        """All columns that are read."""
+        """All columns of the source."""
         names = (self.anchor_column, self.positive_column, self.negative_column, self.group_column)
         return [*filter(None, names), *(self.caption_columns or [])]
 
 
 class RowTexts(NamedTuple):
-    """The candidates of one row for each place in a pair; no negative is also one of the others."""
+    """The candidate texts of a row; no negative is also an anchor or a positive."""
 
     anchors: list[str]
     positives: list[str]
@@ -102,22 +108,23 @@ class RowTexts(NamedTuple):
 
     @property
     def own_ids(self) -> set[int]:
-        """Ids of the texts on either side of the pair."""
+        """Caption ids of all anchors and positives."""
         return {caption_id(text) for text in (*self.anchors, *self.positives)}
 
 
 class PairTable:
-    """The usable rows of one source, and what decides which of them may share a batch.
+    """The usable rows of a source, with the keys that decide which of them may share a batch.
 
-    Two rows conflict if they share an own key (a text on either side, or the group), or if a hard negative of one
-    is a text of the other: one would then be trained as a negative of what it matches. The keys cover all
-    candidates of a row, whatever is drawn from them.
+    Two rows conflict if they share an own key (a text of the pair, or the group), or if a hard negative of one is a
+    text
+    of the other: in the same batch, one would be trained as a false negative. The keys cover all candidate texts of a
+    row, not only those that are drawn.
 
     Attributes:
         rows: (n,) positions of the usable rows in the table.
-        own_keys, own_starts: Own keys of row i are `own_keys[own_starts[i]:own_starts[i + 1]]`.
-        negative_keys, negative_starts: The same for its hard negatives.
-        num_dropped: Rows without two different texts, or without the negative that the source asks for.
+        own_keys, own_starts: The own keys of row i are `own_keys[own_starts[i]:own_starts[i + 1]]`.
+        negative_keys, negative_starts: The same for the hard negatives.
+        num_dropped: Number of rows without two different texts, or without the hard negative that the source requires.
     """
 
     def __init__(self, source: PairSource, table: datasets.Dataset, label: str) -> None:
@@ -126,7 +133,7 @@ class PairTable:
         self.table = table
         rows: list[int] = []
         own, negative = _Ragged(), _Ragged()
-        for position, row in enumerate(_rows(table)):
+        for position, row in enumerate(itertools.chain.from_iterable(row_batches(table))):
             try:
                 texts = self._texts(row)
             except TypeError as error:
@@ -153,7 +160,7 @@ class PairTable:
             )
         if self.num_dropped:
             logger.warning(
-                "%d of %d rows of %s are left out: they have no two different texts (or no hard negative).",
+                "%d of %d rows of %s are left out because they lack two different texts or a hard negative.",
                 self.num_dropped,
                 len(table),
                 label,
@@ -178,7 +185,7 @@ class PairTable:
         return texts
 
     def draw(self, index: int, seed: int | None) -> dict[str, Any]:
-        """The pair of usable row `index`; `seed` decides what is drawn (None takes the first texts)."""
+        """Draw the pair of usable row `index` by `seed`; None takes the first texts."""
         source = self.source
         texts = self._texts(self.table[int(self.rows[index])])
         generator = None if seed is None else random.Random(seed)
@@ -208,7 +215,7 @@ class PairTable:
 
 
 class _Ragged:
-    """Collects sets of numbers into one flat array and the start of each."""
+    """Concatenates sets of numbers to one array with the start of each set."""
 
     def __init__(self) -> None:
         self._parts: list[np.ndarray] = []
@@ -218,7 +225,7 @@ class _Ragged:
     def append(self, numbers: set[int]) -> None:
         self._buffer.extend(sorted(numbers))
         self._starts.append(self._starts[-1] + len(numbers))
-        if len(self._buffer) > 1_000_000:  # Python's numbers take four times the memory of the array's
+        if len(self._buffer) > 1_000_000:  # a list of int takes four times the memory of an array
             self._flush()
 
     def _flush(self) -> None:
@@ -230,22 +237,16 @@ class _Ragged:
         return np.concatenate(self._parts), np.array(self._starts, dtype=np.int64)
 
 
-def _rows(table: datasets.Dataset) -> Iterator[dict[str, Any]]:
-    for batch in table.iter(READ_ROWS):
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
-
-
 class PairDataset(EpochDataset):
-    """The pairs of all sources, in random access.
+    """Map-style data set of the text pairs of all sources.
 
-    `dataset[SampleIndex(epoch, index)]` draws from the row's texts by seed, epoch and index alone;
-    `dataset[index]` takes the first of them. A sample is a dict with `anchor`, `positive`, `negative` (or None),
-    `instruction`, `positive_instruction` (or None) and `source` (its label).
+    `dataset[SampleIndex(epoch, index)]` draws the texts of a row as a function of seed, epoch and index;
+    `dataset[index]` takes the first ones. A sample is a dict with `anchor`, `positive`, `negative` (or None),
+    `instruction`, `positive_instruction` (or None) and `source`, the label of the source.
 
     Args:
         sources: One or several sources.
-        seed: Seed of what is drawn.
+        seed: Seed of the drawn texts.
 
     Raises:
         FileNotFoundError, SourceError: If a source cannot be read.
@@ -255,7 +256,7 @@ class PairDataset(EpochDataset):
     def __init__(self, sources: PairSource | Sequence[PairSource], seed: int = 0) -> None:
         self.sources = [sources] if isinstance(sources, PairSource) else list(sources)
         if not self.sources:
-            raise ValueError("A data set of pairs needs at least one source.")
+            raise ValueError("PairDataset needs at least one source.")
         self.seed = seed
         self.tables: list[PairTable] = []
         labels: set[str] = set()
@@ -269,7 +270,7 @@ class PairDataset(EpochDataset):
 
     @property
     def num_dropped(self) -> int:
-        """Rows of all sources that cannot be used."""
+        """Number of unusable rows of all sources."""
         return sum(table.num_dropped for table in self.tables)
 
     def __len__(self) -> int:
@@ -278,7 +279,7 @@ class PairDataset(EpochDataset):
     def __getitem__(self, index: SampleIndex | int) -> dict[str, Any]:
         position = index.index if isinstance(index, SampleIndex) else int(index)
         if not 0 <= position < len(self):
-            raise IndexError(f"There is no pair {position} among {len(self)}.")
+            raise IndexError(f"Index {position} is out of range for {len(self)} pairs.")
         number = int(np.searchsorted(self.starts, position, side="right")) - 1
         seed = stable_seed(self.seed, "pair", index.epoch, position) if isinstance(index, SampleIndex) else None
         return self.tables[number].draw(position - int(self.starts[number]), seed)

@@ -1,30 +1,37 @@
-"""What is read from one row: its captions, their identities, and what is wrong with it."""
+"""Captions of a row, their ids and hashes, and rows that cannot be used."""
 
 from __future__ import annotations
 
 import hashlib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from modeling_llm2clip.image_decoding_llm2clip import SampleError
 
+# What to do with a damaged image or a row without caption.
+OnError = Literal["raise", "skip"]
+
 
 class CaptionError(SampleError):
-    """A row without any caption, or whose caption is not text."""
+    """A row without caption, or with a caption that is not text."""
 
 
 class SkippedSample(NamedTuple):
-    """Stands in a batch where a row could not be used; the collator takes it out and reports it."""
+    """Placeholder for a row that cannot be used; the collator removes and reports it."""
 
     key: str
     reason: str
 
 
 def clean_caption(text: Any) -> str | None:
-    """`text` without surrounding white space, or None when nothing is left (or nothing was there)."""
+    """Strip surrounding white space; returns None for an empty or missing text.
+
+    Raises:
+        TypeError: If `text` is something else than text.
+    """
     if text is None or (isinstance(text, float) and np.isnan(text)):
         return None
     if not isinstance(text, str):
@@ -33,15 +40,15 @@ def clean_caption(text: Any) -> str | None:
 
 
 def caption_id(text: str) -> int:
-    """A number that says which captions are the same caption, whatever their case and spacing.
+    """Compute an id that captions share if they differ only in case and white space.
 
-    Two captions with equal ids are correct answers for each other's images, never negatives.
+    Captions with equal ids are positives of each other's images, never negatives.
 
     Args:
         text: The caption.
 
     Returns:
-        63 bits of the BLAKE2b hash of the case-folded text with white space collapsed: non-negative, equal on
+        63 bits of the BLAKE2b hash of the case-folded text with collapsed white space: non-negative and the same on
         every machine.
     """
     normal = " ".join(unicodedata.normalize("NFC", text).casefold().split())
@@ -49,7 +56,7 @@ def caption_id(text: str) -> int:
 
 
 def caption_keys(captions: Iterable[str]) -> np.ndarray:
-    """The embedding cache's keys: the 128-bit BLAKE2b hash of each exact text.
+    """Compute the keys of the embedding cache: the 128-bit BLAKE2b hash of each exact text.
 
     Args:
         captions: n captions.
@@ -62,7 +69,7 @@ def caption_keys(captions: Iterable[str]) -> np.ndarray:
 
 
 def column_value(row: Mapping[str, Any], column: str) -> Any:
-    """The value of a column, where `a.b` reaches field `b` of the record in column `a` (None if it is absent)."""
+    """Return the value of a column, where `a.b` is field `b` of the record in column `a` (None if absent)."""
     if column in row:
         return row[column]
     value: Any = row
@@ -72,10 +79,10 @@ def column_value(row: Mapping[str, Any], column: str) -> Any:
 
 
 def column_texts(row: Mapping[str, Any], column: str) -> list[str]:
-    """The texts in a column, which holds one text or a list of them; empty ones are left out.
+    """Return the non-empty texts of a column that contains a text or a list of texts.
 
     Raises:
-        TypeError: If the column holds something else than text.
+        TypeError: If the column contains something else than text.
     """
     value = column_value(row, column)
     entries = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
@@ -86,10 +93,10 @@ def column_texts(row: Mapping[str, Any], column: str) -> list[str]:
 
 
 class RowCaptions(NamedTuple):
-    """The captions of one row and how often each is drawn.
+    """The captions of a row and their sampling weights.
 
     Attributes:
-        texts: All captions, in the order of the columns.
+        texts: All captions, in column order.
         weights: Sampling weight of each.
     """
 
@@ -104,12 +111,12 @@ class RowCaptions(NamedTuple):
 
         Args:
             row: The row.
-            key: Its key, for the error.
-            columns: Caption columns; one that holds a list shares its weight among the list's entries.
-            weights: Weight of each column, equal if None.
+            key: The key of the row, for error messages.
+            columns: Caption columns; the entries of a list share the weight of its column.
+            weights: Weight of each column; equal weights if None.
 
         Raises:
-            CaptionError: If there is no caption that could be drawn, or one is not text.
+            CaptionError: If no caption can be drawn or one is not text.
         """
         texts: list[str] = []
         shares: list[float] = []
@@ -125,7 +132,7 @@ class RowCaptions(NamedTuple):
         return cls(texts, shares)
 
     def draw(self, seed: int) -> str:
-        """One caption, drawn by weight; a function of `seed`."""
+        """Draw a caption by weight, as a function of `seed`."""
         bounds = np.cumsum(self.weights)
         point = np.random.default_rng(seed).random()
         return self.texts[int(np.searchsorted(bounds / bounds[-1], point, side="right"))]

@@ -1,4 +1,4 @@
-"""Which sample comes when: stateless per-epoch indices, and batches that resume and split over ranks alike."""
+"""Sample indices with epoch, and batch samplers whose order depends only on seed and epoch."""
 
 from __future__ import annotations
 
@@ -11,35 +11,34 @@ from torch.utils.data import Dataset, Sampler
 
 
 class SampleIndex(NamedTuple):
-    """The address of one training sample.
+    """Index of a training sample.
 
-    The epoch travels with the index because a data set in a worker process never hears of a new epoch. What a
-    sample looks like (the caption drawn, the crop) is a function of the seed and this pair alone, so that neither
-    prefetching nor a restart changes it.
+    The epoch is part of the index because a data set in a worker process is not notified of a new epoch. The random
+    parts of a sample (caption and crop) are functions of the seed and this index only, so that neither prefetching nor
+    resuming changes them.
     """
 
     epoch: int
-    index: int  # type: ignore[assignment]  # tuple.index, which nobody needs on a pair
+    index: int  # type: ignore[assignment]  # overrides tuple.index
 
 
 def stable_seed(*parts: int | str) -> int:
-    """A non-negative 63-bit number that depends on `parts` alone, equal on every machine and Python version."""
+    """Hash `parts` to a non-negative 63-bit number that is the same on every machine and Python version."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 class EpochDataset(Dataset):
-    """A map-style data set that holds the epoch which its batch sampler reads.
+    """Map-style data set with the epoch that its batch sampler reads.
 
-    The epoch lives here, not in the sampler, because of how the Trainer announces it: accelerate's wrappers (its
-    rank shard around the sampler, and the one that skips the batches a resumed run has seen) hide the sampler from
-    `set_epoch` and pass the call to the data set instead.
+    The epoch is stored here and not in the sampler because accelerate's wrappers (`BatchSamplerShard`, and the one
+    that skips batches when resuming) pass the Trainer's call of `set_epoch` to the data set instead of the sampler.
     """
 
     epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass."""
+        """Set the epoch of the next pass."""
         self.epoch = int(epoch)
 
     def __len__(self) -> int:
@@ -47,21 +46,21 @@ class EpochDataset(Dataset):
 
 
 class EpochBatchSampler(Sampler[list[SampleIndex]]):
-    """What the two batch samplers share: global batches, cut into one consecutive slice per rank.
+    """Base of the batch samplers: global batches, split into one consecutive batch per rank.
 
-    accelerate's `BatchSamplerShard` hands batch `i * num_replicas + r` to rank `r`. A global batch of
-    `num_replicas * batch_size` samples is therefore yielded as `num_replicas` consecutive batches, and a run on
-    two ranks sees the global batches of one rank with the doubled batch size.
+    accelerate's `BatchSamplerShard` assigns batch `i * num_replicas + r` to rank `r`. A global batch of
+    `num_replicas * batch_size` samples is therefore yielded as `num_replicas` consecutive batches, and a run on two
+    ranks sees the same global batches as a run on one rank with twice the batch size.
 
     Args:
-        dataset: The data set to index; its `epoch` picks the pass.
+        dataset: The data set, whose `epoch` selects the pass.
         batch_size: Samples per rank and step.
-        num_replicas: World size.
+        num_replicas: Number of ranks.
         seed: Seed of the order.
-        drop_last: Leave out what does not fill a global batch.
+        drop_last: Drop the samples that do not fill a global batch.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If `batch_size` or `num_replicas` is less than 1.
     """
 
     def __init__(
@@ -83,15 +82,15 @@ class EpochBatchSampler(Sampler[list[SampleIndex]]):
 
     @property
     def global_batch_size(self) -> int:
-        """Samples per step over all ranks."""
+        """Number of samples per step on all ranks together."""
         return self.batch_size * self.num_replicas
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass."""
+        """Set the epoch of the next pass."""
         self.dataset.set_epoch(epoch)
 
     def global_batches(self, epoch: int) -> Iterator[np.ndarray]:
-        """The sample numbers of each global batch of an epoch, in order."""
+        """Yield the sample indices of each global batch of an epoch."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[list[SampleIndex]]:
@@ -102,16 +101,16 @@ class EpochBatchSampler(Sampler[list[SampleIndex]]):
 
 
 class SampleIndexBatchSampler(EpochBatchSampler):
-    """Batches of a seeded permutation per epoch (see `EpochBatchSampler` for the arguments).
+    """Batches of a new seeded permutation in each epoch; see [`EpochBatchSampler`] for the other arguments.
 
-    With `drop_last=False` the last global batch may be short, so that accelerate fills it up with samples of the
-    first one when there are several ranks.
+    With `drop_last=False` the last global batch may be short; with several ranks, accelerate completes it with samples
+    of the first batch.
 
     Args:
-        shuffle: Take the samples in the data's own order if False.
+        shuffle: Shuffle the samples; False keeps the order of the data set.
 
     Raises:
-        ValueError: If the data does not fill one global batch and `drop_last` is set.
+        ValueError: If the data set does not fill one global batch and `drop_last` is set.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class SampleIndexBatchSampler(EpochBatchSampler):
         self.shuffle = shuffle
         if len(self) == 0:
             raise ValueError(
-                f"The data has {len(dataset)} samples, fewer than one batch of {self.global_batch_size} "
+                f"The data set has {len(dataset)} samples, fewer than one global batch of {self.global_batch_size} "
                 f"({batch_size} on each of {num_replicas} ranks). Use a smaller batch size."
             )
 
@@ -138,11 +137,11 @@ class SampleIndexBatchSampler(EpochBatchSampler):
         return samples
 
     def __len__(self) -> int:
-        """Batches over all ranks."""
+        """Number of batches of all ranks together."""
         return -(-self._num_samples() // self.batch_size)
 
     def global_batches(self, epoch: int) -> Iterator[np.ndarray]:
-        """The sample numbers of each global batch of an epoch, in order."""
+        """Yield the sample indices of each global batch of an epoch."""
         if self.shuffle:
             order = np.random.default_rng(stable_seed(self.seed, epoch)).permutation(len(self.dataset))
         else:

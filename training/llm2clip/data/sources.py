@@ -1,4 +1,4 @@
-"""Where captioned images and text come from: any form that `datasets` reads, described by a few fields."""
+"""Sources of captioned images and texts: files, folders and Hub data sets, read with `datasets`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import glob
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -35,11 +35,12 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".arrow": ("arrow", {}),
 }
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
-# pandas reads "nan", "None" or "NA" as a missing cell, but each can be a caption (nan is a bread).
+# By default, pandas reads "nan", "None" and "NA" as missing cells, but these can be captions ("nan" is a bread).
 CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
 PATH_TYPES = ("string", "large_string")
 BYTES_TYPES = ("binary", "large_binary")
 STREAM_SHARDS = 64
+READ_ROWS = 1000
 
 
 class SourceError(ValueError):
@@ -48,26 +49,25 @@ class SourceError(ValueError):
 
 @dataclass
 class CaptionSource:
-    """Images with captions.
+    """Source of captioned images, or of captions only.
 
     Attributes:
-        path: A file (parquet, json, jsonl, csv, tsv, tar), a glob pattern, a URL, a folder (data files named by
-            split, an image folder with `metadata.jsonl`, webdataset shards, or the output of `save_to_disk`), or
-            a data set on the Hub (`owner/name`).
-        name: The configuration, for data sets that have several.
-        split: The split; for single files any name will do.
+        path: A file (parquet, json, jsonl, csv, tsv, tar), a glob pattern, a URL, a folder (data files named by split,
+            an image folder with `metadata.jsonl`, webdataset shards, or the output of `save_to_disk`), or a data set
+            on the Hub (`owner/name`).
+        name: Configuration of a data set that has several.
+        split: The split. Single files have any split.
         revision: Branch, tag or commit on the Hub.
-        image_column: Column of the images: encoded bytes, or paths relative to the file's folder. When `image` is
-            absent, the first of `jpg`, `jpeg`, `png`, `webp` is taken (webdataset).
-        caption_columns: Columns of the captions; each holds one text or a list. `a.b` is field `b` of record `a`.
-        caption_weights: How often a caption is drawn from each column, relative to the others. A column that
-            holds a list shares its weight among the entries. Equal by default.
-        key_column: Column that names a row in messages. By default `key` or `__key__`, else the row's number.
+        image_column: Column of the images: encoded bytes, or paths relative to the folder of the file. If the default
+            `image` does not exist, the first of `jpg`, `jpeg`, `png` and `webp` is used (webdataset).
+        caption_columns: Columns of the captions, texts or lists of texts. `a.b` is field `b` of record `a`.
+        caption_weights: Sampling weight of each caption column, shared by the entries of a list. Equal by default.
+        key_column: Column that identifies a row in messages. By default `key` or `__key__`, else the row number.
         streaming: Read the data as a stream instead of preparing a local copy.
         max_samples: Use only the first rows.
 
     Raises:
-        ValueError: If a field's value makes no sense.
+        ValueError: If a field has an invalid value.
     """
 
     path: str
@@ -86,7 +86,7 @@ class CaptionSource:
         if isinstance(self.caption_columns, str):
             self.caption_columns = [self.caption_columns]
         if not self.caption_columns:
-            raise ValueError(f"The source {self.path} needs at least one entry in caption_columns.")
+            raise ValueError(f"The source {self.path} needs at least one caption column.")
         weights = self.caption_weights
         if weights is not None:
             if len(weights) != len(self.caption_columns):
@@ -96,37 +96,36 @@ class CaptionSource:
                 )
             if min(weights) < 0 or sum(weights) <= 0:
                 raise ValueError(
-                    f"caption_weights of {self.path} must not be negative or all zero, but are {weights}."
+                    f"caption_weights of {self.path} must be non-negative and not all zero, but are {weights}."
                 )
         if self.max_samples is not None and self.max_samples < 1:
             raise ValueError(f"max_samples of {self.path} must be at least 1, not {self.max_samples}.")
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any] | str | CaptionSource) -> CaptionSource:
-        """Build a source from a recipe's mapping, or from a bare path."""
+        """Build a source from the mapping of a recipe or from a path."""
         return source_from_dict(cls, fields)
 
 
 def source_from_dict(cls: type[SourceT], fields: Mapping[str, Any] | str | SourceT) -> SourceT:
-    """Build a source (a dataclass with a `path`) from a recipe's mapping, or from a bare path.
+    """Build a source (a dataclass with a `path`) from the mapping of a recipe or from a path.
 
     Raises:
-        ValueError: If a field does not exist (the nearest one is suggested), does not fit its type, or `path` is
-            missing.
+        ValueError: If a field does not exist, has a value of the wrong type, or `path` is missing.
     """
     if isinstance(fields, cls):
         return fields
     if isinstance(fields, str):
         fields = {"path": fields}
     if not isinstance(fields, Mapping):
-        raise ValueError(f"A source is a path or a mapping of {cls.__name__} fields, not {fields!r:.80}.")
+        raise ValueError(f"A source must be a path or a mapping of {cls.__name__} fields, not {fields!r:.80}.")
     if not fields.get("path"):
-        raise ValueError(f"A {cls.__name__} needs a path, but its fields are only: {', '.join(fields) or 'none'}.")
+        raise ValueError(f"A {cls.__name__} needs a path, but has only these fields: {', '.join(fields) or 'none'}.")
     return build_config(cls, fields, cls.__name__)
 
 
 class Columns(NamedTuple):
-    """The columns of a table that a `CaptionSource` uses; `key` is None when rows are named by number."""
+    """The columns of a table that a `CaptionSource` uses; `key` is None if rows are identified by number."""
 
     image: str | None
     key: str | None
@@ -134,18 +133,18 @@ class Columns(NamedTuple):
 
 
 def load_source(source: CaptionSource, with_images: bool = True) -> Table:
-    """Open the data that a source describes.
+    """Open the table of a source.
 
     Args:
-        source: The description.
-        with_images: Leave the image column out if False (its bytes are then not read, where the format allows).
+        source: The source.
+        with_images: Include the image column. Without it, formats that allow it do not read the images.
 
     Returns:
-        The table with the columns that the source uses (see `source_columns`); images stay encoded.
+        The table with the columns that the source uses (see [`source_columns`]) and encoded images.
 
     Raises:
-        FileNotFoundError: If there is nothing at the path.
-        SourceError: If a column or the split is missing, or the data cannot be read.
+        FileNotFoundError: If the path does not exist.
+        SourceError: If a column or the split does not exist, or the data cannot be read.
     """
     opened = open_table(source.path, source.name, source.split, source.revision, source.streaming)
     columns = source_columns(source, opened.table, opened.hint, with_images)
@@ -163,10 +162,10 @@ def load_source(source: CaptionSource, with_images: bool = True) -> Table:
 
 
 def source_columns(source: CaptionSource, table: Table, hint: str = "", with_images: bool = True) -> Columns:
-    """Find a source's columns in a table.
+    """Find the columns of a source in its table.
 
     Raises:
-        SourceError: If any is missing; one message lists all that are missing and those there are.
+        SourceError: If columns do not exist; the message lists them and the existing ones.
     """
     have = table_columns(table)
     image: str | None = source.image_column if with_images else None
@@ -179,7 +178,7 @@ def source_columns(source: CaptionSource, table: Table, hint: str = "", with_ima
 
 
 def require_columns(path: str, wanted: Iterable[str], have: Sequence[str], hint: str = "") -> None:
-    """Raise a SourceError that lists the columns there are unless all `wanted` ones exist."""
+    """Raise a `SourceError` that lists the existing columns unless these include all `wanted` ones."""
     missing = [column for column in dict.fromkeys(wanted) if column not in have]
     if missing:
         plural = "columns" if len(missing) > 1 else "column"
@@ -192,16 +191,22 @@ def require_columns(path: str, wanted: Iterable[str], have: Sequence[str], hint:
 
 
 def table_columns(table: Table) -> list[str]:
-    """The names of a table's columns, and of the fields inside records as `column.field`."""
+    """Return the names of the columns, and of the fields of records as `column.field`."""
     if table.features is None:
         return _record_columns(next(iter(table), {}))
     return _record_columns(table.features)
 
 
 def top_level(table: Table, column: str) -> str:
-    """The name of the table's column that holds `column`: itself, or the record that it is a field of."""
+    """Return `column`, or for a field of a record the column of that record."""
     names = table.column_names or table_columns(table)
     return column if column in names else column.split(".")[0]
+
+
+def row_batches(table: Table, size: int = READ_ROWS) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of a table, `size` at a time."""
+    for batch in table.iter(size):
+        yield [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
 def _record_columns(record: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -215,13 +220,13 @@ def _record_columns(record: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 @dataclass
 class OpenedTable:
-    """A table, and what is known about the files behind it.
+    """A table with all its columns, and information about its files.
 
     Attributes:
-        table: The table with all its columns.
-        folders: The folders of its data files.
-        hint: Advice for when a column is missing.
-        arguments: What `datasets.load_dataset_builder` was given, for parquet that is streamed.
+        table: The table.
+        folders: The folders of the data files.
+        hint: Advice for the error message if a column does not exist.
+        arguments: Arguments of `datasets.load_dataset_builder`, for streamed parquet.
         split: The split.
     """
 
@@ -232,7 +237,7 @@ class OpenedTable:
     split: str = "train"
 
     def select(self, columns: list[str]) -> Table:
-        """The table with these columns only; a parquet stream then does not read the others."""
+        """Return the table with these columns only; a parquet stream does not read the others."""
         if self.arguments is not None:
             builder = datasets.load_dataset_builder(**self.arguments, columns=columns)
             return builder.as_streaming_dataset(self.split)
@@ -240,11 +245,11 @@ class OpenedTable:
 
 
 def open_table(path: str, name: str | None, split: str, revision: str | None, streaming: bool = False) -> OpenedTable:
-    """Open a table by path, glob pattern, URL or Hub id (see `CaptionSource`).
+    """Open a table by path, glob pattern, URL or Hub id; see [`CaptionSource`].
 
     Raises:
-        FileNotFoundError: If there is nothing at the path.
-        SourceError: If the split is missing or the data cannot be read.
+        FileNotFoundError: If the path does not exist.
+        SourceError: If the split does not exist or the data cannot be read.
     """
     place = Path(path).expanduser()
     if (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():
@@ -270,14 +275,14 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         raise FileNotFoundError(f"No data at {path!r}: {error}") from error
     except ConnectionError as error:
         raise FileNotFoundError(
-            f"{path!r} is no file or folder here, and the Hub could not be asked for a data set called so ({error})."
+            f"{path!r} is not a local file or folder, and the Hub cannot be reached to look for it ({error})."
         ) from error
     except (OSError, ValueError, DatasetsError) as error:
         cause = error.__cause__ or error
         raise SourceError(f"Reading {path} failed: {type(cause).__name__}: {cause}") from error
     hint = ""
     if isinstance(builder, ImageFolder):
-        hint = " In a folder of images, metadata.jsonl, .csv or .parquet holds the captions, by file_name."
+        hint = " In an image folder, metadata.jsonl, .csv or .parquet must contain the captions, by file_name."
     return OpenedTable(
         table=table,
         folders=sorted({os.path.dirname(file) for name in split_names(split) for file in files.get(name, [])}),
@@ -288,7 +293,7 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
 
 
 def split_names(split: str) -> list[str]:
-    """The bare names in a split expression such as `train[:10%]+test`."""
+    """Return the split names in an expression such as `train[:10%]+test`."""
     return [re.split(r"[\[(]", part.strip())[0] for part in split.split("+")]
 
 
@@ -313,8 +318,8 @@ def _builder_arguments(path: str, place: Path, split: str) -> dict[str, Any]:
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and _suffix(path) not in FORMATS:
         return {"path": path}
     raise FileNotFoundError(
-        f"There is no file or folder {path!r} (in {os.getcwd()}), and it does not look like a data set on the Hub, "
-        "which would be named owner/name."
+        f"There is no file or folder {path!r} (in {os.getcwd()}), and it is not the id of a data set on the Hub, "
+        "which has the form owner/name."
     )
 
 
@@ -322,7 +327,7 @@ def _file_arguments(path: str, files: list[str], split: str) -> dict[str, Any]:
     suffixes = {_suffix(file) for file in files}
     if len(suffixes) != 1 or not suffixes <= set(FORMATS):
         raise SourceError(
-            f"{path} must be of one format out of {', '.join(FORMATS)}, but its files end in "
+            f"The files of {path} must have one format out of {', '.join(FORMATS)}, but they end in "
             f"{', '.join(sorted(repr(suffix) for suffix in suffixes))}."
         )
     builder, options = FORMATS[suffixes.pop()]
@@ -346,17 +351,17 @@ def _from_disk(folder: Path, split: str, streaming: bool) -> OpenedTable:
 
 
 def keep_encoded(table: Table, column: str, folders: list[str], path: str) -> Table:
-    """Images as encoded bytes or absolute paths, not decoded by `datasets`: decoding reports damage by key."""
-    if table.features is None:  # a stream of a format whose types are known row by row only
+    """Keep images as bytes or absolute paths, since `datasets` would decode them without reporting the key."""
+    if table.features is None:  # a stream of a format without a schema
         return table.map(_absolute_paths, batched=True, fn_kwargs={"column": column, "folders": folders, "path": path})
     feature = table.features[column]
     dtype = feature.dtype if isinstance(feature, datasets.Value) else None
     is_record = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
     if not (isinstance(feature, datasets.Image) or is_record or dtype in PATH_TYPES + BYTES_TYPES):
-        raise SourceError(f"Column {column!r} of {path} holds {feature}, not images (encoded bytes or paths).")
+        raise SourceError(f"Column {column!r} of {path} contains {feature}, not images (encoded bytes or paths).")
     if dtype in PATH_TYPES:
         features = table.features.copy()
-        features[column] = datasets.Value("string")  # datasets 4 cannot turn large_string into images
+        features[column] = datasets.Value("string")  # datasets 4 cannot cast large_string to images
         table = table.map(
             _absolute_paths,
             batched=True,
@@ -374,7 +379,7 @@ def _absolute_paths(batch: dict[str, list[Any]], column: str, folders: list[str]
     if relative and len(folders) != 1:
         raise SourceError(
             f"The image path {min(relative)!r} of {path} is relative, but the data files are in "
-            f"{len(folders)} folders; give one source per folder, or absolute paths."
+            f"{len(folders)} folders; use one source per folder, or absolute paths."
         )
     return {
         column: [

@@ -1,13 +1,13 @@
-"""From stored bytes to pixel values: safe decoding, and the training and evaluation transforms.
+"""Image transforms for training and evaluation.
 
-There are two backends. `exact` is Pillow and what the image processor itself does; published numbers are made with it.
-`fast` decodes JPEGs straight into tensors and resizes those, which differs from Pillow by a grey level or two of 255.
+There are two backends. `exact` decodes with Pillow and resizes as the image processor does; published results use it.
+`fast` decodes JPEGs to tensors and resizes tensors, which differs from Pillow by one or two of 255 grey levels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -27,21 +27,21 @@ from modeling_llm2clip.image_decoding_llm2clip import (
     to_upright_rgb,
 )
 
-# Largest result of resizing, of which the crop is then taken: 96 MiB. A square of 224 may become 1 : 660
+# Largest resized image before cropping: 96 MiB. At a shorter side of 224, this allows aspect ratios up to 660.
 MAX_RESIZED_PIXELS = 2**25
 ImageBackend = Literal["exact", "fast"]
-IMAGE_BACKENDS = ("exact", "fast")
-# Of a value, its key and the largest number of pixels
+IMAGE_BACKENDS = get_args(ImageBackend)
+# Called with a value, its key and `max_pixels`.
 Decoder = Callable[[Any, str, int], Any]
-# The processors whose settings say all that they do
+# The image processors whose settings describe all their steps.
 CLIP_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorPil")
 
 
 def decode_tensor(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tensor:
-    """Decode one image to RGB, upright, as `decode_image` does, but a JPEG without the copies that Pillow makes of it.
+    """Decode one image to an upright RGB tensor; like `decode_image`, but JPEGs are decoded without Pillow.
 
     Returns:
-        uint8 `(3, H, W)`, in memory row by row and pixel by pixel.
+        uint8 `(3, H, W)` in channels-last memory format.
 
     Raises:
         DamagedImageError: See `decode_image`.
@@ -62,18 +62,18 @@ def _as_tensor(image: Image.Image) -> torch.Tensor:
 
 
 class EvalTransform:
-    """What an image processor does to an image: `transform(image)` is a (3, H, W) float tensor.
+    """Evaluation transform: prepares an image as an image processor does; returns a (3, H, W) float tensor.
 
-    A CLIPImageProcessor's settings are followed here, without what it does for batches and other kinds of input; the
-    values are its own, to the rounding of float32. Any other image processor is called.
+    The steps of a CLIPImageProcessor are computed here, without its overhead for batches and other types of input; the
+    values agree up to float32 rounding. Any other image processor is called.
 
     Args:
         image_processor: A transformers image processor.
-        backend: `exact` resizes with the library that the image processor uses. `fast` resizes tensors, whatever it
-            uses, and `decode` gives those.
+        backend: `exact` resizes with the library that the image processor uses; `fast` decodes to tensors and resizes
+            tensors.
 
     Raises:
-        ValueError: If there is no such backend, or it is `fast` and the image processor no CLIPImageProcessor.
+        ValueError: If the backend is unknown, or is `fast` and the image processor is not a CLIPImageProcessor.
     """
 
     def __init__(self, image_processor: BaseImageProcessor, backend: ImageBackend = "exact") -> None:
@@ -85,7 +85,7 @@ class EvalTransform:
         lengths = {name: length for name, length in dict(settings.get("size") or {}).items() if length is not None}
         resizes = settings.get("do_resize") and set(lengths) == {"shortest_edge"}
         self.shortest_edge = lengths["shortest_edge"] if resizes else None
-        library = getattr(image_processor, "backend", None)  # transformers 5.2 does not say
+        library = getattr(image_processor, "backend", None)  # missing in transformers 5.2
         steps = ("do_center_crop", "do_rescale", "do_normalize")
         self.is_clip = (
             type(image_processor).__name__ in CLIP_PROCESSORS
@@ -98,8 +98,8 @@ class EvalTransform:
         if not self.is_clip:
             if backend == "fast":
                 raise ValueError(
-                    "image_backend: fast knows the steps of a CLIPImageProcessor (bicubic, shortest edge, center crop)"
-                    f", but the image processor is a {type(image_processor).__name__} with other ones; use exact."
+                    "image_backend fast needs the steps of a CLIPImageProcessor (bicubic, shortest edge, center crop)"
+                    f", but the image processor is a {type(image_processor).__name__} with other steps; use exact."
                 )
             return
         self.crop = output_size(image_processor)
@@ -108,19 +108,18 @@ class EvalTransform:
         self.gain, self.offset = settings["rescale_factor"] / std, -mean / std
 
     def decode(self, value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image | torch.Tensor:
-        """Decode an image as the backend does; see `decode_image` and `decode_tensor`."""
+        """Decode an image with the backend; see `decode_image` and `decode_tensor`."""
         return (decode_tensor if self.backend == "fast" else decode_image)(value, key, max_pixels)
 
     def __call__(self, image: Image.Image | torch.Tensor, key: str = "image") -> torch.Tensor:
         """Prepare an RGB image; returns (3, H, W) float32.
 
         Args:
-            image: The image, as `decode` gives it.
-            key: The row's key, for the error.
+            image: The image, as returned by `decode`.
+            key: The key of the row, for error messages.
 
         Raises:
-            DamagedImageError: If it is so long and narrow that resizing its shorter side to the processor's size would
-                make it too large.
+            DamagedImageError: If it is so long and narrow that it is too large after resizing its shorter side.
         """
         height, width = self._resized(image, key)
         if not self.is_clip:
@@ -132,7 +131,7 @@ class EvalTransform:
         return torch.addcmul(self.offset, pixels.to(torch.float32, memory_format=torch.contiguous_format), self.gain)
 
     def _resized(self, image: Image.Image | torch.Tensor, key: str) -> tuple[int, int]:
-        """Height and width before the crop; those of the image where they do not follow from its shorter side."""
+        """Return height and width before the crop, or those of the image if the shorter side is not resized."""
         height, width = F.get_size(image)
         if self.shortest_edge is None:
             return height, width
@@ -145,17 +144,17 @@ class EvalTransform:
 
 
 class TrainTransform:
-    """A random crop of an image, resized and normalised as the image processor does.
+    """Training transform: a random crop, resized and normalized as by the image processor.
 
-    The original recipe: RandomResizedCrop with a scale of 0.9 to 1, ratio 3/4 to 4/3, bicubic, no flip.
+    The defaults are those of the original: RandomResizedCrop, scale 0.9 to 1, ratio 3/4 to 4/3, bicubic, no flip.
 
     Args:
-        image_processor: A transformers image processor, which gives output size, mean and standard deviation.
-        scale: Smallest and largest share of the image's area that a crop keeps.
+        image_processor: A transformers image processor that defines output size, mean and standard deviation.
+        scale: Smallest and largest area of a crop, as a fraction of the image.
         ratio: Smallest and largest aspect ratio of a crop.
 
     Raises:
-        ValueError: If the scale is not within (0, 1], or the processor's output has no fixed size.
+        ValueError: If the scale is not within (0, 1], or the output of the processor has no fixed size.
     """
 
     def __init__(
@@ -165,22 +164,22 @@ class TrainTransform:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
     ) -> None:
         if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"The crop scale must be two ascending numbers within (0, 1], not {tuple(scale)}.")
+            raise ValueError(f"The crop scale must be two ascending numbers in (0, 1], not {tuple(scale)}.")
         self.scale = list(scale)
         self.ratio = list(ratio)
         self.size = output_size(image_processor)
         settings = image_processor.to_dict()
         self.factor = settings["rescale_factor"] if settings.get("do_rescale", True) else 1.0
-        normalise = settings.get("do_normalize", True)
-        self.mean = list(settings["image_mean"]) if normalise else [0.0] * 3
-        self.std = list(settings["image_std"]) if normalise else [1.0] * 3
+        normalize = settings.get("do_normalize", True)
+        self.mean = list(settings["image_mean"]) if normalize else [0.0] * 3
+        self.std = list(settings["image_std"]) if normalize else [1.0] * 3
 
     def __call__(self, image: Image.Image | torch.Tensor, seed: int) -> torch.Tensor:
-        """Crop and normalise an RGB image.
+        """Crop and normalize an RGB image.
 
         Args:
-            image: The image, or its uint8 tensor `(3, H, W)`, whose crop is resized as a tensor.
-            seed: Decides the crop, alone: no global random state is read or advanced.
+            image: The image, or a uint8 tensor `(3, H, W)`, which is resized as a tensor.
+            seed: Determines the crop; the global random state is neither read nor advanced.
 
         Returns:
             (3, H, W) float32.
@@ -195,7 +194,7 @@ class TrainTransform:
 
 
 def output_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
-    """Height and width of what an image processor returns.
+    """Return the height and width of an image processor's output.
 
     Raises:
         ValueError: If they depend on the image.
@@ -205,6 +204,6 @@ def output_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
     if {"height", "width"} <= set(size):
         return size["height"], size["width"]
     raise ValueError(
-        f"{type(image_processor).__name__} resizes to {size} without cropping, so that its output has no fixed size; "
+        f"{type(image_processor).__name__} resizes to {size} without cropping, so its output has no fixed size; "
         "set do_center_crop and crop_size."
     )

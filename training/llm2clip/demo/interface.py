@@ -1,4 +1,4 @@
-"""The demo's page: four tabs over one or two galleries."""
+"""The web page of the demo: four tabs for one or two galleries."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import functools
 import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import gradio as gr
 from PIL import Image
 
 from llm2clip.data import decode_image
-from llm2clip.demo.gallery import Found, Gallery
+from llm2clip.demo.gallery import Gallery, ShownImage
 from modeling_llm2clip import LLM2CLIPModel
 
 TITLE = "LLM2CLIP"
@@ -21,7 +21,7 @@ QUERIES = {
     "Deutsch": ["ein Surfer auf einer Welle", "Ein Mountainbiker in den Bergen", "Eine Pizza"],
     "Français": ["personne faisant du surf", "policière", "crayon pastel"],
 }
-# Captions of bundled images, each with labels to choose from and a caption for its heat map.
+# Captions of bundled images, each with labels for classification and a caption for the heat map.
 EXAMPLE_IMAGES = {
     "closed mailbox with raised flag": ("a letter box\na camera\na light bulb", "a letter box with a raised flag"),
     "person mountain biking": ("person riding a bicycle\nperson in a wheelchair\nperson running", "mountain biking"),
@@ -45,8 +45,12 @@ CSS = """
 """
 
 
+# The path of an example, or what gradio passes for an uploaded file with `preprocess=False`.
+Picture: TypeAlias = str | dict[str, Any] | None
+
+
 class ExamplePicture(NamedTuple):
-    """An example image: its file, labels one per line, and a caption."""
+    """An example picture: its file, labels one per line, and a caption."""
 
     path: str
     labels: str
@@ -57,9 +61,9 @@ def build_interface(galleries: Sequence[tuple[str, Gallery]], examples: bool, ex
     """Build the page.
 
     Args:
-        galleries: Names of one or two models with their galleries; the first one serves every tab.
-        examples: Whether the images are the bundled ones, for which there are example queries.
-        example_dir: Folder for the example images.
+        galleries: Names of one or two models with their galleries; all tabs but "Compare" use the first.
+        examples: Show example queries and pictures, which belong to the bundled images.
+        example_dir: Folder for the files of the example pictures.
     """
     name, gallery = galleries[0]
     pictures = _save_examples(gallery, example_dir) if examples else []
@@ -80,7 +84,7 @@ def build_interface(galleries: Sequence[tuple[str, Gallery]], examples: bool, ex
 
 
 def theme() -> gr.themes.Base:
-    """The page's look; its fonts are the reader's own."""
+    """Return the theme of the page, with the fonts of the visitor's system."""
     return gr.themes.Base(
         primary_hue="indigo",
         neutral_hue="slate",
@@ -93,8 +97,8 @@ def theme() -> gr.themes.Base:
 def _head(name: str, gallery: Gallery) -> str:
     facts = [name, *_facts(gallery.model), f"{len(gallery):,} images"]
     return (
-        f"<h1>{TITLE}</h1><p>A large language model reads the caption, a vision tower sees the picture, and one space "
-        f"holds both.</p><p class='facts'>{html.escape(' · '.join(facts))}</p>"
+        f"<h1>{TITLE}</h1><p>A large language model encodes the caption and a vision tower the picture, both into the "
+        f"same embedding space.</p><p class='facts'>{html.escape(' · '.join(facts))}</p>"
     )
 
 
@@ -108,13 +112,13 @@ def _facts(model: LLM2CLIPModel) -> list[str]:
 
 
 def _search_tab(gallery: Gallery, examples: bool) -> tuple[Callable[..., Any], gr.Textbox, gr.Gallery]:
-    """Returns the search, where its query comes from and where its result goes."""
+    """Build the tab; returns the search function with its input and output components."""
 
     def by_text(query: str) -> Any:
         return _results(gallery.search(query))
 
-    def by_image(path: str | None) -> Any:
-        return _results(gallery.search(_decode(path))) if path else gr.skip()
+    def by_image(picture: Picture) -> Any:
+        return _results(gallery.search(_decode(picture))) if picture else gr.skip()
 
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -123,18 +127,18 @@ def _search_tab(gallery: Gallery, examples: bool) -> tuple[Callable[..., Any], g
                 placeholder="What should the picture show?", elem_id="query", max_lines=6,
             )  # fmt: skip
             button = gr.Button("Search", variant="primary", elem_id="search_button")
-            image = _picture_field("query_image", "or a picture like this one", 190)
+            image = _picture_field("query_image", "or a similar picture", 190)
             examples_at = gr.Column()
         with gr.Column(scale=5, min_width=480):
             found = _found_gallery("found", 4)
             gr.Markdown(
-                "Each picture's number is its cosine similarity with the query; the order means more than the value. "
-                "Names are only shown, never searched. Languages work as far as the language model reads them.",
+                "The number below a picture is its cosine similarity with the query; compare numbers only within one "
+                "search. Names are displayed but not searched. The language model determines which languages work.",
                 elem_classes="note",
             )
     search = _shown(by_text)
     gr.on([button.click, query.submit], search, query, found, api_name="search")
-    image.input(_shown(by_image), image, found, api_name="search_by_image")
+    image.input(_shown(by_image), image, found, api_name="search_by_image", preprocess=False)
     if examples:
         with examples_at:
             _example_queries(query, found, search)
@@ -142,8 +146,8 @@ def _search_tab(gallery: Gallery, examples: bool) -> tuple[Callable[..., Any], g
 
 
 def _classify_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
-    def classify(path: str | None, labels: str, template: str) -> dict[str, float]:
-        return gallery.classify(_decode(path), labels.splitlines(), template)
+    def classify(picture: Picture, labels: str, template: str) -> dict[str, float]:
+        return gallery.classify(_decode(picture), labels.splitlines(), template)
 
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
@@ -151,16 +155,16 @@ def _classify_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
             examples = _example_pictures(pictures) if pictures else None
         with gr.Column(scale=4, min_width=360):
             labels = gr.Textbox(label="Labels, one per line", lines=5, elem_id="labels")
-            template = gr.Textbox("{}", label="Caption for a label", info="{} is where the label goes.")
+            template = gr.Textbox("{}", label="Caption for a label", info="{} stands for the label.")
             button = gr.Button("Classify", variant="primary", elem_id="classify_button")
             probabilities = gr.Label(label="Probabilities", elem_id="probabilities")
             gr.Markdown(
-                "The probabilities sum to one over your labels: something is always the likeliest, also when none is "
-                "right.",
+                "The probabilities sum to one over your labels, so that one label always comes first, even if none of "
+                "them is correct.",
                 elem_classes="note",
             )
     inputs = [image, labels, template]
-    button.click(_shown(classify), inputs, probabilities, api_name="classify")
+    button.click(_shown(classify), inputs, probabilities, api_name="classify", preprocess=False)
     if examples is not None:
 
         def classify_example(index: int) -> tuple[Any, ...]:
@@ -171,13 +175,13 @@ def _classify_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
 
 
 def _heat_map_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
-    def heat_map(path: str | None, caption: str) -> tuple[Image.Image, Image.Image, str]:
-        seen, drawn, similarity = gallery.heat_map(_decode(path), caption)
+    def heat_map(picture: Picture, caption: str) -> tuple[Image.Image, Image.Image, str]:
+        seen, drawn, similarity = gallery.heat_map(_decode(picture), caption)
         rows, columns = similarity.shape
         text = (
             f"{rows} × {columns} patches; cosine similarity from **{similarity.min():.2f}** (blue) to "
-            f"**{similarity.max():.2f}** (red). The colours span each map's own range, so a caption that does not fit "
-            "has red parts too. The tower was trained on whole pictures only: the map shows a tendency."
+            f"**{similarity.max():.2f}** (red). The colours span the range of each map, so a caption that does not "
+            "match has red parts too. The tower was trained on whole pictures only; the map is a rough indication."
         )
         return seen, drawn, text
 
@@ -186,7 +190,7 @@ def _heat_map_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
             image = _picture_field("map_image")
             examples = _example_pictures(pictures) if pictures else None
             caption = gr.Textbox(label="Caption", elem_id="map_caption")
-            button = gr.Button("Show where it matches", variant="primary", elem_id="map_button")
+            button = gr.Button("Show heat map", variant="primary", elem_id="map_button")
         with gr.Column(scale=5, min_width=480):
             with gr.Row():
                 seen = gr.Image(label="What the tower sees", format="png", interactive=False, buttons=[])
@@ -196,7 +200,7 @@ def _heat_map_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
                 )  # fmt: skip
             note = gr.Markdown(elem_classes="note")
     inputs, outputs = [image, caption], [seen, drawn, note]
-    gr.on([button.click, caption.submit], _shown(heat_map), inputs, outputs, api_name="heat_map")
+    gr.on([button.click, caption.submit], _shown(heat_map), inputs, outputs, api_name="heat_map", preprocess=False)
     if examples is not None:
 
         def map_example(index: int) -> tuple[Any, ...]:
@@ -209,9 +213,8 @@ def _heat_map_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
 def _compare_tab(galleries: Sequence[tuple[str, Gallery]], examples: bool) -> None:
     if len(galleries) == 1:
         gr.Markdown(
-            "Start the demo with a second checkpoint to see both side by side: `--compare FOLDER_OR_HUB_ID`. After "
-            "`make quickstart`, `--compare runs/quickstart/stage2-raw` is the model that learned from the LLM before "
-            "stage 1."
+            "To compare two checkpoints, start the demo with `--compare FOLDER_OR_HUB_ID`. After `make quickstart`, "
+            "`--compare runs/quickstart/stage2-raw` is a model whose LLM was not fine-tuned in stage 1."
         )
         return
 
@@ -236,17 +239,15 @@ def _compare_tab(galleries: Sequence[tuple[str, Gallery]], examples: bool) -> No
 
 
 def _picture_field(identity: str, label: str = "Picture", height: int = 300) -> gr.Image:
-    field = gr.Image(
+    """Build an upload field for a picture.
+
+    Events with such an input pass `preprocess=False`: gradio's own preprocessing opens the file with Pillow, and
+    reports a damaged one as "Error" only. `decode_image` reports the reason.
+    """
+    return gr.Image(
         label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], height=height,
         elem_id=identity, elem_classes="picture", buttons=[],
     )  # fmt: skip
-    # Its own way would open the file and fail without a word on a damaged one; `decode_image` says what is wrong.
-    field.preprocess = _uploaded_file  # type: ignore[method-assign]
-    return field
-
-
-def _uploaded_file(payload: Any) -> str | None:
-    return None if payload is None else payload.path
 
 
 def _found_gallery(identity: str, columns: int) -> gr.Gallery:
@@ -271,14 +272,17 @@ def _example_pictures(pictures: list[ExamplePicture]) -> gr.Dataset:
     )  # fmt: skip
 
 
-def _results(found: Sequence[Found]) -> Any:
-    pairs = [(hit.image, f"{hit.score:.2f} · {hit.name}" if hit.name else f"{hit.score:.2f}") for hit in found]
+def _results(found: Sequence[ShownImage]) -> Any:
+    pairs = [
+        (shown.image, f"{shown.score:.2f} · {shown.name}" if shown.name else f"{shown.score:.2f}") for shown in found
+    ]
     return gr.update(value=pairs, selected_index=None)
 
 
-def _decode(path: str | None) -> Image.Image:
-    if path is None:
-        raise ValueError("There is no picture yet: drop one into the field, or take an example.")
+def _decode(picture: Picture) -> Image.Image:
+    if picture is None:
+        raise ValueError("There is no picture yet: upload one, or choose an example.")
+    path = picture if isinstance(picture, str) else picture["path"]
     return decode_image(path, Path(path).name)
 
 
@@ -295,7 +299,7 @@ def _save_examples(gallery: Gallery, folder: Path) -> list[ExamplePicture]:
 
 
 def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Show what a user can mend as a message on the page."""
+    """Show the ValueErrors of a function, which a visitor can correct, as messages on the page."""
 
     @functools.wraps(function)
     def wrapped(*arguments: Any) -> Any:

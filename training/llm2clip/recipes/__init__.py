@@ -1,4 +1,4 @@
-"""Packaged recipes: YAML files of a stage's settings."""
+"""Recipes: YAML files with the settings of a command, some of which are part of this package."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import yaml
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe: a path, or the name of a recipe that comes with this package.
+    """Find the file of a recipe.
+
+    Args:
+        name: Path of a YAML file, or name of a packaged recipe.
 
     Raises:
-        FileNotFoundError: There is neither; the message lists the packaged recipes.
+        FileNotFoundError: There is no such recipe; the message lists the packaged ones.
     """
     path = Path(name)
     if path.is_file():
@@ -24,7 +27,7 @@ def find_recipe(name: str) -> Path:
         return packaged
     known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
     raise FileNotFoundError(
-        f"the recipe {name} does not exist; give a YAML file, or one of the packaged recipes: {known}."
+        f"the recipe {name} does not exist; give the path of a YAML file or one of the packaged recipes: {known}."
     )
 
 
@@ -32,12 +35,12 @@ def load_recipe(path: Path) -> dict[str, Any]:
     """Read a recipe.
 
     Raises:
-        ValueError: The file is no YAML mapping.
+        ValueError: The file is not a YAML mapping.
     """
     try:
         fields = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} has to hold `field: value` lines, but it holds {type(fields).__name__}.")
+        raise ValueError(f"{path} has to be a mapping of `field: value` lines, but is a {type(fields).__name__}.")
     return fields

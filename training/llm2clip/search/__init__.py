@@ -1,1 +1,1 @@
-"""Search: images as an index of embeddings, and what in it fits a text or an image."""
+"""Search: an index of image embeddings, and the images in it that match a text or an image."""

@@ -1,8 +1,7 @@
-"""An index on disk: a `datasets` folder of embeddings with a faiss index and a manifest beside it."""
+"""The index on disk: embeddings as a `datasets` folder, with a faiss index and a manifest beside them."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,42 +12,43 @@ import numpy as np
 import pyarrow as pa
 
 from llm2clip.data import DEFAULT_MAX_PIXELS
-from llm2clip.search.store import EMBEDDING, embedding_column
-from llm2clip.search.vectors import (
+from llm2clip.search.embedding_store import EMBEDDING, embedding_column
+from llm2clip.search.vector_index import (
     VectorIndexSettings,
     build_vector_index,
     read_vector_index,
     require_faiss,
     write_vector_index,
 )
-from llm2clip.utils.files import write_json
+from llm2clip.utils.files import read_json, write_json
 from modeling_llm2clip import __version__
 
 MANIFEST = "manifest.json"
 VECTORS = "index.faiss"
 FAILURES = "failures.json"
 FORMAT_VERSION = 1
+REBUILD = "build it again: add --overwrite to llm2clip index."
 LIBRARIES = ("torch", "transformers", "datasets", "pillow")
 
 
 @dataclass
 class IndexManifest:
-    """What an index is.
+    """The description of an index.
 
     Attributes:
         model: Hub id or absolute folder of the model.
-        revision: Its revision on the Hub.
-        vision_fingerprint: Identity of its vision tower and projection.
+        revision: Revision of the model on the Hub.
+        vision_fingerprint: Identity of the weights of its vision tower and projection.
         width: Length of an embedding.
-        dtype: In which embeddings are stored.
+        dtype: Data type of the stored embeddings.
         source: Where the images are.
-        index: Type and settings of the faiss index.
+        index: Type and parameters of the faiss index.
         image_backend: How images were decoded and resized.
-        max_pixels: Largest image that was decoded.
+        max_pixels: Largest image that was decoded, width x height.
         images: Number of images.
         failed: Number of files or rows that could not be embedded.
-        versions: Of the libraries that made it; None where one does not say.
-        format_version: Of this layout.
+        versions: Versions of the libraries that wrote the index; None for a library that does not state one.
+        format_version: Version of this format.
     """
 
     model: str
@@ -70,55 +70,49 @@ class IndexManifest:
         """Read the manifest of an index.
 
         Raises:
-            FileNotFoundError: There is no index.
-            ValueError: It was written by a later version, or is damaged.
+            FileNotFoundError: The folder contains no index.
+            ValueError: The manifest has a later format, or is damaged.
         """
         path = folder / MANIFEST
         if not path.is_file():
-            anew = " --overwrite" if folder.is_dir() and any(folder.iterdir()) else ""
+            overwrite = " --overwrite" if folder.is_dir() and any(folder.iterdir()) else ""
             raise FileNotFoundError(
-                f"there is no index in {folder} (no {MANIFEST}); make one: llm2clip index FOLDER --model MODEL "
-                f"--output-dir {folder}{anew}"
+                f"there is no index in {folder} (no {MANIFEST}); create one: llm2clip index FOLDER --model MODEL "
+                f"--output-dir {folder}{overwrite}"
             )
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = read_json(path)
             if fields["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"its format is {fields['format_version']}, and this version reads {FORMAT_VERSION}")
             return cls(**fields)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is no manifest of an index ({error}); make the index anew: add --overwrite to llm2clip index."
-            ) from error
+            raise ValueError(f"{path} is not the manifest of an index ({error}); {REBUILD}") from error
 
     def write(self, folder: Path) -> None:
-        """Write it into a folder."""
+        """Write the manifest into a folder."""
         write_json(folder / MANIFEST, asdict(self))
 
     def require_model(self, folder: Path, name: str, fingerprint: str, width: int) -> None:
-        """Refuse another model than the one that made the index.
-
-        Raises:
-            ValueError: It is another; the message names both.
-        """
+        """Raise ValueError, with both models in the message, unless these are the weights that wrote the index."""
         if (self.vision_fingerprint, self.width) == (fingerprint, width):
             return
         raise ValueError(
             f"the index {folder} was made by {self.model} (width {self.width}, vision weights "
-            f"{self.vision_fingerprint}), but the model is {name} (width {width}, vision weights {fingerprint}), "
-            f"whose embeddings cannot be compared with those. Use {self.model}, or make an index with {name}: "
+            f"{self.vision_fingerprint}), but the model is {name} (width {width}, vision weights {fingerprint}), and "
+            f"embeddings of different models cannot be compared. Use {self.model}, or make an index with {name}: "
             f"llm2clip index {self.source['path']} --model {name} --output-dir OTHER_FOLDER"
         )
 
 
 @dataclass
 class ImageIndex:
-    """An index that is open.
+    """An index that is open for searching.
 
     Attributes:
-        folder: Where it is.
-        manifest: What it is.
-        rows: One row per image: `key`, what it is known by, `embedding`.
-        vectors: The faiss index over those rows.
+        folder: The folder.
+        manifest: Its description.
+        rows: One row per image: `key`, the columns of the image set, and `embedding`.
+        vectors: The faiss index of those rows.
     """
 
     folder: Path
@@ -128,11 +122,11 @@ class ImageIndex:
 
     @classmethod
     def open(cls, folder: str | Path) -> ImageIndex:
-        """Open an index for searching.
+        """Open an index.
 
         Raises:
-            FileNotFoundError: There is none.
-            ValueError: It is damaged.
+            FileNotFoundError: The folder contains no index.
+            ValueError: The index is damaged.
         """
         folder = Path(folder)
         manifest = IndexManifest.read(folder)
@@ -140,21 +134,21 @@ class ImageIndex:
         shapes = {(len(rows), manifest.width), (vectors.ntotal, vectors.d)}
         if shapes != {(manifest.images, manifest.width)}:
             raise ValueError(
-                f"the index {folder} is damaged: its manifest says {manifest.images} images of width "
-                f"{manifest.width}, its data set has {len(rows)} and {VECTORS} {vectors.ntotal} of width {vectors.d}; "
-                "make it anew: add --overwrite to llm2clip index."
+                f"the index {folder} is damaged: its manifest lists {manifest.images} images of width "
+                f"{manifest.width}, but its data set has {len(rows)} and {VECTORS} {vectors.ntotal} of width "
+                f"{vectors.d}; {REBUILD}"
             )
         return cls(folder, manifest, rows, vectors)
 
     def search(self, queries: np.ndarray, top: int) -> list[list[tuple[float, dict[str, Any]]]]:
-        """The images nearest to queries.
+        """Find the images that are nearest to each query.
 
         Args:
-            queries: `(n, width)` unit rows.
-            top: How many for each.
+            queries: `(n, width)` unit vectors.
+            top: Number of images per query.
 
         Returns:
-            For each query its best images with their cosine, best first.
+            For each query, pairs of cosine similarity and row without its embedding, best first.
 
         Raises:
             ValueError: The queries have another width.
@@ -176,18 +170,15 @@ class ImageIndex:
 
 
 def read_rows(folder: Path) -> datasets.Dataset:
-    """The data set of an index.
+    """Memory-map the data set of an index.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: The data set is damaged.
     """
     try:
         rows = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
-        raise ValueError(
-            f"the data set of the index {folder} cannot be read ({error}); make it anew: add --overwrite to llm2clip "
-            "index."
-        ) from error
+        raise ValueError(f"the data set of the index {folder} cannot be read ({error}); {REBUILD}") from error
     assert isinstance(rows, datasets.Dataset)
     return rows
 
@@ -204,17 +195,17 @@ def write_index(
 
     Args:
         folder: The folder.
-        manifest: What it is.
-        settings: Of the faiss index.
-        described: A row per image, without its embedding.
-        embeds: `(images, width)`, as they are to be stored.
-        failures: What could not be embedded, and why.
+        manifest: The description; the versions of the libraries are added.
+        settings: Type and parameters of the faiss index.
+        described: One row per image, without embeddings.
+        embeds: `(images, width)`, in the data type to store.
+        failures: Key and reason of each file or row that could not be embedded.
     """
     rows = datasets.Dataset(described.append_column(EMBEDDING, embedding_column(embeds)))
     rows.save_to_disk(str(folder))
     write_vector_index(build_vector_index(settings, embeds), folder / VECTORS)
     write_json(folder / FAILURES, failures)
-    # faiss comes under several names of distributions.
+    # faiss is published under several distribution names, so that importlib.metadata cannot look it up.
     own = {"llm2clip": __version__, "faiss": getattr(require_faiss(), "__version__", None)}
     manifest.versions = own | {library: version(library) for library in LIBRARIES}
     manifest.write(folder)

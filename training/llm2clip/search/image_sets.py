@@ -1,4 +1,4 @@
-"""Which images there are in a folder or a data set, and what tells whether one has changed."""
+"""The images of a folder or of a data set, with what identifies an unchanged image between two runs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ import os
 import stat
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import pyarrow as pa
 from PIL import Image
-from tqdm.auto import tqdm
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, DamagedImageError, decode_image
 from llm2clip.data.sources import (
     AUTOMATIC_KEY_COLUMNS,
-    FORMATS,
     WEBDATASET_IMAGE_COLUMNS,
     keep_encoded,
     open_table,
@@ -26,27 +24,32 @@ from llm2clip.data.sources import (
     table_columns,
 )
 from llm2clip.data.transforms import Decoder
+from llm2clip.utils.progress import progress_bar
 
 CAPTION_COLUMNS = ("caption", "txt", "text")
-DATA_SUFFIXES = tuple(FORMATS)
+DATA_SUFFIXES = {".parquet", ".tar", ".arrow"}
 SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")
 READ_ROWS = 256
-LINK = "it is a link to a folder, which is not followed; index that folder too, or put it in the link's place"
+LINK = "it is a link to a folder, and links are not followed; index the folder separately, or move it here"
 
 
 class FolderImages:
-    """The files of a folder and of its subfolders, by relative path.
+    """The files of a folder and its subfolders, by relative path.
 
-    Hidden files and folders are left out. Links to folders are not followed, but are among the failures: they may lead
-    anywhere, also in circles. A file is the same as before if its path, size and time of change are.
+    Hidden files and folders are left out. Links to folders are reported as failures, because following them can leave
+    the folder or never end. A file counts as unchanged if its path, size and modification time are the same.
 
     Args:
         folder: The folder.
-        exclude: Folders inside it that are left out (the index itself).
-        max_pixels: Largest image that is decoded.
+        exclude: Subfolders to leave out, such as the index itself.
+        max_pixels: Largest image to decode, width x height.
+
+    Attributes:
+        keys: Relative paths of the files.
+        failures: Why a path is not among the keys, by path.
 
     Raises:
-        FileNotFoundError: There is no such folder.
+        FileNotFoundError: The folder does not exist.
     """
 
     identity = ("key", "size", "mtime_ns")
@@ -60,26 +63,26 @@ class FolderImages:
         self.keys: list[str] = []
         self.sizes: list[int] = []
         self.mtimes: list[int] = []
-        left_out = {path.resolve() for path in exclude}
-        for path in sorted(self._files(left_out), key=lambda path: path.relative_to(self.folder).parts):
-            self._list(path)
+        excluded = {path.resolve() for path in exclude}
+        for path in sorted(self._files(excluded), key=lambda path: path.relative_to(self.folder).parts):
+            self._add(path)
 
-    def _files(self, left_out: set[Path]) -> Iterable[Path]:
-        for parent, folders, files in os.walk(self.folder, onerror=self._note_folder):
+    def _files(self, excluded: set[Path]) -> Iterable[Path]:
+        for parent, folders, files in os.walk(self.folder, onerror=self._add_unreadable_folder):
             place = Path(parent)
-            folders[:] = [name for name in folders if not name.startswith(".") and place / name not in left_out]
+            folders[:] = [name for name in folders if not name.startswith(".") and place / name not in excluded]
             for name in filter(lambda name: (place / name).is_symlink(), folders):
                 self.failures[self._printable(place / name)] = LINK
             yield from (place / name for name in files if not name.startswith("."))
 
-    def _note_folder(self, error: OSError) -> None:
+    def _add_unreadable_folder(self, error: OSError) -> None:
         self.failures[self._printable(error.filename)] = f"the folder cannot be read: {error.strerror}"
 
     def _printable(self, path: str | Path) -> str:
-        """A path from the folder, also where it is no valid UTF-8."""
+        """Return the relative path, with invalid UTF-8 replaced."""
         return os.path.relpath(path, self.folder).encode(errors="replace").decode()
 
-    def _list(self, path: Path) -> None:
+    def _add(self, path: Path) -> None:
         key = path.relative_to(self.folder).as_posix()
         printable = self._printable(path)
         try:
@@ -88,9 +91,9 @@ class FolderImages:
             self.failures[printable] = f"it cannot be read: {error.strerror}"
             return
         if printable != key:
-            self.failures[printable] = "its name is no valid UTF-8; rename it"
+            self.failures[printable] = "its name is not valid UTF-8; rename it"
         elif not stat.S_ISREG(status.st_mode):
-            self.failures[key] = "it is no regular file"
+            self.failures[key] = "it is not a regular file"
         elif status.st_size == 0:
             self.failures[key] = "it has zero bytes"
         else:
@@ -103,11 +106,11 @@ class FolderImages:
         return self.keys[row]
 
     def identities(self) -> list[Hashable]:
-        """What a file is known by, per row; see `identity`."""
+        """Return what identifies the file of each row; see `identity`."""
         return list(zip(self.keys, self.sizes, self.mtimes, strict=True))
 
     def columns(self, rows: Sequence[int]) -> pa.Table:
-        """What the index says of rows, besides their embeddings."""
+        """Return the columns that the index stores for some rows, except the embeddings."""
         return pa.table(
             {
                 "key": pa.array([self.keys[row] for row in rows], pa.string()),
@@ -117,39 +120,43 @@ class FolderImages:
         )
 
     def decode(self, row: int, decode: Decoder = decode_image) -> Any:
-        """The image of a row in RGB, as `decode` gives it.
+        """Decode the image of a row with `decode`, by default to a PIL image in RGB.
 
         Raises:
-            DamagedImageError: It cannot be read; the reason says why.
+            DamagedImageError: The file cannot be read; the message contains the reason.
         """
         key = self.keys[row]
         try:
-            # Open, not read: among a user's files may be a film of many gigabytes.
+            # Opened rather than read: a folder may also contain videos of many gigabytes.
             with open(self.folder / key, "rb") as file:
                 return decode(file, key, self.max_pixels)
         except OSError as error:
             raise DamagedImageError(key, f"it cannot be read: {error.strerror}") from error
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of the source."""
+        """Return the source for the manifest."""
         return {"kind": "folder", "path": str(self.folder)}
 
 
 class TableImages:
-    """The rows of a data set. A row's image is the same as before if its bytes are, wherever it stands.
+    """The rows of a data set. An image counts as unchanged if its bytes are the same, in whichever row.
 
     Args:
         path: See `CaptionSource.path`.
         name: The configuration.
         split: The split.
         revision: Branch, tag or commit on the Hub.
-        image_column: Column of the images; None: `image`, or `jpg`, `png`, ... of webdataset shards.
-        caption_column: Column whose text is shown with a result; None: `caption`, `txt` or `text`, where there is one.
-        max_pixels: Largest image that is decoded.
+        image_column: Column of the images; by default `image`, or `jpg`, `png`, ... of webdataset shards.
+        caption_column: Column of the text shown with a result; by default `caption`, `txt` or `text` if it exists.
+        max_pixels: Largest image to decode, width x height.
+
+    Attributes:
+        keys: Names of the rows, from a key column or else their numbers.
+        captions: Captions of the rows, or None without a caption column.
 
     Raises:
-        FileNotFoundError: There is no such data.
-        SourceError: It cannot be read, or lacks the split or a column.
+        FileNotFoundError: The data does not exist.
+        SourceError: The data cannot be read, or lacks the split or a column.
     """
 
     identity = ("hash",)
@@ -189,23 +196,25 @@ class TableImages:
         return self.keys[row]
 
     def identities(self) -> list[Hashable]:
-        """What an image is known by, per row; see `identity`. The first call reads all images."""
+        """Return what identifies the image of each row; see `identity`. The first call reads all images."""
         return list(self._hash_column())
 
     def _hash_column(self) -> list[str]:
         if self._hashes is None:
-            hashes = []
-            for start in tqdm(range(0, len(self.table), READ_ROWS), desc="Reading images", disable=None):
-                hashes += [_hash(value) for value in self.table[start : start + READ_ROWS][self.image_column]]
+            hashes: list[str] = []
+            with progress_bar("Reading images", len(self.table), "image") as bar:
+                for start in range(0, len(self.table), READ_ROWS):
+                    hashes += [_hash(value) for value in self.table[start : start + READ_ROWS][self.image_column]]
+                    bar.update(len(hashes))
             self._hashes = hashes
         return self._hashes
 
-    def holds(self, row: int, digest: str | None) -> bool:
-        """Whether a row has the image of this hash; reads no other row."""
+    def has_image(self, row: int, digest: str | None) -> bool:
+        """Return whether the image of a row has this hash; reads that row only."""
         return row < len(self.keys) and _hash(self.table[row][self.image_column]) == digest
 
     def columns(self, rows: Sequence[int]) -> pa.Table:
-        """What the index says of rows, besides their embeddings."""
+        """Return the columns that the index stores for some rows, except the embeddings."""
         hashes = self._hash_column()
         columns = {
             "key": pa.array([self.keys[row] for row in rows], pa.string()),
@@ -217,12 +226,15 @@ class TableImages:
         return pa.table(columns)
 
     def decode(self, row: int, decode: Decoder = decode_image) -> Any:
-        """See `FolderImages.decode`."""
+        """Decode the image of a row; see `FolderImages.decode`."""
         return decode(self.table[row][self.image_column], self.keys[row], self.max_pixels)
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of the source."""
+        """Return the source for the manifest."""
         return {"kind": "dataset", **self.source}
+
+
+IndexedImages: TypeAlias = FolderImages | TableImages
 
 
 def _text(value: Any) -> str | None:
@@ -232,7 +244,7 @@ def _text(value: Any) -> str | None:
 
 
 def _hash(value: dict[str, Any] | None) -> str:
-    """Of an image's encoded bytes; of one that is not there, of its path."""
+    """Hash the encoded bytes of an image, or its path if the file is missing."""
     value = value or {}
     data, path = value.get("bytes"), value.get("path") or ""
     if data is None and os.path.isfile(path):
@@ -241,10 +253,10 @@ def _hash(value: dict[str, Any] | None) -> str:
 
 
 def is_dataset(path: str) -> bool:
-    """Whether a path is data for `datasets` rather than a folder of image files.
+    """Return whether a path is data for `datasets` rather than a folder of image files.
 
-    A folder is data if it was written by `save_to_disk`, or if at its top (or in its `data/`) there are parquet files,
-    shards or tables and no images.
+    A folder is data if `save_to_disk` wrote it, or if it (or its subfolder `data`) contains parquet files, webdataset
+    shards or arrow files, and no images.
     """
     place = Path(path).expanduser()
     if not place.is_dir():
@@ -253,4 +265,4 @@ def is_dataset(path: str) -> bool:
         return True
     files = [file for folder in (place, place / "data") if folder.is_dir() for file in folder.iterdir()]
     suffixes = {file.suffix.lower() for file in files if file.is_file()}
-    return bool(suffixes & {".parquet", ".tar", ".arrow"}) and not suffixes & set(Image.registered_extensions())
+    return bool(suffixes & DATA_SUFFIXES) and not suffixes & set(Image.registered_extensions())

@@ -1,4 +1,4 @@
-"""A page of search results in one HTML file, thumbnails included."""
+"""Search results as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from llm2clip.search.results import Found, FoundImage, Thumbnails, thumbnail
+from llm2clip.search.results import QueryResults, ResultImages, SearchResult, thumbnail
 from llm2clip.utils.files import write_text
 
 THUMBNAIL = 320
@@ -34,36 +34,37 @@ li { background: #fff; border: 1px solid #e3e7ee; border-radius: 10px; overflow:
 """
 
 
-def write_page(path: Path, found: list[Found], thumbnails: Thumbnails) -> None:
-    """Write the page.
+def write_page(path: Path, found: list[QueryResults], images: ResultImages) -> None:
+    """Write the results of queries to one HTML file.
 
     Args:
-        path: The HTML file.
-        found: Queries and their results.
-        thumbnails: The images of the results.
+        path: The file.
+        found: Queries with their results.
+        images: The images of the results.
     """
-    title = html.escape(", ".join(each.query.title for each in found))
+    title = html.escape(", ".join(entry.query.title for entry in found))
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<title>{title}</title><style>{STYLE}</style></head><body>",
     ]
-    for each in found:
-        shown = "" if each.query.image is None else _image(thumbnail(each.query.image, THUMBNAIL), "the query")
-        parts.append(f"<h1>{shown}{html.escape(each.query.title)}</h1><ol>")
-        parts += [_result(rank, image, thumbnails) for rank, image in enumerate(each.images, 1)]
+    for entry in found:
+        query = entry.query
+        shown = "" if query.image is None else _image(thumbnail(query.image, THUMBNAIL), "the query")
+        parts.append(f"<h1>{shown}{html.escape(query.title)}</h1><ol>")
+        parts += [_result(rank, result, images) for rank, result in enumerate(entry.results, 1)]
         parts.append("</ol>")
     write_text(path, "\n".join([*parts, "</body></html>"]))
 
 
-def _result(rank: int, found: FoundImage, thumbnails: Thumbnails) -> str:
-    image = thumbnails.of(found, THUMBNAIL)
-    shown = "not there any more" if image is None else _image(image, found.caption or found.key)
-    caption = f"<div class='caption'>{html.escape(found.caption)}</div>" if found.caption else ""
+def _result(rank: int, result: SearchResult, images: ResultImages) -> str:
+    image = images.thumbnail(result, THUMBNAIL)
+    shown = "no longer available" if image is None else _image(image, result.caption or result.key)
+    caption = f"<div class='caption'>{html.escape(result.caption)}</div>" if result.caption else ""
     return (
         f"<li><div class='frame'>{shown}</div><div class='text'>"
-        f"<div class='line'><span>{rank}</span><span class='score'>{found.score:.3f}</span></div>{caption}"
-        f"<div class='place'>{html.escape(found.place)}</div></div></li>"
+        f"<div class='line'><span>{rank}</span><span class='score'>{result.score:.3f}</span></div>{caption}"
+        f"<div class='place'>{html.escape(result.place)}</div></div></li>"
     )
 
 

@@ -1,8 +1,7 @@
-"""Search results as one picture: thumbnails below each query."""
+"""Search results as a PNG file: each query with the thumbnails of its results."""
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import warnings
@@ -13,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
-from llm2clip.search.results import Found, Thumbnails
+from llm2clip.search.results import QueryResults, ResultImages
+from llm2clip.utils.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -24,20 +24,21 @@ TITLE_SIZE = 14
 MOST_IN_A_ROW = 8
 
 
-def draw_picture(path: Path, found: list[Found], thumbnails: Thumbnails) -> None:
+def draw_picture(path: Path, found: list[QueryResults], images: ResultImages) -> None:
     """Draw a PNG 1000 pixels wide, with rows of at most eight results below each query.
 
-    Characters that the usual font lacks come from other installed fonts; what none of them has is logged.
+    Characters that matplotlib's default font lacks are drawn in other installed fonts; characters that no font has are
+    logged.
 
     Args:
         path: The file.
-        found: Queries and their results.
-        thumbnails: The images of the results.
+        found: Queries with their results.
+        images: The images of the results.
     """
-    titles = [each.query.title if each.query.image is not None else f"“{each.query.title}”" for each in found]
+    titles = [entry.query.title if entry.query.image is not None else f"“{entry.query.title}”" for entry in found]
     font = FontProperties(family=font_families("".join(titles)), size=TITLE_SIZE)
     wrapped = [wrap(title, WIDTH - 2 * MARGIN, _measure(font)) for title in titles]
-    most = max(len(each.images) for each in found)
+    most = max(len(entry.results) for entry in found)
     rows = math.ceil(most / MOST_IN_A_ROW)
     columns = math.ceil(most / rows)
     side = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) / columns
@@ -46,40 +47,37 @@ def draw_picture(path: Path, found: list[Found], thumbnails: Thumbnails) -> None
     figure = Figure((WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     top = height - MARGIN
-    for each, lines, block in zip(found, wrapped, blocks, strict=True):
+    for entry, lines, block in zip(found, wrapped, blocks, strict=True):
         for number, line in enumerate(lines):
             at = (MARGIN / WIDTH, (top - 8 - number * LINE) / height)
             figure.text(*at, line, font=font, va="top", color="#1d2430", parse_math=False)
         first = top - len(lines) * LINE - SPACE
-        for number, image in enumerate(each.images):
+        for number, result in enumerate(entry.results):
             row, column = divmod(number, columns)
             left, bottom = MARGIN + column * (side + GAP), first - row * (side + LABEL) - side
             frame = figure.add_axes((left / WIDTH, bottom / height, side / WIDTH, side / height), xticks=[], yticks=[])
             frame.spines[:].set_color("#dde2ea")
-            pixels = thumbnails.of(image, 2 * round(side))
+            pixels = images.thumbnail(result, 2 * round(side))
             if pixels is not None:
                 frame.imshow(pixels, interpolation="lanczos", aspect="equal")
                 frame.set_adjustable("datalim")
                 frame.set_anchor("C")
-            frame.set_xlabel(f"{image.score:.2f}", fontsize=10, color="#5a6678", labelpad=4)
+            frame.set_xlabel(f"{result.score:.2f}", fontsize=10, color="#5a6678", labelpad=4)
         top -= block + GAP
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        # It is logged, once and by name.
+    with warnings.catch_warnings(), atomic_file(path) as file:
+        # `font_families` has logged the missing characters once.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(file, format="png", dpi=DPI)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(file.getvalue())
 
 
 def font_families(text: str) -> list[str]:
-    """The fonts to draw a text with: matplotlib's usual one, and installed ones for the characters that it lacks."""
+    """Choose fonts for a text: matplotlib's default, and installed fonts for the characters that it lacks."""
     usual = FontProperties()
     families = list(usual.get_family())
     missing = {ord(character) for character in text if character.isprintable()} - _characters(findfont(usual))
     if missing:
         files = {entry.name: entry.fname for entry in fontManager.ttflist if entry.style == "normal"}
-        # Some versions of matplotlib bring a font that has a box for everything.
+        # Some versions of matplotlib include a font that has a box for every character.
         files = {name: file for name, file in files.items() if not name.startswith("Last Resort")}
         covered = {name: missing & _characters(file) for name, file in files.items()}
         for name in sorted(covered, key=lambda name: len(covered[name]), reverse=True):
@@ -88,15 +86,15 @@ def font_families(text: str) -> list[str]:
                 missing -= covered[name]
     if missing:
         logger.warning(
-            "no installed font has the characters %s, which the picture shows as boxes; install one that does, as "
-            "Noto Sans CJK does for Chinese, Japanese and Korean.",
+            "no installed font has the characters %s, which the picture shows as boxes; install a font that has them, "
+            "such as Noto Sans CJK for Chinese, Japanese and Korean.",
             " ".join(map(chr, sorted(missing))),
         )
     return families
 
 
 def _characters(file: str) -> set[int]:
-    """The characters of a font; none where it is no scalable one."""
+    """Return the characters of a font; an empty set if it is not scalable."""
     try:
         font = get_font(file)
     except (RuntimeError, OSError):
@@ -116,12 +114,12 @@ def _measure(font: FontProperties) -> Callable[[str], float]:
 
 
 def wrap(text: str, width: float, measure: Callable[[str], float]) -> list[str]:
-    """Break a text into lines, between words where that is possible.
+    """Break a text into lines, between words if possible.
 
     Args:
-        text: The text; any white space in it is one space.
-        width: The most that a line may measure.
-        measure: Gives the width of a text.
+        text: The text; a run of white space counts as one space.
+        width: Maximum width of a line.
+        measure: Function that returns the width of a text.
     """
     lines = [""]
     for word in text.split():
@@ -131,7 +129,7 @@ def wrap(text: str, width: float, measure: Callable[[str], float]) -> list[str]:
             continue
         if lines[-1]:
             lines.append("")
-        # Broken only where it is longer than a line, as in a language that is written without spaces.
+        # Only a word longer than a line is broken, as in languages that are written without spaces.
         for character in word:
             if lines[-1] and measure(lines[-1] + character) > width:
                 lines.append("")

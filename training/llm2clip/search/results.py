@@ -1,4 +1,4 @@
-"""What was found for a query, and the pictures of it."""
+"""Search results, and the images that they refer to."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llm2clip.search.image_sets import TableImages
 
 @dataclass
 class Query:
-    """A text, or an image by its file name.
+    """A text, or an image.
 
     Attributes:
-        text: The text or the file name.
+        text: The text, or the image's file name.
         image: The image, in RGB.
     """
 
@@ -27,21 +27,21 @@ class Query:
 
     @property
     def title(self) -> str:
-        """As it stands above its results."""
+        """Heading above the results."""
         return self.text if self.image is None else f"like {self.text}"
 
 
 @dataclass
-class FoundImage:
-    """One result.
+class SearchResult:
+    """One image of an index.
 
     Attributes:
-        score: Cosine with the query.
+        score: Cosine similarity with the query.
         key: Its path relative to the folder, or its key in the data set.
-        path: Its file, where it has one.
-        row: Its row in the data set when that was indexed, where it is in one.
-        hash: Of its bytes in the data set.
-        caption: Its text, where the data set has one.
+        path: Its file, in an index of a folder.
+        row: Its row when the data set was indexed, in an index of a data set.
+        hash: Hash of its bytes in the data set.
+        caption: Its caption, if the data set has one.
     """
 
     score: float
@@ -51,9 +51,15 @@ class FoundImage:
     hash: str | None = None
     caption: str | None = None
 
+    @classmethod
+    def from_row(cls, row: dict[str, Any], score: float, manifest: IndexManifest) -> SearchResult:
+        """Build a result from a row of an index."""
+        path = str(Path(manifest.source["path"]) / row["key"]) if manifest.source["kind"] == "folder" else None
+        return cls(score, row["key"], path, row.get("row"), row.get("hash"), row.get("caption"))
+
     @property
     def place(self) -> str:
-        """Where a user finds it; a path from the working directory where it is inside that."""
+        """Its file, relative to the working directory if it is inside, or its key."""
         if self.path is None:
             return self.key
         path = Path(self.path)
@@ -61,69 +67,63 @@ class FoundImage:
 
 
 @dataclass
-class Found:
+class QueryResults:
     """A query and its results, best first."""
 
     query: Query
-    images: list[FoundImage]
+    results: list[SearchResult]
 
     @classmethod
-    def of(cls, query: Query, rows: list[tuple[float, dict[str, Any]]], manifest: IndexManifest) -> Found:
-        """From what an index gives; see `ImageIndex.search`."""
-        is_folder = manifest.source["kind"] == "folder"
-        images = [
-            FoundImage(
-                score,
-                row["key"],
-                str(Path(manifest.source["path"]) / row["key"]) if is_folder else None,
-                row.get("row"),
-                row.get("hash"),
-                row.get("caption"),
-            )
-            for score, row in rows
-        ]
-        return cls(query, images)
+    def from_rows(
+        cls, query: Query, rows: list[tuple[float, dict[str, Any]]], manifest: IndexManifest
+    ) -> QueryResults:
+        """Build the results from the rows that `ImageIndex.search` returns for one query."""
+        return cls(query, [SearchResult.from_row(row, score, manifest) for score, row in rows])
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; what a result does not have is left out."""
+        """Convert to JSON types, without empty fields."""
         results = [
-            {"rank": rank, **{name: value for name, value in vars(image).items() if value is not None}}
-            for rank, image in enumerate(self.images, 1)
+            {"rank": rank, **{name: value for name, value in vars(result).items() if value is not None}}
+            for rank, result in enumerate(self.results, 1)
         ]
         return {"text" if self.query.image is None else "image": self.query.text, "results": results}
 
 
-class Thumbnails:
-    """The images of results, small, from where they were when they were indexed.
+class ResultImages:
+    """The images of search results, read from where they were indexed.
 
     Args:
-        manifest: Of the index.
+        manifest: Manifest of the index.
+        table: The indexed data set, if it is already open.
     """
 
-    def __init__(self, manifest: IndexManifest) -> None:
+    def __init__(self, manifest: IndexManifest, table: TableImages | None = None) -> None:
         source = manifest.source
         self.max_pixels = manifest.max_pixels
-        self.table: TableImages | None = None
-        if source["kind"] == "dataset":
+        self.table = table
+        if table is None and source["kind"] == "dataset":
             names = ("path", "name", "split", "revision", "image_column")
             self.table = TableImages(**{name: source[name] for name in names}, max_pixels=manifest.max_pixels)
 
-    def of(self, found: FoundImage, size: int) -> Image.Image | None:
-        """The image of a result, no larger than `size` pixels either way; None where it is not there any more."""
+    def load(self, result: SearchResult) -> Image.Image | None:
+        """Decode the image of a result; None if it has been removed, damaged, or (in a data set) replaced."""
         try:
             if self.table is None:
-                image = decode_image(found.path, found.key, self.max_pixels)
-            elif found.row is not None and self.table.holds(found.row, found.hash):
-                image = self.table.decode(found.row)
-            else:
-                return None
+                return decode_image(result.path, result.key, self.max_pixels)
+            if result.row is not None and self.table.has_image(result.row, result.hash):
+                return self.table.decode(result.row)
         except SampleError:
-            return None
-        return thumbnail(image, size)
+            pass
+        return None
+
+    def thumbnail(self, result: SearchResult, size: int) -> Image.Image | None:
+        """Decode the image of a result, and shrink it to at most `size` pixels per side."""
+        image = self.load(result)
+        return None if image is None else thumbnail(image, size)
 
 
 def thumbnail(image: Image.Image, size: int) -> Image.Image:
-    """A copy no larger than `size` pixels either way; a small image stays as it is."""
+    """Copy an image, shrunk to at most `size` pixels per side."""
     copy = image.copy()
     copy.thumbnail((size, size), Image.Resampling.LANCZOS)
     return copy

@@ -1,4 +1,4 @@
-"""`llm2clip search`: the images of an index that fit a text or another image."""
+"""The command `llm2clip search`: find the images of an index that match a text or another image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from llm2clip.data import decode_image
 from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.search.image_index import ImageIndex
-from llm2clip.search.results import Found, Query, Thumbnails
+from llm2clip.search.results import Query, QueryResults, ResultImages
 
 logger = logging.getLogger(__name__)
 
@@ -26,46 +26,49 @@ logger = logging.getLogger(__name__)
 class SearchConfig:
     """Settings of `llm2clip search`."""
 
-    index: str = field(default="", metadata={"help": "The index: a folder that llm2clip index wrote."})
+    index: str = field(default="", metadata={"help": "Folder of an index, written by llm2clip index."})
     query: list[str] = field(
-        default_factory=list, metadata={"help": "Texts, each in quotes; the LLM is loaded once for all of them."}
+        default_factory=list,
+        metadata={"help": "Texts to search for, each in quotes; all are searched with one start."},
     )
     image: str | None = field(
-        default=None, metadata={"help": "Image file to search by; the LLM is not loaded for it."}
+        default=None, metadata={"help": "Image file to search for similar images; this needs no LLM."}
     )
-    top: int = field(default=10, metadata={"help": "Images that are shown for each query."})
+    top: int = field(default=10, metadata={"help": "Number of images shown per query."})
     model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the model; unset: the one that made the index."}
+        default=None, metadata={"help": "Hub id or folder of the model; default: the model that made the index."}
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Revision of the model."})
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."}
+    )
     json: bool = field(default=False, metadata={"help": "Print JSON instead of tables."})
     html: str | None = field(
-        default=None, metadata={"help": "Also write a page of thumbnails to this file; it needs no other file."}
+        default=None, metadata={"help": "Also write the results to this self-contained HTML file, with thumbnails."}
     )
     picture: str | None = field(
-        default=None, metadata={"help": "Also draw a row of thumbnails for each query into this PNG file."}
+        default=None, metadata={"help": "Also draw the thumbnails of each query into this PNG file."}
     )
 
     def __post_init__(self) -> None:
         if not self.index:
-            raise ValueError('give an index: llm2clip search INDEX "a text"')
+            raise ValueError('the index is missing: llm2clip search INDEX "a text"')
         if not self.query and not self.image:
-            raise ValueError(f'say what to search: llm2clip search {self.index} "a text", or --image FILE')
+            raise ValueError(f'the query is missing: llm2clip search {self.index} "a text", or --image FILE')
         if any(not text.strip() for text in self.query):
-            raise ValueError("a query is empty; leave it out or give it a text.")
+            raise ValueError("a query is empty; leave it out or write a text.")
         if self.top < 1:
             raise ValueError(f"top must be at least 1, not {self.top}.")
 
 
 def run(config: SearchConfig) -> dict[str, Any]:
-    """Search, and show what was found.
+    """Search, print the results, and write them to the files in the settings.
 
     Returns:
-        Nothing; the result is printed, and written where the settings say.
+        An empty dict.
 
     Raises:
-        FileNotFoundError: There is no such index, model or image file.
-        ValueError: The model is not the one that made the index, or an image cannot be read.
+        FileNotFoundError: The index, model or image file does not exist.
+        ValueError: Another model made the index, or the image cannot be read.
     """
     index = ImageIndex.open(config.index)
     image = _read_image(config.image) if config.image else None
@@ -81,14 +84,14 @@ def run(config: SearchConfig) -> dict[str, Any]:
         queries.append(Query(config.image, image))
         embeds.append(embedder.embed(image, config.image))
     rows = index.search(np.stack(embeds), config.top)
-    found = [Found.of(query, row, index.manifest) for query, row in zip(queries, rows, strict=True)]
+    found = [QueryResults.from_rows(query, row, index.manifest) for query, row in zip(queries, rows, strict=True)]
     if config.json:
-        result = {"index": config.index, "model": name, "queries": [each.as_dict() for each in found]}
+        result = {"index": config.index, "model": name, "queries": [entry.as_dict() for entry in found]}
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
         _print_tables(found)
     if config.html or config.picture:
-        _draw(config, found, Thumbnails(index.manifest))
+        _draw(config, found, ResultImages(index.manifest))
     return {}
 
 
@@ -104,39 +107,39 @@ def _model_of(config: SearchConfig, index: ImageIndex) -> tuple[str, str | None]
     name = index.manifest.model
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise FileNotFoundError(
-            f"the index {config.index} was made by the model in {name}, which is not there any more; say where it is: "
+            f"the index {config.index} was made by the model in {name}, which no longer exists; give its new place: "
             "--model FOLDER"
         )
     return name, config.model_revision or index.manifest.revision
 
 
-def _print_tables(found: list[Found]) -> None:
-    # What users typed and captions say is text: "[bold]" and ":dog:" too.
+def _print_tables(found: list[QueryResults]) -> None:
+    # Queries and captions are not markup: "[bold]" and ":dog:" are printed as they are.
     console = Console(markup=False, emoji=False)
-    for each in found:
-        table = Table(title=each.query.title, title_justify="left", title_style="bold")
+    for entry in found:
+        table = Table(title=entry.query.title, title_justify="left", title_style="bold")
         table.add_column("rank", justify="right")
         table.add_column("score", justify="right")
         table.add_column("image", overflow="fold")
-        captioned = any(image.caption for image in each.images)
+        captioned = any(result.caption for result in entry.results)
         if captioned:
             table.add_column("caption")
-        for rank, image in enumerate(each.images, 1):
-            cells = [str(rank), f"{image.score:.3f}", image.place]
-            table.add_row(*cells, *([image.caption or ""] if captioned else []))
+        for rank, result in enumerate(entry.results, 1):
+            cells = [str(rank), f"{result.score:.3f}", result.place]
+            table.add_row(*cells, *([result.caption or ""] if captioned else []))
         console.print(table)
 
 
-def _draw(config: SearchConfig, found: list[Found], thumbnails: Thumbnails) -> None:
+def _draw(config: SearchConfig, found: list[QueryResults], images: ResultImages) -> None:
     if config.html:
         from llm2clip.search.page import write_page
 
-        write_page(Path(config.html), found, thumbnails)
+        write_page(Path(config.html), found, images)
         logger.info("wrote %s", config.html)
     if config.picture:
         from llm2clip.search.picture import draw_picture
 
-        draw_picture(Path(config.picture), found, thumbnails)
+        draw_picture(Path(config.picture), found, images)
         logger.info("wrote %s", config.picture)
 
 

@@ -1,4 +1,4 @@
-"""The best candidates of every query without an index, in tiles."""
+"""Exact search for the best candidates of many queries, in tiles, without an index."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from torch import Tensor
 
 from llm2clip.utils.inner_products import inner_products
 
-# Scores of so many queries and candidates are 16 MiB.
+# With the default tile size, a tile of scores takes 16 MiB.
 QUERIES_AT_ONCE = 256
 DEFAULT_TILE_SIZE = 16384
-# Candidates that are first looked at through their best one.
+# Candidates per group; only groups with a high maximum are searched further.
 GROUP = 32
 
 
 @torch.no_grad()
 def top_k(queries: Tensor, candidates: Tensor, k: int, tile_size: int = DEFAULT_TILE_SIZE) -> tuple[Tensor, Tensor]:
-    """Find the candidates with the largest inner products, exactly, without holding queries x candidates.
+    """Find the candidates with the largest inner products, exactly, without the full score matrix in memory.
 
-    Scores are float32. Of equal scores the candidate that comes first is the better one.
+    Scores are float32. Candidates with equal scores are ranked in their order.
 
     Args:
         queries: (q, d).
-        candidates: (c, d), on the device that does the work; tiles of queries are moved there.
-        k: How many for each query; all candidates if there are fewer.
+        candidates: (c, d), on the device that computes; tiles of queries are moved there.
+        k: Number of candidates per query; all if there are fewer.
         tile_size: Number of candidates per tile.
 
     Returns:
@@ -31,11 +31,11 @@ def top_k(queries: Tensor, candidates: Tensor, k: int, tile_size: int = DEFAULT_
         device.
 
     Raises:
-        ValueError: Shapes do not fit, or k or tile_size is less than 1.
+        ValueError: The shapes do not match, or k or tile_size is less than 1.
     """
     if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:
         raise ValueError(
-            f"queries and candidates must be matrices of one width, but are {tuple(queries.shape)} and "
+            f"queries and candidates must be matrices of equal width, but are {tuple(queries.shape)} and "
             f"{tuple(candidates.shape)}."
         )
     if k < 1 or tile_size < 1:
@@ -58,12 +58,12 @@ def top_k(queries: Tensor, candidates: Tensor, k: int, tile_size: int = DEFAULT_
 
 
 def _best_keys(scores: Tensor, k: int, first: int) -> Tensor:
-    """Keys of the k best of a tile (n, c), of which column 0 is candidate `first`."""
+    """Return the keys of the k best scores of a tile (n, c) whose column 0 is candidate `first`."""
     groups = scores.shape[1] // GROUP
     if groups <= k:
         columns = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
     else:
-        # The k best lie in the k groups whose best are best, ties included, and in what is left over.
+        # The k best lie in the k groups with the highest maxima, ties included, or in the rest after the last group.
         grouped = scores[:, : groups * GROUP].unflatten(1, (groups, GROUP)).amax(dim=2)
         numbers = torch.arange(groups, device=scores.device)
         chosen = _rows(_keys(grouped, numbers).topk(k, dim=1).values)
@@ -75,9 +75,9 @@ def _best_keys(scores: Tensor, k: int, first: int) -> Tensor:
 
 
 def _keys(scores: Tensor, rows: Tensor) -> Tensor:
-    """Scores and rows as one integer each, larger for a larger score, and for an earlier row of equal scores."""
-    bits = (scores + 0.0).view(torch.int32).long()  # + 0.0: there is one zero
-    # The bits of negative floats count the other way.
+    """Encode score and row in one integer that sorts by score, and by row in reverse order for equal scores."""
+    bits = (scores + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0
+    # The bit patterns of negative floats sort in reverse order.
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (ordered << 32) | (0xFFFFFFFF - rows)
 

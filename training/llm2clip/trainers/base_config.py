@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
+
+from llm2clip.utils.settings import check_choices
 
 TOWER_CHUNK_HELP = (
     "Rows per forward pass of the towers (GradCache). Set it when a batch's activations do not fit into memory: the "
@@ -46,8 +48,7 @@ class StageConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            _check_choice(name, getattr(self, name, None), hint)
+        check_choices(self)
         # transformers 5.2 has only gradient_checkpointing, which later versions rename and warn about.
         if self.activation_checkpointing is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
@@ -64,13 +65,6 @@ class StageConfig(TrainingArguments):
     def sampling_seed(self) -> int:
         """Seed of every random choice about the data: order, captions, crops."""
         return self.seed if self.data_seed is None else self.data_seed
-
-
-def _check_choice(name: str, value: Any, hint: Any) -> None:
-    hints = [hint, *get_args(hint)]
-    choices = [choice for option in hints if get_origin(option) is Literal for choice in get_args(option)]
-    if choices and value not in choices and not (value is None and type(None) in hints):
-        raise ValueError(f"{name} is {value!r}, but it has to be one of {', '.join(map(str, choices))}.")
 
 
 def check_chunk_sizes(tower_chunk_size: int | None, loss_chunk_size: int) -> None:

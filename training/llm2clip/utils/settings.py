@@ -1,8 +1,13 @@
-"""From a YAML recipe and `--field value` overrides to a checked settings dataclass."""
+"""Build a settings dataclass from a YAML recipe and `--field value` options, with one clear error for a mistake.
+
+We tried HfArgumentParser of transformers 5.23 and jsonargparse 4.53 in its place: neither suggests the nearest field
+name, the former does not check the types of a recipe, and the latter shows no help texts of dataclass fields.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -16,19 +21,27 @@ import yaml
 
 ConfigT = TypeVar("ConfigT")
 TRUTH_VALUES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+UNIONS = (typing.Union, types.UnionType)
+# Types of values that become a number or a string; a bool, which Python counts as an int, does not.
+ACCEPTED: dict[Any, Any] = {int: (int, float, str), float: (int, float, str), str: (str, int, float, Path)}
+NAMES = {
+    int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list", dict: "a mapping",
+}  # fmt: skip
+PLURALS = {int: "integers", float: "numbers", str: "strings"}
+MISFITS = (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError)
 
 
 def build_config(config_class: type[ConfigT], fields: Mapping[str, Any], origin: str = "the recipe") -> ConfigT:
-    """Make the settings of a job.
+    """Build the settings of a command.
 
     Args:
         config_class: A dataclass.
-        fields: Values by field name, as YAML or a command line gives them; they are converted to the field's type.
-        origin: Where the fields come from, for the error message.
+        fields: Values by field name, from YAML or a command line. They are converted to the types of the fields.
+        origin: Where the fields come from, for error messages.
 
     Raises:
-        ValueError: A field does not exist (the message suggests the nearest), is required but absent, or its value
-            does not fit its type.
+        ValueError: A field does not exist (the message suggests the nearest one), a required field is missing, or a
+            value does not fit the type of its field.
     """
     known = {field.name: field for field in dataclasses.fields(config_class) if field.init}  # type: ignore[arg-type]
     hints = typing.get_type_hints(config_class)
@@ -38,7 +51,7 @@ def build_config(config_class: type[ConfigT], fields: Mapping[str, Any], origin:
             raise ValueError(f"{origin} has no field {name!r}{nearest(name, known)}")
         try:
             values[name] = convert(value, hints[name])
-        except (TypeError, ValueError):
+        except MISFITS:
             raise ValueError(f"{origin}: {name} is {value!r}, but it has to be {describe(hints[name])}.") from None
     required = [
         name
@@ -51,123 +64,91 @@ def build_config(config_class: type[ConfigT], fields: Mapping[str, Any], origin:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: what was probably meant."""
+    """End an error message with the name that was probably meant."""
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else "."
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Convert a value from YAML or a command line to a field's type.
+    """Convert a value from YAML or from a command line to a field's type.
 
-    YAML reads `1e-4` as text, and a command line reads everything as text.
+    YAML reads `1e-4` as a string, and a command line reads everything as strings.
 
     Raises:
         ValueError: The value does not fit.
     """
-    if hint is Any:
-        return value
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None or (isinstance(value, str) and value.lower() == "null"):
-            if type(None) in options:
-                return None
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    kind = origin or hint
+    if kind in UNIONS:
+        return _convert_union(value, arguments)
+    if kind is typing.Literal:
+        return {str(option): option for option in arguments}[str(value)]
+    if kind in (list, dict):
+        return _convert_collection(value, hint, kind)
+    if kind is bool:
+        return value if isinstance(value, bool) else TRUTH_VALUES[value.lower()]
+    if kind in ACCEPTED:
+        fraction = kind is int and isinstance(value, float) and not value.is_integer()
+        if isinstance(value, bool) or not isinstance(value, ACCEPTED[kind]) or fraction:
             raise ValueError(value)
-        # Text fits str always, so a narrower type goes first.
-        for option in sorted(options, key=lambda option: option is str):
-            if option is not type(None):
-                try:
-                    return convert(value, option)
-                except (TypeError, ValueError):
-                    continue
+    return kind(value) if kind in ACCEPTED or _is_enum(kind) else value
+
+
+def _convert_union(value: Any, options: Sequence[Any]) -> Any:
+    if value is None or (isinstance(value, str) and value.lower() == "null"):
+        if type(None) in options:
+            return None
         raise ValueError(value)
-    if origin is typing.Literal:
-        for option in typing.get_args(hint):
-            if value == option or str(value) == str(option):
-                return option
-        raise ValueError(value)
-    if origin in (list, dict) or hint in (list, dict):
-        return _convert_collection(value, hint, origin or hint)
-    if hint is bool:
-        return _convert_bool(value)
-    if hint is int:
-        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-            raise ValueError(value)
-        return int(value)
-    if hint is float:
-        if isinstance(value, bool):
-            raise ValueError(value)
-        return float(value)
-    if hint is str:
-        if not isinstance(value, (str, int, float, Path)) or isinstance(value, bool):
-            raise ValueError(value)
-        return str(value)
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return hint(value)
-    return value
+    # Every value fits `str`, so that narrower types go first.
+    for option in sorted(options, key=lambda option: option is str):
+        if option is not type(None):
+            with contextlib.suppress(*MISFITS):
+                return convert(value, option)
+    raise ValueError(value)
 
 
 def _convert_collection(value: Any, hint: Any, kind: type) -> Any:
     if isinstance(value, str):
-        value = [value] if hint == list[str] else _yaml(value)
-        if kind is list and not isinstance(value, list):
-            value = [value]
-    items: Any = value
+        value = [value] if hint == list[str] else yaml.safe_load(value)
+        value = [value] if kind is list and not isinstance(value, list) else value
     if not isinstance(value, kind):
         raise ValueError(value)
+    items: Any = value
     arguments = typing.get_args(hint)
-    if kind is list and arguments:
-        return [convert(item, arguments[0]) for item in items]
-    return value
+    return [convert(item, arguments[0]) for item in items] if kind is list and arguments else items
 
 
-def _yaml(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(text) from error
-
-
-def _convert_bool(value: Any) -> bool:
-    if isinstance(value, str):
-        value = TRUTH_VALUES.get(value.lower())
-    if not isinstance(value, bool):
-        raise ValueError(value)
-    return value
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Enum)
 
 
 def describe(hint: Any) -> str:
-    """A type as a user would say it."""
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        options = [describe(option) for option in typing.get_args(hint) if option is not type(None)]
-        return " or ".join(dict.fromkeys(options)) + (" or null" if type(None) in typing.get_args(hint) else "")
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if origin is list and typing.get_args(hint):
-        return "a list of " + {"str": "texts", "float": "numbers", "int": "whole numbers"}.get(
-            getattr(typing.get_args(hint)[0], "__name__", ""), "mappings"
-        )
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return "one of " + ", ".join(str(option.value) for option in hint.__members__.values())
-    if hint is dict or origin is dict:
-        return "a mapping"
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
+    """Name a type in words, such as `an integer or null`."""
+    kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in UNIONS:
+        options = [describe(option) for option in arguments if option is not type(None)]
+        return " or ".join(dict.fromkeys(options)) + (" or null" if type(None) in arguments else "")
+    if kind is typing.Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if _is_enum(kind):
+        return "one of " + ", ".join(str(option.value) for option in kind.__members__.values())
+    if kind is list and arguments:
+        return f"a list of {PLURALS.get(arguments[0], 'mappings')}"
+    return NAMES.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def add_fields(parser: argparse.ArgumentParser, config_class: type, skip: Sequence[str] = ()) -> None:
-    """Give a parser one option per field of a dataclass, with its help text, type and default.
+    """Add one option per field of a dataclass to a parser, with the field's help text, type and default.
 
-    Values stay text; `build_config` converts them. An option that was not given is absent from the result.
+    The values stay strings, which `build_config` converts. An option that is not given is absent from the result.
     """
     hints = typing.get_type_hints(config_class)
-    own, inherited = (
-        parser.add_argument_group("settings"),
-        parser.add_argument_group("settings of transformers' Trainer"),
-    )
+    own = parser.add_argument_group("settings")
+    inherited = parser.add_argument_group("settings of transformers' Trainer")
     bases = [base for base in config_class.__mro__[1:] if base.__module__.split(".")[0] == "transformers"]
-    base_fields = {field.name for base in bases for field in _own_fields(base)}
+    base_fields = {
+        field.name for base in filter(dataclasses.is_dataclass, bases) for field in dataclasses.fields(base)
+    }
     for field in dataclasses.fields(config_class):
         if not field.init or field.name in skip:
             continue
@@ -188,7 +169,7 @@ def add_fields(parser: argparse.ArgumentParser, config_class: type, skip: Sequen
 
 
 def complete_flags(arguments: Sequence[str], config_class: type) -> list[str]:
-    """A command line whose `--flag`s without a value say `--flag=true`, so that none takes the argument after it."""
+    """Replace each `--flag` without a value by `--flag=true`, so that it does not consume the next argument."""
     hints = typing.get_type_hints(config_class)
     flags = {f"--{field.name}" for field in dataclasses.fields(config_class) if hints[field.name] is bool}
     followers = [*arguments, ""][1:]
@@ -201,7 +182,10 @@ def complete_flags(arguments: Sequence[str], config_class: type) -> list[str]:
 
 
 def given_fields(namespace: argparse.Namespace, config_class: type) -> dict[str, Any]:
-    """The fields that a parsed command line gives. One word for a list that is not of texts may be YAML."""
+    """Return the fields that are given on a parsed command line.
+
+    A single value in brackets for a list of anything but strings is YAML.
+    """
     names = {field.name for field in dataclasses.fields(config_class)}
     values = {name: value for name, value in vars(namespace).items() if name in names}
     hints = typing.get_type_hints(config_class)
@@ -212,33 +196,37 @@ def given_fields(namespace: argparse.Namespace, config_class: type) -> dict[str,
     return values
 
 
-def _own_fields(base: type) -> Iterable[dataclasses.Field[Any]]:
-    return dataclasses.fields(base) if dataclasses.is_dataclass(base) else ()
-
-
 def _allows(hint: Any, kind: type) -> bool:
-    return hint is kind or any(option is kind or typing.get_origin(option) is kind for option in _options(hint))
+    return any(kind in (option, typing.get_origin(option)) for option in _options(hint))
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _default(field: dataclasses.Field[Any]) -> str:
+    value = "required" if field.default_factory is dataclasses.MISSING else field.default_factory()
     if field.default is not dataclasses.MISSING:
         value = field.default.value if isinstance(field.default, Enum) else field.default
-        return str(value).replace("%", "%%")
-    if field.default_factory is not dataclasses.MISSING:
-        return str(field.default_factory()).replace("%", "%%")
-    return "required"
+    return str(value).replace("%", "%%")
 
 
 def require(config: Any, names: Sequence[str]) -> None:
-    """Raise one error for the settings that a job cannot do without.
+    """Check that `output_dir` and the settings `names` are given.
 
     Raises:
-        ValueError: Some of the fields `names` are empty.
+        ValueError: Some are empty; the message lists all of them.
     """
     missing = [name for name in ("output_dir", *names) if not getattr(config, name)]
     if missing:
-        raise ValueError(f"{type(config).__name__} needs {', '.join(missing)}; give them in the recipe or as options.")
+        raise ValueError(f"{type(config).__name__} needs {', '.join(missing)}; set them in the recipe or as options.")
+
+
+def check_choices(config: Any) -> None:
+    """Raise ValueError if a `Literal` field of a settings dataclass has another value; for its `__post_init__`."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        options, value = _options(hint), getattr(config, name, None)
+        literals = [option for option in options if typing.get_origin(option) is typing.Literal]
+        choices = [choice for literal in literals for choice in typing.get_args(literal)]
+        if choices and value not in choices and not (value is None and type(None) in options):
+            raise ValueError(f"{name} is {value!r}, but it has to be one of {', '.join(map(str, choices))}.")

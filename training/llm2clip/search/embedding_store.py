@@ -1,4 +1,4 @@
-"""Embeddings that are on disk already, memory-mapped, and found by what their images are known by."""
+"""Memory-mapped embeddings of an index and of the parts of an unfinished run, looked up by image identity."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ REASON = "reason"
 
 
 def embedding_column(embeds: np.ndarray) -> pa.FixedSizeListArray:
-    """`(n, width)` float16 or float32 as an Arrow column."""
+    """Convert `(n, width)` float16 or float32 to an Arrow column."""
     return pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), embeds.shape[1])
 
 
 def embeddings_of(chunk: pa.FixedSizeListArray) -> np.ndarray:
-    """The inverse of [`embedding_column`], without a copy."""
+    """Convert an Arrow column back to `(n, width)` without copying it."""
     return chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), -1)
 
 
 def write_part(path: Path, columns: pa.Table, embeds: np.ndarray, reasons: Sequence[str | None]) -> None:
-    """Write a part: whole, or not at all.
+    """Write the embeddings of consecutive images to a file, atomically.
 
     Args:
         path: The file.
-        columns: What the images are known by, n rows.
+        columns: Identity columns of n images.
         embeds: `(n, width)`.
-        reasons: Why a row has no embedding, or None where it has one.
+        reasons: Why an image has no embedding, or None if it has one.
     """
     table = columns.append_column(REASON, pa.array(reasons, pa.string()))
     table = table.append_column(EMBEDDING, embedding_column(embeds))
@@ -40,15 +40,18 @@ def write_part(path: Path, columns: pa.Table, embeds: np.ndarray, reasons: Seque
 
 
 def read_part(path: Path) -> pa.Table:
-    """A part, memory-mapped."""
+    """Memory-map a part."""
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 class EmbeddingStore:
-    """The rows of tables with embeddings.
+    """The embeddings of several tables, by image identity.
 
     Args:
-        identity: Columns by which an image is known.
+        identity: Columns that identify an image.
+
+    Attributes:
+        failures: Why an image could not be embedded, by identity.
     """
 
     def __init__(self, identity: tuple[str, ...]) -> None:
@@ -59,16 +62,16 @@ class EmbeddingStore:
         self._ends: list[int] = []
 
     def add(self, table: pa.Table) -> list[Hashable]:
-        """Add a table: the columns of `identity`, `embedding`, and `reason` where it has failures.
+        """Add a table with the columns of `identity`, `embedding`, and optionally `reason`.
 
         Returns:
-            What its rows are known by.
+            The identities of its rows.
         """
         columns = [table.column(name).to_pylist() for name in self.identity]
-        known: list[Hashable] = list(zip(*columns, strict=True)) if len(columns) > 1 else columns[0]
-        reasons = table.column(REASON).to_pylist() if REASON in table.column_names else [None] * len(known)
+        identities: list[Hashable] = list(zip(*columns, strict=True)) if len(columns) > 1 else columns[0]
+        reasons = table.column(REASON).to_pylist() if REASON in table.column_names else [None] * len(identities)
         start = self._ends[-1] if self._ends else 0
-        for place, (identity, reason) in enumerate(zip(known, reasons, strict=True), start):
+        for place, (identity, reason) in enumerate(zip(identities, reasons, strict=True), start):
             if reason is None:
                 self._places[identity] = place
             else:
@@ -76,13 +79,13 @@ class EmbeddingStore:
         for chunk in table.column(EMBEDDING).chunks:
             self._chunks.append(embeddings_of(chunk))
             self._ends.append((self._ends[-1] if self._ends else 0) + len(chunk))
-        return known
+        return identities
 
     def __contains__(self, identity: Hashable) -> bool:
         return identity in self._places
 
     def gather(self, identities: Sequence[Hashable]) -> np.ndarray:
-        """The embeddings of some images: `(n, width)`."""
+        """Look up embeddings: `(n, width)`."""
         places = np.array([self._places[identity] for identity in identities], dtype=np.int64)
         owners = np.searchsorted(self._ends, places, side="right")
         result = np.empty((len(places), self._chunks[0].shape[1]), dtype=self._chunks[0].dtype)
@@ -93,5 +96,5 @@ class EmbeddingStore:
         return result
 
     def close(self) -> None:
-        """Let go of the files; the store is empty then."""
+        """Release the mapped files and empty the store."""
         self._chunks, self._ends, self._places = [], [], {}

@@ -5,77 +5,83 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-INDEX_TYPES = ("flat", "ivf", "hnsw")
-# Rows that faiss is given at once, in float32.
+from llm2clip.utils.settings import check_choices
+
+# Rows that are converted to float32 and passed to faiss in one call.
 ROWS_AT_ONCE = 16384
-# faiss learns the cells of an IVF index from so many images per cell, at most.
+# Upper bound on the images per cell that train an IVF index.
 TRAINING_ROWS_PER_CELL = 64
 
 
 @dataclass
 class VectorIndexSettings:
-    """How the nearest images are found."""
+    """Type and parameters of a faiss index."""
 
-    index_type: str = field(
+    index_type: Literal["flat", "ivf", "hnsw"] = field(
         default="flat",
         metadata={
-            "help": "flat is exact: at width 512 one core needs 20 ms for a query among 100,000 images, 0.3 s among a "
-            "million. ivf and hnsw are approximate and pay from some 100,000 images on, where many queries come: "
-            "ivf needs 0.6 ms there and is built in a minute, hnsw 3 ms with several minutes to build."
+            "help": "flat is exact: at width 512, one core takes 20 ms per query for 100,000 images and 0.3 s for a "
+            "million. ivf and hnsw are approximate; they pay off from about 100,000 images on, with many queries; "
+            "there ivf takes 0.6 ms per query and a minute to build, hnsw 3 ms and several minutes."
         },
     )
     ivf_cells: int | None = field(
         default=None,
-        metadata={"help": "ivf: cells that the images are sorted into; unset: 4 x the root of their number."},
+        metadata={"help": "ivf: number of clusters of images; default: 4 x the square root of the number of images."},
     )
-    ivf_probes: int = field(default=16, metadata={"help": "ivf: cells that a query looks into; more find more."})
-    hnsw_links: int = field(default=32, metadata={"help": "hnsw: neighbours that every image is linked to."})
-    hnsw_construction: int = field(default=80, metadata={"help": "hnsw: candidates per image while it is built."})
-    hnsw_search: int = field(default=64, metadata={"help": "hnsw: candidates per query; more find more."})
+    ivf_probes: int = field(
+        default=16, metadata={"help": "ivf: clusters searched per query; raise it for higher recall."}
+    )
+    hnsw_links: int = field(default=32, metadata={"help": "hnsw: number of neighbours linked to each image."})
+    hnsw_construction: int = field(
+        default=80, metadata={"help": "hnsw: candidates examined per image when the index is built."}
+    )
+    hnsw_search: int = field(
+        default=64, metadata={"help": "hnsw: candidates examined per query; raise it for higher recall."}
+    )
 
     def __post_init__(self) -> None:
-        if self.index_type not in INDEX_TYPES:
-            raise ValueError(f"index_type {self.index_type!r} is unknown; choose one of {', '.join(INDEX_TYPES)}.")
+        check_choices(self)
         for name in ("ivf_cells", "ivf_probes", "hnsw_links", "hnsw_construction", "hnsw_search"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}.")
 
     def of_type(self) -> dict[str, Any]:
-        """The settings that the chosen type has."""
+        """The type, and those parameters that apply to it."""
         own = {name: value for name, value in asdict(self).items() if name.startswith(f"{self.index_type}_")}
         return {"type": self.index_type, **own}
 
 
 def require_faiss() -> Any:
-    """The faiss module.
+    """Import faiss.
 
     Raises:
-        ImportError: It is not installed; the message says how to get it.
+        ImportError: faiss is not installed; the message contains the command that installs it.
     """
     try:
         import faiss
     except ImportError as error:
-        raise ImportError(f"{error}: pip install 'llm2clip[search]' brings it") from error
+        raise ImportError(f"{error}; install it with: pip install 'llm2clip[search]'") from error
     return faiss
 
 
 def build_vector_index(settings: VectorIndexSettings, embeds: np.ndarray) -> Any:
-    """Build an index of unit vectors by inner product.
+    """Build a faiss index of unit vectors that ranks by inner product.
 
     Args:
-        settings: Which kind.
-        embeds: `(count, width)`, of any floating-point type.
+        settings: Type and parameters.
+        embeds: `(count, width)`, any floating-point type.
 
     Returns:
-        A faiss index that holds row i under number i.
+        A faiss index in which row i has number i.
 
     Raises:
-        ValueError: There are too few rows for the settings.
+        ValueError: There are fewer rows than IVF cells.
     """
     count, width = embeds.shape
     faiss = require_faiss()
@@ -86,10 +92,13 @@ def build_vector_index(settings: VectorIndexSettings, embeds: np.ndarray) -> Any
     elif settings.index_type == "ivf":
         cells = settings.ivf_cells or max(1, round(4 * math.sqrt(count)))
         if cells > count:
-            raise ValueError(f"an ivf index of {cells} cells needs as many images, but there are {count}; use flat.")
+            raise ValueError(
+                f"an ivf index of {cells} cells needs at least {cells} images, but there are {count}; lower "
+                "ivf_cells, or use the index_type flat."
+            )
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, product)
         index.nprobe = min(settings.ivf_probes, cells)
-        # Fewer images than faiss' own minimum per cell make a worse clustering, which is no reason for a warning.
+        # faiss warns below its own minimum of images per cell. The clusters are then coarser, but the search works.
         index.cp.min_points_per_centroid = 1
         sample = np.unique(np.linspace(0, count - 1, min(count, cells * TRAINING_ROWS_PER_CELL)).astype(np.int64))
         index.train(embeds[sample].astype(np.float32))
@@ -101,15 +110,15 @@ def build_vector_index(settings: VectorIndexSettings, embeds: np.ndarray) -> Any
 
 
 def write_vector_index(index: Any, path: Path) -> None:
-    """Write an index to a file."""
+    """Write a faiss index to a file."""
     require_faiss().write_index(index, str(path))
 
 
 def read_vector_index(path: Path) -> Any:
-    """Read an index.
+    """Read a faiss index from a file.
 
     Raises:
-        ValueError: The file is damaged.
+        ValueError: The file is missing or damaged.
     """
     try:
         return require_faiss().read_index(str(path))
