@@ -1,1 +1,1 @@
-"""Configurations of the models that this project publishes: one folder per model."""
+"""Configurations of the models that this project publishes, one folder per model."""

@@ -144,7 +144,7 @@ README = {
         needs=("openai/clip-vit-base-patch16",),
         meant={"SOURCE": "openai/clip-vit-base-patch16", "DESTINATION": "tower"},
         makes=("tower/model.safetensors",),
-        prints="recognised: a plain vision tower",
+        prints="recognized: a plain vision tower",
     ),
     "make quickstart": NotRun(
         "a quarter of an hour",

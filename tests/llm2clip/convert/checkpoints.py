@@ -1,4 +1,4 @@
-"""Checkpoints of other code bases, made of the golden models and of tiny models of transformers and timm."""
+"""Checkpoints in the formats of other code, created from the golden models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BACK = {
 
 
 def llm_folder(folder: Path, width: int, **kwargs: Any) -> str:
-    """A plain LLM of a width, with its tokenizer."""
+    """Save a plain LLM with a given width and its tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(**{**tiny.DECODER, "hidden_size": width, "num_attention_heads": 2, "num_key_value_heads": 1})
     LlamaModel(config).save_pretrained(folder, **kwargs)
@@ -36,7 +36,7 @@ def llm_folder(folder: Path, width: int, **kwargs: Any) -> str:
 
 
 def llm_of(golden: Golden, folder: Path) -> str:
-    """An LLM for a golden model's adapter."""
+    """Save an LLM with the width that the adapter of a golden model expects."""
     return llm_folder(folder, golden.meta["config"]["text_cfg"]["llm_embedding_dim"])
 
 
@@ -47,7 +47,7 @@ def model_config(golden: Golden, folder: Path) -> str:
 
 
 def original_pt(golden: Golden, path: Path, wrap: str | None = None, dtype: torch.dtype | None = None) -> str:
-    """The golden model as the original's training writes it."""
+    """Save a golden model in the format of the original training code."""
     state: Any = {name: tensor.to(dtype or tensor.dtype) for name, tensor in golden.group("state").items()}
     if wrap == "ddp":
         state = {f"module.{name}": tensor for name, tensor in state.items()}
@@ -65,7 +65,7 @@ def ours(golden: Golden) -> dict[str, Tensor]:
 
 
 def microsoft_openai_folder(folder: Path) -> str:
-    """The layout of microsoft/LLM2CLIP-Openai-*."""
+    """Save a golden model in the layout of microsoft/LLM2CLIP-Openai-*."""
     folder.mkdir()
     vision = OPENAI.meta["config"]["vision_cfg"]
     vision_config = {
@@ -91,7 +91,7 @@ def write_microsoft_openai(folder: Path, tensors: dict[str, Tensor], vision_conf
 
 
 def microsoft_openai_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under the names of microsoft/LLM2CLIP-Openai-*."""
+    """Rename tensors of this package as in microsoft/LLM2CLIP-Openai-*."""
     return {_adaptor(name): tensor for name, tensor in tensors.items()}
 
 
@@ -103,7 +103,7 @@ def _adaptor(name: str) -> str:
 
 
 def microsoft_eva_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors in the layout of the Hub class of microsoft/LLM2CLIP-EVA02-*, which holds the vision half alone."""
+    """Convert tensors of this package to the layout of microsoft/LLM2CLIP-EVA02-*, which has only the vision half."""
     names = {
         "blocks.": "encoder.layers.",
         "norm1": "layer_norm1",
@@ -134,14 +134,14 @@ def microsoft_eva_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def older_bias_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """EVA-CLIP's names of the biases, which a newer version of the original replaced."""
+    """Rename the biases as in EVA-CLIP and older versions of the original."""
     return {
         name.replace("q_proj.bias", "q_bias").replace("v_proj.bias", "v_bias"): value for name, value in state.items()
     }
 
 
 def with_text_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A plain EVA-CLIP checkpoint: one with CLIP's own text tower, and without an adapter."""
+    """Replace the adapter with the text tower of CLIP, as in a plain EVA-CLIP checkpoint."""
     state = {name: tensor for name, tensor in state.items() if not name.startswith("text.")}
     text = {"transformer.resblocks.0.ln_1.weight": torch.ones(4), "token_embedding.weight": torch.ones(5, 4)}
     return {**state, **{f"text.{name}": tensor for name, tensor in text.items()}}

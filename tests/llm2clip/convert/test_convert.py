@@ -1,4 +1,4 @@
-"""`llm2clip convert` on every layout of checkpoints with a vision tower, and back."""
+"""`llm2clip convert` on every layout of checkpoints with a vision tower, in both directions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def eva_options(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("wrap", [None, "module", "state_dict", "ddp", "deepspeed"])
-def test_original_checkpoint(wrap: str | None, tmp_path: Path, eva_options: list[str]) -> None:
+def test_checkpoint_of_the_original_gives_its_features(
+    wrap: str | None, tmp_path: Path, eva_options: list[str]
+) -> None:
     source = checkpoints.original_pt(EVA, tmp_path / "model.pt", wrap)
     convert(source, tmp_path / "out", *eva_options)
     model = check_features(EVA, tmp_path / "out")
@@ -55,12 +57,12 @@ def test_original_checkpoint(wrap: str | None, tmp_path: Path, eva_options: list
     processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert processor.image_processor.crop_size["height"] == EVA.meta["config"]["vision_cfg"]["image_size"]
     assert processor(text=["a cat"], return_tensors="pt")["input_ids"].shape[0] == 1
-    # With its LLM too: what `from_pretrained` of a user does.
+    # With the LLM, as users load the folder.
     whole = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert whole.encode_text(["a cat"], processor).isfinite().all()
 
 
-def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path, eva_options: list[str]) -> None:
+def test_float16_weights_stay_float16(tmp_path: Path, eva_options: list[str]) -> None:
     source = checkpoints.original_pt(EVA, tmp_path / "model.pt", dtype=torch.float16)
     convert(source, tmp_path / "out", *eva_options)
     assert LLM2CLIPModel.from_pretrained(tmp_path / "out", text_model=False).dtype == torch.float16
@@ -68,18 +70,18 @@ def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path, eva_options: list[str]) 
     check_features(EVA, tmp_path / "out", atol=5e-3, rtol=1e-2)
 
 
-def test_names_of_the_report(tmp_path: Path, eva_options: list[str], capsys: Any) -> None:
+def test_report_lists_renamed_and_dropped_tensors(tmp_path: Path, eva_options: list[str], capsys: Any) -> None:
     source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
     convert(source, tmp_path / "out", *eva_options)
     printed = capsys.readouterr().out
-    assert "recognised: an LLM2CLIP model: EVA02 (EVA-CLIP names), text adapter" in printed
+    assert "recognized: an LLM2CLIP model: EVA02 (EVA-CLIP names), text adapter" in printed
     assert "visual.blocks.{0-1}.norm1.weight -> vision_model.blocks.{0-1}.norm1.weight" in printed
-    assert "visual.blocks.{0-1}.attn.rope.freqs_cos: rotary tables follow from the config" in printed
+    assert "visual.blocks.{0-1}.attn.rope.freqs_cos: rotary tables are computed from the config" in printed
     assert "missing: none" in printed
 
 
-def test_openai_tower_gets_quickgelu(tmp_path: Path) -> None:
-    """The original's JSONs leave `quick_gelu` out, although OpenAI's towers need it."""
+def test_openai_tower_uses_quickgelu_by_default(tmp_path: Path) -> None:
+    """The JSONs of the original omit `quick_gelu`, although OpenAI towers need it."""
     golden = OPENAI.meta["config"]
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in golden.items() if k != "quick_gelu"}))
     source = checkpoints.original_pt(OPENAI, tmp_path / "model.pt")
@@ -93,7 +95,7 @@ def test_openai_tower_gets_quickgelu(tmp_path: Path) -> None:
         check_features(OPENAI, tmp_path / "exact")
 
 
-def test_microsoft_openai_folder(tmp_path: Path) -> None:
+def test_microsoft_openai_folder_is_converted_with_its_license(tmp_path: Path) -> None:
     source = checkpoints.microsoft_openai_folder(tmp_path / "microsoft")
     convert(source, tmp_path / "out", "--text-model", checkpoints.llm_of(OPENAI, tmp_path / "llm"))
     check_features(OPENAI, tmp_path / "out")
@@ -102,7 +104,9 @@ def test_microsoft_openai_folder(tmp_path: Path) -> None:
     assert source in card
 
 
-def test_microsoft_eva_folder(tmp_path: Path, eva_options: list[str], capsys: Any) -> None:
+def test_microsoft_eva_folder_prefers_the_pt_file_with_the_adapter(
+    tmp_path: Path, eva_options: list[str], capsys: Any
+) -> None:
     folder = tmp_path / "microsoft"
     folder.mkdir()
     save_file(checkpoints.microsoft_eva_names(checkpoints.ours(EVA)), folder / "model.safetensors")
@@ -113,13 +117,13 @@ def test_microsoft_eva_folder(tmp_path: Path, eva_options: list[str], capsys: An
     with torch.no_grad():
         embeds = torch.nn.functional.normalize(model(EVA["in/pixel_values"]).pooler_output, dim=-1)
     EVA.close(embeds, "out/image_features")
-    # The .pt beside it holds the adapter and is preferred.
+    # The .pt file contains the adapter and is preferred.
     checkpoints.original_pt(EVA, folder / "model.pt")
     convert(str(folder), tmp_path / "out", *eva_options)
     check_features(EVA, tmp_path / "out")
 
 
-def test_plain_eva_clip_is_a_start_for_stage_2(tmp_path: Path, eva_options: list[str]) -> None:
+def test_plain_eva_clip_gets_new_heads_for_stage_2(tmp_path: Path, eva_options: list[str]) -> None:
     scale = torch.tensor(4.5)
     state = checkpoints.with_text_tower(checkpoints.older_bias_names(EVA.group("state")))
     torch.save({**state, "logit_scale": scale}, tmp_path / "eva.pt")
@@ -127,16 +131,16 @@ def test_plain_eva_clip_is_a_start_for_stage_2(tmp_path: Path, eva_options: list
     model = LLM2CLIPModel.from_pretrained(tmp_path / "out", text_model=False)
     assert model.logit_scale.equal(scale)
     assert model.visual_projection.weight.shape == (16, EVA.meta["config"]["vision_cfg"]["width"])
-    assert model.visual_projection.weight.std() > 0.01  # the original's 2e-5 vanishes in fp16
+    assert model.visual_projection.weight.std() > 0.01  # the 2e-5 of the original vanishes in fp16
     assert not model.text_adapter.proj.weight.eq(0).all()
-    # Without an LLM it is a vision tower.
+    # Without an LLM the result is a vision tower.
     convert(str(tmp_path / "eva.pt"), tmp_path / "tower", *eva_options[:2])
     tower = AutoModel.from_pretrained(tmp_path / "tower")
     with torch.no_grad():
         torch.testing.assert_close(tower(EVA["in/pixel_values"]), model.vision_model(EVA["in/pixel_values"]))
 
 
-def test_timm_names(tmp_path: Path, eva_options: list[str]) -> None:
+def test_tower_with_timm_names_gives_the_outputs_of_timm(tmp_path: Path, eva_options: list[str]) -> None:
     timm_eva = pytest.importorskip("timm.models.eva")
     sizes = EVA.meta["config"]["vision_cfg"]
     timm_tower = timm_eva.Eva(
@@ -173,7 +177,7 @@ TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
-def test_plain_repos_of_transformers(family: str, tmp_path: Path) -> None:
+def test_plain_clip_of_transformers_keeps_its_tower_outputs(family: str, tmp_path: Path) -> None:
     config_class, model_class = {"clip": (CLIPConfig, CLIPModel), "siglip": (SiglipConfig, SiglipModel)}[family]
     plain = model_class(config_class(vision_config=dict(VISION), text_config=dict(TEXT))).eval()
     plain.save_pretrained(tmp_path / "plain")
@@ -188,7 +192,9 @@ def test_plain_repos_of_transformers(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [21, 42])
-def test_another_image_size(size: int, tmp_path: Path, eva_options: list[str]) -> None:
+def test_image_size_resizes_positions_like_interpolation_at_run_time(
+    size: int, tmp_path: Path, eva_options: list[str]
+) -> None:
     source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
     convert(source, tmp_path / "out", *eva_options, "--image-size", str(size))
     convert(source, tmp_path / "same", *eva_options)
@@ -198,7 +204,7 @@ def test_another_image_size(size: int, tmp_path: Path, eva_options: list[str]) -
     with torch.no_grad():
         expected = other.get_image_features(images, interpolate_pos_encoding=True).pooler_output
         torch.testing.assert_close(model.get_image_features(images).pooler_output, expected)
-    # And from a folder of our own, back again.
+    # And back again, from a folder of this package.
     convert(str(tmp_path / "out"), tmp_path / "back", "--image-size", "28")
     back = LLM2CLIPModel.from_pretrained(tmp_path / "back", text_model=False)
     assert back.vision_model.pos_embed.shape == other.vision_model.pos_embed.shape
@@ -207,7 +213,7 @@ def test_another_image_size(size: int, tmp_path: Path, eva_options: list[str]) -
 
 
 @pytest.mark.parametrize("golden", [EVA, OPENAI], ids=["eva", "openai"])
-def test_the_way_back(golden: Golden, tmp_path: Path) -> None:
+def test_conversion_to_the_original_restores_its_state_dict(golden: Golden, tmp_path: Path) -> None:
     source = checkpoints.original_pt(golden, tmp_path / "model.pt")
     llm = checkpoints.llm_of(golden, tmp_path / "llm")
     convert(
@@ -220,8 +226,8 @@ def test_the_way_back(golden: Golden, tmp_path: Path) -> None:
     assert all(back[name].equal(state[name]) for name in state)
 
 
-def test_the_originals_loader_and_its_losses(tmp_path: Path) -> None:
-    """The original's `--pretrained` drops head and adapter; a switch does so here."""
+def test_reset_heads_replaces_what_the_loader_of_the_original_drops(tmp_path: Path) -> None:
+    """The `--pretrained` of the original drops head and adapter; here --reset-heads does."""
     golden = load_golden("ckpt_load_a")
     fields = golden.meta["config"]
     side = fields["new_grid"] * fields["vision_cfg"]["patch_size"]
@@ -254,7 +260,7 @@ def _compare_with_original(model: LLM2CLIPModel, loaded: dict[str, torch.Tensor]
         torch.testing.assert_close(state[name], tensor, atol=2e-5, rtol=1e-4)
 
 
-def test_openai_state_dict(tmp_path: Path) -> None:
+def test_openai_state_dict_gives_the_features_of_the_original(tmp_path: Path) -> None:
     golden = load_golden("openai_load_a")
     torch.save(golden.group("ckpt"), tmp_path / "openai.pt")
     sizes = golden.meta["config"]
@@ -268,7 +274,7 @@ def test_openai_state_dict(tmp_path: Path) -> None:
     assert model.config.projection_dim == 1280
     torch.testing.assert_close(model.logit_scale, golden["out/logit_scale"])
     with torch.no_grad():
-        # The original rounds these weights to fp16 on the way; ours stay as they are.
+        # The original rounds these weights to fp16 when it loads them; this package does not.
         for module in model.vision_model.modules():
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
                 for parameter in module.parameters():

@@ -1,4 +1,4 @@
-"""Bad checkpoints: `llm2clip convert` ends with one readable message, and nothing is written."""
+"""Damaged or unknown checkpoints: `llm2clip convert` prints one clear message and writes nothing."""
 
 from __future__ import annotations
 
@@ -82,25 +82,25 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "truncated .pt": (truncated_pt, "damaged or truncated"),
     "truncated safetensors": (truncated_safetensors, "damaged or truncated"),
     "code": (code, "would run code from the file, which is refused"),
-    "bare pickle": (bare_pickle, "no checkpoint of torch|would run code"),
-    "a Git LFS pointer": (text_file, "is a Git LFS pointer and not the file itself"),
-    "a text": (lambda folder: _text(folder), "no checkpoint of torch, or it is damaged"),
-    "NaN": (edited(spoil), r"1 tensors hold NaN or infinity: vision_model\.norm\.weight"),
+    "bare pickle": (bare_pickle, "is not a torch checkpoint|would run code"),
+    "a Git LFS pointer": (text_file, "is a Git LFS pointer instead of the file"),
+    "a text": (lambda folder: _text(folder), "is not a torch checkpoint, or it is damaged"),
+    "NaN": (edited(spoil), r"1 tensors contain NaN or infinity: vision_model\.norm\.weight"),
     "another model": (
         lambda folder: _saved(folder, {"encoder.conv.weight": torch.zeros(2), "decoder.x": torch.zeros(2)}),
-        r"no vision tower and no LLM of a known layout; its first tensors are encoder\.conv\.weight",
+        r"contains no vision tower or LLM in a known layout; its first tensors are encoder\.conv\.weight",
     ),
     "extra keys": (
         edited(lambda s: s.update({"visual.lora": torch.zeros(3)})),
-        r"belong to no part of it: visual\.lora",
+        r"do not belong to it: visual\.lora",
     ),
     "missing keys": (
         edited(lambda s: s.pop("visual.blocks.1.norm2.weight")),
         r"1 tensors are missing: vision_model\.blocks\.1\.norm2\.weight \(48,\)",
     ),
     "mixed widths": (edited(mix), r"blocks\.1\.mlp\.w3\.weight is \(64, 128\), not \(48, 128\)"),
-    "nothing": (lambda folder: folder / "absent.pt", "neither a file, nor a folder, nor a Hub id"),
-    "an empty folder": (lambda folder: folder / "empty", "holds no weights"),
+    "nothing": (lambda folder: folder / "absent.pt", "is not a file, a folder or a Hub id"),
+    "an empty folder": (lambda folder: folder / "empty", "contains no weights"),
 }
 
 
@@ -110,7 +110,7 @@ def _saved(folder: Path, state: dict[str, torch.Tensor]) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_checkpoints(case: str, tmp_path: Path, capfd: Any) -> None:
+def test_bad_checkpoint_is_refused_without_a_traceback(case: str, tmp_path: Path, capfd: Any) -> None:
     make, message = CASES[case]
     (tmp_path / "in" / "empty").mkdir(parents=True)
     (tmp_path / "out").mkdir()
@@ -126,35 +126,35 @@ def test_bad_checkpoints(case: str, tmp_path: Path, capfd: Any) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_adapter_of_another_llm(tmp_path: Path, capsys: Any) -> None:
+def test_adapter_of_an_llm_of_another_width_is_refused(tmp_path: Path, capsys: Any) -> None:
     source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
     options = ["--model-config", checkpoints.model_config(EVA, tmp_path)]
     llm = checkpoints.llm_folder(tmp_path / "llm", 32)
     assert cli.main(["convert", source, str(tmp_path / "out"), *options, "--text-model", llm]) == 2
-    assert f"takes embeddings of width 24, but {llm} gives 32" in capsys.readouterr().err
+    assert f"expects embeddings of width 24, but {llm} has width 32" in capsys.readouterr().err
     assert cli.main(["convert", source, str(tmp_path / "out"), *options]) == 2
-    assert "say which LLM gives them: --text-model" in capsys.readouterr().err
+    assert "give their LLM with --text-model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_unpublished_sizes_need_a_config(tmp_path: Path, capsys: Any) -> None:
+def test_unpublished_sizes_need_a_model_config(tmp_path: Path, capsys: Any) -> None:
     source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
     assert cli.main(["convert", source, str(tmp_path / "out")]) == 2
     assert "hidden_size=48" in (error := capsys.readouterr().err)
     assert "--model-config" in error
 
 
-def test_config_of_another_model(tmp_path: Path, capsys: Any) -> None:
+def test_model_config_of_another_model_is_refused(tmp_path: Path, capsys: Any) -> None:
     source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
     fields = json.loads(json.dumps(EVA.meta["config"]))
     fields["vision_cfg"]["width"] = 64
     (tmp_path / "c.json").write_text(json.dumps(fields))
     options = ["--model-config", str(tmp_path / "c.json"), "--text-model", checkpoints.llm_of(EVA, tmp_path / "llm")]
     assert cli.main(["convert", source, str(tmp_path / "out"), *options]) == 2
-    assert "tensors have other shapes than its config says" in capsys.readouterr().err
+    assert "tensors have shapes that differ from its config" in capsys.readouterr().err
 
 
-def test_destinations_are_kept(tmp_path: Path, capsys: Any) -> None:
+def test_existing_destination_is_only_replaced_on_request_and_success(tmp_path: Path, capsys: Any) -> None:
     source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
     options = ["--model-config", checkpoints.model_config(EVA, tmp_path)]
     options += ["--text-model", checkpoints.llm_of(EVA, tmp_path / "llm")]
@@ -163,11 +163,11 @@ def test_destinations_are_kept(tmp_path: Path, capsys: Any) -> None:
     mine.write_text("mine")
     assert cli.main(["convert", source, str(out), *options]) == 2
     assert "add --overwrite" in capsys.readouterr().err
-    # What is no model is not replaced at all.
+    # A folder without a model is never replaced.
     assert cli.main(["convert", source, str(out), *options, "--overwrite"]) == 2
     assert "out is not replaced, because it contains other files (no config.json)" in capsys.readouterr().err
     assert mine.read_text() == "mine"
-    # A conversion that fails leaves what was there, also with --overwrite.
+    # A failed conversion keeps the existing folder, even with --overwrite.
     (out / "config.json").write_text("{}")
     (tmp_path / "in").mkdir()
     bad = str(truncated_pt(tmp_path / "in"))

@@ -1,4 +1,4 @@
-"""`llm2clip convert` on LLMs: prompt and pooling, shards, stacks of adapters."""
+"""`llm2clip convert` on LLMs: prompt and pooling, shards, several adapters."""
 
 from __future__ import annotations
 
@@ -37,11 +37,13 @@ def convert(source: str, destination: Path, *options: str) -> None:
 
 
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
-def test_llm_becomes_a_text_tower(shard: str, tmp_path: Path, capsys: Any) -> None:
+def test_converted_llm_gives_the_embeddings_of_the_llm_with_the_prompt(
+    shard: str, tmp_path: Path, capsys: Any
+) -> None:
     source = llm_folder(tmp_path / "llm", max_shard_size=shard)
     assert (Path(source) / "model.safetensors.index.json").exists() == (shard == "20KB")
     convert(source, tmp_path / "out", "--prompt-name", NAME)
-    assert "lm_head.weight: the language-modelling head" in capsys.readouterr().out
+    assert "lm_head.weight: the language modeling head" in capsys.readouterr().out
     tower = LLM2CLIPTextModel.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     expected, expected_tokenizer = open_text_tower(source, prompt_prefix=tiny.PREFIX, prompt_suffix=tiny.SUFFIX)
@@ -55,7 +57,7 @@ def test_llm_becomes_a_text_tower(shard: str, tmp_path: Path, capsys: Any) -> No
     torch.testing.assert_close(stranger.encode(captions, tokenizer), embeds, atol=1e-6, rtol=1e-5)
 
 
-def test_the_prompt_follows_the_name_in_the_config(tmp_path: Path) -> None:
+def test_name_in_the_config_selects_the_prompt(tmp_path: Path) -> None:
     source = llm_folder(tmp_path / "llm")
     config = Path(source) / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "_name_or_path": NAME}))
@@ -93,7 +95,7 @@ def lora(source: str, folder: Path, seed: int, **fields: Any) -> str:
     return str(folder)
 
 
-def test_a_stack_of_adapters_is_merged_in_order(tmp_path: Path) -> None:
+def test_several_adapters_are_merged_in_order(tmp_path: Path) -> None:
     source = llm_folder(tmp_path / "llm")
     stack = [lora(source, tmp_path / "mntp", 1), lora(source, tmp_path / "supervised", 2, r=8, use_rslora=True)]
     convert(source, tmp_path / "out", "--prompt-name", NAME, "--adapters", *stack)
@@ -107,7 +109,7 @@ def test_a_stack_of_adapters_is_merged_in_order(tmp_path: Path) -> None:
     torch.testing.assert_close(tower.decoder.layers[0].self_attn.q_proj.weight, weight, atol=1e-5, rtol=1e-5)
 
 
-def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, capsys: Any) -> None:
+def test_adapter_with_other_layer_names_is_refused(tmp_path: Path, capsys: Any) -> None:
     source = llm_folder(tmp_path / "llm")
     adapter = lora(source, tmp_path / "adapter", 1)
     path = Path(adapter) / "adapter_model.safetensors"
@@ -116,13 +118,13 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, capsys: Any) ->
     }
     save_file(state, path)
     assert cli.main(["convert", source, str(tmp_path / "out"), "--adapters", adapter]) == 2
-    assert "has no weights for 12 of the layers that it names" in capsys.readouterr().err
+    assert "has no weights for 12 of the layers in its config" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_shards_stream_through_memory(tmp_path: Path) -> None:
-    """Peak memory above that of the imports stays below 1.3 x the largest shard + 300 MiB."""
+def test_conversion_holds_one_shard_in_memory(tmp_path: Path) -> None:
+    """Peak memory above that of the imports is less than 1.3 x the largest shard + 300 MiB."""
     config = LlamaConfig(
         vocab_size=430, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8,
         num_key_value_heads=8, bos_token_id=420, eos_token_id=424, pad_token_id=424,

@@ -1,4 +1,4 @@
-"""Every source layout at the size of a published model, against timm's EVA02 and transformers' CLIP."""
+"""Every source layout at the size of a published model, compared with EVA02 of timm and CLIP of transformers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def compare(features: Tensor, expected: Tensor) -> None:
 
 
 def eva02(oracle: Any) -> dict[str, Tensor]:
-    """A whole model of ours around timm's tower and head."""
+    """Weights of an LLM2CLIP model with the tower and head of timm."""
     state = oracle.state_dict()
     tower = TIMM_EVA02.under("", "vision_model.").rename(
         {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
@@ -49,7 +49,7 @@ def eva02(oracle: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["original", "older biases", "deepspeed", "microsoft", "eva-clip", "timm"])
-def test_eva02_base_equals_timm(layout: str, tmp_path: Path) -> None:
+def test_eva02_base_gives_the_outputs_of_timm(layout: str, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     oracle = timm.create_model("eva02_base_patch16_clip_224", num_classes=1280).eval()
     randomise(oracle)
@@ -76,7 +76,7 @@ def test_eva02_base_equals_timm(layout: str, tmp_path: Path) -> None:
     model = loader.from_pretrained(tmp_path / "out", **({"text_model": False} if loader is LLM2CLIPModel else {}))
     with torch.no_grad():
         if layout in ("timm", "eva-clip"):
-            # The head is CLIP's own there, and stage 2 starts with a new one.
+            # The head of CLIP itself is dropped; stage 2 starts with a new one.
             tower = model.eval() if layout == "timm" else model.vision_model.eval()
             compare(tower(images).pooler_output, oracle.forward_head(oracle.forward_features(images), pre_logits=True))
         else:
@@ -85,8 +85,8 @@ def test_eva02_base_equals_timm(layout: str, tmp_path: Path) -> None:
         assert model.logit_scale.equal(SCALE)
 
 
-def test_half_precision_is_kept_exactly(tmp_path: Path) -> None:
-    """Nothing is rounded on the way: the weights of a 16-bit checkpoint are those of the folder."""
+def test_float16_weights_are_not_rounded(tmp_path: Path) -> None:
+    """The weights in the folder equal those of the float16 checkpoint exactly."""
     ours = LLM2CLIPModel(published("LLM2CLIP-EVA02-B-16"), text_model=False).half().state_dict()
     original = to_original(published("LLM2CLIP-EVA02-B-16"), {**ours, "logit_scale": SCALE})
     torch.save({"module": original, "global_steps": 7}, tmp_path / "checkpoint.pt")
@@ -96,7 +96,7 @@ def test_half_precision_is_kept_exactly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["original", "microsoft", "openai", "transformers"])
-def test_openai_base_equals_transformers(layout: str, tmp_path: Path) -> None:
+def test_openai_base_gives_the_outputs_of_transformers(layout: str, tmp_path: Path) -> None:
     config = published("LLM2CLIP-Openai-B-16")
     oracle: Any = CLIPVisionModelWithProjection(config.vision_config).eval()
     if layout == "transformers":

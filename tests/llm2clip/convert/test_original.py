@@ -1,4 +1,4 @@
-"""The original's names and configs beyond the parity tests."""
+"""Names and configs of the original code that the parity tests do not cover."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.llm2clip.convert.checkpoints import older_bias_names
 EVA = load_golden("customclip_a")
 
 
-def test_older_names_of_the_biases_are_the_same_biases() -> None:
+def test_older_names_of_the_biases_give_the_same_weights() -> None:
     renamed = older_bias_names(EVA.group("state"))
     assert any(name.endswith("q_bias") for name in renamed)
     _, new = from_original(EVA.group("state"), EVA.meta["config"])
@@ -22,13 +22,13 @@ def test_older_names_of_the_biases_are_the_same_biases() -> None:
     assert all(new[name].equal(old[name]) for name in new)
 
 
-def test_rotary_tables_are_left_out() -> None:
+def test_rotary_tables_are_dropped() -> None:
     assert any("rope" in name for name in EVA.group("state"))
     _, converted = from_original(EVA.group("state"), EVA.meta["config"])
     assert not [name for name in converted if "rope" in name]
 
 
-def test_config_of_the_published_large_tower() -> None:
+def test_original_config_of_the_large_tower_gives_the_published_config() -> None:
     original = {
         "embed_dim": 1280,
         "vision_cfg": {
@@ -44,8 +44,8 @@ def test_config_of_the_published_large_tower() -> None:
     assert config.text_config.hidden_size == 4096
 
 
-def test_unknown_layouts_are_named() -> None:
-    with pytest.raises(ValueError, match=r"'text\.transformer\.resblocks\.0' belongs to no layout"):
+def test_error_names_an_unknown_tensor_or_timm_model() -> None:
+    with pytest.raises(ValueError, match=r"'text\.transformer\.resblocks\.0' is not in any known layout"):
         from_original({"text.transformer.resblocks.0": torch.zeros(1)}, EVA.meta["config"])
     unknown = {**EVA.meta["config"], "vision_cfg": {"timm_model_name": "vit_huge"}}
     with pytest.raises(ValueError, match="timm_model_name 'vit_huge' is unknown; known: vit_so400m"):

@@ -1,4 +1,4 @@
-"""`hub_configs/`: every model has the shapes of the original's, and the tables say what the configs say."""
+"""`hub_configs/`: every config has the shapes of the original model, and the generated tables are up to date."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OF_MANIFEST = {
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS)
-def test_shapes_are_the_originals(manifest: str) -> None:
+def test_published_config_has_the_shapes_of_the_original(manifest: str) -> None:
     published = published_models()[OF_MANIFEST[manifest]]
     model = published.build()
     restored = original_layout(published.config.vision_config).restore(model.state_dict())
@@ -31,7 +31,7 @@ def test_shapes_are_the_originals(manifest: str) -> None:
 
 
 @pytest.mark.parametrize("name", published_models())
-def test_every_config_instantiates(name: str) -> None:
+def test_published_config_instantiates_and_is_in_the_table(name: str) -> None:
     published = published_models()[name]
     model = published.build()
     table = (FOLDER / "README.md").read_text()
@@ -46,12 +46,12 @@ def test_every_config_instantiates(name: str) -> None:
     assert image["crop_size"]["height"] == published.config.vision_config.image_size
 
 
-def test_tables_are_up_to_date() -> None:
+def test_generated_tables_are_up_to_date() -> None:
     for path, text in documents().items():
         assert path.read_text() == text, f"run: python -m llm2clip.convert.published ({path.name} is stale)"
 
 
-def test_eva_towers_have_the_published_heads() -> None:
+def test_eva_towers_have_the_head_width_of_the_original() -> None:
     heads = {
         name: published.config.vision_config.hidden_size // published.config.vision_config.num_attention_heads
         for name, published in published_models().items()

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's tensors, whatever file holds them, without running code that a pickle may carry."""
+"""Read the tensors of a checkpoint in any file format, without running code from pickle files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm2clip.utils.files import read_json
+from llm2clip.utils.repos import is_hub_id
 
-# Where training code puts the weights inside a file of more.
+# Keys under which training code stores the weights in a checkpoint.
 STATE_KEYS = ("module", "state_dict", "model", "model_state_dict")
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 LFS_POINTER = b"version https://git-lfs"
@@ -25,12 +25,12 @@ HUB_FILES = ["*.json", "*.pt", "*.safetensors", "*.bin", "*.model", "*.txt", "RE
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a file or folder by name; a safetensors file is read tensor by tensor, as they are asked for.
+    """The tensors of a file or folder by name; each tensor of a safetensors file is read when it is accessed.
 
     Attributes:
-        path: The file that was read, or the folder of several.
-        folder: The folder with its config, tokenizer and model card, where there is one.
-        config: The folder's config.json; empty where there is none.
+        path: The file, or the folder of several files.
+        folder: The folder with config, tokenizer and model card, if there is one.
+        config: The fields of the folder's config.json; empty if there is none.
     """
 
     def __init__(self, path: Path, folder: Path | None, files: list[Path]) -> None:
@@ -52,10 +52,10 @@ class Checkpoint(Mapping[str, Tensor]):
             self.shapes.update(shapes)
             self._origin.update(dict.fromkeys(shapes, file))
         if not self.shapes:
-            raise ValueError(f"{path} holds no tensors.")
+            raise ValueError(f"{path} contains no tensors.")
 
     def origin(self, name: str) -> Path:
-        """The file that holds a tensor."""
+        """The file that contains a tensor."""
         return self._origin[name]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -78,23 +78,25 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """Open a checkpoint.
 
     Args:
-        source: A file; a folder, where a `.pt` file is preferred (of Microsoft's EVA02 repos only that one holds the
-            adapter); or a Hub id, which is downloaded.
+        source: A file, a folder, or a Hub id, which is downloaded. In a folder a `.pt` file is preferred: only that
+            file contains the adapter in the EVA02 repos of Microsoft.
 
     Raises:
-        FileNotFoundError: There is nothing to read.
-        ValueError: A file is damaged, or holds something else than tensors.
+        FileNotFoundError: There is no checkpoint.
+        ValueError: A file is damaged, or contains more than tensors.
     """
     path = Path(source)
     if path.is_file():
         return Checkpoint(path, path.parent if (path.parent / "config.json").is_file() else None, [path])
     if not path.is_dir():
-        if str(source).count("/") != 1 or str(source).startswith((".", "/")):
-            raise FileNotFoundError(f"{source} is neither a file, nor a folder, nor a Hub id (owner/name).")
+        if not is_hub_id(str(source)):
+            raise FileNotFoundError(f"{source} is not a file, a folder or a Hub id (OWNER/NAME).")
         path = Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
     pickles = sorted(path.glob("*.pt"))
     if len(pickles) > 1:
-        raise ValueError(f"{source} holds several .pt files ({', '.join(p.name for p in pickles)}); name one.")
+        raise ValueError(
+            f"{source} contains several .pt files ({', '.join(p.name for p in pickles)}); give one of them."
+        )
     if pickles:
         return Checkpoint(pickles[0], path, pickles)
     for name in INDEX_FILES:
@@ -102,13 +104,15 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             files = sorted(set(read_json(path / name).get("weight_map", {}).values()))
             missing = [file for file in files if not (path / file).is_file()]
             if missing or not files:
-                listed = ", ".join(missing) or "it names none at all"
-                raise ValueError(f"files that {path / name} names are not there: {listed}.")
+                listed = ", ".join(missing) or "it lists none"
+                raise ValueError(f"shards listed in {path / name} are missing: {listed}.")
             return Checkpoint(path, path, [path / file for file in files])
     for name in SINGLE_FILES:
         if (path / name).is_file():
             return Checkpoint(path / name, path, [path / name])
-    raise FileNotFoundError(f"{source} holds no weights: no .pt, {', '.join(SINGLE_FILES)} or index of shards.")
+    raise FileNotFoundError(
+        f"{source} contains no weights: no .pt file, {', '.join(SINGLE_FILES)} or index of shards."
+    )
 
 
 def _safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -116,33 +120,35 @@ def _safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="pt") as handle:
             return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or truncated ({error}); get it again.") from error
+        raise ValueError(f"{file} is damaged or truncated ({error}); download it again.") from error
 
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
     with file.open("rb") as start:
         if start.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{file} is a Git LFS pointer and not the file itself; run: git lfs pull")
+            raise ValueError(f"{file} is a Git LFS pointer instead of the file; run: git lfs pull")
     try:
-        # Memory-mapped, so that a file with the optimiser's states beside the weights costs no memory for them.
+        # Memory-mapped, so that optimizer states in the file use no memory.
         mapped = zipfile.is_zipfile(file)
         content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "global" in str(error).lower():
             raise ValueError(
-                f"{file} holds more than tensors: reading it would run code from the file, which is refused. Save its "
-                "state_dict alone, on a machine where you trust it."
+                f"{file} contains more than tensors: reading it would run code from the file, which is refused. Save "
+                "only its state_dict, on a machine where you trust the file."
             ) from error
-        raise ValueError(f"{file} is no checkpoint of torch, or it is damaged; get it again.") from error
+        raise ValueError(f"{file} is not a torch checkpoint, or it is damaged; download it again.") from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged or truncated ({str(error).splitlines()[0]}); get it again.") from error
+        raise ValueError(
+            f"{file} is damaged or truncated ({str(error).splitlines()[0]}); download it again."
+        ) from error
     while isinstance(content, dict):
         inner = next((content[key] for key in STATE_KEYS if isinstance(content.get(key), dict)), None)
         if inner is None:
             break
         content = inner
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__} where a state dict was expected.")
-    # DistributedDataParallel puts `module.` before every name.
+        raise ValueError(f"{file} contains a {type(content).__name__} instead of a state dict.")
+    # DistributedDataParallel adds `module.` to every name.
     state = {str(name).removeprefix("module."): value for name, value in content.items()}
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}

@@ -1,31 +1,29 @@
-"""`llm2clip convert`: a checkpoint of another code becomes a folder that `from_pretrained` loads, or the way back."""
+"""`llm2clip convert`: convert checkpoints of other code to this format, and models back to the original format."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import CLIPImageProcessor
 
 from llm2clip.convert.checkpoint import Checkpoint, open_checkpoint
-from llm2clip.convert.convert_text import convert_text_tower, holds_decoder
+from llm2clip.convert.convert_text import contains_decoder, convert_text_tower
 from llm2clip.convert.joint import plan_joint
-from llm2clip.convert.joint_plan import JointPlan
+from llm2clip.convert.joint_plan import JointPlan, print_report
 from llm2clip.convert.original import to_original
-from llm2clip.convert.report import print_report
 from llm2clip.hub.cards import JOINT_TASK, VISION_TASK, CardFacts, license_of, write_card
 from llm2clip.utils.files import atomic_file, atomic_folder, read_json, refuse_existing
-from llm2clip.utils.repos import hub_ids
+from llm2clip.utils.repos import RepoKind, hub_ids, inspect_repo
 from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import describe_text_tower
-from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
 
-TARGETS = ("transformers", "original")
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
@@ -34,39 +32,47 @@ CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 class ConvertConfig:
     """Settings of `llm2clip convert`."""
 
-    source: str = field(default="", metadata={"help": "Checkpoint: a file, a folder or a Hub id."})
-    destination: str = field(default="", metadata={"help": "Folder to write; with --to original, a .pt file."})
-    to: str = field(default="transformers", metadata={"help": "transformers, or original: back to a .pt file."})
+    source: str = field(default="", metadata={"help": "Checkpoint to convert: file, folder or Hub id."})
+    destination: str = field(default="", metadata={"help": "Folder to write; a .pt file with --to original."})
+    to: Literal["transformers", "original"] = field(
+        default="transformers",
+        metadata={"help": "Format to write: transformers, or original for a .pt file of the original code."},
+    )
     model_config: str | None = field(
-        default=None, metadata={"help": "The original's model_configs JSON, for a model of unpublished sizes."}
+        default=None,
+        metadata={"help": "model_configs JSON of the original code; needed if no published model has these sizes."},
     )
     text_model: str | None = field(
-        default=None, metadata={"help": "The adapter's LLM: Hub id or folder; unset: that of the published model."}
+        default=None,
+        metadata={"help": "LLM of the adapter: Hub id or folder. Default: that of the published model."},
     )
-    text_model_revision: str | None = field(default=None, metadata={"help": "Revision of that LLM."})
+    text_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of that LLM on the Hub."}
+    )
     adapters: list[str] = field(
         default_factory=list,
-        metadata={"help": "PEFT adapters of an LLM, merged into it in this order: Hub ids or folders."},
+        metadata={"help": "PEFT adapters to merge into an LLM, in this order: Hub ids or folders."},
     )
     prompt_name: str | None = field(
         default=None,
-        metadata={"help": "Name of the LLM by which the original chooses its prompt; unset: the one in its config."},
+        metadata={
+            "help": "Name of the LLM that selects its prompt as in the original code. Default: from its config."
+        },
     )
-    image_size: int | None = field(default=None, metadata={"help": "Resize the tower's positions to this image size."})
-    projection_dim: int = field(default=1280, metadata={"help": "Width of a new projection, for a plain CLIP tower."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Resize the position embeddings to this image size in pixels."}
+    )
+    projection_dim: int = field(default=1280, metadata={"help": "Width of the new projection of a plain CLIP tower."})
     quick_gelu: bool | None = field(
-        default=None, metadata={"help": "QuickGELU in OpenAI's towers; unset: what --model-config says, else true."}
+        default=None,
+        metadata={"help": "Use QuickGELU in an OpenAI tower. Default: from --model-config, otherwise true."},
     )
     reset_heads: bool = field(
         default=False,
-        metadata={"help": "New projection and adapter instead of trained ones, as the original's --pretrained does."},
+        metadata={"help": "Replace trained projection and adapter with new ones, like --pretrained of the original."},
     )
-    seed: int = field(default=42, metadata={"help": "Seed of what is new."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace a destination that exists."})
-
-    def __post_init__(self) -> None:
-        if self.to not in TARGETS:
-            raise ValueError(f"to {self.to!r} is unknown; choose {' or '.join(TARGETS)}.")
+    seed: int = field(default=42, metadata={"help": "Random seed of new weights."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an existing destination."})
 
 
 def convert_checkpoint(source: str | Path, destination: str | Path, **settings: Any) -> dict[str, Any]:
@@ -90,12 +96,7 @@ def convert_checkpoint(source: str | Path, destination: str | Path, **settings: 
 
 
 def run(config: ConvertConfig) -> dict[str, Any]:
-    """Convert a checkpoint; prints what became of every tensor.
-
-    Raises:
-        FileExistsError: The destination exists and `overwrite` is off.
-        ValueError: The checkpoint is damaged, of no known layout, or not wholly explained. Nothing is written then.
-    """
+    """Run `llm2clip convert`, which prints what happens to every tensor; see [`convert_checkpoint`]."""
     if not config.source or not config.destination:
         raise ValueError("give a source and a destination: llm2clip convert SOURCE DESTINATION")
     destination = Path(config.destination)
@@ -104,7 +105,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
         return _to_original(config, destination)
     checkpoint = open_checkpoint(config.source)
     with atomic_folder(destination, config.overwrite) as folder:
-        if holds_decoder(checkpoint):
+        if contains_decoder(checkpoint):
             result = convert_text_tower(checkpoint, folder, config.source, config.adapters, config.prompt_name)
         else:
             result = _convert_joint(checkpoint, folder, config)
@@ -130,13 +131,13 @@ def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) 
         name=folder.name,
         task=JOINT_TASK if plan.model_class is LLM2CLIPModel else VISION_TASK,
         repo=folder.name,
-        summary=f"Converted from {config.source} ({plan.recognised}) with llm2clip.",
+        summary=f"Converted from {config.source} ({plan.recognized}) with llm2clip.",
         base_models=hub_ids(config.source, plan.text_model),
         **license_of(checkpoint.folder),
     )
     write_card(folder, facts)
     _verify(folder, plan)
-    return {"recognised": plan.recognised, "tensors": len(plan.tensors)}
+    return {"recognized": plan.recognized, "tensors": len(plan.tensors)}
 
 
 def _read_model_config(path: str | None) -> dict[str, Any] | None:
@@ -145,7 +146,7 @@ def _read_model_config(path: str | None) -> dict[str, Any] | None:
     fields = read_json(path)
     missing = [key for key in ("embed_dim", "vision_cfg") if key not in fields]
     if missing:
-        raise ValueError(f"{path} is no model_configs JSON of the original: it lacks {', '.join(missing)}.")
+        raise ValueError(f"{path} is not a model_configs JSON of the original code: it lacks {', '.join(missing)}.")
     return fields
 
 
@@ -157,8 +158,8 @@ def _write_processor(plan: JointPlan, checkpoint: Checkpoint, folder: Path) -> N
             _, tokenizer = describe_text_tower(plan.text_model, plan.text_model_revision)
         except OSError:
             logger.warning(
-                "the tokenizer of %s cannot be reached, so the folder has an image processor but no tokenizer: load "
-                "captions' tokenizer from that repo, or convert again with --text-model FOLDER.",
+                "the tokenizer of %s is not available, so the folder has an image processor but no tokenizer: load "
+                "the tokenizer from that repo, or convert again with --text-model FOLDER.",
                 plan.text_model,
             )
     if tokenizer is None:
@@ -179,24 +180,21 @@ def _image_processor(plan: JointPlan, checkpoint: Checkpoint) -> CLIPImageProces
 
 
 def _verify(folder: Path, plan: JointPlan) -> None:
-    """Load what was written, and compare it with what was read."""
+    """Load the written folder and compare its weights with the plan."""
     model = plan.model_class.from_pretrained(folder, **plan.loading)
     state = model.state_dict()
     for name, tensor in plan.tensors.items():
         if not torch.equal(state[name].float(), tensor.float()):
-            raise RuntimeError(f"{name} changed on the way; please report this.")
+            raise RuntimeError(f"{name} changed when it was saved; please report this.")
     size = plan.vision_config.image_size
     with torch.inference_mode():
         output = model(pixel_values=torch.zeros(1, 3, size, size, dtype=model.dtype)).pooler_output
     if not output.isfinite().all():
-        raise ValueError("the converted model gives numbers that are not finite for a grey image.")
+        raise ValueError("the outputs of the converted model for a gray image are not finite.")
 
 
 def _to_original(config: ConvertConfig, destination: Path) -> dict[str, Any]:
-    fields = LLM2CLIPConfig.get_config_dict(config.source)[0]
-    if fields.get("model_type") != LLM2CLIPConfig.model_type:
-        found = fields.get("model_type")
-        raise ValueError(f"{config.source} is no LLM2CLIP model of this package (its model_type is {found!r}).")
+    inspect_repo(config.source).require(RepoKind.JOINT, hint="Only such a model has the parts of the original.")
     model = LLM2CLIPModel.from_pretrained(config.source, text_model=False)
     state = to_original(model.config, model.state_dict())
     with atomic_file(destination) as file:

@@ -1,4 +1,4 @@
-"""An LLM's checkpoint becomes a text tower, shard by shard, so that no more than one shard is in memory."""
+"""Convert the checkpoint of an LLM to a text tower, shard by shard, with one shard in memory at a time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
 
 from llm2clip.convert.checkpoint import Checkpoint, open_checkpoint
 from llm2clip.convert.original import original_prompt
 from llm2clip.hub.cards import TEXT_TASK, CardFacts, license_of, write_card
 from llm2clip.utils.files import write_json
+from llm2clip.utils.progress import track
 from llm2clip.utils.repos import hub_ids
 from llm2clip.utils.towers import prompted, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
@@ -27,12 +27,12 @@ from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 
 DECODER = "decoder."
 PREFIXES = ("model.", "")
-# Not parts of an encoder.
+# Prefix of weights that are not part of an encoder.
 HEAD = "lm_head."
 
 
-def holds_decoder(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is an LLM."""
+def contains_decoder(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is that of an LLM."""
     return _prefix(checkpoint) is not None and checkpoint.config.get("model_type") in CONFIG_MAPPING
 
 
@@ -43,25 +43,25 @@ def _prefix(checkpoint: Checkpoint) -> str | None:
 def convert_text_tower(
     checkpoint: Checkpoint, folder: Path, source: str, adapters: Sequence[str] = (), prompt_name: str | None = None
 ) -> dict[str, Any]:
-    """Write an LLM as [`LLM2CLIPTextModel`] folder, with the prompt that the original's encoder gives it.
+    """Write an LLM as the folder of an [`LLM2CLIPTextModel`], with the prompt that the original code uses for it.
 
     Args:
-        checkpoint: The LLM's weights, in a folder with its config and tokenizer.
+        checkpoint: Weights of the LLM, in a folder with its config and tokenizer.
         folder: An empty folder.
-        source: What the user called the checkpoint.
-        adapters: PEFT adapters that are merged, in this order; the whole LLM is in memory then.
-        prompt_name: Name of the LLM that decides its prompt.
+        source: The name of the checkpoint that the user gave.
+        adapters: PEFT adapters to merge, in this order; this loads the whole LLM into memory.
+        prompt_name: Name of the LLM that determines its prompt.
 
     Raises:
-        ValueError: Weights are missing, of another shape than the config says, or not finite; or an adapter does not
-            fit.
+        ValueError: Weights are missing, not finite or of another shape than in the config, or an adapter does not
+            belong to the LLM.
     """
     assert checkpoint.folder is not None
     fields = dict(checkpoint.config)
     name = prompt_name or fields.get("_name_or_path") or source
     prefix, suffix = original_prompt(fields["model_type"], str(name))
     files = len(checkpoint.files)
-    print(f"recognised: an LLM of type {fields['model_type']}, {len(checkpoint)} tensors, {files} file(s)")
+    print(f"recognized: an LLM of type {fields['model_type']}, {len(checkpoint)} tensors, {files} file(s)")
     print(f"prompt of {name!r}: " + (f"{prefix!r} caption {suffix!r}" if prefix or suffix else "none"))
     tokenizer, prompt = prompted(
         AutoTokenizer.from_pretrained(checkpoint.folder), {"prompt_prefix": prefix, "prompt_suffix": suffix}
@@ -73,17 +73,17 @@ def convert_text_tower(
         _merge(checkpoint, config, tokenizer, adapters, folder)
     else:
         _stream(checkpoint, config, tokenizer, folder)
-    recognised = "an LLM" + "".join(f" + {adapter}" for adapter in adapters)
+    recognized = "an LLM" + "".join(f" + {adapter}" for adapter in adapters)
     facts = CardFacts(
         name=folder.name,
         task=TEXT_TASK,
         repo=folder.name,
-        summary=f"A caption encoder, converted from {source} ({recognised}) with llm2clip.",
+        summary=f"A caption encoder, converted from {source} ({recognized}) with llm2clip.",
         base_models=hub_ids(source, *adapters),
         **license_of(checkpoint.folder),
     )
     write_card(folder, facts)
-    return {"recognised": "an LLM", "prompt": prefix + "..." + suffix}
+    return {"recognized": "an LLM", "prompt": prefix + "..." + suffix}
 
 
 def _stream(
@@ -101,13 +101,13 @@ def _stream(
     weight_map: dict[str, str] = {}
     total = 0
     dtypes = set()
-    for number, file in enumerate(logging.tqdm(checkpoint.files, desc="Writing shards"), start=1):
+    for number, file in enumerate(track(checkpoint.files, "Writing shards", unit="file"), start=1):
         shard = _read_shard(checkpoint, file, names)
         target = f"model-{number:05d}-of-{len(checkpoint.files):05d}.safetensors"
         target = "model.safetensors" if len(checkpoint.files) == 1 else target
         for name, tensor in shard.items():
             if not tensor.isfinite().all():
-                raise ValueError(f"{name} in {file} holds NaN or infinity: the checkpoint is spoilt.")
+                raise ValueError(f"{name} in {file} contains NaN or infinity: the checkpoint is damaged.")
             weight_map[name] = target
             total += tensor.nbytes
             dtypes.add(tensor.dtype)
@@ -141,9 +141,9 @@ def _names(checkpoint: Checkpoint) -> tuple[dict[str, str], list[tuple[str, str]
     names, dropped = {}, []
     for name in checkpoint:
         if name.startswith(HEAD):
-            dropped.append((name, "the language-modelling head is no part of an encoder"))
+            dropped.append((name, "the language modeling head is not part of an encoder"))
         elif name.endswith("rotary_emb.inv_freq"):
-            dropped.append((name, "follows from the config"))
+            dropped.append((name, "computed from the config"))
         else:
             names[name] = DECODER + name.removeprefix(prefix)
     return names, dropped
@@ -152,8 +152,8 @@ def _names(checkpoint: Checkpoint) -> tuple[dict[str, str], list[tuple[str, str]
 def _compare(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
     for what, names in (
         ("are missing", [name for name in expected if name not in found]),
-        ("have no place in the model", [name for name in found if name not in expected]),
-        ("have another shape than the config says", [n for n in expected if n in found and expected[n] != found[n]]),
+        ("do not belong to the model", [name for name in found if name not in expected]),
+        ("have another shape than in the config", [n for n in expected if n in found and expected[n] != found[n]]),
     ):
         if names:
             shown = ", ".join(f"{name} {found.get(name) or expected.get(name)}" for name in names[:4])
@@ -177,9 +177,9 @@ def _merge(
         missing = wanted & set(model.load_adapter(adapter, "default", is_trainable=False).missing_keys)
         if missing:
             raise ValueError(
-                f"{adapter} has no weights for {len(missing)} of the layers that it names "
+                f"{adapter} has no weights for {len(missing)} of the layers in its config "
                 f"({', '.join(sorted(missing)[:3])}): it is the adapter of another LLM, or of one with a "
-                "language-modelling head."
+                "language modeling head."
             )
         decoder = model.merge_and_unload()
         print(f"merged: {adapter} (rank {peft_config.r}, alpha {peft_config.lora_alpha})")
@@ -187,7 +187,7 @@ def _merge(
     save_text_tower(tower, tokenizer, folder)
     loaded = LLM2CLIPTextModel.from_pretrained(folder)
     if loaded.fingerprint() != tower.fingerprint():
-        raise RuntimeError("the merged weights changed on the way; please report this.")
+        raise RuntimeError("the merged weights changed when they were saved; please report this.")
 
 
-__all__ = ["convert_text_tower", "holds_decoder"]
+__all__ = ["contains_decoder", "convert_text_tower"]

@@ -1,9 +1,10 @@
-"""A conversion that is ready to be written: config, weights, and what became of every tensor."""
+"""The plan of a conversion: config, weights, and what happens to every tensor of the checkpoint."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,23 +20,23 @@ TOWER, HEAD, ADAPTER_PART, SCALE_PART = "vision_model.", "visual_projection.", "
 
 @dataclass
 class JointPlan:
-    """A conversion that is ready to be written.
+    """The plan of a conversion.
 
     Attributes:
-        recognised: What the checkpoint is, in words.
-        config: Config of the model that is written.
-        model_class: Its class.
+        recognized: Description of the checkpoint.
+        config: Config of the model to write.
+        model_class: Class of the model to write.
         vision_config: Config of its vision tower.
-        tensors: The weights under its names.
+        tensors: Weights by their names in that model.
         renames: `(theirs, ours)`.
         dropped: `(theirs, reason)`.
-        new: Parts that the checkpoint does not hold, with the reason; they start at random values.
-        notes: What else the user should know.
-        text_model: The LLM's repo or folder.
-        text_model_revision: Its revision.
+        new: Parts that the checkpoint lacks, with the reason; they are initialized randomly.
+        notes: Further lines for the report.
+        text_model: Repo or folder of the LLM.
+        text_model_revision: Revision of the LLM.
     """
 
-    recognised: str
+    recognized: str
     config: PretrainedConfig
     model_class: Any
     vision_config: PretrainedConfig
@@ -49,17 +50,17 @@ class JointPlan:
 
     @property
     def loading(self) -> dict[str, Any]:
-        """Arguments of `from_pretrained` that load what was written and no more."""
+        """Arguments of `from_pretrained` that load the written folder without an external LLM."""
         joint = self.model_class is LLM2CLIPModel
         return {"text_model": False} if joint and self.config.text_model_name_or_path is not None else {}
 
     def skeleton(self) -> PreTrainedModel:
-        """The model without weights."""
+        """Instantiate the model without weights."""
         with torch.device("meta"):
             return self.model_class(copy.deepcopy(self.config), **self.loading)
 
     def build(self, seed: int) -> PreTrainedModel:
-        """The model with its weights; what is new is drawn with `seed`."""
+        """Instantiate the model with its weights; `seed` determines the new parts."""
         model = self.skeleton()
         model.load_state_dict(self.tensors, strict=False, assign=True)
         dtype = next(iter(self.tensors.values())).dtype
@@ -75,7 +76,7 @@ class JointPlan:
         return model
 
     def drop(self, part: str, reason: str) -> None:
-        """Leave out the tensors whose name of ours begins with `part`."""
+        """Drop the tensors whose name in this package starts with `part`."""
         for theirs, ours in self.renames:
             if ours.startswith(part):
                 self.dropped.append((theirs, reason))
@@ -83,14 +84,14 @@ class JointPlan:
         self.tensors = {name: tensor for name, tensor in self.tensors.items() if not name.startswith(part)}
 
     def reset_heads(self) -> None:
-        """Leave out the trained projection and adapter."""
+        """Replace the trained projection and adapter with new ones."""
         for part in (HEAD, ADAPTER_PART):
             if any(name.startswith(part) for name in self.tensors):
                 self.drop(part, "reset on request")
                 self.new.append((part, "reset on request"))
 
     def fit_image_size(self, image_size: int | None) -> None:
-        """Resize what depends on the image size; None keeps the config's."""
+        """Resize the tensors that depend on the image size; None keeps that of the config."""
         config = self.vision_config
         target = image_size or config.image_size
         bare = not any(name.startswith(TOWER) for name in self.tensors)
@@ -99,12 +100,12 @@ class JointPlan:
         changed = [name for name in resized if resized[name] is not state[name]]
         if changed:
             was = f"{tuple(state[changed[0]].shape)} to {tuple(resized[changed[0]].shape)}"
-            self.notes.append(f"resized for images of {target} x {target}: {', '.join(changed)}, from {was}.")
+            self.notes.append(f"resized to images of {target} x {target}: {', '.join(changed)}, from {was}.")
         config.image_size = target
         self.tensors = {name.removeprefix(TOWER) if bare else name: tensor for name, tensor in resized.items()}
 
     def to_one_dtype(self) -> None:
-        """The widest floating-point type of the weights, so that none loses digits."""
+        """Convert all weights to the widest of their floating-point types, so that none loses precision."""
         floats = [tensor.dtype for name, tensor in self.tensors.items() if name != SCALE_PART]
         dtype = floats[0]
         for other in floats:
@@ -114,10 +115,10 @@ class JointPlan:
             self.tensors[SCALE_PART] = self.tensors[SCALE_PART].float().reshape(())
 
     def check(self) -> None:
-        """Compare the weights with the model that the config describes.
+        """Compare the weights with those that the config requires.
 
         Raises:
-            ValueError: Weights are missing, have no place, have another shape or are not finite.
+            ValueError: Weights are missing, unexpected, of another shape or not finite.
         """
         if self.model_class is AutoModel:
             with torch.device("meta"):
@@ -127,13 +128,13 @@ class JointPlan:
         missing = [name for name in expected if name not in self.tensors and not (new and name.startswith(new))]
         if missing:
             raise ValueError(
-                f"recognised as {self.recognised}, but {len(missing)} tensors are missing: "
+                f"recognized as {self.recognized}, but {len(missing)} tensors are missing: "
                 f"{listed(missing, expected)}. The checkpoint is incomplete."
             )
         unknown = [name for name in self.tensors if name not in expected]
         if unknown:
             raise ValueError(
-                f"recognised as {self.recognised}, but {len(unknown)} tensors have no place in it: {listed(unknown)}."
+                f"recognized as {self.recognized}, but {len(unknown)} tensors do not belong to it: {listed(unknown)}."
             )
         wrong = [name for name, tensor in self.tensors.items() if tuple(tensor.shape) != expected[name]]
         if wrong:
@@ -141,20 +142,54 @@ class JointPlan:
                 f"{name} is {tuple(self.tensors[name].shape)}, not {expected[name]}" for name in wrong[:3]
             )
             raise ValueError(
-                f"recognised as {self.recognised}, but {len(wrong)} tensors have other shapes than its config says: "
-                f"{shapes}. The weights are of mixed models, or --model-config is another model's."
+                f"recognized as {self.recognized}, but {len(wrong)} tensors have shapes that differ from its config: "
+                f"{shapes}. The weights are from different models, or --model-config is that of another model."
             )
-        spoilt = [name for name, tensor in self.tensors.items() if not tensor.isfinite().all()]
-        if spoilt:
+        damaged = [name for name, tensor in self.tensors.items() if not tensor.isfinite().all()]
+        if damaged:
             raise ValueError(
-                f"{len(spoilt)} tensors hold NaN or infinity: {listed(spoilt)}. The checkpoint is spoilt."
+                f"{len(damaged)} tensors contain NaN or infinity: {listed(damaged)}. The checkpoint is damaged."
             )
 
 
 def listed(names: list[str], shapes: Mapping[str, tuple[int, ...]] | None = None) -> str:
-    """The first few of some tensors' names, with their shapes where these are given."""
+    """Format the first few names, with their shapes if given, for a message."""
     shown = [f"{name} {tuple(shapes[name])}" if shapes else name for name in names[:4]]
     return ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-__all__ = ["ADAPTER_PART", "HEAD", "SCALE_PART", "TOWER", "JointPlan", "listed"]
+def print_report(plan: JointPlan) -> None:
+    """Print what a checkpoint was recognized as and what happens to each tensor, with one line for all blocks."""
+    print(f"recognized: {plan.recognized}")
+    print(f"renamed ({len(plan.renames)}):")
+    for theirs, ours in _collapsed(plan.renames):
+        print(f"  {theirs}" if theirs == ours else f"  {theirs} -> {ours}")
+    for title, lines in (("dropped", plan.dropped), ("new, randomly initialized", plan.new)):
+        if lines:
+            print(f"{title} ({len(lines)}):")
+            for name, reason in _collapsed(lines):
+                print(f"  {name}: {reason}")
+    print("missing: none")
+    for note in plan.notes:
+        print(f"note: {note}")
+
+
+def _collapsed(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Merge the lines of `blocks.0.x`, `blocks.1.x`, ... into one of `blocks.{0-11}.x`."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for left, right in pairs:
+        numbers = re.findall(r"(?<=\.)\d+(?=\.)", left)
+        number = numbers[0] if numbers else None
+        key = tuple(re.sub(rf"(?<=\.){number}(?=\.)", "{}", text) if number else text for text in (left, right))
+        groups.setdefault((key[0], key[1]), []).append(int(number) if number else -1)
+    lines = []
+    for (left, right), found in groups.items():
+        if found[0] < 0:
+            lines.append((left, right))
+            continue
+        span = str(found[0]) if len(found) == 1 else f"{{{min(found)}-{max(found)}}}"
+        lines.append((left.replace("{}", span), right.replace("{}", span)))
+    return lines
+
+
+__all__ = ["ADAPTER_PART", "HEAD", "SCALE_PART", "TOWER", "JointPlan", "listed", "print_report"]

@@ -1,4 +1,4 @@
-"""The original LLM2CLIP code's models: its state dicts, model_configs JSON and prompts, and the way back to them."""
+"""Models of the original LLM2CLIP code: state dicts, model_configs JSON and prompts, in both directions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from llm2clip.convert.layouts import ADAPTER, EVA, EVA02, OPENAI, SCALE, TIMM_SIGLIP, Layout, Rule, linear
+from llm2clip.convert.layouts import ADAPTER, EVA, EVA02, OPENAI, SCALE, TIMM_SIGLIP
+from llm2clip.convert.renaming import Layout, Rule, linear
 from llm2clip.convert.vision_towers import config_of_original
 from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPTextConfig
 
@@ -16,7 +17,7 @@ DEFAULT_LLM_WIDTH = 4096
 
 
 def original_layout(vision_config: PretrainedConfig) -> Layout:
-    """The names of the original's state dict for a model with this vision tower."""
+    """The layout of the original's state dict for a model with this vision tower."""
     head = Layout(linear("visual.head", "visual_projection"))
     if vision_config.model_type == EVA02VisionConfig.model_type:
         tower = (EVA02 if vision_config.sub_layer_norm else EVA).under("visual.", "vision_model.")
@@ -35,24 +36,24 @@ def from_original(
     model_config: Mapping[str, Any],
     text_config: PretrainedConfig | dict[str, Any] | None = None,
 ) -> tuple[LLM2CLIPConfig, dict[str, Tensor]]:
-    """Map an original model to this package.
+    """Convert a model of the original code.
 
     Args:
-        state_dict: The original's tensors: `visual.*`, `text.text_adaptor.*`, `logit_scale`; a part of them is fine.
+        state_dict: All or some of the original's tensors: `visual.*`, `text.text_adaptor.*`, `logit_scale`.
         model_config: The original's model_configs JSON.
-        text_config: The LLM that the adapter belongs to; by default only its width is recorded.
+        text_config: Config of the LLM that the adapter was trained with; by default only its width is set.
 
     Returns:
         The config and the renamed state dict of an [`LLM2CLIPModel`] without its LLM. Rotary tables, which the
-        original repeats in every block, are left out: they follow from the config.
+        original repeats in every block, are dropped because they are computed from the config.
 
     Raises:
-        ValueError: A tensor is of no known layout; the message names it.
+        ValueError: A tensor is not in the layout of the original; the message names it.
     """
     config = joint_config(model_config, text_config)
     renamed = original_layout(config.vision_config).rename(state_dict)
     if renamed.unknown:
-        raise ValueError(f"the tensor {renamed.unknown[0]!r} belongs to no layout of the original code known here.")
+        raise ValueError(f"the tensor {renamed.unknown[0]!r} is not in any known layout of the original code.")
     return config, renamed.tensors
 
 
@@ -66,36 +67,36 @@ def joint_config(
         vision_config=vision,
         text_config=text_config or width_only(text.get("llm_embedding_dim", DEFAULT_LLM_WIDTH)),
         projection_dim=model_config["embed_dim"],
-        # The original's timm towers end in their attention pooling.
+        # The timm towers of the original have no projection after their attention pooling.
         visual_projection="timm_model_name" not in model_config["vision_cfg"],
         visual_projection_bias=vision.model_type == EVA02VisionConfig.model_type,
-        # Where the LLM runs inside the original's model, the original skips the normalisation.
+        # The original does not normalize the LLM embeddings if the LLM runs inside its model.
         adapter_normalize=text.get("use_embedding", True),
     )
 
 
 def width_only(width: int) -> LLM2CLIPTextConfig:
-    """A text config that stands for an LLM of which nothing but the width is known."""
+    """A text config for an LLM of which only the width is known."""
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
     return LLM2CLIPTextConfig(decoder_config={"model_type": "llama", "hidden_size": width, **heads})
 
 
 def to_original(config: LLM2CLIPConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back: a model's tensors under the original's names, its LLM left out.
+    """Rename the tensors of a model to the names of the original, without its LLM.
 
     Raises:
-        ValueError: The vision tower is of a kind that the original does not have.
+        ValueError: The original has no vision tower of this type.
     """
     state = {name: tensor for name, tensor in state_dict.items() if not name.startswith("text_model.")}
     return original_layout(config.vision_config).restore(state)
 
 
 def original_prompt(model_type: str, name_or_path: str, pooling: str = "mean") -> tuple[str, str]:
-    """The prompt that the original code's encoder wraps around a caption, which it chooses by the LLM's name.
+    """The prompt around a caption in the original code, which depends on the name of the LLM.
 
     Args:
-        model_type: The LLM's `model_type`, such as `llama`.
-        name_or_path: The LLM's name as its config recorded it.
+        model_type: `model_type` of the LLM, such as `llama`.
+        name_or_path: `_name_or_path` in the config of the LLM.
         pooling: With `eos_token` the original appends an end-of-sequence token.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The models of `hub_configs/`: their configs, and the tables that are made of them.
+"""The models in `hub_configs/`: their configs, and the tables that are generated from them.
 
 `python -m llm2clip.convert.published` rewrites the tables, in `hub_configs/README.md` and in the README.
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,7 +16,7 @@ import torch
 import yaml
 from torch import nn
 
-from llm2clip.utils.files import write_text
+from llm2clip.utils.files import read_json, write_text
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 
 FOLDER = Path(str(files("llm2clip.hub_configs"))).resolve()
@@ -26,12 +25,12 @@ MARKS = ("<!-- checkpoints: made by python -m llm2clip.convert.published -->", "
 
 @dataclass(frozen=True)
 class Published:
-    """One folder of `hub_configs/`.
+    """A folder of `hub_configs/`.
 
     Attributes:
-        name: The folder's name.
-        config: Its config.json: [`LLM2CLIPConfig`] or [`LLM2CLIPTextConfig`].
-        card: The front matter of its model card.
+        name: Name of the folder.
+        config: Its config.json: an [`LLM2CLIPConfig`] or [`LLM2CLIPTextConfig`].
+        card: Front matter of its model card.
     """
 
     name: str
@@ -40,21 +39,21 @@ class Published:
 
     @property
     def is_joint(self) -> bool:
-        """Whether it is a joint model; otherwise it is an LLM alone."""
+        """Whether this is a joint model; otherwise it is an LLM."""
         return self.config.model_type == LLM2CLIPConfig.model_type
 
     def build(self) -> LLM2CLIPModel | LLM2CLIPTextModel:
-        """The model on the meta device, with the shapes of its weights and nothing else; without an external LLM."""
+        """Instantiate the model on the meta device, without an external LLM."""
         with torch.device("meta"):
             return LLM2CLIPModel(self.config) if self.is_joint else LLM2CLIPTextModel(self.config)
 
 
 @functools.cache
 def published_models() -> dict[str, Published]:
-    """Every folder of `hub_configs/` by name."""
+    """Read every folder of `hub_configs/`, by name."""
     models = {}
     for path in sorted(FOLDER.glob("*/config.json")):
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
         joint = fields["model_type"] == LLM2CLIPConfig.model_type
         config = (LLM2CLIPConfig if joint else LLM2CLIPTextConfig).from_dict(fields)
         card = (path.parent / "README.md").read_text(encoding="utf-8").split("---\n")[1]
@@ -63,18 +62,18 @@ def published_models() -> dict[str, Published]:
 
 
 def joint_configs() -> dict[str, LLM2CLIPConfig]:
-    """The configs of the joint models by name."""
+    """Configs of the joint models, by name."""
     return {name: model.config for name, model in published_models().items() if model.is_joint}
 
 
 def parameters(module: nn.Module) -> int:
-    """Number of parameters."""
+    """Count the parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def joint_table() -> str:
-    """A table of the joint models: parameters by part, sizes, LLM, licence."""
-    rows = ["| model | image | tower | projection | adapter | total | shared width | LLM | LLM width | licence |"]
+    """A table of the joint models: parameters by part, sizes, LLM, license."""
+    rows = ["| model | image | tower | projection | adapter | total | shared width | LLM | LLM width | license |"]
     rows.append("|" + " --- |" * 10)
     for name, published in published_models().items():
         if not published.is_joint:
@@ -97,8 +96,8 @@ def joint_table() -> str:
 
 
 def text_table() -> str:
-    """A table of the LLMs."""
-    rows = ["| model | parameters | width | layers | prompt | licence |", "|" + " --- |" * 6]
+    """A table of the text towers."""
+    rows = ["| model | parameters | width | layers | prompt | license |", "|" + " --- |" * 6]
     for name, published in published_models().items():
         if published.is_joint:
             continue
@@ -117,7 +116,7 @@ def text_table() -> str:
 
 
 def command_table() -> str:
-    """A table of the published checkpoints: how to convert each, what that needs and gives."""
+    """A table of the published checkpoints: conversion command, requirements and result."""
     rows = ["| command | needs | gives |", "| --- | --- | --- |"]
     for name, published in published_models().items():
         source = published.card.get("original_checkpoint")
@@ -130,13 +129,13 @@ def command_table() -> str:
 
 
 def with_table(text: str, table: str) -> str:
-    """Put a table between the marks of a document."""
+    """Replace the table between the marks of a document."""
     start, end = MARKS
     return re.sub(f"{re.escape(start)}.*{re.escape(end)}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
 
 
 def documents() -> dict[Path, str]:
-    """The documents that hold tables, as they should be."""
+    """The documents with tables, and their up-to-date content."""
     overview = FOLDER / "README.md"
     readme = FOLDER.parent / "README.md"
     tables = {overview: f"{joint_table()}\n\n{text_table()}", readme: command_table()}

@@ -1,7 +1,7 @@
-"""Another image size for a pretrained tower: its positions, and where the patch size changes its kernel, are resized.
+"""Resize the position embeddings, and the patch kernel, of a pretrained tower to another image or patch size.
 
-As the original does it, which differs between the families: bicubic with corners apart for EVA (also for the patch
-kernel), bicubic with aligned corners for OpenAI's ViT. No antialiasing in either.
+The interpolation is that of the original and differs between the families: bicubic without aligned corners for EVA
+(also for the patch kernel), bicubic with aligned corners for OpenAI's ViT; both without antialiasing.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def resize_kernel(kernel: Tensor, patch_size: int) -> Tensor:
 
 
 def resize_tower(state: dict[str, Tensor], image_size: int, patch_size: int) -> dict[str, Tensor]:
-    """Fit a vision tower's state dict, under this package's names, to another image size.
+    """Resize a vision tower's state dict, with the names of this package, to another image size.
 
     Args:
-        state: `vision_model.*` and anything else, which is left alone.
-        image_size: New side of an image in pixels.
-        patch_size: New side of a patch in pixels.
+        state: `vision_model.*`; other tensors are not changed.
+        image_size: New height and width of an image in pixels.
+        patch_size: New height and width of a patch in pixels.
 
     Raises:
         ValueError: The patch size does not divide the image size.

@@ -1,7 +1,7 @@
-"""Which vision tower a checkpoint holds, told by the names and shapes of its tensors, and the tower's config.
+"""Recognize the vision tower of a checkpoint by the names and shapes of its tensors, and derive its config.
 
-Shapes do not tell the width of a head or the pretraining grid of rotary positions. They come from the original's
-model_configs JSON where it is given, and else from the published configs in `hub_configs/`.
+The width of a head and the pretraining grid of rotary positions cannot be derived from shapes. They are taken from the
+original's model_configs JSON if it is given, and otherwise from the published configs in `hub_configs/`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
 
 from llm2clip.convert import layouts
-from llm2clip.convert.layouts import Layout
 from llm2clip.convert.published import joint_configs
+from llm2clip.convert.renaming import Layout
 from modeling_llm2clip import EVA02VisionConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 LAYER_NORM_EPS_OPENAI = 1e-5
 LAYER_NORM_EPS_TIMM = 1e-6
-# What the original's SigLIP 2 config names; its sizes live in timm.
+# The SigLIP 2 tower in the configs of the original, which take its sizes from timm.
 TIMM_TOWERS: dict[str, dict[str, Any]] = {
     "vit_so400m_patch14_siglip_224": {
         "hidden_size": 1152,
@@ -39,14 +39,14 @@ class TowerKind:
     """A family of vision towers in one checkpoint layout.
 
     Attributes:
-        name: What is printed.
-        marks: Names that all of its checkpoints have, below the tower's own prefix.
-        layout: Its names; None where they are those of the transformers class.
-        patch: Name of the patch embedding's kernel.
+        name: Name in messages.
+        marks: Names, without the prefix of the tower, that identify its checkpoints.
+        layout: Mapping of the names; None if they are those of the transformers class.
+        patch: Name of the kernel of the patch embedding.
         positions: Name of the position embedding.
-        mlp: Name of the first block's first MLP matrix.
-        class_tokens: Positions before the patches.
-        config: Makes the config of sizes that shapes tell and of those that they do not.
+        mlp: Name of the first MLP matrix of the first block.
+        class_tokens: Number of positions before the patches.
+        config: Function that creates the config from sizes.
     """
 
     name: str
@@ -59,7 +59,7 @@ class TowerKind:
     config: Callable[..., PretrainedConfig]
 
     def sizes(self, shapes: Shapes) -> dict[str, int]:
-        """What the shapes of a tower tell about its config."""
+        """Derive the sizes in the config from the shapes of the tensors."""
         kernel = shapes[self.patch]
         patches = shapes[self.positions][-2] - self.class_tokens
         block, _, rest = self.mlp.partition("0")
@@ -174,7 +174,7 @@ TOWER_PREFIXES = ("visual.trunk.", "visual.", "trunk.", "vision_model.", "")
 
 
 def find_tower(shapes: Shapes) -> tuple[TowerKind, str] | None:
-    """The kind of vision tower among a checkpoint's tensors, and the prefix of its names; None where there is none."""
+    """Find the kind of vision tower in a checkpoint and the prefix of its names; None if there is no tower."""
     for prefix in TOWER_PREFIXES:
         for kind in TOWER_KINDS:
             if all(prefix + mark in shapes for mark in kind.marks):
@@ -183,16 +183,16 @@ def find_tower(shapes: Shapes) -> tuple[TowerKind, str] | None:
 
 
 def config_of_shapes(kind: TowerKind, shapes: Shapes, given: Mapping[str, Any] | None = None) -> PretrainedConfig:
-    """The config of a tower.
+    """Derive the config of a tower from the shapes of its tensors.
 
     Args:
-        kind: Its kind.
-        shapes: Its tensors' shapes, without the prefix.
-        given: Fields that are known from elsewhere, such as a `vision_config` of transformers. Where it is None, what
-            the shapes do not tell is taken from the published config of the same sizes.
+        kind: Kind of the tower.
+        shapes: Shapes by name, without the prefix.
+        given: Known fields, such as a `vision_config` of transformers. If it is None, fields that cannot be derived
+            from shapes are taken from the published config of the same sizes.
 
     Raises:
-        ValueError: The sizes are those of no published config.
+        ValueError: No published config has these sizes.
     """
     sizes: dict[str, Any] = kind.sizes(shapes)
     if given is not None:
@@ -204,20 +204,20 @@ def config_of_shapes(kind: TowerKind, shapes: Shapes, given: Mapping[str, Any] |
             return kind.config(**{**published.to_dict(), **sizes})
     listed = ", ".join(f"{name}={value}" for name, value in sizes.items())
     raise ValueError(
-        f"a tower of kind {kind.name} with {listed} is none of the published ones, and shapes do not tell the width "
-        "of its heads; give its model_configs JSON with --model-config."
+        f"no published tower of kind {kind.name} has {listed}, and the width of the heads cannot be derived from "
+        "shapes; give its model_configs JSON with --model-config."
     )
 
 
 def config_of_original(vision: Mapping[str, Any], quick_gelu: bool = False) -> PretrainedConfig:
-    """The config of a vision part of the original's model_configs JSON.
+    """Convert the `vision_cfg` of an original model_configs JSON.
 
     Args:
-        vision: Its `vision_cfg`.
-        quick_gelu: For OpenAI's layout, the original's `quick_gelu`.
+        vision: The `vision_cfg`.
+        quick_gelu: The `quick_gelu` of the JSON; it applies to OpenAI towers.
 
     Raises:
-        ValueError: It names a timm model that is not known here.
+        ValueError: The timm model is unknown.
     """
     if name := vision.get("timm_model_name"):
         if name not in TIMM_TOWERS:
@@ -236,7 +236,7 @@ def config_of_original(vision: Mapping[str, Any], quick_gelu: bool = False) -> P
     grid = vision["image_size"] // vision["patch_size"]
     rope_grid = None
     if vision.get("rope"):
-        # Without interpolation the original's rotary positions are the grid's own.
+        # Without interpolation the original uses the positions of the grid itself.
         rope_grid = vision.get("pt_hw_seq_len", 16) if vision.get("intp_freq") else grid
     return EVA02VisionConfig(
         rope_grid_size=rope_grid,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, EvalTransform, SampleError, SkippedSample
-from llm2clip.data.captioned_images import OnError
+from llm2clip.data.records import OnError
 from llm2clip.data.transforms import Decoder
 from llm2clip.utils.progress import progress_bar
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from llm2clip.data import EvalTransform, ImageBackend
-from llm2clip.data.captioned_images import OnError
+from llm2clip.data.records import OnError
 from llm2clip.embedding.image_batches import (
     ForwardedBatch,
     ImageList,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from transformers import AutoProcessor
 
 from llm2clip.data import CaptionSource, PairSource
-from llm2clip.data.captioned_images import OnError
+from llm2clip.data.records import OnError
 from llm2clip.embedding import CaptionEmbedder, EmbeddingCache
 from llm2clip.evaluation.caption_pairs import CaptionRetrieval
 from llm2clip.evaluation.image_text import ImageTextRetrieval

@@ -1,0 +1,146 @@
+"""The models that a checkpoint with a vision tower can become; each function completes a plan for one of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from llm2clip.convert.joint_plan import ADAPTER_PART, HEAD, SCALE_PART, TOWER, JointPlan
+from llm2clip.convert.published import joint_configs, published_models
+from llm2clip.utils.towers import describe_text_tower
+from modeling_llm2clip import (
+    EVA02VisionConfig,
+    LLM2CLIPConfig,
+    LLM2CLIPModel,
+    LLM2CLIPTextConfig,
+    LLM2CLIPVisionModelWithProjection,
+)
+
+
+def as_llm2clip(
+    plan: JointPlan, known: LLM2CLIPConfig | None, text_model: str | None, text_model_revision: str | None
+) -> None:
+    """Complete the plan of a checkpoint with a text adapter.
+
+    Args:
+        plan: The plan.
+        known: Joint config from the original's model_configs JSON, if it is given.
+        text_model: Repo or folder of the LLM; by default that of the published model of the same sizes.
+        text_model_revision: Revision of the LLM.
+
+    Raises:
+        ValueError: The LLM is unknown, or the adapter was trained with an LLM of another width.
+    """
+    width = plan.tensors["text_adapter.norm.weight"].shape[0]
+    published = known or _published_like(plan.vision_config, width)
+    if text_model is None and known is None and published is not None:
+        text_model, text_model_revision = published.text_model_name_or_path, published.text_model_revision
+    if text_model is None:
+        raise ValueError(
+            f"the text adapter expects embeddings of width {width}; give their LLM with --text-model REPO."
+        )
+    text_config = _text_config(text_model, text_model_revision)
+    if text_config.hidden_size != width:
+        raise ValueError(
+            f"the text adapter expects embeddings of width {width}, but {text_model} has width "
+            f"{text_config.hidden_size}: it is the adapter of another LLM. Give that one with --text-model."
+        )
+    head = plan.tensors.get("visual_projection.weight")
+    siglip = plan.vision_config.model_type == "siglip_vision_model"
+    _pair(
+        plan,
+        text_config,
+        text_model,
+        text_model_revision,
+        projection_dim=plan.tensors["text_adapter.proj.weight"].shape[0],
+        visual_projection=head is not None,
+        visual_projection_bias="visual_projection.bias" in plan.tensors,
+        adapter_normalize=published.adapter_normalize if published is not None else not siglip,
+    )
+
+
+def _pair(
+    plan: JointPlan, text_config: LLM2CLIPTextConfig, text_model: str, text_model_revision: str | None, **fields: Any
+) -> None:
+    """Make the result an [`LLM2CLIPModel`] with this LLM."""
+    plan.config = LLM2CLIPConfig(
+        vision_config=plan.vision_config,
+        text_config=text_config,
+        text_model_name_or_path=text_model,
+        text_model_revision=text_model_revision,
+        text_model_fingerprint=text_config.fingerprint,
+        **fields,
+    )
+    plan.model_class = LLM2CLIPModel
+    plan.text_model, plan.text_model_revision = text_model, text_model_revision
+    if SCALE_PART not in plan.tensors:
+        plan.new.append((SCALE_PART, "not in the checkpoint; initialized to ln(1 / 0.07)"))
+
+
+def as_vision_half(plan: JointPlan) -> None:
+    """Complete the plan of a vision tower with a projection but without a text adapter."""
+    head = plan.tensors["visual_projection.weight"]
+    plan.config = LLM2CLIPConfig(
+        vision_config=plan.vision_config,
+        projection_dim=head.shape[0],
+        visual_projection_bias="visual_projection.bias" in plan.tensors,
+    )
+    plan.model_class = LLM2CLIPVisionModelWithProjection
+    plan.drop(SCALE_PART, "not needed for image embeddings")
+    plan.notes.append("it has no text adapter and embeds only images; the .pt file of the same repo has one.")
+
+
+def as_start(plan: JointPlan, text_model: str, text_model_revision: str | None, projection_dim: int) -> None:
+    """Complete the plan of a plain CLIP that becomes the initial model of stage 2, with a new head and adapter."""
+    text_config = _text_config(text_model, text_model_revision)
+    reason = f"the head of another embedding space; the new one has width {projection_dim}"
+    bias = plan.vision_config.model_type == EVA02VisionConfig.model_type
+    plan.drop(HEAD, reason)
+    _pair(
+        plan,
+        text_config,
+        text_model,
+        text_model_revision,
+        projection_dim=projection_dim,
+        visual_projection_bias=bias,
+    )
+    plan.new += [(HEAD, "trained in stage 2"), (ADAPTER_PART, "trained in stage 2")]
+
+
+def as_tower(plan: JointPlan) -> None:
+    """Complete the plan of a checkpoint of which only the vision tower is kept."""
+    scale = plan.tensors.get(SCALE_PART)
+    if scale is not None:
+        plan.notes.append(
+            f"its logit scale is {scale:.4f}; --logit-scale-init-value {scale:.4f} starts stage 2 with it."
+        )
+    plan.drop(HEAD, "the head of the embedding space of CLIP; stage 2 trains a new one")
+    plan.drop(SCALE_PART, "not part of a vision tower")
+    plan.notes.append("with --text-model the result is an LLM2CLIP model to start stage 2 from.")
+    plan.tensors = {name.removeprefix(TOWER): tensor for name, tensor in plan.tensors.items()}
+    plan.renames = [(theirs, ours.replace(TOWER, "")) for theirs, ours in plan.renames]
+
+
+def _published_like(vision: PretrainedConfig, llm_width: int) -> LLM2CLIPConfig | None:
+    """The published config with the same sizes of vision tower and LLM."""
+    for config in joint_configs().values():
+        other = config.vision_config
+        same = ("model_type", "hidden_size", "num_hidden_layers", "patch_size")
+        if config.text_config.hidden_size == llm_width and all(
+            getattr(other, name) == getattr(vision, name) for name in same
+        ):
+            return config
+    return None
+
+
+def _text_config(name: str, revision: str | None) -> LLM2CLIPTextConfig:
+    for published in published_models().values():
+        if not published.is_joint and name in (published.name, published.card.get("original_checkpoint")):
+            return copy.deepcopy(published.config)
+    config, _ = describe_text_tower(name, revision)
+    return copy.deepcopy(config)
+
+
+__all__ = ["as_llm2clip", "as_start", "as_tower", "as_vision_half"]
