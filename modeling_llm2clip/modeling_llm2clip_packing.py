@@ -1,4 +1,7 @@
-"""Several short captions in one row, so that a batch costs about as much as its tokens and not as its padding."""
+"""Attention masks of the decoder, and packing: several short captions share a row of a batch.
+
+A packed batch costs about as much as its tokens, not as its padding.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
+from transformers import __version__ as transformers_version
+
+# Attention implementations for sequences without padding, which need the lengths of the captions.
+VARIABLE_LENGTHS = ("flash_attention_2", "flash_attention_3")
+# Whether decoders respect `is_causal` of their config.
+IS_CAUSAL_COUNTS = tuple(int(part) for part in transformers_version.split(".")[:2]) >= (5, 2)
 
 
 def assign_rows(lengths: Sequence[int], capacity: int) -> tuple[list[int], list[int], int]:
@@ -102,6 +112,57 @@ class PackedBatch:
         ends = torch.tensor(self.ends, dtype=torch.int32, device=self.caption_ids.device)
         lengths = {"max_length_q": self.longest, "max_length_k": self.longest}
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, **lengths}
+
+
+def avoid_sdpa_without_softcap(config: PretrainedConfig) -> None:
+    """Select eager attention for Gemma 2: sdpa cannot cap the logits, which older transformers versions ignore."""
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation in (None, "sdpa"):
+        config._attn_implementation = "eager"
+
+
+def takes_additive_mask(decoder: Any) -> bool:
+    """Return whether a decoder's attention adds a 4-D mask to its logits.
+
+    Every decoder does so in every transformers version. The flag `is_causal` is less reliable: 4.57 ignores it, and a
+    sliding window would hide part of a long caption.
+    """
+    return decoder.config._attn_implementation in ("eager", "sdpa")
+
+
+def additive_mask(decoder: Any, visible: Tensor) -> Tensor:
+    """Return 0 where a token is visible, and the smallest number of the decoder's dtype elsewhere."""
+    dtype: Any = decoder.get_input_embeddings().weight.dtype
+    if not dtype.is_floating_point:
+        dtype = torch.get_default_dtype()
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def padded_mask(decoder: Any, attention_mask: Tensor, bidirectional: bool) -> Tensor:
+    """Return the decoder's mask for a padded batch.
+
+    Raises:
+        ValueError: The attention implementation is causal in this transformers version.
+    """
+    if not bidirectional:
+        return attention_mask
+    if takes_additive_mask(decoder):
+        row = additive_mask(decoder, attention_mask[:, None, None, :] != 0)
+        return row.expand(-1, 1, attention_mask.shape[1], -1)
+    if not IS_CAUSAL_COUNTS:
+        raise ValueError(
+            f"attn_implementation {decoder.config._attn_implementation!r} is causal on transformers "
+            f"{transformers_version}; use 'sdpa' or 'eager', or transformers >= 5.2."
+        )
+    return attention_mask
+
+
+def packed_mask(decoder: Any, packed: PackedBatch) -> dict[str, Any]:
+    """Return the decoder's arguments that separate the captions of a row."""
+    if takes_additive_mask(decoder):
+        return {"attention_mask": additive_mask(decoder, packed.visible())}
+    if decoder.config._attn_implementation == "flex_attention":
+        return {"attention_mask": packed.block_mask()}
+    return {"attention_mask": None, **packed.sequence_arguments()}
 
 
 __all__ = ["PackedBatch", "assign_rows"]

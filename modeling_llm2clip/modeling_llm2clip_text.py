@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers import __version__ as transformers_version
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import find_adapter_config_file
@@ -22,12 +21,22 @@ from transformers.utils import find_adapter_config_file
 from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
 from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 from .image_decoding_llm2clip import decode_image  # noqa: F401
-from .modeling_llm2clip_packing import PackedBatch
+from .modeling_llm2clip_packing import (
+    IS_CAUSAL_COUNTS,
+    VARIABLE_LENGTHS,
+    PackedBatch,
+    avoid_sdpa_without_softcap,
+    packed_mask,
+    padded_mask,
+    takes_additive_mask,
+)
 from .modeling_llm2clip_utils import (
     adopt_submodel,
+    digest_weights,
     encode_tokens,
     execution_device,
     hub_arguments,
+    is_readable,
     pool,
     refuse_missing,
     tokenize_captions,
@@ -35,22 +44,12 @@ from .modeling_llm2clip_utils import (
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
 FINGERPRINT_SAMPLES = 64
-# Attention that takes captions end to end, and is told where each ends.
-VARIABLE_LENGTHS = ("flash_attention_2", "flash_attention_3")
-# Whether decoders heed the flag `is_causal` of their config.
-IS_CAUSAL_COUNTS = tuple(int(part) for part in transformers_version.split(".")[:2]) >= (5, 2)
 COMPOSITE_TYPE = LLM2CLIPConfig.model_type
 
 
-def _is_readable(weight: Tensor) -> bool:
-    """Whether a weight is here and plain: neither offloaded nor quantised."""
-    return not weight.is_meta and weight.is_floating_point() and type(weight.data) is Tensor
-
-
-def _avoid_sdpa_without_softcap(config: PretrainedConfig) -> None:
-    """Gemma 2 caps its attention logits, which sdpa cannot: transformers raises, or before 5.24 leaves the cap out."""
-    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation in (None, "sdpa"):
-        config._attn_implementation = "eager"
+def _decoder_name(name: str) -> str:
+    """Name a weight as it is called in the plain LLM, without the prefixes of this tower and of PEFT."""
+    return name.removeprefix("decoder.").removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 class LLM2CLIPTextModel(PreTrainedModel):
@@ -81,14 +80,14 @@ class LLM2CLIPTextModel(PreTrainedModel):
         super().__init__(config)
         self.decoder: Any = None
         if decoder is None:
-            _avoid_sdpa_without_softcap(config.decoder_config)
+            avoid_sdpa_without_softcap(config.decoder_config)
             self.decoder = AutoModel.from_config(config.decoder_config)
         # A decoder that is given has its weights already; post_init must not initialise it again.
         self.post_init()
         if decoder is not None:
             adopt_submodel(self, "decoder", decoder)
             decoder.config.is_causal = not config.bidirectional
-            _avoid_sdpa_without_softcap(decoder.config)
+            avoid_sdpa_without_softcap(decoder.config)
         config.decoder_config = self.decoder.config
 
     @classmethod
@@ -226,7 +225,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
     @property
     def has_readable_weights(self) -> bool:
         """Whether all weights are here and plain: neither offloaded nor quantised. Reads none of them."""
-        return all(map(_is_readable, self.state_dict().values()))
+        return all(map(is_readable, self.state_dict().values()))
 
     def merge_adapter(self) -> None:
         """Merge the decoder's PEFT adapter into its weights, in place."""
@@ -261,16 +260,10 @@ class LLM2CLIPTextModel(PreTrainedModel):
         ]
         digest = hashlib.sha256(json.dumps(behaviour).encode())
         state = self.state_dict() if state_dict is None else state_dict
-        for name in sorted(state):
-            weight = state[name]
-            if not _is_readable(weight):
-                return None
-            values = weight.detach().reshape(-1)
-            step = max(1, values.numel() // FINGERPRINT_SAMPLES)
-            sample = values[::step][:FINGERPRINT_SAMPLES].to(torch.bfloat16).view(torch.int16)
-            name = name.removeprefix("decoder.").removeprefix("base_model.model.").replace(".base_layer.", ".")
-            digest.update(f"{name}{tuple(weight.shape)}".encode())
-            digest.update(sample.cpu().numpy().tobytes())
+        if not all(map(is_readable, state.values())):
+            return None
+        named = sorted(state.items())
+        digest_weights(((_decoder_name(name), weight) for name, weight in named), digest, FINGERPRINT_SAMPLES)
         return digest.hexdigest()[:32]
 
     def identity(self) -> str | None:
@@ -311,13 +304,13 @@ class LLM2CLIPTextModel(PreTrainedModel):
         if packed is None:
             # Positions are counted from the caption's own first token: nothing depends on the padding.
             inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": positions}
-            inputs["attention_mask"] = self._decoder_mask(attention_mask)
+            inputs["attention_mask"] = padded_mask(self.decoder, attention_mask, self.config.bidirectional)
         else:
             inputs = {
                 "input_ids": None if input_ids is None else packed.pack(input_ids),
                 "inputs_embeds": None if inputs_embeds is None else packed.pack(inputs_embeds),
                 "position_ids": packed.position_ids,
-                **self._kept_apart(packed),
+                **packed_mask(self.decoder, packed),
             }
         output = self.decoder(**inputs, use_cache=False, **kwargs)
         states = output.last_hidden_state
@@ -340,7 +333,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         if asked or not self.config.bidirectional or torch.compiler.is_compiling():
             return None
         attention = self.decoder.config._attn_implementation
-        if self._takes_additive_mask or (attention == "flex_attention" and IS_CAUSAL_COUNTS):
+        if takes_additive_mask(self.decoder) or (attention == "flex_attention" and IS_CAUSAL_COUNTS):
             packed = PackedBatch(attention_mask, order)
             # The mask that keeps captions apart costs too.
             return packed if packed.position_ids.numel() <= 0.9 * attention_mask.numel() else None
@@ -348,39 +341,6 @@ class LLM2CLIPTextModel(PreTrainedModel):
             packed = PackedBatch(attention_mask, order, single_row=True)
             return packed if packed.position_ids.numel() < attention_mask.numel() else None
         return None
-
-    def _kept_apart(self, packed: PackedBatch) -> dict[str, Any]:
-        """The decoder's arguments that keep the captions of a row apart."""
-        if self._takes_additive_mask:
-            return {"attention_mask": self._additive(packed.visible())}
-        if self.decoder.config._attn_implementation == "flex_attention":
-            return {"attention_mask": packed.block_mask()}
-        return {"attention_mask": None, **packed.sequence_arguments()}
-
-    @property
-    def _takes_additive_mask(self) -> bool:
-        # An additive 4-D mask is taken as it is by every decoder on every transformers version. The flag
-        # is_causal is not: 4.57 ignores it, and a sliding window would hide part of a long caption.
-        return self.decoder.config._attn_implementation in ("eager", "sdpa")
-
-    def _additive(self, visible: Tensor) -> Tensor:
-        dtype: Any = self.get_input_embeddings().weight.dtype
-        if not dtype.is_floating_point:
-            dtype = torch.get_default_dtype()
-        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-
-    def _decoder_mask(self, attention_mask: Tensor) -> Tensor:
-        if not self.config.bidirectional:
-            return attention_mask
-        if self._takes_additive_mask:
-            row = self._additive(attention_mask[:, None, None, :] != 0)
-            return row.expand(-1, 1, attention_mask.shape[1], -1)
-        if not IS_CAUSAL_COUNTS:
-            raise ValueError(
-                f"attn_implementation {self.decoder.config._attn_implementation!r} is causal on transformers "
-                f"{transformers_version}; use 'sdpa' or 'eager', or transformers >= 5.2."
-            )
-        return attention_mask
 
     def encode(
         self,

@@ -74,6 +74,29 @@ def adopt_submodel(parent: PreTrainedModel, name: str, child: PreTrainedModel) -
         parent.all_tied_weights_keys.update({f"{name}.{key}": f"{name}.{value}" for key, value in tied.items()})
 
 
+def is_readable(weight: Tensor) -> bool:
+    """Return whether a weight is in memory as a plain tensor: neither offloaded nor quantised."""
+    return not weight.is_meta and weight.is_floating_point() and type(weight.data) is Tensor
+
+
+def digest_weights(named_weights: Iterable[tuple[str, Tensor]], digest: Any, samples: int) -> None:
+    """Update a hash with names, shapes and evenly spaced values of weights.
+
+    The values are rounded to bfloat16, so that weights in float32 and their copies in bfloat16 have equal hashes.
+
+    Args:
+        named_weights: Names and weights, in a fixed order.
+        digest: A hash object of `hashlib`.
+        samples: Largest number of values of each weight.
+    """
+    for name, weight in named_weights:
+        values = weight.detach().reshape(-1)
+        step = max(1, values.numel() // samples)
+        sample = values[::step][:samples].to(torch.bfloat16).view(torch.int16)
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(sample.cpu().numpy().tobytes())
+
+
 def pool(hidden_states: Tensor, attention_mask: Tensor, pooling_mask: Tensor, mode: str) -> Tensor:
     """Pool token states into one vector per caption.
 

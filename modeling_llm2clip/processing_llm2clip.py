@@ -55,11 +55,7 @@ def with_prompt(
     pad_token = tokenizer.pad_token or tokenizer.eos_token
     if pad_token is None:
         raise ValueError(f"{type(tokenizer).__name__} has neither a padding token nor EOS; set tokenizer.pad_token.")
-    content = tokenizer("a", add_special_tokens=False)["input_ids"]
-    native = tokenizer("a")["input_ids"]
-    start = next(i for i in range(len(native)) if native[i : i + len(content)] == content)
-    before = native[:start] + tokenizer(prefix, add_special_tokens=False)["input_ids"]
-    after = tokenizer(suffix, add_special_tokens=False)["input_ids"] + native[start + len(content) :]
+    before, after = _tokens_around(tokenizer, prefix, suffix)
     if len(before) + len(after) >= max_length:
         raise ValueError(
             f"the prompt has {len(before) + len(after)} tokens and leaves none of {max_length} to captions."
@@ -77,6 +73,25 @@ def with_prompt(
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,
     )
+    backend = prompted.backend_tokenizer
+    if not any(token.content.isspace() for token in tokenizer.added_tokens_decoder.values()):
+        # First, because SentencePiece-style normalizers put "\u2581" (a visible blank) before the text.
+        steps = [normalizers.Replace(Regex(OUTER_WHITE_SPACE), ""), backend.normalizer]
+        backend.normalizer = normalizers.Sequence([step for step in steps if step is not None])
+    backend.post_processor = _template(tokenizer, before, after)
+    return prompted, len(before)
+
+
+def _tokens_around(tokenizer: PreTrainedTokenizerBase, prefix: str, suffix: str) -> tuple[list[int], list[int]]:
+    """Return the tokens before and after a caption: the prompt and what the tokenizer itself adds, such as BOS."""
+    content = tokenizer("a", add_special_tokens=False)["input_ids"]
+    native = tokenizer("a")["input_ids"]
+    start = next(i for i in range(len(native)) if native[i : i + len(content)] == content)
+    before = native[:start] + tokenizer(prefix, add_special_tokens=False)["input_ids"]
+    return before, tokenizer(suffix, add_special_tokens=False)["input_ids"] + native[start + len(content) :]
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, before: list[int], after: list[int]) -> processors.PostProcessor:
     pieces, template = [], []
     for piece, ids in ((PROMPT_PREFIX_PIECE, before), (None, []), (PROMPT_SUFFIX_PIECE, after)):
         if piece is None:
@@ -84,13 +99,7 @@ def with_prompt(
         elif ids:
             template.append(piece)
             pieces.append({"id": piece, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)})
-    backend = prompted.backend_tokenizer
-    if not any(token.content.isspace() for token in tokenizer.added_tokens_decoder.values()):
-        # First, because SentencePiece-style normalizers put "\u2581" (a visible blank) before the text.
-        steps = [normalizers.Replace(Regex(OUTER_WHITE_SPACE), ""), backend.normalizer]
-        backend.normalizer = normalizers.Sequence([step for step in steps if step is not None])
-    backend.post_processor = processors.TemplateProcessing(single=" ".join(template), special_tokens=pieces)
-    return prompted, len(before)
+    return processors.TemplateProcessing(single=" ".join(template), special_tokens=pieces)
 
 
 def clean_captions(texts: Sequence[Any]) -> list[str]:

@@ -108,7 +108,7 @@ def test_both_stages_push_as_they_train(hub: LoopbackHub, inputs: Inputs, tmp_pa
     assert data["my_key"] == 1
     assert "LICENSE" in clip.files()
     # The run's own files stay at home.
-    assert not [name for name in clip.files() if name.startswith("checkpoint-") or name.endswith(".bin")]
+    assert not [name for name in clip.files() if name.startswith(("checkpoint-", "log.")) or name.endswith(".bin")]
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
+
+from modeling_llm2clip.modeling_llm2clip_utils import digest_weights
 
 logger = logging.getLogger(__name__)
 
 EDGE = 65_536
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# Values of every weight that the fingerprint reads.
+# Values of each weight in the fingerprint.
 FINGERPRINT_SAMPLES = 1024
 
 
@@ -80,13 +81,7 @@ def vision_fingerprint(model: Any) -> str:
     state.update(model.visual_projection.state_dict(prefix="visual_projection."))
     # transformers 5 nests some towers once more than earlier versions.
     names = {name.replace("vision_model.vision_model.", "vision_model."): name for name in state}
-    for short in sorted(names):
-        weight = state[names[short]]
-        values = weight.detach().reshape(-1)
-        step = max(1, values.numel() // FINGERPRINT_SAMPLES)
-        sample = values[::step][:FINGERPRINT_SAMPLES].to(torch.bfloat16).view(torch.int16)
-        digest.update(f"{short}{tuple(weight.shape)}".encode())
-        digest.update(sample.cpu().numpy().tobytes())
+    digest_weights(((short, state[names[short]]) for short in sorted(names)), digest, FINGERPRINT_SAMPLES)
     return digest.hexdigest()[:32]
 
 
