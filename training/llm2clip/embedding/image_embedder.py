@@ -96,8 +96,10 @@ class ImageEmbedder:
             OSError: There is no such model.
             ValueError: It is not an LLM2CLIP model, or is a vision half when the LLM is needed.
         """
-        kinds = (RepoKind.JOINT,) if with_llm else (RepoKind.JOINT, RepoKind.VISION_HALF)
-        inspect_repo(name, revision).require(*kinds)
+        repo = inspect_repo(name, revision)
+        if with_llm:
+            repo.require(RepoKind.JOINT, hint="A text query needs the whole model with its LLM.")
+        repo.require(RepoKind.JOINT, RepoKind.VISION_HALF)
         model_class: Any = LLM2CLIPModel if with_llm else LLM2CLIPVisionModelWithProjection
         model = model_class.from_pretrained(name, revision=revision).to(device or process_state().device).eval()
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision)

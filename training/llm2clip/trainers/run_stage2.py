@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 
@@ -91,7 +90,7 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     if config.patch_dropout is not None:
         _set_patch_dropout(model, config.patch_dropout)
     image_processor = AutoImageProcessor.from_pretrained(config.image_processor_name_or_path or image_processor_name)
-    freeze_unused(model.vision_model, image_processor(images=Image.new("RGB", (64, 64)), return_tensors="pt"))
+    freeze_unused(model.vision_model)
     return model, LLM2CLIPProcessor(image_processor, tokenizer)
 
 
