@@ -210,7 +210,7 @@ def test_missing_or_invalid_inputs_are_named_in_the_error(
     half = tmp_path / "half"
     LLM2CLIPVisionModelWithProjection.from_pretrained(model[0]).save_pretrained(half)
     tiny.processor().image_processor.save_pretrained(half)
-    assert "is a vision half, which reads no texts" in error(capsys, indexed, TEXT, "--model", half)
+    assert "A text query needs the whole model" in error(capsys, indexed, TEXT, "--model", half)
     assert as_json(capsys, indexed, "--image", pictures / "00.png", "--model", half)
     manifest = json.loads((indexed / "manifest.json").read_text())
     (indexed / "manifest.json").write_text(json.dumps({**manifest, "model": "/moved/away"}))
