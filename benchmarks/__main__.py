@@ -13,24 +13,22 @@ from benchmarks.shortfalls import SHORTFALLS
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the rows that are asked for, keep their results and write the table.
+    """Run the selected rows, store their results and write the table.
 
     Returns:
-        0; 1 where contestants disagree or one failed; 3 where a ratio got worse than the last committed one.
+        0; 1 if values differ or a contestant failed; 3 if a ratio is worse than the last committed one.
     """
     modules = row_modules()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "rows", nargs="*", metavar="ROW", help=f"of {', '.join(modules)}; all of them if none is named"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the work is done")
-    parser.add_argument("--table", action="store_true", help="make RESULTS.md of the results that are there")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(modules)}; default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device that does the work")
+    parser.add_argument("--table", action="store_true", help="only write RESULTS.md from the stored results")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.rows if name not in modules]
     if unknown:
         parser.error(f"there is no row {', '.join(unknown)}; choose from {', '.join(modules)}.")
     if options.device == "cuda" and not _has_cuda():
-        print("no CUDA card here: the GPU rows are skipped.")
+        print("there is no CUDA device: the GPU rows are skipped.")
         return 0
     before, failures, worse = results.committed(results.machine(options.device)), [], []
     for name in () if options.table else options.rows or modules:

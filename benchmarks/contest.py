@@ -1,4 +1,4 @@
-"""Running a contest: contestants in processes of their own, equal values first, then turn by turn."""
+"""Run a contest: one process per contestant; compare their values, then measure them in turns."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Measurements = dict[str, list[dict[str, float]]]
 
 
 class UnequalError(AssertionError):
-    """Contestants do not give the same values, so that their times do not compare."""
+    """The values of two contestants differ, so that their times cannot be compared."""
 
 
 class Worker:
-    """A contestant's process.
+    """The process of a contestant.
 
     Args:
-        python: Its interpreter.
-        arguments: Of `benchmarks.worker`.
-        threads: How many threads its libraries use.
+        python: Python interpreter.
+        arguments: Arguments of `benchmarks.worker`.
+        threads: Number of threads that its libraries use.
     """
 
     def __init__(self, python: str, arguments: list[str], threads: int) -> None:
@@ -81,14 +81,14 @@ class Worker:
 def run_contest(module: str, device: str, contest: Contest) -> Measurements:
     """Measure all contestants.
 
-    The first turn of each gives the values that are compared and the memory, in a process that has not done the work
-    before; the other turns give the times.
+    The first turn of each contestant yields the values to compare and the memory, because its process has not done
+    the work before; the other turns yield the times.
 
     Returns:
-        For each contestant, what every turn measured, the first one included.
+        For each contestant the measurements of every turn, including the first.
 
     Raises:
-        UnequalError: Values differ by more than the contest's tolerance.
+        UnequalError: Values differ by more than the tolerance of the contest.
         RuntimeError: A contestant fails.
     """
     turns: Measurements = {name: [] for name in contest.contestants}
@@ -103,7 +103,7 @@ def run_contest(module: str, device: str, contest: Contest) -> Measurements:
             if name != OURS and not contestant.is_limit:
                 check_equal(f"{folder}/0.npz", f"{folder}/{number}.npz", contest.tolerance, name)
         for number in range(contest.rounds):
-            # Nobody is always first, after the others' pause.
+            # The order rotates, so that no contestant always runs first.
             for position in range(len(workers)):
                 name = list(workers)[(number + position) % len(workers)]
                 turns[name].append(workers[name].run())
@@ -114,7 +114,7 @@ def check_equal(ours: str | Path, theirs: str | Path, tolerance: Mapping[str, fl
     """Compare the values of two contestants.
 
     Raises:
-        UnequalError: A value is absent, of another shape, or differs by more than its tolerance.
+        UnequalError: A value is missing, has another shape, or differs by more than its tolerance.
     """
     if not tolerance:
         raise UnequalError(f"the contest against {name} compares no values.")
@@ -133,7 +133,7 @@ def check_equal(ours: str | Path, theirs: str | Path, tolerance: Mapping[str, fl
 
 
 def summarise(turns: Measurements) -> dict[str, dict[str, float]]:
-    """The figures of each contestant: memory of the first turn, the median of the later ones for the rest."""
+    """Summarize each contestant: memory of the first turn, medians of the later turns for all other metrics."""
     figures: dict[str, dict[str, float]] = {}
     for name, measured in turns.items():
         later = measured[1:] or measured
@@ -143,7 +143,7 @@ def summarise(turns: Measurements) -> dict[str, dict[str, float]]:
 
 
 def ratio(turns: Measurements, against: str, metric: str) -> float:
-    """Ours over another's: of memory in the first turn, otherwise the median over rounds of the rounds' ratios."""
+    """Return ours / theirs: for memory in the first turn, for other metrics the median of the ratios of all rounds."""
     if metric == "memory":
         return turns[OURS][0][metric] / turns[against][0][metric]
     pairs = zip(turns[OURS][1:], turns[against][1:], strict=True)

@@ -1,4 +1,4 @@
-"""Environments for peers that cannot live beside our own dependencies."""
+"""Virtual environments for peers whose requirements conflict with ours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 
 ENVIRONMENTS: dict[str, list[str]] = {
-    # The last release, and the last transformers that it works with.
+    # The last release, with the last version of transformers that it supports.
     "llm2vec": ["llm2vec==0.2.3", "transformers==4.44.2", "numpy<2", "webdataset>=0.2", "torch"],
 }
 FOLDER = Path(sys.prefix) / "peers"
@@ -32,7 +32,7 @@ LIBRARIES = (
 
 
 def python_of(environment: str | None) -> str:
-    """The interpreter of an environment, which is made when it is first needed.
+    """Return the interpreter of an environment, which is created on first use.
 
     Raises:
         RuntimeError: pip fails.
@@ -55,10 +55,10 @@ def python_of(environment: str | None) -> str:
 
 
 def versions_of(environment: str | None) -> dict[str, str]:
-    """Versions of the libraries that take part, as far as an environment has them, and of Python."""
+    """Return the versions of Python and of the relevant libraries that are installed in an environment."""
     command = [python_of(environment), "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
     listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     installed = {canonicalize_name(entry["name"]): entry["version"] for entry in listed}
     found = {name: installed.get(canonicalize_name(name)) for name in LIBRARIES}
-    # Environments are made with the Python that runs this.
+    # All environments use the Python version of this process.
     return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}

@@ -1,4 +1,4 @@
-"""Keeping results: one line of JSON per contest in results.jsonl, and the table that is made of the newest ones."""
+"""Store results, one line of JSON per contest in results.jsonl, and write the table of the newest ones."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from benchmarks.row import OURS, Contest, Row
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 TABLE = Path(__file__).with_name("RESULTS.md")
-# Two runs of one tree differ by a few per cent; a change of a fifth has to show.
+# Runs of the same commit differ by a few per cent; a change of 20% must be reported.
 SLOWER = 1.12
 Record = dict[str, Any]
 
 
 def record(row: Row, contest: Contest, device: str, turns: Measurements) -> Record:
-    """What is kept of a contest."""
+    """Return the record of a contest."""
     goals = []
     for goal in contest.goals:
-        # The processor's time says nothing about a card's work.
+        # CPU time does not measure the work of a GPU.
         metric = "wall" if device != "cpu" and goal.metric == "cpu" else goal.metric
         measured = round(ratio(turns, goal.against, metric), 4)
         goals.append({"against": goal.against, "metric": metric, "ratio": measured, "at_most": goal.at_most})
@@ -50,7 +50,7 @@ def record(row: Row, contest: Contest, device: str, turns: Measurements) -> Reco
 
 
 def _environments(contest: Contest) -> list[str]:
-    """The environments that contestants run in, beside this one."""
+    """Return the names of the other environments that contestants run in."""
     return sorted({entry.environment for entry in contest.contestants.values() if entry.environment is not None})
 
 
@@ -59,7 +59,7 @@ def _rounded(figures: dict[str, float]) -> dict[str, float]:
 
 
 def machine(device: str) -> str:
-    """The processor, or the card."""
+    """Describe the processor, or the GPU."""
     if device == "cuda":
         import torch
 
@@ -71,12 +71,12 @@ def machine(device: str) -> str:
 
 
 def commit() -> str:
-    """The commit that is measured, with a plus where the tree differs from it."""
+    """Return the current commit, with a plus if the working tree differs from it."""
     return _git("describe", "--always", "--dirty=+", "--exclude=*").strip() or "unknown"
 
 
 def _git(*arguments: str) -> str:
-    """What git prints; nothing where this is no checkout."""
+    """Return the output of git; an empty string outside a checkout."""
     try:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
@@ -84,7 +84,7 @@ def _git(*arguments: str) -> str:
 
 
 def read(lines: Iterable[str]) -> dict[tuple[str, str, str], Record]:
-    """The newest record of each contest by row, contest and device."""
+    """Return the newest record of each contest, by row, contest and device."""
     newest = {}
     for line in lines:
         if line.strip():
@@ -94,24 +94,24 @@ def read(lines: Iterable[str]) -> dict[tuple[str, str, str], Record]:
 
 
 def lines() -> list[str]:
-    """The lines of results.jsonl."""
+    """Return the lines of results.jsonl."""
     return RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.is_file() else []
 
 
 def committed(machine: str) -> dict[tuple[str, str, str], Record]:
-    """The newest records of a machine that are committed; none where this is no checkout."""
+    """Return the newest committed records of a machine; none outside a checkout."""
     found = _git("show", "HEAD:./benchmarks/results.jsonl").splitlines()
     return read(line for line in found if line.strip() and json.loads(line)["machine"] == machine)
 
 
 def append(entry: Record) -> None:
-    """Add a record to the file."""
+    """Append a record to the file."""
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def worse(entry: Record, before: Record | None) -> list[str]:
-    """Ratios that have grown since the record before, in words."""
+    """Describe the ratios that have become worse since the previous record."""
     if before is None or before["machine"] != entry["machine"]:
         return []
     old = {(goal["against"], goal["metric"]): goal["ratio"] for goal in before["goals"]}
@@ -128,12 +128,12 @@ def table(
     before: dict[tuple[str, str, str], Record],
     shortfalls: dict[str, str],
 ) -> str:
-    """RESULTS.md.
+    """Return the text of RESULTS.md.
 
     Args:
         records: The newest record of each contest.
-        before: Those that they are compared with, where they are of the same machine.
-        shortfalls: By row, why a goal is missed and what was tried.
+        before: Previous records, which are compared if they are from the same machine.
+        shortfalls: Why a row misses its goal and what was tried, by row.
     """
     ordered = sorted(records.items(), key=lambda item: (item[0][2], int(item[0][0][1:]), item[0][1]))
     parts = [
@@ -171,7 +171,7 @@ def table(
 
 
 def _lines(entry: Record, regressions: list[str]) -> list[str]:
-    """The contest's goals, and how far its limits are where these are no goals."""
+    """Return the table lines of a contest: its goals, and the limits that are not goals."""
     lines, metric = [], "cpu" if entry["device"] == "cpu" else "wall"
     aims = {goal["against"] for goal in entry["goals"]}
     times = {name: figures[metric] for name, figures in entry["figures"].items()}
@@ -197,7 +197,7 @@ def _lines(entry: Record, regressions: list[str]) -> list[str]:
 
 
 def _provenance(ordered: list[tuple[tuple[str, str, str], Record]]) -> list[str]:
-    """Which rows were measured where, when and with what, runs of one kind together."""
+    """List machine, date, commit and versions, with the rows that were measured there."""
     groups: dict[str, list[str]] = {}
     for (row, _, _), entry in ordered:
         place = f"{entry['machine']}, {entry['date']}, commit {entry['commit']}; {_listed(entry['versions'])}"

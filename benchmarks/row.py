@@ -1,4 +1,4 @@
-"""What a benchmark is made of: a row has contests, a contest has contestants and goals."""
+"""Parts of a benchmark: a row has contests; a contest has contestants and goals."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a contestant's work gives.
+    """The result of a contestant's work.
 
     Attributes:
-        values: Arrays (or tensors, or numbers) by name, that have to equal those of the other contestants.
-        metrics: What was measured besides time and memory, such as bytes written; a metric that the worker measures
-            itself (`cpu`, `wall`, `memory`) is replaced by the one here.
+        values: Arrays, tensors or numbers by name, which must equal those of the other contestants.
+        metrics: Measurements besides time and memory, such as bytes written. They replace metrics of the worker with
+            the same name (`cpu`, `wall`, `memory`).
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -33,10 +33,10 @@ class Contestant:
     """One way to do the work.
 
     Attributes:
-        set_up: Makes everything ready, which is not measured, and returns the work, which is.
-        environment: Name of the peers' environment to run in (see `benchmarks.environments`); None: this one.
-        is_limit: This is no way to do the work but the least that it can cost, such as its matrix products alone;
-            its values are not compared.
+        set_up: Prepares everything, which is not measured, and returns the work, which is measured.
+        environment: Environment to run in (see `benchmarks.environments`); None for the current one.
+        is_limit: Whether this is a lower bound of the cost, such as the matrix products alone, rather than a way to
+            do the work; its values are not compared.
     """
 
     set_up: Callable[[], Work]
@@ -46,12 +46,12 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Goal:
-    """What is to be reached: ours / another contestant's.
+    """The ratio ours / theirs to reach.
 
     Attributes:
         against: The other contestant.
-        metric: `cpu` (seconds of all threads; on a card `wall` takes its place), `wall` (seconds), `memory` (peak
-            above what was there before the work, bytes) or a metric of the outcome.
+        metric: `cpu` (seconds of all threads; on a GPU, `wall` replaces it), `wall` (seconds), `memory` (peak increase
+            during the work, bytes), or a metric of the outcome.
         at_most: Largest ratio.
     """
 
@@ -62,16 +62,16 @@ class Goal:
 
 @dataclass(frozen=True)
 class Contest:
-    """The same work, by several contestants.
+    """The same work, done by several contestants.
 
     Attributes:
         title: The size of the work.
-        contestants: By name; the first is ours, named `ours`.
-        goals: What is to be reached.
-        tolerance: For each value that is compared, the largest difference over the largest magnitude; 0 for equality.
-        rounds: How often every contestant does the work; they take turns.
-        threads: Threads of torch and of the libraries below it.
-        note: What the table says about this contest.
+        contestants: Contestants by name; the first is named `ours`.
+        goals: Ratios to reach.
+        tolerance: Largest difference of each compared value, relative to its largest magnitude; 0 requires equality.
+        rounds: Number of measured turns of every contestant.
+        threads: Threads of torch and of its libraries.
+        note: Note in RESULTS.md.
     """
 
     title: str
@@ -84,10 +84,10 @@ class Contest:
 
     def __post_init__(self) -> None:
         if next(iter(self.contestants)) != OURS:
-            raise ValueError(f"the first contestant of {self.title!r} has to be named {OURS!r}.")
+            raise ValueError(f"the first contestant of {self.title!r} must be named {OURS!r}.")
         unknown = {goal.against for goal in self.goals} - set(self.contestants)
         if unknown:
-            raise ValueError(f"{self.title!r} has goals against {sorted(unknown)}, who do not take part.")
+            raise ValueError(f"{self.title!r} has goals against {sorted(unknown)}, which are not contestants.")
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ class Row:
 
     Attributes:
         id: R1, R2, ...
-        work: What is done.
-        contests: Makes the contests for a device, `cpu` or `cuda`; sizes may differ between them.
-        devices: Where this row means something.
+        work: Description of the work.
+        contests: Builds the contests for a device, `cpu` or `cuda`; their sizes may differ.
+        devices: Devices that the row applies to.
     """
 
     id: str
@@ -108,14 +108,14 @@ class Row:
 
 
 def row_modules() -> dict[str, str]:
-    """The module of every row by the row's id, in order."""
+    """Return the module of every row by its id, in order."""
     package = importlib.import_module("benchmarks.rows")
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    # r04_info_nce holds R4
+    # r04_info_nce contains R4
     return {f"R{int(name[1:3])}": f"benchmarks.rows.{name}" for name in names if name.startswith("r")}
 
 
 def load_row(module: str) -> Row:
-    """The row of a module."""
+    """Import the row of a module."""
     row: Row = importlib.import_module(module).ROW
     return row

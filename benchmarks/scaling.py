@@ -1,4 +1,4 @@
-"""What large data sets cost, counted and computed: `python -m benchmarks.scaling` fills docs/scaling.md."""
+"""Estimate the cost of large data sets: `python -m benchmarks.scaling` writes the tables of docs/scaling.md."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from benchmarks.units import UNITS
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 BEGIN, END = "<!-- tables: made by python -m benchmarks.scaling -->\n", "<!-- /tables -->\n"
 
-# Images of CC3M, of CC3M + CC12M, and of the paper's 60M set.
+# Numbers of images of CC3M, of CC3M + CC12M, and of the paper's set of 60M.
 DATA_SETS = {"CC3M": 2_873_538, "15M": 12_873_763, "60M": 60_000_000}
-# Assumed: captions that are embedded for an image, their mean length with the prompt, epochs of stage 2.
+# Assumed: embedded captions per image, their mean length including the prompt, epochs of stage 2.
 CAPTIONS_PER_IMAGE, TOKENS_PER_CAPTION, EPOCHS = 3, 60, 4
 CHARACTERS_PER_TOKEN = 4
-# Published: dense 16-bit TFLOP/s of the card.
+# Published: dense 16-bit FLOP/s of the GPU.
 PEAK = {"A100": 312e12, "H100": 989e12}
-# Assumed: the share of the peak that encoding and training reach, and what eight GPUs keep of eight times one.
+# Assumed: share of the peak that encoding and training reach; scaling efficiency of eight GPUs.
 ENCODING_USE, TRAINING_USE, EIGHT = 0.40, 0.35, 0.95
-# A training step is a forward pass and twice that backwards.
+# The backward pass of a training step costs two forward passes.
 FORWARDS_PER_STEP = 3
 KEY_BYTES = 16
-# What finds a key when the cache is open: the key sorted, and its row.
+# Index of an open cache: the sorted key and its row.
 INDEX_BYTES = 20
 LLMS = {"1B": "LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned", "8B": "LLM2CLIP-Llama-3.1-8B-Instruct-CC"}
 TOWERS = {"B/16-224": "LLM2CLIP-EVA02-B-16", "L/14-336": "LLM2CLIP-EVA02-L-14-336"}
@@ -33,7 +33,7 @@ L14_224 = "LLM2CLIP-EVA02-L-14-224"
 
 
 def image_flops(name: str) -> float:
-    """Floating point operations of a published vision tower's forward pass on one image, counted on its definition."""
+    """Count the floating-point operations of the forward pass of a published vision tower for one image."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,9 +50,9 @@ def image_flops(name: str) -> float:
 
 
 def token_flops(name: str) -> tuple[float, int]:
-    """Floating point operations of a published LLM's forward pass on one token, and its width.
+    """Estimate the floating-point operations of a published LLM per token (forward pass); return its width too.
 
-    Two for every weight but the table of token embeddings; attention's own products are under 2 % at this length.
+    Two operations per weight, without the token embeddings; the products within attention are below 2% at this length.
     """
     import torch
 
@@ -67,13 +67,13 @@ def token_flops(name: str) -> tuple[float, int]:
 
 
 def hours(flops: float, use: float, gpus: int, card: str) -> float:
-    """Hours that work takes."""
+    """Convert floating-point operations to hours."""
     scale = gpus * (EIGHT if gpus > 1 else 1)
     return flops / (PEAK[card] * use * scale) / 3600
 
 
 def tables() -> str:
-    """The tables of the page, in Markdown."""
+    """Return the tables of the page in Markdown."""
     lines = ["| data | images | captions | LLM | cache on disk | embed: 1 H100 | 8 H100 | 1 A100 | 8 A100 |"]
     lines.append("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     units = {llm: token_flops(name) for llm, name in LLMS.items()}
@@ -107,7 +107,7 @@ def tables() -> str:
 
 
 def _measured(width: int, image: float) -> list[str]:
-    """What was measured on one core, and what it means for 60M images with the 8B LLM on eight GPUs."""
+    """Return the measurements on one core, extrapolated to 60M images with the 8B LLM on eight GPUs."""
     measured: dict[str, Any] = json.loads(UNITS.read_text(encoding="utf-8"))
     images = DATA_SETS["60M"]
     count = images * CAPTIONS_PER_IMAGE
@@ -139,7 +139,7 @@ def _hours(value: float) -> str:
 
 
 def fill(page: str) -> str:
-    """The page with its tables made anew."""
+    """Replace the tables of the page."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{tables()}\n{END}{after}"

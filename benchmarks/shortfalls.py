@@ -1,4 +1,4 @@
-"""Why a row misses its goal, and what was tried: shown below the table while it does."""
+"""Why rows miss their goals and what was tried; printed below the table for rows that miss one."""
 
 SHORTFALLS: dict[str, str] = {
     "R1": "in training timm takes 1.13 (L/14) and 1.24 (B/16) of the matrix products alone on this Intel processor, "

@@ -1,4 +1,4 @@
-"""A small Llama and captions for it, the same in every environment: nothing is downloaded."""
+"""A small Llama and captions for it, identical in every environment and without downloads."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Written by transformers 4, which reads no tokenizer of version 5.
+# Written by transformers 4, which cannot read the tokenizers of version 5.
 TOKENIZER = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "golden" / "llm2vec_llama_a_hf"
-# By this name llm2vec knows the prompt, which is that of the published LLM2CLIP text towers.
+# llm2vec selects the prompt by this name; it is the prompt of the published LLM2CLIP text towers.
 PROMPTED_NAME = "meta-llama/Meta-Llama-3-8B-Instruct"
 PROMPT = {"prompt_prefix": "<|start_header_id|>user<|end_header_id|>\n\n", "prompt_suffix": "<|eot_id|>"}
 HIDDEN, MLP, LAYERS, HEADS, KEY_HEADS = 512, 1408, 8, 8, 2
@@ -23,11 +23,11 @@ WORDS = (
 
 
 def captions(number: int, seed: int = 0) -> list[str]:
-    """Different captions: many short ones, a few that are long descriptions of up to 450 tokens.
+    """Generate distinct captions: many short ones, and a few long descriptions of up to 450 tokens.
 
     Args:
-        number: How many.
-        seed: Another seed, other captions.
+        number: Number of captions.
+        seed: Random seed.
     """
     rng, vocabulary = random.Random(seed), WORDS.split()
     found: dict[str, None] = {}
@@ -38,19 +38,19 @@ def captions(number: int, seed: int = 0) -> list[str]:
 
 
 def new_folder() -> Path:
-    """A temporary folder, which goes when this process ends."""
+    """Create a temporary folder, which is deleted when this process ends."""
     folder = tempfile.TemporaryDirectory(prefix="llm2clip-bench-")
     atexit.register(folder.cleanup)
     return Path(folder.name)
 
 
 def write_llm(path: Path, hidden: int = HIDDEN, mlp: int = MLP, layers: int = LAYERS) -> Path:
-    """Write the LLM with its tokenizer as transformers 4 and 5 read it.
+    """Write the LLM and its tokenizer in a form that transformers 4 and 5 read.
 
     Args:
-        path: A folder.
-        hidden: Width of the states.
-        mlp: Width inside the MLPs.
+        path: The folder.
+        hidden: Hidden size.
+        mlp: Intermediate size of the MLPs.
         layers: Number of layers.
     """
     import torch
@@ -84,7 +84,7 @@ def write_llm(path: Path, hidden: int = HIDDEN, mlp: int = MLP, layers: int = LA
             f"layers.{layer}.input_layernorm": (hidden,),
             f"layers.{layer}.post_attention_layernorm": (hidden,),
         }
-    # Large enough for attention to choose, and so for a wrong mask to show.
+    # Large enough that attention is not uniform: a wrong mask then changes the result.
     weights = {
         f"{name}.weight": torch.ones(shape)
         if len(shape) == 1

@@ -1,4 +1,4 @@
-"""What a small stage 2 starts from, as folders: captioned JPEGs, both towers, the embedding cache."""
+"""Inputs of a small stage 2 run: captioned JPEGs, both towers, and the embedding cache."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "golden" / "llm2vec_llama_a_hf"
 WORDS = ("the", "red", "old", "small", "river", "street", "house", "dog", "bird", "walks", "near", "under", "light")
-# As img2dataset keeps CC3M's pictures: the shorter side is 384.
+# img2dataset stores CC3M in this size: the shorter side is 384.
 PICTURE = (512, 384)
-# Settings of a run that writes nothing; its data is read by a second process, as on a machine with two cores.
+# A run that writes nothing, and reads its data in one worker process, as on a machine with two cores.
 COMMON_FIELDS = {
     "learning_rate": 1e-4,
     "logging_steps": 1,
@@ -27,14 +27,14 @@ COMMON_FIELDS = {
 
 
 def temporary_folder() -> Path:
-    """A folder that goes when this process ends."""
+    """Create a temporary folder, which is deleted when this process ends."""
     folder = tempfile.TemporaryDirectory(prefix="llm2clip-bench-")
     atexit.register(folder.cleanup)
     return Path(folder.name)
 
 
 def write_pictures(folder: Path, number: int, words: int) -> list[dict[str, Any]]:
-    """Write JPEGs with a caption each into a parquet file; returns the source."""
+    """Write captioned JPEGs into a parquet file; return the source."""
     import datasets
     import numpy as np
     from PIL import Image
@@ -42,7 +42,7 @@ def write_pictures(folder: Path, number: int, words: int) -> list[dict[str, Any]
     generator, choose = np.random.default_rng(0), random.Random(0)
     rows: dict[str, list] = {"image": [], "caption": []}
     for row in range(number):
-        # Smooth with some noise, which makes files of the size of photographs (50 KB).
+        # A smooth image with some noise has the file size of a photograph (50 KB).
         small = Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=np.uint8))
         pixels = np.asarray(small.resize(PICTURE, Image.Resampling.BICUBIC), dtype=np.int16)
         pixels = (pixels + generator.integers(-12, 13, pixels.shape)).clip(0, 255).astype(np.uint8)
@@ -56,7 +56,7 @@ def write_pictures(folder: Path, number: int, words: int) -> list[dict[str, Any]
 
 
 def write_text_tower(folder: Path, hidden: int, layers: int) -> Path:
-    """A Llama of random weights as stage 1 would leave it."""
+    """Write a Llama with random weights in the form of a stage 1 result."""
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
@@ -90,7 +90,7 @@ def write_text_tower(folder: Path, hidden: int, layers: int) -> Path:
 
 
 def write_vision_tower(folder: Path, hidden: int, layers: int, patch: int, size: int) -> Path:
-    """An EVA02 of random weights with its image processor."""
+    """Write an EVA02 with random weights and its image processor."""
     import torch
     from transformers import CLIPImageProcessor
 
@@ -112,7 +112,7 @@ def write_vision_tower(folder: Path, hidden: int, layers: int, patch: int, size:
 
 
 def embed(folder: Path, text: Path, sources: list[dict[str, Any]]) -> tuple[Path, float]:
-    """Embed the captions into a cache; returns its folder and the CPU seconds."""
+    """Embed the captions into a cache; return its folder and the CPU seconds."""
     from llm2clip.embedding import embed as stage
 
     start = time.process_time()
@@ -121,7 +121,7 @@ def embed(folder: Path, text: Path, sources: list[dict[str, Any]]) -> tuple[Path
 
 
 class StepClock:
-    """Seconds per step, between the end of the first step and the end of the last: nothing of the start is in it."""
+    """Measures the seconds per step from the end of the first step to the end of the last, without the start-up."""
 
     def __init__(self) -> None:
         self.ends: list[tuple[float, float]] = []
@@ -131,7 +131,7 @@ class StepClock:
         self.ends.append((time.perf_counter(), time.process_time()))
 
     def metrics(self) -> dict[str, float]:
-        """`wall` and `cpu` of this process per step."""
+        """Return `wall` and `cpu` seconds of this process per step."""
         wall, cpu = (
             (last - first) / (len(self.ends) - 1) for first, last in zip(self.ends[0], self.ends[-1], strict=True)
         )
@@ -139,7 +139,7 @@ class StepClock:
 
 
 def make_trainer(fields: dict[str, Any]) -> Any:
-    """The Trainer of `llm2clip stage2` with these settings; its model is the same every time."""
+    """Build the Trainer of `llm2clip stage2` with these settings; its initial weights are always the same."""
     from transformers import set_seed
 
     from llm2clip import Stage2Config, Stage2Trainer
@@ -157,14 +157,14 @@ def make_trainer(fields: dict[str, Any]) -> Any:
 
 
 def train(trainer: Any) -> tuple[list[float], dict[str, float]]:
-    """Train; returns the loss of every step, and the seconds of one."""
+    """Train; return the loss of every step and the seconds per step."""
     from transformers import TrainerCallback
 
     clock = StepClock()
 
     class Clock(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            # The last that happens in a step.
+            # Logging is the last event of a step.
             if "loss" in logs:
                 clock.step_ends()
 

@@ -1,4 +1,4 @@
-"""What a unit of work costs on this machine, for docs/scaling.md: `python -m benchmarks.units` writes units.json."""
+"""Measure unit costs on this machine for docs/scaling.md: `python -m benchmarks.units` writes units.json."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from benchmarks.worker import measure
 
 UNITS = Path(__file__).with_name("units.json")
 ROUNDS = 5
-# An image of the web at training size, which stands between its captions in a tar.
+# A web image at training size, stored beside its captions in a tar file.
 IMAGES, CAPTIONS, IMAGE_BYTES = 3_000, 3, 30_000
 CACHE_ROWS = 20_000
 
 
 def _captions_of_tars() -> Callable[[], list[str]]:
-    """Reads the distinct captions of a stream of tars, as `llm2clip embed` does first."""
+    """Return a function that reads the distinct captions of tar files, the first step of `llm2clip embed`."""
     from llm2clip.data import CaptionSource, distinct_captions
 
     path, texts = new_folder() / "0.tar", iter(captions(IMAGES * CAPTIONS))
@@ -61,7 +61,7 @@ def _checking() -> Work:
 
 
 def _bytes_per_caption() -> float:
-    """Memory that the distinct captions take while they are embedded: the texts, what finds them, their list."""
+    """Measure the memory of the distinct captions per caption: the texts, the dict that finds them, and their list."""
     read = _captions_of_tars()
     read()
     tracemalloc.start()
@@ -72,12 +72,12 @@ def _bytes_per_caption() -> float:
 
 
 def seconds(work: Work) -> float:
-    """Processor time of one turn, the median of several after a first one."""
+    """Return the CPU seconds of a turn: the median of several, after a warm-up."""
     return statistics.median([measure(work)[1]["cpu"] for _ in range(ROUNDS + 1)][1:])
 
 
 def main() -> None:
-    """Measure with one thread, and write the file."""
+    """Measure with one thread and write the file."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
-"""One contestant in a process of its own: set up once, then the work once for every line on standard input.
+"""Process of one contestant: set up, then do the work once for every line on standard input.
 
     python -m benchmarks.worker MODULE DEVICE CONTEST CONTESTANT VALUES_FILE
 
-Answers with one line of JSON each time; the values of the first time go to VALUES_FILE.
+Prints one line of JSON per turn; the values of the first turn are written to VALUES_FILE.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.row import Outcome, Work, load_row
 
 
 def main(module: str, device: str, contest: str, contestant: str, values_file: str) -> None:
-    # What libraries print must not come between the answers.
+    # Output of libraries must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     contests = {entry.title: entry for entry in load_row(module).contests(device)}
@@ -37,11 +37,11 @@ def main(module: str, device: str, contest: str, contestant: str, values_file: s
 
 
 def measure(work: Work, device: str = "cpu") -> tuple[Outcome, dict[str, float]]:
-    """Do the work once; returns its outcome, and seconds and bytes."""
+    """Do the work once; return its outcome with seconds and bytes."""
     gc.collect()
     accelerator = _accelerator(device)
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     cpu, wall = _cpu_seconds(), time.perf_counter()
     outcome = work()
     if accelerator is not None:
@@ -75,7 +75,7 @@ def _cpu_seconds() -> float:
 
 
 def _resident(field: str) -> int:
-    """A line of this process's memory figures, in bytes."""
+    """Return a memory figure of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:

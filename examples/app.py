@@ -9,7 +9,7 @@ It is the command `llm2clip demo` (`--help` shows all settings); `llm2clip/demo/
 
 import sys
 
-from llm2clip.cli import main
+from llm2clip import main
 
 if __name__ == "__main__":
     sys.exit(main(["demo", *sys.argv[1:]]))

@@ -1,34 +1,34 @@
 """Fine-tune a model on a folder of captioned pictures of your own, on a CPU, and measure it before and after.
 
-python examples/fine_tune_on_a_folder.py                     # on a sample folder, which it writes first
-python examples/fine_tune_on_a_folder.py --data my_pictures  # train/ and test/, each with pictures and metadata.jsonl:
-                                                             # {"file_name": "1.jpg", "caption": "a red squirrel"} ...
+python examples/fine_tune_on_a_folder.py --data my_pictures  # without --data: on a sample folder that it writes first
+my_pictures/ has train/ and test/, each with pictures and metadata.jsonl: {"file_name": "1.jpg", "caption": "a cat"}
 """
 
 from __future__ import annotations
 
 import json
 import shlex
+import tempfile
 from pathlib import Path
 
 from common import example_parser, parse, pictures
 
-from llm2clip import cli
-from llm2clip.utils.files import atomic_folder
+from llm2clip import main as llm2clip
 
-# The sample: one artist's drawings for training, another's of the same concepts for the test.
-SAMPLE = {"train": "emoji-twitter", "test": "emoji-google"}
+# One artist's drawings for training, another's of the same concepts for the test.
+SAMPLE = {"emoji-twitter": "train", "emoji-google": "test"}
 
 
 def write_sample(destination: Path) -> None:
-    with atomic_folder(destination) as folder:
-        for row in pictures("test"):
-            for split in (split for split, source in SAMPLE.items() if source == row["source"]):
-                (folder / split).mkdir(exist_ok=True)
-                name = Path(row["key"]).name + ".png"
-                row["image"].save(folder / split / name)
-                with open(folder / split / "metadata.jsonl", "a") as metadata:
-                    metadata.write(json.dumps({"file_name": name, "caption": row["caption"]}) + "\n")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
+        for row in pictures("test").filter(lambda source: source in SAMPLE, input_columns="source"):
+            picture = Path(scratch, "sample") / SAMPLE[row["source"]] / f"{Path(row['key']).name}.png"
+            picture.parent.mkdir(exist_ok=True, parents=True)
+            row["image"].save(picture)
+            with open(picture.parent / "metadata.jsonl", "a") as metadata:
+                metadata.write(json.dumps({"file_name": picture.name, "caption": row["caption"]}) + "\n")
+        Path(scratch, "sample").rename(destination)
 
 
 def main() -> None:
@@ -37,23 +37,23 @@ def main() -> None:
     parser.add_argument("--output-dir", default="runs/fine_tuned", help="(%(default)s)")
     parser.add_argument("--batch-size", default=64, type=int, help="at most the number of pictures (%(default)s)")
     arguments = parse(parser)
-    model, output = arguments.model, arguments.output_dir
-    data, tuned, cache = arguments.data or f"{output}/sample", f"{output}/llm2clip", f"{output}/cache"
+    model, output, data = arguments.model, arguments.output_dir, arguments.data or f"{arguments.output_dir}/sample"
+    tuned, cache = f"{output}/llm2clip", f"{output}/cache"
     if Path(tuned, "config.json").exists():
         parser.error(f"{tuned} is there already: give another --output-dir, or delete it")
-    if arguments.data is None and not Path(data).is_dir():
+    if not (arguments.data or Path(data).is_dir()):
         write_sample(Path(data))
     train, test = (json.dumps({"path": data, "split": split}) for split in ("train", "test"))
     embed = ["--text-model-name-or-path", model, "--sources", f"[{train}, {test}]", "--output-dir", cache]
     stage2 = ["--model-name-or-path", model, "--sources", f"[{train}]", "--embedding-cache", cache]
     stage2 += ["--output-dir", tuned, "--frozen-states-dir", f"{output}/vision_states"]
     stage2 += ["--per-device-train-batch-size", str(arguments.batch_size)]
-    commands = {"before": ["evaluate", model, "--data", test], "embed": ["embed", *embed]}
-    commands |= {"stage2": ["stage2", "stage2_folder_cpu", *stage2], "after": ["evaluate", tuned, "--data", test]}
-    for command in commands.values():
+    commands = [["evaluate", model, "--data", test], ["embed", *embed]]
+    commands += [["stage2", "stage2_folder_cpu", *stage2], ["evaluate", tuned, "--data", test]]
+    for command in commands:
         print(f"\n$ llm2clip {shlex.join(command)}", flush=True)
-        if cli.main(command):
-            raise SystemExit(1)
+        if code := llm2clip(command):
+            raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from common import example_parser, parse, pictures
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, LlavaConfig
 from transformers import AutoModelForImageTextToText as AutoLlava
 
-from modeling_llm2clip import LLM2CLIPVisionModelWithProjection
+from llm2clip import LLM2CLIPVisionModelWithProjection
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from common import example_parser, parse, pictures
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from modeling_llm2clip import LLM2CLIPVisionModelWithProjection
+from llm2clip import LLM2CLIPVisionModelWithProjection
 
 
 def main() -> None:

@@ -12,9 +12,7 @@ from common import example_parser, parse, pictures
 from torch.nn import functional as F
 from transformers import AutoProcessor
 
-from llm2clip.losses import clip_loss
-from llm2clip.utils.towers import open_text_tower
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, clip_loss, open_text_tower
 
 KEPT = ("projection_dim", "visual_projection", "visual_projection_bias")
 

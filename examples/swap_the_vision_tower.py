@@ -12,8 +12,7 @@ from common import example_parser, parse, pictures
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoProcessor
 
-from llm2clip.losses import clip_loss
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, clip_loss
 
 TOWER = "runs/quickstart/weights/vit-small-14-11-layers"
 KEPT = ("projection_dim", "adapter_num_layers", "adapter_expansion", "adapter_normalize")

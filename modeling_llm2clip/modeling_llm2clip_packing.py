@@ -1,4 +1,7 @@
-"""Several short captions in one row, so that a batch costs about as much as its tokens and not as its padding."""
+"""Attention masks of the decoder, and packing: several short captions share a row of a batch.
+
+A packed batch costs about as much as its tokens, not as its padding.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
+from transformers import __version__ as transformers_version
+
+# Attention implementations for sequences without padding, which need the lengths of the captions.
+VARIABLE_LENGTHS = ("flash_attention_2", "flash_attention_3")
+# Whether decoders respect `is_causal` of their config.
+IS_CAUSAL_COUNTS = tuple(int(part) for part in transformers_version.split(".")[:2]) >= (5, 2)
 
 
 def assign_rows(lengths: Sequence[int], capacity: int) -> tuple[list[int], list[int], int]:
-    """Best-fit decreasing bin packing.
+    """Assign captions to rows by best-fit decreasing bin packing.
 
     Args:
         lengths: Tokens of each caption.
         capacity: Tokens of a row; no caption has more.
 
     Returns:
-        The row of each caption, the place of its first token there, and the number of rows.
+        The row of each caption, the position of its first token in that row, and the number of rows.
     """
     rows, starts = [0] * len(lengths), [0] * len(lengths)
     free: list[tuple[int, int]] = []  # (tokens left, row), ascending
@@ -38,12 +48,12 @@ def assign_rows(lengths: Sequence[int], capacity: int) -> tuple[list[int], list[
 
 
 class PackedBatch:
-    """Where each token of a padded batch goes in rows as long as its longest caption, or in a single row.
+    """The positions of a padded batch's tokens in rows as long as its longest caption, or in a single row.
 
     Args:
         attention_mask: `(batch, tokens)`, 1 for real tokens.
-        order: `(batch, tokens)`, the 1-based place of each real token in its caption.
-        single_row: Whether all captions stand in one row, in their order.
+        order: `(batch, tokens)`, the 1-based position of each real token in its caption.
+        single_row: Whether all captions share one row, in their order.
     """
 
     def __init__(self, attention_mask: Tensor, order: Tensor, single_row: bool = False) -> None:
@@ -64,7 +74,7 @@ class PackedBatch:
         self.target = (torch.tensor(first, dtype=torch.long, device=order.device)[:, None] + places)[real]
         captions = torch.arange(1, len(lengths) + 1, device=order.device)[:, None].expand_as(order)
         self.position_ids = self._rows(places[real])
-        # 0 where a row is not full: such places see each other only.
+        # 0 where a row is not full: such positions attend only to each other.
         self.caption_ids = self._rows(captions[real])
 
     def _rows(self, values: Tensor) -> Tensor:
@@ -72,22 +82,22 @@ class PackedBatch:
         return rows.index_copy(0, self.target, values).unflatten(0, (self.num_rows, self.width))
 
     def pack(self, values: Tensor) -> Tensor:
-        """`(batch, tokens, ...)` as `(rows, width, ...)`, zero where a row is not full."""
+        """Rearrange `(batch, tokens, ...)` to `(rows, width, ...)`, zero where a row is not full."""
         return self._rows(values.flatten(0, 1)[self.source])
 
     def unpack(self, states: Tensor) -> Tensor:
-        """`(rows, width, ...)` as `(batch, tokens, ...)`, zero at the padding."""
+        """Rearrange `(rows, width, ...)` to `(batch, tokens, ...)`, zero at the padding."""
         batch = states.new_zeros(self.shape[0] * self.shape[1], *states.shape[2:])
         target, source = self.target.to(states.device), self.source.to(states.device)
         return batch.index_copy(0, source, states.flatten(0, 1)[target]).unflatten(0, self.shape)
 
     def visible(self) -> Tensor:
-        """`(rows, 1, width, width)`, whether a token sees another: those of its own caption."""
+        """Return the boolean mask `(rows, 1, width, width)` of the token pairs in the same caption."""
         return (self.caption_ids[:, :, None] == self.caption_ids[:, None, :])[:, None]
 
     def block_mask(self) -> Any:
-        """The same as FlexAttention takes it."""
-        # Not every torch that runs the other implementations has it.
+        """Return the same mask for FlexAttention."""
+        # Imported here: some torch versions lack it but support the other implementations.
         from torch.nn.attention.flex_attention import create_block_mask
 
         ids = self.caption_ids
@@ -98,10 +108,61 @@ class PackedBatch:
         return create_block_mask(same_caption, self.num_rows, None, self.width, self.width, device=ids.device)
 
     def sequence_arguments(self) -> dict[str, Any]:
-        """Where the captions of a single row end, as flash attention takes it for sequences without padding."""
+        """Return flash attention's arguments for the caption boundaries in a single row."""
         ends = torch.tensor(self.ends, dtype=torch.int32, device=self.caption_ids.device)
         lengths = {"max_length_q": self.longest, "max_length_k": self.longest}
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, **lengths}
+
+
+def avoid_sdpa_without_softcap(config: PretrainedConfig) -> None:
+    """Select eager attention for Gemma 2: sdpa cannot cap the logits, which older transformers versions ignore."""
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation in (None, "sdpa"):
+        config._attn_implementation = "eager"
+
+
+def takes_additive_mask(decoder: Any) -> bool:
+    """Return whether a decoder's attention adds a 4-D mask to its logits.
+
+    Every decoder does so in every transformers version. The flag `is_causal` is less reliable: 4.57 ignores it, and a
+    sliding window would hide part of a long caption.
+    """
+    return decoder.config._attn_implementation in ("eager", "sdpa")
+
+
+def additive_mask(decoder: Any, visible: Tensor) -> Tensor:
+    """Return 0 where a token is visible, and the smallest number of the decoder's dtype elsewhere."""
+    dtype: Any = decoder.get_input_embeddings().weight.dtype
+    if not dtype.is_floating_point:
+        dtype = torch.get_default_dtype()
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def padded_mask(decoder: Any, attention_mask: Tensor, bidirectional: bool) -> Tensor:
+    """Return the decoder's mask for a padded batch.
+
+    Raises:
+        ValueError: The attention implementation is causal in this transformers version.
+    """
+    if not bidirectional:
+        return attention_mask
+    if takes_additive_mask(decoder):
+        row = additive_mask(decoder, attention_mask[:, None, None, :] != 0)
+        return row.expand(-1, 1, attention_mask.shape[1], -1)
+    if not IS_CAUSAL_COUNTS:
+        raise ValueError(
+            f"attn_implementation {decoder.config._attn_implementation!r} is causal on transformers "
+            f"{transformers_version}; use 'sdpa' or 'eager', or transformers >= 5.2."
+        )
+    return attention_mask
+
+
+def packed_mask(decoder: Any, packed: PackedBatch) -> dict[str, Any]:
+    """Return the decoder's arguments that separate the captions of a row."""
+    if takes_additive_mask(decoder):
+        return {"attention_mask": additive_mask(decoder, packed.visible())}
+    if decoder.config._attn_implementation == "flex_attention":
+        return {"attention_mask": packed.block_mask()}
+    return {"attention_mask": None, **packed.sequence_arguments()}
 
 
 __all__ = ["PackedBatch", "assign_rows"]

@@ -1,4 +1,4 @@
-"""The text tower: any decoder, attending in both directions, pooled into one vector per caption."""
+"""The text tower: any decoder with bidirectional attention, and pooling to one vector per caption."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers import __version__ as transformers_version
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import find_adapter_config_file
@@ -22,12 +21,22 @@ from transformers.utils import find_adapter_config_file
 from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
 from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 from .image_decoding_llm2clip import decode_image  # noqa: F401
-from .modeling_llm2clip_packing import PackedBatch
+from .modeling_llm2clip_packing import (
+    IS_CAUSAL_COUNTS,
+    VARIABLE_LENGTHS,
+    PackedBatch,
+    avoid_sdpa_without_softcap,
+    packed_mask,
+    padded_mask,
+    takes_additive_mask,
+)
 from .modeling_llm2clip_utils import (
     adopt_submodel,
+    digest_weights,
     encode_tokens,
     execution_device,
     hub_arguments,
+    is_readable,
     pool,
     refuse_missing,
     tokenize_captions,
@@ -35,29 +44,19 @@ from .modeling_llm2clip_utils import (
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
 FINGERPRINT_SAMPLES = 64
-# Attention that takes captions end to end, and is told where each ends.
-VARIABLE_LENGTHS = ("flash_attention_2", "flash_attention_3")
-# Whether decoders heed the flag `is_causal` of their config.
-IS_CAUSAL_COUNTS = tuple(int(part) for part in transformers_version.split(".")[:2]) >= (5, 2)
 COMPOSITE_TYPE = LLM2CLIPConfig.model_type
 
 
-def _is_readable(weight: Tensor) -> bool:
-    """Whether a weight is here and plain: neither offloaded nor quantised."""
-    return not weight.is_meta and weight.is_floating_point() and type(weight.data) is Tensor
-
-
-def _avoid_sdpa_without_softcap(config: PretrainedConfig) -> None:
-    """Gemma 2 caps its attention logits, which sdpa cannot: transformers raises, or before 5.24 leaves the cap out."""
-    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation in (None, "sdpa"):
-        config._attn_implementation = "eager"
+def _decoder_name(name: str) -> str:
+    """Name a weight as it is called in the plain LLM, without the prefixes of this tower and of PEFT."""
+    return name.removeprefix("decoder.").removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 class LLM2CLIPTextModel(PreTrainedModel):
-    """A decoder as caption encoder (LLM2CLIP stage 1): attention in both directions and pooling.
+    """A decoder as caption encoder (LLM2CLIP stage 1): bidirectional attention and pooling.
 
-    `pooler_output` `(batch, hidden_size)` is the caption embedding, not normalised. It does not depend on the rest
-    of the batch, on the padding side or on the attention implementation.
+    `pooler_output` `(batch, hidden_size)` is the caption embedding, not normalised. It does not depend on the other
+    captions of the batch, the padding side or the attention implementation.
     """
 
     config_class = LLM2CLIPTextConfig
@@ -81,14 +80,14 @@ class LLM2CLIPTextModel(PreTrainedModel):
         super().__init__(config)
         self.decoder: Any = None
         if decoder is None:
-            _avoid_sdpa_without_softcap(config.decoder_config)
+            avoid_sdpa_without_softcap(config.decoder_config)
             self.decoder = AutoModel.from_config(config.decoder_config)
-        # A decoder that is given has its weights already; post_init must not initialise it again.
+        # An existing decoder is attached after post_init(), which would initialise its weights again.
         self.post_init()
         if decoder is not None:
             adopt_submodel(self, "decoder", decoder)
             decoder.config.is_causal = not config.bidirectional
-            _avoid_sdpa_without_softcap(decoder.config)
+            avoid_sdpa_without_softcap(decoder.config)
         config.decoder_config = self.decoder.config
 
     @classmethod
@@ -102,7 +101,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         """Wrap a plain LLM.
 
         Args:
-            decoder: Repo id, folder, or a base model (`AutoModel`, without a language-modelling head).
+            decoder: Repository id, folder, or a base model (`AutoModel`, without a language-modelling head).
             decoder_kwargs: Passed to `AutoModel.from_pretrained`.
             config_fields: Fields of [`LLM2CLIPTextConfig`]: pooling, prompt, maximum length.
         """
@@ -125,15 +124,15 @@ class LLM2CLIPTextModel(PreTrainedModel):
         """Load a text tower.
 
         Args:
-            pretrained_model_name_or_path: A folder or repo that holds one of: a saved [`LLM2CLIPTextModel`]; an
-                LLM2CLIP model, with its LLM inside or naming its repo; a PEFT adapter (needs peft); a plain LLM.
-            config: Prompt and pooling, instead of what the repo says.
-            default_config: Prompt and pooling where the repo does not say (a plain LLM, a bare adapter).
+            pretrained_model_name_or_path: Folder or repository of a saved [`LLM2CLIPTextModel`]; of an LLM2CLIP model
+                that contains its LLM or names its repository; of a PEFT adapter (requires peft); or of a plain LLM.
+            config: Prompt and pooling, instead of those in the repository.
+            default_config: Prompt and pooling if the repository has none (a plain LLM, an adapter alone).
 
         Raises:
-            ValueError: The repo lacks weights of the LLM.
+            ValueError: Weights of the LLM are missing.
         """
-        # AutoModel replaces the name of an adapter by that of its base, which does not know our prompt.
+        # AutoModel replaces the name of an adapter with that of its base model, which lacks the prompt.
         adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
         name = os.fspath(adapter_kwargs.get("_adapter_model_path") or pretrained_model_name_or_path)
         wants_info = kwargs.pop("output_loading_info", False)
@@ -175,7 +174,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
 
     @classmethod
     def _from_adapter(cls, name: str, config: LLM2CLIPTextConfig | None, kwargs: dict[str, Any]) -> LLM2CLIPTextModel:
-        # Not an import statement: transformers would demand peft of everyone who loads this code from a Hub repo.
+        # Not an import statement: transformers would require peft of everyone who loads this code from the Hub.
         try:
             peft = importlib.import_module("peft")
         except ImportError as error:
@@ -185,7 +184,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         base_kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
         if adapter.revision is not None:
             base_kwargs["revision"] = adapter.revision
-        # The base may be a text tower itself, with weights of its own or with an adapter of its own.
+        # The base model may be a text tower too, with its own weights or its own adapter.
         base = cls.from_pretrained(adapter.base_model_name_or_path, **base_kwargs)
         base.merge_adapter()
         model = cls(copy.deepcopy(config or base.config), decoder=base.decoder)
@@ -199,7 +198,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save as usual, with the fingerprint; where the decoder carries a PEFT adapter, save that and the config."""
+        """Save the model with its fingerprint; if the decoder has a PEFT adapter, only the adapter and the config."""
         self.config.fingerprint = self.fingerprint(state_dict) or self.config.fingerprint
         if not self.has_adapter:
             super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
@@ -220,13 +219,13 @@ class LLM2CLIPTextModel(PreTrainedModel):
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the decoder carries a PEFT adapter that is not merged."""
+        """Whether the decoder has an unmerged PEFT adapter."""
         return hasattr(self.decoder, "peft_config")
 
     @property
     def has_readable_weights(self) -> bool:
-        """Whether all weights are here and plain: neither offloaded nor quantised. Reads none of them."""
-        return all(map(_is_readable, self.state_dict().values()))
+        """Whether no weight is offloaded or quantised. No values are read."""
+        return all(map(is_readable, self.state_dict().values()))
 
     def merge_adapter(self) -> None:
         """Merge the decoder's PEFT adapter into its weights, in place."""
@@ -240,15 +239,15 @@ class LLM2CLIPTextModel(PreTrainedModel):
         self.decoder.set_input_embeddings(value)
 
     def fingerprint(self, state_dict: Mapping[str, Tensor] | None = None) -> str | None:
-        """Identify this encoder by its weights, prompt and pooling.
+        """Hash the weights, prompt and pooling.
 
-        Equal for the same weights in float32 and in bfloat16.
+        Weights in float32 and their copies in bfloat16 have the same hash.
 
         Args:
-            state_dict: This model's weights, where they are not in the model itself (sharded training).
+            state_dict: The weights, if they are not in the model (sharded training).
 
         Returns:
-            32 hexadecimal digits, or `None` where the weights cannot be read: quantised, or offloaded to disk.
+            32 hexadecimal digits, or `None` if the weights cannot be read because they are quantised or offloaded.
         """
         config = self.config
         behaviour = [
@@ -261,20 +260,14 @@ class LLM2CLIPTextModel(PreTrainedModel):
         ]
         digest = hashlib.sha256(json.dumps(behaviour).encode())
         state = self.state_dict() if state_dict is None else state_dict
-        for name in sorted(state):
-            weight = state[name]
-            if not _is_readable(weight):
-                return None
-            values = weight.detach().reshape(-1)
-            step = max(1, values.numel() // FINGERPRINT_SAMPLES)
-            sample = values[::step][:FINGERPRINT_SAMPLES].to(torch.bfloat16).view(torch.int16)
-            name = name.removeprefix("decoder.").removeprefix("base_model.model.").replace(".base_layer.", ".")
-            digest.update(f"{name}{tuple(weight.shape)}".encode())
-            digest.update(sample.cpu().numpy().tobytes())
+        if not all(map(is_readable, state.values())):
+            return None
+        named = sorted(state.items())
+        digest_weights(((_decoder_name(name), weight) for name, weight in named), digest, FINGERPRINT_SAMPLES)
         return digest.hexdigest()[:32]
 
     def identity(self) -> str | None:
-        """The fingerprint of the weights, or the recorded one where these cannot show it (float16, quantised)."""
+        """Return the fingerprint of the weights, or the recorded one if the dtype changes it (float16, quantised)."""
         readable = self.get_input_embeddings().weight.dtype in (torch.float32, torch.bfloat16)
         return (self.fingerprint() if readable else None) or self.config.fingerprint
 
@@ -290,13 +283,12 @@ class LLM2CLIPTextModel(PreTrainedModel):
 
         Args:
             input_ids: `(batch, tokens)`, from the tokenizer that was saved with this model.
-            attention_mask: `(batch, tokens)`, 1 for real tokens; all are real when it is left out.
-            pooling_mask: `(batch, tokens)`, 1 for the tokens to pool; the default is every real token after the
-                prompt's prefix.
+            attention_mask: `(batch, tokens)`, 1 for real tokens; by default all.
+            pooling_mask: `(batch, tokens)`, 1 for the tokens to pool; by default all real tokens after the prefix.
             inputs_embeds: `(batch, tokens, hidden_size)` instead of `input_ids`.
 
-        Short captions share rows inside, so a batch costs its tokens and not its padding; the states of padding are
-        zero then. Not so when compiled, or where hidden states or attentions are asked for.
+        Short captions are packed into shared rows, so that padding costs little; the states at padding are then zero.
+        Captions are not packed when compiling or when hidden states or attention weights are requested.
         """
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
@@ -309,15 +301,15 @@ class LLM2CLIPTextModel(PreTrainedModel):
         positions = (order - 1).clamp(min=0)
         packed = self._packing(attention_mask, order, kwargs)
         if packed is None:
-            # Positions are counted from the caption's own first token: nothing depends on the padding.
+            # Positions are counted from the caption's first token, so that nothing depends on the padding.
             inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": positions}
-            inputs["attention_mask"] = self._decoder_mask(attention_mask)
+            inputs["attention_mask"] = padded_mask(self.decoder, attention_mask, self.config.bidirectional)
         else:
             inputs = {
                 "input_ids": None if input_ids is None else packed.pack(input_ids),
                 "inputs_embeds": None if inputs_embeds is None else packed.pack(inputs_embeds),
                 "position_ids": packed.position_ids,
-                **self._kept_apart(packed),
+                **packed_mask(self.decoder, packed),
             }
         output = self.decoder(**inputs, use_cache=False, **kwargs)
         states = output.last_hidden_state
@@ -332,7 +324,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         )
 
     def _packing(self, attention_mask: Tensor, order: Tensor, kwargs: dict[str, Any]) -> PackedBatch | None:
-        """Short captions share rows, where they can be kept apart and nothing but the last states is asked for."""
+        """Pack the batch if attention can separate its captions and only the last states are requested."""
         asked = any(
             kwargs.get(name, getattr(self.decoder.config, name, False))
             for name in ("output_hidden_states", "output_attentions")
@@ -340,47 +332,14 @@ class LLM2CLIPTextModel(PreTrainedModel):
         if asked or not self.config.bidirectional or torch.compiler.is_compiling():
             return None
         attention = self.decoder.config._attn_implementation
-        if self._takes_additive_mask or (attention == "flex_attention" and IS_CAUSAL_COUNTS):
+        if takes_additive_mask(self.decoder) or (attention == "flex_attention" and IS_CAUSAL_COUNTS):
             packed = PackedBatch(attention_mask, order)
-            # The mask that keeps captions apart costs too.
+            # Packing must save enough to make up for its larger mask.
             return packed if packed.position_ids.numel() <= 0.9 * attention_mask.numel() else None
         if attention in VARIABLE_LENGTHS and IS_CAUSAL_COUNTS:
             packed = PackedBatch(attention_mask, order, single_row=True)
             return packed if packed.position_ids.numel() < attention_mask.numel() else None
         return None
-
-    def _kept_apart(self, packed: PackedBatch) -> dict[str, Any]:
-        """The decoder's arguments that keep the captions of a row apart."""
-        if self._takes_additive_mask:
-            return {"attention_mask": self._additive(packed.visible())}
-        if self.decoder.config._attn_implementation == "flex_attention":
-            return {"attention_mask": packed.block_mask()}
-        return {"attention_mask": None, **packed.sequence_arguments()}
-
-    @property
-    def _takes_additive_mask(self) -> bool:
-        # An additive 4-D mask is taken as it is by every decoder on every transformers version. The flag
-        # is_causal is not: 4.57 ignores it, and a sliding window would hide part of a long caption.
-        return self.decoder.config._attn_implementation in ("eager", "sdpa")
-
-    def _additive(self, visible: Tensor) -> Tensor:
-        dtype: Any = self.get_input_embeddings().weight.dtype
-        if not dtype.is_floating_point:
-            dtype = torch.get_default_dtype()
-        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-
-    def _decoder_mask(self, attention_mask: Tensor) -> Tensor:
-        if not self.config.bidirectional:
-            return attention_mask
-        if self._takes_additive_mask:
-            row = self._additive(attention_mask[:, None, None, :] != 0)
-            return row.expand(-1, 1, attention_mask.shape[1], -1)
-        if not IS_CAUSAL_COUNTS:
-            raise ValueError(
-                f"attn_implementation {self.decoder.config._attn_implementation!r} is causal on transformers "
-                f"{transformers_version}; use 'sdpa' or 'eager', or transformers >= 5.2."
-            )
-        return attention_mask
 
     def encode(
         self,
@@ -392,11 +351,11 @@ class LLM2CLIPTextModel(PreTrainedModel):
         """Embed captions of any length.
 
         Args:
-            texts: Captions; one string counts as a list of one.
+            texts: Captions, or a single caption.
             tokenizer: The tokenizer that was saved with this model.
-            batch_size: Largest number of captions in a batch. They are grouped by length, and a batch has no more than
-                keep the device busy: 512 tokens on a CPU, 16,384 elsewhere.
-            show_progress_bar: Show a bar over the batches.
+            batch_size: Largest number of captions in a batch. Captions are grouped by length, and a batch has at most
+                512 tokens on a CPU and 16,384 on other devices.
+            show_progress_bar: Show a progress bar.
 
         Returns:
             float32 `(len(texts), hidden_size)` on the CPU, not normalised, in input order.

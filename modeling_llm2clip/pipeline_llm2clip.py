@@ -17,7 +17,9 @@ from .image_decoding_llm2clip import decode_image
 class LLM2CLIPImageFeatureExtractionPipeline(ImageFeatureExtractionPipeline):
     """Image embeddings (`pool=True`) or patch states of images of any kind that [`decode_image`] reads."""
 
-    def preprocess(self, image: Any, timeout: float | None = None, **image_processor_kwargs: Any) -> Any:
+    def preprocess(  # type: ignore[override]
+        self, image: Any, timeout: float | None = None, **image_processor_kwargs: Any
+    ) -> Any:
         """Decode and prepare one image."""
         return super().preprocess(decode_image(image, timeout=timeout), **image_processor_kwargs)
 
@@ -25,7 +27,9 @@ class LLM2CLIPImageFeatureExtractionPipeline(ImageFeatureExtractionPipeline):
 class LLM2CLIPZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
     """Zero-shot classification of images of any kind that [`decode_image`] reads."""
 
-    def preprocess(self, image: Any, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
+    def preprocess(  # type: ignore[override]
+        self, image: Any, *args: Any, timeout: float | None = None, **kwargs: Any
+    ) -> Any:
         """Decode and prepare one image, and tokenise the candidate labels."""
         return super().preprocess(decode_image(image, timeout=timeout), *args, **kwargs)
 

@@ -1,1 +1,1 @@
-"""Cost as work grows: points measured in processes of their own, and a picture of each curve."""
+"""Curves of cost against the size of the work; every point is measured in its own process."""

@@ -1,4 +1,4 @@
-"""Measure how cost grows and draw it: `python -m benchmarks.curves [loss encode search]`."""
+"""Measure and plot how costs grow with the work: `python -m benchmarks.curves [loss encode search]`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from benchmarks.curves.points import CURVES
 from benchmarks.environments import versions_of
 from benchmarks.worker import measure
 
-# As in the table.
+# As in RESULTS.md.
 THREADS = 1
 FOLDER = Path(__file__).parent
 POINTS = FOLDER.with_suffix(".jsonl")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure the curves that are asked for, and draw them."""
+    """Measure the selected curves and plot them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=__doc__)
-    parser.add_argument("curves", nargs="*", metavar="CURVE", help=f"of {', '.join(CURVES)}; all if none is named")
-    parser.add_argument("--quick", action="store_true", help="the first points only, to see whether it works")
-    parser.add_argument("--output-dir", type=Path, help="other folder for curves.jsonl and the pictures")
+    parser.add_argument("curves", nargs="*", metavar="CURVE", help=f"{', '.join(CURVES)}; default: all")
+    parser.add_argument("--quick", action="store_true", help="measure the first points only, as a trial")
+    parser.add_argument("--output-dir", type=Path, help="another folder for curves.jsonl and the plots")
     parser.add_argument("--point", nargs=3, metavar=("CURVE", "LINE", "X"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.point:

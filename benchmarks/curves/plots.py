@@ -1,4 +1,4 @@
-"""The pictures of the curves."""
+"""Plots of the curves."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from benchmarks.curves.points import CAPTIONS
 
-# Okabe and Ito's colours, which the colour-blind tell apart; every line has a marker of its own too.
+# The colour-blind safe palette of Okabe and Ito; markers distinguish the lines too.
 STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D")]
 Points = dict[str, list[tuple[float, dict[str, float]]]]
 
 
 def draw(curve: str, points: Points, place: str, path: Path) -> None:
-    """Draw a curve.
+    """Plot a curve.
 
     Args:
-        curve: Its name.
-        points: For every contestant x and figures.
-        place: Machine and date, below the picture.
+        curve: Name of the curve.
+        points: Pairs of x and figures for every contestant.
+        place: Machine and date, printed below the plot.
         path: The PNG file.
     """
     panels = PANELS[curve]
@@ -66,8 +66,8 @@ def _lines(axes: Axes, points: Points, value: Callable[[dict[str, float]], float
 
 
 def _label(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names at the lines' ends, moved apart where they would cover each other."""
-    # Positions are final only when the limits are.
+    """Write names at the ends of the lines, moved apart where they would overlap."""
+    # Positions depend on the limits of the axes.
     axes.autoscale_view()
     low = float("-inf")
     for x, y, name, colour in sorted(ends, key=lambda end: axes.transData.transform(end[:2])[1]):

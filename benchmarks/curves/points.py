@@ -1,4 +1,4 @@
-"""The curves, and how one point of each is measured."""
+"""The curves, and the work of one point of each."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from benchmarks.row import Outcome, Work
 from benchmarks.rows import r04_info_nce
 
 WIDTH = 512
-# Captions that are encoded, and queries that are searched for.
+# Numbers of encoded captions, of queries, and of queries whose results are compared with an exact search.
 CAPTIONS, QUERIES, TRUTH = 128, 1000, 200
-# Words of a short caption and of a long one.
+# Numbers of words in short and in long captions.
 SHORT, LONG = (4, 12), (60, 90)
 ENCODERS = ("ours", "sentence-transformers", "batches of 64 in order")
 
@@ -23,8 +23,8 @@ class Line:
     """One contestant of a curve.
 
     Attributes:
-        set_up: Makes the work of a point ready.
-        up_to: The largest x that is measured: beyond it, memory or time runs out.
+        set_up: Prepares the work of a point.
+        up_to: Largest x to measure; a larger one takes too much memory or time.
     """
 
     set_up: Callable[[int], Work]
@@ -33,12 +33,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Curve:
-    """One picture.
+    """One plot.
 
     Attributes:
-        xs: Where it is measured.
-        quick: Where it is measured in a trial run.
-        lines: By name.
+        xs: Values of x to measure.
+        quick: Values of x in a trial run.
+        lines: Contestants by name.
     """
 
     xs: tuple[int, ...]
@@ -47,12 +47,12 @@ class Curve:
 
 
 def loss_work(make_loss: Callable[[], Callable], batch: int) -> Work:
-    """Loss and gradients, as in R4."""
+    """Prepare loss and gradients, as in R4."""
     return r04_info_nce._against(make_loss, batch, "cpu")
 
 
 def mixed_captions(percent_long: int) -> list[str]:
-    """Captions of which some are long descriptions, in random order."""
+    """Generate captions in random order, some of them long descriptions."""
     import random
 
     from benchmarks.stage2_inputs import WORDS
@@ -65,7 +65,7 @@ def mixed_captions(percent_long: int) -> list[str]:
 
 
 def encode_work(contestant: str, percent_long: int) -> Work:
-    """Embeddings of captions by a Llama of 27M parameters."""
+    """Prepare the embedding of captions with a Llama of 27M parameters."""
     import torch
     from transformers import AutoTokenizer
 
@@ -80,7 +80,7 @@ def encode_work(contestant: str, percent_long: int) -> Work:
 
         write_sentence_transformers_files(folder)
         peer = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
-        # As it runs an ordinary decoder: ours packs short captions into shared rows for it too.
+        # Without packing, as sentence-transformers runs other decoders; our code packs short captions for it too.
         peer[0].auto_model._packing = lambda *arguments: None
         return lambda: Outcome({"embeddings": peer.encode(captions, convert_to_tensor=True)})
     model, tokenizer = LLM2CLIPTextModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -100,7 +100,7 @@ def encode_work(contestant: str, percent_long: int) -> Work:
 
 
 def search_work(index_type: str | None, count: int) -> Work:
-    """Building an index and searching in it; None: `top_k`, without one."""
+    """Prepare building and searching an index; None searches with `top_k`, without an index."""
     import torch
 
     from llm2clip.search.top_k import top_k
@@ -139,7 +139,7 @@ CURVES = {
         (1024, 2048, 4096),
         {
             "ours": Line(partial(loss_work, r04_info_nce._ours)),
-            # The next batch would need more than 12 GiB.
+            # The next batch size needs more than 12 GiB.
             "open_clip": Line(partial(loss_work, r04_info_nce._open_clip), 16384),
             "transformers": Line(partial(loss_work, r04_info_nce._transformers), 16384),
         },
@@ -156,7 +156,7 @@ CURVES = {
             "top_k": Line(partial(search_work, None)),
             "flat": Line(partial(search_work, "flat")),
             "ivf": Line(partial(search_work, "ivf")),
-            # Building it takes minutes from here on.
+            # Building a larger index takes minutes.
             "hnsw": Line(partial(search_work, "hnsw"), 100_000),
         },
     ),

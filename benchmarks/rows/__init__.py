@@ -1,5 +1,5 @@
-"""The rows, one file each: `ROW` says what is compared, and the functions beside it how.
+"""The rows, one module each; `ROW` lists the contests.
 
-A module here is imported by its peers' interpreters too, so that it imports nothing but the standard library and the
-harness at the top; libraries are imported where they are used.
+The interpreters of the peers' environments import these modules too. At module level, they therefore import only the
+standard library and the harness; functions import the libraries that they use.
 """

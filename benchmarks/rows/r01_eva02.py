@@ -1,4 +1,4 @@
-"""R1: the EVA02 vision tower, which is what stage 2 trains."""
+"""R1: the EVA02 vision tower, which stage 2 trains."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# timm's name, what differs from it, and the heads of a layer
+# timm's name and the arguments that differ from its defaults
 TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     "B/16-224": ("eva02_base_patch16_clip_224", {}),
     "L/14-336, 4 layers": ("eva02_large_patch14_clip_336", {"depth": 4}),
 }
-# Of every kind of layer, where the gradient has come through all blocks
+# One weight of each kind, in the first block: its gradient has passed through all blocks
 GRADIENTS = (
     "pos_embed",
     "patch_embed.proj.weight",
@@ -59,7 +59,7 @@ def _our_model(tower: str) -> Any:
 
 
 def _placed(model: nn.Module, batch: int, device: str, size: int) -> tuple[nn.Module, Tensor]:
-    """A model and its images; a card works in bfloat16, as people use it there."""
+    """Move a model and its images to the device; a GPU computes in bfloat16, as usual."""
     import torch
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -97,7 +97,7 @@ def _tower(ours: bool, tower: str, batch: int, training: bool, device: str, comp
 
 
 def _products(tower: str, batch: int, training: bool, device: str) -> Work:
-    """The matrix products alone: of the linear layers and of attention, and for training those of the gradients."""
+    """The matrix products alone: those of linear layers and attention, and in training those of the gradients."""
     import torch
 
     model = _timm_model(tower)
@@ -161,7 +161,7 @@ def contests(device: str) -> list[Contest]:
 
 
 def _compiled(device: str) -> Contest:
-    """What torch.compile gains, which on a CPU takes minutes before it runs."""
+    """Contest of compiled models; on a CPU, compiling takes minutes."""
     tower, batch = "B/16-224", 128
     sized = {"tower": tower, "batch": batch, "training": False, "device": device}
     contestants = {

@@ -1,4 +1,4 @@
-"""R2: captions of mixed lengths through a small LLM, beside llm2vec."""
+"""R2: encoding captions of mixed lengths with a small LLM, against llm2vec."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
 from benchmarks.small_llama import HEADS, PROMPT, captions, new_folder, write_llm
 
 CAPTIONS = 512
-# llm2vec's default, and where it is fastest on a CPU.
+# Batch sizes of llm2vec: its default, and the fastest on the device.
 PEER_BATCHES = {"cpu": (32, 8), "cuda": (32, 128)}
 
 
@@ -43,7 +43,7 @@ def _llm2vec(batch_size: int, device: str) -> Work:
 
 
 def _products(device: str) -> Work:
-    """The matrix products alone: those of the layers on all real tokens, those of attention caption by caption."""
+    """The matrix products alone: linear layers on all tokens without padding, attention caption by caption."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -94,7 +94,7 @@ def contests(device: str) -> list[Contest]:
 
 
 def _flash_contest(work: str) -> Contest:
-    """Captions end to end, as flash attention takes them, beside padded ones; needs flash-attn for the former."""
+    """Contest of packed captions, as flash attention processes them, against padded ones; flash-attn is optional."""
     from transformers.utils import is_flash_attn_2_available
 
     attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"

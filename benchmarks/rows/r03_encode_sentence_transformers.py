@@ -1,4 +1,4 @@
-"""R3: captions of mixed lengths, beside sentence-transformers on the same folder."""
+"""R3: encoding captions of mixed lengths, against sentence-transformers with the same folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""R4: the contrastive loss, which is where a large batch costs memory."""
+"""R4: the contrastive loss, whose memory grows with the square of the batch size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
 
 WIDTH = 512
-# The scale at which training ends: ln 100 is the clamp.
+# The logit scale at the end of training, which is clamped to 100.
 SCALE = 100.0
 INF_CL = (
     "Inf-CL (arXiv 2410.17243), whose tiles are Triton kernels, publishes batches of 4M and 12M for a ViT-L/14 on 8 "
@@ -17,7 +17,7 @@ INF_CL = (
 
 
 def _against(make_loss: Callable[[], Callable], batch: int, device: str) -> Work:
-    """Loss and gradients of both sides and of the scale, from unit vectors that resemble each other in pairs."""
+    """Prepare loss and gradients of both sides and of the scale, with pairs of similar unit vectors."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -55,7 +55,7 @@ def _transformers() -> Callable:
 
 
 def products(batch: int, device: str) -> Work:
-    """The matrix products alone, tile by tile: the logits, once for both directions, and the two gradients."""
+    """Prepare the matrix products alone, tile by tile: logits, once for both directions, and both gradients."""
     import torch
 
     images, texts = torch.randn(2, batch, WIDTH, device=device)

@@ -9,13 +9,13 @@ from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
 from benchmarks.rows.r04_info_nce import products
 
 WIDTH = 512
-# Between the start of training (10) and where SigLIP's ends (about 118).
+# Between the scale at the start of training (10) and that at the end of SigLIP's (about 118).
 SCALE, BIAS = 50.0, -10.0
 CHUNK = 1024
 
 
 def _against(make_loss: Callable[[], Callable], batch: int, device: str) -> Work:
-    """Loss and all gradients, from unit vectors that resemble each other in pairs."""
+    """Prepare loss and all gradients, with pairs of similar unit vectors."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -46,10 +46,10 @@ def _open_clip() -> Callable:
 
 
 def _open_clip_in_chunks() -> Callable:
-    """open_clip's loss, image chunk by image chunk under autograd.
+    """open_clip's loss in chunks of images, with autograd.
 
-    Its releases have no setting for that yet. Its development version has one, which like this one keeps the logits of
-    every chunk for the backward pass, and nothing else of their size.
+    Releases of open_clip have no setting for this yet. That of its development version stores the logits of every
+    chunk for the backward pass too, and nothing else of this size.
     """
     import torch
     from open_clip.loss import SigLipLoss
@@ -60,7 +60,7 @@ def _open_clip_in_chunks() -> Callable:
         loss = torch.zeros((), device=images.device)
         for start in range(0, len(images), CHUNK):
             logits = logits_of(images[start : start + CHUNK], texts, scale, bias)
-            # -log sigmoid(-x) of all pairs; for the right ones, -log sigmoid(x) is that less x.
+            # -log sigmoid(-x) of all pairs; for matching pairs, -log sigmoid(x) is that minus x.
             loss = loss + torch.nn.functional.softplus(logits).sum() - logits.diagonal(start).sum()
         return loss / len(images)
 

@@ -1,4 +1,4 @@
-"""R6: a training step whose batch is too large for the towers' activations."""
+"""R6: a training step with a batch whose activations do not fit into memory."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
 
 BATCH = {"cpu": 256, "cuda": 4096}
-# The towers run on so many parts of the batch.
+# Number of chunks of the batch for the towers.
 PARTS = 22
 IMAGE_SIZE = 112
-# eva02_tiny of timm.
+# timm's eva02_tiny.
 VISION = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 12, "num_attention_heads": 3}
 
 
 def _model(device: str) -> Any:
-    """An EVA02 tower and an adapter on cached embeddings."""
+    """Build an EVA02 tower with an adapter for cached embeddings."""
     import torch
     from transformers import AutoConfig
 
@@ -35,7 +35,7 @@ def _model(device: str) -> Any:
 def _step(
     embed: Callable[[Any, dict[str, Any]], tuple[Any, ...]], checkpointing: bool, batch: int, device: str
 ) -> Work:
-    """Loss and gradients of all parameters."""
+    """Prepare loss and gradients of all parameters."""
     import torch
 
     from llm2clip.losses import clip_loss

@@ -1,4 +1,4 @@
-"""R7: recall@k in both directions, which an evaluation during training pays every time."""
+"""R7: recall@k in both directions, which every evaluation during training computes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
 WIDTH = 512
 CAPTIONS = 5
 KS = (1, 5, 10)
-# Images that stand twice and have no caption: equal scores among wrong images, for every caption.
+# Duplicate images without captions: equal scores among wrong images, for every caption.
 DISTRACTORS = 20
-# Of every tenth image, two captions are the same: equal scores among right texts, and among wrong ones for the others.
+# Every tenth image has two equal captions: equal scores among its right texts, and among wrong texts of others.
 REPEATED = 10
-# With it no score at a border of the first k is within 1e-6 of the next, so that rounding decides nothing.
+# With this seed, no score at rank k is within 1e-6 of the next one, so that rounding does not affect the hits.
 SEED = 0
-# The default of CLIP_benchmark's command.
+# Default of the CLIP_benchmark command.
 BATCH = 64
 
 
 def _embeddings(images: int) -> tuple:
-    """Unit embeddings of images and texts, and the image of each text; recalls lie between 0.3 and 0.9."""
+    """Generate unit embeddings of images and texts, and the image of each text; recalls are between 0.3 and 0.9."""
     import torch
 
     generator = torch.Generator().manual_seed(SEED)
@@ -40,7 +40,7 @@ def _embeddings(images: int) -> tuple:
 def _contestant(make_measure: Callable[[], Callable], images: int) -> Work:
     measure = make_measure()
     inputs = _embeddings(images)
-    # A small one first: the libraries' code comes into memory then, which is nobody's working memory.
+    # A small warm-up loads the code of the libraries, which must not count as memory of the work.
     measure(*_embeddings(4 * DISTRACTORS))
 
     def work() -> Outcome:
@@ -65,7 +65,7 @@ def _ours() -> Callable:
 
 
 def _clip_benchmark() -> Callable:
-    """The second half of `clip_benchmark.metrics.zeroshot_retrieval.evaluate`, whose first half encodes."""
+    """The part of `clip_benchmark.metrics.zeroshot_retrieval.evaluate` after the encoding."""
     import torch
     from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
 
@@ -84,7 +84,7 @@ def _clip_benchmark() -> Callable:
 
 
 def _product() -> Callable:
-    """Every score once, in tiles that are thrown away."""
+    """Compute every score once, in tiles that are discarded."""
 
     def measure(seen: Any, written: Any, owner: Any) -> list[float]:
         for tile in written.split(256):

@@ -1,4 +1,4 @@
-"""R8: from the bytes of a JPEG to what the vision tower takes."""
+"""R8: from the bytes of a JPEG to the input of the vision tower."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
 
 COUNT = 48
 SIZE = 336
-# Two grey levels of 255 over the largest magnitude of a normalised pixel, which is about 2
+# Two of 255 grey levels, relative to the largest magnitude of a normalised pixel, which is about 2
 GREY_LEVELS = 0.02
 
 
 def _photographs() -> list[bytes]:
-    """Parts of two photographs, 500 to 1,500 pixels long.
+    """Crop parts of two photographs, 500 to 1,500 pixels long.
 
-    open_clip and transformers cut an odd number of pixels off at different sides, so that only even ones compare.
+    open_clip and transformers round an odd crop offset in different directions; only even ones can be compared.
     """
     import numpy as np
     from PIL import Image
@@ -46,7 +46,7 @@ def _work(make: Callable[[], Callable[[bytes], Any]]) -> Work:
     import torch
 
     images, prepare = _photographs(), make()
-    pixels = torch.zeros(COUNT, 3, SIZE, SIZE)  # there already, so that the batch's memory is nobody's time
+    pixels = torch.zeros(COUNT, 3, SIZE, SIZE)  # allocated here, so that allocation is not measured
 
     def work() -> Outcome:
         for row, data in enumerate(images):
@@ -77,7 +77,7 @@ def _ours(backend: Any, pil: bool) -> Callable[[bytes], Any]:
 
 
 def ours(backend: str, pil: bool) -> Work:
-    """Our transform with a backend, of an image processor that resizes with Pillow or with torchvision."""
+    """Prepare our transform with a backend, for an image processor that resizes with Pillow or torchvision."""
     return _work(partial(_ours, backend, pil))
 
 

@@ -1,4 +1,4 @@
-"""R9: from shards of captioned images to caption embeddings on disk, as stage 2 reads them."""
+"""R9: from shards of captioned images to caption embeddings on disk, in the form that stage 2 reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = ("shortSV_captions", "longSV_captions")
 
 
 def _rows() -> list[dict[str, str]]:
-    """The captions of every image: a short one, which many images share, and a long one of its own."""
+    """Generate two captions per image: a short one that many images share, and a unique long one."""
     number = SHARDS * IMAGES
     pool = sorted(captions(4 * number), key=len)
     rng = random.Random(0)
@@ -32,7 +32,7 @@ def _write_shards() -> Path:
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
             for image, row in enumerate(itertools.islice(rows, IMAGES)):
-                # Nobody looks at the pictures.
+                # The images are not decoded.
                 for name, content in (("jpg", bytes(20_000)), ("json", json.dumps(row).encode())):
                     member = tarfile.TarInfo(f"{shard:05}{image:04}.{name}")
                     member.size = len(content)
@@ -41,7 +41,7 @@ def _write_shards() -> Path:
 
 
 def _outcome(folder: Path, read: Callable[[list[str]], Any]) -> Outcome:
-    """Bytes on disk, and the embeddings of all captions."""
+    """Return the bytes on disk and the embeddings of all captions."""
     shown = [row[column] for row in _rows() for column in COLUMNS]
     size = sum(file.stat().st_size for file in folder.iterdir())
     return Outcome({"embeddings": read(shown)}, {"bytes": float(size)})
@@ -49,15 +49,15 @@ def _outcome(folder: Path, read: Callable[[list[str]], Any]) -> Outcome:
 
 def _ours() -> Work:
     from llm2clip.data import CaptionSource, distinct_captions
-    from llm2clip.embedding import EmbeddingCache
-    from llm2clip.embedding.embed import EmbedConfig, embed_captions
+    from llm2clip.embedding import CaptionEmbedder, EmbeddingCache
+    from llm2clip.embedding.embed import EmbedConfig, embed_into_cache
     from llm2clip.utils.processes import process_state
     from llm2clip.utils.towers import open_text_tower
 
     shards = _write_shards()
     model, tokenizer = open_text_tower(str(write_llm(new_folder())), dtype="float32", **PROMPT)
-    model.eval()
-    # A stream, since a prepared copy would serve the next turn too.
+    embedder = CaptionEmbedder(model.eval(), tokenizer)
+    # Streaming, because `datasets` would cache a prepared copy for the next turn.
     source = CaptionSource(
         str(shards / "*.tar"), caption_columns=[f"json.{column}" for column in COLUMNS], streaming=True
     )
@@ -65,14 +65,14 @@ def _ours() -> Work:
     def work() -> Outcome:
         folder = new_folder()
         texts = distinct_captions(source, show_progress=False)
-        embed_captions(model, tokenizer, texts, str(folder), "benchmark", EmbedConfig(), process_state())
+        embed_into_cache(texts, embedder, str(folder), "benchmark", EmbedConfig(), process_state())
         return _outcome(folder, EmbeddingCache.open(folder).lookup)
 
     return work
 
 
 def _llm2vec() -> Work:
-    """One call of the encoder for each tar, and a tar of float32 bytes beside it, as the original does."""
+    """One call of the encoder per tar file, and a tar file of float32 bytes, as in the original code."""
     import numpy as np
     import torch
     import webdataset

@@ -1,4 +1,4 @@
-"""R10: caption embeddings on their way into a training step, out of the cache and out of the original's tars."""
+"""R10: reading caption embeddings for training steps, from the cache and from tar files of the original code."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ COMPARED = tuple(f"{image:05}" for image in range(99, IMAGES, 100))
 
 
 def _drawn() -> list[int]:
-    """Which of its captions each image comes with."""
+    """Draw the caption of each image."""
     return random.Random(1).choices((0, 1), k=IMAGES)
 
 
 def _texts() -> list[str]:
-    """Two captions of each image."""
+    """Generate two captions per image."""
     return captions(2 * IMAGES)
 
 
@@ -38,7 +38,7 @@ def _size(folder: Path) -> float:
 
 
 def _consume(batches: Iterable[tuple[list[str], Any]], size: float) -> Outcome:
-    """Take all batches: keys of the images, and their captions' rows (images, width)."""
+    """Iterate over batches of image keys and their caption embeddings (images, width)."""
     values, count = {}, 0
     for keys, embeddings in batches:
         count += len(keys)
@@ -48,13 +48,10 @@ def _consume(batches: Iterable[tuple[list[str], Any]], size: float) -> Outcome:
 
 
 def cache_of(texts: list[str], embed: Callable[[list[str]], Any], folder: Path) -> Any:
-    """A cache in a folder, of what stands in for a text encoder; opened, unchecked."""
-    from llm2clip.embedding import EmbeddingCache, build_embedding_cache
+    """Build a cache with a substitute for a text encoder, and open it without a check."""
+    from llm2clip.embedding import CacheManifest, EmbeddingCache, build_embedding_cache
 
-    build_embedding_cache(
-        folder,
-        texts,
-        lambda batch: (embed(batch), 0),
+    manifest = CacheManifest(
         fingerprint="benchmark",
         text_model_name="benchmark",
         hidden_size=WIDTH,
@@ -62,13 +59,13 @@ def cache_of(texts: list[str], embed: Callable[[list[str]], Any], folder: Path) 
         prompt_prefix="",
         prompt_suffix="",
         max_length=512,
-        show_progress=False,
     )
+    build_embedding_cache(folder, texts, lambda batch: (embed(batch), 0), manifest, show_progress_bar=False)
     return EmbeddingCache.open(folder, verify=False)
 
 
 def ours() -> Work:
-    """Every image's drawn caption out of the cache, in random order, in batches."""
+    """Prepare batches of the drawn caption of every image from the cache, in random order."""
     texts, rows, folder = _texts(), _rows(), new_folder()
     numbers = {text: number for number, text in enumerate(texts)}
     cache = cache_of(texts, lambda batch: rows[[numbers[text] for text in batch]], folder)
@@ -78,7 +75,7 @@ def ours() -> Work:
         order = random.Random(0).sample(range(IMAGES), IMAGES)
         for start in range(0, IMAGES, BATCH):
             images = order[start : start + BATCH]
-            # The collator's call.
+            # As the collator calls it.
             found = cache.lookup([texts[2 * image + drawn[image]] for image in images], dtype=None)
             yield [f"{image:05}" for image in images], found
 

@@ -46,7 +46,7 @@ def _faiss(threads: int) -> Work:
 
 
 def _product() -> Work:
-    """Every score once, in tiles that are thrown away."""
+    """Compute every score once, in tiles that are discarded."""
     import torch
 
     queries, candidates = _vectors()

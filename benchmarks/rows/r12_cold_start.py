@@ -1,4 +1,4 @@
-"""R12: what a fresh process spends until the first caption and the first image are embedded."""
+"""R12: the cost of a fresh process until it has embedded its first caption and image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
 from benchmarks.small_llama import PROMPT, new_folder, write_llm
 
 CAPTION = "a small dog walks on a bridge"
-# As the README says it.
+# As in the README.
 OURS = """
 import sys
 import numpy as np
@@ -41,7 +41,7 @@ PEAK = "\nimport resource\nprint('peak', resource.getrusage(resource.RUSAGE_SELF
 
 
 def _joint_model(folder: Path) -> Path:
-    """A small model with vision tower, adapter and LLM, as `llm2clip build` leaves one."""
+    """Write a small model with vision tower, adapter and LLM, as `llm2clip build` does."""
     from transformers import CLIPImageProcessor
 
     from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
@@ -84,7 +84,7 @@ def _process(program: str, with_model: bool) -> Work:
     command = [sys.executable, "-c", program + PEAK, *arguments]
 
     def work() -> Outcome:
-        # The worker counts the seconds of children, not their memory.
+        # The worker measures the seconds of child processes, but not their memory.
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peak = float(output.split()[-1]) * 1024
         return Outcome(dict(np.load(values)) if with_model else {}, {"memory": peak})

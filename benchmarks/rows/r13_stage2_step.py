@@ -1,4 +1,4 @@
-"""R13: what a step of stage 2 costs beyond its arithmetic."""
+"""R13: the overhead of a training step of stage 2."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
 # A ViT-S/16 at 112 pixels.
 VISION = {"hidden": 384, "layers": 12, "patch": 16, "size": 112}
 BATCH, STEPS = 32, 5
-# More than the steps take: the worker reads ahead until the end.
+# More than the steps consume: the worker prefetches until the end.
 PICTURES = BATCH * (STEPS + 4)
 
 
 def _fields() -> dict[str, Any]:
-    """Settings of the run, with data and towers in a folder that goes when this process ends."""
+    """Write data and towers into a temporary folder; return the settings of the run."""
     from benchmarks import stage2_inputs
 
     folder = stage2_inputs.temporary_folder()
@@ -45,7 +45,7 @@ def _ours() -> Work:
 
 
 def _bare_loop() -> Work:
-    """Forward, loss, backward and optimiser on batches that are ready, with the model and the settings of ours."""
+    """Forward, loss, backward and optimizer on prepared batches, with the same model and settings."""
     import torch
 
     from benchmarks.stage2_inputs import StepClock, make_trainer

@@ -1,4 +1,4 @@
-"""R14: where the LLM is in stage 2: behind a cache, frozen beside the vision tower, or trained with LoRA."""
+"""R14: stage 2 with cached embeddings, with the frozen LLM online, and with LoRA on the LLM."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from benchmarks.row import Contest, Contestant, Goal, Outcome, Row, Work
 
 VISION = {"hidden": 256, "layers": 8, "patch": 16, "size": 112}
 LLM = {"hidden": 512, "layers": 6}
-# With the prompt some 60 tokens.
+# About 60 tokens with the prompt.
 WORDS = 20
 BATCH, STEPS = 32, 4
 PICTURES = BATCH * (STEPS + 4)
-# Of the paper's runs: on all linear layers.
+# All linear layers, as in the paper.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def _fields(cached: bool) -> tuple[dict[str, Any], float]:
-    """Settings of the run, and the CPU seconds that the cache took."""
+    """Write the inputs; return the settings of the run and the CPU seconds of the embedding cache."""
     from benchmarks import stage2_inputs
 
     folder = stage2_inputs.temporary_folder()
@@ -69,11 +69,11 @@ def _with_llm(prepare: Callable[[Any], None]) -> Work:
 
 
 def _frozen(text_model: Any) -> None:
-    """As it is."""
+    """Leave the LLM unchanged."""
 
 
 def _add_lora(text_model: Any) -> None:
-    """LoRA as stage 1 uses it, which changes nothing before the first step."""
+    """Add LoRA as in stage 1; the output is unchanged before the first step."""
     from peft import LoraConfig, inject_adapter_in_model
 
     inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS), text_model)

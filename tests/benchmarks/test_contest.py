@@ -8,7 +8,7 @@ from tests.benchmarks import tiny_row
 MODULE = "tests.benchmarks.tiny_row"
 
 
-def test_contestants_are_measured_in_processes_of_their_own():
+def test_each_contestant_is_measured_in_its_own_process():
     contest = tiny_row.contests("cpu")[0]
     turns = run_contest(MODULE, "cpu", contest)
     assert [len(measured) for measured in turns.values()] == [3, 3, 3]
@@ -20,7 +20,7 @@ def test_contestants_are_measured_in_processes_of_their_own():
     assert all(turn["wall"] > 0 and turn["cpu"] >= 0 for measured in turns.values() for turn in measured)
 
 
-def test_unequal_values_are_no_contest():
+def test_unequal_values_stop_the_contest():
     with pytest.raises(UnequalError, match=r"sum: ours differs from that of peer by 0\.5"):
         run_contest(MODULE, "cpu", tiny_row.contests("cpu")[1])
 
@@ -40,33 +40,33 @@ def test_a_contestant_that_fails_is_named():
         ({"x": np.array([1.02])}, {"x": np.ones(1)}, "0.01 of that is allowed"),
     ],
 )
-def test_what_counts_as_unequal(tmp_path, ours, theirs, message):
+def test_missing_differing_or_misshapen_values_are_unequal(tmp_path, ours, theirs, message):
     np.savez(tmp_path / "ours.npz", **ours)
     np.savez(tmp_path / "theirs.npz", **theirs)
     with pytest.raises(UnequalError, match=message):
         check_equal(tmp_path / "ours.npz", tmp_path / "theirs.npz", {"x": 0.01}, "peer")
 
 
-def test_a_contest_has_to_compare_something(tmp_path):
+def test_a_contest_without_compared_values_is_an_error(tmp_path):
     np.savez(tmp_path / "values.npz", x=np.zeros(1))
     with pytest.raises(UnequalError, match="compares no values"):
         check_equal(tmp_path / "values.npz", tmp_path / "values.npz", {}, "peer")
 
 
-def test_times_are_ratios_within_a_round():
+def test_the_ratio_is_the_median_of_the_ratios_within_rounds():
     turns = {"ours": [{"cpu": 9.0}, {"cpu": 1.0}, {"cpu": 3.0}], "peer": [{"cpu": 1.0}, {"cpu": 2.0}, {"cpu": 4.0}]}
     assert ratio(turns, "peer", "cpu") == 0.625
 
 
-def test_contests_name_their_contestants():
-    with pytest.raises(ValueError, match="first contestant of 'a' has to be named 'ours'"):
+def test_the_first_contestant_is_ours_and_goals_name_contestants():
+    with pytest.raises(ValueError, match="first contestant of 'a' must be named 'ours'"):
         Contest("a", {"theirs": Contestant(lambda: Outcome)}, ())
     with pytest.raises(ValueError, match=r"goals against \['nobody'\]"):
         Contest("a", {"ours": Contestant(lambda: Outcome)}, (Goal("nobody", "cpu", 1.0),))
 
 
 @pytest.mark.parametrize("name", list(row_modules()))
-def test_every_row_can_be_read(name):
+def test_every_row_lists_valid_contests(name):
     row = load_row(row_modules()[name])
     assert row.id == name
     for device in row.devices:

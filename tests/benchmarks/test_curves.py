@@ -1,4 +1,4 @@
-"""The curves' work, small, and their pictures."""
+"""The work of the curves at a small size, and their plots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 from benchmarks.curves import plots, points
 
 
-def test_captions_of_a_mix_have_their_share_of_long_ones() -> None:
+def test_mixed_captions_have_the_given_share_of_long_captions() -> None:
     for share in (0, 20, 100):
         lengths = [len(caption.split()) - 1 for caption in points.mixed_captions(share)]
         long = sum(length >= points.LONG[0] for length in lengths)
@@ -19,14 +19,14 @@ def test_captions_of_a_mix_have_their_share_of_long_ones() -> None:
         assert long + sum(length <= points.SHORT[1] for length in lengths) == points.CAPTIONS
 
 
-def test_a_flat_index_finds_what_top_k_finds() -> None:
+def test_a_flat_index_finds_all_results_of_top_k() -> None:
     metrics = points.search_work("flat", 3000)().metrics
     assert metrics["found"] == 1
     assert set(metrics) == {"search", "build", "found"}
 
 
 @pytest.mark.parametrize("curve", list(points.CURVES))
-def test_every_curve_has_a_picture(curve: str, tmp_path: Path) -> None:
+def test_every_curve_is_plotted(curve: str, tmp_path: Path) -> None:
     figures = {"memory": 2e6, "cpu": 3.0, "search": 1e-3, "build": 2.0, "found": 0.9}
     lines = {
         name: [(x, {key: value * x for key, value in figures.items()}) for x in points.CURVES[curve].quick]

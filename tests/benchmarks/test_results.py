@@ -28,7 +28,7 @@ def slower(entry, factor):
     return changed
 
 
-def test_a_record_holds_what_the_table_needs(entry):
+def test_a_record_contains_the_fields_of_the_table(entry):
     assert [goal["ratio"] for goal in entry["goals"]] == [0.25, 0.25, 2.0]
     assert entry["figures"]["ours"] == {"cpu": 1.0, "wall": 1.0, "memory": 10.0, "bytes": 1.0}
     assert entry["limits"] == ["nothing"]
@@ -36,38 +36,38 @@ def test_a_record_holds_what_the_table_needs(entry):
     assert json.loads(json.dumps(entry)) == entry
 
 
-def test_the_newest_record_of_a_contest_counts(entry):
+def test_the_newest_record_of_a_contest_is_used(entry):
     newer = slower(entry, 2)
     assert results.read([json.dumps(entry), "", json.dumps(newer)]) == {KEY: newer}
 
 
-def test_a_fifth_slower_is_a_red_line(entry):
+def test_a_ratio_that_is_a_fifth_worse_is_marked(entry):
     text = results.table({KEY: slower(entry, 1.2)}, {KEY: entry}, {})
     assert "| 🔴 | R99 | sums: equal | memory |" in text
     assert f"memory against peer was 0.25 × in {entry['commit']}" in text
 
 
-def test_noise_is_no_red_line(entry):
+def test_a_ratio_within_the_noise_is_not_marked(entry):
     assert "| 🔴" not in results.table({KEY: slower(entry, 1.05)}, {KEY: entry}, {})
 
 
-def test_other_machines_do_not_compare(entry):
+def test_records_of_other_machines_are_not_compared(entry):
     assert results.worse(slower(entry, 2), {**entry, "machine": "another"}) == []
 
 
-def test_the_last_record_of_the_same_machine_is_compared_with(entry, monkeypatch):
+def test_the_last_committed_record_of_the_same_machine_is_compared(entry, monkeypatch):
     elsewhere = {**slower(entry, 3), "machine": "another"}
     committed = "\n".join(map(json.dumps, (entry, elsewhere)))
     monkeypatch.setattr(results, "_git", lambda *arguments: committed)
     assert results.committed(entry["machine"]) == {KEY: entry}
 
 
-def test_environments_of_peers_are_named(entry):
+def test_the_environments_of_peers_are_listed(entry):
     text = results.table({KEY: {**entry, "peers": {"llm2vec": {"torch": "1.2.3"}}}}, {}, {})
     assert "llm2vec in an environment with torch 1.2.3" in text
 
 
-def test_a_missed_goal_is_shown_with_its_reason(entry):
+def test_a_missed_goal_is_listed_with_its_reason(entry):
     text = results.table({KEY: entry}, {}, {"R99": "the peer is asleep."})
     assert "| 🟢 | R99 | sums: equal | memory | 0.0 MiB | peer | 0.0 MiB | 0.25 | ≤ 0.50 |" in text
     assert "| 🟡 | R99 | sums: equal | bytes |" in text
@@ -76,13 +76,13 @@ def test_a_missed_goal_is_shown_with_its_reason(entry):
     assert "no reason is given yet" in results.table({KEY: entry}, {}, {})
 
 
-def test_a_limit_that_is_no_goal_is_shown_too(entry):
+def test_a_limit_without_a_goal_is_listed(entry):
     entry["goals"] = entry["goals"][:1]
     text = results.table({KEY: entry}, {}, {})
     assert "|  | R99 | sums: equal | cpu | 1 s | *limit:* nothing | 0.5 s | 2.00 |  |" in text
 
 
-def test_the_command_writes_results_and_says_what_failed(tmp_path, monkeypatch, capfd):
+def test_the_command_writes_results_and_reports_failures(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(command, "row_modules", lambda: {"R99": "tests.benchmarks.tiny_row"})
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results.jsonl")
     monkeypatch.setattr(results, "TABLE", tmp_path / "RESULTS.md")
@@ -113,10 +113,10 @@ def test_an_unknown_row_is_refused(capsys):
     assert "there is no row R77; choose from R" in capsys.readouterr().err
 
 
-def test_gpu_rows_are_skipped_without_a_card(capsys, monkeypatch):
+def test_gpu_rows_are_skipped_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(command, "_has_cuda", lambda: False)
     assert command.main(["--device", "cuda"]) == 0
-    assert "no CUDA card here" in capsys.readouterr().out
+    assert "there is no CUDA device" in capsys.readouterr().out
 
 
 README_LINES = [
@@ -127,7 +127,7 @@ README_LINES = [
 
 
 @pytest.mark.parametrize("cells", README_LINES, ids=[f"{cells[0]} {cells[1]}" for cells in README_LINES])
-def test_the_readme_shows_what_was_measured(cells):
+def test_the_readme_shows_the_measured_ratios(cells):
     row, _, against, time, memory = cells
     shown = {"cpu": time, "memory": memory}
     measured = [
@@ -139,7 +139,7 @@ def test_the_readme_shows_what_was_measured(cells):
     assert any(shown.items() <= ratios.items() for ratios in measured)
 
 
-def test_the_readme_shows_the_goals_that_are_missed():
+def test_the_readme_lists_the_missed_goals():
     missed = {
         (row, goal["against"])
         for (row, _, device), entry in results.read(results.lines()).items()

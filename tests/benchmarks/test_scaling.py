@@ -1,4 +1,4 @@
-"""The numbers of docs/scaling.md are those of its script."""
+"""The tables of docs/scaling.md match the output of the script."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import pytest
 from benchmarks import scaling
 
 
-def test_the_page_holds_what_the_script_makes() -> None:
+def test_the_page_contains_the_tables_of_the_script() -> None:
     page = scaling.PAGE.read_text(encoding="utf-8")
     assert scaling.fill(page) == page
 
 
-def test_counted_work_is_that_of_the_formulas() -> None:
-    """EVA02-B/16: 12 layers of 4 d d + 3 d 2048 weights on 197 tokens, attention's products and the patches."""
+def test_counted_operations_match_the_formulas() -> None:
+    """EVA02-B/16: 12 layers of 4 d d + 3 d 2048 weights for 197 tokens, products of attention, patch embedding."""
     tokens, width = 197, 768
     weights = 12 * (4 * width * width + 3 * width * 2048)
     attention = 12 * 2 * tokens * tokens * width
@@ -23,7 +23,7 @@ def test_counted_work_is_that_of_the_formulas() -> None:
     )
 
 
-def test_hours_follow_from_work_and_cards() -> None:
+def test_hours_follow_from_operations_and_gpus() -> None:
     day = scaling.PEAK["A100"] * 0.5 * 24 * 3600
     assert scaling.hours(day, 0.5, 1, "A100") == pytest.approx(24)
     assert scaling.hours(day, 0.5, 8, "A100") == pytest.approx(24 / 8 / scaling.EIGHT)

@@ -1,4 +1,4 @@
-"""A row that costs nothing."""
+"""A row whose work takes no time."""
 
 from __future__ import annotations
 

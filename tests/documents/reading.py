@@ -25,14 +25,14 @@ def blocks(document: str) -> list[tuple[str, str]]:
 
 
 def kind(language: str, content: str) -> str:
-    """What a block is: python, shell or output.
+    """What a block is: python, shell, output or diagram.
 
     Raises:
         ValueError: It is none of them.
     """
     lines = content.replace("\\\n", " ").splitlines()
-    if language == "python":
-        return "python"
+    if language in ("python", "mermaid"):
+        return "python" if language == "python" else "diagram"
     if language in ("", "bash", "shell") and lines and all(map(is_command, lines)):
         return "shell"
     if not language and content.startswith(OUTPUTS):

@@ -133,7 +133,7 @@ README = {
         small=f"{STAGE1} --block-size 64",
         makes=("runs/mntp/model.safetensors",),
     ),
-    "torchrun --nproc_per_node N -m llm2clip.cli stage2 RECIPE": Run(
+    "torchrun --nproc_per_node N -m llm2clip stage2 RECIPE": Run(
         needs=(TRAIN_VISION, "data/mine"),
         meant={"N": "2", "RECIPE": "stage2_small_gpu"},
         small=TUNE,
@@ -170,10 +170,15 @@ CONTRIBUTING = {
     "make compat": NotRun(CI),
     "make format": NotRun("it rewrites the code; `make lint` runs the same tools"),
     "make bench-gpu": NotRun("there is no GPU"),
+    "make docs": NotRun("it needs mkdocs", run_by="tests/llm2clip/test_public_api.py::test_api_page_is_up_to_date"),
+    "python -m llm2clip": NotRun(
+        "it is a command only with the name of a job",
+        run_by="tests/test_packaging.py::test_installed_command_shows_the_help_of_the_quickstart",
+    ),
     ".ci/run": NotRun("it is what runs these tests"),
 }
 SCALING = {
-    "torchrun --nproc_per_node 8 -m llm2clip.cli embed embed_paper --output_dir runs/cache": Run(
+    "torchrun --nproc_per_node 8 -m llm2clip embed embed_paper --output_dir runs/cache": Run(
         needs=(TRAIN_LLM, "data/cc3m"),
         meant={"8": "2"},
         small=f"{EMBED} --shard-size 8",
@@ -181,32 +186,32 @@ SCALING = {
         prints="num_captions: ",
         slow=True,
     ),
-    "torchrun --nproc_per_node 8 -m llm2clip.cli stage2 stage2_paper": Run(
+    "torchrun --nproc_per_node 8 -m llm2clip stage2 stage2_paper": Run(
         needs=(EMBED_CAPTIONS, TOWER),
         meant={"8": "2"},
         small=STAGE2,
         makes=("runs/stage2/model.safetensors",),
         slow=True,
     ),
-    f"{LAUNCH}/ddp_8gpu.yaml -m llm2clip.cli stage2 stage2_paper": Run(
+    f"{LAUNCH}/ddp_8gpu.yaml -m llm2clip stage2 stage2_paper": Run(
         needs=(EMBED_CAPTIONS, TOWER, "training"),
         meant={"ddp_8gpu.yaml": "ddp_8gpu.yaml --num_processes 2 --cpu"},
         small=STAGE2,
         makes=("runs/stage2/model.safetensors",),
         slow=True,
     ),
-    f"{LAUNCH}/deepspeed_zero2.yaml -m llm2clip.cli stage2 stage2_paper": NotRun(
+    f"{LAUNCH}/deepspeed_zero2.yaml -m llm2clip stage2 stage2_paper": NotRun(
         "DeepSpeed needs a GPU",
-        run_by="tests/llm2clip/test_recipe.py::test_accelerate_reads_the_launch_configurations",
+        run_by="tests/llm2clip/utils/test_settings.py::test_accelerate_reads_the_launch_configurations",
     ),
-    f"{LAUNCH}/fsdp.yaml -m llm2clip.cli stage1 stage1_paper": Run(
+    f"{LAUNCH}/fsdp.yaml -m llm2clip stage1 stage1_paper": Run(
         needs=(LLAMA, *PAIRS, "training"),
         meant={"fsdp.yaml": "fsdp.yaml --num_processes 2 --cpu"},
         small=STAGE1,
         makes=("runs/stage1/model.safetensors",),
         slow=True,
     ),
-    f"{LAUNCH}/cpu_2.yaml -m llm2clip.cli stage2 RECIPE": Run(
+    f"{LAUNCH}/cpu_2.yaml -m llm2clip stage2 RECIPE": Run(
         needs=(TRAIN_VISION, "data/mine", "training"),
         meant={"RECIPE": "stage2_small_gpu"},
         small=TUNE,
@@ -239,6 +244,8 @@ EXAMPLES = {
     ),
     "python examples/langchain_llamaindex.py": Run(EXAMPLE, prints="[a drawing of: monorail]"),
     "python examples/app.py": Run(EXAMPLE, serves=True, slow=True),
+    "python examples/train_stage1.py": Run(EXAMPLE, makes=("runs/train_stage1/model.safetensors",)),
+    "python examples/train_stage2.py": Run(EXAMPLE, makes=("runs/train_stage2/model.safetensors",)),
     "python examples/patch_features.py --image photo.jpg": Run(
         (*EXAMPLE, "photo.jpg"), makes=("patch_features.png",), prints="hidden_states[0]"
     ),

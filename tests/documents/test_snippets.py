@@ -5,27 +5,13 @@ from __future__ import annotations
 import ast
 import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torchao.quantization import Int8WeightOnlyConfig
-from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from tests.documents.reading import DOCUMENTS, ROOT, blocks, kind
 from tests.documents.stand_ins import FILES, FOLDERS, MODEL
 
 WITH_PYTHON = [document for document in DOCUMENTS if "```python" in (ROOT / document).read_text()]
-
-
-def quantization(**settings: Any) -> TorchAoConfig:
-    """bitsandbytes needs an accelerator: its settings are read, and torchao quantises in its place."""
-    BitsAndBytesConfig(**settings)
-    return TorchAoConfig(Int8WeightOnlyConfig())
-
-
-# Names that the snippets use without defining them.
-PROVIDED = {"README.md": {"repo": MODEL, "torch": torch, "BitsAndBytesConfig": quantization}}
 
 
 @pytest.mark.parametrize("document", WITH_PYTHON)
@@ -40,7 +26,7 @@ def test_python_runs(
     capsys.readouterr()
     session = "\n".join(content for language, content in blocks(document) if kind(language, content) == "python")
     Path("session.py").write_text(session)
-    runpy.run_path("session.py", init_globals=PROVIDED.get(document))
+    runpy.run_path("session.py")
     printed = capsys.readouterr().out
     for _, content in blocks(document):
         if content.startswith("{"):

@@ -1,4 +1,4 @@
-"""The demo in headless Chromium: what a visitor types, uploads and sees. Screenshots stay in `build/artefacts/`."""
+"""The demo in headless Chromium: typing, uploading and the resulting page. Screenshots: `build/artefacts/`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def table() -> datasets.Dataset:
 
 @pytest.fixture(scope="module")
 def chromium() -> tuple[str, str]:
-    """The browser and its driver."""
+    """Paths of the browser and its driver."""
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if browser is None or driver is None:
         pytest.skip("there is no chromium with its driver; on Debian: apt-get install chromium chromium-driver")
@@ -49,7 +49,7 @@ def chromium() -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def model(chromium: tuple[str, str], table: datasets.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that has learned by heart which of all the images belong to a few captions."""
+    """A tiny model that has memorized which images belong to a few captions."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
     clip: LLM2CLIPModel = tiny.joint_model()
@@ -80,7 +80,7 @@ def model(chromium: tuple[str, str], table: datasets.Dataset, tmp_path_factory: 
 
 @pytest.fixture(scope="module")
 def opposite(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that finds last what the other finds first."""
+    """A model that ranks images in the reverse order of the other."""
     clip = LLM2CLIPModel.from_pretrained(model)
     with torch.no_grad():
         clip.visual_projection.weight.neg_()
@@ -107,7 +107,7 @@ def browser(address: str, chromium: tuple[str, str]) -> Iterator[webdriver.Chrom
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     try:
         browser.get(address)
-        wait(browser, lambda: len(captions(browser, "found")) == 12)  # the first example's result
+        wait(browser, lambda: len(captions(browser, "found")) == 12)  # the results of the first example
         yield browser
         assert {url for url in requests(browser) if not url.startswith((address, "data:", "blob:"))} == set()
     finally:
@@ -140,7 +140,7 @@ def open_tab(browser: webdriver.Chrome, name: str) -> None:
 
 
 def captions(browser: webdriver.Chrome, identity: str) -> list[str]:
-    # In one call: the page must not change between the first and the last of them.
+    # In one call, so that the page does not change between two labels.
     script = "return [...document.querySelectorAll(arguments[0])].map(label => label.textContent.trim())"
     return browser.execute_script(script, f"#{identity} .caption-label")
 
@@ -172,7 +172,7 @@ def test_a_typed_caption_finds_the_right_picture_first(browser: webdriver.Chrome
     shoot(browser, "search")
 
 
-def test_an_uploaded_picture_finds_itself(browser: webdriver.Chrome, picture: Path) -> None:
+def test_an_uploaded_picture_is_its_own_first_result(browser: webdriver.Chrome, picture: Path) -> None:
     upload(browser, "query_image", picture)
     wait(browser, lambda: "1.00 · camera" in captions(browser, "found")[:1])
     shoot(browser, "search_by_image")
@@ -195,7 +195,7 @@ def test_an_uploaded_picture_is_classified(browser: webdriver.Chrome, picture: P
     shoot(browser, "classify")
 
 
-def test_heat_map_of_an_example(browser: webdriver.Chrome) -> None:
+def test_an_example_picture_gets_a_heat_map(browser: webdriver.Chrome) -> None:
     open_tab(browser, "Heat map")
     examples = wait(browser, lambda: list(filter(shown, browser.find_elements(By.CSS_SELECTOR, ".gallery-item img"))))
     examples[0].click()
@@ -204,7 +204,9 @@ def test_heat_map_of_an_example(browser: webdriver.Chrome) -> None:
     shoot(browser, "heat_map")
 
 
-def test_two_checkpoints_side_by_side(browser: webdriver.Chrome, model: Path, opposite: Path, tmp_path: Path) -> None:
+def test_two_checkpoints_are_compared_side_by_side(
+    browser: webdriver.Chrome, model: Path, opposite: Path, tmp_path: Path
+) -> None:
     open_tab(browser, "Compare")
     wait(browser, lambda: browser.find_element(By.ID, "compare_button").is_displayed())
     type_text(browser, "compare_query", QUERY)

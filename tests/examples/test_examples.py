@@ -66,6 +66,13 @@ def test_patch_features_of_every_layer(run: Run, fitted: Path, tmp_path: Path) -
     assert len(picture.crop((336, 0, 672, 336)).getcolors() or []) == 16
 
 
+@pytest.mark.parametrize(("stage", "metric"), [("stage1", "eval_recall@1"), ("stage2", "eval_text_to_image_recall@1")])
+def test_stages_train_on_a_plain_data_set(stage: str, metric: str, run: Run, fitted: Path, tmp_path: Path) -> None:
+    shown = run(f"train_{stage}.py", "--model", fitted, "--output-dir", "out")
+    assert f"'{metric}': " in shown
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_fine_tuning_settings(
     run: Run, fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The demo's Space runs from its own folder."""
+"""The Space of the demo runs from its own folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_space_serves_the_demo(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model")
     space = tmp_path / "space"
     write_space(space, str(tmp_path / "model"))
-    # Python finds the Space's packages before the installed ones, as it would on a machine that has none.
+    # The packages of the Space come before the installed ones, as on a machine without them.
     where = subprocess.run(
         [sys.executable, "-c", "import llm2clip.demo.demo as demo; print(demo.__file__)"],
         env={**os.environ, "PYTHONPATH": str(space)}, cwd=space, capture_output=True, text=True, check=True,

@@ -31,9 +31,22 @@ MODULES = {
     "llm2clip.convert.conversion": ["convert_checkpoint"],
     "llm2clip.hub.build": ["build_folder"],
     "llm2clip.hub.push": ["push_folder"],
-    "llm2clip.losses": ["clip_loss", "info_nce", "sigmoid_loss"],
-    "llm2clip.embedding": ["EmbeddingCache"],
-    "llm2clip.evaluation": ["retrieval_metrics"],
+    "llm2clip.losses": ["clip_loss", "hard_negative_info_nce", "info_nce", "sigmoid_loss"],
+    "llm2clip.data": ["CaptionSource", "load_source"],
+    "llm2clip.embedding": [
+        "CacheManifest",
+        "EmbeddingCache",
+        "build_embedding_cache",
+        "embed_captions",
+        "embed_images",
+    ],
+    "llm2clip.evaluation": ["caption_retrieval_metrics", "metric_path", "retrieval_metrics"],
+    "llm2clip.evaluation.clip_benchmark": ["load_clip"],
+    "llm2clip.evaluation.heat_map": ["patch_similarity"],
+    "llm2clip.evaluation.mteb_encoder": ["LLM2CLIPEncoder"],
+    "llm2clip.search.top_k": ["top_k"],
+    "llm2clip.utils.towers": ["open_text_tower"],
+    "llm2clip.cli": ["main"],
 }
 _MODULE_OF = {name: module for module, names in MODULES.items() for name in names}
 

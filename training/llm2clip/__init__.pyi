@@ -1,11 +1,47 @@
+from llm2clip.cli import (
+    main as main,
+)
 from llm2clip.convert.conversion import (
     convert_checkpoint as convert_checkpoint,
+)
+from llm2clip.data import (
+    CaptionSource as CaptionSource,
+)
+from llm2clip.data import (
+    load_source as load_source,
+)
+from llm2clip.embedding import (
+    CacheManifest as CacheManifest,
 )
 from llm2clip.embedding import (
     EmbeddingCache as EmbeddingCache,
 )
+from llm2clip.embedding import (
+    build_embedding_cache as build_embedding_cache,
+)
+from llm2clip.embedding import (
+    embed_captions as embed_captions,
+)
+from llm2clip.embedding import (
+    embed_images as embed_images,
+)
+from llm2clip.evaluation import (
+    caption_retrieval_metrics as caption_retrieval_metrics,
+)
+from llm2clip.evaluation import (
+    metric_path as metric_path,
+)
 from llm2clip.evaluation import (
     retrieval_metrics as retrieval_metrics,
+)
+from llm2clip.evaluation.clip_benchmark import (
+    load_clip as load_clip,
+)
+from llm2clip.evaluation.heat_map import (
+    patch_similarity as patch_similarity,
+)
+from llm2clip.evaluation.mteb_encoder import (
+    LLM2CLIPEncoder as LLM2CLIPEncoder,
 )
 from llm2clip.hub.build import (
     build_folder as build_folder,
@@ -17,10 +53,16 @@ from llm2clip.losses import (
     clip_loss as clip_loss,
 )
 from llm2clip.losses import (
+    hard_negative_info_nce as hard_negative_info_nce,
+)
+from llm2clip.losses import (
     info_nce as info_nce,
 )
 from llm2clip.losses import (
     sigmoid_loss as sigmoid_loss,
+)
+from llm2clip.search.top_k import (
+    top_k as top_k,
 )
 from llm2clip.trainers.mntp_config import (
     MNTPConfig as MNTPConfig,
@@ -39,6 +81,9 @@ from llm2clip.trainers.stage2_config import (
 )
 from llm2clip.trainers.stage2_trainer import (
     Stage2Trainer as Stage2Trainer,
+)
+from llm2clip.utils.towers import (
+    open_text_tower as open_text_tower,
 )
 from modeling_llm2clip import (
     EVA02VisionConfig as EVA02VisionConfig,

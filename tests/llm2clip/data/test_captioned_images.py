@@ -149,7 +149,7 @@ def test_unusable_rows_raise_with_their_key_or_are_skipped(
         assert isinstance(skipped, SkippedSample)
         assert skipped.key == key
         assert reason in skipped.reason
-    with pytest.raises(ValueError, match="on_error must be 'raise' or 'skip'"):
+    with pytest.raises(ValueError, match="on_error is 'ignore', but it has to be one of raise, skip"):
         CaptionImageDataset(source, *transforms, on_error="ignore")  # type: ignore[arg-type]
 
 

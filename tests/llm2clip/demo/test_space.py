@@ -1,4 +1,4 @@
-"""The folder of the demo's Space is complete and in step with this package."""
+"""The folder of the demo's Space is complete and matches this package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llm2clip.convert.published import FOLDER, published_models
 from tests.modeling_llm2clip import tiny
 
 
-def test_space_holds_card_entry_package_data_and_model(model_folder: Path, tmp_path: Path) -> None:
+def test_a_space_contains_card_entry_point_packages_data_and_model(model_folder: Path, tmp_path: Path) -> None:
     space = tmp_path / "space"
     assert cli.main(["demo", "--model", str(model_folder), "--write-space", str(space)]) == 0
     assert {path.name for path in space.iterdir()} == {
@@ -28,7 +28,7 @@ def test_space_holds_card_entry_package_data_and_model(model_folder: Path, tmp_p
     assert not list(space.rglob("__pycache__"))
 
 
-def test_space_names_a_model_on_the_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_space_refers_to_a_model_on_the_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["demo", "--model", "owner/name", "--write-space", str(tmp_path / "space")]
     assert cli.main(arguments) == 0
     for name in ("app.py", "README.md"):
@@ -40,7 +40,7 @@ def test_space_names_a_model_on_the_hub(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main([*arguments, "--overwrite"]) == 0
 
 
-def test_space_needs_the_llm_inside_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_space_requires_the_llm_inside_the_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.save_apart(tmp_path)
     arguments = ["demo", "--model", str(tmp_path / "clip"), "--write-space", str(tmp_path / "space")]
     assert cli.main(arguments) == 2
@@ -48,7 +48,7 @@ def test_space_needs_the_llm_inside_the_model(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "space").exists()
 
 
-def test_requirements_are_those_of_the_demo_extra() -> None:
+def test_the_requirements_of_a_space_equal_the_demo_extra() -> None:
     setup = configparser.ConfigParser(interpolation=None)
     setup.read(FOLDER.parent / "setup.cfg")
     extras = setup["options.extras_require"]
@@ -57,11 +57,11 @@ def test_requirements_are_those_of_the_demo_extra() -> None:
     assert set((FOLDER / "space" / "requirements.txt").read_text().splitlines()) == lines
 
 
-def test_space_is_no_published_model() -> None:
+def test_the_space_template_is_not_listed_as_a_model() -> None:
     assert "space" not in published_models()
 
 
-def test_missing_quickstart_model_is_named(
+def test_a_missing_quickstart_model_is_named_in_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

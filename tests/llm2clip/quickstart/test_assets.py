@@ -168,12 +168,10 @@ def test_finished_folder_is_reused_without_the_wheel(
 
 def test_interrupted_build_leaves_no_folder_and_the_next_call_builds_it(tmp_path: Path) -> None:
     def interrupted(folder: Path) -> None:
-        folder.mkdir()
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
     def complete(folder: Path) -> None:
-        folder.mkdir()
         (folder / "config.json").write_text('{"complete": true}')
 
     with pytest.raises(KeyboardInterrupt):
@@ -188,7 +186,7 @@ def test_two_processes_that_build_the_same_folder_agree(tmp_path: Path) -> None:
 
     def overtaken(folder: Path) -> None:
         for content, place in (("ours", folder), ("theirs", target)):
-            place.mkdir()
+            place.mkdir(exist_ok=True)
             (place / "config.json").write_text(content)
 
     assert assets._build_once(target, overtaken) == target

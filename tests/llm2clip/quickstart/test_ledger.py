@@ -1,4 +1,4 @@
-"""Steps are done once, go on after a kill, and start anew when what they depend on changes."""
+"""Steps run once, continue after an interruption, and start again when something they depend on changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llm2clip.quickstart.ledger import Ledger
 
 
 class Work:
-    """Counts its calls and remembers whether it was told to go on."""
+    """Counts its calls and records whether each was to continue an interrupted run."""
 
     def __init__(self, folder: Path, fail: bool = False) -> None:
         self.folder = folder
@@ -38,7 +38,7 @@ def test_a_step_is_reused_while_its_settings_are_the_same(tmp_path: Path) -> Non
     assert Ledger(tmp_path).run("a", "A", {"x": 2}, work, folder=work.folder) == {"calls": 3}
 
 
-def test_a_killed_step_goes_on_and_one_with_other_settings_starts_anew(tmp_path: Path) -> None:
+def test_an_interrupted_step_continues_and_a_step_with_other_settings_starts_again(tmp_path: Path) -> None:
     work = Work(tmp_path / "out", fail=True)
     with pytest.raises(KeyboardInterrupt):
         Ledger(tmp_path).run("a", "A", {"x": 1}, work, folder=work.folder)
@@ -51,7 +51,7 @@ def test_a_killed_step_goes_on_and_one_with_other_settings_starts_anew(tmp_path:
     assert not (work.folder / "old").exists()
 
 
-def test_a_step_is_done_again_when_one_before_it_changes(tmp_path: Path) -> None:
+def test_a_step_runs_again_when_a_step_it_depends_on_changes(tmp_path: Path) -> None:
     first, second = Work(tmp_path / "1"), Work(tmp_path / "2")
     for setting in (1, 1, 2):
         ledger = Ledger(tmp_path)
@@ -60,10 +60,10 @@ def test_a_step_is_done_again_when_one_before_it_changes(tmp_path: Path) -> None
     assert (len(first.resumed), len(second.resumed)) == (2, 2)
 
 
-def test_a_folder_that_no_quickstart_made_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_the_quickstart_did_not_write_is_not_replaced(tmp_path: Path) -> None:
     work = Work(tmp_path / "out")
     work.folder.mkdir()
     (work.folder / "precious").touch()
-    with pytest.raises(FileExistsError, match="no quickstart made it"):
+    with pytest.raises(FileExistsError, match="was not written by the quickstart"):
         Ledger(tmp_path).run("a", "A", {}, work, folder=work.folder)
     assert (work.folder / "precious").exists()

@@ -1,4 +1,4 @@
-"""A tiny model, folders of small pictures, and files that are none."""
+"""A tiny model, folders of small pictures, and damaged files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from llm2clip.search.index import IndexConfig, run
@@ -17,7 +18,7 @@ from tests.modeling_llm2clip import tiny
 
 
 def picture(seed: int) -> Image.Image:
-    """Coarse noise, so that a tower of 28 pixels tells pictures apart."""
+    """Generate coarse noise, which differs enough for a tower of 28 pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST)
 
@@ -29,7 +30,7 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 
 
 def header_bomb() -> bytes:
-    """A PNG whose header says 200,000 x 200,000 pixels."""
+    """Return a PNG whose header claims 200,000 x 200,000 pixels."""
     data = bytearray(encoded(picture(0)))
     data[16:24] = (200_000).to_bytes(4, "big") * 2
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
@@ -40,7 +41,7 @@ COUNTS = ("embedded", "kept", "removed", "failed", "images")
 
 
 def index(folder: Path | str, model: Path, output: Path, **settings: Any) -> tuple[int, ...]:
-    """Run the job; returns its counts."""
+    """Run `llm2clip index`; return its counts."""
     settings = {"num_workers": 0, "batch_size": 4, **settings}
     result = run(IndexConfig(folder=str(folder), model=str(model), output_dir=str(output), **settings))
     return tuple(result[name] for name in COUNTS)
@@ -52,14 +53,15 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LLM2CLIPModel]:
-    """A saved tiny model, and the model."""
+    """The folder of a tiny model, and the model."""
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
     return folder, tiny.save(folder)
 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """A folder of twelve pictures in two subfolders and at the top."""
+    """A folder of twelve pictures, at the top and in two subfolders."""
     folder = tmp_path / "pictures"
     for number in range(12):
         path = folder / ("", "a", "b/c")[number % 3] / f"{number:02d}.png"

@@ -1,4 +1,4 @@
-"""An index on disk: what is replaced by one, how a damaged one is mended, and what it says of its libraries."""
+"""The index on disk: what it may replace, how a damaged one is repaired, and the recorded versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from .conftest import content, index
 Model = tuple[Path, LLM2CLIPModel]
 
 
-def test_another_folder_with_a_manifest_is_not_replaced(pictures: Path, model: Model, tmp_path: Path) -> None:
+def test_a_folder_with_a_manifest_of_another_kind_is_not_replaced(
+    pictures: Path, model: Model, tmp_path: Path
+) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "manifest.json").write_text("{}")  # a caption cache has one of this name
@@ -30,7 +32,7 @@ def test_another_folder_with_a_manifest_is_not_replaced(pictures: Path, model: M
     [("index.faiss", False), ("failures.json", False), ("manifest.json", True), ("data-00000-of-00001.arrow", True)],
 )
 @pytest.mark.parametrize("damage", ["cut", "deleted"])
-def test_an_index_is_mended_as_the_message_says(
+def test_a_damaged_index_is_repaired_as_its_error_message_says(
     name: str, overwrite: bool, damage: str, pictures: Path, model: Model, tmp_path: Path
 ) -> None:
     output = tmp_path / "index"
@@ -48,7 +50,7 @@ def test_an_index_is_mended_as_the_message_says(
     ImageIndex.open(output)
 
 
-def test_faiss_may_come_from_another_distribution(
+def test_the_faiss_version_does_not_depend_on_the_distribution_name(
     pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def version(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Indexing: what gets in, what is left out and why, what a second run does, and what a killed run leaves."""
+"""Indexing: which files are indexed, which are skipped and why, updates, and killed runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def embeddings(output: Path) -> dict[str, np.ndarray]:
     return dict(zip(rows["key"], rows["embedding"], strict=True))
 
 
-def test_a_folder_becomes_unit_embeddings_by_relative_path(pictures: Path, model: Model, tmp_path: Path) -> None:
+def test_a_folder_is_indexed_as_unit_embeddings_by_relative_path(pictures: Path, model: Model, tmp_path: Path) -> None:
     (pictures / ".hidden.png").write_bytes(encoded(picture(1)))
     assert index(pictures, model[0], tmp_path / "index", dtype="float32") == (12, 0, 0, 0, 12)
     rows = datasets.load_from_disk(str(tmp_path / "index"))
@@ -53,7 +53,7 @@ def test_a_folder_becomes_unit_embeddings_by_relative_path(pictures: Path, model
     assert not (tmp_path / "index.unfinished").exists()
 
 
-def test_datasets_finds_neighbours_with_the_index_beside_it(pictures: Path, model: Model, tmp_path: Path) -> None:
+def test_datasets_can_load_and_search_the_index(pictures: Path, model: Model, tmp_path: Path) -> None:
     index(pictures, model[0], tmp_path / "index")
     rows = datasets.load_from_disk(str(tmp_path / "index"))
     rows.load_faiss_index("embedding", str(tmp_path / "index" / "index.faiss"))
@@ -61,13 +61,13 @@ def test_datasets_finds_neighbours_with_the_index_beside_it(pictures: Path, mode
     assert rows.get_nearest_examples("embedding", query, k=1).examples["key"] == [rows[7]["key"]]
 
 
-def test_workers_change_nothing(pictures: Path, model: Model, tmp_path: Path) -> None:
+def test_worker_processes_do_not_change_the_index(pictures: Path, model: Model, tmp_path: Path) -> None:
     index(pictures, model[0], tmp_path / "none")
     index(pictures, model[0], tmp_path / "two", num_workers=2)
     assert content(tmp_path / "none") == content(tmp_path / "two")
 
 
-def test_fast_images_reach_the_embedder(
+def test_the_fast_image_backend_decodes_to_tensors_and_is_recorded(
     pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[str] = []
@@ -88,7 +88,7 @@ def test_fast_images_reach_the_embedder(
         IndexConfig(image_backend="quick", **settings)
 
 
-def test_only_what_has_changed_is_embedded(pictures: Path, model: Model, tmp_path: Path) -> None:
+def test_only_new_and_changed_images_are_embedded(pictures: Path, model: Model, tmp_path: Path) -> None:
     output = tmp_path / "index"
     index(pictures, model[0], output)
     before = embeddings(output)
@@ -110,14 +110,14 @@ def test_only_what_has_changed_is_embedded(pictures: Path, model: Model, tmp_pat
     assert found[0][0][1]["key"] == "new.png"
 
 
-def test_a_run_without_news_leaves_the_files_as_they_are(pictures: Path, model: Model, tmp_path: Path) -> None:
+def test_a_run_without_changes_does_not_rewrite_the_index(pictures: Path, model: Model, tmp_path: Path) -> None:
     index(pictures, model[0], tmp_path / "index")
     written = (tmp_path / "index" / "index.faiss").stat().st_mtime_ns
     index(pictures, model[0], tmp_path / "index")
     assert (tmp_path / "index" / "index.faiss").stat().st_mtime_ns == written
 
 
-def test_bad_files_are_listed_with_the_reason_and_the_run_goes_on(
+def test_unusable_files_are_skipped_and_listed_with_the_reason(
     pictures: Path, model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = {
@@ -145,12 +145,12 @@ def test_bad_files_are_listed_with_the_reason_and_the_run_goes_on(
     for name, reason in expected.items():
         assert reason in failures[name]
         assert f"{name}: " in caplog.text
-    # A file that is mended gets in.
+    # A repaired file is indexed.
     (pictures / "empty.png").write_bytes(encoded(picture(60)))
     assert index(pictures, model[0], output, max_pixels=80_000) == (1, 12, 0, 9, 13)
 
 
-def test_a_killed_run_goes_on_to_an_equal_result(
+def test_a_killed_run_is_resumed_with_an_equal_result(
     pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (pictures / "02 broken.png").write_bytes(b"broken")
@@ -158,11 +158,11 @@ def test_a_killed_run_goes_on_to_an_equal_result(
     embedded: list[int] = []
     forward = ImageEmbedder._forward
 
-    def killed(self: ImageEmbedder, pixels: torch.Tensor) -> np.ndarray:
+    def killed(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if len(embedded) == 2:
             raise KeyboardInterrupt
-        embedded.append(len(pixels))
-        return forward(self, pixels)
+        embedded.append(len(inputs["pixel_values"]))
+        return forward(self, inputs)
 
     with monkeypatch.context() as patch:
         patch.setattr(ImageEmbedder, "_forward", killed)
@@ -170,13 +170,13 @@ def test_a_killed_run_goes_on_to_an_equal_result(
             index(pictures, model[0], tmp_path / "index", part_size=4)
     assert not (tmp_path / "index").exists()
     assert len(list((tmp_path / "index.unfinished").glob("part-*"))) == 2
-    # Half of a part, as a kill in the middle of writing leaves it.
+    # Half of a part, as a process killed while writing leaves it.
     (tmp_path / "index.unfinished" / "part-000002.tmp").write_bytes(b"half")
     again: list[int] = []
 
-    def counted(self: ImageEmbedder, pixels: torch.Tensor) -> np.ndarray:
-        again.append(len(pixels))
-        return forward(self, pixels)
+    def counted(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        again.append(len(inputs["pixel_values"]))
+        return forward(self, inputs)
 
     monkeypatch.setattr(ImageEmbedder, "_forward", counted)
     assert index(pictures, model[0], tmp_path / "index", part_size=4) == (12, 0, 0, 1, 12)
@@ -185,7 +185,7 @@ def test_a_killed_run_goes_on_to_an_equal_result(
     assert not (tmp_path / "index.unfinished").exists()
 
 
-def test_an_update_that_fails_leaves_the_index_as_it_was(
+def test_a_failed_update_leaves_the_index_unchanged(
     pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index(pictures, model[0], tmp_path / "index")
@@ -203,7 +203,7 @@ def test_an_update_that_fails_leaves_the_index_as_it_was(
     assert index(pictures, model[0], tmp_path / "index") == (1, 12, 0, 0, 13)
 
 
-def test_rows_of_a_data_set_are_known_by_content(model: Model, tmp_path: Path) -> None:
+def test_rows_of_a_data_set_are_identified_by_content(model: Model, tmp_path: Path) -> None:
     def save(seeds: list[int]) -> None:
         rows = {"image": [{"bytes": encoded(picture(seed)), "path": None} for seed in seeds]}
         rows["caption"] = [f"number {seed}" for seed in seeds]
@@ -222,7 +222,9 @@ def test_rows_of_a_data_set_are_known_by_content(model: Model, tmp_path: Path) -
     torch.testing.assert_close(torch.tensor(rows["embedding"][:]), expected, atol=1e-3, rtol=0)
 
 
-def test_shards_and_saved_data_sets_are_read(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_webdataset_shards_and_saved_data_sets_are_indexed(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
     for shard in range(2):
@@ -252,12 +254,12 @@ def test_shards_and_saved_data_sets_are_read(model: Model, tmp_path: Path, monke
         ({"index_type": "hnsw", "hnsw_links": 8, "hnsw_search": 20}, faiss.IndexHNSWFlat),
     ],
 )
-def test_approximate_indexes(
+def test_approximate_indexes_reuse_the_embeddings(
     settings: dict[str, Any], kind: type, pictures: Path, model: Model, tmp_path: Path
 ) -> None:
     output = tmp_path / "index"
     index(pictures, model[0], output)
-    # The embeddings stay; only the faiss index is built anew.
+    # The embeddings are kept; only the faiss index is built again.
     assert index(pictures, model[0], output, **settings) == (0, 12, 0, 0, 12)
     opened = ImageIndex.open(output)
     vectors = faiss.downcast_index(opened.vectors)
@@ -270,12 +272,12 @@ def test_approximate_indexes(
             index(pictures, model[0], output, index_type="ivf", ivf_cells=99)
 
 
-def test_the_vision_half_makes_the_same_index(pictures: Path, model: Model, tmp_path: Path) -> None:
+def test_the_vision_half_updates_an_index_of_the_whole_model(pictures: Path, model: Model, tmp_path: Path) -> None:
     half = tmp_path / "half"
     LLM2CLIPVisionModelWithProjection.from_pretrained(model[0]).save_pretrained(half)
     tiny.processor().image_processor.save_pretrained(half)
     index(pictures, model[0], tmp_path / "whole")
-    # Made by one, brought up to date by the other.
+    # Built with one and updated with the other.
     assert index(pictures, half, tmp_path / "whole")[:2] == (0, 12)
 
 
@@ -313,7 +315,7 @@ def test_a_source_without_images_is_an_error(make: Any, message: str, model: Mod
     assert not (tmp_path / "index.unfinished").exists()
 
 
-def test_a_folder_of_other_things_is_not_replaced(pictures: Path, model: Model, tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_not_replaced(pictures: Path, model: Model, tmp_path: Path) -> None:
     for overwrite in (False, True):
         with pytest.raises(FileExistsError, match="contains other files"):
             index(pictures, model[0], pictures / "a", overwrite=overwrite)
@@ -322,12 +324,12 @@ def test_a_folder_of_other_things_is_not_replaced(pictures: Path, model: Model, 
     assert len(list(pictures.rglob("*.png"))) == 12
 
 
-def test_an_index_inside_the_folder_is_not_indexed(pictures: Path, model: Model) -> None:
+def test_an_index_inside_the_image_folder_is_excluded(pictures: Path, model: Model) -> None:
     assert index(pictures, model[0], pictures / "index") == (12, 0, 0, 0, 12)
     assert index(pictures, model[0], pictures / "index") == (0, 12, 0, 0, 12)
 
 
-def test_two_runs_at_once_are_refused(
+def test_a_second_concurrent_run_is_refused(
     pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def second(*arguments: Any) -> Any:
@@ -346,10 +348,10 @@ def test_two_runs_at_once_are_refused(
 def test_a_plain_clip_is_refused(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.save_vision(tmp_path / "plain")
     assert cli.main(["index", str(pictures), "--model", str(tmp_path / "plain")]) == 2
-    assert "is no LLM2CLIP model (its model_type is" in capsys.readouterr().err
+    assert "is not an LLM2CLIP model" in capsys.readouterr().err
 
 
-def test_an_open_file_is_read_only_as_far_as_the_image_needs(tmp_path: Path) -> None:
+def test_decoding_reads_only_the_image_part_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "long.png"
     path.write_bytes(encoded(picture(1)) + bytes(10_000_000))
     with path.open("rb") as file:

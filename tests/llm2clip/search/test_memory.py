@@ -1,4 +1,4 @@
-"""What indexing takes of memory and files, and a run that is really killed. In processes of their own."""
+"""Memory and open files of indexing, and a killed run; each in a separate process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GIB = 2**30
 
 
 def save_pictures(folder: Path, count: int) -> Path:
-    """`count` pictures, 500 to a subfolder."""
+    """Write `count` pictures, 500 per subfolder."""
     for number in range(count):
         path = folder / f"{number // 500:03d}" / f"picture-{number:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def save_pictures(folder: Path, count: int) -> Path:
 
 
 def peak_memory(folder: Path, model: Path, output: Path) -> int:
-    """Bytes that indexing a folder with two workers takes at most, shared pages counted once."""
+    """Measure the peak memory of indexing a folder with two workers, counting shared pages once."""
     command = [sys.executable, "-m", "llm2clip", "index", str(folder), "--model", str(model)]
     command += ["--num-workers", "2", "--part-size", str(PART), "--output-dir", str(output)]
     peak = 0
@@ -55,12 +55,12 @@ def peak_memory(folder: Path, model: Path, output: Path) -> int:
 def _memory(process: psutil.Process) -> int:
     try:
         return sum(one.memory_full_info().pss for one in (process, *process.children(recursive=True)))
-    except psutil.Error:  # it has just ended
+    except psutil.Error:  # the process has just ended
         return 0
 
 
 def pretend_embedded(folder: Path, model: Path, output: Path, count: int) -> None:
-    """Leave what a run that was killed after the first `count` pictures would, with random embeddings."""
+    """Write the files of a run that was killed after `count` pictures, with random embeddings."""
     images, embedder = FolderImages(folder), ImageEmbedder.load(str(model))
     unfinished = output.with_name(f"{output.name}.unfinished")
     manifest = IndexManifest(
@@ -81,7 +81,7 @@ def pretend_embedded(folder: Path, model: Path, output: Path, count: int) -> Non
         write_part(unfinished / f"part-{number:06d}.arrow", columns, embeds, [None] * len(rows))
 
 
-def test_a_large_batch_needs_few_open_files(tmp_path: Path) -> None:
+def test_large_batches_stay_below_128_open_files(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model")
     folder = save_pictures(tmp_path / "pictures", 600)
     command = [sys.executable, "-m", "llm2clip", "index", str(folder), "--model", str(tmp_path / "model")]
@@ -98,7 +98,7 @@ def test_a_large_batch_needs_few_open_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_images_stay_below_two_gib(tmp_path: Path) -> None:
+def test_indexing_100000_images_stays_below_two_gib(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model", projection_dim=WIDTH)
     folder = save_pictures(tmp_path / "pictures", 100_000)
     pretend_embedded(folder, tmp_path / "model", tmp_path / "index", 96 * PART)
@@ -111,7 +111,7 @@ def test_a_hundred_thousand_images_stay_below_two_gib(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_image_takes_the_memory_of_its_embedding(tmp_path: Path) -> None:
+def test_memory_per_image_is_that_of_its_embedding(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model", projection_dim=WIDTH)
     few, many = 500, 4000
     base, more = (
@@ -120,12 +120,12 @@ def test_an_image_takes_the_memory_of_its_embedding(tmp_path: Path) -> None:
     )
     per_image = (more - base) / (many - few)
     print(f"{base / 2**20:.0f} MiB with {few} images, {more / 2**20:.0f} with {many}: {per_image:.0f} bytes per image")
-    # The embedding: stored in 16 bit, in faiss in 32, and on its way there. Kept pixels would be 9,408 bytes more.
+    # The embedding is stored in 16 bits, and in faiss in 32. Pixels kept in memory would add 9,408 bytes.
     assert per_image < 10 * WIDTH
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
+def test_a_run_killed_by_a_signal_is_resumed(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model")
     folder = save_pictures(tmp_path / "pictures", 2000)
     command = [sys.executable, "-m", "llm2clip", "index", str(folder), "--model", str(tmp_path / "model")]

@@ -1,4 +1,4 @@
-"""The titles of a picture: every word and every character is there."""
+"""The PNG of search results: complete titles and rows of thumbnails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MANIFEST = IndexManifest("model", None, "", 24, "float16", {"kind": "folder", "p
 
 
 def draw(path: Path, text: str, count: int = 4) -> np.ndarray:
-    """The picture of a query whose images are gone: `(height, 1000)` grey levels."""
+    """Draw a query whose images no longer exist; return `(height, 1000)` grey levels."""
     found = QueryResults(Query(text), [SearchResult(0.5, "gone.png", "gone.png")] * count)
     draw_picture(path, [found], ResultImages(MANIFEST))
     with Image.open(path) as image:
@@ -30,7 +30,7 @@ def draw(path: Path, text: str, count: int = 4) -> np.ndarray:
 
 @pytest.fixture
 def font_of_a_cat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Install a font whose only character is a cat, a black square; its family."""
+    """Install a font whose only character is a cat, drawn as a black square; return its family."""
     pen = TTGlyphPen(None)
     for number, corner in enumerate([(0, 0), (0, 1000), (1000, 1000), (1000, 0)]):
         (pen.lineTo if number else pen.moveTo)(corner)
@@ -52,13 +52,13 @@ def font_of_a_cat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "Cat Sans"
 
 
-def test_lines_break_between_words_and_long_words_anywhere() -> None:
+def test_lines_break_between_words_and_inside_overlong_words() -> None:
     assert wrap("a bb\n ccc dddddddd e", 4, len) == ["a bb", "ccc", "dddd", "dddd", "e"]
     assert wrap("", 4, len) == [""]
 
 
 @pytest.mark.parametrize("text", ["a train on a rail " * 40, CAT * 200])
-def test_a_long_caption_stays_inside_and_pushes_the_images_down(text: str, tmp_path: Path) -> None:
+def test_a_long_query_is_wrapped_and_moves_the_images_down(text: str, tmp_path: Path) -> None:
     short, long = draw(tmp_path / "short.png", "a train"), draw(tmp_path / "long.png", text)
     assert len(long) > len(short) + 3 * 26
     above = long[: len(long) - len(short)]
@@ -66,15 +66,15 @@ def test_a_long_caption_stays_inside_and_pushes_the_images_down(text: str, tmp_p
     assert (above[:, -20:] == 255).all()
 
 
-def test_all_results_are_drawn_in_rows_of_equal_length(tmp_path: Path) -> None:
+def test_many_results_are_distributed_over_even_rows(tmp_path: Path) -> None:
     heights = [len(draw(tmp_path / f"{count}.png", "a", count)) for count in (8, 9, 16, 5)]
     eight, nine, sixteen, five = heights
-    # Nine are two rows of five, which are larger than those of eight.
+    # Nine results fill two rows of five, whose thumbnails are larger than those of eight in a row.
     assert nine > five + 100
     assert sixteen - eight == pytest.approx(26 + (1000 - 2 * 24 - 7 * 14) / 8, abs=1)
 
 
-def test_characters_come_from_a_font_that_has_them(
+def test_missing_characters_are_drawn_in_another_font(
     font_of_a_cat: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
     assert font_families("a cat") == font_manager.FontProperties().get_family()
@@ -85,7 +85,7 @@ def test_characters_come_from_a_font_that_has_them(
     assert not recwarn.list
 
 
-def test_characters_that_no_font_has_are_named_once(
+def test_characters_without_a_font_are_logged_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -1,4 +1,4 @@
-"""Searching: the right image first, every form of output, and what is refused."""
+"""Searching: the order of results, every form of output, and errors."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def indexed(pictures: Path, model: Model, tmp_path: Path) -> Path:
 
 
 def as_json(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[dict[str, Any]]:
-    """The queries of `llm2clip search --json`."""
+    """Return the queries in the output of `llm2clip search --json`."""
     capsys.readouterr()
     assert cli.main(["search", *map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)["queries"]
 
 
 def error(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """The message of a search that is refused."""
+    """Return the error message of a search."""
     capsys.readouterr()
     assert cli.main(["search", *map(str, arguments)]) == 2
     return capsys.readouterr().err
 
 
-def test_texts_find_what_the_model_says(
+def test_text_queries_rank_images_by_the_models_cosine(
     indexed: Path, pictures: Path, model: Model, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = as_json(capsys, indexed, TEXT, "a red bus", "--top", 4)
@@ -65,7 +65,7 @@ def test_texts_find_what_the_model_says(
         assert [result["rank"] for result in query["results"]] == [1, 2, 3, 4]
 
 
-def test_an_image_finds_itself_without_the_llm(
+def test_an_image_query_finds_its_image_without_loading_the_llm(
     indexed: Path, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: Any, **options: Any) -> None:
@@ -78,20 +78,22 @@ def test_an_image_finds_itself_without_the_llm(
     assert len(found["results"]) == 10
 
 
-def test_a_text_and_an_image_in_one_search(indexed: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_and_an_image_can_be_searched_together(
+    indexed: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = as_json(capsys, indexed, "--image", pictures / "00.png", TEXT, "--top", 1)
     assert [query.get("text") or query["image"] for query in found] == [TEXT, str(pictures / "00.png")]
     assert found[1]["results"][0]["key"] == "00.png"
 
 
-def test_a_table_shows_rank_score_and_path(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_rank_score_and_path(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["search", str(indexed), TEXT, "--top", "2"]) == 0
     shown = capsys.readouterr().out
     assert TEXT in shown
     assert len(re.findall(r"│ +[12] │ +-?0\.\d{3} │ .*", shown)) == 2
 
 
-def test_queries_are_texts_whatever_their_brackets(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_markup_in_queries_is_printed_literally(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     queries = ["a sign that says [/stop]", "[a dog] on grass", "{", "photo of a [bold] cat", ":dog:"]
     assert [found["text"] for found in as_json(capsys, indexed, *queries)] == queries
     for query in (*queries, "[cat]"):
@@ -100,7 +102,7 @@ def test_queries_are_texts_whatever_their_brackets(indexed: Path, capsys: pytest
         assert capsys.readouterr().out.splitlines()[0].strip() == query
 
 
-def test_a_page_holds_its_thumbnails_and_escapes_what_it_shows(
+def test_the_page_embeds_thumbnails_and_escapes_texts(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = {"image": [{"bytes": encoded(picture(seed)), "path": None} for seed in range(3)]}
@@ -124,7 +126,7 @@ def test_a_page_holds_its_thumbnails_and_escapes_what_it_shows(
     assert {result["row"] for result in found["results"]} == {0, 1, 2}
 
 
-def test_a_page_survives_images_that_are_gone(indexed: Path, pictures: Path, tmp_path: Path) -> None:
+def test_the_page_marks_removed_images(indexed: Path, pictures: Path, tmp_path: Path) -> None:
     (pictures / "00.png").unlink()
     assert cli.main(["search", str(indexed), TEXT, "--top", "12", "--html", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
@@ -132,7 +134,7 @@ def test_a_page_survives_images_that_are_gone(indexed: Path, pictures: Path, tmp
     assert page.count("<img") == 11
 
 
-def test_a_page_shows_no_other_image_of_a_data_set(model: Model, tmp_path: Path) -> None:
+def test_the_page_does_not_show_a_replaced_row(model: Model, tmp_path: Path) -> None:
     def save(seeds: list[int]) -> None:
         rows = {"image": [{"bytes": encoded(picture(seed)), "path": None} for seed in seeds]}
         features = datasets.Features({"image": datasets.Image()})
@@ -148,7 +150,7 @@ def test_a_page_shows_no_other_image_of_a_data_set(model: Model, tmp_path: Path)
     assert page.count("<img") == 2
 
 
-def test_images_are_shown_up_to_the_size_that_was_indexed(
+def test_thumbnails_use_the_max_pixels_of_the_index(
     pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[int] = []
@@ -164,7 +166,7 @@ def test_images_are_shown_up_to_the_size_that_was_indexed(
     assert decoded == [10**9] * 10
 
 
-def test_a_picture_shows_a_row_per_query(indexed: Path, tmp_path: Path) -> None:
+def test_the_picture_has_a_row_per_query(indexed: Path, tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.png"
     heights = []
     for queries in ([TEXT], [TEXT, "costs $5 or $6"]):
@@ -175,7 +177,7 @@ def test_a_picture_shows_a_row_per_query(indexed: Path, tmp_path: Path) -> None:
     assert heights[1] > 1.6 * heights[0]
 
 
-def test_another_model_is_refused_by_name(
+def test_another_model_is_refused_with_both_names(
     indexed: Path, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(5)
@@ -188,14 +190,14 @@ def test_another_model_is_refused_by_name(
             assert f"the model is {tmp_path / name} (width {40 if name == 'wide' else 24}" in message
 
 
-def test_the_same_weights_elsewhere_are_accepted(
+def test_a_copy_of_the_model_is_accepted(
     indexed: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(model[0], tmp_path / "copy")
     assert as_json(capsys, indexed, TEXT, "--model", tmp_path / "copy")
 
 
-def test_what_is_missing_is_said(
+def test_missing_or_invalid_inputs_are_named_in_the_error(
     indexed: Path, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "there is no index in /no/such (no manifest.json)" in error(capsys, "/no/such", TEXT)
@@ -208,7 +210,7 @@ def test_what_is_missing_is_said(
     half = tmp_path / "half"
     LLM2CLIPVisionModelWithProjection.from_pretrained(model[0]).save_pretrained(half)
     tiny.processor().image_processor.save_pretrained(half)
-    assert "is a vision half, which reads no texts" in error(capsys, indexed, TEXT, "--model", half)
+    assert "A text query needs the whole model" in error(capsys, indexed, TEXT, "--model", half)
     assert as_json(capsys, indexed, "--image", pictures / "00.png", "--model", half)
     manifest = json.loads((indexed / "manifest.json").read_text())
     (indexed / "manifest.json").write_text(json.dumps({**manifest, "model": "/moved/away"}))

@@ -1,4 +1,4 @@
-"""Exact search without an index, against a plain sort."""
+"""Exact search without an index, compared with a plain sort."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def sorted_by_score_and_row(queries: Tensor, candidates: Tensor, k: int) -> tupl
 
 @pytest.mark.parametrize("tile_size", [1, 7, 100, 400, 10_000])
 @pytest.mark.parametrize("k", [1, 10, 40])
-def test_it_equals_a_plain_sort_in_any_tiling(k: int, tile_size: int) -> None:
+def test_top_k_equals_a_plain_sort_for_any_tile_size(k: int, tile_size: int) -> None:
     queries, candidates = torch.randn(11, 6), torch.randn(1500, 6)
     scores, rows = top_k(queries, candidates, k, tile_size)
     expected_scores, expected_rows = sorted_by_score_and_row(queries, candidates, k)
@@ -27,8 +27,8 @@ def test_it_equals_a_plain_sort_in_any_tiling(k: int, tile_size: int) -> None:
 
 
 @pytest.mark.parametrize("tile_size", [64, 500, 10_000])
-def test_equal_scores_are_in_the_order_of_the_candidates(tile_size: int) -> None:
-    # Whole numbers, so that products are exact and most scores are tied; zeros of both signs too.
+def test_equal_scores_are_ranked_in_candidate_order(tile_size: int) -> None:
+    # Small integers make products exact and most scores equal, including zeros of both signs.
     queries, candidates = torch.randint(-1, 2, (9, 4)).float(), torch.randint(-1, 2, (1500, 4)).float()
     scores, rows = top_k(queries, candidates, 30, tile_size)
     expected_scores, expected_rows = sorted_by_score_and_row(queries, candidates, 30)
@@ -36,13 +36,13 @@ def test_equal_scores_are_in_the_order_of_the_candidates(tile_size: int) -> None
     assert torch.equal(scores, expected_scores)
 
 
-def test_more_queries_than_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_are_processed_in_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "QUERIES_AT_ONCE", 4)
     queries, candidates = torch.randn(10, 6), torch.randn(333, 6)
     assert torch.equal(top_k(queries, candidates, 5, 170)[1], sorted_by_score_and_row(queries, candidates, 5)[1])
 
 
-def test_fewer_candidates_than_k_gives_all_of_them() -> None:
+def test_fewer_candidates_than_k_returns_all() -> None:
     scores, rows = top_k(torch.randn(2, 3).half(), torch.randn(4, 3), 10)
     assert scores.shape == rows.shape == (2, 4)
     assert scores.dtype == torch.float32
@@ -50,7 +50,7 @@ def test_fewer_candidates_than_k_gives_all_of_them() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that an operation returns."""
+    """Records the largest tensor that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,14 +63,14 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_queries_by_candidates_never_exists() -> None:
+def test_the_full_score_matrix_is_never_allocated() -> None:
     queries, candidates = torch.randn(600, 4), torch.randn(5000, 4)
     with LargestTensor() as largest:
         top_k(queries, candidates, 3, tile_size=500)
     assert largest.numel <= module.QUERIES_AT_ONCE * 500
 
 
-def test_bad_input_is_named() -> None:
+def test_invalid_arguments_are_named_in_the_error() -> None:
     with pytest.raises(ValueError, match=r"matrices of equal width, but are \(2, 3\) and \(4, 5\)"):
         top_k(torch.randn(2, 3), torch.randn(4, 5), 1)
     with pytest.raises(ValueError, match="at least 1, but are 0 and 16384"):

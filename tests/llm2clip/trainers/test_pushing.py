@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 
 from llm2clip import cli
 from llm2clip.hub.cards import CARD, split_card
-from llm2clip.trainers.pushing import PushingTrainer
+from llm2clip.trainers.pushing import PushCallback
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
@@ -95,8 +95,6 @@ def test_both_stages_push_as_they_train(hub: LoopbackHub, inputs: Inputs, tmp_pa
     options = {"eval_strategy": "steps", "eval_steps": 2, "hub_token": TOKEN}
     train(hub, "stage2", stage2, "tester/clip", tmp_path, **options)
     clip = hub.repo("tester/clip")
-    # The Trainer's arguments are pushed in mid-training.
-    assert "training_args.bin" in clip.commits[commit_of(clip, "Training in progress, step 2")]
     assert not any(TOKEN.encode() in blob for blob in hub.blobs.values())
     assert "Edited on the website." in clip.files()[CARD].decode()
     for number, message in enumerate(("Training in progress, step 2", "End of training")):
@@ -108,19 +106,19 @@ def test_both_stages_push_as_they_train(hub: LoopbackHub, inputs: Inputs, tmp_pa
     assert data["my_key"] == 1
     assert "LICENSE" in clip.files()
     # The run's own files stay at home.
-    assert not [name for name in clip.files() if name.startswith("checkpoint-") or name.endswith(".bin")]
+    assert not [name for name in clip.files() if name.startswith(("checkpoint-", "log.")) or name.endswith(".bin")]
 
 
 @pytest.fixture
 def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training waits for every push in mid-training, so that none is left out."""
-    push = PushingTrainer._push_from_checkpoint
+    """Make training wait for every upload, so that no checkpoint is left out."""
+    push = PushCallback.on_save
 
-    def and_wait(self: PushingTrainer, folder: str) -> None:
-        push(self, folder)
-        self._finish_current_push()
+    def and_wait(self: PushCallback, *args: Any, **kwargs: Any) -> None:
+        push(self, *args, **kwargs)
+        self.wait()
 
-    monkeypatch.setattr(PushingTrainer, "_push_from_checkpoint", and_wait)
+    monkeypatch.setattr(PushCallback, "on_save", and_wait)
 
 
 def stage1(inputs: Inputs, tmp_path: Path, **fields: Any) -> int:
@@ -154,7 +152,8 @@ def test_checkpoints_are_pushed_as_they_are(
     assert folders == set(pushed)
     for folder, local in pushed.items():
         files = below(folder, repo.files())
-        assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= set(files)
+        assert {"model.safetensors", "optimizer.pt", "trainer_state.json", "training_args.bin"} <= set(files)
+        assert TOKEN.encode() not in files["training_args.bin"]
         assert files == {path.name: path.read_bytes() for path in (tmp_path / "text" / local).iterdir()}
     step = repo.commits[commit_of(repo, "Training in progress, step 1")]
     assert {"model.safetensors", "modeling_llm2clip_text.py", "tokenizer.json", CARD, "LICENSE"} <= set(step)
@@ -239,7 +238,7 @@ def test_a_push_that_fails_in_mid_training_is_told_and_made_good(
 ) -> None:
     hub.fail_next("POST", "/commit/", 413)
     assert stage1(inputs, tmp_path, hub_strategy="every_save") == 0
-    told = [record.getMessage() for record in caplog.records if "a push in mid-training failed" in record.message]
+    told = [record.getMessage() for record in caplog.records if "pushing a checkpoint failed" in record.message]
     assert len(told) == 1
     assert "tester/llm: a file is too large for the Hub" in told[0]
     assert hub.repo("tester/llm").messages[1:] == ["Training in progress, step 2", "End of training"]
@@ -250,7 +249,7 @@ def test_a_local_llm_is_refused_before_training(inputs: Inputs, tmp_path: Path, 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**fields, "push_to_hub": True, "hub_model_id": "tester/clip"}))
     assert cli.main(["stage2", str(recipe)]) == 2
-    assert "others cannot load it from: push the LLM first and name its Hub id" in capsys.readouterr().err
+    assert "a local folder that others cannot load: push the LLM first and name its Hub id" in capsys.readouterr().err
     assert cli.main(["stage2", str(recipe), "--bundle-text-model", "true", "--hub-strategy", "every_save"]) == 2
     assert "or push the result alone (--hub-strategy end)" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from llm2clip.cli import COMMANDS
-from llm2clip.quickstart.pipeline import PROFILES
+from llm2clip.quickstart.config import PROFILES
 from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage2_config import Stage2Config

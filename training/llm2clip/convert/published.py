@@ -1,6 +1,6 @@
 """The models in `hub_configs/`: their configs, and the tables that are generated from them.
 
-`python -m llm2clip.convert.published` rewrites the tables, in `hub_configs/README.md` and in the README.
+`python -m llm2clip.convert.published` rewrites the tables in `hub_configs/README.md` and `docs/models.md`.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def with_table(text: str, table: str) -> str:
 def documents() -> dict[Path, str]:
     """The documents with tables, and their up-to-date content."""
     overview = FOLDER / "README.md"
-    readme = FOLDER.parent / "README.md"
-    tables = {overview: f"{joint_table()}\n\n{text_table()}", readme: command_table()}
+    page = FOLDER.parent / "docs" / "models.md"
+    tables = {overview: f"{joint_table()}\n\n{text_table()}", page: command_table()}
     return {path: with_table(path.read_text(encoding="utf-8"), table) for path, table in tables.items()}
 
 

@@ -6,7 +6,6 @@ from llm2clip.data.captioned_images import (
     caption_batches,
     distinct_captions,
 )
-from llm2clip.data.collators import PixelBatch, SkipLog, Stage2Collator, stack_pixels
 from llm2clip.data.pair_batches import PairBatchSampler
 from llm2clip.data.pair_collator import PairCollator
 from llm2clip.data.pairs import PairDataset, PairSource
@@ -18,9 +17,10 @@ from llm2clip.data.records import (
     clean_caption,
 )
 from llm2clip.data.sampling import SampleIndex, SampleIndexBatchSampler
+from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.sources import CaptionSource, SourceError, load_source
+from llm2clip.data.stage2_collator import Stage2Collator
 from llm2clip.data.transforms import (
-    IMAGE_BACKENDS,
     EvalTransform,
     ImageBackend,
     TrainTransform,
@@ -35,7 +35,6 @@ from modeling_llm2clip.image_decoding_llm2clip import (
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",
-    "IMAGE_BACKENDS",
     "CaptionError",
     "CaptionImageDataset",
     "CaptionSource",
@@ -47,7 +46,6 @@ __all__ = [
     "PairCollator",
     "PairDataset",
     "PairSource",
-    "PixelBatch",
     "SampleError",
     "SampleIndex",
     "SampleIndexBatchSampler",
@@ -64,5 +62,4 @@ __all__ = [
     "decode_tensor",
     "distinct_captions",
     "load_source",
-    "stack_pixels",
 ]

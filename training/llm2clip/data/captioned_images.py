@@ -19,6 +19,7 @@ from llm2clip.data.sampling import EpochDataset, SampleIndex, stable_seed
 from llm2clip.data.sources import CaptionSource, Columns, Table, load_source, row_batches, source_columns, top_level
 from llm2clip.data.transforms import EvalTransform, TrainTransform
 from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.settings import check_choices
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,7 @@ class SampleMaker:
     max_pixels: int
 
     def __post_init__(self) -> None:
-        if self.on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error must be 'raise' or 'skip', not {self.on_error!r}.")
+        check_choices(self)
 
     def __call__(
         self,

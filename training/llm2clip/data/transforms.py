@@ -30,7 +30,6 @@ from modeling_llm2clip.image_decoding_llm2clip import (
 # Largest resized image before cropping: 96 MiB. At a shorter side of 224, this allows aspect ratios up to 660.
 MAX_RESIZED_PIXELS = 2**25
 ImageBackend = Literal["exact", "fast"]
-IMAGE_BACKENDS = get_args(ImageBackend)
 # Called with a value, its key and `max_pixels`.
 Decoder = Callable[[Any, str, int], Any]
 # The image processors whose settings describe all their steps.
@@ -77,8 +76,8 @@ class EvalTransform:
     """
 
     def __init__(self, image_processor: BaseImageProcessor, backend: ImageBackend = "exact") -> None:
-        if backend not in IMAGE_BACKENDS:
-            raise ValueError(f"image_backend must be one of {', '.join(IMAGE_BACKENDS)}, not {backend!r}.")
+        if backend not in get_args(ImageBackend):
+            raise ValueError(f"backend must be one of {', '.join(get_args(ImageBackend))}, not {backend!r}.")
         self.image_processor = image_processor
         self.backend = backend
         settings = image_processor.to_dict()

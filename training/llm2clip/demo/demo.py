@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.demo.gallery import Gallery
-from llm2clip.demo.space import write_space
+from llm2clip.demo.space import WHOLE_MODEL, write_space
 from llm2clip.search.image_sets import FolderImages, IndexedImages, TableImages, is_dataset
 from llm2clip.search.vector_index import require_faiss
 from llm2clip.utils.repos import RepoKind, inspect_repo
@@ -81,7 +81,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     cache_dir = Path(config.cache_dir)
     names = [config.model, *([config.compare] if config.compare else [])]
     for name in names:
-        inspect_repo(name).require(RepoKind.JOINT)
+        inspect_repo(name).require(RepoKind.JOINT, hint=WHOLE_MODEL)
     images = open_images(config)
     galleries = [(name, Gallery.open(name, images, cache_dir)) for name in names]
     serve(config, galleries, cache_dir)

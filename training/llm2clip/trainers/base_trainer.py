@@ -1,95 +1,147 @@
-"""What the Trainers of all stages share: batches from our own samplers, checkpoints, resuming."""
+"""The base of all stage trainers: data loaders, evaluation, checkpoints, cards."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, PreTrainedModel, ProgressCallback
 
-from llm2clip.data.sampling import EpochBatchSampler
-from llm2clip.hub.cards import (
-    CARD,
-    CardFacts,
-    Evaluation,
-    base_models,
-    read_card,
-    render,
-    split_card,
-    summary,
-    write_curves,
-)
+from llm2clip.data import StreamingCaptionImageDataset
+from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
+from llm2clip.trainers.base_config import StageConfig
+from llm2clip.trainers.callbacks import ModelCardCallback, write_model_card
+from llm2clip.trainers.progress import TrainingProgress
 from llm2clip.trainers.pushing import PushingTrainer
-from llm2clip.utils.files import write_text
 from llm2clip.utils.identity import data_revision
-from llm2clip.utils.repos import hub_ids
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
 
-# Settings that say where a run was, or that are nobody else's business, and not what it did.
-PRIVATE_SETTINGS = ("output_dir", "hub_", "push_to_hub", "report_to", "run_name", "logging_", "use_cpu", "local_rank")
-
 
 class StageTrainer(PushingTrainer):
-    """A Trainer whose batches come from `batch_sampler()` and whose evaluation is retrieval.
+    """A [`~transformers.Trainer`] for the stages of LLM2CLIP.
 
-    Several processes see the global batches of one process with a larger batch, and a resumed run those of an unbroken
-    one.
+    It trains on any map-style or iterable data set of rows that the stage's collator accepts, with the Trainer's own
+    samplers. This package's data sets bring their samplers: several processes then see the global batches of one
+    process with a larger batch, and a resumed run sees those of an uninterrupted one.
+
+    `evaluate()` measures the loss and the retrieval metrics of `eval_dataset`, whose rows are those of training, and
+    the sets of `retrieval`.
 
     Args:
-        retrieval: Retrieval sets by name, which `evaluate()` measures.
+        model: The model to train.
+        args: Settings of the stage.
+        data_collator: By default the stage's collator with `processing_class`.
+        train_dataset: Rows to train on.
+        eval_dataset: Rows to evaluate, or a mapping from a name to such a data set.
+        processing_class: Tokenizer or processor; it is saved with the model.
+        retrieval: Retrieval sets by name.
+        compute_metrics: By default retrieval metrics from the embeddings.
         kwargs: See `transformers.Trainer`.
     """
 
-    # The pipeline tag of the card, and what `retrieval` measures, for subclasses to say.
-    card_task = ""
-    evaluation_title = ""
-    # How `from_pretrained` reads a checkpoint of what is trained.
+    # The pipeline tag of the card, the title of its evaluation table, and the label of the progress bar.
+    card_task: ClassVar[str] = ""
+    evaluation_title: ClassVar[str] = ""
+    title: ClassVar[str] = "Training"
+    # Arguments of `from_pretrained` for a checkpoint of the model.
     load_options: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, *, retrieval: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: StageConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        retrieval: Mapping[str, Any] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            raise ValueError(f"{type(self).__name__} needs args, the config of its stage.")
         self.retrieval = retrieval or {}
-        # The Trainer insists on an evaluation set; ours are those of `retrieval`.
-        super().__init__(eval_dataset=list(self.retrieval) or None, **kwargs)
+        self._has_eval_rows = eval_dataset is not None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or self.default_collator(model, args, processing_class),
+            train_dataset=train_dataset,
+            # With eval_strategy the Trainer insists on a data set; the names of the retrieval sets serve as one.
+            eval_dataset=eval_dataset if self._has_eval_rows else (list(self.retrieval) or None),
+            processing_class=processing_class,
+            compute_metrics=compute_metrics or self.retrieval_scores,
+            **kwargs,
+        )
         sources = getattr(self.args, "eval_sources", {}) if self.is_world_process_zero() else {}
-        # Now, since a data set on the Hub may change while the model trains.
-        self._revisions = {name: data_revision(source) for name, source in sources.items()}
+        # Read before training, since a data set on the Hub may change meanwhile.
+        self.eval_revisions = {name: data_revision(source) for name, source in sources.items()}
+        self.progress = TrainingProgress(self.title)
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(self.progress)
+        self.add_callback(ModelCardCallback(self))
         if self.args.device.type == "cpu":
             keep_freed_memory()
         # The losses are means over the batch, so that the Trainer has to divide them by the accumulation steps.
         self.model_accepts_loss_kwargs = False
 
+    def default_collator(self, model: Any, args: Any, processing_class: Any) -> Callable[..., Any] | None:
+        """Make the collator of the stage; `None` for that of transformers."""
+        raise NotImplementedError
+
     def measure(self, model: Any, retrieval: Any) -> dict[str, float | int]:
-        """Metrics of the model on one of the retrieval sets."""
+        """Compute the metrics of one of the retrieval sets."""
         raise NotImplementedError
 
     def batch_sampler(self) -> EpochBatchSampler:
-        """The sampler of a map-style training set: `num_replicas` is the number of processes."""
+        """Make the batch sampler of this package's map-style data sets, for all processes."""
         raise NotImplementedError
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+    @staticmethod
+    def retrieval_scores(prediction: EvalPrediction) -> dict[str, float | int]:
+        """Compute retrieval metrics from the embeddings of `eval_dataset` and their [`eval_labels`]."""
+        raise NotImplementedError
+
+    def eval_labels(self, inputs: dict[str, Any], num_rows: int) -> Any:
+        """Which rows of a batch belong together: labels for `compute_metrics`. By default, each with itself."""
+        return torch.zeros(num_rows, device=self.args.device)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.progress.close()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call=True)
         if self.args.should_save:
             make_readable_by_version_4(output_dir or str(self.args.output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    # transformers (5.2 to 5.23) has no public method for loading a checkpoint's weights: it reads the files by the
+    # names of the parameters, which `from_pretrained` and `save_pretrained` may change.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load weights as `from_pretrained` does: some have other names in the file than in the model."""
+        """Load weights through `from_pretrained`."""
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         target: Any = self.accelerator.unwrap_model(model or self.model)
         saved = type(target).from_pretrained(resume_from_checkpoint, **self.load_options)
         missing, unexpected = target.load_state_dict(saved.state_dict(), strict=False)
-        # A frozen LLM has its weights already.
+        # The frozen LLM is already loaded.
         missing = [name for name in missing if not name.startswith("text_model.")]
         if missing or unexpected:
             raise ValueError(
-                f"{resume_from_checkpoint} is of another model: it lacks {missing[:5]} and has {unexpected[:5]}. "
-                "Resume with the settings that the run began with."
+                f"{resume_from_checkpoint} does not fit: missing {missing[:5]}, unexpected {unexpected[:5]}; "
+                "resume with the settings of the original run."
             )
 
     def _load_best_model(self) -> None:
@@ -99,71 +151,12 @@ class StageTrainer(PushingTrainer):
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write our card, and not the Trainer's, around what a person wrote on the one that is there."""
-        if not self.is_world_process_zero():
-            return
-        folder = Path(str(self.args.output_dir))
-        model = self.accelerator.unwrap_model(self.model)
-        folder.mkdir(parents=True, exist_ok=True)
-        sources = [str(source["path"]) for source in getattr(self.args, "sources", []) if source.get("path")]
-        facts = CardFacts(
-            name=(self.args.hub_model_id or folder.name).split("/")[-1],
-            task=self.card_task,
-            repo=self.hub_model_id or str(self.args.output_dir),
-            summary=summary(model),
-            base_models=hub_ids(*self._trained_from(), *base_models(model.config)),
-            datasets=hub_ids(*sources),
-            sources=[Path(source).name for source in sources if not hub_ids(source)],
-            recipe=self._recipe(),
-            evaluations=self._evaluations(),
-            has_curves=write_curves(folder, self.state.log_history),
-            is_adapter=getattr(model, "has_adapter", False),
-        )
-        on_the_hub = self.card_on_the_hub()
-        write_text(
-            folder / CARD, render(facts, *(read_card(folder) if on_the_hub is None else split_card(on_the_hub)))
-        )
-
-    def _trained_from(self) -> list[str | None]:
-        names = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path")
-        return [getattr(self.args, name, None) for name in names]
-
-    def _recipe(self) -> dict[str, Any]:
-        """Settings that differ from the defaults and are not a path of this machine."""
-        recipe = {}
-        for entry in fields(self.args):
-            value = getattr(self.args, entry.name)
-            default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
-            public = not entry.name.startswith(PRIVATE_SETTINGS) and entry.name not in ("sources", "eval_sources")
-            plain = isinstance(value, (bool, int, float, str, list, dict))
-            if entry.init and public and plain and value != default and not _is_local(value):
-                recipe[entry.name] = value
-        return json.loads(json.dumps(recipe, default=str))
-
-    def _evaluations(self) -> list[Evaluation]:
-        found = []
-        for name in self.retrieval:
-            prefix = f"eval_{name}_"
-            others = [f"eval_{other}_" for other in self.retrieval if other.startswith(f"{name}_")]
-            logged = [entry for entry in self.state.log_history if any(key.startswith(prefix) for key in entry)]
-            source = getattr(self.args, "eval_sources", {}).get(name, {})
-            source = {"path": source} if isinstance(source, str) else source
-            if logged:
-                metrics = {
-                    key.removeprefix(prefix): value
-                    for key, value in logged[-1].items()
-                    if key.startswith(prefix) and not key.startswith(tuple(others))
-                }
-                path = str(source.get("path") or name)
-                dataset = path if hub_ids(path) else Path(path).name
-                split, revision = str(source.get("split") or name), self._revisions.get(name)
-                found.append(Evaluation(self.evaluation_title, dataset, split, revision, metrics))
-        return found
+        """Write this package's model card into `output_dir`; text that people added to the existing card stays."""
+        if self.is_world_process_zero():
+            write_model_card(self)
 
     def get_train_dataloader(self) -> DataLoader:
         dataset: Any = self.train_dataset
-        if dataset is None:
-            raise ValueError("training needs a train_dataset.")
         workers = self.args.dataloader_num_workers
         options: dict[str, Any] = {
             "collate_fn": self.data_collator,
@@ -172,58 +165,84 @@ class StageTrainer(PushingTrainer):
             "persistent_workers": self.args.dataloader_persistent_workers and workers > 0,
             "prefetch_factor": self.args.dataloader_prefetch_factor if workers > 0 else None,
         }
-        if isinstance(dataset, IterableDataset):
-            # A stream is split by process already, so accelerate must not split it again.
+        if isinstance(dataset, StreamingCaptionImageDataset):
+            # It is split by process already, so accelerate must not split it again.
             return DataLoader(dataset, batch_size=self.args.per_device_train_batch_size, drop_last=True, **options)
-        sampler: Any = self.batch_sampler()
-        if len(sampler) == 0:
+        if isinstance(dataset, EpochDataset):
+            sampler: Any = self.batch_sampler()
+            num_batches, batch_size = len(sampler), sampler.global_batch_size
+            loader = self.accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, **options))
+        else:
+            loader = super().get_train_dataloader()
+            num_batches = len(loader) if hasattr(dataset, "__len__") else 1
+            batch_size = self.args.per_device_train_batch_size * self.args.world_size
+        if num_batches == 0:
             raise ValueError(
-                f"the training data does not fill one batch of {sampler.global_batch_size}; lower "
-                "per_device_train_batch_size or add data."
+                f"the training data has fewer rows than one batch of {batch_size}; lower per_device_train_batch_size "
+                "or add data."
             )
-        return self.accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, **options))
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        # Dropping the last batch is for training; metrics are over all rows.
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, Any, Any]:
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        embeds = tuple(outputs.values())
+        return loss, embeds, self.eval_labels(inputs, len(embeds[0]))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure every retrieval set; returns and logs the metrics as `eval_<set>_<metric>`.
+        """Evaluate `eval_dataset`, by default the one given at construction, and in that case the retrieval sets too.
 
-        Raises:
-            ValueError: Another data set is given: what is measured is fixed by `retrieval`.
+        Returns:
+            `eval_loss` and `eval_<metric>` of the data set, `eval_<set>_<metric>` of each retrieval set.
         """
-        if eval_dataset is not None:
-            raise ValueError("evaluate() measures the sets given as retrieval=; it takes no eval_dataset.")
-        model = self.accelerator.unwrap_model(self.model).eval()
         metrics: dict[str, float] = {}
+        if eval_dataset is not None or self._has_eval_rows:
+            metrics |= super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is not None or not self.retrieval:
+            return metrics
+        model = self.accelerator.unwrap_model(self.model).eval()
+        found: dict[str, float] = {}
         for name, retrieval in self.retrieval.items():
             scores = self.measure(model, retrieval)
-            metrics |= {f"{metric_key_prefix}_{name}_{key}": value for key, value in scores.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+            found |= {f"{metric_key_prefix}_{name}_{key}": value for key, value in scores.items()}
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return metrics | found
 
     def fit(self, checkpoint: str | None, save: Callable[[], None]) -> dict[str, Any]:
-        """Train, save the result, then evaluate it, and keep the log beside it.
+        """Train, save the result, evaluate it, then write the training log, the card and, if asked for, push.
 
         Args:
-            checkpoint: Checkpoint to go on from.
-            save: Saves the result; before the evaluation, which may fail.
+            checkpoint: Checkpoint to resume from.
+            save: Saves the result. It runs before the evaluation, so that a failing evaluation loses nothing.
 
         Returns:
             The metrics of training and evaluation.
         """
         metrics = self.train(resume_from_checkpoint=checkpoint).metrics
-        # An upload of a checkpoint may still be reading the folder.
-        self._finish_current_push()
         save()
-        if self.retrieval:
+        if self.retrieval or self._has_eval_rows:
             metrics |= self.evaluate()
         self.save_state()
         self.create_model_card()
         if self.args.push_to_hub:
             self.push_result()
         return metrics
-
-
-def _is_local(value: Any) -> bool:
-    return isinstance(value, (str, Path)) and ("/" in str(value) or Path(value).exists()) and not hub_ids(str(value))

@@ -1,46 +1,38 @@
-"""A vision tower whose lower layers are frozen and whose outputs there are computed once.
+"""Frozen lower layers of a vision tower, whose outputs can be stored and trained on.
 
-Training then costs the upper layers only. The images are seen without augmentation, since the stored states are those
-of one view.
+A training step then costs the upper layers only. The images have no augmentation, since one view of each is stored.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-def freeze_unused(tower: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-    """Turn off the gradients of what has no part in the pooled output, such as DINOv2's mask token.
-
-    DDP would wait for their gradients for ever.
-
-    Args:
-        tower: A vision tower.
-        inputs: What its image processor makes of an image.
-    """
-    parameter = next(tower.parameters())
-    with torch.enable_grad():
-        inputs = {name: value.to(parameter.device) for name, value in inputs.items()}
-        tower(**inputs).pooler_output.sum().backward()
-    _freeze_without_gradient(tower)
+# Parameters that have no part in the pooled output, by the tower's model type. DDP would wait for their gradients.
+# For other towers it has to look for such parameters in every step, which is the Trainer's default.
+UNUSED = {
+    "dinov2": ["embeddings.mask_token"],
+    "dinov2_with_registers": ["embeddings.mask_token"],
+    "dinov3_vit": ["embeddings.mask_token"],
+}
 
 
-def _freeze_without_gradient(tower: nn.Module) -> None:
-    for parameter in tower.parameters():
-        parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
-        parameter.grad = None
+def freeze_unused(tower: nn.Module) -> None:
+    """Freeze the parameters of a vision tower that its pooled output does not depend on."""
+    model_type = getattr(getattr(tower, "config", None), "model_type", "")
+    for name in UNUSED.get(model_type, []):
+        tower.get_parameter(name).requires_grad_(False)
 
 
 @dataclass
 class LayerStack:
-    """Where a vision tower keeps its transformer layers."""
+    """The place of the transformer layers in a vision tower."""
 
     parent: nn.Module
     name: str
@@ -49,12 +41,22 @@ class LayerStack:
     def layers(self) -> nn.ModuleList:
         return getattr(self.parent, self.name)
 
+    @contextlib.contextmanager
+    def replaced(self, layers: nn.ModuleList) -> Iterator[None]:
+        """Within this context, the tower has other layers."""
+        own = self.layers
+        setattr(self.parent, self.name, layers)
+        try:
+            yield
+        finally:
+            setattr(self.parent, self.name, own)
+
     @classmethod
     def find(cls, tower: nn.Module) -> LayerStack:
-        """The longest `ModuleList` in a tower.
+        """Find the longest `ModuleList` in a tower.
 
         Raises:
-            ValueError: The tower has none.
+            ValueError: There is none.
         """
         stacks = [
             (len(child), parent, name)
@@ -64,14 +66,14 @@ class LayerStack:
         ]
         if not stacks:
             raise ValueError(
-                f"{type(tower).__name__} keeps its layers in no ModuleList: freeze_vision_layers cannot be used."
+                f"{type(tower).__name__} has no ModuleList of layers, which freeze_vision_layers needs; set it to 0."
             )
         _, parent, name = max(stacks, key=lambda stack: stack[0])
         return cls(parent, name)
 
 
 class _StoredStates(nn.Module):
-    """Takes the place of the frozen layers and answers with what they computed earlier."""
+    """Stands in for the frozen layers and returns their stored outputs."""
 
     def __init__(self, states: Tensor, extra_outputs: int) -> None:
         super().__init__()
@@ -84,19 +86,18 @@ class _StoredStates(nn.Module):
 
 
 class FrozenLayers:
-    """The lower part of a vision tower.
+    """The lower part of a vision tower, frozen: some of its transformer layers and everything before them.
 
     Args:
         tower: The vision tower.
-        num_layers: How many of its transformer layers are frozen, with everything before them; `-n` leaves the last
-            `n` to be trained.
-        image_size: Height and width of its images in pixels.
+        num_layers: Number of transformer layers to freeze; `-n` leaves the last `n` trainable.
+        image_size: Height and width of the images in pixels.
 
     Attributes:
         state_shape: (tokens, width) of the states that enter the first trained layer.
 
     Raises:
-        ValueError: The tower has not that many layers.
+        ValueError: The tower has fewer layers.
     """
 
     def __init__(self, tower: nn.Module, num_layers: int, image_size: tuple[int, int]) -> None:
@@ -107,30 +108,19 @@ class FrozenLayers:
         self.num_layers = num_layers if num_layers >= 0 else count + num_layers
         if not 0 < self.num_layers <= count:
             raise ValueError(f"freeze_vision_layers is {num_layers}, but the tower has {count} layers.")
-        self.state_shape: tuple[int, ...] = ()
         self._extra_outputs = 0
-        self._freeze()
+        self.state_shape = tuple(self.compute(self._placeholder(1)).shape[1:])
+        for parameter in self._before_first_trained():
+            parameter.requires_grad_(False)
 
-    def _freeze(self) -> None:
-        """Turn off the gradients of everything that runs before the first trained layer.
-
-        Which parameters those are is found by a backward pass that stops at that layer's input.
-        """
-
-        def detach(module: nn.Module, args: Any, output: Any) -> Any:
-            states, *extra = output if isinstance(output, tuple) else (output,)
-            self._extra_outputs = len(extra)
-            self.state_shape = tuple(states.shape[1:])
-            states = states.detach().requires_grad_()
-            return (states, *extra) if extra else states
-
-        handle = self.stack.layers[self.num_layers - 1].register_forward_hook(detach)
-        try:
-            with torch.enable_grad():
-                self.tower(pixel_values=self._placeholder(1)).pooler_output.sum().backward()
-        finally:
-            handle.remove()
-        _freeze_without_gradient(self.tower)
+    def _before_first_trained(self) -> Iterator[nn.Parameter]:
+        """The embeddings, which towers register before their layers, and the frozen layers."""
+        layers = {id(parameter) for parameter in self.stack.layers.parameters()}
+        for parameter in self.tower.parameters():
+            if id(parameter) in layers:
+                break
+            yield parameter
+        yield from self.stack.layers[: self.num_layers].parameters()
 
     def _placeholder(self, batch: int) -> Tensor:
         parameter = next(self.tower.parameters())
@@ -139,16 +129,18 @@ class FrozenLayers:
 
     @torch.no_grad()
     def compute(self, pixel_values: Tensor) -> Tensor:
-        """The states that enter the first trained layer: `(batch, tokens, hidden_size)`."""
+        """Compute the states that enter the first trained layer: `(batch, tokens, hidden_size)`."""
         captured: list[Tensor] = []
 
         def capture(module: nn.Module, args: Any, output: Any) -> None:
-            captured.append(output[0] if isinstance(output, tuple) else output)
-            raise _Done
+            states, *extra = output if isinstance(output, tuple) else (output,)
+            captured.append(states)
+            self._extra_outputs = len(extra)
 
-        handle = self.stack.layers[self.num_layers - 1].register_forward_hook(capture)
+        layers = self.stack.layers[: self.num_layers]
+        handle = layers[-1].register_forward_hook(capture)
         try:
-            with contextlib.suppress(_Done):
+            with self.stack.replaced(layers):
                 self.tower(pixel_values=pixel_values)
         finally:
             handle.remove()
@@ -156,28 +148,20 @@ class FrozenLayers:
 
     @contextlib.contextmanager
     def replaced_by(self, states: Tensor) -> Iterator[Tensor]:
-        """Within this context the tower starts from `states` `(batch, tokens, hidden_size)`.
+        """Within this context, the tower starts from stored states `(batch, tokens, hidden_size)`.
 
         Yields:
             Placeholder pixel values `(batch, 3, height, width)` for the tower's forward pass.
         """
-        layers = self.stack.layers
-        stand_in = nn.ModuleList([_StoredStates(states, self._extra_outputs), *layers[self.num_layers :]])
-        setattr(self.stack.parent, self.stack.name, stand_in)
-        try:
+        stored = _StoredStates(states, self._extra_outputs)
+        with self.stack.replaced(nn.ModuleList([stored, *self.stack.layers[self.num_layers :]])):
             yield self._placeholder(len(states))
-        finally:
-            setattr(self.stack.parent, self.stack.name, layers)
 
     def fingerprint(self) -> str:
-        """Identifies the frozen weights."""
+        """Compute a hash of the frozen weights."""
         digest = hashlib.sha256(f"{type(self.tower).__name__} {self.num_layers}".encode())
         for name, parameter in self.tower.named_parameters():
             if not parameter.requires_grad:
                 digest.update(name.encode())
                 digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:32]
-
-
-class _Done(Exception):  # noqa: N818
-    """Ends a forward pass as soon as the wanted states are there."""

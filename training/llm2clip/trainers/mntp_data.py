@@ -16,7 +16,7 @@ from llm2clip.trainers.mntp_config import MNTPConfig
 
 
 class TokenBlocks(EpochDataset):
-    """Texts, joined and cut into blocks of equal length; a rest that fills no block is left out.
+    """Texts, concatenated and cut into blocks of equal length, without the incomplete last block.
 
     Args:
         texts: The texts.
@@ -24,7 +24,7 @@ class TokenBlocks(EpochDataset):
         block_size: Tokens per block.
 
     Raises:
-        ValueError: The texts do not fill one block.
+        ValueError: The texts are shorter than one block.
     """
 
     def __init__(self, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
@@ -53,22 +53,27 @@ def _token_ids(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iter
 
 
 class MaskCollator:
-    """Masks tokens with transformers' collator; what it masks is a function of the seed and the samples alone.
+    """Masks tokens with the collator of transformers.
+
+    A row is a dict with `input_ids`, or with `text`, which becomes BOS and its tokens, cut to `block_size`. Rows of
+    [`TokenBlocks`] are masked as a function of the seed and their indices alone; for other rows, the masks come from
+    torch's global generator.
 
     Args:
-        tokenizer: The LLM's own tokenizer; gets the mask token, and EOS as padding token if it has none.
+        tokenizer: Tokenizer of the LLM. Its mask token is set, and its padding token if it has none.
         config: The settings.
 
     Raises:
-        ValueError: The mask token is not one token of the vocabulary.
+        ValueError: The mask token is not in the vocabulary.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: MNTPConfig) -> None:
         if config.mask_token not in tokenizer.get_vocab():
             raise ValueError(f"mask_token {config.mask_token!r} is not a token of {tokenizer.name_or_path}.")
         tokenizer.mask_token = config.mask_token
-        # Blocks are all of one length, but the collator insists on a padding token.
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        self.tokenizer = tokenizer
+        self.block_size = config.block_size
         self.seed = config.sampling_seed
         self.collator = DataCollatorForLanguageModeling(
             tokenizer,
@@ -78,7 +83,18 @@ class MaskCollator:
         )
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        rows = [{"input_ids": self._token_ids(sample)} for sample in samples]
+        if "index" not in samples[0]:
+            return dict(self.collator(rows))
         first: SampleIndex = samples[0]["index"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stable_seed(self.seed, first.epoch, first.index))
-            return dict(self.collator([{"input_ids": sample["input_ids"]} for sample in samples]))
+            return dict(self.collator(rows))
+
+    def _token_ids(self, sample: dict[str, Any]) -> Any:
+        if "input_ids" in sample:
+            return sample["input_ids"]
+        # Special tokens would include the prompt of a caption tokenizer.
+        ids = self.tokenizer(sample["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        return [*([] if bos is None else [bos]), *ids][: self.block_size]

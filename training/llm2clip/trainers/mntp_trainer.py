@@ -1,11 +1,11 @@
 """Masked next token prediction, the optional stage before stage 1 (LLM2Vec, arXiv 2404.05961).
 
-A decoder that suddenly attends in both directions learns to use the context on its right: tokens are masked, and the
-state *before* a masked token predicts it.
+It adapts a decoder to bidirectional attention: tokens are masked, and the state *before* a masked token predicts it.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -15,22 +15,45 @@ from torch.nn import functional as F
 from llm2clip.data import SampleIndexBatchSampler
 from llm2clip.data.sampling import EpochDataset
 from llm2clip.trainers.mntp_config import MNTPConfig
+from llm2clip.trainers.mntp_data import MaskCollator
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 
 
 class MNTPTrainer(TextTowerTrainer):
-    """Trains the decoder of a text tower to predict masked tokens; the LLM's head is used and not trained.
+    """Trains the decoder of a text tower to predict masked tokens with the LLM's head, which stays as it is.
+
+    The rows of its data sets are dicts with `text` or `input_ids`; see [`MaskCollator`].
+
+    ```python
+    language_model = AutoModelForCausalLM.from_pretrained("llm")
+    model = LLM2CLIPTextModel.from_decoder(language_model.base_model)
+    args, head = MNTPConfig(output_dir="mntp"), language_model.get_output_embeddings()
+    MNTPTrainer(model=model, args=args, head=head, train_dataset=dataset, processing_class=tokenizer).train()
+    ```
 
     Args:
         head: The LLM's output embedding, `hidden_size` to vocabulary.
         kwargs: See [`StageTrainer`].
     """
 
+    title = "MNTP"
     args: MNTPConfig
 
-    def __init__(self, *, head: nn.Module, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, *args: Any, head: nn.Module, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.head = head.to(self.args.device)
+
+    def default_collator(self, model: Any, args: Any, processing_class: Any) -> MaskCollator | None:
+        return None if processing_class is None else MaskCollator(copy.deepcopy(processing_class), args)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Any, Any]:
+        return super().prediction_step(model, inputs, True)
 
     def batch_sampler(self) -> SampleIndexBatchSampler:
         return SampleIndexBatchSampler(

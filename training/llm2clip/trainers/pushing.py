@@ -1,14 +1,15 @@
-"""Runs with `push_to_hub`: what the Trainer uploads, by the rules of `llm2clip push`."""
+"""Pushing to the Hub during and after training, through [`Uploader`] as `llm2clip push` does."""
 
 from __future__ import annotations
 
 import logging
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
 from llm2clip.hub.hub_errors import explanation
 from llm2clip.hub.upload import Uploader
@@ -17,113 +18,188 @@ from llm2clip.utils.repos import hub_ids
 
 logger = logging.getLogger(__name__)
 
+# Files of a checkpoint that are for resuming only.
+TRAINING_STATE = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "*fsdp*", "optimizer*", "README.md")
+
+
+class PushCallback(TrainerCallback):
+    """Pushes checkpoints in the background, as `hub_strategy` says.
+
+    While an upload runs, later checkpoints are not pushed, unless `hub_always_push` is set.
+
+    Args:
+        trainer: The trainer, which names the repo.
+    """
+
+    def __init__(self, trainer: PushingTrainer) -> None:
+        self.trainer = trainer
+        self.jobs: list[Future[Any]] = []
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not args.push_to_hub or not state.is_world_process_zero or args.hub_strategy == HubStrategy.END:
+            return
+        self.report_failures()
+        if self.jobs and not args.hub_always_push:
+            return
+        checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        shutil.copytree(
+            checkpoint, args.output_dir, ignore=shutil.ignore_patterns(*TRAINING_STATE), dirs_exist_ok=True
+        )
+        self.trainer.callback_handler.on_push_begin(args, state, control)
+        is_step = args.save_strategy == SaveStrategy.STEPS
+        message = f"Training in progress, {f'step {state.global_step}' if is_step else f'epoch {int(state.epoch)}'}"
+        uploader = self.trainer.uploader()
+        # The jobs of one client run one after the other.
+        self.jobs.append(uploader.api.run_as_future(uploader.upload, Path(args.output_dir), message))
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            is_last = args.hub_strategy == HubStrategy.CHECKPOINT
+            job = uploader.api.upload_folder(
+                repo_id=uploader.repo_id,
+                folder_path=checkpoint,
+                path_in_repo="last-checkpoint" if is_last else checkpoint.name,
+                commit_message=f"{message}, checkpoint",
+                revision=args.hub_revision,
+                run_as_future=True,
+            )
+            self.jobs.append(job)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until all uploads are done, and warn about those that failed."""
+        for job in self.jobs:
+            job.exception()
+        self.report_failures()
+
+    def report_failures(self) -> None:
+        """Forget the uploads that are done, and warn about those that failed."""
+        for job in [job for job in self.jobs if job.done()]:
+            self.jobs.remove(job)
+            if (error := job.exception()) is not None:
+                reason = explanation(error, str(self.trainer.hub_model_id)) or error
+                logger.warning("pushing a checkpoint failed, a later push will replace it: %s", reason)
+
 
 class PushingTrainer(Trainer):
-    """A Trainer that pushes what others can load, and only to a repo that holds nothing else."""
+    """A Trainer that pushes through [`Uploader`], and only to a repo that contains no other model."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pushing = PushCallback(self)
+        self.add_callback(self.pushing)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repo and its branch before training, and write the licence that goes there with the code.
+        """Create the repo and its branch before training, and write the license that is pushed with the code.
 
         Args:
-            token: Unset: `hub_token`.
-            private: Unset: `hub_private_repo`.
+            token: By default `hub_token`.
+            private: By default `hub_private_repo`.
 
         Raises:
-            ValueError: The Hub refuses, or the repo holds something else; the message says what to do.
+            ValueError: The Hub refuses, or the repo contains something else; the message names the next step.
         """
         if not self.is_world_process_zero():
             return
         folder = Path(str(self.args.output_dir))
         write_license(folder)
-        name = self.args.hub_model_id or folder.absolute().name
+        uploader = Uploader(
+            self.args.hub_model_id or folder.absolute().name,
+            revision=self.args.hub_revision,
+            token=token or self.args.hub_token,
+        )
         private = self.args.hub_private_repo if private is None else private
-        # Any, since the Trainer's own class says None.
-        repo: Any = self._uploader(name, token).prepare(cast(Any, self.model).config.model_type, private).repo_id
+        # Any, since the Trainer declares them as None.
+        repo: Any = uploader.prepare(cast(Any, self.model).config.model_type, private).repo_id
         self.hub_model_id, self.push_in_progress = repo, None
 
+    def uploader(self, token: str | None = None, revision: str | None = None) -> Uploader:
+        """Make the connection to the repo of this run."""
+        revision = revision or self.args.hub_revision
+        return Uploader(str(self.hub_model_id), revision=revision, token=token or self.args.hub_token)
+
     def card_on_the_hub(self) -> str | None:
-        """The card of the repo that this run pushes to, which people may have edited since."""
+        """Read the card in the repo of this run, which people may have edited."""
         if not self.args.push_to_hub or self.hub_model_id is None:
             return None
         try:
-            return self._uploader(self.hub_model_id).read_card()
+            return self.uploader().read_card()
         except ValueError as error:
-            # Not worth a run: the upload that follows may well get through.
-            logger.warning("the card cannot be read (%s); the one here is used.", error)
+            # The upload that follows may succeed, so the run continues.
+            logger.warning("the card on the Hub cannot be read (%s); the local one is used.", error)
             return None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        # While an upload reads the folder, the Trainer leaves this one out.
-        pushes = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not busy)
-        if self.is_world_process_zero() and pushes:
-            self._report_failed_pushes()
-            # The Trainer takes weights and config from the checkpoint, and would leave the model's code there.
-            for path in Path(checkpoint_folder).glob("*.py"):
-                shutil.copy(path, str(self.args.output_dir))
-            self.create_model_card()
-        super()._push_from_checkpoint(checkpoint_folder)
+        """Leave pushing to [`PushCallback`]: transformers 5.2 to 5.23 has no setting that turns its own push off."""
 
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        self._report_failed_pushes()
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the model into `output_dir`, write the card, and upload both; see `transformers.Trainer`.
 
-    def _report_failed_pushes(self) -> None:
-        """Warn of uploads that failed in mid-training: the Trainer never asks for their outcome."""
-        push = getattr(self, "push_in_progress", None)
-        if push is None:
-            return
-        for job in [job for job in push.jobs if job.done()]:
-            push.jobs.remove(job)
-            if (error := job.exception()) is not None:
-                said = explanation(error, str(self.hub_model_id)) or error
-                logger.warning("a push in mid-training failed, the next one takes its place: %s", said)
+        Returns:
+            See [`Uploader.upload`]; its `Future` unless `blocking`.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.pushing.wait()
+        uploader, folder = self.uploader(token, revision), Path(str(self.args.output_dir))
+        if not blocking:
+            return uploader.api.run_as_future(uploader.upload, folder, str(commit_message))
+        return uploader.upload(folder, str(commit_message))
 
     def push_result(self) -> None:
-        """Upload the folder of a finished run; `push_to_hub` would save the model anew, in the form of a checkpoint.
+        """Upload the folder of a finished run as it is.
 
         Raises:
-            ValueError: The Hub refuses, or the connection broke; the message says how to push what is in the folder.
+            ValueError: The Hub refuses, or the connection broke; the message names the command that pushes the folder.
         """
         if not self.is_world_process_zero():
             return
         folder, repo, revision = Path(str(self.args.output_dir)), str(self.hub_model_id), self.args.hub_revision
         try:
-            self._uploader(repo).upload(folder, "End of training")
+            self.uploader().upload(folder, "End of training")
         except ValueError as error:
             branch = f" --revision {revision}" if revision else ""
             raise ValueError(
                 f"{error} The result is in {folder}; `llm2clip push {folder} {repo}{branch}` uploads it."
             ) from error
 
-    def _uploader(self, repo: str, token: str | None = None) -> Uploader:
-        return Uploader(repo, revision=self.args.hub_revision, token=token or self.args.hub_token)
-
 
 def check_pushing(
     args: TrainingArguments, llm: str | None, result_needs_llm: bool, checkpoints_need_llm: bool
 ) -> None:
-    """Refuse to push what others could not load, because the LLM that it refers to is in a folder of this machine.
+    """Raise an error before a run that would push a reference to an LLM in a local folder, which nobody could load.
 
     Args:
-        args: The run's arguments.
-        llm: Name of the LLM.
-        result_needs_llm: Whether the result refers to it, rather than holding its weights.
+        args: The settings of the run.
+        llm: Hub id or folder of the LLM.
+        result_needs_llm: Whether the result refers to the LLM instead of containing its weights.
         checkpoints_need_llm: Whether checkpoints do.
 
     Raises:
-        ValueError: Others could not load the result, or what is pushed in mid-training.
+        ValueError: Others could not load the result or the pushed checkpoints.
     """
     if not args.push_to_hub or not llm or hub_ids(llm):
         return
     if result_needs_llm:
         raise ValueError(
-            f"push_to_hub with the LLM in {llm}, where others cannot load it from: push the LLM first and name its "
-            "Hub id, or put its weights into the result (stage 1: --save-format merged; stage 2: --bundle-text-model "
-            "true)."
+            f"push_to_hub with the LLM in {llm}, a local folder that others cannot load: push the LLM first and name "
+            "its Hub id, or include its weights in the result (stage 1: --save-format merged; stage 2: "
+            "--bundle-text-model true)."
         )
     if checkpoints_need_llm and args.hub_strategy != HubStrategy.END:
         raise ValueError(
-            f"checkpoints that are pushed in mid-training refer to the LLM in {llm}, where others cannot load it "
-            "from: push the LLM first and name its Hub id, or push the result alone (--hub-strategy end)."
+            f"checkpoints that are pushed during training refer to the LLM in {llm}, a local folder that others "
+            "cannot load: push the LLM first and name its Hub id, or push the result alone (--hub-strategy end)."
         )

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 
@@ -24,7 +23,7 @@ from llm2clip.data import (
     caption_batches,
 )
 from llm2clip.data.transforms import output_size
-from llm2clip.embedding import EmbeddingCache, MissingCaptionError
+from llm2clip.embedding import CaptionEmbedder, EmbeddingCache, MissingCaptionError
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.trainers.checkpoints import resume_point
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
@@ -91,7 +90,7 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     if config.patch_dropout is not None:
         _set_patch_dropout(model, config.patch_dropout)
     image_processor = AutoImageProcessor.from_pretrained(config.image_processor_name_or_path or image_processor_name)
-    freeze_unused(model.vision_model, image_processor(images=Image.new("RGB", (64, 64)), return_tensors="pt"))
+    freeze_unused(model.vision_model)
     return model, LLM2CLIPProcessor(image_processor, tokenizer)
 
 
@@ -137,7 +136,7 @@ def open_captions(
     if config.embedding_cache is None:
         return CaptionInputs(
             Stage2Collator(processor=processor),
-            lambda captions: model.text_model.encode(captions, processor.tokenizer),
+            lambda captions: CaptionEmbedder(model.text_model, processor).embed(captions, show_progress_bar=False),
         )
     cache = EmbeddingCache.open(config.embedding_cache, model.config.text_model_fingerprint, verify=False)
     width = model.config.text_config.hidden_size

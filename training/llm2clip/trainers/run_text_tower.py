@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,7 +49,10 @@ def add_lora(model: LLM2CLIPTextModel, config: TextTowerConfig) -> None:
         else config.lora_target_modules,
         revision=config.model_revision,
     )
-    model.decoder = get_peft_model(model.decoder, lora)
+    with warnings.catch_warnings():
+        # peft 0.21 reads is_gradient_checkpointing, which transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        model.decoder = get_peft_model(model.decoder, lora)
     # The decoder may have changed since it left the LLM that its config names: the adapter belongs to this model.
     model.decoder.peft_config["default"].base_model_name_or_path = absolute_path(config.model_name_or_path)
 

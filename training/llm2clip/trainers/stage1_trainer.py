@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from transformers import EvalPrediction
 
-from llm2clip.data import PairBatchSampler, PairDataset
+from llm2clip.data import PairBatchSampler, PairCollator, PairDataset
+from llm2clip.evaluation.metrics import caption_retrieval_metrics
 from llm2clip.losses import hard_negative_info_nce
 from llm2clip.trainers.grad_cache import in_chunks
 from llm2clip.trainers.stage1_config import Stage1Config
@@ -14,13 +17,30 @@ from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 
 
 class Stage1Trainer(TextTowerTrainer):
-    """Pulls two captions of one image together and pushes the others of the global batch apart.
+    """Trains a text tower to give two captions of one image similar embeddings, against the rest of the global batch.
 
-    `train_dataset` is a [`PairDataset`].
+    The rows of its data sets are dicts of texts: `anchor`, `positive` and optionally `negative`, a hard negative; see
+    [`PairCollator`]. `processing_class` is the tokenizer of the text tower.
+
+    ```python
+    model = LLM2CLIPTextModel.from_pretrained("text-tower")
+    tokenizer = AutoTokenizer.from_pretrained("text-tower")
+    args = Stage1Config(output_dir="stage1")
+    Stage1Trainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer).train()
+    ```
     """
 
+    title = "Stage 1"
     args: Stage1Config
     cut_captions = 0
+
+    def default_collator(self, model: Any, args: Any, processing_class: Any) -> PairCollator | None:
+        return None if processing_class is None else PairCollator(processing_class, model.config.num_prefix_tokens)
+
+    @staticmethod
+    def retrieval_scores(prediction: EvalPrediction) -> dict[str, float | int]:
+        anchors, positives = (torch.as_tensor(embeds) for embeds in prediction.predictions[:2])
+        return caption_retrieval_metrics(anchors, positives)
 
     def batch_sampler(self) -> PairBatchSampler:
         return PairBatchSampler(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from transformers import SchedulerType
 
+from llm2clip.data import DEFAULT_MAX_PIXELS, ImageBackend, OnError
 from llm2clip.losses import DEFAULT_TILE_SIZE
 from llm2clip.trainers.base_config import LOSS_CHUNK_HELP, TOWER_CHUNK_HELP, StageConfig, check_chunk_sizes
 
@@ -111,7 +112,7 @@ class Stage2Config(StageConfig):
         default=None,
         metadata={"help": "Share of the patches that an EVA02 tower drops in training; unset: its config's value."},
     )
-    image_backend: Literal["exact", "fast"] = field(
+    image_backend: ImageBackend = field(
         default="exact",
         metadata={
             "help": "Decoder of training images. exact: Pillow, as in inference; fast: torchvision for JPEGs, up to 2 "
@@ -129,11 +130,12 @@ class Stage2Config(StageConfig):
             "augmentation. Needs freeze_vision_layers."
         },
     )
-    on_error: Literal["raise", "skip"] = field(
+    on_error: OnError = field(
         default="raise", metadata={"help": "What to do with damaged images and rows without a caption."}
     )
     max_pixels: int = field(
-        default=2**26, metadata={"help": "Largest image to decode, in pixels; a larger one counts as damaged."}
+        default=DEFAULT_MAX_PIXELS,
+        metadata={"help": "Largest image to decode, in pixels; a larger one counts as damaged."},
     )
     shuffle_buffer: int = field(
         default=10_000, metadata={"help": "Samples in the shuffle buffer of a streamed source. Larger: better mixed."}

@@ -12,16 +12,16 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, SchedulerType, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, SchedulerType, TrainerCallback
 
-from llm2clip.data import SampleIndexBatchSampler, SkipLog
+from llm2clip.data import SampleIndexBatchSampler, SkipLog, Stage2Collator
 from llm2clip.data.sampling import EpochDataset
-from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.evaluation import ImageTextRetrieval, retrieval_metrics
 from llm2clip.hub.cards import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
 from llm2clip.trainers.base_trainer import StageTrainer
-from llm2clip.trainers.frozen_layers import FrozenLayers
+from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
 from llm2clip.trainers.grad_cache import in_chunks
 from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
 from llm2clip.trainers.stage2_config import Stage2Config
@@ -39,24 +39,35 @@ class ClampLogitScale(TrainerCallback):
 
 
 class Stage2Trainer(StageTrainer):
-    """Trains an [`LLM2CLIPModel`] whose LLM is frozen, on cached embeddings or with the LLM online.
+    """Trains the vision tower and the text adapter of an [`LLM2CLIPModel`] against its frozen LLM.
+
+    The rows of its data sets are dicts of an image (`pixel_values`, or `image`) and its caption (`llm_embeds`, the
+    LLM's embedding, or `input_ids`, or `caption`); see [`Stage2Collator`]. Rows with `llm_embeds` need no LLM.
+
+    ```python
+    model = LLM2CLIPModel.from_pretrained("model", text_model=False)
+    processor = AutoProcessor.from_pretrained("model")
+    args = Stage2Config(output_dir="stage2")
+    Stage2Trainer(model=model, args=args, train_dataset=dataset, processing_class=processor).train()
+    ```
 
     Args:
-        frozen: The vision tower's frozen layers, where the training set holds their states.
-        embed: Maps captions to the LLM's embeddings, for the retrieval sets.
-        skip_log: Where skipped samples are listed.
+        frozen: Frozen layers of the vision tower, if the rows have `vision_states` that these computed.
+        embed: Maps captions to the LLM's embeddings, for the retrieval sets; by default the model's LLM.
+        skip_log: Lists skipped samples.
         kwargs: See [`StageTrainer`].
     """
 
     card_task = JOINT_TASK
     evaluation_title = "image-text retrieval"
+    title = "Stage 2"
     load_options: ClassVar[dict[str, Any]] = {"text_model": False}
 
     args: Stage2Config
 
     def __init__(
         self,
-        *,
+        *args: Any,
         frozen: FrozenLayers | None = None,
         embed: Callable[[list[str]], Tensor] | None = None,
         skip_log: SkipLog | None = None,
@@ -65,8 +76,37 @@ class Stage2Trainer(StageTrainer):
         self.frozen = frozen
         self.embed = embed
         self.skip_log = skip_log
-        super().__init__(**kwargs)
+        super().__init__(*args, **kwargs)
+        model = cast(LLM2CLIPModel, self.model)
+        freeze_unused(model.vision_model)
+        if model.text_model is not None:
+            model.text_model.requires_grad_(False)
         self.add_callback(ClampLogitScale())
+
+    def default_collator(self, model: Any, args: Any, processing_class: Any) -> Stage2Collator:
+        return Stage2Collator(processor=processing_class)
+
+    def eval_labels(self, inputs: dict[str, Any], num_rows: int) -> Any:
+        if "caption_ids" not in inputs:
+            return super().eval_labels(inputs, num_rows)
+        return inputs["caption_ids"], inputs["image_caption_ids"]
+
+    @staticmethod
+    def retrieval_scores(prediction: EvalPrediction) -> dict[str, float | int]:
+        images, texts = (torch.as_tensor(embeds) for embeds in prediction.predictions)
+        if not isinstance(prediction.label_ids, tuple):
+            return retrieval_metrics(images, texts, torch.arange(len(texts))[:, None].expand(-1, 2))
+        caption_ids, image_caption_ids = (ids.tolist() for ids in prediction.label_ids)
+        # Rows with equal captions are one query.
+        queries = {identity: row for row, identity in reversed(list(enumerate(caption_ids)))}
+        positions = {identity: position for position, identity in enumerate(queries)}
+        matches = [
+            (positions[identity], image)
+            for image, identities in enumerate(image_caption_ids)
+            for identity in dict.fromkeys(identities)
+            if identity in positions
+        ]
+        return retrieval_metrics(images, texts[list(queries.values())], torch.tensor(matches))
 
     def batch_sampler(self) -> SampleIndexBatchSampler:
         return SampleIndexBatchSampler(
@@ -169,8 +209,18 @@ class Stage2Trainer(StageTrainer):
         super().log(logs, start_time)
 
     def measure(self, model: LLM2CLIPModel, retrieval: ImageTextRetrieval) -> dict[str, float | int]:
-        assert self.embed is not None
-        return retrieval(model, self.embed, self.args.per_device_eval_batch_size, self.args.dataloader_num_workers)
+        return retrieval(
+            model,
+            self.embed or self._embed_online,
+            self.args.per_device_eval_batch_size,
+            self.args.dataloader_num_workers,
+        )
+
+    def _embed_online(self, captions: list[str]) -> Tensor:
+        text_model = self.accelerator.unwrap_model(self.model).text_model
+        if text_model is None:
+            raise ValueError("retrieval sets need the model's LLM (model.load_text_model()), or embed=.")
+        return text_model.encode(captions, cast(LLM2CLIPProcessor, self.processing_class).tokenizer)
 
     def save_result(self, output_dir: str | Path) -> None:
         """Save model, processor and code as a Hub repo holds them."""

@@ -102,6 +102,11 @@ def digest_files(files: Iterable[Path], digest: Any = None) -> Any:
     return digest
 
 
+def digest_json(value: Any) -> str:
+    """Hash a JSON value; returns 16 hexadecimal digits, which do not depend on the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def write_license(folder: Path) -> None:
     """Write the license of the code; the license of the weights is stated in the model card."""
     found = [path for path in distribution_files("llm2clip") or [] if path.name == "LICENSE"]
@@ -131,6 +136,8 @@ def atomic_folder(
         folder = Path(scratch) / destination.name
         folder.mkdir()
         yield folder
+        # Another process may have created it meanwhile.
+        refuse_existing(destination, overwrite, marks)
         if destination.exists():
             destination.rename(Path(scratch) / "replaced")
         folder.rename(destination)

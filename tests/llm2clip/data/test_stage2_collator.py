@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from llm2clip.data import (
     CaptionSource,
     DamagedImageError,
     EvalTransform,
-    SkipLog,
     SkippedSample,
     Stage2Collator,
     caption_id,
@@ -64,7 +62,7 @@ def test_skipped_samples_are_left_out_and_reported(cache: EmbeddingCache) -> Non
 
 
 def test_caption_missing_from_the_cache_raises(cache: EmbeddingCache) -> None:
-    with pytest.raises(MissingCaptionError, match="lacks 1 of 2 captions, the first being 'zz'"):
+    with pytest.raises(MissingCaptionError, match="lacks 1 of 2 captions, such as 'zz'"):
         Stage2Collator(cache)([_sample("a"), _sample("zz")])
 
 
@@ -123,7 +121,7 @@ def test_token_rows_of_unequal_length_are_padded_on_the_left() -> None:
     assert batch["pooling_mask"].tolist() == [[0, 1, 1], [0, 0, 1]]
 
 
-def test_caption_id_alone_matches_rows_with_equal_captions() -> None:
+def test_caption_id_without_image_caption_ids_matches_equal_captions() -> None:
     row = {"pixel_values": torch.zeros(3, 2, 2), "llm_embeds": torch.zeros(4)}
     batch = Stage2Collator()([{**row, "caption_id": number} for number in (7, 9)])
     assert batch["caption_ids"].tolist() == [7, 9]
@@ -151,11 +149,12 @@ def test_images_are_prepared_as_in_evaluation(tmp_path: Path, image_processor: C
         ([{"pixel_values": [1.0]}], "needs llm_embeds, input_ids or caption, but has pixel_values"),
         ([{"pixel_values": [1.0], "caption": "a"}], r"with a caption need Stage2Collator\(cache=...\) or .*processor"),
         ([{"pixel_values": [1.0], "caption": " "}], "it has no text in caption"),
+        ([{"pixel_values": [1.0], "llm_embeds": [1.0], "image_caption_ids": [3]}], "need a caption_id as well"),
         ([{"image": b"1", "caption": "a"}], r"with an image need Stage2Collator\(processor=...\)"),
         ([{"pixel_values": [1.0], "llm_embeds": [1.0]}, {"pixel_values": [1.0]}], "row 1 lacks 'llm_embeds' of row 0"),
     ],
 )
-def test_unusable_rows_are_explained(rows: list[dict[str, Any]], message: str) -> None:
+def test_errors_name_what_rows_lack(rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Stage2Collator()(rows)
 
@@ -171,19 +170,3 @@ def test_example_images_make_a_batch(tmp_path: Path, image_processor: CLIPImageP
     captions = [dataset[index]["caption"] for index in range(8)]
     assert owns.tolist() == [[left == right for right in captions] for left in captions]
     assert owns.sum() > 8  # several drawings of the same thing
-
-
-def test_skip_log_lists_each_key_once(tmp_path: Path) -> None:
-    path = tmp_path / "logs" / "skipped.jsonl"
-    log = SkipLog(path)
-    assert log.count == 0
-    assert not path.exists()
-    assert log.add([("a", "torn"), ("ü", "leer"), ("a", "again")]) == 2
-    assert log.add([("a", "torn")]) == 0
-    with path.open("a") as file:
-        file.write('{"key": "half')  # killed while writing
-    resumed = SkipLog(path)
-    assert resumed.count == 2
-    assert resumed.add([("b", "x"), ("a", "torn")]) == 1
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert lines == [{"key": "a", "reason": "torn"}, {"key": "ü", "reason": "leer"}, {"key": "b", "reason": "x"}]

@@ -1,12 +1,9 @@
-"""Batches for stage 2, and the log of skipped rows."""
+"""Batches for stage 2: images, caption embeddings or tokens, and caption ids."""
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,33 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from llm2clip.data.records import RowCaptions, SkippedSample
 from modeling_llm2clip.image_decoding_llm2clip import decode_image
 
-logger = logging.getLogger(__name__)
-
 TOKEN_FIELDS = ("input_ids", "attention_mask", "pooling_mask")
-
-
-class PixelBatch(NamedTuple):
-    """A batch of prepared images without the skipped ones.
-
-    Attributes:
-        pixels: (good, 3, H, W) float32 of the images that are not skipped, in order; None if there are none.
-        skipped: For each of the n images its `SkippedSample`, or None.
-    """
-
-    pixels: Tensor | None
-    skipped: list[SkippedSample | None]
-
-    @property
-    def good(self) -> list[int]:
-        """Indices of the images in `pixels`."""
-        return [index for index, sample in enumerate(self.skipped) if sample is None]
-
-
-def stack_pixels(samples: Sequence[Tensor | SkippedSample]) -> PixelBatch:
-    """Stack prepared images (3, H, W) into one tensor, since workers send each tensor through a file descriptor."""
-    good = [sample for sample in samples if isinstance(sample, Tensor)]
-    skipped = [sample if isinstance(sample, SkippedSample) else None for sample in samples]
-    return PixelBatch(torch.stack(good) if good else None, skipped)
 
 
 class EmbeddingLookup(Protocol):
@@ -69,8 +40,8 @@ class Stage2Collator:
     The batch contains, for n rows:
 
     - `pixel_values` (n, 3, H, W) or `vision_states` (n, tokens, width);
-    - `llm_embeds` (n, hidden_size) in the dtype of the cache or the rows, or `input_ids` (n, L), `attention_mask` and
-      whatever else the rows or the processor provide, padded on the left;
+    - `llm_embeds` (n, hidden_size) in the dtype of the cache or the rows, or `input_ids` (n, L) and `attention_mask`,
+      padded on the left, with `pooling_mask` if the rows have one;
     - `caption_ids` (n,) and `image_caption_ids` (n, K), padded with -1, if the rows have ids: caption j is a correct
       answer for image i if `caption_ids[j]` is in `image_caption_ids[i]`;
     - `skipped`: (key, reason) of each [`SkippedSample`] among the samples. These are left out, so that the batches of
@@ -108,6 +79,8 @@ class Stage2Collator:
             all_ids = _column(rows, "image_caption_ids") if "image_caption_ids" in rows[0] else [[one] for one in ids]
             batch["caption_ids"] = torch.tensor(ids, dtype=torch.int64)
             batch["image_caption_ids"] = _pad([torch.as_tensor(some, dtype=torch.int64) for some in all_ids], -1)
+        elif "image_caption_ids" in rows[0]:
+            raise ValueError("Rows with image_caption_ids need a caption_id as well.")
         batch["skipped"] = [tuple(sample) for sample in skipped]
         return batch
 
@@ -155,44 +128,3 @@ def _column(rows: Sequence[dict[str, Any]], name: str) -> list[Any]:
 
 def _pad(rows: list[Tensor], value: int, side: str = "right") -> Tensor:
     return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
-
-
-class SkipLog:
-    """Log of skipped rows: a file with one JSON line of key and reason per row.
-
-    An existing file is continued, so that a resumed run does not list a row twice. Each process needs its own file.
-
-    Args:
-        path: The file, created with the first entry.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._keys: set[str] = set()
-        if self.path.exists():
-            content = self.path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):  # the last line is incomplete: the run was killed
-                self.path.write_bytes(whole)
-            self._keys.update(json.loads(line)["key"] for line in whole.splitlines())
-
-    @property
-    def count(self) -> int:
-        """Number of distinct rows in the log."""
-        return len(self._keys)
-
-    def add(self, skipped: Iterable[tuple[str, str]]) -> int:
-        """Append the (key, reason) pairs with a new key; returns their number."""
-        new: dict[str, str] = {}
-        for key, reason in skipped:
-            if key not in self._keys:
-                new.setdefault(key, reason)
-        if new:
-            if not self._keys:
-                logger.warning("Skipping rows that cannot be used; they are listed in %s.", self.path)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                for key, reason in new.items():
-                    file.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
-            self._keys.update(new)
-        return len(new)

@@ -1,0 +1,51 @@
+"""Log of the rows that were skipped in training."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+class SkipLog:
+    """Log of skipped rows: a file with one JSON line of key and reason per row.
+
+    An existing file is continued, so that a resumed run does not list a row twice. Each process needs its own file.
+
+    Args:
+        path: The file, created with the first entry.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._keys: set[str] = set()
+        if self.path.exists():
+            content = self.path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):  # the last line is incomplete: the run was killed
+                self.path.write_bytes(whole)
+            self._keys.update(json.loads(line)["key"] for line in whole.splitlines())
+
+    @property
+    def count(self) -> int:
+        """Number of distinct rows in the log."""
+        return len(self._keys)
+
+    def add(self, skipped: Iterable[tuple[str, str]]) -> int:
+        """Append the (key, reason) pairs with a new key; returns their number."""
+        new: dict[str, str] = {}
+        for key, reason in skipped:
+            if key not in self._keys:
+                new.setdefault(key, reason)
+        if new:
+            if not self._keys:
+                logger.warning("Skipping rows that cannot be used; they are listed in %s.", self.path)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                for key, reason in new.items():
+                    file.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
+            self._keys.update(new)
+        return len(new)

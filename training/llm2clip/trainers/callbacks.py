@@ -1,0 +1,118 @@
+"""Model cards with training curves, written as a callback of the trainers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from llm2clip.hub.cards import (
+    CARD,
+    CardFacts,
+    Evaluation,
+    base_models,
+    read_card,
+    render,
+    split_card,
+    summary,
+    write_curves,
+)
+from llm2clip.utils.files import write_text
+from llm2clip.utils.repos import hub_ids
+
+if TYPE_CHECKING:
+    from llm2clip.trainers.base_trainer import StageTrainer
+
+# Settings that the card leaves out: they are about the machine and the account, not about the training.
+PRIVATE_SETTINGS = ("output_dir", "hub_", "push_to_hub", "report_to", "run_name", "logging_", "use_cpu", "local_rank")
+TOWER_SETTINGS = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path")
+
+
+class ModelCardCallback(TrainerCallback):
+    """Writes the model card, with the training curves, before each push and at the end of training.
+
+    Args:
+        trainer: The trainer, whose `create_model_card` writes the card.
+    """
+
+    def __init__(self, trainer: StageTrainer) -> None:
+        self.trainer = trainer
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.create_model_card()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.create_model_card()
+
+
+def write_model_card(trainer: StageTrainer) -> None:
+    """Write the card and the curves of a run into its output folder, keeping what people wrote on the card.
+
+    Args:
+        trainer: The trainer of the run.
+    """
+    args = trainer.args
+    folder = Path(str(args.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    sources = [str(source["path"]) for source in getattr(args, "sources", []) if source.get("path")]
+    towers = [getattr(args, name, None) for name in TOWER_SETTINGS]
+    facts = CardFacts(
+        name=(args.hub_model_id or folder.name).split("/")[-1],
+        task=trainer.card_task,
+        repo=trainer.hub_model_id or str(args.output_dir),
+        summary=summary(model),
+        base_models=hub_ids(*towers, *base_models(model.config)),
+        datasets=hub_ids(*sources),
+        sources=[Path(source).name for source in sources if not hub_ids(source)],
+        recipe=_recipe(args),
+        evaluations=_evaluations(trainer),
+        has_curves=write_curves(folder, trainer.state.log_history),
+        is_adapter=getattr(model, "has_adapter", False),
+    )
+    on_the_hub = trainer.card_on_the_hub()
+    existing = read_card(folder) if on_the_hub is None else split_card(on_the_hub)
+    write_text(folder / CARD, render(facts, *existing))
+
+
+def _recipe(args: TrainingArguments) -> dict[str, Any]:
+    """The settings that differ from the defaults and are not a path on this machine."""
+    recipe = {}
+    for entry in fields(args):
+        value = getattr(args, entry.name)
+        default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+        public = not entry.name.startswith(PRIVATE_SETTINGS) and entry.name not in ("sources", "eval_sources")
+        plain = isinstance(value, (bool, int, float, str, list, dict))
+        if entry.init and public and plain and value != default and not _is_local(value):
+            recipe[entry.name] = value
+    return json.loads(json.dumps(recipe, default=str))
+
+
+def _is_local(value: Any) -> bool:
+    return isinstance(value, (str, Path)) and ("/" in str(value) or Path(value).exists()) and not hub_ids(str(value))
+
+
+def _evaluations(trainer: StageTrainer) -> list[Evaluation]:
+    """The latest metrics of each retrieval set."""
+    found = []
+    for name in trainer.retrieval:
+        prefix = f"eval_{name}_"
+        others = tuple(f"eval_{other}_" for other in trainer.retrieval if other.startswith(f"{name}_"))
+        logged = [entry for entry in trainer.state.log_history if any(key.startswith(prefix) for key in entry)]
+        if not logged:
+            continue
+        source = getattr(trainer.args, "eval_sources", {}).get(name, {})
+        source = {"path": source} if isinstance(source, str) else source
+        metrics = {
+            key.removeprefix(prefix): value
+            for key, value in logged[-1].items()
+            if key.startswith(prefix) and not key.startswith(others)
+        }
+        path = str(source.get("path") or name)
+        dataset = path if hub_ids(path) else Path(path).name
+        split, revision = str(source.get("split") or name), trainer.eval_revisions.get(name)
+        found.append(Evaluation(trainer.evaluation_title, dataset, split, revision, metrics))
+    return found
