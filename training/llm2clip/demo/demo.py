@@ -27,8 +27,8 @@ class DemoConfig:
     data: str | None = field(
         default=None,
         metadata={
-            "help": "Images to search: a folder of images, or the path or Hub id of a data set; by default the bundled "
-            "test split."
+            "help": "Images to search: a folder of images, or the path or Hub id of a data set; by default the "
+            "bundled test split."
         },
     )
     split: str = field(default="test", metadata={"help": "Data set: split."})
