@@ -41,7 +41,7 @@ lint: $(VENV)/.dev  ## style and types
 
 docs: $(VENV)/.docs  ## the documentation site, in build/site; a warning or a broken link is an error
 	$(BIN)/python docs/make_api.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/.dev  ## rewrite the code in the house style
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
-"""LLM2CLIP models. Importing this package makes them known to transformers' Auto classes.
+"""LLM2CLIP models, registered with transformers' Auto classes when this package is imported.
 
-A Hub repo ships these modules as its remote code, so they import nothing but torch and transformers.
+A Hub repository ships these modules as its remote code, so they import nothing but torch, transformers and what those
+require.
 """
 
 from typing import Any
@@ -26,7 +27,7 @@ for _config, _model in _MODELS.items():
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     _config.register_for_auto_class()
-    # Marked, so that save_pretrained always ships the code with the weights.
+    # So that save_pretrained always saves the code with the weights.
     _model.register_for_auto_class("AutoModel")
 LLM2CLIPVisionModelWithProjection.register_for_auto_class("AutoModel")
 AutoModelForZeroShotImageClassification.register(LLM2CLIPConfig, LLM2CLIPModel, exist_ok=True)

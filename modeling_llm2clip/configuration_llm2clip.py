@@ -18,7 +18,7 @@ POOLING_MODES = ("mean", "weighted_mean", "last_token", "eos_token", "bos_token"
 
 
 def _as_config(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
-    """Turn the JSON form of a config of any architecture that transformers knows into its class."""
+    """Build the config of any architecture that transformers supports from its JSON form."""
     if not isinstance(config, dict):
         return config
     fields = dict(config if transformers_version.startswith("4.") else without_version_4_rope(config))
@@ -27,8 +27,8 @@ def _as_config(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
         return EVA02VisionConfig(**fields)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"model_type {model_type!r} is not an architecture that this transformers version knows; "
-            "give a config.json of a transformers model, or a newer transformers."
+            f"model_type {model_type!r} is not an architecture that this transformers version supports; "
+            "use the config.json of a transformers model, or upgrade transformers."
         )
     return CONFIG_MAPPING[model_type](**fields)
 
@@ -36,20 +36,20 @@ def _as_config(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
 class EVA02VisionConfig(PretrainedConfig):
     """Configuration of [`EVA02VisionModel`]; the defaults are EVA02-CLIP-L-14-336.
 
-    The flags also describe the other towers of EVA-CLIP: EVA01 (no rotary positions, GELU, layer scale) and
+    The flags also describe the other EVA-CLIP towers: EVA01 (no rotary positions, GELU, layer scale) and
     EVA02-CLIP-bigE (no rotary positions, GELU, norms after the branches).
 
     Args:
         intermediate_size: Width of the MLP; for EVA02 the original's `int(hidden_size * 2.6667)`.
-        rope_grid_size: Side, in patches, of the grid on which the tower was pretrained. The rotary positions of
-            any other grid are scaled to it. `None` for a tower without rotary positions.
-        swiglu: SwiGLU, or else an MLP with GELU.
-        sub_layer_norm: A LayerNorm before the output projections of attention and MLP.
-        post_norm: Norms after attention and MLP instead of before them.
-        layer_scale_init_value: Initial gain of the residual branches; `None` for branches without gains.
+        rope_grid_size: Side length, in patches, of the pretraining grid. The rotary positions of any other grid are
+            scaled to it. `None`: no rotary positions.
+        swiglu: Whether the MLP is a SwiGLU; otherwise it uses GELU.
+        sub_layer_norm: Whether a LayerNorm precedes the output projections of attention and MLP.
+        post_norm: Whether the norms follow attention and MLP instead of preceding them.
+        layer_scale_init_value: Initial layer scale of the residual branches; `None`: no layer scale.
         drop_path_rate: Stochastic depth in training, growing linearly from 0 to this rate at the last block.
-        patch_dropout: Share of the patch tokens that is left out in training (FLIP).
-        attention_dropout: Dropout of attention weights in training.
+        patch_dropout: Fraction of the patch tokens dropped in training (FLIP).
+        attention_dropout: Dropout probability of attention weights in training.
     """
 
     model_type = "eva02_vision_model"
@@ -108,20 +108,20 @@ class EVA02VisionConfig(PretrainedConfig):
 
 
 class LLM2CLIPTextConfig(PretrainedConfig):
-    """Configuration of [`LLM2CLIPTextModel`]: a decoder's own config, and how a caption becomes one vector.
+    """Configuration of [`LLM2CLIPTextModel`]: the decoder's config, the prompt and the pooling.
 
     Args:
-        decoder_config: Config (or its JSON form) of any decoder that transformers knows.
+        decoder_config: Config (or its JSON form) of any decoder that transformers supports.
         pooling: One of `mean`, `weighted_mean`, `last_token`, `eos_token`, `bos_token`.
-        prompt_prefix: Text before every caption, after BOS. It is context and is not pooled.
+        prompt_prefix: Text before every caption, after BOS. It provides context and is not pooled.
         prompt_suffix: Text after every caption. It is pooled.
         num_prefix_tokens: Tokens before the caption (BOS and prefix). Without an explicit `pooling_mask` the model
             pools over the real tokens after those.
         max_text_length: Longest input in tokens, prompt included; a longer caption is cut at its own end.
-        prompt_token_ids: Tokens of an empty caption, by which a tokenizer is known to hold the prompt.
-        fingerprint: What identifies the weights, prompt and pooling; written when the tower is saved.
-        bidirectional: Whether every token attends to the whole caption. `False` keeps the decoder causal, as a
-            baseline.
+        prompt_token_ids: Tokens of an empty caption, used to verify that a tokenizer adds the prompt.
+        fingerprint: Hash of the weights, prompt and pooling, written when the tower is saved.
+        bidirectional: Whether every token attends to the whole caption. `False` keeps the decoder causal (a
+            baseline).
     """
 
     model_type = "llm2clip_text_model"
@@ -143,9 +143,9 @@ class LLM2CLIPTextConfig(PretrainedConfig):
     ) -> None:
         if pooling not in POOLING_MODES:
             raise ValueError(f"pooling {pooling!r} is unknown; choose one of {', '.join(POOLING_MODES)}.")
-        # Copied, because this config marks it as bidirectional and the caller's decoder may have to stay causal.
+        # Copied, because it is marked as bidirectional below and the caller's decoder may have to stay causal.
         self.decoder_config = copy.deepcopy(_as_config(decoder_config or {"model_type": "llama"}))
-        # transformers >= 5.2 honours it in every attention implementation, and other tools read it from config.json.
+        # Respected by every attention implementation of transformers >= 5.2, and read from config.json by other tools.
         self.decoder_config.is_causal = not bidirectional
         self.decoder_config.use_cache = False
         self.pooling = pooling
@@ -174,20 +174,20 @@ class LLM2CLIPConfig(PretrainedConfig):
 
     Args:
         vision_config: Config of the vision tower: EVA02, or any vision model that transformers knows.
-        text_config: [`LLM2CLIPTextConfig`], its JSON form, or a decoder's config. Always present, also when the
-            weights of the text tower live elsewhere.
-        text_model_name_or_path: Repo or folder that holds the text tower's weights (it may be a PEFT adapter);
-            `None` when they are part of this checkpoint.
-        text_model_revision: Revision of that repo.
+        text_config: [`LLM2CLIPTextConfig`], its JSON form, or a decoder's config. Always present, even if
+            the weights of the text tower are in another repository.
+        text_model_name_or_path: Repository or folder with the text tower's weights (possibly a PEFT adapter); `None`
+            if they are part of this checkpoint.
+        text_model_revision: Revision of that repository.
         text_model_fingerprint: Fingerprint of the text tower that the adapter was trained with.
         projection_dim: Width of the shared space.
         visual_projection: Whether a linear layer maps the tower's pooled output to `projection_dim`.
         visual_projection_bias: Whether that layer has a bias (EVA02: yes; OpenAI CLIP: no).
-        adapter_num_layers: Residual blocks of the text adapter (paper: 4).
-        adapter_expansion: Hidden width of a block, as a multiple of the embedding's width.
-        adapter_normalize: Whether the adapter L2-normalises the LLM's embedding first.
+        adapter_num_layers: Number of residual blocks in the text adapter (paper: 4).
+        adapter_expansion: Hidden width of a block as a multiple of the embedding width.
+        adapter_normalize: Whether the adapter first L2-normalises the LLM's embedding.
         logit_scale_init_value: Natural logarithm of the initial logit scale.
-        logit_bias_init_value: Initial bias of the logits, of a model for the sigmoid loss; `None` for a model without.
+        logit_bias_init_value: Initial bias of the logits of a model trained with the sigmoid loss; `None`: no bias.
     """
 
     model_type = "llm2clip"
@@ -211,7 +211,7 @@ class LLM2CLIPConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
-        # The sub-configs come before super().__init__(), which hands attn_implementation and dtype down to them.
+        # Sub-configs are set before super().__init__(), which passes attn_implementation and dtype on to them.
         self.vision_config = (
             EVA02VisionConfig() if vision_config is None else _as_config(_with_vision_type(vision_config))
         )
@@ -232,7 +232,7 @@ class LLM2CLIPConfig(PretrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        # A quantised LLM is never part of a checkpoint, and the folder that holds it says how it was quantised.
+        # A quantised LLM is never part of a checkpoint; its own folder records how it was quantised.
         output["text_config"].pop("quantization_config", None)
         for pipeline in output.get("custom_pipelines", {}).values():
             # transformers' pipeline() replaces the names by the classes, which are not JSON.
@@ -241,7 +241,7 @@ class LLM2CLIPConfig(PretrainedConfig):
 
 
 def _without_local_names(fields: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the folders that the parts were loaded from, which are nobody else's business; Hub ids stay."""
+    """Remove the local folders that the parts were loaded from, and keep Hub ids."""
     kept = {}
     for key, value in fields.items():
         if isinstance(value, dict):

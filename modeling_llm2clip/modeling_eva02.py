@@ -1,6 +1,6 @@
 """The EVA02 vision tower (arXiv 2303.11331): a ViT with 2-D rotary positions, SwiGLU and sub-LayerNorm.
 
-Flags of the config make the other towers of EVA-CLIP (arXiv 2303.15389) of it: EVA01 and EVA02-CLIP-bigE.
+The config's flags select the other EVA-CLIP towers (arXiv 2303.15389): EVA01 and EVA02-CLIP-bigE.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ ROPE_BASE = 10000.0
 def rotary_table(
     head_dim: int, grid: tuple[int, int], pretrained_grid: int, device: torch.device | None = None
 ) -> Tensor:
-    """Cosines and sines of the 2-D rotary positions: of the class token, which is not rotated, then of the patches.
+    """Compute cosines and sines of the 2-D rotary positions: first the class token (not rotated), then the patches.
 
-    The first half of a head encodes the row, the second half the column. Positions are scaled to the grid of
-    pretraining, so that another image size covers the same range of angles.
+    The first half of a head encodes the row, the second half the column. Positions are scaled to the
+    pretraining grid, so that another image size covers the same range of angles.
 
     Args:
         head_dim: Width of an attention head.
-        grid: Patches per column and per row.
-        pretrained_grid: Side of the pretraining grid in patches.
-        device: Where the table is made.
+        grid: Number of patch rows and columns.
+        pretrained_grid: Side length of the pretraining grid in patches.
+        device: Device of the table.
 
     Returns:
-        float32 `(1 + rows * columns, head_dim / 2, 2)`: a cosine and a sine for every two neighbours of a head.
+        float32 `(1 + rows * columns, head_dim / 2, 2)`: a cosine and a sine for each pair of adjacent channels.
     """
     axis_dim = head_dim // 2
     exponents = torch.arange(0, axis_dim, 2, dtype=torch.float32, device=device) / axis_dim
@@ -59,28 +59,28 @@ def rotary_table(
 
 
 def apply_rotary(states: Tensor, table: Tensor) -> Tensor:
-    """Rotate neighbouring channels by a token's angles.
+    """Rotate pairs of adjacent channels by the angles of their token.
 
     Args:
         states: `(batch, tokens, heads, head_dim)`.
-        table: `(tokens, head_dim / 2, 2)`, or one for every sample, `(batch, tokens, head_dim / 2, 2)`.
+        table: `(tokens, head_dim / 2, 2)`, or one table per sample, `(batch, tokens, head_dim / 2, 2)`.
     """
     table = table.to(torch.promote_types(states.dtype, table.dtype)).unsqueeze(-3)
     pairs = states.to(table.dtype).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
-        # Compilers and exporters fuse this; most of them know no complex numbers.
+        # Compilers and exporters fuse these operations; most do not support complex numbers.
         (first, second), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
     else:
-        # A product of complex numbers is this in a single pass.
+        # A complex product computes the same in a single pass.
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
     return rotated.flatten(-2).to(states.dtype)
 
 
 def resize_position_embedding(position_embedding: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resize absolute positions `(1, 1 + patches, width)` of a square grid to another grid.
+    """Resize the position embedding `(1, 1 + patches, width)` of a square grid to another grid.
 
-    Bicubic without corner alignment, as EVA-CLIP does; the class token keeps its position.
+    Bicubic without corner alignment, as in EVA-CLIP; the class token keeps its position.
     """
     class_position, patch_positions = position_embedding[:, :1], position_embedding[:, 1:]
     side = round(patch_positions.shape[1] ** 0.5)
@@ -93,7 +93,7 @@ def resize_position_embedding(position_embedding: Tensor, grid: tuple[int, int])
 
 
 def drop_path(states: Tensor, rate: float) -> Tensor:
-    """Stochastic depth: leave out a residual branch `(batch, ...)` for random samples, rescaling the others."""
+    """Apply stochastic depth: drop a residual branch `(batch, ...)` for random samples and rescale the others."""
     shape = (states.shape[0],) + (1,) * (states.ndim - 1)
     keep = torch.empty(shape, dtype=states.dtype, device=states.device).bernoulli_(1 - rate)
     return states * keep / (1 - rate)
@@ -131,7 +131,7 @@ class EVA02Attention(nn.Module):
         self.head_dim = width // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
-        # The biases belong to the Linear layers, so that offloading, LoRA and quantisation reach them.
+        # The biases are part of the Linear layers, so that offloading, LoRA and quantisation apply to them.
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width)
@@ -166,7 +166,7 @@ class EVA02Attention(nn.Module):
 
 
 class EVA02SwiGLU(nn.Module):
-    """Gated MLP with SiLU; EVA02 puts a LayerNorm before the output projection."""
+    """Gated MLP with SiLU; in EVA02 a LayerNorm precedes the output projection."""
 
     def __init__(self, config: EVA02VisionConfig) -> None:
         super().__init__()
@@ -180,12 +180,12 @@ class EVA02SwiGLU(nn.Module):
         if torch.is_grad_enabled():
             hidden = hidden * self.w2(hidden_states)
         else:
-            hidden.mul_(self.w2(hidden_states))  # fresh memory costs more than the product
+            hidden.mul_(self.w2(hidden_states))  # in place: allocating memory costs more than the product
         return self.w3(self.ffn_ln(hidden))
 
 
 class EVA02MLP(nn.Module):
-    """MLP with exact GELU, of the EVA-CLIP towers that have no SwiGLU."""
+    """MLP with exact GELU, for the EVA-CLIP towers without SwiGLU."""
 
     def __init__(self, config: EVA02VisionConfig) -> None:
         super().__init__()
@@ -242,9 +242,9 @@ class EVA02PatchEmbedding(nn.Module):
 class EVA02VisionModel(PreTrainedModel):
     """EVA02 vision tower.
 
-    `pooler_output` is the normalised class token; `last_hidden_state` holds the normalised tokens, class token first.
-    `hidden_states` holds the embeddings and every block's output before the final norm: for a multimodal LLM take
-    `hidden_states[-2][:, 1:]`.
+    `pooler_output` is the normalised class token; `last_hidden_state` contains the normalised tokens, class token
+    first. `hidden_states` contains the embeddings and the output of every block before the final norm: a multimodal
+    LLM typically uses `hidden_states[-2][:, 1:]`.
     """
 
     config_class = EVA02VisionConfig
@@ -273,7 +273,7 @@ class EVA02VisionModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # torch.nn.init is what transformers 5 guards, so that loaded weights survive; writing to .data is not.
+        # Only torch.nn.init: transformers 5 keeps it from overwriting loaded weights, which writing to .data would do.
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.trunc_normal_(module.weight, std=std)
@@ -305,12 +305,12 @@ class EVA02VisionModel(PreTrainedModel):
 
         Args:
             pixel_values: `(batch, channels, height, width)`.
-            interpolate_pos_encoding: Accept another image size than the config's by interpolating the positions.
+            interpolate_pos_encoding: Accept an image size other than the config's by interpolating the positions.
             output_hidden_states: Also return the embeddings and the output of every block.
-            output_attentions: Also return attention weights; needs the eager attention.
+            output_attentions: Also return attention weights; requires eager attention.
 
         Raises:
-            ValueError: The image size is not the config's and `interpolate_pos_encoding` is off, or it is not a
+            ValueError: The image size differs from the config's without `interpolate_pos_encoding`, or is not a
                 multiple of the patch size.
         """
         config = self.config
@@ -367,7 +367,7 @@ class EVA02VisionModel(PreTrainedModel):
         batch, tokens, width = hidden_states.shape
         kept = max(1, int((tokens - 1) * (1 - self.config.patch_dropout)))
         order = torch.rand(batch, tokens - 1, device=hidden_states.device).argsort(dim=1)[:, :kept]
-        order = F.pad(order + 1, (1, 0))  # and the class token
+        order = F.pad(order + 1, (1, 0))  # prepend the class token
         hidden_states = hidden_states.gather(1, order[..., None].expand(-1, -1, width))
         return hidden_states, None if rotary is None else rotary[order]
 

@@ -1,4 +1,4 @@
-"""LLM2CLIP (arXiv 2411.04997): a vision tower and an adapter on a large language model's caption embeddings."""
+"""The joint LLM2CLIP model (arXiv 2411.04997): a vision tower, and a text adapter on an LLM's caption embeddings."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class LLM2CLIPOutput(ModelOutput):
     """Joint output of [`LLM2CLIPModel`].
 
     Args:
-        loss: Symmetric InfoNCE, or the sigmoid loss of a model with a bias; only with `return_loss=True`.
+        loss: Symmetric InfoNCE, or the sigmoid loss if the model has a bias; only with `return_loss=True`.
         logits_per_image: `(images, texts)`.
         logits_per_text: `(texts, images)`.
         image_embeds: `(images, projection_dim)`, unit length.
         text_embeds: `(texts, projection_dim)`, unit length.
         logit_scale: The factor between cosine and logit.
-        logit_bias: What is added to the logits, in a model that has a bias.
+        logit_bias: The bias added to the logits, if the model has one.
     """
 
     loss: Tensor | None = None
@@ -64,11 +64,11 @@ class LLM2CLIPOutput(ModelOutput):
 
 
 class LLM2CLIPModel(LLM2CLIPPairedModel):
-    """Vision tower, projection, adapter and, unless left out, the LLM.
+    """Vision tower, projection, text adapter and, unless skipped, the LLM.
 
-    The LLM's weights are in the checkpoint, or `config.text_model_name_or_path` names the repo that holds them; then
-    the LLM is attached after loading. `from_pretrained(..., text_model=False)` leaves it out: captions come in as
-    `llm_embeds` then, until `load_text_model()` or `set_text_model(model)` brings one.
+    The LLM's weights are in the checkpoint, or in the repository that `config.text_model_name_or_path` names; then the
+    LLM is attached after loading. `from_pretrained(..., text_model=False)` skips it: captions are then passed as
+    `llm_embeds`, until `load_text_model()` or `set_text_model(model)` attaches an LLM.
     """
 
     input_modalities = ["image", "text"]
@@ -90,11 +90,11 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         bias = config.logit_bias_init_value
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
         if bias is not None:
-            # Named here only, since transformers 4.57 refuses a name that the model lacks.
+            # Set here, because transformers 4.57 rejects the name of a parameter that the model does not have.
             self._keep_in_fp32_modules_strict = ["logit_scale", "logit_bias"]
         self.post_init()
         if vision_model is not None:
-            # It has its weights already, so post_init() had better not see it.
+            # Attached after post_init(), which would initialise its weights again.
             adopt_submodel(self, "vision_model", vision_model)
             self.config.vision_config = vision_model.config
             self.visual_projection.to(vision_model.device, vision_model.dtype)
@@ -121,15 +121,15 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         text_model_revision: str | None = None,
         **config_fields: Any,
     ) -> LLM2CLIPModel:
-        """Start stage 2: a pretrained vision tower, a text tower, and a new projection and adapter.
+        """Build a model for stage 2: a pretrained vision tower, a text tower, and a new projection and adapter.
 
         Args:
-            vision_model: A vision model, or a repo or folder of one; of a CLIP-like repo the vision half is taken.
-            text_model: A text tower, which becomes part of the model, or the repo or folder that holds one, which is
+            vision_model: A vision model, or its repository or folder; of a CLIP-like model, the vision half is used.
+            text_model: A text tower, which becomes part of the model, or the repository or folder of one, which is
                 recorded but not loaded.
             vision_model_kwargs: Passed to `from_pretrained` of the vision tower.
-            text_config: Config of the text tower, where its repo has none of ours (a plain LLM).
-            text_model_revision: Revision of the text tower's repo.
+            text_config: Config of the text tower, if its repository has none (a plain LLM).
+            text_model_revision: Revision of the text tower's repository.
             config_fields: Fields of [`LLM2CLIPConfig`], such as `projection_dim`.
         """
         if not isinstance(vision_model, PreTrainedModel):
@@ -143,7 +143,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
             config_fields["text_model_name_or_path"] = absolute_path(text_model)
             config_fields["text_model_revision"] = text_model_revision
             config_fields.setdefault("text_model_fingerprint", getattr(text_config, "fingerprint", None))
-        # Copied, because a new config resets what its parts say about attention.
+        # Copied, because a new config resets the attention implementation of its sub-configs.
         config = cls.config_class(
             vision_config=copy.deepcopy(vision_model.config), text_config=copy.deepcopy(text_config), **config_fields
         )
@@ -168,19 +168,19 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         llm_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Embed captions, through the LLM or from its cached embeddings.
+        """Embed captions with the LLM, or from its cached embeddings.
 
         Args:
             input_ids: `(batch, tokens)`, from this model's processor or tokenizer.
             attention_mask: `(batch, tokens)`.
             pooling_mask: `(batch, tokens)`; see [`LLM2CLIPTextModel`].
-            llm_embeds: `(batch, hidden_size)`, the LLM's caption embeddings, instead of tokens.
+            llm_embeds: `(batch, hidden_size)`, caption embeddings of the LLM, instead of tokens.
 
         Returns:
             `pooler_output` `(batch, projection_dim)`, not normalised.
 
         Raises:
-            ValueError: Tokens are given but the LLM was left out, or the embeddings have another width.
+            ValueError: Tokens are passed to a model without its LLM, or the embeddings have the wrong width.
         """
         states = None
         if llm_embeds is None:
@@ -213,13 +213,13 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         """Embed captions of any length.
 
         Args:
-            texts: Captions; one string counts as a list of one.
+            texts: Captions, or a single caption.
             processor: This model's processor, or its tokenizer.
             batch_size: Largest number of captions in a batch; see [`LLM2CLIPTextModel.encode`].
-            show_progress_bar: Show a bar over the batches.
+            show_progress_bar: Show a progress bar.
 
         Returns:
-            Unit rows, float32 `(len(texts), projection_dim)` on the CPU, in input order.
+            Unit vectors, float32 `(len(texts), projection_dim)` on the CPU, in input order.
         """
         tokenizer = getattr(processor, "tokenizer", processor)
         tokens, _ = tokenize_captions(texts, tokenizer, self.config.text_config.prompt_token_ids)
@@ -243,18 +243,18 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         """Embed images.
 
         Args:
-            images: Images of any kind that [`decode_image`] reads (PIL images, paths, URLs, bytes), arrays or tensors;
-                one counts as a list of one.
+            images: Images of any kind that [`decode_image`] reads (PIL images, paths, URLs, bytes), arrays or tensors,
+                or a single one.
             processor: This model's processor, or its image processor.
             batch_size: Images per batch.
-            show_progress_bar: Show a bar over the batches.
+            show_progress_bar: Show a progress bar.
 
         Returns:
-            Unit rows, float32 `(len(images), projection_dim)` on the CPU, in input order.
+            Unit vectors, float32 `(len(images), projection_dim)` on the CPU, in input order.
 
         Raises:
             DamagedImageError: An image cannot be decoded.
-            FileNotFoundError: A string is not the name of a file (a caption, say).
+            FileNotFoundError: A string is not the name of a file, such as a caption.
         """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         image_processor = getattr(processor, "image_processor", processor)
@@ -279,12 +279,12 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Any,
     ) -> LLM2CLIPOutput | BaseModelOutputWithPooling:
-        """Compare images with captions; with one of them alone, embed it (`get_*_features`).
+        """Compare images with captions; given only one of them, embed it (`get_*_features`).
 
         Args:
-            return_loss: Also return the loss; row i of the images and row i of the captions are the pairs.
-            return_logits: `False` leaves the logits out, for a loss that is computed from the embeddings.
-            kwargs: Passed to the vision tower (with images), or to the LLM (with captions alone).
+            return_loss: Also return the loss; image i and caption i are a pair.
+            return_logits: `False` skips the logits, for a loss that is computed from the embeddings.
+            kwargs: Passed to the vision tower if there are images, otherwise to the LLM.
         """
         has_text = input_ids is not None or llm_embeds is not None
         text_inputs = {

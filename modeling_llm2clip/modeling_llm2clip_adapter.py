@@ -1,4 +1,4 @@
-"""The text adapter: from an LLM's caption embedding to the space that it shares with images."""
+"""The text adapter, which maps an LLM's caption embedding to the space shared with images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .configuration_llm2clip import LLM2CLIPConfig
 
 
 class LLM2CLIPAdapterBlock(nn.Module):
-    """`x + W2 GELU(W1 LN(x))`."""
+    """Residual block: `x + W2 GELU(W1 LN(x))`."""
 
     def __init__(self, width: int, expansion: int) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class LLM2CLIPAdapterBlock(nn.Module):
 
 
 class LLM2CLIPTextAdapter(nn.Module):
-    """Maps an LLM's caption embedding to the shared space: residual blocks, LayerNorm, Linear (paper, section 3.2)."""
+    """Residual blocks, a LayerNorm and a Linear layer (paper, section 3.2)."""
 
     def __init__(self, config: LLM2CLIPConfig) -> None:
         super().__init__()

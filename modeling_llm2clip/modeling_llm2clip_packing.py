@@ -22,14 +22,14 @@ IS_CAUSAL_COUNTS = tuple(int(part) for part in transformers_version.split(".")[:
 
 
 def assign_rows(lengths: Sequence[int], capacity: int) -> tuple[list[int], list[int], int]:
-    """Best-fit decreasing bin packing.
+    """Assign captions to rows by best-fit decreasing bin packing.
 
     Args:
         lengths: Tokens of each caption.
         capacity: Tokens of a row; no caption has more.
 
     Returns:
-        The row of each caption, the place of its first token there, and the number of rows.
+        The row of each caption, the position of its first token in that row, and the number of rows.
     """
     rows, starts = [0] * len(lengths), [0] * len(lengths)
     free: list[tuple[int, int]] = []  # (tokens left, row), ascending
@@ -48,12 +48,12 @@ def assign_rows(lengths: Sequence[int], capacity: int) -> tuple[list[int], list[
 
 
 class PackedBatch:
-    """Where each token of a padded batch goes in rows as long as its longest caption, or in a single row.
+    """The positions of a padded batch's tokens in rows as long as its longest caption, or in a single row.
 
     Args:
         attention_mask: `(batch, tokens)`, 1 for real tokens.
-        order: `(batch, tokens)`, the 1-based place of each real token in its caption.
-        single_row: Whether all captions stand in one row, in their order.
+        order: `(batch, tokens)`, the 1-based position of each real token in its caption.
+        single_row: Whether all captions share one row, in their order.
     """
 
     def __init__(self, attention_mask: Tensor, order: Tensor, single_row: bool = False) -> None:
@@ -74,7 +74,7 @@ class PackedBatch:
         self.target = (torch.tensor(first, dtype=torch.long, device=order.device)[:, None] + places)[real]
         captions = torch.arange(1, len(lengths) + 1, device=order.device)[:, None].expand_as(order)
         self.position_ids = self._rows(places[real])
-        # 0 where a row is not full: such places see each other only.
+        # 0 where a row is not full: such positions attend only to each other.
         self.caption_ids = self._rows(captions[real])
 
     def _rows(self, values: Tensor) -> Tensor:
@@ -82,22 +82,22 @@ class PackedBatch:
         return rows.index_copy(0, self.target, values).unflatten(0, (self.num_rows, self.width))
 
     def pack(self, values: Tensor) -> Tensor:
-        """`(batch, tokens, ...)` as `(rows, width, ...)`, zero where a row is not full."""
+        """Rearrange `(batch, tokens, ...)` to `(rows, width, ...)`, zero where a row is not full."""
         return self._rows(values.flatten(0, 1)[self.source])
 
     def unpack(self, states: Tensor) -> Tensor:
-        """`(rows, width, ...)` as `(batch, tokens, ...)`, zero at the padding."""
+        """Rearrange `(rows, width, ...)` to `(batch, tokens, ...)`, zero at the padding."""
         batch = states.new_zeros(self.shape[0] * self.shape[1], *states.shape[2:])
         target, source = self.target.to(states.device), self.source.to(states.device)
         return batch.index_copy(0, source, states.flatten(0, 1)[target]).unflatten(0, self.shape)
 
     def visible(self) -> Tensor:
-        """`(rows, 1, width, width)`, whether a token sees another: those of its own caption."""
+        """Return the boolean mask `(rows, 1, width, width)` of the token pairs in the same caption."""
         return (self.caption_ids[:, :, None] == self.caption_ids[:, None, :])[:, None]
 
     def block_mask(self) -> Any:
-        """The same as FlexAttention takes it."""
-        # Not every torch that runs the other implementations has it.
+        """Return the same mask for FlexAttention."""
+        # Imported here: some torch versions lack it but support the other implementations.
         from torch.nn.attention.flex_attention import create_block_mask
 
         ids = self.caption_ids
@@ -108,7 +108,7 @@ class PackedBatch:
         return create_block_mask(same_caption, self.num_rows, None, self.width, self.width, device=ids.device)
 
     def sequence_arguments(self) -> dict[str, Any]:
-        """Where the captions of a single row end, as flash attention takes it for sequences without padding."""
+        """Return flash attention's arguments for the caption boundaries in a single row."""
         ends = torch.tensor(self.ends, dtype=torch.int32, device=self.caption_ids.device)
         lengths = {"max_length_q": self.longest, "max_length_k": self.longest}
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, **lengths}

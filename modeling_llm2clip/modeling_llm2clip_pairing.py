@@ -1,4 +1,4 @@
-"""Which LLM a model's adapter belongs to: loading it from its own repo, checking it, saving with or without it."""
+"""Pair a model with its LLM: load the LLM, verify that the adapter was trained with it, save with or without it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-# What an LLM in another repo shares with the call that loads the model.
+# Arguments of `from_pretrained` that also apply to an LLM in another repository.
 SHARED_ARGUMENTS = (
     "cache_dir",
     "device_map",
@@ -33,18 +33,18 @@ PARTS = ("", "vision_config", "text_config")
 
 
 def split_arguments(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divide the arguments of `from_pretrained` between a model without its LLM and the LLM.
+    """Split the arguments of `from_pretrained` between the model without its LLM and the LLM.
 
     Returns:
-        Those of the model, and those of the LLM which differ from them.
+        The arguments of the model, and those of the LLM that differ from them.
     """
     own, text = dict(kwargs), {}
-    # A vision tower is small and loses more by it, and no published checkpoint was trained with it quantised.
+    # A vision tower is small and loses more accuracy, and no published checkpoint was trained with a quantised one.
     if own.get("quantization_config") is not None:
         text["quantization_config"] = own.pop("quantization_config")
     config: Any = own.get("config")
     if isinstance(getattr(config, "dtype", None), dict):
-        # AutoModel has moved it there, on transformers 5.3 to 5.11.
+        # AutoModel moves it there in transformers 5.3 to 5.11.
         own["dtype"], own["config"] = config.dtype, copy.copy(config)
         own["config"].dtype = None
     for name in ("dtype", "torch_dtype"):
@@ -67,18 +67,18 @@ def split_arguments(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 def text_attention(kwargs: dict[str, Any]) -> str | None:
-    """The attention that the arguments of `from_pretrained` ask of the LLM, or None where they leave the choice."""
+    """Return the LLM's attention implementation in the arguments of `from_pretrained`, or None if not set."""
     asked = kwargs.get("attn_implementation")
     if isinstance(asked, dict):
         return asked.get("text_config")
     if asked is None and kwargs.get("config") is not None:
-        # AutoModel has put it there.
+        # AutoModel moves it there.
         return kwargs["config"].text_config._attn_implementation
     return asked
 
 
 class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
-    """A model whose `text_model` is the LLM that `text_adapter` was trained with, or None while it is left out."""
+    """A model whose `text_model` is the LLM that `text_adapter` was trained with, or None if it is not loaded."""
 
     text_model: Any
 
@@ -94,16 +94,15 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
         """Load a checkpoint and its LLM.
 
         Args:
-            text_model: `False` leaves the LLM out.
-            text_model_kwargs: Arguments of `from_pretrained` for the LLM alone; what is not given here, it shares with
-                this call.
-            kwargs: Arguments of transformers' `from_pretrained`. `dtype` and `attn_implementation` may be given by
-                part, as `{"vision_config": ..., "text_config": ...}`; projection and adapter have the dtype of the
-                vision tower. A `device_map` may place `text_model` elsewhere, such as on `"disk"`.
-                `quantization_config` quantises the LLM and nothing else.
+            text_model: Whether to load the LLM.
+            text_model_kwargs: Arguments of `from_pretrained` for the LLM alone; the others are those of this call.
+            kwargs: Arguments of transformers' `from_pretrained`. `dtype` and `attn_implementation` may be set by part,
+                as `{"vision_config": ..., "text_config": ...}`; projection and adapter have the dtype of the vision
+                tower. A `device_map` may place `text_model` elsewhere, such as on `"disk"`.
+                `quantization_config` applies to the LLM only.
 
         Raises:
-            ValueError: Weights are missing, or the LLM is not the one that the adapter was trained with.
+            ValueError: Weights are missing, or the adapter was trained with another LLM.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         own, different = split_arguments(kwargs)
@@ -126,7 +125,7 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
                 model.load_text_model(**{**shared, **different})
         weights_stay = not text_model or not model.text_model.has_readable_weights
         if bundled and weights_stay:
-            # Say where they are, for load_text_model() and for the next save_pretrained().
+            # Record their location for load_text_model() and for the next save_pretrained().
             model.config.text_model_name_or_path = absolute_path(pretrained_model_name_or_path)
             model.config.text_model_revision = kwargs.get("revision")
         elif bundled:
@@ -137,12 +136,12 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
         """Load and attach the LLM.
 
         Args:
-            name_or_path: Repo or folder; the default is the one that the config names.
+            name_or_path: Repository or folder; by default the one in the config.
             revision: Its revision.
             kwargs: Passed to `LLM2CLIPTextModel.from_pretrained`.
 
         Raises:
-            ValueError: No repo is known, or its LLM is not the one that the adapter was trained with.
+            ValueError: No repository is known, or the adapter was trained with another LLM.
         """
         if name_or_path is None:
             name_or_path, revision = (
@@ -161,20 +160,20 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
         self.set_text_model(text_model, source=name_or_path)
 
     def set_text_model(self, text_model: LLM2CLIPTextModel, source: str | None = None) -> None:
-        """Attach a text tower after checking that the adapter was trained with it.
+        """Attach a text tower, after verifying that the adapter was trained with it.
 
         Args:
             text_model: The text tower.
-            source: Where it came from, for the error message.
+            source: Its origin, for error messages.
 
         Raises:
             TypeError: `text_model` is a plain decoder.
-            ValueError: Its width or its fingerprint is not the adapter's; the message names both.
+            ValueError: Its width or fingerprint differs from the one that the adapter was trained with.
         """
-        # Told apart by model_type, not by class: remote code can be imported under several module names.
+        # By model_type, not by class: remote code can be imported under several module names.
         if text_model.config.model_type != LLM2CLIPTextModel.config_class.model_type:
             raise TypeError(
-                f"{type(text_model).__name__} is no text tower; wrap it: LLM2CLIPTextModel.from_decoder(model)."
+                f"{type(text_model).__name__} is not a text tower; wrap it: LLM2CLIPTextModel.from_decoder(model)."
             )
         source = source or text_model.name_or_path or type(text_model.decoder).__name__
         ours = self.config.text_model_name_or_path or "an unnamed LLM"
@@ -186,7 +185,7 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
             )
         expected, actual = self.config.text_model_fingerprint, text_model.identity()
         if expected is None:
-            # Nothing says yet which LLM the adapter belongs to: to this one, from now on.
+            # No LLM has been recorded for the adapter: record this one.
             self.config.text_model_fingerprint = actual
             if source != self.config.text_model_name_or_path:
                 self.config.text_model_name_or_path = absolute_path(text_model.name_or_path or "") or None
@@ -210,14 +209,14 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save as usual.
+        """Save the model.
 
         Args:
-            save_text_model: Whether the LLM's weights are part of the checkpoint. By default they are unless
-                `config.text_model_name_or_path` names another repo for them.
+            save_text_model: Whether to save the LLM's weights in the checkpoint. By default they are saved unless
+                `config.text_model_name_or_path` names their repository.
 
         Raises:
-            ValueError: The LLM's weights would be nowhere, carry an adapter that is not merged, are quantised, or were
+            ValueError: The LLM's weights would not be saved anywhere, have an unmerged adapter, are quantised, or are
                 offloaded.
         """
         elsewhere = self.config.text_model_name_or_path

@@ -1,4 +1,4 @@
-"""The text tower: any decoder, attending in both directions, pooled into one vector per caption."""
+"""The text tower: any decoder with bidirectional attention, and pooling to one vector per caption."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def _decoder_name(name: str) -> str:
 
 
 class LLM2CLIPTextModel(PreTrainedModel):
-    """A decoder as caption encoder (LLM2CLIP stage 1): attention in both directions and pooling.
+    """A decoder as caption encoder (LLM2CLIP stage 1): bidirectional attention and pooling.
 
-    `pooler_output` `(batch, hidden_size)` is the caption embedding, not normalised. It does not depend on the rest
-    of the batch, on the padding side or on the attention implementation.
+    `pooler_output` `(batch, hidden_size)` is the caption embedding, not normalised. It does not depend on the other
+    captions of the batch, the padding side or the attention implementation.
     """
 
     config_class = LLM2CLIPTextConfig
@@ -82,7 +82,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         if decoder is None:
             avoid_sdpa_without_softcap(config.decoder_config)
             self.decoder = AutoModel.from_config(config.decoder_config)
-        # A decoder that is given has its weights already; post_init must not initialise it again.
+        # An existing decoder is attached after post_init(), which would initialise its weights again.
         self.post_init()
         if decoder is not None:
             adopt_submodel(self, "decoder", decoder)
@@ -101,7 +101,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         """Wrap a plain LLM.
 
         Args:
-            decoder: Repo id, folder, or a base model (`AutoModel`, without a language-modelling head).
+            decoder: Repository id, folder, or a base model (`AutoModel`, without a language-modelling head).
             decoder_kwargs: Passed to `AutoModel.from_pretrained`.
             config_fields: Fields of [`LLM2CLIPTextConfig`]: pooling, prompt, maximum length.
         """
@@ -124,15 +124,15 @@ class LLM2CLIPTextModel(PreTrainedModel):
         """Load a text tower.
 
         Args:
-            pretrained_model_name_or_path: A folder or repo that holds one of: a saved [`LLM2CLIPTextModel`]; an
-                LLM2CLIP model, with its LLM inside or naming its repo; a PEFT adapter (needs peft); a plain LLM.
-            config: Prompt and pooling, instead of what the repo says.
-            default_config: Prompt and pooling where the repo does not say (a plain LLM, a bare adapter).
+            pretrained_model_name_or_path: Folder or repository of a saved [`LLM2CLIPTextModel`]; of an LLM2CLIP model
+                that contains its LLM or names its repository; of a PEFT adapter (requires peft); or of a plain LLM.
+            config: Prompt and pooling, instead of those in the repository.
+            default_config: Prompt and pooling if the repository has none (a plain LLM, an adapter alone).
 
         Raises:
-            ValueError: The repo lacks weights of the LLM.
+            ValueError: Weights of the LLM are missing.
         """
-        # AutoModel replaces the name of an adapter by that of its base, which does not know our prompt.
+        # AutoModel replaces the name of an adapter with that of its base model, which lacks the prompt.
         adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
         name = os.fspath(adapter_kwargs.get("_adapter_model_path") or pretrained_model_name_or_path)
         wants_info = kwargs.pop("output_loading_info", False)
@@ -174,7 +174,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
 
     @classmethod
     def _from_adapter(cls, name: str, config: LLM2CLIPTextConfig | None, kwargs: dict[str, Any]) -> LLM2CLIPTextModel:
-        # Not an import statement: transformers would demand peft of everyone who loads this code from a Hub repo.
+        # Not an import statement: transformers would require peft of everyone who loads this code from the Hub.
         try:
             peft = importlib.import_module("peft")
         except ImportError as error:
@@ -184,7 +184,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         base_kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
         if adapter.revision is not None:
             base_kwargs["revision"] = adapter.revision
-        # The base may be a text tower itself, with weights of its own or with an adapter of its own.
+        # The base model may be a text tower too, with its own weights or its own adapter.
         base = cls.from_pretrained(adapter.base_model_name_or_path, **base_kwargs)
         base.merge_adapter()
         model = cls(copy.deepcopy(config or base.config), decoder=base.decoder)
@@ -198,7 +198,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save as usual, with the fingerprint; where the decoder carries a PEFT adapter, save that and the config."""
+        """Save the model with its fingerprint; if the decoder has a PEFT adapter, only the adapter and the config."""
         self.config.fingerprint = self.fingerprint(state_dict) or self.config.fingerprint
         if not self.has_adapter:
             super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
@@ -219,12 +219,12 @@ class LLM2CLIPTextModel(PreTrainedModel):
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the decoder carries a PEFT adapter that is not merged."""
+        """Whether the decoder has an unmerged PEFT adapter."""
         return hasattr(self.decoder, "peft_config")
 
     @property
     def has_readable_weights(self) -> bool:
-        """Whether all weights are here and plain: neither offloaded nor quantised. Reads none of them."""
+        """Whether no weight is offloaded or quantised. No values are read."""
         return all(map(is_readable, self.state_dict().values()))
 
     def merge_adapter(self) -> None:
@@ -239,15 +239,15 @@ class LLM2CLIPTextModel(PreTrainedModel):
         self.decoder.set_input_embeddings(value)
 
     def fingerprint(self, state_dict: Mapping[str, Tensor] | None = None) -> str | None:
-        """Identify this encoder by its weights, prompt and pooling.
+        """Hash the weights, prompt and pooling.
 
-        Equal for the same weights in float32 and in bfloat16.
+        Weights in float32 and their copies in bfloat16 have the same hash.
 
         Args:
-            state_dict: This model's weights, where they are not in the model itself (sharded training).
+            state_dict: The weights, if they are not in the model (sharded training).
 
         Returns:
-            32 hexadecimal digits, or `None` where the weights cannot be read: quantised, or offloaded to disk.
+            32 hexadecimal digits, or `None` if the weights cannot be read because they are quantised or offloaded.
         """
         config = self.config
         behaviour = [
@@ -267,7 +267,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         return digest.hexdigest()[:32]
 
     def identity(self) -> str | None:
-        """The fingerprint of the weights, or the recorded one where these cannot show it (float16, quantised)."""
+        """Return the fingerprint of the weights, or the recorded one if the dtype changes it (float16, quantised)."""
         readable = self.get_input_embeddings().weight.dtype in (torch.float32, torch.bfloat16)
         return (self.fingerprint() if readable else None) or self.config.fingerprint
 
@@ -283,13 +283,12 @@ class LLM2CLIPTextModel(PreTrainedModel):
 
         Args:
             input_ids: `(batch, tokens)`, from the tokenizer that was saved with this model.
-            attention_mask: `(batch, tokens)`, 1 for real tokens; all are real when it is left out.
-            pooling_mask: `(batch, tokens)`, 1 for the tokens to pool; the default is every real token after the
-                prompt's prefix.
+            attention_mask: `(batch, tokens)`, 1 for real tokens; by default all.
+            pooling_mask: `(batch, tokens)`, 1 for the tokens to pool; by default all real tokens after the prefix.
             inputs_embeds: `(batch, tokens, hidden_size)` instead of `input_ids`.
 
-        Short captions share rows inside, so a batch costs its tokens and not its padding; the states of padding are
-        zero then. Not so when compiled, or where hidden states or attentions are asked for.
+        Short captions are packed into shared rows, so that padding costs little; the states at padding are then zero.
+        Captions are not packed when compiling or when hidden states or attention weights are requested.
         """
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
@@ -302,7 +301,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         positions = (order - 1).clamp(min=0)
         packed = self._packing(attention_mask, order, kwargs)
         if packed is None:
-            # Positions are counted from the caption's own first token: nothing depends on the padding.
+            # Positions are counted from the caption's first token, so that nothing depends on the padding.
             inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": positions}
             inputs["attention_mask"] = padded_mask(self.decoder, attention_mask, self.config.bidirectional)
         else:
@@ -325,7 +324,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         )
 
     def _packing(self, attention_mask: Tensor, order: Tensor, kwargs: dict[str, Any]) -> PackedBatch | None:
-        """Short captions share rows, where they can be kept apart and nothing but the last states is asked for."""
+        """Pack the batch if attention can separate its captions and only the last states are requested."""
         asked = any(
             kwargs.get(name, getattr(self.decoder.config, name, False))
             for name in ("output_hidden_states", "output_attentions")
@@ -335,7 +334,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         attention = self.decoder.config._attn_implementation
         if takes_additive_mask(self.decoder) or (attention == "flex_attention" and IS_CAUSAL_COUNTS):
             packed = PackedBatch(attention_mask, order)
-            # The mask that keeps captions apart costs too.
+            # Packing must save enough to make up for its larger mask.
             return packed if packed.position_ids.numel() <= 0.9 * attention_mask.numel() else None
         if attention in VARIABLE_LENGTHS and IS_CAUSAL_COUNTS:
             packed = PackedBatch(attention_mask, order, single_row=True)
@@ -352,11 +351,11 @@ class LLM2CLIPTextModel(PreTrainedModel):
         """Embed captions of any length.
 
         Args:
-            texts: Captions; one string counts as a list of one.
+            texts: Captions, or a single caption.
             tokenizer: The tokenizer that was saved with this model.
-            batch_size: Largest number of captions in a batch. They are grouped by length, and a batch has no more than
-                keep the device busy: 512 tokens on a CPU, 16,384 elsewhere.
-            show_progress_bar: Show a bar over the batches.
+            batch_size: Largest number of captions in a batch. Captions are grouped by length, and a batch has at most
+                512 tokens on a CPU and 16,384 on other devices.
+            show_progress_bar: Show a progress bar.
 
         Returns:
             float32 `(len(texts), hidden_size)` on the CPU, not normalised, in input order.

@@ -1,4 +1,4 @@
-"""What the models share: refusing incomplete checkpoints, attaching towers, pooling, encoding in batches."""
+"""Functions that the models share: checks of checkpoints, attaching towers, pooling, encoding in batches."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from .processing_llm2clip import clean_captions, count_cut_captions
 
 logger = logging.get_logger(__name__)
 
-# Padded tokens of a batch. On a CPU the states of a batch have to stay in its caches, an accelerator wants work.
+# Padded tokens of a batch: few on a CPU, whose caches should contain the states, many on an accelerator.
 CPU_BATCH_TOKENS = 512
 ACCELERATOR_BATCH_TOKENS = 16384
-# The largest block by which glibc sets its thresholds is 32 MiB.
+# glibc adapts its thresholds to freed blocks of up to 32 MiB.
 THRESHOLD_BLOCK = 31 * 2**20
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments of `from_pretrained` that say where and how a repo is read."""
+    """Select the arguments of `from_pretrained` that locate a repository and control its download."""
     return {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
 
 
 def absolute_path(name: str | os.PathLike[str]) -> str:
-    """A folder's absolute path, since a relative one would be a repo id elsewhere; a repo id as it is."""
+    """Return the absolute path of a folder (a relative one could be read as a repository id), or a repository id."""
     return os.fspath(Path(name).resolve()) if name and Path(name).exists() else os.fspath(name)
 
 
 def refuse_missing(name: Any, part: str, info: dict[str, Any]) -> None:
-    """Refuse a checkpoint that would leave a part of a model at random values.
+    """Raise an error for a checkpoint that would leave a part of a model at random values.
 
     Args:
         name: The checkpoint.
@@ -56,7 +56,7 @@ def refuse_missing(name: Any, part: str, info: dict[str, Any]) -> None:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module takes its inputs; its weights may be on the meta device while accelerate offloads them."""
+    """Return the device for a module's inputs; accelerate keeps offloaded weights on the meta device."""
     for submodule in module.modules():
         device = getattr(getattr(submodule, "_hf_hook", None), "execution_device", None)
         if device is not None:
@@ -65,7 +65,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def adopt_submodel(parent: PreTrainedModel, name: str, child: PreTrainedModel) -> None:
-    """Attach `child` after `parent` was built, with the bookkeeping that `post_init` does for its own children."""
+    """Attach `child` to a finished `parent`, with the bookkeeping that `post_init` does for its children."""
     setattr(parent, name, child)
     no_split = getattr(child, "_no_split_modules", None) or []
     parent._no_split_modules = [*dict.fromkeys([*(parent._no_split_modules or []), *no_split])]
@@ -104,8 +104,8 @@ def pool(hidden_states: Tensor, attention_mask: Tensor, pooling_mask: Tensor, mo
         hidden_states: `(batch, tokens, hidden)`.
         attention_mask: `(batch, tokens)`, 1 for real tokens.
         pooling_mask: `(batch, tokens)`, 1 for the tokens that are pooled.
-        mode: `mean`; `weighted_mean` (the weight grows linearly along the pooled tokens); `last_token`;
-            `eos_token` (the same token: the prompt ends in EOS then); `bos_token` (the first real token).
+        mode: `mean`; `weighted_mean` (weights grow linearly along the pooled tokens); `last_token`; `eos_token` (the
+            same token, with a prompt that ends in EOS); `bos_token` (the first real token).
 
     Returns:
         `(batch, hidden)`, summed in float32 and returned in the states' dtype.
@@ -127,19 +127,19 @@ def pool(hidden_states: Tensor, attention_mask: Tensor, pooling_mask: Tensor, mo
 def tokenize_captions(
     texts: Sequence[str] | str, tokenizer: PreTrainedTokenizerBase, prompt_token_ids: list[int] | None
 ) -> tuple[list[list[int]], int]:
-    """Tokenise captions, once.
+    """Tokenise captions.
 
     Args:
-        texts: Captions; one string counts as a list of one.
-        tokenizer: The tokenizer that was saved with the model: it holds the prompt.
-        prompt_token_ids: What the tokenizer has to make of an empty caption, where it is known.
+        texts: Captions, or a single caption.
+        tokenizer: The tokenizer that was saved with the model; it adds the prompt.
+        prompt_token_ids: Expected tokens of an empty caption, if known.
 
     Returns:
         The tokens of each caption, and how many captions were cut.
 
     Raises:
-        TypeError: An item is not a string (an image, say).
-        ValueError: A caption is empty, or the tokenizer does not hold the model's prompt.
+        TypeError: An item is not a string.
+        ValueError: A caption is empty, or the tokenizer does not add the model's prompt.
     """
     texts = clean_captions([texts] if isinstance(texts, str) else list(texts))
     if not texts:
@@ -152,7 +152,7 @@ def tokenize_captions(
     tokens = tokenizer(texts, truncation=True)["input_ids"]
     num_cut = count_cut_captions(tokenizer, texts, [len(ids) for ids in tokens])
     if num_cut:
-        # Not their number: whoever encodes millions in many calls reads this once.
+        # Without the number, so that many calls log it only once.
         logger.warning_once(f"captions longer than {tokenizer.model_max_length} tokens are cut.")
     return tokens, num_cut
 
@@ -161,12 +161,12 @@ def token_batches(lengths: Sequence[int], max_tokens: int, max_captions: int | N
     """Group captions of similar length.
 
     Args:
-        lengths: Tokens of each caption.
-        max_tokens: Tokens of a batch, padding included; a longer caption is a batch of its own.
-        max_captions: Captions of a batch; None for as many as the tokens allow.
+        lengths: Number of tokens of each caption.
+        max_tokens: Largest number of tokens in a batch, including padding; a longer caption is a batch of its own.
+        max_captions: Largest number of captions in a batch; None for as many as the tokens allow.
 
     Returns:
-        The captions of each batch, the longest first.
+        The indices of each batch's captions, the longest first.
     """
     batches: list[list[int]] = []
     for caption in sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True):
@@ -180,10 +180,10 @@ def token_batches(lengths: Sequence[int], max_tokens: int, max_captions: int | N
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep up to some 64 MiB of freed memory, rather than fetch it from the system anew for every layer.
+    """Make glibc keep up to 64 MiB of freed memory instead of returning it to the system after every layer.
 
-    Its thresholds follow the largest block that was freed (mallopt(3), `M_MMAP_THRESHOLD`), so one is freed here,
-    untouched. A CPU spends a seventh of its time on fresh pages otherwise, where a batch is small.
+    Its thresholds follow the largest freed block (mallopt(3), `M_MMAP_THRESHOLD`), so an unused one is freed here. On
+    a CPU, small batches otherwise spend a seventh of their time on page faults.
     """
     torch.empty(THRESHOLD_BLOCK, dtype=torch.uint8)
 
@@ -198,16 +198,16 @@ def encode_tokens(
     batch_size: int | None = None,
     show_progress_bar: bool = False,
 ) -> Tensor:
-    """Encode tokenised captions in batches of similar length, each different one once.
+    """Encode tokenised captions in batches of similar length, and repeated captions only once.
 
     Args:
         tokens: See [`tokenize_captions`].
-        tokenizer: Pads.
+        tokenizer: Pads the batches.
         encode: Maps a batch on the device to `(batch, width)`.
-        device: Where the model is; it decides how many tokens make a batch.
-        width: Columns of the result, also for no captions at all.
+        device: Device of the model; it determines the size of the batches.
+        width: Columns of the result, even if there are no captions.
         batch_size: Largest number of captions in a batch; None for as many as their tokens allow.
-        show_progress_bar: Show a bar over the batches.
+        show_progress_bar: Show a progress bar.
 
     Returns:
         float32 `(len(tokens), width)` on the CPU, in the order of the input.
@@ -229,19 +229,19 @@ def encode_tokens(
 
 
 def unit_features(features: Any) -> Tensor:
-    """Normalise the pooled output of a model to unit length, in float32 so that rows of a 16-bit model have it too."""
+    """Normalise the pooled output of a model to unit length, in float32 for the precision of 16-bit models."""
     return F.normalize(features.pooler_output.float(), dim=-1)
 
 
 def encode_pixels(model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> Iterator[Tensor]:
-    """Embed batches of images, one after the other.
+    """Embed batches of images one by one.
 
     Args:
         model: An LLM2CLIP model or its vision half.
-        batches: Pixel values `(batch, channels, height, width)`, or all that an image processor returns.
+        batches: Pixel values `(batch, channels, height, width)`, or the complete output of an image processor.
 
     Yields:
-        Unit rows of a batch, float32 `(batch, projection_dim)` on the CPU.
+        The unit vectors of a batch, float32 `(batch, projection_dim)` on the CPU.
     """
     device = execution_device(model.vision_model)
     for batch in batches:

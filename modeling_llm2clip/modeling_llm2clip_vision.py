@@ -1,4 +1,4 @@
-"""What every LLM2CLIP model has, the vision tower and its projection, and the vision half on its own."""
+"""The vision tower and its projection, which every LLM2CLIP model has, and the vision half as a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 class LLM2CLIPPreTrainedModel(PreTrainedModel):
-    """What the joint model and the vision half share: the vision tower and its projection."""
+    """Base of the joint model and of the vision half: the vision tower and its projection."""
 
     config_class = LLM2CLIPConfig
     base_model_prefix = ""
@@ -68,7 +68,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _load(cls, name: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Load, and refuse a checkpoint that would leave a part of the model at random values."""
+        """Load a checkpoint, and raise an error if weights are missing."""
         if nests_vision_towers():
             fields, _ = PretrainedConfig.get_config_dict(name, **hub_arguments(kwargs))
             if fields.get("vision_config", {}).get("model_type") in NESTED_TOWERS:
@@ -85,7 +85,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save as usual, with the same names under every transformers version."""
+        """Save the model, with the same parameter names in every transformers version."""
         if nests_vision_towers() and self.config.vision_config.model_type in NESTED_TOWERS:
             state_dict = self.state_dict() if state_dict is None else state_dict
             state_dict = {name.replace(f"{NEST}.", "vision_model.", 1): value for name, value in state_dict.items()}
@@ -112,11 +112,11 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
         Args:
             pixel_values: `(batch, channels, height, width)`.
-            interpolate_pos_encoding: Accept another image size than the tower's, where the tower can.
+            interpolate_pos_encoding: Accept an image size other than the tower's, if the tower supports it.
             kwargs: Passed to the vision tower, such as `output_hidden_states`.
 
         Returns:
-            `pooler_output` `(batch, projection_dim)`, not normalised, and the tower's own states.
+            `pooler_output` `(batch, projection_dim)`, not normalised, and the hidden states of the tower.
         """
         if interpolate_pos_encoding is not None:
             kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
@@ -130,10 +130,10 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
 
 class LLM2CLIPVisionModelWithProjection(LLM2CLIPPreTrainedModel):
-    """The vision half of any LLM2CLIP repo, for image-only work and for multimodal LLMs.
+    """The vision half of an LLM2CLIP model, for images alone and for multimodal LLMs.
 
-    `pooler_output` is the image embedding `(batch, projection_dim)`; `output_hidden_states=True` returns the states of
-    every block.
+    `pooler_output` is the image embedding `(batch, projection_dim)`; `output_hidden_states=True` returns the hidden
+    states of every block.
     """
 
     main_input_name = "pixel_values"
@@ -163,19 +163,19 @@ class LLM2CLIPVisionModelWithProjection(LLM2CLIPPreTrainedModel):
 
 
 def load_vision_tower(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The vision tower of any repo: a vision model, the vision half of a CLIP-like model or of an LLM2CLIP model.
+    """Load a vision tower: a vision model, or that of a CLIP-like or LLM2CLIP model.
 
     Args:
-        name: Repo id or folder.
+        name: Repository id or folder.
         kwargs: Arguments of `from_pretrained`.
 
     Raises:
-        ValueError: The repo lacks weights of the tower, or holds no vision model.
+        ValueError: Weights of the tower are missing, or the model is not a vision model.
     """
     config = AutoConfig.from_pretrained(name, **hub_arguments(kwargs))
     if config.model_type == LLM2CLIPConfig.model_type:
         return LLM2CLIPVisionModelWithProjection.from_pretrained(name, **kwargs).vision_model
-    # Of a CLIP-like repo only the vision half is read.
+    # Of a CLIP-like repository, only the vision half is read.
     config = getattr(config, "vision_config", config)
     loader: Any = EVA02VisionModel if config.model_type == EVA02VisionConfig.model_type else AutoModel
     tower, info = loader.from_pretrained(name, config=config, output_loading_info=True, **kwargs)

@@ -1,4 +1,4 @@
-"""The processor of LLM2CLIP, and the prompt that lives in its tokenizer."""
+"""The processor of LLM2CLIP, and the caption tokenizer with the prompt."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ OUTER_WHITE_SPACE = rf"\A{WHITE_SPACE}+|{WHITE_SPACE}+\z"
 def with_prompt(
     tokenizer: PreTrainedTokenizerBase, prefix: str = "", suffix: str = "", max_length: int = 512
 ) -> tuple[PreTrainedTokenizerFast, int]:
-    """Build a caption tokenizer: it puts the prompt around every text and cuts an over-long caption at its own end.
+    """Build a caption tokenizer, which adds the prompt to every text and truncates only the caption.
 
-    The prompt becomes the tokenizer's post-processor (what the tokenizer adds by itself, such as BOS, prefix,
-    caption, suffix), so that a bare tokenizer, a pipeline and the processor make the same ids. What a user types is
-    text, even when it looks like a special token; in `prefix` and `suffix` special tokens are special. Padding is on
-    the left, with EOS where the tokenizer has no padding token.
+    The prompt becomes part of the tokenizer's post-processor (native tokens such as BOS, prefix, caption, suffix), so
+    that the tokenizer alone, a pipeline and the processor produce the same ids. Special tokens are recognised in
+    `prefix` and `suffix`, but not in captions. Padding is on the left, with EOS if there is no padding token.
 
     White space around a caption is removed by a normalizer, as `str.strip` does. Tokenizers with tokens of their own
     for white space (Gemma) split texts at them before any normalizer runs; for these the processor and `encode_text`
     strip captions, a bare tokenizer does not.
 
     Args:
-        tokenizer: A fast tokenizer; it is not changed.
-        prefix: Text before the caption, after BOS; context that is not pooled.
+        tokenizer: A fast tokenizer; it is not modified.
+        prefix: Text before the caption, after BOS; it provides context and is not pooled.
         suffix: Text after the caption; pooled.
         max_length: Longest input in tokens, prompt included.
 
@@ -60,7 +59,7 @@ def with_prompt(
         raise ValueError(
             f"the prompt has {len(before) + len(after)} tokens and leaves none of {max_length} to captions."
         )
-    # The generic class: several architectures' own classes rebuild the post-processor whenever they load.
+    # The generic class, because classes of some architectures rebuild the post-processor when they are loaded.
     special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
     prompted = PreTrainedTokenizerFast(
         tokenizer_object=type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str()),
@@ -123,7 +122,7 @@ def clean_captions(texts: Sequence[Any]) -> list[str]:
 def count_cut_captions(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], lengths: Sequence[int], limit: int | None = None
 ) -> int:
-    """How many of `texts` lose words, given their lengths after cutting at `limit`, by default the tokenizer's own."""
+    """Count truncated captions, given the lengths after truncation at `limit` (by default the tokenizer's)."""
     limit = limit or tokenizer.model_max_length
     suspects = [text for text, length in zip(texts, lengths, strict=True) if length >= limit]
     if not suspects:
@@ -132,13 +131,13 @@ def count_cut_captions(
 
 
 class LLM2CLIPProcessor(ProcessorMixin):
-    """Images through an image processor, captions through the tokenizer that holds the prompt.
+    """Image processor and caption tokenizer.
 
-    Captions are padded to the longest and cut at the tokenizer's maximum length unless told otherwise; the number of
-    captions that were cut is logged.
+    By default captions are padded to the longest and truncated at the tokenizer's maximum length; the number of
+    truncated captions is logged.
     """
 
-    if transformers_version.startswith("4."):  # version 5 reads the signature, and warns about these
+    if transformers_version.startswith("4."):  # version 5 reads the signature and warns about these
         attributes = ["image_processor", "tokenizer"]
         image_processor_class = "AutoImageProcessor"
         tokenizer_class = "AutoTokenizer"
@@ -147,7 +146,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, **kwargs)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Save as usual, readable by transformers 4.57 too."""
+        """Save the processor, readable by transformers 4.57 too."""
         if push_to_hub:
             raise ValueError("save_pretrained(push_to_hub=True) would leave that out; call push_to_hub(repo_id).")
         saved = super().save_pretrained(save_directory, **kwargs)
@@ -160,12 +159,12 @@ class LLM2CLIPProcessor(ProcessorMixin):
         Args:
             images: One image or a list, of any kind that [`decode_image`] reads (PIL images, paths, URLs, bytes);
                 arrays and tensors go to the image processor as they are.
-            text: One caption or a list.
-            kwargs: `return_tensors`, and the options of the tokenizer and of the image processor.
+            text: A caption, or a list of captions.
+            kwargs: `return_tensors`, and options of the tokenizer and the image processor.
 
         Raises:
             DamagedImageError: An image cannot be decoded.
-            TypeError: Something else than a string stands among the captions.
+            TypeError: A caption is not a string.
             ValueError: A caption is empty.
         """
         if isinstance(images, str) and is_missing_file(images):

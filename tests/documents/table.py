@@ -244,6 +244,8 @@ EXAMPLES = {
     ),
     "python examples/langchain_llamaindex.py": Run(EXAMPLE, prints="[a drawing of: monorail]"),
     "python examples/app.py": Run(EXAMPLE, serves=True, slow=True),
+    "python examples/train_stage1.py": Run(EXAMPLE, makes=("runs/train_stage1/model.safetensors",)),
+    "python examples/train_stage2.py": Run(EXAMPLE, makes=("runs/train_stage2/model.safetensors",)),
     "python examples/patch_features.py --image photo.jpg": Run(
         (*EXAMPLE, "photo.jpg"), makes=("patch_features.png",), prints="hidden_states[0]"
     ),

@@ -84,7 +84,7 @@ def test_wrong_pairing_names_both_sides(tmp_path: Path) -> None:
     wide = LLM2CLIPTextModel(LLM2CLIPTextConfig(decoder_config={**tiny.decoder_config().to_dict(), "hidden_size": 64}))
     with pytest.raises(ValueError, match=rf"width {tiny.HIDDEN} .*gives {wide.config.hidden_size}"):
         model.set_text_model(wide)
-    with pytest.raises(TypeError, match="LlamaModel is no text tower; wrap it"):
+    with pytest.raises(TypeError, match="LlamaModel is not a text tower; wrap it"):
         model.set_text_model(other.decoder)
     with pytest.raises(ValueError, match="llm_embeds have width 7, but this adapter takes 32"):
         model.get_text_features(llm_embeds=torch.ones(1, 7))
