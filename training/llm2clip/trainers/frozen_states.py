@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
+from torch import Tensor
+from torch.utils.data import Subset
 
-from llm2clip.data import CaptionImageDataset, PixelBatch, SampleIndex, SkippedSample, stack_pixels
+from llm2clip.data import CaptionImageDataset, SampleIndex, SkippedSample
 from llm2clip.data.sampling import EpochDataset
+from llm2clip.embedding.image_batches import forward_images
 from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.utils.files import write_json
 from llm2clip.utils.processes import process_state
@@ -26,10 +25,6 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATES = "states.npy"
-
-
-def _stack(samples: Sequence[dict[str, Any] | SkippedSample]) -> PixelBatch:
-    return stack_pixels([s if isinstance(s, SkippedSample) else s["pixel_values"] for s in samples])
 
 
 class FrozenStatesDataset(EpochDataset):
@@ -117,18 +112,20 @@ class FrozenStatesDataset(EpochDataset):
         """Fill `rows` of the states; returns the rows that were skipped, with key and reason."""
         frozen.tower.eval()
         device = next(frozen.tower.parameters()).device
-        loader = DataLoader(Subset(images, rows), batch_size, num_workers=num_workers, collate_fn=_stack)
+
+        def forward(inputs: dict[str, Tensor]) -> Tensor:
+            output = frozen.compute(inputs["pixel_values"].to(device)).half()
+            if not output.isfinite().all():
+                raise ValueError("the frozen layers' states exceed float16; train without frozen_states_dir.")
+            return output.cpu()
+
         skipped = []
-        start = rows.start
-        shown = process_state().is_main_process and sys.stderr.isatty()
-        for batch in tqdm(loader, desc="Frozen vision layers", disable=not shown):
+        title, show = "Frozen vision layers", process_state().is_main_process
+        for batch in forward_images(Subset(images, rows), forward, batch_size, num_workers, title, show):
+            start = rows.start + batch.start
             skipped += [(row, *sample) for row, sample in enumerate(batch.skipped, start) if sample is not None]
-            if batch.pixels is not None:
-                output = frozen.compute(batch.pixels.to(device)).half()
-                if not output.isfinite().all():
-                    raise ValueError("the frozen layers' states exceed float16; train without frozen_states_dir.")
-                states[[start + index for index in batch.good]] = output.cpu().numpy()
-            start += len(batch.skipped)
+            if batch.output is not None:
+                states[[start + index for index in batch.good]] = batch.output.numpy()
         return skipped
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ from llm2clip.data import (
     caption_batches,
 )
 from llm2clip.data.transforms import output_size
-from llm2clip.embedding import EmbeddingCache, MissingCaptionError
+from llm2clip.embedding import CaptionEmbedder, EmbeddingCache, MissingCaptionError
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.trainers.checkpoints import resume_point
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
@@ -136,7 +136,7 @@ def open_captions(
     if config.embedding_cache is None:
         return CaptionInputs(
             Stage2Collator(processor=processor),
-            lambda captions: model.text_model.encode(captions, processor.tokenizer),
+            lambda captions: CaptionEmbedder(model.text_model, processor).embed(captions, show_progress_bar=False),
         )
     cache = EmbeddingCache.open(config.embedding_cache, model.config.text_model_fingerprint, verify=False)
     width = model.config.text_config.hidden_size
