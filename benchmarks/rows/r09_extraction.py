@@ -49,14 +49,14 @@ def _outcome(folder: Path, read: Callable[[list[str]], Any]) -> Outcome:
 
 def _ours() -> Work:
     from llm2clip.data import CaptionSource, distinct_captions
-    from llm2clip.embedding import EmbeddingCache
-    from llm2clip.embedding.embed import EmbedConfig, embed_captions
+    from llm2clip.embedding import CaptionEmbedder, EmbeddingCache
+    from llm2clip.embedding.embed import EmbedConfig, embed_into_cache
     from llm2clip.utils.processes import process_state
     from llm2clip.utils.towers import open_text_tower
 
     shards = _write_shards()
     model, tokenizer = open_text_tower(str(write_llm(new_folder())), dtype="float32", **PROMPT)
-    model.eval()
+    embedder = CaptionEmbedder(model.eval(), tokenizer)
     # Streaming, because `datasets` would cache a prepared copy for the next turn.
     source = CaptionSource(
         str(shards / "*.tar"), caption_columns=[f"json.{column}" for column in COLUMNS], streaming=True
@@ -65,7 +65,7 @@ def _ours() -> Work:
     def work() -> Outcome:
         folder = new_folder()
         texts = distinct_captions(source, show_progress=False)
-        embed_captions(model, tokenizer, texts, str(folder), "benchmark", EmbedConfig(), process_state())
+        embed_into_cache(texts, embedder, str(folder), "benchmark", EmbedConfig(), process_state())
         return _outcome(folder, EmbeddingCache.open(folder).lookup)
 
     return work

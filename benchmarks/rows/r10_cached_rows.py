@@ -49,12 +49,9 @@ def _consume(batches: Iterable[tuple[list[str], Any]], size: float) -> Outcome:
 
 def cache_of(texts: list[str], embed: Callable[[list[str]], Any], folder: Path) -> Any:
     """Build a cache with a substitute for a text encoder, and open it without a check."""
-    from llm2clip.embedding import EmbeddingCache, build_embedding_cache
+    from llm2clip.embedding import CacheManifest, EmbeddingCache, build_embedding_cache
 
-    build_embedding_cache(
-        folder,
-        texts,
-        lambda batch: (embed(batch), 0),
+    manifest = CacheManifest(
         fingerprint="benchmark",
         text_model_name="benchmark",
         hidden_size=WIDTH,
@@ -62,8 +59,8 @@ def cache_of(texts: list[str], embed: Callable[[list[str]], Any], folder: Path) 
         prompt_prefix="",
         prompt_suffix="",
         max_length=512,
-        show_progress=False,
     )
+    build_embedding_cache(folder, texts, lambda batch: (embed(batch), 0), manifest, show_progress_bar=False)
     return EmbeddingCache.open(folder, verify=False)
 
 

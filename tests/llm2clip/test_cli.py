@@ -67,9 +67,9 @@ def test_top_level_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -
         (["stage1", "--lora_rnk", "4"], "there is no option --lora_rnk; did you mean 'lora_rank'?"),
         (["stage1", "no_such_recipe"], "the recipe no_such_recipe does not exist"),
         (["stage2", "--embedding_cache", "x", "--max_steps", "many"], "max_steps is 'many'"),
-        (["evaluate", "x", "--task", "guessing", "--data", "y"], "task 'guessing' is unknown"),
+        (["evaluate", "x", "--task", "guessing", "--data", "y"], "one of retrieval, caption_retrieval"),
         (["evaluate", "x"], "evaluate needs data"),
-        (["evaluate", "x", "--data", "y", "--on_error", "ignore"], "on_error must be 'raise' or 'skip'"),
+        (["evaluate", "x", "--data", "y", "--on_error", "ignore"], "one of raise, skip"),
         (
             ["evaluate", "/no/such/folder", "--data", "y"],
             "there is no such folder, and it is not a valid Hub id",

@@ -11,10 +11,19 @@ from llm2clip.data import (
     load_source as load_source,
 )
 from llm2clip.embedding import (
+    CacheManifest as CacheManifest,
+)
+from llm2clip.embedding import (
     EmbeddingCache as EmbeddingCache,
 )
 from llm2clip.embedding import (
     build_embedding_cache as build_embedding_cache,
+)
+from llm2clip.embedding import (
+    embed_captions as embed_captions,
+)
+from llm2clip.embedding import (
+    embed_images as embed_images,
 )
 from llm2clip.evaluation import (
     caption_retrieval_metrics as caption_retrieval_metrics,

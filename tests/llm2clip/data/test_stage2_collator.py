@@ -62,7 +62,7 @@ def test_skipped_samples_are_left_out_and_reported(cache: EmbeddingCache) -> Non
 
 
 def test_caption_missing_from_the_cache_raises(cache: EmbeddingCache) -> None:
-    with pytest.raises(MissingCaptionError, match="lacks 1 of 2 captions, the first being 'zz'"):
+    with pytest.raises(MissingCaptionError, match="lacks 1 of 2 captions, such as 'zz'"):
         Stage2Collator(cache)([_sample("a"), _sample("zz")])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def none_truncated(texts: list[str]) -> int:
 def build(
     folder: Path, texts: list[str], encoder: Any = embed, count_truncated: Any = none_truncated, **fields: Any
 ) -> CacheManifest:
+    """Build a cache; `fields` are those of the manifest and arguments of `build_embedding_cache`."""
     settings: dict[str, Any] = {
         "fingerprint": "finger-a",
         "text_model_name": "tiny-encoder",
@@ -36,10 +38,12 @@ def build(
         "prompt_suffix": "<eot>",
         "max_length": 64,
         "shard_size": 10,
-        "embed_size": 4,
     }
+    names = {entry.name for entry in dataclasses.fields(CacheManifest)}
+    manifest = CacheManifest(**{**settings, **{name: fields[name] for name in names & set(fields)}})
+    options = {"embed_size": 4, **{name: value for name, value in fields.items() if name not in names}}
 
     def embed_and_count(batch: list[str]) -> tuple[torch.Tensor, int]:
         return encoder(batch), count_truncated(batch)
 
-    return build_embedding_cache(folder, texts, embed_and_count, **{**settings, **fields})
+    return build_embedding_cache(folder, texts, embed_and_count, manifest, **options)

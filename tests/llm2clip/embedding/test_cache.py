@@ -64,7 +64,7 @@ def test_missing_captions_are_one_error_that_quotes_the_first(cache_folder: Path
     cache = EmbeddingCache.open(cache_folder)
     absent = [f"absent {number} " + "x" * 200 for number in range(50)]
     with pytest.raises(
-        MissingCaptionError, match=r"lacks 50 of 51 captions, the first being 'absent 0 x+', 'absent 1"
+        MissingCaptionError, match=r"lacks 50 of 51 captions, such as 'absent 0 x+', 'absent 1"
     ) as caught:
         cache.lookup([TEXTS[0], *absent])
     assert isinstance(caught.value, KeyError)
@@ -110,7 +110,7 @@ def _not_finite(shard: Path) -> None:
         (_cut, r"shard-00001\.safetensors is truncated: \d+ bytes instead of \d+"),
         (_cut_header, r"shard-00001\.safetensors \(20 bytes\) has no valid header"),
         (_empty, r"shard-00001\.safetensors \(0 bytes\) has no valid header"),
-        (_fewer_rows, r"shard-00001\.safetensors holds embeddings \(4, 8\) .* instead of \(10, 8\)"),
+        (_fewer_rows, r"shard-00001\.safetensors contains embeddings \(4, 8\) .* instead of \(10, 8\)"),
         (_not_finite, r"Row 6 of the shard .*shard-00001\.safetensors is not finite"),
     ],
 )
@@ -154,7 +154,7 @@ def test_manifest_that_does_not_fit_is_refused(cache_folder: Path, tmp_path: Pat
     with pytest.raises(FileNotFoundError, match="not an embedding cache"):
         EmbeddingCache.open(tmp_path / "nothing")
     _edit(cache_folder, status="building")
-    with pytest.raises(CacheIncompleteError, match="build of 37 captions has not ended"):
+    with pytest.raises(CacheIncompleteError, match="build of 37 captions was interrupted"):
         EmbeddingCache.open(cache_folder)
     _edit(cache_folder, status="complete", format_version=2)
     with pytest.raises(CacheError, match="format version 2, but this release reads version 1"):

@@ -190,7 +190,7 @@ def test_ranks_share_the_shards_and_give_the_same_cache(tmp_path: Path) -> None:
             asked[rank].extend(texts)
             return embed(texts)
 
-        build(tmp_path / "three", TEXTS, embed_here, rank=rank, world_size=3, barrier=barrier, show_progress=False)
+        build(tmp_path / "three", TEXTS, embed_here, rank=rank, world_size=3, barrier=barrier, show_progress_bar=False)
         assert EmbeddingCache.open(tmp_path / "three").manifest.status == "complete"
 
     assert _in_ranks(3, work) == []
@@ -210,7 +210,7 @@ def test_what_a_killed_build_left_is_dealt_out_over_all_ranks(tmp_path: Path) ->
             asked[rank] += len(texts)
             return embed(texts)
 
-        build(tmp_path / "two", TEXTS, embed_here, rank=rank, world_size=2, barrier=barrier, show_progress=False)
+        build(tmp_path / "two", TEXTS, embed_here, rank=rank, world_size=2, barrier=barrier, show_progress_bar=False)
 
     assert _in_ranks(2, work) == []
     assert asked == {0: 10, 1: 7}
@@ -219,7 +219,7 @@ def test_what_a_killed_build_left_is_dealt_out_over_all_ranks(tmp_path: Path) ->
 
 def test_ranks_with_different_captions_are_an_error(tmp_path: Path) -> None:
     def work(rank: int, barrier: Callable[[], None]) -> None:
-        build(tmp_path, TEXTS[: 37 - rank], rank=rank, world_size=2, barrier=barrier, show_progress=False)
+        build(tmp_path, TEXTS[: 37 - rank], rank=rank, world_size=2, barrier=barrier, show_progress_bar=False)
 
     assert any(
         isinstance(error, CacheMismatchError) and "Rank 1 was given other captions" in str(error)
@@ -255,7 +255,7 @@ def test_float16_overflow_is_an_error_not_infinity(tmp_path: Path) -> None:
 def test_wrong_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shape \(4, 7\) instead of \(4, 8\)"):
         build(tmp_path / "a", TEXTS, lambda texts: embed(texts)[:, :7])
-    with pytest.raises(ValueError, match="2 captions are there more than once, 'b' for one"):
+    with pytest.raises(ValueError, match="2 captions repeat an earlier one, such as 'b'"):
         build(tmp_path / "b", ["a", "b", "b", "b"])
     with pytest.raises(ValueError, match="no captions"):
         build(tmp_path / "b", [])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2clip.embedding import CacheMismatchError, EmbeddingCache
-from llm2clip.embedding.embed import EmbedConfig, embed_captions, run
+from llm2clip.embedding import CacheMismatchError, CaptionEmbedder, EmbeddingCache
+from llm2clip.embedding.embed import EmbedConfig, embed_into_cache, run
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.towers import open_text_tower
 from tests.llm2clip.conftest import Inputs
@@ -56,5 +56,6 @@ def test_captions_are_tokenised_once(inputs: Inputs, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(type(tokenizer), "__call__", counting)
     texts = [f"a dog {number}" for number in range(40)]
-    embed_captions(model, tokenizer, texts, str(tmp_path), "tower", EmbedConfig(), process_state())
+    embedder = CaptionEmbedder(model, tokenizer)
+    embed_into_cache(texts, embedder, str(tmp_path), "tower", EmbedConfig(), process_state())
     assert [text for text in seen if text] == texts

@@ -211,7 +211,7 @@ def test_empty_texts(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     texts = ["a small dog", " ", "a red bus", ""]
     encoder = LLM2CLIPEncoder(str(folder), device="cpu")
     task = NameToKeywords.metadata
-    with pytest.raises(ValueError, match="2 of 4 texts of task NameToKeywords are empty; on_empty='skip'"):
+    with pytest.raises(ValueError, match="2 of 4 texts of task NameToKeywords are empty; with on_empty='skip'"):
         encoder.encode(batches(text=texts), task_metadata=task)
     skipping = LLM2CLIPEncoder(str(folder), device="cpu", on_empty="skip")
     rows = skipping.encode(batches(text=texts), task_metadata=task)
@@ -226,7 +226,7 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="on_empty must be 'raise' or 'skip', not 'drop'"):
         LLM2CLIPEncoder(str(folder), on_empty="drop")
     tiny.decoder_config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a model of type 'llama', not an LLM2CLIP model or text tower"):
+    with pytest.raises(ValueError, match="is not an LLM2CLIP model or a text tower: it contains model_type 'llama'"):
         LLM2CLIPEncoder(str(tmp_path))
     vision = LLM2CLIPEncoder(str(folder), device="cpu", text_model=False)
     assert vision.mteb_model_meta.modalities == ["image"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from llm2clip.search.index import IndexConfig, run
@@ -53,6 +54,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LLM2CLIPModel]:
     """The folder of a tiny model, and the model."""
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
     return folder, tiny.save(folder)
 

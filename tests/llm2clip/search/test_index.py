@@ -158,11 +158,11 @@ def test_a_killed_run_is_resumed_with_an_equal_result(
     embedded: list[int] = []
     forward = ImageEmbedder._forward
 
-    def killed(self: ImageEmbedder, pixels: torch.Tensor) -> np.ndarray:
+    def killed(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if len(embedded) == 2:
             raise KeyboardInterrupt
-        embedded.append(len(pixels))
-        return forward(self, pixels)
+        embedded.append(len(inputs["pixel_values"]))
+        return forward(self, inputs)
 
     with monkeypatch.context() as patch:
         patch.setattr(ImageEmbedder, "_forward", killed)
@@ -174,9 +174,9 @@ def test_a_killed_run_is_resumed_with_an_equal_result(
     (tmp_path / "index.unfinished" / "part-000002.tmp").write_bytes(b"half")
     again: list[int] = []
 
-    def counted(self: ImageEmbedder, pixels: torch.Tensor) -> np.ndarray:
-        again.append(len(pixels))
-        return forward(self, pixels)
+    def counted(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        again.append(len(inputs["pixel_values"]))
+        return forward(self, inputs)
 
     monkeypatch.setattr(ImageEmbedder, "_forward", counted)
     assert index(pictures, model[0], tmp_path / "index", part_size=4) == (12, 0, 0, 1, 12)
@@ -348,7 +348,7 @@ def test_a_second_concurrent_run_is_refused(
 def test_a_plain_clip_is_refused(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.save_vision(tmp_path / "plain")
     assert cli.main(["index", str(pictures), "--model", str(tmp_path / "plain")]) == 2
-    assert "is no LLM2CLIP model (its model_type is" in capsys.readouterr().err
+    assert "is not an LLM2CLIP model" in capsys.readouterr().err
 
 
 def test_decoding_reads_only_the_image_part_of_a_file(tmp_path: Path) -> None:

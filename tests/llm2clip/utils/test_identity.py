@@ -70,4 +70,4 @@ def test_a_hub_id_gives_its_commit_online_and_from_the_cache(
 def test_what_cannot_be_asked_for_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     assert data_revision("someone/nothing") is None
     assert data_revision({"path": "someone/nothing", "revision": "v1"}) == "v1"
-    assert "the commit of someone/nothing is not recorded" in caplog.text
+    assert "the commit of someone/nothing is unknown" in caplog.text

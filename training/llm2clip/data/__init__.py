@@ -19,7 +19,7 @@ from llm2clip.data.records import (
 from llm2clip.data.sampling import SampleIndex, SampleIndexBatchSampler
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.sources import CaptionSource, SourceError, load_source
-from llm2clip.data.stage2_collator import PixelBatch, Stage2Collator, stack_pixels
+from llm2clip.data.stage2_collator import Stage2Collator
 from llm2clip.data.transforms import (
     EvalTransform,
     ImageBackend,
@@ -46,7 +46,6 @@ __all__ = [
     "PairCollator",
     "PairDataset",
     "PairSource",
-    "PixelBatch",
     "SampleError",
     "SampleIndex",
     "SampleIndexBatchSampler",
@@ -63,5 +62,4 @@ __all__ = [
     "decode_tensor",
     "distinct_captions",
     "load_source",
-    "stack_pixels",
 ]

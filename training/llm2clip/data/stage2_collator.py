@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,30 +13,6 @@ from llm2clip.data.records import RowCaptions, SkippedSample
 from modeling_llm2clip.image_decoding_llm2clip import decode_image
 
 TOKEN_FIELDS = ("input_ids", "attention_mask", "pooling_mask")
-
-
-class PixelBatch(NamedTuple):
-    """A batch of prepared images without the skipped ones.
-
-    Attributes:
-        pixels: (good, 3, H, W) float32 of the images that are not skipped, in order; None if there are none.
-        skipped: For each of the n images its `SkippedSample`, or None.
-    """
-
-    pixels: Tensor | None
-    skipped: list[SkippedSample | None]
-
-    @property
-    def good(self) -> list[int]:
-        """Indices of the images in `pixels`."""
-        return [index for index, sample in enumerate(self.skipped) if sample is None]
-
-
-def stack_pixels(samples: Sequence[Tensor | SkippedSample]) -> PixelBatch:
-    """Stack prepared images (3, H, W) into one tensor, since workers send each tensor through a file descriptor."""
-    good = [sample for sample in samples if isinstance(sample, Tensor)]
-    skipped = [sample if isinstance(sample, SkippedSample) else None for sample in samples]
-    return PixelBatch(torch.stack(good) if good else None, skipped)
 
 
 class EmbeddingLookup(Protocol):

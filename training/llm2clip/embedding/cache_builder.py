@@ -1,46 +1,36 @@
-"""Building the embedding cache: each distinct caption once, in shards that survive a kill."""
+"""Building an embedding cache: each distinct caption once, in shards that survive a kill."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 
 from llm2clip.data.records import caption_keys
-from llm2clip.embedding.cache import (
+from llm2clip.embedding.cache import KeyIndex
+from llm2clip.embedding.cache_files import (
+    DTYPES,
+    IDENTITY,
     MANIFEST,
     CacheDamagedError,
     CacheManifest,
     CacheMismatchError,
-    KeyIndex,
     read_keys,
     read_layout,
     shard_name,
 )
 from llm2clip.utils.files import atomic_path, write_text
+from llm2clip.utils.progress import ProgressBar, progress_bar
 
 logger = logging.getLogger(__name__)
 
-IDENTITY = (
-    "fingerprint",
-    "hidden_size",
-    "pooling",
-    "prompt_prefix",
-    "prompt_suffix",
-    "max_length",
-    "text_model_dtype",
-    "dtype",
-    "normalize",
-)
+# Captions to their embeddings, and how many of them were truncated.
 Embed = Callable[[list[str]], tuple[torch.Tensor, int]]
 
 
@@ -48,108 +38,86 @@ def build_embedding_cache(
     path: str | Path,
     captions: Sequence[str],
     embed: Embed,
+    manifest: CacheManifest,
     *,
-    fingerprint: str,
-    text_model_name: str,
-    hidden_size: int,
-    pooling: str,
-    prompt_prefix: str,
-    prompt_suffix: str,
-    max_length: int,
-    text_model_dtype: str = "float32",
-    dtype: str = "float16",
-    normalize: bool = False,
-    shard_size: int = 8192,
     embed_size: int = 1024,
-    show_progress: bool = True,
+    show_progress_bar: bool = True,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] | None = None,
 ) -> CacheManifest:
-    """Embed captions into a cache; go on where an earlier call stopped, or append what a complete cache lacks.
+    """Embed captions into a cache; resume an interrupted build, or append to a complete cache what it lacks.
 
-    The captions are cut into shards in the order given. A shard is written under a temporary name, flushed to disk
-    and renamed, so that it is whole or absent; the shards that are there are kept, and the result equals that of a
-    run that was never interrupted. The shards to be made are dealt out over the ranks. One build may run in a folder
-    at a time.
+    The captions are cut into shards in the given order. A shard is written under a temporary name, flushed to disk
+    and renamed: it is complete or absent. Existing shards are kept, and the result equals that of an uninterrupted
+    build. The missing shards are distributed over the ranks. Only one build may run in a folder at a time.
 
     Args:
-        path: The folder; made if absent.
+        path: The folder, created if it does not exist.
         captions: Distinct captions, the same on every rank.
-        embed: Turns n captions into (n, hidden_size) finite numbers, and says how many of them exceed `max_length`;
-            called with up to `embed_size` at once, so that it can sort them by length.
-        fingerprint: Identity of the text encoder.
-        text_model_name: Its name, for messages.
-        hidden_size: Width of an embedding.
-        pooling, prompt_prefix, prompt_suffix, max_length: How the encoder reads a caption; kept in the manifest.
-        text_model_dtype: The dtype that the encoder computes in; kept in the manifest.
-        dtype: That of the cache: `float16` or `bfloat16`.
-        normalize: Store unit vectors.
-        shard_size: Captions per shard; a build that goes on keeps the size it began with.
-        embed_size: Captions per call of `embed`.
-        show_progress: Show a progress bar on rank 0 where standard error is a terminal.
-        rank: This process.
+        embed: Maps n captions to (n, hidden_size) finite numbers and the number of captions that exceed `max_length`.
+        manifest: The text encoder and the format of the cache. A build that is resumed keeps its `shard_size`.
+        embed_size: Captions per call of `embed`, which can sort them by length.
+        show_progress_bar: Show a progress bar on rank 0.
+        rank: Rank of this process.
         world_size: Number of processes.
-        barrier: Waits for all processes; needed when there are several.
+        barrier: Waits for all processes; required when there are several.
 
     Returns:
         The manifest of the complete cache.
 
     Raises:
-        CacheMismatchError: If the folder holds another encoder's cache, or an unfinished one of other captions.
-        ValueError: If captions repeat or are absent, or an embedding has the wrong shape, is not finite or exceeds
+        CacheMismatchError: The folder contains the cache of another encoder, or an unfinished one of other captions.
+        ValueError: There are no captions or they repeat, or an embedding has the wrong shape, is not finite or exceeds
             float16.
     """
-    if dtype not in ("float16", "bfloat16"):
-        raise ValueError(f"The cache's dtype must be 'float16' or 'bfloat16', not {dtype!r}.")
     if world_size > 1 and barrier is None:
         raise ValueError("Several processes need a barrier, such as torch.distributed.barrier.")
     wait = barrier or _no_barrier
-    folder = Path(path)
     keys = _distinct_keys(captions)
-    manifest = CacheManifest(
-        fingerprint=fingerprint,
-        text_model_name=text_model_name,
-        hidden_size=hidden_size,
-        pooling=pooling,
-        prompt_prefix=prompt_prefix,
-        prompt_suffix=prompt_suffix,
-        max_length=max_length,
-        text_model_dtype=text_model_dtype,
-        dtype=dtype,
-        normalize=normalize,
-        transformers_version=transformers.__version__,
-        shard_size=shard_size,
-    )
-    manifest, work = _plan(folder, manifest, keys)
-    wait()  # every rank has read the folder before rank 0 changes it
-    if rank == 0 and work:
-        folder.mkdir(parents=True, exist_ok=True)
-        manifest.status = "building"
-        _write_manifest(folder, manifest)
-    wait()
-    if CacheManifest.read(folder).plan_digest != manifest.plan_digest:
-        raise CacheMismatchError(f"Rank {rank} was given other captions than rank 0 for {folder}.")
-    if not work:
-        logger.info("The embedding cache %s already holds all %d captions.", folder, len(captions))
+    folder = Path(path)
+    manifest, work = _plan(folder, replace(manifest, shards=[]), keys)
+    _start(folder, manifest, bool(work), rank, wait)
     mine = dict(list(work.items())[rank::world_size])
     total = sum(map(len, mine.values()))
-    with _progress_bar(total, show_progress and rank == 0 and total > 0) as advance:
+    with progress_bar("Embedding captions", total, "caption", show_progress_bar and rank == 0 and total > 0) as bar:
         for number, rows in mine.items():
-            vectors = torch.empty((len(rows), hidden_size), dtype=getattr(torch, dtype))
-            truncated = 0
-            for start in range(0, len(rows), embed_size):
-                texts = [captions[row] for row in rows[start : start + embed_size]]
-                embeddings, cut = embed(texts)
-                vectors[start : start + len(texts)] = _checked(embeddings, texts, manifest)
-                truncated += cut
-                advance(len(texts))
+            texts = [captions[row] for row in rows]
+            vectors, truncated = _embed_shard(texts, embed, manifest, embed_size, bar)
             _write_shard(folder / shard_name(number), vectors, keys[rows], truncated)
     wait()
     if rank == 0 and (work or manifest.status != "complete"):
         _finish(folder, manifest)
     wait()
     return CacheManifest.read(folder)
+
+
+def _start(folder: Path, manifest: CacheManifest, has_work: bool, rank: int, wait: Callable[[], None]) -> None:
+    """Write the manifest of an unfinished build, and check that all ranks have the same captions."""
+    wait()  # every rank has read the folder before rank 0 changes it
+    if rank == 0 and has_work:
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest.status = "building"
+        _write_manifest(folder, manifest)
+    wait()
+    if CacheManifest.read(folder).plan_digest != manifest.plan_digest:
+        raise CacheMismatchError(f"Rank {rank} was given other captions than rank 0 for {folder}.")
+    if not has_work:
+        logger.info("The embedding cache %s already contains all these captions.", folder)
+
+
+def _embed_shard(
+    captions: list[str], embed: Embed, manifest: CacheManifest, embed_size: int, bar: ProgressBar
+) -> tuple[torch.Tensor, int]:
+    vectors = torch.empty((len(captions), manifest.hidden_size), dtype=getattr(torch, manifest.dtype))
+    truncated = 0
+    for start in range(0, len(captions), embed_size):
+        texts = captions[start : start + embed_size]
+        embeddings, cut = embed(texts)
+        vectors[start : start + len(texts)] = _checked(embeddings, texts, manifest)
+        truncated += cut
+        bar.update(advance=len(texts))
+    return vectors, truncated
 
 
 def _no_barrier() -> None:
@@ -164,8 +132,8 @@ def _distinct_keys(captions: Sequence[str]) -> np.ndarray:
     if len(first) != len(keys):
         repeated = captions[int(first[counts > 1][0])]
         raise ValueError(
-            f"{len(keys) - len(first)} captions are there more than once, {repeated[:80]!r} for one; pass distinct "
-            "captions (distinct_captions returns such)."
+            f"{len(keys) - len(first)} captions repeat an earlier one, such as {repeated[:80]!r}; pass distinct "
+            "captions, as distinct_captions returns them."
         )
     return keys
 
@@ -175,7 +143,10 @@ def _digest(keys: np.ndarray) -> str:
 
 
 def _plan(folder: Path, new: CacheManifest, keys: np.ndarray) -> tuple[CacheManifest, dict[int, np.ndarray]]:
-    """The manifest to work by, and the captions (positions in `keys`) of each shard that has to be made."""
+    """Return the manifest to follow, and the captions (positions in `keys`) of each shard to compute."""
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES.values()]
+    if new.dtype not in dtypes:
+        raise ValueError(f"The dtype of a cache must be {' or '.join(map(repr, dtypes))}, not {new.dtype!r}.")
     there: dict[int, np.ndarray] = {}
     manifest = new
     if (folder / MANIFEST).is_file():
@@ -187,15 +158,15 @@ def _plan(folder: Path, new: CacheManifest, keys: np.ndarray) -> tuple[CacheMani
     absent = [number for number in range(len(manifest.shards)) if number not in there]
     work: dict[int, np.ndarray] = {}
     if absent:
-        # The absent shards hold, in order, what the others lack: the digest tells whether these are the captions.
+        # The absent shards contain, in order, what the others lack; the digest confirms the captions.
         bounds = np.cumsum([manifest.shards[number] for number in absent])
         work = dict(zip(absent, np.split(missing, bounds[:-1]), strict=True))
         filled = [there[number] if number in there else keys[work[number]] for number in range(len(manifest.shards))]
         if len(missing) != bounds[-1] or _digest(np.concatenate(filled)) != manifest.plan_digest:
             raise CacheMismatchError(
                 f"The embedding cache {folder} lacks {len(absent)} of the {len(manifest.shards)} shards planned for "
-                f"its {manifest.num_captions} captions, and these {len(keys)} captions are not the same ones. Run the "
-                "build to its end with the captions it began with, or delete the folder."
+                f"its {manifest.num_captions} captions, and these {len(keys)} captions are not the same ones. Finish "
+                "the build with the captions that it was started with, or delete the folder."
             )
         return manifest, work
     for start in range(0, len(missing), manifest.shard_size):
@@ -212,7 +183,7 @@ def _check_identity(folder: Path, old: CacheManifest, new: CacheManifest) -> Non
             raise CacheMismatchError(
                 f"The embedding cache {folder} was made by {old.text_model_name} with {name} {getattr(old, name)!r}, "
                 f"but this build has {name} {getattr(new, name)!r} ({new.text_model_name}). Choose another folder, or "
-                "delete this one to embed anew."
+                "delete this one to embed again."
             )
 
 
@@ -225,7 +196,7 @@ def _existing_keys(folder: Path, manifest: CacheManifest) -> dict[int, np.ndarra
         try:
             there[number] = read_keys(path, read_layout(path, rows, manifest.hidden_size))
         except CacheDamagedError as error:
-            logger.warning("%s It is made anew.", error)
+            logger.warning("%s It is computed again.", error)
     return there
 
 
@@ -258,7 +229,7 @@ def _refuse(bad: torch.Tensor, texts: list[str], fault: str) -> None:
 
 def _write_shard(path: Path, vectors: torch.Tensor, keys: np.ndarray, truncated: int) -> None:
     tensors = {"embeddings": vectors, "keys": torch.from_numpy(keys.astype(np.int64))}
-    metadata = {"num_truncated": str(truncated)}  # safetensors writes several entries in no fixed order
+    metadata = {"num_truncated": str(truncated)}  # a single entry: safetensors does not write several in a fixed order
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -284,12 +255,3 @@ def _finish(folder: Path, manifest: CacheManifest) -> None:
             manifest.num_captions,
             manifest.max_length,
         )
-
-
-@contextlib.contextmanager
-def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as progress:
-        task = progress.add_task("Embedding captions", total=total)
-        yield lambda count: progress.advance(task, count)

@@ -1,24 +1,20 @@
-"""Between the stages: embed every caption once with the frozen LLM (the cache that stage 2 reads)."""
+"""The `llm2clip embed` command: embed every caption once, between the stages, into the cache that stage 2 reads."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from accelerate import PartialState
 
 from llm2clip.data import CaptionSource, distinct_captions
-from llm2clip.embedding import CacheManifest, build_embedding_cache
+from llm2clip.embedding.cache_builder import build_embedding_cache
+from llm2clip.embedding.cache_files import CacheDtype, CacheManifest
+from llm2clip.embedding.caption_embedder import CaptionEmbedder
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.settings import require
 from llm2clip.utils.towers import open_text_tower
-from modeling_llm2clip import LLM2CLIPTextModel
-from modeling_llm2clip.modeling_llm2clip_utils import encode_tokens, execution_device, tokenize_captions
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -26,23 +22,37 @@ class EmbedConfig:
     """Settings of the embedding cache."""
 
     text_model_name_or_path: str = field(default="", metadata={"help": "Text tower: Hub id or folder."})
-    text_model_revision: str | None = field(default=None, metadata={"help": "Revision of its repo."})
+    text_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the text tower on the Hub."}
+    )
     output_dir: str = field(default="", metadata={"help": "Folder of the cache."})
     sources: list[dict[str, Any]] = field(
-        default_factory=list, metadata={"help": "Data sets whose captions are embedded: CaptionSource mappings."}
+        default_factory=list,
+        metadata={"help": "Data sets whose captions are embedded: mappings with the fields of CaptionSource."},
     )
     batch_size: int | None = field(
-        default=None, metadata={"help": "Largest number of captions per forward pass; unset: as their tokens allow."}
+        default=None,
+        metadata={
+            "help": "Largest number of captions per forward pass; lower it when memory runs out. By default the "
+            "number of tokens is the only limit."
+        },
     )
-    dtype: str = field(default="float32", metadata={"help": "dtype in which the LLM runs."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2."})
-    cache_dtype: str = field(default="float16", metadata={"help": "dtype of the cache: float16 or bfloat16."})
-    normalize: bool = field(default=False, metadata={"help": "Store unit vectors."})
-    shard_size: int = field(default=8192, metadata={"help": "Captions per file."})
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32", metadata={"help": "dtype in which the LLM computes; auto is that of its weights."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of the LLM: eager, sdpa, flash_attention_2 or flex_attention."}
+    )
+    cache_dtype: CacheDtype = field(
+        default="float16",
+        metadata={"help": "dtype of the stored embeddings; bfloat16 if they exceed the range of float16."},
+    )
+    normalize: bool = field(default=False, metadata={"help": "Store embeddings of unit length."})
+    shard_size: int = field(default=8192, metadata={"help": "Captions per file; a killed run loses at most one file."})
 
 
 def run(config: EmbedConfig) -> dict[str, Any]:
-    """Build the cache; a run that was killed goes on where it stopped, and captions that are there are kept.
+    """Build the cache. An interrupted run continues where it stopped, and captions in the cache are kept.
 
     With several processes (torchrun, accelerate) each embeds its own shards.
 
@@ -50,10 +60,10 @@ def run(config: EmbedConfig) -> dict[str, Any]:
         config: The settings.
 
     Returns:
-        The number of captions, and of those that were longer than the encoder reads.
+        The number of captions, and of those that were truncated.
     """
     require(config, ["text_model_name_or_path", "sources"])
-    # The processes do not talk while they work, and one may end hours before another.
+    # Processes only synchronise at the start and the end, and one may finish hours before another.
     state = process_state(timeout=timedelta(days=7))
     model: Any
     in_float16 = config.dtype == "float16"
@@ -64,21 +74,20 @@ def run(config: EmbedConfig) -> dict[str, Any]:
         revision=config.text_model_revision,
     )
     if in_float16:
-        # Rounded to float16, the weights no longer show whose they are.
+        # The fingerprint is not defined for weights that were rounded to float16.
         model.config.fingerprint = model.fingerprint()
         model.half()
     model.to(state.device).eval()
     captions = distinct_captions([CaptionSource.from_dict(source) for source in config.sources])
-    manifest = embed_captions(
-        model, tokenizer, captions, config.output_dir, config.text_model_name_or_path, config, state
-    )
+    embedder = CaptionEmbedder(model, tokenizer)
+    name = config.text_model_name_or_path
+    manifest = embed_into_cache(captions, embedder, config.output_dir, name, config, state)
     return {"num_captions": manifest.num_captions, "num_truncated": manifest.num_truncated}
 
 
-def embed_captions(
-    model: LLM2CLIPTextModel,
-    tokenizer: Any,
+def embed_into_cache(
     captions: list[str],
+    embedder: CaptionEmbedder,
     folder: str,
     name: str,
     config: EmbedConfig,
@@ -87,40 +96,24 @@ def embed_captions(
     """Embed captions with a text tower into a cache; see [`build_embedding_cache`].
 
     Args:
-        model: The text tower.
-        tokenizer: Its tokenizer.
         captions: Distinct captions.
+        embedder: The text tower.
         folder: The cache.
-        name: The text tower's name, for messages.
+        name: Name of the text tower, for messages.
         config: Batch size and format.
         state: The processes that share the work.
 
     Raises:
-        ValueError: The text tower's weights cannot be read, so that the cache could not say whose it is.
+        ValueError: The weights of the text tower cannot be identified, which the cache has to record.
     """
+    model = embedder.model
     if not model.has_readable_weights:
         raise ValueError(f"the weights of {name} are quantised or offloaded; embed with the plain weights.")
     fingerprint = model.identity()
     if fingerprint is None:
-        raise ValueError(f"{name} in float16 does not show whose weights it has; load it in bfloat16 or float32.")
+        raise ValueError(f"the weights of {name} cannot be identified in float16; load it in bfloat16 or float32.")
     text = model.config
-
-    def embed(batch: list[str]) -> tuple[torch.Tensor, int]:
-        tokens, num_truncated = tokenize_captions(batch, tokenizer, text.prompt_token_ids)
-        rows = encode_tokens(
-            tokens,
-            tokenizer,
-            lambda inputs: model(**inputs).pooler_output,
-            device=execution_device(model),
-            width=text.hidden_size,
-            batch_size=config.batch_size,
-        )
-        return rows, num_truncated
-
-    return build_embedding_cache(
-        folder,
-        captions,
-        embed,
+    manifest = CacheManifest(
         fingerprint=fingerprint,
         text_model_name=name,
         hidden_size=text.hidden_size,
@@ -132,6 +125,12 @@ def embed_captions(
         dtype=config.cache_dtype,
         normalize=config.normalize,
         shard_size=config.shard_size,
+    )
+    return build_embedding_cache(
+        folder,
+        captions,
+        lambda texts: embedder.embed_and_count(texts, config.batch_size, show_progress_bar=False),
+        manifest,
         rank=state.process_index,
         world_size=state.num_processes,
         barrier=state.wait_for_everyone,

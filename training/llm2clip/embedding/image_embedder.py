@@ -1,39 +1,42 @@
-"""A model's vision half at work on many images, decoded by worker processes, without the LLM."""
+"""Embed many images: decoding in worker processes, batches through the vision half of a model, no LLM."""
 
 from __future__ import annotations
 
-import hashlib
+import logging
+import os
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, BaseImageProcessor, PretrainedConfig
+from transformers import AutoImageProcessor, BaseImageProcessor
 
-from llm2clip.data import EvalTransform, ImageBackend, SampleError, SkippedSample, stack_pixels
-from llm2clip.data.transforms import Decoder
+from llm2clip.data import EvalTransform, ImageBackend
+from llm2clip.data.records import OnError
+from llm2clip.embedding.image_batches import (
+    ForwardedBatch,
+    ImageList,
+    ImageSet,
+    PreparedImages,
+    forward_images,
+    prepare_image,
+)
+from llm2clip.utils.identity import vision_fingerprint
 from llm2clip.utils.processes import process_state
-from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPVisionModelWithProjection
-from modeling_llm2clip.modeling_llm2clip_utils import absolute_path, digest_weights
+from llm2clip.utils.repos import RepoKind, inspect_repo
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
+from modeling_llm2clip.modeling_llm2clip_utils import absolute_path, encode_pixels
 
-# Values of every weight that the fingerprint reads.
-FINGERPRINT_SAMPLES = 1024
+logger = logging.getLogger(__name__)
 
-
-class Images(Protocol):
-    """What can be embedded: numbered images, each decoded on demand."""
-
-    def decode(self, row: int, decode: Decoder) -> Any:
-        """The image of a row in RGB, as `decode` gives it, or a SampleError that says why there is none."""
+MAX_NAMED = 20
 
 
-class EmbeddedRows(NamedTuple):
-    """A stretch of rows.
+class EmbeddedImages(NamedTuple):
+    """Embeddings of some rows of an [`ImageSet`].
 
     Attributes:
         rows: n row numbers.
@@ -47,21 +50,21 @@ class EmbeddedRows(NamedTuple):
 
 
 class ImageEmbedder:
-    """The vision half of a model, and its image processor.
+    """The vision half of a model with its image processor.
 
     Args:
         model: The vision half, or a model with its LLM, in evaluation mode.
         image_processor: Prepares the images.
         name: Hub id or absolute folder of the model.
-        revision: Its revision on the Hub.
-        image_backend: How images are decoded and resized; see `EvalTransform`.
+        revision: Branch, tag or commit on the Hub.
+        image_backend: Library that decodes and resizes images; see `EvalTransform`.
     """
 
     def __init__(
         self,
         model: Any,
         image_processor: BaseImageProcessor,
-        name: str,
+        name: str = "",
         revision: str | None = None,
         image_backend: ImageBackend = "exact",
     ) -> None:
@@ -71,17 +74,35 @@ class ImageEmbedder:
         self.revision = revision
 
     @classmethod
-    def load(cls, name: str, revision: str | None = None, image_backend: ImageBackend = "exact") -> ImageEmbedder:
-        """Load the vision half of an LLM2CLIP model; its LLM is not read.
+    def load(
+        cls,
+        name: str,
+        revision: str | None = None,
+        image_backend: ImageBackend = "exact",
+        *,
+        with_llm: bool = False,
+        device: torch.device | str | None = None,
+    ) -> ImageEmbedder:
+        """Load an LLM2CLIP model.
+
+        Args:
+            name: Hub id or folder.
+            revision: Branch, tag or commit on the Hub.
+            image_backend: Library that decodes and resizes images.
+            with_llm: Load the whole model, whose LLM embeds captions; the default loads the vision half only.
+            device: Device of the model; the default is a GPU if there is one.
 
         Raises:
             OSError: There is no such model.
-            ValueError: It is no LLM2CLIP model.
+            ValueError: It is not an LLM2CLIP model, or is a vision half when the LLM is needed.
         """
-        require_llm2clip(name, revision)
-        model = LLM2CLIPVisionModelWithProjection.from_pretrained(name, revision=revision)
+        repo = inspect_repo(name, revision)
+        if with_llm:
+            repo.require(RepoKind.JOINT, hint="A text query needs the whole model with its LLM.")
+        repo.require(RepoKind.JOINT, RepoKind.VISION_HALF)
+        model_class: Any = LLM2CLIPModel if with_llm else LLM2CLIPVisionModelWithProjection
+        model = model_class.from_pretrained(name, revision=revision).to(device or process_state().device).eval()
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision)
-        model = model.to(process_state().device).eval()
         return cls(model, image_processor, absolute_path(name), revision, image_backend)
 
     @property
@@ -90,63 +111,55 @@ class ImageEmbedder:
         return self.model.config.projection_dim
 
     def fingerprint(self) -> str:
-        """See [`vision_fingerprint`]."""
+        """Identify the weights; see [`vision_fingerprint`]."""
         return vision_fingerprint(self.model)
 
     def embed(self, image: Image.Image, key: str) -> np.ndarray:
-        """The unit embedding of one RGB image: `(width,)` float32.
+        """Embed one RGB image: `(width,)` float32, unit length.
 
         Raises:
-            DamagedImageError: It is too narrow to be resized; the message names `key`.
+            DamagedImageError: The image is too narrow to be resized; the message names `key`.
         """
-        return self._forward(self.transform(image, key)[None])[0]
+        inputs = prepare_image(image, self.transform, key)
+        return self._forward({name: value[None] for name, value in inputs.items()}).numpy()[0]
 
     def embed_rows(
         self,
-        images: Images,
+        images: ImageSet,
         rows: Sequence[int],
-        batch_size: int,
-        num_workers: int,
-        part_size: int,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        part_size: int | None = None,
+        on_error: OnError = "skip",
         show_progress_bar: bool | None = None,
-    ) -> Iterator[EmbeddedRows]:
-        """Embed rows in order, a part at a time, so that no more than a part is in memory.
+    ) -> Iterator[EmbeddedImages]:
+        """Embed rows in order, a part at a time: no more than a part is in memory.
 
         Args:
-            images: Where the rows are.
+            images: The images.
             rows: Row numbers.
             batch_size: Images per forward pass.
-            num_workers: Processes that read and decode.
-            part_size: Rows per part, a multiple of `batch_size`.
-            show_progress_bar: Show a bar; None: where standard error is a terminal.
-
-        Yields:
-            Parts; a row that cannot be read is in them with the reason.
+            num_workers: Worker processes that read and decode; 0 decodes in this process.
+            part_size: Rows per part, a multiple of `batch_size`; the default is a single part.
+            on_error: `raise` for an image that cannot be embedded, or `skip` it: its row has a reason.
+            show_progress_bar: `False` hides the progress bar.
         """
-        loader = DataLoader(
-            _Prepared(images, rows, self.transform), batch_size, num_workers=num_workers, collate_fn=stack_pixels
-        )
-        disable = None if show_progress_bar is None else not show_progress_bar
-        bar = tqdm(total=len(rows), desc="Embedding images", unit="image", disable=disable)
-        done, part = 0, _Part(self.width)
-        with bar:
-            for batch in loader:
-                count = len(batch.skipped)
-                embeds = np.zeros((count, self.width), dtype=np.float32)
-                if batch.pixels is not None:
-                    embeds[batch.good] = self._forward(batch.pixels)
-                part.add(rows[done : done + count], embeds, batch.skipped)
-                done += count
-                bar.update(count)
-                if done % part_size == 0 or done == len(rows):
-                    yield part.take()
+        part = _Part(self.width)
+        prepared = PreparedImages(images, rows, self.transform, on_error)
+        show = show_progress_bar is not False
+        for batch in forward_images(prepared, self._forward, batch_size, num_workers, show=show):
+            done = batch.start + len(batch.skipped)
+            part.add(rows[batch.start : done], batch, on_error)
+            if done == len(rows) or (part_size and done % part_size == 0):
+                yield part.take()
 
-    def _forward(self, pixels: Tensor) -> np.ndarray:
-        with torch.inference_mode():
-            pixels = pixels.to(self.model.vision_model.device, self.model.dtype)
-            features = self.model.get_image_features(pixels).pooler_output
-            assert features is not None
-            return F.normalize(features.float(), dim=-1).cpu().numpy()
+    def embed_all(self, images: ImageSet, rows: Sequence[int], **options: Any) -> EmbeddedImages:
+        """Embed rows in order; the arguments are those of [`ImageEmbedder.embed_rows`]."""
+        parts = list(self.embed_rows(images, rows, **options))
+        return parts[0] if parts else EmbeddedImages([], np.zeros((0, self.width), dtype=np.float32), [])
+
+    def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return next(encode_pixels(self.model, [inputs]))
 
 
 class _Part:
@@ -158,69 +171,82 @@ class _Part:
         self.embeds: list[np.ndarray] = []
         self.reasons: list[str | None] = []
 
-    def add(self, rows: Sequence[int], embeds: np.ndarray, skipped: list[SkippedSample | None]) -> None:
+    def add(self, rows: Sequence[int], batch: ForwardedBatch, on_error: OnError) -> None:
+        embeds = np.zeros((len(rows), self.width), dtype=np.float32)
+        if batch.output is not None:
+            embeds[batch.good] = batch.output.numpy()
+        reasons = [None if sample is None else sample.reason for sample in batch.skipped]
+        for index in np.flatnonzero(~np.isfinite(embeds).all(axis=1)).tolist():
+            if on_error == "raise":
+                raise ValueError(f"the model's embedding of image {rows[index]} is not finite.")
+            reasons[index] = "the model's embedding of it is not finite"
         self.rows += rows
         self.embeds.append(embeds)
-        for sample, finite in zip(skipped, np.isfinite(embeds).all(axis=1), strict=True):
-            reason = None if sample is None else sample.reason
-            self.reasons.append(reason if finite else "the model's embedding of it is not finite")
+        self.reasons += reasons
 
-    def take(self) -> EmbeddedRows:
-        part = EmbeddedRows(self.rows, np.concatenate(self.embeds), self.reasons)
+    def take(self) -> EmbeddedImages:
+        part = EmbeddedImages(self.rows, np.concatenate(self.embeds), self.reasons)
         self.rows, self.embeds, self.reasons = [], [], []
         return part
 
 
-class _Prepared(Dataset):
-    """Pixel values of some rows, or why there are none."""
-
-    def __init__(self, images: Images, rows: Sequence[int], transform: EvalTransform) -> None:
-        self.images = images
-        self.rows = rows
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Tensor | SkippedSample:
-        try:
-            return self.transform(self.images.decode(self.rows[index], self.transform.decode))
-        except SampleError as error:
-            return SkippedSample(error.key, error.reason or str(error))
-
-
-def require_llm2clip(name: str, revision: str | None, with_llm: bool = False) -> None:
-    """Refuse what is no LLM2CLIP model by its config.json, before anything large is read.
+def embed_images(
+    images: Sequence[Any] | Any,
+    model: Any,
+    processor: Any = None,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+    on_error: OnError = "raise",
+    show_progress_bar: bool | None = None,
+) -> Tensor:
+    """Embed images with an LLM2CLIP model.
 
     Args:
-        name: Folder or Hub id.
-        revision: Its revision on the Hub.
-        with_llm: Refuse a vision half too.
-
-    Raises:
-        OSError: There is no such model.
-        ValueError: It is no LLM2CLIP model, or a vision half.
-    """
-    fields, _ = PretrainedConfig.get_config_dict(name, revision=revision)
-    if fields.get("model_type") != LLM2CLIPConfig.model_type:
-        found = fields.get("model_type")
-        raise ValueError(f"{name} is no LLM2CLIP model (its model_type is {found!r}); `llm2clip convert` it.")
-    if with_llm and fields.get("architectures") == [LLM2CLIPVisionModelWithProjection.__name__]:
-        raise ValueError(f"{name} is a vision half, which reads no texts; name the whole model.")
-
-
-def vision_fingerprint(model: Any) -> str:
-    """Identify the vision tower and projection of a model or of its vision half; equal for both.
-
-    Equal for the same weights in float32 and in bfloat16, whatever LLM and adapter belong to them.
+        images: PIL images, paths, URLs, encoded bytes or records of `datasets`, mixed as you like; one image counts as
+            a list of one.
+        model: A loaded model, which is put into evaluation mode, or the Hub id or folder of one; then only the vision
+            half is loaded.
+        processor: The model's processor or image processor; required with a loaded model.
+        batch_size: Images per forward pass.
+        num_workers: Worker processes that read and decode images; 0 decodes in this process.
+        device: Device of the model. By default a loaded model stays where it is, and another one uses a GPU if there
+            is one.
+        on_error: `raise` for an image that cannot be read, or `skip` it: its row is NaN, and a warning names it.
+        show_progress_bar: `False` hides the progress bar.
 
     Returns:
-        32 hexadecimal digits.
+        Unit rows, float32 `(len(images), projection_dim)` on the CPU, in input order.
+
+    Raises:
+        DamagedImageError: An image cannot be read.
+        ValueError: The repository is not an LLM2CLIP model, or a loaded model comes without its processor.
     """
-    digest = hashlib.sha256()
-    state = {**model.vision_model.state_dict(prefix="vision_model.")}
-    state.update(model.visual_projection.state_dict(prefix="visual_projection."))
-    # transformers 5 nests some towers once more than earlier versions.
-    names = {name.replace("vision_model.vision_model.", "vision_model."): name for name in state}
-    digest_weights(((short, state[names[short]]) for short in sorted(names)), digest, FINGERPRINT_SAMPLES)
-    return digest.hexdigest()[:32]
+    images = [images] if isinstance(images, (str, bytes, os.PathLike, dict, Image.Image)) else images
+    image_processor = getattr(processor, "image_processor", processor)
+    if isinstance(model, (str, Path)):
+        embedder = ImageEmbedder.load(str(model), device=device)
+        if image_processor is not None:
+            embedder = ImageEmbedder(embedder.model, image_processor)
+    elif image_processor is None:
+        raise ValueError("embed_images needs the processor of a loaded model: AutoProcessor.from_pretrained(...).")
+    else:
+        model = model if device is None else model.to(device)
+        embedder = ImageEmbedder(model.eval(), image_processor)
+    found = embedder.embed_all(
+        ImageList(images),
+        range(len(images)),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        on_error=on_error,
+        show_progress_bar=show_progress_bar,
+    )
+    skipped = [row for row, reason in zip(found.rows, found.reasons, strict=True) if reason is not None]
+    for row in skipped[:MAX_NAMED]:
+        logger.warning("image %s is skipped: %s", ImageList(images).key(row), found.reasons[row])
+    if len(skipped) > MAX_NAMED:
+        logger.warning("%d more images are skipped.", len(skipped) - MAX_NAMED)
+    embeds = torch.from_numpy(found.embeds)
+    embeds[skipped] = float("nan")
+    return embeds

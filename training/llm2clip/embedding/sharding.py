@@ -1,4 +1,4 @@
-"""Encoding an evaluation set on several processes."""
+"""Embedding an evaluation set on several processes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llm2clip.losses.gather import gather_without_grad
 
 
 def encode_sharded(num_rows: int, encode: Callable[[range], Tensor], device: torch.device) -> Tensor:
-    """Encode rows 0 to `num_rows - 1`, each process its part, and gather all of them on every process.
+    """Embed rows 0 to `num_rows - 1`, a part on each process, and gather all of them on every process.
 
     Args:
-        num_rows: Rows in total.
-        encode: Maps a range of rows to `(len(range), width)`.
-        device: Device that the process group can exchange tensors on.
+        num_rows: Number of rows.
+        encode: Maps a range of rows to their embeddings, `(len(range), width)`.
+        device: Device on which the process group exchanges tensors.
 
     Returns:
         `(num_rows, width)` on the CPU.

@@ -1,20 +1,23 @@
-"""Caption retrieval of a text encoder: does it find the other caption of the same picture (paper, appendix D)?"""
+"""Caption retrieval: how often a text encoder finds another caption of the same image (paper, appendix D)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm2clip.data import PairDataset, PairSource, caption_id
+from llm2clip.embedding.caption_embedder import CaptionEmbedder
 from llm2clip.embedding.sharding import encode_sharded
 from llm2clip.evaluation.metrics import caption_retrieval_metrics
 from modeling_llm2clip import LLM2CLIPTextModel
+from modeling_llm2clip.modeling_llm2clip_utils import execution_device
 
 
 class CaptionRetrieval:
-    """Queries and targets, and which belong together: the pairs, and all whose texts are equal.
+    """Distinct queries and targets, and which belong together: those of one pair, and those with equal texts.
 
     Args:
         queries: Query of each pair.
@@ -29,7 +32,7 @@ class CaptionRetrieval:
 
     @classmethod
     def from_source(cls, source: PairSource) -> CaptionRetrieval:
-        """The anchors of a source as queries, its positives as targets; of caption columns, the first two."""
+        """Take the anchors of a source as queries and its positives as targets, or its first two caption columns."""
         dataset = PairDataset(source)
         pairs = [dataset[index] for index in range(len(dataset))]
         return cls([pair["anchor"] for pair in pairs], [pair["positive"] for pair in pairs])
@@ -41,24 +44,32 @@ class CaptionRetrieval:
         batch_size: int | None = None,
         show_progress_bar: bool = False,
     ) -> dict[str, float | int]:
-        """Measure how often the right target is among the first k. See `caption_retrieval_metrics`."""
-        device = model.get_input_embeddings().weight.device
-        assert isinstance(device, torch.device)
-        queries, targets = (
-            encode_sharded(
+        """Measure how often the correct target is among the first k.
+
+        Args:
+            model: The text tower.
+            tokenizer: Its tokenizer.
+            batch_size: Largest number of captions per forward pass.
+            show_progress_bar: Show the progress over the captions.
+
+        Returns:
+            See `caption_retrieval_metrics`.
+        """
+        embedder = CaptionEmbedder(model, tokenizer)
+        device = execution_device(model)
+
+        def embed(texts: list[str]) -> Tensor:
+            return encode_sharded(
                 len(texts),
-                lambda part, texts=texts: model.encode(  # type: ignore[misc]
-                    texts[part.start : part.stop], tokenizer, batch_size, show_progress_bar
-                ),
+                lambda part: embedder.embed(texts[part.start : part.stop], batch_size, show_progress_bar),
                 device,
             )
-            for texts in (self.queries, self.targets)
-        )
-        return caption_retrieval_metrics(queries, targets, self.matches)
+
+        return caption_retrieval_metrics(embed(self.queries), embed(self.targets), self.matches)
 
 
 def _distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The texts without those that equal an earlier one, and the place of each text among them."""
+    """Return the distinct texts, and the position of each text among them."""
     places: dict[int, int] = {}
     distinct: list[str] = []
     index = []

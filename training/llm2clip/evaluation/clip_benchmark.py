@@ -1,9 +1,9 @@
-"""CLIP_benchmark with LLM2CLIP models: its loader convention, and its command with them.
+"""CLIP_benchmark with LLM2CLIP models: a loader by its conventions, and its command with that loader.
 
     python -m llm2clip.evaluation.clip_benchmark eval --model_type llm2clip --model FOLDER --pretrained "" \
         --dataset flickr30k --dataset_root DATA
 
-CLIP_benchmark 1.6.2 cannot print the accuracy of zero-shot classification under NumPy 2.4; an older NumPy can.
+Zero-shot classification in CLIP_benchmark 1.6.2 needs a NumPy older than 2.4.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoProcessor, BatchFeature, PretrainedConfig
+from transformers import AutoProcessor, BatchFeature
 
 from llm2clip.data import EvalTransform, decode_image
-from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
+from llm2clip.utils.repos import RepoKind, inspect_repo
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 MODEL_TYPE = "llm2clip"
 
 
 class CLIPBenchmarkModel(nn.Module):
-    """A model with the two methods and the scale that CLIP_benchmark calls."""
+    """A model with the methods and the logit scale that CLIP_benchmark expects."""
 
     def __init__(self, model: LLM2CLIPModel) -> None:
         super().__init__()
@@ -31,22 +32,22 @@ class CLIPBenchmarkModel(nn.Module):
 
     @property
     def logit_scale(self) -> nn.Parameter:
-        """Logarithm of the factor between cosine and logit."""
+        """Logarithm of the factor between cosines and logits."""
         return self.model.logit_scale
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Embed images of the transform, `(images, 3, height, width)`; `(images, projection_dim)`, not normalised."""
+        """Embed prepared images `(images, 3, height, width)`; returns `(images, projection_dim)`, not normalised."""
         features: Any = self.model.get_image_features(images.to(self.model.dtype))
         return features.pooler_output
 
     def encode_text(self, tokens: BatchFeature) -> Tensor:
-        """Embed captions of the tokenizer, on the model's device; `(captions, projection_dim)`, not normalised."""
+        """Embed tokenised captions; returns `(captions, projection_dim)`, not normalised."""
         features: Any = self.model.get_text_features(**tokens)
         return features.pooler_output
 
 
 class CLIPBenchmarkTransform:
-    """PIL image of any mode to pixels, `(3, height, width)`."""
+    """Prepares a PIL image of any mode: `(3, height, width)`."""
 
     def __init__(self, image_processor: Any) -> None:
         self.transform = EvalTransform(image_processor)
@@ -56,7 +57,7 @@ class CLIPBenchmarkTransform:
 
 
 class CLIPBenchmarkTokenizer:
-    """Captions to tokens: `tokenizer(texts).to(device)`. Over-long captions are cut, and their number is logged."""
+    """Tokenises captions: `tokenizer(texts).to(device)`. Long captions are truncated with a warning."""
 
     def __init__(self, processor: LLM2CLIPProcessor) -> None:
         self.processor = processor
@@ -74,36 +75,34 @@ def load_clip(
     cache_dir: str | None = None,
     device: str | torch.device = "cpu",
 ) -> tuple[CLIPBenchmarkModel, CLIPBenchmarkTransform, CLIPBenchmarkTokenizer]:
-    """Load a model as CLIP_benchmark wants it.
+    """Load a model for CLIP_benchmark.
 
     Args:
         model_name: Folder or Hub id.
-        pretrained: Branch, tag or commit of a Hub id; empty for a folder.
-        cache_dir: Where downloads are kept.
-        device: Where the model runs.
+        pretrained: Branch, tag or commit on the Hub; empty for a folder.
+        cache_dir: Folder of downloads.
+        device: Device of the model.
 
     Returns:
         The model, the image transform and the tokenizer.
 
     Raises:
-        ValueError: The repo holds another kind of model, or one whose images are more than one tensor of pixels; or
+        ValueError: The repository is another kind of model, the image processor returns more than `pixel_values`, or
             `pretrained` is given with a folder.
     """
     if pretrained and Path(model_name).is_dir():
         raise ValueError(
-            f"pretrained ({pretrained!r}) is a revision on the Hub, but {model_name} is a folder; leave it empty: "
+            f"pretrained ({pretrained!r}) is a revision on the Hub, but {model_name} is a folder; pass an empty one: "
             '--pretrained "".'
         )
     where: dict[str, Any] = {"revision": pretrained or None, "cache_dir": cache_dir}
-    kind = PretrainedConfig.get_config_dict(model_name, **where)[0].get("model_type")
-    if kind != LLM2CLIPConfig.model_type:
-        raise ValueError(f"{model_name} holds a model of type {kind!r}, not an LLM2CLIP model.")
+    inspect_repo(model_name, **where).require(RepoKind.JOINT)
     processor: Any = AutoProcessor.from_pretrained(model_name, **where)
     names = list(processor.image_processor.model_input_names)
     if names != ["pixel_values"]:
         raise ValueError(
-            f"the images of {model_name} are {', '.join(names)}, but CLIP_benchmark passes pixels alone; use "
-            "`llm2clip evaluate` or LLM2CLIPEncoder."
+            f"the vision tower of {model_name} needs {', '.join(names)}, but CLIP_benchmark only passes pixel_values; "
+            "use `llm2clip evaluate` or LLM2CLIPEncoder."
         )
     model = LLM2CLIPModel.from_pretrained(model_name, **where).to(device)
     return (
@@ -114,7 +113,7 @@ def load_clip(
 
 
 def register() -> None:
-    """Make `--model_type llm2clip` known to CLIP_benchmark in this process."""
+    """Add the model type `llm2clip` to CLIP_benchmark in this process."""
     from clip_benchmark.models import MODEL_TYPES, TYPE2FUNC
 
     TYPE2FUNC[MODEL_TYPE] = load_clip
@@ -123,7 +122,7 @@ def register() -> None:
 
 
 def main() -> None:
-    """CLIP_benchmark's own command, with `--model_type llm2clip`."""
+    """Run the command of CLIP_benchmark, with the model type `llm2clip`."""
     register()
     from clip_benchmark.cli import main as clip_benchmark_main
 

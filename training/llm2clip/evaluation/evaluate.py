@@ -1,15 +1,15 @@
-"""The `evaluate` job: a saved model on a data set."""
+"""The `llm2clip evaluate` command: the metrics of a saved model on a data set."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from transformers import AutoProcessor
 
 from llm2clip.data import CaptionSource, PairSource
-from llm2clip.embedding import EmbeddingCache
+from llm2clip.data.records import OnError
+from llm2clip.embedding import CaptionEmbedder, EmbeddingCache
 from llm2clip.evaluation.caption_pairs import CaptionRetrieval
 from llm2clip.evaluation.image_text import ImageTextRetrieval
 from llm2clip.utils.files import write_json
@@ -18,7 +18,7 @@ from llm2clip.utils.processes import process_state
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel
 
-TASKS = ("retrieval", "caption_retrieval")
+Task = Literal["retrieval", "caption_retrieval"]
 
 
 @dataclass
@@ -26,12 +26,19 @@ class EvaluateConfig:
     """Settings of an evaluation."""
 
     model: str = field(default="", metadata={"help": "The model: Hub id or folder."})
-    task: str = field(
+    task: Task = field(
         default="retrieval",
-        metadata={"help": "retrieval (images and captions), or caption_retrieval (two captions of one image)."},
+        metadata={
+            "help": "retrieval: between images and captions, of an LLM2CLIP model. caption_retrieval: between two "
+            "captions of one image, of a text tower or of the LLM of an LLM2CLIP model."
+        },
     )
     data: dict[str, Any] | str = field(
-        default="", metadata={"help": "The data: a path or Hub id, or a CaptionSource / PairSource mapping."}
+        default="",
+        metadata={
+            "help": "The data: a path or Hub id, or a mapping with the fields of CaptionSource (retrieval) or "
+            "PairSource (caption_retrieval)."
+        },
     )
     split: str = field(default="test", metadata={"help": "Split of the data, unless the mapping names one."})
     caption_columns: list[str] | None = field(default=None, metadata={"help": "Columns of the captions."})
@@ -39,12 +46,22 @@ class EvaluateConfig:
     target_column: str | None = field(default=None, metadata={"help": "caption_retrieval: column of the targets."})
     embedding_cache: str | None = field(
         default=None,
-        metadata={"help": "retrieval: read the captions' embeddings from here, without the LLM."},
+        metadata={
+            "help": "retrieval: embedding cache of the captions, from `llm2clip embed`; the LLM is not loaded then."
+        },
     )
-    batch_size: int = field(default=64, metadata={"help": "Images or captions per forward pass."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
-    on_error: str = field(default="raise", metadata={"help": "Damaged image: raise or skip."})
-    output: str | None = field(default=None, metadata={"help": "Also write the result to this JSON file."})
+    batch_size: int = field(
+        default=64, metadata={"help": "Images or captions per forward pass; lower it when memory runs out."}
+    )
+    num_workers: int = field(
+        default=0,
+        metadata={"help": "Worker processes that read images; raise it when the GPU waits for images."},
+    )
+    on_error: OnError = field(
+        default="raise",
+        metadata={"help": "How to treat an image that cannot be read: raise an error, or skip it."},
+    )
+    output: str | None = field(default=None, metadata={"help": "JSON file to which the result is also written."})
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -57,15 +74,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         The metrics; see `retrieval_metrics` and `caption_retrieval_metrics`.
 
     Raises:
-        ValueError: The task is unknown, or a setting that it needs is missing.
+        ValueError: A required setting is missing.
     """
     for name in ("model", "data"):
         if not getattr(config, name):
             raise ValueError(f"evaluate needs {name}; give it as an option (--{name}).")
-    if config.task not in TASKS:
-        raise ValueError(f"task {config.task!r} is unknown; choose one of {', '.join(TASKS)}.")
-    if config.on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error must be 'raise' or 'skip', not {config.on_error!r}.")
     metrics = _retrieval(config) if config.task == "retrieval" else _caption_retrieval(config)
     if config.output and process_state().is_main_process:
         data = _source_fields(config)
@@ -84,19 +97,21 @@ def _source_fields(config: EvaluateConfig) -> dict[str, Any]:
 
 def _retrieval(config: EvaluateConfig) -> dict[str, Any]:
     source = CaptionSource.from_dict(_source_fields(config))
-    device = process_state().device
-    cached = config.embedding_cache is not None
-    model = LLM2CLIPModel.from_pretrained(config.model, text_model=not cached).to(device).eval()
+    with_llm = config.embedding_cache is None
+    model = LLM2CLIPModel.from_pretrained(config.model, text_model=with_llm).to(process_state().device).eval()
     processor = AutoProcessor.from_pretrained(config.model)
     retrieval = ImageTextRetrieval(source, processor.image_processor, config.on_error)
     if config.embedding_cache is not None:
-        embed: Any = EmbeddingCache.open(config.embedding_cache, model.config.text_model_fingerprint).lookup
-    else:
-
-        def embed(captions: list[str]) -> torch.Tensor:
-            return model.text_model.encode(captions, processor.tokenizer, config.batch_size, show_progress_bar=True)
-
-    return retrieval(model, embed, config.batch_size, config.num_workers, show_progress_bar=True)
+        cache = EmbeddingCache.open(config.embedding_cache, model.config.text_model_fingerprint)
+        return retrieval(model, cache.lookup, config.batch_size, config.num_workers, show_progress_bar=True)
+    embedder = CaptionEmbedder(model.text_model, processor)
+    return retrieval(
+        model,
+        lambda captions: embedder.embed(captions, config.batch_size),
+        config.batch_size,
+        config.num_workers,
+        show_progress_bar=True,
+    )
 
 
 def _caption_retrieval(config: EvaluateConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,26 +11,17 @@ import datasets
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
-from llm2clip.data import (
-    CaptionSource,
-    EvalTransform,
-    SampleError,
-    SkippedSample,
-    caption_id,
-    decode_image,
-    load_source,
-    stack_pixels,
-)
-from llm2clip.data.records import column_texts
+from llm2clip.data import DEFAULT_MAX_PIXELS, CaptionSource, caption_id, decode_image, load_source
+from llm2clip.data.records import OnError, column_texts
 from llm2clip.data.sources import source_columns
+from llm2clip.data.transforms import Decoder
+from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.embedding.sharding import encode_sharded
 from llm2clip.evaluation.metrics import retrieval_metrics
 from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.modeling_llm2clip_utils import unit_features
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +30,20 @@ MAX_NAMED = 20
 
 
 class ImageTextRetrieval:
-    """The images and the distinct captions of a source, and which belong together.
+    """The images and the distinct captions of a source, and which caption belongs to which image.
 
-    A caption may belong to several images (equal texts, whatever their case), an image may have several captions, and
-    an image whose caption columns are all empty is a candidate that is never right.
+    A caption may belong to several images (texts are compared without regard to case), and an image may have several
+    captions. An image whose caption columns are all empty is a candidate that is never correct.
 
     Args:
         source: The data; all its captions are queries.
         image_processor: Prepares the images.
-        on_error: `raise` the error of an image that cannot be read, or `skip` it: it is left out and logged.
-        max_pixels: Largest image that is decoded.
+        on_error: `raise` the error of an image that cannot be read, or `skip` the image and log it.
+        max_pixels: Largest width x height of an image that is decoded.
+
+    Attributes:
+        captions: The distinct captions.
+        image_captions: The captions of each image.
 
     Raises:
         ValueError: No row has a caption.
@@ -58,14 +53,16 @@ class ImageTextRetrieval:
         self,
         source: CaptionSource,
         image_processor: BaseImageProcessor,
-        on_error: str = "raise",
-        max_pixels: int | None = None,
+        on_error: OnError = "raise",
+        max_pixels: int = DEFAULT_MAX_PIXELS,
     ) -> None:
         self.source = replace(source, streaming=False)
+        self.image_processor = image_processor
+        self.on_error = on_error
         table = load_source(self.source)
         assert isinstance(table, datasets.Dataset)
         columns = source_columns(self.source, table)
-        self.images = _Images(table, columns.image, columns.key, EvalTransform(image_processor), on_error, max_pixels)
+        self.images = _TableImages(table, columns.image, columns.key, max_pixels)
         texts = table.remove_columns([name for name in (columns.image, columns.key) if name is not None])
         self.image_captions = [
             list(dict.fromkeys(text for column in columns.captions for text in column_texts(row, column)))
@@ -74,23 +71,22 @@ class ImageTextRetrieval:
         self.captions = list(dict.fromkeys(text for captions in self.image_captions for text in captions))
         if not self.captions:
             raise ValueError(f"no row of {source.path} has a caption in {', '.join(source.caption_columns)}.")
-        self._llm_embeds: dict[str, Tensor] = {}
 
     def image(self, row: int) -> Image.Image:
-        """The image of a row, decoded."""
-        return self.images.decode(row)
+        """Decode the image of a row."""
+        return self.images.decode(row, decode_image)
 
-    def matches(self, images: Sequence[int]) -> Tensor:
-        """Which captions belong to which of some images.
+    def matches(self, rows: Sequence[int]) -> Tensor:
+        """Pair captions with the images that they belong to.
 
         Args:
-            images: Row numbers.
+            rows: Row numbers of images.
 
         Returns:
-            `(pairs, 2)` int64: index into `captions`, index into `images`.
+            `(pairs, 2)` int64: index into `captions`, index into `rows`.
         """
         owners: dict[int, list[int]] = {}
-        for position, row in enumerate(images):
+        for position, row in enumerate(rows):
             for identity in dict.fromkeys(caption_id(text) for text in self.image_captions[row]):
                 owners.setdefault(identity, []).append(position)
         pairs = [
@@ -112,17 +108,18 @@ class ImageTextRetrieval:
 
         Args:
             model: The model; its LLM is not used.
-            embed: Maps captions to the LLM's embeddings, `(captions, hidden_size)`: a cache's `lookup`, or an encoder.
-            batch_size: Images per batch.
-            num_workers: Processes that read images.
-            show_progress_bar: Show a bar over the images.
+            embed: Maps captions to the LLM's embeddings, `(captions, hidden_size)`: the `lookup` of a cache, or the
+                `embed` of a [`CaptionEmbedder`].
+            batch_size: Images per forward pass.
+            num_workers: Worker processes that read images.
+            show_progress_bar: Show the progress over the images.
 
         Returns:
             See `retrieval_metrics`.
         """
         image_embeds, rows = self.embed_images(model, batch_size, num_workers, show_progress_bar)
         matches = self.matches(rows)
-        # Captions whose every image was skipped have no right answer left.
+        # A caption all of whose images were skipped has no correct answer left.
         kept = matches[:, 0].unique()
         text_embeds = self.embed_captions(model, embed)[kept]
         matches = torch.stack([torch.searchsorted(kept, matches[:, 0].contiguous()), matches[:, 1]], dim=1)
@@ -131,85 +128,67 @@ class ImageTextRetrieval:
     def embed_images(
         self, model: LLM2CLIPModel, batch_size: int = 64, num_workers: int = 0, show_progress_bar: bool = False
     ) -> tuple[Tensor, list[int]]:
-        """Unit embeddings of the readable images `(images, projection_dim)` and their row numbers."""
-        device = model.vision_model.device
-        skipped: list[int] = []
+        """Embed the images.
+
+        Several processes share the work.
+
+        Returns:
+            Unit embeddings of the readable images `(images, projection_dim)`, and their row numbers.
+        """
+        embedder = ImageEmbedder(model, self.image_processor)
 
         def encode(part: range) -> Tensor:
-            loader = DataLoader(
-                torch.utils.data.Subset(self.images, part),
+            found = embedder.embed_all(
+                self.images,
+                part,
                 batch_size=batch_size,
                 num_workers=num_workers,
-                collate_fn=stack_pixels,
+                on_error=self.on_error,
+                show_progress_bar=show_progress_bar,
             )
-            embeds = [torch.zeros(0, model.config.projection_dim)]
-            for batch in tqdm(loader, desc="Encoding images", disable=not show_progress_bar):
-                # A skipped image keeps its row, as not-a-number, so that every process knows what is missing.
-                rows = torch.full((len(batch.skipped), model.config.projection_dim), float("nan"))
-                if batch.pixels is not None:
-                    features = model.get_image_features(batch.pixels.to(device)).pooler_output
-                    assert features is not None
-                    rows[batch.good] = F.normalize(features.float(), dim=-1).cpu()
-                embeds.append(rows)
-            return torch.cat(embeds)
+            embeds = torch.from_numpy(found.embeds)
+            # A skipped image keeps its row, as NaN, so that every process learns what is missing.
+            embeds[[reason is not None for reason in found.reasons]] = float("nan")
+            return embeds
 
-        with torch.inference_mode():
-            embeds = encode_sharded(len(self.images), encode, device)
-        skipped = embeds.isnan().any(dim=1).nonzero()[:, 0].tolist()
+        embeds = encode_sharded(len(self.images), encode, model.vision_model.device)
+        is_skipped = embeds.isnan().any(dim=1)
+        self._report(is_skipped.nonzero()[:, 0].tolist())
+        return embeds[~is_skipped], (~is_skipped).nonzero()[:, 0].tolist()
+
+    def _report(self, skipped: list[int]) -> None:
         if skipped:
             keys = ", ".join(self.images.key(row) for row in skipped[:MAX_NAMED])
             more = f" and {len(skipped) - MAX_NAMED} more" if len(skipped) > MAX_NAMED else ""
             logger.warning("images of %s that cannot be read are left out: %s%s", self.source.path, keys, more)
-        left_out = set(skipped)
-        rows = [row for row in range(len(embeds)) if row not in left_out]
-        return embeds[rows], rows
 
     def embed_captions(self, model: LLM2CLIPModel, embed: Callable[[list[str]], Tensor]) -> Tensor:
-        """Unit embeddings of `captions`: `(captions, projection_dim)`."""
+        """Map the LLM's embeddings of `captions` to the shared space: unit rows `(captions, projection_dim)`."""
         llm_embeds = embed(self.captions)
         parts = []
         with torch.inference_mode():
             for part in llm_embeds.split(TEXT_BATCH):
-                features = model.get_text_features(llm_embeds=part).pooler_output
-                assert features is not None
-                parts.append(F.normalize(features.float(), dim=-1).cpu())
+                parts.append(unit_features(model.get_text_features(llm_embeds=part)).cpu())
         return torch.cat(parts)
 
 
-class _Images(Dataset):
-    """The images of a table, prepared for the tower, or what is wrong with them."""
+class _TableImages:
+    """The images of a table."""
 
     def __init__(
-        self,
-        table: datasets.Dataset,
-        image_column: str | None,
-        key_column: str | None,
-        transform: EvalTransform,
-        on_error: str,
-        max_pixels: int | None,
+        self, table: datasets.Dataset, image_column: str | None, key_column: str | None, max_pixels: int
     ) -> None:
         self.table = table.select_columns([name for name in (image_column, key_column) if name is not None])
         self.image_column = image_column
+        self.keys = table.select_columns([key_column]) if key_column is not None else None
         self.key_column = key_column
-        self.transform = transform
-        self.on_error = on_error
-        self.options = {} if max_pixels is None else {"max_pixels": max_pixels}
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> Tensor | SkippedSample:
-        try:
-            return self.transform(self.decode(index), self.key(index))
-        except SampleError as error:
-            if self.on_error == "raise":
-                raise
-            return SkippedSample(error.key, str(error.reason))
+    def decode(self, row: int, decode: Decoder) -> Any:
+        return decode(self.table[row][self.image_column], self.key(row), self.max_pixels)
 
-    def decode(self, index: int) -> Image.Image:
-        row: Mapping[str, Any] = self.table[index]
-        key = self.key(index)
-        return decode_image(row[self.image_column], key, **self.options)  # type: ignore[index]
-
-    def key(self, index: int) -> str:
-        return str(self.table[index][self.key_column]) if self.key_column else str(index)
+    def key(self, row: int) -> str:
+        return str(row) if self.keys is None else str(self.keys[row][self.key_column])

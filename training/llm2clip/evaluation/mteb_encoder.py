@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,40 +11,43 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoTokenizer, PretrainedConfig
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.utils import CONFIG_NAME
 
+from llm2clip.data.records import OnError
+from llm2clip.embedding import CaptionEmbedder, embed_images
+from llm2clip.utils.files import digest_files
+from llm2clip.utils.progress import track
+from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.towers import open_text_tower
-from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig
+from modeling_llm2clip import LLM2CLIPModel
 
 try:
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ModelMeta, ScoringFunction
 except ImportError as error:
-    raise ImportError(f"{error}: pip install 'llm2clip[evaluation]' brings it") from error
+    raise ImportError(f"{error}: install mteb with pip install 'llm2clip[evaluation]'.") from error
 
 logger = logging.getLogger(__name__)
 
-READ_SIZE = 1 << 22
-
 
 class LLM2CLIPEncoder(AbsEncoder):
-    """What `mteb.evaluate` takes for a model: `mteb.evaluate(LLM2CLIPEncoder(folder), tasks)`.
+    """A model for `mteb.evaluate`: `mteb.evaluate(LLM2CLIPEncoder(folder), tasks)`.
 
-    Texts go through the LLM and the adapter, images through the vision tower; an input with both gets the sum of the
-    two unit rows. A text tower (stage 1) takes texts alone, a model loaded with `text_model=False` images alone.
-    The instructions that mteb has for its tasks are not used, since these models were not trained with any.
+    Texts go through the LLM and the adapter, images through the vision tower. The embedding of an input with both is
+    the sum of the two unit rows. A text tower (stage 1) only embeds texts, and a model loaded with `text_model=False`
+    only embeds images. The instructions that mteb has for its tasks are not used: the models were not trained with
+    instructions.
 
     Args:
         model_name: Folder or Hub id of an LLM2CLIP model or of a text tower.
-        revision: Branch, tag or commit of a Hub id.
-        device: Where it runs; the default is a GPU where there is one.
-        on_empty: `raise` for an empty text, or `skip` it: it gets a row of zeros, which is similar to nothing.
+        revision: Branch, tag or commit on the Hub.
+        device: Device of the model; the default is a GPU if there is one.
+        on_empty: `raise` an error for an empty text, or `skip` it: its embedding is a row of zeros.
         kwargs: Passed to `from_pretrained`, such as `dtype`.
 
     Raises:
-        ValueError: The repo holds another kind of model, or `on_empty` is unknown.
+        ValueError: The repository is another kind of model, or `on_empty` is unknown.
     """
 
     mteb_model_meta: ModelMeta
@@ -56,33 +58,29 @@ class LLM2CLIPEncoder(AbsEncoder):
         revision: str | None = None,
         *,
         device: str | None = None,
-        on_empty: str = "raise",
+        on_empty: OnError = "raise",
         **kwargs: Any,
     ) -> None:
         if on_empty not in ("raise", "skip"):
             raise ValueError(f"on_empty must be 'raise' or 'skip', not {on_empty!r}.")
         self.on_empty = on_empty
-        kind = PretrainedConfig.get_config_dict(model_name, revision=revision)[0].get("model_type")
-        if kind == LLM2CLIPConfig.model_type:
+        repo = inspect_repo(model_name, revision).require(RepoKind.JOINT, RepoKind.TEXT_TOWER)
+        if repo.kind is RepoKind.JOINT:
             self.model = LLM2CLIPModel.from_pretrained(model_name, revision=revision, **kwargs)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(model_name, revision=revision)
             self.image_processor: Any = AutoImageProcessor.from_pretrained(model_name, revision=revision)
-            self.encode_text, self.width = self.model.encode_text, self.model.config.projection_dim
-            text_config = self.model.config.text_config
             modalities = ["image"] if self.model.text_model is None else ["image", "text"]
-        elif kind == LLM2CLIPTextConfig.model_type:
-            self.model, self.tokenizer = open_text_tower(model_name, revision=revision, **kwargs)
-            self.encode_text, self.width = self.model.encode, self.model.config.hidden_size
-            text_config, modalities = self.model.config, ["text"]
         else:
-            raise ValueError(f"{model_name} holds a model of type {kind!r}, not an LLM2CLIP model or text tower.")
+            self.model, self.tokenizer = open_text_tower(model_name, revision=revision, **kwargs)
+            modalities = ["text"]
+        self.captions = CaptionEmbedder(self.model, self.tokenizer)
         self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         self.mteb_model_meta = _describe(
             model_name,
             revision,
             n_parameters=self.model.num_parameters(),
-            max_tokens=text_config.max_text_length,
-            embed_dim=self.width,
+            max_tokens=self.captions.text_config.max_text_length,
+            embed_dim=self.captions.width,
             modalities=modalities,
             experiment_kwargs={key: str(value) for key, value in kwargs.items()} or None,
         )
@@ -93,22 +91,23 @@ class LLM2CLIPEncoder(AbsEncoder):
         Args:
             inputs: Batches with `text`, `image` or both.
             task_metadata: The task, for errors.
-            kwargs: `batch_size` and `show_progress_bar`; what else mteb tells about the task changes nothing.
+            kwargs: `batch_size` and `show_progress_bar`; other arguments of mteb have no effect.
 
         Returns:
-            Unit rows, float32 `(inputs, width)` on the CPU; of inputs with both modalities, sums of two.
+            Unit rows, float32 `(inputs, width)` on the CPU; of inputs with both modalities, sums of two unit rows.
 
         Raises:
-            ValueError: A text is empty, the model lacks a modality, or `precision` asks for another dtype.
+            ValueError: A text is empty, the model lacks a modality, or `precision` is another dtype than float32.
         """
         if kwargs.get("precision") not in (None, "float32"):
             raise ValueError(f"precision {kwargs['precision']!r} is not available; embeddings are float32.")
         batch_size, bar = kwargs.get("batch_size", 32), kwargs.get("show_progress_bar", False)
         texts: list[str] = []
         images: list[Tensor] = []
-        for batch in tqdm(inputs, desc="Reading and encoding images", disable=not bar or _has_no_images(inputs)):
+        show = bar and "image" in inputs.dataset.features  # type: ignore[attr-defined]
+        for batch in track(inputs, "Embedding images", unit="batch", show=show):
             texts += batch.get("text", [])
-            # At once, so that no more images than a batch are in memory.
+            # Embedded at once, so that only one batch of images is in memory.
             if "image" in batch:
                 images.append(self._encode_images(batch["image"], batch_size, task_metadata.name))
         rows = [torch.cat(images)] if images else []
@@ -120,8 +119,8 @@ class LLM2CLIPEncoder(AbsEncoder):
 
     def _encode_images(self, images: list[Any], batch_size: int, task: str) -> Tensor:
         if "image" not in self.mteb_model_meta.modalities:
-            raise ValueError(f"task {task} has images, but a text tower takes texts alone.")
-        return self.model.encode_image(images, self.image_processor, batch_size)
+            raise ValueError(f"task {task} has images, but a text tower only embeds texts.")
+        return embed_images(images, self.model, self.image_processor, batch_size=batch_size, show_progress_bar=False)
 
     def _encode_texts(self, texts: list[str], batch_size: int, bar: bool, task: str) -> Tensor:
         if "text" not in self.mteb_model_meta.modalities:
@@ -130,26 +129,27 @@ class LLM2CLIPEncoder(AbsEncoder):
         empty = len(texts) - len(kept)
         if empty and self.on_empty == "raise":
             raise ValueError(
-                f"{empty} of {len(texts)} texts of task {task} are empty; on_empty='skip' gives them a row of zeros."
+                f"{empty} of {len(texts)} texts of task {task} are empty; with on_empty='skip' their embeddings are "
+                "rows of zeros."
             )
         if empty:
-            logger.warning(f"{empty} of {len(texts)} texts of task {task} are empty; they are similar to nothing.")
-        rows = torch.zeros(len(texts), self.width)
-        encoded = self.encode_text([texts[row] for row in kept], self.tokenizer, batch_size, show_progress_bar=bar)
-        rows[kept] = F.normalize(encoded, dim=-1)
+            logger.warning(
+                "%d of %d texts of task %s are empty; their embeddings are rows of zeros.", empty, len(texts), task
+            )
+        rows = torch.zeros(len(texts), self.captions.width)
+        embeds = self.captions.embed([texts[row] for row in kept], batch_size, show_progress_bar=bar)
+        rows[kept] = F.normalize(embeds, dim=-1)
         return rows
 
 
-def _has_no_images(inputs: DataLoader[Any]) -> bool:
-    return "image" not in inputs.dataset.features  # type: ignore[attr-defined]
-
-
 def _describe(name: str, revision: str | None, **fields: Any) -> ModelMeta:
-    # mteb keeps results by name and revision, and a folder or a branch may hold other weights tomorrow.
-    if Path(name).is_dir():
-        name, revision = f"local/{Path(name).resolve().name}", _digest(Path(name))
+    # mteb stores results by name and revision, and the weights in a folder or branch can change.
+    folder = Path(name)
+    if folder.is_dir():
+        files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+        name, revision = f"local/{folder.resolve().name}", digest_files(files).hexdigest()[:40]
     else:
-        # Downloads lie in folders that are named by the commit.
+        # The folder of a download is named after its commit.
         revision = Path(hf_hub_download(name, CONFIG_NAME, revision=revision)).parent.name
     return ModelMeta(
         loader=LLM2CLIPEncoder,
@@ -168,17 +168,6 @@ def _describe(name: str, revision: str | None, **fields: Any) -> ModelMeta:
         training_datasets=None,
         **fields,
     )
-
-
-def _digest(folder: Path) -> str:
-    """40 hexadecimal digits of everything in a folder that decides what its model computes."""
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            for block in iter(lambda: stream.read(READ_SIZE), b""):
-                digest.update(block)
-    return digest.hexdigest()[:40]
 
 
 __all__ = ["LLM2CLIPEncoder"]

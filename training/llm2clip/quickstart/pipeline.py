@@ -1,4 +1,4 @@
-"""The quickstart: both stages of LLM2CLIP on real weights and real captioned images, in one command."""
+"""The quickstart: both stages of LLM2CLIP on pretrained weights and captioned images, in one command."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, set_seed
 
 from llm2clip.data import distinct_captions
-from llm2clip.embedding import EmbeddingCache
-from llm2clip.embedding.embed import EmbedConfig, embed_captions
+from llm2clip.embedding import CaptionEmbedder, EmbeddingCache
+from llm2clip.embedding.embed import EmbedConfig, embed_into_cache
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.hub import build
 from llm2clip.hub.cards import Evaluation
@@ -166,10 +166,10 @@ class Quickstart:
         model: Any = LLM2CLIPTextModel.from_pretrained(tower)
         state = process_state()
         model.to(state.device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(tower)
+        embedder = CaptionEmbedder(model, AutoTokenizer.from_pretrained(tower))
         captions = distinct_captions(self.data.sources())
         folder = str(self._cache(name))
-        manifest = embed_captions(model, tokenizer, captions, folder, tower, EmbedConfig(), state)
+        manifest = embed_into_cache(captions, embedder, folder, tower, EmbedConfig(), state)
         return {"num_captions": manifest.num_captions, "num_truncated": manifest.num_truncated}
 
     def _stage2_config(self, name: str) -> Stage2Config:

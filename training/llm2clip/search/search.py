@@ -12,15 +12,12 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
 from llm2clip.data import decode_image
 from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.results import Query, QueryResults, ResultImages
-from llm2clip.utils.processes import process_state
-from llm2clip.utils.repos import RepoKind, inspect_repo
-from modeling_llm2clip import LLM2CLIPModel
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +36,7 @@ class SearchConfig:
     )
     top: int = field(default=10, metadata={"help": "Number of images shown per query."})
     model: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the model; default: the model that made the index."}
+        default=None, metadata={"help": "Hub id or folder of the model; by default the model that made the index."}
     )
     model_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."}
@@ -76,7 +73,7 @@ def run(config: SearchConfig) -> dict[str, Any]:
     index = ImageIndex.open(config.index)
     image = _read_image(config.image) if config.image else None
     name, revision = _model_of(config, index)
-    embedder = _load_with_llm(name, revision) if config.query else ImageEmbedder.load(name, revision)
+    embedder = ImageEmbedder.load(name, revision, with_llm=bool(config.query))
     index.manifest.require_model(index.folder, name, embedder.fingerprint(), embedder.width)
     queries = [Query(text) for text in config.query]
     embeds = []
@@ -114,13 +111,6 @@ def _model_of(config: SearchConfig, index: ImageIndex) -> tuple[str, str | None]
             "--model FOLDER"
         )
     return name, config.model_revision or index.manifest.revision
-
-
-def _load_with_llm(name: str, revision: str | None) -> ImageEmbedder:
-    hint = "A text query needs the whole model with its LLM; `llm2clip convert` converts checkpoints of other code."
-    inspect_repo(name, revision).require(RepoKind.JOINT, hint=hint)
-    model: Any = LLM2CLIPModel.from_pretrained(name, revision=revision).to(process_state().device).eval()
-    return ImageEmbedder(model, AutoImageProcessor.from_pretrained(name, revision=revision), name, revision)
 
 
 def _print_tables(found: list[QueryResults]) -> None:

@@ -1,4 +1,4 @@
-"""The identity of data: a commit on the Hub, or a checksum of local files."""
+"""Identities: of data, a commit on the Hub or a checksum of local files; of weights, a hash of samples."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from typing import Any
 
 import datasets
 
+from modeling_llm2clip.modeling_llm2clip_utils import digest_weights
+
 logger = logging.getLogger(__name__)
 
 EDGE = 65_536
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# Values of each weight in the fingerprint.
+FINGERPRINT_SAMPLES = 1024
 
 
 def data_revision(source: str | Mapping[str, Any]) -> str | None:
-    """What identifies the content of a data set now.
+    """Identify the present content of a data set.
 
     Args:
-        source: A path or a mapping with fields of `CaptionSource`; `path`, `name` and `revision` are used.
+        source: A path, or a mapping with fields of `CaptionSource`, of which `path`, `name` and `revision` are used.
 
     Returns:
-        Of a data set on the Hub its commit, of which offline that in the cache of `datasets`. Of local files 16
-        hexadecimal digits, a checksum of their relative paths, their sizes, and their first and last 64 KiB, so that
-        terabytes take no longer than many small files. The given revision of a URL, and where the commit is not known.
+        For a data set on the Hub, its commit; offline, the commit in the cache of `datasets`. For local files, a
+        checksum (16 hexadecimal digits) of their relative paths, their sizes, and their first and last 64 KiB, which
+        is quick for terabytes too. For a URL, or when the commit is unknown, the given revision.
     """
     fields = {"path": source} if isinstance(source, str) else source
     path, revision = fields["path"], fields.get("revision")
@@ -42,8 +46,8 @@ def data_revision(source: str | Mapping[str, Any]) -> str | None:
         return _checksum(Path(os.path.commonpath([file.parent for file in files])), files)
     try:
         commit = datasets.load_dataset_builder(path, fields.get("name"), revision=revision).hash
-    except Exception as error:  # of any kind that a network has, and what was measured is worth more than this note
-        logger.warning("the commit of %s is not recorded: %s", path, error)
+    except Exception as error:  # network errors have many types, and none of them may lose the results
+        logger.warning("the commit of %s is unknown: %s", path, error)
         return revision
     return commit if commit is not None and COMMIT.fullmatch(commit) else revision
 
@@ -64,4 +68,21 @@ def _checksum(folder: Path, files: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-__all__ = ["data_revision"]
+def vision_fingerprint(model: Any) -> str:
+    """Identify the vision tower and projection of a model, or of its vision half: both give the same result.
+
+    Weights in float32 and the same weights in bfloat16 are equal. The LLM and the adapter do not count.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    state = {**model.vision_model.state_dict(prefix="vision_model.")}
+    state.update(model.visual_projection.state_dict(prefix="visual_projection."))
+    # transformers 5 nests some towers once more than earlier versions.
+    names = {name.replace("vision_model.vision_model.", "vision_model."): name for name in state}
+    digest_weights(((short, state[names[short]]) for short in sorted(names)), digest, FINGERPRINT_SAMPLES)
+    return digest.hexdigest()[:32]
+
+
+__all__ = ["data_revision", "vision_fingerprint"]

@@ -1,0 +1,158 @@
+"""Embed many captions with a text tower or an LLM2CLIP model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from llm2clip.utils.processes import process_state
+from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.repos import RepoKind, inspect_repo
+from llm2clip.utils.towers import open_text_tower
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
+from modeling_llm2clip.modeling_llm2clip_utils import (
+    encode_tokens,
+    execution_device,
+    tokenize_captions,
+    unit_features,
+)
+
+
+class CaptionEmbedder:
+    """A model that embeds captions, with its tokenizer.
+
+    Args:
+        model: An `LLM2CLIPModel`, which gives unit rows in the space that captions share with images, or an
+            `LLM2CLIPTextModel`, which gives the LLM's own embeddings, not normalised. In evaluation mode.
+        processor: The model's processor or tokenizer.
+
+    Attributes:
+        text_config: Config of the text tower.
+        width: Length of an embedding.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model = model
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        # Compared by model_type: remote code can be imported under several module names.
+        self.is_joint = model.config.model_type == LLM2CLIPConfig.model_type
+        self.text_config = model.config.text_config if self.is_joint else model.config
+        self.width: int = model.config.projection_dim if self.is_joint else model.config.hidden_size
+
+    @classmethod
+    def load(cls, name: str, revision: str | None = None, device: torch.device | str | None = None) -> CaptionEmbedder:
+        """Load an LLM2CLIP model or a text tower.
+
+        Args:
+            name: Hub id or folder.
+            revision: Branch, tag or commit on the Hub.
+            device: Device of the model; the default is a GPU if there is one.
+
+        Raises:
+            OSError: There is no such model.
+            ValueError: It is another kind of model.
+        """
+        model: Any
+        repo = inspect_repo(name, revision).require(RepoKind.JOINT, RepoKind.TEXT_TOWER)
+        if repo.kind is RepoKind.JOINT:
+            model = LLM2CLIPModel.from_pretrained(name, revision=revision)
+            tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
+        else:
+            model, tokenizer = open_text_tower(name, revision=revision)
+        return cls(model.to(device or process_state().device).eval(), tokenizer)
+
+    def embed(
+        self, captions: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool | None = None
+    ) -> Tensor:
+        """Embed captions of any length.
+
+        Args:
+            captions: The captions; one string counts as a list of one.
+            batch_size: Largest number of captions per forward pass. Captions are grouped by length, and a batch has
+                at most 512 tokens on a CPU, 16,384 elsewhere; the default is as many as these allow.
+            show_progress_bar: `False` hides the progress bar.
+
+        Returns:
+            float32 `(len(captions), width)` on the CPU, in input order.
+        """
+        return self.embed_and_count(captions, batch_size, show_progress_bar)[0]
+
+    def embed_and_count(
+        self, captions: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool | None = None
+    ) -> tuple[Tensor, int]:
+        """Embed captions, and count those that were truncated to the model's maximum length; see `embed`."""
+        tokens, num_truncated = tokenize_captions(captions, self.tokenizer, self.text_config.prompt_token_ids)
+        show = show_progress_bar is not False
+        num_distinct = len(set(map(tuple, tokens))) if show else None
+        with progress_bar("Embedding captions", num_distinct, "caption", show) as bar:
+
+            def forward(inputs: Any) -> Tensor:
+                rows = self._forward(inputs)
+                bar.update(advance=len(rows))
+                return rows
+
+            embeds = encode_tokens(
+                tokens,
+                self.tokenizer,
+                forward,
+                device=execution_device(self._llm),
+                width=self.width,
+                batch_size=batch_size,
+            )
+        return embeds, num_truncated
+
+    @property
+    def _llm(self) -> Any:
+        return (self.model.text_model or self.model) if self.is_joint else self.model
+
+    def _forward(self, inputs: Any) -> Tensor:
+        if self.is_joint:
+            return unit_features(self.model.get_text_features(**inputs))
+        return self.model(**inputs).pooler_output
+
+
+def embed_captions(
+    captions: Sequence[str] | str,
+    model: Any,
+    processor: Any = None,
+    *,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    show_progress_bar: bool | None = None,
+) -> Tensor:
+    """Embed captions with an LLM2CLIP model or a text tower.
+
+    Args:
+        captions: The captions, of any length; one string counts as a list of one.
+        model: A loaded `LLM2CLIPModel` or `LLM2CLIPTextModel`, which is put into evaluation mode, or the Hub id or
+            folder of one.
+        processor: The model's processor or tokenizer; required with a loaded model.
+        batch_size: Largest number of captions per forward pass; the default is as many as the device keeps up with.
+        device: Device of the model. By default a loaded model stays where it is, and another one uses a GPU if there
+            is one.
+        show_progress_bar: `False` hides the progress bar.
+
+    Returns:
+        float32 on the CPU, in input order. Of an LLM2CLIP model unit rows `(len(captions), projection_dim)` in the
+        space that captions share with images; of a text tower its own embeddings `(len(captions), hidden_size)`.
+
+    Raises:
+        ValueError: A caption is empty, the repository is another kind of model, or a loaded model comes without its
+            processor.
+    """
+    if isinstance(model, (str, Path)):
+        embedder = CaptionEmbedder.load(os.fspath(model), device=device)
+        if processor is not None:
+            embedder = CaptionEmbedder(embedder.model, processor)
+    elif processor is None:
+        raise ValueError("embed_captions needs the processor or tokenizer of a loaded model.")
+    else:
+        model = model if device is None else model.to(device)
+        embedder = CaptionEmbedder(model.eval(), processor)
+    return embedder.embed(captions, batch_size, show_progress_bar)

@@ -1,0 +1,172 @@
+"""Images through a model: decoding in worker processes, batches, and the images that are skipped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from llm2clip.data import DEFAULT_MAX_PIXELS, EvalTransform, SampleError, SkippedSample
+from llm2clip.data.records import OnError
+from llm2clip.data.transforms import Decoder
+from llm2clip.utils.progress import progress_bar
+
+
+class ImageSet(Protocol):
+    """Numbered images that are decoded on demand."""
+
+    def decode(self, row: int, decode: Decoder) -> Any:
+        """Decode one image to RGB.
+
+        Args:
+            row: Row number.
+            decode: The decoder, called as `decode(value, key, max_pixels)`.
+
+        Raises:
+            SampleError: The image cannot be used.
+        """
+        ...
+
+    def key(self, row: int) -> str:
+        """Name of an image in errors."""
+        ...
+
+
+class ImageList:
+    """A list of images as an [`ImageSet`]: whatever `decode_image` accepts, such as PIL images, paths and bytes."""
+
+    def __init__(self, images: Sequence[Any]) -> None:
+        self.images = images
+
+    def decode(self, row: int, decode: Decoder) -> Any:
+        """See [`ImageSet.decode`]."""
+        return decode(self.images[row], self.key(row), DEFAULT_MAX_PIXELS)
+
+    def key(self, row: int) -> str:
+        """Path of a file; position in the list of any other image."""
+        image = self.images[row]
+        return os.fspath(image) if isinstance(image, (str, os.PathLike)) else str(row)
+
+
+class InputBatch(NamedTuple):
+    """The model inputs of a batch of images.
+
+    Attributes:
+        inputs: Stacked tensors by name, without the skipped images; empty if all are skipped.
+        skipped: For each image why it is skipped, or None.
+    """
+
+    inputs: dict[str, Tensor]
+    skipped: list[SkippedSample | None]
+
+
+class ForwardedBatch(NamedTuple):
+    """The output of a model for a batch of images.
+
+    Attributes:
+        start: Position of the batch's first image in the data set.
+        output: One row for each image that is not skipped; None if all are.
+        skipped: For each image why it is skipped, or None.
+    """
+
+    start: int
+    output: Tensor | None
+    skipped: list[SkippedSample | None]
+
+    @property
+    def good(self) -> list[int]:
+        """Positions within the batch of the images that are not skipped."""
+        return [index for index, sample in enumerate(self.skipped) if sample is None]
+
+
+def stack_inputs(samples: Sequence[Mapping[str, Any] | SkippedSample]) -> InputBatch:
+    """Stack the tensors of samples; other fields are dropped.
+
+    Worker processes call this: every tensor that they send costs a file descriptor, and stacked tensors are few.
+    """
+    good = [sample for sample in samples if not isinstance(sample, SkippedSample)]
+    names = [name for name, value in good[0].items() if isinstance(value, Tensor)] if good else []
+    inputs = {name: torch.stack([sample[name] for sample in good]) for name in names}
+    return InputBatch(inputs, [sample if isinstance(sample, SkippedSample) else None for sample in samples])
+
+
+def forward_images(
+    dataset: Dataset[Any],
+    forward: Callable[[dict[str, Tensor]], Tensor],
+    batch_size: int,
+    num_workers: int = 0,
+    description: str = "Embedding images",
+    show: bool = True,
+) -> Iterator[ForwardedBatch]:
+    """Run a model over prepared images, batch by batch and in order.
+
+    Args:
+        dataset: Samples: mappings with model inputs, or `SkippedSample`.
+        forward: The model, called with the stacked tensors of a batch, on the CPU.
+        batch_size: Images per forward pass.
+        num_workers: Worker processes that read and prepare images; 0 prepares them in this process.
+        description: Title of the progress bar.
+        show: Show a progress bar.
+    """
+    loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=stack_inputs)
+    start = 0
+    with progress_bar(description, len(dataset), "image", show) as bar:  # type: ignore[arg-type]
+        for inputs, skipped in loader:
+            output = forward(inputs) if inputs else None
+            bar.update(advance=len(skipped))
+            yield ForwardedBatch(start, output, skipped)
+            start += len(skipped)
+
+
+class PreparedImages(Dataset):
+    """The model inputs of some rows of an [`ImageSet`].
+
+    Args:
+        images: The images.
+        rows: Row numbers.
+        transform: Decodes and prepares an image.
+        on_error: `raise` the error of an image that cannot be used, or `skip` it.
+    """
+
+    def __init__(self, images: ImageSet, rows: Sequence[int], transform: EvalTransform, on_error: OnError) -> None:
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip', not {on_error!r}.")
+        self.images = images
+        self.rows = rows
+        self.transform = transform
+        self.on_error = on_error
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor] | SkippedSample:
+        row = self.rows[index]
+        try:
+            image = self.images.decode(row, self.transform.decode)
+            return prepare_image(image, self.transform, self.images.key(row))
+        except SampleError as error:
+            if self.on_error == "raise":
+                raise
+            return SkippedSample(error.key, error.reason or str(error))
+
+
+def prepare_image(image: Any, transform: EvalTransform, key: str) -> dict[str, Tensor]:
+    """Prepare the model inputs of one decoded image.
+
+    Args:
+        image: The image, as the transform's decoder returns it.
+        transform: The transform.
+        key: Name of the image in errors.
+
+    Raises:
+        DamagedImageError: The image is too narrow to be resized.
+    """
+    if list(transform.image_processor.model_input_names) == ["pixel_values"]:
+        return {"pixel_values": transform(image, key)}
+    # Towers for images of any size and shape (SigLIP 2 NaFlex) need more than the pixels.
+    inputs = transform.image_processor(image, return_tensors="pt")
+    return {name: value[0] for name, value in inputs.items()}
