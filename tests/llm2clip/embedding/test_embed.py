@@ -30,9 +30,7 @@ def test_cache_contains_the_embeddings_of_encode_and_counts_truncated_captions(i
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_cache_from_16_bit_weights_has_the_fingerprint_of_the_tower(
-    dtype: str, inputs: Inputs, tmp_path: Path
-) -> None:
+def test_cache_from_16_bit_weights_has_the_towers_fingerprint(dtype: str, inputs: Inputs, tmp_path: Path) -> None:
     (tmp_path / "captions.jsonl").write_text(json.dumps({"caption": "a dog"}))
     source = {"path": str(tmp_path / "captions.jsonl")}
     config = EmbedConfig(

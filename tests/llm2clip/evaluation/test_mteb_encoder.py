@@ -244,9 +244,7 @@ def test_embeddings_have_unit_length(encoder: LLM2CLIPEncoder) -> None:
     torch.testing.assert_close(rows, F.normalize(rows, dim=-1))
 
 
-def test_hub_models_are_identified_by_their_commit(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_models_are_identified_by_commit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is in the layout of the Hub cache and is read offline."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repo = tmp_path / "models--someone--llm2clip-tiny"

@@ -14,7 +14,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
-from llm2clip.data import OnError, RowCaptions, SkippedSample, caption_id, column_texts
+from llm2clip.data.records import OnError, RowCaptions, SkippedSample, caption_id, column_texts
 from llm2clip.data.sampling import EpochDataset, SampleIndex, stable_seed
 from llm2clip.data.sources import CaptionSource, Columns, Table, load_source, row_batches, source_columns, top_level
 from llm2clip.data.transforms import EvalTransform, TrainTransform

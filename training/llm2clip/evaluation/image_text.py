@@ -18,10 +18,10 @@ from llm2clip.data import (
     CaptionSource,
     OnError,
     caption_id,
-    column_texts,
     decode_image,
     load_source,
 )
+from llm2clip.data.records import column_texts
 from llm2clip.data.sources import source_columns
 from llm2clip.data.transforms import Decoder
 from llm2clip.embedding.image_embedder import ImageEmbedder
