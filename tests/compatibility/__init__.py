@@ -1,1 +1,1 @@
-"""One folder, every transformers version: `make compat` prints the matrix."""
+"""Compatibility of saved folders with transformers versions; `make compat` prints the matrix."""

@@ -1,4 +1,4 @@
-"""Runs under one transformers version, in a process that does not know this package, and prints what it found as JSON.
+"""Check saved folders under one transformers version, without this package, and print the results as JSON.
 
 `python check.py CASES`: a folder of cases, each a model folder `model` with `expected.safetensors` beside it.
 """
@@ -24,13 +24,13 @@ SDPA_TOLERANCE, EAGER_TOLERANCE = 0.0, 5e-6
 
 
 def pictures(size: int) -> list[Image.Image]:
-    """Two pictures that resizing and cropping change."""
+    """Return two pictures that resizing and cropping change."""
     ramp = torch.arange(3 * (size + 9) * (size + 30)).reshape(size + 9, size + 30, 3)
     return [Image.fromarray((ramp * factor % 256).to(torch.uint8).numpy()) for factor in (3, 7)]
 
 
 def dirty_allocator() -> None:
-    """Fill freed memory with values that an uninitialised buffer would show."""
+    """Fill freed memory with large values, which uninitialised buffers would expose."""
     for size in (64, 1024, 65536, 2**20):
         blocks = [torch.full((size,), 1e30) for _ in range(64)]
         del blocks
@@ -114,7 +114,7 @@ def check_parts(folder: Path) -> None:
 
 
 def check_weights_survive(folder: Path) -> None:
-    """Every parameter 0.5, saved and loaded, is 0.5: no initialisation runs over loaded weights."""
+    """Check that loaded weights are not initialised again: parameters saved as 0.5 are still 0.5."""
     model = load(folder)
     with torch.no_grad():
         for parameter in model.parameters():

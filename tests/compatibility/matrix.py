@@ -1,4 +1,4 @@
-"""`python -m tests.compatibility.matrix [VERSION ...]`: folders of this transformers version, loaded by others."""
+"""Load saved folders with other transformers versions: `python -m tests.compatibility.matrix [VERSION ...]`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from modeling_llm2clip import LLM2CLIPModel
 from tests.compatibility.check import CAPTIONS, pictures
 from tests.modeling_llm2clip import tiny
 
-# What each version wants beside it; the rest comes from the environment that runs this.
+# Requirements of each version; other packages come from this environment.
 OLD = ["huggingface_hub>=1.3,<2", "tokenizers==0.22.2"]
 COMPANIONS = {
     "4.57.6": ["huggingface_hub==0.36.2", "tokenizers==0.22.2"],
@@ -42,7 +42,7 @@ LLAMA_3 = {
 
 
 def write_cases(folder: Path) -> None:
-    """A case per vision tower and LLM: the saved model, its inputs and what it makes of them."""
+    """Write one case for each vision tower and LLM: a saved model, its inputs and its outputs."""
     size = {"image_size": 28, "patch_size": 7}
     cases: dict[str, tuple[Any, Any]] = {
         "EVA02 + Llama 3": (tiny.vision_config(), tiny.text_config("llama")),
@@ -72,7 +72,7 @@ def write_cases(folder: Path) -> None:
 
 
 def environment(version: str) -> Path:
-    """A folder with that version, installed once."""
+    """Return a folder with that version, installing it at first use."""
     target = ENVIRONMENTS / version
     if not (target / "transformers").is_dir():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -85,7 +85,7 @@ def environment(version: str) -> Path:
 
 
 def check(version: str, cases: Path, home: Path) -> dict[str, Any]:
-    """What `check.py` found under a version."""
+    """Return the results of `check.py` under a version."""
     variables = {**os.environ, "PYTHONPATH": str(environment(version)), "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     script = Path(__file__).with_name("check.py")
     done = subprocess.run(

@@ -21,7 +21,7 @@ from tests.documents.reading import ROOT
 
 # Run as modules, since an environment that borrows its packages does not have their console scripts.
 MODULES = {
-    "llm2clip": "llm2clip.cli",
+    "llm2clip": "llm2clip",
     "torchrun": "torch.distributed.run",
     "accelerate": "accelerate.commands.accelerate_cli",
 }

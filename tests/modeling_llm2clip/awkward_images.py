@@ -1,4 +1,4 @@
-"""Image files of many kinds, each of which some decoder gets wrong."""
+"""Image files that image decoders often treat differently."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIDE = 28
 
 
 def picture(width: int = SIDE, height: int = SIDE) -> Image.Image:
-    """A picture whose every part differs, also from its mirror images."""
+    """Return a picture without symmetry."""
     y, x = np.mgrid[:height, :width] / max(width, height)
     channels = [255 * x, 255 * y, 127 + 127 * np.sin(9 * x + 4 * y * y)]
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
@@ -75,7 +75,7 @@ def awkward_images() -> dict[str, bytes]:
 
 
 def write(folder: Path) -> list[Path]:
-    """Write them to a folder and return their paths, sorted."""
+    """Write the files to a folder and return their sorted paths."""
     folder.mkdir(exist_ok=True)
     for name, data in awkward_images().items():
         (folder / name).write_bytes(data)

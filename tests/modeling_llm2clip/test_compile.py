@@ -1,4 +1,4 @@
-"""`torch.compile` takes the models whole, without a graph break, and changes no value."""
+"""`torch.compile` of the models: no graph break, and equal values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _nothing_compiled() -> Iterator[None]:
 
 
 def compare(model: nn.Module, inputs: dict[str, Any], output: str, training: bool) -> None:
-    """Values of a model and of the same model compiled, with gradients where it trains."""
+    """Return the values of a model and of its compiled copy, with gradients in training mode."""
     model.train(training)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     found: list[list[Tensor | None]] = []
@@ -47,11 +47,11 @@ def compare(model: nn.Module, inputs: dict[str, Any], output: str, training: boo
         {"attn_implementation": "eager"},
     ],
 )
-def test_vision_tower(fields: dict[str, Any], training: bool) -> None:
+def test_compiled_vision_tower_gives_the_values_of_eager_mode(fields: dict[str, Any], training: bool) -> None:
     compare(EVA02VisionModel(vision_config(**fields)), {"pixel_values": PIXELS}, "pooler_output", training)
 
 
-def test_other_image_size_and_dropped_patches() -> None:
+def test_compiled_tower_accepts_other_image_sizes_and_dropped_patches() -> None:
     model = EVA02VisionModel(vision_config(patch_dropout=0.5))
     inputs = {"pixel_values": torch.randn(2, 3, 42, 35), "interpolate_pos_encoding": True}
     compare(model, inputs, "pooler_output", training=False)
@@ -61,7 +61,7 @@ def test_other_image_size_and_dropped_patches() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_joint_model_with_its_llm(training: bool) -> None:
+def test_compiled_joint_model_gives_the_values_of_eager_mode(training: bool) -> None:
     model = joint_model()
     model.set_text_model(text_model())
     inputs = processor()(text=CAPTIONS, return_tensors="pt", padding=True)

@@ -1,4 +1,4 @@
-"""Captions are encoded in batches of similar length, each different one once, in the order in which they came."""
+"""Encoding of captions: batches of similar length, repeated captions once, results in input order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.modeling_llm2clip import tiny
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_batches_hold_every_caption_once_and_keep_to_both_limits(seed: int) -> None:
+def test_batches_contain_every_caption_once_and_respect_both_limits(seed: int) -> None:
     rng = random.Random(seed)
     lengths = [rng.randint(1, 120) for _ in range(rng.randint(1, 200))]
     max_tokens, max_captions = rng.randint(60, 600), rng.randint(1, 20)
@@ -32,7 +32,7 @@ def test_batches_hold_every_caption_once_and_keep_to_both_limits(seed: int) -> N
     assert padded <= sum(lengths) + max_tokens + 120 * max_captions, "captions of a batch differ much in length"
 
 
-def test_tokens_alone_make_a_batch_unless_captions_are_limited() -> None:
+def test_batches_are_limited_by_tokens_alone_unless_max_captions_is_set() -> None:
     assert token_batches([8] * 100, 16_384) == [list(range(100))]
     assert len(token_batches([8] * 100, 16_384, 64)) == 2
 
@@ -55,7 +55,7 @@ def batches_of(model: Any, texts: list[str], **options: Any) -> tuple[torch.Tens
     return rows, shapes
 
 
-def test_repeated_captions_are_encoded_once_and_all_get_their_row() -> None:
+def test_repeated_captions_are_encoded_once_and_share_the_result() -> None:
     model = tiny.text_model()
     texts = ["a red bus", "a dog", "a red bus", "two children in a park", "a dog", "a dog"]
     rows, shapes = batches_of(model, texts)
@@ -64,7 +64,7 @@ def test_repeated_captions_are_encoded_once_and_all_get_their_row() -> None:
     torch.testing.assert_close(rows, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_a_batch_on_the_cpu_has_few_tokens_and_no_more_captions_than_asked() -> None:
+def test_cpu_batches_respect_the_token_budget_and_batch_size() -> None:
     model = tiny.text_model()
     texts = [" ".join(["dog"] * (1 + number % 9)) + f" {number}" for number in range(150)]
     _, shapes = batches_of(model, texts)
@@ -74,7 +74,7 @@ def test_a_batch_on_the_cpu_has_few_tokens_and_no_more_captions_than_asked() -> 
     assert max(captions for captions, _ in shapes) == 3
 
 
-def test_an_llm_in_bfloat16_gives_float32_rows_that_are_close() -> None:
+def test_bfloat16_llm_returns_float32_embeddings_close_to_float32() -> None:
     model = tiny.text_model()
     expected = model.encode(tiny.CAPTIONS, tokenizer())
     rows = model.to(torch.bfloat16).encode(tiny.CAPTIONS, tokenizer())
@@ -83,7 +83,7 @@ def test_an_llm_in_bfloat16_gives_float32_rows_that_are_close() -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
-def test_freed_memory_stays_with_the_process() -> None:
+def test_keep_freed_memory_avoids_page_faults() -> None:
     code = """
 import resource, torch
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory

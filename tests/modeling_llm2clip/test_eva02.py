@@ -1,4 +1,4 @@
-"""What the EVA02 tower does to be fast changes no value, in any dtype."""
+"""The EVA02 tower's optimisations do not change its values, in any dtype."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.modeling_llm2clip.tiny import vision_config
 
 
 def rotated_by_matrices(states: Tensor, table: Tensor) -> Tensor:
-    """Two neighbours at a time, by the definition; `table` has a row per token and may have one per sample."""
+    """Rotate one pair of channels at a time; `table` has a row per token, and optionally one table per sample."""
     batch, tokens, _, width = states.shape
     result = states.double().clone()
     table = table.double().expand(batch, tokens, width // 2, 2)
@@ -28,8 +28,8 @@ def rotated_by_matrices(states: Tensor, table: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-6), ("float32", 1e-6), ("bfloat16", 2**-8)])
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_rotary_is_a_rotation_of_neighbours(dtype: str, tolerance: float, per_sample: bool) -> None:
-    """Rounded once, at the end."""
+def test_apply_rotary_rotates_adjacent_channel_pairs(dtype: str, tolerance: float, per_sample: bool) -> None:
+    """The result is rounded only once, at the end."""
     states = torch.randn(2, 13, 3, 8).to(getattr(torch, dtype))
     table = rotary_table(8, (3, 4), 2)
     if per_sample:
@@ -39,8 +39,8 @@ def test_rotary_is_a_rotation_of_neighbours(dtype: str, tolerance: float, per_sa
     torch.testing.assert_close(rotated.double(), rotated_by_matrices(states, table), atol=tolerance, rtol=tolerance)
 
 
-def test_what_hooks_see_in_inference_stays() -> None:
-    """Inference reuses memory, but not the memory of a layer's output."""
+def test_inference_does_not_overwrite_layer_outputs_seen_by_hooks() -> None:
+    """Inference computes in place, but never in the output of a layer."""
     model = EVA02VisionModel(vision_config()).eval()
     seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -60,7 +60,7 @@ def test_what_hooks_see_in_inference_stays() -> None:
         assert output.equal(then)
 
 
-def test_inference_gives_the_values_of_training_mode_without_its_gradients() -> None:
+def test_inference_equals_the_forward_pass_with_gradients() -> None:
     model = EVA02VisionModel(vision_config()).eval()
     images = torch.randn(2, 3, 28, 28)
     with_gradients = model(images).last_hidden_state
@@ -71,8 +71,8 @@ def test_inference_gives_the_values_of_training_mode_without_its_gradients() -> 
     torch.testing.assert_close(doubled(images).last_hidden_state.float(), with_gradients, atol=1e-4, rtol=1e-4)
 
 
-def test_dropped_patches_keep_their_positions() -> None:
-    """The patches that stay are those of the whole image, rotated by their own angles."""
+def test_remaining_patches_keep_their_rotary_angles() -> None:
+    """The remaining patches are rotated by the angles of their positions in the whole image."""
     model = EVA02VisionModel(vision_config(patch_dropout=0.5, num_hidden_layers=1)).train()
     states, table = torch.randn(2, 17, 32), rotary_table(8, (4, 4), 3)
     kept, angles = model._drop_patches(states, table)

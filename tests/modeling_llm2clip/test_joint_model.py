@@ -29,7 +29,7 @@ def vision_tower(model_type: str) -> Any:
     return AutoConfig.for_model(model_type, **fields)
 
 
-def test_forward_compares_images_with_captions() -> None:
+def test_forward_returns_scaled_cosines_and_loss() -> None:
     model, processor = tiny.joint_model(), tiny.processor()
     inputs = processor(text=CAPTIONS[:2], images=IMAGES, return_tensors="pt")
     output = model(**inputs)
@@ -44,7 +44,7 @@ def test_forward_compares_images_with_captions() -> None:
     assert list(model(**inputs, return_logits=False).keys()) == ["image_embeds", "text_embeds", "logit_scale"]
 
 
-def test_one_modality_gives_its_features() -> None:
+def test_forward_with_one_modality_equals_get_features() -> None:
     model, processor = tiny.joint_model(), tiny.processor()
     texts = processor(text=CAPTIONS, return_tensors="pt")
     images = processor(images=IMAGES, return_tensors="pt")
@@ -59,7 +59,7 @@ def test_one_modality_gives_its_features() -> None:
         model()
 
 
-def test_encode_gives_unit_rows_in_input_order() -> None:
+def test_encode_returns_unit_vectors_in_input_order() -> None:
     model, processor = tiny.joint_model(), tiny.processor()
     texts = model.encode_text(CAPTIONS, processor, batch_size=2)
     expected = model(**processor(text=CAPTIONS, images=IMAGES, return_tensors="pt"))
@@ -71,7 +71,7 @@ def test_encode_gives_unit_rows_in_input_order() -> None:
     assert model.encode_image([], processor).shape == (0, 24)
 
 
-def test_encode_image_takes_file_names(tmp_path: Path) -> None:
+def test_encode_image_accepts_file_names_and_rejects_captions(tmp_path: Path) -> None:
     model, processor = tiny.joint_model(), tiny.processor()
     IMAGES[0].save(tmp_path / "a.png")
     from_file = model.encode_image([tmp_path / "a.png"], processor)
@@ -82,13 +82,13 @@ def test_encode_image_takes_file_names(tmp_path: Path) -> None:
         model.encode_text(IMAGES, processor)
 
 
-def test_encode_refuses_a_tokenizer_without_the_prompt() -> None:
+def test_encode_rejects_a_tokenizer_without_the_prompt() -> None:
     with pytest.raises(ValueError, match="does not add the prompt"):
         tiny.joint_model().encode_text(CAPTIONS, tiny.plain_tokenizer())
 
 
 @pytest.mark.parametrize("model_type", list(VISION_TOWERS))
-def test_other_vision_towers(model_type: str, tmp_path: Path) -> None:
+def test_joint_model_supports_other_vision_towers(model_type: str, tmp_path: Path) -> None:
     model = tiny.joint_model(vision=vision_tower(model_type))
     inputs: dict[str, torch.Tensor] = {"pixel_values": torch.randn(2, 3, 28, 28)}
     if model_type == "siglip2_vision_model":
@@ -104,7 +104,7 @@ def test_other_vision_towers(model_type: str, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(**inputs, llm_embeds=torch.ones(2, tiny.HIDDEN)).image_embeds, expected)
 
 
-def test_tower_without_projection() -> None:
+def test_tower_without_projection_needs_the_width_of_the_shared_space() -> None:
     model = tiny.joint_model(visual_projection=False, projection_dim=32)
     images = torch.randn(2, 3, 28, 28)
     features = model.get_image_features(images).pooler_output
@@ -113,7 +113,7 @@ def test_tower_without_projection() -> None:
         tiny.joint_model(visual_projection=False)
 
 
-def test_bundled_round_trip(tmp_path: Path) -> None:
+def test_model_with_its_llm_is_equal_after_save_and_load(tmp_path: Path) -> None:
     model = tiny.save(tmp_path)
     inputs = tiny.processor()(text=CAPTIONS, images=IMAGES, return_tensors="pt")
     loaded = AutoModel.from_pretrained(tmp_path)
@@ -124,8 +124,8 @@ def test_bundled_round_trip(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.py").exists()
 
 
-def test_no_tensor_is_left_random(tmp_path: Path) -> None:
-    """Weights of 0.5 everywhere are still 0.5 after a reload, and the loading report is empty."""
+def test_loading_keeps_every_saved_weight(tmp_path: Path) -> None:
+    """Weights that are all 0.5 are unchanged after a reload, and the loading report is empty."""
     model = tiny.joint_model()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -137,7 +137,7 @@ def test_no_tensor_is_left_random(tmp_path: Path) -> None:
     assert all((parameter == 0.5).all() for parameter in loaded.parameters())
 
 
-def test_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_incomplete_checkpoint_is_rejected(tmp_path: Path) -> None:
     vision = LLM2CLIPVisionModelWithProjection(tiny.joint_config())
     vision.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"lacks weights of LLM2CLIPModel: logit_scale, text_adapter"):
@@ -155,7 +155,7 @@ def test_bfloat16_round_trip_keeps_the_scale_in_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["eva02", "dinov2", "clip_vision_model"])
-def test_vision_tower_of_an_llm2clip_model_starts_another(model_type: str, tmp_path: Path) -> None:
+def test_new_model_reuses_the_vision_tower_of_an_llm2clip_model(model_type: str, tmp_path: Path) -> None:
     first = tiny.joint_model(vision=None if model_type == "eva02" else vision_tower(model_type))
     first.save_pretrained(tmp_path / "first")
     second = LLM2CLIPModel.from_vision_text_pretrained(tmp_path / "first", tmp_path / "first")
@@ -163,7 +163,7 @@ def test_vision_tower_of_an_llm2clip_model_starts_another(model_type: str, tmp_p
         assert value.equal(second.vision_model.state_dict()[name]), name
 
 
-def test_rows_of_a_16_bit_model_have_unit_length() -> None:
+def test_embeddings_of_a_16_bit_model_have_unit_length() -> None:
     model, processor = tiny.joint_model().to(torch.bfloat16), tiny.processor()
     for rows in (model.encode_text(CAPTIONS, processor), model.encode_image(IMAGES, processor)):
         torch.testing.assert_close(rows.norm(dim=-1), torch.ones(len(rows)), atol=1e-6, rtol=0)
@@ -179,7 +179,7 @@ def test_vision_half_loads_alone_and_returns_patch_states(tmp_path: Path) -> Non
     assert not hasattr(vision, "text_adapter")
 
 
-def test_other_image_sizes_on_request() -> None:
+def test_other_image_sizes_need_interpolate_pos_encoding() -> None:
     model = tiny.joint_model()
     with pytest.raises(ValueError, match="pixel_values are 42 x 42, but this tower takes 28 x 28"):
         model.get_image_features(torch.randn(1, 3, 42, 42))
@@ -189,7 +189,7 @@ def test_other_image_sizes_on_request() -> None:
         model.get_image_features(torch.randn(1, 3, 30, 30), interpolate_pos_encoding=True)
 
 
-def test_attention_weights_need_eager() -> None:
+def test_attention_weights_require_eager_attention() -> None:
     model = tiny.joint_model()
     images = torch.randn(1, 3, 28, 28)
     with pytest.raises(ValueError, match="set_attn_implementation"):
@@ -244,7 +244,7 @@ def test_lora_reaches_every_linear_of_the_vision_tower() -> None:
         assert (after - before).abs().max() > 1e-4, name
 
 
-def test_training_regularisers_act_in_training_only() -> None:
+def test_patch_dropout_and_stochastic_depth_are_active_in_training_only() -> None:
     model = tiny.joint_model(vision=tiny.vision_config(drop_path_rate=0.5, patch_dropout=0.5))
     images = torch.randn(4, 3, 28, 28)
     plain = tiny.joint_model()
@@ -258,7 +258,7 @@ def test_training_regularisers_act_in_training_only() -> None:
 
 
 def test_patch_dropout_keeps_each_patch_at_its_rotary_position() -> None:
-    """Leaving out no patch, in a shuffled order, changes nothing."""
+    """Shuffling the patches without dropping any does not change the result."""
     model = tiny.joint_model(vision=tiny.vision_config(patch_dropout=1e-18))
     images = torch.randn(2, 3, 28, 28)
     expected = model.get_image_features(images).pooler_output

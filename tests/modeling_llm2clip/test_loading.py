@@ -1,4 +1,4 @@
-"""Big models on small machines: offloading, dtype and attention by part, a quantised LLM, one half alone."""
+"""Large models on small machines: offloading, dtype and attention by part, quantisation, loading one half."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEBIBYTE = 2**20
 
 
 def saved(layout: str, folder: Path) -> tuple[Path, dict[str, Tensor], Tensor]:
-    """A saved model with its LLM inside or in a folder of its own, inputs for it, and its logits."""
+    """A saved model with its LLM in the same or in another folder, with inputs and logits."""
     model = tiny.save(folder / "clip") if layout == "bundled" else tiny.save_apart(folder)
     inputs = tiny.processor()(text=CAPTIONS, images=IMAGES, return_tensors="pt")
     with torch.inference_mode():
@@ -52,7 +52,7 @@ def test_parts_can_be_offloaded_to_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, {"": "cpu", "text_model": "disk"}])
-def test_device_maps(device_map: Any, layout: str, tmp_path: Path) -> None:
+def test_device_map_places_the_parts_and_keeps_the_logits(device_map: Any, layout: str, tmp_path: Path) -> None:
     folder, inputs, expected = saved(layout, tmp_path)
     loaded = AutoModel.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
     offloaded = isinstance(device_map, dict) and "text_model" in device_map
@@ -62,7 +62,7 @@ def test_device_maps(device_map: Any, layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_auto_device_map_offloads_what_memory_does_not_hold(layout: str, tmp_path: Path) -> None:
+def test_auto_device_map_offloads_weights_beyond_max_memory(layout: str, tmp_path: Path) -> None:
     folder, inputs, expected = saved(layout, tmp_path)
     loaded = AutoModel.from_pretrained(
         folder, device_map="auto", max_memory={"cpu": 60_000}, offload_folder=tmp_path / "offload"
@@ -92,7 +92,7 @@ def test_an_offloaded_model_can_be_saved(save_text_model: bool | None, layout: s
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", ["dtype", "torch_dtype", "text_model_kwargs"])
-def test_dtype_by_part(form: str, layout: str, tmp_path: Path) -> None:
+def test_dtype_can_be_set_by_part(form: str, layout: str, tmp_path: Path) -> None:
     folder, inputs, expected = saved(layout, tmp_path)
     options: dict[str, Any] = {form: {"vision_config": torch.float32, "text_config": "bfloat16"}}
     if form == "text_model_kwargs":
@@ -108,7 +108,7 @@ def test_dtype_by_part(form: str, layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention_by_part(layout: str, tmp_path: Path) -> None:
+def test_attn_implementation_can_be_set_by_part(layout: str, tmp_path: Path) -> None:
     folder, inputs, expected = saved(layout, tmp_path)
     cases: list[tuple[Any, str, str]] = [
         ("eager", "eager", "eager"),
@@ -123,14 +123,14 @@ def test_attention_by_part(layout: str, tmp_path: Path) -> None:
             torch.testing.assert_close(loaded(**inputs).logits_per_image, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_unknown_parts_are_refused(tmp_path: Path) -> None:
+def test_unknown_part_names_are_rejected(tmp_path: Path) -> None:
     folder, _, _ = saved("bundled", tmp_path)
     with pytest.raises(ValueError, match="dtype names 'text_model'; its parts are 'vision_config' and 'text_config'"):
         AutoModel.from_pretrained(folder, dtype={"text_model": torch.bfloat16})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_quantization_is_of_the_llm_alone(layout: str, tmp_path: Path) -> None:
+def test_quantization_config_applies_to_the_llm_only(layout: str, tmp_path: Path) -> None:
     folder, inputs, expected = saved(layout, tmp_path)
     loaded = AutoModel.from_pretrained(folder, quantization_config=int8())
     quantised = [
@@ -161,7 +161,7 @@ def test_a_model_with_a_quantised_llm_is_saved_without_it(layout: str, tmp_path:
     assert AutoModel.from_pretrained(tmp_path / "again")(**inputs).logits_per_image.equal(expected)
 
 
-def test_a_quantised_llm_can_have_its_own_folder(tmp_path: Path) -> None:
+def test_a_quantised_llm_can_be_saved_in_its_own_folder(tmp_path: Path) -> None:
     folder, inputs, _ = saved("apart", tmp_path)
     loaded = AutoModel.from_pretrained(folder, quantization_config=int8())
     expected = loaded(**inputs).logits_per_image
@@ -173,7 +173,7 @@ def test_a_quantised_llm_can_have_its_own_folder(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes quantises on an accelerator")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bitsandbytes(layout: str, tmp_path: Path) -> None:
+def test_bitsandbytes_quantises_the_llm_only(layout: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     folder, inputs, expected = saved(layout, tmp_path)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
@@ -186,7 +186,7 @@ def test_bitsandbytes(layout: str, tmp_path: Path) -> None:
 
 
 def growth(code: str, folder: Path, warm_up: Path) -> int:
-    """Peak memory, in bytes, that `code` adds to a fresh process that has loaded `warm_up`."""
+    """Measure the peak memory in bytes that `code` adds to a new process after `warm_up`."""
     script = f"""
 import sys
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection

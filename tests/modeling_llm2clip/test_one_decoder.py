@@ -33,7 +33,7 @@ PROCESSOR = tiny.processor(awkward_images.SIDE)
 
 @contextmanager
 def recorded_pixels() -> Iterator[list[Tensor]]:
-    """Collect the pixel values that any model embeds in this context: the inputs of its patch embedding."""
+    """Collect the inputs of every patch embedding in this context."""
     pixels: list[Tensor] = []
 
     def record(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -49,7 +49,7 @@ def recorded_pixels() -> Iterator[list[Tensor]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with its processor, ready for sentence-transformers too."""
+    """A saved model with its processor and the files of sentence-transformers."""
     folder = tmp_path_factory.mktemp("model") / "llm2clip-doors"
     tiny.save(folder)
     write_sentence_transformers_files(folder)

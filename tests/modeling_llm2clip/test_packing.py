@@ -1,4 +1,4 @@
-"""Short captions share rows: what they hold is the same, and it costs fewer tokens."""
+"""Packing of short captions into shared rows: equal values at fewer tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tokens_of_decoder(model: Any, inputs: dict[str, Any]) -> tuple[Any, int]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_token_has_a_place_of_its_own_and_rows_are_few(seed: int) -> None:
+def test_every_token_gets_its_own_position_in_few_rows(seed: int) -> None:
     rng = random.Random(seed)
     capacity = rng.randint(1, 60)
     lengths = [rng.randint(0, capacity) for _ in range(rng.randint(1, 80))]
@@ -50,7 +50,7 @@ def test_every_token_has_a_place_of_its_own_and_rows_are_few(seed: int) -> None:
     assert sum(2 * tokens <= capacity for tokens in filled) <= 1, "two half-empty rows could be one"
 
 
-def test_rows_are_as_few_as_the_tokens_allow_where_captions_are_short() -> None:
+def test_short_captions_fill_the_minimum_number_of_rows() -> None:
     assert assign_rows([8, 1, 1, 2, 4, 4, 3, 5, 4], 8)[2] == 4
 
 
@@ -76,7 +76,7 @@ def test_packed_states_and_gradients_equal_those_of_padded_rows(model_type: str,
         torch.testing.assert_close(gradients[0][name] / scale, expected / scale, atol=1e-4, rtol=0)
 
 
-def test_embeddings_are_packed_like_token_ids() -> None:
+def test_inputs_embeds_are_packed_like_input_ids() -> None:
     model = tiny.text_model()
     inputs = batch("left")
     embeds = model.get_input_embeddings()(inputs["input_ids"])
@@ -85,13 +85,13 @@ def test_embeddings_are_packed_like_token_ids() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_a_batch_without_padding_is_left_as_it_is() -> None:
+def test_a_batch_without_padding_is_not_packed() -> None:
     model = tiny.text_model()
     inputs = batch("left", [6, 6, 6])
     assert tokens_of_decoder(model, inputs)[1] == 18
 
 
-def test_what_shows_every_layer_has_the_shape_of_the_batch() -> None:
+def test_hidden_states_and_attentions_have_the_shape_of_the_batch() -> None:
     model = tiny.text_model(attn_implementation="eager")
     inputs = batch("left")
     output = model(**inputs, output_hidden_states=True, output_attentions=True)
@@ -101,7 +101,7 @@ def test_what_shows_every_layer_has_the_shape_of_the_batch() -> None:
 
 
 @pytest.mark.parametrize("single_row", [False, True])
-def test_no_captions_make_an_empty_batch(single_row: bool) -> None:
+def test_an_empty_batch_can_be_packed(single_row: bool) -> None:
     mask = torch.ones(0, 5, dtype=torch.long)
     packed = PackedBatch(mask, mask.cumsum(dim=1), single_row)
     assert packed.unpack(packed.pack(mask)).shape == (0, 5)
@@ -116,7 +116,7 @@ def test_padding_unpacks_to_zero(single_row: bool) -> None:
     assert packed.unpack(states).equal(inputs["input_ids"] * mask)
 
 
-def test_positions_begin_anew_with_every_caption_of_a_row() -> None:
+def test_positions_restart_with_every_caption_of_a_row() -> None:
     mask = batch("left")["attention_mask"]
     packed = PackedBatch(mask, mask.cumsum(dim=1))
     for caption in range(1, len(LENGTHS) + 1):
@@ -125,7 +125,7 @@ def test_positions_begin_anew_with_every_caption_of_a_row() -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_captions_of_a_row_do_not_see_each_other(attention: str) -> None:
+def test_captions_in_one_row_do_not_attend_to_each_other(attention: str) -> None:
     model = tiny.text_model(attn_implementation=attention)
     inputs = batch("left")
     mask = inputs["attention_mask"]
@@ -142,7 +142,7 @@ def test_captions_of_a_row_do_not_see_each_other(attention: str) -> None:
 
 
 class FlashOnCPU:
-    """The functions of the flash-attn package, slow and exact; transformers' own code around them is the real one."""
+    """Exact stand-ins for the functions of flash-attn, called by transformers' own code."""
 
     def __init__(self) -> None:
         self.sequences: list[list[int]] = []
@@ -208,7 +208,7 @@ def with_flash(model_type: str = "llama", **fields: Any) -> Any:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("model_type", list(tiny.DECODERS))
-def test_flash_attention_takes_captions_end_to_end(model_type: str, side: str, flash: FlashOnCPU) -> None:
+def test_flash_attention_gets_captions_in_a_single_row(model_type: str, side: str, flash: FlashOnCPU) -> None:
     model = with_flash(model_type)
     inputs = batch(side)
     packed, cost = tokens_of_decoder(model, inputs)
@@ -221,7 +221,7 @@ def test_flash_attention_takes_captions_end_to_end(model_type: str, side: str, f
     torch.testing.assert_close(packed.pooler_output, padded.pooler_output, atol=2e-5, rtol=1e-4)
 
 
-def test_flash_attention_gives_the_embeddings_and_gradients_of_sdpa(flash: FlashOnCPU) -> None:
+def test_flash_attention_equals_sdpa_in_embeddings_and_gradients(flash: FlashOnCPU) -> None:
     inputs, gradients, pooled = batch("left"), [], []
     models = with_flash(), tiny.text_model(num_prefix_tokens=0)
     models[1].load_state_dict(models[0].state_dict())
@@ -237,7 +237,7 @@ def test_flash_attention_gives_the_embeddings_and_gradients_of_sdpa(flash: Flash
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_flex_attention_keeps_captions_apart(model_type: str, side: str) -> None:
+def test_flex_attention_separates_captions(model_type: str, side: str) -> None:
     model = tiny.text_model(model_type, "flex_attention", num_prefix_tokens=0)
     expected = tiny.text_model(model_type, "sdpa", num_prefix_tokens=0)
     expected.load_state_dict(model.state_dict())
@@ -249,7 +249,7 @@ def test_flex_attention_keeps_captions_apart(model_type: str, side: str) -> None
     torch.testing.assert_close(packed.pooler_output, expected(**inputs).pooler_output, atol=2e-5, rtol=1e-4)
 
 
-def test_a_batch_that_is_nearly_full_is_left_as_it_is() -> None:
+def test_a_nearly_full_batch_is_not_packed() -> None:
     model = tiny.text_model()
     inputs = batch("left", [20, 20, 20, 20, 20, 20, 20, 20, 20, 10, 10])
     assert tokens_of_decoder(model, inputs)[1] == inputs["input_ids"].numel()

@@ -1,4 +1,4 @@
-"""Which LLM a model's adapter belongs to: attaching it, refusing another one, saving with or without it."""
+"""Pairing of a model with its LLM: attaching it, rejecting another one, saving with or without it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_bundled_llm_can_be_left_out_and_loaded_later(tmp_path: Path) -> None:
     assert again(**inputs).logits_per_image.equal(model(**inputs).logits_per_image)
 
 
-def test_adapter_repo_as_llm(tmp_path: Path) -> None:
+def test_llm_can_be_a_peft_adapter(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     tiny.text_model().decoder.save_pretrained(tmp_path / "base")
     config = tiny.text_config()
@@ -73,7 +73,7 @@ def test_adapter_repo_as_llm(tmp_path: Path) -> None:
         loaded.save_pretrained(tmp_path / "bundled", save_text_model=True)
 
 
-def test_wrong_pairing_names_both_sides(tmp_path: Path) -> None:
+def test_error_for_a_wrong_llm_names_both_llms(tmp_path: Path) -> None:
     model = tiny.save_apart(tmp_path)
     with torch.no_grad():
         model.text_model.decoder.layers[0].mlp.up_proj.weight.mul_(1.5)
@@ -90,8 +90,8 @@ def test_wrong_pairing_names_both_sides(tmp_path: Path) -> None:
         model.get_text_features(llm_embeds=torch.ones(1, 7))
 
 
-def test_llm_is_told_apart_by_prompt_and_pooling_too(tmp_path: Path) -> None:
-    """At load time the LLM's repo speaks for itself, not the joint config."""
+def test_an_llm_with_another_prompt_or_pooling_is_rejected(tmp_path: Path) -> None:
+    """The check at load time uses the LLM's own config, not the joint config."""
     tiny.save_apart(tmp_path)
     other = tiny.text_model(pooling="last_token")
     other.load_state_dict(LLM2CLIPTextModel.from_pretrained(tmp_path / "llm").state_dict())
@@ -100,7 +100,7 @@ def test_llm_is_told_apart_by_prompt_and_pooling_too(tmp_path: Path) -> None:
         AutoModel.from_pretrained(tmp_path / "clip")
 
 
-def test_llm_of_another_width_is_refused_at_load(tmp_path: Path) -> None:
+def test_an_llm_of_another_width_is_rejected_at_load(tmp_path: Path) -> None:
     tiny.save_apart(tmp_path)
     config = LLM2CLIPTextConfig(decoder_config={**tiny.decoder_config().to_dict(), "hidden_size": 64})
     LLM2CLIPTextModel(config).save_pretrained(tmp_path / "llm")
@@ -115,7 +115,7 @@ def test_external_llm_loads_in_16_bit(dtype: torch.dtype, tmp_path: Path) -> Non
     assert loaded.text_model.dtype == loaded.dtype == dtype
 
 
-def test_llm_keeps_the_dtype_that_it_was_saved_in(tmp_path: Path) -> None:
+def test_llm_keeps_the_dtype_it_was_saved_in(tmp_path: Path) -> None:
     tiny.save_apart(tmp_path)
     LLM2CLIPTextModel.from_pretrained(tmp_path / "llm").to(torch.bfloat16).save_pretrained(tmp_path / "llm")
     loaded = AutoModel.from_pretrained(tmp_path / "clip")
@@ -123,7 +123,7 @@ def test_llm_keeps_the_dtype_that_it_was_saved_in(tmp_path: Path) -> None:
     assert loaded.text_model.dtype == torch.bfloat16
 
 
-def test_attached_llm_is_the_one_that_a_reload_brings(tmp_path: Path) -> None:
+def test_reloading_restores_the_attached_llm(tmp_path: Path) -> None:
     tiny.text_model().save_pretrained(tmp_path / "a")
     other = tiny.text_model()
     other.save_pretrained(tmp_path / "b")
@@ -137,7 +137,7 @@ def test_attached_llm_is_the_one_that_a_reload_brings(tmp_path: Path) -> None:
     assert AutoModel.from_pretrained(tmp_path / "clip").text_model.fingerprint() == other.fingerprint()
 
 
-def test_local_folder_of_the_llm_is_recorded_absolutely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llm_folder_is_recorded_as_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.text_model().save_pretrained(tmp_path / "llm")
     vision = tiny.save_vision(tmp_path / "vision")
     monkeypatch.chdir(tmp_path)
@@ -145,7 +145,7 @@ def test_local_folder_of_the_llm_is_recorded_absolutely(tmp_path: Path, monkeypa
     assert model.config.text_model_name_or_path == str(tmp_path / "llm")
 
 
-def test_incomplete_towers_are_refused(tmp_path: Path) -> None:
+def test_incomplete_towers_are_rejected(tmp_path: Path) -> None:
     tiny.save_apart(tmp_path)
     with pytest.raises(ValueError, match="holds a LLM2CLIPTextModel, which takes no images"):
         LLM2CLIPModel.from_vision_text_pretrained(tmp_path / "llm", tmp_path / "llm")
@@ -158,7 +158,7 @@ def test_incomplete_towers_are_refused(tmp_path: Path) -> None:
         LLM2CLIPTextModel.from_pretrained(tmp_path / "llm")
 
 
-def test_save_without_any_llm_is_refused(tmp_path: Path) -> None:
+def test_saving_without_an_llm_is_rejected(tmp_path: Path) -> None:
     model = LLM2CLIPModel(tiny.joint_config(), text_model=False)
     with pytest.raises(ValueError, match="there is no LLM to save"):
         model.save_pretrained(tmp_path)

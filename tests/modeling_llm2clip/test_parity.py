@@ -1,4 +1,4 @@
-"""The models equal the original code, at the tolerance of each fixture."""
+"""Parity with the original code, at the tolerance of each fixture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.golden import Golden, load_golden
 
 
 def load_model(golden: Golden, prefix: str = "", attn_implementation: str = "sdpa") -> LLM2CLIPModel:
-    """The fixture's model; what the fixture has no weights for stays random and is not looked at."""
+    """Build the fixture's model; parts without weights in the fixture are random and not compared."""
     state = {prefix + name: tensor for name, tensor in golden.group("state").items()}
     config, converted = from_original(state, {"text_cfg": {"llm_embedding_dim": 16}, **golden.meta["config"]})
     config._attn_implementation = attn_implementation
@@ -31,7 +31,7 @@ def load_model(golden: Golden, prefix: str = "", attn_implementation: str = "sdp
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["eva02_tower_a", "eva02_tower_b", "eva02_tower_c", "eva01_tower_a", "bige_tower_a"])
-def test_eva_tower(name: str, attention: str) -> None:
+def test_eva_tower_equals_the_original(name: str, attention: str) -> None:
     golden = load_golden(name)
     model = load_model(golden, prefix="visual.", attn_implementation=attention)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_timm_siglip_tower_is_transformers_siglip() -> None:
     golden.close(output.last_hidden_state, "out/trunk_tokens")
 
 
-def test_rotary_tables() -> None:
+def test_rotary_tables_equal_the_original() -> None:
     golden = load_golden("rope_tables_a")
     for case in golden.meta["config"]:
         tag, side = case["tag"], case["ft_seq_len"] or case["pt_seq_len"]
@@ -84,7 +84,7 @@ def test_rotary_tables() -> None:
         assert rotated[:, 0].equal(tokens[:, 0])
 
 
-def test_position_embedding_resize() -> None:
+def test_position_embedding_resize_equals_the_original() -> None:
     golden = load_golden("pos_resize_a")
     for case in golden.meta["config"]:
         grid = (case["new_grid"], case["new_grid"])
@@ -99,7 +99,7 @@ def test_position_embedding_resize() -> None:
 
 @pytest.mark.parametrize("name", ["text_proj_a", "text_proj_b"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_text_adapter(name: str, normalize: bool) -> None:
+def test_text_adapter_equals_the_original(name: str, normalize: bool) -> None:
     golden = load_golden(name)
     sizes = golden.meta["config"]
     original = {
@@ -120,7 +120,7 @@ def test_text_adapter(name: str, normalize: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["customclip_a", "customclip_b"])
-def test_joint_model_and_its_gradients(name: str) -> None:
+def test_joint_model_and_its_gradients_equal_the_original(name: str) -> None:
     golden = load_golden(name)
     model = load_model(golden)
     output = model(pixel_values=golden["in/pixel_values"], llm_embeds=golden["in/text_embeddings"], return_loss=True)
@@ -153,7 +153,7 @@ def test_openai_tower_is_transformers_clip(name: str) -> None:
     golden.close(features.pooler_output, "out/embedding")
 
 
-def test_timm_is_a_second_oracle() -> None:
+def test_eva_tower_equals_timm() -> None:
     timm_eva = pytest.importorskip("timm.models.eva")
     golden = load_golden("eva02_tower_a")
     model: EVA02VisionModel = load_model(golden, prefix="visual.").vision_model

@@ -1,4 +1,4 @@
-"""transformers' pipelines and Auto classes on a saved folder give the model's own numbers."""
+"""transformers' pipelines and Auto classes give the values of the model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def model(folder: Path) -> LLM2CLIPModel:
 
 @pytest.mark.parametrize("template", ["{}", "a drawing of {}, seen from far away"])
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_zero_shot_classification(folder: Path, model: LLM2CLIPModel, template: str, batch_size: int) -> None:
+def test_zero_shot_pipeline_gives_the_probabilities_of_the_model(
+    folder: Path, model: LLM2CLIPModel, template: str, batch_size: int
+) -> None:
     labels = [f"{caption} and {count} trees" for count in range(40) for caption in CAPTIONS]
     classify = pipeline("zero-shot-image-classification", model=str(folder), trust_remote_code=True)
     results = classify(IMAGES, candidate_labels=labels, hypothesis_template=template, batch_size=batch_size)
@@ -50,7 +52,9 @@ def test_zero_shot_classification(folder: Path, model: LLM2CLIPModel, template: 
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_image_features(folder: Path, model: LLM2CLIPModel, batch_size: int) -> None:
+def test_image_feature_pipeline_gives_the_features_of_the_model(
+    folder: Path, model: LLM2CLIPModel, batch_size: int
+) -> None:
     extract = pipeline("image-feature-extraction", model=str(folder), trust_remote_code=True)
     pooled = torch.tensor(extract(IMAGES, pool=True, batch_size=batch_size))[:, 0]
     torch.testing.assert_close(F.normalize(pooled, dim=-1), model.encode_image(IMAGES, tiny.processor()), **CLOSE)
@@ -60,7 +64,7 @@ def test_image_features(folder: Path, model: LLM2CLIPModel, batch_size: int) -> 
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_text_features_are_the_token_states_behind_the_embedding(
+def test_feature_pipeline_gives_the_token_states_that_are_pooled(
     folder: Path, model: LLM2CLIPModel, batch_size: int
 ) -> None:
     extract = pipeline("feature-extraction", model=str(folder))
@@ -73,7 +77,7 @@ def test_text_features_are_the_token_states_behind_the_embedding(
         torch.testing.assert_close(F.normalize(features, dim=-1), embedding, **CLOSE)
 
 
-def test_text_features_of_a_text_tower(tmp_path: Path) -> None:
+def test_feature_pipeline_supports_a_text_tower(tmp_path: Path) -> None:
     tower, tokenizer = tiny.text_model(), tiny.processor().tokenizer
     tower.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -83,7 +87,7 @@ def test_text_features_of_a_text_tower(tmp_path: Path) -> None:
     torch.testing.assert_close(pooled, tower.encode(CAPTIONS[0], tokenizer)[0], **CLOSE)
 
 
-def test_auto_classes_share_the_folder(folder: Path, model: LLM2CLIPModel) -> None:
+def test_auto_classes_load_all_parts_from_one_folder(folder: Path, model: LLM2CLIPModel) -> None:
     classifier = AutoModelForZeroShotImageClassification.from_pretrained(folder)
     pixels = AutoImageProcessor.from_pretrained(folder)(IMAGES, return_tensors="pt")
     tokens = AutoTokenizer.from_pretrained(folder)(CAPTIONS, padding=True, return_tensors="pt")

@@ -25,7 +25,7 @@ def expected_ids(text: str) -> list[int]:
     return [plain.bos_token_id, *chain.from_iterable(pieces)]
 
 
-def test_every_way_to_the_ids_is_the_same(tmp_path: Path) -> None:
+def test_tokenizer_and_processor_give_equal_ids_before_and_after_saving(tmp_path: Path) -> None:
     processor = tiny.processor()
     processor.save_pretrained(tmp_path)
     text = "a small brown dog"
@@ -36,7 +36,7 @@ def test_every_way_to_the_ids_is_the_same(tmp_path: Path) -> None:
     assert AutoProcessor.from_pretrained(tmp_path)(text=[text])["input_ids"][0] == expected
 
 
-def test_truncation_cuts_the_caption_alone() -> None:
+def test_truncation_shortens_only_the_caption() -> None:
     tokenizer, prefix_tokens = with_prompt(tiny.plain_tokenizer(), tiny.PREFIX, tiny.SUFFIX, max_length=20)
     ids = tokenizer(LONG, truncation=True)["input_ids"]
     assert len(ids) == 20
@@ -46,8 +46,8 @@ def test_truncation_cuts_the_caption_alone() -> None:
     assert ids[:prefix_tokens] == expected_ids("")[:prefix_tokens]
 
 
-def test_what_a_user_types_is_text(tmp_path: Path) -> None:
-    """Also after a reload; the prompt's own special tokens stay special."""
+def test_special_tokens_in_captions_are_plain_text(tmp_path: Path) -> None:
+    """This also holds after a reload; special tokens in the prompt remain special."""
     tiny.processor().save_pretrained(tmp_path)
     for tokenizer in (tiny.processor().tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         ids = tokenizer("hi <|eot_id|> there")["input_ids"]
@@ -55,7 +55,9 @@ def test_what_a_user_types_is_text(tmp_path: Path) -> None:
         assert ids[-1] == 424
 
 
-def test_cut_captions_are_counted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_captions_are_counted_in_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(transformers_logging.get_logger("modeling_llm2clip"), "propagate", True)
     processor = tiny.processor()
     with caplog.at_level(logging.WARNING):
@@ -92,7 +94,7 @@ def test_processor_options_reach_both_halves() -> None:
     assert batch["pixel_values"].min() == 0
 
 
-def test_processor_round_trip(tmp_path: Path) -> None:
+def test_processor_is_equal_after_save_and_load(tmp_path: Path) -> None:
     processor = tiny.processor()
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
@@ -114,23 +116,23 @@ def test_processor_round_trip(tmp_path: Path) -> None:
         ([], ValueError, "the list of captions is empty"),
     ],
 )
-def test_bad_captions_are_one_clear_error(texts: object, error: type[Exception], message: str) -> None:
+def test_invalid_captions_raise_an_error_that_names_them(texts: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         tiny.processor()(text=texts)
 
 
-def test_caption_given_as_image_is_one_clear_error() -> None:
+def test_a_caption_passed_as_image_raises_an_error() -> None:
     with pytest.raises(TypeError, match="'a dog' is not an image file; captions go to text="):
         tiny.processor()("a dog")
 
 
-def test_prompt_that_leaves_no_room_is_refused() -> None:
+def test_a_prompt_without_room_for_captions_is_rejected() -> None:
     with pytest.raises(ValueError, match="leaves none of 6 to captions"):
         with_prompt(tiny.plain_tokenizer(), tiny.PREFIX, tiny.SUFFIX, max_length=6)
 
 
 def test_outer_white_space_of_captions_never_reaches_the_model(tmp_path: Path) -> None:
-    """The tokenizer agrees with str.strip(), also after a reload, alone and in every function that takes captions."""
+    """The tokenizer strips what str.strip() does, also after a reload, as do the processor and encode_text."""
     spaces = "".join(filter(str.isspace, map(chr, range(0x3001))))
     processor, model = tiny.processor(), tiny.joint_model()
     processor.save_pretrained(tmp_path)
@@ -162,7 +164,7 @@ def test_outer_white_space_is_stripped_before_sentencepiece_adds_its_own(metaspa
 
 
 def test_tokenizers_with_white_space_tokens_leave_stripping_to_the_processor() -> None:
-    """Such tokens split a caption before the normalizer runs, which would strip its inner white space too."""
+    """Such tokens split a caption before normalization, so that a normalizer would strip inner white space too."""
     plain = tiny.plain_tokenizer()
     plain.add_tokens([AddedToken("\n\n", normalized=False)])
     tokenizer, _ = with_prompt(plain)

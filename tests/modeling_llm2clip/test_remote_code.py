@@ -1,4 +1,4 @@
-"""A saved folder works for strangers: a process that has never seen this package, offline."""
+"""A saved folder loads offline, in a process without this package."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ print(json.dumps({"module": type(model).__module__, "logits": logits.tolist(), "
 """
 
 
-def test_stranger_gets_equal_logits(tmp_path: Path) -> None:
+def test_saved_folder_gives_equal_logits_without_this_package(tmp_path: Path) -> None:
     folder = tmp_path / "llm2clip-tiny"
     model = tiny.save(folder)
     image = tmp_path / "noise.png"
@@ -77,8 +77,8 @@ def _named(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_entry_modules_name_all_that_they_need(entry: str) -> None:
-    """transformers 4.57 copies from a local folder the modules that an entry module names itself, and no others."""
+def test_entry_modules_import_all_modules_they_need_directly(entry: str) -> None:
+    """From a local folder, transformers 4.57 copies only the modules that an entry module imports directly."""
     needed, found = _named(entry), set()
     while needed - found:
         found |= (names := needed - found)

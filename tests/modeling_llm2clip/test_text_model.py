@@ -1,4 +1,4 @@
-"""The text tower: parity with the original's encoder, both directions, independence of the batch."""
+"""The text tower: parity with the original encoder, bidirectional attention, independence of the batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def load_text_model(golden: Golden, folder: Path, attention: str = "sdpa", pooli
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", FIXTURES)
-def test_equals_llm2vec(name: str, attention: str, tmp_path: Path) -> None:
+def test_states_equal_llm2vec(name: str, attention: str, tmp_path: Path) -> None:
     golden = load_golden(name)
     model = load_text_model(golden, tmp_path, attention)
     for batch in ("pairs", "raw_no_separator", "dup_separator", "single"):
@@ -87,8 +87,8 @@ def test_prompts_equal_the_original_templates() -> None:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("model_type", list(tiny.DECODERS))
-def test_every_decoder_attends_in_both_directions(model_type: str, attention: str) -> None:
-    """Changing the last token moves the first token's state, padded or not, also beyond a sliding window."""
+def test_every_decoder_is_bidirectional(model_type: str, attention: str) -> None:
+    """Changing the last token changes the first state, with or without padding, even beyond a sliding window."""
     model = tiny.text_model(model_type, attention)
     ids = torch.randint(1, 400, (1, 12))
     changed = ids.clone()
@@ -114,8 +114,8 @@ def test_causal_baseline_stays_causal() -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last_token", "bos_token"])
 @pytest.mark.parametrize("model_type", list(tiny.DECODERS))
-def test_embedding_depends_on_the_caption_alone(model_type: str, pooling: str) -> None:
-    """Not on the batch, the padding side or the attention implementation."""
+def test_embedding_depends_only_on_the_caption(model_type: str, pooling: str) -> None:
+    """It is independent of the batch, the padding side and the attention implementation."""
     tokenizer, _ = with_prompt(tiny.plain_tokenizer(), tiny.PREFIX, tiny.SUFFIX, max_length=64)
     model = tiny.text_model(model_type, pooling=pooling)
     expected = torch.cat([model.encode([caption], tokenizer) for caption in CAPTIONS])
@@ -154,7 +154,7 @@ def test_gradient_checkpointing_reaches_the_decoder_and_keeps_gradients() -> Non
             torch.testing.assert_close(parameter.grad, expected[name])
 
 
-def test_fingerprint_follows_weights_prompt_and_pooling_but_not_dtype() -> None:
+def test_fingerprint_depends_on_weights_prompt_and_pooling_but_not_on_dtype() -> None:
     model = tiny.text_model()
     original = model.fingerprint()
     assert model.to(torch.bfloat16).fingerprint() == original
@@ -177,7 +177,7 @@ def test_save_and_load_through_auto_classes(tmp_path: Path) -> None:
     assert (tmp_path / "modeling_llm2clip_text.py").exists()
 
 
-def test_adapter_checkpoint_loads_over_its_base(tmp_path: Path) -> None:
+def test_adapter_checkpoint_loads_with_its_base_model(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base = tiny.text_model()
     base.decoder.save_pretrained(tmp_path / "base")
@@ -198,8 +198,8 @@ def test_adapter_checkpoint_loads_over_its_base(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(ids).pooler_output, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_adapter_over_a_trained_tower_loads_over_that_tower(tmp_path: Path) -> None:
-    """Its base is the tower, whose weights are not those of the LLM that it once came from."""
+def test_adapter_of_a_trained_tower_loads_with_that_tower(tmp_path: Path) -> None:
+    """Its base model is the tower, whose weights differ from those of the original LLM."""
     peft = pytest.importorskip("peft")
     tower = tiny.text_model()
     tower.config._name_or_path = "some/llm"
@@ -215,7 +215,7 @@ def test_adapter_over_a_trained_tower_loads_over_that_tower(tmp_path: Path) -> N
         torch.testing.assert_close(loaded(ids).pooler_output, model.eval()(ids).pooler_output)
 
 
-def test_suffix_alone_is_missed_in_a_plain_tokenizer() -> None:
+def test_a_plain_tokenizer_without_the_suffix_is_rejected() -> None:
     tokenizer, prefix_tokens = with_prompt(tiny.plain_tokenizer(), "", tiny.SUFFIX, max_length=64)
     ids = tokenizer("")["input_ids"]
     model = tiny.text_model(num_prefix_tokens=prefix_tokens, prompt_prefix="", prompt_token_ids=ids)
@@ -237,7 +237,7 @@ def test_lora_reaches_every_linear() -> None:
     assert not torch.allclose(model(ids).pooler_output, before, atol=1e-3)
 
 
-def test_unknown_pooling_is_one_clear_error() -> None:
+def test_unknown_pooling_is_rejected() -> None:
     with pytest.raises(ValueError, match="'max' is unknown; choose one of mean"):
         LLM2CLIPTextConfig(pooling="max")
 

@@ -34,7 +34,7 @@ DECODER = {
     "eos_token_id": 424,
     "pad_token_id": 424,
 }
-# Everything that the text tower is tested with; a window of 4 shows whether a sliding window hides tokens.
+# Decoders for the tests of the text tower; a window of 4 reveals whether a sliding window hides tokens.
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -52,7 +52,7 @@ SUFFIX = "<|eot_id|>"
 
 
 def plain_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with Llama-3's special tokens, which adds BOS."""
+    """Load a byte-level BPE tokenizer with Llama 3's special tokens, which adds BOS."""
     return AutoTokenizer.from_pretrained(FOLDER / "llm2vec_llama_a_hf")
 
 
@@ -117,7 +117,7 @@ def processor(image_size: int = 28) -> LLM2CLIPProcessor:
 
 
 def save(folder: Path, **fields: Any) -> LLM2CLIPModel:
-    """Save a tiny model with its processor, as a Hub repo would hold them."""
+    """Save a tiny model with its processor, like a Hub repository."""
     model = joint_model(**fields)
     model.save_pretrained(folder)
     processor().save_pretrained(folder)
@@ -125,7 +125,7 @@ def save(folder: Path, **fields: Any) -> LLM2CLIPModel:
 
 
 def save_apart(folder: Path) -> LLM2CLIPModel:
-    """Save an LLM in one folder, and a model that refers to it in another."""
+    """Save an LLM, and in another folder a model that refers to it."""
     llm = text_model()
     llm.save_pretrained(folder / "llm")
     model = LLM2CLIPModel.from_vision_text_pretrained(

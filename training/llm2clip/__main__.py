@@ -1,4 +1,4 @@
-"""`python -m llm2clip` is the `llm2clip` command."""
+"""Run the `llm2clip` command as `python -m llm2clip`, also under `torchrun` and `accelerate launch`."""
 
 import sys
 

@@ -18,16 +18,10 @@ from llm2clip.hub.cards import (
     CardFacts,
     Evaluation,
     check_metadata,
-    license_of,
-    merge_cards,
-    read_card,
-    render,
-    split_card,
-    validate_card,
-    with_repo,
     write_card,
     write_curves,
 )
+from llm2clip.hub.cards.card import license_of, merge_cards, read_card, render, split_card, validate_card, with_repo
 from tests.loopback_hub import LoopbackHub
 
 METRICS = {f"{side}_recall@{k}": k / 20 for side in ("text_to_image", "image_to_text") for k in (1, 5, 10)}

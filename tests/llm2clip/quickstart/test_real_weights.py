@@ -1,4 +1,4 @@
-"""The quickstart as it comes: real weights, the bundled data, and what its table has to show."""
+"""The quickstart with its defaults: pretrained weights, bundled data, and the ratios between rows of its tables."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def results(run: Path) -> dict[str, Any]:
     return json.loads((run / "results.json").read_text())
 
 
-def test_stage_1_lifts_caption_retrieval_tenfold(results: dict[str, Any]) -> None:
+def test_stage_1_improves_caption_retrieval_tenfold(results: dict[str, Any]) -> None:
     rows = {name: sets["lemma_to_gloss"]["recall@1"] for name, sets in results["caption_retrieval"].items()}
     assert rows["after stage 1"] >= 10 * max(rows["raw LLM, causal"], rows["raw LLM, bidirectional"])
 
@@ -57,7 +57,9 @@ def test_stage_1_doubles_image_retrieval(results: dict[str, Any]) -> None:
     assert rows["stage 2, raw LLM"] > rows["before training"]
 
 
-def test_a_stranger_gets_the_same_logits(run: Path, results: dict[str, Any], tmp_path: Path) -> None:
+def test_the_final_model_gives_the_recorded_logits_in_a_process_without_this_package(
+    run: Path, results: dict[str, Any], tmp_path: Path
+) -> None:
     sample = results["model_sample"]
     rows = f"{tiny.CONCEPTS}/test.parquet"
     logits = stranger.answer(STRANGER, run / "llm2clip", rows, json.dumps(sample["captions"]), home=tmp_path)

@@ -77,10 +77,10 @@ def test_resumed_run_equals_an_unbroken_one(inputs: Inputs, tmp_path: Path) -> N
 
 def test_a_finished_run_is_not_overwritten(inputs: Inputs, tmp_path: Path) -> None:
     run(tmp_path / "a", inputs.llm, max_steps=3)
-    with pytest.raises(FileExistsError, match=r"holds a run already \(checkpoint-3\); add --resume"):
+    with pytest.raises(FileExistsError, match=r"already contains a run \(checkpoint-3\); add --resume"):
         run(tmp_path / "a", inputs.llm)
     run(tmp_path / "b", inputs.llm, max_steps=1, save_strategy="no")
-    with pytest.raises(FileExistsError, match=r"holds a run already \(model.safetensors\)"):
+    with pytest.raises(FileExistsError, match=r"already contains a run \(model.safetensors\)"):
         run(tmp_path / "b", inputs.llm)
 
 

@@ -212,7 +212,7 @@ def test_upper_layers_on_stored_states_equal_the_whole_tower(model_type: str, in
 def test_training_goes_on_from_an_llm2clip_model(inputs: Inputs, tmp_path: Path) -> None:
     run(tmp_path / "first", inputs, max_steps=2, save_strategy="no")
     more = {"model_name_or_path": str(tmp_path / "first"), "max_steps": 1, "save_strategy": "no"}
-    with pytest.raises(ValueError, match="is a finished model; leave out projection_dim"):
+    with pytest.raises(ValueError, match="is already trained; leave projection_dim unset"):
         run(tmp_path / "second", inputs, **more)
     run(tmp_path / "second", inputs, projection_dim=None, **more)
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
@@ -354,7 +354,7 @@ def test_stored_states_depend_on_the_preprocessing(inputs: Inputs, tmp_path: Pat
     run(tmp_path / "b", inputs, **states, **other, max_steps=1, save_strategy="no")
     assert len(list((tmp_path / "states").iterdir())) == 2
     vision = tiny.save_vision_tower(tmp_path / "vision", patch_dropout=0.5)
-    with pytest.raises(ValueError, match="patch_dropout does not go with frozen_states_dir"):
+    with pytest.raises(ValueError, match="patch_dropout does not work with frozen_states_dir"):
         run(tmp_path / "c", inputs, vision_model_name_or_path=vision, **states)
 
 

@@ -27,23 +27,23 @@ class DemoConfig:
     data: str | None = field(
         default=None,
         metadata={
-            "help": "Images to search: a folder of images, or the path or Hub id of a data set; default: the bundled "
-            "test split."
+            "help": "Images to search: a folder of images, or the path or Hub id of a data set; by default the "
+            "bundled test split."
         },
     )
     split: str = field(default="test", metadata={"help": "Data set: split."})
     caption_column: str | None = field(
         default=None,
-        metadata={"help": "Data set: column of the images' names; default: caption, txt or text, if any."},
+        metadata={"help": "Data set: column of the images' names; by default caption, txt or text, if any."},
     )
     cache_dir: str = field(
         default="runs/demo", metadata={"help": "Folder of the search indexes, which the next start uses again."}
     )
     host: str | None = field(
         default=None,
-        metadata={"help": "Address to listen on, such as 0.0.0.0; default: only this machine can connect."},
+        metadata={"help": "Address to listen on, such as 0.0.0.0; by default only this machine can connect."},
     )
-    port: int | None = field(default=None, metadata={"help": "Port; default: the first free port from 7860 on."})
+    port: int | None = field(default=None, metadata={"help": "Port; by default the first free port from 7860 on."})
     write_space: str | None = field(
         default=None, metadata={"help": "Write the demo as a Space for the Hub into this folder, and do not serve it."}
     )

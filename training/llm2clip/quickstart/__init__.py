@@ -1,1 +1,1 @@
-"""The quickstart: the whole story on real weights and real captioned images."""
+"""The quickstart: both stages, the evaluation and the export on pretrained weights and bundled data."""

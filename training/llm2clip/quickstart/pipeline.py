@@ -1,4 +1,4 @@
-"""The quickstart: both stages of LLM2CLIP on real weights and real captioned images, in one command."""
+"""The quickstart: both stages of LLM2CLIP on pretrained weights and captioned images, in one command."""
 
 from __future__ import annotations
 

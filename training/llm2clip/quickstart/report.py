@@ -43,7 +43,7 @@ pre { background: #f3f5f8; padding: 1rem; overflow: auto; font-size: .8rem; }
 
 
 def write_report(path: Path, results: dict[str, Any], folder: Path, source: CaptionSource) -> None:
-    """Write the page.
+    """Write the report.
 
     Args:
         path: The HTML file.
@@ -62,25 +62,24 @@ def write_report(path: Path, results: dict[str, Any], folder: Path, source: Capt
         f"<style>{STYLE}</style></head><body><h1>LLM2CLIP quickstart</h1>",
         f"<p>Profile {_text(settings['profile'])}, seed {settings['seed']}. LLM: {_text(settings['llm'])}. "
         f"Vision tower: {_text(settings['vision_model'])}. Data: {_text(settings['data'])}.</p>",
-        "<h2>Does the LLM tell captions apart?</h2>",
-        "<p class='note'>Given one text, is the other text about the same thing among the first 1, 5 or 10 of all "
-        "candidates? In %.</p>",
+        "<h2>Caption retrieval</h2>",
+        "<p class='note'>Share of texts whose paired text is among the first 1, 5 or 10 of all candidates, in %.</p>",
         _caption_table(results["caption_retrieval"]),
-        "<h2>Does the model find images of concepts that it never saw?</h2>",
-        "<p class='note'>No test caption occurs in training. A caption that belongs to several images is right with "
-        "any of them. In %.</p>",
+        "<h2>Image retrieval on unseen concepts</h2>",
+        "<p class='note'>Recall at 1, 5 and 10, in %. No test caption occurs in training. If a caption belongs to "
+        "several images, each of them is correct.</p>",
         _image_table(results["image_retrieval"]),
         "<h2>Training</h2>",
         f"<img class='plot' alt='loss curves' src='{_plot(results['history'])}'>",
-        "<h2>Queries and what was found</h2>",
-        f"<p class='note'>{NUM_QUERIES} of the {len(retrieval.captions)} test captions, drawn with the run's seed, "
-        f"and the first {NUM_FOUND} of {len(retrieval.images)} images. Right ones have a green frame.</p>",
+        "<h2>Retrieved images</h2>",
+        f"<p class='note'>{NUM_QUERIES} random captions of the {len(retrieval.captions)} of the test split, "
+        f"and the first {NUM_FOUND} of {len(retrieval.images)} images. Correct images have a green frame.</p>",
         _queries(model, retrieval, cache, settings["seed"]),
-        "<h2>Where a caption matches its image</h2>",
+        "<h2>Similarity of captions and image patches</h2>",
         "<p class='note'>Cosine similarity between the caption and every patch of its image, from blue (low) to red "
         "(high).</p>",
         _patch_maps(model, processor, retrieval, cache, settings["seed"]),
-        "<h2>Settings and times</h2>",
+        "<h2>Settings and durations</h2>",
         f"<pre>{_text(json.dumps({k: results[k] for k in ('settings', 'seconds', 'machine')}, indent=2))}</pre>",
         "</body></html>",
     ]

@@ -32,7 +32,7 @@ class IndexConfig(UpdateSettings):
         default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."}
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the index; default: runs/index/NAME_OF_THE_IMAGE_FOLDER."}
+        default=None, metadata={"help": "Folder of the index; by default runs/index/NAME_OF_THE_IMAGE_FOLDER."}
     )
     kind: Literal["auto", "folder", "dataset"] = field(
         default="auto",
@@ -43,11 +43,13 @@ class IndexConfig(UpdateSettings):
     revision: str | None = field(default=None, metadata={"help": "Data set: branch, tag or commit on the Hub."})
     image_column: str | None = field(
         default=None,
-        metadata={"help": "Data set: column of the images; default: image, or jpg, png, ... of webdataset shards."},
+        metadata={"help": "Data set: column of the images; by default image, or jpg, png, ... of webdataset shards."},
     )
     caption_column: str | None = field(
         default=None,
-        metadata={"help": "Data set: column of the text shown with a result; default: caption, txt or text, if any."},
+        metadata={
+            "help": "Data set: column of the text shown with a result; by default caption, txt or text, if any."
+        },
     )
     max_pixels: int = field(
         default=DEFAULT_MAX_PIXELS, metadata={"help": "Largest image to decode, width x height; others are skipped."}

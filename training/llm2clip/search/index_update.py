@@ -39,7 +39,7 @@ class UpdateSettings(VectorIndexSettings):
     batch_size: int = field(default=64, metadata={"help": "Images per forward pass."})
     num_workers: int | None = field(
         default=None,
-        metadata={"help": "Processes that read and decode images; default: one per core, at most 8."},
+        metadata={"help": "Processes that read and decode images; by default one per core, at most 8."},
     )
     part_size: int = field(
         default=4096,

@@ -36,7 +36,7 @@ class SearchConfig:
     )
     top: int = field(default=10, metadata={"help": "Number of images shown per query."})
     model: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the model; default: the model that made the index."}
+        default=None, metadata={"help": "Hub id or folder of the model; by default the model that made the index."}
     )
     model_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."}

@@ -31,7 +31,9 @@ class VectorIndexSettings:
     )
     ivf_cells: int | None = field(
         default=None,
-        metadata={"help": "ivf: number of clusters of images; default: 4 x the square root of the number of images."},
+        metadata={
+            "help": "ivf: number of clusters of images; by default 4 x the square root of the number of images."
+        },
     )
     ivf_probes: int = field(
         default=16, metadata={"help": "ivf: clusters searched per query; raise it for higher recall."}

@@ -12,13 +12,13 @@ from llm2clip.trainers.base_config import StageConfig
 
 logger = logging.getLogger(__name__)
 
-# The Trainer writes it last, so that a checkpoint without it was not finished.
+# The Trainer writes it last: a checkpoint without it is incomplete.
 CHECKPOINT_MARK = "trainer_state.json"
 RESULT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run; one that a killed process left half-written is passed over."""
+    """Find the newest complete checkpoint of a run, ignoring one that a killed process left half-written."""
     pattern = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
     folder = Path(output_dir)
     if not folder.is_dir():
@@ -27,34 +27,34 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     for _, path in sorted(found, reverse=True):
         if (path / CHECKPOINT_MARK).is_file():
             return path
-        logger.warning("%s is incomplete (no %s) and is passed over.", path, CHECKPOINT_MARK)
+        logger.warning("%s is incomplete (no %s) and is ignored.", path, CHECKPOINT_MARK)
     return None
 
 
 def resume_point(args: StageConfig, resume: bool) -> str | None:
-    """Where a run starts from.
+    """Decide which checkpoint a run starts from.
 
     Args:
-        args: The run's arguments.
-        resume: Whether to go on from the newest checkpoint in `args.output_dir`.
+        args: The settings of the run.
+        resume: Whether to resume from the newest checkpoint in `args.output_dir`.
 
     Returns:
         The checkpoint to load, or `None` for a new run.
 
     Raises:
-        FileExistsError: The folder holds a run already and `resume` is off.
+        FileExistsError: The folder contains a run and `resume` is off.
     """
     if args.resume_from_checkpoint:
         return args.resume_from_checkpoint
     found = last_checkpoint(args.output_dir)
     if resume:
         if found is None:
-            logger.info("nothing to resume in %s: starting from the beginning.", args.output_dir)
+            logger.info("no checkpoint to resume from in %s: starting from the beginning.", args.output_dir)
         return None if found is None else str(found)
     results = [name for name in RESULT_FILES if Path(args.output_dir, name).exists()]
     if found is not None or results:
         raise FileExistsError(
-            f"{args.output_dir} holds a run already ({found.name if found else results[0]}); add --resume to go on "
-            "with it, or choose another output_dir."
+            f"{args.output_dir} already contains a run ({found.name if found else results[0]}); add --resume to "
+            "continue it, or choose another output_dir."
         )
     return None

@@ -1,4 +1,4 @@
-"""The outputs of a vision tower's frozen layers, computed once for a data set and kept on disk."""
+"""Outputs of the frozen layers of a vision tower, computed once per data set and stored on disk."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ STATES = "states.npy"
 
 
 class FrozenStatesDataset(EpochDataset):
-    """Captioned images as the states of the frozen layers instead of pixels.
+    """Captioned images whose pixels are replaced by the outputs of the frozen layers.
 
-    The states are computed on first use, by all processes together, and kept in float16 in `folder`, one subfolder per
-    combination of frozen weights, data and preprocessing, so that several runs share them.
+    These states are computed on first use, by all processes together, and stored in float16 in `folder`, in one
+    subfolder per combination of frozen weights, data and preprocessing, which later runs reuse.
 
     Args:
-        captions: The data set, without images: it draws the captions.
-        images: The data set's images, in the same order: evaluation samples.
+        captions: The data set without images, which draws the captions.
+        images: Evaluation samples of the same data set in the same order.
         frozen: The frozen layers.
-        image_processor: What prepared the images.
-        folder: Where states are kept.
+        image_processor: Image processor that prepared the images.
+        folder: Folder of the stored states.
         batch_size: Images per forward pass.
-        num_workers: Processes that read images.
+        num_workers: Worker processes that read images.
 
     Raises:
-        ValueError: No image can be read, the states exceed float16, or the tower drops patches in training, which
-            stored states cannot.
+        ValueError: No image can be read, the states exceed float16, or the tower uses patch dropout, which is
+            impossible with stored states.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class FrozenStatesDataset(EpochDataset):
         num_workers: int = 0,
     ) -> None:
         if getattr(frozen.tower.config, "patch_dropout", 0):
-            raise ValueError("patch_dropout does not go with frozen_states_dir; set it to 0.")
+            raise ValueError("patch_dropout does not work with frozen_states_dir; set it to 0.")
         self.captions = captions
         identity = {
             "layers": frozen.num_layers,
@@ -72,7 +72,7 @@ class FrozenStatesDataset(EpochDataset):
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self.folder = Path(folder) / digest
         if (self.folder / MANIFEST).exists():
-            logger.info("the frozen layers' states are in %s already.", self.folder)
+            logger.info("reusing the outputs of the frozen layers in %s.", self.folder)
         else:
             self._build(images, frozen, batch_size, num_workers)
         manifest = json.loads((self.folder / MANIFEST).read_text())
@@ -81,7 +81,7 @@ class FrozenStatesDataset(EpochDataset):
 
     def _build(self, images: CaptionImageDataset, frozen: FrozenLayers, batch_size: int, num_workers: int) -> None:
         state = process_state()
-        state.wait_for_everyone()  # all have seen that there is no manifest
+        state.wait_for_everyone()  # until all have checked for the manifest
         if state.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             shape = (len(images), *frozen.state_shape)
@@ -96,7 +96,7 @@ class FrozenStatesDataset(EpochDataset):
         if len(skipped) == len(images):
             raise ValueError(f"none of the {len(images)} images can be read.")
         if state.is_main_process:
-            # The manifest comes last: states without one are not used.
+            # Written last: states without a manifest are incomplete.
             write_json(self.folder / MANIFEST, {"skipped": skipped})
         state.wait_for_everyone()
 
@@ -109,18 +109,18 @@ class FrozenStatesDataset(EpochDataset):
         batch_size: int,
         num_workers: int,
     ) -> list[tuple[int, str, str]]:
-        """Fill `rows` of the states; returns the rows that were skipped, with key and reason."""
+        """Fill `rows` of `states`; returns (row, key, reason) of the skipped rows."""
         frozen.tower.eval()
         device = next(frozen.tower.parameters()).device
 
         def forward(inputs: dict[str, Tensor]) -> Tensor:
             output = frozen.compute(inputs["pixel_values"].to(device)).half()
             if not output.isfinite().all():
-                raise ValueError("the frozen layers' states exceed float16; train without frozen_states_dir.")
+                raise ValueError("the outputs of the frozen layers exceed float16; unset frozen_states_dir.")
             return output.cpu()
 
         skipped = []
-        title, show = "Frozen vision layers", process_state().is_main_process
+        title, show = "Computing frozen vision layers", process_state().is_main_process
         for batch in forward_images(Subset(images, rows), forward, batch_size, num_workers, title, show):
             start = rows.start + batch.start
             skipped += [(row, *sample) for row, sample in enumerate(batch.skipped, start) if sample is not None]

@@ -1,8 +1,8 @@
-"""Towers that run over a batch in chunks, so that a large contrastive batch costs the memory of a chunk.
+"""GradCache: contrastive batches whose activations do not fit into memory (Gao et al. 2021, arXiv 2101.06983).
 
-The loss needs all embeddings, but no more of the towers than that: chunk by chunk, the embeddings are computed
-without keeping activations, and backward computes a chunk's activations again before it goes through it (GradCache,
-Gao et al. 2021, arXiv 2101.06983). The gradients are those of the whole batch.
+The loss needs the embeddings of the whole batch, but not the activations of the towers. Embeddings are computed chunk
+by chunk without storing activations, and the backward pass recomputes the activations of one chunk at a time. The
+gradients equal those of the whole batch at once.
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ Run = Callable[[nn.Module, Inputs], tuple[Tensor, ...]]
 
 
 def in_chunks(run: Run, model: nn.Module, inputs: Mapping[str, Tensor], chunk_size: int | None) -> tuple[Tensor, ...]:
-    """Run a model over chunks of its inputs' rows.
+    """Run a model on chunks of rows, with the activations of one chunk in memory at a time.
 
-    The activations of one chunk at a time are in memory: those of the last one from forward to backward, and those of
-    the others when backward computes them again, in the same state of the random number generators and of autocast.
+    The last chunk keeps its activations from forward to backward. Those of the others are recomputed in backward,
+    in the same state of the random number generators and of autocast.
 
     Args:
-        run: Calls the model that it is given with the inputs that it is given, and returns tensors of their number of
-            rows.
-        model: The model, possibly in `DistributedDataParallel`.
-        inputs: Tensors of one number of rows, without gradients.
-        chunk_size: Rows per chunk; `None` runs all at once.
+        run: Calls the given model with the given inputs and returns tensors with as many rows.
+        model: The model, possibly wrapped in `DistributedDataParallel`.
+        inputs: Tensors with equal numbers of rows, without gradients.
+        chunk_size: Rows per chunk; `None` runs all rows at once.
 
     Returns:
-        What `run` returns, for all rows.
+        The outputs of `run`, for all rows.
 
     Raises:
         ValueError: FSDP shards the model.
@@ -45,12 +44,12 @@ def in_chunks(run: Run, model: nn.Module, inputs: Mapping[str, Tensor], chunk_si
     if chunk_size is None or chunk_size >= num_rows:
         return run(model, dict(inputs))
     if isinstance(model, (FSDPModule, FullyShardedDataParallel)):
-        raise ValueError("tower_chunk_size does not go with FSDP; leave it out, or train with DDP.")
-    # What does not fill a chunk comes first, since the last chunk is the one that is not computed again.
+        raise ValueError("tower_chunk_size does not work with FSDP; leave it unset, or train with DDP.")
+    # The incomplete chunk comes first, since the last chunk is the one that is not recomputed.
     sizes = [num_rows % chunk_size or chunk_size] + [chunk_size] * ((num_rows - 1) // chunk_size)
     parts = zip(*(tensor.split(sizes) for tensor in inputs.values()), strict=True)
     chunks = [dict(zip(inputs, part, strict=True)) for part in parts]
-    # DDP wants one forward for one backward: that of the last chunk, whose hooks wait for the gradients of all.
+    # DDP expects one forward per backward: that of the last chunk, whose hooks wait for the gradients of all chunks.
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     trained = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
     first = _Recomputed.apply(run, inner, chunks[:-1], list(trained), *trained.values())
@@ -59,7 +58,7 @@ def in_chunks(run: Run, model: nn.Module, inputs: Mapping[str, Tensor], chunk_si
 
 
 class _Recomputed(torch.autograd.Function):
-    """The outputs of chunks, whose graphs are made in backward, one at a time."""
+    """Compute the outputs of chunks, and build their graphs in backward, one at a time."""
 
     @staticmethod
     def forward(
@@ -78,7 +77,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         chunk_backward, chunks, names = ctx.work
         sizes = [len(next(iter(chunk.values()))) for chunk in chunks]
-        # Stand-ins, so that gradients add up in place and the parameters' own hooks (DDP's) run once, for the sum.
+        # Stand-ins accumulate the gradients in place, so that the parameters' hooks (DDP) run once.
         stand_ins = {
             f"model.{name}": parameter.detach().requires_grad_()
             for name, parameter in zip(names, ctx.saved_tensors, strict=True)
@@ -90,7 +89,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 class _ChunkBackward(nn.Module):
-    """A chunk's graph and the way back through it, as a module, which is what `functional_call` takes."""
+    """Forward and backward of one chunk, as a module for `functional_call`."""
 
     def __init__(self, run: Run, model: nn.Module) -> None:
         super().__init__()
@@ -104,7 +103,7 @@ class _ChunkBackward(nn.Module):
 
 
 class _State:
-    """What a model's outputs depend on besides its inputs: random number generators and autocast."""
+    """The state that a model's outputs depend on besides its inputs: random number generators and autocast."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.device_type = next(iter(inputs.values())).device.type
@@ -115,7 +114,7 @@ class _State:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Within this context the state is that of the beginning."""
+        """Within this context, the saved state is restored."""
         has_generators = bool(self.devices)
         with (
             torch.random.fork_rng(self.devices, device_type=self.device_type if has_generators else "cuda"),

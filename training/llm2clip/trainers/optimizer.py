@@ -1,10 +1,11 @@
-"""Optimiser groups with layer-wise learning rates, the warm-up cosine schedule, and the bound of the logit scale."""
+"""Parameter groups with layer-wise learning rates, the cosine schedule with warm-up, and the logit scale's limit."""
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,17 +20,17 @@ TOWER_OF_CHILD = {
     "text_model": "text",
     "text_adapter": "text",
 }
-# The one child of each tower whose numbered layers are the tower's layers.
+# The child of each tower whose numbered layers count.
 BACKBONES = {"vision": "vision_model", "text": "text_model"}
 
 NUMBERED_LAYER = re.compile(r"(?:^|\.)(?:blocks|layers?|stages)\.(\d+)(?=\.)")
-# What comes before the first layer. CLIP's `class_embedding` and `pre_layrnorm` are missing on purpose: the original
-# finds the layer by such a list of names, those two are not on it, and so its runs trained them at the full rate.
+# Modules before the first layer. CLIP's `class_embedding` and `pre_layrnorm` are missing on purpose: the original code
+# has such a list of names without these two, and so trained them at the full rate.
 BEFORE_LAYERS = re.compile(
     r"(?:^|\.)(?:patch_embed(?:dings?)?|pos_embed|position_embeddings?|cls_token|mask_token|register_tokens"
     r"|embed_tokens)(?:\.|$)"
 )
-# Learned tokens and positions are inputs rather than weights: decay would pull them towards "no token".
+# Learned tokens and positions are inputs rather than weights, so decay does not apply to them.
 NEVER_DECAYED = re.compile(
     r"(?:^|\.)(?:pos_embed|position_embeddings?|cls_token|class_embedding|mask_token|register_tokens|probe)(?:\.|$)"
 )
@@ -47,56 +48,74 @@ def parameter_groups(
     vision_layer_decay: float = 0.85,
     text_layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Split the trainable parameters by tower, layer and weight decay, as the original's stage 2 does.
+    """Split the trainable parameters by tower, layer and weight decay, as stage 2 of the original code does.
 
-    Towers: `vision` is all under `vision_model` and `visual_projection`, `text` all under `text_model` and
-    `text_adapter`, `other` the rest (the logit scale).
+    Towers: `vision` is `vision_model` and `visual_projection`, `text` is `text_model` and `text_adapter`, `other` is
+    the rest (the logit scale).
 
-    Layers: in a tower of L layers, the embeddings have id 0, layer n (from 0) has n + 1, and all that follows the
+    Layers: in a tower of L layers, the embeddings have id 0, layer n (from 0) has n + 1, and everything after the
     layers (final norm, pooling head, projection, adapter) has L + 1. A learning rate is multiplied by
-    `layer_decay ** (L + 1 - id)`. As in the original, CLIP's `class_embedding` and `pre_layrnorm` have L + 1 too.
-    Frozen layers count, so freezing the lower ones leaves the rates of the others alone. A layer decay of 1 or more
-    means none.
+    `layer_decay ** (L + 1 - id)`. As in the original code, CLIP's `class_embedding` and `pre_layrnorm` have L + 1 too.
+    Frozen layers count. A layer decay of 1 or more disables it.
 
-    Weight decay: none for parameters with at most one dimension (biases, norms, layer scales, the logit scale), nor
-    for learned tokens and positions.
+    Weight decay applies to parameters with two or more dimensions, except learned tokens and positions.
 
     Args:
-        model: An `LLM2CLIPModel`, also inside wrappers that put a prefix before its names (DDP, PEFT, compile).
-        learning_rate: Of every tower without a rate of its own.
-        weight_decay: Of every tower without a decay of its own.
-        vision_learning_rate: Of the vision projection; the tower's layers have it times their factor.
-        text_learning_rate: Of the adapter, and of the LLM where that is trained.
-        vision_weight_decay: Of the vision tower and projection.
-        text_weight_decay: Of the adapter, and of the LLM where that is trained.
-        vision_layer_decay: Factor from one vision layer to the layer below.
-        text_layer_decay: Factor from one layer of the LLM to the layer below.
+        model: An `LLM2CLIPModel`, possibly in wrappers that prefix its parameter names (DDP, PEFT, compile).
+        learning_rate: Learning rate of towers without one of their own.
+        weight_decay: Weight decay of towers without one of their own.
+        vision_learning_rate: Learning rate of the vision tower and projection.
+        text_learning_rate: Learning rate of the adapter, and of the LLM if that is trained.
+        vision_weight_decay: Weight decay of the vision tower and projection.
+        text_weight_decay: Weight decay of the adapter, and of the LLM if that is trained.
+        vision_layer_decay: Factor on the learning rate from each vision layer to the layer below.
+        text_layer_decay: Factor on the learning rate from each layer of the LLM to the layer below.
 
     Returns:
-        Groups for any torch optimiser, in the order of the model's parameters. Each holds `params`, `lr` (the layer's
-        factor is in it, for schedulers multiply a group's own initial rate), `lr_scale` (the factor alone),
-        `weight_decay`, `name` (such as `vision/layer3/decay`) and `param_names`.
+        Groups for a torch optimizer, in the order of the model's parameters, with `params`, `lr` (including the factor
+        of the layer), `lr_scale` (that factor), `weight_decay`, `name` (such as `vision/layer3/decay`) and
+        `param_names`.
 
     Raises:
-        ValueError: A setting is out of range, nothing is trainable, or layer decay is asked for in a tower whose
-            layers are not numbered in one row.
+        ValueError: A setting is out of range, no parameter is trainable, or a tower with layer decay has no
+            consecutively numbered layers.
     """
     rates = {"vision": vision_learning_rate, "text": text_learning_rate, "other": learning_rate}
     decays = {"vision": vision_weight_decay, "text": text_weight_decay, "other": weight_decay}
     layer_decays = {"vision": vision_layer_decay, "text": text_layer_decay, "other": 1.0}
     _check_settings(rates, decays, layer_decays)
+    rates = {tower: learning_rate if rate is None else rate for tower, rate in rates.items()}
+    decays = {tower: weight_decay if decay is None else decay for tower, decay in decays.items()}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter, tower, labels, lr_scale in _labelled(model, layer_decays):
+        decayed = labels[-1] == "decay"
+        group: dict[str, Any] = {
+            "params": [],
+            "lr": cast(float, rates[tower]) * lr_scale,
+            "lr_scale": lr_scale,
+            "weight_decay": decays[tower] if decayed else 0.0,
+            "name": "/".join(labels),
+            "param_names": [],
+        }
+        group = groups.setdefault("/".join(labels), group)
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    return list(groups.values())
 
+
+def _labelled(
+    model: nn.Module, layer_decays: dict[str, float]
+) -> Iterator[tuple[str, nn.Parameter, str, list[str], float]]:
+    """Name, parameter, tower, labels of the group (tower, layer, decay), and factor on the learning rate."""
     parameters = [(name, *_split(name), parameter) for name, parameter in model.named_parameters()]
     trainable = {tower for _, tower, _, parameter in parameters if parameter.requires_grad}
     if not trainable:
-        raise ValueError("The model has nothing to train: all its parameters have requires_grad=False.")
+        raise ValueError("the model has no trainable parameter: all have requires_grad=False.")
     num_layers = {
         tower: _count_layers([path for _, other, path, _ in parameters if other == tower], tower)
         for tower in trainable
         if layer_decays[tower] < 1
     }
-
-    groups: dict[str, dict[str, Any]] = {}
     for name, tower, path, parameter in parameters:
         if not parameter.requires_grad:
             continue
@@ -106,30 +125,17 @@ def parameter_groups(
             layer = _layer_id(path, tower, num_layers[tower])
             labels.append(f"layer{layer}")
             lr_scale = layer_decays[tower] ** (num_layers[tower] + 1 - layer)
-        group_name = "/".join([*labels, "decay" if decayed else "no_decay"])
-        if group_name not in groups:
-            rate, decay = rates[tower], decays[tower]
-            groups[group_name] = {
-                "params": [],
-                "lr": (learning_rate if rate is None else rate) * lr_scale,
-                "lr_scale": lr_scale,
-                "weight_decay": (weight_decay if decay is None else decay) if decayed else 0.0,
-                "name": group_name,
-                "param_names": [],
-            }
-        groups[group_name]["params"].append(parameter)
-        groups[group_name]["param_names"].append(name)
-    return list(groups.values())
+        yield name, parameter, tower, [*labels, "decay" if decayed else "no_decay"], lr_scale
 
 
 def warmup_cosine_schedule(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """Linear warm-up, then half a cosine to zero, as a factor of each group's own initial learning rate.
+    """Make a schedule of linear warm-up and half a cosine to zero, on each group's own initial learning rate.
 
     Step t (from 0) runs at `(t + 1) / warmup_steps` while t < warmup_steps, then at
     `(1 + cos(pi (t - warmup_steps) / (total_steps - warmup_steps))) / 2`. Without warm-up, step 0 has the full rate.
 
     Args:
-        optimizer: Its groups' `lr` are the peaks.
+        optimizer: Optimizer, whose groups' `lr` are the peaks.
         warmup_steps: Number of optimiser steps, possibly 0.
         total_steps: Number of optimiser steps including the warm-up; later steps stay at 0.
 
@@ -152,10 +158,10 @@ def warmup_cosine_schedule(optimizer: Optimizer, warmup_steps: int, total_steps:
 
 @torch.no_grad()
 def clamp_logit_scale(model: nn.Module) -> None:
-    """Keep the log of the logit scale in [0, ln 100]; call it after each optimiser step (CLIP, section 2.5).
+    """Clamp the log of the logit scale to [0, ln 100], to be called after each optimizer step (CLIP, section 2.5).
 
     Args:
-        model: The unwrapped model, whose `logit_scale` is changed in place.
+        model: The unwrapped model; its `logit_scale` is changed in place.
     """
     model.get_parameter("logit_scale").clamp_(0.0, MAX_LOGIT_SCALE)
 
@@ -173,7 +179,7 @@ def _check_settings(
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A parameter's tower, and its name from the tower's child on, so without any wrapper's prefix."""
+    """Return the tower of a parameter and its name from the tower's child on, without the prefixes of wrappers."""
     parts = name.split(".")
     for i, part in enumerate(parts):
         if part in TOWER_OF_CHILD:

@@ -1,4 +1,4 @@
-"""MNTP from its settings to a text tower."""
+"""Run masked next token prediction from its settings: the command `llm2clip mntp`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _load_language_model(config: MNTPConfig) -> tuple[PreTrainedModel, PreTraine
     name, revision = config.model_name_or_path, config.model_revision
     if is_text_tower(name, revision):
         raise ValueError(
-            f"{name} is a text tower, without the language-modelling head that this stage needs; give the LLM."
+            f"{name} is a text tower, without the language-modelling head that this stage needs; give the LLM instead."
         )
     options = loading_options(config.dtype, config.attn_implementation, revision)
     model = AutoModelForCausalLM.from_pretrained(name, **options)
@@ -32,17 +32,17 @@ def _load_language_model(config: MNTPConfig) -> tuple[PreTrainedModel, PreTraine
 def _frozen_head(language_model: PreTrainedModel) -> nn.Module:
     head: Any = language_model.get_output_embeddings()
     embedding: Any = language_model.get_input_embeddings()
-    if head.weight is not embedding.weight:  # a tied head is the embedding, which full fine-tuning trains
+    if head.weight is not embedding.weight:  # a tied head is the embedding, which may be trained
         head.requires_grad_(False)
     return head
 
 
 def run(config: MNTPConfig, resume: bool = False) -> dict[str, Any]:
-    """The pre-stage from its settings to a text tower in `config.output_dir`.
+    """Train a text tower with masked next token prediction and save it in `config.output_dir`.
 
     Args:
         config: The settings.
-        resume: Go on from the newest checkpoint.
+        resume: Resume from the newest checkpoint.
 
     Returns:
         The metrics of the run.

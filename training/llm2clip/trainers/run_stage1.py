@@ -1,4 +1,4 @@
-"""Stage 1 from its settings to a text tower."""
+"""Run stage 1 from its settings: the command `llm2clip stage1`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from llm2clip.utils.settings import require
 
 
 def run(config: Stage1Config, resume: bool = False) -> dict[str, Any]:
-    """Stage 1 from its settings to a text tower in `config.output_dir`.
+    """Train a text tower with stage 1 and save it in `config.output_dir`.
 
     Args:
         config: The settings.
-        resume: Go on from the newest checkpoint.
+        resume: Resume from the newest checkpoint.
 
     Returns:
-        The metrics of the run: training's, and caption retrieval's with the prefix `eval_`.
+        The metrics of training, and those of caption retrieval with the prefix `eval_`.
     """
     require(config, ["model_name_or_path", "sources"])
     has_lora = config.lora_rank > 0

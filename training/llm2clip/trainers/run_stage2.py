@@ -1,4 +1,4 @@
-"""What stage 2 starts from: the model, the captions' embeddings, the training set."""
+"""Run stage 2 from its settings, the command `llm2clip stage2`: model, caption embeddings, training set."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
 
-# Settings of a new model; of a finished one they are part of it.
+# Settings of a new model; a trained model brings its own.
 NEW_MODEL_FIELDS = (
     "projection_dim",
     "adapter_num_layers",
@@ -50,10 +50,10 @@ SIGMOID_BIAS = -10.0
 
 
 def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    """The model of a run, its trained parts in float32, and its processor; the LLM is there only if it runs online.
+    """Load the model of a run, with its trained parts in float32, and its processor; the LLM only if it runs online.
 
     Raises:
-        ValueError: Settings of a new model are given for a finished one.
+        ValueError: Settings of a new model are given for a trained one.
     """
     options = loading_options("float32", config.attn_implementation)
     fields = {name: getattr(config, name) for name in NEW_MODEL_FIELDS if getattr(config, name) is not None}
@@ -61,7 +61,7 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
         fields = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": SIGMOID_BIAS, **fields}
     if config.model_name_or_path is not None:
         if fields:
-            raise ValueError(f"{config.model_name_or_path} is a finished model; leave out {', '.join(fields)}.")
+            raise ValueError(f"{config.model_name_or_path} is already trained; leave {', '.join(fields)} unset.")
         image_processor_name = config.model_name_or_path
         model = LLM2CLIPModel.from_pretrained(config.model_name_or_path, text_model=False, **options)
         if (model.logit_bias is not None) != (config.loss == "sigmoid"):
@@ -104,16 +104,16 @@ def _set_patch_dropout(model: LLM2CLIPModel, rate: float) -> None:
 
 def _fingerprint(model: LLM2CLIPModel) -> str | None:
     name, revision = model.config.text_model_name_or_path, model.config.text_model_revision
-    logger.info("%s does not say its fingerprint: reading its weights.", name)
+    logger.info("%s has no stored fingerprint: reading its weights.", name)
     return open_text_tower(name, revision=revision)[0].fingerprint()
 
 
 @dataclass
 class CaptionInputs:
-    """How captions reach the model.
+    """Collator and embedder of the captions.
 
     Attributes:
-        collator: Makes batches.
+        collator: Collator of the training set.
         embed: Maps captions to the LLM's embeddings.
     """
 
@@ -127,11 +127,11 @@ def open_captions(
     processor: LLM2CLIPProcessor,
     retrieval: Mapping[str, ImageTextRetrieval],
 ) -> CaptionInputs:
-    """The captions' way into the model: the embedding cache, or the LLM online.
+    """Open the source of caption embeddings: the embedding cache, or the LLM online.
 
     Raises:
-        CacheError: The cache is another encoder's, incomplete or damaged.
-        MissingCaptionError: It lacks captions of a retrieval set or of the training set.
+        CacheError: The cache was made by another encoder, or is incomplete or damaged.
+        MissingCaptionError: The cache lacks captions of a retrieval set or of the training set.
     """
     if config.embedding_cache is None:
         return CaptionInputs(
@@ -162,7 +162,7 @@ def open_captions(
 
 
 def _refuse_missing_captions(cache: EmbeddingCache, source: CaptionSource, rank: int, world_size: int) -> None:
-    """Raise for captions of this rank's part of the training set that the cache lacks, before training gets there."""
+    """Raise an error before training if the cache lacks captions of this rank's part of the training set."""
     if source.caption_weights is not None:
         drawn = [name for name, weight in zip(source.caption_columns, source.caption_weights, strict=True) if weight]
         source = replace(source, caption_columns=drawn, caption_weights=None)
@@ -175,10 +175,10 @@ def _refuse_missing_captions(cache: EmbeddingCache, source: CaptionSource, rank:
 
 
 def build_dataset(config: Stage2Config, model: LLM2CLIPModel, image_processor: Any) -> tuple[Any, FrozenLayers | None]:
-    """The training set, and the vision tower's frozen layers, if any.
+    """Load the training set, and the frozen layers of the vision tower, if any.
 
     Raises:
-        ValueError: A streamed source is not the only one, or is to be read as stored states.
+        ValueError: A streamed source is not the only one, or is combined with stored states.
     """
     sources = [CaptionSource.from_dict(source) for source in config.sources]
     evaluation = EvalTransform(image_processor, config.image_backend)
@@ -193,7 +193,7 @@ def build_dataset(config: Stage2Config, model: LLM2CLIPModel, image_processor: A
         frozen = FrozenLayers(model.vision_model, config.freeze_vision_layers, output_size(image_processor))
     if any(source.streaming for source in sources):
         if len(sources) > 1 or config.frozen_states_dir:
-            raise ValueError("a streamed source has to be the only one, and frozen_states_dir does not apply to it.")
+            raise ValueError("a streamed source must be the only one, and cannot be combined with frozen_states_dir.")
         stream = StreamingCaptionImageDataset(
             sources[0],
             evaluation,
@@ -222,14 +222,14 @@ def build_dataset(config: Stage2Config, model: LLM2CLIPModel, image_processor: A
 
 
 def run(config: Stage2Config, resume: bool = False) -> dict[str, Any]:
-    """Stage 2 from its settings to a Hub-ready folder in `config.output_dir`.
+    """Train a model with stage 2 and save it, ready for the Hub, in `config.output_dir`.
 
     Args:
         config: The settings.
-        resume: Go on from the newest checkpoint.
+        resume: Resume from the newest checkpoint.
 
     Returns:
-        The metrics of the run: training's, and retrieval's with the prefix `eval_`.
+        The metrics of training, and those of retrieval with the prefix `eval_`.
     """
     require(config, ["sources"])
     if (config.embedding_cache is not None) == config.online_text_model:
@@ -238,7 +238,7 @@ def run(config: Stage2Config, resume: bool = False) -> dict[str, Any]:
     checkpoint = resume_point(config, resume)
     set_seed(config.seed)
     model, processor = load_model(config)
-    # A model that is trained further names its LLM itself.
+    # A model that was trained before names its LLM in its config.
     check_pushing(
         config, model.config.text_model_name_or_path, not config.bundle_text_model, checkpoints_need_llm=True
     )

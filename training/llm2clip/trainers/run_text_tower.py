@@ -1,4 +1,4 @@
-"""What stage 1 and its optional pre-stage start from: the text tower, LoRA, the retrieval sets."""
+"""Inputs of stage 1 and MNTP: the text tower with LoRA, and the retrieval sets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from modeling_llm2clip.modeling_llm2clip_utils import absolute_path
 def load_text_tower(
     config: TextTowerConfig, decoder: PreTrainedModel | None = None
 ) -> tuple[LLM2CLIPTextModel, PreTrainedTokenizerBase]:
-    """The LLM of a run as text tower, with its tokenizer; see [`open_text_tower`]."""
+    """Load the LLM of a run as a text tower with its tokenizer; see [`open_text_tower`]."""
     return open_text_tower(
         config.model_name_or_path,
         dtype=config.dtype,
@@ -34,9 +34,9 @@ def load_text_tower(
 
 
 def add_lora(model: LLM2CLIPTextModel, config: TextTowerConfig) -> None:
-    """Give the decoder LoRA layers, in float32, and freeze the rest; nothing happens when `lora_rank` is 0.
+    """Add LoRA layers to the decoder, in float32, and freeze the rest, unless `lora_rank` is 0.
 
-    LoRA sits on the base model, without a language-modelling head, so that the adapter loads over `AutoModel` too.
+    LoRA is on the base model without language-modelling head, so that the adapter also loads on `AutoModel`.
     """
     if config.lora_rank == 0:
         return
@@ -53,12 +53,12 @@ def add_lora(model: LLM2CLIPTextModel, config: TextTowerConfig) -> None:
         # peft 0.21 reads is_gradient_checkpointing, which transformers 5.23 has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         model.decoder = get_peft_model(model.decoder, lora)
-    # The decoder may have changed since it left the LLM that its config names: the adapter belongs to this model.
+    # The decoder may differ from the LLM that its config names: the adapter belongs to this model.
     model.decoder.peft_config["default"].base_model_name_or_path = absolute_path(config.model_name_or_path)
 
 
 def retrieval_sets(config: TextTowerConfig) -> dict[str, CaptionRetrieval]:
-    """The caption retrieval sets of the settings' `eval_sources`."""
+    """Load the caption retrieval sets of `eval_sources`."""
     return {
         name: CaptionRetrieval.from_source(PairSource.from_dict(source))
         for name, source in config.eval_sources.items()

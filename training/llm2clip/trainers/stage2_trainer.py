@@ -1,4 +1,4 @@
-"""Stage 2, vision alignment: train vision tower and adapter against the frozen LLM (paper, section 3.2)."""
+"""Stage 2, vision alignment: vision tower and adapter are trained against the frozen LLM (paper, section 3.2)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CAPTION_INPUTS = ("input_ids", "attention_mask", "pooling_mask")
 
 
 class ClampLogitScale(TrainerCallback):
-    """Keeps the logit scale between 1 and 100 after every step of the optimiser."""
+    """Clamps the logit scale to 1 to 100 after every optimizer step."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         with torch.no_grad():
@@ -161,10 +161,10 @@ class Stage2Trainer(StageTrainer):
             text_model.eval()
             if self.args.tower_chunk_size is not None:
                 inputs = self._with_llm_embeds(text_model, inputs)
-        # Through the wrapped model, so that DDP sees every parameter, the logit scale too.
+        # Through the wrapped model, so that DDP sees every parameter including the logit scale.
         images, texts, *numbers = in_chunks(self._embed, model, inputs, self.args.tower_chunk_size)
         embeds = {"image_embeds": images, "text_embeds": texts}
-        # One number for every row; those of the last chunk are not computed again.
+        # One value per row, all equal; those of the last chunk are not recomputed.
         scale, *bias = [number[-1] for number in numbers]
         options: dict[str, Any] = {
             **embeds,
@@ -191,7 +191,7 @@ class Stage2Trainer(StageTrainer):
         return output.image_embeds, output.text_embeds, *(number.expand(rows) for number in numbers)
 
     def _with_llm_embeds(self, text_model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The captions as embeddings, so that backward does not run the frozen LLM again."""
+        """Replace captions by their embeddings, so that backward does not recompute the frozen LLM."""
         captions = {name: inputs[name] for name in CAPTION_INPUTS if name in inputs}
         with torch.no_grad():
             (embeds,) = in_chunks(_embed_captions, text_model, captions, self.args.tower_chunk_size)
@@ -223,7 +223,7 @@ class Stage2Trainer(StageTrainer):
         return text_model.encode(captions, cast(LLM2CLIPProcessor, self.processing_class).tokenizer)
 
     def save_result(self, output_dir: str | Path) -> None:
-        """Save model, processor and code as a Hub repo holds them."""
+        """Save model, processor and code as a folder for the Hub."""
         self.accelerator.wait_for_everyone()
         model = self.accelerator.unwrap_model(self.model)
         if self.args.should_save:

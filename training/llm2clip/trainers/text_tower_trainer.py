@@ -19,7 +19,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class TextTowerTrainer(StageTrainer):
-    """Trains an [`LLM2CLIPTextModel`], evaluates caption retrieval, saves with tokenizer and remote code."""
+    """Trains an [`LLM2CLIPTextModel`] and saves it with its tokenizer and remote code."""
 
     card_task = TEXT_TASK
     evaluation_title = "caption retrieval"
@@ -48,8 +48,8 @@ class TextTowerTrainer(StageTrainer):
 
         Args:
             output_dir: The folder.
-            save_format: `merged` merges LoRA into the weights first, also in the trainer's model; `adapter` saves
-                LoRA alone.
+            save_format: `merged` first merges LoRA into the weights, in the trainer's model too; `adapter` saves LoRA
+                alone.
         """
         self.accelerator.wait_for_everyone()
         text_model = self.accelerator.unwrap_model(self.model)
@@ -58,7 +58,7 @@ class TextTowerTrainer(StageTrainer):
         if self.args.should_save:
             save_text_tower(text_model, cast(PreTrainedTokenizerBase, self.processing_class), output_dir)
             if not text_model.has_adapter:
-                # A push in mid-training has left them here.
+                # Pushed checkpoints have left them here.
                 for name in ADAPTER_FILES:
                     Path(output_dir, name).unlink(missing_ok=True)
                 write_sentence_transformers_files(output_dir)
