@@ -56,7 +56,7 @@ class Command:
 
 COMMANDS = {
     "quickstart": Command(
-        "run both stages, the evaluation and the export on the bundled data",
+        "run both stages, evaluation and export on the bundled data",
         "llm2clip.quickstart.pipeline",
         "QuickstartConfig",
         positional=(),
@@ -64,7 +64,7 @@ COMMANDS = {
         extra="quickstart",
     ),
     "mntp": Command(
-        "train masked next token prediction, an optional stage before stage 1",
+        "train masked next token prediction (optional, before stage 1)",
         "llm2clip.trainers.run_mntp",
         "MNTPConfig",
         resumes=True,
@@ -78,13 +78,13 @@ COMMANDS = {
         writes_log=True,
     ),
     "embed": Command(
-        "embed all captions with the LLM into a cache; continues an interrupted run",
+        "embed all captions with the LLM into a cache (resumable)",
         "llm2clip.embedding.embed",
         "EmbedConfig",
         writes_log=True,
     ),
     "stage2": Command(
-        "train the vision tower and the adapter against the cached caption embeddings",
+        "train the vision tower and adapter on cached embeddings",
         "llm2clip.trainers.run_stage2",
         "Stage2Config",
         resumes=True,

@@ -1,4 +1,4 @@
-"""Towers in chunks: the gradients of the whole batch, whatever is drawn at random, in one process and in two."""
+"""GradCache: gradients equal those of the whole batch, with random layers, in one process and in two."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def embed(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor]:
 
 
 def random_tower() -> EVA02VisionModel:
-    """A tower that draws patches, paths and attention weights."""
+    """A tower with patch dropout, stochastic depth and attention dropout."""
     torch.manual_seed(0)
     fields = {"patch_dropout": 0.5, "drop_path_rate": 0.3, "attention_dropout": 0.2, "initializer_range": 0.1}
     return EVA02VisionModel(tiny_models.vision_config(**fields)).train()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_gradients_and_random_numbers_are_those_of_chunks_that_keep_their_activations(autocast: bool) -> None:
+def test_gradients_and_random_numbers_equal_those_of_chunks_that_store_activations(autocast: bool) -> None:
     pixels = torch.randn(10, 3, 28, 28)
     texts = nn.functional.normalize(torch.randn(10, random_tower().config.hidden_size), dim=-1)
 
@@ -61,7 +61,7 @@ def test_gradients_and_random_numbers_are_those_of_chunks_that_keep_their_activa
     assert actual[2].equal(expected[2]), "the next step draws the same numbers"
 
 
-def test_no_more_than_a_chunk_is_in_a_graph_and_the_last_one_runs_once() -> None:
+def test_one_chunk_at_a_time_has_a_graph_and_the_last_one_runs_once() -> None:
     model = random_tower()
     calls: list[tuple[bool, int]] = []
     model.register_forward_pre_hook(
@@ -74,7 +74,7 @@ def test_no_more_than_a_chunk_is_in_a_graph_and_the_last_one_runs_once() -> None
     assert calls[3:] == [(True, 2), (True, 4)]
 
 
-def test_parameters_without_gradient_are_left_alone() -> None:
+def test_frozen_parameters_get_no_gradient() -> None:
     model = random_tower()
     for parameter in model.blocks[0].parameters():
         parameter.requires_grad_(False)
@@ -85,7 +85,7 @@ def test_parameters_without_gradient_are_left_alone() -> None:
 
 
 def fields_of(stage: str, folder: Path, inputs: Inputs) -> dict[str, Any]:
-    """Three steps with gradient accumulation, and with clipping that bites."""
+    """Three steps with gradient accumulation and with active gradient clipping."""
     if stage == "stage1":
         fields = tiny.stage1_fields(folder, inputs.llm)
     else:
@@ -111,7 +111,7 @@ def run(stage: str, fields: dict[str, Any]) -> dict[str, Tensor]:
         ("stage2", {"embedding_cache": None, "online_text_model": True, "text_model_dtype": "float32"}),
     ],
 )
-def test_a_stage_in_chunks_equals_the_stage_at_once(
+def test_a_stage_in_chunks_equals_the_stage_on_whole_batches(
     stage: str, changes: dict[str, Any], inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -128,7 +128,9 @@ def test_a_stage_in_chunks_equals_the_stage_at_once(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_two_processes_in_chunks_equal_one_at_once(stage: str, inputs: Inputs, tmp_path: Path) -> None:
+def test_two_processes_in_chunks_equal_one_process_on_whole_batches(
+    stage: str, inputs: Inputs, tmp_path: Path
+) -> None:
     one = fields_of(stage, tmp_path / "one", inputs)
     two = {**one, "output_dir": str(tmp_path / "two"), "tower_chunk_size": 3, "loss_chunk_size": 4}
     two["per_device_train_batch_size"] = one["per_device_train_batch_size"] // 2
@@ -138,7 +140,7 @@ def test_two_processes_in_chunks_equal_one_at_once(stage: str, inputs: Inputs, t
 
 
 @pytest.mark.parametrize("name", ["tower_chunk_size", "loss_chunk_size"])
-def test_a_chunk_of_nothing_is_refused(name: str, inputs: Inputs, tmp_path: Path) -> None:
+def test_chunk_sizes_below_one_are_refused(name: str, inputs: Inputs, tmp_path: Path) -> None:
     for stage in ("stage1", "stage2"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, but is 0"):
             run(stage, fields_of(stage, tmp_path, inputs) | {name: 0})

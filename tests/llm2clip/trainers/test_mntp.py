@@ -1,4 +1,4 @@
-"""Masked next token prediction as a user runs it, and stage 1 on what it leaves."""
+"""Masked next token prediction from its settings, and stage 1 on its result."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(folder: Path, llm: str, resume: bool = False, **changes: Any) -> dict[st
     return run_mntp.run(build_config(MNTPConfig, fields(folder, llm, **changes)), resume=resume)
 
 
-def test_leaves_a_text_tower_that_stage1_takes(inputs: Inputs, tmp_path: Path) -> None:
+def test_result_is_a_text_tower_that_stage1_can_train(inputs: Inputs, tmp_path: Path) -> None:
     gloss_test = {"path": tiny.GLOSSES, "split": "test", "anchor_column": "lemmas", "positive_column": "gloss"}
     metrics = run(tmp_path / "mntp", inputs.llm, eval_sources={"glosses": gloss_test})
     assert metrics["eval_glosses_num_targets"] == 586
@@ -59,7 +59,7 @@ def test_weights_in_16_bit_train_in_mixed_precision(inputs: Inputs, tmp_path: Pa
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
-def test_resumed_run_equals_an_unbroken_one(inputs: Inputs, tmp_path: Path) -> None:
+def test_resumed_run_equals_an_uninterrupted_run(inputs: Inputs, tmp_path: Path) -> None:
     run(tmp_path / "unbroken", inputs.llm)
     run(tmp_path / "broken", inputs.llm)
     (tmp_path / "broken" / "checkpoint-6" / "trainer_state.json").unlink()
@@ -69,7 +69,7 @@ def test_resumed_run_equals_an_unbroken_one(inputs: Inputs, tmp_path: Path) -> N
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
 
 
-def test_masks_depend_on_seed_and_sample_alone(inputs: Inputs, tmp_path: Path) -> None:
+def test_masks_depend_only_on_seed_and_sample(inputs: Inputs, tmp_path: Path) -> None:
     config = build_config(MNTPConfig, fields(tmp_path, inputs.llm))
     tokenizer = AutoTokenizer.from_pretrained(inputs.llm)
     collate = MaskCollator(tokenizer, config)
@@ -93,13 +93,13 @@ def test_masks_depend_on_seed_and_sample_alone(inputs: Inputs, tmp_path: Path) -
         ({"block_size": 100_000}, "do not fill one block of 100000"),
     ],
 )
-def test_bad_settings_are_one_clear_error(
+def test_invalid_settings_raise_a_clear_error(
     changes: dict[str, Any], message: str, inputs: Inputs, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
         run(tmp_path, inputs.llm, **changes)
 
 
-def test_a_text_tower_has_no_head_to_predict_with(inputs: Inputs, tmp_path: Path) -> None:
+def test_a_text_tower_is_refused_since_it_has_no_language_modelling_head(inputs: Inputs, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="without the language-modelling head"):
         run(tmp_path, inputs.text)

@@ -1,4 +1,4 @@
-"""Optimiser groups and schedule: against the original's numbers, and on the towers that it did not have."""
+"""Parameter groups and schedule: equal to the original code, and right for towers that it did not have."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tiny_model(vision: PretrainedConfig) -> LLM2CLIPModel:
 
 
 def groups_of(model: nn.Module, **settings: Any) -> dict[str, dict[str, Any]]:
-    """Each parameter's group."""
+    """The group of each parameter."""
     groups = parameter_groups(model, **{"learning_rate": 1e-3, "weight_decay": 0.1, **settings})
     return {name: group for group in groups for name in group["param_names"]}
 
@@ -107,7 +107,7 @@ def test_groups_equal_the_original(name: str) -> None:
     ],
     ids=lambda value: value.model_type if isinstance(value, PretrainedConfig) else "",
 )
-def test_layers_of_every_tower_slow_down_towards_the_patches(
+def test_learning_rates_decrease_towards_the_patches_in_every_tower(
     vision: PretrainedConfig, first: list[str], last: list[str]
 ) -> None:
     found = scales(tiny_model(vision), vision_layer_decay=0.5)
@@ -195,7 +195,7 @@ def test_a_trained_llm_can_have_layer_decay() -> None:
     assert {scale for name, scale in found.items() if name.startswith("text_adapter.")} == {1.0}
 
 
-def test_layer_decay_without_layers_to_number_is_an_error() -> None:
+def test_layer_decay_without_numbered_layers_raises_an_error() -> None:
     adapter = nn.ModuleDict({"text_adapter": nn.Linear(2, 2)})
     assert scales(adapter) == {"text_adapter.weight": 1.0, "text_adapter.bias": 1.0}
     with pytest.raises(ValueError, match=r"text_layer_decay below 1 needs numbered layers .* under 'text_model'"):
@@ -209,7 +209,7 @@ def test_layer_decay_without_layers_to_number_is_an_error() -> None:
         groups_of(adapter, text_weight_decay=-0.1)
 
 
-def test_groups_are_taken_by_an_optimiser_and_survive_its_state_dict() -> None:
+def test_groups_work_in_an_optimizer_and_survive_its_state_dict() -> None:
     model = tiny_model(EVA02VisionConfig(**VISION))
     settings = {"learning_rate": 1e-3, "weight_decay": 0.1}
     optimizer = torch.optim.AdamW(parameter_groups(model, **settings))
@@ -263,7 +263,7 @@ def test_schedule_stays_at_zero_after_the_end_and_resumes() -> None:
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(5, 5), (6, 5), (-1, 5), (0, 0)])
-def test_a_warmup_that_does_not_fit_is_an_error(warmup: int, total: int) -> None:
+def test_a_warmup_longer_than_training_raises_an_error(warmup: int, total: int) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ValueError, match=f"has {warmup} of {total} optimiser steps"):
         warmup_cosine_schedule(optimizer, warmup, total)

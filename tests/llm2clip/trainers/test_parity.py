@@ -1,4 +1,4 @@
-"""The stages equal the original's training code: losses, gradients, optimiser steps."""
+"""The stages equal the original training code: losses, gradients, optimizer steps."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_masked_next_token_prediction(texts: str, masking: str, tmp_path: Path) 
 
 
 class GoldenSteps(EpochDataset):
-    """The fixture's batches, one after the other."""
+    """The batches of the fixture in order."""
 
     def __init__(self, golden: Golden) -> None:
         steps = range(len(golden["out/loss"]))
@@ -125,7 +125,7 @@ class GoldenSteps(EpochDataset):
 
 
 class GoldenTrainer(Stage2Trainer):
-    """Takes the fixture's batches in order and keeps what happens at each step."""
+    """Trains on the batches of the fixture in order and records losses and learning rates."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -142,7 +142,7 @@ class GoldenTrainer(Stage2Trainer):
         return loss
 
 
-def test_six_optimiser_steps_of_stage2(tmp_path: Path) -> None:
+def test_six_optimizer_steps_of_stage2(tmp_path: Path) -> None:
     golden = load_golden("train_steps_a")
     original = golden.meta["config"]["args"]
     config, state = from_original(golden.group("state"), golden.meta["config"])

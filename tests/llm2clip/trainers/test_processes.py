@@ -1,4 +1,4 @@
-"""The command under torchrun and under a kill: two processes, and a run that goes on."""
+"""The commands on two processes, with torchrun and accelerate, and resumed after a kill."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_embed_and_stage2_on_two_processes_equal_one(inputs: Inputs, tmp_path: P
 
 
 def test_two_processes_train_dinov2_with_checkpointing(inputs: Inputs, tmp_path: Path) -> None:
-    """Its mask token has no gradient, which DDP would wait for; the frozen states are computed by both."""
+    """DDP must not wait for the unused mask token; both processes compute the frozen states."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
     Dinov2Model(AutoConfig.for_model("dinov2", **sizes)).save_pretrained(tmp_path / "vision")
     AutoImageProcessor.from_pretrained(inputs.vision).save_pretrained(tmp_path / "vision")
@@ -141,7 +141,7 @@ def test_stage1_under_fsdp_equals_one_process(inputs: Inputs, tmp_path: Path) ->
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
-def test_a_worker_process_fails_in_one_line(inputs: Inputs, tmp_path: Path) -> None:
+def test_an_error_in_a_worker_process_is_one_line(inputs: Inputs, tmp_path: Path) -> None:
     fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, inputs.text, inputs.cache)
     fields |= {"sources": [tiny.concepts(max_samples=300)], "dataloader_num_workers": 1, "eval_sources": {}}
     fields["verify_cache"] = False  # otherwise the main process finds the captions missing first
@@ -154,7 +154,7 @@ def test_a_worker_process_fails_in_one_line(inputs: Inputs, tmp_path: Path) -> N
     assert "llm2clip stage2: error: The embedding cache" in result.stderr
 
 
-def test_a_killed_stage2_goes_on_to_the_same_parameters(inputs: Inputs, tmp_path: Path) -> None:
+def test_a_killed_and_resumed_stage2_ends_with_the_same_parameters(inputs: Inputs, tmp_path: Path) -> None:
     fields = tiny.stage2_fields(tmp_path / "unbroken", inputs.vision, inputs.text, inputs.cache)
     fields |= {"max_steps": 40, "save_steps": 5, "save_total_limit": 2, "eval_sources": {}}
     llm2clip("stage2", fields)

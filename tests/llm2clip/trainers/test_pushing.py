@@ -1,4 +1,4 @@
-"""Training that pushes to a hub on the loopback interface: what arrives in mid-run loads, and the card is ours."""
+"""Training that pushes to a hub on the loopback interface: pushed checkpoints load, and cards are complete."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def train(hub: LoopbackHub, stage: str, fields: dict[str, Any], repo: str, home:
 
 
 def loaded(hub: LoopbackHub, repo: str, revision: str, home: Path) -> str:
-    """What a process that has never seen this package finds in a repo."""
+    """Load a repo in a process without this package; returns what it printed."""
     home.mkdir(exist_ok=True)
     environment = {**os.environ, **hub.environment(home / "consumer", token=None)}
     command = [sys.executable, "-I", "-c", HIDE + CONSUMER, repo, revision]
@@ -60,8 +60,8 @@ def commit_of(repo: Repo, message: str) -> str:
 
 
 @pytest.mark.slow
-def test_both_stages_push_as_they_train(hub: LoopbackHub, inputs: Inputs, tmp_path: Path) -> None:
-    """Stage 1 merged and in mid-run, then stage 2 on the LLM that was pushed, by its Hub id."""
+def test_both_stages_push_checkpoints_and_results_that_load(hub: LoopbackHub, inputs: Inputs, tmp_path: Path) -> None:
+    """Stage 1 during training and merged at the end, then stage 2 on the pushed LLM by its Hub id."""
     HfApi(endpoint=hub.url, token=TOKEN).create_repo("tester/base")
     HfApi(endpoint=hub.url, token=TOKEN).upload_folder(repo_id="tester/base", folder_path=inputs.llm)
     stage1 = tiny.stage1_fields(tmp_path / "text", "tester/base") | {"max_steps": 4}
@@ -122,7 +122,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stage1(inputs: Inputs, tmp_path: Path, **fields: Any) -> int:
-    """The exit code of a run without LoRA that pushes to tester/llm from this process."""
+    """Run stage 1 without LoRA in this process and push to tester/llm; returns the exit code."""
     pushing = {"push_to_hub": True, "hub_model_id": "tester/llm", "hub_token": TOKEN, "hub_strategy": "end"}
     changes = {"lora_rank": 0, "max_steps": 2, "save_steps": 1, **pushing, **fields}
     recipe = tmp_path / "recipe.yaml"
@@ -142,10 +142,10 @@ def below(folder: str, files: dict[str, bytes]) -> dict[str, bytes]:
     ],
 )
 @pytest.mark.usefixtures("waiting")
-def test_checkpoints_are_pushed_as_they_are(
+def test_whole_checkpoints_are_pushed_beside_a_model_that_loads(
     strategy: str, pushed: dict[str, str], hub: LoopbackHub, inputs: Inputs, tmp_path: Path
 ) -> None:
-    """Whole, so that a run goes on from what the Hub has, and beside a model that loads."""
+    """Whole checkpoints, so that a run can resume from the Hub."""
     assert stage1(inputs, tmp_path, hub_strategy=strategy) == 0
     repo = hub.repo("tester/llm")
     folders = {name.split("/")[0] for name in repo.files() if "checkpoint" in name}
@@ -179,7 +179,7 @@ def test_checkpoints_are_pushed_as_they_are(
         ),
     ],
 )
-def test_what_the_hub_will_not_take_is_said_before_training(
+def test_a_push_that_the_hub_would_refuse_fails_before_training(
     fields: dict[str, Any], message: str, hub: LoopbackHub, inputs: Inputs, tmp_path: Path, capsys: Any
 ) -> None:
     for name, file in (
@@ -196,7 +196,7 @@ def test_what_the_hub_will_not_take_is_said_before_training(
     assert not list((tmp_path / "text").glob("*.safetensors"))
 
 
-def test_a_hub_that_is_down_is_one_error(
+def test_an_unreachable_hub_is_one_error_line(
     hub: LoopbackHub, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.fail_next("POST", "/api/repos/create", CUT, times=20)
@@ -204,7 +204,7 @@ def test_a_hub_that_is_down_is_one_error(
     assert "llm2clip stage1: error: tester/llm: the connection broke" in capsys.readouterr().err
 
 
-def test_push_finishes_a_run_that_was_cut_off_at_its_end(
+def test_push_command_uploads_a_result_whose_upload_failed(
     hub: LoopbackHub,
     inputs: Inputs,
     tmp_path: Path,
@@ -233,7 +233,7 @@ def test_push_finishes_a_run_that_was_cut_off_at_its_end(
 
 
 @pytest.mark.usefixtures("waiting")
-def test_a_push_that_fails_in_mid_training_is_told_and_made_good(
+def test_a_failed_checkpoint_push_is_logged_and_the_next_push_succeeds(
     hub: LoopbackHub, inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     hub.fail_next("POST", "/commit/", 413)
@@ -244,7 +244,7 @@ def test_a_push_that_fails_in_mid_training_is_told_and_made_good(
     assert hub.repo("tester/llm").messages[1:] == ["Training in progress, step 2", "End of training"]
 
 
-def test_a_local_llm_is_refused_before_training(inputs: Inputs, tmp_path: Path, capsys: Any) -> None:
+def test_pushing_a_reference_to_a_local_llm_fails_before_training(inputs: Inputs, tmp_path: Path, capsys: Any) -> None:
     fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, inputs.text, inputs.cache)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**fields, "push_to_hub": True, "hub_model_id": "tester/clip"}))
@@ -254,7 +254,7 @@ def test_a_local_llm_is_refused_before_training(inputs: Inputs, tmp_path: Path, 
     assert "or push the result alone (--hub-strategy end)" in capsys.readouterr().err
 
 
-def test_the_card_of_a_run_keeps_what_was_written_on_it(inputs: Inputs, tmp_path: Path) -> None:
+def test_the_card_keeps_text_that_people_wrote(inputs: Inputs, tmp_path: Path) -> None:
     fields = tiny.stage1_fields(tmp_path / "text", inputs.llm) | {"max_steps": 1, "save_strategy": "no"}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(fields))

@@ -1,4 +1,4 @@
-"""Stage 1 as a user runs it: training, resuming, what it leaves."""
+"""Stage 1 from its settings: training, resuming, results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return LLM2CLIPTextModel.from_pretrained(folder).state_dict()
 
 
-def test_leaves_a_text_tower_that_strangers_load(inputs: Inputs, tmp_path: Path) -> None:
+def test_result_is_a_text_tower_that_loads_with_auto_classes(inputs: Inputs, tmp_path: Path) -> None:
     gloss_test = {"path": tiny.GLOSSES, "split": "test", "anchor_column": "lemmas", "positive_column": "gloss"}
     metrics = run(
         tmp_path,
@@ -50,7 +50,7 @@ def test_leaves_a_text_tower_that_strangers_load(inputs: Inputs, tmp_path: Path)
     assert not model.decoder.layers[0].mlp.up_proj.weight.equal(before.decoder.layers[0].mlp.up_proj.weight)
 
 
-def test_every_checkpoint_holds_adapter_tokenizer_and_code(inputs: Inputs, tmp_path: Path) -> None:
+def test_checkpoints_contain_adapter_tokenizer_and_code(inputs: Inputs, tmp_path: Path) -> None:
     run(tmp_path, inputs.llm, max_steps=3)
     checkpoint = tmp_path / "checkpoint-3"
     names = {path.name for path in checkpoint.iterdir()}
@@ -62,7 +62,7 @@ def test_every_checkpoint_holds_adapter_tokenizer_and_code(inputs: Inputs, tmp_p
     torch.testing.assert_close(loaded(ids).pooler_output, merged(ids).pooler_output, atol=1e-5, rtol=1e-4)
 
 
-def test_resumed_run_equals_an_unbroken_one(inputs: Inputs, tmp_path: Path) -> None:
+def test_resumed_run_equals_an_uninterrupted_run(inputs: Inputs, tmp_path: Path) -> None:
     run(tmp_path / "unbroken", inputs.llm, lora_dropout=0.1)
     run(tmp_path / "broken", inputs.llm, lora_dropout=0.1)
     expected = weights(tmp_path / "unbroken")
@@ -86,7 +86,7 @@ def test_a_finished_run_is_not_overwritten(inputs: Inputs, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("start", ["llm", "text"])
 def test_adapter_can_be_kept_and_loads_over_what_it_was_trained_on(start: str, inputs: Inputs, tmp_path: Path) -> None:
-    """A plain LLM, or a text tower whose weights are not the LLM's any more."""
+    """Start from a plain LLM, and from a text tower with other weights than its LLM."""
     unset: dict[str, Any] = {"prompt_prefix": None, "prompt_suffix": None, "max_text_length": None}
     fields = {"max_steps": 2, "save_strategy": "no", **(unset if start == "text" else {})}
     run(tmp_path / "merged", getattr(inputs, start), **fields)
@@ -101,7 +101,7 @@ def test_adapter_can_be_kept_and_loads_over_what_it_was_trained_on(start: str, i
         )
 
 
-def test_training_cuts_captions_where_encoding_does(inputs: Inputs) -> None:
+def test_training_truncates_captions_like_encoding(inputs: Inputs) -> None:
     tokenizer = AutoTokenizer.from_pretrained(inputs.text)
     pair = {"anchor": "a word " * 90, "positive": "b", "negative": None, "instruction": None, "source": "x"}
     batch = PairCollator(tokenizer, 8)([{**pair, "positive_instruction": None}])
@@ -125,7 +125,7 @@ def test_full_fine_tuning_without_lora(inputs: Inputs, tmp_path: Path) -> None:
     assert not trained.equal(LLM2CLIPTextModel.from_decoder(inputs.llm).decoder.embed_tokens.weight)
 
 
-def test_a_text_tower_is_trained_further_with_its_own_prompt(inputs: Inputs, tmp_path: Path) -> None:
+def test_training_a_text_tower_keeps_its_prompt(inputs: Inputs, tmp_path: Path) -> None:
     unset = {"prompt_prefix": None, "prompt_suffix": None, "max_text_length": None}
     run(tmp_path, inputs.text, max_steps=1, save_strategy="no", **unset)
     assert LLM2CLIPTextModel.from_pretrained(tmp_path).config.prompt_prefix == tiny_models.PREFIX
@@ -171,7 +171,7 @@ def test_hard_negatives_and_instructions_reach_the_loss(inputs: Inputs, tmp_path
         ({"per_device_train_batch_size": 100_000}, "batch"),
     ],
 )
-def test_bad_settings_are_one_clear_error(
+def test_invalid_settings_raise_a_clear_error(
     changes: dict[str, Any], message: str, inputs: Inputs, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):

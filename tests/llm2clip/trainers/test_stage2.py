@@ -1,4 +1,4 @@
-"""Stage 2 as a user runs it: training, resuming, frozen layers, an online LLM, bad input."""
+"""Stage 2 from its settings: training, resuming, frozen layers, an online LLM, invalid input."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def test_leaves_a_hub_ready_folder(inputs: Inputs, tmp_path: Path) -> None:
+def test_result_is_a_folder_for_the_hub(inputs: Inputs, tmp_path: Path) -> None:
     metrics = run(tmp_path, inputs, eval_strategy="steps", eval_steps=3)
     assert 0 <= metrics["eval_validation_text_to_image_recall@10"] <= 1
     model = AutoModel.from_pretrained(tmp_path).eval()
@@ -69,7 +69,7 @@ def test_llm_can_be_bundled(inputs: Inputs, tmp_path: Path) -> None:
     assert model.text_model.fingerprint() == LLM2CLIPTextModel.from_pretrained(inputs.text).fingerprint()
 
 
-def test_the_card_says_on_which_data_it_was_measured(inputs: Inputs, tmp_path: Path) -> None:
+def test_the_card_names_the_evaluation_data_with_its_revision(inputs: Inputs, tmp_path: Path) -> None:
     table = load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/validation.parquet", split="train[:20]")
     (tmp_path / "bare").mkdir()
     table.to_parquet(tmp_path / "bare" / "train.parquet")
@@ -83,7 +83,7 @@ def test_the_card_says_on_which_data_it_was_measured(inputs: Inputs, tmp_path: P
 
 @pytest.mark.parametrize("changes", [{}, {"freeze_vision_layers": 1, "frozen_states_dir": True}])
 @pytest.mark.parametrize("tower", ["eva02", "dinov2"])
-def test_resumed_run_equals_an_unbroken_one(
+def test_resumed_run_equals_an_uninterrupted_run(
     tower: str, changes: dict[str, Any], inputs: Inputs, tmp_path: Path
 ) -> None:
     if tower == "dinov2":
@@ -112,7 +112,9 @@ def test_best_checkpoint_is_loaded_at_the_end(inputs: Inputs, tmp_path: Path) ->
         assert value.equal(expected[name]), name
 
 
-def test_fast_images_reach_the_training_set(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_backend_fast_is_used_for_training_images(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoded: list[str] = []
 
     def decode(value: Any, key: str, max_pixels: int) -> torch.Tensor:
@@ -160,7 +162,7 @@ def test_patch_dropout_reaches_the_tower(inputs: Inputs, tmp_path: Path, monkeyp
         run(tmp_path / "no", inputs, vision_model_name_or_path=str(tmp_path / "clip"), patch_dropout=0.5, **processor)
 
 
-def test_online_llm_gives_the_losses_of_the_cache(inputs: Inputs, tmp_path: Path) -> None:
+def test_online_llm_gives_the_same_losses_as_the_cache(inputs: Inputs, tmp_path: Path) -> None:
     run(tmp_path / "cache", inputs, max_steps=3, save_strategy="no")
     run(tmp_path / "online", inputs, max_steps=3, save_strategy="no", embedding_cache=None, online_text_model=True)
     assert losses(tmp_path / "online") == pytest.approx(losses(tmp_path / "cache"), abs=2e-3)
@@ -168,7 +170,7 @@ def test_online_llm_gives_the_losses_of_the_cache(inputs: Inputs, tmp_path: Path
     assert saved.config.text_model_fingerprint is not None
 
 
-def test_frozen_layers_stay_and_their_stored_states_change_nothing(inputs: Inputs, tmp_path: Path) -> None:
+def test_frozen_layers_keep_their_weights_and_stored_states_give_equal_losses(inputs: Inputs, tmp_path: Path) -> None:
     """Without augmentation, training from stored states equals training through the frozen layers."""
     fields = {"freeze_vision_layers": 1, "crop_scale": [1.0, 1.0], "max_steps": 4, "save_strategy": "no"}
     states = str(tmp_path / "states")
@@ -209,7 +211,7 @@ def test_upper_layers_on_stored_states_equal_the_whole_tower(model_type: str, in
     assert FrozenLayers(tower, -1, (28, 28)).num_layers == len(frozen.stack.layers) - 1
 
 
-def test_training_goes_on_from_an_llm2clip_model(inputs: Inputs, tmp_path: Path) -> None:
+def test_training_continues_from_an_llm2clip_model(inputs: Inputs, tmp_path: Path) -> None:
     run(tmp_path / "first", inputs, max_steps=2, save_strategy="no")
     more = {"model_name_or_path": str(tmp_path / "first"), "max_steps": 1, "save_strategy": "no"}
     with pytest.raises(ValueError, match="is already trained; leave projection_dim unset"):
@@ -221,7 +223,7 @@ def test_training_goes_on_from_an_llm2clip_model(inputs: Inputs, tmp_path: Path)
     assert 0 < change < 0.01
 
 
-def test_streamed_source_resumes_too(inputs: Inputs, tmp_path: Path) -> None:
+def test_resumed_run_on_a_streamed_source_equals_an_uninterrupted_run(inputs: Inputs, tmp_path: Path) -> None:
     fields = {"sources": [tiny.concepts(streaming=True)], "shuffle_buffer": 32}
     run(tmp_path / "unbroken", inputs, **fields)
     run(tmp_path / "broken", inputs, **fields)
@@ -233,7 +235,7 @@ def test_streamed_source_resumes_too(inputs: Inputs, tmp_path: Path) -> None:
 
 
 def damaged_source(folder: Path) -> dict[str, Any]:
-    """Sixty-four rows of the data, two of which hold something else than an image."""
+    """Sixty-four rows of the data, two of them with a damaged image."""
     table = load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split="train[:64]")
     rows = [{key: row[key] for key in ("key", "caption", "keywords")} for row in table.remove_columns("image")]
     (folder / "images").mkdir()
@@ -275,7 +277,7 @@ def test_damaged_images_are_refused_or_skipped_and_listed(inputs: Inputs, tmp_pa
         ({"text_model_name_or_path": ""}, ValueError, "needs text_model_name_or_path"),
     ],
 )
-def test_bad_settings_are_one_clear_error(
+def test_invalid_settings_raise_a_clear_error(
     changes: dict[str, Any], error: type[Exception], message: str, inputs: Inputs, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message):
@@ -283,7 +285,7 @@ def test_bad_settings_are_one_clear_error(
 
 
 def test_cache_of_another_encoder_is_refused(inputs: Inputs, tmp_path: Path) -> None:
-    """Before any training, for two towers as for a finished model."""
+    """Before training, for two towers and for a trained model."""
     other = LLM2CLIPTextModel.from_pretrained(inputs.text)
     with torch.no_grad():
         other.decoder.layers[0].mlp.up_proj.weight.mul_(1.5)
@@ -305,7 +307,7 @@ def test_cache_of_another_encoder_is_refused(inputs: Inputs, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_plain_llm_is_a_text_tower_without_prompt(dtype: str, inputs: Inputs, tmp_path: Path) -> None:
-    """The raw baseline: embed, stage 2 and the result all read captions the same way."""
+    """The baseline without stage 1: embed, stage 2 and the result encode captions alike."""
     cache = str(tmp_path / "cache")
     settings = {"text_model_name_or_path": inputs.llm, "output_dir": cache, "sources": [tiny.concepts()]}
     embed.run(embed.EmbedConfig(**settings, dtype=dtype))
@@ -319,7 +321,7 @@ def test_plain_llm_is_a_text_tower_without_prompt(dtype: str, inputs: Inputs, tm
     )
 
 
-def test_missing_training_captions_are_noticed_before_training(inputs: Inputs, tmp_path: Path) -> None:
+def test_missing_training_captions_raise_before_training(inputs: Inputs, tmp_path: Path) -> None:
     columns = {"caption_columns": ["caption", "caption_de"]}
     with pytest.raises(MissingCaptionError, match=r"lacks \d+ captions of the training set"):
         run(tmp_path, inputs, sources=[tiny.concepts(**columns)])
@@ -328,7 +330,7 @@ def test_missing_training_captions_are_noticed_before_training(inputs: Inputs, t
     run(tmp_path, inputs, sources=[tiny.concepts(**columns, caption_weights=[1, 0])], max_steps=1, save_strategy="no")
 
 
-def test_missing_evaluation_captions_are_noticed_before_training(inputs: Inputs, tmp_path: Path) -> None:
+def test_missing_evaluation_captions_raise_before_training(inputs: Inputs, tmp_path: Path) -> None:
     evaluation = {"german": tiny.concepts("validation", caption_columns=["caption_de"])}
     with pytest.raises(MissingCaptionError, match=r"lacks \d+ of the \d+ captions of eval_sources 'german'"):
         run(tmp_path, inputs, eval_sources=evaluation)
