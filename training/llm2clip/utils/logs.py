@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +18,38 @@ OUR_LOGGERS = ("llm2clip", "modeling_llm2clip", "transformers_modules")
 DEVELOPER_WARNINGS = ("FutureWarning:", "DeprecationWarning:")
 
 
-class LogFile(logging.Handler):
+class LogFile(MemoryHandler):
     """All records of a run, in `log.txt` in its output folder.
 
     The folder is known only after the libraries are imported. Until `open` or `discard`, records are kept.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        self._kept: list[logging.LogRecord] = []
-        self._file: logging.FileHandler | None = None
-        self._discards = False
+        super().__init__(capacity=sys.maxsize)
 
     def open(self, folder: str | Path) -> Path:
         """Append all records, also the earlier ones, to `log.txt` in `folder`; returns its path."""
         path = Path(folder) / LOG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = logging.FileHandler(path, encoding="utf-8")
-        self._file.setFormatter(self.formatter)
-        for record in self._kept:
-            self._file.emit(record)
-        self._kept.clear()
+        file = logging.FileHandler(path, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._pass_on(file)
         return path
 
     def discard(self) -> None:
         """Drop all records: the run has no output folder."""
-        self._discards = True
-        self._kept.clear()
+        self._pass_on(logging.NullHandler())
 
-    @property
-    def receives(self) -> bool:
-        """Whether a record is written, now or later."""
-        return not self._discards
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self._file is not None:
-            self._file.emit(record)
-        elif not self._discards:
-            self._kept.append(record)
+    def _pass_on(self, target: logging.Handler) -> None:
+        self.capacity = 0
+        self.setTarget(target)
+        self.flush()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        target = self.target
         super().close()
+        if target is not None:
+            target.close()
 
 
 class TerminalHandler(logging.StreamHandler):
@@ -78,7 +67,8 @@ class TerminalHandler(logging.StreamHandler):
     def _shows(self, record: logging.LogRecord) -> bool:
         if record.name.partition(".")[0] in OUR_LOGGERS:
             return record.levelno >= (logging.INFO if is_main_process() else logging.WARNING)
-        if record.levelno != logging.WARNING or self._log_file.receives or not is_main_process():
+        has_no_file = isinstance(self._log_file.target, logging.NullHandler)
+        if record.levelno != logging.WARNING or not has_no_file or not is_main_process():
             return record.levelno >= logging.ERROR
         return record.name != "py.warnings" or not any(name in record.getMessage() for name in DEVELOPER_WARNINGS)
 
