@@ -1,4 +1,4 @@
-"""What the examples share: the options, and the bundled pictures."""
+"""Command-line options and bundled pictures that all examples use."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ DATA = Path(__file__).parent / "data" / "concepts"
 
 
 def example_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the option `--model`."""
+    """Return a parser with the option `--model`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/quickstart/llm2clip", help="Hub id or folder (%(default)s)")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, models: tuple[str, ...] = ("model",)) -> argparse.Namespace:
-    """The options, after a look whether the folders of models are there; every run draws the same random numbers."""
+    """Parse the options, check that the models exist, and seed the random number generators."""
     set_seed(0)
     arguments = parser.parse_args()
     for name in models:
@@ -32,5 +32,5 @@ def parse(parser: argparse.ArgumentParser, models: tuple[str, ...] = ("model",))
 
 
 def pictures(split: str) -> Dataset:
-    """The bundled captioned drawings; see data/README.md."""
+    """Load the bundled captioned drawings (see data/README.md)."""
     return load_dataset(str(DATA), split=split)

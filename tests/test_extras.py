@@ -1,4 +1,4 @@
-"""The extra that an error names brings what the command needs: all that its code imports, inside functions too."""
+"""The extra named by an error message installs every library that the command imports, also inside functions."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def missing(modules: set[str], *extras: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_the_extra_of_a_command_brings_what_it_imports(name: str) -> None:
+def test_extra_of_a_command_installs_every_library_it_imports(name: str) -> None:
     command = cli.COMMANDS[name]
     modules = needed({"llm2clip.cli", command.module})
     assert "torch" in modules
@@ -113,7 +113,7 @@ def test_the_extra_of_a_command_brings_what_it_imports(name: str) -> None:
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
-def test_an_example_needs_no_more_than_its_page_says(script: str) -> None:
+def test_example_needs_only_the_extra_named_in_its_table(script: str) -> None:
     path = ROOT / "examples" / script
     modules = needed(imports(path, "")) - {"common"}
     if script == "app.py":
@@ -126,7 +126,7 @@ def test_an_example_needs_no_more_than_its_page_says(script: str) -> None:
         assert re.search(rf"{re.escape(script)}.*\[{extra}\]", page)
 
 
-def test_a_missing_library_names_the_extra(
+def test_error_about_a_missing_library_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "runs/quickstart/llm2clip").mkdir(parents=True)

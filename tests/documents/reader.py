@@ -1,4 +1,4 @@
-"""A reader who runs the documents' commands, each in a folder that holds what it needs."""
+"""Run the commands of the documents, each in a folder with the files that it needs."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ class Reader:
             case.check(folder)
 
     def _serve(self, command: str, folder: Path) -> Result:
-        """Start a command that serves a page, look at the page, and stop it."""
+        """Start a command that serves a page, request the page, and stop the command."""
         _, *arguments = self.shell.command(command)
         with serving(*arguments, folder=folder):
             return Result(0, (folder / "server.log").read_text(), "")
 
     def _provide(self, need: str, folder: Path) -> None:
-        """Put what a command needs into its folder, or on the Hub."""
+        """Create an input of a command in its folder, or on the Hub."""
         kind = "dataset" if need in DATASETS else "model"
         if need in COMMANDS:
             case = COMMANDS[need]
@@ -99,7 +99,7 @@ class Reader:
 
 
 def publish(hub: LoopbackHub, name: str, folder: Path, kind: str) -> None:
-    """Put a folder's files into a new repo, as if its owner had uploaded them."""
+    """Upload the files of a folder to a new repository."""
     repo = hub.repos[kind, name] = Repo(name, kind)
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     content = {file: File(path.read_bytes(), file.endswith(LFS_SUFFIXES)) for file, path in files.items()}
@@ -107,7 +107,7 @@ def publish(hub: LoopbackHub, name: str, folder: Path, kind: str) -> None:
 
 
 def meant(line: str, case: Run) -> str:
-    """A documented command as it is run: with what its words stand for, and the options that make it small."""
+    """Return the command that is run: placeholders replaced, and options appended that make it small."""
     if line.startswith("make "):
         line = recipe(line)
     for word, meaning in case.meant.items():
@@ -116,13 +116,13 @@ def meant(line: str, case: Run) -> str:
 
 
 def recipe(line: str) -> str:
-    """What a `make` command does last, after the set-up of its environment.
+    """Return the last command of a `make` target, after the set-up of its environment.
 
     Raises:
-        AssertionError: make refuses it, or does not use one of its variables.
+        AssertionError: The target does not exist, or does not use one of the variables.
     """
     _, target, *variables = shlex.split(line)
-    # A make that runs the tests would have its own settings taken over, and talk of folders.
+    # If make runs the tests, its MAKEFLAGS would change the output of this make.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     command = ["make", "-n", target, *variables]
     asked = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

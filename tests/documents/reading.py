@@ -1,4 +1,4 @@
-"""What the documents hold: fenced blocks, code spans, and the commands in both."""
+"""Read the documents: fenced blocks, code spans, and the commands in both."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ OUTPUTS = ("{'a train on a single rail':", "Caption retrieval, R@1 / 5 / 10 in %
 
 
 def is_command(text: str) -> bool:
-    """Whether a line or a code span is a command."""
+    """Return whether a line or a code span is a command."""
     program, _, rest = text.strip().partition(" ")
     return program in PROGRAMS and (bool(rest.strip()) or program == ".ci/run")
 
 
 def blocks(document: str) -> list[tuple[str, str]]:
-    """The fenced blocks of a document: language and content."""
+    """Return the fenced blocks of a document: language and content."""
     return re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
 
 
 def kind(language: str, content: str) -> str:
-    """What a block is: python, shell, output or diagram.
+    """Return the kind of a block: python, shell, output or diagram.
 
     Raises:
         ValueError: It is none of them.
@@ -41,14 +41,14 @@ def kind(language: str, content: str) -> str:
 
 
 def code_spans(document: str) -> list[str]:
-    """The inline code of a document; a span may go over a line's end."""
+    """Return the inline code of a document; a span may continue on the next line."""
     text = (ROOT / document).read_text()
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
 
 
 def commands(document: str) -> list[str]:
-    """The commands of a document, from its blocks and its code spans, without the remarks behind them."""
+    """Return the commands of a document, from its blocks and code spans, without trailing comments."""
     lines = [
         line
         for language, content in blocks(document)
@@ -59,6 +59,6 @@ def commands(document: str) -> list[str]:
 
 
 def bare(line: str) -> str:
-    """A command without its remark, which follows a `#` or, behind make and .ci/run, some spaces."""
+    """Strip the comment of a command: after `#` or, for make and .ci/run, after two spaces."""
     remark = r"\s{2,}.*|\s#.*" if line.startswith(("make ", ".ci/run")) else r"\s#.*"
     return " ".join(re.sub(remark, "", line.strip()).split())

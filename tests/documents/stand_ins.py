@@ -1,4 +1,4 @@
-"""What the documents' commands name and a test machine has not: small models and data under the same names."""
+"""Small models and data that replace those named by the commands of the documents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DREAMLIP = [f"{length}{llm}_captions" for length in ("short", "long") for llm in
 
 @cache
 def rows(count: int = 24) -> list[dict[str, Any]]:
-    """Some of the bundled images, each with a short and a long caption."""
+    """Return some of the bundled images, each with a short and a long caption."""
     bundled = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/test.parquet", split=f"train[:{count}]")
     return [
         {"image": row["image"], "caption": row["caption"], "long": f"{row['caption']}: {row['keywords']}"}
@@ -41,21 +41,21 @@ def rows(count: int = 24) -> list[dict[str, Any]]:
 
 
 def llm(golden: str, folder: Path) -> None:
-    """A causal LLM of a golden tower's type and tokenizer."""
+    """Save a causal LLM with the architecture and tokenizer of a golden text tower."""
     config = AutoConfig.from_pretrained(GOLDEN / golden)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(GOLDEN / golden).save_pretrained(folder)
 
 
 def clip(folder: Path) -> None:
-    """A CLIP of OpenAI's layout, with its image processor."""
+    """Save a CLIP model in OpenAI's layout, with its image processor."""
     sizes = {**SIZES, "image_size": 28, "patch_size": 7}
     CLIPModel(CLIPConfig(vision_config=sizes, text_config={**SIZES, "vocab_size": 64})).save_pretrained(folder)
     tiny_models.processor().image_processor.save_pretrained(folder)
 
 
 def published(name: str, folder: Path) -> None:
-    """A published checkpoint with the names and shapes of its tensors.
+    """Save a checkpoint with the tensor names and shapes of a published one.
 
     Every tensor is one zero, repeated. A pickle keeps the one, so that gigabytes are a file of some kilobytes.
     """
@@ -73,7 +73,7 @@ def published(name: str, folder: Path) -> None:
 
 
 def wikitext(folder: Path) -> None:
-    """Free text, as `Salesforce/wikitext` lays it out."""
+    """Write free text in the layout of `Salesforce/wikitext`."""
     name = "wikitext-103-raw-v1"
     (folder / name).mkdir()
     texts = [row["long"] for row in rows()]
@@ -90,13 +90,13 @@ def table(columns: dict[str, str], splits: tuple[str, ...], folder: Path) -> Non
 
 
 def captions_csv(columns: list[str], folder: Path) -> None:
-    """Captions of images, one column per kind."""
+    """Write captions of images, one column per kind."""
     content = [{name: row["long" if "long" in name else "caption"] for name in columns} for row in rows()]
     datasets.Dataset.from_list(content).to_csv(folder / "part-0.csv")
 
 
 def text_pairs(folder: Path) -> None:
-    """Queries with a right and a wrong answer."""
+    """Write queries with a positive and a negative each."""
     content = [
         {"query": row["caption"], "positive": row["long"], "negative": other["long"]}
         for row, other in zip(rows(), reversed(rows()), strict=True)
@@ -105,7 +105,7 @@ def text_pairs(folder: Path) -> None:
 
 
 def shards(folder: Path) -> None:
-    """Two webdataset shards with the captions of DreamLIP."""
+    """Write two webdataset shards with the captions of DreamLIP."""
     for shard in range(2):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for number, row in enumerate(rows()[shard::2]):
@@ -120,7 +120,7 @@ def shards(folder: Path) -> None:
 
 
 def pictures(folder: Path) -> None:
-    """A folder of pictures with `metadata.jsonl` for each split: more than one batch of the recipe's."""
+    """Write a folder of pictures with `metadata.jsonl` for each split, more than one batch of the recipe."""
     for split in ("train", "test"):
         (folder / split).mkdir()
         lines = []
@@ -131,7 +131,7 @@ def pictures(folder: Path) -> None:
 
 
 def small_profile(name: str, path: Path) -> None:
-    """A profile of the quickstart with a few small steps on a CPU."""
+    """Write a profile of the quickstart with a few small training steps on a CPU."""
     profile = load_recipe(find_recipe(f"quickstart_{name}"))
     small = {"use_cpu": True, "max_steps": 3, "warmup_steps": 0, "per_device_train_batch_size": 8}
     profile["stage1"] |= small
@@ -142,7 +142,7 @@ def small_profile(name: str, path: Path) -> None:
 
 
 def photo(path: Path) -> None:
-    """A picture of noise."""
+    """Save an image of noise."""
     Image.effect_noise((60, 40), 80).convert("RGB").save(path)
 
 

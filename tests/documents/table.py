@@ -1,4 +1,4 @@
-"""Every command that the documents show, and how a test runs it: what stands in, what is smaller, what comes out."""
+"""Every command in the documents, and how the tests run it: its stand-ins, options that make it small, its output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every command that the documents show runs, and leaves what it is to leave."""
+"""Every command in the documents runs, and makes the files that it should make."""
 
 from __future__ import annotations
 
@@ -86,19 +86,21 @@ def test_command_that_is_not_run_exists(line: str) -> None:
         ("llm2clip stage1 --help", Run(prints="stage 3"), "'stage 3' is not printed"),
     ],
 )
-def test_a_command_that_fails_is_noticed(line: str, case: Run, message: str, reader: Reader, tmp_path: Path) -> None:
+def test_failing_command_fails_the_test_of_its_document(
+    line: str, case: Run, message: str, reader: Reader, tmp_path: Path
+) -> None:
     with pytest.raises(AssertionError, match=message):
         reader.run(line, case, tmp_path)
 
 
-def test_a_wrong_make_command_is_noticed() -> None:
+def test_unknown_make_target_or_variable_is_an_error() -> None:
     for line in ("make quickstrat", "make lint ARGS=-x"):
         with pytest.raises(AssertionError, match=r"No rule to make target|does not use ARGS=-x"):
             recipe(line)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_options_in_the_text_exist(document: str) -> None:
+def test_every_option_in_the_text_exists(document: str) -> None:
     options = {"--resume", "--traceback", "--help"}
     for command in cli.COMMANDS.values():
         names = [field.name for field in fields(getattr(import_module(command.module), command.config))]
@@ -108,6 +110,6 @@ def test_options_in_the_text_exist(document: str) -> None:
 
 
 @pytest.mark.parametrize(("language", "content"), [("", "curl -O x\n"), ("rust", "fn main() {}\n")])
-def test_an_unknown_block_is_noticed(language: str, content: str) -> None:
+def test_block_of_an_unknown_language_is_an_error(language: str, content: str) -> None:
     with pytest.raises(ValueError, match="neither Python nor known commands"):
         kind(language, content)

@@ -1,4 +1,4 @@
-"""The Python that the documents show runs, block after block, and prints what they show."""
+"""The Python code in every document runs, one block after the other, and prints what the document shows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WITH_PYTHON = [document for document in DOCUMENTS if "```python" in (ROOT / docu
 
 
 @pytest.mark.parametrize("document", WITH_PYTHON)
-def test_python_runs(
+def test_python_code_of_the_document_runs(
     document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / MODEL).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Every example runs, and what it prints is right."""
+"""Every example runs and prints the expected results."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_fine_tuning_settings(
     assert "runs/fine_tuned/llm2clip is there already: give another --output-dir" in capsys.readouterr().err
 
 
-def test_half_a_sample_is_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_of_the_sample_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     write_sample = runpy.run_path(str(EXAMPLES / "fine_tune_on_a_folder.py"))["write_sample"]
 

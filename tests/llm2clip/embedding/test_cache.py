@@ -50,7 +50,7 @@ def test_lookup_returns_each_captions_own_embedding(tmp_path: Path, dtype: str, 
     assert cache.lookup([]).shape == (0, WIDTH)
 
 
-def test_contains_goes_by_exact_text(cache_folder: Path) -> None:
+def test_contains_compares_exact_text(cache_folder: Path) -> None:
     cache = EmbeddingCache.open(cache_folder)
     assert cache.contains([TEXTS[3], TEXTS[3].upper(), TEXTS[3] + " ", "other"]).tolist() == [
         True,
@@ -60,7 +60,7 @@ def test_contains_goes_by_exact_text(cache_folder: Path) -> None:
     ]
 
 
-def test_missing_captions_are_one_error_that_quotes_the_first(cache_folder: Path) -> None:
+def test_error_about_missing_captions_quotes_some(cache_folder: Path) -> None:
     cache = EmbeddingCache.open(cache_folder)
     absent = [f"absent {number} " + "x" * 200 for number in range(50)]
     with pytest.raises(
@@ -114,7 +114,7 @@ def _not_finite(shard: Path) -> None:
         (_not_finite, r"Row 6 of the shard .*shard-00001\.safetensors is not finite"),
     ],
 )
-def test_damaged_shard_is_named_and_can_be_made_again(
+def test_damaged_shard_is_named_and_can_be_computed_again(
     cache_folder: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     shard = cache_folder / "shard-00001.safetensors"
@@ -128,7 +128,7 @@ def test_damaged_shard_is_named_and_can_be_made_again(
     EmbeddingCache.open(cache_folder)
 
 
-def test_lookup_checks_rows_that_were_not_verified(cache_folder: Path) -> None:
+def test_lookup_checks_rows_of_an_unverified_cache(cache_folder: Path) -> None:
     _not_finite(cache_folder / "shard-00001.safetensors")
     cache = EmbeddingCache.open(cache_folder, verify=False)
     cache.lookup(TEXTS[:16])
@@ -136,7 +136,7 @@ def test_lookup_checks_rows_that_were_not_verified(cache_folder: Path) -> None:
         cache.lookup([TEXTS[0], TEXTS[16]])
 
 
-def test_ranks_share_the_check(cache_folder: Path) -> None:
+def test_check_finite_is_distributed_over_ranks(cache_folder: Path) -> None:
     _not_finite(cache_folder / "shard-00001.safetensors")
     cache = EmbeddingCache.open(cache_folder, verify=False)
     cache.check_finite(rank=0, world_size=2)
@@ -150,7 +150,7 @@ def _edit(folder: Path, **fields: object) -> None:
     (folder / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
 
 
-def test_manifest_that_does_not_fit_is_refused(cache_folder: Path, tmp_path: Path) -> None:
+def test_invalid_manifests_are_refused(cache_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="not an embedding cache"):
         EmbeddingCache.open(tmp_path / "nothing")
     _edit(cache_folder, status="building")
@@ -170,14 +170,14 @@ def test_manifest_that_does_not_fit_is_refused(cache_folder: Path, tmp_path: Pat
         EmbeddingCache.open(cache_folder)
 
 
-def test_sent_to_another_process_it_opens_the_files_there(cache_folder: Path) -> None:
+def test_pickled_cache_maps_the_files_again(cache_folder: Path) -> None:
     cache = EmbeddingCache.open(cache_folder)
     sent = pickle.dumps(cache)
     assert len(sent) < 1000
     assert torch.equal(pickle.loads(sent).lookup(TEXTS), cache.lookup(TEXTS))
 
 
-def test_shards_are_mapped_not_read(tmp_path: Path) -> None:
+def test_opening_a_cache_does_not_read_its_shards(tmp_path: Path) -> None:
     import psutil
 
     rows, width = 2000, 4096
@@ -197,7 +197,7 @@ def test_shards_are_mapped_not_read(tmp_path: Path) -> None:
     assert torch.equal(cache.lookup(["1999", "0"]), torch.ones(2, width))
 
 
-def test_index_tells_keys_with_equal_halves_apart() -> None:
+def test_index_distinguishes_keys_with_equal_halves() -> None:
     keys = np.array([[5, 1], [5, 2], [-7, 3], [5, 3], [9, 1]], dtype=np.int64)
     index = KeyIndex(keys)
     assert index.find(keys).tolist() == [0, 1, 2, 3, 4]

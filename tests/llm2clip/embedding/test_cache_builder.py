@@ -37,7 +37,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_manifest_says_what_the_cache_holds(tmp_path: Path) -> None:
+def test_manifest_records_encoder_shards_and_truncated_captions(tmp_path: Path) -> None:
     build(tmp_path, TEXTS, count_truncated=lambda texts: sum(text.endswith("7") for text in texts))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["format_version"] == 1
@@ -61,7 +61,7 @@ def test_manifest_says_what_the_cache_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2, 3, 4, 7, 9])
-def test_killed_build_goes_on_and_equals_an_unbroken_one(tmp_path: Path, calls: int) -> None:
+def test_resumed_build_equals_an_uninterrupted_one(tmp_path: Path, calls: int) -> None:
     truncated = {"count_truncated": lambda texts: len(texts) // 2}
     build(tmp_path / "unbroken", TEXTS, **truncated)
     with pytest.raises(KilledError):
@@ -81,7 +81,7 @@ def test_killed_build_goes_on_and_equals_an_unbroken_one(tmp_path: Path, calls: 
     assert _contents(tmp_path / "broken") == _contents(tmp_path / "unbroken")
 
 
-def test_complete_cache_is_left_alone(tmp_path: Path) -> None:
+def test_complete_cache_is_not_written_again(tmp_path: Path) -> None:
     build(tmp_path, TEXTS)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     manifest = build(tmp_path, TEXTS[5:20], _killed_after(0))
@@ -89,7 +89,7 @@ def test_complete_cache_is_left_alone(tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
-def test_complete_cache_takes_further_captions_in_further_shards(tmp_path: Path) -> None:
+def test_new_captions_are_appended_to_a_complete_cache_in_new_shards(tmp_path: Path) -> None:
     build(tmp_path, TEXTS)
     first = _contents(tmp_path)
     with pytest.raises(KilledError):
@@ -117,13 +117,13 @@ def test_unfinished_build_refuses_other_captions(tmp_path: Path) -> None:
     ("field", "value"),
     [("fingerprint", "finger-b"), ("max_length", 32), ("dtype", "bfloat16"), ("normalize", True), ("hidden_size", 9)],
 )
-def test_cache_of_another_encoder_is_not_added_to(tmp_path: Path, field: str, value: object) -> None:
+def test_cache_of_another_encoder_is_not_extended(tmp_path: Path, field: str, value: object) -> None:
     build(tmp_path, TEXTS)
     with pytest.raises(CacheMismatchError, match=rf"{field} .*, but this build has {field} {value!r}"):
         build(tmp_path, MORE, **{field: value})
 
 
-def test_torn_shard_of_a_crashed_machine_is_made_anew(tmp_path: Path) -> None:
+def test_truncated_shard_is_computed_again(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
         build(tmp_path, TEXTS, _killed_after(7))
     torn = tmp_path / "shard-00000.safetensors"
@@ -134,9 +134,7 @@ def test_torn_shard_of_a_crashed_machine_is_made_anew(tmp_path: Path) -> None:
     assert _contents(tmp_path) == _contents(tmp_path / "unbroken")
 
 
-def test_shard_cut_short_while_it_is_written_never_gets_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shard_is_absent_after_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half a shard")
         raise OSError("No space left on device")
@@ -149,7 +147,7 @@ def test_shard_cut_short_while_it_is_written_never_gets_its_name(
     assert build(tmp_path, TEXTS).status == "complete"
 
 
-def test_kill_between_writing_and_renaming_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_is_absent_after_a_kill_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(source: Path, target: Path) -> None:
         if target.name.startswith("shard"):
             raise KilledError
@@ -181,7 +179,7 @@ def _in_ranks(world: int, work: Callable[[int, Callable[[], None]], None]) -> li
     return errors
 
 
-def test_ranks_share_the_shards_and_give_the_same_cache(tmp_path: Path) -> None:
+def test_shards_are_distributed_over_ranks_with_an_equal_cache(tmp_path: Path) -> None:
     build(tmp_path / "one", TEXTS)
     asked: dict[int, list[str]] = {0: [], 1: [], 2: []}
 
@@ -198,10 +196,10 @@ def test_ranks_share_the_shards_and_give_the_same_cache(tmp_path: Path) -> None:
     assert asked == {0: TEXTS[:10] + TEXTS[30:], 1: TEXTS[10:20], 2: TEXTS[20:30]}
 
 
-def test_what_a_killed_build_left_is_dealt_out_over_all_ranks(tmp_path: Path) -> None:
+def test_missing_shards_of_a_killed_build_are_distributed_over_all_ranks(tmp_path: Path) -> None:
     build(tmp_path / "one", TEXTS)
     build(tmp_path / "two", TEXTS)
-    for number in (1, 3):  # both would be rank 1's, were shards bound to ranks
+    for number in (1, 3):  # both would belong to rank 1 if shards were bound to ranks
         (tmp_path / "two" / f"shard-0000{number}.safetensors").unlink()
     asked: dict[int, int] = {0: 0, 1: 0}
 
@@ -217,7 +215,7 @@ def test_what_a_killed_build_left_is_dealt_out_over_all_ranks(tmp_path: Path) ->
     assert _contents(tmp_path / "two") == _contents(tmp_path / "one")
 
 
-def test_ranks_with_different_captions_are_an_error(tmp_path: Path) -> None:
+def test_ranks_with_different_captions_are_refused(tmp_path: Path) -> None:
     def work(rank: int, barrier: Callable[[], None]) -> None:
         build(tmp_path, TEXTS[: 37 - rank], rank=rank, world_size=2, barrier=barrier, show_progress_bar=False)
 
@@ -230,7 +228,7 @@ def test_ranks_with_different_captions_are_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_embedding_that_is_not_finite_names_the_caption(tmp_path: Path, bad: float) -> None:
+def test_error_about_a_non_finite_embedding_names_the_caption(tmp_path: Path, bad: float) -> None:
     def broken(texts: list[str]) -> torch.Tensor:
         vectors = embed(texts)
         vectors[[text == TEXTS[14] for text in texts]] = bad
@@ -240,7 +238,7 @@ def test_embedding_that_is_not_finite_names_the_caption(tmp_path: Path, bad: flo
         build(tmp_path, TEXTS, broken)
 
 
-def test_float16_overflow_is_an_error_not_infinity(tmp_path: Path) -> None:
+def test_float16_overflow_is_an_error(tmp_path: Path) -> None:
     def large(texts: list[str]) -> torch.Tensor:
         return embed(texts).clamp(-1, 1) + 65504
 
@@ -252,7 +250,7 @@ def test_float16_overflow_is_an_error_not_infinity(tmp_path: Path) -> None:
     torch.testing.assert_close(lengths, torch.ones(37), atol=2e-3, rtol=0)
 
 
-def test_wrong_input_is_refused(tmp_path: Path) -> None:
+def test_invalid_captions_shapes_and_dtypes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shape \(4, 7\) instead of \(4, 8\)"):
         build(tmp_path / "a", TEXTS, lambda texts: embed(texts)[:, :7])
     with pytest.raises(ValueError, match="2 captions repeat an earlier one, such as 'b'"):

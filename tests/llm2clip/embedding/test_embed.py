@@ -1,4 +1,4 @@
-"""The embedding cache of a text tower."""
+"""The `llm2clip embed` command: the embedding cache of a text tower."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm2clip.utils.towers import open_text_tower
 from tests.llm2clip.conftest import Inputs
 
 
-def test_rows_are_what_the_encoder_gives_and_cut_captions_are_counted(inputs: Inputs, tmp_path: Path) -> None:
+def test_cache_contains_the_embeddings_of_encode_and_counts_truncated_captions(inputs: Inputs, tmp_path: Path) -> None:
     texts = ["a dog", "a red bus " * 300, "two cats"]
     (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps({"caption": text}) for text in [*texts, "a dog"]))
     source = {"path": str(tmp_path / "captions.jsonl")}
@@ -30,7 +30,7 @@ def test_rows_are_what_the_encoder_gives_and_cut_captions_are_counted(inputs: In
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_makes_the_cache_of_the_same_tower(dtype: str, inputs: Inputs, tmp_path: Path) -> None:
+def test_cache_from_16_bit_weights_has_the_towers_fingerprint(dtype: str, inputs: Inputs, tmp_path: Path) -> None:
     (tmp_path / "captions.jsonl").write_text(json.dumps({"caption": "a dog"}))
     source = {"path": str(tmp_path / "captions.jsonl")}
     config = EmbedConfig(

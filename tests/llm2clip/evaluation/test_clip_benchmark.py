@@ -1,4 +1,4 @@
-"""CLIP_benchmark's own functions and command run a model folder."""
+"""CLIP_benchmark evaluates a model folder, by its functions and by its command."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pairs() -> list[tuple[Image.Image, list[str]]]:
-    """Pictures with captions that no other has, since CLIP_benchmark breaks ties as they come; half are grey."""
+    """Pictures with unique captions, because CLIP_benchmark breaks ties arbitrarily; half are greyscale."""
     table = datasets.Dataset.from_parquet(str(CONCEPTS), keep_in_memory=True)
     first = {caption.lower(): row for row, caption in reversed(list(enumerate(table["caption"])))}
     table = table.select(sorted(first.values())[:PICTURES])
@@ -47,7 +47,7 @@ def pairs() -> list[tuple[Image.Image, list[str]]]:
 
 
 class Pictures(torch.utils.data.Dataset[Any]):
-    """A data set with CLIP_benchmark's attributes."""
+    """A data set with the attributes that CLIP_benchmark reads."""
 
     def __init__(self, rows: list[tuple[Image.Image, Any]], transform: Any) -> None:
         self.rows, self.transform = rows, transform
@@ -65,7 +65,7 @@ def embeddings(folder: Path, images: list[Image.Image], texts: list[str]) -> tup
     return model.encode_image(images, processor), model.encode_text(texts, processor)
 
 
-def test_retrieval(folder: Path, pairs: list[tuple[Image.Image, list[str]]]) -> None:
+def test_retrieval_equals_our_metrics(folder: Path, pairs: list[tuple[Image.Image, list[str]]]) -> None:
     rows = [(image.convert("RGB"), captions) for image, captions in pairs]
     model, transform, tokenizer = load_clip(str(folder), "", None, "cpu")
     loader = DataLoader(
@@ -86,7 +86,7 @@ def test_retrieval(folder: Path, pairs: list[tuple[Image.Image, list[str]]]) -> 
 
 
 @pytest.mark.parametrize("amp", [False, True])
-def test_zero_shot_classification(folder: Path, pairs: list[tuple[Image.Image, list[str]]], amp: bool) -> None:
+def test_zero_shot_logits_are_cosines(folder: Path, pairs: list[tuple[Image.Image, list[str]]], amp: bool) -> None:
     names = [captions[0] for _, captions in pairs]
     model, transform, tokenizer = load_clip(str(folder))
     pictures = Pictures([(image, index) for index, (image, _) in enumerate(pairs)], transform)
@@ -102,7 +102,7 @@ def test_zero_shot_classification(folder: Path, pairs: list[tuple[Image.Image, l
     torch.testing.assert_close(logits, 100 * images @ texts.t(), atol=3 if amp else 1e-3, rtol=0)
 
 
-def test_scale_is_the_models(folder: Path) -> None:
+def test_logit_scale_is_that_of_the_model(folder: Path) -> None:
     model, _, tokenizer = load_clip(str(folder))
     assert model.logit_scale is model.model.logit_scale
     assert not model.training
@@ -115,7 +115,7 @@ def test_the_command_knows_the_model_type(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The real command on a local copy of Flickr30k's layout, without its captioning metrics, which need Java."""
+    """Run the real command on local data in the layout of Flickr30k, without captioning metrics, which need Java."""
     captioning = "clip_benchmark.metrics.captioning"
     monkeypatch.setitem(sys.modules, captioning, ModuleType(captioning))
     lines = ["image,caption"]
@@ -148,7 +148,7 @@ def test_the_command_knows_the_model_type(
     assert found["text_retrieval_recall@5"] == pytest.approx(expected["image_to_text_recall@5"])
 
 
-def test_bad_input(folder: Path, tmp_path: Path) -> None:
+def test_unsupported_models_and_revisions_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"pretrained \('laion400m_e32'\) is a revision on the Hub, but .* is a folder"
     ):

@@ -1,4 +1,4 @@
-"""The evaluate library's modules give what the functions behind them give."""
+"""The modules for the evaluate library return the values of the functions behind them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def without(counts: set[str], metrics: dict[str, float | int]) -> dict[str, Any]
     return {name: pytest.approx(value) for name, value in metrics.items() if name not in counts}
 
 
-def test_rows_are_pairs(tmp_path: Path) -> None:
+def test_rows_are_matching_pairs_by_default(tmp_path: Path) -> None:
     texts, images = torch.randn(2, 30, 8)
     found = load("retrieval_recall", tmp_path).compute(text_embeds=texts, image_embeds=images)
     expected = retrieval_metrics(images, texts, torch.arange(30)[:, None].expand(-1, 2))
     assert found == without({"num_images_with_text"}, expected)
 
 
-def test_equal_ids_are_one_image_or_text(tmp_path: Path) -> None:
+def test_rows_with_equal_ids_are_one_image_or_text(tmp_path: Path) -> None:
     texts, images = torch.randn(12, 8), torch.randn(5, 8)
     # Text 3 belongs to two images; ids need not start at 0 nor come in order.
     pairs = torch.tensor([*((text, text % 5) for text in range(12)), (3, 4)])[torch.randperm(13)]
@@ -41,7 +41,7 @@ def test_equal_ids_are_one_image_or_text(tmp_path: Path) -> None:
     assert (found["num_texts"], found["num_images"]) == (12, 5)
 
 
-def test_several_texts_of_an_image(tmp_path: Path) -> None:
+def test_an_image_can_have_several_texts(tmp_path: Path) -> None:
     texts, images = torch.randn(10, 8), torch.randn(5, 8)
     owners = torch.arange(10) // 2
     names = [("train.jpg", "dog.jpg", "école.jpg", "cat.jpg", "bus.jpg")[owner] for owner in owners]
@@ -51,7 +51,7 @@ def test_several_texts_of_an_image(tmp_path: Path) -> None:
     assert found == without({"num_images_with_text"}, expected)
 
 
-def test_caption_retrieval_accuracy(tmp_path: Path) -> None:
+def test_caption_retrieval_accuracy_equals_our_metrics(tmp_path: Path) -> None:
     queries = torch.randn(40, 8)
     targets = queries + torch.randn(40, 8)
     metric = load("caption_retrieval_accuracy", tmp_path)
@@ -70,7 +70,7 @@ def test_ids_of_another_length_are_refused(tmp_path: Path) -> None:
         metric.compute(text_embeds=torch.randn(3, 4), image_embeds=torch.randn(3, 4), image_ids=[0, 1])
 
 
-def test_names() -> None:
+def test_unknown_metric_names_are_refused() -> None:
     assert all((Path(metric_path(name)) / f"{name}.py").is_file() for name in METRICS)
     with pytest.raises(ValueError, match="no metric 'recall'; choose one of caption_retrieval_accuracy, retrieval_"):
         metric_path("recall")

@@ -1,4 +1,4 @@
-"""Retrieval metrics: against the original's numbers, and against a naive reading of their definition."""
+"""Retrieval metrics: compared with the original code, and with a naive implementation of their definition."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def diagonal(rows: int) -> Tensor:
 
 
 def naive_ranks(queries: Tensor, candidates: Tensor, matches: Tensor) -> list[int]:
-    """Per query: how many wrong candidates are closer than the closest correct one."""
+    """Count for each query the wrong candidates that are closer than the closest correct one."""
     scores = torch.nn.functional.normalize(queries) @ torch.nn.functional.normalize(candidates).T
     ranks = []
     for query, row in enumerate(scores.tolist()):
@@ -42,7 +42,7 @@ def noisy_captions(images: int, per_image: int, width: int = 8) -> tuple[Tensor,
 
 @dataclass
 class OriginalCase:
-    """A fixture's projected embeddings and pairs. The fixtures that end in b hold equal vectors."""
+    """Projected embeddings and pairs of a fixture. Fixtures that end in b contain equal vectors."""
 
     meta: dict[str, Any]
     image: Tensor
@@ -123,7 +123,7 @@ def test_several_images_per_caption_count_as_correct() -> None:
     assert rank_of_best_match(image, text, matches.flip(1), 3).tolist() == naive_ranks(image, text, matches.flip(1))
 
 
-def test_a_collapsed_model_scores_what_guessing_does() -> None:
+def test_a_collapsed_model_scores_like_guessing() -> None:
     one = torch.randn(1, 16)
     metrics = retrieval_metrics(one.expand(40, -1), one.expand(40, -1), diagonal(40), ks=(1, 10))
     assert metrics["text_to_image_recall@1"] == pytest.approx(1 / 40)
@@ -133,7 +133,7 @@ def test_a_collapsed_model_scores_what_guessing_does() -> None:
     assert zeros["recall@1"] == pytest.approx(1 / 5)
 
 
-def test_ties_are_the_mean_over_every_order_of_the_tied() -> None:
+def test_ties_count_as_the_mean_over_all_orders() -> None:
     """Two correct and three wrong candidates with one score, one wrong candidate before them, one behind."""
     query = torch.tensor([[1.0, 0.0]])
     candidates = torch.tensor([[2.0, 0.0]] + 5 * [[1.0, 1.0]] + [[0.0, 1.0]])
@@ -147,8 +147,8 @@ def test_ties_are_the_mean_over_every_order_of_the_tied() -> None:
         assert metrics[f"recall@{k}"] == pytest.approx(sum(rank < k for rank in ranks) / len(ranks))
 
 
-def test_scores_closer_than_rounding_are_ties() -> None:
-    """A copy of the correct vector scores the same wherever it stands, though products round by place."""
+def test_scores_within_rounding_errors_are_ties() -> None:
+    """A copy of the correct vector has the same score at every position, although rounding depends on it."""
     candidates = torch.randn(300, 129)
     candidates[torch.tensor([3, 150, 299])] = candidates[0].clone()
     candidates[7] = candidates[0] + 0.01 * torch.randn(129)
@@ -157,7 +157,7 @@ def test_scores_closer_than_rounding_are_ties() -> None:
     assert rank_of_best_match(candidates[:1] * 3, candidates, matches).tolist() == [pytest.approx(2 / 3)]
 
 
-def test_both_directions_of_one_product_equal_two_searches() -> None:
+def test_both_directions_equal_two_separate_searches() -> None:
     image, text, matches = noisy_captions(images=40, per_image=3)
     text[5] = text[6]
     both = retrieval_metrics(image, text, matches, tile_size=7)
@@ -166,14 +166,14 @@ def test_both_directions_of_one_product_equal_two_searches() -> None:
     assert both["image_to_text_mean_rank"] == pytest.approx(1 + back.mean().item())
 
 
-def test_correct_candidates_do_not_compete() -> None:
+def test_correct_candidates_do_not_lower_the_rank_of_each_other() -> None:
     query = torch.tensor([[1.0, 0.0]])
     candidates = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
     assert rank_of_best_match(query, candidates, torch.tensor([[0, 0], [0, 1]])).tolist() == [0]
     assert rank_of_best_match(query, candidates, torch.tensor([[0, 0], [0, 1], [0, 2]])).tolist() == [0]
 
 
-def test_an_image_without_text_is_a_wrong_answer_and_no_query() -> None:
+def test_an_image_without_text_is_a_wrong_candidate_but_not_a_query() -> None:
     image, text = torch.eye(3), torch.eye(3)[1:] + torch.tensor([2.0, 0.0, 0.0])
     metrics = retrieval_metrics(image, text, torch.tensor([[0, 1], [1, 2]]), ks=(1, 2))
     assert metrics["text_to_image_recall@1"] == 0.0
@@ -182,14 +182,14 @@ def test_an_image_without_text_is_a_wrong_answer_and_no_query() -> None:
     assert (metrics["num_images"], metrics["num_images_with_text"]) == (3, 2)
 
 
-def test_a_perfect_model_never_loses_against_its_own_rounding() -> None:
+def test_a_perfect_model_has_perfect_recall_despite_rounding() -> None:
     """Scores of equal vectors differ in the last bits between kernels, so comparing two products would fail here."""
     image = torch.randn(301, 257)
     metrics = retrieval_metrics(image, image, diagonal(301), tile_size=13)
     assert metrics["text_to_image_recall@1"] == metrics["image_to_text_recall@1"] == 1.0
 
 
-def test_length_and_type_of_embeddings_do_not_matter() -> None:
+def test_norm_and_dtype_of_embeddings_do_not_change_the_metrics() -> None:
     image, text, matches = noisy_captions(images=10, per_image=2)
     expected = retrieval_metrics(image, text, matches)
     scaled = retrieval_metrics(image * torch.rand(10, 1).add(0.1), 1e4 * text, matches)
@@ -200,13 +200,13 @@ def test_length_and_type_of_embeddings_do_not_matter() -> None:
     assert half["text_to_image_mean_rank"] == pytest.approx(expected["text_to_image_mean_rank"], abs=0.2)
 
 
-def test_k_beyond_the_candidates_gives_one() -> None:
+def test_recall_is_one_for_k_above_the_number_of_candidates() -> None:
     image, text, matches = noisy_captions(images=3, per_image=2)
     metrics = retrieval_metrics(image, text, matches, ks=(3, 50))
     assert metrics["text_to_image_recall@3"] == metrics["image_to_text_recall@50"] == 1.0
 
 
-def test_caption_retrieval_pairs_rows_unless_told_otherwise() -> None:
+def test_caption_retrieval_pairs_rows_by_default() -> None:
     query = torch.randn(20, 6)
     target = query + torch.randn(20, 6)
     metrics = caption_retrieval_metrics(query, target, ks=(1, 2))
@@ -231,7 +231,7 @@ def test_median_of_two_middle_ranks_is_rounded_down() -> None:
     assert metrics["median_rank"] == 2
 
 
-def test_bad_input_is_named() -> None:
+def test_invalid_matches_and_shapes_are_refused() -> None:
     image, text = torch.randn(4, 3), torch.randn(5, 3)
     matches = torch.tensor([[0, 0], [1, 1], [2, 2], [3, 3], [4, 3]])
     with pytest.raises(ValueError, match="Every text needs a correct image in matches; 3, 4 of 5 have none"):

@@ -1,4 +1,4 @@
-"""mteb runs a model folder on local tasks of real captions and pictures, offline."""
+"""mteb evaluates a model folder on local tasks with real captions and pictures, offline."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def encoder(folder: Path) -> LLM2CLIPEncoder:
     return LLM2CLIPEncoder(str(folder), device="cpu")
 
 
-def test_text_retrieval(encoder: LLM2CLIPEncoder) -> None:
+def test_text_retrieval_equals_our_metrics(encoder: LLM2CLIPEncoder) -> None:
     found = scores(encoder, NameToKeywords())
     table = concepts()
     names, keywords = (
@@ -148,7 +148,7 @@ def test_text_retrieval(encoder: LLM2CLIPEncoder) -> None:
         assert found[f"recall_at_{k}"] == pytest.approx(expected[f"recall@{k}"], abs=1e-5)
 
 
-def test_image_text_retrieval(encoder: LLM2CLIPEncoder) -> None:
+def test_image_text_retrieval_equals_our_metrics(encoder: LLM2CLIPEncoder) -> None:
     found = scores(encoder, NameToPicture(), encode_kwargs={"batch_size": 7})
     table = concepts()
     images = encoder.model.encode_image(table["image"][:], encoder.image_processor)
@@ -159,7 +159,7 @@ def test_image_text_retrieval(encoder: LLM2CLIPEncoder) -> None:
         assert found[f"recall_at_{k}"] == pytest.approx(expected[f"text_to_image_recall@{k}"], abs=1e-5)
 
 
-def test_zero_shot_classification(encoder: LLM2CLIPEncoder) -> None:
+def test_zero_shot_classification_equals_the_nearest_caption(encoder: LLM2CLIPEncoder) -> None:
     found = scores(encoder, PictureNaming())
     table = concepts()
     images = encoder.model.encode_image(table["image"][:], encoder.image_processor)
@@ -168,7 +168,7 @@ def test_zero_shot_classification(encoder: LLM2CLIPEncoder) -> None:
     assert found["accuracy"] == pytest.approx(right.float().mean().item())
 
 
-def test_both_modalities_are_added(encoder: LLM2CLIPEncoder) -> None:
+def test_embedding_of_an_image_with_a_text_is_their_sum(encoder: LLM2CLIPEncoder) -> None:
     found = scores(encoder, PictureAndNameToPicture())
     table = concepts()
     images = encoder.model.encode_image(table["image"][:], encoder.image_processor)
@@ -177,7 +177,7 @@ def test_both_modalities_are_added(encoder: LLM2CLIPEncoder) -> None:
     assert found["recall_at_1"] == pytest.approx(expected["recall@1"], abs=1e-5)
 
 
-def test_text_tower_is_a_text_model(tmp_path: Path) -> None:
+def test_text_tower_is_a_model_for_texts_only(tmp_path: Path) -> None:
     tower, tokenizer = tiny.text_model(), tiny.processor().tokenizer
     tower.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -189,7 +189,7 @@ def test_text_tower_is_a_text_model(tmp_path: Path) -> None:
     assert scores(encoder, NameToKeywords())["recall_at_1"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_results_are_kept_by_weights_and_not_by_the_folders_name(folder: Path, tmp_path: Path) -> None:
+def test_cached_results_belong_to_weights_not_to_the_folder_name(folder: Path, tmp_path: Path) -> None:
     cache = mteb.ResultCache(tmp_path / "cache")
     first = LLM2CLIPEncoder(str(folder), device="cpu")
     before = scores(first, NameToKeywords(), cache=cache)
@@ -207,7 +207,7 @@ def batches(**columns: list[Any]) -> torch.utils.data.DataLoader[Any]:
     return torch.utils.data.DataLoader(datasets.Dataset.from_dict(columns), batch_size=2)
 
 
-def test_empty_texts(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_empty_texts_are_refused_or_rows_of_zeros(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     texts = ["a small dog", " ", "a red bus", ""]
     encoder = LLM2CLIPEncoder(str(folder), device="cpu")
     task = NameToKeywords.metadata
@@ -222,7 +222,7 @@ def test_empty_texts(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     )
 
 
-def test_bad_input(folder: Path, tmp_path: Path) -> None:
+def test_unsupported_models_and_inputs_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="on_empty must be 'raise' or 'skip', not 'drop'"):
         LLM2CLIPEncoder(str(folder), on_empty="drop")
     tiny.decoder_config().save_pretrained(tmp_path)
@@ -239,13 +239,13 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
         vision.encode(batches(audio=["a dog"]), task_metadata=task)
 
 
-def test_rows_are_unit(encoder: LLM2CLIPEncoder) -> None:
+def test_embeddings_have_unit_length(encoder: LLM2CLIPEncoder) -> None:
     rows = encoder.encode(batches(text=tiny.CAPTIONS), task_metadata=NameToKeywords.metadata)
     torch.testing.assert_close(rows, F.normalize(rows, dim=-1))
 
 
-def test_hub_models_are_known_by_their_commit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A download of the Hub as it lies in the cache, read offline."""
+def test_hub_models_are_identified_by_commit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is in the layout of the Hub cache and is read offline."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repo = tmp_path / "models--someone--llm2clip-tiny"
     shutil.copytree(folder, repo / "snapshots" / commit)

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 from llm2clip import cli
 from llm2clip.convert.published import FOLDER, parameters, published_models
 from llm2clip.hub import build, new_process
-from llm2clip.hub.cards import CARD, read_card
+from llm2clip.hub.cards.card import CARD, read_card
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from llm2clip.hub import build
-from llm2clip.hub.cards import CARD
+from llm2clip.hub.cards.card import CARD
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection

@@ -11,17 +11,20 @@ import yaml
 from huggingface_hub import ModelCard, metadata_eval_result
 from PIL import Image
 
-from llm2clip.hub.cards import (
+from llm2clip.hub.cards.card import (
     CARD,
-    CURVES,
-    JOINT_TASK,
-    CardFacts,
-    Evaluation,
-    check_metadata,
+    license_of,
+    merge_cards,
+    read_card,
+    render,
+    split_card,
+    validate_card,
+    with_repo,
     write_card,
-    write_curves,
 )
-from llm2clip.hub.cards.card import license_of, merge_cards, read_card, render, split_card, validate_card, with_repo
+from llm2clip.hub.cards.curves import write_curves
+from llm2clip.hub.cards.facts import CURVES, JOINT_TASK, CardFacts, Evaluation
+from llm2clip.hub.cards.metadata import check_metadata
 from tests.loopback_hub import LoopbackHub
 
 METRICS = {f"{side}_recall@{k}": k / 20 for side in ("text_to_image", "image_to_text") for k in (1, 5, 10)}

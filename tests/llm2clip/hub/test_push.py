@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llm2clip import cli
-from llm2clip.hub.cards import CARD, split_card
+from llm2clip.hub.cards.card import CARD, split_card
 from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip.hub.conftest import REPO, content, upload
 from tests.loopback_hub import READ_TOKEN, TOKEN, LoopbackHub

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi
 
-from llm2clip.hub.cards import CARD, split_card
+from llm2clip.hub.cards.card import CARD, split_card
 from tests.llm2clip.hub.conftest import REPO, content, upload
 from tests.loopback_hub import CUT, TOKEN, File, LoopbackHub
 

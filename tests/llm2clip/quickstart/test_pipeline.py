@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from llm2clip import cli
 from llm2clip.data import decode_image
-from llm2clip.hub.cards import read_card, validate_card
+from llm2clip.hub.cards.card import read_card, validate_card
 from llm2clip.quickstart.data import QuickstartData
 from tests.llm2clip import tiny
 

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import HfApi
 
 from llm2clip import cli
-from llm2clip.hub.cards import CARD, split_card
+from llm2clip.hub.cards.card import CARD, split_card
 from llm2clip.trainers.pushing import PushCallback
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny

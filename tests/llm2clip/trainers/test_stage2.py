@@ -23,7 +23,7 @@ from llm2clip.data import CaptionSource, DamagedImageError, distinct_captions
 from llm2clip.data import transforms as images
 from llm2clip.data.transforms import decode_tensor
 from llm2clip.embedding import CacheMismatchError, EmbeddingCache, MissingCaptionError, embed
-from llm2clip.hub.cards import read_card
+from llm2clip.hub.cards.card import read_card
 from llm2clip.losses import sigmoid_loss
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.frozen_layers import FrozenLayers

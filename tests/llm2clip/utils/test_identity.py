@@ -1,4 +1,4 @@
-"""What identifies data: commits on the Hub, checksums of local files."""
+"""The identity of data: commits on the Hub, checksums of local files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llm2clip.utils.identity import data_revision
 from tests.loopback_hub import File, LoopbackHub, Repo
 
 
-def test_local_files_are_known_by_what_they_hold(tmp_path: Path) -> None:
+def test_local_files_are_identified_by_their_content(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     (folder / "train").mkdir(parents=True)
     file = folder / "train" / "a.jsonl"
@@ -39,7 +39,7 @@ def test_local_files_are_known_by_what_they_hold(tmp_path: Path) -> None:
     assert len(seen) == 5
 
 
-def test_files_patterns_and_urls(tmp_path: Path) -> None:
+def test_files_and_patterns_have_checksums_and_urls_their_revision(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text(name)
     one, both = data_revision(str(tmp_path / "a.jsonl")), data_revision(str(tmp_path / "*.jsonl"))
@@ -67,7 +67,7 @@ def test_a_hub_id_gives_its_commit_online_and_from_the_cache(
     assert data_revision(source) == commit
 
 
-def test_what_cannot_be_asked_for_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_data_sets_keep_the_given_revision_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert data_revision("someone/nothing") is None
     assert data_revision({"path": "someone/nothing", "revision": "v1"}) == "v1"
     assert "the commit of someone/nothing is unknown" in caplog.text

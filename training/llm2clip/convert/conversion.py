@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +15,11 @@ from llm2clip.convert.convert_text import contains_decoder, convert_text_tower
 from llm2clip.convert.joint import plan_joint
 from llm2clip.convert.joint_plan import JointPlan, print_report
 from llm2clip.convert.original import to_original
-from llm2clip.hub.cards import JOINT_TASK, VISION_TASK, CardFacts, license_of, write_card
+from llm2clip.hub.cards.card import license_of, write_card
+from llm2clip.hub.cards.facts import JOINT_TASK, VISION_TASK, CardFacts
 from llm2clip.utils.files import atomic_file, atomic_folder, read_json, refuse_existing
 from llm2clip.utils.repos import RepoKind, hub_ids, inspect_repo
-from llm2clip.utils.settings import build_config
+from llm2clip.utils.settings import build_config, setting
 from llm2clip.utils.towers import describe_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
@@ -32,47 +33,32 @@ CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 class ConvertConfig:
     """Settings of `llm2clip convert`."""
 
-    source: str = field(default="", metadata={"help": "Checkpoint to convert: file, folder or Hub id."})
-    destination: str = field(default="", metadata={"help": "Folder to write; a .pt file with --to original."})
-    to: Literal["transformers", "original"] = field(
-        default="transformers",
-        metadata={"help": "Format to write: transformers, or original for a .pt file of the original code."},
+    source: str = setting("", "Checkpoint to convert: file, folder or Hub id.")
+    destination: str = setting("", "Folder to write; a .pt file with --to original.")
+    to: Literal["transformers", "original"] = setting(
+        "transformers", "Format to write: transformers, or original for a .pt file of the original code."
     )
-    model_config: str | None = field(
-        default=None,
-        metadata={"help": "model_configs JSON of the original code; needed if no published model has these sizes."},
+    model_config: str | None = setting(
+        None, "model_configs JSON of the original code; needed if no published model has these sizes."
     )
-    text_model: str | None = field(
-        default=None,
-        metadata={"help": "LLM of the adapter: Hub id or folder. Default: that of the published model."},
+    text_model: str | None = setting(
+        None, "LLM of the adapter: Hub id or folder. Default: that of the published model."
     )
-    text_model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of that LLM on the Hub."}
+    text_model_revision: str | None = setting(None, "Branch, tag or commit of that LLM on the Hub.")
+    adapters: list[str] = setting([], "PEFT adapters to merge into an LLM, in this order: Hub ids or folders.")
+    prompt_name: str | None = setting(
+        None, "Name of the LLM that selects its prompt as in the original code. Default: from its config."
     )
-    adapters: list[str] = field(
-        default_factory=list,
-        metadata={"help": "PEFT adapters to merge into an LLM, in this order: Hub ids or folders."},
+    image_size: int | None = setting(None, "Resize the position embeddings to this image size in pixels.")
+    projection_dim: int = setting(1280, "Width of the new projection of a plain CLIP tower.")
+    quick_gelu: bool | None = setting(
+        None, "Use QuickGELU in an OpenAI tower. Default: from --model-config, otherwise true."
     )
-    prompt_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Name of the LLM that selects its prompt as in the original code. Default: from its config."
-        },
+    reset_heads: bool = setting(
+        False, "Replace trained projection and adapter with new ones, like --pretrained of the original."
     )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Resize the position embeddings to this image size in pixels."}
-    )
-    projection_dim: int = field(default=1280, metadata={"help": "Width of the new projection of a plain CLIP tower."})
-    quick_gelu: bool | None = field(
-        default=None,
-        metadata={"help": "Use QuickGELU in an OpenAI tower. Default: from --model-config, otherwise true."},
-    )
-    reset_heads: bool = field(
-        default=False,
-        metadata={"help": "Replace trained projection and adapter with new ones, like --pretrained of the original."},
-    )
-    seed: int = field(default=42, metadata={"help": "Random seed of new weights."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace an existing destination."})
+    seed: int = setting(42, "Random seed of new weights.")
+    overwrite: bool = setting(False, "Replace an existing destination.")
 
 
 def convert_checkpoint(source: str | Path, destination: str | Path, **settings: Any) -> dict[str, Any]:
@@ -200,6 +186,3 @@ def _to_original(config: ConvertConfig, destination: Path) -> dict[str, Any]:
     with atomic_file(destination) as file:
         torch.save(state, file)
     return {"written": str(destination), "tensors": len(state)}
-
-
-__all__ = ["ConvertConfig", "convert_checkpoint", "run"]

@@ -17,7 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llm2clip.convert.checkpoint import Checkpoint, open_checkpoint
 from llm2clip.convert.original import original_prompt
-from llm2clip.hub.cards import TEXT_TASK, CardFacts, license_of, write_card
+from llm2clip.hub.cards.card import license_of, write_card
+from llm2clip.hub.cards.facts import TEXT_TASK, CardFacts
 from llm2clip.utils.files import write_json
 from llm2clip.utils.progress import track
 from llm2clip.utils.repos import hub_ids
@@ -188,6 +189,3 @@ def _merge(
     loaded = LLM2CLIPTextModel.from_pretrained(folder)
     if loaded.fingerprint() != tower.fingerprint():
         raise RuntimeError("the merged weights changed when they were saved; please report this.")
-
-
-__all__ = ["contains_decoder", "convert_text_tower"]

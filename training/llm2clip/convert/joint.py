@@ -174,6 +174,3 @@ def _vision_config(
             raise ValueError(f"quick_gelu applies to OpenAI towers; this one has type {config.model_type}.")
         config.hidden_act = "quick_gelu" if quick_gelu else "gelu"
     return config, known
-
-
-__all__ = ["plan_joint"]

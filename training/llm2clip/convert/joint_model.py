@@ -141,6 +141,3 @@ def _text_config(name: str, revision: str | None) -> LLM2CLIPTextConfig:
             return copy.deepcopy(published.config)
     config, _ = describe_text_tower(name, revision)
     return copy.deepcopy(config)
-
-
-__all__ = ["as_llm2clip", "as_start", "as_tower", "as_vision_half"]

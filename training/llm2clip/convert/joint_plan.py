@@ -190,6 +190,3 @@ def _collapsed(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         span = str(found[0]) if len(found) == 1 else f"{{{min(found)}-{max(found)}}}"
         lines.append((left.replace("{}", span), right.replace("{}", span)))
     return lines
-
-
-__all__ = ["ADAPTER_PART", "HEAD", "SCALE_PART", "TOWER", "JointPlan", "listed", "print_report"]

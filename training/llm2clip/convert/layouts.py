@@ -136,5 +136,3 @@ TIMM_SIGLIP = Layout(
 _ADAPTER_BLOCKS = (("{n}.ln", "blocks.{n}.norm"), ("{n}.fn.0", "blocks.{n}.fc1"), ("{n}.fn.3", "blocks.{n}.fc2"))
 ADAPTER = Layout(linears(*_ADAPTER_BLOCKS, ("4", "norm"), ("5", "proj")))
 SCALE = Layout(same("logit_scale"))
-
-__all__ = ["ADAPTER", "EVA", "EVA02", "HUB_EVA02", "OPENAI", "SCALE", "TIMM_EVA02", "TIMM_SIGLIP"]

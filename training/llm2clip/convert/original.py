@@ -118,6 +118,3 @@ def original_prompt(model_type: str, name_or_path: str, pooling: str = "mean") -
         end = "<|end_of_text|>" if name_or_path == "meta-llama/Meta-Llama-3-8B" else ends.get(model_type, " </s>")
         suffix = suffix.rstrip() + end
     return prefix, suffix
-
-
-__all__ = ["from_original", "joint_config", "original_layout", "original_prompt", "to_original", "width_only"]

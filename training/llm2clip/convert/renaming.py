@@ -178,6 +178,3 @@ def unchanged(names: Iterable[str]) -> Layout:
 def same(*names: str) -> tuple[Rule, ...]:
     """The rules of tensors that keep their names."""
     return tuple(Rule((name,), (name,)) for name in names)
-
-
-__all__ = ["Layout", "Renamed", "Rule", "linear", "linears", "same", "unchanged"]

@@ -56,6 +56,3 @@ def resize_tower(state: dict[str, Tensor], image_size: int, patch_size: int) -> 
         class_tokens = int("vision_model.embeddings.class_embedding" in state)
         state[clip] = resize_clip_positions(state[clip], grid, class_tokens)
     return state
-
-
-__all__ = ["resize_clip_positions", "resize_kernel", "resize_tower"]

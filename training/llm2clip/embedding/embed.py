@@ -13,7 +13,7 @@ from llm2clip.embedding.cache_builder import build_embedding_cache
 from llm2clip.embedding.cache_files import CacheDtype, CacheManifest
 from llm2clip.embedding.caption_embedder import CaptionEmbedder
 from llm2clip.utils.processes import process_state
-from llm2clip.utils.settings import require
+from llm2clip.utils.settings import check_choices, require
 from llm2clip.utils.towers import open_text_tower
 
 
@@ -49,6 +49,9 @@ class EmbedConfig:
     )
     normalize: bool = field(default=False, metadata={"help": "Store embeddings of unit length."})
     shard_size: int = field(default=8192, metadata={"help": "Captions per file; a killed run loses at most one file."})
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 def run(config: EmbedConfig) -> dict[str, Any]:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from llm2clip.data import DEFAULT_MAX_PIXELS, EvalTransform, SampleError, SkippedSample
-from llm2clip.data.records import OnError
+from llm2clip.data import DEFAULT_MAX_PIXELS, EvalTransform, OnError, SampleError, SkippedSample
 from llm2clip.data.transforms import Decoder
 from llm2clip.utils.progress import progress_bar
 

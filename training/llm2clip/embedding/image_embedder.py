@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor
 
-from llm2clip.data import EvalTransform, ImageBackend
-from llm2clip.data.records import OnError
+from llm2clip.data import EvalTransform, ImageBackend, OnError
 from llm2clip.embedding.image_batches import (
     ForwardedBatch,
     ImageList,

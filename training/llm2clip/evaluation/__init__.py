@@ -1,4 +1,4 @@
-"""Evaluation: retrieval between images and captions, and between captions."""
+"""Retrieval metrics and protocols, between images and captions and between captions."""
 
 from llm2clip.evaluation.caption_pairs import CaptionRetrieval
 from llm2clip.evaluation.evaluate_modules import metric_path

@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 from transformers import AutoProcessor
 
-from llm2clip.data import CaptionSource, PairSource
-from llm2clip.data.records import OnError
+from llm2clip.data import CaptionSource, OnError, PairSource
 from llm2clip.embedding import CaptionEmbedder, EmbeddingCache
 from llm2clip.evaluation.caption_pairs import CaptionRetrieval
 from llm2clip.evaluation.image_text import ImageTextRetrieval
 from llm2clip.utils.files import write_json
 from llm2clip.utils.identity import data_revision
 from llm2clip.utils.processes import process_state
+from llm2clip.utils.settings import check_choices
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel
 
@@ -62,6 +62,9 @@ class EvaluateConfig:
         metadata={"help": "How to treat an image that cannot be read: raise an error, or skip it."},
     )
     output: str | None = field(default=None, metadata={"help": "JSON file to which the result is also written."})
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where in an image a caption matches: similarity by patch, and a picture of it."""
+"""Heat maps: the similarity between a caption and the patches of an image."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ OPACITY = 0.55
 
 @torch.no_grad()
 def patch_similarity(model: LLM2CLIPModel, pixel_values: Tensor, text_embeds: Tensor) -> Tensor:
-    """Cosine similarity between each caption and the patches of its image.
+    """Compute the cosine similarity between each caption and the patches of its image.
 
-    The tower's patch tokens pass through the visual projection, which was trained on the pooled token.
+    The patch tokens of the vision tower pass through the visual projection, which was trained on the pooled token.
 
     Args:
         model: The model; its LLM is not used.
@@ -31,11 +31,11 @@ def patch_similarity(model: LLM2CLIPModel, pixel_values: Tensor, text_embeds: Te
         `(batch, rows, columns)` float32 on the CPU.
 
     Raises:
-        ValueError: The tower has no patches of one fixed size.
+        ValueError: The vision tower has no fixed patch size.
     """
     patch_size = getattr(model.config.vision_config, "patch_size", None)
     if not isinstance(patch_size, int):
-        raise ValueError(f"a {model.config.vision_config.model_type} tower has no patches of one fixed size.")
+        raise ValueError(f"a {model.config.vision_config.model_type} tower has no fixed patch size for a heat map.")
     device = model.vision_model.device
     tokens = model.get_image_features(pixel_values.to(device)).last_hidden_state
     assert tokens is not None
@@ -46,21 +46,21 @@ def patch_similarity(model: LLM2CLIPModel, pixel_values: Tensor, text_embeds: Te
 
 
 def seen_part(image: Image.Image, image_processor: BaseImageProcessor) -> Image.Image:
-    """What a tower sees of an image: resized and cropped, with its colours.
+    """Return the part of an image that a vision tower sees, resized and cropped, in its colours.
 
     Args:
         image: An RGB image.
-        image_processor: The tower's.
+        image_processor: Image processor of the tower.
     """
     pixels = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
     return Image.fromarray(pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
 def draw_heat_map(picture: Image.Image, similarity: Tensor, width: int) -> Image.Image:
-    """Lay a heat map over a picture, which loses its own colours: blue is the lowest value, red the highest.
+    """Draw a heat map over a greyscale picture: blue is the lowest value, red the highest.
 
     Args:
-        picture: What the tower sees, see [`seen_part`].
+        picture: The picture, from [`seen_part`].
         similarity: `(rows, columns)`.
         width: Width of the result in pixels.
     """

@@ -13,8 +13,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from llm2clip.data import DEFAULT_MAX_PIXELS, CaptionSource, caption_id, decode_image, load_source
-from llm2clip.data.records import OnError, column_texts
+from llm2clip.data import (
+    DEFAULT_MAX_PIXELS,
+    CaptionSource,
+    OnError,
+    caption_id,
+    decode_image,
+    load_source,
+)
+from llm2clip.data.records import column_texts
 from llm2clip.data.sources import source_columns
 from llm2clip.data.transforms import Decoder
 from llm2clip.embedding.image_embedder import ImageEmbedder

@@ -1,11 +1,11 @@
-"""Retrieval between images and captions, and between captions: recall@k and ranks, in tiles.
+"""Retrieval metrics between images and captions, and between captions: recall@k and ranks, computed in tiles.
 
-A query may have several correct candidates, as an image has captions and a caption images; its rank is that of the
-best one, so recall@k counts the queries with at least one correct candidate among the first k.
+A query can have several correct candidates: an image has several captions, and a caption can belong to several images.
+Its rank is that of the best one, so recall@k counts the queries with at least one correct candidate among the first k.
 
-Equal scores have no order. Ranks and recalls are the expected values when such candidates are shuffled, so that a
-model which maps everything to one point scores what guessing does, and no number depends on the sorting. Cosines that
-differ by less than rounding does (1e-6) are equal: the same two vectors give other last bits in another place of a
+Candidates with equal scores have no order. Ranks and recalls are expected values over all orders of such candidates: a
+model that maps everything to one point scores like guessing, and no number depends on the sorting algorithm. Cosines
+that differ by less than 1e-6 are equal, because the same two vectors give different last bits at different places of a
 matrix product.
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from llm2clip.utils.inner_products import inner_products
 
-# The two tiles of this many queries are smaller than the candidates themselves for any width above 512, however many
-# candidates there are, and are large enough to keep the matrix products at full speed.
+# Queries per tile: the two buffers take less memory than the candidates for any width above 512, and the matrix
+# products run at full speed.
 DEFAULT_TILE_SIZE = 256
 MAX_NAMED_ROWS = 10
 # Cosines closer than this are equal: float32 products of unit vectors are exact to some 2e-7.
@@ -35,18 +35,18 @@ def rank_of_best_match(
     Scores are float32, in tiles of `tile_size` queries by all candidates.
 
     Args:
-        queries: (q, d); need not be normalised.
-        candidates: (c, d), on the device that does the work; tiles of queries are moved there.
-        matches: (p, 2) int64 pairs of a query's and a correct candidate's index; any number per query, in any order.
+        queries: (q, d), normalised or not.
+        candidates: (c, d), on the device that computes; tiles of queries are moved there.
+        matches: (p, 2) int64, pairs of a query index and a correct candidate index; at least one per query, any order.
         tile_size: Number of queries per tile.
 
     Returns:
-        (q,) float64 on the CPU: the number of wrong candidates before the first correct one, its expected value where
+        (q,) float64 on the CPU: the number of wrong candidates before the first correct one; its expected value if
         scores are equal.
 
     Raises:
-        ValueError: A query has no correct candidate, an index is out of range, an embedding is not finite, or shapes
-            do not fit.
+        ValueError: A query has no correct candidate, an index is out of range, an embedding is not finite, or the
+            shapes do not match.
     """
     return _ranks(queries, candidates, matches, tile_size, ("query", "candidate"))[0].expected()
 
@@ -60,25 +60,25 @@ def retrieval_metrics(
 ) -> dict[str, float | int]:
     """Compute retrieval metrics in both directions, as on Flickr30k and COCO.
 
-    A text counts as hit if any image it belongs to is among the first k images, an image if any of its texts is among
-    the first k texts.
+    A text is a hit if any image that it belongs to is among the first k images; an image is a hit if any of its texts
+    is among the first k texts.
 
     Args:
-        image_embeds: (images, d); need not be normalised.
+        image_embeds: (images, d), normalised or not.
         text_embeds: (texts, d).
-        matches: (p, 2) int64 pairs of a text's and an image's index. Every text needs one; an image without any is a
-            wrong answer to every text and asks for nothing itself.
-        ks: The k of recall@k. One that exceeds the number of candidates gives 1.
+        matches: (p, 2) int64, pairs of a text index and an image index. Every text needs one; an image without any is
+            a wrong candidate for every text, and is not a query.
+        ks: Values of k. A k above the number of candidates gives a recall of 1.
         tile_size: Number of queries per tile.
 
     Returns:
-        For both directions, with `text_to_image` (the search for an image) and `image_to_text` as prefixes:
-        `_recall@K` (shares, 0 to 1), `_mean_rank` and `_median_rank` (from 1; of two middle ranks the mean, rounded
-        down, as CLIP training code reports it); also `num_texts`, `num_images` and `num_images_with_text`.
+        `recall@K` (0 to 1), `mean_rank` and `median_rank` (from 1; the mean of two middle ranks is rounded down, as in
+        CLIP training code) with the prefixes `text_to_image_` (texts are the queries) and `image_to_text_`, and
+        `num_texts`, `num_images` and `num_images_with_text`.
 
     Raises:
-        ValueError: A text has no match, an index is out of range, an embedding is not finite, or shapes
-            do not fit.
+        ValueError: A text has no match, an index is out of range, an embedding is not finite, or the shapes do not
+            match.
     """
     text_to_image, image_to_text = _ranks(text_embeds, image_embeds, matches, tile_size, ("text", "image"))
     asking = matches[:, 1].unique().cpu()
@@ -98,23 +98,24 @@ def caption_retrieval_metrics(
     ks: Sequence[int] = (1, 5, 10),
     tile_size: int = DEFAULT_TILE_SIZE,
 ) -> dict[str, float | int]:
-    """Compute how well a text encoder finds another caption of the same image (LLM2CLIP's "CRA").
+    """Compute how well a text encoder finds another caption of the same image (the "CRA" of LLM2CLIP).
 
-    The paper takes the first two captions of each of the 5,000 COCO test images as query and target and reports top-1.
-    Its numbers changed by a factor of three between versions, so compare only what was measured in one way.
+    The paper uses the first two captions of each of the 5,000 COCO test images as query and target, and reports top-1.
+    Its numbers changed by a factor of three between versions: only compare results of one protocol.
 
     Args:
-        query_embeds: (q, d); need not be normalised.
+        query_embeds: (q, d), normalised or not.
         target_embeds: (t, d).
-        matches: (p, 2) int64 pairs of a query's and a target's index; None pairs row i with row i.
-        ks: The k of recall@k. One that exceeds the number of targets gives 1.
+        matches: (p, 2) int64, pairs of a query index and a target index; None pairs row i with row i.
+        ks: Values of k. A k above the number of targets gives a recall of 1.
         tile_size: Number of queries per tile.
 
     Returns:
-        `recall@K` (shares, 0 to 1), `mean_rank` and `median_rank` (from 1), `num_queries` and `num_targets`.
+        `recall@K` (0 to 1), `mean_rank` and `median_rank` (from 1), `num_queries` and `num_targets`.
 
     Raises:
-        ValueError: A query has no target, an index is out of range, an embedding is not finite, or shapes do not fit.
+        ValueError: A query has no target, an index is out of range, an embedding is not finite, or the shapes do not
+            match.
     """
     if matches is None:
         if len(query_embeds) != len(target_embeds):
@@ -128,12 +129,12 @@ def caption_retrieval_metrics(
 
 
 class _Ranks(NamedTuple):
-    """Where the best correct candidate of each query stands, (q,) int64 each.
+    """The rank of the best correct candidate of each query, as counts, (q,) int64 each.
 
     Attributes:
         ahead: Wrong candidates that score higher.
         tied_wrong: Wrong candidates with the same score.
-        tied_right: Correct candidates with the same score, at least 1 where there is a correct one.
+        tied_right: Correct candidates with the same score; at least 1 for a query with a correct candidate.
     """
 
     ahead: Tensor
@@ -148,7 +149,7 @@ class _Ranks(NamedTuple):
         """Probability that a correct candidate is among the first k."""
         tied = (self.tied_wrong + self.tied_right).double()
         right = self.tied_right.double()
-        # All correct ones of the tie stand behind the first m of it: C(tied - m, right) of C(tied, right) orders.
+        # A miss: no correct candidate is among the first m of the tie, in C(tied - m, right) of C(tied, right) orders.
         behind = tied - (k - self.ahead).clamp(min=0)
         possible = behind >= right
         behind = torch.where(possible, behind, right)
@@ -176,14 +177,14 @@ def _summary(ranks: _Ranks, ks: Sequence[int]) -> dict[str, float | int]:
 def _ranks(
     queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int, names: tuple[str, str]
 ) -> tuple[_Ranks, _Ranks]:
-    """The ranks of [`rank_of_best_match`], and those of the search for queries by candidates, out of one product.
+    """Compute the ranks of both directions from one matrix product.
 
     Args:
-        queries, candidates, matches, tile_size: See there.
-        names: What errors call a query and a candidate.
+        queries, candidates, matches, tile_size: See [`rank_of_best_match`].
+        names: Names of a query and a candidate in errors.
 
     Returns:
-        The ranks for every query, and for every candidate; those of a candidate without a match mean nothing.
+        The ranks for every query, and for every candidate; those of a candidate without a match are undefined.
     """
     query_name, candidate_name = names
     if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:
@@ -220,7 +221,7 @@ def _ranks(
             tile = slice(start, start + tile_size)
             scores, flags = buffers[:, : len(norms[tile])]
             inner_products(unit_queries(tile), units, scores)
-            # Only wrong ones are counted: a correct candidate must not outrank itself by rounding.
+            # Only wrong candidates are counted: rounding must not rank a correct candidate above itself.
             scores[matches[first:last, 0] - start, matches[first:last, 1]] = -torch.inf
             sides[0].count(scores, flags, tile)
             sides[1].count(scores.T, flags.T, slice(None))
@@ -228,12 +229,12 @@ def _ranks(
 
 
 class _Side:
-    """Counts, for every row of one side, what scores as high as its best correct match on the other side.
+    """Counts, for each row of one side, the rows of the other side that score as high as its best correct match.
 
     Args:
         size: Number of rows.
-        rows: (p,) the row of each match.
-        correct: (p,) the score of each match.
+        rows: (p,), row of each match.
+        correct: (p,), score of each match.
     """
 
     def __init__(self, size: int, rows: Tensor, correct: Tensor) -> None:
@@ -243,24 +244,24 @@ class _Side:
         self.not_behind = torch.zeros_like(self.tied_right)
 
     def count(self, scores: Tensor, flags: Tensor, rows: slice) -> None:
-        """Count the wrong ones in a tile.
+        """Count the wrong candidates in a tile.
 
         Args:
-            scores: (rows, others), -inf for the correct ones.
-            flags: A buffer of the same shape and type: comparisons and sums are fastest without a change of type.
-            rows: The tile's rows.
+            scores: (rows, others), -inf for correct candidates.
+            flags: Buffer of the same shape and dtype: comparisons and sums are fastest without a conversion.
+            rows: Rows of the tile.
         """
         best = self.best[rows, None]
         self.ahead[rows] += torch.gt(scores, best + ROUNDING, out=flags).sum(dim=1).long()
         self.not_behind[rows] += torch.ge(scores, best - ROUNDING, out=flags).sum(dim=1).long()
 
     def ranks(self) -> _Ranks:
-        """What was counted, on the CPU."""
+        """Return the counts, on the CPU."""
         return _Ranks(self.ahead.cpu(), (self.not_behind - self.ahead).cpu(), self.tied_right.cpu())
 
 
 def _checked_matches(matches: Tensor, num_queries: int, num_candidates: int, names: tuple[str, str]) -> Tensor:
-    """The pairs, sorted by query, each once."""
+    """Return the distinct pairs, sorted by query."""
     if matches.dtype != torch.int64 or matches.ndim != 2 or matches.shape[1] != 2:
         raise ValueError(
             f"matches must be int64 pairs of shape (p, 2), but are {matches.dtype} of shape {tuple(matches.shape)}."
@@ -284,7 +285,7 @@ def _checked_matches(matches: Tensor, num_queries: int, num_candidates: int, nam
 
 
 def _norms(embeds: Tensor, name: str) -> Tensor:
-    """Lengths of the rows, (n, 1) float32, not zero."""
+    """Return the norms of the rows, (n, 1) float32, not zero."""
     norms = embeds.float().norm(dim=1, keepdim=True)
     broken = ~norms[:, 0].isfinite()
     if broken.any():

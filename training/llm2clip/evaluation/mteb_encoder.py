@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.utils import CONFIG_NAME
 
-from llm2clip.data.records import OnError
+from llm2clip.data import OnError
 from llm2clip.embedding import CaptionEmbedder, embed_images
 from llm2clip.utils.files import digest_files
 from llm2clip.utils.progress import track

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from llm2clip.hub.build_card import (
     source_folder,
     write_built_card,
 )
-from llm2clip.hub.cards import EXAMPLE, Evaluation, check_metadata
+from llm2clip.hub.cards.facts import EXAMPLE, Evaluation
+from llm2clip.hub.cards.metadata import check_metadata
 from llm2clip.hub.new_process import CAPTIONS, sample_picture
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import atomic_folder, read_json, refuse_existing, write_json, write_license
 from llm2clip.utils.repos import OURS, RepoKind, inspect_repo, is_hub_id
-from llm2clip.utils.settings import build_config
+from llm2clip.utils.settings import build_config, setting
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 
 
@@ -32,56 +33,36 @@ from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig,
 class BuildConfig:
     """Settings of `llm2clip build`."""
 
-    model: str = field(
-        default="",
-        metadata={"help": "Model to build from: output folder of a stage, another saved model, or a Hub id."},
+    model: str = setting("", "Model to build from: output folder of a stage, another saved model, or a Hub id.")
+    destination: str = setting("", "Folder to write; not used with --config-only.")
+    revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
+    bundle_text_model: bool | None = setting(
+        None, "Store the LLM's weights in the folder. Default: only if the LLM is not on the Hub."
     )
-    destination: str = field(default="", metadata={"help": "Folder to write; not used with --config-only."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    bundle_text_model: bool | None = field(
-        default=None,
-        metadata={"help": "Store the LLM's weights in the folder. Default: only if the LLM is not on the Hub."},
+    text_model: str | None = setting(
+        None, "Hub id of the LLM, if it is or will be published separately; it is then not bundled."
     )
-    text_model: str | None = field(
-        default=None,
-        metadata={"help": "Hub id of the LLM, if it is or will be published separately; it is then not bundled."},
+    merge_adapter: bool | None = setting(
+        None, "Merge the LoRA adapter of a stage-1 model into its LLM (default), or keep it (false)."
     )
-    merge_adapter: bool | None = field(
-        default=None,
-        metadata={"help": "Merge the LoRA adapter of a stage-1 model into its LLM (default), or keep it (false)."},
+    code_repo: str | None = setting(
+        None, "Hub id of a repo with the model code; the folder refers to it and contains no code."
     )
-    code_repo: str | None = field(
-        default=None,
-        metadata={"help": "Hub id of a repo with the model code; the folder refers to it and contains no code."},
+    name: str | None = setting(None, "Title of the card. Default: name of the folder.")
+    repo_id: str | None = setting(
+        None, "Hub id in the code examples of the card. Default: the folder; push replaces it."
     )
-    name: str | None = field(default=None, metadata={"help": "Title of the card. Default: name of the folder."})
-    repo_id: str | None = field(
-        default=None,
-        metadata={"help": "Hub id in the code examples of the card. Default: the folder; push replaces it."},
-    )
-    license: str | None = field(
-        default=None, metadata={"help": "License of the weights as the Hub spells it, such as apache-2.0."}
-    )
-    license_name: str | None = field(default=None, metadata={"help": "Name of the license, with --license other."})
-    license_link: str | None = field(
-        default=None, metadata={"help": "URL of the license, or its file in the folder, with --license other."}
-    )
-    base_models: list[str] = field(
-        default_factory=list, metadata={"help": "Hub ids of the models that this one was trained from."}
-    )
-    datasets: list[str] = field(default_factory=list, metadata={"help": "Hub ids of the training data."})
-    languages: list[str] = field(default_factory=list, metadata={"help": "ISO 639 codes of the caption languages."})
-    results: list[str] = field(
-        default_factory=list, metadata={"help": "Results for the card: JSON files of `llm2clip evaluate --output`."}
-    )
-    example_image: str | None = field(default=None, metadata={"help": "Example image for the card."})
-    example_captions: list[str] = field(
-        default_factory=list, metadata={"help": "Captions for the card; the first one describes the example image."}
-    )
-    config_only: bool = field(
-        default=False, metadata={"help": "Write nothing; only count the parameters of the model's config."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace an existing destination."})
+    license: str | None = setting(None, "License of the weights as the Hub spells it, such as apache-2.0.")
+    license_name: str | None = setting(None, "Name of the license, with --license other.")
+    license_link: str | None = setting(None, "URL of the license, or its file in the folder, with --license other.")
+    base_models: list[str] = setting([], "Hub ids of the models that this one was trained from.")
+    datasets: list[str] = setting([], "Hub ids of the training data.")
+    languages: list[str] = setting([], "ISO 639 codes of the caption languages.")
+    results: list[str] = setting([], "Results for the card: JSON files of `llm2clip evaluate --output`.")
+    example_image: str | None = setting(None, "Example image for the card.")
+    example_captions: list[str] = setting([], "Captions for the card; the first one describes the example image.")
+    config_only: bool = setting(False, "Write nothing; only count the parameters of the model's config.")
+    overwrite: bool = setting(False, "Replace an existing destination.")
 
     def __post_init__(self) -> None:
         if self.text_model is not None and self.bundle_text_model:
@@ -210,6 +191,3 @@ def _with_code_repo(fields: Any, repo: str) -> Any:
         else:
             referring[key] = _with_code_repo(value, repo)
     return referring
-
-
-__all__ = ["BuildConfig", "build_folder", "count_parameters", "run"]

@@ -9,18 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 
-from llm2clip.hub.cards import (
-    CARD,
-    CURVES,
-    CardFacts,
-    Evaluation,
-    base_models,
-    check_metadata,
-    read_card,
-    render,
-    summary,
-    write_curves,
-)
+from llm2clip.hub.cards.card import CARD, read_card, render
+from llm2clip.hub.cards.curves import write_curves
+from llm2clip.hub.cards.facts import CURVES, CardFacts, Evaluation, base_models, summary
+from llm2clip.hub.cards.metadata import check_metadata
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import read_json, write_text
 from llm2clip.utils.repos import hub_ids
@@ -125,6 +117,3 @@ def write_built_card(
     )
     # The section on training was written by the Trainer, which knew the settings.
     write_text(folder / CARD, render(facts, data, text, keep=["training"]))
-
-
-__all__ = ["LICENSE_FIELDS", "copy_curves", "read_results", "source_card", "source_folder", "write_built_card"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor
 
 from llm2clip.utils.files import atomic_folder, refuse_existing
 from llm2clip.utils.repos import RepoKind, inspect_repo
+from llm2clip.utils.settings import setting
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 
 logger = logging.getLogger(__name__)
@@ -33,20 +34,12 @@ BATCH, LENGTH = torch.export.Dim("batch", max=2**15), torch.export.Dim("length",
 class ExportOnnxConfig:
     """Settings of `llm2clip export-onnx`."""
 
-    model: str = field(
-        default="", metadata={"help": "LLM2CLIP model or vision half of one to export: folder or Hub id."}
-    )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder to write. Default: `onnx` in the model's folder."}
-    )
-    parts: list[str] | None = field(
-        default=None, metadata={"help": "Graphs to export: vision, text or both. Default: all that the model has."}
-    )
-    dtype: Literal["float32", "float16"] = field(
-        default="float32", metadata={"help": "Precision of the weights; float16 halves the files."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace an existing output folder."})
+    model: str = setting("", "LLM2CLIP model or vision half of one to export: folder or Hub id.")
+    output_dir: str | None = setting(None, "Folder to write. Default: `onnx` in the model's folder.")
+    parts: list[str] | None = setting(None, "Graphs to export: vision, text or both. Default: all that the model has.")
+    dtype: Literal["float32", "float16"] = setting("float32", "Precision of the weights; float16 halves the files.")
+    revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
+    overwrite: bool = setting(False, "Replace an existing output folder.")
 
     def __post_init__(self) -> None:
         unknown = [part for part in self.parts or () if part not in PARTS]
@@ -239,6 +232,3 @@ def _run(path: Path, names: list[str], batches: list[tuple[Tensor, ...]]) -> lis
         torch.from_numpy(session.run(None, {name: value.numpy() for name, value in zip(names, batch, strict=True)})[0])
         for batch in batches
     ]
-
-
-__all__ = ["ExportOnnxConfig", "run"]

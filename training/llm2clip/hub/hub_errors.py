@@ -68,6 +68,3 @@ def _next_step(error: HfHubHTTPError) -> str:
     reason = str(getattr(error, "server_message", None) or error).strip().splitlines()[-1]
     other = "the Hub had an internal error: push again later" if status >= 500 else "the Hub refuses this request"
     return f"{NEXT_STEPS.get(status, other)} (HTTP {status}: {reason})"
-
-
-__all__ = ["explained", "explanation", "http_status"]

@@ -134,6 +134,3 @@ def sample_picture(size: int = 96) -> Image.Image:
 def sample_llm_embeds(width: int) -> Tensor:
     """Values in the place of the LLM embeddings of two captions, `(2, width)`, for models without their LLM."""
     return torch.arange(2 * width).reshape(2, width) * 7 % 251 / 125 - 1
-
-
-__all__ = ["CAPTIONS", "compare_with_new_process", "outputs_of_new_process", "sample_llm_embeds", "sample_picture"]

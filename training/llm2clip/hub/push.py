@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 
-from llm2clip.hub.cards import validate_card
+from llm2clip.hub.cards.card import validate_card
 from llm2clip.hub.source_model import validate_folder
 from llm2clip.hub.upload import Uploader
 from llm2clip.utils.files import read_json
 from llm2clip.utils.repos import OURS, Repo, RepoKind, inspect_repo, is_hub_id
-from llm2clip.utils.settings import build_config
+from llm2clip.utils.settings import build_config, setting
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +27,15 @@ BUILD_FIRST = "build it first: llm2clip build MODEL FOLDER"
 class PushConfig:
     """Settings of `llm2clip push`."""
 
-    folder: str = field(default="", metadata={"help": "Folder written by `llm2clip build`."})
-    repo_id: str = field(default="", metadata={"help": "Hub repo to upload to: OWNER/NAME."})
-    private: bool = field(default=False, metadata={"help": "Create the repo as private if it does not exist."})
-    revision: str | None = field(
-        default=None,
-        metadata={"help": "Branch, created if it does not exist, or pull request (refs/pr/N). Default: main."},
+    folder: str = setting("", "Folder written by `llm2clip build`.")
+    repo_id: str = setting("", "Hub repo to upload to: OWNER/NAME.")
+    private: bool = setting(False, "Create the repo as private if it does not exist.")
+    revision: str | None = setting(
+        None, "Branch, created if it does not exist, or pull request (refs/pr/N). Default: main."
     )
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of committing."})
-    commit_message: str = field(default="Upload model", metadata={"help": "Message of the commit."})
-    validate: bool = field(
-        default=True, metadata={"help": "Before the upload, load the folder in a new process without this package."}
-    )
+    create_pr: bool = setting(False, "Open a pull request instead of committing.")
+    commit_message: str = setting("Upload model", "Message of the commit.")
+    validate: bool = setting(True, "Before the upload, load the folder in a new process without this package.")
 
 
 def push_folder(folder: str | Path, repo_id: str, **settings: Any) -> dict[str, Any]:
@@ -156,6 +153,3 @@ def _validate(folder: Path, repo: Repo) -> None:
         return
     logger.info("loading %s here and in a new process", folder)
     validate_folder(folder)
-
-
-__all__ = ["PushConfig", "check_folder", "push_folder", "run"]

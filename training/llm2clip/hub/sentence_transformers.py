@@ -84,6 +84,3 @@ def _modalities(folder: Path) -> dict[str, dict[str, str]]:
     if not (folder / "processor_config.json").is_file():
         raise FileNotFoundError(f"{folder} has no processor_config.json; save the model's processor there too.")
     return {"text": FORWARD, "image": FORWARD}
-
-
-__all__ = ["write_sentence_transformers_files"]

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-from llm2clip.hub.cards import JOINT_TASK, TEXT_TASK, VISION_TASK
+from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, VISION_TASK
 from llm2clip.hub.new_process import CAPTIONS, compare_with_new_process, sample_llm_embeds, sample_picture
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.utils.repos import OURS, Repo, RepoKind, hub_ids, inspect_repo
@@ -144,6 +144,3 @@ def validate_folder(folder: Path) -> float:
     """
     source = SourceModel.load(inspect_repo(folder).require(*OURS), merge_adapter=False)
     return source.compare(folder, sample_picture(), list(CAPTIONS))
-
-
-__all__ = ["SourceModel", "validate_folder"]

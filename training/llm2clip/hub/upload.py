@@ -22,7 +22,8 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
-from llm2clip.hub.cards import CARD, EXAMPLE, merge_cards, split_card, with_repo
+from llm2clip.hub.cards.card import CARD, merge_cards, split_card, with_repo
+from llm2clip.hub.cards.facts import EXAMPLE
 from llm2clip.hub.hub_errors import explained, http_status
 from llm2clip.utils.files import read_json
 from llm2clip.utils.repos import inspect_repo
@@ -254,6 +255,3 @@ def _local_files(folder: Path) -> dict[str, Path]:
         if path.is_file() and not any(fnmatch.fnmatch(part, kind) for part in name.parts for kind in IGNORED):
             found[name.as_posix()] = path
     return found
-
-
-__all__ = ["Uploader"]

@@ -16,7 +16,7 @@ from llm2clip.embedding import CaptionEmbedder, EmbeddingCache
 from llm2clip.embedding.embed import EmbedConfig, embed_into_cache
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.hub import build
-from llm2clip.hub.cards import Evaluation
+from llm2clip.hub.cards.facts import Evaluation
 from llm2clip.quickstart.assets import smollm2_folder, vit_small_folder
 from llm2clip.quickstart.config import QuickstartConfig
 from llm2clip.quickstart.data import QuickstartData

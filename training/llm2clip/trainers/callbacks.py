@@ -9,17 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainingArguments
 
-from llm2clip.hub.cards import (
-    CARD,
-    CardFacts,
-    Evaluation,
-    base_models,
-    read_card,
-    render,
-    split_card,
-    summary,
-    write_curves,
-)
+from llm2clip.hub.cards.card import CARD, read_card, render, split_card
+from llm2clip.hub.cards.curves import write_curves
+from llm2clip.hub.cards.facts import CardFacts, Evaluation, base_models, summary
 from llm2clip.utils.files import write_text
 from llm2clip.utils.repos import hub_ids
 

@@ -17,7 +17,7 @@ from transformers import EvalPrediction, PreTrainedModel, SchedulerType, Trainer
 from llm2clip.data import SampleIndexBatchSampler, SkipLog, Stage2Collator
 from llm2clip.data.sampling import EpochDataset
 from llm2clip.evaluation import ImageTextRetrieval, retrieval_metrics
-from llm2clip.hub.cards import JOINT_TASK
+from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
 from llm2clip.trainers.base_trainer import StageTrainer

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llm2clip.evaluation import CaptionRetrieval
-from llm2clip.hub.cards import TEXT_TASK
+from llm2clip.hub.cards.facts import TEXT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.utils.towers import save_text_tower

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import yaml
 
 ConfigT = TypeVar("ConfigT")
+ValueT = TypeVar("ValueT")
 TRUTH_VALUES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 UNIONS = (typing.Union, types.UnionType)
 # Types of values that become a number or a string; a bool, which Python counts as an int, does not.
@@ -29,6 +30,12 @@ NAMES = {
 }  # fmt: skip
 PLURALS = {int: "integers", float: "numbers", str: "strings"}
 MISFITS = (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError)
+
+
+def setting(default: ValueT, help: str) -> ValueT:
+    """Declare a dataclass field with a default and the help text of its command-line option."""
+    value: Any = {"default_factory": default.copy} if isinstance(default, (list, dict)) else {"default": default}
+    return dataclasses.field(**value, metadata={"help": help})
 
 
 def build_config(config_class: type[ConfigT], fields: Mapping[str, Any], origin: str = "the recipe") -> ConfigT:

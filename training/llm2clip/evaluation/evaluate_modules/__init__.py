@@ -1,4 +1,4 @@
-"""Metrics for the evaluate library: folders that `evaluate.load` takes."""
+"""Metrics for the evaluate library: folders for `evaluate.load`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ METRICS = ("caption_retrieval_accuracy", "retrieval_recall")
 
 
 def metric_path(name: str) -> str:
-    """Where a metric of this package is: `evaluate.load(metric_path("retrieval_recall"))`.
+    """Return the folder of a metric: `evaluate.load(metric_path("retrieval_recall"))`.
 
     Raises:
         ValueError: There is no metric of that name.

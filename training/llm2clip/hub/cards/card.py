@@ -220,16 +220,3 @@ def validate_card(folder: Path) -> None:
         raise FileNotFoundError(f"{folder} has no {CARD}; `llm2clip build` writes one.")
     check_metadata(read_card(folder)[0], folder / CARD)
     ModelCard.load(folder / CARD)
-
-
-__all__ = [
-    "CARD",
-    "license_of",
-    "merge_cards",
-    "read_card",
-    "render",
-    "split_card",
-    "validate_card",
-    "with_repo",
-    "write_card",
-]

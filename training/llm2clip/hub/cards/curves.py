@@ -46,6 +46,3 @@ def write_curves(folder: Path, history: Sequence[Mapping[str, Any]]) -> bool:
         axis.grid(alpha=0.3)
     figure.savefig(folder / CURVES, dpi=110)
     return True
-
-
-__all__ = ["write_curves"]

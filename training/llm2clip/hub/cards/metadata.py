@@ -91,6 +91,3 @@ def _is_repo_id(value: Any) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-__all__ = ["as_list", "check_metadata"]

@@ -201,6 +201,3 @@ def _limits(facts: CardFacts) -> str:
     )
     code = "The model code is licensed under Apache-2.0."
     return f"## Intended use and limitations\n\n{uses} {caution}\n\n{license_text} {code}"
-
-
-__all__ = ["PAPER", "sections"]

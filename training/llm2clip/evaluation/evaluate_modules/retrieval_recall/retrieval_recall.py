@@ -1,6 +1,6 @@
 """Retrieval between images and captions, from embeddings, for the evaluate library."""
 
-# evaluate reads these lines to find out what has to be installed; it knows one import to a line.
+# evaluate parses these lines to find the required packages; it understands one import per line.
 from collections.abc import Sequence
 
 import datasets
@@ -11,19 +11,19 @@ import torch
 from llm2clip.evaluation import retrieval_metrics
 
 DESCRIPTION = """Recall@k, mean and median rank in both directions between images and captions, by cosine similarity.
-A text counts as hit if any image that it belongs to is among the first k images, an image if any of its texts is among
-the first k texts. Ties count by their expected value."""
+A text is a hit if any image that it belongs to is among the first k images; an image is a hit if any of its texts is
+among the first k texts. Ties count by their expected value."""
 
 INPUTS = """
 Args:
     text_embeds: One text embedding per pair of a text and an image that belong together.
     image_embeds: The image embedding of each pair.
-    image_ids: For every row, which image that is, where one image has several texts: numbers or strings, such as file
-        names. Goes to compute(), also after add_batch().
-    text_ids: For every row, which text that is, where one text has several images: numbers or strings.
-    ks: The k of recall@k; (1, 5, 10) by default.
+    image_ids: Identifier of the image of each row, if an image has several texts: numbers or strings, such as file
+        names. An argument of compute(), also after add_batch().
+    text_ids: Identifier of the text of each row, if a text has several images: numbers or strings.
+    ks: Values of k for recall@k; (1, 5, 10) by default.
 Returns:
-    `text_to_image_recall@K`, `image_to_text_recall@K` (shares, 0 to 1), `_mean_rank` and `_median_rank` of both
+    `text_to_image_recall@K`, `image_to_text_recall@K` (0 to 1), `_mean_rank` and `_median_rank` of both
     directions (from 1), `num_texts`, `num_images`.
 Examples:
     >>> metric = evaluate.load(metric_path("retrieval_recall"))
@@ -46,16 +46,16 @@ class RetrievalRecall(evaluate.Metric):
         images, image_rows = _distinct(torch.tensor(image_embeds), image_ids, "image_ids")
         matches = torch.stack([text_rows, image_rows], dim=1).unique(dim=0)
         metrics = retrieval_metrics(images, texts, matches, ks=ks)
-        # Every image has a text here, since the rows are pairs.
+        # Rows are pairs: every image has a text.
         del metrics["num_images_with_text"]
         return metrics
 
 
 def _distinct(embeds: torch.Tensor, ids: Sequence[int | str] | None, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first embedding of every id, and each row's index into them."""
+    """Return the first embedding of each id, and the index of each row into them."""
     if ids is None:
         return embeds, torch.arange(len(embeds))
     if len(ids) != len(embeds):
-        raise ValueError(f"there are {len(embeds)} rows, but {name} has {len(ids)}; give one id for every row.")
+        raise ValueError(f"there are {len(embeds)} rows, but {name} has {len(ids)} ids; pass one id per row.")
     _, first, rows = np.unique(np.asarray(ids), return_index=True, return_inverse=True)
     return embeds[torch.from_numpy(first)], torch.from_numpy(rows)
