@@ -133,7 +133,7 @@ def _read_shard(checkpoint: Checkpoint, file: Path, names: dict[str, str]) -> di
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as handle:
             return {names[name]: handle.get_tensor(name) for name in handle.keys() if name in names}  # noqa: SIM118
-    found = [name for name in names if checkpoint.origin(name) == file]
+    found = [name for name in names if checkpoint.origin[name] == file]
     return {names[name]: checkpoint[name].contiguous() for name in found}
 
 

@@ -12,7 +12,7 @@ from llm2clip.convert.joint_model import as_llm2clip, as_start, as_tower, as_vis
 from llm2clip.convert.joint_plan import ADAPTER_PART, TOWER, JointPlan, listed
 from llm2clip.convert.layouts import ADAPTER, HUB_EVA02, SCALE
 from llm2clip.convert.original import joint_config
-from llm2clip.convert.renaming import Layout, Rule, linear, unchanged
+from llm2clip.convert.renaming import Layout, Rule, linears, unchanged
 from llm2clip.convert.vision_towers import TowerKind, config_of_shapes, find_tower
 from modeling_llm2clip import EVA02VisionConfig, EVA02VisionModel, LLM2CLIPConfig, LLM2CLIPModel
 
@@ -135,9 +135,9 @@ def _joint_layout(kind: TowerKind, prefix: str, checkpoint: Checkpoint) -> Layou
         names = (name.removeprefix(prefix) for name in checkpoint if name.startswith(prefix))
         layout = unchanged(name for name in names if not name.endswith("position_ids"))
     heads = (
-        *linear("visual.head", "visual_projection"),
-        *linear("visual_projection", "visual_projection"),
-        *(linear("head", "visual_projection") if not prefix else ()),
+        *linears("visual.head", "visual_projection"),
+        *linears("visual_projection", "visual_projection"),
+        *(linears("head", "visual_projection") if not prefix else ()),
         Rule(("visual.proj",), ("visual_projection.weight",), transpose=True),
         Rule(("proj",), ("visual_projection.weight",), transpose=True),
         Rule(("text.logit_scale",), ("logit_scale",)),
