@@ -43,7 +43,11 @@ CSS = """
 .found .caption-label { text-align: center; white-space: normal; line-height: 1.2; min-height: 2.6rem; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
 """
-
+# With the fonts of the visitor's system.
+THEME = gr.themes.Base(
+    primary_hue="indigo", neutral_hue="slate", radius_size="md", font=["system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+)  # fmt: skip
 
 # The path of an example, or what gradio passes for an uploaded file with `preprocess=False`.
 Picture: TypeAlias = str | dict[str, Any] | None
@@ -81,17 +85,6 @@ def build_interface(galleries: Sequence[tuple[str, Gallery]], examples: bool, ex
             gr.Markdown(CREDITS, elem_classes="note")
             page.load(*start, api_visibility="private")
     return page
-
-
-def theme() -> gr.themes.Base:
-    """Return the theme of the page, with the fonts of the visitor's system."""
-    return gr.themes.Base(
-        primary_hue="indigo",
-        neutral_hue="slate",
-        radius_size="md",
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-    )
 
 
 def _head(name: str, gallery: Gallery) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from PIL import Image
 
 from llm2clip.search.results import QueryResults, ResultImages
 from llm2clip.utils.files import atomic_file
@@ -29,11 +30,6 @@ def draw_picture(path: Path, found: list[QueryResults], images: ResultImages) ->
 
     Characters that matplotlib's default font lacks are drawn in other installed fonts; characters that no font has are
     logged.
-
-    Args:
-        path: The file.
-        found: Queries with their results.
-        images: The images of the results.
     """
     titles = [entry.query.title if entry.query.image is not None else f"“{entry.query.title}”" for entry in found]
     font = FontProperties(family=font_families("".join(titles)), size=TITLE_SIZE)
@@ -57,9 +53,10 @@ def draw_picture(path: Path, found: list[QueryResults], images: ResultImages) ->
             left, bottom = MARGIN + column * (side + GAP), first - row * (side + LABEL) - side
             frame = figure.add_axes((left / WIDTH, bottom / height, side / WIDTH, side / height), xticks=[], yticks=[])
             frame.spines[:].set_color("#dde2ea")
-            pixels = images.thumbnail(result, 2 * round(side))
-            if pixels is not None:
-                frame.imshow(pixels, interpolation="lanczos", aspect="equal")
+            image = images.load(result)
+            if image is not None:
+                image.thumbnail((2 * round(side), 2 * round(side)), Image.Resampling.LANCZOS)
+                frame.imshow(image, interpolation="lanczos", aspect="equal")
                 frame.set_adjustable("datalim")
                 frame.set_anchor("C")
             frame.set_xlabel(f"{result.score:.2f}", fontsize=10, color="#5a6678", labelpad=4)
