@@ -25,21 +25,16 @@ class DemoConfig:
     compare: str | None = setting(None, "Hub id or folder of a second model, shown beside the first.")
     data: str | None = setting(
         None,
-        "Images to search: a folder of images, or the path or Hub id of a data set; by default the bundled test "
-        "split.",
+        "Images to search: a folder of images, or path or Hub id of a data set; by default the bundled test split.",
     )
     split: str = setting("test", "Data set: split.")
     caption_column: str | None = setting(
-        None, "Data set: column of the images' names; by default caption, txt or text, if any."
+        None, "Data set: column of image names; by default caption, txt, text or none."
     )
     cache_dir: str = setting("runs/demo", "Folder of the search indexes, which the next start uses again.")
-    host: str | None = setting(
-        None, "Address to listen on, such as 0.0.0.0; by default only this machine can connect."
-    )
+    host: str | None = setting(None, "Address to listen on, e.g. 0.0.0.0; by default only this machine can connect.")
     port: int | None = setting(None, "Port; by default the first free port from 7860 on.")
-    write_space: str | None = setting(
-        None, "Write the demo as a Space for the Hub into this folder, and do not serve it."
-    )
+    write_space: str | None = setting(None, "Write the demo into this folder as a Space for the Hub; do not serve it.")
     overwrite: bool = setting(False, "Replace an existing folder of --write-space.")
 
 

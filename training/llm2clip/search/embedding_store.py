@@ -23,7 +23,6 @@ def write_part(path: Path, columns: pa.Table, embeds: np.ndarray, reasons: Seque
     """Write the embeddings of some images to a file, atomically.
 
     Args:
-        path: The file.
         columns: Identity columns of the n images.
         embeds: `(n, width)`.
         reasons: Why an image has no embedding, or None if it has one.

@@ -163,12 +163,9 @@ def write_index(
     embeds: np.ndarray,
     failures: list[dict[str, Any]],
 ) -> None:
-    """Write an index into an empty folder.
+    """Write an index into an empty folder, and the versions of the libraries into its manifest.
 
     Args:
-        folder: The folder.
-        manifest: The description, to which the versions of the libraries are added.
-        settings: Type and parameters of the faiss index.
         described: One row per image, without embeddings.
         embeds: `(images, width)`, in the data type to store.
         failures: Key and reason of each file or row that could not be embedded.

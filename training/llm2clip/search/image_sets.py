@@ -242,9 +242,7 @@ def is_dataset(path: str) -> bool:
     shards or arrow files, and no images.
     """
     place = Path(path).expanduser()
-    if not place.is_dir():
-        return True
-    if any((place / name).is_file() for name in SAVED_DATASETS):
+    if not place.is_dir() or any((place / name).is_file() for name in SAVED_DATASETS):
         return True
     files = [file for folder in (place, place / "data") if folder.is_dir() for file in folder.iterdir()]
     suffixes = {file.suffix.lower() for file in files if file.is_file()}

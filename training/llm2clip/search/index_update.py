@@ -36,9 +36,7 @@ class UpdateSettings(VectorIndexSettings):
 
     dtype: Literal["float16", "float32"] = setting("float16", "Data type of the stored embeddings.")
     batch_size: int = setting(64, "Images per forward pass.")
-    num_workers: int | None = setting(
-        None, "Processes that read and decode images; by default one per core, at most 8."
-    )
+    num_workers: int | None = setting(None, "Processes that decode images; by default one per core, at most 8.")
     part_size: int = setting(
         4096, "Images between two saves of an unfinished run; a killed run repeats fewer images than this."
     )

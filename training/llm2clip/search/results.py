@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,6 @@ class ResultImages:
     """The images of search results, read from where they were indexed.
 
     Args:
-        manifest: Manifest of the index.
         table: The indexed data set, if it is already open.
     """
 
@@ -93,11 +93,9 @@ class ResultImages:
 
     def load(self, result: SearchResult) -> Image.Image | None:
         """Decode the image of a result; None if it has been removed, damaged, or (in a data set) replaced."""
-        try:
+        with contextlib.suppress(SampleError):
             if self.table is None:
                 return decode_image(result.path, result.key, self.max_pixels)
             if result.row is not None and self.table.has_image(result.row, result.hash):
                 return self.table.decode(result.row)
-        except SampleError:
-            pass
         return None

@@ -63,7 +63,6 @@ def build_vector_index(settings: VectorIndexSettings, embeds: np.ndarray) -> Any
     """Build a faiss index that ranks unit vectors by inner product; row i gets number i.
 
     Args:
-        settings: Type and parameters.
         embeds: `(count, width)`, any floating-point type.
 
     Raises:
