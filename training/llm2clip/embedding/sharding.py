@@ -14,7 +14,6 @@ def encode_sharded(num_rows: int, encode: Callable[[range], Tensor], device: tor
     """Embed rows 0 to `num_rows - 1`, a part on each process, and gather all of them on every process.
 
     Args:
-        num_rows: Number of rows.
         encode: Maps a range of rows to their embeddings, `(len(range), width)`.
         device: Device on which the process group exchanges tensors.
 
