@@ -62,8 +62,7 @@ class VisionGraph(nn.Module):
 
     def __init__(self, model: LLM2CLIPModel | LLM2CLIPVisionModelWithProjection, image_size: tuple[int, int]) -> None:
         super().__init__()
-        self.model = model
-        self.image_size = image_size
+        self.model, self.image_size = model, image_size
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return _unit(self.model.get_image_features(pixel_values.to(self.model.dtype)))
@@ -188,10 +187,8 @@ def _export(graph: VisionGraph | TextGraph, path: Path, dtype: str) -> float:
         _write(module, traced, path, _metadata(graph))
     finally:
         torch.set_rng_state(generator_state)
-    difference = max(
-        (actual - wanted).abs().max().item()
-        for actual, wanted in zip(_run(path, list(graph.inputs), others), expected, strict=True)
-    )
+    found = _run(path, list(graph.inputs), others)
+    difference = max((actual - wanted).abs().max().item() for actual, wanted in zip(found, expected, strict=True))
     # Not `>`, which is false for NaN.
     if not difference <= TOLERANCE[dtype]:
         raise ValueError(
@@ -203,8 +200,8 @@ def _export(graph: VisionGraph | TextGraph, path: Path, dtype: str) -> float:
 def _metadata(graph: VisionGraph | TextGraph) -> dict[str, str]:
     """Scale and bias that turn cosines into logits; they are not part of the graphs."""
     scale, bias = (getattr(graph.model, name, None) for name in ("logit_scale", "logit_bias"))
-    metadata = {} if scale is None else {"logit_scale": repr(scale.exp().item())}
-    return metadata if bias is None else {**metadata, "logit_bias": repr(bias.item())}
+    values = {"logit_scale": None if scale is None else scale.exp(), "logit_bias": bias}
+    return {name: repr(value.item()) for name, value in values.items() if value is not None}
 
 
 def _write(graph: VisionGraph | TextGraph, inputs: tuple[Tensor, ...], path: Path, metadata: dict[str, str]) -> None:

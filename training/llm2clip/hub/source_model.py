@@ -40,7 +40,6 @@ class SourceModel:
     def load(
         cls,
         repo: Repo,
-        *,
         text_model: str | None = None,
         bundle_text_model: bool | None = None,
         merge_adapter: bool | None = None,
@@ -134,13 +133,6 @@ def _is_merged(tower: LLM2CLIPTextModel, merge_adapter: bool | None) -> bool:
 
 
 def validate_folder(folder: Path) -> float:
-    """Load a built folder here and in a new process without this package, and compare the outputs.
-
-    Returns:
-        The largest difference, relative to the largest entry.
-
-    Raises:
-        RuntimeError: The folder does not load in the new process, or its outputs differ.
-    """
+    """Load a built folder and compare the outputs with those in a new process; see [`SourceModel.compare`]."""
     source = SourceModel.load(inspect_repo(folder).require(*OURS), merge_adapter=False)
     return source.compare(folder, sample_picture(), list(CAPTIONS))

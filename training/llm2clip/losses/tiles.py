@@ -47,14 +47,12 @@ def tiled_cross_entropy(
     Args:
         queries: (n, d).
         keys: (m, d).
-        scale: 0-d factor.
-        positives: The correct keys of each query.
+        scale: 0-d.
         both_directions: Add the cross entropies of the columns over the queries of all ranks. `keys` must be the same
             on all ranks, and every rank must call this function.
         own_columns: The columns whose cross entropies are added on this rank. Gradients are those of the sum over
             ranks: in full for this rank's queries, and this rank's share for the keys and the scale.
         label_smoothing: Share of the target distribution that is spread evenly.
-        tile_size: Number of queries per tile.
 
     Returns:
         0-d sum, at least float32.
@@ -64,8 +62,6 @@ def tiled_cross_entropy(
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), but is {label_smoothing}.")
-    if tile_size < 1:
-        raise ValueError(f"tile_size must be at least 1, but is {tile_size}.")
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float32, device=queries.device)
     if not torch.is_grad_enabled():
@@ -79,6 +75,8 @@ class Tiles:
     """Tiles of rows of `scale * queries @ keys.T`."""
 
     def __init__(self, queries: Tensor, keys: Tensor, scale: Tensor, tile_size: int) -> None:
+        if tile_size < 1:
+            raise ValueError(f"tile_size must be at least 1, but is {tile_size}.")
         dtype = torch.float64 if torch.float64 in (queries.dtype, keys.dtype) else torch.float32
         self.queries, self.keys, self.scale = queries.to(dtype), keys.to(dtype), scale.to(dtype)
         self.tile_size = tile_size
@@ -103,7 +101,6 @@ class Gradients:
     """Accumulates the gradients of queries, keys and scale tile by tile.
 
     Args:
-        tiles: The tiles.
         factor: 0-d upstream gradient.
         needed: Whether queries, keys and scale need gradients.
     """
@@ -128,11 +125,6 @@ class Gradients:
         if self.queries is not None:
             torch.mul(weighted_keys, factor, out=self.queries[start:stop])
 
-    def like(self, *inputs: Tensor) -> list[Tensor | None]:
-        """Return the gradients in the dtypes of the inputs."""
-        found = (self.queries, self.keys, self.scale)
-        return [None if grad is None else grad.to(x.dtype) for grad, x in zip(found, inputs, strict=True)]
-
 
 class _Columns:
     """Accumulates the cross entropies of the columns over tiles and ranks."""
@@ -142,8 +134,13 @@ class _Columns:
         self.sum_of_exp, self.sum_of_logits, self.positive_logits, self.num_positives = keys.new_zeros(4, len(keys))
         self.num_rows = 0
 
-    def add(self, logits: Tensor, row_maxima: Tensor, by_rows: Tensor) -> None:
-        """Add the normalizers of a tile; `by_rows` is `exp(logits - row_maxima)` and may be overwritten."""
+    def add(
+        self, logits: Tensor, row_maxima: Tensor, by_rows: Tensor, columns: Tensor, positives: Tensor, smoothing: float
+    ) -> None:
+        """Add a tile: its logits, and the columns and logits of its matches.
+
+        `by_rows` is `exp(logits - row_maxima)` and may be overwritten.
+        """
         tile_maximum, top = logits.amax(dim=0), row_maxima.max()
         maximum = torch.maximum(self.maximum, tile_maximum)
         if top - tile_maximum.min() < SHARED_EXPONENTIALS:
@@ -152,11 +149,8 @@ class _Columns:
             sum_of_exp = torch.sub(logits, maximum, out=by_rows).exp_().sum(dim=0)
         self.sum_of_exp = self.sum_of_exp * (self.maximum - maximum).exp() + sum_of_exp
         self.maximum = maximum
-
-    def add_target(self, logits: Tensor, columns: Tensor, positive_logits: Tensor, smoothing: float) -> None:
-        """Add the target logits of a tile."""
-        self.positive_logits.index_add_(0, columns, positive_logits)
-        self.num_positives.index_add_(0, columns, torch.ones_like(positive_logits))
+        self.positive_logits.index_add_(0, columns, positives)
+        self.num_positives.index_add_(0, columns, torch.ones_like(positives))
         if smoothing:
             self.sum_of_logits += logits.sum(dim=0)
         self.num_rows += len(logits)
@@ -219,8 +213,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 row_losses[start:stop] = sum_of_exp.log() + (maximum - target)
                 row_maxima[start:stop], row_sums[start:stop] = maximum, sum_of_exp
                 if columns is not None:
-                    columns.add(logits, maximum, exponentials)
-                    columns.add_target(logits, cols, positive_logits, smoothing)
+                    columns.add(logits, maximum, exponentials, cols, positive_logits, smoothing)
             loss = row_losses.sum()
             column_tensors: list[Tensor | None] = [None, None, None]
             if columns is not None:
@@ -271,7 +264,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if smoothing:
                     grad_logits -= uniform
                 gradients.add(start, stop, grad_logits)
-        return (*gradients.like(queries, keys, scale), None, None, None, None)
+        grads = zip((gradients.queries, gradients.keys, gradients.scale), (queries, keys, scale), strict=True)
+        return (*(None if grad is None else grad.to(x.dtype) for grad, x in grads), None, None, None, None)
 
 
 def _tile_target(positives: Positives, start: int, stop: int, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

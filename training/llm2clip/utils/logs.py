@@ -25,7 +25,7 @@ class LogFile(MemoryHandler):
     """
 
     def __init__(self) -> None:
-        super().__init__(capacity=sys.maxsize)
+        super().__init__(capacity=1, flushOnClose=False)
 
     def open(self, folder: str | Path) -> Path:
         """Append all records, also the earlier ones, to `log.txt` in `folder`; returns its path."""
@@ -33,23 +33,24 @@ class LogFile(MemoryHandler):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        self._pass_on(file)
+        self.setTarget(file)
+        self.flush()
         return path
 
     def discard(self) -> None:
         """Drop all records: the run has no output folder."""
-        self._pass_on(logging.NullHandler())
-
-    def _pass_on(self, target: logging.Handler) -> None:
-        self.capacity = 0
-        self.setTarget(target)
+        self.setTarget(logging.NullHandler())
         self.flush()
 
+    @property
+    def receives(self) -> bool:
+        """Whether a record is written, now or later."""
+        return not isinstance(self.target, logging.NullHandler)
+
     def close(self) -> None:
-        target = self.target
+        if self.target is not None:
+            self.target.close()
         super().close()
-        if target is not None:
-            target.close()
 
 
 class TerminalHandler(logging.StreamHandler):
@@ -67,8 +68,7 @@ class TerminalHandler(logging.StreamHandler):
     def _shows(self, record: logging.LogRecord) -> bool:
         if record.name.partition(".")[0] in OUR_LOGGERS:
             return record.levelno >= (logging.INFO if is_main_process() else logging.WARNING)
-        has_no_file = isinstance(self._log_file.target, logging.NullHandler)
-        if record.levelno != logging.WARNING or not has_no_file or not is_main_process():
+        if record.levelno != logging.WARNING or self._log_file.receives or not is_main_process():
             return record.levelno >= logging.ERROR
         return record.name != "py.warnings" or not any(name in record.getMessage() for name in DEVELOPER_WARNINGS)
 
