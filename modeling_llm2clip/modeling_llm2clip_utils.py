@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .processing_llm2clip import clean_captions, count_cut_captions
@@ -232,11 +232,8 @@ def encode_pixels(model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]]) 
     """
     device = execution_device(model.vision_model)
     for batch in batches:
-        inputs = {"pixel_values": batch} if isinstance(batch, Tensor) else batch
-        inputs = {
-            name: value.to(device, model.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-        }
+        inputs: Any = {"pixel_values": batch} if isinstance(batch, Tensor) else batch
+        inputs = BatchFeature(inputs).to(device, model.dtype)
         with torch.inference_mode():
             rows = unit_features(model.get_image_features(**inputs)).cpu()
         yield rows

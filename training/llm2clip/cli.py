@@ -148,12 +148,11 @@ def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
 def _parser(name: str, config_class: Any) -> argparse.ArgumentParser:
     command = COMMANDS[name]
     parser = argparse.ArgumentParser(prog=f"llm2clip {name}", description=command.help, allow_abbrev=False)
-    known: dict[str, Any] = {field.name: field for field in fields(config_class)}
     if command.reads_recipe:
         text = "YAML file of settings, or name of a packaged recipe"
         parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=text)
     for positional in () if command.reads_recipe else command.positional:
-        field = known[positional]
+        field = config_class.__dataclass_fields__[positional]
         options: dict[str, Any] = {}
         if field.default_factory is list or positional in command.optional:
             # An omitted argument keeps the default of its field.

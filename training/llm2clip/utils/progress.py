@@ -137,7 +137,16 @@ class _Display:
     def open(self, bar: ProgressBar) -> None:
         console = Console(stderr=True)
         if self._progress is None and console.is_terminal and not console.is_dumb_terminal:
-            self._progress = _new_progress(console)
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True)),
+                console=console,
+                auto_refresh=False,
+                expand=True,
+                transient=True,
+                redirect_stdout=os.isatty(1),  # a command's result goes where the user sends standard output
+            )
             self._progress.start()
         progress = self._progress
         self.tasks[bar] = None if progress is None else progress.add_task(bar.description, total=bar.total, text="")
@@ -162,20 +171,6 @@ class _Display:
             else:
                 self._progress.stop()
                 self._progress = None
-
-
-def _new_progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-        BarColumn(bar_width=None),
-        TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True)),
-        console=console,
-        auto_refresh=False,
-        expand=True,
-        transient=True,
-        # A command's result goes where the user sends standard output.
-        redirect_stdout=os.isatty(1),
-    )
 
 
 _display = _Display()

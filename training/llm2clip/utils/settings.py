@@ -179,8 +179,7 @@ def given_fields(namespace: argparse.Namespace, config_class: type) -> dict[str,
     A single value in brackets for a list of anything but strings is YAML.
     """
     hints = typing.get_type_hints(config_class)
-    names = {field.name for field in dataclasses.fields(config_class)}
-    values = {name: value for name, value in vars(namespace).items() if name in names}
+    values = {name: value for name, value in vars(namespace).items() if name in hints}
     for name, value in values.items():
         is_word = isinstance(value, list) and len(value) == 1 and list[str] not in _options(hints[name])
         if is_word and value[0].startswith(("[", "{")):
