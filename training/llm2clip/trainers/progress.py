@@ -17,9 +17,6 @@ class TrainingProgress(TrainerCallback):
 
     It takes the place of `ProgressCallback` and `PrinterCallback`. `close` removes the bar after an error, for which
     the Trainer calls no callback.
-
-    Args:
-        description: What is being trained, such as "Stage 1".
     """
 
     def __init__(self, description: str = "Training") -> None:
