@@ -74,10 +74,9 @@ def _pair(
 
 def as_vision_half(plan: JointPlan) -> None:
     """Complete the plan of a vision tower with a projection but without a text adapter."""
-    head = plan.tensors["visual_projection.weight"]
     plan.config = LLM2CLIPConfig(
         vision_config=plan.vision_config,
-        projection_dim=head.shape[0],
+        projection_dim=plan.tensors["visual_projection.weight"].shape[0],
         visual_projection_bias="visual_projection.bias" in plan.tensors,
     )
     plan.model_class = LLM2CLIPVisionModelWithProjection

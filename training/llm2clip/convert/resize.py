@@ -19,8 +19,8 @@ def resize_clip_positions(positions: Tensor, grid: int, class_tokens: int = 1) -
     side = round(patches.shape[0] ** 0.5)
     if side == grid:
         return positions
-    square = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(square.float(), size=(grid, grid), mode="bicubic", align_corners=True)
+    square = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
+    resized = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=True)
     return torch.cat([special, resized[0].flatten(1).t().to(positions.dtype)])
 
 

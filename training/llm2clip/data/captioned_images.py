@@ -22,7 +22,6 @@ from llm2clip.utils.settings import check_choices
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
 
 logger = logging.getLogger(__name__)
-
 ROW_NUMBER = "__row_number__"
 
 

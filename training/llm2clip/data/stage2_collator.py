@@ -20,7 +20,6 @@ class EmbeddingLookup(Protocol):
 
     def lookup(self, captions: Sequence[str], dtype: torch.dtype | None = torch.float32) -> Tensor:
         """Look up the embeddings of captions, `(captions, hidden_size)`; `dtype=None` keeps the stored dtype."""
-        ...
 
 
 class Stage2Collator:

@@ -6,7 +6,7 @@ import functools
 import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import gradio as gr
 from PIL import Image
@@ -51,14 +51,8 @@ THEME = gr.themes.Base(
 
 # The path of an example, or what gradio passes for an uploaded file with `preprocess=False`.
 Picture: TypeAlias = str | dict[str, Any] | None
-
-
-class ExamplePicture(NamedTuple):
-    """An example picture: its file, labels one per line, and a caption."""
-
-    path: str
-    labels: str
-    caption: str
+# Path of an example picture, labels for it (one per line), and its caption.
+ExamplePicture: TypeAlias = tuple[str, str, str]
 
 
 def build_interface(galleries: Sequence[tuple[str, Gallery]], examples: bool, example_dir: Path) -> gr.Blocks:
@@ -250,7 +244,7 @@ def _example_queries(query: gr.Textbox, outputs: Any, search: Callable[..., Any]
 
 def _example_pictures(pictures: list[ExamplePicture]) -> gr.Dataset:
     return gr.Dataset(
-        components=[gr.Image(visible=False, type="filepath")], samples=[[picture.path] for picture in pictures],
+        components=[gr.Image(visible=False, type="filepath")], samples=[[path] for path, _, _ in pictures],
         type="index", label="Examples", elem_classes="examples",
     )  # fmt: skip
 
@@ -275,7 +269,7 @@ def _save_examples(gallery: Gallery, folder: Path) -> list[ExamplePicture]:
         if image is not None:
             path = folder / f"{name.replace(' ', '-')}.png"
             image.save(path)
-            pictures.append(ExamplePicture(str(path), labels, caption))
+            pictures.append((str(path), labels, caption))
     return pictures
 
 

@@ -123,10 +123,10 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
             path = folder / f"{part}_model.onnx"
             graph = VisionGraph(model, _image_size(config, model)) if part == "vision" else TextGraph(model)
             logger.info("%s: tracing", path.name)
-            result[f"{part}_difference"] = _export(graph, path, config.dtype)
+            result[f"{part}_difference"] = difference = f"{_export(graph, path, config.dtype):.1e}"
             size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
-            logger.info("%s: %.0f MB, differs from torch by %.1e", path.name, size / 1e6, result[f"{part}_difference"])
-    return {**{key: f"{value:.1e}" for key, value in result.items()}, "written": str(destination)}
+            logger.info("%s: %.0f MB, differs from torch by %s", path.name, size / 1e6, difference)
+    return {**result, "written": str(destination)}
 
 
 def _require_libraries() -> None:
@@ -177,16 +177,13 @@ def _image_size(config: ExportOnnxConfig, model: Any) -> tuple[int, int]:
 
 def _export(graph: VisionGraph | TextGraph, path: Path, dtype: str) -> float:
     """Write a graph; returns the largest difference of its output from torch in float32."""
-    generator_state = torch.get_rng_state()
-    torch.manual_seed(0)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         traced, others = graph.example(2), [graph.example(batch) for batch in (1, 5)]
-        with torch.inference_mode():
-            expected = [graph(*inputs) for inputs in others]
-        module = graph if dtype == "float32" else copy.deepcopy(graph).to(getattr(torch, dtype))
-        _write(module, traced, path, _metadata(graph))
-    finally:
-        torch.set_rng_state(generator_state)
+    with torch.inference_mode():
+        expected = [graph(*inputs) for inputs in others]
+    module = graph if dtype == "float32" else copy.deepcopy(graph).to(getattr(torch, dtype))
+    _write(module, traced, path, _metadata(graph))
     found = _run(path, list(graph.inputs), others)
     difference = max((actual - wanted).abs().max().item() for actual, wanted in zip(found, expected, strict=True))
     # Not `>`, which is false for NaN.

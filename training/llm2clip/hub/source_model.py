@@ -99,12 +99,10 @@ class SourceModel:
         Raises:
             RuntimeError: The folder does not load there, or its outputs differ.
         """
-        model, processor, expected = self.model, self.processor, dict[str, Tensor]()
-        texts = captions if self.with_captions else []
-        embeds, loading = None, dict[str, Any]()
-        has_vision = self.task != TEXT_TASK
-        image_processor = getattr(processor, "image_processor", processor)
-        tokenizer = getattr(processor, "tokenizer", processor)
+        model, expected, loading = self.model, dict[str, Tensor](), dict[str, Any]()
+        texts, embeds, has_vision = captions if self.with_captions else [], None, self.task != TEXT_TASK
+        image_processor = getattr(self.processor, "image_processor", self.processor)
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
         with torch.inference_mode():
             if has_vision:
                 pixels = image_processor(images=[picture], return_tensors="pt").to(model.dtype)

@@ -94,10 +94,6 @@ class Uploader:
     def prepare(self, model_type: str, private: bool | None = None) -> RepoUrl:
         """Create repo and branch and check write access, so that a long run fails at its start and not at its end.
 
-        Args:
-            model_type: `model_type` of the model that will be uploaded.
-            private: See [`create_repo`].
-
         Raises:
             ValueError: The repo contains something else, see [`upload`].
         """
@@ -115,11 +111,7 @@ class Uploader:
             return self._read_card(self._snapshot())
 
     def upload(self, folder: Path, message: str) -> dict[str, Any]:
-        """Upload a folder in one commit. The repo has to exist.
-
-        Args:
-            folder: A saved model with its card; it is not changed.
-            message: Message of the commit.
+        """Upload a saved model with its card in one commit. The repo has to exist.
 
         Returns:
             `commit`, `files`, `megabytes`, and `pull_request` if one was opened.

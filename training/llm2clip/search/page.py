@@ -36,16 +36,15 @@ li { background: #fff; border: 1px solid #e3e7ee; border-radius: 10px; overflow:
 
 def write_page(path: Path, found: list[QueryResults], images: ResultImages) -> None:
     """Write the results of queries to one HTML file."""
-    title = html.escape(", ".join(entry.query.title for entry in found))
+    title = html.escape(", ".join(entry.title for entry in found))
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<title>{title}</title><style>{STYLE}</style></head><body>",
     ]
     for entry in found:
-        query = entry.query
-        shown = "" if query.image is None else _image(query.image, "the query")
-        parts.append(f"<h1>{shown}{html.escape(query.title)}</h1><ol>")
+        shown = "" if entry.image is None else _image(entry.image, "the query")
+        parts.append(f"<h1>{shown}{html.escape(entry.title)}</h1><ol>")
         parts += [_result(rank, result, images) for rank, result in enumerate(entry.results, 1)]
         parts.append("</ol>")
     write_text(path, "\n".join([*parts, "</body></html>"]))

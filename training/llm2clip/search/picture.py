@@ -31,7 +31,7 @@ def draw_picture(path: Path, found: list[QueryResults], images: ResultImages) ->
     Characters that matplotlib's default font lacks are drawn in other installed fonts; characters that no font has are
     logged.
     """
-    titles = [entry.query.title if entry.query.image is not None else f"“{entry.query.title}”" for entry in found]
+    titles = [f"“{entry.text}”" if entry.image is None else entry.title for entry in found]
     font = FontProperties(family=font_families("".join(titles)), size=TITLE_SIZE)
     with warnings.catch_warnings(), atomic_file(path) as file:
         # `font_families` has logged the missing characters once.

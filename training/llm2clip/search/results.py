@@ -15,19 +15,6 @@ from llm2clip.search.image_sets import TableImages
 
 
 @dataclass
-class Query:
-    """A text, or an image in RGB with its file name as text."""
-
-    text: str
-    image: Image.Image | None = None
-
-    @property
-    def title(self) -> str:
-        """Heading above the results."""
-        return self.text if self.image is None else f"like {self.text}"
-
-
-@dataclass
 class SearchResult:
     """One image of an index.
 
@@ -63,10 +50,21 @@ class SearchResult:
 
 @dataclass
 class QueryResults:
-    """A query and its results, best first."""
+    """The results of a query, best first.
 
-    query: Query
+    Attributes:
+        text: The query, or the file name of its image.
+        image: The image of a query by image, in RGB.
+    """
+
+    text: str
+    image: Image.Image | None
     results: list[SearchResult]
+
+    @property
+    def title(self) -> str:
+        """Heading above the results."""
+        return self.text if self.image is None else f"like {self.text}"
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to JSON types, without empty fields."""
@@ -74,7 +72,7 @@ class QueryResults:
             {"rank": rank, **{name: value for name, value in vars(result).items() if value is not None}}
             for rank, result in enumerate(self.results, 1)
         ]
-        return {"text" if self.query.image is None else "image": self.query.text, "results": results}
+        return {"text" if self.image is None else "image": self.text, "results": results}
 
 
 class ResultImages:

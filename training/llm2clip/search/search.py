@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
@@ -16,7 +17,7 @@ from llm2clip.data import decode_image
 from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.page import write_page
-from llm2clip.search.results import Query, QueryResults, ResultImages, SearchResult
+from llm2clip.search.results import QueryResults, ResultImages, SearchResult
 from llm2clip.utils.settings import setting
 
 logger = logging.getLogger(__name__)
@@ -64,18 +65,18 @@ def run(config: SearchConfig) -> None:
     name, revision = _model_of(config, index)
     embedder = ImageEmbedder.load(name, revision, with_llm=bool(config.query))
     index.manifest.require_model(index.folder, name, embedder.fingerprint(), embedder.width)
-    queries = [Query(text) for text in config.query]
+    queries: list[tuple[str, Image.Image | None]] = [(text, None) for text in config.query]
     embeds = []
     if queries:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         embeds += list(embedder.model.encode_text(config.query, tokenizer).numpy())
     if config.image and image is not None:
-        queries.append(Query(config.image, image))
+        queries.append((config.image, image))
         embeds.append(embedder.embed(image, config.image))
     found = []
     for query, rows in zip(queries, index.search(np.stack(embeds), config.top), strict=True):
         results = [SearchResult.from_row(row, score, index.manifest) for score, row in rows]
-        found.append(QueryResults(query, results))
+        found.append(QueryResults(*query, results))
     if config.json:
         result = {"index": config.index, "model": name, "queries": [entry.as_dict() for entry in found]}
         print(json.dumps(result, indent=2, ensure_ascii=False))
@@ -110,7 +111,7 @@ def _print_tables(found: list[QueryResults]) -> None:
     # Queries and captions are not markup: "[bold]" and ":dog:" are printed as they are.
     console = Console(markup=False, emoji=False)
     for entry in found:
-        table = Table(title=entry.query.title, title_justify="left", title_style="bold")
+        table = Table(title=entry.title, title_justify="left", title_style="bold")
         table.add_column("rank", justify="right")
         table.add_column("score", justify="right")
         table.add_column("image", overflow="fold")
