@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from llm2clip.utils.progress import ProgressBar, close_bar, open_bar
 
@@ -17,9 +17,6 @@ class TrainingProgress(TrainerCallback):
 
     It takes the place of `ProgressCallback` and `PrinterCallback`. `close` removes the bar after an error, for which
     the Trainer calls no callback.
-
-    Args:
-        description: What is being trained, such as "Stage 1".
     """
 
     def __init__(self, description: str = "Training") -> None:
@@ -27,30 +24,25 @@ class TrainingProgress(TrainerCallback):
         self._bar: ProgressBar | None = None
         self._evaluated_step: int | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.close()
         if state.is_world_process_zero:
             self._bar = open_bar(self.description, state.max_steps, "step", initial=state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        values = {key: _format(value) for key, value in logs.items() if key != "total_flos"}
+        values = {
+            key: f"{value:.4g}" if isinstance(value, float) else value
+            for key, value in logs.items()
+            if key != "total_flos"
+        }
         logger.debug("step %d: %s", state.global_step, ", ".join(f"{key} {value}" for key, value in values.items()))
         if self._bar is not None and "loss" in logs:
             self._bar.update(state.global_step, status=f"loss {float(logs['loss']):.4f}")
@@ -61,9 +53,7 @@ class TrainingProgress(TrainerCallback):
             scores = ", ".join(f"{key.removeprefix('eval_')} {value}" for key, value in recalls.items())
             logger.info("Evaluation at step %d: %s", state.global_step, scores)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.close(done=True)
 
     def close(self, done: bool = False) -> None:
@@ -71,7 +61,3 @@ class TrainingProgress(TrainerCallback):
         if self._bar is not None:
             close_bar(self._bar, done)
             self._bar = None
-
-
-def _format(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
