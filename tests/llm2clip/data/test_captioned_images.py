@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil
 
 from llm2clip.data import (
-    CaptionError,
     CaptionImageDataset,
     CaptionSource,
     DamagedImageError,
@@ -27,6 +26,7 @@ from llm2clip.data import (
     caption_id,
     distinct_captions,
 )
+from llm2clip.data.records import CaptionError
 
 from .conftest import CONCEPTS, ROWS, png
 from .conftest import captions as made_captions

@@ -8,7 +8,8 @@ from typing import Any
 import datasets
 import pytest
 
-from llm2clip.data import PairDataset, PairSource, SampleIndex, SourceError, caption_id
+from llm2clip.data import PairDataset, PairSource, SampleIndex, caption_id
+from llm2clip.data.sources import SourceError
 
 from .conftest import CONCEPTS, GLOSSES
 

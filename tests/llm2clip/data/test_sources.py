@@ -5,8 +5,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from llm2clip.data import CaptionSource, PairSource, SourceError, load_source
+from llm2clip.data import CaptionSource, PairSource, load_source
 from llm2clip.data.records import column_texts
+from llm2clip.data.sources import SourceError
 from llm2clip.data.transforms import decode_image
 
 from .conftest import CONCEPTS, ROWS, captions

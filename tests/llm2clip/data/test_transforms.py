@@ -15,8 +15,8 @@ from sklearn.datasets import load_sample_images
 from torchvision.transforms import RandomResizedCrop
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil, SiglipImageProcessor, ViTImageProcessor
 
-from llm2clip.data import DamagedImageError, EvalTransform, TrainTransform, decode_image, decode_tensor
-from llm2clip.data.transforms import output_size
+from llm2clip.data import DamagedImageError, EvalTransform, TrainTransform, decode_image
+from llm2clip.data.transforms import decode_tensor, output_size
 
 from .conftest import SIZE, png
 

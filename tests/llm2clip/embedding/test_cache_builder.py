@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2clip.embedding import CacheIncompleteError, CacheMismatchError, EmbeddingCache, cache_builder
+from llm2clip.embedding import EmbeddingCache, cache_builder
+from llm2clip.embedding.cache_files import CacheIncompleteError, CacheMismatchError
 
 from .encoder import build, embed
 

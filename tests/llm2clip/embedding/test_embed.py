@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2clip.embedding import CacheMismatchError, CaptionEmbedder, EmbeddingCache
+from llm2clip.embedding import CaptionEmbedder, EmbeddingCache
+from llm2clip.embedding.cache_files import CacheMismatchError
 from llm2clip.embedding.embed import EmbedConfig, embed_into_cache, run
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.towers import open_text_tower

@@ -13,8 +13,8 @@ from transformers import AutoConfig, Siglip2ImageProcessor
 import llm2clip
 from llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, embed_captions, embed_images
 from llm2clip.data import DamagedImageError
-from llm2clip.embedding import ImageEmbedder
 from llm2clip.embedding.image_batches import ImageList
+from llm2clip.embedding.image_embedder import ImageEmbedder
 from tests.modeling_llm2clip import tiny
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llm2clip.losses import clip_loss, hard_negative_info_nce, sigmoid_loss
-from llm2clip.losses.gather import gather_with_grad, gather_without_grad
+from llm2clip.losses.gather import gather_rows
 from tests.golden import load_golden
 
 Results = list[dict[str, Any]]
@@ -117,11 +117,11 @@ def uneven_hard_negative(rank: int, world: int) -> dict[str, Tensor]:
 
 def gathered(rank: int, world: int) -> dict[str, Any]:
     x = split(example()["image"], ROWS[world], rank).clone().requires_grad_()
-    rows = gather_with_grad(x)
-    ids = gather_without_grad(split(example()["owned"], ROWS[world], rank))
+    rows = gather_rows(x)
+    ids = gather_rows(split(example()["owned"], ROWS[world], rank))
     # Rank r weights row i by (r + 1) * i: the gradient of row i must be i * (1 + ... + world).
-    ((rank + 1) * torch.arange(rows.total)[:, None] * rows.rows).sum().backward()
-    return {"rows": rows.rows.detach(), "offset": rows.offset, "total": rows.total, "ids": ids.rows, "grad": x.grad}
+    ((rank + 1) * torch.arange(len(rows.rows))[:, None] * rows.rows).sum().backward()
+    return {"rows": rows.rows.detach(), "offset": rows.offset, "ids": ids.rows, "grad": x.grad}
 
 
 def trained_parameters(rank: int, world: int) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ def mixed_ids_message(rank: int, world: int) -> str:
 def no_rows_at_all() -> list[str]:
     """Return the error messages for a batch without rows on every rank."""
     nothing = torch.empty(0, WIDTH)
-    assert gather_with_grad(nothing).rows.shape == (0, WIDTH)
+    assert gather_rows(nothing).rows.shape == (0, WIDTH)
     messages = []
     for loss in (lambda: clip_loss(nothing, nothing, 1.0), lambda: hard_negative_info_nce(nothing, nothing)):
         with pytest.raises(ValueError, match="on some rank") as error:
@@ -296,7 +296,7 @@ def test_gathering_keeps_rank_order_and_sums_the_gradients_of_all_ranks(ranks: R
     sum_of_weights = len(ranks) * (len(ranks) + 1) / 2
     for rank, results in enumerate(ranks):
         result, offset = results["gathered"], sum(rows[:rank])
-        assert (result["offset"], result["total"]) == (offset, sum(rows))
+        assert (result["offset"], len(result["rows"])) == (offset, sum(rows))
         assert result["rows"].equal(whole["image"])
         assert result["ids"].equal(whole["owned"])
         expected = sum_of_weights * torch.arange(offset, offset + rows[rank])[:, None].expand(-1, WIDTH)

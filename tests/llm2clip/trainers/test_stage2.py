@@ -22,7 +22,8 @@ from transformers import (
 from llm2clip.data import CaptionSource, DamagedImageError, distinct_captions
 from llm2clip.data import transforms as images
 from llm2clip.data.transforms import decode_tensor
-from llm2clip.embedding import CacheMismatchError, EmbeddingCache, MissingCaptionError, embed
+from llm2clip.embedding import EmbeddingCache, MissingCaptionError, embed
+from llm2clip.embedding.cache_files import CacheMismatchError
 from llm2clip.hub.cards.card import read_card
 from llm2clip.losses import sigmoid_loss
 from llm2clip.trainers import run_stage2

@@ -9,33 +9,16 @@ from llm2clip.data.captioned_images import (
 from llm2clip.data.pair_batches import PairBatchSampler
 from llm2clip.data.pair_collator import PairCollator
 from llm2clip.data.pairs import PairDataset, PairSource
-from llm2clip.data.records import (
-    CaptionError,
-    OnError,
-    SkippedSample,
-    caption_id,
-    clean_caption,
-)
+from llm2clip.data.records import OnError, SkippedSample, caption_id
 from llm2clip.data.sampling import SampleIndex, SampleIndexBatchSampler
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.sources import CaptionSource, SourceError, load_source
+from llm2clip.data.sources import CaptionSource, load_source
 from llm2clip.data.stage2_collator import Stage2Collator
-from llm2clip.data.transforms import (
-    EvalTransform,
-    ImageBackend,
-    TrainTransform,
-    decode_tensor,
-)
-from modeling_llm2clip.image_decoding_llm2clip import (
-    DEFAULT_MAX_PIXELS,
-    DamagedImageError,
-    SampleError,
-    decode_image,
-)
+from llm2clip.data.transforms import EvalTransform, ImageBackend, TrainTransform
+from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, DamagedImageError, SampleError, decode_image
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",
-    "CaptionError",
     "CaptionImageDataset",
     "CaptionSource",
     "DamagedImageError",
@@ -51,15 +34,12 @@ __all__ = [
     "SampleIndexBatchSampler",
     "SkipLog",
     "SkippedSample",
-    "SourceError",
     "Stage2Collator",
     "StreamingCaptionImageDataset",
     "TrainTransform",
     "caption_batches",
     "caption_id",
-    "clean_caption",
     "decode_image",
-    "decode_tensor",
     "distinct_captions",
     "load_source",
 ]

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from llm2clip.data.records import OnError, RowCaptions, SkippedSample, caption_id, column_texts
-from llm2clip.data.sampling import EpochDataset, SampleIndex, stable_seed
-from llm2clip.data.sources import CaptionSource, Columns, Table, load_source, row_batches, source_columns, top_level
+from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
+from llm2clip.data.sources import CaptionSource, Columns, load_source, row_batches, source_columns, top_level
 from llm2clip.data.transforms import EvalTransform, TrainTransform
 from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.settings import check_choices
@@ -41,25 +40,14 @@ class SampleMaker:
         check_choices(self)
 
     def __call__(
-        self,
-        row: Mapping[str, Any],
-        key: str,
-        columns: Columns,
-        weights: Sequence[float] | None,
-        salt: tuple[int | str, ...] | None,
+        self, row: Mapping[str, Any], key: str, columns: Columns, salt: tuple[int | str, ...] | None
     ) -> dict[str, Any] | SkippedSample:
         """Make the sample of a row, or a `SkippedSample` if it cannot be used and `on_error` is `skip`.
 
-        Args:
-            row: The row.
-            key: The key of the row.
-            columns: The columns to read.
-            weights: Sampling weight of each caption column.
-            salt: Determines caption and crop together with the seed; None takes the first caption and the evaluation
-                transform.
+        Seed and `salt` determine caption and crop; None takes the first caption and the evaluation transform.
         """
         try:
-            captions = RowCaptions.of(row, key, columns.captions, weights)
+            captions = RowCaptions.of(row, key, columns.captions, columns.weights)
             caption = captions.texts[0]
             if salt is not None:
                 caption = captions.draw(stable_seed(self.seed, "caption", *salt))
@@ -82,7 +70,7 @@ class SampleMaker:
         return sample
 
 
-class CaptionImageDataset(EpochDataset):
+class CaptionImageDataset(ConcatenatedTables):
     """Map-style data set of captioned images.
 
     `dataset[SampleIndex(epoch, index)]` is a training sample: a caption, drawn by the weights of the source, and a
@@ -122,21 +110,11 @@ class CaptionImageDataset(EpochDataset):
                 raise ValueError(f"{source.path} is set to streaming; use StreamingCaptionImageDataset.")
         self.make_sample = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
         with_images = eval_transform is not None
-        self.tables = [load_source(source, with_images) for source in self.sources]
+        super().__init__([load_source(source, with_images) for source in self.sources])
         self.columns = [
             source_columns(source, table, with_images=with_images)
             for source, table in zip(self.sources, self.tables, strict=True)
         ]
-        self._starts = np.cumsum([0, *map(len, self.tables)])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def _locate(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"Index {index} is out of range for {len(self)} samples.")
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return number, index - int(self._starts[number])
 
     def _key(self, number: int, position: int, row: Mapping[str, Any]) -> str:
         column = self.columns[number].key
@@ -145,16 +123,10 @@ class CaptionImageDataset(EpochDataset):
         return str(position) if len(self.sources) == 1 else f"{self.sources[number].path}:{position}"
 
     def __getitem__(self, index: SampleIndex | int) -> dict[str, Any] | SkippedSample:
-        position = index.index if isinstance(index, SampleIndex) else int(index)
-        number, offset = self._locate(position)
+        epoch, position, number, offset = self.locate(index)
         row = self.tables[number][offset]
-        return self.make_sample(
-            row,
-            self._key(number, offset, row),
-            self.columns[number],
-            self.sources[number].caption_weights,
-            (index.epoch, position) if isinstance(index, SampleIndex) else None,
-        )
+        salt = None if epoch is None else (epoch, position)
+        return self.make_sample(row, self._key(number, offset, row), self.columns[number], salt)
 
 
 class StreamingCaptionImageDataset(IterableDataset):
@@ -164,20 +136,14 @@ class StreamingCaptionImageDataset(IterableDataset):
     distributed over ranks and DataLoader workers; with fewer files than ranks, every rank reads all files and keeps
     its share of the rows. Since the data set shards itself, accelerate must not shard or dispatch its loader. Without
     a key column, the key of a row is its number in the stream, preceded by `rank-worker-` if there are several.
+    See [`CaptionImageDataset`] for the other arguments.
 
     Args:
-        source: The source, with `streaming=True`.
-        eval_transform: The evaluation transform. With None, samples have no `pixel_values`.
-        train_transform: The training transform; by default the evaluation transform.
         training: Draw captions and crops; False takes first captions and the evaluation transform, in order.
         seed: Seed of order, drawn captions and crops.
         shuffle_buffer: Number of rows in the shuffle buffer; 0 keeps rows and files in order.
-        rank: Rank of this process.
-        world_size: Number of processes.
         repeat: Start the next epoch at the end of the data, so that no rank runs out before another; for training by
             number of steps.
-        on_error: See [`CaptionImageDataset`].
-        max_pixels: Largest width x height of an image to decode.
 
     Raises:
         FileNotFoundError, SourceError: If the source cannot be read.
@@ -207,12 +173,9 @@ class StreamingCaptionImageDataset(IterableDataset):
         with_images = eval_transform is not None
         self.table = load_source(source, with_images)
         self.columns = source_columns(source, self.table, with_images=with_images)
-        self.training = training
-        self.seed = seed
+        self.training, self.seed, self.repeat = training, seed, repeat
         self.shuffle_buffer = shuffle_buffer if training else 0
-        self.rank = rank
-        self.world_size = world_size
-        self.repeat = repeat
+        self.rank, self.world_size = rank, world_size
         # In shared memory, so that persistent workers see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -250,7 +213,7 @@ class StreamingCaptionImageDataset(IterableDataset):
                 empty = False
                 key = self._key(row)
                 salt = (epoch, key) if self.training else None
-                yield self.make_sample(row, key, self.columns, self.source.caption_weights, salt)
+                yield self.make_sample(row, key, self.columns, salt)
             if empty or not self.repeat:
                 return
 
@@ -259,23 +222,12 @@ def _add_row_number(row: dict[str, Any], number: int) -> dict[str, Any]:
     return {**row, ROW_NUMBER: number}
 
 
-def _load_captions(source: CaptionSource) -> Table:
-    table = load_source(source, with_images=False)
-    return table.select_columns(list(dict.fromkeys(top_level(table, name) for name in source.caption_columns)))
-
-
 def caption_batches(
     source: CaptionSource, rank: int = 0, world_size: int = 1, show_progress: bool = True
 ) -> Iterator[list[str]]:
-    """Yield the captions of a source in order of row, column and list entry, a thousand rows at a time.
-
-    Args:
-        source: The source; may be a stream.
-        rank: Rank of this process, which reads its share of the rows.
-        world_size: Number of processes that share the rows.
-        show_progress: Show the progress.
-    """
-    table = _load_captions(source)
+    """Yield the captions of this rank's share of a source by row, column and list entry, a thousand rows at a time."""
+    table = load_source(source, with_images=False)
+    table = table.select_columns(list(dict.fromkeys(top_level(table, name) for name in source.caption_columns)))
     if world_size > 1:
         table = split_dataset_by_node(table, rank, world_size)
     total = len(table) if isinstance(table, datasets.Dataset) else None
@@ -293,14 +245,8 @@ def caption_batches(
 def distinct_captions(sources: CaptionSource | Sequence[CaptionSource], show_progress: bool = True) -> list[str]:
     """Collect the distinct captions of sources, which an embedding cache for them must contain.
 
-    Captions are distinct if they differ in more than surrounding white space, because their embeddings differ.
-
-    Args:
-        sources: One or several sources; may be streams.
-        show_progress: Show the progress.
-
-    Returns:
-        The captions in order of first appearance: by source, row, caption column and list entry.
+    Captions are distinct if they differ in more than surrounding white space, because their embeddings differ. They
+    are in order of first appearance: by source, row, caption column and list entry. Sources may be streams.
     """
     captions: dict[str, None] = {}
     for source in [sources] if isinstance(sources, CaptionSource) else sources:

@@ -38,12 +38,7 @@ class PairBatchSampler(EpochBatchSampler):
     dataset: PairDataset
 
     def __init__(
-        self,
-        dataset: PairDataset,
-        batch_size: int,
-        num_replicas: int = 1,
-        seed: int = 0,
-        drop_last: bool = True,
+        self, dataset: PairDataset, batch_size: int, num_replicas: int = 1, seed: int = 0, drop_last: bool = True
     ) -> None:
         super().__init__(dataset, batch_size, num_replicas, seed, drop_last)
         if not drop_last and num_replicas > 1:
@@ -82,15 +77,11 @@ class PairBatchSampler(EpochBatchSampler):
             own = planner.plan(epoch)
             chosen = np.random.default_rng(stable_seed(planner.seed, "choice", epoch)).permutation(len(own))
             batches += [own[number] + start for number in chosen[:quota]]
-            left_out = len(planner.table) - sum(map(len, own))
+            rows, label = len(planner.table), planner.table.label
+            left_out = rows - sum(map(len, own))
             if left_out:
-                logger.info(
-                    "Epoch %d leaves out %d of %d rows of %s, which do not fit into any batch.",
-                    epoch,
-                    left_out,
-                    len(planner.table),
-                    planner.table.label,
-                )
+                message = "Epoch %d leaves out %d of %d rows of %s, which do not fit into any batch."
+                logger.info(message, epoch, left_out, rows, label)
         order = np.random.default_rng(stable_seed(self.seed, "order", epoch)).permutation(len(batches))
         return [batches[number] for number in order]
 
@@ -101,11 +92,8 @@ class BatchPlanner:
     Rows are taken in random order. A row that conflicts with the current batch is queued under the shared key. Each
     new batch first takes one row from every queue, since rows in the same queue exclude each other.
 
-    Args:
-        table: The source.
-        batch_size: Rows per batch.
-        drop_last: Drop the last batch if it is short.
-        seed: Seed of the row order.
+    Raises:
+        ValueError: If the rows do not fill a batch.
     """
 
     def __init__(self, table: PairTable, batch_size: int, drop_last: bool, seed: int) -> None:
@@ -149,11 +137,11 @@ class BatchPlanner:
             while len(batch) < self.batch_size and taken < len(order):
                 self._place(order[taken], batch, own, negative, waiting)
                 taken += 1
-            if len(batch) < self.batch_size:
-                if not self.drop_last:
-                    batches.append(np.array(batch, dtype=np.int64))
+            is_short = len(batch) < self.batch_size
+            if not (is_short and self.drop_last):
+                batches.append(np.array(batch, dtype=np.int64))
+            if is_short:
                 break
-            batches.append(np.array(batch, dtype=np.int64))
         return batches
 
     def _place(
@@ -179,17 +167,14 @@ def _compact(numbers: np.ndarray) -> array[int]:
     return array("q", numbers.astype(np.int64).tobytes())
 
 
-def _shared_keys(table: PairTable) -> tuple[array[int], array[int], array[int], array[int]]:
+def _shared_keys(table: PairTable) -> tuple[array[int], ...]:
     """Renumber the keys of a table without those of a single row, which cannot conflict; returns keys and starts."""
     both = np.concatenate([table.own_keys, table.negative_keys])
     _, numbers, counts = np.unique(both, return_inverse=True, return_counts=True)
     shared = counts[numbers] > 1
     split = len(table.own_keys)
     result: list[array[int]] = []
-    for part, starts in (
-        (slice(0, split), table.own_starts),
-        (slice(split, None), table.negative_starts),
-    ):
+    for part, starts in ((slice(0, split), table.own_starts), (slice(split, None), table.negative_starts)):
         kept = np.concatenate([[0], np.cumsum(shared[part])])
         result += [_compact(numbers[part][shared[part]]), _compact(kept[starts])]
-    return result[0], result[1], result[2], result[3]
+    return tuple(result)

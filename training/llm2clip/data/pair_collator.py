@@ -93,14 +93,10 @@ class PairCollator:
     ) -> tuple[dict[str, torch.Tensor], int]:
         """Tokenize captions preceded by their instructions.
 
-        Args:
-            captions: n captions.
-            instructions: The instruction of each caption, or None.
-
         Returns:
             `input_ids`, `attention_mask` and `pooling_mask`, and the number of truncated texts.
         """
-        leads = [_lead(instruction) for instruction in instructions]
+        leads = [f"{text} " if text and not text[-1].isspace() else text or "" for text in instructions]
         encoding = self.tokenizer(
             text=[lead + caption for lead, caption in zip(leads, captions, strict=True)],
             padding=True,
@@ -137,9 +133,3 @@ def _text(pair: Mapping[str, Any], side: str, number: int) -> str:
     if text is None:
         raise ValueError(f"Row {number} of a batch has no text in {side!r}; it has {', '.join(pair)}.")
     return text
-
-
-def _lead(instruction: str | None) -> str:
-    if not instruction:
-        return ""
-    return instruction if instruction[-1].isspace() else f"{instruction} "

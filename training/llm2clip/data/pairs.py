@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import random
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,13 +15,14 @@ import datasets
 import numpy as np
 
 from llm2clip.data.records import caption_id, column_texts, column_value
-from llm2clip.data.sampling import EpochDataset, SampleIndex, stable_seed
+from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
 from llm2clip.data.sources import (
+    Source,
     SourceError,
+    first_rows,
     open_table,
     require_columns,
     row_batches,
-    source_from_dict,
     table_columns,
     top_level,
 )
@@ -29,13 +31,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class PairSource:
+class PairSource(Source):
     """Source of text pairs: an anchor and a positive column, or columns with captions of the same image.
 
     A column may contain a text or a list of texts, one of which is drawn in each epoch.
 
     Attributes:
-        path, name, split, revision: See [`CaptionSource`].
+        path, name, split, revision, max_samples: See [`CaptionSource`].
         anchor_column: Column of the anchors (queries).
         positive_column: Column of the positives.
         negative_column: Column of the hard negatives. Rows without a hard negative that differs from their pair are
@@ -48,17 +50,12 @@ class PairSource:
         instruction: Text before the anchor; context that is not pooled.
         positive_instruction: Text before positive and negative.
         symmetric: Swap anchor and positive at random.
-        max_samples: Use only the first rows.
         label: Name in messages and samples; by default the file name.
 
     Raises:
         ValueError: If neither or both of the two forms are given, or a number is out of range.
     """
 
-    path: str
-    name: str | None = None
-    split: str = "train"
-    revision: str | None = None
     anchor_column: str | None = None
     positive_column: str | None = None
     negative_column: str | None = None
@@ -68,15 +65,12 @@ class PairSource:
     instruction: str | None = None
     positive_instruction: str | None = None
     symmetric: bool = False
-    max_samples: int | None = None
     label: str | None = None
 
     def __post_init__(self) -> None:
-        self.path = os.fspath(self.path)
-        if isinstance(self.caption_columns, str):
-            self.caption_columns = [self.caption_columns]
-        columns = bool(self.anchor_column) + bool(self.positive_column)
-        if columns == 1 or bool(columns) == bool(self.caption_columns):
+        super().__post_init__()
+        both = bool(self.anchor_column)
+        if both != bool(self.positive_column) or both == bool(self.caption_columns):
             raise ValueError(
                 f"The pair source {self.path} needs either anchor_column and positive_column, or caption_columns."
             )
@@ -84,13 +78,6 @@ class PairSource:
             raise ValueError(f"The pair source {self.path} cannot have a negative_column with caption_columns.")
         if self.weight is not None and self.weight <= 0:
             raise ValueError(f"The weight of {self.path} must be positive, not {self.weight}.")
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"max_samples of {self.path} must be at least 1, not {self.max_samples}.")
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any] | PairSource) -> PairSource:
-        """Build a source from the mapping of a recipe."""
-        return source_from_dict(cls, fields)
 
     @property
     def columns(self) -> list[str]:
@@ -100,25 +87,20 @@ class PairSource:
 
 
 class RowTexts(NamedTuple):
-    """The candidate texts of a row; no negative is also an anchor or a positive."""
+    """The candidate texts of a row, and the caption ids of anchors and positives, which no negative shares."""
 
     anchors: list[str]
     positives: list[str]
     negatives: list[str]
-
-    @property
-    def own_ids(self) -> set[int]:
-        """Caption ids of all anchors and positives."""
-        return {caption_id(text) for text in (*self.anchors, *self.positives)}
+    own_ids: set[int]
 
 
 class PairTable:
     """The usable rows of a source, with the keys that decide which of them may share a batch.
 
     Two rows conflict if they share an own key (a text of the pair, or the group), or if a hard negative of one is a
-    text
-    of the other: in the same batch, one would be trained as a false negative. The keys cover all candidate texts of a
-    row, not only those that are drawn.
+    text of the other: in the same batch, one would be trained as a false negative. The keys cover all candidate texts
+    of a row, not only those that are drawn.
 
     Attributes:
         rows: (n,) positions of the usable rows in the table.
@@ -131,40 +113,38 @@ class PairTable:
         self.source = source
         self.label = label
         self.table = table
-        rows: list[int] = []
-        own, negative = _Ragged(), _Ragged()
+        # A list of int takes four times the memory of an array.
+        rows, own_keys, negative_keys = array("q"), array("q"), array("q")
+        own_starts, negative_starts = array("q", [0]), array("q", [0])
         for position, row in enumerate(itertools.chain.from_iterable(row_batches(table))):
             try:
                 texts = self._texts(row)
             except TypeError as error:
                 raise SourceError(f"Row {position} of {source.path}: {error}.") from None
             own_ids = texts.own_ids
-            if not texts.anchors or not texts.positives or len(own_ids) < 2:
-                continue
-            if source.negative_column and not texts.negatives:
+            has_pair = texts.anchors and texts.positives and len(own_ids) > 1
+            if not has_pair or (source.negative_column and not texts.negatives):
                 continue
             group = column_value(row, source.group_column) if source.group_column else None
             if group is not None:
                 own_ids.add(stable_seed("group", str(group)))
             rows.append(position)
-            own.append(own_ids)
-            negative.append({caption_id(text) for text in texts.negatives})
-        self.rows = np.array(rows, dtype=np.int64)
+            own_keys.extend(sorted(own_ids))
+            own_starts.append(len(own_keys))
+            negative_keys.extend(sorted({caption_id(text) for text in texts.negatives}))
+            negative_starts.append(len(negative_keys))
+        self.rows = np.array(rows)
         self.num_dropped = len(table) - len(rows)
-        self.own_keys, self.own_starts = own.arrays()
-        self.negative_keys, self.negative_starts = negative.arrays()
+        self.own_keys, self.own_starts = np.array(own_keys), np.array(own_starts)
+        self.negative_keys, self.negative_starts = np.array(negative_keys), np.array(negative_starts)
         if not rows:
             raise ValueError(
                 f"None of the {len(table)} rows of {source.path} has a pair of two different texts in "
                 f"{', '.join(source.columns)}."
             )
         if self.num_dropped:
-            logger.warning(
-                "%d of %d rows of %s are left out because they lack two different texts or a hard negative.",
-                self.num_dropped,
-                len(table),
-                label,
-            )
+            message = "%d of %d rows of %s are left out because they lack two different texts or a hard negative."
+            logger.warning(message, self.num_dropped, len(table), label)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -173,16 +153,15 @@ class PairTable:
         source = self.source
         if source.caption_columns:
             captions = [text for column in source.caption_columns for text in column_texts(row, column)]
-            distinct = list({caption_id(text): text for text in reversed(captions)}.values())[::-1]
-            return RowTexts(distinct, distinct, [])
-        assert source.anchor_column is not None
-        assert source.positive_column is not None
-        texts = RowTexts(column_texts(row, source.anchor_column), column_texts(row, source.positive_column), [])
-        if source.negative_column:
-            own_ids = texts.own_ids
-            negatives = column_texts(row, source.negative_column)
-            texts.negatives.extend(text for text in negatives if caption_id(text) not in own_ids)
-        return texts
+            by_id = {caption_id(text): text for text in reversed(captions)}
+            distinct = list(by_id.values())[::-1]
+            return RowTexts(distinct, distinct, [], set(by_id))
+        anchors, positives, negatives = (
+            column_texts(row, column) if column else []
+            for column in (source.anchor_column, source.positive_column, source.negative_column)
+        )
+        own_ids = set(map(caption_id, (*anchors, *positives)))
+        return RowTexts(anchors, positives, [text for text in negatives if caption_id(text) not in own_ids], own_ids)
 
     def draw(self, index: int, seed: int | None) -> dict[str, Any]:
         """Draw the pair of usable row `index` by `seed`; None takes the first texts."""
@@ -192,18 +171,14 @@ class PairTable:
         if source.caption_columns:
             anchor, positive = texts.anchors[:2] if generator is None else generator.sample(texts.anchors, 2)
         else:
-            pairs = [
-                (anchor, positive)
-                for anchor in texts.anchors
-                for positive in texts.positives
-                if caption_id(anchor) != caption_id(positive)
-            ]
+            both = itertools.product(texts.anchors, texts.positives)
+            pairs = [pair for pair in both if caption_id(pair[0]) != caption_id(pair[1])]
             anchor, positive = pairs[0] if generator is None else generator.choice(pairs)
         if generator is not None and source.symmetric and generator.random() < 0.5:
             anchor, positive = positive, anchor
-        negative = None
-        if texts.negatives:
-            negative = texts.negatives[0] if generator is None else generator.choice(texts.negatives)
+        negative = next(iter(texts.negatives), None)
+        if texts.negatives and generator is not None:
+            negative = generator.choice(texts.negatives)
         return {
             "anchor": anchor,
             "positive": positive,
@@ -214,30 +189,7 @@ class PairTable:
         }
 
 
-class _Ragged:
-    """Concatenates sets of numbers to one array with the start of each set."""
-
-    def __init__(self) -> None:
-        self._parts: list[np.ndarray] = []
-        self._buffer: list[int] = []
-        self._starts: list[int] = [0]
-
-    def append(self, numbers: set[int]) -> None:
-        self._buffer.extend(sorted(numbers))
-        self._starts.append(self._starts[-1] + len(numbers))
-        if len(self._buffer) > 1_000_000:  # a list of int takes four times the memory of an array
-            self._flush()
-
-    def _flush(self) -> None:
-        self._parts.append(np.array(self._buffer, dtype=np.int64))
-        self._buffer = []
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        self._flush()
-        return np.concatenate(self._parts), np.array(self._starts, dtype=np.int64)
-
-
-class PairDataset(EpochDataset):
+class PairDataset(ConcatenatedTables):
     """Map-style data set of the text pairs of all sources.
 
     `dataset[SampleIndex(epoch, index)]` draws the texts of a row as a function of seed, epoch and index;
@@ -258,37 +210,27 @@ class PairDataset(EpochDataset):
         if not self.sources:
             raise ValueError("PairDataset needs at least one source.")
         self.seed = seed
-        self.tables: list[PairTable] = []
-        labels: set[str] = set()
+        tables: dict[str, PairTable] = {}
         for source in self.sources:
             base = source.label or os.path.basename(source.path.rstrip("/\\")).split(".")[0]
             numbered = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
-            label = next(name for name in numbered if name not in labels)
-            labels.add(label)
-            self.tables.append(PairTable(source, _load(source), label))
-        self.starts = np.cumsum([0, *map(len, self.tables)])
+            label = next(name for name in numbered if name not in tables)
+            tables[label] = PairTable(source, _load(source), label)
+        super().__init__(list(tables.values()))
 
     @property
     def num_dropped(self) -> int:
         """Number of unusable rows of all sources."""
         return sum(table.num_dropped for table in self.tables)
 
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
     def __getitem__(self, index: SampleIndex | int) -> dict[str, Any]:
-        position = index.index if isinstance(index, SampleIndex) else int(index)
-        if not 0 <= position < len(self):
-            raise IndexError(f"Index {position} is out of range for {len(self)} pairs.")
-        number = int(np.searchsorted(self.starts, position, side="right")) - 1
-        seed = stable_seed(self.seed, "pair", index.epoch, position) if isinstance(index, SampleIndex) else None
-        return self.tables[number].draw(position - int(self.starts[number]), seed)
+        epoch, position, number, row = self.locate(index)
+        seed = None if epoch is None else stable_seed(self.seed, "pair", epoch, position)
+        return self.tables[number].draw(row, seed)
 
 
 def _load(source: PairSource) -> datasets.Dataset:
     opened = open_table(source.path, source.name, source.split, source.revision)
     require_columns(source.path, source.columns, table_columns(opened.table), opened.hint)
     table = opened.table.select_columns(list(dict.fromkeys(top_level(opened.table, name) for name in source.columns)))
-    if source.max_samples is not None:
-        table = table.select(range(min(source.max_samples, len(table))))
-    return table
+    return first_rows(table, source.max_samples)

@@ -42,28 +42,15 @@ def clean_caption(text: Any) -> str | None:
 def caption_id(text: str) -> int:
     """Compute an id that captions share if they differ only in case and white space.
 
-    Captions with equal ids are positives of each other's images, never negatives.
-
-    Args:
-        text: The caption.
-
-    Returns:
-        63 bits of the BLAKE2b hash of the case-folded text with collapsed white space: non-negative and the same on
-        every machine.
+    Captions with equal ids are positives of each other's images, never negatives. The id is 63 bits of the BLAKE2b
+    hash of the case-folded text with collapsed white space: non-negative and the same on every machine.
     """
     normal = " ".join(unicodedata.normalize("NFC", text).casefold().split())
     return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def caption_keys(captions: Iterable[str]) -> np.ndarray:
-    """Compute the keys of the embedding cache: the 128-bit BLAKE2b hash of each exact text.
-
-    Args:
-        captions: n captions.
-
-    Returns:
-        (n, 2) int64.
-    """
+    """Compute the keys of the embedding cache, (captions, 2) int64: the 128-bit BLAKE2b hash of each exact text."""
     digests = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in captions)
     return np.frombuffer(digests, dtype="<i8").reshape(-1, 2).astype(np.int64, copy=False)
 
@@ -93,12 +80,7 @@ def column_texts(row: Mapping[str, Any], column: str) -> list[str]:
 
 
 class RowCaptions(NamedTuple):
-    """The captions of a row and their sampling weights.
-
-    Attributes:
-        texts: All captions, in column order.
-        weights: Sampling weight of each.
-    """
+    """All captions of a row, in column order, and the sampling weight of each."""
 
     texts: list[str]
     weights: list[float]
@@ -107,26 +89,20 @@ class RowCaptions(NamedTuple):
     def of(
         cls, row: Mapping[str, Any], key: str, columns: Sequence[str], weights: Sequence[float] | None
     ) -> RowCaptions:
-        """Read the captions of a row.
-
-        Args:
-            row: The row.
-            key: The key of the row, for error messages.
-            columns: Caption columns; the entries of a list share the weight of its column.
-            weights: Weight of each column; equal weights if None.
+        """Read the captions of the row `key`; the entries of a list share the weight of its column, by default 1.
 
         Raises:
             CaptionError: If no caption can be drawn or one is not text.
         """
         texts: list[str] = []
         shares: list[float] = []
-        for position, column in enumerate(columns):
+        for column, weight in zip(columns, weights or [1.0] * len(columns), strict=True):
             try:
                 entries = column_texts(row, column)
             except TypeError as error:
                 raise CaptionError(key, str(error)) from None
             texts += entries
-            shares += [(weights[position] if weights else 1.0) / len(entries)] * len(entries) if entries else []
+            shares += [weight / max(1, len(entries))] * len(entries)
         if not sum(shares):
             raise CaptionError(key, f"it has no text in {', '.join(columns)}")
         return cls(texts, shares)

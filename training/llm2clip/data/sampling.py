@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
@@ -45,6 +45,30 @@ class EpochDataset(Dataset):
         raise NotImplementedError
 
 
+class ConcatenatedTables(EpochDataset):
+    """Map-style data set of the rows of several tables, one after another.
+
+    Attributes:
+        tables: The tables.
+        starts: (tables + 1,) index of the first sample of each table, and the number of samples.
+    """
+
+    def __init__(self, tables: Sequence[Any]) -> None:
+        self.tables = tables
+        self.starts = np.cumsum([0, *map(len, tables)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def locate(self, index: SampleIndex | int) -> tuple[int | None, int, int, int]:
+        """Return the epoch of an index (None for an `int`), the index, the number of its table and its row there."""
+        epoch, position = index if isinstance(index, SampleIndex) else (None, int(index))
+        if not 0 <= position < len(self):
+            raise IndexError(f"Index {position} is out of range for {len(self)} samples.")
+        number = int(np.searchsorted(self.starts, position, side="right")) - 1
+        return epoch, position, number, position - int(self.starts[number])
+
+
 class EpochBatchSampler(Sampler[list[SampleIndex]]):
     """Base of the batch samplers: global batches, split into one consecutive batch per rank.
 
@@ -64,12 +88,7 @@ class EpochBatchSampler(Sampler[list[SampleIndex]]):
     """
 
     def __init__(
-        self,
-        dataset: EpochDataset,
-        batch_size: int,
-        num_replicas: int = 1,
-        seed: int = 0,
-        drop_last: bool = True,
+        self, dataset: EpochDataset, batch_size: int, num_replicas: int = 1, seed: int = 0, drop_last: bool = True
     ) -> None:
         for name, value in (("batch_size", batch_size), ("num_replicas", num_replicas)):
             if value < 1:
@@ -77,13 +96,9 @@ class EpochBatchSampler(Sampler[list[SampleIndex]]):
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_replicas = num_replicas
+        self.global_batch_size = batch_size * num_replicas
         self.seed = seed
         self.drop_last = drop_last
-
-    @property
-    def global_batch_size(self) -> int:
-        """Number of samples per step on all ranks together."""
-        return self.batch_size * self.num_replicas
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next pass."""
@@ -131,10 +146,7 @@ class SampleIndexBatchSampler(EpochBatchSampler):
             )
 
     def _num_samples(self) -> int:
-        samples = len(self.dataset)
-        if self.drop_last:
-            samples -= samples % self.global_batch_size
-        return samples
+        return len(self.dataset) - (len(self.dataset) % self.global_batch_size if self.drop_last else 0)
 
     def __len__(self) -> int:
         """Number of batches of all ranks together."""
@@ -142,10 +154,9 @@ class SampleIndexBatchSampler(EpochBatchSampler):
 
     def global_batches(self, epoch: int) -> Iterator[np.ndarray]:
         """Yield the sample indices of each global batch of an epoch."""
+        order = np.arange(len(self.dataset))
         if self.shuffle:
-            order = np.random.default_rng(stable_seed(self.seed, epoch)).permutation(len(self.dataset))
-        else:
-            order = np.arange(len(self.dataset))
+            order = np.random.default_rng(stable_seed(self.seed, epoch)).permutation(len(order))
         order = order[: self._num_samples()]
         for start in range(0, len(order), self.global_batch_size):
             yield order[start : start + self.global_batch_size]

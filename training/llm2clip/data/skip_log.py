@@ -13,10 +13,8 @@ logger = logging.getLogger(__name__)
 class SkipLog:
     """Log of skipped rows: a file with one JSON line of key and reason per row.
 
-    An existing file is continued, so that a resumed run does not list a row twice. Each process needs its own file.
-
-    Args:
-        path: The file, created with the first entry.
+    An existing file is continued, so that a resumed run does not list a row twice. Each process needs its own file,
+    which the first entry creates.
     """
 
     def __init__(self, path: str | Path) -> None:

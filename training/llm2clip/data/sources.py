@@ -20,7 +20,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from llm2clip.utils.settings import build_config
 
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
-SourceT = TypeVar("SourceT")
+SourceT = TypeVar("SourceT", bound="Source")
 
 WEBDATASET_IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp")
 AUTOMATIC_KEY_COLUMNS = ("key", "__key__")
@@ -40,7 +40,7 @@ CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
 PATH_TYPES = ("string", "large_string")
 BYTES_TYPES = ("binary", "large_binary")
 STREAM_SHARDS = 64
-READ_ROWS = 1000
+IMAGE_FOLDER_HINT = " In an image folder, metadata.jsonl, .csv or .parquet must contain the captions, by file_name."
 
 
 class SourceError(ValueError):
@@ -48,7 +48,44 @@ class SourceError(ValueError):
 
 
 @dataclass
-class CaptionSource:
+class Source:
+    """The fields that all sources share; see [`CaptionSource`]."""
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    caption_columns: list[str] | None = None
+    max_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        self.path = os.fspath(self.path)
+        if isinstance(self.caption_columns, str):
+            self.caption_columns = [self.caption_columns]
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"max_samples of {self.path} must be at least 1, not {self.max_samples}.")
+
+    @classmethod
+    def from_dict(cls: type[SourceT], fields: Mapping[str, Any] | str | SourceT) -> SourceT:
+        """Build a source from the mapping of a recipe or from a path.
+
+        Raises:
+            ValueError: If a field does not exist, has a value of the wrong type, or `path` is missing.
+        """
+        if isinstance(fields, cls):
+            return fields
+        fields = {"path": fields} if isinstance(fields, str) else fields
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"A source must be a path or a mapping of {cls.__name__} fields, not {fields!r:.80}.")
+        if not fields.get("path"):
+            raise ValueError(
+                f"A {cls.__name__} needs a path, but has only these fields: {', '.join(fields) or 'none'}."
+            )
+        return build_config(cls, fields, cls.__name__)
+
+
+@dataclass
+class CaptionSource(Source):
     """Source of captioned images, or of captions only.
 
     Attributes:
@@ -70,21 +107,14 @@ class CaptionSource:
         ValueError: If a field has an invalid value.
     """
 
-    path: str
-    name: str | None = None
-    split: str = "train"
-    revision: str | None = None
     image_column: str = "image"
     caption_columns: list[str] = field(default_factory=lambda: ["caption"])
     caption_weights: list[float] | None = None
     key_column: str | None = None
     streaming: bool = False
-    max_samples: int | None = None
 
     def __post_init__(self) -> None:
-        self.path = os.fspath(self.path)
-        if isinstance(self.caption_columns, str):
-            self.caption_columns = [self.caption_columns]
+        super().__post_init__()
         if not self.caption_columns:
             raise ValueError(f"The source {self.path} needs at least one caption column.")
         weights = self.caption_weights
@@ -98,30 +128,6 @@ class CaptionSource:
                 raise ValueError(
                     f"caption_weights of {self.path} must be non-negative and not all zero, but are {weights}."
                 )
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"max_samples of {self.path} must be at least 1, not {self.max_samples}.")
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any] | str | CaptionSource) -> CaptionSource:
-        """Build a source from the mapping of a recipe or from a path."""
-        return source_from_dict(cls, fields)
-
-
-def source_from_dict(cls: type[SourceT], fields: Mapping[str, Any] | str | SourceT) -> SourceT:
-    """Build a source (a dataclass with a `path`) from the mapping of a recipe or from a path.
-
-    Raises:
-        ValueError: If a field does not exist, has a value of the wrong type, or `path` is missing.
-    """
-    if isinstance(fields, cls):
-        return fields
-    if isinstance(fields, str):
-        fields = {"path": fields}
-    if not isinstance(fields, Mapping):
-        raise ValueError(f"A source must be a path or a mapping of {cls.__name__} fields, not {fields!r:.80}.")
-    if not fields.get("path"):
-        raise ValueError(f"A {cls.__name__} needs a path, but has only these fields: {', '.join(fields) or 'none'}.")
-    return build_config(cls, fields, cls.__name__)
 
 
 class Columns(NamedTuple):
@@ -130,17 +136,14 @@ class Columns(NamedTuple):
     image: str | None
     key: str | None
     captions: list[str]
+    weights: list[float] | None
 
 
 def load_source(source: CaptionSource, with_images: bool = True) -> Table:
-    """Open the table of a source.
+    """Open the table of a source with the columns that it uses (see [`source_columns`]) and encoded images.
 
     Args:
-        source: The source.
         with_images: Include the image column. Without it, formats that allow it do not read the images.
-
-    Returns:
-        The table with the columns that the source uses (see [`source_columns`]) and encoded images.
 
     Raises:
         FileNotFoundError: If the path does not exist.
@@ -153,12 +156,14 @@ def load_source(source: CaptionSource, with_images: bool = True) -> Table:
     table = opened.select(list(dict.fromkeys(used)))
     if columns.image is not None:
         table = keep_encoded(table, columns.image, opened.folders, source.path)
-    if source.max_samples is not None:
-        if isinstance(table, datasets.Dataset):
-            table = table.select(range(min(source.max_samples, len(table))))
-        else:
-            table = table.take(source.max_samples)
-    return table
+    return first_rows(table, source.max_samples)
+
+
+def first_rows(table: Table, count: int | None) -> Table:
+    """Return the first rows of a table; None returns all."""
+    if count is None:
+        return table
+    return table.select(range(min(count, len(table)))) if isinstance(table, datasets.Dataset) else table.take(count)
 
 
 def source_columns(source: CaptionSource, table: Table, hint: str = "", with_images: bool = True) -> Columns:
@@ -174,27 +179,22 @@ def source_columns(source: CaptionSource, table: Table, hint: str = "", with_ima
     key = source.key_column or next((column for column in AUTOMATIC_KEY_COLUMNS if column in have), None)
     wanted = [column for column in (image, *source.caption_columns, key) if column is not None]
     require_columns(source.path, wanted, have, hint)
-    return Columns(image, key, list(source.caption_columns))
+    return Columns(image, key, list(source.caption_columns), source.caption_weights)
 
 
 def require_columns(path: str, wanted: Iterable[str], have: Sequence[str], hint: str = "") -> None:
     """Raise a `SourceError` that lists the existing columns unless these include all `wanted` ones."""
     missing = [column for column in dict.fromkeys(wanted) if column not in have]
     if missing:
-        plural = "columns" if len(missing) > 1 else "column"
-        near = [match for name in missing for match in difflib.get_close_matches(name, have, n=1)]
-        raise SourceError(
-            f"{path} has no {plural} {', '.join(map(repr, missing))}; it has {', '.join(have)}."
-            + (f" Did you mean {', '.join(map(repr, near))}?" if near else "")
-            + hint
-        )
+        names = f"column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}"
+        near = [repr(match) for name in missing for match in difflib.get_close_matches(name, have, n=1)]
+        advice = f" Did you mean {', '.join(near)}?" if near else ""
+        raise SourceError(f"{path} has no {names}; it has {', '.join(have)}.{advice}{hint}")
 
 
 def table_columns(table: Table) -> list[str]:
     """Return the names of the columns, and of the fields of records as `column.field`."""
-    if table.features is None:
-        return _record_columns(next(iter(table), {}))
-    return _record_columns(table.features)
+    return _record_columns(next(iter(table), {}) if table.features is None else table.features)
 
 
 def top_level(table: Table, column: str) -> str:
@@ -203,9 +203,9 @@ def top_level(table: Table, column: str) -> str:
     return column if column in names else column.split(".")[0]
 
 
-def row_batches(table: Table, size: int = READ_ROWS) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of a table, `size` at a time."""
-    for batch in table.iter(size):
+def row_batches(table: Table) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of a table, a thousand at a time."""
+    for batch in table.iter(1000):
         yield [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
@@ -223,11 +223,9 @@ class OpenedTable:
     """A table with all its columns, and information about its files.
 
     Attributes:
-        table: The table.
         folders: The folders of the data files.
         hint: Advice for the error message if a column does not exist.
         arguments: Arguments of `datasets.load_dataset_builder`, for streamed parquet.
-        split: The split.
     """
 
     table: Table
@@ -263,7 +261,9 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
             builder = datasets.load_dataset_builder(**arguments)
         files = builder.config.data_files or {}
         known = list(files) or list(builder.info.splits or {})
-        _require_split(path, split, known)
+        missing = [part for part in split_names(split) if part not in known and part != "all"]
+        if known and missing:
+            raise SourceError(f"{path} has no split {missing[0]!r}; it has {', '.join(map(str, known))}.")
         if streaming:
             table: Table = builder.as_streaming_dataset(split)
         else:
@@ -280,13 +280,10 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
     except (OSError, ValueError, DatasetsError) as error:
         cause = error.__cause__ or error
         raise SourceError(f"Reading {path} failed: {type(cause).__name__}: {cause}") from error
-    hint = ""
-    if isinstance(builder, ImageFolder):
-        hint = " In an image folder, metadata.jsonl, .csv or .parquet must contain the captions, by file_name."
     return OpenedTable(
         table=table,
         folders=sorted({os.path.dirname(file) for name in split_names(split) for file in files.get(name, [])}),
-        hint=hint,
+        hint=IMAGE_FOLDER_HINT if isinstance(builder, ImageFolder) else "",
         arguments=arguments if streaming and isinstance(builder, Parquet) else None,
         split=split,
     )
@@ -297,19 +294,11 @@ def split_names(split: str) -> list[str]:
     return [re.split(r"[\[(]", part.strip())[0] for part in split.split("+")]
 
 
-def _require_split(path: str, split: str, known: Sequence[str]) -> None:
-    missing = [name for name in split_names(split) if name not in known and name != "all"]
-    if known and missing:
-        raise SourceError(f"{path} has no split {missing[0]!r}; it has {', '.join(map(str, known))}.")
-
-
 def _builder_arguments(path: str, place: Path, split: str) -> dict[str, Any]:
     if place.is_dir():
         return {"path": str(place)}
-    if "://" in path:
-        return _file_arguments(path, [path], split)
-    if place.is_file():
-        return _file_arguments(path, [str(place)], split)
+    if "://" in path or place.is_file():
+        return _file_arguments(path, [path if "://" in path else str(place)], split)
     if glob.has_magic(path):
         files = sorted(file for file in glob.glob(str(place), recursive=True) if os.path.isfile(file))
         if not files:
@@ -346,14 +335,15 @@ def _from_disk(folder: Path, split: str, streaming: bool) -> OpenedTable:
             raise SourceError(f"{folder} has no split {split!r}; it has {', '.join(map(str, loaded))}.")
         loaded = loaded[split]
     if streaming:
-        return OpenedTable(loaded.to_iterable_dataset(num_shards=max(1, min(STREAM_SHARDS, len(loaded)))))
+        loaded = loaded.to_iterable_dataset(num_shards=max(1, min(STREAM_SHARDS, len(loaded))))
     return OpenedTable(loaded)
 
 
 def keep_encoded(table: Table, column: str, folders: list[str], path: str) -> Table:
     """Keep images as bytes or absolute paths, since `datasets` would decode them without reporting the key."""
+    options: dict[str, Any] = {"batched": True, "fn_kwargs": {"column": column, "folders": folders, "path": path}}
     if table.features is None:  # a stream of a format without a schema
-        return table.map(_absolute_paths, batched=True, fn_kwargs={"column": column, "folders": folders, "path": path})
+        return table.map(_absolute_paths, **options)
     feature = table.features[column]
     dtype = feature.dtype if isinstance(feature, datasets.Value) else None
     is_record = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
@@ -362,28 +352,17 @@ def keep_encoded(table: Table, column: str, folders: list[str], path: str) -> Ta
     if dtype in PATH_TYPES:
         features = table.features.copy()
         features[column] = datasets.Value("string")  # datasets 4 cannot cast large_string to images
-        table = table.map(
-            _absolute_paths,
-            batched=True,
-            fn_kwargs={"column": column, "folders": folders, "path": path},
-            features=features,
-        )
+        table = table.map(_absolute_paths, **options, features=features)
     return table.cast_column(column, datasets.Image(decode=False))
 
 
 def _absolute_paths(batch: dict[str, list[Any]], column: str, folders: list[str], path: str) -> dict[str, list[Any]]:
-    values = batch[column]
-    relative = {
-        value for value in values if isinstance(value, str) and not os.path.isabs(value) and "://" not in value
-    }
+    texts = {value for value in batch[column] if isinstance(value, str)}
+    relative = {value for value in texts if not os.path.isabs(value) and "://" not in value}
     if relative and len(folders) != 1:
         raise SourceError(
             f"The image path {min(relative)!r} of {path} is relative, but the data files are in "
             f"{len(folders)} folders; use one source per folder, or absolute paths."
         )
-    return {
-        column: [
-            os.path.join(folders[0], value) if isinstance(value, str) and value in relative else value
-            for value in values
-        ]
-    }
+    absolute = {value: os.path.join(folders[0], value) for value in relative}
+    return {column: [absolute.get(value, value) if isinstance(value, str) else value for value in batch[column]]}

@@ -105,8 +105,7 @@ class Stage2Collator:
         if "input_ids" in rows[0]:
             tokens = {name: _column(rows, name) for name in TOKEN_FIELDS if name in rows[0]}
             tokens.setdefault("attention_mask", [[1] * len(ids) for ids in tokens["input_ids"]])
-            tensors = {name: [torch.as_tensor(row) for row in values] for name, values in tokens.items()}
-            return {name: _pad(values, 0, "left") for name, values in tensors.items()}
+            return {name: _pad(values, 0, "left") for name, values in tokens.items()}
         if "caption" not in rows[0]:
             raise ValueError(f"A row needs llm_embeds, input_ids or caption, but has {', '.join(rows[0])}.")
         captions = [
@@ -126,5 +125,7 @@ def _column(rows: Sequence[dict[str, Any]], name: str) -> list[Any]:
     return [row[name] for row in rows]
 
 
-def _pad(rows: list[Tensor], value: int, side: str = "right") -> Tensor:
-    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+def _pad(rows: list[Any], value: int, side: str = "right") -> Tensor:
+    return pad_sequence(
+        [torch.as_tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side
+    )

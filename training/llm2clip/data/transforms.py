@@ -41,9 +41,6 @@ def decode_tensor(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) ->
 
     Returns:
         uint8 `(3, H, W)` in channels-last memory format.
-
-    Raises:
-        DamagedImageError: See `decode_image`.
     """
     with decoding_errors(value, key):
         image = open_image(value, max_pixels)
@@ -67,7 +64,6 @@ class EvalTransform:
     values agree up to float32 rounding. Any other image processor is called.
 
     Args:
-        image_processor: A transformers image processor.
         backend: `exact` resizes with the library that the image processor uses; `fast` decodes to tensors and resizes
             tensors.
 
@@ -111,11 +107,7 @@ class EvalTransform:
         return (decode_tensor if self.backend == "fast" else decode_image)(value, key, max_pixels)
 
     def __call__(self, image: Image.Image | torch.Tensor, key: str = "image") -> torch.Tensor:
-        """Prepare an RGB image; returns (3, H, W) float32.
-
-        Args:
-            image: The image, as returned by `decode`.
-            key: The key of the row, for error messages.
+        """Prepare an RGB image, as returned by `decode`, of the row `key`; returns (3, H, W) float32.
 
         Raises:
             DamagedImageError: If it is so long and narrow that it is too large after resizing its shorter side.

@@ -16,9 +16,7 @@ from llm2clip.embedding.cache_files import (
     CacheManifest,
     CacheMismatchError,
     MissingCaptionError,
-    ShardLayout,
-    read_keys,
-    read_layout,
+    open_shard,
     shard_name,
 )
 
@@ -26,11 +24,7 @@ SCAN_ROWS = 4096
 
 
 class KeyIndex:
-    """Finds the rows of keys by binary search in a sorted array: 20 bytes per key, no Python objects.
-
-    Args:
-        keys: (n, 2) int64, distinct.
-    """
+    """Finds the rows of distinct keys, (n, 2) int64, by binary search: 20 bytes per key, no Python objects."""
 
     def __init__(self, keys: np.ndarray) -> None:
         order = np.argsort(keys[:, 0], kind="stable")
@@ -97,13 +91,9 @@ class EmbeddingCache:
                 f"The embedding cache {folder} is incomplete: its build of {manifest.num_captions} captions was "
                 "interrupted. Run the same `llm2clip embed` again; it continues where it stopped."
             )
-        shards, keys = [], []
-        for number, rows in enumerate(manifest.shards):
-            file = folder / shard_name(number)
-            layout = read_layout(file, rows, manifest.hidden_size)
-            shards.append(_map_embeddings(file, layout))
-            keys.append(read_keys(file, layout))
-        cache = cls(folder, manifest, shards, KeyIndex(np.concatenate(keys) if keys else np.empty((0, 2), np.int64)))
+        shards = [open_shard(folder, manifest, number) for number in range(len(manifest.shards))]
+        index = KeyIndex(np.concatenate([np.empty((0, 2), np.int64), *(shard.keys() for shard in shards)]))
+        cache = cls(folder, manifest, [shard.embeddings() for shard in shards], index)
         if verify:
             cache.check_finite()
         return cache
@@ -155,18 +145,11 @@ class EmbeddingCache:
         result = torch.from_numpy(bits).view(getattr(torch, self.manifest.dtype))
         # A single value that is not finite makes the sum not finite; only then is it located.
         if not torch.isfinite(result.sum(dtype=torch.float32)):
-            bad = (~torch.isfinite(result).all(dim=1)).nonzero()
-            if len(bad):
-                row = int(rows[int(bad[0])])
-                self._raise_not_finite(int(np.searchsorted(self._starts, row, side="right")) - 1, row)
+            self._check_rows(result, rows)
         return result if dtype is None else result.to(dtype)
 
     def check_finite(self, rank: int = 0, world_size: int = 1) -> None:
-        """Read every embedding once and check that it is finite.
-
-        Args:
-            rank: Rank of this process, among several that share the shards.
-            world_size: Number of processes.
+        """Read every embedding once and check that it is finite; several processes share the shards.
 
         Raises:
             CacheDamagedError: A row is not finite.
@@ -174,21 +157,16 @@ class EmbeddingCache:
         for number in range(rank, len(self._shards), world_size):
             shard = self._shards[number]
             for start in range(0, len(shard), SCAN_ROWS):
-                bad = (~torch.isfinite(shard[start : start + SCAN_ROWS]).all(dim=1)).nonzero()
-                if len(bad):
-                    self._raise_not_finite(number, int(self._starts[number]) + start + int(bad[0]))
+                first = int(self._starts[number]) + start
+                self._check_rows(shard[start : start + SCAN_ROWS], range(first, first + SCAN_ROWS))
 
-    def _raise_not_finite(self, number: int, row: int) -> None:
-        raise CacheDamagedError(
-            f"Row {row - int(self._starts[number])} of the shard {self.path / shard_name(number)} is not finite; "
-            "delete the file and run `llm2clip embed` again, which only computes what is missing."
-        )
-
-
-def _map_embeddings(path: Path, layout: ShardLayout) -> torch.Tensor:
-    rows, width = layout.shape
-    if rows * width == 0:
-        return torch.empty(layout.shape, dtype=layout.dtype)
-    nbytes = layout.offset + rows * width * layout.dtype.itemsize
-    content = torch.from_file(str(path), shared=False, size=nbytes, dtype=torch.uint8)
-    return content[layout.offset :].view(layout.dtype).view(rows, width)
+    def _check_rows(self, embeddings: torch.Tensor, rows: Sequence[int] | np.ndarray) -> None:
+        """Raise an error that names the shard of the first of `rows` whose embedding is not finite."""
+        bad = (~torch.isfinite(embeddings).all(dim=1)).nonzero()
+        if len(bad):
+            row = int(rows[int(bad[0])])
+            number = int(np.searchsorted(self._starts, row, side="right")) - 1
+            raise CacheDamagedError(
+                f"Row {row - self._starts[number]} of the shard {self.path / shard_name(number)} is not finite; "
+                "delete the file and run `llm2clip embed` again, which only computes what is missing."
+            )

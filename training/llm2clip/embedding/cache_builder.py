@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -15,17 +16,16 @@ from safetensors.torch import save_file
 from llm2clip.data.records import caption_keys
 from llm2clip.embedding.cache import KeyIndex
 from llm2clip.embedding.cache_files import (
-    DTYPES,
     IDENTITY,
     MANIFEST,
     CacheDamagedError,
+    CacheDtype,
     CacheManifest,
     CacheMismatchError,
-    read_keys,
-    read_layout,
+    open_shard,
     shard_name,
 )
-from llm2clip.utils.files import atomic_path, write_text
+from llm2clip.utils.files import atomic_path
 from llm2clip.utils.progress import ProgressBar, progress_bar
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,7 @@ def build_embedding_cache(
         manifest: The text encoder and the format of the cache. A build that is resumed keeps its `shard_size`.
         embed_size: Captions per call of `embed`, which can sort them by length.
         show_progress_bar: Show a progress bar on rank 0.
-        rank: Rank of this process.
-        world_size: Number of processes.
+        rank, world_size: Rank of this process, and number of processes.
         barrier: Waits for all processes; required when there are several.
 
     Returns:
@@ -73,7 +72,7 @@ def build_embedding_cache(
     """
     if world_size > 1 and barrier is None:
         raise ValueError("Several processes need a barrier, such as torch.distributed.barrier.")
-    wait = barrier or _no_barrier
+    wait = barrier or (lambda: None)
     keys = _distinct_keys(captions)
     folder = Path(path)
     manifest, work = _plan(folder, replace(manifest, shards=[]), keys)
@@ -82,9 +81,11 @@ def build_embedding_cache(
     total = sum(map(len, mine.values()))
     with progress_bar("Embedding captions", total, "caption", show_progress_bar and rank == 0 and total > 0) as bar:
         for number, rows in mine.items():
-            texts = [captions[row] for row in rows]
-            vectors, truncated = _embed_shard(texts, embed, manifest, embed_size, bar)
-            _write_shard(folder / shard_name(number), vectors, keys[rows], truncated)
+            vectors, truncated = _embed_shard([captions[row] for row in rows], embed, manifest, embed_size, bar)
+            tensors = {"embeddings": vectors, "keys": torch.from_numpy(keys[rows])}
+            with atomic_path(folder / shard_name(number)) as temporary:
+                # A single entry of metadata: safetensors does not write several in a fixed order.
+                save_file(tensors, temporary, {"num_truncated": str(truncated)})
     wait()
     if rank == 0 and (work or manifest.status != "complete"):
         _finish(folder, manifest)
@@ -96,9 +97,8 @@ def _start(folder: Path, manifest: CacheManifest, has_work: bool, rank: int, wai
     """Write the manifest of an unfinished build, and check that all ranks have the same captions."""
     wait()  # every rank has read the folder before rank 0 changes it
     if rank == 0 and has_work:
-        folder.mkdir(parents=True, exist_ok=True)
         manifest.status = "building"
-        _write_manifest(folder, manifest)
+        manifest.write(folder)
     wait()
     if CacheManifest.read(folder).plan_digest != manifest.plan_digest:
         raise CacheMismatchError(f"Rank {rank} was given other captions than rank 0 for {folder}.")
@@ -120,64 +120,55 @@ def _embed_shard(
     return vectors, truncated
 
 
-def _no_barrier() -> None:
-    return None
-
-
 def _distinct_keys(captions: Sequence[str]) -> np.ndarray:
     if not captions:
         raise ValueError("There are no captions to embed.")
     keys = caption_keys(captions)
     _, first, counts = np.unique(keys, axis=0, return_index=True, return_counts=True)
     if len(first) != len(keys):
-        repeated = captions[int(first[counts > 1][0])]
         raise ValueError(
-            f"{len(keys) - len(first)} captions repeat an earlier one, such as {repeated[:80]!r}; pass distinct "
-            "captions, as distinct_captions returns them."
+            f"{len(keys) - len(first)} captions repeat an earlier one, such as "
+            f"{captions[int(first[counts > 1][0])][:80]!r}; pass distinct captions, as distinct_captions returns them."
         )
     return keys
 
 
-def _digest(keys: np.ndarray) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(keys, dtype="<i8").tobytes(), digest_size=16).hexdigest()
+def _digest(keys: list[np.ndarray]) -> str:
+    return hashlib.blake2b(np.concatenate(keys).astype("<i8").tobytes(), digest_size=16).hexdigest()
 
 
-def _plan(folder: Path, new: CacheManifest, keys: np.ndarray) -> tuple[CacheManifest, dict[int, np.ndarray]]:
+def _plan(folder: Path, manifest: CacheManifest, keys: np.ndarray) -> tuple[CacheManifest, dict[int, np.ndarray]]:
     """Return the manifest to follow, and the captions (positions in `keys`) of each shard to compute."""
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES.values()]
-    if new.dtype not in dtypes:
-        raise ValueError(f"The dtype of a cache must be {' or '.join(map(repr, dtypes))}, not {new.dtype!r}.")
-    there: dict[int, np.ndarray] = {}
-    manifest = new
+    if manifest.dtype not in get_args(CacheDtype):
+        choices = " or ".join(map(repr, get_args(CacheDtype)))
+        raise ValueError(f"The dtype of a cache must be {choices}, not {manifest.dtype!r}.")
     if (folder / MANIFEST).is_file():
-        manifest = CacheManifest.read(folder)
-        _check_identity(folder, manifest, new)
-        there = _existing_keys(folder, manifest)
+        manifest = _manifest_to_continue(folder, manifest)
+    there = _existing_keys(folder, manifest)
     known = KeyIndex(np.concatenate([np.empty((0, 2), np.int64), *there.values()]))
     missing = np.flatnonzero(known.find(keys) < 0)
     absent = [number for number in range(len(manifest.shards)) if number not in there]
-    work: dict[int, np.ndarray] = {}
     if absent:
         # The absent shards contain, in order, what the others lack; the digest confirms the captions.
         bounds = np.cumsum([manifest.shards[number] for number in absent])
         work = dict(zip(absent, np.split(missing, bounds[:-1]), strict=True))
         filled = [there[number] if number in there else keys[work[number]] for number in range(len(manifest.shards))]
-        if len(missing) != bounds[-1] or _digest(np.concatenate(filled)) != manifest.plan_digest:
+        if len(missing) != bounds[-1] or _digest(filled) != manifest.plan_digest:
             raise CacheMismatchError(
                 f"The embedding cache {folder} lacks {len(absent)} of the {len(manifest.shards)} shards planned for "
                 f"its {manifest.num_captions} captions, and these {len(keys)} captions are not the same ones. Finish "
                 "the build with the captions that it was started with, or delete the folder."
             )
         return manifest, work
-    for start in range(0, len(missing), manifest.shard_size):
-        rows = missing[start : start + manifest.shard_size]
-        work[len(manifest.shards)] = rows
-        manifest.shards.append(len(rows))
-    manifest.plan_digest = _digest(np.concatenate([*there.values(), keys[missing]]))
+    parts = [missing[start : start + manifest.shard_size] for start in range(0, len(missing), manifest.shard_size)]
+    work = dict(enumerate(parts, len(manifest.shards)))
+    manifest.shards += map(len, parts)
+    manifest.plan_digest = _digest([*there.values(), keys[missing]])
     return manifest, work
 
 
-def _check_identity(folder: Path, old: CacheManifest, new: CacheManifest) -> None:
+def _manifest_to_continue(folder: Path, new: CacheManifest) -> CacheManifest:
+    old = CacheManifest.read(folder)
     for name in IDENTITY:
         if getattr(old, name) != getattr(new, name):
             raise CacheMismatchError(
@@ -185,18 +176,17 @@ def _check_identity(folder: Path, old: CacheManifest, new: CacheManifest) -> Non
                 f"but this build has {name} {getattr(new, name)!r} ({new.text_model_name}). Choose another folder, or "
                 "delete this one to embed again."
             )
+    return old
 
 
 def _existing_keys(folder: Path, manifest: CacheManifest) -> dict[int, np.ndarray]:
     there = {}
-    for number, rows in enumerate(manifest.shards):
-        path = folder / shard_name(number)
-        if not path.exists():
-            continue
-        try:
-            there[number] = read_keys(path, read_layout(path, rows, manifest.hidden_size))
-        except CacheDamagedError as error:
-            logger.warning("%s It is computed again.", error)
+    for number in range(len(manifest.shards)):
+        if (folder / shard_name(number)).exists():
+            try:
+                there[number] = open_shard(folder, manifest, number).keys()
+            except CacheDamagedError as error:
+                logger.warning("%s It is computed again.", error)
     return there
 
 
@@ -213,11 +203,8 @@ def _checked(vectors: torch.Tensor, texts: list[str], manifest: CacheManifest) -
         _refuse(lengths == 0, texts, "is zero, which has no direction")
         vectors = vectors / lengths
     stored = getattr(torch, manifest.dtype)
-    _refuse(
-        vectors.abs() > torch.finfo(stored).max,
-        texts,
-        f"exceeds the range of {manifest.dtype}; use bfloat16 or normalize the embeddings",
-    )
+    fault = f"exceeds the range of {manifest.dtype}; use bfloat16 or normalize the embeddings"
+    _refuse(vectors.abs() > torch.finfo(stored).max, texts, fault)
     return vectors.to(stored)
 
 
@@ -227,31 +214,13 @@ def _refuse(bad: torch.Tensor, texts: list[str], fault: str) -> None:
         raise ValueError(f"The embedding of the caption {texts[int(rows[0])][:200]!r} {fault}.")
 
 
-def _write_shard(path: Path, vectors: torch.Tensor, keys: np.ndarray, truncated: int) -> None:
-    tensors = {"embeddings": vectors, "keys": torch.from_numpy(keys.astype(np.int64))}
-    metadata = {"num_truncated": str(truncated)}  # a single entry: safetensors does not write several in a fixed order
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata)
-
-
-def _write_manifest(folder: Path, manifest: CacheManifest) -> None:
-    write_text(folder / MANIFEST, manifest.to_json())
-
-
 def _finish(folder: Path, manifest: CacheManifest) -> None:
-    layouts = [
-        read_layout(folder / shard_name(number), rows, manifest.hidden_size)
-        for number, rows in enumerate(manifest.shards)
-    ]
-    manifest.num_truncated = sum(int(layout.metadata["num_truncated"]) for layout in layouts)
+    shards = [open_shard(folder, manifest, number) for number in range(len(manifest.shards))]
+    manifest.num_truncated = sum(int(shard.metadata["num_truncated"]) for shard in shards)
     manifest.status = "complete"
-    _write_manifest(folder, manifest)
+    manifest.write(folder)
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink()
     if manifest.num_truncated:
-        logger.warning(
-            "%d of %d captions were cut at %d tokens.",
-            manifest.num_truncated,
-            manifest.num_captions,
-            manifest.max_length,
-        )
+        counts = (manifest.num_truncated, manifest.num_captions, manifest.max_length)
+        logger.warning("%d of %d captions were cut at %d tokens.", *counts)

@@ -8,6 +8,7 @@ A cache is a folder with `manifest.json` and `shard-00000.safetensors`, ... Each
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,6 +16,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import transformers
+
+from llm2clip.utils.files import read_json, write_json
 
 FORMAT = "llm2clip-embedding-cache"
 FORMAT_VERSION = 1
@@ -63,16 +66,13 @@ class CacheManifest:
     """The content of `manifest.json`.
 
     Attributes:
-        fingerprint: Identity of the text encoder.
-        text_model_name: Its name, for messages.
+        fingerprint, text_model_name: Identity of the text encoder, and its name in messages.
         hidden_size: Width of an embedding.
         pooling, prompt_prefix, prompt_suffix, max_length: How the encoder reads a caption.
-        text_model_dtype: The dtype that the text encoder computed in.
-        dtype: The dtype of the stored embeddings.
+        text_model_dtype, dtype: The dtypes that the text encoder computed in, and that the embeddings are stored in.
         normalize: Whether embeddings have unit length.
         transformers_version: The version of transformers that computed them.
         shard_size: Rows per shard; the last shard of each build may be shorter.
-        status: `building` or `complete`.
         plan_digest: Hash over the keys of all captions, in order.
         shards: Rows of each shard.
         num_truncated: Captions that were longer than `max_length`.
@@ -100,10 +100,10 @@ class CacheManifest:
         """Number of captions in all shards."""
         return sum(self.shards)
 
-    def to_json(self) -> str:
-        """Format the file."""
+    def write(self, folder: Path) -> None:
+        """Write the manifest of a cache."""
         head = {"format": FORMAT, "format_version": FORMAT_VERSION, "num_captions": self.num_captions}
-        return json.dumps({**head, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+        write_json(folder / MANIFEST, {**head, **asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> CacheManifest:
@@ -116,26 +116,21 @@ class CacheManifest:
         """
         path = folder / MANIFEST
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder} is not an embedding cache (no {MANIFEST}); make one with `llm2clip embed`."
-            )
+            raise FileNotFoundError(f"{folder} is not an embedding cache (no {MANIFEST}); `llm2clip embed` makes one.")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
         except ValueError as error:
-            raise CacheDamagedError(
-                f"{path} is not valid JSON ({error}); delete the folder and embed again."
-            ) from error
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise CacheDamagedError(f"{str(error).rstrip('.')}; delete the folder and embed again.") from error
+        if values.get("format") != FORMAT:
             raise CacheError(f"{path} is not the manifest of an embedding cache (no format {FORMAT!r}).")
         if values.get("format_version") != FORMAT_VERSION:
             raise CacheError(
                 f"{folder} has format version {values.get('format_version')}, but this release reads version "
                 f"{FORMAT_VERSION}; use the release that made it, or embed again."
             )
-        names = [entry.name for entry in fields(cls)]
-        missing = [name for name in names if name not in values]
-        if missing:
-            raise CacheDamagedError(f"{path} lacks {', '.join(missing)}; delete the folder and embed again.")
+        names = {entry.name for entry in fields(cls)}
+        if missing := names - set(values):
+            raise CacheDamagedError(f"{path} lacks {', '.join(sorted(missing))}; delete the folder and embed again.")
         return cls(**{name: values[name] for name in names})
 
 
@@ -144,38 +139,38 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-class ShardLayout(NamedTuple):
-    """Where the tensors of a shard are within its file, from its safetensors header.
+class Shard(NamedTuple):
+    """A file of a cache: shape and dtype of its embeddings, where they and the keys start in bytes, its metadata."""
 
-    Attributes:
-        offset: Start of the embeddings, in bytes.
-        shape: (rows, hidden).
-        dtype: Dtype of the embeddings.
-        keys_offset: Start of the keys, in bytes.
-        metadata: The text fields of the header.
-    """
-
-    offset: int
+    path: Path
     shape: tuple[int, int]
     dtype: torch.dtype
+    offset: int
     keys_offset: int
     metadata: dict[str, str]
 
+    def embeddings(self) -> torch.Tensor:
+        """Map the embeddings, (rows, hidden), into memory."""
+        nbytes = self.offset + math.prod(self.shape) * self.dtype.itemsize
+        content = torch.from_file(str(self.path), shared=False, size=nbytes, dtype=torch.uint8)
+        return content[self.offset :].view(self.dtype).view(self.shape)
 
-def read_layout(path: Path, rows: int, hidden_size: int) -> ShardLayout:
+    def keys(self) -> np.ndarray:
+        """Read the keys, (rows, 2) int64."""
+        rows = self.shape[0]
+        return np.fromfile(self.path, dtype="<i8", count=rows * 2, offset=self.keys_offset).reshape(rows, 2)
+
+
+def open_shard(folder: Path, manifest: CacheManifest, number: int) -> Shard:
     """Read and check the header of a shard.
 
     The header is parsed here, not by the safetensors library: a truncated file is reported with its sizes, and the
     embeddings can be memory-mapped without an open file for each of a cache's thousands of shards.
 
-    Args:
-        path: The shard.
-        rows: Expected rows.
-        hidden_size: Expected width.
-
     Raises:
-        CacheDamagedError: The file is missing, truncated or not such a shard.
+        CacheDamagedError: The file is missing, truncated or not a shard of the size in the manifest.
     """
+    path, rows, hidden_size = folder / shard_name(number), manifest.shards[number], manifest.hidden_size
     advice = "delete it and run `llm2clip embed` again, which only computes what is missing"
     if not path.is_file():
         raise CacheDamagedError(f"The shard {path} is missing; run `llm2clip embed` again to compute it.")
@@ -187,29 +182,17 @@ def read_layout(path: Path, rows: int, hidden_size: int) -> ShardLayout:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
         embeddings, keys = header["embeddings"], header["keys"]
-        start = 8 + length
-        end = start + max(embeddings["data_offsets"][1], keys["data_offsets"][1])
-        layout = ShardLayout(
-            offset=start + embeddings["data_offsets"][0],
-            shape=tuple(embeddings["shape"]),
-            dtype=DTYPES[embeddings["dtype"]],
-            keys_offset=start + keys["data_offsets"][0],
-            metadata=header.get("__metadata__", {}),
-        )
-        keys_shape = tuple(keys["shape"])
+        (offset, end), (keys_offset, keys_end) = embeddings["data_offsets"], keys["data_offsets"]
+        start, end = 8 + length, 8 + length + max(end, keys_end)
+        shape, keys_shape = tuple(embeddings["shape"]), tuple(keys["shape"])
+        dtype, metadata = DTYPES[embeddings["dtype"]], header.get("__metadata__", {})
     except (ValueError, KeyError, TypeError) as error:
         raise CacheDamagedError(f"The shard {path} ({size} bytes) has no valid header ({error}); {advice}.") from error
     if size != end:
         raise CacheDamagedError(f"The shard {path} is truncated: {size} bytes instead of {end}; {advice}.")
-    if layout.shape != (rows, hidden_size) or keys_shape != (rows, 2):
+    if shape != (rows, hidden_size) or keys_shape != (rows, 2):
         raise CacheDamagedError(
-            f"The shard {path} contains embeddings {layout.shape} and keys {keys_shape} instead of "
+            f"The shard {path} contains embeddings {shape} and keys {keys_shape} instead of "
             f"{(rows, hidden_size)} and {(rows, 2)}; {advice}."
         )
-    return layout
-
-
-def read_keys(path: Path, layout: ShardLayout) -> np.ndarray:
-    """Read the keys of a shard, (n, 2) int64."""
-    rows = layout.shape[0]
-    return np.fromfile(path, dtype="<i8", count=rows * 2, offset=layout.keys_offset).reshape(rows, 2)
+    return Shard(path, shape, dtype, start + offset, start + keys_offset, metadata)

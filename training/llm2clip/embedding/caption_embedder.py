@@ -16,12 +16,7 @@ from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
-from modeling_llm2clip.modeling_llm2clip_utils import (
-    encode_tokens,
-    execution_device,
-    tokenize_captions,
-    unit_features,
-)
+from modeling_llm2clip.modeling_llm2clip_utils import encode_tokens, execution_device, tokenize_captions, unit_features
 
 
 class CaptionEmbedder:
@@ -31,10 +26,6 @@ class CaptionEmbedder:
         model: An `LLM2CLIPModel`, which gives unit rows in the space that captions share with images, or an
             `LLM2CLIPTextModel`, which gives the LLM's own embeddings, not normalised. In evaluation mode.
         processor: The model's processor or tokenizer.
-
-    Attributes:
-        text_config: Config of the text tower.
-        width: Length of an embedding.
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
@@ -46,25 +37,27 @@ class CaptionEmbedder:
         self.width: int = model.config.projection_dim if self.is_joint else model.config.hidden_size
 
     @classmethod
-    def load(cls, name: str, revision: str | None = None, device: torch.device | str | None = None) -> CaptionEmbedder:
+    def load(
+        cls, name: str, revision: str | None = None, device: torch.device | str | None = None, **options: Any
+    ) -> CaptionEmbedder:
         """Load an LLM2CLIP model or a text tower.
 
         Args:
             name: Hub id or folder.
             revision: Branch, tag or commit on the Hub.
             device: Device of the model; the default is a GPU if there is one.
+            options: Passed to `from_pretrained`, such as `dtype`.
 
         Raises:
             OSError: There is no such model.
             ValueError: It is another kind of model.
         """
         model: Any
-        repo = inspect_repo(name, revision).require(RepoKind.JOINT, RepoKind.TEXT_TOWER)
-        if repo.kind is RepoKind.JOINT:
-            model = LLM2CLIPModel.from_pretrained(name, revision=revision)
+        if inspect_repo(name, revision).require(RepoKind.JOINT, RepoKind.TEXT_TOWER).kind is RepoKind.JOINT:
+            model = LLM2CLIPModel.from_pretrained(name, revision=revision, **options)
             tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
         else:
-            model, tokenizer = open_text_tower(name, revision=revision)
+            model, tokenizer = open_text_tower(name, revision=revision, **options)
         return cls(model.to(device or process_state().device).eval(), tokenizer)
 
     def embed(
@@ -90,31 +83,18 @@ class CaptionEmbedder:
         tokens, num_truncated = tokenize_captions(captions, self.tokenizer, self.text_config.prompt_token_ids)
         show = show_progress_bar is not False
         num_distinct = len(set(map(tuple, tokens))) if show else None
+        device = execution_device((self.is_joint and self.model.text_model) or self.model)
         with progress_bar("Embedding captions", num_distinct, "caption", show) as bar:
 
             def forward(inputs: Any) -> Tensor:
-                rows = self._forward(inputs)
-                bar.update(advance=len(rows))
-                return rows
+                output = self.model.get_text_features(**inputs) if self.is_joint else self.model(**inputs)
+                bar.update(advance=len(output.pooler_output))
+                return unit_features(output) if self.is_joint else output.pooler_output
 
             embeds = encode_tokens(
-                tokens,
-                self.tokenizer,
-                forward,
-                device=execution_device(self._llm),
-                width=self.width,
-                batch_size=batch_size,
+                tokens, self.tokenizer, forward, device=device, width=self.width, batch_size=batch_size
             )
         return embeds, num_truncated
-
-    @property
-    def _llm(self) -> Any:
-        return (self.model.text_model or self.model) if self.is_joint else self.model
-
-    def _forward(self, inputs: Any) -> Tensor:
-        if self.is_joint:
-            return unit_features(self.model.get_text_features(**inputs))
-        return self.model(**inputs).pooler_output
 
 
 def embed_captions(

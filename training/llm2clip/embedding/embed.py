@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from llm2clip.embedding.cache_builder import build_embedding_cache
 from llm2clip.embedding.cache_files import CacheDtype, CacheManifest
 from llm2clip.embedding.caption_embedder import CaptionEmbedder
 from llm2clip.utils.processes import process_state
-from llm2clip.utils.settings import check_choices, require
+from llm2clip.utils.settings import check_choices, require, setting
 from llm2clip.utils.towers import open_text_tower
 
 
@@ -21,34 +21,28 @@ from llm2clip.utils.towers import open_text_tower
 class EmbedConfig:
     """Settings of the embedding cache."""
 
-    text_model_name_or_path: str = field(default="", metadata={"help": "Text tower: Hub id or folder."})
-    text_model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the text tower on the Hub."}
+    text_model_name_or_path: str = setting("", "Text tower: Hub id or folder.")
+    text_model_revision: str | None = setting(None, "Branch, tag or commit of the text tower on the Hub.")
+    output_dir: str = setting("", "Folder of the cache.")
+    sources: list[dict[str, Any]] = setting(
+        [], "Data sets whose captions are embedded: mappings with the fields of CaptionSource."
     )
-    output_dir: str = field(default="", metadata={"help": "Folder of the cache."})
-    sources: list[dict[str, Any]] = field(
-        default_factory=list,
-        metadata={"help": "Data sets whose captions are embedded: mappings with the fields of CaptionSource."},
+    batch_size: int | None = setting(
+        None,
+        "Largest number of captions per forward pass; lower it when memory runs out. By default the number of tokens "
+        "is the only limit.",
     )
-    batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Largest number of captions per forward pass; lower it when memory runs out. By default the "
-            "number of tokens is the only limit."
-        },
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(
+        "float32", "dtype in which the LLM computes; auto is that of its weights."
     )
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
-        default="float32", metadata={"help": "dtype in which the LLM computes; auto is that of its weights."}
+    attn_implementation: str | None = setting(
+        None, "Attention of the LLM: eager, sdpa, flash_attention_2 or flex_attention."
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of the LLM: eager, sdpa, flash_attention_2 or flex_attention."}
+    cache_dtype: CacheDtype = setting(
+        "float16", "dtype of the stored embeddings; bfloat16 if they exceed the range of float16."
     )
-    cache_dtype: CacheDtype = field(
-        default="float16",
-        metadata={"help": "dtype of the stored embeddings; bfloat16 if they exceed the range of float16."},
-    )
-    normalize: bool = field(default=False, metadata={"help": "Store embeddings of unit length."})
-    shard_size: int = field(default=8192, metadata={"help": "Captions per file; a killed run loses at most one file."})
+    normalize: bool = setting(False, "Store embeddings of unit length.")
+    shard_size: int = setting(8192, "Captions per file; a killed run loses at most one file.")
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -58,9 +52,6 @@ def run(config: EmbedConfig) -> dict[str, Any]:
     """Build the cache. An interrupted run continues where it stopped, and captions in the cache are kept.
 
     With several processes (torchrun, accelerate) each embeds its own shards.
-
-    Args:
-        config: The settings.
 
     Returns:
         The number of captions, and of those that were truncated.
@@ -82,27 +73,20 @@ def run(config: EmbedConfig) -> dict[str, Any]:
         model.half()
     model.to(state.device).eval()
     captions = distinct_captions([CaptionSource.from_dict(source) for source in config.sources])
-    embedder = CaptionEmbedder(model, tokenizer)
-    name = config.text_model_name_or_path
+    embedder, name = CaptionEmbedder(model, tokenizer), config.text_model_name_or_path
     manifest = embed_into_cache(captions, embedder, config.output_dir, name, config, state)
     return {"num_captions": manifest.num_captions, "num_truncated": manifest.num_truncated}
 
 
 def embed_into_cache(
-    captions: list[str],
-    embedder: CaptionEmbedder,
-    folder: str,
-    name: str,
-    config: EmbedConfig,
-    state: PartialState,
+    captions: list[str], embedder: CaptionEmbedder, folder: str, name: str, config: EmbedConfig, state: PartialState
 ) -> CacheManifest:
     """Embed captions with a text tower into a cache; see [`build_embedding_cache`].
 
     Args:
         captions: Distinct captions.
-        embedder: The text tower.
+        embedder: The text tower; `name` is its name in messages.
         folder: The cache.
-        name: Name of the text tower, for messages.
         config: Batch size and format.
         state: The processes that share the work.
 

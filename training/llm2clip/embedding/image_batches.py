@@ -19,15 +19,7 @@ class ImageSet(Protocol):
     """Numbered images that are decoded on demand."""
 
     def decode(self, row: int, decode: Decoder) -> Any:
-        """Decode one image to RGB.
-
-        Args:
-            row: Row number.
-            decode: The decoder, called as `decode(value, key, max_pixels)`.
-
-        Raises:
-            SampleError: The image cannot be used.
-        """
+        """Decode one image to RGB by `decode(value, key, max_pixels)`; raises SampleError if it cannot be used."""
         ...
 
     def key(self, row: int) -> str:
@@ -51,18 +43,6 @@ class ImageList:
         return os.fspath(image) if isinstance(image, (str, os.PathLike)) else str(row)
 
 
-class InputBatch(NamedTuple):
-    """The model inputs of a batch of images.
-
-    Attributes:
-        inputs: Stacked tensors by name, without the skipped images; empty if all are skipped.
-        skipped: For each image why it is skipped, or None.
-    """
-
-    inputs: dict[str, Tensor]
-    skipped: list[SkippedSample | None]
-
-
 class ForwardedBatch(NamedTuple):
     """The output of a model for a batch of images.
 
@@ -82,15 +62,17 @@ class ForwardedBatch(NamedTuple):
         return [index for index, sample in enumerate(self.skipped) if sample is None]
 
 
-def stack_inputs(samples: Sequence[Mapping[str, Any] | SkippedSample]) -> InputBatch:
-    """Stack the tensors of samples; other fields are dropped.
+def stack_inputs(
+    samples: Sequence[Mapping[str, Any] | SkippedSample],
+) -> tuple[dict[str, Tensor], list[SkippedSample | None]]:
+    """Stack the tensors of the samples that are not skipped; the second result is why a sample is skipped, or None.
 
     Worker processes call this: every tensor that they send costs a file descriptor, and stacked tensors are few.
     """
     good = [sample for sample in samples if not isinstance(sample, SkippedSample)]
     names = [name for name, value in good[0].items() if isinstance(value, Tensor)] if good else []
     inputs = {name: torch.stack([sample[name] for sample in good]) for name in names}
-    return InputBatch(inputs, [sample if isinstance(sample, SkippedSample) else None for sample in samples])
+    return inputs, [sample if isinstance(sample, SkippedSample) else None for sample in samples]
 
 
 def forward_images(
@@ -108,8 +90,7 @@ def forward_images(
         forward: The model, called with the stacked tensors of a batch, on the CPU.
         batch_size: Images per forward pass.
         num_workers: Worker processes that read and prepare images; 0 prepares them in this process.
-        description: Title of the progress bar.
-        show: Show a progress bar.
+        description, show: Title of the progress bar, and whether there is one.
     """
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=stack_inputs)
     start = 0
@@ -122,14 +103,7 @@ def forward_images(
 
 
 class PreparedImages(Dataset):
-    """The model inputs of some rows of an [`ImageSet`].
-
-    Args:
-        images: The images.
-        rows: Row numbers.
-        transform: Decodes and prepares an image.
-        on_error: `raise` the error of an image that cannot be used, or `skip` it.
-    """
+    """The model inputs of some rows of an [`ImageSet`]; an image that cannot be used is an error or skipped."""
 
     def __init__(self, images: ImageSet, rows: Sequence[int], transform: EvalTransform, on_error: OnError) -> None:
         if on_error not in ("raise", "skip"):
@@ -156,13 +130,8 @@ class PreparedImages(Dataset):
 def prepare_image(image: Any, transform: EvalTransform, key: str) -> dict[str, Tensor]:
     """Prepare the model inputs of one decoded image.
 
-    Args:
-        image: The image, as the transform's decoder returns it.
-        transform: The transform.
-        key: Name of the image in errors.
-
     Raises:
-        DamagedImageError: The image is too narrow to be resized.
+        DamagedImageError: The image, whose name is `key`, is too narrow to be resized.
     """
     if list(transform.image_processor.model_input_names) == ["pixel_values"]:
         return {"pixel_values": transform(image, key)}

@@ -15,14 +15,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from llm2clip.data import EvalTransform, ImageBackend, OnError
-from llm2clip.embedding.image_batches import (
-    ForwardedBatch,
-    ImageList,
-    ImageSet,
-    PreparedImages,
-    forward_images,
-    prepare_image,
-)
+from llm2clip.embedding.image_batches import ImageList, ImageSet, PreparedImages, forward_images, prepare_image
 from llm2clip.utils.identity import vision_fingerprint
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.repos import RepoKind, inspect_repo
@@ -35,11 +28,10 @@ MAX_NAMED = 20
 
 
 class EmbeddedImages(NamedTuple):
-    """Embeddings of some rows of an [`ImageSet`].
+    """Embeddings of `rows` of an [`ImageSet`].
 
     Attributes:
-        rows: n row numbers.
-        embeds: `(n, width)` float32 unit rows; zeros where there is a reason.
+        embeds: `(rows, width)` float32 unit rows; zeros where there is a reason.
         reasons: Why a row has no embedding, or None where it has one.
     """
 
@@ -53,9 +45,7 @@ class ImageEmbedder:
 
     Args:
         model: The vision half, or a model with its LLM, in evaluation mode.
-        image_processor: Prepares the images.
-        name: Hub id or absolute folder of the model.
-        revision: Branch, tag or commit on the Hub.
+        name, revision: Hub id or absolute folder of the model, and branch, tag or commit on the Hub.
         image_backend: Library that decodes and resizes images; see `EvalTransform`.
     """
 
@@ -135,22 +125,30 @@ class ImageEmbedder:
         """Embed rows in order, a part at a time: no more than a part is in memory.
 
         Args:
-            images: The images.
-            rows: Row numbers.
+            images, rows: The images, and the numbers of those to embed.
             batch_size: Images per forward pass.
             num_workers: Worker processes that read and decode; 0 decodes in this process.
             part_size: Rows per part, a multiple of `batch_size`; the default is a single part.
             on_error: `raise` for an image that cannot be embedded, or `skip` it: its row has a reason.
             show_progress_bar: `False` hides the progress bar.
         """
-        part = _Part(self.width)
         prepared = PreparedImages(images, rows, self.transform, on_error)
         show = show_progress_bar is not False
+        first, embeds, reasons = 0, [], []
         for batch in forward_images(prepared, self._forward, batch_size, num_workers, show=show):
+            found = np.zeros((len(batch.skipped), self.width), dtype=np.float32)
+            if batch.output is not None:
+                found[batch.good] = batch.output.numpy()
+            embeds.append(found)
+            reasons += [None if sample is None else sample.reason for sample in batch.skipped]
+            for position in (batch.start + np.flatnonzero(~np.isfinite(found).all(axis=1))).tolist():
+                if on_error == "raise":
+                    raise ValueError(f"the model's embedding of image {rows[position]} is not finite.")
+                reasons[position - first] = "the model's embedding of it is not finite"
             done = batch.start + len(batch.skipped)
-            part.add(rows[batch.start : done], batch, on_error)
             if done == len(rows) or (part_size and done % part_size == 0):
-                yield part.take()
+                yield EmbeddedImages(list(rows[first:done]), np.concatenate(embeds), reasons)
+                first, embeds, reasons = done, [], []
 
     def embed_all(self, images: ImageSet, rows: Sequence[int], **options: Any) -> EmbeddedImages:
         """Embed rows in order; the arguments are those of [`ImageEmbedder.embed_rows`]."""
@@ -159,34 +157,6 @@ class ImageEmbedder:
 
     def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
         return next(encode_pixels(self.model, [inputs]))
-
-
-class _Part:
-    """Collects the batches of a part."""
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-        self.rows: list[int] = []
-        self.embeds: list[np.ndarray] = []
-        self.reasons: list[str | None] = []
-
-    def add(self, rows: Sequence[int], batch: ForwardedBatch, on_error: OnError) -> None:
-        embeds = np.zeros((len(rows), self.width), dtype=np.float32)
-        if batch.output is not None:
-            embeds[batch.good] = batch.output.numpy()
-        reasons = [None if sample is None else sample.reason for sample in batch.skipped]
-        for index in np.flatnonzero(~np.isfinite(embeds).all(axis=1)).tolist():
-            if on_error == "raise":
-                raise ValueError(f"the model's embedding of image {rows[index]} is not finite.")
-            reasons[index] = "the model's embedding of it is not finite"
-        self.rows += rows
-        self.embeds.append(embeds)
-        self.reasons += reasons
-
-    def take(self) -> EmbeddedImages:
-        part = EmbeddedImages(self.rows, np.concatenate(self.embeds), self.reasons)
-        self.rows, self.embeds, self.reasons = [], [], []
-        return part
 
 
 def embed_images(
@@ -233,17 +203,11 @@ def embed_images(
     else:
         model = model if device is None else model.to(device)
         embedder = ImageEmbedder(model.eval(), image_processor)
-    found = embedder.embed_all(
-        ImageList(images),
-        range(len(images)),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        on_error=on_error,
-        show_progress_bar=show_progress_bar,
-    )
-    skipped = [row for row, reason in zip(found.rows, found.reasons, strict=True) if reason is not None]
+    listed, options = ImageList(images), {"on_error": on_error, "show_progress_bar": show_progress_bar}
+    found = embedder.embed_all(listed, range(len(images)), batch_size=batch_size, num_workers=num_workers, **options)
+    skipped = [row for row, reason in enumerate(found.reasons) if reason is not None]
     for row in skipped[:MAX_NAMED]:
-        logger.warning("image %s is skipped: %s", ImageList(images).key(row), found.reasons[row])
+        logger.warning("image %s is skipped: %s", listed.key(row), found.reasons[row])
     if len(skipped) > MAX_NAMED:
         logger.warning("%d more images are skipped.", len(skipped) - MAX_NAMED)
     embeds = torch.from_numpy(found.embeds)

@@ -7,14 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llm2clip.losses.gather import gather_without_grad
+from llm2clip.losses.gather import gather_rows
 
 
 def encode_sharded(num_rows: int, encode: Callable[[range], Tensor], device: torch.device) -> Tensor:
     """Embed rows 0 to `num_rows - 1`, a part on each process, and gather all of them on every process.
 
     Args:
-        num_rows: Number of rows.
         encode: Maps a range of rows to their embeddings, `(len(range), width)`.
         device: Device on which the process group exchanges tensors.
 
@@ -25,4 +24,4 @@ def encode_sharded(num_rows: int, encode: Callable[[range], Tensor], device: tor
         return encode(range(num_rows)).cpu()
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     bounds = [num_rows * part // world_size for part in range(world_size + 1)]
-    return gather_without_grad(encode(range(bounds[rank], bounds[rank + 1])).to(device)).rows.cpu()
+    return gather_rows(encode(range(bounds[rank], bounds[rank + 1])).detach().to(device)).rows.cpu()

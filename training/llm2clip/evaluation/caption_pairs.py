@@ -17,12 +17,7 @@ from modeling_llm2clip.modeling_llm2clip_utils import execution_device
 
 
 class CaptionRetrieval:
-    """Distinct queries and targets, and which belong together: those of one pair, and those with equal texts.
-
-    Args:
-        queries: Query of each pair.
-        targets: Target of each pair.
-    """
+    """Distinct queries and targets, and which belong together: those of one pair, and those with equal texts."""
 
     def __init__(self, queries: Sequence[str], targets: Sequence[str]) -> None:
         self.queries, query_of = _distinct(queries)
@@ -47,10 +42,8 @@ class CaptionRetrieval:
         """Measure how often the correct target is among the first k.
 
         Args:
-            model: The text tower.
-            tokenizer: Its tokenizer.
+            model, tokenizer: The text tower and its tokenizer.
             batch_size: Largest number of captions per forward pass.
-            show_progress_bar: Show the progress over the captions.
 
         Returns:
             See `caption_retrieval_metrics`.
@@ -59,24 +52,17 @@ class CaptionRetrieval:
         device = execution_device(model)
 
         def embed(texts: list[str]) -> Tensor:
-            return encode_sharded(
-                len(texts),
-                lambda part: embedder.embed(texts[part.start : part.stop], batch_size, show_progress_bar),
-                device,
-            )
+            def encode(part: range) -> Tensor:
+                return embedder.embed(texts[part.start : part.stop], batch_size, show_progress_bar)
+
+            return encode_sharded(len(texts), encode, device)
 
         return caption_retrieval_metrics(embed(self.queries), embed(self.targets), self.matches)
 
 
 def _distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
     """Return the distinct texts, and the position of each text among them."""
-    places: dict[int, int] = {}
-    distinct: list[str] = []
-    index = []
-    for text in texts:
-        identity = caption_id(text)
-        if identity not in places:
-            places[identity] = len(distinct)
-            distinct.append(text)
-        index.append(places[identity])
-    return distinct, index
+    ids = [caption_id(text) for text in texts]
+    first = dict(zip(reversed(ids), reversed(texts), strict=True))
+    places = {identity: place for place, identity in enumerate(dict.fromkeys(ids))}
+    return [first[identity] for identity in places], [places[identity] for identity in ids]

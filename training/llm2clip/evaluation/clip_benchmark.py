@@ -37,13 +37,11 @@ class CLIPBenchmarkModel(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Embed prepared images `(images, 3, height, width)`; returns `(images, projection_dim)`, not normalised."""
-        features: Any = self.model.get_image_features(images.to(self.model.dtype))
-        return features.pooler_output
+        return self.model.get_image_features(images.to(self.model.dtype)).pooler_output  # type: ignore[return-value]
 
     def encode_text(self, tokens: BatchFeature) -> Tensor:
         """Embed tokenised captions; returns `(captions, projection_dim)`, not normalised."""
-        features: Any = self.model.get_text_features(**tokens)
-        return features.pooler_output
+        return self.model.get_text_features(**tokens).pooler_output  # type: ignore[return-value]
 
 
 class CLIPBenchmarkTransform:
@@ -70,10 +68,7 @@ class CLIPBenchmarkTokenizer:
 
 
 def load_clip(
-    model_name: str,
-    pretrained: str | None = None,
-    cache_dir: str | None = None,
-    device: str | torch.device = "cpu",
+    model_name: str, pretrained: str | None = None, cache_dir: str | None = None, device: str | torch.device = "cpu"
 ) -> tuple[CLIPBenchmarkModel, CLIPBenchmarkTransform, CLIPBenchmarkTokenizer]:
     """Load a model for CLIP_benchmark.
 
@@ -104,12 +99,8 @@ def load_clip(
             f"the vision tower of {model_name} needs {', '.join(names)}, but CLIP_benchmark only passes pixel_values; "
             "use `llm2clip evaluate` or LLM2CLIPEncoder."
         )
-    model = LLM2CLIPModel.from_pretrained(model_name, **where).to(device)
-    return (
-        CLIPBenchmarkModel(model).eval(),
-        CLIPBenchmarkTransform(processor.image_processor),
-        CLIPBenchmarkTokenizer(processor),
-    )
+    model = CLIPBenchmarkModel(LLM2CLIPModel.from_pretrained(model_name, **where)).to(device).eval()
+    return model, CLIPBenchmarkTransform(processor.image_processor), CLIPBenchmarkTokenizer(processor)
 
 
 def register() -> None:
@@ -128,8 +119,6 @@ def main() -> None:
 
     clip_benchmark_main()
 
-
-__all__ = ["CLIPBenchmarkModel", "load_clip", "register"]
 
 if __name__ == "__main__":
     main()

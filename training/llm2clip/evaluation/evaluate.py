@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+from torch import Tensor
 from transformers import AutoProcessor
 
 from llm2clip.data import CaptionSource, OnError, PairSource
@@ -14,7 +17,7 @@ from llm2clip.evaluation.image_text import ImageTextRetrieval
 from llm2clip.utils.files import write_json
 from llm2clip.utils.identity import data_revision
 from llm2clip.utils.processes import process_state
-from llm2clip.utils.settings import check_choices
+from llm2clip.utils.settings import check_choices, setting
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel
 
@@ -25,43 +28,28 @@ Task = Literal["retrieval", "caption_retrieval"]
 class EvaluateConfig:
     """Settings of an evaluation."""
 
-    model: str = field(default="", metadata={"help": "The model: Hub id or folder."})
-    task: Task = field(
-        default="retrieval",
-        metadata={
-            "help": "retrieval: between images and captions, of an LLM2CLIP model. caption_retrieval: between two "
-            "captions of one image, of a text tower or of the LLM of an LLM2CLIP model."
-        },
+    model: str = setting("", "The model: Hub id or folder.")
+    task: Task = setting(
+        "retrieval",
+        "retrieval: between images and captions, of an LLM2CLIP model. caption_retrieval: between two captions of one "
+        "image, of a text tower or of the LLM of an LLM2CLIP model.",
     )
-    data: dict[str, Any] | str = field(
-        default="",
-        metadata={
-            "help": "The data: a path or Hub id, or a mapping with the fields of CaptionSource (retrieval) or "
-            "PairSource (caption_retrieval)."
-        },
+    data: dict[str, Any] | str = setting(
+        "",
+        "The data: a path or Hub id, or a mapping with the fields of CaptionSource (retrieval) or PairSource "
+        "(caption_retrieval).",
     )
-    split: str = field(default="test", metadata={"help": "Split of the data, unless the mapping names one."})
-    caption_columns: list[str] | None = field(default=None, metadata={"help": "Columns of the captions."})
-    query_column: str | None = field(default=None, metadata={"help": "caption_retrieval: column of the queries."})
-    target_column: str | None = field(default=None, metadata={"help": "caption_retrieval: column of the targets."})
-    embedding_cache: str | None = field(
-        default=None,
-        metadata={
-            "help": "retrieval: embedding cache of the captions, from `llm2clip embed`; the LLM is not loaded then."
-        },
+    split: str = setting("test", "Split of the data, unless the mapping names one.")
+    caption_columns: list[str] | None = setting(None, "Columns of the captions.")
+    query_column: str | None = setting(None, "caption_retrieval: column of the queries.")
+    target_column: str | None = setting(None, "caption_retrieval: column of the targets.")
+    embedding_cache: str | None = setting(
+        None, "retrieval: embedding cache of the captions, from `llm2clip embed`; the LLM is not loaded then."
     )
-    batch_size: int = field(
-        default=64, metadata={"help": "Images or captions per forward pass; lower it when memory runs out."}
-    )
-    num_workers: int = field(
-        default=0,
-        metadata={"help": "Worker processes that read images; raise it when the GPU waits for images."},
-    )
-    on_error: OnError = field(
-        default="raise",
-        metadata={"help": "How to treat an image that cannot be read: raise an error, or skip it."},
-    )
-    output: str | None = field(default=None, metadata={"help": "JSON file to which the result is also written."})
+    batch_size: int = setting(64, "Images or captions per forward pass; lower it when memory runs out.")
+    num_workers: int = setting(0, "Worker processes that read images; raise it when the GPU waits for images.")
+    on_error: OnError = setting("raise", "How to treat an image that cannot be read: raise an error, or skip it.")
+    output: str | None = setting(None, "JSON file to which the result is also written.")
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -69,9 +57,6 @@ class EvaluateConfig:
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate a model.
-
-    Args:
-        config: The settings.
 
     Returns:
         The metrics; see `retrieval_metrics` and `caption_retrieval_metrics`.
@@ -100,21 +85,16 @@ def _source_fields(config: EvaluateConfig) -> dict[str, Any]:
 
 def _retrieval(config: EvaluateConfig) -> dict[str, Any]:
     source = CaptionSource.from_dict(_source_fields(config))
-    with_llm = config.embedding_cache is None
-    model = LLM2CLIPModel.from_pretrained(config.model, text_model=with_llm).to(process_state().device).eval()
+    model = LLM2CLIPModel.from_pretrained(config.model, text_model=config.embedding_cache is None)
+    model.to(process_state().device).eval()
     processor = AutoProcessor.from_pretrained(config.model)
     retrieval = ImageTextRetrieval(source, processor.image_processor, config.on_error)
+    embed: Callable[[list[str]], Tensor]
     if config.embedding_cache is not None:
-        cache = EmbeddingCache.open(config.embedding_cache, model.config.text_model_fingerprint)
-        return retrieval(model, cache.lookup, config.batch_size, config.num_workers, show_progress_bar=True)
-    embedder = CaptionEmbedder(model.text_model, processor)
-    return retrieval(
-        model,
-        lambda captions: embedder.embed(captions, config.batch_size),
-        config.batch_size,
-        config.num_workers,
-        show_progress_bar=True,
-    )
+        embed = EmbeddingCache.open(config.embedding_cache, model.config.text_model_fingerprint).lookup
+    else:
+        embed = partial(CaptionEmbedder(model.text_model, processor).embed, batch_size=config.batch_size)
+    return retrieval(model, embed, config.batch_size, config.num_workers, show_progress_bar=True)
 
 
 def _caption_retrieval(config: EvaluateConfig) -> dict[str, Any]:

@@ -13,16 +13,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from llm2clip.data import (
-    DEFAULT_MAX_PIXELS,
-    CaptionSource,
-    OnError,
-    caption_id,
-    decode_image,
-    load_source,
-)
+from llm2clip.data import DEFAULT_MAX_PIXELS, CaptionSource, OnError, caption_id, decode_image, load_source
 from llm2clip.data.records import column_texts
-from llm2clip.data.sources import source_columns
+from llm2clip.data.sources import Columns, source_columns
 from llm2clip.data.transforms import Decoder
 from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.embedding.sharding import encode_sharded
@@ -69,7 +62,7 @@ class ImageTextRetrieval:
         table = load_source(self.source)
         assert isinstance(table, datasets.Dataset)
         columns = source_columns(self.source, table)
-        self.images = _TableImages(table, columns.image, columns.key, max_pixels)
+        self.images = _TableImages(table, columns, max_pixels)
         texts = table.remove_columns([name for name in (columns.image, columns.key) if name is not None])
         self.image_captions = [
             list(dict.fromkeys(text for column in columns.captions for text in column_texts(row, column)))
@@ -84,10 +77,7 @@ class ImageTextRetrieval:
         return self.images.decode(row, decode_image)
 
     def matches(self, rows: Sequence[int]) -> Tensor:
-        """Pair captions with the images that they belong to.
-
-        Args:
-            rows: Row numbers of images.
+        """Pair captions with the images of `rows` that they belong to.
 
         Returns:
             `(pairs, 2)` int64: index into `captions`, index into `rows`.
@@ -119,7 +109,6 @@ class ImageTextRetrieval:
                 `embed` of a [`CaptionEmbedder`].
             batch_size: Images per forward pass.
             num_workers: Worker processes that read images.
-            show_progress_bar: Show the progress over the images.
 
         Returns:
             See `retrieval_metrics`.
@@ -135,9 +124,7 @@ class ImageTextRetrieval:
     def embed_images(
         self, model: LLM2CLIPModel, batch_size: int = 64, num_workers: int = 0, show_progress_bar: bool = False
     ) -> tuple[Tensor, list[int]]:
-        """Embed the images.
-
-        Several processes share the work.
+        """Embed the images; several processes share the work.
 
         Returns:
             Unit embeddings of the readable images `(images, projection_dim)`, and their row numbers.
@@ -145,14 +132,8 @@ class ImageTextRetrieval:
         embedder = ImageEmbedder(model, self.image_processor)
 
         def encode(part: range) -> Tensor:
-            found = embedder.embed_all(
-                self.images,
-                part,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                on_error=self.on_error,
-                show_progress_bar=show_progress_bar,
-            )
+            options = {"on_error": self.on_error, "show_progress_bar": show_progress_bar}
+            found = embedder.embed_all(self.images, part, batch_size=batch_size, num_workers=num_workers, **options)
             embeds = torch.from_numpy(found.embeds)
             # A skipped image keeps its row, as NaN, so that every process learns what is missing.
             embeds[[reason is not None for reason in found.reasons]] = float("nan")
@@ -160,42 +141,35 @@ class ImageTextRetrieval:
 
         embeds = encode_sharded(len(self.images), encode, model.vision_model.device)
         is_skipped = embeds.isnan().any(dim=1)
-        self._report(is_skipped.nonzero()[:, 0].tolist())
-        return embeds[~is_skipped], (~is_skipped).nonzero()[:, 0].tolist()
-
-    def _report(self, skipped: list[int]) -> None:
+        skipped = is_skipped.nonzero()[:, 0].tolist()
         if skipped:
             keys = ", ".join(self.images.key(row) for row in skipped[:MAX_NAMED])
             more = f" and {len(skipped) - MAX_NAMED} more" if len(skipped) > MAX_NAMED else ""
             logger.warning("images of %s that cannot be read are left out: %s%s", self.source.path, keys, more)
+        return embeds[~is_skipped], (~is_skipped).nonzero()[:, 0].tolist()
 
     def embed_captions(self, model: LLM2CLIPModel, embed: Callable[[list[str]], Tensor]) -> Tensor:
         """Map the LLM's embeddings of `captions` to the shared space: unit rows `(captions, projection_dim)`."""
-        llm_embeds = embed(self.captions)
-        parts = []
+        parts = embed(self.captions).split(TEXT_BATCH)
         with torch.inference_mode():
-            for part in llm_embeds.split(TEXT_BATCH):
-                parts.append(unit_features(model.get_text_features(llm_embeds=part)).cpu())
-        return torch.cat(parts)
+            return torch.cat([unit_features(model.get_text_features(llm_embeds=part)).cpu() for part in parts])
 
 
 class _TableImages:
     """The images of a table."""
 
-    def __init__(
-        self, table: datasets.Dataset, image_column: str | None, key_column: str | None, max_pixels: int
-    ) -> None:
-        self.table = table.select_columns([name for name in (image_column, key_column) if name is not None])
-        self.image_column = image_column
-        self.keys = table.select_columns([key_column]) if key_column is not None else None
-        self.key_column = key_column
+    def __init__(self, table: datasets.Dataset, columns: Columns, max_pixels: int) -> None:
+        assert columns.image is not None
+        self.images = table.select_columns([columns.image])
+        self.keys = table.select_columns([columns.key]) if columns.key is not None else None
+        self.columns = columns
         self.max_pixels = max_pixels
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.images)
 
     def decode(self, row: int, decode: Decoder) -> Any:
-        return decode(self.table[row][self.image_column], self.key(row), self.max_pixels)
+        return decode(self.images[row][self.columns.image], self.key(row), self.max_pixels)
 
     def key(self, row: int) -> str:
-        return str(row) if self.keys is None else str(self.keys[row][self.key_column])
+        return str(row) if self.keys is None else str(self.keys[row][self.columns.key])

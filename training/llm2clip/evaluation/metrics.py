@@ -32,13 +32,11 @@ def rank_of_best_match(
 ) -> Tensor:
     """Find the rank of each query's best correct candidate by cosine similarity.
 
-    Scores are float32, in tiles of `tile_size` queries by all candidates.
-
     Args:
         queries: (q, d), normalised or not.
         candidates: (c, d), on the device that computes; tiles of queries are moved there.
         matches: (p, 2) int64, pairs of a query index and a correct candidate index; at least one per query, any order.
-        tile_size: Number of queries per tile.
+        tile_size: Number of queries per tile; a tile contains float32 scores of all candidates.
 
     Returns:
         (q,) float64 on the CPU: the number of wrong candidates before the first correct one; its expected value if
@@ -84,11 +82,7 @@ def retrieval_metrics(
     asking = matches[:, 1].unique().cpu()
     image_to_text = _Ranks(*(column[asking] for column in image_to_text))
     counts = {"num_texts": len(text_embeds), "num_images": len(image_embeds), "num_images_with_text": len(asking)}
-    return {
-        **{f"text_to_image_{key}": value for key, value in _summary(text_to_image, ks).items()},
-        **{f"image_to_text_{key}": value for key, value in _summary(image_to_text, ks).items()},
-        **counts,
-    }
+    return {**_summary(text_to_image, ks, "text_to_image_"), **_summary(image_to_text, ks, "image_to_text_"), **counts}
 
 
 def caption_retrieval_metrics(
@@ -162,29 +156,23 @@ def _log_binomial(n: Tensor, k: Tensor) -> Tensor:
     return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
 
 
-def _summary(ranks: _Ranks, ks: Sequence[int]) -> dict[str, float | int]:
-    for k in ks:
-        if k < 1:
-            raise ValueError(f"recall@k needs k of at least 1, but got {k}.")
+def _summary(ranks: _Ranks, ks: Sequence[int], prefix: str = "") -> dict[str, float | int]:
+    if min(ks, default=1) < 1:
+        raise ValueError(f"recall@k needs k of at least 1, but got {min(ks)}.")
     expected = ranks.expected()
     ordered = expected.sort().values
     middle = int(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
-    recalls: dict[str, float | int] = {f"recall@{k}": ranks.hit_probability(k).mean().item() for k in ks}
-    return {**recalls, "mean_rank": expected.mean().item() + 1, "median_rank": middle + 1}
+    recalls: dict[str, float | int] = {f"{prefix}recall@{k}": ranks.hit_probability(k).mean().item() for k in ks}
+    return {**recalls, f"{prefix}mean_rank": expected.mean().item() + 1, f"{prefix}median_rank": middle + 1}
 
 
 @torch.no_grad()
 def _ranks(
     queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int, names: tuple[str, str]
 ) -> tuple[_Ranks, _Ranks]:
-    """Compute the ranks of both directions from one matrix product.
+    """Compute the ranks of both directions from one matrix product; see [`rank_of_best_match`].
 
-    Args:
-        queries, candidates, matches, tile_size: See [`rank_of_best_match`].
-        names: Names of a query and a candidate in errors.
-
-    Returns:
-        The ranks for every query, and for every candidate; those of a candidate without a match are undefined.
+    The ranks of a candidate without a match are undefined.
     """
     query_name, candidate_name = names
     if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:
@@ -202,19 +190,17 @@ def _ranks(
     def unit_queries(rows: Tensor | slice) -> Tensor:
         return (queries[rows].float() / norms[rows]).to(device)
 
-    correct = torch.cat(
-        [
-            (unit_queries(chunk[:, 0].to(queries.device)) * units[chunk[:, 1].to(device)]).sum(dim=1)
-            for chunk in matches.split(tile_size)
-        ]
-    )
     matches = matches.to(device)
+    parts = [
+        (unit_queries(chunk[:, 0].to(queries.device)) * units[chunk[:, 1]]).sum(dim=1)
+        for chunk in matches.split(tile_size)
+    ]
+    correct = torch.cat(parts)
     sides = (_Side(len(queries), matches[:, 0], correct), _Side(len(candidates), matches[:, 1], correct))
     # For each tile, the slice of `matches` (sorted by query) that belongs to it.
     starts = range(0, len(queries), tile_size)
-    bounds = torch.searchsorted(
-        matches[:, 0].contiguous(), torch.tensor([*starts, len(queries)], device=device)
-    ).tolist()
+    cuts = torch.tensor([*starts, len(queries)], device=device)
+    bounds = torch.searchsorted(matches[:, 0].contiguous(), cuts).tolist()
     buffers = units.new_empty(2, min(tile_size, len(queries)), len(candidates))
     with torch.autocast(device.type, enabled=False):
         for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
@@ -233,8 +219,7 @@ class _Side:
 
     Args:
         size: Number of rows.
-        rows: (p,), row of each match.
-        correct: (p,), score of each match.
+        rows, correct: (p,), row and score of each match.
     """
 
     def __init__(self, size: int, rows: Tensor, correct: Tensor) -> None:
@@ -272,13 +257,12 @@ def _checked_matches(matches: Tensor, num_queries: int, num_candidates: int, nam
             raise ValueError(
                 f"matches name {name} {int(column[outside][0])}, but there are {count} {name} embeddings (from 0)."
             )
-    unmatched = torch.bincount(matches[:, 0], minlength=num_queries) == 0
-    if num_queries == 0 or unmatched.any():
+    if num_queries == 0:
+        raise ValueError(f"There are no {names[0]} embeddings to evaluate.")
+    unmatched = (torch.bincount(matches[:, 0], minlength=num_queries) == 0).nonzero()[:, 0]
+    if len(unmatched):
         raise ValueError(
-            f"Every {names[0]} needs a correct {names[1]} in matches; {_named(unmatched.nonzero()[:, 0])} of "
-            f"{num_queries} have none."
-            if num_queries
-            else f"There are no {names[0]} embeddings to evaluate."
+            f"Every {names[0]} needs a correct {names[1]} in matches; {_named(unmatched)} of {num_queries} have none."
         )
     numbers = (matches[:, 0] * num_candidates + matches[:, 1]).unique()
     return torch.stack([numbers // num_candidates, numbers % num_candidates], dim=1)
@@ -287,9 +271,9 @@ def _checked_matches(matches: Tensor, num_queries: int, num_candidates: int, nam
 def _norms(embeds: Tensor, name: str) -> Tensor:
     """Return the norms of the rows, (n, 1) float32, not zero."""
     norms = embeds.float().norm(dim=1, keepdim=True)
-    broken = ~norms[:, 0].isfinite()
-    if broken.any():
-        raise ValueError(f"Non-finite {name} embeddings in rows {_named(broken.nonzero()[:, 0])}.")
+    broken = (~norms[:, 0].isfinite()).nonzero()[:, 0]
+    if len(broken):
+        raise ValueError(f"Non-finite {name} embeddings in rows {_named(broken)}.")
     return norms.clamp_min(torch.finfo(torch.float32).tiny)
 
 

@@ -11,16 +11,13 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor
 from transformers.utils import CONFIG_NAME
 
 from llm2clip.data import OnError
 from llm2clip.embedding import CaptionEmbedder, embed_images
 from llm2clip.utils.files import digest_files
 from llm2clip.utils.progress import track
-from llm2clip.utils.repos import RepoKind, inspect_repo
-from llm2clip.utils.towers import open_text_tower
-from modeling_llm2clip import LLM2CLIPModel
 
 try:
     from mteb.models.abs_encoder import AbsEncoder
@@ -64,17 +61,12 @@ class LLM2CLIPEncoder(AbsEncoder):
         if on_empty not in ("raise", "skip"):
             raise ValueError(f"on_empty must be 'raise' or 'skip', not {on_empty!r}.")
         self.on_empty = on_empty
-        repo = inspect_repo(model_name, revision).require(RepoKind.JOINT, RepoKind.TEXT_TOWER)
-        if repo.kind is RepoKind.JOINT:
-            self.model = LLM2CLIPModel.from_pretrained(model_name, revision=revision, **kwargs)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(model_name, revision=revision)
+        self.captions = CaptionEmbedder.load(model_name, revision, device, **kwargs)
+        self.model, self.tokenizer = self.captions.model, self.captions.tokenizer
+        modalities = ["text"]
+        if self.captions.is_joint:
             self.image_processor: Any = AutoImageProcessor.from_pretrained(model_name, revision=revision)
             modalities = ["image"] if self.model.text_model is None else ["image", "text"]
-        else:
-            self.model, self.tokenizer = open_text_tower(model_name, revision=revision, **kwargs)
-            modalities = ["text"]
-        self.captions = CaptionEmbedder(self.model, self.tokenizer)
-        self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         self.mteb_model_meta = _describe(
             model_name,
             revision,
@@ -127,15 +119,11 @@ class LLM2CLIPEncoder(AbsEncoder):
             raise ValueError(f"task {task} has texts, but the model was loaded without its LLM (text_model=False).")
         kept = [row for row, text in enumerate(texts) if text.strip()]
         empty = len(texts) - len(kept)
+        found = f"{empty} of {len(texts)} texts of task {task} are empty"
         if empty and self.on_empty == "raise":
-            raise ValueError(
-                f"{empty} of {len(texts)} texts of task {task} are empty; with on_empty='skip' their embeddings are "
-                "rows of zeros."
-            )
+            raise ValueError(f"{found}; with on_empty='skip' their embeddings are rows of zeros.")
         if empty:
-            logger.warning(
-                "%d of %d texts of task %s are empty; their embeddings are rows of zeros.", empty, len(texts), task
-            )
+            logger.warning("%s; their embeddings are rows of zeros.", found)
         rows = torch.zeros(len(texts), self.captions.width)
         embeds = self.captions.embed([texts[row] for row in kept], batch_size, show_progress_bar=bar)
         rows[kept] = F.normalize(embeds, dim=-1)
@@ -168,6 +156,3 @@ def _describe(name: str, revision: str | None, **fields: Any) -> ModelMeta:
         training_datasets=None,
         **fields,
     )
-
-
-__all__ = ["LLM2CLIPEncoder"]

@@ -188,6 +188,6 @@ def _positives_of_mask(mask_of: Callable[[int, int], Tensor], num_columns: int) 
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Normalize rows to unit length, at least in float32."""
+    """Normalize rows, at least in float32."""
     with torch.autocast(x.device.type, enabled=False):
         return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)

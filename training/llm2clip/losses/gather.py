@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,35 +17,33 @@ class GatheredRows(NamedTuple):
     Attributes:
         rows: (total, ...) tensor, identical on all ranks.
         offset: Index in `rows` of this rank's first row.
-        total: Number of rows of all ranks together.
     """
 
     rows: Tensor
     offset: int
-    total: int
 
 
-def gather_with_grad(x: Tensor) -> GatheredRows:
+def gather_rows(x: Tensor, rows_per_rank: list[int] | None = None) -> GatheredRows:
     """Gather the rows of all ranks; gradients flow back to the rank that each row came from.
 
-    Ranks may have different numbers of rows, including none; the counts are exchanged first. The gradient of a row
-    sums over the losses of all ranks, so every rank must call `backward`.
+    The gradient of a row sums over the losses of all ranks, so every rank must call `backward` if `x` needs gradients.
 
     Args:
         x: (rows, ...) tensor; all dimensions but the first must agree between ranks.
+        rows_per_rank: Number of rows of every rank, which may differ or be 0; exchanged if None.
     """
-    return gather_rows(x, [count for (count,) in exchange_counts([x.shape[0]], x.device)])
+    if rows_per_rank is None:
+        rows_per_rank = [count for (count,) in exchange_counts([len(x)], x.device)]
+    if len(rows_per_rank) == 1:
+        return GatheredRows(x, 0)
+    offset = sum(rows_per_rank[: dist.get_rank()])
+    return GatheredRows(_AllGather.apply(x, rows_per_rank, offset), offset)
 
 
-def gather_without_grad(x: Tensor) -> GatheredRows:
-    """Gather the rows of all ranks without gradient, such as integer ids; see [`gather_with_grad`]."""
-    return gather_with_grad(x.detach())
-
-
-def exchange_counts(counts: Sequence[int], device: torch.device) -> list[list[int]]:
+def exchange_counts(counts: list[int], device: torch.device) -> list[list[int]]:
     """Exchange integers with all ranks; returns those of every rank, in rank order."""
     if world_size() == 1:
-        return [list(counts)]
+        return [counts]
     return all_gather_equal(torch.tensor(counts, dtype=torch.int64, device=device)).tolist()
 
 
@@ -57,14 +54,6 @@ def all_gather_equal(x: Tensor) -> Tensor:
     gathered = x.new_empty(world_size(), *x.shape)
     dist.all_gather(list(gathered.unbind()), x.contiguous())
     return gathered
-
-
-def gather_rows(x: Tensor, rows_per_rank: list[int]) -> GatheredRows:
-    """Gather rows as [`gather_with_grad`] does, given the number of rows of every rank."""
-    if len(rows_per_rank) == 1:
-        return GatheredRows(x, 0, len(x))
-    offset = sum(rows_per_rank[: dist.get_rank()])
-    return GatheredRows(_AllGather.apply(x, rows_per_rank, offset), offset, sum(rows_per_rank))
 
 
 class _AllGather(torch.autograd.Function):
@@ -81,8 +70,7 @@ class _AllGather(torch.autograd.Function):
         largest = max(rows_per_rank)
         padded = torch.cat([x, x.new_zeros(largest - len(x), *x.shape[1:])]) if len(x) < largest else x
         gathered = padded.new_empty(len(rows_per_rank), *padded.shape)
-        # Views of one buffer: equal sizes need no concatenation.
-        blocks = gathered.unbind()
+        blocks = gathered.unbind()  # views of one buffer: equal sizes need no concatenation
         dist.all_gather(list(blocks), padded.contiguous())
         if min(rows_per_rank) == largest:
             return gathered.flatten(0, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,12 @@ from llm2clip.losses.gather import exchange_counts, gather_rows
 from llm2clip.losses.tiles import Positives
 
 
-@dataclass
-class GatheredBatch:
+class GatheredBatch(NamedTuple):
     """The texts of all ranks and their matches with the images of this rank.
 
     Attributes:
-        texts: (m, d) texts of all ranks, with gradient.
+        texts: (m, d), with gradient.
         own_columns: The rows of `texts` that belong to this rank.
-        positives: The matching texts of each image.
         weight: Factor that turns a sum over this rank's rows into its share of the mean over all rows, times the
             number of ranks.
     """
@@ -31,20 +29,9 @@ class GatheredBatch:
 
 
 def gather_batch(
-    name: str,
-    image_embeds: Tensor,
-    text_embeds: Tensor,
-    caption_ids: Tensor | None,
-    image_caption_ids: Tensor | None,
+    name: str, image_embeds: Tensor, text_embeds: Tensor, caption_ids: Tensor | None, image_caption_ids: Tensor | None
 ) -> GatheredBatch:
-    """Validate a batch and gather its texts; see [`clip_loss`] for the other arguments.
-
-    Args:
-        name: Name of the loss for error messages.
-
-    Raises:
-        ValueError: See [`clip_loss`].
-    """
+    """Validate the batch of the loss `name` and gather its texts; see [`clip_loss`] for arguments and errors."""
     if image_embeds.ndim != 2 or image_embeds.shape != text_embeds.shape:
         raise ValueError(
             f"{name} needs image and text embeddings of the same shape (n, d), paired by row, but got "
@@ -54,8 +41,7 @@ def gather_batch(
     _check_ids(caption_ids, image_caption_ids, num_rows, name)
     counts = exchange_counts([num_rows, int(caption_ids is not None)], image_embeds.device)
     rows_per_rank = [rows for rows, _ in counts]
-    total = sum(rows_per_rank)
-    if total == 0:
+    if not any(rows_per_rank):
         raise ValueError(f"{name} needs at least one pair on some rank, but there is none.")
     with torch.autocast(image_embeds.device.type, enabled=False):
         texts = gather_rows(text_embeds, rows_per_rank)
@@ -68,7 +54,7 @@ def gather_batch(
             raise ValueError(f"This rank gave caption ids to {name}, but another did not; give them on all ranks.")
         positives = _positives_of_ids(gather_rows(caption_ids, rows_per_rank).rows, image_caption_ids)
     own_columns = slice(texts.offset, texts.offset + num_rows)
-    return GatheredBatch(texts.rows, own_columns, positives, len(counts) / total)
+    return GatheredBatch(texts.rows, own_columns, positives, len(counts) / sum(rows_per_rank))
 
 
 def single_positives(columns: Tensor) -> Positives:
@@ -81,8 +67,7 @@ def _positives_of_ids(caption_ids: Tensor, image_caption_ids: Tensor) -> Positiv
     sorted_ids, order = caption_ids.sort()
     wanted = image_caption_ids.sort(dim=1).values
     # A caption that an image has twice counts once. The padding of -1 matches nothing, since ids are not negative.
-    repeated = F.pad(wanted[:, 1:] == wanted[:, :-1], (1, 0))
-    wanted = wanted.masked_fill(repeated, -1)
+    wanted = wanted.masked_fill(F.pad(wanted[:, 1:] == wanted[:, :-1], (1, 0)), -1)
 
     def pairs(start: int, stop: int) -> tuple[Tensor, Tensor]:
         ids = wanted[start:stop].flatten()
@@ -96,18 +81,12 @@ def _positives_of_ids(caption_ids: Tensor, image_caption_ids: Tensor) -> Positiv
 
 
 def _check_ids(caption_ids: Tensor | None, image_caption_ids: Tensor | None, num_rows: int, name: str) -> None:
-    if caption_ids is None and image_caption_ids is None:
-        return
     if caption_ids is None or image_caption_ids is None:
+        if caption_ids is image_caption_ids:
+            return
         raise ValueError(f"{name} needs both caption_ids and image_caption_ids or neither, but got only one of them.")
-    if (
-        caption_ids.dtype != torch.int64
-        or image_caption_ids.dtype != torch.int64
-        or caption_ids.shape != (num_rows,)
-        or image_caption_ids.ndim != 2
-        or image_caption_ids.shape[0] != num_rows
-        or image_caption_ids.shape[1] == 0
-    ):
+    types, shape = {caption_ids.dtype, image_caption_ids.dtype}, image_caption_ids.shape
+    if types != {torch.int64} or caption_ids.shape != (num_rows,) or shape[:-1] != (num_rows,) or shape[-1] == 0:
         raise ValueError(
             f"{name} needs int64 caption_ids of shape ({num_rows},) and image_caption_ids of shape ({num_rows}, K "
             f">= 1), but got {caption_ids.dtype} {tuple(caption_ids.shape)} and {image_caption_ids.dtype} "

@@ -30,23 +30,11 @@ def sigmoid_loss(
     Loss and gradients are computed in one pass over the logits, in tiles of rows. Computation is in float32 (float64
     for float64 inputs), regardless of autocast and of the inputs' dtype.
 
+    See [`clip_loss`] for the result, the errors and the other arguments.
+
     Args:
-        image_embeds: (n, d) unit vectors; n may differ between ranks and be 0 on some.
-        text_embeds: (n, d) unit vectors.
-        logit_scale: 0-d factor of the cosine similarities, already exponentiated.
         logit_bias: 0-d summand of all logits.
-        caption_ids: See [`clip_loss`].
-        image_caption_ids: See [`clip_loss`].
-        tile_size: Number of rows per tile.
-
-    Returns:
-        0-d loss of this rank. The mean over ranks is the loss of the whole batch.
-
-    Raises:
-        ValueError: See [`clip_loss`].
     """
-    if tile_size < 1:
-        raise ValueError(f"tile_size must be at least 1, but is {tile_size}.")
     batch = gather_batch("sigmoid_loss", image_embeds, text_embeds, caption_ids, image_caption_ids)
     inputs = [image_embeds, batch.texts]
     for number in (logit_scale, logit_bias):

@@ -47,14 +47,12 @@ def tiled_cross_entropy(
     Args:
         queries: (n, d).
         keys: (m, d).
-        scale: 0-d factor.
-        positives: The correct keys of each query.
+        scale: 0-d.
         both_directions: Add the cross entropies of the columns over the queries of all ranks. `keys` must be the same
             on all ranks, and every rank must call this function.
         own_columns: The columns whose cross entropies are added on this rank. Gradients are those of the sum over
             ranks: in full for this rank's queries, and this rank's share for the keys and the scale.
         label_smoothing: Share of the target distribution that is spread evenly.
-        tile_size: Number of queries per tile.
 
     Returns:
         0-d sum, at least float32.
@@ -64,8 +62,6 @@ def tiled_cross_entropy(
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), but is {label_smoothing}.")
-    if tile_size < 1:
-        raise ValueError(f"tile_size must be at least 1, but is {tile_size}.")
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float32, device=queries.device)
     if not torch.is_grad_enabled():
@@ -79,6 +75,8 @@ class Tiles:
     """Tiles of rows of `scale * queries @ keys.T`."""
 
     def __init__(self, queries: Tensor, keys: Tensor, scale: Tensor, tile_size: int) -> None:
+        if tile_size < 1:
+            raise ValueError(f"tile_size must be at least 1, but is {tile_size}.")
         dtype = torch.float64 if torch.float64 in (queries.dtype, keys.dtype) else torch.float32
         self.queries, self.keys, self.scale = queries.to(dtype), keys.to(dtype), scale.to(dtype)
         self.tile_size = tile_size
@@ -103,7 +101,6 @@ class Gradients:
     """Accumulates the gradients of queries, keys and scale tile by tile.
 
     Args:
-        tiles: The tiles.
         factor: 0-d upstream gradient.
         needed: Whether queries, keys and scale need gradients.
     """
@@ -127,11 +124,6 @@ class Gradients:
             self.scale += (queries * weighted_keys).sum() * self.factor
         if self.queries is not None:
             torch.mul(weighted_keys, factor, out=self.queries[start:stop])
-
-    def like(self, *inputs: Tensor) -> list[Tensor | None]:
-        """Return the gradients in the dtypes of the inputs."""
-        found = (self.queries, self.keys, self.scale)
-        return [None if grad is None else grad.to(x.dtype) for grad, x in zip(found, inputs, strict=True)]
 
 
 class _Columns:
@@ -271,7 +263,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if smoothing:
                     grad_logits -= uniform
                 gradients.add(start, stop, grad_logits)
-        return (*gradients.like(queries, keys, scale), None, None, None, None)
+        grads = zip((gradients.queries, gradients.keys, gradients.scale), (queries, keys, scale), strict=True)
+        return (*(None if grad is None else grad.to(x.dtype) for grad, x in grads), None, None, None, None)
 
 
 def _tile_target(positives: Positives, start: int, stop: int, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

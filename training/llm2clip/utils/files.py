@@ -21,10 +21,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     The content and the rename reach the disk before the call returns, so that a crash leaves either the old file or
     the new one. The temporary name contains the process id: two processes that write the same file do not mix.
-    Temporary files of a killed process match `.*.tmp`.
-
-    Args:
-        path: The file; its folder is created.
+    Temporary files of a killed process match `.*.tmp`. The folder of `path` is created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,13 +43,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
-    """[`atomic_path`] as an open file.
-
-    Args:
-        path: The file.
-        mode: `wb` or `w`.
-        options: Passed to `open`, such as `encoding`.
-    """
+    """[`atomic_path`] as an open file; `options` are those of `open`, such as `encoding`."""
     with atomic_path(path) as temporary, open(temporary, mode, **options) as file:
         yield file
 
@@ -84,15 +75,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def digest_files(files: Iterable[Path], digest: Any = None) -> Any:
-    """Hash the names and contents of files, in the given order.
-
-    Args:
-        files: The files.
-        digest: A `hashlib` object to continue with; a new SHA-256 by default.
-
-    Returns:
-        The `hashlib` object.
-    """
+    """Hash the names and contents of files in the given order; returns `digest`, by default a new SHA-256."""
     digest = hashlib.sha256() if digest is None else digest
     for path in files:
         digest.update(path.name.encode())
@@ -122,9 +105,8 @@ def atomic_folder(
     """Create a folder that becomes `destination` when the block ends, and is removed when the block raises.
 
     Args:
-        destination: The folder.
-        overwrite: Replace an existing folder.
-        marks: Glob patterns. `overwrite` only replaces a folder that contains a file matching one of them.
+        overwrite: Replace an existing folder, if it is empty or contains a file that matches one of the `marks`.
+        marks: Glob patterns.
 
     Raises:
         FileExistsError: See [`refuse_existing`].
@@ -145,13 +127,10 @@ def atomic_folder(
 
 def refuse_existing(destination: Path, overwrite: bool, marks: tuple[str, ...] = ("config.json",)) -> None:
     """Raise FileExistsError if `destination` exists and must not be replaced; see [`atomic_folder`]."""
-    if not destination.exists():
-        return
-    if not overwrite:
+    if destination.exists() and not overwrite:
         raise FileExistsError(f"{destination} exists; add --overwrite to replace it, or choose another destination.")
-    if not destination.is_dir() or not any(destination.iterdir()):
-        return
-    if not any(file for mark in marks for file in destination.glob(mark)):
+    is_filled = destination.is_dir() and any(destination.iterdir())
+    if is_filled and not any(file for mark in marks for file in destination.glob(mark)):
         raise FileExistsError(
             f"{destination} is not replaced, because it contains other files (no {' or '.join(marks)}); choose "
             "another destination."

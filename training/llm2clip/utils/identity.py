@@ -38,7 +38,8 @@ def data_revision(source: str | Mapping[str, Any]) -> str | None:
     path, revision = fields["path"], fields.get("revision")
     place = Path(path).expanduser()
     if place.is_dir():
-        return _checksum(place, [file for file in place.rglob("*") if not _is_hidden(file.relative_to(place))])
+        names = (file.relative_to(place) for file in place.rglob("*"))
+        return _checksum(place, [place / name for name in names if not any(part[0] == "." for part in name.parts)])
     if "://" in path:
         return revision
     files = [place] if place.is_file() else [Path(file) for file in glob.glob(str(place), recursive=True)]
@@ -50,10 +51,6 @@ def data_revision(source: str | Mapping[str, Any]) -> str | None:
         logger.warning("the commit of %s is unknown: %s", path, error)
         return revision
     return commit if commit is not None and COMMIT.fullmatch(commit) else revision
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _checksum(folder: Path, files: list[Path]) -> str:
@@ -69,20 +66,14 @@ def _checksum(folder: Path, files: list[Path]) -> str:
 
 
 def vision_fingerprint(model: Any) -> str:
-    """Identify the vision tower and projection of a model, or of its vision half: both give the same result.
+    """Identify the vision tower and projection of a model, or of its vision half: both give the same 32 hex digits.
 
     Weights in float32 and the same weights in bfloat16 are equal. The LLM and the adapter do not count.
-
-    Returns:
-        32 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    state = {**model.vision_model.state_dict(prefix="vision_model.")}
-    state.update(model.visual_projection.state_dict(prefix="visual_projection."))
+    state = model.vision_model.state_dict(prefix="vision_model.")
+    state |= model.visual_projection.state_dict(prefix="visual_projection.")
     # transformers 5 nests some towers once more than earlier versions.
     names = {name.replace("vision_model.vision_model.", "vision_model."): name for name in state}
     digest_weights(((short, state[names[short]]) for short in sorted(names)), digest, FINGERPRINT_SAMPLES)
     return digest.hexdigest()[:32]
-
-
-__all__ = ["data_revision", "vision_fingerprint"]

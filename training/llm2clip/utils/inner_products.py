@@ -15,10 +15,7 @@ def inner_products(rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
     Args:
         rows: (n, d), in the dtype of `out`.
         columns: (m, d), in any dtype.
-        out: (n, m) tensor for the result.
-
-    Returns:
-        `out`.
+        out: (n, m); it is also returned.
     """
     at_once = CPU_COLUMNS if out.device.type == "cpu" else max(1, len(columns))
     for part, some in zip(out.split(at_once, dim=1), columns.split(at_once), strict=True):

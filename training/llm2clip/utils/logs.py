@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +18,38 @@ OUR_LOGGERS = ("llm2clip", "modeling_llm2clip", "transformers_modules")
 DEVELOPER_WARNINGS = ("FutureWarning:", "DeprecationWarning:")
 
 
-class LogFile(logging.Handler):
+class LogFile(MemoryHandler):
     """All records of a run, in `log.txt` in its output folder.
 
     The folder is known only after the libraries are imported. Until `open` or `discard`, records are kept.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        self._kept: list[logging.LogRecord] = []
-        self._file: logging.FileHandler | None = None
-        self._discards = False
+        super().__init__(capacity=1, flushOnClose=False)
 
     def open(self, folder: str | Path) -> Path:
         """Append all records, also the earlier ones, to `log.txt` in `folder`; returns its path."""
         path = Path(folder) / LOG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = logging.FileHandler(path, encoding="utf-8")
-        self._file.setFormatter(self.formatter)
-        for record in self._kept:
-            self._file.emit(record)
-        self._kept.clear()
+        file = logging.FileHandler(path, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.setTarget(file)
+        self.flush()
         return path
 
     def discard(self) -> None:
         """Drop all records: the run has no output folder."""
-        self._discards = True
-        self._kept.clear()
+        self.setTarget(logging.NullHandler())
+        self.flush()
 
     @property
     def receives(self) -> bool:
         """Whether a record is written, now or later."""
-        return not self._discards
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self._file is not None:
-            self._file.emit(record)
-        elif not self._discards:
-            self._kept.append(record)
+        return not isinstance(self.target, logging.NullHandler)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self.target is not None:
+            self.target.close()
         super().close()
 
 

@@ -32,8 +32,7 @@ class Repo:
     """A model repository.
 
     Attributes:
-        name: Hub id or folder.
-        revision: Branch, tag or commit on the Hub.
+        name, revision: Hub id or folder, and branch, tag or commit on the Hub.
         kind: What the repository contains. A text tower that is stored as an adapter is a `TEXT_TOWER` with
             `is_adapter`; `ADAPTER` is an adapter without a config of this package; `OTHER` includes plain LLMs.
         is_adapter: Whether the weights are a PEFT adapter.
@@ -52,12 +51,7 @@ class Repo:
         return self.config.get("model_type")
 
     def require(self, *kinds: RepoKind, hint: str = "`llm2clip convert` converts checkpoints of other code.") -> Repo:
-        """Raise ValueError unless the repository is one of `kinds`; returns the repository itself.
-
-        Args:
-            kinds: The accepted kinds.
-            hint: What the user can do, the last sentence of the message.
-        """
+        """Raise ValueError unless the repository is one of `kinds`; returns it. `hint` ends the message."""
         if self.kind in kinds:
             return self
         wanted = " or ".join(f"{'an' if kind.value[0] in 'aeiouAEIOUL' else 'a'} {kind.value}" for kind in kinds)

@@ -49,9 +49,7 @@ def open_text_tower(
 
     Args:
         name: Hub id or folder of a text tower, an LLM2CLIP model, or a plain LLM, which is wrapped as a tower.
-        dtype: See [`loading_options`].
-        attn_implementation: Such as `sdpa`.
-        revision: Branch, tag or commit on the Hub.
+        dtype, attn_implementation, revision: See [`loading_options`].
         decoder: The plain LLM, if it is already loaded.
         prompt: Fields of [`LLM2CLIPTextConfig`] for a plain LLM, such as `prompt_prefix`; None means unset.
 
@@ -63,15 +61,12 @@ def open_text_tower(
     prompt = {key: value for key, value in prompt.items() if value is not None}
     if is_text_tower(name, revision):
         if prompt:
-            raise ValueError(
-                f"{name} is a text tower, and its config defines how captions are encoded; remove {', '.join(prompt)}."
-            )
+            raise ValueError(f"{name} is a text tower, whose config defines the prompt; remove {', '.join(prompt)}.")
         model = LLM2CLIPTextModel.from_pretrained(name, **options)
         model.merge_adapter()
         return model, tokenizer
     tokenizer, fields = prompted(tokenizer, prompt)
-    source: Any = name if decoder is None else decoder
-    return LLM2CLIPTextModel.from_decoder(source, decoder_kwargs=options, **fields), tokenizer
+    return LLM2CLIPTextModel.from_decoder(decoder or name, decoder_kwargs=options, **fields), tokenizer
 
 
 def save_text_tower(model: LLM2CLIPTextModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -85,10 +80,8 @@ def describe_text_tower(name: str, revision: str | None = None) -> tuple[LLM2CLI
     """Return the config and the tokenizer of [`open_text_tower`] without loading the weights."""
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
     config = AutoConfig.from_pretrained(name, revision=revision)
-    if config.model_type == LLM2CLIPConfig.model_type:
-        return config.text_config, tokenizer
-    if config.model_type == LLM2CLIPTextConfig.model_type:
-        return config, tokenizer
+    if config.model_type in (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type):
+        return getattr(config, "text_config", config), tokenizer
     tokenizer, fields = prompted(tokenizer, {})
     return LLM2CLIPTextConfig(decoder_config=config, **fields), tokenizer
 

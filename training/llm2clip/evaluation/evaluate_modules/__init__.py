@@ -16,6 +16,3 @@ def metric_path(name: str) -> str:
     if name not in METRICS:
         raise ValueError(f"there is no metric {name!r}; choose one of {', '.join(METRICS)}.")
     return str(Path(__file__).parent / name)
-
-
-__all__ = ["METRICS", "metric_path"]
