@@ -17,13 +17,9 @@ from .processing_llm2clip import LLM2CLIPProcessor, with_prompt
 
 __version__ = "0.1.0"
 
-_MODELS: dict[Any, Any] = {
-    EVA02VisionConfig: EVA02VisionModel,
-    LLM2CLIPTextConfig: LLM2CLIPTextModel,
-    LLM2CLIPConfig: LLM2CLIPModel,
-}
-
-for _config, _model in _MODELS.items():
+_model: Any
+for _model in (EVA02VisionModel, LLM2CLIPTextModel, LLM2CLIPModel):
+    _config: Any = _model.config_class
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     _config.register_for_auto_class()

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import __version__ as transformers_version
 
-VERSION_4_TOKENIZER = "PreTrainedTokenizerFast"
+VERSION = tuple(int(part) for part in transformers_version.split(".")[:2])
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_local_base_freq")
 
 
@@ -35,30 +35,24 @@ def without_version_4_rope(decoder: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in decoder.items() if key not in ROPE_FIELDS}
 
 
-def nests_vision_towers() -> bool:
-    """Return whether CLIP and SigLIP towers nest their modules one level deeper, as before transformers 5.6."""
-    return tuple(int(part) for part in transformers_version.split(".")[:2]) < (5, 6)
-
-
 def make_readable_by_version_4(folder: str | os.PathLike[str]) -> None:
     """Make the tokenizer and image processor files of a folder readable by transformers 4.57."""
-    tokenizer_file = Path(folder) / "tokenizer_config.json"
-    if tokenizer_file.is_file():
-        tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
-        if tokenizer.get("tokenizer_class") == "TokenizersBackend":
-            tokenizer["tokenizer_class"] = VERSION_4_TOKENIZER
-            _write(tokenizer_file, tokenizer)
-    processor_file = Path(folder) / "processor_config.json"
-    if processor_file.is_file():
-        processor = json.loads(processor_file.read_text(encoding="utf-8"))
-        if "image_processor" in processor:
-            image_processor = {**processor["image_processor"], "processor_class": processor.get("processor_class")}
-            name = image_processor.get("image_processor_type", "")
-            if not transformers_version.startswith("4."):
-                # In version 4 the torchvision class has a suffix, in version 5 the PIL class.
-                name = name.removesuffix("Pil") if name.endswith("Pil") else f"{name}Fast"
-            image_processor["image_processor_type"] = name
-            _write(Path(folder) / "preprocessor_config.json", image_processor)
+    folder = Path(folder)
+    tokenizer = _read(folder / "tokenizer_config.json")
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        _write(folder / "tokenizer_config.json", {**tokenizer, "tokenizer_class": "PreTrainedTokenizerFast"})
+    processor = _read(folder / "processor_config.json")
+    if "image_processor" in processor:
+        image_processor = {**processor["image_processor"], "processor_class": processor.get("processor_class")}
+        name = image_processor.get("image_processor_type", "")
+        if VERSION >= (5, 0):
+            # In version 4 the torchvision class has a suffix, in version 5 the PIL class.
+            name = name.removesuffix("Pil") if name.endswith("Pil") else f"{name}Fast"
+        _write(folder / "preprocessor_config.json", {**image_processor, "image_processor_type": name})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

@@ -9,22 +9,24 @@ import re
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
-from transformers import __version__ as transformers_version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .compatibility_llm2clip import with_version_4_rope, without_version_4_rope
+from .compatibility_llm2clip import VERSION, with_version_4_rope, without_version_4_rope
 
 POOLING_MODES = ("mean", "weighted_mean", "last_token", "eos_token", "bos_token")
 
 
-def _as_config(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
-    """Build the config of any architecture that transformers supports from its JSON form."""
-    if not isinstance(config, dict):
+def _as_config(config: PretrainedConfig | dict[str, Any] | None, default_type: str | None = None) -> Any:
+    """Build a config from its JSON form: one of this module, or of any architecture that transformers supports."""
+    if isinstance(config, PretrainedConfig):
         return config
-    fields = dict(config if transformers_version.startswith("4.") else without_version_4_rope(config))
-    model_type = fields.pop("model_type", None)
-    if model_type == EVA02VisionConfig.model_type:
-        return EVA02VisionConfig(**fields)
+    fields = {"model_type": default_type, **(config or {})}
+    if VERSION >= (5, 0):
+        fields = without_version_4_rope(fields)
+    model_type = fields.pop("model_type")
+    for own in (EVA02VisionConfig, LLM2CLIPTextConfig):
+        if model_type == own.model_type:
+            return own(**fields)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"model_type {model_type!r} is not an architecture that this transformers version supports; "
@@ -49,7 +51,6 @@ class EVA02VisionConfig(PretrainedConfig):
         layer_scale_init_value: Initial layer scale of the residual branches; `None`: no layer scale.
         drop_path_rate: Stochastic depth in training, growing linearly from 0 to this rate at the last block.
         patch_dropout: Fraction of the patch tokens dropped in training (FLIP).
-        attention_dropout: Dropout probability of attention weights in training.
     """
 
     model_type = "eva02_vision_model"
@@ -112,7 +113,7 @@ class LLM2CLIPTextConfig(PretrainedConfig):
 
     Args:
         decoder_config: Config (or its JSON form) of any decoder that transformers supports.
-        pooling: One of `mean`, `weighted_mean`, `last_token`, `eos_token`, `bos_token`.
+        pooling: One of `POOLING_MODES`.
         prompt_prefix: Text before every caption, after BOS. It provides context and is not pooled.
         prompt_suffix: Text after every caption. It is pooled.
         num_prefix_tokens: Tokens before the caption (BOS and prefix). Without an explicit `pooling_mask` the model
@@ -120,8 +121,7 @@ class LLM2CLIPTextConfig(PretrainedConfig):
         max_text_length: Longest input in tokens, prompt included; a longer caption is cut at its own end.
         prompt_token_ids: Tokens of an empty caption, used to verify that a tokenizer adds the prompt.
         fingerprint: Hash of the weights, prompt and pooling, written when the tower is saved.
-        bidirectional: Whether every token attends to the whole caption. `False` keeps the decoder causal (a
-            baseline).
+        bidirectional: Whether every token attends to the whole caption; `False` for a causal baseline.
     """
 
     model_type = "llm2clip_text_model"
@@ -178,7 +178,6 @@ class LLM2CLIPConfig(PretrainedConfig):
             the weights of the text tower are in another repository.
         text_model_name_or_path: Repository or folder with the text tower's weights (possibly a PEFT adapter); `None`
             if they are part of this checkpoint.
-        text_model_revision: Revision of that repository.
         text_model_fingerprint: Fingerprint of the text tower that the adapter was trained with.
         projection_dim: Width of the shared space.
         visual_projection: Whether a linear layer maps the tower's pooled output to `projection_dim`.
@@ -212,10 +211,11 @@ class LLM2CLIPConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         # Sub-configs are set before super().__init__(), which passes attn_implementation and dtype on to them.
-        self.vision_config = (
-            EVA02VisionConfig() if vision_config is None else _as_config(_with_vision_type(vision_config))
-        )
-        self.text_config = _as_text_config(text_config)
+        self.vision_config = _as_config(vision_config, EVA02VisionConfig.model_type)
+        self.text_config = _as_config(text_config, LLM2CLIPTextConfig.model_type)
+        # By model_type, not by class: remote code can be imported under several module names.
+        if self.text_config.model_type != LLM2CLIPTextConfig.model_type:
+            self.text_config = LLM2CLIPTextConfig(decoder_config=self.text_config)
         self.text_model_name_or_path = text_model_name_or_path
         self.text_model_revision = text_model_revision
         self.text_model_fingerprint = text_model_fingerprint
@@ -251,27 +251,3 @@ def _without_local_names(fields: dict[str, Any]) -> dict[str, Any]:
         ):
             kept[key] = value
     return kept
-
-
-def _with_vision_type(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig | dict[str, Any]:
-    if isinstance(config, dict):
-        return {"model_type": EVA02VisionConfig.model_type, **config}
-    return config
-
-
-def _as_text_config(config: PretrainedConfig | dict[str, Any] | None) -> LLM2CLIPTextConfig:
-    if config is None:
-        return LLM2CLIPTextConfig()
-    # Told apart by model_type, not by class: remote code can be imported under several module names.
-    if not isinstance(config, dict):
-        if config.model_type == LLM2CLIPTextConfig.model_type:
-            return config  # type: ignore[return-value]
-        return LLM2CLIPTextConfig(decoder_config=config)
-    fields = dict(config)
-    if fields.get("model_type", LLM2CLIPTextConfig.model_type) == LLM2CLIPTextConfig.model_type:
-        fields.pop("model_type", None)
-        return LLM2CLIPTextConfig(**fields)
-    return LLM2CLIPTextConfig(decoder_config=fields)
-
-
-__all__ = ["POOLING_MODES", "EVA02VisionConfig", "LLM2CLIPConfig", "LLM2CLIPTextConfig"]

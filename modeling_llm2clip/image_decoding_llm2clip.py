@@ -22,14 +22,10 @@ EXIF_ORIENTATION = 0x0112
 # The entries of `Image.info` in which Pillow looks for an orientation.
 ORIENTATION_SOURCES = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 TRANSPOSITIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}
+}  # fmt: skip
 ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 # A string of this length that names no file may be the image itself, in base64.
 SHORTEST_BASE64 = 60
@@ -38,18 +34,14 @@ SHORTEST_BASE64 = 60
 class SampleError(ValueError):
     """A row that cannot be used.
 
-    Args:
-        key: The row's key. Without a reason it is the whole message, which is how torch's DataLoader rebuilds an
-            exception that was raised in a worker process.
-        reason: What is wrong with the row.
+    Without a reason the key is the whole message, as torch's DataLoader rebuilds an exception of a worker process.
     """
 
     subject = "row"
 
     def __init__(self, key: str, reason: str | None = None) -> None:
         super().__init__(key if reason is None else f"The {self.subject} {key!r} cannot be used: {reason}.")
-        self.key = key
-        self.reason = reason
+        self.key, self.reason = key, reason
 
     def __reduce__(self) -> tuple[type[SampleError], tuple[str, str | None]]:
         return type(self), (self.key, self.reason)
@@ -92,24 +84,14 @@ def decode_image(
         return to_upright_rgb(open_image(value, max_pixels, timeout))
 
 
-def decode_images(images: Any) -> Any:
-    """Decode the images that an image processor is called with.
-
-    Args:
-        images: One image or nested lists of them; see [`decode_image`].
-
-    Returns:
-        The same nesting of RGB images. Arrays and tensors are pixels already and stay as they are.
+def decode_images(images: Any, key: str = "image") -> Any:
+    """Decode one image or nested lists of them with [`decode_image`]; arrays and tensors stay as they are.
 
     Raises:
         DamagedImageError: If an image cannot be decoded; the message names its position.
     """
-    return _decode_nested(images, "image")
-
-
-def _decode_nested(images: Any, key: str) -> Any:
     if isinstance(images, (list, tuple)):
-        return [_decode_nested(image, f"{key} {index}") for index, image in enumerate(images)]
+        return [decode_images(image, f"{key} {index}") for index, image in enumerate(images)]
     if images is None or isinstance(images, (np.ndarray, torch.Tensor)):
         return images
     return decode_image(images, key)
@@ -124,7 +106,10 @@ def is_missing_file(name: str) -> bool:
 def decoding_errors(value: Any, key: str) -> Iterator[None]:
     """Turn every error in this context into a DamagedImageError that names the image."""
     try:
-        yield
+        with warnings.catch_warnings():
+            # `open_image` checks the size, against the caller's limit.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
     except _UnusableError as error:
         raise DamagedImageError(key, str(error)) from None
     except UnidentifiedImageError as error:
@@ -136,11 +121,8 @@ def decoding_errors(value: Any, key: str) -> Iterator[None]:
 
 
 def open_image(value: Any, max_pixels: int = DEFAULT_MAX_PIXELS, timeout: float | None = None) -> Image.Image:
-    """Open an image, reading no more than its header, and check its size."""
-    with warnings.catch_warnings():
-        # The size is checked here, against the caller's limit.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = _open(value, timeout)
+    """Open an image, reading no more than its header, and check its size; inside [`decoding_errors`]."""
+    image = _open(value, timeout)
     width, height = image.size
     if width < 1 or height < 1:
         raise _UnusableError(f"it is {width} x {height} pixels large")
@@ -150,15 +132,13 @@ def open_image(value: Any, max_pixels: int = DEFAULT_MAX_PIXELS, timeout: float 
 
 
 def to_upright_rgb(image: Image.Image) -> Image.Image:
-    """Decode an opened image, apply its EXIF orientation and convert it to RGB."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image.load()
-        # Not ImageOps.exif_transpose: it rewrites the other tags and fails on images with a malformed one.
-        transposition = TRANSPOSITIONS.get(image.getexif().get(EXIF_ORIENTATION, 1))
-        if transposition is None:
-            return _to_rgb(image)
-        rgb = _to_rgb(image.transpose(transposition))
+    """Decode an opened image, apply its EXIF orientation and convert it to RGB; inside [`decoding_errors`]."""
+    image.load()
+    # Not ImageOps.exif_transpose: it rewrites the other tags and fails on images with a malformed one.
+    transposition = TRANSPOSITIONS.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    if transposition is None:
+        return _to_rgb(image)
+    rgb = _to_rgb(image.transpose(transposition))
     for source in ORIENTATION_SOURCES:  # otherwise decoding the result again would turn it once more
         rgb.info.pop(source, None)
     return rgb
@@ -227,16 +207,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise _UnusableError(f"its mode {image.mode} has no defined white point; store 8 or 16 bits per channel")
     if image.mode in ALPHA_MODES or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        background = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(background, layer).convert("RGB")
+        background = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
-
-
-__all__ = [
-    "DEFAULT_MAX_PIXELS",
-    "DamagedImageError",
-    "SampleError",
-    "decode_image",
-    "decode_images",
-]

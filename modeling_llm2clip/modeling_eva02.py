@@ -5,7 +5,6 @@ The config's flags select the other EVA-CLIP towers (arXiv 2303.15389): EVA01 an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,10 +31,8 @@ def rotary_table(
     pretraining grid, so that another image size covers the same range of angles.
 
     Args:
-        head_dim: Width of an attention head.
         grid: Number of patch rows and columns.
         pretrained_grid: Side length of the pretraining grid in patches.
-        device: Device of the table.
 
     Returns:
         float32 `(1 + rows * columns, head_dim / 2, 2)`: a cosine and a sine for each pair of adjacent channels.
@@ -47,14 +44,8 @@ def rotary_table(
         torch.outer(torch.arange(size, dtype=torch.float32, device=device) / size * pretrained_grid, frequencies)
         for size in grid
     )
-    angles = torch.cat(
-        [
-            rows[:, None, :].expand(-1, grid[1], -1),
-            columns[None, :, :].expand(grid[0], -1, -1),
-        ],
-        dim=-1,
-    ).flatten(0, 1)
-    angles = F.pad(angles, (0, 0, 1, 0))
+    angles = torch.cat([rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)], dim=-1)
+    angles = F.pad(angles.flatten(0, 1), (0, 0, 1, 0))
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
@@ -90,17 +81,6 @@ def resize_position_embedding(position_embedding: Tensor, grid: tuple[int, int])
     resized = F.interpolate(square.float(), size=grid, mode="bicubic", align_corners=False)
     resized = resized.to(position_embedding.dtype).permute(0, 2, 3, 1).flatten(1, 2)
     return torch.cat([class_position, resized], dim=1)
-
-
-def drop_path(states: Tensor, rate: float) -> Tensor:
-    """Apply stochastic depth: drop a residual branch `(batch, ...)` for random samples and rescale the others."""
-    shape = (states.shape[0],) + (1,) * (states.ndim - 1)
-    keep = torch.empty(shape, dtype=states.dtype, device=states.device).bernoulli_(1 - rate)
-    return states * keep / (1 - rate)
-
-
-def _scaled(branch: Tensor, gain: Tensor | None) -> Tensor:
-    return branch if gain is None else branch * gain
 
 
 def _sub_layer_norm(config: EVA02VisionConfig, width: int) -> nn.Module:
@@ -146,7 +126,8 @@ class EVA02Attention(nn.Module):
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         value = self.v_proj(hidden_states).view(shape)
         implementation = self.config._attn_implementation
-        attend: Callable[..., tuple[Tensor, Tensor | None]] = eager_attention_forward
+        attend: Any = eager_attention_forward
+        # transformers looks for this call in the source: without it, `set_attn_implementation` has no effect.
         if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         elif implementation != "eager":  # transformers 4
@@ -161,8 +142,7 @@ class EVA02Attention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             is_causal=False,
         )
-        output = output.reshape(batch, tokens, width)
-        return self.proj(self.inner_attn_ln(output)), weights
+        return self.proj(self.inner_attn_ln(output.reshape(batch, tokens, width))), weights
 
 
 class EVA02SwiGLU(nn.Module):
@@ -214,18 +194,21 @@ class EVA02Block(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.post_norm:
             attention, weights = self.attn(hidden_states, rotary)
-            hidden_states = hidden_states + self._drop_path(_scaled(self.norm1(attention), self.gamma_1))
+            hidden_states = hidden_states + self._branch(self.norm1(attention), self.gamma_1)
             mlp = self.norm2(self.mlp(hidden_states))
         else:
             attention, weights = self.attn(self.norm1(hidden_states), rotary)
-            hidden_states = hidden_states + self._drop_path(_scaled(attention, self.gamma_1))
+            hidden_states = hidden_states + self._branch(attention, self.gamma_1)
             mlp = self.mlp(self.norm2(hidden_states))
-        return hidden_states + self._drop_path(_scaled(mlp, self.gamma_2)), weights
+        return hidden_states + self._branch(mlp, self.gamma_2), weights
 
-    def _drop_path(self, branch: Tensor) -> Tensor:
-        if self.training and self.drop_path_rate > 0:
-            return drop_path(branch, self.drop_path_rate)
-        return branch
+    def _branch(self, states: Tensor, gain: Tensor | None) -> Tensor:
+        """Apply layer scale and stochastic depth, which drops the branch of random samples and rescales the others."""
+        states = states if gain is None else states * gain
+        if not self.training or self.drop_path_rate == 0:
+            return states
+        keep = states.new_empty(len(states), 1, 1).bernoulli_(1 - self.drop_path_rate)
+        return states * keep / (1 - self.drop_path_rate)
 
 
 class EVA02PatchEmbedding(nn.Module):
@@ -255,7 +238,6 @@ class EVA02VisionModel(PreTrainedModel):
     _no_split_modules = ["EVA02Block"]
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flash_attn_2 = True
     _supports_flex_attn = True
     _supports_attention_backend = True
 
@@ -279,9 +261,6 @@ class EVA02VisionModel(PreTrainedModel):
             nn.init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
         elif isinstance(module, EVA02Block):
             for gain in (module.gamma_1, module.gamma_2):
                 if gain is not None:
@@ -289,6 +268,8 @@ class EVA02VisionModel(PreTrainedModel):
         elif isinstance(module, EVA02VisionModel):
             nn.init.trunc_normal_(module.cls_token, std=std)
             nn.init.trunc_normal_(module.pos_embed, std=std)
+        else:
+            super()._init_weights(module)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.patch_embed
@@ -306,7 +287,6 @@ class EVA02VisionModel(PreTrainedModel):
         Args:
             pixel_values: `(batch, channels, height, width)`.
             interpolate_pos_encoding: Accept an image size other than the config's by interpolating the positions.
-            output_hidden_states: Also return the embeddings and the output of every block.
             output_attentions: Also return attention weights; requires eager attention.
 
         Raises:
@@ -314,10 +294,8 @@ class EVA02VisionModel(PreTrainedModel):
                 multiple of the patch size.
         """
         config = self.config
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = config.output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if output_attentions and config._attn_implementation != "eager":
             raise ValueError(
                 f"attention weights do not exist under attn_implementation={config._attn_implementation!r}; "
@@ -325,8 +303,7 @@ class EVA02VisionModel(PreTrainedModel):
             )
         grid = self._grid(pixel_values, interpolate_pos_encoding)
         hidden_states = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))
-        class_tokens = self.cls_token.expand(hidden_states.shape[0], -1, -1)
-        hidden_states = torch.cat([class_tokens, hidden_states], dim=1)
+        hidden_states = torch.cat([self.cls_token.expand(len(hidden_states), -1, -1), hidden_states], dim=1)
         hidden_states = hidden_states + resize_position_embedding(self.pos_embed, grid)
         rotary = None
         if config.rope_grid_size is not None:
@@ -370,6 +347,3 @@ class EVA02VisionModel(PreTrainedModel):
         order = F.pad(order + 1, (1, 0))  # prepend the class token
         hidden_states = hidden_states.gather(1, order[..., None].expand(-1, -1, width))
         return hidden_states, None if rotary is None else rotary[order]
-
-
-__all__ = ["EVA02VisionModel"]

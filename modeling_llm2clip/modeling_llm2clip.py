@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, BatchFeature, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
@@ -20,7 +20,6 @@ from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
 from .configuration_llm2clip import LLM2CLIPConfig
 from .image_decoding_llm2clip import decode_images, is_missing_file
 from .modeling_eva02 import EVA02VisionModel  # noqa: F401
-from .modeling_llm2clip_adapter import LLM2CLIPTextAdapter
 from .modeling_llm2clip_packing import PackedBatch  # noqa: F401
 from .modeling_llm2clip_pairing import LLM2CLIPPairedModel
 from .modeling_llm2clip_text import LLM2CLIPTextModel
@@ -51,7 +50,6 @@ class LLM2CLIPOutput(ModelOutput):
         image_embeds: `(images, projection_dim)`, unit length.
         text_embeds: `(texts, projection_dim)`, unit length.
         logit_scale: The factor between cosine and logit.
-        logit_bias: The bias added to the logits, if the model has one.
     """
 
     loss: Tensor | None = None
@@ -61,6 +59,37 @@ class LLM2CLIPOutput(ModelOutput):
     text_embeds: Tensor | None = None
     logit_scale: Tensor | None = None
     logit_bias: Tensor | None = None
+
+
+class LLM2CLIPAdapterBlock(nn.Module):
+    """Residual block: `x + W2 GELU(W1 LN(x))`."""
+
+    def __init__(self, width: int, expansion: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, expansion * width)
+        self.fc2 = nn.Linear(expansion * width, width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states + self.fc2(F.gelu(self.fc1(self.norm(states))))
+
+
+class LLM2CLIPTextAdapter(nn.Module):
+    """Map an LLM's caption embedding to the space shared with images (paper, section 3.2)."""
+
+    def __init__(self, config: LLM2CLIPConfig) -> None:
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.normalize = config.adapter_normalize
+        self.blocks = nn.Sequential(
+            *(LLM2CLIPAdapterBlock(width, config.adapter_expansion) for _ in range(config.adapter_num_layers))
+        )
+        self.norm = nn.LayerNorm(width)
+        self.proj = nn.Linear(width, config.projection_dim)
+
+    def forward(self, llm_embeds: Tensor) -> Tensor:
+        states = F.normalize(llm_embeds, dim=-1) if self.normalize else llm_embeds
+        return self.proj(self.norm(self.blocks(states)))
 
 
 class LLM2CLIPModel(LLM2CLIPPairedModel):
@@ -127,9 +156,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
             vision_model: A vision model, or its repository or folder; of a CLIP-like model, the vision half is used.
             text_model: A text tower, which becomes part of the model, or the repository or folder of one, which is
                 recorded but not loaded.
-            vision_model_kwargs: Passed to `from_pretrained` of the vision tower.
             text_config: Config of the text tower, if its repository has none (a plain LLM).
-            text_model_revision: Revision of the text tower's repository.
             config_fields: Fields of [`LLM2CLIPConfig`], such as `projection_dim`.
         """
         if not isinstance(vision_model, PreTrainedModel):
@@ -171,9 +198,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         """Embed captions with the LLM, or from its cached embeddings.
 
         Args:
-            input_ids: `(batch, tokens)`, from this model's processor or tokenizer.
-            attention_mask: `(batch, tokens)`.
-            pooling_mask: `(batch, tokens)`; see [`LLM2CLIPTextModel`].
+            input_ids: `(batch, tokens)`, from this model's processor or tokenizer; the masks have the same shape.
             llm_embeds: `(batch, hidden_size)`, caption embeddings of the LLM, instead of tokens.
 
         Returns:
@@ -189,9 +214,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
                     "this model was loaded without its LLM; call model.load_text_model(), or pass llm_embeds=, the "
                     "LLM's caption embeddings."
                 )
-            output = self.text_model(
-                input_ids=input_ids, attention_mask=attention_mask, pooling_mask=pooling_mask, **kwargs
-            )
+            output = self.text_model(input_ids, attention_mask, pooling_mask, **kwargs)
             states, llm_embeds = output.last_hidden_state, output.pooler_output
         expected = self.config.text_config.hidden_size
         if llm_embeds.shape[-1] != expected:
@@ -200,8 +223,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
                 "another LLM."
             )
         llm_embeds = llm_embeds.to(execution_device(self.text_adapter), self.text_adapter.proj.weight.dtype)
-        features = self.text_adapter(llm_embeds)
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=features)
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.text_adapter(llm_embeds))
 
     def encode_text(
         self,
@@ -213,10 +235,8 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         """Embed captions of any length.
 
         Args:
-            texts: Captions, or a single caption.
             processor: This model's processor, or its tokenizer.
             batch_size: Largest number of captions in a batch; see [`LLM2CLIPTextModel.encode`].
-            show_progress_bar: Show a progress bar.
 
         Returns:
             Unit vectors, float32 `(len(texts), projection_dim)` on the CPU, in input order.
@@ -234,11 +254,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         )
 
     def encode_image(
-        self,
-        images: Sequence[Any] | Any,
-        processor: Any,
-        batch_size: int = 64,
-        show_progress_bar: bool = False,
+        self, images: Sequence[Any] | Any, processor: Any, batch_size: int = 64, show_progress_bar: bool = False
     ) -> Tensor:
         """Embed images.
 
@@ -246,8 +262,6 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
             images: Images of any kind that [`decode_image`] reads (PIL images, paths, URLs, bytes), arrays or tensors,
                 or a single one.
             processor: This model's processor, or its image processor.
-            batch_size: Images per batch.
-            show_progress_bar: Show a progress bar.
 
         Returns:
             Unit vectors, float32 `(len(images), projection_dim)` on the CPU, in input order.
@@ -257,15 +271,16 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
             FileNotFoundError: A string is not the name of a file, such as a caption.
         """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
-        image_processor = getattr(processor, "image_processor", processor)
-
-        def batches() -> Iterator[BatchFeature]:
-            starts = range(0, len(images), batch_size)
-            for start in logging.tqdm(starts, desc="Encoding images", disable=not show_progress_bar):
-                batch = decode_images([_check_file(image) for image in images[start : start + batch_size]])
-                yield image_processor(images=batch, return_tensors="pt")
-
-        return torch.cat([torch.empty(0, self.config.projection_dim), *encode_pixels(self, batches())])
+        for image in images:
+            if isinstance(image, (str, os.PathLike)) and is_missing_file(os.fspath(image)):
+                raise FileNotFoundError(f"{os.fspath(image)!r} is not an image file; captions go to encode_text().")
+        prepare = getattr(processor, "image_processor", processor)
+        starts = range(0, len(images), batch_size)
+        batches = (
+            prepare(images=decode_images(images[start : start + batch_size]), return_tensors="pt")
+            for start in logging.tqdm(starts, desc="Encoding images", disable=not show_progress_bar)
+        )
+        return torch.cat([torch.empty(0, self.config.projection_dim), *encode_pixels(self, batches)])
 
     def forward(
         self,
@@ -287,21 +302,16 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
             kwargs: Passed to the vision tower if there are images, otherwise to the LLM.
         """
         has_text = input_ids is not None or llm_embeds is not None
-        text_inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "pooling_mask": pooling_mask,
-            "llm_embeds": llm_embeds,
-        }
+        text_inputs = input_ids, attention_mask, pooling_mask, llm_embeds
         if pixel_values is None and not has_text:
             raise ValueError("give pixel_values, input_ids, llm_embeds, or images and captions together.")
         if pixel_values is None:
-            return self.get_text_features(**text_inputs, **kwargs)
+            return self.get_text_features(*text_inputs, **kwargs)
         image_features = self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
         if not has_text:
             return image_features
         image_embeds = unit_features(image_features)
-        text_embeds = unit_features(self.get_text_features(**text_inputs)).to(image_embeds.device)
+        text_embeds = unit_features(self.get_text_features(*text_inputs)).to(image_embeds.device)
         logit_scale = self.logit_scale.exp().to(image_embeds.device)
         logit_bias = None if self.logit_bias is None else self.logit_bias.to(image_embeds.device)
         logits = loss = None
@@ -309,12 +319,12 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
             logits = logit_scale * text_embeds @ image_embeds.t()
             if logit_bias is not None:
                 logits = logits + logit_bias
-        if return_loss and logits is not None and logit_bias is not None:
-            signs = 2 * torch.eye(len(logits), device=logits.device) - 1
-            loss = -F.logsigmoid(signs * logits).sum() / len(logits)
-        elif return_loss and logits is not None:
-            pairs = torch.arange(len(logits), device=logits.device)
-            loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.t(), pairs)) / 2
+            if return_loss and logit_bias is not None:
+                signs = 2 * torch.eye(len(logits), device=logits.device) - 1
+                loss = -F.logsigmoid(signs * logits).sum() / len(logits)
+            elif return_loss:
+                pairs = torch.arange(len(logits), device=logits.device)
+                loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.t(), pairs)) / 2
         return LLM2CLIPOutput(
             loss=loss,
             logits_per_image=None if logits is None else logits.t(),
@@ -324,12 +334,3 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
             logit_scale=logit_scale,
             logit_bias=logit_bias,
         )
-
-
-def _check_file(image: Any) -> Any:
-    if isinstance(image, (str, os.PathLike)) and is_missing_file(os.fspath(image)):
-        raise FileNotFoundError(f"{os.fspath(image)!r} is not an image file; captions go to encode_text().")
-    return image
-
-
-__all__ = ["LLM2CLIPModel", "LLM2CLIPOutput"]

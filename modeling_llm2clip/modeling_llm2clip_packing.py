@@ -13,20 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers import __version__ as transformers_version
+
+from .compatibility_llm2clip import VERSION
 
 # Attention implementations for sequences without padding, which need the lengths of the captions.
 VARIABLE_LENGTHS = ("flash_attention_2", "flash_attention_3")
 # Whether decoders respect `is_causal` of their config.
-IS_CAUSAL_COUNTS = tuple(int(part) for part in transformers_version.split(".")[:2]) >= (5, 2)
+IS_CAUSAL_COUNTS = VERSION >= (5, 2)
 
 
 def assign_rows(lengths: Sequence[int], capacity: int) -> tuple[list[int], list[int], int]:
-    """Assign captions to rows by best-fit decreasing bin packing.
-
-    Args:
-        lengths: Tokens of each caption.
-        capacity: Tokens of a row; no caption has more.
+    """Assign captions of these `lengths` to rows of `capacity` tokens by best-fit decreasing bin packing.
 
     Returns:
         The row of each caption, the position of its first token in that row, and the number of rows.
@@ -67,10 +64,9 @@ class PackedBatch:
             rows, starts, self.num_rows = assign_rows(lengths, self.width)
         self.longest = max(lengths, default=0)
         self.shape = attention_mask.shape
-        first = [row * self.width + start for row, start in zip(rows, starts, strict=True)]
-        real = attention_mask.bool()
+        real, places = attention_mask.bool(), order - 1
         self.source = real.flatten().nonzero().squeeze(1)
-        places = order - 1
+        first = [row * self.width + start for row, start in zip(rows, starts, strict=True)]
         self.target = (torch.tensor(first, dtype=torch.long, device=order.device)[:, None] + places)[real]
         captions = torch.arange(1, len(lengths) + 1, device=order.device)[:, None].expand_as(order)
         self.position_ids = self._rows(places[real])
@@ -100,12 +96,10 @@ class PackedBatch:
         # Imported here: some torch versions lack it but support the other implementations.
         from torch.nn.attention.flex_attention import create_block_mask
 
-        ids = self.caption_ids
-
-        def same_caption(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return ids[row, query] == ids[row, key]
-
-        return create_block_mask(same_caption, self.num_rows, None, self.width, self.width, device=ids.device)
+        ids, rows, width = self.caption_ids, self.num_rows, self.width
+        return create_block_mask(
+            lambda row, head, query, key: ids[row, query] == ids[row, key], rows, None, width, width, device=ids.device
+        )
 
     def sequence_arguments(self) -> dict[str, Any]:
         """Return flash attention's arguments for the caption boundaries in a single row."""
@@ -121,10 +115,9 @@ def avoid_sdpa_without_softcap(config: PretrainedConfig) -> None:
 
 
 def takes_additive_mask(decoder: Any) -> bool:
-    """Return whether a decoder's attention adds a 4-D mask to its logits.
+    """Return whether a decoder's attention adds a 4-D mask to its logits, as in every transformers version.
 
-    Every decoder does so in every transformers version. The flag `is_causal` is less reliable: 4.57 ignores it, and a
-    sliding window would hide part of a long caption.
+    The flag `is_causal` is less reliable: 4.57 ignores it, and a sliding window would hide part of a long caption.
     """
     return decoder.config._attn_implementation in ("eager", "sdpa")
 
@@ -138,11 +131,7 @@ def additive_mask(decoder: Any, visible: Tensor) -> Tensor:
 
 
 def padded_mask(decoder: Any, attention_mask: Tensor, bidirectional: bool) -> Tensor:
-    """Return the decoder's mask for a padded batch.
-
-    Raises:
-        ValueError: The attention implementation is causal in this transformers version.
-    """
+    """Return the decoder's mask for a padded batch; ValueError if attention is causal in this transformers version."""
     if not bidirectional:
         return attention_mask
     if takes_additive_mask(decoder):
@@ -150,8 +139,8 @@ def padded_mask(decoder: Any, attention_mask: Tensor, bidirectional: bool) -> Te
         return row.expand(-1, 1, attention_mask.shape[1], -1)
     if not IS_CAUSAL_COUNTS:
         raise ValueError(
-            f"attn_implementation {decoder.config._attn_implementation!r} is causal on transformers "
-            f"{transformers_version}; use 'sdpa' or 'eager', or transformers >= 5.2."
+            f"attn_implementation {decoder.config._attn_implementation!r} is causal in this transformers version; "
+            "use 'sdpa' or 'eager', or transformers >= 5.2."
         )
     return attention_mask
 
@@ -163,6 +152,3 @@ def packed_mask(decoder: Any, packed: PackedBatch) -> dict[str, Any]:
     if decoder.config._attn_implementation == "flex_attention":
         return {"attention_mask": packed.block_mask()}
     return {"attention_mask": None, **packed.sequence_arguments()}
-
-
-__all__ = ["PackedBatch", "assign_rows"]

@@ -10,34 +10,20 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .modeling_llm2clip_text import LLM2CLIPTextModel
-from .modeling_llm2clip_utils import absolute_path, adopt_submodel, execution_device
+from .modeling_llm2clip_utils import HUB_ARGUMENTS, absolute_path, adopt_submodel, execution_device
 from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
 # Arguments of `from_pretrained` that also apply to an LLM in another repository.
-SHARED_ARGUMENTS = (
-    "cache_dir",
-    "device_map",
-    "dtype",
-    "force_download",
-    "local_files_only",
-    "max_memory",
-    "offload_buffers",
-    "offload_folder",
-    "token",
-    "torch_dtype",
+SHARED_ARGUMENTS = {
+    *HUB_ARGUMENTS, "device_map", "dtype", "max_memory", "offload_buffers", "offload_folder", "torch_dtype",
     "trust_remote_code",
-)
-PARTS = ("", "vision_config", "text_config")
+} - {"revision", "subfolder"}  # fmt: skip
 
 
 def split_arguments(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split the arguments of `from_pretrained` between the model without its LLM and the LLM.
-
-    Returns:
-        The arguments of the model, and those of the LLM that differ from them.
-    """
+    """Split arguments of `from_pretrained` into those of the model without its LLM and the LLM's that differ."""
     own, text = dict(kwargs), {}
     # A vision tower is small and loses more accuracy, and no published checkpoint was trained with a quantised one.
     if own.get("quantization_config") is not None:
@@ -50,7 +36,7 @@ def split_arguments(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
     for name in ("dtype", "torch_dtype"):
         parts = own.get(name)
         if isinstance(parts, dict):
-            unknown = [part for part in parts if part not in PARTS]
+            unknown = [part for part in parts if part not in ("", "vision_config", "text_config")]
             if unknown:
                 raise ValueError(f"{name} names {unknown[0]!r}; its parts are 'vision_config' and 'text_config'.")
             rest = parts.get("", "auto")
@@ -69,12 +55,9 @@ def split_arguments(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
 def text_attention(kwargs: dict[str, Any]) -> str | None:
     """Return the LLM's attention implementation in the arguments of `from_pretrained`, or None if not set."""
     asked = kwargs.get("attn_implementation")
-    if isinstance(asked, dict):
-        return asked.get("text_config")
-    if asked is None and kwargs.get("config") is not None:
-        # AutoModel moves it there.
+    if asked is None and kwargs.get("config") is not None:  # where AutoModel moves it
         return kwargs["config"].text_config._attn_implementation
-    return asked
+    return asked.get("text_config") if isinstance(asked, dict) else asked
 
 
 class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
@@ -94,7 +77,6 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
         """Load a checkpoint and its LLM.
 
         Args:
-            text_model: Whether to load the LLM.
             text_model_kwargs: Arguments of `from_pretrained` for the LLM alone; the others are those of this call.
             kwargs: Arguments of transformers' `from_pretrained`. `dtype` and `attn_implementation` may be set by part,
                 as `{"vision_config": ..., "text_config": ...}`; projection and adapter have the dtype of the vision
@@ -117,12 +99,11 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
             if attention is not None:
                 different.setdefault("attn_implementation", attention)
             if bundled:
-                shared = {key: value for key, value in own.items() if key not in ("attn_implementation", "config")}
-                shared["config"] = model.config.text_config
-                model.load_text_model(pretrained_model_name_or_path, **{**shared, **different})
+                shared = {key: value for key, value in own.items() if key != "attn_implementation"}
+                shared |= {"name_or_path": pretrained_model_name_or_path, "config": model.config.text_config}
             else:
                 shared = {key: own[key] for key in SHARED_ARGUMENTS if own.get(key) is not None}
-                model.load_text_model(**{**shared, **different})
+            model.load_text_model(**{**shared, **different})
         weights_stay = not text_model or not model.text_model.has_readable_weights
         if bundled and weights_stay:
             # Record their location for load_text_model() and for the next save_pretrained().
@@ -137,17 +118,14 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
 
         Args:
             name_or_path: Repository or folder; by default the one in the config.
-            revision: Its revision.
             kwargs: Passed to `LLM2CLIPTextModel.from_pretrained`.
 
         Raises:
             ValueError: No repository is known, or the adapter was trained with another LLM.
         """
         if name_or_path is None:
-            name_or_path, revision = (
-                self.config.text_model_name_or_path,
-                revision or self.config.text_model_revision,
-            )
+            name_or_path = self.config.text_model_name_or_path
+            revision = revision or self.config.text_model_revision
         if name_or_path is None:
             raise ValueError("this model names no repo for its LLM; pass one: model.load_text_model(repo).")
         if revision is not None:
@@ -163,8 +141,7 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
         """Attach a text tower, after verifying that the adapter was trained with it.
 
         Args:
-            text_model: The text tower.
-            source: Its origin, for error messages.
+            source: The tower's origin, for error messages.
 
         Raises:
             TypeError: `text_model` is a plain decoder.
@@ -230,11 +207,8 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
         if state_dict is None:
             state_dict = self.state_dict()
         if bundle:
-            text_state = {
-                key.removeprefix("text_model."): value
-                for key, value in state_dict.items()
-                if key.startswith("text_model.")
-            }
+            prefix = "text_model."
+            text_state = {key.removeprefix(prefix): state_dict[key] for key in state_dict if key.startswith(prefix)}
             identity = self.text_model.fingerprint(text_state)
             if identity is None:
                 # transformers reads back what it offloaded itself, but nothing of an LLM that was loaded apart.

@@ -37,13 +37,16 @@ from .modeling_llm2clip_utils import (
     execution_device,
     hub_arguments,
     is_readable,
+    load_complete,
     pool,
-    refuse_missing,
     tokenize_captions,
 )
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
 FINGERPRINT_SAMPLES = 64
+FINGERPRINT_FIELDS = (
+    "pooling", "prompt_prefix", "prompt_suffix", "num_prefix_tokens", "max_text_length", "bidirectional",
+)  # fmt: skip
 COMPOSITE_TYPE = LLM2CLIPConfig.model_type
 
 
@@ -64,15 +67,10 @@ class LLM2CLIPTextModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _keys_to_ignore_on_load_unexpected = [
-        r"lm_head\.",
-        r"^vision_model\.",
-        r"^visual_projection\.",
-        r"^text_adapter\.",
-        r"^logit_(scale|bias)$",
-    ]
+        r"lm_head\.", r"^(vision_model|visual_projection|text_adapter)\.", r"^logit_(scale|bias)$",
+    ]  # fmt: skip
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flash_attn_2 = True
     _supports_flex_attn = True
     _supports_attention_backend = True
 
@@ -103,13 +101,11 @@ class LLM2CLIPTextModel(PreTrainedModel):
         Args:
             decoder: Repository id, folder, or a base model (`AutoModel`, without a language-modelling head).
             decoder_kwargs: Passed to `AutoModel.from_pretrained`.
-            config_fields: Fields of [`LLM2CLIPTextConfig`]: pooling, prompt, maximum length.
+            config_fields: Fields of [`LLM2CLIPTextConfig`].
         """
-        if isinstance(decoder, PreTrainedModel):
-            model: Any = decoder
-        else:
-            model, info = AutoModel.from_pretrained(decoder, output_loading_info=True, **(decoder_kwargs or {}))
-            refuse_missing(decoder, type(model).__name__, info)
+        model: Any = decoder
+        if not isinstance(decoder, PreTrainedModel):
+            model, _ = load_complete(AutoModel.from_pretrained, decoder, **(decoder_kwargs or {}))
         return cls(LLM2CLIPTextConfig(decoder_config=model.config, **config_fields), decoder=model)
 
     @classmethod
@@ -153,22 +149,18 @@ class LLM2CLIPTextModel(PreTrainedModel):
                 config = cls.config_class.from_dict(fields) if is_tower else default_config
             model = cls._from_adapter(name, config, kwargs)
         elif model_type == COMPOSITE_TYPE and elsewhere is not None:
-            kwargs = {**kwargs, "revision": fields.get("text_model_revision"), "subfolder": ""}
             default_config = default_config or cls.config_class.from_dict(fields["text_config"])
-            return cls.from_pretrained(
-                elsewhere, config=config, default_config=default_config, output_loading_info=wants_info, **kwargs
-            )
+            kwargs |= {"revision": fields.get("text_model_revision"), "subfolder": ""}
+            kwargs["output_loading_info"] = wants_info
+            return cls.from_pretrained(elsewhere, config=config, default_config=default_config, **kwargs)
         elif is_tower or model_type == COMPOSITE_TYPE:
             if model_type == COMPOSITE_TYPE:
                 config = config or cls.config_class.from_dict(fields["text_config"])
                 kwargs["key_mapping"] = {r"^text_model\.": ""}
-            loaded: Any = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
-            model, info = loaded
-            refuse_missing(name, cls.__name__, info)
+            model, info = load_complete(super().from_pretrained, name, *model_args, config=config, **kwargs)
         else:
             model = cls.from_decoder(name, decoder_kwargs=kwargs)
-            config = config or default_config
-            if config is not None:
+            if config := config or default_config:
                 model = cls(copy.deepcopy(config), decoder=model.decoder)
         return (model, info) if wants_info else model
 
@@ -205,12 +197,9 @@ class LLM2CLIPTextModel(PreTrainedModel):
             return
         if kwargs.pop("push_to_hub", False):
             raise ValueError("an adapter is saved to a folder first; upload that folder.")
-        decoder_state = None
         if state_dict is not None:
-            decoder_state = {key.removeprefix("decoder."): value for key, value in state_dict.items()}
-        self.decoder.save_pretrained(
-            os.fspath(save_directory), state_dict=decoder_state, is_main_process=is_main_process
-        )
+            state_dict = {key.removeprefix("decoder."): value for key, value in state_dict.items()}
+        self.decoder.save_pretrained(os.fspath(save_directory), state_dict=state_dict, is_main_process=is_main_process)
         if is_main_process:
             if self._auto_class is not None:
                 custom_object_save(self, save_directory, config=self.config)  # type: ignore[arg-type]
@@ -239,9 +228,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         self.decoder.set_input_embeddings(value)
 
     def fingerprint(self, state_dict: Mapping[str, Tensor] | None = None) -> str | None:
-        """Hash the weights, prompt and pooling.
-
-        Weights in float32 and their copies in bfloat16 have the same hash.
+        """Hash the weights, prompt and pooling; weights in float32 and their copies in bfloat16 have the same hash.
 
         Args:
             state_dict: The weights, if they are not in the model (sharded training).
@@ -249,21 +236,12 @@ class LLM2CLIPTextModel(PreTrainedModel):
         Returns:
             32 hexadecimal digits, or `None` if the weights cannot be read because they are quantised or offloaded.
         """
-        config = self.config
-        behaviour = [
-            config.pooling,
-            config.prompt_prefix,
-            config.prompt_suffix,
-            config.num_prefix_tokens,
-            config.max_text_length,
-            config.bidirectional,
-        ]
-        digest = hashlib.sha256(json.dumps(behaviour).encode())
+        digest = hashlib.sha256(json.dumps([getattr(self.config, name) for name in FINGERPRINT_FIELDS]).encode())
         state = self.state_dict() if state_dict is None else state_dict
         if not all(map(is_readable, state.values())):
             return None
-        named = sorted(state.items())
-        digest_weights(((_decoder_name(name), weight) for name, weight in named), digest, FINGERPRINT_SAMPLES)
+        named = ((_decoder_name(name), weight) for name, weight in sorted(state.items()))
+        digest_weights(named, digest, FINGERPRINT_SAMPLES)
         return digest.hexdigest()[:32]
 
     def identity(self) -> str | None:
@@ -298,48 +276,42 @@ class LLM2CLIPTextModel(PreTrainedModel):
         order = attention_mask.long().cumsum(dim=1)
         if pooling_mask is None:
             pooling_mask = attention_mask.bool() & (order > self.config.num_prefix_tokens)
-        positions = (order - 1).clamp(min=0)
         packed = self._packing(attention_mask, order, kwargs)
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         if packed is None:
             # Positions are counted from the caption's first token, so that nothing depends on the padding.
-            inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": positions}
-            inputs["attention_mask"] = padded_mask(self.decoder, attention_mask, self.config.bidirectional)
+            mask = padded_mask(self.decoder, attention_mask, self.config.bidirectional)
+            inputs |= {"position_ids": (order - 1).clamp(min=0), "attention_mask": mask}
         else:
-            inputs = {
-                "input_ids": None if input_ids is None else packed.pack(input_ids),
-                "inputs_embeds": None if inputs_embeds is None else packed.pack(inputs_embeds),
-                "position_ids": packed.position_ids,
-                **packed_mask(self.decoder, packed),
-            }
+            inputs = {name: None if value is None else packed.pack(value) for name, value in inputs.items()}
+            inputs |= {"position_ids": packed.position_ids, **packed_mask(self.decoder, packed)}
         output = self.decoder(**inputs, use_cache=False, **kwargs)
         states = output.last_hidden_state
         if packed is not None:
             states = packed.unpack(states)
-        pooled = pool(states, attention_mask.to(states.device), pooling_mask.to(states.device), self.config.pooling)
+        masks = attention_mask.to(states.device), pooling_mask.to(states.device)
         return BaseModelOutputWithPooling(
             last_hidden_state=states,
-            pooler_output=pooled,
+            pooler_output=pool(states, *masks, self.config.pooling),
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
         )
 
     def _packing(self, attention_mask: Tensor, order: Tensor, kwargs: dict[str, Any]) -> PackedBatch | None:
         """Pack the batch if attention can separate its captions and only the last states are requested."""
-        asked = any(
-            kwargs.get(name, getattr(self.decoder.config, name, False))
-            for name in ("output_hidden_states", "output_attentions")
-        )
+        options = ("output_hidden_states", "output_attentions")
+        asked = any(kwargs.get(name, getattr(self.decoder.config, name, False)) for name in options)
         if asked or not self.config.bidirectional or torch.compiler.is_compiling():
             return None
         attention = self.decoder.config._attn_implementation
-        if takes_additive_mask(self.decoder) or (attention == "flex_attention" and IS_CAUSAL_COUNTS):
-            packed = PackedBatch(attention_mask, order)
-            # Packing must save enough to make up for its larger mask.
-            return packed if packed.position_ids.numel() <= 0.9 * attention_mask.numel() else None
-        if attention in VARIABLE_LENGTHS and IS_CAUSAL_COUNTS:
-            packed = PackedBatch(attention_mask, order, single_row=True)
-            return packed if packed.position_ids.numel() < attention_mask.numel() else None
-        return None
+        single_row = attention in VARIABLE_LENGTHS
+        supported = (single_row or attention == "flex_attention") and IS_CAUSAL_COUNTS
+        if not supported and not takes_additive_mask(self.decoder):
+            return None
+        packed = PackedBatch(attention_mask, order, single_row)
+        # Packing must save enough to make up for its larger mask.
+        limit = attention_mask.numel() - 1 if single_row else 0.9 * attention_mask.numel()
+        return packed if packed.position_ids.numel() <= limit else None
 
     def encode(
         self,
@@ -351,11 +323,9 @@ class LLM2CLIPTextModel(PreTrainedModel):
         """Embed captions of any length.
 
         Args:
-            texts: Captions, or a single caption.
             tokenizer: The tokenizer that was saved with this model.
             batch_size: Largest number of captions in a batch. Captions are grouped by length, and a batch has at most
                 512 tokens on a CPU and 16,384 on other devices.
-            show_progress_bar: Show a progress bar.
 
         Returns:
             float32 `(len(texts), hidden_size)` on the CPU, not normalised, in input order.
@@ -370,6 +340,3 @@ class LLM2CLIPTextModel(PreTrainedModel):
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
         )
-
-
-__all__ = ["LLM2CLIPTextModel"]

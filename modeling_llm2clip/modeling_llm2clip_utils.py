@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .processing_llm2clip import clean_captions, count_cut_captions
@@ -20,8 +20,6 @@ logger = logging.get_logger(__name__)
 # Padded tokens of a batch: few on a CPU, whose caches should contain the states, many on an accelerator.
 CPU_BATCH_TOKENS = 512
 ACCELERATOR_BATCH_TOKENS = 16384
-# glibc adapts its thresholds to freed blocks of up to 32 MiB.
-THRESHOLD_BLOCK = 31 * 2**20
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -35,24 +33,20 @@ def absolute_path(name: str | os.PathLike[str]) -> str:
     return os.fspath(Path(name).resolve()) if name and Path(name).exists() else os.fspath(name)
 
 
-def refuse_missing(name: Any, part: str, info: dict[str, Any]) -> None:
-    """Raise an error for a checkpoint that would leave a part of a model at random values.
+def load_complete(load: Callable[..., Any], name: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """Call a `from_pretrained`, and raise ValueError for a checkpoint that would leave weights at random values.
 
-    Args:
-        name: The checkpoint.
-        part: What was loaded from it.
-        info: Loading info of `from_pretrained`.
-
-    Raises:
-        ValueError: Weights are missing.
+    Returns:
+        The model, and the loading info.
     """
-    missing = sorted(info["missing_keys"])
-    if missing:
+    model, info = load(name, *args, output_loading_info=True, **kwargs)
+    if missing := sorted(info["missing_keys"]):
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ValueError(
-            f"{name} lacks weights of {part}: {shown}. They would be random; load the repo that holds them, or the "
-            "class that this one was saved from (see `architectures` in its config.json)."
+            f"{name} lacks weights of {type(model).__name__}: {shown}. They would be random; load the repo that holds "
+            "them, or the class that this one was saved from (see `architectures` in its config.json)."
         )
+    return model, info
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -85,7 +79,6 @@ def digest_weights(named_weights: Iterable[tuple[str, Tensor]], digest: Any, sam
     The values are rounded to bfloat16, so that weights in float32 and their copies in bfloat16 have equal hashes.
 
     Args:
-        named_weights: Names and weights, in a fixed order.
         digest: A hash object of `hashlib`.
         samples: Largest number of values of each weight.
     """
@@ -98,10 +91,9 @@ def digest_weights(named_weights: Iterable[tuple[str, Tensor]], digest: Any, sam
 
 
 def pool(hidden_states: Tensor, attention_mask: Tensor, pooling_mask: Tensor, mode: str) -> Tensor:
-    """Pool token states into one vector per caption.
+    """Pool token states `(batch, tokens, hidden)` into one vector per caption.
 
     Args:
-        hidden_states: `(batch, tokens, hidden)`.
         attention_mask: `(batch, tokens)`, 1 for real tokens.
         pooling_mask: `(batch, tokens)`, 1 for the tokens that are pooled.
         mode: `mean`; `weighted_mean` (weights grow linearly along the pooled tokens); `last_token`; `eos_token` (the
@@ -130,7 +122,6 @@ def tokenize_captions(
     """Tokenise captions.
 
     Args:
-        texts: Captions, or a single caption.
         tokenizer: The tokenizer that was saved with the model; it adds the prompt.
         prompt_token_ids: Expected tokens of an empty caption, if known.
 
@@ -158,10 +149,9 @@ def tokenize_captions(
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int, max_captions: int | None = None) -> list[list[int]]:
-    """Group captions of similar length.
+    """Group captions of similar length, given their numbers of tokens.
 
     Args:
-        lengths: Number of tokens of each caption.
         max_tokens: Largest number of tokens in a batch, including padding; a longer caption is a batch of its own.
         max_captions: Largest number of captions in a batch; None for as many as the tokens allow.
 
@@ -182,10 +172,10 @@ def token_batches(lengths: Sequence[int], max_tokens: int, max_captions: int | N
 def keep_freed_memory() -> None:
     """Make glibc keep up to 64 MiB of freed memory instead of returning it to the system after every layer.
 
-    Its thresholds follow the largest freed block (mallopt(3), `M_MMAP_THRESHOLD`), so an unused one is freed here. On
-    a CPU, small batches otherwise spend a seventh of their time on page faults.
+    Its thresholds follow the largest freed block (mallopt(3), `M_MMAP_THRESHOLD`) of up to 32 MiB, so an unused one is
+    freed here. On a CPU, small batches otherwise spend a seventh of their time on page faults.
     """
-    torch.empty(THRESHOLD_BLOCK, dtype=torch.uint8)
+    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def encode_tokens(
@@ -205,9 +195,7 @@ def encode_tokens(
         tokenizer: Pads the batches.
         encode: Maps a batch on the device to `(batch, width)`.
         device: Device of the model; it determines the size of the batches.
-        width: Columns of the result, even if there are no captions.
         batch_size: Largest number of captions in a batch; None for as many as their tokens allow.
-        show_progress_bar: Show a progress bar.
 
     Returns:
         float32 `(len(tokens), width)` on the CPU, in the order of the input.
@@ -234,10 +222,9 @@ def unit_features(features: Any) -> Tensor:
 
 
 def encode_pixels(model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> Iterator[Tensor]:
-    """Embed batches of images one by one.
+    """Embed batches of images with an LLM2CLIP model or its vision half.
 
     Args:
-        model: An LLM2CLIP model or its vision half.
         batches: Pixel values `(batch, channels, height, width)`, or the complete output of an image processor.
 
     Yields:
@@ -245,11 +232,8 @@ def encode_pixels(model: Any, batches: Iterable[Tensor | Mapping[str, Tensor]]) 
     """
     device = execution_device(model.vision_model)
     for batch in batches:
-        inputs = {"pixel_values": batch} if isinstance(batch, Tensor) else batch
-        inputs = {
-            name: value.to(device, model.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-        }
+        inputs: Any = {"pixel_values": batch} if isinstance(batch, Tensor) else batch
+        inputs = BatchFeature(inputs).to(device, model.dtype)
         with torch.inference_mode():
             rows = unit_features(model.get_image_features(**inputs)).cpu()
         yield rows

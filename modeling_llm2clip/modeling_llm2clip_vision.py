@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers import __version__ as transformers_version
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .compatibility_llm2clip import nests_vision_towers
+from .compatibility_llm2clip import VERSION
 from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_eva02 import EVA02VisionModel
-from .modeling_llm2clip_utils import hub_arguments, refuse_missing
+from .modeling_llm2clip_utils import hub_arguments, load_complete
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
+# CLIP and SigLIP towers nest their modules one level deeper before transformers 5.6.
+NESTS_TOWERS = VERSION < (5, 6)
 NEST = "vision_model.vision_model"
 NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
@@ -33,20 +34,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["EVA02Block"]
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flash_attn_2 = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-
-    visual_projection: nn.Module
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
 
     def _build_vision_tower(self) -> None:
         config = self.config.vision_config
@@ -54,39 +43,29 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         self.vision_model: Any = EVA02VisionModel(config) if is_eva else AutoModel.from_config(config)
 
     def _build_visual_projection(self) -> None:
-        config = self.config
-        width = config.vision_config.hidden_size
-        if config.visual_projection:
-            self.visual_projection = nn.Linear(width, config.projection_dim, bias=config.visual_projection_bias)
-        elif width == config.projection_dim:
-            self.visual_projection = nn.Identity()
-        else:
+        width, expected = self.config.vision_config.hidden_size, self.config.projection_dim
+        self.visual_projection: nn.Module = nn.Identity()
+        if self.config.visual_projection:
+            self.visual_projection = nn.Linear(width, expected, bias=self.config.visual_projection_bias)
+        elif width != expected:
             raise ValueError(
-                f"without a visual projection the tower's width {width} has to be projection_dim "
-                f"{config.projection_dim}."
+                f"without a visual projection the tower's width {width} has to be projection_dim {expected}."
             )
 
     @classmethod
     def _load(cls, name: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Load a checkpoint, and raise an error if weights are missing."""
-        if nests_vision_towers():
+        if NESTS_TOWERS:
             fields, _ = PretrainedConfig.get_config_dict(name, **hub_arguments(kwargs))
             if fields.get("vision_config", {}).get("model_type") in NESTED_TOWERS:
                 kwargs["key_mapping"] = {r"^vision_model\.": f"{NEST}."}
-        loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        refuse_missing(name, cls.__name__, info)
-        return model, info
+        return load_complete(super().from_pretrained, name, *args, **kwargs)
 
     def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        state_dict: dict[str, Tensor] | None = None,
-        **kwargs: Any,
+        self, save_directory: str | os.PathLike[str], *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
         """Save the model, with the same parameter names in every transformers version."""
-        if nests_vision_towers() and self.config.vision_config.model_type in NESTED_TOWERS:
+        if NESTS_TOWERS and self.config.vision_config.model_type in NESTED_TOWERS:
             state_dict = self.state_dict() if state_dict is None else state_dict
             state_dict = {name.replace(f"{NEST}.", "vision_model.", 1): value for name, value in state_dict.items()}
         if self._auto_class is not None:
@@ -95,7 +74,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
             self.config.custom_pipelines = custom_pipelines(with_text="text" in self.input_modalities)
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
-        if transformers_version.startswith("4.") and kwargs.get("is_main_process", True):
+        if VERSION < (5, 0) and kwargs.get("is_main_process", True):
             # Version 4 records the dtype of the first parameter, which is logit_scale.
             self.config.dtype = self.dtype
             self.config.save_pretrained(save_directory)
@@ -163,26 +142,14 @@ class LLM2CLIPVisionModelWithProjection(LLM2CLIPPreTrainedModel):
 
 
 def load_vision_tower(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Load a vision tower: a vision model, or that of a CLIP-like or LLM2CLIP model.
-
-    Args:
-        name: Repository id or folder.
-        kwargs: Arguments of `from_pretrained`.
-
-    Raises:
-        ValueError: Weights of the tower are missing, or the model is not a vision model.
-    """
+    """Load a vision tower: a vision model, or that of a CLIP-like or LLM2CLIP model; otherwise raise ValueError."""
     config = AutoConfig.from_pretrained(name, **hub_arguments(kwargs))
     if config.model_type == LLM2CLIPConfig.model_type:
         return LLM2CLIPVisionModelWithProjection.from_pretrained(name, **kwargs).vision_model
     # Of a CLIP-like repository, only the vision half is read.
     config = getattr(config, "vision_config", config)
     loader: Any = EVA02VisionModel if config.model_type == EVA02VisionConfig.model_type else AutoModel
-    tower, info = loader.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
-    refuse_missing(name, type(tower).__name__, info)
+    tower, _ = load_complete(loader.from_pretrained, name, config=config, **kwargs)
     if tower.main_input_name != "pixel_values":
         raise ValueError(f"{name} holds a {type(tower).__name__}, which takes no images; give a vision tower.")
     return tower
-
-
-__all__ = ["LLM2CLIPPreTrainedModel", "LLM2CLIPVisionModelWithProjection", "load_vision_tower"]

@@ -14,45 +14,26 @@ from transformers.pipelines.zero_shot_image_classification import ZeroShotImageC
 from .image_decoding_llm2clip import decode_image
 
 
-class LLM2CLIPImageFeatureExtractionPipeline(ImageFeatureExtractionPipeline):
-    """Image embeddings (`pool=True`) or patch states of images of any kind that [`decode_image`] reads."""
+class LLM2CLIPImagePipeline:
+    """Decode an image of any kind that [`decode_image`] reads before transformers' pipeline prepares it."""
 
-    def preprocess(  # type: ignore[override]
-        self, image: Any, timeout: float | None = None, **image_processor_kwargs: Any
-    ) -> Any:
-        """Decode and prepare one image."""
-        return super().preprocess(decode_image(image, timeout=timeout), **image_processor_kwargs)
+    def preprocess(self, image: Any, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
+        return super().preprocess(decode_image(image, timeout=timeout), *args, **kwargs)  # type: ignore[misc]
 
 
-class LLM2CLIPZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
-    """Zero-shot classification of images of any kind that [`decode_image`] reads."""
+class LLM2CLIPImageFeatureExtractionPipeline(LLM2CLIPImagePipeline, ImageFeatureExtractionPipeline):  # type: ignore[misc]
+    """Image embeddings (`pool=True`) or patch states."""
 
-    def preprocess(  # type: ignore[override]
-        self, image: Any, *args: Any, timeout: float | None = None, **kwargs: Any
-    ) -> Any:
-        """Decode and prepare one image, and tokenise the candidate labels."""
-        return super().preprocess(decode_image(image, timeout=timeout), *args, **kwargs)
+
+class LLM2CLIPZeroShotImageClassificationPipeline(LLM2CLIPImagePipeline, ZeroShotImageClassificationPipeline):  # type: ignore[misc]
+    """Zero-shot classification."""
 
 
 def custom_pipelines(with_text: bool) -> dict[str, dict[str, Any]]:
-    """Build the entry `custom_pipelines` of a saved model's config.json.
-
-    Args:
-        with_text: Whether the model encodes captions too.
-    """
-    module = __name__.rpartition(".")[2]
-    pipelines = {
-        "image-feature-extraction": {
-            "impl": f"{module}.{LLM2CLIPImageFeatureExtractionPipeline.__name__}",
-            "pt": ["AutoModel"],
-        }
-    }
+    """Build the entry `custom_pipelines` of the config.json of a saved model, which may encode captions too."""
+    heads: dict[str, Any] = {"image-feature-extraction": (LLM2CLIPImageFeatureExtractionPipeline, "AutoModel")}
     if with_text:
-        pipelines["zero-shot-image-classification"] = {
-            "impl": f"{module}.{LLM2CLIPZeroShotImageClassificationPipeline.__name__}",
-            "pt": ["AutoModelForZeroShotImageClassification"],
-        }
-    return pipelines
-
-
-__all__ = ["LLM2CLIPImageFeatureExtractionPipeline", "LLM2CLIPZeroShotImageClassificationPipeline"]
+        head = "AutoModelForZeroShotImageClassification"
+        heads["zero-shot-image-classification"] = (LLM2CLIPZeroShotImageClassificationPipeline, head)
+    module = __name__.rpartition(".")[2]
+    return {task: {"impl": f"{module}.{cls.__name__}", "pt": [head]} for task, (cls, head) in heads.items()}

@@ -7,11 +7,10 @@ from typing import Any
 
 from tokenizers import Regex, normalizers, processors
 from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers import __version__ as transformers_version
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from .compatibility_llm2clip import make_readable_by_version_4
+from .compatibility_llm2clip import VERSION, make_readable_by_version_4
 from .image_decoding_llm2clip import decode_images, is_missing_file
 
 logger = logging.get_logger(__name__)
@@ -38,8 +37,8 @@ def with_prompt(
 
     Args:
         tokenizer: A fast tokenizer; it is not modified.
-        prefix: Text before the caption, after BOS; it provides context and is not pooled.
-        suffix: Text after the caption; pooled.
+        prefix: Text before the caption, after BOS; it is not pooled.
+        suffix: Text after the caption; it is pooled.
         max_length: Longest input in tokens, prompt included.
 
     Returns:
@@ -55,10 +54,9 @@ def with_prompt(
     if pad_token is None:
         raise ValueError(f"{type(tokenizer).__name__} has neither a padding token nor EOS; set tokenizer.pad_token.")
     before, after = _tokens_around(tokenizer, prefix, suffix)
-    if len(before) + len(after) >= max_length:
-        raise ValueError(
-            f"the prompt has {len(before) + len(after)} tokens and leaves none of {max_length} to captions."
-        )
+    used = len(before) + len(after)
+    if used >= max_length:
+        raise ValueError(f"the prompt has {used} tokens and leaves none of {max_length} to captions.")
     # The generic class, because classes of some architectures rebuild the post-processor when they are loaded.
     special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
     prompted = PreTrainedTokenizerFast(
@@ -91,23 +89,14 @@ def _tokens_around(tokenizer: PreTrainedTokenizerBase, prefix: str, suffix: str)
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, before: list[int], after: list[int]) -> processors.PostProcessor:
-    pieces, template = [], []
-    for piece, ids in ((PROMPT_PREFIX_PIECE, before), (None, []), (PROMPT_SUFFIX_PIECE, after)):
-        if piece is None:
-            template.append("$A")
-        elif ids:
-            template.append(piece)
-            pieces.append({"id": piece, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)})
-    return processors.TemplateProcessing(single=" ".join(template), special_tokens=pieces)
+    sides = ((PROMPT_PREFIX_PIECE, before), (PROMPT_SUFFIX_PIECE, after))
+    pieces = [{"id": id, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)} for id, ids in sides if ids]
+    template = f"{PROMPT_PREFIX_PIECE if before else ''} $A {PROMPT_SUFFIX_PIECE if after else ''}".strip()
+    return processors.TemplateProcessing(single=template, special_tokens=pieces)
 
 
 def clean_captions(texts: Sequence[Any]) -> list[str]:
-    """Strip captions, for tokenizers that do not, and check that each has a text.
-
-    Raises:
-        TypeError: An item is not a string.
-        ValueError: A caption is empty.
-    """
+    """Strip captions, for tokenizers that do not; TypeError if an item is not a string, ValueError if it is empty."""
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(
@@ -137,7 +126,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
     truncated captions is logged.
     """
 
-    if transformers_version.startswith("4."):  # version 5 reads the signature and warns about these
+    if VERSION < (5, 0):  # version 5 reads the signature and warns about these
         attributes = ["image_processor", "tokenizer"]
         image_processor_class = "AutoImageProcessor"
         tokenizer_class = "AutoTokenizer"
@@ -164,32 +153,23 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
         Raises:
             DamagedImageError: An image cannot be decoded.
-            TypeError: A caption is not a string.
-            ValueError: A caption is empty.
+            TypeError, ValueError: A caption is not a string, or is empty.
         """
         if isinstance(images, str) and is_missing_file(images):
             raise TypeError(f"{images[:80]!r} is not an image file; captions go to text=.")
         images = decode_images(images)
         if text is None:
             return super().__call__(images=images, **kwargs)
-        texts = list(text) if isinstance(text, (list, tuple)) else [text]
+        is_list = isinstance(text, (list, tuple))
+        texts = clean_captions(text if is_list else [text])
         if not texts:
             raise ValueError("the list of captions is empty.")
-        texts = clean_captions(texts)
-        text = texts if isinstance(text, (list, tuple)) else texts[0]
-        options = kwargs.get("text_kwargs", kwargs)
-        options = {"padding": True, "truncation": True, **options}
+        options = {"padding": True, "truncation": True, **kwargs.get("text_kwargs", kwargs)}
         kwargs = {**kwargs, "text_kwargs": options} if "text_kwargs" in kwargs else options
-        features = super().__call__(
-            images=images, text=texts if isinstance(text, (list, tuple)) else texts[0], **kwargs
-        )
+        features = super().__call__(images=images, text=texts if is_list else texts[0], **kwargs)
         rows = features["input_ids"]
         lengths = [len(rows)] if isinstance(rows[0], int) else [len(row) for row in rows]
         limit = options.get("max_length") or self.tokenizer.model_max_length
-        count = count_cut_captions(self.tokenizer, texts, lengths, limit)
-        if count:
+        if count := count_cut_captions(self.tokenizer, texts, lengths, limit):
             logger.warning(f"{count} of {len(texts)} captions were cut at {limit} tokens.")
         return features
-
-
-__all__ = ["LLM2CLIPProcessor", "with_prompt"]

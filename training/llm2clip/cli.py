@@ -27,14 +27,12 @@ class Command:
     """A subcommand.
 
     Attributes:
-        help: What it does, in one line.
         module: Module of its settings class and its `run`. It is imported only when the command runs, since its
             libraries take seconds to import.
         config: Name of the settings class.
         positional: The positional arguments: a recipe, or the fields of these names. A field that is a list accepts
             any number of arguments.
         optional: The positional arguments that may be omitted.
-        resumes: Whether it has a `--resume` option.
         writes_log: Whether it writes `log.txt` in its `output_dir`.
         extra: The extra of this package that installs its libraries.
     """
@@ -54,96 +52,37 @@ class Command:
         return self.positional == ("recipe",)
 
 
+# fmt: off
 COMMANDS = {
-    "quickstart": Command(
-        "run both stages, evaluation and export on the bundled data",
-        "llm2clip.quickstart.pipeline",
-        "QuickstartConfig",
-        positional=(),
-        writes_log=True,
-        extra="quickstart",
-    ),
-    "mntp": Command(
-        "train masked next token prediction (optional, before stage 1)",
-        "llm2clip.trainers.run_mntp",
-        "MNTPConfig",
-        resumes=True,
-        writes_log=True,
-    ),
-    "stage1": Command(
-        "fine-tune the LLM on caption pairs with a contrastive loss",
-        "llm2clip.trainers.run_stage1",
-        "Stage1Config",
-        resumes=True,
-        writes_log=True,
-    ),
-    "embed": Command(
-        "embed all captions with the LLM into a cache (resumable)",
-        "llm2clip.embedding.embed",
-        "EmbedConfig",
-        writes_log=True,
-    ),
-    "stage2": Command(
-        "train the vision tower and adapter on cached embeddings",
-        "llm2clip.trainers.run_stage2",
-        "Stage2Config",
-        resumes=True,
-        writes_log=True,
-    ),
-    "evaluate": Command(
-        "measure image-text retrieval or caption retrieval of a model",
-        "llm2clip.evaluation.evaluate",
-        "EvaluateConfig",
-        positional=("model",),
-    ),
+    "quickstart": Command("run both stages, evaluation and export on the bundled data",
+                          "llm2clip.quickstart.pipeline", "QuickstartConfig", (), writes_log=True, extra="quickstart"),
+    "mntp": Command("train masked next token prediction (optional, before stage 1)",
+                    "llm2clip.trainers.run_mntp", "MNTPConfig", resumes=True, writes_log=True),
+    "stage1": Command("fine-tune the LLM on caption pairs with a contrastive loss",
+                      "llm2clip.trainers.run_stage1", "Stage1Config", resumes=True, writes_log=True),
+    "embed": Command("embed all captions with the LLM into a cache (resumable)",
+                     "llm2clip.embedding.embed", "EmbedConfig", writes_log=True),
+    "stage2": Command("train the vision tower and adapter on cached embeddings",
+                      "llm2clip.trainers.run_stage2", "Stage2Config", resumes=True, writes_log=True),
+    "evaluate": Command("measure image-text retrieval or caption retrieval of a model",
+                        "llm2clip.evaluation.evaluate", "EvaluateConfig", ("model",)),
     "convert": Command(
         "convert checkpoints of the original code, of Microsoft's repos and of CLIP to this format and back",
-        "llm2clip.convert.conversion",
-        "ConvertConfig",
-        positional=("source", "destination"),
-    ),
-    "build": Command(
-        "build a self-contained folder for the Hub, with code, model card and license",
-        "llm2clip.hub.build",
-        "BuildConfig",
-        positional=("model", "destination"),
-        optional=("destination",),
-    ),
-    "push": Command(
-        "check a built folder and upload it to the Hub",
-        "llm2clip.hub.push",
-        "PushConfig",
-        positional=("folder", "repo_id"),
-    ),
-    "export-onnx": Command(
-        "export the vision and text graphs to ONNX and compare them with torch",
-        "llm2clip.hub.export_onnx",
-        "ExportOnnxConfig",
-        positional=("model",),
-        extra="onnx",
-    ),
-    "index": Command(
-        "index the images of a folder or data set for search; a second run embeds only what has changed",
-        "llm2clip.search.index",
-        "IndexConfig",
-        positional=("folder",),
-        extra="search",
-    ),
-    "search": Command(
-        "search an index with a text or an image",
-        "llm2clip.search.search",
-        "SearchConfig",
-        positional=("index", "query"),
-        extra="search",
-    ),
-    "demo": Command(
-        "open a demo in the browser: search, classification, heat maps, comparison of two models",
-        "llm2clip.demo.demo",
-        "DemoConfig",
-        positional=(),
-        extra="demo",
-    ),
+        "llm2clip.convert.conversion", "ConvertConfig", ("source", "destination")),
+    "build": Command("build a self-contained folder for the Hub, with code, model card and license",
+                     "llm2clip.hub.build", "BuildConfig", ("model", "destination"), optional=("destination",)),
+    "push": Command("check a built folder and upload it to the Hub",
+                    "llm2clip.hub.push", "PushConfig", ("folder", "repo_id")),
+    "export-onnx": Command("export the vision and text graphs to ONNX and compare them with torch",
+                           "llm2clip.hub.export_onnx", "ExportOnnxConfig", ("model",), extra="onnx"),
+    "index": Command("index the images of a folder or data set for search; a second run embeds only what has changed",
+                     "llm2clip.search.index", "IndexConfig", ("folder",), extra="search"),
+    "search": Command("search an index with a text or an image",
+                      "llm2clip.search.search", "SearchConfig", ("index", "query"), extra="search"),
+    "demo": Command("open a demo in the browser: search, classification, heat maps, comparison of two models",
+                    "llm2clip.demo.demo", "DemoConfig", (), extra="demo"),
 }
+# fmt: on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -153,7 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command and its arguments; those of the process by default.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name = _top_parser().parse_args(arguments[:1]).command
+    parser = argparse.ArgumentParser(
+        prog="llm2clip",
+        description="LLM2CLIP: a large language model as CLIP's text encoder.",
+        epilog="`llm2clip COMMAND --help` lists all settings of a command with their defaults.",
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparsers.add_parser(name, help=command.help, add_help=False)
+    name = parser.parse_args(arguments[:1]).command
     rest = [argument for argument in arguments[1:] if argument != "--traceback"]
     with command_logs() as log_file:
         try:
@@ -165,20 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             close_bars()
             print(f"llm2clip {name}: error: {_message(error, name)}\n(--traceback shows where)", file=sys.stderr)
             return 2
-    _end(result)
+    # Imported here, because it imports torch, which --help must not wait for.
+    from llm2clip.utils.processes import leave_process_group, process_state
+
+    if process_state().is_main_process:
+        for key, value in result.items():
+            print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+    leave_process_group()
     return 0
-
-
-def _top_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llm2clip",
-        description="LLM2CLIP: a large language model as CLIP's text encoder.",
-        epilog="`llm2clip COMMAND --help` lists all settings of a command with their defaults.",
-    )
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        subparsers.add_parser(name, help=command.help, add_help=False)
-    return parser
 
 
 def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
@@ -207,12 +148,11 @@ def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
 def _parser(name: str, config_class: Any) -> argparse.ArgumentParser:
     command = COMMANDS[name]
     parser = argparse.ArgumentParser(prog=f"llm2clip {name}", description=command.help, allow_abbrev=False)
-    known: dict[str, Any] = {field.name: field for field in fields(config_class)}
     if command.reads_recipe:
         text = "YAML file of settings, or name of a packaged recipe"
         parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=text)
     for positional in () if command.reads_recipe else command.positional:
-        field = known[positional]
+        field = config_class.__dataclass_fields__[positional]
         options: dict[str, Any] = {}
         if field.default_factory is list or positional in command.optional:
             # An omitted argument keeps the default of its field.
@@ -242,13 +182,3 @@ def _message(error: Exception, name: str) -> str:
     if isinstance(error, ModuleNotFoundError):
         text += f"; pip install 'llm2clip[{COMMANDS[name].extra}]' installs what llm2clip {name} needs"
     return text
-
-
-def _end(result: dict[str, Any]) -> None:
-    """Print the result in the first process, and leave the process group of the launcher."""
-    from llm2clip.utils.processes import leave_process_group, process_state
-
-    if process_state().is_main_process:
-        for key, value in result.items():
-            print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
-    leave_process_group()

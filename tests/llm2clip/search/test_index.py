@@ -196,7 +196,7 @@ def test_a_failed_update_leaves_the_index_unchanged(
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("llm2clip.search.image_index.write_vector_index", full)
+        patch.setattr(faiss, "write_index", full)
         with pytest.raises(OSError, match="no space"):
             index(pictures, model[0], tmp_path / "index")
     assert content(tmp_path / "index") == before

@@ -69,7 +69,7 @@ def pretend_embedded(folder: Path, model: Path, output: Path, count: int) -> Non
         vision_fingerprint=embedder.fingerprint(),
         width=embedder.width,
         dtype="float16",
-        source=images.describe(),
+        source=images.source,
         index={"type": "flat"},
     )
     manifest.write(unfinished)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from llm2clip.search.image_index import IndexManifest
 from llm2clip.search.picture import draw_picture, font_families, wrap
-from llm2clip.search.results import Query, QueryResults, ResultImages, SearchResult
+from llm2clip.search.results import QueryResults, ResultImages, SearchResult
 
 CAT = "猫"
 MANIFEST = IndexManifest("model", None, "", 24, "float16", {"kind": "folder", "path": "."}, {"type": "flat"})
@@ -22,7 +22,7 @@ MANIFEST = IndexManifest("model", None, "", 24, "float16", {"kind": "folder", "p
 
 def draw(path: Path, text: str, count: int = 4) -> np.ndarray:
     """Draw a query whose images no longer exist; return `(height, 1000)` grey levels."""
-    found = QueryResults(Query(text), [SearchResult(0.5, "gone.png", "gone.png")] * count)
+    found = QueryResults(text, None, [SearchResult(0.5, "gone.png", "gone.png")] * count)
     draw_picture(path, [found], ResultImages(MANIFEST))
     with Image.open(path) as image:
         return np.asarray(image.convert("L"))

@@ -31,6 +31,9 @@ class Checkpoint(Mapping[str, Tensor]):
         path: The file, or the folder of several files.
         folder: The folder with config, tokenizer and model card, if there is one.
         config: The fields of the folder's config.json; empty if there is none.
+        files: The files that contain the tensors.
+        origin: The file of each tensor.
+        shapes: The shape of each tensor.
     """
 
     def __init__(self, path: Path, folder: Path | None, files: list[Path]) -> None:
@@ -39,9 +42,9 @@ class Checkpoint(Mapping[str, Tensor]):
         config = folder / "config.json" if folder else None
         self.config: dict[str, Any] = read_json(config) if config and config.is_file() else {}
         self.files = files
-        self._origin: dict[str, Path] = {}
-        self._loaded: dict[str, Tensor] = {}
+        self.origin: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._loaded: dict[str, Tensor] = {}
         for file in files:
             if file.suffix == ".safetensors":
                 shapes = _safetensors_shapes(file)
@@ -50,28 +53,24 @@ class Checkpoint(Mapping[str, Tensor]):
                 self._loaded.update(state)
                 shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
             self.shapes.update(shapes)
-            self._origin.update(dict.fromkeys(shapes, file))
+            self.origin.update(dict.fromkeys(shapes, file))
         if not self.shapes:
             raise ValueError(f"{path} contains no tensors.")
-
-    def origin(self, name: str) -> Path:
-        """The file that contains a tensor."""
-        return self._origin[name]
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._loaded:
             return self._loaded[name]
-        with safe_open(self._origin[name], framework="pt") as file:
+        with safe_open(self.origin[name], framework="pt") as file:
             return file.get_tensor(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._origin
+        return name in self.origin
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._origin)
+        return iter(self.origin)
 
     def __len__(self) -> int:
-        return len(self._origin)
+        return len(self.origin)
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -94,9 +93,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         path = Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
     pickles = sorted(path.glob("*.pt"))
     if len(pickles) > 1:
-        raise ValueError(
-            f"{source} contains several .pt files ({', '.join(p.name for p in pickles)}); give one of them."
-        )
+        names = ", ".join(file.name for file in pickles)
+        raise ValueError(f"{source} contains several .pt files ({names}); give one of them.")
     if pickles:
         return Checkpoint(pickles[0], path, pickles)
     for name in INDEX_FILES:
@@ -129,8 +127,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
             raise ValueError(f"{file} is a Git LFS pointer instead of the file; run: git lfs pull")
     try:
         # Memory-mapped, so that optimizer states in the file use no memory.
-        mapped = zipfile.is_zipfile(file)
-        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         if "global" in str(error).lower():
             raise ValueError(
@@ -139,14 +136,10 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
             ) from error
         raise ValueError(f"{file} is not a torch checkpoint, or it is damaged; download it again.") from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{file} is damaged or truncated ({str(error).splitlines()[0]}); download it again."
-        ) from error
-    while isinstance(content, dict):
-        inner = next((content[key] for key in STATE_KEYS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            break
-        content = inner
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file} is damaged or truncated ({reason}); download it again.") from error
+    while isinstance(content, dict) and any(isinstance(content.get(key), dict) for key in STATE_KEYS):
+        content = next(content[key] for key in STATE_KEYS if isinstance(content.get(key), dict))
     if not isinstance(content, dict):
         raise ValueError(f"{file} contains a {type(content).__name__} instead of a state dict.")
     # DistributedDataParallel adds `module.` to every name.

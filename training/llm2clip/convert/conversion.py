@@ -99,16 +99,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
 
 
 def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) -> dict[str, Any]:
-    plan = plan_joint(
-        checkpoint,
-        model_config=_read_model_config(config.model_config),
-        text_model=config.text_model,
-        text_model_revision=config.text_model_revision,
-        projection_dim=config.projection_dim,
-        image_size=config.image_size,
-        quick_gelu=config.quick_gelu,
-        reset_heads=config.reset_heads,
-    )
+    plan = plan_joint(checkpoint, config)
     print_report(plan)
     model = plan.build(config.seed)
     model.save_pretrained(folder)
@@ -126,32 +117,19 @@ def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) 
     return {"recognized": plan.recognized, "tensors": len(plan.tensors)}
 
 
-def _read_model_config(path: str | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    fields = read_json(path)
-    missing = [key for key in ("embed_dim", "vision_cfg") if key not in fields]
-    if missing:
-        raise ValueError(f"{path} is not a model_configs JSON of the original code: it lacks {', '.join(missing)}.")
-    return fields
-
-
 def _write_processor(plan: JointPlan, checkpoint: Checkpoint, folder: Path) -> None:
-    image_processor = _image_processor(plan, checkpoint)
-    tokenizer = None
+    processor: Any = _image_processor(plan, checkpoint)
     if plan.text_model is not None:
         try:
-            _, tokenizer = describe_text_tower(plan.text_model, plan.text_model_revision)
+            _, tokenizer = describe_text_tower(plan.text_model, plan.config.text_model_revision)
+            processor = LLM2CLIPProcessor(processor, tokenizer)
         except OSError:
             logger.warning(
                 "the tokenizer of %s is not available, so the folder has an image processor but no tokenizer: load "
                 "the tokenizer from that repo, or convert again with --text-model FOLDER.",
                 plan.text_model,
             )
-    if tokenizer is None:
-        image_processor.save_pretrained(folder)
-    else:
-        LLM2CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def _image_processor(plan: JointPlan, checkpoint: Checkpoint) -> CLIPImageProcessor:
@@ -161,8 +139,8 @@ def _image_processor(plan: JointPlan, checkpoint: Checkpoint) -> CLIPImageProces
     if saved is not None and saved.is_file():
         fields = read_json(saved)
         statistics = {key: fields.get(key, value) for key, value in statistics.items()}
-    edges = {"shortest_edge": size}
-    return CLIPImageProcessor(size=edges, crop_size={"height": size, "width": size}, **statistics)
+    crop = {"height": size, "width": size}
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size=crop, **statistics)
 
 
 def _verify(folder: Path, plan: JointPlan) -> None:

@@ -50,7 +50,7 @@ def convert_text_tower(
         checkpoint: Weights of the LLM, in a folder with its config and tokenizer.
         folder: An empty folder.
         source: The name of the checkpoint that the user gave.
-        adapters: PEFT adapters to merge, in this order; this loads the whole LLM into memory.
+        adapters: PEFT adapters to merge; this loads the whole LLM into memory.
         prompt_name: Name of the LLM that determines its prompt.
 
     Raises:
@@ -99,13 +99,11 @@ def _stream(
     for theirs, reason in dropped:
         print(f"dropped: {theirs}: {reason}")
     print("missing: none")
-    weight_map: dict[str, str] = {}
-    total = 0
-    dtypes = set()
+    weight_map, total, dtypes = dict[str, str](), 0, set[torch.dtype]()
     for number, file in enumerate(track(checkpoint.files, "Writing shards", unit="file"), start=1):
         shard = _read_shard(checkpoint, file, names)
-        target = f"model-{number:05d}-of-{len(checkpoint.files):05d}.safetensors"
-        target = "model.safetensors" if len(checkpoint.files) == 1 else target
+        part = f"-{number:05d}-of-{len(checkpoint.files):05d}" if len(checkpoint.files) > 1 else ""
+        target = f"model{part}.safetensors"
         for name, tensor in shard.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} in {file} contains NaN or infinity: the checkpoint is damaged.")
@@ -117,8 +115,7 @@ def _stream(
     if len(checkpoint.files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / "model.safetensors.index.json", index)
-    dtype = max(dtypes, key=lambda kind: kind.itemsize)
-    config.dtype = config.decoder_config.dtype = dtype
+    config.dtype = config.decoder_config.dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     written = open_checkpoint(folder)
     config.fingerprint = model.fingerprint(written)
     config.architectures = [LLM2CLIPTextModel.__name__]
@@ -133,7 +130,7 @@ def _read_shard(checkpoint: Checkpoint, file: Path, names: dict[str, str]) -> di
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as handle:
             return {names[name]: handle.get_tensor(name) for name in handle.keys() if name in names}  # noqa: SIM118
-    found = [name for name in names if checkpoint.origin(name) == file]
+    found = [name for name in names if checkpoint.origin[name] == file]
     return {names[name]: checkpoint[name].contiguous() for name in found}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
@@ -12,9 +12,13 @@ from llm2clip.convert.joint_model import as_llm2clip, as_start, as_tower, as_vis
 from llm2clip.convert.joint_plan import ADAPTER_PART, TOWER, JointPlan, listed
 from llm2clip.convert.layouts import ADAPTER, HUB_EVA02, SCALE
 from llm2clip.convert.original import joint_config
-from llm2clip.convert.renaming import Layout, Rule, linear, unchanged
+from llm2clip.convert.renaming import Layout, Rule, linears, unchanged
 from llm2clip.convert.vision_towers import TowerKind, config_of_shapes, find_tower
+from llm2clip.utils.files import read_json
 from modeling_llm2clip import EVA02VisionConfig, EVA02VisionModel, LLM2CLIPConfig, LLM2CLIPModel
+
+if TYPE_CHECKING:
+    from llm2clip.convert.conversion import ConvertConfig
 
 CLIP_TEXT = "the text tower of CLIP, which the LLM replaces"
 DROPPED = (
@@ -27,68 +31,42 @@ DROPPED = (
 )
 
 
-def plan_joint(
-    checkpoint: Checkpoint,
-    *,
-    model_config: Mapping[str, Any] | None = None,
-    text_model: str | None = None,
-    text_model_revision: str | None = None,
-    projection_dim: int = 1280,
-    image_size: int | None = None,
-    quick_gelu: bool | None = None,
-    reset_heads: bool = False,
-) -> JointPlan:
+def plan_joint(checkpoint: Checkpoint, settings: ConvertConfig) -> JointPlan:
     """Recognize a checkpoint with a vision tower and plan its conversion.
-
-    Args:
-        checkpoint: The checkpoint.
-        model_config: The original's model_configs JSON, for sizes that differ from all published models.
-        text_model: Repo or folder of the LLM; by default that of the published model of the same sizes.
-        text_model_revision: Revision of the LLM.
-        projection_dim: Width of the new projection of a plain CLIP.
-        image_size: Image size to which the tower is resized.
-        quick_gelu: Whether an OpenAI tower uses QuickGELU.
-        reset_heads: Replace the trained projection and adapter with new ones.
 
     Raises:
         ValueError: The checkpoint is not recognized, or tensors are missing, unexpected or not finite; the message
             names the first few.
     """
-    if checkpoint.config.get("model_type") == LLM2CLIPConfig.model_type:
-        plan = _own_plan(checkpoint)
-    else:
-        plan = _foreign_plan(checkpoint, model_config, text_model, text_model_revision, projection_dim, quick_gelu)
-    if reset_heads:
+    model_config = _read_model_config(settings.model_config)
+    is_own = checkpoint.config.get("model_type") == LLM2CLIPConfig.model_type
+    plan = _own_plan(checkpoint) if is_own else _foreign_plan(checkpoint, settings, model_config)
+    if settings.reset_heads:
         plan.reset_heads()
-    plan.fit_image_size(image_size)
+    plan.fit_image_size(settings.image_size)
     plan.to_one_dtype()
     plan.check()
     return plan
 
 
+def _read_model_config(path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    fields = read_json(path)
+    missing = [key for key in ("embed_dim", "vision_cfg") if key not in fields]
+    if missing:
+        raise ValueError(f"{path} is not a model_configs JSON of the original code: it lacks {', '.join(missing)}.")
+    return fields
+
+
 def _own_plan(checkpoint: Checkpoint) -> JointPlan:
     config = LLM2CLIPConfig.from_dict(checkpoint.config)
-    tensors = {name: checkpoint[name] for name in checkpoint}
-    return JointPlan(
-        recognized="an LLM2CLIP model of this package",
-        config=config,
-        model_class=LLM2CLIPModel,
-        vision_config=config.vision_config,
-        tensors=tensors,
-        renames=[(name, name) for name in tensors],
-        dropped=[],
-        text_model=config.text_model_name_or_path,
-        text_model_revision=config.text_model_revision,
-    )
+    renames = [(name, name) for name in checkpoint]
+    return JointPlan("an LLM2CLIP model of this package", config, LLM2CLIPModel, dict(checkpoint), renames, [])
 
 
 def _foreign_plan(
-    checkpoint: Checkpoint,
-    model_config: Mapping[str, Any] | None,
-    text_model: str | None,
-    text_model_revision: str | None,
-    projection_dim: int,
-    quick_gelu: bool | None,
+    checkpoint: Checkpoint, settings: ConvertConfig, model_config: Mapping[str, Any] | None
 ) -> JointPlan:
     found = find_tower(checkpoint.shapes)
     if found is None:
@@ -103,26 +81,18 @@ def _foreign_plan(
             f"{checkpoint.path} was recognized as {kind.name}, but {len(renamed.unknown)} of its tensors do not "
             f"belong to it: {listed(renamed.unknown, checkpoint.shapes)}. It is another model, or from modified code."
         )
-    has_adapter = any(name.startswith(ADAPTER_PART) for name in renamed.tensors)
-    vision_config, known = _vision_config(kind, prefix, checkpoint, model_config, quick_gelu)
-    plan = JointPlan(
-        recognized="",
-        config=vision_config,
-        model_class=EVA02VisionModel if vision_config.model_type == EVA02VisionConfig.model_type else AutoModel,
-        vision_config=vision_config,
-        tensors=renamed.tensors,
-        renames=renamed.renames,
-        dropped=renamed.dropped,
-    )
-    if has_adapter:
+    config, known = _vision_config(kind, prefix, checkpoint, model_config, settings.quick_gelu)
+    model_class = EVA02VisionModel if config.model_type == EVA02VisionConfig.model_type else AutoModel
+    plan = JointPlan("", config, model_class, renamed.tensors, renamed.renames, renamed.dropped)
+    if any(name.startswith(ADAPTER_PART) for name in plan.tensors):
         plan.recognized = f"an LLM2CLIP model: {kind.name}, text adapter"
-        as_llm2clip(plan, known, text_model, text_model_revision)
+        as_llm2clip(plan, known, settings.text_model, settings.text_model_revision)
     elif kind.layout is HUB_EVA02:
         plan.recognized = f"the vision half of an LLM2CLIP model: {kind.name}, without text adapter"
         as_vision_half(plan)
-    elif text_model is not None:
+    elif settings.text_model is not None:
         plan.recognized = f"a plain CLIP: {kind.name}, the initial model of stage 2"
-        as_start(plan, text_model, text_model_revision, projection_dim)
+        as_start(plan, settings.text_model, settings.text_model_revision, settings.projection_dim)
     else:
         plan.recognized = f"a plain vision tower: {kind.name}"
         as_tower(plan)
@@ -135,9 +105,9 @@ def _joint_layout(kind: TowerKind, prefix: str, checkpoint: Checkpoint) -> Layou
         names = (name.removeprefix(prefix) for name in checkpoint if name.startswith(prefix))
         layout = unchanged(name for name in names if not name.endswith("position_ids"))
     heads = (
-        *linear("visual.head", "visual_projection"),
-        *linear("visual_projection", "visual_projection"),
-        *(linear("head", "visual_projection") if not prefix else ()),
+        *linears("visual.head", "visual_projection"),
+        *linears("visual_projection", "visual_projection"),
+        *(linears("head", "visual_projection") if not prefix else ()),
         Rule(("visual.proj",), ("visual_projection.weight",), transpose=True),
         Rule(("proj",), ("visual_projection.weight",), transpose=True),
         Rule(("text.logit_scale",), ("logit_scale",)),

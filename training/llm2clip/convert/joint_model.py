@@ -25,10 +25,8 @@ def as_llm2clip(
     """Complete the plan of a checkpoint with a text adapter.
 
     Args:
-        plan: The plan.
         known: Joint config from the original's model_configs JSON, if it is given.
         text_model: Repo or folder of the LLM; by default that of the published model of the same sizes.
-        text_model_revision: Revision of the LLM.
 
     Raises:
         ValueError: The LLM is unknown, or the adapter was trained with an LLM of another width.
@@ -47,18 +45,14 @@ def as_llm2clip(
             f"the text adapter expects embeddings of width {width}, but {text_model} has width "
             f"{text_config.hidden_size}: it is the adapter of another LLM. Give that one with --text-model."
         )
-    head = plan.tensors.get("visual_projection.weight")
     siglip = plan.vision_config.model_type == "siglip_vision_model"
-    _pair(
-        plan,
-        text_config,
-        text_model,
-        text_model_revision,
-        projection_dim=plan.tensors["text_adapter.proj.weight"].shape[0],
-        visual_projection=head is not None,
-        visual_projection_bias="visual_projection.bias" in plan.tensors,
-        adapter_normalize=published.adapter_normalize if published is not None else not siglip,
-    )
+    fields = {
+        "projection_dim": plan.tensors["text_adapter.proj.weight"].shape[0],
+        "visual_projection": "visual_projection.weight" in plan.tensors,
+        "visual_projection_bias": "visual_projection.bias" in plan.tensors,
+        "adapter_normalize": published.adapter_normalize if published is not None else not siglip,
+    }
+    _pair(plan, text_config, text_model, text_model_revision, **fields)
 
 
 def _pair(
@@ -74,17 +68,15 @@ def _pair(
         **fields,
     )
     plan.model_class = LLM2CLIPModel
-    plan.text_model, plan.text_model_revision = text_model, text_model_revision
     if SCALE_PART not in plan.tensors:
         plan.new.append((SCALE_PART, "not in the checkpoint; initialized to ln(1 / 0.07)"))
 
 
 def as_vision_half(plan: JointPlan) -> None:
     """Complete the plan of a vision tower with a projection but without a text adapter."""
-    head = plan.tensors["visual_projection.weight"]
     plan.config = LLM2CLIPConfig(
         vision_config=plan.vision_config,
-        projection_dim=head.shape[0],
+        projection_dim=plan.tensors["visual_projection.weight"].shape[0],
         visual_projection_bias="visual_projection.bias" in plan.tensors,
     )
     plan.model_class = LLM2CLIPVisionModelWithProjection
@@ -95,17 +87,10 @@ def as_vision_half(plan: JointPlan) -> None:
 def as_start(plan: JointPlan, text_model: str, text_model_revision: str | None, projection_dim: int) -> None:
     """Complete the plan of a plain CLIP that becomes the initial model of stage 2, with a new head and adapter."""
     text_config = _text_config(text_model, text_model_revision)
-    reason = f"the head of another embedding space; the new one has width {projection_dim}"
     bias = plan.vision_config.model_type == EVA02VisionConfig.model_type
-    plan.drop(HEAD, reason)
-    _pair(
-        plan,
-        text_config,
-        text_model,
-        text_model_revision,
-        projection_dim=projection_dim,
-        visual_projection_bias=bias,
-    )
+    plan.drop(HEAD, f"the head of another embedding space; the new one has width {projection_dim}")
+    fields = {"projection_dim": projection_dim, "visual_projection_bias": bias}
+    _pair(plan, text_config, text_model, text_model_revision, **fields)
     plan.new += [(HEAD, "trained in stage 2"), (ADAPTER_PART, "trained in stage 2")]
 
 
@@ -125,12 +110,10 @@ def as_tower(plan: JointPlan) -> None:
 
 def _published_like(vision: PretrainedConfig, llm_width: int) -> LLM2CLIPConfig | None:
     """The published config with the same sizes of vision tower and LLM."""
+    same = ("model_type", "hidden_size", "num_hidden_layers", "patch_size")
     for config in joint_configs().values():
-        other = config.vision_config
-        same = ("model_type", "hidden_size", "num_hidden_layers", "patch_size")
-        if config.text_config.hidden_size == llm_width and all(
-            getattr(other, name) == getattr(vision, name) for name in same
-        ):
+        is_same = all(getattr(config.vision_config, name) == getattr(vision, name) for name in same)
+        if is_same and config.text_config.hidden_size == llm_width:
             return config
     return None
 
@@ -139,5 +122,4 @@ def _text_config(name: str, revision: str | None) -> LLM2CLIPTextConfig:
     for published in published_models().values():
         if not published.is_joint and name in (published.name, published.card.get("original_checkpoint")):
             return copy.deepcopy(published.config)
-    config, _ = describe_text_tower(name, revision)
-    return copy.deepcopy(config)
+    return describe_text_tower(name, revision)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,33 +27,36 @@ class JointPlan:
         recognized: Description of the checkpoint.
         config: Config of the model to write.
         model_class: Class of the model to write.
-        vision_config: Config of its vision tower.
         tensors: Weights by their names in that model.
         renames: `(theirs, ours)`.
         dropped: `(theirs, reason)`.
         new: Parts that the checkpoint lacks, with the reason; they are initialized randomly.
         notes: Further lines for the report.
-        text_model: Repo or folder of the LLM.
-        text_model_revision: Revision of the LLM.
     """
 
     recognized: str
     config: PretrainedConfig
     model_class: Any
-    vision_config: PretrainedConfig
     tensors: dict[str, Tensor]
     renames: list[tuple[str, str]]
     dropped: list[tuple[str, str]]
     new: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    text_model: str | None = None
-    text_model_revision: str | None = None
+
+    @property
+    def vision_config(self) -> Any:
+        """Config of the vision tower, which may be the whole model."""
+        return getattr(self.config, "vision_config", self.config)
+
+    @property
+    def text_model(self) -> str | None:
+        """Repo or folder of the LLM."""
+        return getattr(self.config, "text_model_name_or_path", None)
 
     @property
     def loading(self) -> dict[str, Any]:
         """Arguments of `from_pretrained` that load the written folder without an external LLM."""
-        joint = self.model_class is LLM2CLIPModel
-        return {"text_model": False} if joint and self.config.text_model_name_or_path is not None else {}
+        return {"text_model": False} if self.model_class is LLM2CLIPModel and self.text_model is not None else {}
 
     def skeleton(self) -> PreTrainedModel:
         """Instantiate the model without weights."""
@@ -66,8 +70,7 @@ class JointPlan:
         dtype = next(iter(self.tensors.values())).dtype
         torch.manual_seed(seed)
         for module in model.modules():
-            own = dict(module.named_parameters(recurse=False))
-            if any(parameter.is_meta for parameter in own.values()):
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
                 module.to_empty(device="cpu", recurse=False)
                 model._init_weights(module)
                 module.to(dtype)
@@ -77,9 +80,7 @@ class JointPlan:
 
     def drop(self, part: str, reason: str) -> None:
         """Drop the tensors whose name in this package starts with `part`."""
-        for theirs, ours in self.renames:
-            if ours.startswith(part):
-                self.dropped.append((theirs, reason))
+        self.dropped += [(theirs, reason) for theirs, ours in self.renames if ours.startswith(part)]
         self.renames = [(theirs, ours) for theirs, ours in self.renames if not ours.startswith(part)]
         self.tensors = {name: tensor for name, tensor in self.tensors.items() if not name.startswith(part)}
 
@@ -107,9 +108,7 @@ class JointPlan:
     def to_one_dtype(self) -> None:
         """Convert all weights to the widest of their floating-point types, so that none loses precision."""
         floats = [tensor.dtype for name, tensor in self.tensors.items() if name != SCALE_PART]
-        dtype = floats[0]
-        for other in floats:
-            dtype = torch.promote_types(dtype, other)
+        dtype = functools.reduce(torch.promote_types, floats)
         self.tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
         if SCALE_PART in self.tensors:
             self.tensors[SCALE_PART] = self.tensors[SCALE_PART].float().reshape(())
@@ -125,31 +124,22 @@ class JointPlan:
                 self.model_class = type(AutoModel.from_config(self.config))
         expected = {name: tuple(tensor.shape) for name, tensor in self.skeleton().state_dict().items()}
         new = tuple(part for part, _ in self.new)
-        missing = [name for name in expected if name not in self.tensors and not (new and name.startswith(new))]
-        if missing:
+        recognized, tensors = f"recognized as {self.recognized}, but", self.tensors
+        if missing := [name for name in expected if name not in tensors and not name.startswith(new)]:
+            shown = listed(missing, expected)
             raise ValueError(
-                f"recognized as {self.recognized}, but {len(missing)} tensors are missing: "
-                f"{listed(missing, expected)}. The checkpoint is incomplete."
+                f"{recognized} {len(missing)} tensors are missing: {shown}. The checkpoint is incomplete."
             )
-        unknown = [name for name in self.tensors if name not in expected]
-        if unknown:
+        if unknown := [name for name in tensors if name not in expected]:
+            raise ValueError(f"{recognized} {len(unknown)} tensors do not belong to it: {listed(unknown)}.")
+        if wrong := [name for name, tensor in tensors.items() if tuple(tensor.shape) != expected[name]]:
+            shapes = "; ".join(f"{name} is {tuple(tensors[name].shape)}, not {expected[name]}" for name in wrong[:3])
             raise ValueError(
-                f"recognized as {self.recognized}, but {len(unknown)} tensors do not belong to it: {listed(unknown)}."
+                f"{recognized} {len(wrong)} tensors have shapes that differ from its config: {shapes}. The weights "
+                "are from different models, or --model-config is that of another model."
             )
-        wrong = [name for name, tensor in self.tensors.items() if tuple(tensor.shape) != expected[name]]
-        if wrong:
-            shapes = "; ".join(
-                f"{name} is {tuple(self.tensors[name].shape)}, not {expected[name]}" for name in wrong[:3]
-            )
-            raise ValueError(
-                f"recognized as {self.recognized}, but {len(wrong)} tensors have shapes that differ from its config: "
-                f"{shapes}. The weights are from different models, or --model-config is that of another model."
-            )
-        damaged = [name for name, tensor in self.tensors.items() if not tensor.isfinite().all()]
-        if damaged:
-            raise ValueError(
-                f"{len(damaged)} tensors contain NaN or infinity: {listed(damaged)}. The checkpoint is damaged."
-            )
+        if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{len(bad)} tensors contain NaN or infinity: {listed(bad)}. The checkpoint is damaged.")
 
 
 def listed(names: list[str], shapes: Mapping[str, tuple[int, ...]] | None = None) -> str:
@@ -178,15 +168,12 @@ def _collapsed(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Merge the lines of `blocks.0.x`, `blocks.1.x`, ... into one of `blocks.{0-11}.x`."""
     groups: dict[tuple[str, str], list[int]] = {}
     for left, right in pairs:
-        numbers = re.findall(r"(?<=\.)\d+(?=\.)", left)
-        number = numbers[0] if numbers else None
-        key = tuple(re.sub(rf"(?<=\.){number}(?=\.)", "{}", text) if number else text for text in (left, right))
-        groups.setdefault((key[0], key[1]), []).append(int(number) if number else -1)
+        number = re.search(r"(?<=\.)\d+(?=\.)", left)
+        if number:
+            left, right = (re.sub(rf"(?<=\.){number[0]}(?=\.)", "{}", text) for text in (left, right))
+        groups.setdefault((left, right), []).extend([int(number[0])] if number else [])
     lines = []
     for (left, right), found in groups.items():
-        if found[0] < 0:
-            lines.append((left, right))
-            continue
-        span = str(found[0]) if len(found) == 1 else f"{{{min(found)}-{max(found)}}}"
+        span = f"{{{min(found)}-{max(found)}}}" if len(found) > 1 else "".join(map(str, found))
         lines.append((left.replace("{}", span), right.replace("{}", span)))
     return lines

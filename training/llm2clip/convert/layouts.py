@@ -6,133 +6,87 @@ from llm2clip.convert.renaming import Layout, Rule, linears, same
 
 ROTARY = ((r"(?:.*\.)?rope\.freqs_(?:cos|sin)", "rotary tables are computed from the config"),)
 
-_EVA_COMMON = (
-    *same("cls_token", "pos_embed"),
-    *linears(
-        *((name, name) for name in ("patch_embed.proj", "norm", "blocks.{n}.norm1", "blocks.{n}.norm2")),
-        ("blocks.{n}.attn.proj", "blocks.{n}.attn.proj"),
-    ),
+_EVA02_BLOCK = (
+    "norm1 norm2 attn.q_proj attn.k_proj attn.v_proj attn.inner_attn_ln attn.proj mlp.w1 mlp.w2 mlp.w3 mlp.ffn_ln"
 )
-_EVA_BIASES = tuple(
-    Rule((f"blocks.{{n}}.attn.{letter}_bias",), (f"blocks.{{n}}.attn.{letter}_proj.bias",)) for letter in "qv"
-)
+_CLIP_BLOCK = "layer_norm1 layer_norm2 self_attn.out_proj mlp.fc1 mlp.fc2"
+
+
+def _qkv(theirs: str, ours: str, *kinds: str) -> tuple[Rule, ...]:
+    """The rules of one matrix for queries, keys and values, which are separate in this package."""
+    return tuple(Rule((theirs + kind,), tuple(f"{ours}{part}_proj.{kind}" for part in "qkv")) for kind in kinds)
+
+
+def _eva(*block: Rule) -> Layout:
+    """The layout of a tower with the names of EVA-CLIP outside its blocks."""
+    common = Layout((*same("cls_token", "pos_embed"), *linears("patch_embed.proj norm")))
+    return common + Layout(block).under("blocks.{n}.", "blocks.{n}.")
+
+
+def _biases(alias: bool) -> tuple[Rule, ...]:
+    return tuple(Rule((f"attn.{part}_bias",), (f"attn.{part}_proj.bias",), alias=alias) for part in "qv")
+
+
 # EVA02 in the original code; `q_bias` and `v_bias` are the older names of BAAI.
-EVA02 = Layout(
-    (
-        *_EVA_COMMON,
-        *linears(
-            *((f"blocks.{{n}}.attn.{name}",) * 2 for name in ("q_proj", "k_proj", "v_proj", "inner_attn_ln")),
-            *((f"blocks.{{n}}.mlp.{name}",) * 2 for name in ("w1", "w2", "w3", "ffn_ln")),
-        ),
-        *(Rule(rule.theirs, rule.ours, alias=True) for rule in _EVA_BIASES),
-    ),
-    ROTARY,
-)
+EVA02 = _eva(*linears(_EVA02_BLOCK), *_biases(alias=True)) + Layout((), ROTARY)
 # The other towers of EVA-CLIP: EVA01 and EVA02-CLIP-bigE.
-EVA = Layout(
-    (
-        *_EVA_COMMON,
-        *_EVA_BIASES,
-        Rule(
-            ("blocks.{n}.attn.qkv.weight",),
-            tuple(f"blocks.{{n}}.attn.{letter}_proj.weight" for letter in "qkv"),
-        ),
-        *same("blocks.{n}.gamma_1", "blocks.{n}.gamma_2"),
-        *linears(*((f"blocks.{{n}}.mlp.{name}",) * 2 for name in ("fc1", "fc2"))),
-    ),
-    ROTARY,
-)
-TIMM_EVA02 = Layout(
-    (
-        *_EVA_COMMON,
-        *linears(
-            *((f"blocks.{{n}}.attn.{name}",) * 2 for name in ("q_proj", "k_proj", "v_proj")),
-            ("blocks.{n}.attn.norm", "blocks.{n}.attn.inner_attn_ln"),
-            ("blocks.{n}.mlp.fc1_g", "blocks.{n}.mlp.w1"),
-            ("blocks.{n}.mlp.fc1_x", "blocks.{n}.mlp.w2"),
-            ("blocks.{n}.mlp.fc2", "blocks.{n}.mlp.w3"),
-            ("blocks.{n}.mlp.norm", "blocks.{n}.mlp.ffn_ln"),
-        ),
+EVA = _eva(
+    *linears("norm1 norm2 attn.proj mlp.fc1 mlp.fc2"),
+    *same("gamma_1", "gamma_2"),
+    *_qkv("attn.qkv.", "attn.", "weight"),
+    *_biases(alias=False),
+) + Layout((), ROTARY)
+TIMM_EVA02 = _eva(
+    *linears(
+        "norm1 norm2 attn.q_proj attn.k_proj attn.v_proj attn.norm attn.proj mlp.fc1_g mlp.fc1_x mlp.fc2 mlp.norm",
+        _EVA02_BLOCK,
     )
 )
 # The model class in the EVA02 repos of Microsoft on the Hub.
+_HUB_BLOCK = (
+    "layer_norm1 layer_norm2 self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.inner_attn_ln "
+    "self_attn.out_proj mlp.fc1 mlp.fc2 mlp.fc3 mlp.ffn_ln"
+)
 HUB_EVA02 = Layout(
     (
         Rule(("embeddings.class_embedding",), ("cls_token",), leading_axes=-2),
         Rule(("embeddings.position_embedding.weight",), ("pos_embed",), leading_axes=-1),
-        *linears(
-            ("embeddings.patch_embedding", "patch_embed.proj"),
-            ("post_layernorm", "norm"),
-            ("encoder.layers.{n}.layer_norm1", "blocks.{n}.norm1"),
-            ("encoder.layers.{n}.layer_norm2", "blocks.{n}.norm2"),
-            *(
-                (f"encoder.layers.{{n}}.self_attn.{name}", f"blocks.{{n}}.attn.{name}")
-                for name in ("q_proj", "k_proj", "v_proj", "inner_attn_ln")
-            ),
-            ("encoder.layers.{n}.self_attn.out_proj", "blocks.{n}.attn.proj"),
-            ("encoder.layers.{n}.mlp.fc1", "blocks.{n}.mlp.w1"),
-            ("encoder.layers.{n}.mlp.fc2", "blocks.{n}.mlp.w2"),
-            ("encoder.layers.{n}.mlp.fc3", "blocks.{n}.mlp.w3"),
-            ("encoder.layers.{n}.mlp.ffn_ln", "blocks.{n}.mlp.ffn_ln"),
-        ),
+        *linears("embeddings.patch_embedding post_layernorm", "patch_embed.proj norm"),
     ),
     (*ROTARY, (r"embeddings\.position_ids", "an index buffer")),
-)
+) + Layout(linears(_HUB_BLOCK, _EVA02_BLOCK)).under("encoder.layers.{n}.", "blocks.{n}.")
 OPENAI = Layout(
     (
         Rule(("conv1.weight",), ("embeddings.patch_embedding.weight",)),
         Rule(("class_embedding",), ("embeddings.class_embedding",)),
         Rule(("positional_embedding",), ("embeddings.position_embedding.weight",)),
-        *linears(
-            ("ln_pre", "pre_layrnorm"),
-            ("ln_post", "post_layernorm"),
-            ("transformer.resblocks.{n}.ln_1", "encoder.layers.{n}.layer_norm1"),
-            ("transformer.resblocks.{n}.ln_2", "encoder.layers.{n}.layer_norm2"),
-            ("transformer.resblocks.{n}.attn.out_proj", "encoder.layers.{n}.self_attn.out_proj"),
-            ("transformer.resblocks.{n}.mlp.c_fc", "encoder.layers.{n}.mlp.fc1"),
-            ("transformer.resblocks.{n}.mlp.c_proj", "encoder.layers.{n}.mlp.fc2"),
-        ),
-        *(
-            Rule(
-                (f"transformer.resblocks.{{n}}.attn.in_proj_{kind}",),
-                tuple(f"encoder.layers.{{n}}.self_attn.{letter}_proj.{kind}" for letter in "qkv"),
-            )
-            for kind in ("weight", "bias")
-        ),
+        *linears("ln_pre ln_post", "pre_layrnorm post_layernorm"),
     )
-)
+) + Layout(
+    (
+        *linears("ln_1 ln_2 attn.out_proj mlp.c_fc mlp.c_proj", _CLIP_BLOCK),
+        *_qkv("attn.in_proj_", "self_attn.", "weight", "bias"),
+    )
+).under("transformer.resblocks.{n}.", "encoder.layers.{n}.")
 # The ViT of timm with attention pooling, which the original uses for SigLIP 2.
 TIMM_SIGLIP = Layout(
     (
         Rule(("pos_embed",), ("embeddings.position_embedding.weight",), leading_axes=1),
-        *linears(
-            ("patch_embed.proj", "embeddings.patch_embedding"),
-            ("norm", "post_layernorm"),
-            ("blocks.{n}.norm1", "encoder.layers.{n}.layer_norm1"),
-            ("blocks.{n}.norm2", "encoder.layers.{n}.layer_norm2"),
-            ("blocks.{n}.attn.proj", "encoder.layers.{n}.self_attn.out_proj"),
-            ("blocks.{n}.mlp.fc1", "encoder.layers.{n}.mlp.fc1"),
-            ("blocks.{n}.mlp.fc2", "encoder.layers.{n}.mlp.fc2"),
-            ("attn_pool.proj", "head.attention.out_proj"),
-            ("attn_pool.norm", "head.layernorm"),
-            ("attn_pool.mlp.fc1", "head.mlp.fc1"),
-            ("attn_pool.mlp.fc2", "head.mlp.fc2"),
-        ),
-        *(
-            Rule(
-                (f"blocks.{{n}}.attn.qkv.{kind}",),
-                tuple(f"encoder.layers.{{n}}.self_attn.{letter}_proj.{kind}" for letter in "qkv"),
-            )
-            for kind in ("weight", "bias")
-        ),
+        *linears("patch_embed.proj norm", "embeddings.patch_embedding post_layernorm"),
+        *linears("attn_pool.proj attn_pool.norm", "head.attention.out_proj head.layernorm"),
+        *linears("attn_pool.mlp.fc1 attn_pool.mlp.fc2", "head.mlp.fc1 head.mlp.fc2"),
         Rule(("attn_pool.latent",), ("head.probe",)),
         *(
             Rule((f"attn_pool.q.{kind}", f"attn_pool.kv.{kind}"), (f"head.attention.in_proj_{kind}",), (1, 2))
             for kind in ("weight", "bias")
         ),
     )
-)
+) + Layout(
+    (
+        *linears("norm1 norm2 attn.proj mlp.fc1 mlp.fc2", _CLIP_BLOCK),
+        *_qkv("attn.qkv.", "self_attn.", "weight", "bias"),
+    )
+).under("blocks.{n}.", "encoder.layers.{n}.")
 
-_ADAPTER_BLOCKS = (("{n}.ln", "blocks.{n}.norm"), ("{n}.fn.0", "blocks.{n}.fc1"), ("{n}.fn.3", "blocks.{n}.fc2"))
-ADAPTER = Layout(linears(*_ADAPTER_BLOCKS, ("4", "norm"), ("5", "proj")))
+ADAPTER = Layout(linears("{n}.ln {n}.fn.0 {n}.fn.3 4 5", "blocks.{n}.norm blocks.{n}.fc1 blocks.{n}.fc2 norm proj"))
 SCALE = Layout(same("logit_scale"))

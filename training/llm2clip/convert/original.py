@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from llm2clip.convert.layouts import ADAPTER, EVA, EVA02, OPENAI, SCALE, TIMM_SIGLIP
-from llm2clip.convert.renaming import Layout, Rule, linear
+from llm2clip.convert.renaming import Layout, Rule, linears
 from llm2clip.convert.vision_towers import config_of_original
 from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPTextConfig
 
@@ -18,7 +18,7 @@ DEFAULT_LLM_WIDTH = 4096
 
 def original_layout(vision_config: PretrainedConfig) -> Layout:
     """The layout of the original's state dict for a model with this vision tower."""
-    head = Layout(linear("visual.head", "visual_projection"))
+    head = Layout(linears("visual.head", "visual_projection"))
     if vision_config.model_type == EVA02VisionConfig.model_type:
         tower = (EVA02 if vision_config.sub_layer_norm else EVA).under("visual.", "vision_model.")
     elif vision_config.model_type == "clip_vision_model":
@@ -95,7 +95,7 @@ def original_prompt(model_type: str, name_or_path: str, pooling: str = "mean") -
     """The prompt around a caption in the original code, which depends on the name of the LLM.
 
     Args:
-        model_type: `model_type` of the LLM, such as `llama`.
+        model_type: `model_type` in the config of the LLM.
         name_or_path: `_name_or_path` in the config of the LLM.
         pooling: With `eos_token` the original appends an end-of-sequence token.
 

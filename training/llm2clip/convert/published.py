@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -25,13 +26,7 @@ MARKS = ("<!-- checkpoints: made by python -m llm2clip.convert.published -->", "
 
 @dataclass(frozen=True)
 class Published:
-    """A folder of `hub_configs/`.
-
-    Attributes:
-        name: Name of the folder.
-        config: Its config.json: an [`LLM2CLIPConfig`] or [`LLM2CLIPTextConfig`].
-        card: Front matter of its model card.
-    """
+    """A folder of `hub_configs/`: its name, config.json, and the front matter of its model card."""
 
     name: str
     config: Any
@@ -73,59 +68,47 @@ def parameters(module: nn.Module) -> int:
 
 def joint_table() -> str:
     """A table of the joint models: parameters by part, sizes, LLM, license."""
-    rows = ["| model | image | tower | projection | adapter | total | shared width | LLM | LLM width | license |"]
-    rows.append("|" + " --- |" * 10)
+    rows = []
     for name, published in published_models().items():
-        if not published.is_joint:
-            continue
-        config, model = published.config, cast(LLM2CLIPModel, published.build())
-        parts = (model.vision_model, model.visual_projection, model.text_adapter)
-        counts = [f"{parameters(part):,}" for part in (*parts, model)]
-        size = config.vision_config.image_size
-        cells = [
-            f"[{name}]({name})",
-            f"{size} px, patch {config.vision_config.patch_size}",
-            *counts,
-            str(config.projection_dim),
-            config.text_model_name_or_path,
-            str(config.text_config.hidden_size),
-            published.card["license"],
-        ]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        if published.is_joint:
+            config, model = published.config, cast(LLM2CLIPModel, published.build())
+            parts = (model.vision_model, model.visual_projection, model.text_adapter, model)
+            image = f"{config.vision_config.image_size} px, patch {config.vision_config.patch_size}"
+            counts = [f"{parameters(part):,}" for part in parts]
+            llm = (config.text_model_name_or_path, config.text_config.hidden_size)
+            rows.append((f"[{name}]({name})", image, *counts, config.projection_dim, *llm, published.card["license"]))
+    return _table(
+        "model | image | tower | projection | adapter | total | shared width | LLM | LLM width | license", rows
+    )
 
 
 def text_table() -> str:
     """A table of the text towers."""
-    rows = ["| model | parameters | width | layers | prompt | license |", "|" + " --- |" * 6]
+    rows = []
     for name, published in published_models().items():
-        if published.is_joint:
-            continue
-        config = published.config
-        prompt = f"`{config.prompt_prefix!r}` caption `{config.prompt_suffix!r}`" if config.prompt_suffix else "none"
-        cells = [
-            f"[{name}]({name})",
-            f"{parameters(published.build()):,}",
-            str(config.hidden_size),
-            str(config.decoder_config.num_hidden_layers),
-            prompt,
-            published.card["license"],
-        ]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        if not published.is_joint:
+            config, count = published.config, f"{parameters(published.build()):,}"
+            prompt = (
+                f"`{config.prompt_prefix!r}` caption `{config.prompt_suffix!r}`" if config.prompt_suffix else "none"
+            )
+            sizes = (count, config.hidden_size, config.decoder_config.num_hidden_layers)
+            rows.append((f"[{name}]({name})", *sizes, prompt, published.card["license"]))
+    return _table("model | parameters | width | layers | prompt | license", rows)
 
 
 def command_table() -> str:
     """A table of the published checkpoints: conversion command, requirements and result."""
-    rows = ["| command | needs | gives |", "| --- | --- | --- |"]
+    rows = []
     for name, published in published_models().items():
-        source = published.card.get("original_checkpoint")
-        if source is None:
-            continue
-        needs = published.card["needs"]
-        gives = published.card["gives"]
-        rows.append(f"| `llm2clip convert {source} {name}` | {needs} | {gives} |")
-    return "\n".join(rows)
+        card = published.card
+        if source := card.get("original_checkpoint"):
+            rows.append((f"`llm2clip convert {source} {name}`", card["needs"], card["gives"]))
+    return _table("command | needs | gives", rows)
+
+
+def _table(header: str, rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, " | ".join(["---"] * (header.count("|") + 1)), *(" | ".join(map(str, row)) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def with_table(text: str, table: str) -> str:
@@ -136,8 +119,7 @@ def with_table(text: str, table: str) -> str:
 
 def documents() -> dict[Path, str]:
     """The documents with tables, and their up-to-date content."""
-    overview = FOLDER / "README.md"
-    page = FOLDER.parent / "docs" / "models.md"
+    overview, page = FOLDER / "README.md", FOLDER.parent / "docs" / "models.md"
     tables = {overview: f"{joint_table()}\n\n{text_table()}", page: command_table()}
     return {path: with_table(path.read_text(encoding="utf-8"), table) for path, table in tables.items()}
 

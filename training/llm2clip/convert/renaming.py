@@ -7,8 +7,9 @@ its three parts), to the names of this package. `{n}` stands for the number of a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,9 @@ from torch import Tensor
 class Rule:
     """A mapping between names in the checkpoint and names in this package.
 
+    Several names on one side are slices of one tensor along its first axis.
+
     Args:
-        theirs: Name or names in the checkpoint, with `{n}` for the number of the block.
-        ours: Name or names in this package. Several names on one side are slices of one tensor along its first axis.
         theirs_parts: Relative sizes of the slices in the checkpoint; equal by default.
         transpose: Whether the checkpoint contains the transposed matrix.
         leading_axes: Number of leading axes of size 1 that only the checkpoint's tensor has; negative if only ours has
@@ -36,25 +37,19 @@ class Rule:
     alias: bool = False
 
     def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Convert the tensors of `theirs` to those of `ours`."""
         if self.transpose:
             tensors = [tensor.t() for tensor in tensors]
         tensors = [_with_leading_axes(tensor, -self.leading_axes) for tensor in tensors]
         return _regroup(tensors, (1,) * len(self.ours))
 
     def to_theirs(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Convert the tensors of `ours` to those of `theirs`."""
         tensors = _regroup(tensors, self.theirs_parts or (1,) * len(self.theirs))
         tensors = [_with_leading_axes(tensor, self.leading_axes) for tensor in tensors]
-        if self.transpose:
-            tensors = [tensor.t().contiguous() for tensor in tensors]
-        return tensors
+        return [tensor.t().contiguous() for tensor in tensors] if self.transpose else tensors
 
 
 def _with_leading_axes(tensor: Tensor, count: int) -> Tensor:
-    if count >= 0:
-        return tensor[(None,) * count]
-    return tensor.reshape(tensor.shape[-count:])
+    return tensor[(None,) * count] if count >= 0 else tensor.reshape(tensor.shape[-count:])
 
 
 def _regroup(tensors: list[Tensor], parts: tuple[int, ...]) -> list[Tensor]:
@@ -90,11 +85,7 @@ class Layout:
     def under(self, theirs: str, ours: str = "") -> Layout:
         """Put a prefix before all names of the checkpoint, and one before ours."""
         rules = tuple(
-            replace(
-                rule,
-                theirs=tuple(theirs + name for name in rule.theirs),
-                ours=tuple(ours + name for name in rule.ours),
-            )
+            replace(rule, theirs=tuple(theirs + n for n in rule.theirs), ours=tuple(ours + n for n in rule.ours))
             for rule in self.rules
         )
         return Layout(rules, tuple((re.escape(theirs) + pattern, reason) for pattern, reason in self.dropped))
@@ -104,26 +95,17 @@ class Layout:
 
         Tensors without a rule, or whose group is incomplete, are listed in `unknown`.
         """
-        result = Renamed()
-        lookup = {name: rule for rule in self.rules for name in rule.theirs}
-        done: set[str] = set()
-        for name in state:
-            if name in done:
-                continue
-            reason = next((reason for pattern, reason in self.dropped if re.fullmatch(pattern, name)), None)
-            if reason is not None:
-                result.dropped.append((name, reason))
-                continue
-            template, block = _template(name)
-            rule = lookup.get(template)
-            group = [part.replace("{n}", block) for part in rule.theirs] if rule else []
-            if rule is None or any(part not in state for part in group):
-                result.unknown.append(name)
-                continue
-            done.update(group)
-            targets = [part.replace("{n}", block) for part in rule.ours]
-            result.tensors.update(zip(targets, rule.to_ours([state[part] for part in group]), strict=True))
-            result.renames.append((" + ".join(group), " + ".join(targets)))
+        # The first pattern that matches gives the reason.
+        patterns = self.dropped[::-1]
+        dropped = {name: reason for name in state for pattern, reason in patterns if re.fullmatch(pattern, name)}
+        result = Renamed(dropped=list(dropped.items()))
+        lookup = {name: (rule.theirs, rule.ours, rule.to_ours) for rule in self.rules for name in rule.theirs}
+        for group, tensors in _renamed(state, [name for name in state if name not in dropped], lookup):
+            if tensors:
+                result.tensors.update(tensors)
+                result.renames.append((" + ".join(group), " + ".join(tensors)))
+            else:
+                result.unknown += group
         return result
 
     def restore(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -132,42 +114,56 @@ class Layout:
         Raises:
             ValueError: A tensor has no name in this layout.
         """
-        lookup = {name: rule for rule in self.rules if not rule.alias for name in rule.ours}
+        rules = [rule for rule in self.rules if not rule.alias]
+        lookup = {name: (rule.ours, rule.theirs, rule.to_theirs) for rule in rules for name in rule.ours}
         result: dict[str, Tensor] = {}
-        done: set[str] = set()
-        for name in state:
-            if name in done:
-                continue
-            template, block = _template(name)
-            rule = lookup.get(template)
-            group = [part.replace("{n}", block) for part in rule.ours] if rule else []
-            if rule is None or any(part not in state for part in group):
-                raise ValueError(f"the tensor {name!r} has no name in the layout of the original.")
-            done.update(group)
-            targets = [part.replace("{n}", block) for part in rule.theirs]
-            result.update(zip(targets, rule.to_theirs([state[part] for part in group]), strict=True))
+        for group, tensors in _renamed(state, state, lookup):
+            if not tensors:
+                raise ValueError(f"the tensor {group[0]!r} has no name in the layout of the original.")
+            result.update(tensors)
         return result
+
+
+def _renamed(
+    state: Mapping[str, Tensor], names: Iterable[str], lookup: Mapping[str, tuple[Any, Any, Any]]
+) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
+    """Yield each group of names with its renamed tensors, or a single name without tensors if no rule applies."""
+    done: set[str] = set()
+    for name in names:
+        if name in done:
+            continue
+        template, block = _template(name)
+        sources, targets, convert = lookup.get(template, ((), (), None))
+        group = [source.replace("{n}", block) for source in sources]
+        if not group or any(source not in state for source in group):
+            yield [name], {}
+            continue
+        done.update(group)
+        tensors = convert([state[source] for source in group])
+        yield group, dict(zip((target.replace("{n}", block) for target in targets), tensors, strict=True))
+
+
+# The names of lists of blocks, such as `transformer.resblocks`, `text_adaptor` and `adaptor`.
+BLOCK = re.compile(r"(?:(?<=\b(?:blocks|layers)\.)|(?<=resblocks\.))\d+(?=\.)|(?<=adaptor\.)[0-3](?=\.)")
 
 
 def _template(name: str) -> tuple[str, str]:
     """Replace the number of the block: `blocks.7.norm1.weight` -> (`blocks.{n}.norm1.weight`, `7`)."""
-    match = re.search(r"(?<=\b(?:blocks|layers)\.)\d+(?=\.)", name)
-    if match is None:
-        # Other names of lists of blocks: `transformer.resblocks`, `text_adaptor` and `adaptor`.
-        match = re.search(r"(?<=resblocks\.)\d+(?=\.)|(?<=adaptor\.)[0-3](?=\.)", name)
-    if match is None:
-        return name, ""
-    return f"{name[: match.start()]}{{n}}{name[match.end() :]}", match[0]
+    match = BLOCK.search(name)
+    return (BLOCK.sub("{n}", name, count=1), match[0]) if match else (name, "")
 
 
-def linear(theirs: str, ours: str) -> tuple[Rule, ...]:
-    """The rules of a module with a weight and a bias."""
-    return tuple(Rule((f"{theirs}.{kind}",), (f"{ours}.{kind}",)) for kind in ("weight", "bias"))
+def linears(theirs: str, ours: str = "") -> tuple[Rule, ...]:
+    """The rules of modules with a weight and a bias.
 
-
-def linears(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
-    """The rules of several modules, see [`linear`]."""
-    return tuple(rule for theirs, ours in pairs for rule in linear(theirs, ours))
+    Args:
+        theirs: Names in the checkpoint, separated by spaces.
+        ours: Names in this package; by default the same.
+    """
+    pairs = zip(theirs.split(), (ours or theirs).split(), strict=True)
+    return tuple(
+        Rule((f"{left}.{kind}",), (f"{right}.{kind}",)) for left, right in pairs for kind in ("weight", "bias")
+    )
 
 
 def unchanged(names: Iterable[str]) -> Layout:

@@ -19,8 +19,8 @@ def resize_clip_positions(positions: Tensor, grid: int, class_tokens: int = 1) -
     side = round(patches.shape[0] ** 0.5)
     if side == grid:
         return positions
-    square = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(square.float(), size=(grid, grid), mode="bicubic", align_corners=True)
+    square = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
+    resized = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=True)
     return torch.cat([special, resized[0].flatten(1).t().to(positions.dtype)])
 
 
@@ -35,18 +35,14 @@ def resize_kernel(kernel: Tensor, patch_size: int) -> Tensor:
 def resize_tower(state: dict[str, Tensor], image_size: int, patch_size: int) -> dict[str, Tensor]:
     """Resize a vision tower's state dict, with the names of this package, to another image size.
 
-    Args:
-        state: `vision_model.*`; other tensors are not changed.
-        image_size: New height and width of an image in pixels.
-        patch_size: New height and width of a patch in pixels.
+    `image_size` and `patch_size` are the new height and width in pixels. Only `vision_model.*` changes.
 
     Raises:
         ValueError: The patch size does not divide the image size.
     """
     if image_size % patch_size:
         raise ValueError(f"image_size {image_size} is not a multiple of the patch size {patch_size}.")
-    grid = image_size // patch_size
-    state = dict(state)
+    grid, state = image_size // patch_size, dict(state)
     eva, clip = "vision_model.pos_embed", "vision_model.embeddings.position_embedding.weight"
     if eva in state:
         state[eva] = resize_position_embedding(state[eva], (grid, grid))

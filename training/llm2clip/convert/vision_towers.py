@@ -40,41 +40,38 @@ class TowerKind:
 
     Attributes:
         name: Name in messages.
-        marks: Names, without the prefix of the tower, that identify its checkpoints.
         layout: Mapping of the names; None if they are those of the transformers class.
+        config: Function that creates the config from sizes.
         patch: Name of the kernel of the patch embedding.
         positions: Name of the position embedding.
-        mlp: Name of the first MLP matrix of the first block.
+        blocks: Name of the list of blocks.
+        mlp: Name of the first MLP matrix of a block.
+        marks: Names, without the prefix of the tower, that identify its checkpoints.
         class_tokens: Number of positions before the patches.
-        config: Function that creates the config from sizes.
     """
 
     name: str
-    marks: tuple[str, ...]
     layout: Layout | None
+    config: Callable[..., PretrainedConfig]
     patch: str
     positions: str
+    blocks: str
     mlp: str
-    class_tokens: int
-    config: Callable[..., PretrainedConfig]
+    marks: tuple[str, ...]
+    class_tokens: int = 1
 
     def sizes(self, shapes: Shapes) -> dict[str, int]:
         """Derive the sizes in the config from the shapes of the tensors."""
         kernel = shapes[self.patch]
         patches = shapes[self.positions][-2] - self.class_tokens
-        block, _, rest = self.mlp.partition("0")
-        layers = sum(name.startswith(block) and name.endswith(rest) for name in shapes)
+        start, end = f"{self.blocks}.", f".{self.mlp}.weight"
         return {
             "hidden_size": kernel[0],
-            "intermediate_size": shapes[self.mlp][0],
-            "num_hidden_layers": layers,
+            "intermediate_size": shapes[f"{start}0{end}"][0],
+            "num_hidden_layers": sum(name.startswith(start) and name.endswith(end) for name in shapes),
             "image_size": round(patches**0.5) * kernel[-1],
             "patch_size": kernel[-1],
         }
-
-
-def _eva02(**sizes: Any) -> PretrainedConfig:
-    return EVA02VisionConfig(**sizes)
 
 
 def _eva(**sizes: Any) -> PretrainedConfig:
@@ -92,102 +89,48 @@ def _siglip(**sizes: Any) -> PretrainedConfig:
     return SiglipVisionConfig(**{"hidden_act": "gelu", "layer_norm_eps": LAYER_NORM_EPS_TIMM, **sizes})
 
 
-_EVA_NAMES = ("patch_embed.proj.weight", "pos_embed")
-_HUB_NAMES = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight")
+_EVA = ("patch_embed.proj.weight", "pos_embed", "blocks")
+_HUB = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight", "encoder.layers")
+_OPENAI = ("conv1.weight", "positional_embedding", "transformer.resblocks")
+_EVA02_MARKS = ("blocks.0.attn.inner_attn_ln.weight", "blocks.0.attn.q_proj.weight")
+_EVA_MARKS = ("blocks.0.attn.qkv.weight", "blocks.0.attn.q_bias")
+_OPENAI_MARKS = ("conv1.weight", "transformer.resblocks.0.attn.in_proj_weight")
+_HUB_EVA02_MARKS = ("encoder.layers.0.self_attn.inner_attn_ln.weight",)
+_SIGLIP_MARKS = ("head.probe", "embeddings.position_embedding.weight")
 
 TOWER_KINDS = (
+    TowerKind("EVA02 (EVA-CLIP names)", layouts.EVA02, EVA02VisionConfig, *_EVA, "mlp.w1", _EVA02_MARKS),
     TowerKind(
-        "EVA02 (EVA-CLIP names)",
-        ("blocks.0.attn.inner_attn_ln.weight", "blocks.0.attn.q_proj.weight"),
-        layouts.EVA02,
-        *_EVA_NAMES,
-        "blocks.0.mlp.w1.weight",
-        1,
-        _eva02,
+        "EVA02 (timm names)", layouts.TIMM_EVA02, EVA02VisionConfig, *_EVA, "mlp.fc1_g", ("blocks.0.mlp.fc1_g.weight",)
     ),
     TowerKind(
-        "EVA02 (timm names)",
-        ("blocks.0.mlp.fc1_g.weight",),
-        layouts.TIMM_EVA02,
-        *_EVA_NAMES,
-        "blocks.0.mlp.fc1_g.weight",
-        1,
-        _eva02,
+        "EVA02 (Hub class EvaCLIPModel)", layouts.HUB_EVA02, EVA02VisionConfig, *_HUB, "mlp.fc1", _HUB_EVA02_MARKS
     ),
-    TowerKind(
-        "EVA02 (Hub class EvaCLIPModel)",
-        ("encoder.layers.0.self_attn.inner_attn_ln.weight",),
-        layouts.HUB_EVA02,
-        *_HUB_NAMES,
-        "encoder.layers.0.mlp.fc1.weight",
-        1,
-        _eva02,
-    ),
-    TowerKind(
-        "EVA (EVA-CLIP names)",
-        ("blocks.0.attn.qkv.weight", "blocks.0.attn.q_bias"),
-        layouts.EVA,
-        *_EVA_NAMES,
-        "blocks.0.mlp.fc1.weight",
-        1,
-        _eva,
-    ),
-    TowerKind(
-        "SigLIP (timm names)",
-        ("attn_pool.latent",),
-        layouts.TIMM_SIGLIP,
-        *_EVA_NAMES,
-        "blocks.0.mlp.fc1.weight",
-        0,
-        _siglip,
-    ),
-    TowerKind(
-        "CLIP ViT (OpenAI names)",
-        ("conv1.weight", "transformer.resblocks.0.attn.in_proj_weight"),
-        layouts.OPENAI,
-        "conv1.weight",
-        "positional_embedding",
-        "transformer.resblocks.0.mlp.c_fc.weight",
-        1,
-        _openai,
-    ),
-    TowerKind(
-        "CLIP ViT (transformers names)",
-        ("pre_layrnorm.weight",),
-        None,
-        *_HUB_NAMES,
-        "encoder.layers.0.mlp.fc1.weight",
-        1,
-        _openai,
-    ),
-    TowerKind(
-        "SigLIP (transformers names)",
-        ("head.probe", "embeddings.position_embedding.weight"),
-        None,
-        *_HUB_NAMES,
-        "encoder.layers.0.mlp.fc1.weight",
-        0,
-        _siglip,
-    ),
+    TowerKind("EVA (EVA-CLIP names)", layouts.EVA, _eva, *_EVA, "mlp.fc1", _EVA_MARKS),
+    TowerKind("SigLIP (timm names)", layouts.TIMM_SIGLIP, _siglip, *_EVA, "mlp.fc1", ("attn_pool.latent",), 0),
+    TowerKind("CLIP ViT (OpenAI names)", layouts.OPENAI, _openai, *_OPENAI, "mlp.c_fc", _OPENAI_MARKS),
+    TowerKind("CLIP ViT (transformers names)", None, _openai, *_HUB, "mlp.fc1", ("pre_layrnorm.weight",)),
+    TowerKind("SigLIP (transformers names)", None, _siglip, *_HUB, "mlp.fc1", _SIGLIP_MARKS, 0),
 )
 TOWER_PREFIXES = ("visual.trunk.", "visual.", "trunk.", "vision_model.", "")
 
 
 def find_tower(shapes: Shapes) -> tuple[TowerKind, str] | None:
     """Find the kind of vision tower in a checkpoint and the prefix of its names; None if there is no tower."""
-    for prefix in TOWER_PREFIXES:
-        for kind in TOWER_KINDS:
-            if all(prefix + mark in shapes for mark in kind.marks):
-                return kind, prefix
-    return None
+    found = (
+        (kind, prefix)
+        for prefix in TOWER_PREFIXES
+        for kind in TOWER_KINDS
+        if all(prefix + mark in shapes for mark in kind.marks)
+    )
+    return next(found, None)
 
 
 def config_of_shapes(kind: TowerKind, shapes: Shapes, given: Mapping[str, Any] | None = None) -> PretrainedConfig:
     """Derive the config of a tower from the shapes of its tensors.
 
     Args:
-        kind: Kind of the tower.
-        shapes: Shapes by name, without the prefix.
+        shapes: Shapes by name, without the prefix of the tower.
         given: Known fields, such as a `vision_config` of transformers. If it is None, fields that cannot be derived
             from shapes are taken from the published config of the same sizes.
 
@@ -212,9 +155,7 @@ def config_of_shapes(kind: TowerKind, shapes: Shapes, given: Mapping[str, Any] |
 def config_of_original(vision: Mapping[str, Any], quick_gelu: bool = False) -> PretrainedConfig:
     """Convert the `vision_cfg` of an original model_configs JSON.
 
-    Args:
-        vision: The `vision_cfg`.
-        quick_gelu: The `quick_gelu` of the JSON; it applies to OpenAI towers.
+    `quick_gelu` is that of the JSON and applies to OpenAI towers.
 
     Raises:
         ValueError: The timm model is unknown.

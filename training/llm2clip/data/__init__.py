@@ -16,30 +16,3 @@ from llm2clip.data.sources import CaptionSource, load_source
 from llm2clip.data.stage2_collator import Stage2Collator
 from llm2clip.data.transforms import EvalTransform, ImageBackend, TrainTransform
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, DamagedImageError, SampleError, decode_image
-
-__all__ = [
-    "DEFAULT_MAX_PIXELS",
-    "CaptionImageDataset",
-    "CaptionSource",
-    "DamagedImageError",
-    "EvalTransform",
-    "ImageBackend",
-    "OnError",
-    "PairBatchSampler",
-    "PairCollator",
-    "PairDataset",
-    "PairSource",
-    "SampleError",
-    "SampleIndex",
-    "SampleIndexBatchSampler",
-    "SkipLog",
-    "SkippedSample",
-    "Stage2Collator",
-    "StreamingCaptionImageDataset",
-    "TrainTransform",
-    "caption_batches",
-    "caption_id",
-    "decode_image",
-    "distinct_captions",
-    "load_source",
-]

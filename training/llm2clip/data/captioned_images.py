@@ -22,7 +22,6 @@ from llm2clip.utils.settings import check_choices
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
 
 logger = logging.getLogger(__name__)
-
 ROW_NUMBER = "__row_number__"
 
 
@@ -80,10 +79,8 @@ class CaptionImageDataset(ConcatenatedTables):
     float32.
 
     Args:
-        sources: One or several sources, which are concatenated.
         eval_transform: The evaluation transform. With None, images are not read and samples have no `pixel_values`.
         train_transform: The training transform; by default the evaluation transform.
-        seed: Seed of the drawn captions and crops.
         on_error: `raise` the error of a damaged image or a row without caption, or return a `SkippedSample` (`skip`),
             which the collator removes and reports.
         max_pixels: Largest width x height of an image to decode.
@@ -111,10 +108,7 @@ class CaptionImageDataset(ConcatenatedTables):
         self.make_sample = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
         with_images = eval_transform is not None
         super().__init__([load_source(source, with_images) for source in self.sources])
-        self.columns = [
-            source_columns(source, table, with_images=with_images)
-            for source, table in zip(self.sources, self.tables, strict=True)
-        ]
+        self.columns = [source_columns(*pair, with_images) for pair in zip(self.sources, self.tables, strict=True)]
 
     def _key(self, number: int, position: int, row: Mapping[str, Any]) -> str:
         column = self.columns[number].key
@@ -172,7 +166,7 @@ class StreamingCaptionImageDataset(IterableDataset):
         self.make_sample = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
         with_images = eval_transform is not None
         self.table = load_source(source, with_images)
-        self.columns = source_columns(source, self.table, with_images=with_images)
+        self.columns = source_columns(source, self.table, with_images)
         self.training, self.seed, self.repeat = training, seed, repeat
         self.shuffle_buffer = shuffle_buffer if training else 0
         self.rank, self.world_size = rank, world_size

@@ -13,7 +13,6 @@ from llm2clip.data.pairs import PairDataset, PairTable
 from llm2clip.data.sampling import EpochBatchSampler, stable_seed
 
 logger = logging.getLogger(__name__)
-
 PLAN_ATTEMPTS = 4
 
 

@@ -48,20 +48,16 @@ class PairCollator:
     ) -> None:
         tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
         if not tokenizer.is_fast:
-            raise ValueError(
-                f"{type(tokenizer).__name__} is not a fast tokenizer; only those report character offsets."
-            )
+            raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; only those have character offsets.")
         if tokenizer.pad_token is None:
             raise ValueError(f"{type(tokenizer).__name__} has no padding token; set tokenizer.pad_token first.")
         max_length = tokenizer.model_max_length if max_length is None else max_length
-        if max_length <= tokenizer.num_special_tokens_to_add():
+        added = tokenizer.num_special_tokens_to_add()
+        if max_length <= added:
             raise ValueError(
-                f"max_length {max_length} leaves no room for a caption beside the prompt's "
-                f"{tokenizer.num_special_tokens_to_add()} tokens."
+                f"max_length {max_length} leaves no room for a caption beside the prompt's {added} tokens."
             )
-        self.tokenizer = tokenizer
-        self.num_prefix_tokens = num_prefix_tokens
-        self.max_length = max_length
+        self.tokenizer, self.num_prefix_tokens, self.max_length = tokenizer, num_prefix_tokens, max_length
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate pairs.

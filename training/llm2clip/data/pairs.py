@@ -196,10 +196,6 @@ class PairDataset(ConcatenatedTables):
     `dataset[index]` takes the first ones. A sample is a dict with `anchor`, `positive`, `negative` (or None),
     `instruction`, `positive_instruction` (or None) and `source`, the label of the source.
 
-    Args:
-        sources: One or several sources.
-        seed: Seed of the drawn texts.
-
     Raises:
         FileNotFoundError, SourceError: If a source cannot be read.
         ValueError: If a source has no usable row.

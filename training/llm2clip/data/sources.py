@@ -38,7 +38,6 @@ COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 # By default, pandas reads "nan", "None" and "NA" as missing cells, but these can be captions ("nan" is a bread).
 CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
 PATH_TYPES = ("string", "large_string")
-BYTES_TYPES = ("binary", "large_binary")
 STREAM_SHARDS = 64
 IMAGE_FOLDER_HINT = " In an image folder, metadata.jsonl, .csv or .parquet must contain the captions, by file_name."
 
@@ -78,9 +77,8 @@ class Source:
         if not isinstance(fields, Mapping):
             raise ValueError(f"A source must be a path or a mapping of {cls.__name__} fields, not {fields!r:.80}.")
         if not fields.get("path"):
-            raise ValueError(
-                f"A {cls.__name__} needs a path, but has only these fields: {', '.join(fields) or 'none'}."
-            )
+            names = ", ".join(fields) or "none"
+            raise ValueError(f"A {cls.__name__} needs a path, but has only these fields: {names}.")
         return build_config(cls, fields, cls.__name__)
 
 
@@ -118,16 +116,13 @@ class CaptionSource(Source):
         if not self.caption_columns:
             raise ValueError(f"The source {self.path} needs at least one caption column.")
         weights = self.caption_weights
-        if weights is not None:
-            if len(weights) != len(self.caption_columns):
-                raise ValueError(
-                    f"caption_weights of {self.path} has {len(weights)} entries for {len(self.caption_columns)} "
-                    "caption_columns; give one weight per column."
-                )
-            if min(weights) < 0 or sum(weights) <= 0:
-                raise ValueError(
-                    f"caption_weights of {self.path} must be non-negative and not all zero, but are {weights}."
-                )
+        if weights is not None and len(weights) != len(self.caption_columns):
+            raise ValueError(
+                f"caption_weights of {self.path} has {len(weights)} entries for {len(self.caption_columns)} "
+                "caption_columns; give one weight per column."
+            )
+        if weights is not None and (min(weights) < 0 or sum(weights) <= 0):
+            raise ValueError(f"caption_weights of {self.path} must be non-negative and not all 0, but are {weights}.")
 
 
 class Columns(NamedTuple):
@@ -140,7 +135,7 @@ class Columns(NamedTuple):
 
 
 def load_source(source: CaptionSource, with_images: bool = True) -> Table:
-    """Open the table of a source with the columns that it uses (see [`source_columns`]) and encoded images.
+    """Open the table of a source. It has the columns that the source uses (see [`source_columns`]) and encoded images.
 
     Args:
         with_images: Include the image column. Without it, formats that allow it do not read the images.
@@ -150,7 +145,7 @@ def load_source(source: CaptionSource, with_images: bool = True) -> Table:
         SourceError: If a column or the split does not exist, or the data cannot be read.
     """
     opened = open_table(source.path, source.name, source.split, source.revision, source.streaming)
-    columns = source_columns(source, opened.table, opened.hint, with_images)
+    columns = source_columns(source, opened.table, with_images, opened.hint)
     used = [column for column in (columns.key, columns.image) if column is not None]
     used += [top_level(opened.table, column) for column in columns.captions]
     table = opened.select(list(dict.fromkeys(used)))
@@ -166,7 +161,7 @@ def first_rows(table: Table, count: int | None) -> Table:
     return table.select(range(min(count, len(table)))) if isinstance(table, datasets.Dataset) else table.take(count)
 
 
-def source_columns(source: CaptionSource, table: Table, hint: str = "", with_images: bool = True) -> Columns:
+def source_columns(source: CaptionSource, table: Table, with_images: bool = True, hint: str = "") -> Columns:
     """Find the columns of a source in its table.
 
     Raises:
@@ -298,27 +293,22 @@ def _builder_arguments(path: str, place: Path, split: str) -> dict[str, Any]:
     if place.is_dir():
         return {"path": str(place)}
     if "://" in path or place.is_file():
-        return _file_arguments(path, [path if "://" in path else str(place)], split)
-    if glob.has_magic(path):
+        files = [path if "://" in path else str(place)]
+    elif glob.has_magic(path):
         files = sorted(file for file in glob.glob(str(place), recursive=True) if os.path.isfile(file))
         if not files:
             raise FileNotFoundError(f"No file matches {path!r} (in {os.getcwd()}).")
-        return _file_arguments(path, files, split)
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and _suffix(path) not in FORMATS:
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and _suffix(path) not in FORMATS:
         return {"path": path}
-    raise FileNotFoundError(
-        f"There is no file or folder {path!r} (in {os.getcwd()}), and it is not the id of a data set on the Hub, "
-        "which has the form owner/name."
-    )
-
-
-def _file_arguments(path: str, files: list[str], split: str) -> dict[str, Any]:
+    else:
+        raise FileNotFoundError(
+            f"There is no file or folder {path!r} (in {os.getcwd()}), and it is not the id of a data set on the Hub, "
+            "which has the form owner/name."
+        )
     suffixes = {_suffix(file) for file in files}
     if len(suffixes) != 1 or not suffixes <= set(FORMATS):
-        raise SourceError(
-            f"The files of {path} must have one format out of {', '.join(FORMATS)}, but they end in "
-            f"{', '.join(sorted(repr(suffix) for suffix in suffixes))}."
-        )
+        endings = ", ".join(sorted(map(repr, suffixes)))
+        raise SourceError(f"The files of {path} must have one format out of {', '.join(FORMATS)}, not {endings}.")
     builder, options = FORMATS[suffixes.pop()]
     return {"path": builder, "data_files": dict.fromkeys(split_names(split), files), **options}
 
@@ -347,7 +337,7 @@ def keep_encoded(table: Table, column: str, folders: list[str], path: str) -> Ta
     feature = table.features[column]
     dtype = feature.dtype if isinstance(feature, datasets.Value) else None
     is_record = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
-    if not (isinstance(feature, datasets.Image) or is_record or dtype in PATH_TYPES + BYTES_TYPES):
+    if not (isinstance(feature, datasets.Image) or is_record or dtype in (*PATH_TYPES, "binary", "large_binary")):
         raise SourceError(f"Column {column!r} of {path} contains {feature}, not images (encoded bytes or paths).")
     if dtype in PATH_TYPES:
         features = table.features.copy()

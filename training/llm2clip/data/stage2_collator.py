@@ -20,7 +20,6 @@ class EmbeddingLookup(Protocol):
 
     def lookup(self, captions: Sequence[str], dtype: torch.dtype | None = torch.float32) -> Tensor:
         """Look up the embeddings of captions, `(captions, hidden_size)`; `dtype=None` keeps the stored dtype."""
-        ...
 
 
 class Stage2Collator:
@@ -93,10 +92,8 @@ class Stage2Collator:
         image_processor = getattr(self.processor, "image_processor", None)
         if image_processor is None:
             raise ValueError("Rows with an image need Stage2Collator(processor=...) with an image processor.")
-        images = [
-            decode_image(image, str(row.get("key", number)))
-            for number, (row, image) in enumerate(zip(rows, _column(rows, "image"), strict=True))
-        ]
+        keys = [str(row.get("key", number)) for number, row in enumerate(rows)]
+        images = list(map(decode_image, _column(rows, "image"), keys))
         return {"pixel_values": image_processor(images=images, return_tensors="pt")["pixel_values"]}
 
     def _captions(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -126,6 +123,5 @@ def _column(rows: Sequence[dict[str, Any]], name: str) -> list[Any]:
 
 
 def _pad(rows: list[Any], value: int, side: str = "right") -> Tensor:
-    return pad_sequence(
-        [torch.as_tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side
-    )
+    tensors = [torch.as_tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)

@@ -156,8 +156,7 @@ class TrainTransform:
     ) -> None:
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"The crop scale must be two ascending numbers in (0, 1], not {tuple(scale)}.")
-        self.scale = list(scale)
-        self.ratio = list(ratio)
+        self.scale, self.ratio = list(scale), list(ratio)
         self.size = output_size(image_processor)
         settings = image_processor.to_dict()
         self.factor = settings["rescale_factor"] if settings.get("do_rescale", True) else 1.0
@@ -191,7 +190,7 @@ def output_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
         ValueError: If they depend on the image.
     """
     settings = image_processor.to_dict()
-    size = dict(settings["crop_size"]) if settings.get("do_center_crop") else dict(settings["size"])
+    size = dict(settings["crop_size" if settings.get("do_center_crop") else "size"])
     if {"height", "width"} <= set(size):
         return size["height"], size["width"]
     raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from llm2clip.demo.space import WHOLE_MODEL, write_space
 from llm2clip.search.image_sets import FolderImages, IndexedImages, TableImages, is_dataset
 from llm2clip.search.vector_index import require_faiss
 from llm2clip.utils.repos import RepoKind, inspect_repo
+from llm2clip.utils.settings import setting
 
 QUICKSTART_MODEL = "runs/quickstart/llm2clip"
 
@@ -20,44 +21,25 @@ QUICKSTART_MODEL = "runs/quickstart/llm2clip"
 class DemoConfig:
     """Settings of `llm2clip demo`."""
 
-    model: str = field(default=QUICKSTART_MODEL, metadata={"help": "Hub id or folder of the model."})
-    compare: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a second model, shown beside the first."}
+    model: str = setting(QUICKSTART_MODEL, "Hub id or folder of the model.")
+    compare: str | None = setting(None, "Hub id or folder of a second model, shown beside the first.")
+    data: str | None = setting(
+        None,
+        "Images to search: a folder of images, or path or Hub id of a data set; by default the bundled test split.",
     )
-    data: str | None = field(
-        default=None,
-        metadata={
-            "help": "Images to search: a folder of images, or the path or Hub id of a data set; by default the "
-            "bundled test split."
-        },
+    split: str = setting("test", "Data set: split.")
+    caption_column: str | None = setting(
+        None, "Data set: column of image names; by default caption, txt, text or none."
     )
-    split: str = field(default="test", metadata={"help": "Data set: split."})
-    caption_column: str | None = field(
-        default=None,
-        metadata={"help": "Data set: column of the images' names; by default caption, txt or text, if any."},
-    )
-    cache_dir: str = field(
-        default="runs/demo", metadata={"help": "Folder of the search indexes, which the next start uses again."}
-    )
-    host: str | None = field(
-        default=None,
-        metadata={"help": "Address to listen on, such as 0.0.0.0; by default only this machine can connect."},
-    )
-    port: int | None = field(default=None, metadata={"help": "Port; by default the first free port from 7860 on."})
-    write_space: str | None = field(
-        default=None, metadata={"help": "Write the demo as a Space for the Hub into this folder, and do not serve it."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace an existing folder of --write-space."})
+    cache_dir: str = setting("runs/demo", "Folder of the search indexes, which the next start uses again.")
+    host: str | None = setting(None, "Address to listen on, e.g. 0.0.0.0; by default only this machine can connect.")
+    port: int | None = setting(None, "Port; by default the first free port from 7860 on.")
+    write_space: str | None = setting(None, "Write the demo into this folder as a Space for the Hub; do not serve it.")
+    overwrite: bool = setting(False, "Replace an existing folder of --write-space.")
 
 
 def run(config: DemoConfig) -> dict[str, Any]:
-    """Embed the images and serve the page until interrupted, or write a Space.
-
-    Args:
-        config: The settings.
-
-    Returns:
-        The folder of the Space, or an empty dict.
+    """Embed the images and serve the page until interrupted, or write a Space and return its folder.
 
     Raises:
         FileExistsError: The folder of the Space exists.
@@ -73,18 +55,23 @@ def run(config: DemoConfig) -> dict[str, Any]:
     if config.write_space:
         write_space(Path(config.write_space), config.model, config.overwrite)
         return {"space": config.write_space}
-    # Missing libraries are reported before a large model is loaded, which takes minutes.
-    import gradio  # noqa: F401
+    # Here, so that missing libraries are reported before a large model is loaded, which takes minutes.
+    from llm2clip.demo.interface import CSS, THEME, build_interface
 
     require_faiss()
-
     cache_dir = Path(config.cache_dir)
-    names = [config.model, *([config.compare] if config.compare else [])]
+    names = [name for name in (config.model, config.compare) if name]
     for name in names:
         inspect_repo(name).require(RepoKind.JOINT, hint=WHOLE_MODEL)
     images = open_images(config)
     galleries = [(name, Gallery.open(name, images, cache_dir)) for name in names]
-    serve(config, galleries, cache_dir)
+    page = build_interface(galleries, config.data is None, cache_dir / "examples")
+    _, address, _ = page.launch(
+        server_name=config.host, server_port=config.port, share=False, theme=THEME, css=CSS, footer_links=[],
+        ssr_mode=False, pwa=False, quiet=True, prevent_thread_lock=True,
+    )  # fmt: skip
+    print(f"The demo is at {address} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
     return {}
 
 
@@ -97,16 +84,3 @@ def open_images(config: DemoConfig) -> IndexedImages:
     if is_dataset(path) or captioned:
         return TableImages(path, split=config.split, caption_column=config.caption_column)
     return FolderImages(path, exclude=[Path(config.cache_dir)])
-
-
-def serve(config: DemoConfig, galleries: list[tuple[str, Gallery]], cache_dir: Path) -> None:
-    """Serve the page until interrupted."""
-    from llm2clip.demo.interface import CSS, build_interface, theme
-
-    page = build_interface(galleries, config.data is None, cache_dir / "examples")
-    _, address, _ = page.launch(
-        server_name=config.host, server_port=config.port, share=False, theme=theme(), css=CSS, footer_links=[],
-        ssr_mode=False, pwa=False, quiet=True, prevent_thread_lock=True,
-    )  # fmt: skip
-    print(f"The demo is at {address} (Ctrl-C ends it)", flush=True)
-    page.block_thread()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -28,15 +27,8 @@ MAP_WIDTH = 448
 QUERY = "query"
 
 
-@dataclass(frozen=True)
-class ShownImage:
-    """An image on the page.
-
-    Attributes:
-        image: The image, in RGB.
-        name: Its caption, or its file's path; empty if it has neither.
-        score: Cosine similarity with the query.
-    """
+class ShownImage(NamedTuple):
+    """An RGB image, its caption or file (empty if it has neither), and its cosine similarity with the query."""
 
     image: Image.Image
     name: str
@@ -51,7 +43,6 @@ class Gallery:
 
     Args:
         model: The model, with its LLM.
-        processor: Its processor.
         images: The images. Captions are displayed as names; they do not influence the scores.
         cache_dir: Folder of the indexes.
 
@@ -70,13 +61,7 @@ class Gallery:
 
     @classmethod
     def open(cls, name: str, images: IndexedImages, cache_dir: Path) -> Gallery:
-        """Load a model and update its index of the images.
-
-        Args:
-            name: Hub id or folder of the model.
-            images: The images.
-            cache_dir: Folder of the indexes.
-        """
+        """Load a model from the Hub or a folder, and update its index of the images."""
         model = LLM2CLIPModel.from_pretrained(name).to(process_state().device).eval()
         return cls(model, AutoProcessor.from_pretrained(name), images, cache_dir)
 
@@ -87,21 +72,21 @@ class Gallery:
         """Return the first image with this caption."""
         captions = self.index.rows["caption"] if "caption" in self.index.rows.column_names else []
         row = next((row for row, caption in enumerate(captions) if caption == name), None)
-        return None if row is None else self._images.load(self._result(self.index.rows[row], 1.0))
+        if row is None:
+            return None
+        return self._images.load(SearchResult.from_row(self.index.rows[row], 1.0, self.index.manifest))
 
     def search(self, query: str | Image.Image, top: int = 12) -> list[ShownImage]:
         """Find the images most similar to a caption or to another image, best first.
 
-        Args:
-            query: A caption, or an RGB image.
-            top: Number of images. Images that have been removed since the start are left out.
+        Images that have been removed since the start are left out.
 
         Raises:
             ValueError: The caption is empty, or the image is too narrow to be resized.
         """
         found = []
         for score, row in self.index.search(self._embed(query)[None].numpy(), top)[0]:
-            result = self._result(row, score)
+            result = SearchResult.from_row(row, score, self.index.manifest)
             image = self._images.load(result)
             if image is not None:
                 name = result.caption if result.path is None else result.key
@@ -109,15 +94,12 @@ class Gallery:
         return found
 
     def classify(self, image: Image.Image, labels: Sequence[str], template: str = "{}") -> dict[str, float]:
-        """Classify an image without training (zero-shot).
+        """Classify an image without training (zero-shot): probabilities of the labels, which sum to one.
 
         Args:
             image: An RGB image.
             labels: The possible labels; duplicates are ignored.
             template: A caption with `{}` in place of the label.
-
-        Returns:
-            The probability of each label, in their order; the probabilities sum to one.
 
         Raises:
             ValueError: There are fewer than two labels, or the template lacks `{}`.
@@ -134,10 +116,6 @@ class Gallery:
 
     def heat_map(self, image: Image.Image, caption: str) -> tuple[Image.Image, Image.Image, Tensor]:
         """Compare the patches of an image with a caption.
-
-        Args:
-            image: An RGB image.
-            caption: The caption.
 
         Returns:
             The part of the image that the tower sees, the same with the heat map over it, and the cosine similarity of
@@ -156,11 +134,8 @@ class Gallery:
             return self.model.encode_text([query], self.processor)[0]
         return torch.from_numpy(self._embedder.embed(query, QUERY))
 
-    def _result(self, row: dict[str, Any], score: float) -> SearchResult:
-        return SearchResult.from_row(row, score, self.index.manifest)
-
     def _key(self, images: IndexedImages) -> str:
         """Identify the images and the model, with the settings that the manifest of an index does not record."""
         settings = [self.processor.image_processor.to_dict(), self.model.config.vision_config.to_dict()]
-        parts = [images.describe(), self._embedder.fingerprint(), *settings]
+        parts = [images.source, self._embedder.fingerprint(), *settings]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

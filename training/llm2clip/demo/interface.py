@@ -6,7 +6,7 @@ import functools
 import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import gradio as gr
 from PIL import Image
@@ -43,18 +43,16 @@ CSS = """
 .found .caption-label { text-align: center; white-space: normal; line-height: 1.2; min-height: 2.6rem; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
 """
-
+# With the fonts of the visitor's system.
+THEME = gr.themes.Base(
+    primary_hue="indigo", neutral_hue="slate", radius_size="md", font=["system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+)  # fmt: skip
 
 # The path of an example, or what gradio passes for an uploaded file with `preprocess=False`.
 Picture: TypeAlias = str | dict[str, Any] | None
-
-
-class ExamplePicture(NamedTuple):
-    """An example picture: its file, labels one per line, and a caption."""
-
-    path: str
-    labels: str
-    caption: str
+# Path of an example picture, labels for it (one per line), and its caption.
+ExamplePicture: TypeAlias = tuple[str, str, str]
 
 
 def build_interface(galleries: Sequence[tuple[str, Gallery]], examples: bool, example_dir: Path) -> gr.Blocks:
@@ -83,17 +81,6 @@ def build_interface(galleries: Sequence[tuple[str, Gallery]], examples: bool, ex
     return page
 
 
-def theme() -> gr.themes.Base:
-    """Return the theme of the page, with the fonts of the visitor's system."""
-    return gr.themes.Base(
-        primary_hue="indigo",
-        neutral_hue="slate",
-        radius_size="md",
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-    )
-
-
 def _head(name: str, gallery: Gallery) -> str:
     facts = [name, *_facts(gallery.model), f"{len(gallery):,} images"]
     return (
@@ -103,19 +90,13 @@ def _head(name: str, gallery: Gallery) -> str:
 
 
 def _facts(model: LLM2CLIPModel) -> list[str]:
-    millions = [
-        sum(parameter.numel() for parameter in part.parameters()) / 1e6
-        for part in (model.text_model, model.vision_model)
-    ]
     text, vision = model.config.text_config.decoder_config.model_type, model.config.vision_config.model_type
+    millions = [part.num_parameters() / 1e6 for part in (model.text_model, model.vision_model)]
     return [f"LLM: {text}, {millions[0]:,.0f} M parameters", f"vision: {vision}, {millions[1]:,.0f} M"]
 
 
 def _search_tab(gallery: Gallery, examples: bool) -> tuple[Callable[..., Any], gr.Textbox, gr.Gallery]:
     """Build the tab; returns the search function with its input and output components."""
-
-    def by_text(query: str) -> Any:
-        return _results(gallery.search(query))
 
     def by_image(picture: Picture) -> Any:
         return _results(gallery.search(_decode(picture))) if picture else gr.skip()
@@ -136,7 +117,7 @@ def _search_tab(gallery: Gallery, examples: bool) -> tuple[Callable[..., Any], g
                 "search. Names are displayed but not searched. The language model determines which languages work.",
                 elem_classes="note",
             )
-    search = _shown(by_text)
+    search = _shown(lambda query: _results(gallery.search(query)))
     gr.on([button.click, query.submit], search, query, found, api_name="search")
     image.input(_shown(by_image), image, found, api_name="search_by_image", preprocess=False)
     if examples:
@@ -168,8 +149,8 @@ def _classify_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
     if examples is not None:
 
         def classify_example(index: int) -> tuple[Any, ...]:
-            picture = pictures[index]
-            return picture.path, picture.labels, "{}", classify(picture.path, picture.labels, "{}")
+            path, labels, _ = pictures[index]
+            return path, labels, "{}", classify(path, labels, "{}")
 
         examples.click(_shown(classify_example), examples, [*inputs, probabilities], api_visibility="private")
 
@@ -204,8 +185,8 @@ def _heat_map_tab(gallery: Gallery, pictures: list[ExamplePicture]) -> None:
     if examples is not None:
 
         def map_example(index: int) -> tuple[Any, ...]:
-            picture = pictures[index]
-            return picture.path, picture.caption, *heat_map(picture.path, picture.caption)
+            path, _, caption = pictures[index]
+            return path, caption, *heat_map(path, caption)
 
         examples.click(_shown(map_example), examples, [*inputs, *outputs], api_visibility="private")
 
@@ -217,10 +198,6 @@ def _compare_tab(galleries: Sequence[tuple[str, Gallery]], examples: bool) -> No
             "`--compare runs/quickstart/stage2-raw` is a model whose LLM was not fine-tuned in stage 1."
         )
         return
-
-    def compare(query: str) -> list[Any]:
-        return [_results(gallery.search(query, 9)) for _, gallery in galleries]
-
     with gr.Row(equal_height=True):
         query = gr.Textbox(label="Caption", scale=5, elem_id="compare_query")
         button = gr.Button("Compare", variant="primary", scale=1, elem_id="compare_button")
@@ -231,7 +208,7 @@ def _compare_tab(galleries: Sequence[tuple[str, Gallery]], examples: bool) -> No
             with gr.Column():
                 gr.Markdown(f"**{name}**  \n{' · '.join(_facts(gallery.model))}")
                 outputs.append(_found_gallery(f"compare_{index}", 3))
-    search = _shown(compare)
+    search = _shown(lambda query: [_results(gallery.search(query, 9)) for _, gallery in galleries])
     gr.on([button.click, query.submit], search, query, outputs, api_name="compare")
     if examples:
         with examples_at:
@@ -267,15 +244,13 @@ def _example_queries(query: gr.Textbox, outputs: Any, search: Callable[..., Any]
 
 def _example_pictures(pictures: list[ExamplePicture]) -> gr.Dataset:
     return gr.Dataset(
-        components=[gr.Image(visible=False, type="filepath")], samples=[[picture.path] for picture in pictures],
+        components=[gr.Image(visible=False, type="filepath")], samples=[[path] for path, _, _ in pictures],
         type="index", label="Examples", elem_classes="examples",
     )  # fmt: skip
 
 
 def _results(found: Sequence[ShownImage]) -> Any:
-    pairs = [
-        (shown.image, f"{shown.score:.2f} · {shown.name}" if shown.name else f"{shown.score:.2f}") for shown in found
-    ]
+    pairs = [(image, f"{score:.2f} · {name}" if name else f"{score:.2f}") for image, name, score in found]
     return gr.update(value=pairs, selected_index=None)
 
 
@@ -294,7 +269,7 @@ def _save_examples(gallery: Gallery, folder: Path) -> list[ExamplePicture]:
         if image is not None:
             path = folder / f"{name.replace(' ', '-')}.png"
             image.save(path)
-            pictures.append(ExamplePicture(str(path), labels, caption))
+            pictures.append((str(path), labels, caption))
     return pictures
 
 

@@ -23,7 +23,6 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
     Args:
         destination: The folder.
         model: Hub id, or a folder, which is copied.
-        overwrite: Replace an existing Space.
 
     Raises:
         FileExistsError: The destination exists.
@@ -32,7 +31,12 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
     bundled = Path(model).is_dir()
     if bundled:
         inspect_repo(model).require(RepoKind.JOINT, hint=WHOLE_MODEL)
-        _require_bundled_llm(model)
+        llm = AutoConfig.from_pretrained(model).text_model_name_or_path
+        if llm is not None and Path(llm).is_dir():
+            raise ValueError(
+                f"the LLM of {model} is in another folder ({llm}), which the Space would not contain; save the model "
+                "with its LLM, or push both to the Hub and give the Hub id of the model."
+            )
     with atomic_folder(destination, overwrite, marks=("app.py",)) as folder:
         for name in FILES:
             template = _packaged("llm2clip.hub_configs") / "space" / name
@@ -47,15 +51,6 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
             shutil.copyfile(_packaged("llm2clip.example_data") / name, target)
         if bundled:
             shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
-
-
-def _require_bundled_llm(model: str) -> None:
-    llm = AutoConfig.from_pretrained(model).text_model_name_or_path
-    if llm is not None and Path(llm).is_dir():
-        raise ValueError(
-            f"the LLM of {model} is in another folder ({llm}), which the Space would not contain; save the model with "
-            "its LLM, or push both to the Hub and give the Hub id of the model."
-        )
 
 
 def _packaged(package: str) -> Path:

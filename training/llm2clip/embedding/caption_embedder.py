@@ -63,10 +63,9 @@ class CaptionEmbedder:
     def embed(
         self, captions: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool | None = None
     ) -> Tensor:
-        """Embed captions of any length.
+        """Embed captions of any length; one string counts as a list of one.
 
         Args:
-            captions: The captions; one string counts as a list of one.
             batch_size: Largest number of captions per forward pass. Captions are grouped by length, and a batch has
                 at most 512 tokens on a CPU, 16,384 elsewhere; the default is as many as these allow.
             show_progress_bar: `False` hides the progress bar.

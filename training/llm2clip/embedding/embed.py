@@ -85,8 +85,7 @@ def embed_into_cache(
 
     Args:
         captions: Distinct captions.
-        embedder: The text tower; `name` is its name in messages.
-        folder: The cache.
+        embedder, name: The text tower, and its name in messages.
         config: Batch size and format.
         state: The processes that share the work.
 

@@ -34,7 +34,6 @@ class ImageList:
         self.images = images
 
     def decode(self, row: int, decode: Decoder) -> Any:
-        """See [`ImageSet.decode`]."""
         return decode(self.images[row], self.key(row), DEFAULT_MAX_PIXELS)
 
     def key(self, row: int) -> str:
@@ -88,8 +87,7 @@ def forward_images(
     Args:
         dataset: Samples: mappings with model inputs, or `SkippedSample`.
         forward: The model, called with the stacked tensors of a batch, on the CPU.
-        batch_size: Images per forward pass.
-        num_workers: Worker processes that read and prepare images; 0 prepares them in this process.
+        batch_size, num_workers: Images per forward pass, and worker processes that prepare images (0 for none).
         description, show: Title of the progress bar, and whether there is one.
     """
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=stack_inputs)

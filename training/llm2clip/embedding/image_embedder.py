@@ -45,7 +45,7 @@ class ImageEmbedder:
 
     Args:
         model: The vision half, or a model with its LLM, in evaluation mode.
-        name, revision: Hub id or absolute folder of the model, and branch, tag or commit on the Hub.
+        name, revision: Hub id or folder of the model, and branch, tag or commit on the Hub.
         image_backend: Library that decodes and resizes images; see `EvalTransform`.
     """
 
@@ -75,9 +75,7 @@ class ImageEmbedder:
         """Load an LLM2CLIP model.
 
         Args:
-            name: Hub id or folder.
-            revision: Branch, tag or commit on the Hub.
-            image_backend: Library that decodes and resizes images.
+            name, revision, image_backend: See [`ImageEmbedder`].
             with_llm: Load the whole model, whose LLM embeds captions; the default loads the vision half only.
             device: Device of the model; the default is a GPU if there is one.
 
@@ -126,11 +124,9 @@ class ImageEmbedder:
 
         Args:
             images, rows: The images, and the numbers of those to embed.
-            batch_size: Images per forward pass.
-            num_workers: Worker processes that read and decode; 0 decodes in this process.
+            batch_size, num_workers, show_progress_bar: See [`embed_images`].
             part_size: Rows per part, a multiple of `batch_size`; the default is a single part.
             on_error: `raise` for an image that cannot be embedded, or `skip` it: its row has a reason.
-            show_progress_bar: `False` hides the progress bar.
         """
         prepared = PreparedImages(images, rows, self.transform, on_error)
         show = show_progress_bar is not False

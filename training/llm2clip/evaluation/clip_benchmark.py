@@ -78,9 +78,6 @@ def load_clip(
         cache_dir: Folder of downloads.
         device: Device of the model.
 
-    Returns:
-        The model, the image transform and the tokenizer.
-
     Raises:
         ValueError: The repository is another kind of model, the image processor returns more than `pixel_values`, or
             `pretrained` is given with a folder.
@@ -114,10 +111,10 @@ def register() -> None:
 
 def main() -> None:
     """Run the command of CLIP_benchmark, with the model type `llm2clip`."""
-    register()
-    from clip_benchmark.cli import main as clip_benchmark_main
+    from clip_benchmark import cli
 
-    clip_benchmark_main()
+    register()
+    cli.main()
 
 
 if __name__ == "__main__":

@@ -21,15 +21,13 @@ from llm2clip.utils.settings import check_choices, setting
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel
 
-Task = Literal["retrieval", "caption_retrieval"]
-
 
 @dataclass
 class EvaluateConfig:
     """Settings of an evaluation."""
 
     model: str = setting("", "The model: Hub id or folder.")
-    task: Task = setting(
+    task: Literal["retrieval", "caption_retrieval"] = setting(
         "retrieval",
         "retrieval: between images and captions, of an LLM2CLIP model. caption_retrieval: between two captions of one "
         "image, of a text tower or of the LLM of an LLM2CLIP model.",

@@ -46,23 +46,15 @@ def patch_similarity(model: LLM2CLIPModel, pixel_values: Tensor, text_embeds: Te
 
 
 def seen_part(image: Image.Image, image_processor: BaseImageProcessor) -> Image.Image:
-    """Return the part of an image that a vision tower sees, resized and cropped, in its colours.
-
-    Args:
-        image: An RGB image.
-        image_processor: Image processor of the tower.
-    """
+    """Return the part of an RGB image that a vision tower sees, resized and cropped, in its colours."""
     pixels = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
     return Image.fromarray(pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
 def draw_heat_map(picture: Image.Image, similarity: Tensor, width: int) -> Image.Image:
-    """Draw a heat map over a greyscale picture: blue is the lowest value, red the highest.
+    """Draw a heat map `(rows, columns)` over a picture of [`seen_part`] in grey, from blue (lowest) to red (highest).
 
-    Args:
-        picture: The picture, from [`seen_part`].
-        similarity: `(rows, columns)`.
-        width: Width of the result in pixels.
+    The result is `width` pixels wide.
     """
     size = (width, round(width * picture.height / picture.width))
     smooth = F.interpolate(similarity[None, None], size=size[::-1], mode="bicubic")[0, 0]

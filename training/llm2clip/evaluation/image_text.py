@@ -84,13 +84,10 @@ class ImageTextRetrieval:
         """
         owners: dict[int, list[int]] = {}
         for position, row in enumerate(rows):
-            for identity in dict.fromkeys(caption_id(text) for text in self.image_captions[row]):
+            for identity in {caption_id(text) for text in self.image_captions[row]}:
                 owners.setdefault(identity, []).append(position)
-        pairs = [
-            (text, image)
-            for text, caption in enumerate(self.captions)
-            for image in owners.get(caption_id(caption), [])
-        ]
+        found = [(text, owners.get(caption_id(caption), [])) for text, caption in enumerate(self.captions)]
+        pairs = [(text, image) for text, images in found for image in images]
         return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
 
     def __call__(
@@ -114,12 +111,11 @@ class ImageTextRetrieval:
             See `retrieval_metrics`.
         """
         image_embeds, rows = self.embed_images(model, batch_size, num_workers, show_progress_bar)
-        matches = self.matches(rows)
+        texts, images = self.matches(rows).unbind(1)
         # A caption all of whose images were skipped has no correct answer left.
-        kept = matches[:, 0].unique()
+        kept, texts = texts.unique(return_inverse=True)
         text_embeds = self.embed_captions(model, embed)[kept]
-        matches = torch.stack([torch.searchsorted(kept, matches[:, 0].contiguous()), matches[:, 1]], dim=1)
-        return retrieval_metrics(image_embeds, text_embeds, matches)
+        return retrieval_metrics(image_embeds, text_embeds, torch.stack([texts, images], dim=1))
 
     def embed_images(
         self, model: LLM2CLIPModel, batch_size: int = 64, num_workers: int = 0, show_progress_bar: bool = False

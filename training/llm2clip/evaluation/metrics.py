@@ -67,7 +67,7 @@ def retrieval_metrics(
         matches: (p, 2) int64, pairs of a text index and an image index. Every text needs one; an image without any is
             a wrong candidate for every text, and is not a query.
         ks: Values of k. A k above the number of candidates gives a recall of 1.
-        tile_size: Number of queries per tile.
+        tile_size: See [`rank_of_best_match`].
 
     Returns:
         `recall@K` (0 to 1), `mean_rank` and `median_rank` (from 1; the mean of two middle ranks is rounded down, as in
@@ -75,8 +75,7 @@ def retrieval_metrics(
         `num_texts`, `num_images` and `num_images_with_text`.
 
     Raises:
-        ValueError: A text has no match, an index is out of range, an embedding is not finite, or the shapes do not
-            match.
+        ValueError: A text has no match; otherwise as [`rank_of_best_match`].
     """
     text_to_image, image_to_text = _ranks(text_embeds, image_embeds, matches, tile_size, ("text", "image"))
     asking = matches[:, 1].unique().cpu()
@@ -108,8 +107,7 @@ def caption_retrieval_metrics(
         `recall@K` (0 to 1), `mean_rank` and `median_rank` (from 1), `num_queries` and `num_targets`.
 
     Raises:
-        ValueError: A query has no target, an index is out of range, an embedding is not finite, or the shapes do not
-            match.
+        ValueError: A query has no target; otherwise as [`rank_of_best_match`].
     """
     if matches is None:
         if len(query_embeds) != len(target_embeds):
@@ -127,8 +125,7 @@ class _Ranks(NamedTuple):
 
     Attributes:
         ahead: Wrong candidates that score higher.
-        tied_wrong: Wrong candidates with the same score.
-        tied_right: Correct candidates with the same score; at least 1 for a query with a correct candidate.
+        tied_wrong, tied_right: Wrong and correct candidates with the same score.
     """
 
     ahead: Tensor

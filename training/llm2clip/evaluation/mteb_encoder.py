@@ -82,7 +82,6 @@ class LLM2CLIPEncoder(AbsEncoder):
 
         Args:
             inputs: Batches with `text`, `image` or both.
-            task_metadata: The task, for errors.
             kwargs: `batch_size` and `show_progress_bar`; other arguments of mteb have no effect.
 
         Returns:

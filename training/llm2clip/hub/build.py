@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,14 +76,8 @@ class BuildConfig:
             raise ValueError(f"an example caption is empty: {self.example_captions}.")
         if (self.license_name or self.license_link) and self.license != "other":
             raise ValueError("license_name and license_link require license: other.")
-        check_metadata(
-            {
-                **{name: getattr(self, name) for name in LICENSE_FIELDS},
-                "language": self.languages,
-                "datasets": self.datasets,
-                "base_model": self.base_models,
-            }
-        )
+        metadata = {"language": self.languages, "datasets": self.datasets, "base_model": self.base_models}
+        check_metadata({**{name: getattr(self, name) for name in LICENSE_FIELDS}, **metadata})
 
 
 def build_folder(model: str | Path, destination: str | Path, **settings: Any) -> dict[str, Any]:
@@ -109,12 +102,7 @@ def build_folder(model: str | Path, destination: str | Path, **settings: Any) ->
 
 
 def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dict[str, Any]:
-    """Run `llm2clip build`; see [`build_folder`].
-
-    Args:
-        config: The settings.
-        evaluations: Results for the card, in addition to those of `config.results`.
-    """
+    """Run `llm2clip build`; see [`build_folder`]. `evaluations` is added to the results on the card."""
     if config.config_only:
         return count_parameters(config.model, config.revision)
     if not config.model or not config.destination:
@@ -126,12 +114,7 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     repo = inspect_repo(config.model, config.revision).require(*OURS)
     folder_of_source = source_folder(config)
     card = source_card(config, folder_of_source)
-    source = SourceModel.load(
-        repo,
-        text_model=config.text_model,
-        bundle_text_model=config.bundle_text_model,
-        merge_adapter=config.merge_adapter,
-    )
+    source = SourceModel.load(repo, config.text_model, config.bundle_text_model, config.merge_adapter)
     with atomic_folder(destination, config.overwrite) as folder:
         source.save(folder)
         difference = source.compare(folder, example or sample_picture(), config.example_captions or list(CAPTIONS))
@@ -155,8 +138,10 @@ def count_parameters(model: str, revision: str | None = None) -> dict[str, Any]:
         else:
             built = LLM2CLIPModel(LLM2CLIPConfig.from_dict(repo.config))
             parts = {name: module for name, module in built.named_children() if module is not None}
-    counts = {name: sum(value.numel() for value in module.parameters()) for name, module in parts.items()}
-    return {**counts, "parameters": sum(value.numel() for value in built.parameters())}
+    return {
+        name: sum(value.numel() for value in module.parameters())
+        for name, module in {**parts, "parameters": built}.items()
+    }
 
 
 def _open_picture(path: str | None) -> Image.Image | None:
@@ -172,7 +157,7 @@ def _refer_to_code(folder: Path, repo: str) -> None:
     """Remove the code from a folder and refer to the repo that contains it."""
     for path in folder.glob("*config.json"):
         fields = read_json(path)
-        referring = _with_code_repo(copy.deepcopy(fields), repo)
+        referring = _with_code_repo(fields, repo)
         if referring != fields:
             write_json(path, referring)
     for path in folder.glob("*.py"):

@@ -47,9 +47,8 @@ def read_results(path: Path) -> Evaluation:
 
 def source_folder(config: BuildConfig) -> Path:
     """The folder of the source's card and training history; for a Hub id, a snapshot of these files."""
-    folder = Path(config.model)
-    if folder.is_dir():
-        return folder
+    if Path(config.model).is_dir():
+        return Path(config.model)
     files = [CARD, CURVES, HISTORY]
     folder = Path(snapshot_download(config.model, revision=config.revision, allow_patterns=files))
     if not (folder / CARD).is_file():
@@ -75,9 +74,7 @@ def copy_curves(source: Path, folder: Path) -> bool:
     if (source / CURVES).is_file():
         shutil.copy(source / CURVES, folder / CURVES)
         return True
-    if (source / HISTORY).is_file():
-        return write_curves(folder, read_json(source / HISTORY)["log_history"])
-    return False
+    return (source / HISTORY).is_file() and write_curves(folder, read_json(source / HISTORY)["log_history"])
 
 
 def write_built_card(
@@ -88,16 +85,7 @@ def write_built_card(
     has_curves: bool,
     folder: Path,
 ) -> None:
-    """Write the card of a built folder.
-
-    Args:
-        config: Settings of the build.
-        source: The model.
-        card: Front matter and text of the source's card.
-        results: Evaluation results.
-        has_curves: Whether the folder contains training curves.
-        folder: The folder.
-    """
+    """Write the card of a built folder; `card` is front matter and text of the source's card."""
     data, text = card
     license_fields: dict[str, Any] = {name: getattr(config, name) or data.get(name) for name in LICENSE_FIELDS}
     facts = CardFacts(

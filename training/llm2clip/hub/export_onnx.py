@@ -62,8 +62,7 @@ class VisionGraph(nn.Module):
 
     def __init__(self, model: LLM2CLIPModel | LLM2CLIPVisionModelWithProjection, image_size: tuple[int, int]) -> None:
         super().__init__()
-        self.model = model
-        self.image_size = image_size
+        self.model, self.image_size = model, image_size
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return _unit(self.model.get_image_features(pixel_values.to(self.model.dtype)))
@@ -124,10 +123,10 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
             path = folder / f"{part}_model.onnx"
             graph = VisionGraph(model, _image_size(config, model)) if part == "vision" else TextGraph(model)
             logger.info("%s: tracing", path.name)
-            result[f"{part}_difference"] = _export(graph, path, config.dtype)
+            result[f"{part}_difference"] = difference = f"{_export(graph, path, config.dtype):.1e}"
             size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
-            logger.info("%s: %.0f MB, differs from torch by %.1e", path.name, size / 1e6, result[f"{part}_difference"])
-    return {**{key: f"{value:.1e}" for key, value in result.items()}, "written": str(destination)}
+            logger.info("%s: %.0f MB, differs from torch by %s", path.name, size / 1e6, difference)
+    return {**result, "written": str(destination)}
 
 
 def _require_libraries() -> None:
@@ -178,20 +177,15 @@ def _image_size(config: ExportOnnxConfig, model: Any) -> tuple[int, int]:
 
 def _export(graph: VisionGraph | TextGraph, path: Path, dtype: str) -> float:
     """Write a graph; returns the largest difference of its output from torch in float32."""
-    generator_state = torch.get_rng_state()
-    torch.manual_seed(0)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         traced, others = graph.example(2), [graph.example(batch) for batch in (1, 5)]
-        with torch.inference_mode():
-            expected = [graph(*inputs) for inputs in others]
-        module = graph if dtype == "float32" else copy.deepcopy(graph).to(getattr(torch, dtype))
-        _write(module, traced, path, _metadata(graph))
-    finally:
-        torch.set_rng_state(generator_state)
-    difference = max(
-        (actual - wanted).abs().max().item()
-        for actual, wanted in zip(_run(path, list(graph.inputs), others), expected, strict=True)
-    )
+    with torch.inference_mode():
+        expected = [graph(*inputs) for inputs in others]
+    module = graph if dtype == "float32" else copy.deepcopy(graph).to(getattr(torch, dtype))
+    _write(module, traced, path, _metadata(graph))
+    found = _run(path, list(graph.inputs), others)
+    difference = max((actual - wanted).abs().max().item() for actual, wanted in zip(found, expected, strict=True))
     # Not `>`, which is false for NaN.
     if not difference <= TOLERANCE[dtype]:
         raise ValueError(
@@ -203,8 +197,8 @@ def _export(graph: VisionGraph | TextGraph, path: Path, dtype: str) -> float:
 def _metadata(graph: VisionGraph | TextGraph) -> dict[str, str]:
     """Scale and bias that turn cosines into logits; they are not part of the graphs."""
     scale, bias = (getattr(graph.model, name, None) for name in ("logit_scale", "logit_bias"))
-    metadata = {} if scale is None else {"logit_scale": repr(scale.exp().item())}
-    return metadata if bias is None else {**metadata, "logit_bias": repr(bias.item())}
+    values = {"logit_scale": None if scale is None else scale.exp(), "logit_bias": bias}
+    return {name: repr(value.item()) for name, value in values.items() if value is not None}
 
 
 def _write(graph: VisionGraph | TextGraph, inputs: tuple[Tensor, ...], path: Path, metadata: dict[str, str]) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import huggingface_hub
@@ -12,8 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 # The Hub client lets the connection errors of its HTTP library through and has no public class for them: httpx in
 # huggingface_hub 1, httpx2 in huggingface_hub 2.
-HTTP_LIBRARY = "httpx" if huggingface_hub.__version__.startswith("1.") else "httpx2"
-HTTPError: Any = importlib.import_module(HTTP_LIBRARY).HTTPError
+HTTPError: Any = import_module("httpx" if huggingface_hub.__version__.startswith("1.") else "httpx2").HTTPError
 
 NEXT_STEPS = {
     400: "the Hub rejects this request: correct what it names (branch, file or the card's metadata) and push again",
@@ -35,10 +34,9 @@ def explained(repo_id: str) -> Iterator[None]:
     try:
         yield
     except (OSError, HTTPError, HFValidationError, RuntimeError) as error:
-        message = explanation(error, repo_id)
-        if message is None:
-            raise
-        raise ValueError(message) from error
+        if message := explanation(error, repo_id):
+            raise ValueError(message) from error
+        raise
 
 
 def explanation(error: BaseException, repo_id: str) -> str | None:
@@ -51,7 +49,10 @@ def explanation(error: BaseException, repo_id: str) -> str | None:
     if isinstance(error, HFValidationError):
         return f"{repo_id!r} is not a valid repo name: {error}"
     if isinstance(error, HfHubHTTPError):
-        return f"{repo_id}: {_next_step(error)}."
+        status = http_status(error)
+        reason = str(getattr(error, "server_message", None) or error).strip().splitlines()[-1]
+        other = "the Hub had an internal error: push again later" if status >= 500 else "the Hub refuses this request"
+        return f"{repo_id}: {NEXT_STEPS.get(status, other)} (HTTP {status}: {reason})."
     if isinstance(error, (HTTPError, ConnectionError)):
         reason = str(error) or type(error).__name__
         return f"{repo_id}: the connection broke ({reason}); push again: files that were uploaded are not sent twice."
@@ -61,10 +62,3 @@ def explanation(error: BaseException, repo_id: str) -> str | None:
 def http_status(error: HfHubHTTPError) -> int:
     """The HTTP status of an error; 0 if the Hub did not answer."""
     return error.response.status_code if error.response is not None else 0
-
-
-def _next_step(error: HfHubHTTPError) -> str:
-    status = http_status(error)
-    reason = str(getattr(error, "server_message", None) or error).strip().splitlines()[-1]
-    other = "the Hub had an internal error: push again later" if status >= 500 else "the Hub refuses this request"
-    return f"{NEXT_STEPS.get(status, other)} (HTTP {status}: {reason})"

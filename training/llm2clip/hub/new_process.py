@@ -93,23 +93,16 @@ def outputs_of_new_process(
         options: dict[str, Any] = {"env": environment, "cwd": scratch, "capture_output": True, "text": True}
         done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False, **options)
         if done.returncode != 0:
-            raise RuntimeError(
-                f"{folder} does not load in a new process without this package:\n{done.stderr.strip()[-2000:]}"
-            )
+            output = done.stderr.strip()[-2000:]
+            raise RuntimeError(f"{folder} does not load in a new process without this package:\n{output}")
         return load_file(task["output"])
 
 
 def compare_with_new_process(folder: Path, expected: dict[str, Tensor], *inputs: Any, **loading: Any) -> float:
-    """Compare the outputs of a folder in a new process with those of the model that was saved.
+    """Compare the outputs of a folder in a new process with those of the model that was saved, `expected`.
 
-    Args:
-        folder: The folder.
-        expected: Outputs of the model that was saved; see [`outputs_of_new_process`].
-        inputs: An image or None, captions, and LLM embeddings or None.
-        loading: Arguments of `from_pretrained`.
-
-    Returns:
-        The largest difference, relative to the largest entry.
+    `inputs` and `loading` are those of [`outputs_of_new_process`]. Returns the largest difference, relative to the
+    largest entry.
 
     Raises:
         RuntimeError: The folder does not load, or its outputs differ.

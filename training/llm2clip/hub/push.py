@@ -19,7 +19,6 @@ from llm2clip.utils.settings import build_config, setting
 
 logger = logging.getLogger(__name__)
 
-# The last sentence of messages about a folder that is incomplete.
 BUILD_FIRST = "build it first: llm2clip build MODEL FOLDER"
 
 
@@ -62,12 +61,7 @@ def push_folder(folder: str | Path, repo_id: str, **settings: Any) -> dict[str, 
 
 
 def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
-    """Run `llm2clip push`; see [`push_folder`].
-
-    Args:
-        config: The settings.
-        api: Client of the Hub; by default that of the environment with its token.
-    """
+    """Run `llm2clip push`; see [`push_folder`]. `api` is a client to use instead of a new one."""
     if not config.folder or not config.repo_id:
         raise ValueError("give a folder and a repo: llm2clip push FOLDER OWNER/NAME")
     folder = Path(config.folder)
@@ -80,8 +74,11 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
         raise ValueError(
             f"--create-pr opens a pull request against main; omit --revision {config.revision}, or --create-pr."
         )
-    if config.validate:
-        _validate(folder, repo)
+    if config.validate and any("--" in target for target in repo.config["auto_map"].values()):
+        logger.info("the code of %s is in another repo, so the folder is not loaded before the upload", folder)
+    elif config.validate:
+        logger.info("loading %s here and in a new process", folder)
+        validate_folder(folder)
     uploader = Uploader(config.repo_id, revision=config.revision, create_pr=config.create_pr, api=api)
     # None leaves the visibility of a new repo to the default of its owner.
     url = uploader.create_repo(private=config.private or None)
@@ -134,8 +131,7 @@ def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = set(read_json(index)["weight_map"].values())
-        missing = sorted(shards - {path.name for path in weights})
-        if missing:
+        if missing := sorted(shards - {path.name for path in weights}):
             raise FileNotFoundError(f"{folder} lacks {len(missing)} of its shards: {', '.join(missing[:3])}.")
 
 
@@ -145,11 +141,3 @@ def _processor_files(kind: RepoKind) -> list[tuple[str, ...]]:
     if kind is RepoKind.TEXT_TOWER:
         return [tokenizer]
     return [images] if kind is RepoKind.VISION_HALF else [tokenizer, images]
-
-
-def _validate(folder: Path, repo: Repo) -> None:
-    if any("--" in target for target in repo.config["auto_map"].values()):
-        logger.info("the code of %s is in another repo, so the folder is not loaded before the upload", folder)
-        return
-    logger.info("loading %s here and in a new process", folder)
-    validate_folder(folder)

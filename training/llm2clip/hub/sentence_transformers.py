@@ -35,15 +35,9 @@ def write_sentence_transformers_files(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     modalities = _modalities(folder)
-    text_alone = list(modalities) == ["text"]
-    modules = [("", f"{MODULES}.transformer.Transformer")]
-    if not text_alone:
-        modules.append((NORMALIZE_FOLDER, f"{MODULES}.normalize.Normalize"))
+    modules = [{"idx": 0, "name": "0", "path": "", "type": f"{MODULES}.transformer.Transformer"}]
     files: dict[str, Any] = {
-        "modules.json": [
-            {"idx": index, "name": str(index), "path": path, "type": kind}
-            for index, (path, kind) in enumerate(modules)
-        ],
+        "modules.json": modules,
         "sentence_bert_config.json": {
             "transformer_task": "feature-extraction",
             "modality_config": modalities,
@@ -56,11 +50,10 @@ def write_sentence_transformers_files(folder: str | Path) -> list[Path]:
             "similarity_fn_name": "cosine",
         },
     }
-    if not text_alone:
-        files[f"{NORMALIZE_FOLDER}/config.json"] = {
-            "module_input_name": "sentence_embedding",
-            "module_output_name": "sentence_embedding",
-        }
+    if "image" in modalities:
+        modules.append({"idx": 1, "name": "1", "path": NORMALIZE_FOLDER, "type": f"{MODULES}.normalize.Normalize"})
+        names = dict.fromkeys(("module_input_name", "module_output_name"), "sentence_embedding")
+        files[f"{NORMALIZE_FOLDER}/config.json"] = names
     for name, content in files.items():
         write_json(folder / name, content)
     return [folder / name for name in files]

@@ -40,7 +40,6 @@ class SourceModel:
     def load(
         cls,
         repo: Repo,
-        *,
         text_model: str | None = None,
         bundle_text_model: bool | None = None,
         merge_adapter: bool | None = None,
@@ -100,12 +99,10 @@ class SourceModel:
         Raises:
             RuntimeError: The folder does not load there, or its outputs differ.
         """
-        model, processor, expected = self.model, self.processor, dict[str, Tensor]()
-        texts = captions if self.with_captions else []
-        embeds, loading = None, dict[str, Any]()
-        has_vision = self.task != TEXT_TASK
-        image_processor = getattr(processor, "image_processor", processor)
-        tokenizer = getattr(processor, "tokenizer", processor)
+        model, expected, loading = self.model, dict[str, Tensor](), dict[str, Any]()
+        texts, embeds, has_vision = captions if self.with_captions else [], None, self.task != TEXT_TASK
+        image_processor = getattr(self.processor, "image_processor", self.processor)
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
         with torch.inference_mode():
             if has_vision:
                 pixels = image_processor(images=[picture], return_tensors="pt").to(model.dtype)
@@ -134,13 +131,6 @@ def _is_merged(tower: LLM2CLIPTextModel, merge_adapter: bool | None) -> bool:
 
 
 def validate_folder(folder: Path) -> float:
-    """Load a built folder here and in a new process without this package, and compare the outputs.
-
-    Returns:
-        The largest difference, relative to the largest entry.
-
-    Raises:
-        RuntimeError: The folder does not load in the new process, or its outputs differ.
-    """
+    """Load a built folder and compare the outputs with those in a new process; see [`SourceModel.compare`]."""
     source = SourceModel.load(inspect_repo(folder).require(*OURS), merge_adapter=False)
     return source.compare(folder, sample_picture(), list(CAPTIONS))

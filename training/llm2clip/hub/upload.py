@@ -8,18 +8,10 @@ from __future__ import annotations
 import fnmatch
 import logging
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from huggingface_hub import (
-    CommitOperation,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    RepoUrl,
-    hf_hub_download,
-)
+from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi, RepoUrl, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from llm2clip.hub.cards.card import CARD, merge_cards, split_card, with_repo
@@ -48,15 +40,8 @@ IGNORED = (
 RENEWED = ("tags", "base_model", "datasets", "model-index", "widget")
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A branch of a repo at its newest commit.
-
-    Attributes:
-        is_new: Whether the branch does not exist yet; it will start from main.
-        commit: The newest commit of the branch, or of main.
-        files: Paths of the files in it.
-    """
+class Snapshot(NamedTuple):
+    """A branch at its newest commit; a branch that does not exist yet is new, and starts from that of main."""
 
     is_new: bool
     commit: str | None
@@ -109,10 +94,6 @@ class Uploader:
     def prepare(self, model_type: str, private: bool | None = None) -> RepoUrl:
         """Create repo and branch and check write access, so that a long run fails at its start and not at its end.
 
-        Args:
-            model_type: `model_type` of the model that will be uploaded.
-            private: See [`create_repo`].
-
         Raises:
             ValueError: The repo contains something else, see [`upload`].
         """
@@ -130,11 +111,7 @@ class Uploader:
             return self._read_card(self._snapshot())
 
     def upload(self, folder: Path, message: str) -> dict[str, Any]:
-        """Upload a folder in one commit. The repo has to exist.
-
-        Args:
-            folder: A saved model with its card; it is not changed.
-            message: Message of the commit.
+        """Upload a saved model with its card in one commit. The repo has to exist.
 
         Returns:
             `commit`, `files`, `megabytes`, and `pull_request` if one was opened.
@@ -199,8 +176,7 @@ class Uploader:
     def _refuse_other_model(self, snapshot: Snapshot, model_type: str) -> None:
         config = self._download(snapshot, "config.json")
         if config is None:
-            others = [name for name in snapshot.files if name not in FRESH]
-            if others:
+            if others := [name for name in snapshot.files if name not in FRESH]:
                 raise ValueError(
                     f"{self.repo_id} contains {', '.join(others[:3])}{' and more' if len(others) > 3 else ''}, but no "
                     "config.json, so it is not an earlier push of this model; push to another repo."
@@ -242,16 +218,12 @@ class Uploader:
             return local
         merged = merge_cards(theirs, local)
         ours, result = split_card(local)[0], split_card(merged)[0]
-        kept = [key for key, value in ours.items() if result[key] != value and key not in RENEWED]
-        if kept:
+        if kept := [key for key, value in ours.items() if result[key] != value and key not in RENEWED]:
             logger.warning("the card on the Hub keeps its own %s; change it there", ", ".join(kept))
         return merged
 
 
 def _local_files(folder: Path) -> dict[str, Path]:
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_file() and not any(fnmatch.fnmatch(part, kind) for part in name.parts for kind in IGNORED):
-            found[name.as_posix()] = path
-    return found
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    ignored = {name for name in files for part in name.parts for kind in IGNORED if fnmatch.fnmatch(part, kind)}
+    return {name.as_posix(): path for name, path in files.items() if name not in ignored}

@@ -11,5 +11,3 @@ The losses compute the logits in tiles of rows; only small logits matrices are e
 from llm2clip.losses.contrastive import clip_loss, hard_negative_info_nce, info_nce
 from llm2clip.losses.sigmoid import sigmoid_loss
 from llm2clip.losses.tiles import DEFAULT_TILE_SIZE
-
-__all__ = ["DEFAULT_TILE_SIZE", "clip_loss", "hard_negative_info_nce", "info_nce", "sigmoid_loss"]

@@ -47,13 +47,11 @@ def info_nce(
     Raises:
         ValueError: If a query has no correct key or shapes do not match.
     """
-    if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1]:
+    if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1] or not len(queries) or not len(keys):
         raise ValueError(
-            f"info_nce needs queries (n, d) and keys (m, d) of equal width d, but got {tuple(queries.shape)} and "
-            f"{tuple(keys.shape)}."
+            "info_nce needs queries (n, d) and keys (m, d) of equal width d, at least one of each, but got "
+            f"{tuple(queries.shape)} and {tuple(keys.shape)}."
         )
-    if len(queries) == 0 or len(keys) == 0:
-        raise ValueError(f"info_nce needs at least one query and one key, but got {len(queries)} and {len(keys)}.")
     if isinstance(positives, Tensor):
         _check_columns(positives, len(queries), len(keys))
         pairs = single_positives(positives)
@@ -140,14 +138,12 @@ def hard_negative_info_nce(
             "hard_negative_info_nce needs queries and positives of the same shape (n, d), but got "
             f"{tuple(queries.shape)} and {tuple(positives.shape)}."
         )
-    candidates = positives
-    if negatives is not None:
-        if negatives.ndim != 2 or negatives.shape[1] != queries.shape[1]:
-            raise ValueError(
-                f"hard_negative_info_nce needs negatives of shape (any, {queries.shape[1]}), the width of the "
-                f"queries, but got {tuple(negatives.shape)}."
-            )
-        candidates = torch.cat([positives, negatives])
+    if negatives is not None and (negatives.ndim != 2 or negatives.shape[1] != queries.shape[1]):
+        raise ValueError(
+            f"hard_negative_info_nce needs negatives of shape (any, {queries.shape[1]}), as wide as the queries, "
+            f"but got {tuple(negatives.shape)}."
+        )
+    candidates = positives if negatives is None else torch.cat([positives, negatives])
     counts = exchange_counts([len(queries), len(candidates)], queries.device)
     total = sum(size for size, _ in counts)
     if total == 0:

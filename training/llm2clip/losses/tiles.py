@@ -134,8 +134,13 @@ class _Columns:
         self.sum_of_exp, self.sum_of_logits, self.positive_logits, self.num_positives = keys.new_zeros(4, len(keys))
         self.num_rows = 0
 
-    def add(self, logits: Tensor, row_maxima: Tensor, by_rows: Tensor) -> None:
-        """Add the normalizers of a tile; `by_rows` is `exp(logits - row_maxima)` and may be overwritten."""
+    def add(
+        self, logits: Tensor, row_maxima: Tensor, by_rows: Tensor, columns: Tensor, positives: Tensor, smoothing: float
+    ) -> None:
+        """Add a tile: its logits, and the columns and logits of its matches.
+
+        `by_rows` is `exp(logits - row_maxima)` and may be overwritten.
+        """
         tile_maximum, top = logits.amax(dim=0), row_maxima.max()
         maximum = torch.maximum(self.maximum, tile_maximum)
         if top - tile_maximum.min() < SHARED_EXPONENTIALS:
@@ -144,11 +149,8 @@ class _Columns:
             sum_of_exp = torch.sub(logits, maximum, out=by_rows).exp_().sum(dim=0)
         self.sum_of_exp = self.sum_of_exp * (self.maximum - maximum).exp() + sum_of_exp
         self.maximum = maximum
-
-    def add_target(self, logits: Tensor, columns: Tensor, positive_logits: Tensor, smoothing: float) -> None:
-        """Add the target logits of a tile."""
-        self.positive_logits.index_add_(0, columns, positive_logits)
-        self.num_positives.index_add_(0, columns, torch.ones_like(positive_logits))
+        self.positive_logits.index_add_(0, columns, positives)
+        self.num_positives.index_add_(0, columns, torch.ones_like(positives))
         if smoothing:
             self.sum_of_logits += logits.sum(dim=0)
         self.num_rows += len(logits)
@@ -211,8 +213,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 row_losses[start:stop] = sum_of_exp.log() + (maximum - target)
                 row_maxima[start:stop], row_sums[start:stop] = maximum, sum_of_exp
                 if columns is not None:
-                    columns.add(logits, maximum, exponentials)
-                    columns.add_target(logits, cols, positive_logits, smoothing)
+                    columns.add(logits, maximum, exponentials, cols, positive_logits, smoothing)
             loss = row_losses.sum()
             column_tensors: list[Tensor | None] = [None, None, None]
             if columns is not None:

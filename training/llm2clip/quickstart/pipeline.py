@@ -41,11 +41,7 @@ TOWERS = {"raw": "raw", "stage1": "stage-1"}
 
 
 class Quickstart:
-    """A run of the quickstart.
-
-    Args:
-        config: The settings.
-    """
+    """A run of the quickstart."""
 
     def __init__(self, config: QuickstartConfig) -> None:
         self.config = config
@@ -63,46 +59,21 @@ class Quickstart:
         settings = {name: recipe | {"seed": config.seed} for name, recipe in self.profile.items()}
         weights = {"llm": config.llm, "vision_model": config.vision_model}
         self.weights = step("weights", "1/8 Weights of the LLM and the vision tower", weights, self._weights)
-        step(
-            "raw",
-            "2/8 Caption retrieval with the raw LLM",
-            {"prompt": self._prompt(), **data},
-            self._raw_tower,
-            after=("weights",),
-            folder=self.towers["raw"],
-        )
-        step(
-            "stage1",
-            "3/8 Stage 1: caption contrastive fine-tuning",
-            settings["stage1"],
-            self._stage1,
-            after=("raw",),
-            folder=self.towers["stage1"],
-        )
-        for name, title in TOWERS.items():
-            step(
-                f"embed-{name}",
-                f"4/8 Embedding all captions with the {title} LLM",
-                data,
-                partial(self._embed, name),
-                after=(name,),
-                folder=self._cache(name),
-            )
-        step(
-            "before", "5/8 Image retrieval before training", settings["stage2"], self._before, after=("embed-stage1",)
-        )
-        for number, (name, title) in enumerate(TOWERS.items()):
-            step(
-                f"stage2-{name}",
-                f"{6 + number}/8 Stage 2: vision alignment with the {title} LLM",
-                settings["stage2"],
-                partial(self._stage2, name),
-                after=(f"embed-{name}",),
-                folder=self._stage2_folder(name),
-            )
+        title, raw_settings = "2/8 Caption retrieval with the raw LLM", {"prompt": self._prompt(), **data}
+        step("raw", title, raw_settings, self._raw_tower, after="weights", folder=self.towers["raw"])
+        title = "3/8 Stage 1: caption contrastive fine-tuning"
+        step("stage1", title, settings["stage1"], self._stage1, after="raw", folder=self.towers["stage1"])
+        for name, llm in TOWERS.items():
+            title, embed = f"4/8 Embedding all captions with the {llm} LLM", partial(self._embed, name)
+            step(f"embed-{name}", title, data, embed, after=name, folder=self._cache(name))
+        title = "5/8 Image retrieval before training"
+        step("before", title, settings["stage2"], self._before, after="embed-stage1")
+        for number, (name, llm) in enumerate(TOWERS.items(), 6):
+            title, train = f"{number}/8 Stage 2: vision alignment with the {llm} LLM", partial(self._stage2, name)
+            folder = self._stage2_folder(name)
+            step(f"stage2-{name}", title, settings["stage2"], train, after=f"embed-{name}", folder=folder)
         final = self.folder / "llm2clip"
-        title = "8/8 The Hub-ready folder"
-        step("final", title, {}, partial(self._final, final), after=("stage2-stage1",), folder=final)
+        step("final", "8/8 The Hub-ready folder", {}, partial(self._final, final), after="stage2-stage1", folder=final)
         all_settings = {**asdict(config), **self.profile, **data, **self.weights}
         results = collect_results(self.ledger, self.data, all_settings, final, time.monotonic() - start)
         write_json(self.folder / "results.json", results)
@@ -155,11 +126,8 @@ class Quickstart:
         }
         config = build_config(Stage1Config, recipe, f"stage1 of the profile {self.config.profile}")
         metrics = run_stage1.run(config, resume=resume)
-        return {
-            "metrics": metrics,
-            "history": read_history(folder),
-            "caption_retrieval": self._caption_retrieval(folder),
-        }
+        retrieval = self._caption_retrieval(folder)
+        return {"metrics": metrics, "history": read_history(folder), "caption_retrieval": retrieval}
 
     def _embed(self, name: str, resume: bool) -> dict[str, Any]:
         tower = str(self.towers[name])
@@ -173,8 +141,7 @@ class Quickstart:
         return {"num_captions": manifest.num_captions, "num_truncated": manifest.num_truncated}
 
     def _stage2_config(self, name: str) -> Stage2Config:
-        data = self.data
-        recipe = dict(self.profile["stage2"])
+        data, recipe = self.data, dict(self.profile["stage2"])
         weights = recipe.pop("caption_weights", None)
         source = asdict(data.source(data.train, data.caption_columns))
         if weights is not None and len(weights) == len(data.caption_columns):
@@ -204,14 +171,9 @@ class Quickstart:
         metrics = run_stage2.run(config, resume=resume)
         model = LLM2CLIPModel.from_pretrained(config.output_dir, text_model=False)
         processor = AutoProcessor.from_pretrained(config.output_dir)
-        columns = [self.data.query_column]
-        if name == "stage1":
-            columns += self.data.translations.values()
-        return {
-            "metrics": metrics,
-            "history": read_history(self._stage2_folder(name)),
-            "retrieval": self._retrieval(model, processor, name, columns),
-        }
+        columns = [self.data.query_column, *(self.data.translations.values() if name == "stage1" else [])]
+        retrieval = self._retrieval(model, processor, name, columns)
+        return {"metrics": metrics, "history": read_history(self._stage2_folder(name)), "retrieval": retrieval}
 
     def _retrieval(self, model: Any, processor: Any, cache: str, columns: list[str]) -> dict[str, Any]:
         model.to(process_state().device).eval()

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch.nn import functional as F
@@ -21,7 +20,7 @@ from llm2clip.data import CaptionSource, EvalTransform
 from llm2clip.embedding import EmbeddingCache
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
-from llm2clip.quickstart.tables import CAPTION_SETS, percent
+from llm2clip.quickstart.tables import caption_table, image_table
 from llm2clip.search.top_k import top_k
 from llm2clip.utils.files import write_text
 from modeling_llm2clip import LLM2CLIPModel
@@ -43,12 +42,10 @@ pre { background: #f3f5f8; padding: 1rem; overflow: auto; font-size: .8rem; }
 
 
 def write_report(path: Path, results: dict[str, Any], folder: Path, source: CaptionSource) -> None:
-    """Write the report.
+    """Write the report of the run in `folder` to the HTML file `path`.
 
     Args:
-        path: The HTML file.
         results: Content of `results.json`.
-        folder: The run's folder, with the final model and the caches.
         source: The test split with its query captions.
     """
     model: Any = LLM2CLIPModel.from_pretrained(folder / "llm2clip", text_model=False)
@@ -64,11 +61,11 @@ def write_report(path: Path, results: dict[str, Any], folder: Path, source: Capt
         f"Vision tower: {_text(settings['vision_model'])}. Data: {_text(settings['data'])}.</p>",
         "<h2>Caption retrieval</h2>",
         "<p class='note'>Share of texts whose paired text is among the first 1, 5 or 10 of all candidates, in %.</p>",
-        _caption_table(results["caption_retrieval"]),
+        _table(*caption_table(results["caption_retrieval"])),
         "<h2>Image retrieval on unseen concepts</h2>",
         "<p class='note'>Recall at 1, 5 and 10, in %. No test caption occurs in training. If a caption belongs to "
         "several images, each of them is correct.</p>",
-        _image_table(results["image_retrieval"]),
+        _table(*image_table(results["image_retrieval"])),
         "<h2>Training</h2>",
         f"<img class='plot' alt='loss curves' src='{_plot(results['history'])}'>",
         "<h2>Retrieved images</h2>",
@@ -90,27 +87,14 @@ def _text(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _caption_table(rows: dict[str, Any]) -> str:
-    names = [name for name in CAPTION_SETS if name in next(iter(rows.values()))]
-    counts = {name: next(iter(rows.values()))[name]["num_queries"] for name in names}
-    head = "".join(
-        f"<th>{CAPTION_SETS[name]}<br><span class='note'>{counts[name]} queries</span></th>" for name in names
-    )
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{_text(column)}</th>" for column in columns).replace("\n", "<br>")
     body = "".join(
-        f"<tr><td>{_text(row)}</td>" + "".join(f"<td>{percent(sets[name], '')}</td>" for name in names) + "</tr>"
-        for row, sets in rows.items()
+        f"<tr{' class=best' if row[0] == 'stage 2, stage-1 LLM' else ''}>"
+        + "".join(f"<td>{_text(cell)}</td>" for cell in row)
+        + "</tr>"
+        for row in rows
     )
-    return f"<table><thead><tr><th>text encoder</th>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _image_table(rows: dict[str, Any]) -> str:
-    body = "".join(
-        f"<tr{' class=best' if row == 'stage 2, stage-1 LLM' else ''}><td>{_text(row)}</td>"
-        f"<td>{percent(metrics, 'text_to_image_')}</td><td>{percent(metrics, 'image_to_text_')}</td>"
-        f"<td>{metrics['num_texts']}</td><td>{metrics['num_images']}</td></tr>"
-        for row, metrics in rows.items()
-    )
-    head = "".join(f"<th>{name}</th>" for name in ("model", "text → image", "image → text", "captions", "images"))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -121,9 +105,8 @@ def _plot(history: dict[str, list[dict[str, float]]]) -> str:
     for name, log in history.items():
         axis = axes[0] if name == "stage1" else axes[1]
         points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-        if not points:
-            continue
-        axis.plot(*zip(*points, strict=True), label=titles[name], marker="." if len(points) < 30 else None)
+        if points:
+            axis.plot(*zip(*points, strict=True), label=titles[name], marker="." if len(points) < 30 else None)
     for axis, title in zip(axes, ("Stage 1: caption contrastive loss", "Stage 2: image-text loss"), strict=True):
         axis.set(title=title, xlabel="step", ylabel="loss")
         axis.grid(alpha=0.3)
@@ -133,16 +116,14 @@ def _plot(history: dict[str, list[dict[str, float]]]) -> str:
 
 
 def _figure(figure: Figure) -> str:
-    FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _thumbnail(image: Image.Image, size: int = THUMBNAIL) -> str:
-    small = image.copy()
-    small.thumbnail((size, size))
-    buffer = io.BytesIO()
+def _thumbnail(image: Image.Image) -> str:
+    small, buffer = image.copy(), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
     small.save(buffer, "WEBP", quality=80)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -170,11 +151,7 @@ def _queries(model: LLM2CLIPModel, retrieval: ImageTextRetrieval, cache: Embeddi
 
 @torch.no_grad()
 def _patch_maps(
-    model: LLM2CLIPModel,
-    processor: Any,
-    retrieval: ImageTextRetrieval,
-    cache: EmbeddingCache,
-    seed: int,
+    model: LLM2CLIPModel, processor: Any, retrieval: ImageTextRetrieval, cache: EmbeddingCache, seed: int
 ) -> str:
     rows = _sample(4 * NUM_MAPS, len(retrieval.images), seed + 1)
     chosen = [row for row in rows if retrieval.image_captions[row]][:NUM_MAPS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,7 @@ from llm2clip.quickstart.ledger import Ledger
 def collect_results(
     ledger: Ledger, data: QuickstartData, settings: dict[str, Any], model: Path, seconds: float
 ) -> dict[str, Any]:
-    """Collect the results of all steps.
-
-    Args:
-        ledger: The finished steps.
-        data: The data set.
-        settings: Settings of the run.
-        model: Folder of the final model.
-        seconds: Duration of this run.
-    """
+    """Collect the results of all steps of a run that took `seconds` and wrote the folder `model`."""
     steps = {name: step["result"] for name, step in ledger.steps.items()}
     trained = steps["stage2-stage1"]["retrieval"]
     image_rows = {
@@ -65,8 +58,5 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 
 def _processor_name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()

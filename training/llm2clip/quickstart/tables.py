@@ -13,26 +13,22 @@ RECALLS = ("recall@1", "recall@5", "recall@10")
 
 
 def print_tables(results: dict[str, Any]) -> None:
-    """Print the results of a run, each with the number of queries and candidates that it was measured on.
-
-    Args:
-        results: Content of `results.json`.
-    """
+    """Print the content of `results.json`, results with the number of queries and candidates."""
     console = Console()
     console.print()
-    console.print(_caption_table(results["caption_retrieval"]))
-    console.print(_image_table(results["image_retrieval"]))
-    settings = results["settings"]
-    machine = results["machine"]
+    _print_table(console, "Caption retrieval, R@1 / 5 / 10 in %", *caption_table(results["caption_retrieval"]))
+    title = "Image retrieval on unseen concepts, R@1 / 5 / 10 in %"
+    _print_table(console, title, *image_table(results["image_retrieval"]))
+    settings, machine = results["settings"], results["machine"]
     console.print(
         f"profile {settings['profile']}, seed {settings['seed']}; LLM {settings['llm']}; vision tower "
         f"{settings['vision_model']}; {machine['threads']} threads of {machine['processor']}",
         style="dim",
         highlight=False,
     )
-    reused = results["reused_steps"]
+    reused = ", ".join(results["reused_steps"])
     if reused:
-        console.print(f"reused from an earlier run: {', '.join(reused)}", style="dim", highlight=False)
+        console.print(f"reused from an earlier run: {reused}", style="dim", highlight=False)
     folder = Path(results["model"]).parent
     console.print(
         f"\n{folder / 'report.html'}  curves, queries and pictures\n{folder / 'results.json'}  every number\n"
@@ -42,34 +38,35 @@ def print_tables(results: dict[str, Any]) -> None:
     )
 
 
-def _caption_table(rows: dict[str, Any]) -> Table:
-    table = Table(title="Caption retrieval, R@1 / 5 / 10 in %", title_justify="left")
-    table.add_column("text encoder")
-    for name, title in CAPTION_SETS.items():
-        counts = next(iter(rows.values())).get(name)
-        if counts:
-            table.add_column(
-                f"{title}\n{counts['num_queries']} queries, {counts['num_targets']} targets", justify="right"
-            )
-    for row, sets in rows.items():
-        table.add_row(row, *[percent(sets[name], "") for name in CAPTION_SETS if name in sets])
-    return table
+def caption_table(rows: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the column titles and the rows of the table of caption retrieval."""
+    sizes = next(iter(rows.values()))
+    names = [name for name in CAPTION_SETS if name in sizes]
+    titles = [
+        f"{CAPTION_SETS[name]}\n{sizes[name]['num_queries']} queries, {sizes[name]['num_targets']} targets"
+        for name in names
+    ]
+    return ["text encoder", *titles], [[row, *(_percent(sets[name]) for name in names)] for row, sets in rows.items()]
 
 
-def _image_table(rows: dict[str, Any]) -> Table:
-    table = Table(title="Image retrieval on unseen concepts, R@1 / 5 / 10 in %", title_justify="left")
-    for column in ("model", "text → image", "image → text", "captions\n× images"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for row, metrics in rows.items():
-        table.add_row(
-            row,
-            percent(metrics, "text_to_image_"),
-            percent(metrics, "image_to_text_"),
-            f"{metrics['num_texts']} × {metrics['num_images']}",
-        )
-    return table
+def image_table(rows: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the column titles and the rows of the table of image retrieval."""
+    directions = ("text_to_image_", "image_to_text_")
+    return ["model", "text → image", "image → text", "captions\n× images"], [
+        [row, *(_percent(metrics, way) for way in directions), f"{metrics['num_texts']} × {metrics['num_images']}"]
+        for row, metrics in rows.items()
+    ]
 
 
-def percent(metrics: dict[str, Any], prefix: str) -> str:
-    """Format the recalls of some metrics in percent, such as `12.3 / 45.6 / 78.9`."""
+def _percent(metrics: dict[str, Any], prefix: str = "") -> str:
+    """Format the recalls in percent, such as `12.3 / 45.6 / 78.9`."""
     return " / ".join(f"{100 * metrics[prefix + recall]:.1f}" for recall in RECALLS)
+
+
+def _print_table(console: Console, title: str, columns: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -19,17 +19,11 @@ def embedding_column(embeds: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), embeds.shape[1])
 
 
-def embeddings_of(chunk: pa.FixedSizeListArray) -> np.ndarray:
-    """Convert an Arrow column back to `(n, width)` without copying it."""
-    return chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), -1)
-
-
 def write_part(path: Path, columns: pa.Table, embeds: np.ndarray, reasons: Sequence[str | None]) -> None:
-    """Write the embeddings of consecutive images to a file, atomically.
+    """Write the embeddings of some images to a file, atomically.
 
     Args:
-        path: The file.
-        columns: Identity columns of n images.
+        columns: Identity columns of the n images.
         embeds: `(n, width)`.
         reasons: Why an image has no embedding, or None if it has one.
     """
@@ -45,13 +39,10 @@ def read_part(path: Path) -> pa.Table:
 
 
 class EmbeddingStore:
-    """The embeddings of several tables, by image identity.
+    """The embeddings of several tables by image identity, and in `failures` why other images have none.
 
     Args:
         identity: Columns that identify an image.
-
-    Attributes:
-        failures: Why an image could not be embedded, by identity.
     """
 
     def __init__(self, identity: tuple[str, ...]) -> None:
@@ -59,26 +50,21 @@ class EmbeddingStore:
         self.failures: dict[Hashable, str] = {}
         self._places: dict[Hashable, int] = {}
         self._chunks: list[np.ndarray] = []
-        self._ends: list[int] = []
+        self._starts = [0]
 
     def add(self, table: pa.Table) -> list[Hashable]:
-        """Add a table with the columns of `identity`, `embedding`, and optionally `reason`.
-
-        Returns:
-            The identities of its rows.
-        """
+        """Add a table with the columns of `identity`, `embedding`, and optionally `reason`; return its identities."""
         columns = [table.column(name).to_pylist() for name in self.identity]
         identities: list[Hashable] = list(zip(*columns, strict=True)) if len(columns) > 1 else columns[0]
         reasons = table.column(REASON).to_pylist() if REASON in table.column_names else [None] * len(identities)
-        start = self._ends[-1] if self._ends else 0
-        for place, (identity, reason) in enumerate(zip(identities, reasons, strict=True), start):
+        for place, (identity, reason) in enumerate(zip(identities, reasons, strict=True), self._starts[-1]):
             if reason is None:
                 self._places[identity] = place
             else:
                 self.failures[identity] = reason
         for chunk in table.column(EMBEDDING).chunks:
-            self._chunks.append(embeddings_of(chunk))
-            self._ends.append((self._ends[-1] if self._ends else 0) + len(chunk))
+            self._chunks.append(chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), -1))
+            self._starts.append(self._starts[-1] + len(chunk))
         return identities
 
     def __contains__(self, identity: Hashable) -> bool:
@@ -87,14 +73,9 @@ class EmbeddingStore:
     def gather(self, identities: Sequence[Hashable]) -> np.ndarray:
         """Look up embeddings: `(n, width)`."""
         places = np.array([self._places[identity] for identity in identities], dtype=np.int64)
-        owners = np.searchsorted(self._ends, places, side="right")
+        owners = np.searchsorted(self._starts, places, side="right") - 1
         result = np.empty((len(places), self._chunks[0].shape[1]), dtype=self._chunks[0].dtype)
         for owner in np.unique(owners):
             chosen = owners == owner
-            start = self._ends[owner - 1] if owner else 0
-            result[chosen] = self._chunks[owner][places[chosen] - start]
+            result[chosen] = self._chunks[owner][places[chosen] - self._starts[owner]]
         return result
-
-    def close(self) -> None:
-        """Release the mapped files and empty the store."""
-        self._chunks, self._ends, self._places = [], [], {}

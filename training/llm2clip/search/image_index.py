@@ -13,13 +13,7 @@ import pyarrow as pa
 
 from llm2clip.data import DEFAULT_MAX_PIXELS
 from llm2clip.search.embedding_store import EMBEDDING, embedding_column
-from llm2clip.search.vector_index import (
-    VectorIndexSettings,
-    build_vector_index,
-    read_vector_index,
-    require_faiss,
-    write_vector_index,
-)
+from llm2clip.search.vector_index import VectorIndexSettings, build_vector_index, read_vector_index, require_faiss
 from llm2clip.utils.files import read_json, write_json
 from modeling_llm2clip import __version__
 
@@ -37,18 +31,13 @@ class IndexManifest:
 
     Attributes:
         model: Hub id or absolute folder of the model.
-        revision: Revision of the model on the Hub.
         vision_fingerprint: Identity of the weights of its vision tower and projection.
-        width: Length of an embedding.
-        dtype: Data type of the stored embeddings.
         source: Where the images are.
         index: Type and parameters of the faiss index.
-        image_backend: How images were decoded and resized.
         max_pixels: Largest image that was decoded, width x height.
         images: Number of images.
         failed: Number of files or rows that could not be embedded.
         versions: Versions of the libraries that wrote the index; None for a library that does not state one.
-        format_version: Version of this format.
     """
 
     model: str
@@ -109,8 +98,6 @@ class ImageIndex:
     """An index that is open for searching.
 
     Attributes:
-        folder: The folder.
-        manifest: Its description.
         rows: One row per image: `key`, the columns of the image set, and `embedding`.
         vectors: The faiss index of those rows.
     """
@@ -149,32 +136,17 @@ class ImageIndex:
 
         Returns:
             For each query, pairs of cosine similarity and row without its embedding, best first.
-
-        Raises:
-            ValueError: The queries have another width.
         """
-        if queries.shape[1] != self.manifest.width:
-            raise ValueError(
-                f"the queries have width {queries.shape[1]}, but the index {self.folder} has {self.manifest.width}."
-            )
         scores, numbers = self.vectors.search(np.ascontiguousarray(queries, dtype=np.float32), top)
         described = self.rows.remove_columns(EMBEDDING)
         return [
-            [
-                (float(score), described[int(number)])
-                for score, number in zip(row_scores, row_numbers, strict=True)
-                if number >= 0
-            ]
-            for row_scores, row_numbers in zip(scores, numbers, strict=True)
+            [(float(score), described[int(number)]) for score, number in zip(*found, strict=True) if number >= 0]
+            for found in zip(scores, numbers, strict=True)
         ]
 
 
 def read_rows(folder: Path) -> datasets.Dataset:
-    """Memory-map the data set of an index.
-
-    Raises:
-        ValueError: The data set is damaged.
-    """
+    """Memory-map the data set of an index; raise ValueError if it is damaged."""
     try:
         rows = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
@@ -191,21 +163,19 @@ def write_index(
     embeds: np.ndarray,
     failures: list[dict[str, Any]],
 ) -> None:
-    """Write an index into an empty folder.
+    """Write an index into an empty folder, and the versions of the libraries into its manifest.
 
     Args:
-        folder: The folder.
-        manifest: The description; the versions of the libraries are added.
-        settings: Type and parameters of the faiss index.
         described: One row per image, without embeddings.
         embeds: `(images, width)`, in the data type to store.
         failures: Key and reason of each file or row that could not be embedded.
     """
     rows = datasets.Dataset(described.append_column(EMBEDDING, embedding_column(embeds)))
     rows.save_to_disk(str(folder))
-    write_vector_index(build_vector_index(settings, embeds), folder / VECTORS)
+    faiss = require_faiss()
+    faiss.write_index(build_vector_index(settings, embeds), str(folder / VECTORS))
     write_json(folder / FAILURES, failures)
     # faiss is published under several distribution names, so that importlib.metadata cannot look it up.
-    own = {"llm2clip": __version__, "faiss": getattr(require_faiss(), "__version__", None)}
+    own = {"llm2clip": __version__, "faiss": getattr(faiss, "__version__", None)}
     manifest.versions = own | {library: version(library) for library in LIBRARIES}
     manifest.write(folder)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Hashable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -40,11 +41,11 @@ class FolderImages:
     the folder or never end. A file counts as unchanged if its path, size and modification time are the same.
 
     Args:
-        folder: The folder.
         exclude: Subfolders to leave out, such as the index itself.
         max_pixels: Largest image to decode, width x height.
 
     Attributes:
+        source: Where the images are, for the manifest.
         keys: Relative paths of the files.
         failures: Why a path is not among the keys, by path.
 
@@ -58,6 +59,7 @@ class FolderImages:
         self.folder = Path(folder).expanduser().resolve()
         if not self.folder.is_dir():
             raise FileNotFoundError(f"there is no folder {folder}.")
+        self.source = {"kind": "folder", "path": str(self.folder)}
         self.max_pixels = max_pixels
         self.failures: dict[str, str] = {}
         self.keys: list[str] = []
@@ -111,13 +113,8 @@ class FolderImages:
 
     def columns(self, rows: Sequence[int]) -> pa.Table:
         """Return the columns that the index stores for some rows, except the embeddings."""
-        return pa.table(
-            {
-                "key": pa.array([self.keys[row] for row in rows], pa.string()),
-                "size": pa.array([self.sizes[row] for row in rows], pa.int64()),
-                "mtime_ns": pa.array([self.mtimes[row] for row in rows], pa.int64()),
-            }
-        )
+        columns: dict[str, list[Any]] = {"key": self.keys, "size": self.sizes, "mtime_ns": self.mtimes}
+        return pa.table({name: [values[row] for row in rows] for name, values in columns.items()})
 
     def decode(self, row: int, decode: Decoder = decode_image) -> Any:
         """Decode the image of a row with `decode`, by default to a PIL image in RGB.
@@ -133,10 +130,6 @@ class FolderImages:
         except OSError as error:
             raise DamagedImageError(key, f"it cannot be read: {error.strerror}") from error
 
-    def describe(self) -> dict[str, Any]:
-        """Return the source for the manifest."""
-        return {"kind": "folder", "path": str(self.folder)}
-
 
 class TableImages:
     """The rows of a data set. An image counts as unchanged if its bytes are the same, in whichever row.
@@ -144,13 +137,13 @@ class TableImages:
     Args:
         path: See `CaptionSource.path`.
         name: The configuration.
-        split: The split.
         revision: Branch, tag or commit on the Hub.
         image_column: Column of the images; by default `image`, or `jpg`, `png`, ... of webdataset shards.
         caption_column: Column of the text shown with a result; by default `caption`, `txt` or `text` if it exists.
         max_pixels: Largest image to decode, width x height.
 
     Attributes:
+        source: Where the images are, for the manifest.
         keys: Names of the rows, from a key column or else their numbers.
         captions: Captions of the rows, or None without a caption column.
 
@@ -182,32 +175,31 @@ class TableImages:
         table = keep_encoded(opened.select(wanted), self.image_column, opened.folders, path)
         assert isinstance(table, datasets.Dataset)
         is_local = os.path.exists(path) or (glob.has_magic(path) and "://" not in path)
-        self.source = {"path": os.path.abspath(path) if is_local else path, "name": name, "split": split}
-        self.source |= {"revision": revision, "image_column": self.image_column}
+        self.source = {"kind": "dataset", "path": os.path.abspath(path) if is_local else path, "name": name}
+        self.source |= {"split": split, "revision": revision, "image_column": self.image_column}
         self.table = table.select_columns([self.image_column])
         self.keys = [str(key) for key in table[key_column]] if key_column else [str(row) for row in range(len(table))]
         self.captions = [_text(value) for value in table[self.caption_column]] if self.caption_column else None
         self.max_pixels = max_pixels
         self.failures: dict[str, str] = {}
-        self._hashes: list[str] | None = None
 
     def key(self, row: int) -> str:
         """Return the name of a row."""
         return self.keys[row]
 
     def identities(self) -> list[Hashable]:
-        """Return what identifies the image of each row; see `identity`. The first call reads all images."""
-        return list(self._hash_column())
+        """Return what identifies the image of each row; see `identity`."""
+        return list(self.hashes)
 
-    def _hash_column(self) -> list[str]:
-        if self._hashes is None:
-            hashes: list[str] = []
-            with progress_bar("Reading images", len(self.table), "image") as bar:
-                for start in range(0, len(self.table), READ_ROWS):
-                    hashes += [_hash(value) for value in self.table[start : start + READ_ROWS][self.image_column]]
-                    bar.update(len(hashes))
-            self._hashes = hashes
-        return self._hashes
+    @cached_property
+    def hashes(self) -> list[str]:
+        """Hashes of the images; the first access reads all images."""
+        hashes: list[str] = []
+        with progress_bar("Reading images", len(self.table), "image") as bar:
+            for start in range(0, len(self.table), READ_ROWS):
+                hashes += [_hash(value) for value in self.table[start : start + READ_ROWS][self.image_column]]
+                bar.update(len(hashes))
+        return hashes
 
     def has_image(self, row: int, digest: str | None) -> bool:
         """Return whether the image of a row has this hash; reads that row only."""
@@ -215,23 +207,14 @@ class TableImages:
 
     def columns(self, rows: Sequence[int]) -> pa.Table:
         """Return the columns that the index stores for some rows, except the embeddings."""
-        hashes = self._hash_column()
-        columns = {
-            "key": pa.array([self.keys[row] for row in rows], pa.string()),
-            "row": pa.array(rows, pa.int64()),
-            "hash": pa.array([hashes[row] for row in rows], pa.string()),
-        }
-        if self.captions is not None:
+        columns = {"key": [self.keys[row] for row in rows], "row": rows, "hash": [self.hashes[row] for row in rows]}
+        if self.captions is not None:  # all may be None, which has another type
             columns["caption"] = pa.array([self.captions[row] for row in rows], pa.string())
         return pa.table(columns)
 
     def decode(self, row: int, decode: Decoder = decode_image) -> Any:
         """Decode the image of a row; see `FolderImages.decode`."""
         return decode(self.table[row][self.image_column], self.keys[row], self.max_pixels)
-
-    def describe(self) -> dict[str, Any]:
-        """Return the source for the manifest."""
-        return {"kind": "dataset", **self.source}
 
 
 IndexedImages: TypeAlias = FolderImages | TableImages
@@ -259,9 +242,7 @@ def is_dataset(path: str) -> bool:
     shards or arrow files, and no images.
     """
     place = Path(path).expanduser()
-    if not place.is_dir():
-        return True
-    if any((place / name).is_file() for name in SAVED_DATASETS):
+    if not place.is_dir() or any((place / name).is_file() for name in SAVED_DATASETS):
         return True
     files = [file for folder in (place, place / "data") if folder.is_dir() for file in folder.iterdir()]
     suffixes = {file.suffix.lower() for file in files if file.is_file()}

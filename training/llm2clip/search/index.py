@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,62 +13,45 @@ from llm2clip.search.image_sets import FolderImages, IndexedImages, TableImages,
 from llm2clip.search.index_update import MARKS, UpdateSettings, unfinished_folder, update_index
 from llm2clip.search.vector_index import require_faiss
 from llm2clip.utils.files import refuse_existing
+from llm2clip.utils.settings import setting
 
 
 @dataclass
 class IndexConfig(UpdateSettings):
     """Settings of `llm2clip index`."""
 
-    folder: str = field(
-        default="",
-        metadata={
-            "help": "Folder of images, searched with its subfolders (links to folders are not followed); or a data "
-            "set: Hub id, parquet file, webdataset shards ('shards/*.tar'), a folder of those, or the output of "
-            "save_to_disk."
-        },
+    folder: str = setting(
+        "",
+        "Folder of images, searched with its subfolders (links to folders are not followed); or a data set: Hub id, "
+        "parquet file, webdataset shards ('shards/*.tar'), a folder of those, or the output of save_to_disk.",
     )
-    model: str = field(default="", metadata={"help": "Hub id or folder of an LLM2CLIP model or of its vision half."})
-    model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."}
+    model: str = setting("", "Hub id or folder of an LLM2CLIP model or of its vision half.")
+    model_revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
+    output_dir: str | None = setting(None, "Folder of the index; by default runs/index/NAME_OF_THE_IMAGE_FOLDER.")
+    kind: Literal["auto", "folder", "dataset"] = setting(
+        "auto", "Whether FOLDER is a folder of image files or a data set; auto detects it."
     )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the index; by default runs/index/NAME_OF_THE_IMAGE_FOLDER."}
+    name: str | None = setting(None, "Data set: configuration, if it has several.")
+    split: str = setting("train", "Data set: split.")
+    revision: str | None = setting(None, "Data set: branch, tag or commit on the Hub.")
+    image_column: str | None = setting(
+        None, "Data set: column of the images; by default image, or jpg, png, ... of webdataset shards."
     )
-    kind: Literal["auto", "folder", "dataset"] = field(
-        default="auto",
-        metadata={"help": "Whether FOLDER is a folder of image files or a data set; auto detects it."},
+    caption_column: str | None = setting(
+        None, "Data set: column of the text shown with a result; by default caption, txt or text, if any."
     )
-    name: str | None = field(default=None, metadata={"help": "Data set: configuration, if it has several."})
-    split: str = field(default="train", metadata={"help": "Data set: split."})
-    revision: str | None = field(default=None, metadata={"help": "Data set: branch, tag or commit on the Hub."})
-    image_column: str | None = field(
-        default=None,
-        metadata={"help": "Data set: column of the images; by default image, or jpg, png, ... of webdataset shards."},
-    )
-    caption_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Data set: column of the text shown with a result; by default caption, txt or text, if any."
-        },
-    )
-    max_pixels: int = field(
-        default=DEFAULT_MAX_PIXELS, metadata={"help": "Largest image to decode, width x height; others are skipped."}
-    )
-    image_backend: ImageBackend = field(
-        default="exact",
-        metadata={
-            "help": "exact: decode and resize as the image processor does; fast: decode JPEGs to tensors, with pixel "
-            "values that differ by up to 2 of 255."
-        },
+    max_pixels: int = setting(DEFAULT_MAX_PIXELS, "Largest image to decode, width x height; others are skipped.")
+    image_backend: ImageBackend = setting(
+        "exact",
+        "exact: decode and resize as the image processor does; fast: decode JPEGs to tensors, with pixel values that "
+        "differ by up to 2 of 255.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for setting, example in (("folder", "FOLDER --model MODEL"), ("model", f"{self.folder} --model MODEL")):
-            if not getattr(self, setting):
-                raise ValueError(f"the {setting} is missing: llm2clip index {example}")
-        if self.max_pixels < 1:
-            raise ValueError(f"max_pixels must be at least 1, not {self.max_pixels}.")
+        for name, folder in (("folder", "FOLDER"), ("model", self.folder)):
+            if not getattr(self, name):
+                raise ValueError(f"the {name} is missing: llm2clip index {folder} --model MODEL")
 
 
 def run(config: IndexConfig) -> dict[str, Any]:
@@ -78,7 +61,7 @@ def run(config: IndexConfig) -> dict[str, Any]:
         FileNotFoundError: The folder, data set or model does not exist, or there are no images.
         ValueError: The existing index belongs to another model or source, or no image can be embedded.
     """
-    require_faiss()
+    require_faiss()  # before a large model is loaded
     output = _output(config)
     images = _open_images(config, (output, unfinished_folder(output)))
     embedder = ImageEmbedder.load(config.model, config.model_revision, config.image_backend)
@@ -98,24 +81,15 @@ def _output(config: IndexConfig) -> Path:
 
 
 def _open_images(config: IndexConfig, exclude: tuple[Path, ...]) -> IndexedImages:
-    as_dataset = is_dataset(config.folder) if config.kind == "auto" else config.kind == "dataset"
-    if not as_dataset:
+    if config.kind == "folder" or (config.kind == "auto" and not is_dataset(config.folder)):
         folder = FolderImages(config.folder, exclude, config.max_pixels)
         if not folder.keys and not folder.failures:
             raise FileNotFoundError(f"there are no files in {config.folder}.")
         return folder
     table = TableImages(
-        config.folder,
-        config.name,
-        config.split,
-        config.revision,
-        config.image_column,
-        config.caption_column,
+        config.folder, config.name, config.split, config.revision, config.image_column, config.caption_column,
         config.max_pixels,
-    )
+    )  # fmt: skip
     if not table.keys:
         raise FileNotFoundError(f"there are no rows in {config.folder} (split {config.split}).")
     return table
-
-
-__all__ = ["IndexConfig", "run"]

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Hashable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from llm2clip.search.image_index import FAILURES, VECTORS, ImageIndex, IndexMani
 from llm2clip.search.image_sets import FolderImages, IndexedImages
 from llm2clip.search.vector_index import VectorIndexSettings
 from llm2clip.utils.files import atomic_folder
+from llm2clip.utils.settings import setting
 
 logger = logging.getLogger(__name__)
 
@@ -33,27 +34,13 @@ MARKS = (VECTORS, FAILURES)
 class UpdateSettings(VectorIndexSettings):
     """How an index is built and updated."""
 
-    dtype: Literal["float16", "float32"] = field(
-        default="float16", metadata={"help": "Data type of the stored embeddings."}
+    dtype: Literal["float16", "float32"] = setting("float16", "Data type of the stored embeddings.")
+    batch_size: int = setting(64, "Images per forward pass.")
+    num_workers: int | None = setting(None, "Processes that decode images; by default one per core, at most 8.")
+    part_size: int = setting(
+        4096, "Images between two saves of an unfinished run; a killed run repeats fewer images than this."
     )
-    batch_size: int = field(default=64, metadata={"help": "Images per forward pass."})
-    num_workers: int | None = field(
-        default=None,
-        metadata={"help": "Processes that read and decode images; by default one per core, at most 8."},
-    )
-    part_size: int = field(
-        default=4096,
-        metadata={
-            "help": "Images between two saves of an unfinished run; a killed run repeats fewer images than this."
-        },
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Build an existing index again from scratch."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for setting in ("batch_size", "part_size"):
-            if getattr(self, setting) < 1:
-                raise ValueError(f"{setting} must be at least 1, not {getattr(self, setting)}.")
+    overwrite: bool = setting(False, "Build an existing index again from scratch.")
 
 
 def unfinished_folder(folder: Path) -> Path:
@@ -68,12 +55,6 @@ def update_index(
 
     Embeddings are saved in parts, in a folder `FOLDER.unfinished`. If the run is killed, the next one resumes there,
     and its result equals that of an uninterrupted run. The index itself is written or replaced atomically at the end.
-
-    Args:
-        folder: The folder of the index.
-        images: The images.
-        embedder: The model.
-        settings: How the index is built.
 
     Returns:
         Counts: images `embedded` in this run (including the killed run that it resumes), `kept` from and `removed`
@@ -113,7 +94,7 @@ class _Update:
             vision_fingerprint=embedder.fingerprint(),
             width=embedder.width,
             dtype=settings.dtype,
-            source=images.describe(),
+            source=images.source,
             index=settings.of_type(),
             image_backend=embedder.transform.backend,
             max_pixels=images.max_pixels,
@@ -121,7 +102,7 @@ class _Update:
         self.unfinished = unfinished_folder(folder)
         self.store = EmbeddingStore(images.identity)
         self.previous: pa.Table | None = None
-        self.previous_identities: list[Hashable] = []
+        self.previous_identities: list[Any] = []
         self.new: set[Hashable] = set()
 
     def run(self) -> dict[str, Any]:
@@ -142,14 +123,13 @@ class _Update:
             source = self.manifest.source["path"]
             raise ValueError(f"none of the {len(failures)} files or rows of {source} can be embedded.")
         self.manifest.images, self.manifest.failed = len(rows), len(failures)
-        removed = self._count_removed(identities)
         self._write(rows, identities, failures)
         self._delete_parts()
         embedded = sum(identities[row] in self.new for row in rows)
         return {
             "embedded": embedded,
             "kept": len(rows) - embedded,
-            "removed": removed,
+            "removed": self._count_removed(identities),
             "failed": len(failures),
             "images": len(rows),
             "index": str(self.folder),
@@ -158,7 +138,7 @@ class _Update:
     def _read_previous(self) -> None:
         if self.settings.overwrite or not self.folder.exists() or not any(self.folder.iterdir()):
             return
-        self._require_same(IndexManifest.read(self.folder), self.folder)
+        self._require_same(self.folder)
         self.previous = read_rows(self.folder).data.table
         self.previous_identities = self.store.add(self.previous)
 
@@ -167,7 +147,7 @@ class _Update:
             self._delete_parts()
         parts = sorted(self.unfinished.glob(PARTS))
         if parts:
-            self._require_same(IndexManifest.read(self.unfinished), self.unfinished)
+            self._require_same(self.unfinished)
             for part in parts:
                 self.new |= set(self.store.add(read_part(part)))
             logger.info("resuming an unfinished run, which has embedded %d images.", len(self.new))
@@ -177,8 +157,9 @@ class _Update:
         for part in self.unfinished.glob(PARTS):
             part.unlink()
 
-    def _require_same(self, manifest: IndexManifest, folder: Path) -> None:
+    def _require_same(self, folder: Path) -> None:
         """Raise ValueError if the model, the source, the data type or the decoding differs from that of an index."""
+        manifest = IndexManifest.read(folder)
         manifest.require_model(folder, self.embedder.name, self.manifest.vision_fingerprint, self.manifest.width)
         for name in ("source", "dtype", "image_backend"):
             there, here = getattr(manifest, name), getattr(self.manifest, name)
@@ -191,18 +172,16 @@ class _Update:
     def _embed(self, identities: list[Hashable]) -> None:
         """Embed each distinct image once, unless its embedding exists or it is known to fail."""
         first = {identity: row for row, identity in reversed(list(enumerate(identities)))}
-        todo = sorted(
-            row
-            for identity, row in first.items()
-            if identity not in self.store and identity not in self.store.failures
-        )
+        known = self.store.failures
+        todo = sorted(row for identity, row in first.items() if identity not in self.store and identity not in known)
         if not todo:
             return
         batch = self.settings.batch_size
         # Parts of whole batches: a resumed run then forms the same batches as an uninterrupted one.
         part_size = max(1, self.settings.part_size // batch) * batch
         workers = self.settings.num_workers
-        workers = min(8, torch.get_num_threads()) if workers is None else workers
+        if workers is None:
+            workers = min(8, torch.get_num_threads())
         parts = self.embedder.embed_rows(self.images, todo, batch, min(workers, len(todo)), part_size)
         for number, part in enumerate(parts, len(list(self.unfinished.glob(PARTS)))):
             path = self.unfinished / f"part-{number:06d}.arrow"
@@ -216,8 +195,7 @@ class _Update:
             return
         embeds = self.store.gather([identities[row] for row in rows])
         # Frees memory for faiss, which copies the embeddings.
-        self.store.close()
-        self.previous = None
+        del self.store, self.previous
         with atomic_folder(self.folder, overwrite=True, marks=MARKS) as folder:
             write_index(folder, self.manifest, self.settings, described, embeds, failures)
 
@@ -235,18 +213,14 @@ class _Update:
 
     def _count_removed(self, identities: list[Hashable]) -> int:
         """Count images of the previous index that no longer exist: paths of a folder, content of a data set."""
-        if self.previous is None:
-            return 0
+        present, before = set(identities), self.previous_identities
         if isinstance(self.images, FolderImages):
-            present: set[Any] = set(self.images.keys) | set(self.images.failures)
-            return sum(key not in present for key in self.previous.column("key").to_pylist())
-        present = set(identities)
-        return sum(identity not in present for identity in self.previous_identities)
+            present, before = {*self.images.keys, *self.images.failures}, [key for key, *_ in before]
+        return sum(one not in present for one in before)
 
     def _report(self, failures: list[dict[str, Any]]) -> None:
-        if not failures:
-            return
-        logger.warning("skipped:")
+        if failures:
+            logger.warning("skipped:")
         for failure in failures[:MAX_NAMED]:
             logger.warning("  %s: %s", failure["key"], failure["reason"])
         if len(failures) > MAX_NAMED:

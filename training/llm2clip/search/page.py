@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from llm2clip.search.results import QueryResults, ResultImages, SearchResult, thumbnail
+from llm2clip.search.results import QueryResults, ResultImages, SearchResult
 from llm2clip.utils.files import write_text
 
 THUMBNAIL = 320
@@ -35,30 +35,23 @@ li { background: #fff; border: 1px solid #e3e7ee; border-radius: 10px; overflow:
 
 
 def write_page(path: Path, found: list[QueryResults], images: ResultImages) -> None:
-    """Write the results of queries to one HTML file.
-
-    Args:
-        path: The file.
-        found: Queries with their results.
-        images: The images of the results.
-    """
-    title = html.escape(", ".join(entry.query.title for entry in found))
+    """Write the results of queries to one HTML file."""
+    title = html.escape(", ".join(entry.title for entry in found))
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<title>{title}</title><style>{STYLE}</style></head><body>",
     ]
     for entry in found:
-        query = entry.query
-        shown = "" if query.image is None else _image(thumbnail(query.image, THUMBNAIL), "the query")
-        parts.append(f"<h1>{shown}{html.escape(query.title)}</h1><ol>")
+        shown = "" if entry.image is None else _image(entry.image, "the query")
+        parts.append(f"<h1>{shown}{html.escape(entry.title)}</h1><ol>")
         parts += [_result(rank, result, images) for rank, result in enumerate(entry.results, 1)]
         parts.append("</ol>")
     write_text(path, "\n".join([*parts, "</body></html>"]))
 
 
 def _result(rank: int, result: SearchResult, images: ResultImages) -> str:
-    image = images.thumbnail(result, THUMBNAIL)
+    image = images.load(result)
     shown = "no longer available" if image is None else _image(image, result.caption or result.key)
     caption = f"<div class='caption'>{html.escape(result.caption)}</div>" if result.caption else ""
     return (
@@ -69,7 +62,8 @@ def _result(rank: int, result: SearchResult, images: ResultImages) -> str:
 
 
 def _image(image: Image.Image, text: str) -> str:
-    file = io.BytesIO()
+    image, file = image.copy(), io.BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     image.save(file, "WEBP", quality=85)
     data = base64.b64encode(file.getvalue()).decode()
     return f"<img alt='{html.escape(text)}' src='data:image/webp;base64,{data}'>"

@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from PIL import Image
 
 from llm2clip.search.results import QueryResults, ResultImages
 from llm2clip.utils.files import atomic_file
@@ -29,15 +30,22 @@ def draw_picture(path: Path, found: list[QueryResults], images: ResultImages) ->
 
     Characters that matplotlib's default font lacks are drawn in other installed fonts; characters that no font has are
     logged.
-
-    Args:
-        path: The file.
-        found: Queries with their results.
-        images: The images of the results.
     """
-    titles = [entry.query.title if entry.query.image is not None else f"“{entry.query.title}”" for entry in found]
+    titles = [f"“{entry.text}”" if entry.image is None else entry.title for entry in found]
     font = FontProperties(family=font_families("".join(titles)), size=TITLE_SIZE)
-    wrapped = [wrap(title, WIDTH - 2 * MARGIN, _measure(font)) for title in titles]
+    with warnings.catch_warnings(), atomic_file(path) as file:
+        # `font_families` has logged the missing characters once.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        _figure(titles, font, found, images).savefig(file, format="png", dpi=DPI)
+
+
+def _figure(titles: list[str], font: FontProperties, found: list[QueryResults], images: ResultImages) -> Figure:
+    renderer = RendererAgg(WIDTH, LINE, DPI)
+
+    def measure(text: str) -> float:
+        return renderer.get_text_width_height_descent(text, font, ismath=False)[0]
+
+    wrapped = [wrap(title, WIDTH - 2 * MARGIN, measure) for title in titles]
     most = max(len(entry.results) for entry in found)
     rows = math.ceil(most / MOST_IN_A_ROW)
     columns = math.ceil(most / rows)
@@ -57,17 +65,15 @@ def draw_picture(path: Path, found: list[QueryResults], images: ResultImages) ->
             left, bottom = MARGIN + column * (side + GAP), first - row * (side + LABEL) - side
             frame = figure.add_axes((left / WIDTH, bottom / height, side / WIDTH, side / height), xticks=[], yticks=[])
             frame.spines[:].set_color("#dde2ea")
-            pixels = images.thumbnail(result, 2 * round(side))
-            if pixels is not None:
-                frame.imshow(pixels, interpolation="lanczos", aspect="equal")
+            image = images.load(result)
+            if image is not None:
+                image.thumbnail((2 * round(side), 2 * round(side)), Image.Resampling.LANCZOS)
+                frame.imshow(image, interpolation="lanczos", aspect="equal")
                 frame.set_adjustable("datalim")
                 frame.set_anchor("C")
             frame.set_xlabel(f"{result.score:.2f}", fontsize=10, color="#5a6678", labelpad=4)
         top -= block + GAP
-    with warnings.catch_warnings(), atomic_file(path) as file:
-        # `font_families` has logged the missing characters once.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(file, format="png", dpi=DPI)
+    return figure
 
 
 def font_families(text: str) -> list[str]:
@@ -100,17 +106,6 @@ def _characters(file: str) -> set[int]:
     except (RuntimeError, OSError):
         return set()
     return set(font.get_charmap()) if font.scalable else set()
-
-
-def _measure(font: FontProperties) -> Callable[[str], float]:
-    renderer = RendererAgg(WIDTH, LINE, DPI)
-
-    def width(text: str) -> float:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")
-            return renderer.get_text_width_height_descent(text, font, ismath=False)[0]
-
-    return width
 
 
 def wrap(text: str, width: float, measure: Callable[[str], float]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,6 @@ from llm2clip.search.image_sets import TableImages
 
 
 @dataclass
-class Query:
-    """A text, or an image.
-
-    Attributes:
-        text: The text, or the image's file name.
-        image: The image, in RGB.
-    """
-
-    text: str
-    image: Image.Image | None = None
-
-    @property
-    def title(self) -> str:
-        """Heading above the results."""
-        return self.text if self.image is None else f"like {self.text}"
-
-
-@dataclass
 class SearchResult:
     """One image of an index.
 
@@ -41,7 +24,6 @@ class SearchResult:
         path: Its file, in an index of a folder.
         row: Its row when the data set was indexed, in an index of a data set.
         hash: Hash of its bytes in the data set.
-        caption: Its caption, if the data set has one.
     """
 
     score: float
@@ -68,17 +50,21 @@ class SearchResult:
 
 @dataclass
 class QueryResults:
-    """A query and its results, best first."""
+    """The results of a query, best first.
 
-    query: Query
+    Attributes:
+        text: The query, or the file name of its image.
+        image: The image of a query by image, in RGB.
+    """
+
+    text: str
+    image: Image.Image | None
     results: list[SearchResult]
 
-    @classmethod
-    def from_rows(
-        cls, query: Query, rows: list[tuple[float, dict[str, Any]]], manifest: IndexManifest
-    ) -> QueryResults:
-        """Build the results from the rows that `ImageIndex.search` returns for one query."""
-        return cls(query, [SearchResult.from_row(row, score, manifest) for score, row in rows])
+    @property
+    def title(self) -> str:
+        """Heading above the results."""
+        return self.text if self.image is None else f"like {self.text}"
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to JSON types, without empty fields."""
@@ -86,44 +72,28 @@ class QueryResults:
             {"rank": rank, **{name: value for name, value in vars(result).items() if value is not None}}
             for rank, result in enumerate(self.results, 1)
         ]
-        return {"text" if self.query.image is None else "image": self.query.text, "results": results}
+        return {"text" if self.image is None else "image": self.text, "results": results}
 
 
 class ResultImages:
     """The images of search results, read from where they were indexed.
 
     Args:
-        manifest: Manifest of the index.
         table: The indexed data set, if it is already open.
     """
 
     def __init__(self, manifest: IndexManifest, table: TableImages | None = None) -> None:
-        source = manifest.source
         self.max_pixels = manifest.max_pixels
         self.table = table
-        if table is None and source["kind"] == "dataset":
-            names = ("path", "name", "split", "revision", "image_column")
-            self.table = TableImages(**{name: source[name] for name in names}, max_pixels=manifest.max_pixels)
+        if table is None and manifest.source["kind"] == "dataset":
+            options = {name: value for name, value in manifest.source.items() if name != "kind"}
+            self.table = TableImages(**options, max_pixels=self.max_pixels)
 
     def load(self, result: SearchResult) -> Image.Image | None:
         """Decode the image of a result; None if it has been removed, damaged, or (in a data set) replaced."""
-        try:
+        with contextlib.suppress(SampleError):
             if self.table is None:
                 return decode_image(result.path, result.key, self.max_pixels)
             if result.row is not None and self.table.has_image(result.row, result.hash):
                 return self.table.decode(result.row)
-        except SampleError:
-            pass
         return None
-
-    def thumbnail(self, result: SearchResult, size: int) -> Image.Image | None:
-        """Decode the image of a result, and shrink it to at most `size` pixels per side."""
-        image = self.load(result)
-        return None if image is None else thumbnail(image, size)
-
-
-def thumbnail(image: Image.Image, size: int) -> Image.Image:
-    """Copy an image, shrunk to at most `size` pixels per side."""
-    copy = image.copy()
-    copy.thumbnail((size, size), Image.Resampling.LANCZOS)
-    return copy

@@ -6,7 +6,6 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,7 +16,9 @@ from transformers import AutoTokenizer
 from llm2clip.data import decode_image
 from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.search.image_index import ImageIndex
-from llm2clip.search.results import Query, QueryResults, ResultImages
+from llm2clip.search.page import write_page
+from llm2clip.search.results import QueryResults, ResultImages, SearchResult
+from llm2clip.utils.settings import setting
 
 logger = logging.getLogger(__name__)
 
@@ -26,28 +27,18 @@ logger = logging.getLogger(__name__)
 class SearchConfig:
     """Settings of `llm2clip search`."""
 
-    index: str = field(default="", metadata={"help": "Folder of an index, written by llm2clip index."})
+    index: str = setting("", "Folder of an index, written by llm2clip index.")
     query: list[str] = field(
         default_factory=list,
         metadata={"help": "Texts to search for, each in quotes; all are searched with one start."},
     )
-    image: str | None = field(
-        default=None, metadata={"help": "Image file to search for similar images; this needs no LLM."}
-    )
-    top: int = field(default=10, metadata={"help": "Number of images shown per query."})
-    model: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the model; by default the model that made the index."}
-    )
-    model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."}
-    )
-    json: bool = field(default=False, metadata={"help": "Print JSON instead of tables."})
-    html: str | None = field(
-        default=None, metadata={"help": "Also write the results to this self-contained HTML file, with thumbnails."}
-    )
-    picture: str | None = field(
-        default=None, metadata={"help": "Also draw the thumbnails of each query into this PNG file."}
-    )
+    image: str | None = setting(None, "Image file to search for similar images; this needs no LLM.")
+    top: int = setting(10, "Number of images shown per query.")
+    model: str | None = setting(None, "Hub id or folder of the model; by default the model that made the index.")
+    model_revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
+    json: bool = setting(False, "Print JSON instead of tables.")
+    html: str | None = setting(None, "Also write the results to this self-contained HTML file, with thumbnails.")
+    picture: str | None = setting(None, "Also draw the thumbnails of each query into this PNG file.")
 
     def __post_init__(self) -> None:
         if not self.index:
@@ -60,45 +51,48 @@ class SearchConfig:
             raise ValueError(f"top must be at least 1, not {self.top}.")
 
 
-def run(config: SearchConfig) -> dict[str, Any]:
+def run(config: SearchConfig) -> None:
     """Search, print the results, and write them to the files in the settings.
-
-    Returns:
-        An empty dict.
 
     Raises:
         FileNotFoundError: The index, model or image file does not exist.
         ValueError: Another model made the index, or the image cannot be read.
     """
     index = ImageIndex.open(config.index)
-    image = _read_image(config.image) if config.image else None
+    if config.image and not Path(config.image).is_file():
+        raise FileNotFoundError(f"there is no image file {config.image}.")
+    image = decode_image(config.image, config.image) if config.image else None
     name, revision = _model_of(config, index)
     embedder = ImageEmbedder.load(name, revision, with_llm=bool(config.query))
     index.manifest.require_model(index.folder, name, embedder.fingerprint(), embedder.width)
-    queries = [Query(text) for text in config.query]
+    queries: list[tuple[str, Image.Image | None]] = [(text, None) for text in config.query]
     embeds = []
     if queries:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         embeds += list(embedder.model.encode_text(config.query, tokenizer).numpy())
     if config.image and image is not None:
-        queries.append(Query(config.image, image))
+        queries.append((config.image, image))
         embeds.append(embedder.embed(image, config.image))
-    rows = index.search(np.stack(embeds), config.top)
-    found = [QueryResults.from_rows(query, row, index.manifest) for query, row in zip(queries, rows, strict=True)]
+    found = []
+    for query, rows in zip(queries, index.search(np.stack(embeds), config.top), strict=True):
+        results = [SearchResult.from_row(row, score, index.manifest) for score, row in rows]
+        found.append(QueryResults(*query, results))
     if config.json:
         result = {"index": config.index, "model": name, "queries": [entry.as_dict() for entry in found]}
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
         _print_tables(found)
-    if config.html or config.picture:
-        _draw(config, found, ResultImages(index.manifest))
-    return {}
+    if not config.html and not config.picture:
+        return
+    images = ResultImages(index.manifest)
+    if config.html:
+        write_page(Path(config.html), found, images)
+        logger.info("wrote %s", config.html)
+    if config.picture:
+        from llm2clip.search.picture import draw_picture  # matplotlib starts slowly
 
-
-def _read_image(name: str) -> Image.Image:
-    if not Path(name).is_file():
-        raise FileNotFoundError(f"there is no image file {name}.")
-    return decode_image(name, name)
+        draw_picture(Path(config.picture), found, images)
+        logger.info("wrote %s", config.picture)
 
 
 def _model_of(config: SearchConfig, index: ImageIndex) -> tuple[str, str | None]:
@@ -117,7 +111,7 @@ def _print_tables(found: list[QueryResults]) -> None:
     # Queries and captions are not markup: "[bold]" and ":dog:" are printed as they are.
     console = Console(markup=False, emoji=False)
     for entry in found:
-        table = Table(title=entry.query.title, title_justify="left", title_style="bold")
+        table = Table(title=entry.title, title_justify="left", title_style="bold")
         table.add_column("rank", justify="right")
         table.add_column("score", justify="right")
         table.add_column("image", overflow="fold")
@@ -128,19 +122,3 @@ def _print_tables(found: list[QueryResults]) -> None:
             cells = [str(rank), f"{result.score:.3f}", result.place]
             table.add_row(*cells, *([result.caption or ""] if captioned else []))
         console.print(table)
-
-
-def _draw(config: SearchConfig, found: list[QueryResults], images: ResultImages) -> None:
-    if config.html:
-        from llm2clip.search.page import write_page
-
-        write_page(Path(config.html), found, images)
-        logger.info("wrote %s", config.html)
-    if config.picture:
-        from llm2clip.search.picture import draw_picture
-
-        draw_picture(Path(config.picture), found, images)
-        logger.info("wrote %s", config.picture)
-
-
-__all__ = ["SearchConfig", "run"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from llm2clip.utils.settings import check_choices
+from llm2clip.utils.settings import check_choices, setting
 
 # Rows that are converted to float32 and passed to faiss in one call.
 ROWS_AT_ONCE = 16384
@@ -21,50 +21,37 @@ TRAINING_ROWS_PER_CELL = 64
 class VectorIndexSettings:
     """Type and parameters of a faiss index."""
 
-    index_type: Literal["flat", "ivf", "hnsw"] = field(
-        default="flat",
-        metadata={
-            "help": "flat is exact: at width 512, one core takes 20 ms per query for 100,000 images and 0.3 s for a "
-            "million. ivf and hnsw are approximate; they pay off from about 100,000 images on, with many queries; "
-            "there ivf takes 0.6 ms per query and a minute to build, hnsw 3 ms and several minutes."
-        },
+    index_type: Literal["flat", "ivf", "hnsw"] = setting(
+        "flat",
+        "flat is exact: at width 512, one core takes 20 ms per query for 100,000 images and 0.3 s for a million. ivf "
+        "and hnsw are approximate; they pay off from about 100,000 images on, with many queries; there ivf takes 0.6 "
+        "ms per query and a minute to build, hnsw 3 ms and several minutes.",
     )
-    ivf_cells: int | None = field(
-        default=None,
-        metadata={
-            "help": "ivf: number of clusters of images; by default 4 x the square root of the number of images."
-        },
+    ivf_cells: int | None = setting(
+        None, "ivf: number of clusters of images; by default 4 x the square root of the number of images."
     )
-    ivf_probes: int = field(
-        default=16, metadata={"help": "ivf: clusters searched per query; raise it for higher recall."}
-    )
-    hnsw_links: int = field(default=32, metadata={"help": "hnsw: number of neighbours linked to each image."})
-    hnsw_construction: int = field(
-        default=80, metadata={"help": "hnsw: candidates examined per image when the index is built."}
-    )
-    hnsw_search: int = field(
-        default=64, metadata={"help": "hnsw: candidates examined per query; raise it for higher recall."}
-    )
+    ivf_probes: int = setting(16, "ivf: clusters searched per query; raise it for higher recall.")
+    hnsw_links: int = setting(32, "hnsw: number of neighbours linked to each image.")
+    hnsw_construction: int = setting(80, "hnsw: candidates examined per image when the index is built.")
+    hnsw_search: int = setting(64, "hnsw: candidates examined per query; raise it for higher recall.")
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("ivf_cells", "ivf_probes", "hnsw_links", "hnsw_construction", "hnsw_search"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}.")
+        for name, value in vars(self).items():  # those of a subclass too
+            least = 0 if name == "num_workers" else 1
+            if type(value) is int and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}.")
 
     def of_type(self) -> dict[str, Any]:
         """The type, and those parameters that apply to it."""
-        own = {name: value for name, value in asdict(self).items() if name.startswith(f"{self.index_type}_")}
-        return {"type": self.index_type, **own}
+        own = f"{self.index_type}_"
+        return {"type": self.index_type} | {
+            name: value for name, value in asdict(self).items() if name.startswith(own)
+        }
 
 
 def require_faiss() -> Any:
-    """Import faiss.
-
-    Raises:
-        ImportError: faiss is not installed; the message contains the command that installs it.
-    """
+    """Import faiss, or raise ImportError with the command that installs it."""
     try:
         import faiss
     except ImportError as error:
@@ -73,14 +60,10 @@ def require_faiss() -> Any:
 
 
 def build_vector_index(settings: VectorIndexSettings, embeds: np.ndarray) -> Any:
-    """Build a faiss index of unit vectors that ranks by inner product.
+    """Build a faiss index that ranks unit vectors by inner product; row i gets number i.
 
     Args:
-        settings: Type and parameters.
         embeds: `(count, width)`, any floating-point type.
-
-    Returns:
-        A faiss index in which row i has number i.
 
     Raises:
         ValueError: There are fewer rows than IVF cells.
@@ -111,17 +94,8 @@ def build_vector_index(settings: VectorIndexSettings, embeds: np.ndarray) -> Any
     return index
 
 
-def write_vector_index(index: Any, path: Path) -> None:
-    """Write a faiss index to a file."""
-    require_faiss().write_index(index, str(path))
-
-
 def read_vector_index(path: Path) -> Any:
-    """Read a faiss index from a file.
-
-    Raises:
-        ValueError: The file is missing or damaged.
-    """
+    """Read a faiss index from a file; raise ValueError if it is missing or damaged."""
     try:
         return require_faiss().read_index(str(path))
     except RuntimeError as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
-from llm2clip.utils.progress import ProgressBar, close_bar, open_bar
+from llm2clip.utils.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -27,22 +27,17 @@ class TrainingProgress(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.close()
         if state.is_world_process_zero:
-            self._bar = open_bar(self.description, state.max_steps, "step", initial=state.global_step)
+            self._bar = ProgressBar(self.description, state.max_steps, "step", initial=state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step)
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        values = {
-            key: f"{value:.4g}" if isinstance(value, float) else value
-            for key, value in logs.items()
-            if key != "total_flos"
-        }
+        values = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in logs.items()}
+        values.pop("total_flos", None)
         logger.debug("step %d: %s", state.global_step, ", ".join(f"{key} {value}" for key, value in values.items()))
         if self._bar is not None and "loss" in logs:
             self._bar.update(state.global_step, status=f"loss {float(logs['loss']):.4f}")
@@ -57,7 +52,7 @@ class TrainingProgress(TrainerCallback):
         self.close(done=True)
 
     def close(self, done: bool = False) -> None:
-        """Remove the bar; with `done`, log one line in its place."""
+        """Remove the bar; if the work is done, log one line in its place."""
         if self._bar is not None:
-            close_bar(self._bar, done)
+            self._bar.close(done)
             self._bar = None

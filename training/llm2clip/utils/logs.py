@@ -42,11 +42,6 @@ class LogFile(MemoryHandler):
         self.setTarget(logging.NullHandler())
         self.flush()
 
-    @property
-    def receives(self) -> bool:
-        """Whether a record is written, now or later."""
-        return not isinstance(self.target, logging.NullHandler)
-
     def close(self) -> None:
         if self.target is not None:
             self.target.close()
@@ -68,7 +63,8 @@ class TerminalHandler(logging.StreamHandler):
     def _shows(self, record: logging.LogRecord) -> bool:
         if record.name.partition(".")[0] in OUR_LOGGERS:
             return record.levelno >= (logging.INFO if is_main_process() else logging.WARNING)
-        if record.levelno != logging.WARNING or self._log_file.receives or not is_main_process():
+        has_no_file = isinstance(self._log_file.target, logging.NullHandler)
+        if record.levelno != logging.WARNING or not has_no_file or not is_main_process():
             return record.levelno >= logging.ERROR
         return record.name != "py.warnings" or not any(name in record.getMessage() for name in DEVELOPER_WARNINGS)
 

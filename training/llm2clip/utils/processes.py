@@ -13,8 +13,7 @@ def process_state(timeout: timedelta | None = None) -> PartialState:
     """Return the rank, world size and device of this process, joining the process group if a launcher started it.
 
     Args:
-        timeout: How long a collective operation may wait for the other processes; None for the default of torch. It
-            has an effect only if this call creates the process group.
+        timeout: How long a collective operation may wait for other processes, if this call creates the process group.
     """
     # Without cpu=True, accelerate does not create a process group on machines that have no accelerator.
     options = {} if timeout is None else {"timeout": timeout}

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,8 +43,7 @@ def build_config(config_class: type[ConfigT], fields: Mapping[str, Any], origin:
     """Build the settings of a command.
 
     Args:
-        config_class: A dataclass.
-        fields: Values by field name, from YAML or a command line. They are converted to the types of the fields.
+        fields: Values by field name, from YAML or a command line; they are converted to the fields' types.
         origin: Where the fields come from, for error messages.
 
     Raises:
@@ -60,11 +60,8 @@ def build_config(config_class: type[ConfigT], fields: Mapping[str, Any], origin:
             values[name] = convert(value, hints[name])
         except MISFITS:
             raise ValueError(f"{origin}: {name} is {value!r}, but it has to be {describe(hints[name])}.") from None
-    required = [
-        name
-        for name, field in known.items()
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING and name not in values
-    ]
+    # A field without a default has MISSING for both.
+    required = [name for name, field in known.items() if field.default is field.default_factory and name not in values]
     if required:
         raise ValueError(f"{origin} lacks {', '.join(required)}.")
     return config_class(**values)
@@ -77,15 +74,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Convert a value from YAML or from a command line to a field's type.
-
-    YAML reads `1e-4` as a string, and a command line reads everything as strings.
-
-    Raises:
-        ValueError: The value does not fit.
-    """
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    kind = origin or hint
+    """Convert a value from YAML (`1e-4` is a string) or a command line (all are), or raise one of `MISFITS`."""
+    kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind in UNIONS:
         return _convert_union(value, arguments)
     if kind is typing.Literal:
@@ -114,15 +104,14 @@ def _convert_union(value: Any, options: Sequence[Any]) -> Any:
     raise ValueError(value)
 
 
-def _convert_collection(value: Any, hint: Any, kind: type) -> Any:
+def _convert_collection(value: Any, hint: Any, kind: Any) -> Any:
     if isinstance(value, str):
         value = [value] if hint == list[str] else yaml.safe_load(value)
         value = [value] if kind is list and not isinstance(value, list) else value
     if not isinstance(value, kind):
         raise ValueError(value)
-    items: Any = value
     arguments = typing.get_args(hint)
-    return [convert(item, arguments[0]) for item in items] if kind is list and arguments else items
+    return [convert(item, arguments[0]) for item in value] if kind is list and arguments else value
 
 
 def _is_enum(hint: Any) -> bool:
@@ -152,10 +141,8 @@ def add_fields(parser: argparse.ArgumentParser, config_class: type, skip: Sequen
     hints = typing.get_type_hints(config_class)
     own = parser.add_argument_group("settings")
     inherited = parser.add_argument_group("settings of transformers' Trainer")
-    bases = [base for base in config_class.__mro__[1:] if base.__module__.split(".")[0] == "transformers"]
-    base_fields = {
-        field.name for base in filter(dataclasses.is_dataclass, bases) for field in dataclasses.fields(base)
-    }
+    bases = [base for base in config_class.__mro__[1:] if base.__module__.startswith("transformers.")]
+    base_fields = {name for base in bases for name in getattr(base, "__dataclass_fields__", ())}
     for field in dataclasses.fields(config_class):
         if not field.init or field.name in skip:
             continue
@@ -178,14 +165,12 @@ def add_fields(parser: argparse.ArgumentParser, config_class: type, skip: Sequen
 def complete_flags(arguments: Sequence[str], config_class: type) -> list[str]:
     """Replace each `--flag` without a value by `--flag=true`, so that it does not consume the next argument."""
     hints = typing.get_type_hints(config_class)
-    flags = {f"--{field.name}" for field in dataclasses.fields(config_class) if hints[field.name] is bool}
-    followers = [*arguments, ""][1:]
-    return [
-        f"{argument}=true"
-        if argument.replace("-", "_").replace("__", "--", 1) in flags and follower.lower() not in TRUTH_VALUES
-        else argument
-        for argument, follower in zip(arguments, followers, strict=True)
-    ]
+    flags = {f"__{field.name}" for field in dataclasses.fields(config_class) if hints[field.name] is bool}
+    completed = []
+    for argument, follower in itertools.pairwise([*arguments, ""]):
+        is_bare = argument.replace("-", "_") in flags and follower.lower() not in TRUTH_VALUES
+        completed.append(f"{argument}=true" if is_bare else argument)
+    return completed
 
 
 def given_fields(namespace: argparse.Namespace, config_class: type) -> dict[str, Any]:
@@ -193,9 +178,8 @@ def given_fields(namespace: argparse.Namespace, config_class: type) -> dict[str,
 
     A single value in brackets for a list of anything but strings is YAML.
     """
-    names = {field.name for field in dataclasses.fields(config_class)}
-    values = {name: value for name, value in vars(namespace).items() if name in names}
     hints = typing.get_type_hints(config_class)
+    values = {name: value for name, value in vars(namespace).items() if name in hints}
     for name, value in values.items():
         is_word = isinstance(value, list) and len(value) == 1 and list[str] not in _options(hints[name])
         if is_word and value[0].startswith(("[", "{")):
@@ -219,11 +203,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def require(config: Any, names: Sequence[str]) -> None:
-    """Check that `output_dir` and the settings `names` are given.
-
-    Raises:
-        ValueError: Some are empty; the message lists all of them.
-    """
+    """Raise ValueError if `output_dir` or some of the settings `names` are empty; the message lists all of them."""
     missing = [name for name in ("output_dir", *names) if not getattr(config, name)]
     if missing:
         raise ValueError(f"{type(config).__name__} needs {', '.join(missing)}; set them in the recipe or as options.")

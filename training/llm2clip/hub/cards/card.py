@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +74,17 @@ def render(facts: CardFacts, data: dict[str, Any] | None = None, text: str = "",
 
     Args:
         facts: Content of the card.
-        data: Front matter of the existing card.
-        text: Text of the existing card.
+        data: Front matter of an existing card.
+        text: Text of an existing card.
         keep: Sections that are only replaced if they are empty.
     """
     merged = _merge_data(data or {}, front_matter(facts))
     new = sections(facts)
     if not text.strip():
-        return _assemble(merged, _fresh(new))
+        return _assemble(merged, "\n\n".join(_marked(name, content) for name, content in new.items()))
     filled = {name for name, _, content in SECTION.findall(text) if content.strip()}
-    body = _merge_sections(text, {name: value for name, value in new.items() if name not in filled & set(keep)})
-    return _assemble(merged, body)
+    kept = filled & set(keep)
+    return _assemble(merged, _renew_sections(text, lambda name, _: None if name in kept else new.get(name)))
 
 
 def _assemble(data: dict[str, Any], text: str) -> str:
@@ -98,8 +98,7 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
     labels = ", ".join(" ".join(caption.replace(",", " ").split()) for caption in facts.captions)
     widget = [{"src": EXAMPLE, "candidate_labels": labels}] if facts.has_example else None
     is_encoder = facts.task != VISION_TASK and not facts.is_adapter
-    tags = ["llm2clip", "clip", *(["sentence-transformers"] if is_encoder else []), f"arxiv:{PAPER}"]
-    data = ModelCardData(
+    fields = ModelCardData(
         language=list(facts.languages) or None,
         license=facts.license,
         license_name=facts.license_name,
@@ -108,10 +107,9 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
         datasets=list(facts.datasets) or None,
         library_name="transformers",
         pipeline_tag=facts.task,
-        tags=tags,
+        tags=["llm2clip", "clip", *(["sentence-transformers"] if is_encoder else []), f"arxiv:{PAPER}"],
         widget=widget,
-    )
-    fields = data.to_dict()
+    ).to_dict()
     if results:
         fields["model-index"] = eval_results_to_model_index(facts.name, results)
     return fields
@@ -138,8 +136,7 @@ def _eval_results(evaluation: Evaluation, pipeline_tag: str) -> list[EvalResult]
 def _merge_data(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     merged = {**new, **old}
     for key in UNITED:
-        values = [*as_list(old.get(key)), *as_list(new.get(key))]
-        if values:
+        if values := [*as_list(old.get(key)), *as_list(new.get(key))]:
             merged[key] = list(dict.fromkeys(values))
     if "model-index" in new:
         ours = new["model-index"][0]
@@ -165,31 +162,23 @@ def _checksum(content: str) -> str:
     return hashlib.sha256(content.strip().encode()).hexdigest()[:12]
 
 
-def _fresh(new: dict[str, str]) -> str:
-    return "\n\n".join(_marked(name, content) for name, content in new.items())
+def _renew_sections(text: str, renewed: Callable[[str, str], str | None]) -> str:
+    """Replace the sections that nobody changed by `renewed(name, content)`; None or an empty text keeps a section."""
 
-
-def _merge_sections(text: str, new: dict[str, str]) -> str:
     def renew(match: re.Match[str]) -> str:
         name, checksum, content = match.groups()
-        untouched = _checksum(content) == checksum
-        # An empty new section does not replace earlier content.
-        return _marked(name, new[name]) if untouched and new.get(name) else match[0]
+        new = renewed(name, content) if _checksum(content) == checksum else None
+        return _marked(name, new) if new else match[0]
 
     return SECTION.sub(renew, text)
 
 
 def merge_cards(theirs: str, ours: str) -> str:
-    """Merge a new card into an older one that people may have edited.
-
-    Args:
-        theirs: The older card.
-        ours: The new card.
-    """
+    """Merge a new card, `ours`, into an older one that people may have edited."""
     data, text = split_card(theirs)
     new_data, new_text = split_card(ours)
     new = {name: content for name, _, content in SECTION.findall(new_text)}
-    body = _merge_sections(text, new) if SECTION.search(text) or text.strip() else new_text
+    body = _renew_sections(text, lambda name, _: new.get(name)) if text.strip() else new_text
     return _assemble(_merge_data(data, new_data), body)
 
 
@@ -200,13 +189,10 @@ def with_repo(card: str, repo: str, example: str) -> str:
         if entry.get("src") == EXAMPLE:
             entry["src"] = example
 
-    def renew(match: re.Match[str]) -> str:
-        name, checksum, content = match.groups()
-        if name != "use" or _checksum(content) != checksum:
-            return match[0]
-        return _marked(name, LOADED.sub(rf"\g<1>{repo}\g<2>", content))
+    def renewed(name: str, content: str) -> str | None:
+        return LOADED.sub(rf"\g<1>{repo}\g<2>", content) if name == "use" else None
 
-    return _assemble(data, SECTION.sub(renew, text))
+    return _assemble(data, _renew_sections(text, renewed))
 
 
 def validate_card(folder: Path) -> None:

@@ -13,14 +13,11 @@ from llm2clip.hub.cards.facts import CURVES
 
 
 def write_curves(folder: Path, history: Sequence[Mapping[str, Any]]) -> bool:
-    """Draw loss and recall over the steps as `training_curves.png`.
+    """Draw loss and recall over the steps as `training_curves.png`; returns whether there was anything to draw.
 
     Args:
         folder: Folder of the image.
         history: `log_history` of the Trainer: entries with `step`, and `loss` or `eval_*` metrics.
-
-    Returns:
-        Whether the history contains anything to draw.
     """
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     recalls: dict[str, list[tuple[int, float]]] = {}
@@ -30,10 +27,10 @@ def write_curves(folder: Path, history: Sequence[Mapping[str, Any]]) -> bool:
                 recalls.setdefault(name.removeprefix("eval_"), []).append((entry["step"], value))
     if not losses and not recalls:
         return False
-    panels = [panel for panel in (losses, recalls) if panel]
-    figure = Figure(figsize=(5 * len(panels), 3.4), layout="constrained")
+    panels = bool(losses) + bool(recalls)
+    figure = Figure(figsize=(5 * panels, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     if losses:
         axes[0].plot(*zip(*losses, strict=True), marker="." if len(losses) < 30 else None)
         axes[0].set(title="Training loss", xlabel="step", ylabel="loss")

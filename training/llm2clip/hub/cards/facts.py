@@ -9,11 +9,8 @@ from typing import Any
 from llm2clip.utils.repos import hub_ids
 from modeling_llm2clip import LLM2CLIPTextConfig
 
-JOINT_TASK, TEXT_TASK, VISION_TASK = (
-    "zero-shot-image-classification",
-    "feature-extraction",
-    "image-feature-extraction",
-)
+JOINT_TASK, TEXT_TASK = "zero-shot-image-classification", "feature-extraction"
+VISION_TASK = "image-feature-extraction"
 EXAMPLE, CURVES = "example.png", "training_curves.png"
 
 
@@ -24,7 +21,7 @@ class Evaluation:
     Args:
         task: Name of the task, such as `image-text retrieval` or `caption retrieval`.
         dataset: Hub id or name of the data set.
-        split: Split of the data set.
+        split: Split of it.
         revision: Commit of the data set, or a checksum of its content.
         metrics: Recalls in 0..1, or counts, by name.
         note: Further identification of the measurement, such as the caption column.

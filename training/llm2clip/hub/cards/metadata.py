@@ -38,11 +38,7 @@ LANGUAGES = frozenset(
 
 
 def check_metadata(data: Mapping[str, Any], subject: object = "the card") -> None:
-    """Check license, languages and Hub ids.
-
-    Args:
-        data: Front matter of a card; fields may be absent or empty.
-        subject: Name of the card in the message.
+    """Check license, languages and Hub ids in the front matter of a card, which `subject` names in the message.
 
     Raises:
         ValueError: The Hub would reject some of them; the message names all problems and their corrections.

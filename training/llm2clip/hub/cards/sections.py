@@ -98,8 +98,6 @@ model = SentenceTransformer("{repo}", trust_remote_code=True)
 embeddings = model.encode({captions})
 print(model.similarity(embeddings, embeddings))
 ```"""
-
-
 # Given a Hub id, transformers would look for the code in the repo of the LLM.
 ADAPTER = """```python
 from huggingface_hub import snapshot_download
@@ -116,7 +114,7 @@ print(embeddings.shape)
 def sections(facts: CardFacts) -> dict[str, str]:
     """Render all sections by name; a section without content is empty."""
     return {
-        "about": _about(facts),
+        "about": f"# {facts.name}\n\n{facts.summary}",
         "use": _use(facts),
         "results": _results(facts.evaluations),
         "training": _training(facts),
@@ -125,25 +123,17 @@ def sections(facts: CardFacts) -> dict[str, str]:
     }
 
 
-def _about(facts: CardFacts) -> str:
-    return f"# {facts.name}\n\n{facts.summary}"
-
-
 def _use(facts: CardFacts) -> str:
     snippets = ADAPTER if facts.is_adapter else {JOINT_TASK: JOINT, TEXT_TASK: TEXT}.get(facts.task, VISION)
     filled = snippets.format(
         repo=facts.repo,
         imports=EXAMPLE_IMPORT if facts.has_example else "",
         picture=EXAMPLE_PICTURE.format(repo=facts.repo) if facts.has_example else OWN_PICTURE,
-        captions=_literal(facts.captions or CAPTIONS),
+        # A list with double quotes, as formatters write them.
+        captions=json.dumps(list(facts.captions or CAPTIONS), ensure_ascii=False),
     )
     picture = f"\n\n![Example image]({EXAMPLE})" if facts.has_example else ""
     return f"## Use\n\n{filled}{picture}"
-
-
-def _literal(captions: Sequence[str]) -> str:
-    # Double quotes, as formatters write them.
-    return "[" + ", ".join(json.dumps(caption, ensure_ascii=False) for caption in captions) + "]"
 
 
 def _results(evaluations: Sequence[Evaluation]) -> str:
@@ -164,8 +154,7 @@ def _training(facts: CardFacts) -> str:
     parts = []
     if facts.base_models:
         parts.append("Trained from: " + ", ".join(facts.base_models) + ".")
-    data = [*facts.datasets, *facts.sources]
-    if data:
+    if data := [*facts.datasets, *facts.sources]:
         parts.append("Trained on: " + "; ".join(data) + ".")
     if facts.recipe:
         settings = yaml.safe_dump(_plain(facts.recipe), sort_keys=True, allow_unicode=True)
