@@ -180,12 +180,10 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         return model
 
     def get_input_embeddings(self) -> nn.Module:
-        tower = self.vision_model if self.text_model is None else self.text_model
-        return tower.get_input_embeddings()
+        return (self.text_model or self.vision_model).get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        tower = self.vision_model if self.text_model is None else self.text_model
-        tower.set_input_embeddings(value)
+        (self.text_model or self.vision_model).set_input_embeddings(value)
 
     def get_text_features(
         self,

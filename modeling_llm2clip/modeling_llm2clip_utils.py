@@ -74,13 +74,9 @@ def is_readable(weight: Tensor) -> bool:
 
 
 def digest_weights(named_weights: Iterable[tuple[str, Tensor]], digest: Any, samples: int) -> None:
-    """Update a hash with names, shapes and evenly spaced values of weights.
+    """Update a digest of `hashlib` with names, shapes and up to `samples` evenly spaced values of each weight.
 
     The values are rounded to bfloat16, so that weights in float32 and their copies in bfloat16 have equal hashes.
-
-    Args:
-        digest: A hash object of `hashlib`.
-        samples: Largest number of values of each weight.
     """
     for name, weight in named_weights:
         values = weight.detach().reshape(-1)
@@ -191,8 +187,6 @@ def encode_tokens(
     """Encode tokenised captions in batches of similar length, and repeated captions only once.
 
     Args:
-        tokens: See [`tokenize_captions`].
-        tokenizer: Pads the batches.
         encode: Maps a batch on the device to `(batch, width)`.
         device: Device of the model; it determines the size of the batches.
         batch_size: Largest number of captions in a batch; None for as many as their tokens allow.

@@ -86,11 +86,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code.
-
-    Args:
-        arguments: The command and its arguments; those of the process by default.
-    """
+    """Run the command with its arguments, by default those of the process, and return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="llm2clip",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation import caption_retrieval_metrics, rank_of_best_match, retrieval_metrics
+from llm2clip.evaluation.metrics import caption_retrieval_metrics, rank_of_best_match, retrieval_metrics
 from tests.golden import load_golden
 
 DIRECTIONS = {"text_to_image": "image_retrieval", "image_to_text": "text_retrieval"}

@@ -61,6 +61,7 @@ class ImageEmbedder:
         self.transform = EvalTransform(image_processor, image_backend)
         self.name = name
         self.revision = revision
+        self.width: int = model.config.projection_dim
 
     @classmethod
     def load(
@@ -91,11 +92,6 @@ class ImageEmbedder:
         model = model_class.from_pretrained(name, revision=revision).to(device or process_state().device).eval()
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision)
         return cls(model, image_processor, absolute_path(name), revision, image_backend)
-
-    @property
-    def width(self) -> int:
-        """Length of an embedding."""
-        return self.model.config.projection_dim
 
     def fingerprint(self) -> str:
         """Identify the weights; see [`vision_fingerprint`]."""

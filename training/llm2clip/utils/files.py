@@ -74,9 +74,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return fields
 
 
-def digest_files(files: Iterable[Path], digest: Any = None) -> Any:
-    """Hash the names and contents of files in the given order; returns `digest`, by default a new SHA-256."""
-    digest = hashlib.sha256() if digest is None else digest
+def digest_files(files: Iterable[Path]) -> Any:
+    """Return the SHA-256 (a `hashlib` object) of the names and contents of files in the given order."""
+    digest = hashlib.sha256()
     for path in files:
         digest.update(path.name.encode())
         with path.open("rb") as file:
