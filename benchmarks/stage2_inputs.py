@@ -149,10 +149,10 @@ def make_trainer(fields: dict[str, Any]) -> Any:
     config = build_config(Stage2Config, {**COMMON_FIELDS, **fields})
     set_seed(config.seed)
     model, processor = load_model(config)
-    captions = open_captions(config, model, processor, {})
+    collator, _ = open_captions(config, model, processor, {})
     dataset, _ = build_dataset(config, model, processor.image_processor)
     return Stage2Trainer(
-        model=model, args=config, train_dataset=dataset, data_collator=captions.collator, processing_class=processor
+        model=model, args=config, train_dataset=dataset, data_collator=collator, processing_class=processor
     )
 
 

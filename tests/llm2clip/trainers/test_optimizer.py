@@ -265,7 +265,7 @@ def test_schedule_stays_at_zero_after_the_end_and_resumes() -> None:
 @pytest.mark.parametrize(("warmup", "total"), [(5, 5), (6, 5), (-1, 5), (0, 0)])
 def test_a_warmup_longer_than_training_raises_an_error(warmup: int, total: int) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    with pytest.raises(ValueError, match=f"has {warmup} of {total} optimiser steps"):
+    with pytest.raises(ValueError, match=f"has {warmup} of {total} optimizer steps"):
         warmup_cosine_schedule(optimizer, warmup, total)
 
 

@@ -116,7 +116,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def and_wait(self: PushCallback, *args: Any, **kwargs: Any) -> None:
         push(self, *args, **kwargs)
-        self.wait()
+        self.finish()
 
     monkeypatch.setattr(PushCallback, "on_save", and_wait)
 

@@ -129,7 +129,7 @@ def test_training_a_text_tower_keeps_its_prompt(inputs: Inputs, tmp_path: Path) 
     unset = {"prompt_prefix": None, "prompt_suffix": None, "max_text_length": None}
     run(tmp_path, inputs.text, max_steps=1, save_strategy="no", **unset)
     assert LLM2CLIPTextModel.from_pretrained(tmp_path).config.prompt_prefix == tiny_models.PREFIX
-    with pytest.raises(ValueError, match="defines how captions are encoded; remove prompt_prefix, prompt_suffix"):
+    with pytest.raises(ValueError, match="defines the prompt; remove prompt_prefix, prompt_suffix"):
         run(tmp_path / "again", inputs.text)
     with pytest.raises(ValueError, match="remove bidirectional"):
         run(tmp_path / "again", inputs.text, bidirectional=False, **unset)

@@ -209,7 +209,7 @@ def test_upper_layers_on_stored_states_equal_the_whole_tower(model_type: str, in
         FrozenLayers(tower, 9, (28, 28))
     with pytest.raises(ValueError, match="freeze_vision_layers is -9, but the tower has"):
         FrozenLayers(tower, -9, (28, 28))
-    assert FrozenLayers(tower, -1, (28, 28)).num_layers == len(frozen.stack.layers) - 1
+    assert FrozenLayers(tower, -1, (28, 28)).num_layers == len(frozen.layers) - 1
 
 
 def test_training_continues_from_an_llm2clip_model(inputs: Inputs, tmp_path: Path) -> None:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from llm2clip.utils.settings import check_choices
+from llm2clip.losses import DEFAULT_TILE_SIZE
+from llm2clip.utils.settings import check_choices, setting
 
-TOWER_CHUNK_HELP = (
-    "Rows per forward pass of the towers (GradCache). Set it when a batch's activations do not fit into memory: the "
-    "gradients stay the same, and the towers compute their forward pass twice. Unset: the whole batch at once."
-)
-LOSS_CHUNK_HELP = (
-    "Rows of the similarity matrix that the loss computes at once. Lower it if the loss of a large global batch runs "
-    "out of memory; the result stays the same."
-)
+
+@dataclass
+class ContrastiveConfig:
+    """Settings of the contrastive stages that save memory, beside those of [`StageConfig`]."""
+
+    tower_chunk_size: int | None = setting(
+        None,
+        "Rows per forward pass of the towers (GradCache). Set it when a batch's activations do not fit into memory: "
+        "the gradients stay the same, and the towers compute their forward pass twice. Unset: the whole batch at "
+        "once.",
+    )
+    loss_chunk_size: int = setting(
+        DEFAULT_TILE_SIZE,
+        "Rows of the similarity matrix that the loss computes at once. Lower it if the loss of a large global batch "
+        "runs out of memory; the result stays the same.",
+    )
 
 
 @dataclass
@@ -28,23 +37,13 @@ class StageConfig(TrainingArguments):
     `label_names=[]`, `logging_steps=10`.
     """
 
-    output_dir: str = field(default="", metadata={"help": "Folder of the checkpoints and of the trained model."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Keep it false: the collators read columns that the model does not."}
-    )
-    dataloader_drop_last: bool = field(
-        default=True,
-        metadata={"help": "Drop the last batch if it is incomplete: its loss would have fewer negatives."},
-    )
-    label_names: list[str] | None = field(
-        default_factory=list, metadata={"help": "Keep it empty: the losses need no labels."}
-    )
-    logging_steps: float = field(
-        default=10, metadata={"help": "Optimizer steps between two log entries; below 1, a share of all steps."}
-    )
-    activation_checkpointing: bool | None = field(
-        default=None,
-        metadata={"help": "Recompute activations in backward instead of storing them: less memory, about 20% slower."},
+    output_dir: str = setting("", "Folder of the checkpoints and of the trained model.")
+    remove_unused_columns: bool = setting(False, "Keep it false: the collators read columns that the model does not.")
+    dataloader_drop_last: bool = setting(True, "Drop an incomplete last batch: its loss would have fewer negatives.")
+    label_names: list[str] | None = setting([], "Keep it empty: the losses need no labels.")
+    logging_steps: float = setting(10, "Optimizer steps between two log entries; below 1, a share of all steps.")
+    activation_checkpointing: bool | None = setting(
+        None, "Recompute activations in backward instead of storing them: less memory, about 20% slower."
     )
 
     def __post_init__(self) -> None:
@@ -60,6 +59,9 @@ class StageConfig(TrainingArguments):
         accelerator_config: Any = self.accelerator_config
         if accelerator_config.dispatch_batches is None:
             accelerator_config.dispatch_batches = False
+        for name in ("tower_chunk_size", "loss_chunk_size"):
+            if (size := getattr(self, name, None)) is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, but is {size}.")
 
     def __getstate__(self) -> dict[str, Any]:
         # The Trainer pickles its arguments into the folder that it pushes.
@@ -69,10 +71,3 @@ class StageConfig(TrainingArguments):
     def sampling_seed(self) -> int:
         """Seed of every random choice about the data: order, captions, crops."""
         return self.seed if self.data_seed is None else self.data_seed
-
-
-def check_chunk_sizes(tower_chunk_size: int | None, loss_chunk_size: int) -> None:
-    """Raise a `ValueError` if a chunk size is below 1."""
-    for name, size in (("tower_chunk_size", tower_chunk_size), ("loss_chunk_size", loss_chunk_size)):
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be at least 1, but is {size}.")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback
 
-from llm2clip.data import StreamingCaptionImageDataset
+from llm2clip.data import SampleIndexBatchSampler, StreamingCaptionImageDataset
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
 from llm2clip.trainers.base_config import StageConfig
-from llm2clip.trainers.callbacks import ModelCardCallback, write_model_card
+from llm2clip.trainers.model_card import write_model_card
 from llm2clip.trainers.progress import TrainingProgress
 from llm2clip.trainers.pushing import PushingTrainer
 from llm2clip.utils.identity import data_revision
@@ -32,8 +33,6 @@ class StageTrainer(PushingTrainer):
     the sets of `retrieval`.
 
     Args:
-        model: The model to train.
-        args: Settings of the stage.
         data_collator: By default the stage's collator with `processing_class`.
         train_dataset: Rows to train on.
         eval_dataset: Rows to evaluate, or a mapping from a name to such a data set.
@@ -49,6 +48,11 @@ class StageTrainer(PushingTrainer):
     title: ClassVar[str] = "Training"
     # Arguments of `from_pretrained` for a checkpoint of the model.
     load_options: ClassVar[dict[str, Any]] = {}
+    # Batch sampler of this package's map-style data sets.
+    sampler_class: ClassVar[Callable[..., EpochBatchSampler]] = SampleIndexBatchSampler
+    # Evaluation of `eval_dataset` gives the loss alone, without metrics from the outputs.
+    loss_only: ClassVar[bool] = False
+    args: StageConfig
 
     def __init__(
         self,
@@ -85,7 +89,6 @@ class StageTrainer(PushingTrainer):
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(self.progress)
-        self.add_callback(ModelCardCallback(self))
         if self.args.device.type == "cpu":
             keep_freed_memory()
         # The losses are means over the batch, so that the Trainer has to divide them by the accumulation steps.
@@ -101,6 +104,20 @@ class StageTrainer(PushingTrainer):
 
     def batch_sampler(self) -> EpochBatchSampler:
         """Make the batch sampler of this package's map-style data sets, for all processes."""
+        return type(self).sampler_class(
+            self.train_dataset,
+            self.args.per_device_train_batch_size,
+            num_replicas=self.accelerator.num_processes,
+            seed=self.args.sampling_seed,
+            drop_last=self.args.dataloader_drop_last,
+        )
+
+    def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of a batch and the outputs that the metrics of `eval_dataset` are computed from."""
+        raise NotImplementedError
+
+    def save_result(self, output_dir: str | Path) -> None:
+        """Save the trained model as a folder for the Hub; called in all processes."""
         raise NotImplementedError
 
     @staticmethod
@@ -145,7 +162,8 @@ class StageTrainer(PushingTrainer):
             )
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        adapted = getattr(self.accelerator.unwrap_model(self.model), "has_adapter", False)
+        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and not adapted:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -191,16 +209,18 @@ class StageTrainer(PushingTrainer):
         finally:
             self.args.dataloader_drop_last = drop_last
 
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = self.loss_and_outputs(model, inputs)
+        return (loss, outputs) if return_outputs else loss
+
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, Any, Any]:
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Any, Any]:
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
+        if prediction_loss_only or self.loss_only:
             return loss, None, None
         embeds = tuple(outputs.values())
         return loss, embeds, self.eval_labels(inputs, len(embeds[0]))
@@ -219,26 +239,26 @@ class StageTrainer(PushingTrainer):
         if eval_dataset is not None or not self.retrieval:
             return metrics
         model = self.accelerator.unwrap_model(self.model).eval()
-        found: dict[str, float] = {}
-        for name, retrieval in self.retrieval.items():
-            scores = self.measure(model, retrieval)
-            found |= {f"{metric_key_prefix}_{name}_{key}": value for key, value in scores.items()}
+        found = {
+            f"{metric_key_prefix}_{name}_{key}": value
+            for name, retrieval in self.retrieval.items()
+            for key, value in self.measure(model, retrieval).items()
+        }
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return metrics | found
 
-    def fit(self, checkpoint: str | None, save: Callable[[], None]) -> dict[str, Any]:
-        """Train, save the result, evaluate it, then write the training log, the card and, if asked for, push.
-
-        Args:
-            checkpoint: Checkpoint to resume from.
-            save: Saves the result. It runs before the evaluation, so that a failing evaluation loses nothing.
+    def fit(self, checkpoint: str | None) -> dict[str, Any]:
+        """Train, from a checkpoint if one is given, save and evaluate the result, write the card and push if set.
 
         Returns:
             The metrics of training and evaluation.
         """
         metrics = self.train(resume_from_checkpoint=checkpoint).metrics
-        save()
+        # Before the evaluation, so that a failing one loses nothing.
+        self.accelerator.wait_for_everyone()
+        self.save_result(str(self.args.output_dir))
+        self.accelerator.wait_for_everyone()
         if self.retrieval or self._has_eval_rows:
             metrics |= self.evaluate()
         self.save_state()

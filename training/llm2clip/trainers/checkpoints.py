@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -19,15 +18,12 @@ RESULT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_mo
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """Find the newest complete checkpoint of a run, ignoring one that a killed process left half-written."""
-    pattern = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
-    folder = Path(output_dir)
-    if not folder.is_dir():
-        return None
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := pattern.match(path.name))]
-    for _, path in sorted(found, reverse=True):
-        if (path / CHECKPOINT_MARK).is_file():
-            return path
-        logger.warning("%s is incomplete (no %s) and is ignored.", path, CHECKPOINT_MARK)
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    found = {path.name.removeprefix(prefix): path for path in Path(output_dir).glob(f"{prefix}*")}
+    for step in sorted(filter(str.isdecimal, found), key=int, reverse=True):
+        if (found[step] / CHECKPOINT_MARK).is_file():
+            return found[step]
+        logger.warning("%s is incomplete (no %s) and is ignored.", found[step], CHECKPOINT_MARK)
     return None
 
 
@@ -36,10 +32,7 @@ def resume_point(args: StageConfig, resume: bool) -> str | None:
 
     Args:
         args: The settings of the run.
-        resume: Whether to resume from the newest checkpoint in `args.output_dir`.
-
-    Returns:
-        The checkpoint to load, or `None` for a new run.
+        resume: Resume from the newest checkpoint, if there is one.
 
     Raises:
         FileExistsError: The folder contains a run and `resume` is off.

@@ -35,10 +35,7 @@ class FrozenStatesDataset(EpochDataset):
 
     Args:
         captions: The data set without images, which draws the captions.
-        images: Evaluation samples of the same data set in the same order.
-        frozen: The frozen layers.
-        image_processor: Image processor that prepared the images.
-        folder: Folder of the stored states.
+        images: Evaluation samples of the same data set in the same order, prepared by `image_processor`.
         batch_size: Images per forward pass.
         num_workers: Worker processes that read images.
 
@@ -88,28 +85,7 @@ class FrozenStatesDataset(EpochDataset):
             np.lib.format.open_memmap(self.folder / STATES, mode="w+", dtype=np.float16, shape=shape)
         state.wait_for_everyone()
         states = np.lib.format.open_memmap(self.folder / STATES, mode="r+")
-        bounds = [len(images) * part // state.num_processes for part in range(state.num_processes + 1)]
-        rows = range(bounds[state.process_index], bounds[state.process_index + 1])
-        skipped = self._compute(images, rows, frozen, states, batch_size, num_workers)
-        states.flush()
-        skipped = gather_object(skipped)
-        if len(skipped) == len(images):
-            raise ValueError(f"none of the {len(images)} images can be read.")
-        if state.is_main_process:
-            # Written last: states without a manifest are incomplete.
-            write_json(self.folder / MANIFEST, {"skipped": skipped})
-        state.wait_for_everyone()
-
-    def _compute(
-        self,
-        images: CaptionImageDataset,
-        rows: range,
-        frozen: FrozenLayers,
-        states: np.ndarray,
-        batch_size: int,
-        num_workers: int,
-    ) -> list[tuple[int, str, str]]:
-        """Fill `rows` of `states`; returns (row, key, reason) of the skipped rows."""
+        start, stop = (len(images) * (state.process_index + i) // state.num_processes for i in (0, 1))
         frozen.tower.eval()
         device = next(frozen.tower.parameters()).device
 
@@ -119,14 +95,20 @@ class FrozenStatesDataset(EpochDataset):
                 raise ValueError("the outputs of the frozen layers exceed float16; unset frozen_states_dir.")
             return output.cpu()
 
-        skipped = []
-        title, show = "Computing frozen vision layers", process_state().is_main_process
-        for batch in forward_images(Subset(images, rows), forward, batch_size, num_workers, title, show):
-            start = rows.start + batch.start
-            skipped += [(row, *sample) for row, sample in enumerate(batch.skipped, start) if sample is not None]
+        part, title, skipped = Subset(images, range(start, stop)), "Computing frozen vision layers", []
+        for batch in forward_images(part, forward, batch_size, num_workers, title, state.is_main_process):
+            first = start + batch.start
+            skipped += [(row, *sample) for row, sample in enumerate(batch.skipped, first) if sample is not None]
             if batch.output is not None:
-                states[[start + index for index in batch.good]] = batch.output.numpy()
-        return skipped
+                states[[first + index for index in batch.good]] = batch.output.numpy()
+        states.flush()
+        skipped = gather_object(skipped)
+        if len(skipped) == len(images):
+            raise ValueError(f"none of the {len(images)} images can be read.")
+        if state.is_main_process:
+            # Written last: states without a manifest are incomplete.
+            write_json(self.folder / MANIFEST, {"skipped": skipped})
+        state.wait_for_everyone()
 
     def __len__(self) -> int:
         return len(self.captions)

@@ -23,7 +23,7 @@ Run = Callable[[nn.Module, Inputs], tuple[Tensor, ...]]
 
 
 def in_chunks(run: Run, model: nn.Module, inputs: Mapping[str, Tensor], chunk_size: int | None) -> tuple[Tensor, ...]:
-    """Run a model on chunks of rows, with the activations of one chunk in memory at a time.
+    """Run a model on chunks of rows, with the activations of one chunk in memory; returns the outputs of all rows.
 
     The last chunk keeps its activations from forward to backward. Those of the others are recomputed in backward,
     in the same state of the random number generators and of autocast.
@@ -33,9 +33,6 @@ def in_chunks(run: Run, model: nn.Module, inputs: Mapping[str, Tensor], chunk_si
         model: The model, possibly wrapped in `DistributedDataParallel`.
         inputs: Tensors with equal numbers of rows, without gradients.
         chunk_size: Rows per chunk; `None` runs all rows at once.
-
-    Returns:
-        The outputs of `run`, for all rows.
 
     Raises:
         ValueError: FSDP shards the model.
@@ -55,6 +52,11 @@ def in_chunks(run: Run, model: nn.Module, inputs: Mapping[str, Tensor], chunk_si
     first = _Recomputed.apply(run, inner, chunks[:-1], list(trained), *trained.values())
     last = run(model, chunks[-1])
     return tuple(torch.cat(parts) for parts in zip(first, last, strict=True))
+
+
+def embed_captions(text_model: nn.Module, captions: Inputs) -> tuple[Tensor]:
+    """Compute the embeddings of a text tower, for [`in_chunks`]."""
+    return (text_model(**captions).pooler_output,)
 
 
 class _Recomputed(torch.autograd.Function):

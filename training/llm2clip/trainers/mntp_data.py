@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -16,12 +16,7 @@ from llm2clip.trainers.mntp_config import MNTPConfig
 
 
 class TokenBlocks(EpochDataset):
-    """Texts, concatenated and cut into blocks of equal length, without the incomplete last block.
-
-    Args:
-        texts: The texts.
-        tokenizer: The LLM's own tokenizer.
-        block_size: Tokens per block.
+    """Texts, concatenated and cut into blocks of `block_size` tokens, without the incomplete last block.
 
     Raises:
         ValueError: The texts are shorter than one block.
@@ -42,13 +37,8 @@ class TokenBlocks(EpochDataset):
 
 
 def _token_ids(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == 1000:
-            yield from tokenizer(batch, verbose=False)["input_ids"]
-            batch = []
-    if batch:
+    remaining = iter(texts)
+    while batch := list(islice(remaining, 1000)):
         yield from tokenizer(batch, verbose=False)["input_ids"]
 
 
@@ -61,7 +51,6 @@ class MaskCollator:
 
     Args:
         tokenizer: Tokenizer of the LLM. Its mask token is set, and its padding token if it has none.
-        config: The settings.
 
     Raises:
         ValueError: The mask token is not in the vocabulary.
@@ -72,9 +61,7 @@ class MaskCollator:
             raise ValueError(f"mask_token {config.mask_token!r} is not a token of {tokenizer.name_or_path}.")
         tokenizer.mask_token = config.mask_token
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        self.tokenizer = tokenizer
-        self.block_size = config.block_size
-        self.seed = config.sampling_seed
+        self.tokenizer, self.block_size, self.seed = tokenizer, config.block_size, config.sampling_seed
         self.collator = DataCollatorForLanguageModeling(
             tokenizer,
             mlm_probability=config.mlm_probability,

@@ -6,14 +6,12 @@ It adapts a decoder to bidirectional attention: tokens are masked, and the state
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm2clip.data import SampleIndexBatchSampler
-from llm2clip.data.sampling import EpochDataset
 from llm2clip.trainers.mntp_config import MNTPConfig
 from llm2clip.trainers.mntp_data import MaskCollator
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
@@ -37,6 +35,7 @@ class MNTPTrainer(TextTowerTrainer):
     """
 
     title = "MNTP"
+    loss_only = True
     args: MNTPConfig
 
     def __init__(self, *args: Any, head: nn.Module, **kwargs: Any) -> None:
@@ -46,41 +45,13 @@ class MNTPTrainer(TextTowerTrainer):
     def default_collator(self, model: Any, args: Any, processing_class: Any) -> MaskCollator | None:
         return None if processing_class is None else MaskCollator(copy.deepcopy(processing_class), args)
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Any, Any]:
-        return super().prediction_step(model, inputs, True)
-
-    def batch_sampler(self) -> SampleIndexBatchSampler:
-        return SampleIndexBatchSampler(
-            cast(EpochDataset, self.train_dataset),
-            self.args.per_device_train_batch_size,
-            num_replicas=self.accelerator.num_processes,
-            seed=self.args.sampling_seed,
-            drop_last=self.args.dataloader_drop_last,
-        )
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         states = model(**inputs).last_hidden_state
-        loss = masked_next_token_loss(states, labels, self.head, self._softcap)
-        return (loss, {"last_hidden_state": states}) if return_outputs else loss
-
-    @property
-    def _softcap(self) -> float | None:
-        config = self.accelerator.unwrap_model(self.model).config.decoder_config
-        return getattr(config, "final_logit_softcapping", None)
+        decoder_config = self.accelerator.unwrap_model(self.model).config.decoder_config
+        softcap = getattr(decoder_config, "final_logit_softcapping", None)
+        return masked_next_token_loss(states, labels, self.head, softcap), {"last_hidden_state": states}
 
 
 def masked_next_token_loss(states: Tensor, labels: Tensor, head: nn.Module, softcap: float | None = None) -> Tensor:

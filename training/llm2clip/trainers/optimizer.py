@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,11 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 MAX_LOGIT_SCALE = math.log(100)
 
 TOWER_OF_CHILD = {
-    "vision_model": "vision",
-    "visual_projection": "vision",
-    "text_model": "text",
-    "text_adapter": "text",
-}
+    "vision_model": "vision", "visual_projection": "vision", "text_model": "text", "text_adapter": "text",
+}  # fmt: skip
 # The child of each tower whose numbered layers count.
 BACKBONES = {"vision": "vision_model", "text": "text_model"}
 
@@ -62,14 +58,8 @@ def parameter_groups(
 
     Args:
         model: An `LLM2CLIPModel`, possibly in wrappers that prefix its parameter names (DDP, PEFT, compile).
-        learning_rate: Learning rate of towers without one of their own.
-        weight_decay: Weight decay of towers without one of their own.
-        vision_learning_rate: Learning rate of the vision tower and projection.
-        text_learning_rate: Learning rate of the adapter, and of the LLM if that is trained.
-        vision_weight_decay: Weight decay of the vision tower and projection.
-        text_weight_decay: Weight decay of the adapter, and of the LLM if that is trained.
-        vision_layer_decay: Factor on the learning rate from each vision layer to the layer below.
-        text_layer_decay: Factor on the learning rate from each layer of the LLM to the layer below.
+        learning_rate, weight_decay: Values of `other`, and of towers without values of their own.
+        vision_layer_decay, text_layer_decay: Factor on the learning rate from each layer to the layer below.
 
     Returns:
         Groups for a torch optimizer, in the order of the model's parameters, with `params`, `lr` (including the factor
@@ -80,52 +70,27 @@ def parameter_groups(
         ValueError: A setting is out of range, no parameter is trainable, or a tower with layer decay has no
             consecutively numbered layers.
     """
-    rates = {"vision": vision_learning_rate, "text": text_learning_rate, "other": learning_rate}
-    decays = {"vision": vision_weight_decay, "text": text_weight_decay, "other": weight_decay}
+    rates = _by_tower("learning rate", vision_learning_rate, text_learning_rate, learning_rate)
+    decays = _by_tower("weight decay", vision_weight_decay, text_weight_decay, weight_decay)
     layer_decays = {"vision": vision_layer_decay, "text": text_layer_decay, "other": 1.0}
-    _check_settings(rates, decays, layer_decays)
-    rates = {tower: learning_rate if rate is None else rate for tower, rate in rates.items()}
-    decays = {tower: weight_decay if decay is None else decay for tower, decay in decays.items()}
     groups: dict[str, dict[str, Any]] = {}
-    for name, parameter, tower, labels, lr_scale in _labelled(model, layer_decays):
-        decayed = labels[-1] == "decay"
-        group: dict[str, Any] = {
-            "params": [],
-            "lr": cast(float, rates[tower]) * lr_scale,
-            "lr_scale": lr_scale,
-            "weight_decay": decays[tower] if decayed else 0.0,
-            "name": "/".join(labels),
-            "param_names": [],
-        }
-        group = groups.setdefault("/".join(labels), group)
-        group["params"].append(parameter)
-        group["param_names"].append(name)
-    return list(groups.values())
-
-
-def _labelled(
-    model: nn.Module, layer_decays: dict[str, float]
-) -> Iterator[tuple[str, nn.Parameter, str, list[str], float]]:
-    """Name, parameter, tower, labels of the group (tower, layer, decay), and factor on the learning rate."""
-    parameters = [(name, *_split(name), parameter) for name, parameter in model.named_parameters()]
-    trainable = {tower for _, tower, _, parameter in parameters if parameter.requires_grad}
-    if not trainable:
-        raise ValueError("the model has no trainable parameter: all have requires_grad=False.")
-    num_layers = {
-        tower: _count_layers([path for _, other, path, _ in parameters if other == tower], tower)
-        for tower in trainable
-        if layer_decays[tower] < 1
-    }
-    for name, tower, path, parameter in parameters:
+    num_layers = _count_layers(model, layer_decays)
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        tower, path = _split(name)
         decayed = parameter.ndim > 1 and not path.endswith(".bias") and NEVER_DECAYED.search(path) is None
-        labels, lr_scale = [tower], 1.0
+        labels, scale = [tower], 1.0
         if tower in num_layers:
             layer = _layer_id(path, tower, num_layers[tower])
             labels.append(f"layer{layer}")
-            lr_scale = layer_decays[tower] ** (num_layers[tower] + 1 - layer)
-        yield name, parameter, tower, [*labels, "decay" if decayed else "no_decay"], lr_scale
+            scale = layer_decays[tower] ** (num_layers[tower] + 1 - layer)
+        label = "/".join([*labels, "decay" if decayed else "no_decay"])
+        new = {"lr": rates[tower] * scale, "lr_scale": scale, "weight_decay": decays[tower] if decayed else 0.0}
+        group = groups.setdefault(label, {"params": [], **new, "name": label, "param_names": []})
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    return list(groups.values())
 
 
 def warmup_cosine_schedule(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
@@ -136,15 +101,14 @@ def warmup_cosine_schedule(optimizer: Optimizer, warmup_steps: int, total_steps:
 
     Args:
         optimizer: Optimizer, whose groups' `lr` are the peaks.
-        warmup_steps: Number of optimiser steps, possibly 0.
-        total_steps: Number of optimiser steps including the warm-up; later steps stay at 0.
+        warmup_steps, total_steps: Optimizer steps; the total includes the warm-up, and later steps stay at 0.
 
     Raises:
         ValueError: Unless 0 <= warmup_steps < total_steps.
     """
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
-            f"The warm-up must be shorter than the training, but has {warmup_steps} of {total_steps} optimiser steps."
+            f"The warm-up must be shorter than the training, but has {warmup_steps} of {total_steps} optimizer steps."
         )
 
     def factor(step: int) -> float:
@@ -158,24 +122,17 @@ def warmup_cosine_schedule(optimizer: Optimizer, warmup_steps: int, total_steps:
 
 @torch.no_grad()
 def clamp_logit_scale(model: nn.Module) -> None:
-    """Clamp the log of the logit scale to [0, ln 100], to be called after each optimizer step (CLIP, section 2.5).
-
-    Args:
-        model: The unwrapped model; its `logit_scale` is changed in place.
-    """
+    """Clamp the log of the logit scale to [0, ln 100], to be called after each optimizer step (CLIP, section 2.5)."""
     model.get_parameter("logit_scale").clamp_(0.0, MAX_LOGIT_SCALE)
 
 
-def _check_settings(
-    rates: dict[str, float | None], decays: dict[str, float | None], layer_decays: dict[str, float]
-) -> None:
-    for what, values in (("learning rate", rates), ("weight decay", decays)):
-        for tower, value in values.items():
-            if value is not None and value < 0:
-                raise ValueError(f"The {what} of '{tower}' must not be negative, but is {value}.")
-    for tower, value in layer_decays.items():
-        if value <= 0:
-            raise ValueError(f"{tower}_layer_decay must be above 0 (1 switches it off), but is {value}.")
+def _by_tower(what: str, vision: float | None, text: float | None, other: float) -> dict[str, float]:
+    """Return the value of each tower, by default that of `other`."""
+    values = {"other": other, "vision": other if vision is None else vision, "text": other if text is None else text}
+    for tower, value in values.items():
+        if value < 0:
+            raise ValueError(f"The {what} of '{tower}' must not be negative, but is {value}.")
+    return values
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -188,25 +145,35 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _layer_numbers(path: str, tower: str) -> list[int]:
-    if not path.startswith(f"{BACKBONES[tower]}."):
-        return []
-    return [int(number) for number in NUMBERED_LAYER.findall(path)]
+    return [int(number) for number in NUMBERED_LAYER.findall(path)] if path.startswith(f"{BACKBONES[tower]}.") else []
 
 
-def _count_layers(paths: list[str], tower: str) -> int:
-    numbers = [_layer_numbers(path, tower) for path in paths]
-    nested = [path for path, found in zip(paths, numbers, strict=True) if len(found) > 1]
-    if nested:
-        raise ValueError(
-            f"{tower}_layer_decay needs a tower whose layers are numbered in one row, but '{nested[0]}' is a layer in "
-            f"a stage. Set {tower}_layer_decay=1.0 for this tower."
-        )
-    if not any(numbers):
-        raise ValueError(
-            f"{tower}_layer_decay below 1 needs numbered layers (blocks.N, layers.N or layer.N) under "
-            f"'{BACKBONES[tower]}', but there are none. Set {tower}_layer_decay=1.0."
-        )
-    return 1 + max(number for found in numbers for number in found)
+def _count_layers(model: nn.Module, layer_decays: dict[str, float]) -> dict[str, int]:
+    """Number of layers of each trainable tower with layer decay."""
+    trainable = {_split(name)[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trainable:
+        raise ValueError("the model has no trainable parameter: all have requires_grad=False.")
+    for tower, decay in layer_decays.items():
+        if decay <= 0:
+            raise ValueError(f"{tower}_layer_decay must be above 0 (1 switches it off), but is {decay}.")
+    counts: dict[str, int] = {tower: 0 for tower in trainable if layer_decays[tower] < 1}
+    for name, _ in model.named_parameters():
+        tower, path = _split(name)
+        numbers = _layer_numbers(path, tower) if tower in counts else []
+        if len(numbers) > 1:
+            raise ValueError(
+                f"{tower}_layer_decay needs a tower whose layers are numbered in one row, but '{path}' is a layer in "
+                f"a stage. Set {tower}_layer_decay=1.0 for this tower."
+            )
+        for number in numbers:
+            counts[tower] = max(counts[tower], number + 1)
+    for tower, count in counts.items():
+        if count == 0:
+            raise ValueError(
+                f"{tower}_layer_decay below 1 needs numbered layers (blocks.N, layers.N or layer.N) under "
+                f"'{BACKBONES[tower]}', but there are none. Set {tower}_layer_decay=1.0."
+            )
+    return counts
 
 
 def _layer_id(path: str, tower: str, num_layers: int) -> int:

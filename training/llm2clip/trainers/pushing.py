@@ -23,12 +23,9 @@ TRAINING_STATE = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "*fsdp*", "opt
 
 
 class PushCallback(TrainerCallback):
-    """Pushes checkpoints in the background, as `hub_strategy` says.
+    """Writes the card before each push, and pushes checkpoints in the background as `hub_strategy` says.
 
     While an upload runs, later checkpoints are not pushed, unless `hub_always_push` is set.
-
-    Args:
-        trainer: The trainer, which names the repo.
     """
 
     def __init__(self, trainer: PushingTrainer) -> None:
@@ -38,13 +35,12 @@ class PushCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not args.push_to_hub or not state.is_world_process_zero or args.hub_strategy == HubStrategy.END:
             return
-        self.report_failures()
+        self.finish(wait=False)
         if self.jobs and not args.hub_always_push:
             return
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        shutil.copytree(
-            checkpoint, args.output_dir, ignore=shutil.ignore_patterns(*TRAINING_STATE), dirs_exist_ok=True
-        )
+        ignore = shutil.ignore_patterns(*TRAINING_STATE)
+        shutil.copytree(checkpoint, args.output_dir, ignore=ignore, dirs_exist_ok=True)
         self.trainer.callback_handler.on_push_begin(args, state, control)
         is_step = args.save_strategy == SaveStrategy.STEPS
         message = f"Training in progress, {f'step {state.global_step}' if is_step else f'epoch {int(state.epoch)}'}"
@@ -64,17 +60,15 @@ class PushCallback(TrainerCallback):
             self.jobs.append(job)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.wait()
+        self.finish()
+        self.trainer.create_model_card()
 
-    def wait(self) -> None:
-        """Wait until all uploads are done, and warn about those that failed."""
-        for job in self.jobs:
-            job.exception()
-        self.report_failures()
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.create_model_card()
 
-    def report_failures(self) -> None:
-        """Forget the uploads that are done, and warn about those that failed."""
-        for job in [job for job in self.jobs if job.done()]:
+    def finish(self, wait: bool = True) -> None:
+        """Wait for the uploads, unless `wait` is off, and warn about those that failed."""
+        for job in [job for job in self.jobs if wait or job.done()]:
             self.jobs.remove(job)
             if (error := job.exception()) is not None:
                 reason = explanation(error, str(self.trainer.hub_model_id)) or error
@@ -92,9 +86,7 @@ class PushingTrainer(Trainer):
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repo and its branch before training, and write the license that is pushed with the code.
 
-        Args:
-            token: By default `hub_token`.
-            private: By default `hub_private_repo`.
+        `token` and `private` are by default `hub_token` and `hub_private_repo`.
 
         Raises:
             ValueError: The Hub refuses, or the repo contains something else; the message names the next step.
@@ -152,7 +144,7 @@ class PushingTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.pushing.wait()
+        self.pushing.finish()
         uploader, folder = self.uploader(token, revision), Path(str(self.args.output_dir))
         if not blocking:
             return uploader.api.run_as_future(uploader.upload, folder, str(commit_message))
@@ -179,16 +171,12 @@ class PushingTrainer(Trainer):
 def check_pushing(
     args: TrainingArguments, llm: str | None, result_needs_llm: bool, checkpoints_need_llm: bool
 ) -> None:
-    """Raise an error before a run that would push a reference to an LLM in a local folder, which nobody could load.
+    """Raise a `ValueError` before a run that would push a reference to an LLM in a local folder.
 
     Args:
         args: The settings of the run.
         llm: Hub id or folder of the LLM.
-        result_needs_llm: Whether the result refers to the LLM instead of containing its weights.
-        checkpoints_need_llm: Whether checkpoints do.
-
-    Raises:
-        ValueError: Others could not load the result or the pushed checkpoints.
+        result_needs_llm, checkpoints_need_llm: Whether they refer to the LLM instead of containing its weights.
     """
     if not args.push_to_hub or not llm or hub_ids(llm):
         return

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from llm2clip.data.transforms import output_size
 from llm2clip.embedding import CaptionEmbedder, EmbeddingCache, MissingCaptionError
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.trainers.checkpoints import resume_point
-from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
+from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.trainers.frozen_states import FrozenStatesDataset
 from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.stage2_config import Stage2Config
@@ -39,12 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Settings of a new model; a trained model brings its own.
 NEW_MODEL_FIELDS = (
-    "projection_dim",
-    "adapter_num_layers",
-    "adapter_expansion",
-    "adapter_normalize",
-    "logit_scale_init_value",
-    "logit_bias_init_value",
+    *("projection_dim", "adapter_num_layers", "adapter_expansion", "adapter_normalize"),
+    *("logit_scale_init_value", "logit_bias_init_value"),
 )
 SIGMOID_BIAS = -10.0
 
@@ -84,41 +81,18 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
         )
     if config.online_text_model:
         model.load_text_model(**loading_options(config.text_model_dtype))
-        model.text_model.requires_grad_(False)
     elif model.config.text_model_fingerprint is None:
-        model.config.text_model_fingerprint = _fingerprint(model)
+        name = model.config.text_model_name_or_path
+        logger.info("%s has no stored fingerprint: reading its weights.", name)
+        tower, _ = open_text_tower(name, revision=model.config.text_model_revision)
+        model.config.text_model_fingerprint = tower.fingerprint()
     if config.patch_dropout is not None:
-        _set_patch_dropout(model, config.patch_dropout)
+        vision = model.vision_model
+        if not hasattr(vision.config, "patch_dropout"):
+            raise ValueError(f"patch_dropout is for EVA02 towers; {type(vision).__name__} has none. Leave it unset.")
+        vision.config.patch_dropout = model.config.vision_config.patch_dropout = config.patch_dropout
     image_processor = AutoImageProcessor.from_pretrained(config.image_processor_name_or_path or image_processor_name)
-    freeze_unused(model.vision_model)
     return model, LLM2CLIPProcessor(image_processor, tokenizer)
-
-
-def _set_patch_dropout(model: LLM2CLIPModel, rate: float) -> None:
-    tower = model.vision_model
-    if not hasattr(tower.config, "patch_dropout"):
-        raise ValueError(f"patch_dropout is for EVA02 towers; {type(tower).__name__} has none. Leave it unset.")
-    for config in (tower.config, model.config.vision_config):
-        config.patch_dropout = rate
-
-
-def _fingerprint(model: LLM2CLIPModel) -> str | None:
-    name, revision = model.config.text_model_name_or_path, model.config.text_model_revision
-    logger.info("%s has no stored fingerprint: reading its weights.", name)
-    return open_text_tower(name, revision=revision)[0].fingerprint()
-
-
-@dataclass
-class CaptionInputs:
-    """Collator and embedder of the captions.
-
-    Attributes:
-        collator: Collator of the training set.
-        embed: Maps captions to the LLM's embeddings.
-    """
-
-    collator: Stage2Collator
-    embed: Callable[[list[str]], Tensor]
 
 
 def open_captions(
@@ -126,18 +100,19 @@ def open_captions(
     model: LLM2CLIPModel,
     processor: LLM2CLIPProcessor,
     retrieval: Mapping[str, ImageTextRetrieval],
-) -> CaptionInputs:
+) -> tuple[Stage2Collator, Callable[[list[str]], Tensor]]:
     """Open the source of caption embeddings: the embedding cache, or the LLM online.
+
+    Returns:
+        The collator of the training set, and a function that maps captions to the LLM's embeddings.
 
     Raises:
         CacheError: The cache was made by another encoder, or is incomplete or damaged.
         MissingCaptionError: The cache lacks captions of a retrieval set or of the training set.
     """
     if config.embedding_cache is None:
-        return CaptionInputs(
-            Stage2Collator(processor=processor),
-            lambda captions: CaptionEmbedder(model.text_model, processor).embed(captions, show_progress_bar=False),
-        )
+        embedder = CaptionEmbedder(model.text_model, processor)
+        return Stage2Collator(processor=processor), partial(embedder.embed, show_progress_bar=False)
     cache = EmbeddingCache.open(config.embedding_cache, model.config.text_model_fingerprint, verify=False)
     width = model.config.text_config.hidden_size
     if cache.hidden_size != width:
@@ -158,7 +133,7 @@ def open_captions(
         for source in map(CaptionSource.from_dict, config.sources):
             if not source.streaming:
                 _refuse_missing_captions(cache, source, config.process_index, config.world_size)
-    return CaptionInputs(Stage2Collator(cache=cache), cache.lookup)
+    return Stage2Collator(cache=cache), cache.lookup
 
 
 def _refuse_missing_captions(cache: EmbeddingCache, source: CaptionSource, rank: int, world_size: int) -> None:
@@ -184,27 +159,17 @@ def build_dataset(config: Stage2Config, model: LLM2CLIPModel, image_processor: A
     evaluation = EvalTransform(image_processor, config.image_backend)
     training = TrainTransform(image_processor, scale=(config.crop_scale[0], config.crop_scale[1]))
     options: dict[str, Any] = {
-        "seed": config.sampling_seed,
-        "on_error": config.on_error,
-        "max_pixels": config.max_pixels,
-    }
+        "seed": config.sampling_seed, "on_error": config.on_error, "max_pixels": config.max_pixels,
+    }  # fmt: skip
     frozen = None
     if config.freeze_vision_layers:
         frozen = FrozenLayers(model.vision_model, config.freeze_vision_layers, output_size(image_processor))
     if any(source.streaming for source in sources):
         if len(sources) > 1 or config.frozen_states_dir:
             raise ValueError("a streamed source must be the only one, and cannot be combined with frozen_states_dir.")
-        stream = StreamingCaptionImageDataset(
-            sources[0],
-            evaluation,
-            training,
-            shuffle_buffer=config.shuffle_buffer,
-            rank=config.process_index,
-            world_size=config.world_size,
-            repeat=True,
-            **options,
-        )
-        return stream, frozen
+        options |= {"rank": config.process_index, "world_size": config.world_size, "repeat": True}
+        options |= {"shuffle_buffer": config.shuffle_buffer}
+        return StreamingCaptionImageDataset(sources[0], evaluation, training, **options), frozen
     if not config.frozen_states_dir:
         return CaptionImageDataset(sources, evaluation, training, **options), frozen
     assert frozen is not None
@@ -222,11 +187,7 @@ def build_dataset(config: Stage2Config, model: LLM2CLIPModel, image_processor: A
 
 
 def run(config: Stage2Config, resume: bool = False) -> dict[str, Any]:
-    """Train a model with stage 2 and save it, ready for the Hub, in `config.output_dir`.
-
-    Args:
-        config: The settings.
-        resume: Resume from the newest checkpoint.
+    """Train a model with stage 2, or resume from the newest checkpoint, and save it in `config.output_dir`.
 
     Returns:
         The metrics of training, and those of retrieval with the prefix `eval_`.
@@ -234,30 +195,28 @@ def run(config: Stage2Config, resume: bool = False) -> dict[str, Any]:
     require(config, ["sources"])
     if (config.embedding_cache is not None) == config.online_text_model:
         raise ValueError("give either embedding_cache (from `llm2clip embed`) or online_text_model: true.")
-    check_pushing(config, config.text_model_name_or_path, not config.bundle_text_model, checkpoints_need_llm=True)
+    check_pushing(config, config.text_model_name_or_path, not config.bundle_text_model, True)
     checkpoint = resume_point(config, resume)
     set_seed(config.seed)
     model, processor = load_model(config)
     # A model that was trained before names its LLM in its config.
-    check_pushing(
-        config, model.config.text_model_name_or_path, not config.bundle_text_model, checkpoints_need_llm=True
-    )
+    check_pushing(config, model.config.text_model_name_or_path, not config.bundle_text_model, True)
     image_processor = processor.image_processor
     retrieval = {
         name: ImageTextRetrieval(CaptionSource.from_dict(source), image_processor, config.on_error, config.max_pixels)
         for name, source in config.eval_sources.items()
     }
-    captions = open_captions(config, model, processor, retrieval)
+    collator, embed = open_captions(config, model, processor, retrieval)
     dataset, frozen = build_dataset(config, model, image_processor)
     trainer = Stage2Trainer(
         model=model,
         args=config,
         train_dataset=dataset,
-        data_collator=captions.collator,
+        data_collator=collator,
         processing_class=processor,
         frozen=frozen,
         retrieval=retrieval,
-        embed=captions.embed,
+        embed=embed,
         skip_log=SkipLog(Path(config.output_dir) / f"skipped-{config.process_index}.jsonl"),
     )
-    return trainer.fit(checkpoint, lambda: trainer.save_result(config.output_dir))
+    return trainer.fit(checkpoint)

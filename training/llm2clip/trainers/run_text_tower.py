@@ -5,14 +5,30 @@ from __future__ import annotations
 import warnings
 
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from llm2clip.data import PairSource
 from llm2clip.evaluation import CaptionRetrieval
+from llm2clip.trainers.checkpoints import resume_point
+from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.text_tower_config import TextTowerConfig
+from llm2clip.utils.settings import require
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_utils import absolute_path
+
+PROMPT_SETTINGS = ("prompt_prefix", "prompt_suffix", "pooling", "max_text_length", "bidirectional")
+
+
+def prepare(config: TextTowerConfig, resume: bool) -> tuple[str | None, dict[str, CaptionRetrieval]]:
+    """Check the settings and set the seed of a run; returns the checkpoint to resume from and the retrieval sets."""
+    require(config, ["model_name_or_path", "sources"])
+    has_lora = config.lora_rank > 0
+    check_pushing(config, config.model_name_or_path, has_lora and config.save_format == "adapter", has_lora)
+    checkpoint = resume_point(config, resume)
+    set_seed(config.seed)
+    sources = {name: PairSource.from_dict(source) for name, source in config.eval_sources.items()}
+    return checkpoint, {name: CaptionRetrieval.from_source(source) for name, source in sources.items()}
 
 
 def load_text_tower(
@@ -25,11 +41,7 @@ def load_text_tower(
         attn_implementation=config.attn_implementation,
         revision=config.model_revision,
         decoder=decoder,
-        prompt_prefix=config.prompt_prefix,
-        prompt_suffix=config.prompt_suffix,
-        pooling=config.pooling,
-        max_text_length=config.max_text_length,
-        bidirectional=config.bidirectional,
+        **{name: getattr(config, name) for name in PROMPT_SETTINGS},
     )
 
 
@@ -40,13 +52,12 @@ def add_lora(model: LLM2CLIPTextModel, config: TextTowerConfig) -> None:
     """
     if config.lora_rank == 0:
         return
+    targets = config.lora_target_modules
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules[0]
-        if config.lora_target_modules == ["all-linear"]
-        else config.lora_target_modules,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
         revision=config.model_revision,
     )
     with warnings.catch_warnings():
@@ -55,11 +66,3 @@ def add_lora(model: LLM2CLIPTextModel, config: TextTowerConfig) -> None:
         model.decoder = get_peft_model(model.decoder, lora)
     # The decoder may differ from the LLM that its config names: the adapter belongs to this model.
     model.decoder.peft_config["default"].base_model_name_or_path = absolute_path(config.model_name_or_path)
-
-
-def retrieval_sets(config: TextTowerConfig) -> dict[str, CaptionRetrieval]:
-    """Load the caption retrieval sets of `eval_sources`."""
-    return {
-        name: CaptionRetrieval.from_source(PairSource.from_dict(source))
-        for name, source in config.eval_sources.items()
-    }

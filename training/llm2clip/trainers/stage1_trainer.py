@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
-from llm2clip.data import PairBatchSampler, PairCollator, PairDataset
+from llm2clip.data import PairBatchSampler, PairCollator
 from llm2clip.evaluation.metrics import caption_retrieval_metrics
 from llm2clip.losses import hard_negative_info_nce
-from llm2clip.trainers.grad_cache import in_chunks
+from llm2clip.trainers.grad_cache import embed_captions, in_chunks
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 
@@ -31,6 +31,7 @@ class Stage1Trainer(TextTowerTrainer):
     """
 
     title = "Stage 1"
+    sampler_class = PairBatchSampler
     args: Stage1Config
     cut_captions = 0
 
@@ -42,37 +43,21 @@ class Stage1Trainer(TextTowerTrainer):
         anchors, positives = (torch.as_tensor(embeds) for embeds in prediction.predictions[:2])
         return caption_retrieval_metrics(anchors, positives)
 
-    def batch_sampler(self) -> PairBatchSampler:
-        return PairBatchSampler(
-            cast(PairDataset, self.train_dataset),
-            self.args.per_device_train_batch_size,
-            num_replicas=self.accelerator.num_processes,
-            seed=self.args.sampling_seed,
-            drop_last=self.args.dataloader_drop_last,
-        )
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         self.cut_captions += inputs.get("num_truncated", 0)
-        roles = [role for role in ("anchor", "positive", "negative") if role in inputs]
-        embeds = {role: in_chunks(_embed, model, inputs[role], self.args.tower_chunk_size)[0] for role in roles}
+        embeds: dict[str, Tensor] = {
+            role: in_chunks(embed_captions, model, inputs[role], self.args.tower_chunk_size)[0]
+            for role in ("anchor", "positive", "negative")
+            if role in inputs
+        }
         anchors, positives = embeds["anchor"], embeds["positive"]
         options: dict[str, Any] = {"scale": self.args.scale, "tile_size": self.args.loss_chunk_size}
         loss = hard_negative_info_nce(anchors, positives, embeds.get("negative"), **options)
         if self.args.symmetric_loss:
             loss = (loss + hard_negative_info_nce(positives, anchors, **options)) / 2
-        return (loss, embeds) if return_outputs else loss
+        return loss, embeds
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.cut_captions:
             logs["cut_captions"] = self.cut_captions
         super().log(logs, start_time)
-
-
-def _embed(model: nn.Module, captions: dict[str, Tensor]) -> tuple[Tensor]:
-    return (model(**captions).pooler_output,)

@@ -14,28 +14,31 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import EvalPrediction, PreTrainedModel, SchedulerType, TrainerCallback
 
-from llm2clip.data import SampleIndexBatchSampler, SkipLog, Stage2Collator
-from llm2clip.data.sampling import EpochDataset
+from llm2clip.data import SkipLog, Stage2Collator
 from llm2clip.evaluation import ImageTextRetrieval, retrieval_metrics
 from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
 from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
-from llm2clip.trainers.grad_cache import in_chunks
+from llm2clip.trainers.grad_cache import embed_captions, in_chunks
 from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
 from llm2clip.trainers.stage2_config import Stage2Config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 CAPTION_INPUTS = ("input_ids", "attention_mask", "pooling_mask")
+# Settings of the optimizer's parameter groups.
+GROUP_SETTINGS = (
+    *("learning_rate", "vision_learning_rate", "text_learning_rate"),
+    *("weight_decay", "vision_weight_decay", "text_weight_decay", "vision_layer_decay"),
+)
 
 
 class ClampLogitScale(TrainerCallback):
     """Clamps the logit scale to 1 to 100 after every optimizer step."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        with torch.no_grad():
-            clamp_logit_scale(model)
+        clamp_logit_scale(model)
 
 
 class Stage2Trainer(StageTrainer):
@@ -73,9 +76,7 @@ class Stage2Trainer(StageTrainer):
         skip_log: SkipLog | None = None,
         **kwargs: Any,
     ) -> None:
-        self.frozen = frozen
-        self.embed = embed
-        self.skip_log = skip_log
+        self.frozen, self.embed, self.skip_log = frozen, embed, skip_log
         super().__init__(*args, **kwargs)
         model = cast(LLM2CLIPModel, self.model)
         freeze_unused(model.vision_model)
@@ -108,54 +109,28 @@ class Stage2Trainer(StageTrainer):
         ]
         return retrieval_metrics(images, texts[list(queries.values())], torch.tensor(matches))
 
-    def batch_sampler(self) -> SampleIndexBatchSampler:
-        return SampleIndexBatchSampler(
-            cast(EpochDataset, self.train_dataset),
-            self.args.per_device_train_batch_size,
-            num_replicas=self.accelerator.num_processes,
-            seed=self.args.sampling_seed,
-            drop_last=self.args.dataloader_drop_last,
-        )
-
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
-            model = cast(nn.Module, self.model if model is None else model)
-            args = self.args
-            groups = parameter_groups(
-                model,
-                learning_rate=args.learning_rate,
-                weight_decay=args.weight_decay,
-                vision_learning_rate=args.vision_learning_rate,
-                text_learning_rate=args.text_learning_rate,
-                vision_weight_decay=args.vision_weight_decay,
-                text_weight_decay=args.text_weight_decay,
-                vision_layer_decay=args.vision_layer_decay,
-            )
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, cast(PreTrainedModel, model))
-            self.optimizer = optimizer_class(groups, **options)
+            model = cast(PreTrainedModel, self.model if model is None else model)
+            settings = {name: getattr(self.args, name) for name in GROUP_SETTINGS}
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(parameter_groups(model, **settings), **options)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         if self.lr_scheduler is None and self.args.lr_scheduler_type == SchedulerType.COSINE:
+            own = cast(Optimizer, optimizer or self.optimizer)
             warmup_steps = self.args.get_warmup_steps(num_training_steps)
-            self.lr_scheduler = warmup_cosine_schedule(
-                cast(Optimizer, optimizer or self.optimizer), warmup_steps, num_training_steps
-            )
+            self.lr_scheduler = warmup_cosine_schedule(own, warmup_steps, num_training_steps)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = dict(inputs)
         skipped = inputs.pop("skipped", [])
         if skipped and self.skip_log is not None:
             self.skip_log.add(skipped)
-        caption_ids, image_caption_ids = inputs.pop("caption_ids", None), inputs.pop("image_caption_ids", None)
+        ids = {name: inputs.pop(name, None) for name in ("caption_ids", "image_caption_ids")}
         text_model = self.accelerator.unwrap_model(self.model).text_model
         if text_model is not None:
             text_model.eval()
@@ -166,18 +141,12 @@ class Stage2Trainer(StageTrainer):
         embeds = {"image_embeds": images, "text_embeds": texts}
         # One value per row, all equal; those of the last chunk are not recomputed.
         scale, *bias = [number[-1] for number in numbers]
-        options: dict[str, Any] = {
-            **embeds,
-            "logit_scale": scale,
-            "caption_ids": caption_ids,
-            "image_caption_ids": image_caption_ids,
-            "tile_size": self.args.loss_chunk_size,
-        }
+        options: dict[str, Any] = {**embeds, **ids, "logit_scale": scale, "tile_size": self.args.loss_chunk_size}
         if self.args.loss == "sigmoid":
             loss = sigmoid_loss(**options, logit_bias=bias[0])
         else:
             loss = clip_loss(**options, label_smoothing=self.args.label_smoothing_factor)
-        return (loss, embeds) if return_outputs else loss
+        return loss, embeds
 
     def _embed(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         with contextlib.ExitStack() as stack:
@@ -194,7 +163,7 @@ class Stage2Trainer(StageTrainer):
         """Replace captions by their embeddings, so that backward does not recompute the frozen LLM."""
         captions = {name: inputs[name] for name in CAPTION_INPUTS if name in inputs}
         with torch.no_grad():
-            (embeds,) = in_chunks(_embed_captions, text_model, captions, self.args.tower_chunk_size)
+            (embeds,) = in_chunks(embed_captions, text_model, captions, self.args.tower_chunk_size)
         return {name: x for name, x in inputs.items() if name not in captions} | {"llm_embeds": embeds}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -209,12 +178,8 @@ class Stage2Trainer(StageTrainer):
         super().log(logs, start_time)
 
     def measure(self, model: LLM2CLIPModel, retrieval: ImageTextRetrieval) -> dict[str, float | int]:
-        return retrieval(
-            model,
-            self.embed or self._embed_online,
-            self.args.per_device_eval_batch_size,
-            self.args.dataloader_num_workers,
-        )
+        batch_size, num_workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
+        return retrieval(model, self.embed or self._embed_online, batch_size, num_workers)
 
     def _embed_online(self, captions: list[str]) -> Tensor:
         text_model = self.accelerator.unwrap_model(self.model).text_model
@@ -223,8 +188,6 @@ class Stage2Trainer(StageTrainer):
         return text_model.encode(captions, cast(LLM2CLIPProcessor, self.processing_class).tokenizer)
 
     def save_result(self, output_dir: str | Path) -> None:
-        """Save model, processor and code as a folder for the Hub."""
-        self.accelerator.wait_for_everyone()
         model = self.accelerator.unwrap_model(self.model)
         if self.args.should_save:
             if self.args.bundle_text_model and model.text_model is None:
@@ -232,8 +195,3 @@ class Stage2Trainer(StageTrainer):
             model.save_pretrained(output_dir, save_text_model=self.args.bundle_text_model)
             cast(LLM2CLIPProcessor, self.processing_class).save_pretrained(output_dir)
             write_sentence_transformers_files(output_dir)
-        self.accelerator.wait_for_everyone()
-
-
-def _embed_captions(text_model: nn.Module, captions: dict[str, Tensor]) -> tuple[Tensor]:
-    return (text_model(**captions).pooler_output,)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from llm2clip.trainers.base_config import StageConfig
+from llm2clip.utils.settings import setting
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -18,54 +19,36 @@ class TextTowerConfig(StageConfig):
     `ddp_find_unused_parameters=False`.
     """
 
-    model_name_or_path: str = field(
-        default="", metadata={"help": "LLM to train: Hub id or folder of a plain LLM or of a text tower."}
+    model_name_or_path: str = setting("", "LLM to train: Hub id or folder of a plain LLM or of a text tower.")
+    model_revision: str | None = setting(None, "Branch, tag or commit of the LLM's Hub repo; unset: main.")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(
+        "float32", "dtype of the loaded LLM (auto: that of its files). bfloat16 halves its memory."
     )
-    model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the LLM's Hub repo; unset: main."}
+    attn_implementation: str | None = setting(
+        None, "Attention implementation: eager, sdpa or flash_attention_2; unset: transformers' choice."
     )
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
-        default="float32",
-        metadata={"help": "dtype of the loaded LLM (auto: that of its files). bfloat16 halves its memory."},
+    prompt_prefix: str | None = setting(
+        None, "Text before every caption, after BOS. It is context: its tokens are not pooled."
     )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={"help": "Attention implementation: eager, sdpa or flash_attention_2; unset: transformers' choice."},
+    prompt_suffix: str | None = setting(None, "Text after every caption; its tokens are pooled.")
+    pooling: Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_token"] | None = setting(
+        None, "How token states become one embedding; unset: mean."
     )
-    prompt_prefix: str | None = field(
-        default=None,
-        metadata={"help": "Text before every caption, after BOS. It is context: its tokens are not pooled."},
+    max_text_length: int | None = setting(None, "Maximum length of a caption with its prompt, in tokens; unset: 512.")
+    bidirectional: bool | None = setting(None, "Use bidirectional instead of causal attention; unset: true.")
+    lora_rank: int = setting(16, "Rank of LoRA; 0 trains all weights of the LLM instead.")
+    lora_alpha: int = setting(32, "LoRA scaling: the update is multiplied by alpha / rank.")
+    lora_dropout: float = setting(0.0, "Dropout probability on the input of the LoRA layers.")
+    lora_target_modules: list[str] = setting(
+        LORA_TARGETS, "Names of the Linear layers that get LoRA; all-linear for every one of them."
     )
-    prompt_suffix: str | None = field(
-        default=None, metadata={"help": "Text after every caption; its tokens are pooled."}
+    eval_sources: dict[str, Any] = setting(
+        {}, "Caption retrieval sets to evaluate: a mapping from a name to PairSource fields."
     )
-    pooling: Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_token"] | None = field(
-        default=None, metadata={"help": "How token states become one embedding; unset: mean."}
+    save_format: Literal["merged", "adapter"] = setting(
+        "merged", "What to save at the end: the merged model, or the PEFT adapter alone."
     )
-    max_text_length: int | None = field(
-        default=None, metadata={"help": "Maximum length of a caption with its prompt, in tokens; unset: 512."}
-    )
-    bidirectional: bool | None = field(
-        default=None,
-        metadata={"help": "Use bidirectional instead of causal attention; unset: true."},
-    )
-    lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA; 0 trains all weights of the LLM instead."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA scaling: the update is multiplied by alpha / rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the LoRA layers."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: list(LORA_TARGETS),
-        metadata={"help": "Names of the Linear layers that get LoRA; all-linear for every one of them."},
-    )
-    eval_sources: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "Caption retrieval sets to evaluate: a mapping from a name to PairSource fields."},
-    )
-    save_format: Literal["merged", "adapter"] = field(
-        default="merged", metadata={"help": "What to save at the end: the merged model, or the PEFT adapter alone."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Keep it false: every trained parameter takes part in every step."}
-    )
+    ddp_find_unused_parameters: bool | None = setting(False, "Keep it false: every step uses every trained parameter.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,6 +12,7 @@ from llm2clip.evaluation import CaptionRetrieval
 from llm2clip.hub.cards.facts import TEXT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.trainers.base_trainer import StageTrainer
+from llm2clip.trainers.text_tower_config import TextTowerConfig
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
 
@@ -24,6 +25,7 @@ class TextTowerTrainer(StageTrainer):
     card_task = TEXT_TASK
     evaluation_title = "caption retrieval"
     model: LLM2CLIPTextModel
+    args: TextTowerConfig
 
     def measure(self, model: LLM2CLIPTextModel, retrieval: CaptionRetrieval) -> dict[str, float | int]:
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
@@ -37,24 +39,10 @@ class TextTowerTrainer(StageTrainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _load_best_model(self) -> None:
-        if self.accelerator.unwrap_model(self.model).has_adapter:
-            self._load_from_checkpoint(cast(str, self.state.best_model_checkpoint))
-        else:
-            super()._load_best_model()
-
-    def save_result(self, output_dir: str | Path, save_format: str) -> None:
-        """Save the trained text tower.
-
-        Args:
-            output_dir: The folder.
-            save_format: `merged` first merges LoRA into the weights, in the trainer's model too; `adapter` saves LoRA
-                alone.
-        """
-        self.accelerator.wait_for_everyone()
+    def save_result(self, output_dir: str | Path) -> None:
         text_model = self.accelerator.unwrap_model(self.model)
-        if save_format == "merged":
-            text_model.merge_adapter()
+        if self.args.save_format == "merged":
+            text_model.merge_adapter()  # the evaluation that follows measures the merged model
         if self.args.should_save:
             save_text_tower(text_model, cast(PreTrainedTokenizerBase, self.processing_class), output_dir)
             if not text_model.has_adapter:
@@ -62,4 +50,3 @@ class TextTowerTrainer(StageTrainer):
                 for name in ADAPTER_FILES:
                     Path(output_dir, name).unlink(missing_ok=True)
                 write_sentence_transformers_files(output_dir)
-        self.accelerator.wait_for_everyone()

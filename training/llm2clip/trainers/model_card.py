@@ -1,4 +1,4 @@
-"""Model cards with training curves, written as a callback of the trainers."""
+"""The model card of a run, with its training curves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from llm2clip.hub.cards.card import CARD, read_card, render, split_card
 from llm2clip.hub.cards.curves import write_curves
@@ -23,29 +23,8 @@ PRIVATE_SETTINGS = ("output_dir", "hub_", "push_to_hub", "report_to", "run_name"
 TOWER_SETTINGS = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path")
 
 
-class ModelCardCallback(TrainerCallback):
-    """Writes the model card, with the training curves, before each push and at the end of training.
-
-    Args:
-        trainer: The trainer, whose `create_model_card` writes the card.
-    """
-
-    def __init__(self, trainer: StageTrainer) -> None:
-        self.trainer = trainer
-
-    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.create_model_card()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.create_model_card()
-
-
 def write_model_card(trainer: StageTrainer) -> None:
-    """Write the card and the curves of a run into its output folder, keeping what people wrote on the card.
-
-    Args:
-        trainer: The trainer of the run.
-    """
+    """Write the card and the curves of a run into its output folder, keeping what people wrote on the card."""
     args = trainer.args
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,13 +57,10 @@ def _recipe(args: TrainingArguments) -> dict[str, Any]:
         default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
         public = not entry.name.startswith(PRIVATE_SETTINGS) and entry.name not in ("sources", "eval_sources")
         plain = isinstance(value, (bool, int, float, str, list, dict))
-        if entry.init and public and plain and value != default and not _is_local(value):
+        local = isinstance(value, str) and ("/" in value or Path(value).exists()) and not hub_ids(value)
+        if entry.init and public and plain and value != default and not local:
             recipe[entry.name] = value
     return json.loads(json.dumps(recipe, default=str))
-
-
-def _is_local(value: Any) -> bool:
-    return isinstance(value, (str, Path)) and ("/" in str(value) or Path(value).exists()) and not hub_ids(str(value))
 
 
 def _evaluations(trainer: StageTrainer) -> list[Evaluation]:
