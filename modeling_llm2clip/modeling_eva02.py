@@ -207,7 +207,7 @@ class EVA02Block(GradientCheckpointingLayer):
         states = states if gain is None else states * gain
         if not self.training or self.drop_path_rate == 0:
             return states
-        keep = states.new_empty(len(states), 1, 1).bernoulli_(1 - self.drop_path_rate)
+        keep = states.new_empty(states.shape[0], 1, 1).bernoulli_(1 - self.drop_path_rate)
         return states * keep / (1 - self.drop_path_rate)
 
 
@@ -303,7 +303,9 @@ class EVA02VisionModel(PreTrainedModel):
             )
         grid = self._grid(pixel_values, interpolate_pos_encoding)
         hidden_states = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))
-        hidden_states = torch.cat([self.cls_token.expand(len(hidden_states), -1, -1), hidden_states], dim=1)
+        # Not len(): exporters would fix the batch size.
+        class_tokens = self.cls_token.expand(hidden_states.shape[0], -1, -1)
+        hidden_states = torch.cat([class_tokens, hidden_states], dim=1)
         hidden_states = hidden_states + resize_position_embedding(self.pos_embed, grid)
         rotary = None
         if config.rope_grid_size is not None:
