@@ -238,10 +238,12 @@ class LLM2CLIPTextModel(PreTrainedModel):
         """
         digest = hashlib.sha256(json.dumps([getattr(self.config, name) for name in FINGERPRINT_FIELDS]).encode())
         state = self.state_dict() if state_dict is None else state_dict
-        if not all(map(is_readable, state.values())):
-            return None
-        named = ((_decoder_name(name), weight) for name, weight in sorted(state.items()))
-        digest_weights(named, digest, FINGERPRINT_SAMPLES)
+        for name in sorted(state):
+            # One weight at a time: the conversion of a large LLM passes a mapping that reads them from disk.
+            weight = state[name]
+            if not is_readable(weight):
+                return None
+            digest_weights([(_decoder_name(name), weight)], digest, FINGERPRINT_SAMPLES)
         return digest.hexdigest()[:32]
 
     def identity(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from datetime import timedelta
 
 import torch
@@ -23,6 +24,8 @@ def process_state(timeout: timedelta | None = None) -> PartialState:
 def leave_process_group() -> None:
     """Destroy the process group at the end of a run; otherwise threads of torch may abort the process at exit."""
     if dist.is_available() and dist.is_initialized():
+        # A trainer and its callbacks are a reference cycle; the DDP wrapper in it must be freed before the group.
+        gc.collect()
         dist.destroy_process_group()
 
 
