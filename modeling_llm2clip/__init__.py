@@ -8,12 +8,16 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 
-from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPTextConfig
-from .modeling_eva02 import EVA02VisionModel
-from .modeling_llm2clip import LLM2CLIPModel, LLM2CLIPOutput
-from .modeling_llm2clip_text import LLM2CLIPTextModel
-from .modeling_llm2clip_vision import LLM2CLIPVisionModelWithProjection
-from .processing_llm2clip import LLM2CLIPProcessor, with_prompt
+from .configuration_llm2clip import EVA02VisionConfig as EVA02VisionConfig
+from .configuration_llm2clip import LLM2CLIPConfig as LLM2CLIPConfig
+from .configuration_llm2clip import LLM2CLIPTextConfig as LLM2CLIPTextConfig
+from .modeling_eva02 import EVA02VisionModel as EVA02VisionModel
+from .modeling_llm2clip import LLM2CLIPModel as LLM2CLIPModel
+from .modeling_llm2clip import LLM2CLIPOutput as LLM2CLIPOutput
+from .modeling_llm2clip_text import LLM2CLIPTextModel as LLM2CLIPTextModel
+from .modeling_llm2clip_vision import LLM2CLIPVisionModelWithProjection as LLM2CLIPVisionModelWithProjection
+from .processing_llm2clip import LLM2CLIPProcessor as LLM2CLIPProcessor
+from .processing_llm2clip import with_prompt as with_prompt
 
 __version__ = "0.1.0"
 
@@ -29,16 +33,3 @@ LLM2CLIPVisionModelWithProjection.register_for_auto_class("AutoModel")
 AutoModelForZeroShotImageClassification.register(LLM2CLIPConfig, LLM2CLIPModel, exist_ok=True)
 AutoProcessor.register(LLM2CLIPConfig, LLM2CLIPProcessor, exist_ok=True)
 LLM2CLIPProcessor.register_for_auto_class()
-
-__all__ = [
-    "EVA02VisionConfig",
-    "EVA02VisionModel",
-    "LLM2CLIPConfig",
-    "LLM2CLIPModel",
-    "LLM2CLIPOutput",
-    "LLM2CLIPProcessor",
-    "LLM2CLIPTextConfig",
-    "LLM2CLIPTextModel",
-    "LLM2CLIPVisionModelWithProjection",
-    "with_prompt",
-]

@@ -10,6 +10,18 @@ from typing import Any
 from transformers import __version__ as transformers_version
 
 VERSION = tuple(int(part) for part in transformers_version.split(".")[:2])
+
+
+class AttentionBackends:
+    """Mixin of the models here: they run with every attention implementation of transformers."""
+
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_local_base_freq")
 
 

@@ -113,9 +113,9 @@ def decoding_errors(value: Any, key: str) -> Iterator[None]:
     except _UnusableError as error:
         raise DamagedImageError(key, str(error)) from None
     except UnidentifiedImageError as error:
-        raise DamagedImageError(key, "its bytes are in no image format that Pillow knows") from error
+        raise DamagedImageError(key, "Pillow does not recognize its format") from error
     except FileNotFoundError as error:
-        raise DamagedImageError(key, f"there is no file {error.filename or value!r}") from error
+        raise DamagedImageError(key, f"the file {error.filename or value!r} does not exist") from error
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead to, struct.error and KeyError too
         raise DamagedImageError(key, f"{type(error).__name__}: {error}") from error
 
@@ -125,9 +125,9 @@ def open_image(value: Any, max_pixels: int = DEFAULT_MAX_PIXELS, timeout: float 
     image = _open(value, timeout)
     width, height = image.size
     if width < 1 or height < 1:
-        raise _UnusableError(f"it is {width} x {height} pixels large")
+        raise _UnusableError(f"its size is {width} x {height} pixels")
     if width * height > max_pixels:
-        raise _UnusableError(f"its {width} x {height} pixels are more than the {max_pixels:,} that max_pixels allows")
+        raise _UnusableError(f"its {width} x {height} pixels exceed max_pixels ({max_pixels:,})")
     return image
 
 
@@ -159,7 +159,7 @@ def _open(value: Any, timeout: float | None) -> Image.Image:
         return Image.open(value)  # type: ignore[arg-type]
     data = value if isinstance(value, (bytes, bytearray, memoryview)) else _read(os.fspath(value), timeout)
     if len(data) == 0:
-        raise _UnusableError("it has zero bytes")
+        raise _UnusableError("it is empty (zero bytes)")
     return Image.open(io.BytesIO(data))
 
 
@@ -194,7 +194,9 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.dtype != np.uint8 and array.ndim != 2:
-        raise _UnusableError(f"an array of {array.dtype} is not an image; give uint8, or prepare it as pixel_values")
+        raise _UnusableError(
+            f"an array of {array.dtype} is not an image; pass uint8, or preprocess it into pixel_values"
+        )
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     return Image.fromarray(np.ascontiguousarray(array))

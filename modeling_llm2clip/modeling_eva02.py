@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
-from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
+from .compatibility_llm2clip import AttentionBackends, with_version_4_rope  # noqa: F401
 from .configuration_llm2clip import EVA02VisionConfig
 
 ROPE_BASE = 10000.0
@@ -222,7 +222,7 @@ class EVA02PatchEmbedding(nn.Module):
         return self.proj(pixel_values).flatten(2).transpose(1, 2)
 
 
-class EVA02VisionModel(PreTrainedModel):
+class EVA02VisionModel(AttentionBackends, PreTrainedModel):
     """EVA02 vision tower.
 
     `pooler_output` is the normalised class token; `last_hidden_state` contains the normalised tokens, class token
@@ -234,12 +234,7 @@ class EVA02VisionModel(PreTrainedModel):
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     input_modalities = ["image"]
-    supports_gradient_checkpointing = True
     _no_split_modules = ["EVA02Block"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: EVA02VisionConfig) -> None:
         super().__init__(config)

@@ -302,7 +302,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         has_text = input_ids is not None or llm_embeds is not None
         text_inputs = input_ids, attention_mask, pooling_mask, llm_embeds
         if pixel_values is None and not has_text:
-            raise ValueError("give pixel_values, input_ids, llm_embeds, or images and captions together.")
+            raise ValueError("pass pixel_values, input_ids, llm_embeds, or images and captions together.")
         if pixel_values is None:
             return self.get_text_features(*text_inputs, **kwargs)
         image_features = self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)

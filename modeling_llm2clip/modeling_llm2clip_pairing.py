@@ -89,7 +89,9 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         own, different = split_arguments(kwargs)
         if not text_model and "quantization_config" in different:
-            raise ValueError("quantization_config is the LLM's, which text_model=False leaves out; drop one of them.")
+            raise ValueError(
+                "quantization_config applies to the LLM, which text_model=False does not load; drop one of the two."
+            )
         different.update(text_model_kwargs or {})
         attention = text_attention(own)
         together = text_model and not different
@@ -127,7 +129,7 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
             name_or_path = self.config.text_model_name_or_path
             revision = revision or self.config.text_model_revision
         if name_or_path is None:
-            raise ValueError("this model names no repo for its LLM; pass one: model.load_text_model(repo).")
+            raise ValueError("the config does not name the LLM's repository; pass it: model.load_text_model(repo).")
         if revision is not None:
             kwargs["revision"] = revision
         if "torch_dtype" not in kwargs:
@@ -199,11 +201,17 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
         elsewhere = self.config.text_model_name_or_path
         bundle = elsewhere is None if save_text_model is None else save_text_model
         if bundle and self.text_model is None:
-            raise ValueError("there is no LLM to save; attach one, or set config.text_model_name_or_path to its repo.")
+            raise ValueError(
+                "there is no LLM to save; attach one, or set config.text_model_name_or_path to its repository."
+            )
         if not bundle and elsewhere is None:
-            raise ValueError("without the LLM's weights, config.text_model_name_or_path has to name their repo.")
+            raise ValueError(
+                "to save the model without its LLM, set config.text_model_name_or_path to the LLM's repository."
+            )
         if bundle and self.text_model.has_adapter:
-            raise ValueError("the LLM carries a PEFT adapter; call model.text_model.merge_adapter() before saving.")
+            raise ValueError(
+                "the LLM has an unmerged PEFT adapter; call model.text_model.merge_adapter() before saving."
+            )
         if state_dict is None:
             state_dict = self.state_dict()
         if bundle:

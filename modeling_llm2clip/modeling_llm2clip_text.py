@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import find_adapter_config_file
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
-from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
+from .compatibility_llm2clip import AttentionBackends, with_version_4_rope  # noqa: F401
 from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_llm2clip_packing import (
@@ -55,7 +55,7 @@ def _decoder_name(name: str) -> str:
     return name.removeprefix("decoder.").removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-class LLM2CLIPTextModel(PreTrainedModel):
+class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
     """A decoder as caption encoder (LLM2CLIP stage 1): bidirectional attention and pooling.
 
     `pooler_output` `(batch, hidden_size)` is the caption embedding, not normalised. It does not depend on the other
@@ -65,14 +65,9 @@ class LLM2CLIPTextModel(PreTrainedModel):
     config_class = LLM2CLIPTextConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
     _keys_to_ignore_on_load_unexpected = [
         r"lm_head\.", r"^(vision_model|visual_projection|text_adapter)\.", r"^logit_(scale|bias)$",
     ]  # fmt: skip
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: LLM2CLIPTextConfig, decoder: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -272,7 +267,7 @@ class LLM2CLIPTextModel(PreTrainedModel):
         """
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
-            raise ValueError("give input_ids, from the tokenizer that was saved with this model.")
+            raise ValueError("pass input_ids from the tokenizer that was saved with this model.")
         if attention_mask is None:
             attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         order = attention_mask.long().cumsum(dim=1)

@@ -43,8 +43,9 @@ def load_complete(load: Callable[..., Any], name: Any, *args: Any, **kwargs: Any
     if missing := sorted(info["missing_keys"]):
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ValueError(
-            f"{name} lacks weights of {type(model).__name__}: {shown}. They would be random; load the repo that holds "
-            "them, or the class that this one was saved from (see `architectures` in its config.json)."
+            f"{name} does not contain all weights of {type(model).__name__}: {shown} would be initialized randomly. "
+            "Load a repository that contains them, or use the class that saved this one (`architectures` in its "
+            "config.json)."
         )
     return model, info
 

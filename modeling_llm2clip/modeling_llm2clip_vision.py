@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .compatibility_llm2clip import VERSION
+from .compatibility_llm2clip import VERSION, AttentionBackends
 from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_eva02 import EVA02VisionModel
@@ -25,17 +25,12 @@ NEST = "vision_model.vision_model"
 NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
-class LLM2CLIPPreTrainedModel(PreTrainedModel):
+class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
     """Base of the joint model and of the vision half: the vision tower and its projection."""
 
     config_class = LLM2CLIPConfig
     base_model_prefix = ""
-    supports_gradient_checkpointing = True
     _no_split_modules = ["EVA02Block"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def _build_vision_tower(self) -> None:
         config = self.config.vision_config
@@ -151,5 +146,5 @@ def load_vision_tower(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> P
     loader: Any = EVA02VisionModel if config.model_type == EVA02VisionConfig.model_type else AutoModel
     tower, _ = load_complete(loader.from_pretrained, name, config=config, **kwargs)
     if tower.main_input_name != "pixel_values":
-        raise ValueError(f"{name} holds a {type(tower).__name__}, which takes no images; give a vision tower.")
+        raise ValueError(f"{name} contains a {type(tower).__name__}, which does not take images; pass a vision tower.")
     return tower

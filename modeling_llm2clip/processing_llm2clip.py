@@ -56,7 +56,7 @@ def with_prompt(
     before, after = _tokens_around(tokenizer, prefix, suffix)
     used = len(before) + len(after)
     if used >= max_length:
-        raise ValueError(f"the prompt has {used} tokens and leaves none of {max_length} to captions.")
+        raise ValueError(f"the prompt takes {used} tokens; max_length {max_length} leaves none for captions.")
     # The generic class, because classes of some architectures rebuild the post-processor when they are loaded.
     special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
     prompted = PreTrainedTokenizerFast(
@@ -104,7 +104,7 @@ def clean_captions(texts: Sequence[Any]) -> list[str]:
                 "images go to images= or encode_image()."
             )
         if not text.strip():
-            raise ValueError(f"caption {index} is empty; leave it out or give it a text.")
+            raise ValueError(f"caption {index} is empty; remove it or replace it.")
     return [text.strip() for text in texts]
 
 
@@ -137,7 +137,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Save the processor, readable by transformers 4.57 too."""
         if push_to_hub:
-            raise ValueError("save_pretrained(push_to_hub=True) would leave that out; call push_to_hub(repo_id).")
+            raise ValueError("save_pretrained(push_to_hub=True) would upload other files; call push_to_hub(repo_id).")
         saved = super().save_pretrained(save_directory, **kwargs)
         make_readable_by_version_4(save_directory)
         return saved

@@ -46,6 +46,14 @@ class Golden:
         )
 
 
+def optimizer_settings(args: dict[str, Any]) -> dict[str, float]:
+    """The settings of stage 2's optimizer, from the original's arguments."""
+    places = {"visual": "vision", "text": "text"}
+    rates = {f"{ours}_learning_rate": args[f"{theirs}_lr"] for theirs, ours in places.items()}
+    decays = {"weight_decay": args["wd"], "vision_layer_decay": args["visual_ld"]}
+    return {"learning_rate": args["lr"], **rates, **decays}
+
+
 def load_golden(name: str) -> Golden:
     path = FOLDER / f"{name}.safetensors"
     tensors = load_file(path) if path.exists() else {}

@@ -50,15 +50,8 @@ def _joint_model(folder: Path) -> Path:
 
     llm = write_llm(new_folder(), hidden=64, mlp=128, layers=2)
     text_model, tokenizer = open_text_tower(str(llm), dtype="float32", **PROMPT)
-    vision = EVA02VisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=112,
-        patch_size=14,
-        rope_grid_size=8,
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = EVA02VisionConfig(**sizes, image_size=112, patch_size=14, rope_grid_size=8)
     config = LLM2CLIPConfig(
         vision_config=vision, text_config=text_model.config, projection_dim=64, initializer_range=0.2
     )

@@ -90,22 +90,11 @@ def contests(device: str) -> list[Contest]:
     title = f"ViT of 6M, LLM of 21M parameters, batch {BATCH}"
     cache = Contestant(_from_cache)
     online, lora = (Contestant(partial(_with_llm, prepare)) for prepare in (_frozen, _add_lora))
+    against_online, against_lora = Goal("LLM online", "cpu", 0.6), Goal("LoRA", "cpu", 0.4)
+    peers = {"ours": cache, "LLM online": online}, {"ours": cache, "LoRA": lora}
     return [
-        Contest(
-            f"{title}; frozen LLM online",
-            {"ours": cache, "LLM online": online},
-            (Goal("LLM online", "cpu", 0.6),),
-            {"losses": 1e-3},
-            rounds=2,
-            note=note,
-        ),
-        Contest(
-            f"{title}; LoRA on the LLM",
-            {"ours": cache, "LoRA": lora},
-            (Goal("LoRA", "cpu", 0.4),),
-            {"first loss": 1e-3},
-            rounds=2,
-        ),
+        Contest(f"{title}; frozen LLM online", peers[0], (against_online,), {"losses": 1e-3}, rounds=2, note=note),
+        Contest(f"{title}; LoRA on the LLM", peers[1], (against_lora,), {"first loss": 1e-3}, rounds=2),
     ]
 
 

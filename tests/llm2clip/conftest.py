@@ -1,19 +1,24 @@
-"""Fixtures of several rooms: a hub on the loopback interface, and one small stage 1 with its embedding cache."""
+"""Fixtures of several rooms: a loopback hub, a saved model, one small stage 1 with its embedding cache."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from llm2clip.data import transforms
+from llm2clip.data.transforms import decode_tensor
 from llm2clip.embedding import embed
 from llm2clip.trainers import run_stage1
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.utils.settings import build_config
 from tests.llm2clip import tiny
 from tests.loopback_hub import LoopbackHub
+from tests.modeling_llm2clip import tiny as tiny_models
 
 
 @pytest.fixture
@@ -21,6 +26,28 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
     with LoopbackHub() as server:
         server.redirect(monkeypatch, tmp_path_factory.mktemp("hub_cache"))
         yield server
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small model with its LLM and processor, which no test changes."""
+    torch.manual_seed(0)
+    folder: Path = tmp_path_factory.mktemp("hub") / "llm2clip-tiny"
+    tiny_models.save(folder)
+    return folder
+
+
+@pytest.fixture
+def decoded_to_tensors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Keys of the images that are decoded by the image backend `fast` from now on."""
+    keys: list[str] = []
+
+    def decode(value: Any, key: str, max_pixels: int) -> torch.Tensor:
+        keys.append(key)
+        return decode_tensor(value, key, max_pixels)
+
+    monkeypatch.setattr(transforms, "decode_tensor", decode)
+    return keys
 
 
 @dataclass(frozen=True)

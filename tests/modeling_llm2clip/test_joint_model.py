@@ -7,26 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
-
-VISION_TOWERS: dict[str, dict[str, Any]] = {
-    "clip_vision_model": {"patch_size": 7},
-    "siglip_vision_model": {"patch_size": 7},
-    "siglip2_vision_model": {"patch_size": 7, "num_patches": 16},
-    "dinov2": {"patch_size": 7},
-}
-
-
-def vision_tower(model_type: str) -> Any:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    fields = {**sizes, "image_size": 28, **VISION_TOWERS[model_type]}
-    if model_type == "siglip2_vision_model":
-        del fields["image_size"]
-    return AutoConfig.for_model(model_type, **fields)
 
 
 def test_forward_returns_scaled_cosines_and_loss() -> None:
@@ -55,7 +40,7 @@ def test_forward_with_one_modality_equals_get_features() -> None:
     torch.testing.assert_close(
         model.get_text_features(llm_embeds=llm_embeds).pooler_output, model.get_text_features(**texts).pooler_output
     )
-    with pytest.raises(ValueError, match="give pixel_values"):
+    with pytest.raises(ValueError, match="pass pixel_values"):
         model()
 
 
@@ -87,9 +72,9 @@ def test_encode_rejects_a_tokenizer_without_the_prompt() -> None:
         tiny.joint_model().encode_text(CAPTIONS, tiny.plain_tokenizer())
 
 
-@pytest.mark.parametrize("model_type", list(VISION_TOWERS))
+@pytest.mark.parametrize("model_type", list(tiny.VISION_TOWERS))
 def test_joint_model_supports_other_vision_towers(model_type: str, tmp_path: Path) -> None:
-    model = tiny.joint_model(vision=vision_tower(model_type))
+    model = tiny.joint_model(vision=tiny.other_vision_config(model_type))
     inputs: dict[str, torch.Tensor] = {"pixel_values": torch.randn(2, 3, 28, 28)}
     if model_type == "siglip2_vision_model":
         inputs = {
@@ -140,7 +125,7 @@ def test_loading_keeps_every_saved_weight(tmp_path: Path) -> None:
 def test_incomplete_checkpoint_is_rejected(tmp_path: Path) -> None:
     vision = LLM2CLIPVisionModelWithProjection(tiny.joint_config())
     vision.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks weights of LLM2CLIPModel: logit_scale, text_adapter"):
+    with pytest.raises(ValueError, match=r"does not contain all weights of LLM2CLIPModel: logit_scale, text_adapter"):
         LLM2CLIPModel.from_pretrained(tmp_path, text_model=False)
 
 
@@ -156,7 +141,7 @@ def test_bfloat16_round_trip_keeps_the_scale_in_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["eva02", "dinov2", "clip_vision_model"])
 def test_new_model_reuses_the_vision_tower_of_an_llm2clip_model(model_type: str, tmp_path: Path) -> None:
-    first = tiny.joint_model(vision=None if model_type == "eva02" else vision_tower(model_type))
+    first = tiny.joint_model(vision=None if model_type == "eva02" else tiny.other_vision_config(model_type))
     first.save_pretrained(tmp_path / "first")
     second = LLM2CLIPModel.from_vision_text_pretrained(tmp_path / "first", tmp_path / "first")
     for name, value in first.vision_model.state_dict().items():

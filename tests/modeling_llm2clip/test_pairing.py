@@ -147,14 +147,14 @@ def test_llm_folder_is_recorded_as_an_absolute_path(tmp_path: Path, monkeypatch:
 
 def test_incomplete_towers_are_rejected(tmp_path: Path) -> None:
     tiny.save_apart(tmp_path)
-    with pytest.raises(ValueError, match="holds a LLM2CLIPTextModel, which takes no images"):
+    with pytest.raises(ValueError, match="contains a LLM2CLIPTextModel, which does not take images"):
         LLM2CLIPModel.from_vision_text_pretrained(tmp_path / "llm", tmp_path / "llm")
     same = LLM2CLIPTextModel.from_pretrained(tmp_path / "clip")
     assert same.fingerprint() == LLM2CLIPTextModel.from_pretrained(tmp_path / "llm").fingerprint()
     config = AutoConfig.from_pretrained(tmp_path / "llm")
     config.decoder_config.num_hidden_layers = 3
     config.save_pretrained(tmp_path / "llm")
-    with pytest.raises(ValueError, match=r"lacks weights of LLM2CLIPTextModel: decoder\.layers\.2"):
+    with pytest.raises(ValueError, match=r"does not contain all weights of LLM2CLIPTextModel: decoder\.layers\.2"):
         LLM2CLIPTextModel.from_pretrained(tmp_path / "llm")
 
 
@@ -162,5 +162,5 @@ def test_saving_without_an_llm_is_rejected(tmp_path: Path) -> None:
     model = LLM2CLIPModel(tiny.joint_config(), text_model=False)
     with pytest.raises(ValueError, match="there is no LLM to save"):
         model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has to name their repo"):
+    with pytest.raises(ValueError, match="to the LLM's repository"):
         tiny.joint_model().save_pretrained(tmp_path, save_text_model=False)

@@ -127,7 +127,7 @@ def test_a_caption_passed_as_image_raises_an_error() -> None:
 
 
 def test_a_prompt_without_room_for_captions_is_rejected() -> None:
-    with pytest.raises(ValueError, match="leaves none of 6 to captions"):
+    with pytest.raises(ValueError, match="max_length 6 leaves none for captions"):
         with_prompt(tiny.plain_tokenizer(), tiny.PREFIX, tiny.SUFFIX, max_length=6)
 
 

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Siglip2ImageProcessor,
+)
 
 from modeling_llm2clip import (
     EVA02VisionConfig,
@@ -44,6 +51,13 @@ DECODERS: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 4},
     "gemma3_text": {"sliding_window": 4},
     "phi3": {},
+}
+# Vision towers of transformers.
+VISION_TOWERS: dict[str, dict[str, Any]] = {
+    "clip_vision_model": {"image_size": 28},
+    "siglip_vision_model": {"image_size": 28},
+    "siglip2_vision_model": {"num_patches": 16},
+    "dinov2": {"image_size": 28},
 }
 CAPTIONS = ["a small dog", "two children play football in a green park", "a red bus"]
 IMAGES = [Image.effect_noise((40, 30), 80).convert("RGB") for _ in range(2)]
@@ -97,6 +111,12 @@ def vision_config(**fields: Any) -> EVA02VisionConfig:
     return EVA02VisionConfig(**{**defaults, **fields})
 
 
+def other_vision_config(model_type: str) -> PretrainedConfig:
+    """The config of a vision tower of transformers."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return AutoConfig.for_model(model_type, **sizes, patch_size=7, **VISION_TOWERS[model_type])
+
+
 def joint_config(vision: Any = None, text: Any = None, **fields: Any) -> LLM2CLIPConfig:
     return LLM2CLIPConfig(
         vision_config=vision or vision_config(),
@@ -114,6 +134,11 @@ def processor(image_size: int = 28) -> LLM2CLIPProcessor:
     size = {"shortest_edge": image_size}
     image_processor = CLIPImageProcessor(size=size, crop_size={"height": image_size, "width": image_size})
     return LLM2CLIPProcessor(image_processor, tokenizer)
+
+
+def naflex_processor() -> LLM2CLIPProcessor:
+    """The processor of a `siglip2_vision_model`, which reads images of any shape as lists of patches."""
+    return LLM2CLIPProcessor(Siglip2ImageProcessor(patch_size=7, max_num_patches=16), processor().tokenizer)
 
 
 def save(folder: Path, **fields: Any) -> LLM2CLIPModel:

@@ -140,7 +140,7 @@ def test_unusable_rows_raise_with_their_key_or_are_skipped(
     for index, error, reason in (
         (1, DamagedImageError, "missing"),
         (2, CaptionError, "no text in caption"),
-        (3, DamagedImageError, "no image format"),
+        (3, DamagedImageError, "does not recognize its format"),
     ):
         key = ["fine", "no image", "no text", "torn"][index]
         with pytest.raises(error, match=f"'{key}' cannot be used"):

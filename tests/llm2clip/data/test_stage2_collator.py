@@ -138,7 +138,7 @@ def test_images_are_prepared_as_in_evaluation(tmp_path: Path, image_processor: C
     for pixels in batch["pixel_values"]:
         torch.testing.assert_close(pixels, expected)
     assert torch.equal(batch["input_ids"], processor(text=["a cat"] * 3, return_tensors="pt")["input_ids"])
-    with pytest.raises(DamagedImageError, match="'row 1' cannot be used: it has zero bytes"):
+    with pytest.raises(DamagedImageError, match="'row 1' cannot be used: it is empty"):
         Stage2Collator(processor=processor)([{"image": b"", "caption": "a", "key": "row 1"}])
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, Siglip2ImageProcessor
 
 import llm2clip
 from llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, embed_captions, embed_images
@@ -25,57 +24,49 @@ def pictures(count: int) -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "llm2clip-tiny"
-    tiny.save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> LLM2CLIPModel:
-    return LLM2CLIPModel.from_pretrained(folder)
+def model(saved_model: Path) -> LLM2CLIPModel:
+    return LLM2CLIPModel.from_pretrained(saved_model)
 
 
 def test_images_of_a_folder_and_of_a_loaded_model_are_equal_to_encode_image(
-    folder: Path, model: LLM2CLIPModel
+    saved_model: Path, model: LLM2CLIPModel
 ) -> None:
     images = pictures(5)
     expected = model.encode_image(images, tiny.processor())
-    torch.testing.assert_close(embed_images(images, folder, batch_size=2), expected, **CLOSE)
-    torch.testing.assert_close(embed_images(images, str(folder), tiny.processor()), expected, **CLOSE)
+    torch.testing.assert_close(embed_images(images, saved_model, batch_size=2), expected, **CLOSE)
+    torch.testing.assert_close(embed_images(images, str(saved_model), tiny.processor()), expected, **CLOSE)
     torch.testing.assert_close(embed_images(images, model, tiny.processor(), num_workers=2), expected, **CLOSE)
     image_processor = tiny.processor().image_processor
     torch.testing.assert_close(embed_images(images[0], model, image_processor), expected[:1], **CLOSE)
     assert embed_images([], model, tiny.processor()).shape == (0, 24)
 
 
-def test_images_may_be_files_bytes_and_records(folder: Path, tmp_path: Path) -> None:
+def test_images_may_be_files_bytes_and_records(saved_model: Path, tmp_path: Path) -> None:
     (image,) = pictures(1)
     image.save(tmp_path / "a.png")
     content = (tmp_path / "a.png").read_bytes()
-    rows = embed_images([image, tmp_path / "a.png", str(tmp_path / "a.png"), content, {"bytes": content}], folder)
+    rows = embed_images([image, tmp_path / "a.png", str(tmp_path / "a.png"), content, {"bytes": content}], saved_model)
     torch.testing.assert_close(rows, rows[:1].expand(5, -1))
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(5))
 
 
 def test_a_damaged_image_is_an_error_or_a_row_of_nan(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    saved_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     images = [*pictures(2), tmp_path / "bad.jpg"]
     with pytest.raises(DamagedImageError, match=r"bad\.jpg' cannot be used"):
-        embed_images(images, folder)
+        embed_images(images, saved_model)
     with caplog.at_level(logging.WARNING):
-        rows = embed_images(images, folder, on_error="skip", batch_size=1)
+        rows = embed_images(images, saved_model, on_error="skip", batch_size=1)
     assert rows.isnan().all(dim=1).tolist() == [False, False, True]
-    assert "bad.jpg is skipped: its bytes are in no image format" in caplog.text
+    assert "bad.jpg is skipped: Pillow does not recognize its format" in caplog.text
     with pytest.raises(ValueError, match="on_error must be 'raise' or 'skip', not 'drop'"):
-        embed_images(images, folder, on_error="drop")  # type: ignore[arg-type]
+        embed_images(images, saved_model, on_error="drop")  # type: ignore[arg-type]
 
 
-def test_an_embedding_that_is_not_finite_is_an_error_or_has_a_reason(folder: Path) -> None:
-    half = LLM2CLIPVisionModelWithProjection.from_pretrained(folder)
+def test_an_embedding_that_is_not_finite_is_an_error_or_has_a_reason(saved_model: Path) -> None:
+    half = LLM2CLIPVisionModelWithProjection.from_pretrained(saved_model)
     torch.nn.init.constant_(half.visual_projection.weight, float("nan"))
     with pytest.raises(ValueError, match="the model's embedding of image 0 is not finite"):
         embed_images(pictures(1), half, tiny.processor())
@@ -83,9 +74,9 @@ def test_an_embedding_that_is_not_finite_is_an_error_or_has_a_reason(folder: Pat
     assert found.reasons == ["the model's embedding of it is not finite"]
 
 
-def test_rows_are_embedded_in_parts_without_the_skipped_ones(folder: Path) -> None:
+def test_rows_are_embedded_in_parts_without_the_skipped_ones(saved_model: Path) -> None:
     images = ImageList([*pictures(3), b"no image", *pictures(2)])
-    embedder = ImageEmbedder.load(str(folder))
+    embedder = ImageEmbedder.load(str(saved_model))
     parts = list(embedder.embed_rows(images, range(5, -1, -1), batch_size=2, part_size=4, show_progress_bar=False))
     assert [part.rows for part in parts] == [[5, 4, 3, 2], [1, 0]]
     assert [reason is None for reason in parts[0].reasons] == [True, True, False, True]
@@ -96,25 +87,16 @@ def test_rows_are_embedded_in_parts_without_the_skipped_ones(folder: Path) -> No
 
 
 def test_towers_for_images_of_any_shape_receive_all_their_inputs() -> None:
-    vision = AutoConfig.for_model(
-        "siglip2_vision_model",
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        patch_size=7,
-        num_patches=16,
-    )
-    model = tiny.joint_model(vision=vision)
-    image_processor = Siglip2ImageProcessor(patch_size=7, max_num_patches=16)
+    model = tiny.joint_model(vision=tiny.other_vision_config("siglip2_vision_model"))
+    image_processor = tiny.naflex_processor().image_processor
     images = pictures(3)
     expected = model.encode_image(images, image_processor)
     torch.testing.assert_close(embed_images(images, model, image_processor, batch_size=2), expected, **CLOSE)
 
 
-def test_captions_of_a_joint_model_are_unit_rows_in_the_shared_space(folder: Path, model: LLM2CLIPModel) -> None:
+def test_captions_of_a_joint_model_are_unit_rows_in_the_shared_space(saved_model: Path, model: LLM2CLIPModel) -> None:
     expected = model.encode_text(tiny.CAPTIONS, tiny.processor())
-    torch.testing.assert_close(embed_captions(tiny.CAPTIONS, folder), expected)
+    torch.testing.assert_close(embed_captions(tiny.CAPTIONS, saved_model), expected)
     torch.testing.assert_close(embed_captions(tiny.CAPTIONS, model, tiny.processor(), batch_size=1), expected, **CLOSE)
     tokenizer = tiny.processor().tokenizer
     torch.testing.assert_close(embed_captions(tiny.CAPTIONS[0], model, tokenizer), expected[:1], **CLOSE)
@@ -138,7 +120,7 @@ def test_a_loaded_model_is_put_into_evaluation_mode() -> None:
 
 
 def test_progress_is_shown_by_default_and_can_be_hidden(
-    folder: Path, model: LLM2CLIPModel, caplog: pytest.LogCaptureFixture
+    saved_model: Path, model: LLM2CLIPModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
         embed_images(pictures(3), model, tiny.processor(), show_progress_bar=False)
@@ -150,17 +132,18 @@ def test_progress_is_shown_by_default_and_can_be_hidden(
     assert "Embedding captions: 3 captions in" in caplog.text
 
 
-def test_other_models_and_missing_processors_are_refused(model: LLM2CLIPModel, folder: Path, tmp_path: Path) -> None:
+def test_other_models_and_missing_processors_are_refused(
+    model: LLM2CLIPModel, saved_model: Path, tmp_path: Path
+) -> None:
     tiny.text_model().save_pretrained(tmp_path / "tower")
     with pytest.raises(ValueError, match=r"is not an LLM2CLIP model or a vision half .*: it contains a text tower"):
         embed_images([], tmp_path / "tower")
-    LLM2CLIPVisionModelWithProjection.from_pretrained(folder).save_pretrained(tmp_path / "half")
+    LLM2CLIPVisionModelWithProjection.from_pretrained(saved_model).save_pretrained(tmp_path / "half")
     with pytest.raises(ValueError, match="is not an LLM2CLIP model or a text tower: it contains a vision half"):
         embed_captions([], tmp_path / "half")
-    with pytest.raises(ValueError, match="needs the processor of a loaded model"):
-        embed_images([], model)
-    with pytest.raises(ValueError, match="needs the processor or tokenizer of a loaded model"):
-        embed_captions([], model)
+    for embed in (embed_images, embed_captions):
+        with pytest.raises(ValueError, match="a loaded model needs its processor too"):
+            embed([], model)
 
 
 def test_public_names_are_those_of_the_room() -> None:

@@ -14,11 +14,10 @@ import torch
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, Siglip2ImageProcessor
 
 from llm2clip.evaluation import clip_benchmark, retrieval_metrics
 from llm2clip.evaluation.clip_benchmark import load_clip
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip import LLM2CLIPModel
 from tests.modeling_llm2clip import tiny
 
 CONCEPTS = Path(__file__).parents[3] / "examples" / "data" / "concepts" / "test.parquet"
@@ -156,18 +155,8 @@ def test_unsupported_models_and_revisions_are_refused(folder: Path, tmp_path: Pa
     tiny.text_model().save_pretrained(tmp_path / "text")
     with pytest.raises(ValueError, match="is not an LLM2CLIP model: it contains a text tower"):
         load_clip(str(tmp_path / "text"))
-    vision = AutoConfig.for_model(
-        "siglip2_vision_model",
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        patch_size=7,
-        num_patches=16,
-    )
-    tiny.joint_model(vision=vision).save_pretrained(tmp_path / "naflex")
-    image_processor = Siglip2ImageProcessor(patch_size=7, max_num_patches=16)
-    LLM2CLIPProcessor(image_processor, tiny.processor().tokenizer).save_pretrained(tmp_path / "naflex")
+    tiny.joint_model(vision=tiny.other_vision_config("siglip2_vision_model")).save_pretrained(tmp_path / "naflex")
+    tiny.naflex_processor().save_pretrained(tmp_path / "naflex")
     with pytest.raises(
         ValueError, match="needs pixel_values, pixel_attention_mask, spatial_shapes, but CLIP_benchmark"
     ):

@@ -1,4 +1,4 @@
-"""mteb evaluates a model folder on local tasks with real captions and pictures, offline."""
+"""mteb evaluates the folder of a model on local tasks with real captions and pictures, offline."""
 
 from __future__ import annotations
 
@@ -124,16 +124,8 @@ def scores(encoder: LLM2CLIPEncoder, task: AbsTask, **options: Any) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("hub") / "llm2clip-tiny"
-    tiny.save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoder(folder: Path) -> LLM2CLIPEncoder:
-    return LLM2CLIPEncoder(str(folder), device="cpu")
+def encoder(saved_model: Path) -> LLM2CLIPEncoder:
+    return LLM2CLIPEncoder(str(saved_model), device="cpu")
 
 
 def test_text_retrieval_equals_our_metrics(encoder: LLM2CLIPEncoder) -> None:
@@ -189,16 +181,16 @@ def test_text_tower_is_a_model_for_texts_only(tmp_path: Path) -> None:
     assert scores(encoder, NameToKeywords())["recall_at_1"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_cached_results_belong_to_weights_not_to_the_folder_name(folder: Path, tmp_path: Path) -> None:
+def test_cached_results_belong_to_weights_not_to_the_folder_name(saved_model: Path, tmp_path: Path) -> None:
     cache = mteb.ResultCache(tmp_path / "cache")
-    first = LLM2CLIPEncoder(str(folder), device="cpu")
+    first = LLM2CLIPEncoder(str(saved_model), device="cpu")
     before = scores(first, NameToKeywords(), cache=cache)
     torch.manual_seed(1)
-    tiny.save(tmp_path / folder.name)
-    other = LLM2CLIPEncoder(str(tmp_path / folder.name), device="cpu")
+    tiny.save(tmp_path / saved_model.name)
+    other = LLM2CLIPEncoder(str(tmp_path / saved_model.name), device="cpu")
     assert other.mteb_model_meta.name == first.mteb_model_meta.name == "local/llm2clip-tiny"
     assert scores(other, NameToKeywords(), cache=cache)["ndcg_at_10"] != before["ndcg_at_10"]
-    again = LLM2CLIPEncoder(str(folder), device="cpu")
+    again = LLM2CLIPEncoder(str(saved_model), device="cpu")
     kept = scores(again, NameToKeywords(), cache=cache, overwrite_strategy="only-cache")
     assert kept["ndcg_at_10"] == before["ndcg_at_10"]
 
@@ -207,13 +199,13 @@ def batches(**columns: list[Any]) -> torch.utils.data.DataLoader[Any]:
     return torch.utils.data.DataLoader(datasets.Dataset.from_dict(columns), batch_size=2)
 
 
-def test_empty_texts_are_refused_or_rows_of_zeros(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_empty_texts_are_refused_or_rows_of_zeros(saved_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     texts = ["a small dog", " ", "a red bus", ""]
-    encoder = LLM2CLIPEncoder(str(folder), device="cpu")
+    encoder = LLM2CLIPEncoder(str(saved_model), device="cpu")
     task = NameToKeywords.metadata
     with pytest.raises(ValueError, match="2 of 4 texts of task NameToKeywords are empty; with on_empty='skip'"):
         encoder.encode(batches(text=texts), task_metadata=task)
-    skipping = LLM2CLIPEncoder(str(folder), device="cpu", on_empty="skip")
+    skipping = LLM2CLIPEncoder(str(saved_model), device="cpu", on_empty="skip")
     rows = skipping.encode(batches(text=texts), task_metadata=task)
     assert "2 of 4 texts of task NameToKeywords are empty" in caplog.text
     assert rows[1].count_nonzero() == rows[3].count_nonzero() == 0
@@ -222,13 +214,13 @@ def test_empty_texts_are_refused_or_rows_of_zeros(folder: Path, caplog: pytest.L
     )
 
 
-def test_unsupported_models_and_inputs_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_unsupported_models_and_inputs_are_refused(saved_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="on_empty must be 'raise' or 'skip', not 'drop'"):
-        LLM2CLIPEncoder(str(folder), on_empty="drop")
+        LLM2CLIPEncoder(str(saved_model), on_empty="drop")
     tiny.decoder_config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is not an LLM2CLIP model or a text tower: it contains model_type 'llama'"):
         LLM2CLIPEncoder(str(tmp_path))
-    vision = LLM2CLIPEncoder(str(folder), device="cpu", text_model=False)
+    vision = LLM2CLIPEncoder(str(saved_model), device="cpu", text_model=False)
     assert vision.mteb_model_meta.modalities == ["image"]
     task = NameToKeywords.metadata
     with pytest.raises(ValueError, match="loaded without its LLM"):
@@ -244,11 +236,13 @@ def test_embeddings_have_unit_length(encoder: LLM2CLIPEncoder) -> None:
     torch.testing.assert_close(rows, F.normalize(rows, dim=-1))
 
 
-def test_hub_models_are_identified_by_commit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_models_are_identified_by_commit(
+    saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The model is in the layout of the Hub cache and is read offline."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repo = tmp_path / "models--someone--llm2clip-tiny"
-    shutil.copytree(folder, repo / "snapshots" / commit)
+    shutil.copytree(saved_model, repo / "snapshots" / commit)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))

@@ -14,7 +14,6 @@ from llm2clip import cli
 from llm2clip.hub import export_onnx
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.modeling_llm2clip import tiny
-from tests.modeling_llm2clip.test_joint_model import vision_tower
 from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -84,7 +83,7 @@ def test_vision_half_has_only_a_vision_graph(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("model_type", ["clip_vision_model", "siglip_vision_model", "dinov2"])
 def test_vision_graph_of_other_towers(model_type: str, tmp_path: Path) -> None:
-    model = LLM2CLIPModel(tiny.joint_config(vision=vision_tower(model_type))).eval()
+    model = LLM2CLIPModel(tiny.joint_config(vision=tiny.other_vision_config(model_type))).eval()
     model.save_pretrained(tmp_path)
     PROCESSOR.save_pretrained(tmp_path)
     export_onnx.run(export_onnx.ExportOnnxConfig(str(tmp_path), parts=["vision"]))
@@ -94,7 +93,7 @@ def test_vision_graph_of_other_towers(model_type: str, tmp_path: Path) -> None:
 
 def test_image_processor_determines_the_image_size_of_the_graph(tmp_path: Path) -> None:
     """DINOv2 interpolates its positions, so a model may see smaller images than its tower was trained on."""
-    model = LLM2CLIPModel(tiny.joint_config(vision=vision_tower("dinov2"))).eval()
+    model = LLM2CLIPModel(tiny.joint_config(vision=tiny.other_vision_config("dinov2"))).eval()
     model.save_pretrained(tmp_path)
     tiny.processor(image_size=14).save_pretrained(tmp_path)
     export_onnx.run(export_onnx.ExportOnnxConfig(str(tmp_path), parts=["vision"]))
@@ -132,7 +131,9 @@ def test_models_and_settings_that_cannot_be_exported_are_refused(
     refused([clip], "onnx exists; add --overwrite to replace it", capsys)
     assert not list((tmp_path / "clip" / "onnx").iterdir())
     refused([clip, "--output_dir", clip, "--overwrite"], "is not replaced, because it contains other files", capsys)
-    LLM2CLIPModel(tiny.joint_config(vision=vision_tower("siglip2_vision_model"))).save_pretrained(tmp_path / "naflex")
+    LLM2CLIPModel(tiny.joint_config(vision=tiny.other_vision_config("siglip2_vision_model"))).save_pretrained(
+        tmp_path / "naflex"
+    )
     refused([str(tmp_path / "naflex")], "reads images of any shape as lists of patches", capsys)
     assert not (tmp_path / "naflex" / "onnx").exists()
 

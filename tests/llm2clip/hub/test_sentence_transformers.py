@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import AutoConfig, Siglip2ImageProcessor
+from transformers import AutoConfig
 
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
-from modeling_llm2clip import LLM2CLIPProcessor, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from tests import stranger
 from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
@@ -143,18 +143,10 @@ def test_text_tower_gives_embeddings_that_are_not_normalized(tmp_path: Path) -> 
 
 
 def test_images_that_are_not_square_reach_a_naflex_tower_with_their_grid(tmp_path: Path) -> None:
-    vision = AutoConfig.for_model(
-        "siglip2_vision_model",
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        patch_size=7,
-        num_patches=16,
+    model, processor = (
+        tiny.joint_model(vision=tiny.other_vision_config("siglip2_vision_model")),
+        tiny.naflex_processor(),
     )
-    model = tiny.joint_model(vision=vision)
-    image_processor = Siglip2ImageProcessor(patch_size=7, max_num_patches=16)
-    processor = LLM2CLIPProcessor(image_processor, tiny.processor().tokenizer)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     write_sentence_transformers_files(tmp_path)

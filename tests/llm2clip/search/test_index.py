@@ -18,8 +18,6 @@ from PIL import Image
 
 from llm2clip import cli
 from llm2clip.data import decode_image
-from llm2clip.data import transforms as images
-from llm2clip.data.transforms import decode_tensor
 from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index import IndexConfig, run
@@ -68,20 +66,13 @@ def test_worker_processes_do_not_change_the_index(pictures: Path, model: Model, 
 
 
 def test_the_fast_image_backend_decodes_to_tensors_and_is_recorded(
-    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pictures: Path, model: Model, tmp_path: Path, decoded_to_tensors: list[str]
 ) -> None:
-    decoded: list[str] = []
-
-    def decode(value: Any, key: str, max_pixels: int) -> torch.Tensor:
-        decoded.append(key)
-        return decode_tensor(value, key, max_pixels)
-
-    monkeypatch.setattr(images, "decode_tensor", decode)
     settings = {"model": str(model[0]), "folder": str(pictures), "num_workers": 0}
     run(IndexConfig(output_dir=str(tmp_path / "exact"), **settings))
-    assert not decoded
+    assert not decoded_to_tensors
     run(IndexConfig(output_dir=str(tmp_path / "fast"), image_backend="fast", **settings))
-    assert decoded
+    assert decoded_to_tensors
     with pytest.raises(ValueError, match=r"was built with image_backend fast, not exact; choose another"):
         run(IndexConfig(output_dir=str(tmp_path / "fast"), **settings))
     with pytest.raises(ValueError, match="image_backend is 'quick', but it has to be one of exact, fast"):
@@ -122,10 +113,10 @@ def test_unusable_files_are_skipped_and_listed_with_the_reason(
 ) -> None:
     bad = {
         "empty.png": (b"", "zero bytes"),
-        "notes.txt": (b"these are words", "no image format"),
+        "notes.txt": (b"these are words", "does not recognize its format"),
         "cut.png": (encoded(picture(3))[:60], ""),
         "bomb.png": (header_bomb(), "pixels"),
-        "large.png": (encoded(Image.new("1", (300, 300))), "300 x 300 pixels are more than the 80,000"),
+        "large.png": (encoded(Image.new("1", (300, 300))), "300 x 300 pixels exceed max_pixels (80,000)"),
         "strip.png": (encoded(Image.new("1", (1, 70_000))), "resized, they would be 28 x 1960000; cut it"),
     }
     for name, (data, _) in bad.items():

@@ -206,7 +206,7 @@ def test_missing_or_invalid_inputs_are_named_in_the_error(
     assert "a query is empty" in error(capsys, indexed, " ")
     assert "top must be at least 1" in error(capsys, indexed, TEXT, "--top", 0)
     (pictures / "bad.png").write_bytes(b"words")
-    assert "no image format" in error(capsys, indexed, "--image", pictures / "bad.png")
+    assert "does not recognize its format" in error(capsys, indexed, "--image", pictures / "bad.png")
     half = tmp_path / "half"
     LLM2CLIPVisionModelWithProjection.from_pretrained(model[0]).save_pretrained(half)
     tiny.processor().image_processor.save_pretrained(half)

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from llm2clip.convert.original import from_original
 from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
 from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPModel
-from tests.golden import load_golden
+from tests.golden import load_golden, optimizer_settings
 
 WIDTHS = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 VISION = {**WIDTHS, "num_hidden_layers": 3, "image_size": 28, "patch_size": 14}
@@ -49,13 +49,9 @@ def test_groups_equal_the_original(name: str) -> None:
 
     actual = groups_of(
         model,
-        learning_rate=args["lr"],
-        weight_decay=args["wd"],
-        vision_learning_rate=args["visual_lr"],
-        text_learning_rate=args["text_lr"],
+        **optimizer_settings(args),
         vision_weight_decay=args["visual_wd"],
         text_weight_decay=args["text_wd"],
-        vision_layer_decay=args["visual_ld"],
         text_layer_decay=args["text_ld"],
     )
     assert actual.keys() == expected.keys()

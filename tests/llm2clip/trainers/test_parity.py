@@ -22,7 +22,7 @@ from llm2clip.trainers.stage1_trainer import Stage1Trainer
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
-from tests.golden import FOLDER, Golden, load_golden
+from tests.golden import FOLDER, Golden, load_golden, optimizer_settings
 
 
 def save_decoder(golden: Golden, folder: Path) -> Path:
@@ -153,11 +153,7 @@ def test_six_optimizer_steps_of_stage2(tmp_path: Path) -> None:
         embedding_cache="not opened here",
         max_steps=len(golden["out/loss"]),
         per_device_train_batch_size=len(golden["in/step0/pixel_values"]),
-        learning_rate=original["lr"],
-        vision_learning_rate=original["visual_lr"],
-        text_learning_rate=original["text_lr"],
-        weight_decay=original["wd"],
-        vision_layer_decay=original["visual_ld"],
+        **optimizer_settings(original),
         warmup_steps=original["warmup"],
         max_grad_norm=original["grad_clip_norm"],
         save_strategy="no",

@@ -20,8 +20,6 @@ from transformers import (
 )
 
 from llm2clip.data import CaptionSource, DamagedImageError, distinct_captions
-from llm2clip.data import transforms as images
-from llm2clip.data.transforms import decode_tensor
 from llm2clip.embedding import EmbeddingCache, MissingCaptionError, embed
 from llm2clip.embedding.cache_files import CacheMismatchError
 from llm2clip.hub.cards.card import read_card
@@ -35,6 +33,7 @@ from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_eva02 import EVA02Attention
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
+from tests.modeling_llm2clip import tiny as tiny_models
 
 
 def run(folder: Path, inputs: Inputs, resume: bool = False, **changes: Any) -> dict[str, Any]:
@@ -114,20 +113,13 @@ def test_best_checkpoint_is_loaded_at_the_end(inputs: Inputs, tmp_path: Path) ->
 
 
 def test_image_backend_fast_is_used_for_training_images(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Inputs, tmp_path: Path, decoded_to_tensors: list[str]
 ) -> None:
-    decoded: list[str] = []
-
-    def decode(value: Any, key: str, max_pixels: int) -> torch.Tensor:
-        decoded.append(key)
-        return decode_tensor(value, key, max_pixels)
-
-    monkeypatch.setattr(images, "decode_tensor", decode)
     fields = {"max_steps": 2, "save_strategy": "no", "crop_scale": [1.0, 1.0]}
     run(tmp_path / "exact", inputs, **fields)
-    assert not decoded
+    assert not decoded_to_tensors
     run(tmp_path / "fast", inputs, image_backend="fast", **fields)
-    assert decoded
+    assert decoded_to_tensors
     assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "exact"), abs=1e-2)
 
 
@@ -147,17 +139,7 @@ def test_patch_dropout_reaches_the_tower(inputs: Inputs, tmp_path: Path, monkeyp
     run(tmp_path / "half", inputs, patch_dropout=0.5, **fields)
     assert tokens[-1] == 1 + (whole - 1) // 2
     assert LLM2CLIPModel.from_pretrained(tmp_path / "half", text_model=False).vision_model.config.patch_dropout == 0.5
-    CLIPVisionModel(
-        AutoConfig.for_model(
-            "clip_vision_model",
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=14,
-        )
-    ).save_pretrained(tmp_path / "clip")
+    CLIPVisionModel(tiny_models.other_vision_config("clip_vision_model")).save_pretrained(tmp_path / "clip")
     processor = {"image_processor_name_or_path": inputs.vision}
     with pytest.raises(ValueError, match="CLIPVisionModel has none"):
         run(tmp_path / "no", inputs, vision_model_name_or_path=str(tmp_path / "clip"), patch_dropout=0.5, **processor)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from llm2clip.embedding.opening import open_embedder
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.repos import RepoKind, inspect_repo
@@ -125,13 +124,5 @@ def embed_captions(
         ValueError: A caption is empty, the repository is another kind of model, or a loaded model comes without its
             processor.
     """
-    if isinstance(model, (str, Path)):
-        embedder = CaptionEmbedder.load(os.fspath(model), device=device)
-        if processor is not None:
-            embedder = CaptionEmbedder(embedder.model, processor)
-    elif processor is None:
-        raise ValueError("embed_captions needs the processor or tokenizer of a loaded model.")
-    else:
-        model = model if device is None else model.to(device)
-        embedder = CaptionEmbedder(model.eval(), processor)
+    embedder = open_embedder(CaptionEmbedder, model, processor, device)
     return embedder.embed(captions, batch_size, show_progress_bar)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor
 
 from llm2clip.data import EvalTransform, ImageBackend, OnError
 from llm2clip.embedding.image_batches import ImageList, ImageSet, PreparedImages, forward_images, prepare_image
+from llm2clip.embedding.opening import open_embedder
 from llm2clip.utils.identity import vision_fingerprint
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.repos import RepoKind, inspect_repo
@@ -185,16 +185,7 @@ def embed_images(
         ValueError: The repository is not an LLM2CLIP model, or a loaded model comes without its processor.
     """
     images = [images] if isinstance(images, (str, bytes, os.PathLike, dict, Image.Image)) else images
-    image_processor = getattr(processor, "image_processor", processor)
-    if isinstance(model, (str, Path)):
-        embedder = ImageEmbedder.load(str(model), device=device)
-        if image_processor is not None:
-            embedder = ImageEmbedder(embedder.model, image_processor)
-    elif image_processor is None:
-        raise ValueError("embed_images needs the processor of a loaded model: AutoProcessor.from_pretrained(...).")
-    else:
-        model = model if device is None else model.to(device)
-        embedder = ImageEmbedder(model.eval(), image_processor)
+    embedder = open_embedder(ImageEmbedder, model, getattr(processor, "image_processor", processor), device)
     listed, options = ImageList(images), {"on_error": on_error, "show_progress_bar": show_progress_bar}
     found = embedder.embed_all(listed, range(len(images)), batch_size=batch_size, num_workers=num_workers, **options)
     skipped = [row for row, reason in enumerate(found.reasons) if reason is not None]

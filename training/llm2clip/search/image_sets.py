@@ -97,7 +97,7 @@ class FolderImages:
         elif not stat.S_ISREG(status.st_mode):
             self.failures[key] = "it is not a regular file"
         elif status.st_size == 0:
-            self.failures[key] = "it has zero bytes"
+            self.failures[key] = "it is empty (zero bytes)"
         else:
             self.keys.append(key)
             self.sizes.append(status.st_size)

@@ -117,7 +117,7 @@ def open_captions(
     width = model.config.text_config.hidden_size
     if cache.hidden_size != width:
         raise ValueError(
-            f"the cache {config.embedding_cache} holds embeddings of width {cache.hidden_size} (of "
+            f"the cache {config.embedding_cache} contains embeddings of width {cache.hidden_size} (of "
             f"{cache.manifest.text_model_name}), but {model.config.text_model_name_or_path} gives {width}; embed the "
             "captions with that text tower."
         )
