@@ -128,6 +128,17 @@ class Uploader:
         result = {"commit": commit.oid, "files": len(local), "megabytes": megabytes}
         return {**result, "pull_request": commit.pr_url} if commit.pr_url else result
 
+    def upload_checkpoint(self, folder: Path, name: str, message: str) -> None:
+        """Upload a checkpoint with its training state as the folder `name`, for resuming elsewhere."""
+        with explained(self.repo_id):
+            self.api.upload_folder(
+                repo_id=self.repo_id,
+                folder_path=folder,
+                path_in_repo=name,
+                commit_message=message,
+                revision=self.revision,
+            )
+
     def _commit(self, folder: Path, local: dict[str, Path], model_type: str, message: str) -> Any:
         for attempt in range(1, ATTEMPTS + 1):
             snapshot = self._open_branch(model_type)

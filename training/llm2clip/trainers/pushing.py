@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 
 from llm2clip.hub.hub_errors import explanation
 from llm2clip.hub.upload import Uploader
-from llm2clip.utils.files import write_license
+from llm2clip.utils.files import atomic_path, write_license
 from llm2clip.utils.repos import hub_ids
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class PushCallback(TrainerCallback):
             return
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         ignore = shutil.ignore_patterns(*TRAINING_STATE)
-        shutil.copytree(checkpoint, args.output_dir, ignore=ignore, dirs_exist_ok=True)
+        shutil.copytree(checkpoint, args.output_dir, ignore=ignore, copy_function=_copy_file, dirs_exist_ok=True)
         self.trainer.callback_handler.on_push_begin(args, state, control)
         is_step = args.save_strategy == SaveStrategy.STEPS
         message = f"Training in progress, {f'step {state.global_step}' if is_step else f'epoch {int(state.epoch)}'}"
@@ -48,15 +48,8 @@ class PushCallback(TrainerCallback):
         # The jobs of one client run one after the other.
         self.jobs.append(uploader.api.run_as_future(uploader.upload, Path(args.output_dir), message))
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            is_last = args.hub_strategy == HubStrategy.CHECKPOINT
-            job = uploader.api.upload_folder(
-                repo_id=uploader.repo_id,
-                folder_path=checkpoint,
-                path_in_repo="last-checkpoint" if is_last else checkpoint.name,
-                commit_message=f"{message}, checkpoint",
-                revision=args.hub_revision,
-                run_as_future=True,
-            )
+            name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
+            job = uploader.api.run_as_future(uploader.upload_checkpoint, checkpoint, name, f"{message}, checkpoint")
             self.jobs.append(job)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -166,6 +159,13 @@ class PushingTrainer(Trainer):
             raise ValueError(
                 f"{error} The result is in {folder}; `llm2clip push {folder} {repo}{branch}` uploads it."
             ) from error
+
+
+def _copy_file(source: str, destination: str) -> str:
+    """Copy a file that replaces an older one, so that a kill leaves one of the two whole."""
+    with atomic_path(destination) as temporary:
+        shutil.copyfile(source, temporary)
+    return destination
 
 
 def check_pushing(
