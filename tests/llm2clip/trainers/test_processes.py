@@ -23,6 +23,7 @@ from llm2clip.embedding import EmbeddingCache
 from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
+from tests.llm2clip.trainers.test_plain_datasets import joint_model
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 CLI = ["-m", "llm2clip"]
@@ -107,6 +108,60 @@ def test_two_processes_train_dinov2_with_checkpointing(inputs: Inputs, tmp_path:
     one = {"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 32}
     llm2clip("stage2", {**fields, **frozen, **one})
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+PLAIN = """
+import json, sys
+from pathlib import Path
+from llm2clip import LLM2CLIPModel, Stage2Config, Stage2Trainer
+from llm2clip.utils.processes import leave_process_group
+from tests.llm2clip.trainers.test_plain_datasets import IterableRows, MapRows, image_rows, settings
+
+model, output, batch, kind = sys.argv[1:]
+model = LLM2CLIPModel.from_pretrained(model, text_model=False)
+rows = image_rows(model.config.text_config.hidden_size)
+batches = {"per_device_train_batch_size": int(batch), "per_device_eval_batch_size": int(batch)}
+args = Stage2Config(**settings(output, max_steps=4, save_strategy="no", **batches))
+data = {"MapRows": MapRows, "IterableRows": IterableRows}[kind](rows)
+trainer = Stage2Trainer(model=model, args=args, train_dataset=data, eval_dataset=MapRows(rows[:13]))
+trainer.train()
+metrics = trainer.evaluate()
+# Of whole batches: a last batch that does not divide is filled with repeated rows.
+metrics["whole_loss"] = trainer.evaluate(MapRows(rows[:16]))["eval_loss"]
+found = {"losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], **metrics}
+if trainer.is_world_process_zero():
+    Path(output, "found.json").write_text(json.dumps(found))
+del trainer
+leave_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", ["MapRows", "IterableRows"])
+def test_plain_data_sets_on_two_processes_equal_one(kind: str, inputs: Inputs, tmp_path: Path) -> None:
+    model = joint_model(inputs, tmp_path / "model")
+    (tmp_path / "plain.py").write_text(PLAIN)
+    found = {}
+    for name, launcher, batch in [("one", [], 16), ("two", TORCHRUN[: -len(CLI)], 8)]:
+        command = [
+            sys.executable,
+            *launcher,
+            str(tmp_path / "plain.py"),
+            model,
+            str(tmp_path / name),
+            str(batch),
+            kind,
+        ]
+        result = subprocess.run(
+            command, env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+        found[name] = json.loads((tmp_path / name / "found.json").read_text())
+    one, two = found["one"], found["two"]
+    assert len(one["losses"]) == 4
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    assert two["eval_num_texts"] == one["eval_num_texts"] == 13
+    for metric_name in ("whole_loss", "eval_text_to_image_mean_rank"):
+        assert two[metric_name] == pytest.approx(one[metric_name], abs=1e-4)
 
 
 def accelerate_launch(command: str, fields: dict[str, Any], config: dict[str, Any]) -> None:
