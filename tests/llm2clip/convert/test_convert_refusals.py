@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from llm2clip import cli
 from tests.llm2clip.convert import checkpoints
 from tests.llm2clip.convert.checkpoints import EVA
+from tests.modeling_llm2clip import tiny
 
 
 class Bomb:
@@ -163,17 +164,39 @@ def test_existing_destination_is_only_replaced_on_request_and_success(tmp_path: 
     mine.write_text("mine")
     assert cli.main(["convert", source, str(out), *options]) == 2
     assert "add --overwrite" in capsys.readouterr().err
-    # A folder without a model is never replaced.
-    assert cli.main(["convert", source, str(out), *options, "--overwrite"]) == 2
-    assert "out is not replaced, because it contains other files (no config.json)" in capsys.readouterr().err
-    assert mine.read_text() == "mine"
-    # A failed conversion keeps the existing folder, even with --overwrite.
+    # A folder that no conversion wrote is never replaced, even if it contains a model.
     (out / "config.json").write_text("{}")
+    assert cli.main(["convert", source, str(out), *options, "--overwrite"]) == 2
+    assert "out is not replaced, because llm2clip convert did not write it" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    mine.rename(tmp_path / "mine.txt")
+    (out / "config.json").unlink()
+    assert cli.main(["convert", source, str(out), *options, "--overwrite"]) == 0
+    before = sorted(out.iterdir())
+    # A failed conversion keeps the existing folder, even with --overwrite.
     (tmp_path / "in").mkdir()
     bad = str(truncated_pt(tmp_path / "in"))
     assert cli.main(["convert", bad, str(out), *options, "--overwrite"]) == 2
-    assert mine.exists()
+    assert sorted(out.iterdir()) == before
+    (tmp_path / "mine.txt").rename(mine)
+    assert cli.main(["convert", source, str(out), *options, "--overwrite"]) == 2
+    assert "contains other files than those that llm2clip convert wrote (mine.txt)" in capsys.readouterr().err
+    mine.unlink()
     assert cli.main(["convert", source, str(out), *options, "--overwrite"]) == 0
-    assert not mine.exists()
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_original_format_replaces_neither_a_folder_nor_a_file_of_the_model(tmp_path: Path, capsys: Any) -> None:
+    tiny.save(tmp_path / "model")
+    weights, file = tmp_path / "model" / "model.safetensors", tmp_path / "model.pt"
+    before = weights.read_bytes()
+    for destination, message in ((weights, "is inside the source"), (tmp_path / "model", "is a folder")):
+        arguments = ["convert", str(tmp_path / "model"), str(destination), "--to", "original", "--overwrite"]
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert weights.read_bytes() == before
+    file.write_text("mine")
+    assert cli.main(["convert", str(tmp_path / "model"), str(file), "--to", "original"]) == 2
+    assert "add --overwrite" in capsys.readouterr().err
+    assert file.read_text() == "mine"

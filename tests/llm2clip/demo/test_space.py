@@ -17,7 +17,7 @@ def test_a_space_contains_card_entry_point_packages_data_and_model(model_folder:
     space = tmp_path / "space"
     assert cli.main(["demo", "--model", str(model_folder), "--write-space", str(space)]) == 0
     assert {path.name for path in space.iterdir()} == {
-        "README.md", "requirements.txt", "app.py", "modeling_llm2clip", "llm2clip", "model",
+        ".llm2clip.json", "README.md", "requirements.txt", "app.py", "modeling_llm2clip", "llm2clip", "model",
     }  # fmt: skip
     card = yaml.safe_load((space / "README.md").read_text().split("---\n")[1])
     assert card["sdk"] == "gradio"

@@ -239,3 +239,24 @@ def test_config_only_counts_the_parameters_of_a_published_model(name: str) -> No
     counts = build.run(build.BuildConfig(str(FOLDER / name), config_only=True))
     assert counts.pop("parameters") == parameters(published_models()[name].build()) > 0
     assert sum(counts.values()) in (counts_total := parameters(published_models()[name].build()), counts_total - 1)
+
+
+def test_overwrite_deletes_nothing_but_an_earlier_build(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
+    run_folder = tmp_path / "run"
+    tiny.save(run_folder)
+    tiny.save(run_folder / "checkpoint-6")
+    files = sorted(run_folder.rglob("*"))
+    for source in (run_folder, run_folder / "checkpoint-6"):
+        refused(capsys, "contains the source", source, run_folder, "--overwrite")
+    refused(capsys, "is inside the source", run_folder, run_folder / "built", "--overwrite")
+    tiny.save(tmp_path / "other")
+    refused(capsys, "llm2clip build did not write it", tmp_path / "other", run_folder, "--overwrite")
+    assert sorted(run_folder.rglob("*")) == files
+    for _ in range(2):
+        run(run_folder / "checkpoint-6", tmp_path / "out", "--overwrite")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    refused(capsys, "(notes.txt); move them away", run_folder, tmp_path / "out", "--overwrite")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"

@@ -1,4 +1,4 @@
-"""Files and folders appear complete or not at all."""
+"""Files appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -55,33 +55,6 @@ def test_damaged_json_is_reported_by_file_name(tmp_path: Path, content: str, fau
     path.write_text(content)
     with pytest.raises(ValueError, match=f"config.json {fault}"):
         files.read_json(path)
-
-
-def test_folder_does_not_appear_when_its_creation_fails(tmp_path: Path) -> None:
-    def build() -> None:
-        with files.atomic_folder(tmp_path / "model") as folder:
-            (folder / "config.json").write_text("{}")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        build()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_folder_is_replaced_only_with_overwrite_and_only_if_it_contains_a_model(tmp_path: Path) -> None:
-    model, photos = tmp_path / "model", tmp_path / "photos"
-    with files.atomic_folder(model) as folder:
-        (folder / "config.json").write_text("{}")
-    photos.mkdir()
-    (photos / "holiday.jpg").write_bytes(b"jpeg")
-    with pytest.raises(FileExistsError, match="add --overwrite"), files.atomic_folder(model):
-        pass
-    with pytest.raises(FileExistsError, match="contains other files"), files.atomic_folder(photos, overwrite=True):
-        pass
-    with files.atomic_folder(model, overwrite=True) as folder:
-        (folder / "config.json").write_text('{"new": true}')
-    assert files.read_json(model / "config.json") == {"new": True}
-    assert (photos / "holiday.jpg").exists()
 
 
 def test_digest_depends_on_names_and_contents(tmp_path: Path) -> None:

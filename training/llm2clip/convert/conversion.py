@@ -17,7 +17,8 @@ from llm2clip.convert.joint_plan import JointPlan, print_report
 from llm2clip.convert.original import to_original
 from llm2clip.hub.cards.card import license_of, write_card
 from llm2clip.hub.cards.facts import JOINT_TASK, VISION_TASK, CardFacts
-from llm2clip.utils.files import atomic_file, atomic_folder, read_json, refuse_existing
+from llm2clip.utils.files import atomic_file, read_json
+from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.repos import RepoKind, hub_ids, inspect_repo
 from llm2clip.utils.settings import build_config, setting
 from llm2clip.utils.towers import describe_text_tower
@@ -58,7 +59,9 @@ class ConvertConfig:
         False, "Replace trained projection and adapter with new ones, like --pretrained of the original."
     )
     seed: int = setting(42, "Random seed of new weights.")
-    overwrite: bool = setting(False, "Replace an existing destination.")
+    overwrite: bool = setting(
+        False, "Replace a destination that an earlier conversion wrote and that holds nothing else."
+    )
 
 
 def convert_checkpoint(source: str | Path, destination: str | Path, **settings: Any) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def convert_checkpoint(source: str | Path, destination: str | Path, **settings: 
         `written`, the destination, and what was recognized.
 
     Raises:
-        FileExistsError: The destination exists and `overwrite` is off.
+        FileExistsError: The destination exists and `overwrite` is off, or it holds what a conversion did not write.
         ValueError: A setting is wrong, or the checkpoint is damaged or not fully recognized; nothing is written.
     """
     return run(
@@ -86,11 +89,12 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     if not config.source or not config.destination:
         raise ValueError("give a source and a destination: llm2clip convert SOURCE DESTINATION")
     destination = Path(config.destination)
-    refuse_existing(destination, config.overwrite)
     if config.to == "original":
         return _to_original(config, destination)
+    refuse_nested(config.source, destination)
+    refuse_existing(destination, "convert", config.overwrite)
     checkpoint = open_checkpoint(config.source)
-    with atomic_folder(destination, config.overwrite) as folder:
+    with atomic_folder(destination, "convert", config.overwrite) as folder:
         if contains_decoder(checkpoint):
             result = convert_text_tower(checkpoint, folder, config.source, config.adapters, config.prompt_name)
         else:
@@ -158,6 +162,15 @@ def _verify(folder: Path, plan: JointPlan) -> None:
 
 
 def _to_original(config: ConvertConfig, destination: Path) -> dict[str, Any]:
+    if destination.is_dir():
+        raise FileExistsError(
+            f"{destination} is a folder; the original format is a file: give a name such as model.pt."
+        )
+    if destination.exists():
+        # A file of the model itself is never replaced.
+        refuse_nested(config.source, destination)
+        if not config.overwrite:
+            raise FileExistsError(f"{destination} exists; add --overwrite to replace it, or choose another file.")
     inspect_repo(config.source).require(RepoKind.JOINT, hint="Only such a model has the parts of the original.")
     model = LLM2CLIPModel.from_pretrained(config.source, text_model=False)
     state = to_original(model.config, model.state_dict())

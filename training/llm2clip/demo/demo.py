@@ -35,7 +35,7 @@ class DemoConfig:
     host: str | None = setting(None, "Address to listen on, e.g. 0.0.0.0; by default only this machine can connect.")
     port: int | None = setting(None, "Port; by default the first free port from 7860 on.")
     write_space: str | None = setting(None, "Write the demo into this folder as a Space for the Hub; do not serve it.")
-    overwrite: bool = setting(False, "Replace an existing folder of --write-space.")
+    overwrite: bool = setting(False, "Replace a folder that --write-space wrote and that holds nothing else.")
 
 
 def run(config: DemoConfig) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from llm2clip.utils.files import atomic_folder, write_text
+from llm2clip.utils.files import write_text
+from llm2clip.utils.folders import atomic_folder, refuse_nested
 from llm2clip.utils.repos import RepoKind, inspect_repo
 
 FILES = ("README.md", "requirements.txt", "app.py")
@@ -25,7 +26,7 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
         model: Hub id, or a folder, which is copied.
 
     Raises:
-        FileExistsError: The destination exists.
+        FileExistsError: The destination exists, and `overwrite` is off or it holds what this function did not write.
         ValueError: The folder does not contain an LLM2CLIP model, or its LLM is in another folder.
     """
     bundled = Path(model).is_dir()
@@ -37,7 +38,8 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
                 f"the LLM of {model} is in another folder ({llm}), which the Space would not contain; save the model "
                 "with its LLM, or push both to the Hub and give the Hub id of the model."
             )
-    with atomic_folder(destination, overwrite, marks=("app.py",)) as folder:
+    refuse_nested(model, destination)
+    with atomic_folder(destination, "demo", overwrite) as folder:
         for name in FILES:
             template = _packaged("llm2clip.hub_configs") / "space" / name
             text = template.read_text(encoding="utf-8").replace("{model}", "model" if bundled else model)

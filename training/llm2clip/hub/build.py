@@ -22,7 +22,8 @@ from llm2clip.hub.cards.facts import EXAMPLE, Evaluation
 from llm2clip.hub.cards.metadata import check_metadata
 from llm2clip.hub.new_process import CAPTIONS, sample_picture
 from llm2clip.hub.source_model import SourceModel
-from llm2clip.utils.files import atomic_folder, read_json, refuse_existing, write_json, write_license
+from llm2clip.utils.files import read_json, write_json, write_license
+from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.repos import OURS, RepoKind, inspect_repo, is_hub_id
 from llm2clip.utils.settings import build_config, setting
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
@@ -61,7 +62,7 @@ class BuildConfig:
     example_image: str | None = setting(None, "Example image for the card.")
     example_captions: list[str] = setting([], "Captions for the card; the first one describes the example image.")
     config_only: bool = setting(False, "Write nothing; only count the parameters of the model's config.")
-    overwrite: bool = setting(False, "Replace an existing destination.")
+    overwrite: bool = setting(False, "Replace a destination that an earlier build wrote and that holds nothing else.")
 
     def __post_init__(self) -> None:
         if self.text_model is not None and self.bundle_text_model:
@@ -94,7 +95,7 @@ def build_folder(model: str | Path, destination: str | Path, **settings: Any) ->
         `written`, the destination; `megabytes`; `difference`, the largest difference of an output in the new process.
 
     Raises:
-        FileExistsError: The destination exists and `overwrite` is off.
+        FileExistsError: The destination exists and `overwrite` is off, or it holds what a build did not write.
         RuntimeError: The folder does not load in the new process, or its outputs differ; nothing is written.
         ValueError: A setting is wrong, or `model` is not a model of this package.
     """
@@ -108,14 +109,15 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     if not config.model or not config.destination:
         raise ValueError("give a model and a destination: llm2clip build MODEL DESTINATION")
     destination = Path(config.destination)
-    refuse_existing(destination, config.overwrite)
+    refuse_nested(config.model, destination)
+    refuse_existing(destination, "build", config.overwrite)
     results = [*(evaluations or []), *(read_results(Path(path)) for path in config.results)]
     example = _open_picture(config.example_image)
     repo = inspect_repo(config.model, config.revision).require(*OURS)
     folder_of_source = source_folder(config)
     card = source_card(config, folder_of_source)
     source = SourceModel.load(repo, config.text_model, config.bundle_text_model, config.merge_adapter)
-    with atomic_folder(destination, config.overwrite) as folder:
+    with atomic_folder(destination, "build", config.overwrite) as folder:
         source.save(folder)
         difference = source.compare(folder, example or sample_picture(), config.example_captions or list(CAPTIONS))
         if example is not None:

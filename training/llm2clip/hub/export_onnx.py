@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor
 
-from llm2clip.utils.files import atomic_folder, refuse_existing
+from llm2clip.utils.folders import atomic_folder, refuse_existing
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.settings import setting
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 
 logger = logging.getLogger(__name__)
 
+COMMAND = "export-onnx"
 PARTS = ("vision", "text")
-MARK = "*_model.onnx"
 # Allowed difference of an entry of a unit vector from torch in float32.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
 # Weights above this size are stored in a second file, because protobuf limits a file to 2 GiB.
@@ -39,7 +39,9 @@ class ExportOnnxConfig:
     parts: list[str] | None = setting(None, "Graphs to export: vision, text or both. Default: all that the model has.")
     dtype: Literal["float32", "float16"] = setting("float32", "Precision of the weights; float16 halves the files.")
     revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
-    overwrite: bool = setting(False, "Replace an existing output folder.")
+    overwrite: bool = setting(
+        False, "Replace an output folder that an earlier export wrote and that holds nothing else."
+    )
 
     def __post_init__(self) -> None:
         unknown = [part for part in self.parts or () if part not in PARTS]
@@ -113,12 +115,12 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
     if config.output_dir is None and not Path(config.model).is_dir():
         raise ValueError(f"{config.model} is not a folder; give a folder to write: --output-dir FOLDER")
     destination = Path(config.output_dir or Path(config.model) / "onnx")
-    refuse_existing(destination, config.overwrite, (MARK,))
+    refuse_existing(destination, COMMAND, config.overwrite)
     _require_libraries()
     parts = _parts(config)
     model = _load(config, "text" in parts)
     result: dict[str, Any] = {}
-    with atomic_folder(destination, config.overwrite, (MARK,)) as folder:
+    with atomic_folder(destination, COMMAND, config.overwrite) as folder:
         for part in parts:
             path = folder / f"{part}_model.onnx"
             graph = VisionGraph(model, _image_size(config, model)) if part == "vision" else TextGraph(model)

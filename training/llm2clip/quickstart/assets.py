@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, CLIPImageProcessor, Dinov2Config, Dinov2Model, GgufConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from llm2clip.utils.files import atomic_folder
+from llm2clip.utils.folders import atomic_folder
 
 if TYPE_CHECKING:
     from onnx import GraphProto
@@ -161,7 +161,7 @@ def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
         logger.info("Reusing %s", target)
         return target
     # If two processes build the folder at the same time, the second one keeps the folder of the first: both are equal.
-    with contextlib.suppress(FileExistsError), atomic_folder(target) as folder, _hidden_bars():
+    with contextlib.suppress(FileExistsError), atomic_folder(target, "quickstart") as folder, _hidden_bars():
         build(folder)
     logger.info("Built %s", target)
     return target

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from llm2clip.data import DEFAULT_MAX_PIXELS, ImageBackend
 from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.search.image_sets import FolderImages, IndexedImages, TableImages, is_dataset
-from llm2clip.search.index_update import MARKS, UpdateSettings, unfinished_folder, update_index
+from llm2clip.search.index_update import UpdateSettings, unfinished_folder, update_index
 from llm2clip.search.vector_index import require_faiss
-from llm2clip.utils.files import refuse_existing
+from llm2clip.utils.folders import refuse_existing
 from llm2clip.utils.settings import setting
 
 
@@ -76,7 +76,7 @@ def _output(config: IndexConfig) -> Path:
     output = Path(config.output_dir or f"runs/index/{name}")
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output} is a file; give the folder of the index: --output-dir FOLDER")
-    refuse_existing(output, overwrite=True, marks=MARKS)
+    refuse_existing(output, "index", overwrite=True)
     return output
 
 

@@ -16,18 +16,16 @@ from filelock import FileLock, Timeout
 
 from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.search.embedding_store import EMBEDDING, EmbeddingStore, read_part, write_part
-from llm2clip.search.image_index import FAILURES, VECTORS, ImageIndex, IndexManifest, read_rows, write_index
+from llm2clip.search.image_index import FAILURES, ImageIndex, IndexManifest, read_rows, write_index
 from llm2clip.search.image_sets import FolderImages, IndexedImages
 from llm2clip.search.vector_index import VectorIndexSettings
-from llm2clip.utils.files import atomic_folder
+from llm2clip.utils.folders import atomic_folder
 from llm2clip.utils.settings import setting
 
 logger = logging.getLogger(__name__)
 
 MAX_NAMED = 20
 PARTS = "part-*.arrow"
-# Files that distinguish an index from other folders. A caption cache has a manifest of the same name.
-MARKS = (VECTORS, FAILURES)
 
 
 @dataclass
@@ -196,7 +194,7 @@ class _Update:
         embeds = self.store.gather([identities[row] for row in rows])
         # Frees memory for faiss, which copies the embeddings.
         del self.store, self.previous
-        with atomic_folder(self.folder, overwrite=True, marks=MARKS) as folder:
+        with atomic_folder(self.folder, "index", overwrite=True) as folder:
             write_index(folder, self.manifest, self.settings, described, embeds, failures)
 
     def _is_current(self, described: pa.Table, failures: list[dict[str, Any]]) -> bool:

@@ -1,11 +1,10 @@
-"""Atomic writes: a file or folder appears complete or not at all. Reads that name the damaged file."""
+"""Atomic writes: a file appears complete or not at all. Reads that name the damaged file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import files as distribution_files
@@ -28,13 +27,24 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush_file(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    flush_folder(path.parent)
+
+
+def flush_file(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    # Windows flushes only what is open for writing, and elsewhere a file may be read-only.
+    with path.open("rb+" if os.name == "nt" else "rb") as file:
+        os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can do that."""
     if os.name == "posix":
-        descriptor = os.open(path.parent, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -96,42 +106,3 @@ def write_license(folder: Path) -> None:
     if not found:
         raise FileNotFoundError("this installation of llm2clip has no LICENSE file; install it again.")
     write_text(folder / "LICENSE", found[0].read_text(encoding="utf-8"))
-
-
-@contextmanager
-def atomic_folder(
-    destination: Path, overwrite: bool = False, marks: tuple[str, ...] = ("config.json",)
-) -> Iterator[Path]:
-    """Create a folder that becomes `destination` when the block ends, and is removed when the block raises.
-
-    Args:
-        overwrite: Replace an existing folder, if it is empty or contains a file that matches one of the `marks`.
-        marks: Glob patterns.
-
-    Raises:
-        FileExistsError: See [`refuse_existing`].
-    """
-    destination = destination.absolute()
-    refuse_existing(destination, overwrite, marks)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch:
-        folder = Path(scratch) / destination.name
-        folder.mkdir()
-        yield folder
-        # Another process may have created it meanwhile.
-        refuse_existing(destination, overwrite, marks)
-        if destination.exists():
-            destination.rename(Path(scratch) / "replaced")
-        folder.rename(destination)
-
-
-def refuse_existing(destination: Path, overwrite: bool, marks: tuple[str, ...] = ("config.json",)) -> None:
-    """Raise FileExistsError if `destination` exists and must not be replaced; see [`atomic_folder`]."""
-    if destination.exists() and not overwrite:
-        raise FileExistsError(f"{destination} exists; add --overwrite to replace it, or choose another destination.")
-    is_filled = destination.is_dir() and any(destination.iterdir())
-    if is_filled and not any(file for mark in marks for file in destination.glob(mark)):
-        raise FileExistsError(
-            f"{destination} is not replaced, because it contains other files (no {' or '.join(marks)}); choose "
-            "another destination."
-        )

@@ -1,0 +1,154 @@
+"""Folders appear complete or not at all, and replace only what the same command wrote."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from llm2clip.utils.folders import atomic_folder, refuse_nested
+from llm2clip.utils.manifests import FOLDER_MANIFEST, damage, write_manifest
+
+
+def write(destination: Path, content: str, command: str = "build", overwrite: bool = True) -> None:
+    with atomic_folder(destination, command, overwrite) as folder:
+        (folder / "config.json").write_text(content)
+
+
+def content(folder: Path) -> str:
+    return (folder / "config.json").read_text()
+
+
+def test_folder_does_not_appear_when_its_creation_fails(tmp_path: Path) -> None:
+    def build() -> None:
+        with atomic_folder(tmp_path / "model", "build") as folder:
+            (folder / "config.json").write_text("{}")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        build()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
+    write(tmp_path / "model", "old", overwrite=False)
+    with pytest.raises(FileExistsError, match="add --overwrite"):
+        write(tmp_path / "model", "new", overwrite=False)
+    assert content(tmp_path / "model") == "old"
+    write(tmp_path / "model", "new")
+    assert content(tmp_path / "model") == "new"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".git/HEAD", "checkpoint-6/trainer_state.json"])
+def test_folder_with_something_else_in_it_is_not_replaced(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "model", "old")
+    mine = tmp_path / "model" / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"other files than those that llm2clip build wrote \({name}\)"):
+        write(tmp_path / "model", "new")
+    assert mine.read_text() == "mine"
+    assert content(tmp_path / "model") == "old"
+
+
+@pytest.mark.parametrize("manifest", [None, "", "[]", "{}", '{"written_by": "llm2clip build"}'])
+def test_folder_that_the_command_did_not_write_is_not_replaced(manifest: str | None, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("mine")
+    if manifest is not None:
+        (tmp_path / "model" / FOLDER_MANIFEST).write_text(manifest)
+    with pytest.raises(FileExistsError, match="llm2clip build did not write it"):
+        write(tmp_path / "model", "new")
+    write(tmp_path / "converted", "old", "convert")
+    with pytest.raises(FileExistsError, match="llm2clip build did not write it"):
+        write(tmp_path / "converted", "new")
+    assert (content(tmp_path / "model"), content(tmp_path / "converted")) == ("mine", "old")
+
+
+def test_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is a file"):
+        write(tmp_path / "notes.txt", "new")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    write(tmp_path / "model", "old")
+
+    def build() -> None:
+        with atomic_folder(tmp_path / "model", "build", overwrite=True):
+            (tmp_path / "model" / "notes.txt").write_text("mine")
+
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        build()
+    assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_link_is_followed(exists: bool, tmp_path: Path) -> None:
+    target, link = tmp_path / "disk" / "model", tmp_path / "link"
+    if exists:
+        write(target, "old")
+    link.symlink_to(target)
+    write(link, "new")
+    assert link.is_symlink()
+    assert content(target) == content(link) == "new"
+    assert os.listdir(tmp_path / "disk") == ["model"]
+
+
+@pytest.mark.parametrize("failing", [("model",), ("model", "replaced")])
+def test_neither_folder_is_deleted_when_renaming_fails(
+    failing: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "model", "old")
+    rename = Path.rename
+
+    def broken(self: Path, target: Path) -> Path:
+        if self.parent.name.startswith(".model-") and self.name in failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(OSError, match="The new folder is complete and kept as") as error:
+        write(tmp_path / "model", "new")
+    (scratch,) = tmp_path.glob(".model-*")
+    old = tmp_path / "model" if failing == ("model",) else scratch / "replaced"
+    assert str(old) in str(error.value)
+    assert (content(old), content(scratch / "model")) == ("old", "new")
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "message"),
+    [
+        ("run", "run", "contains the source"),
+        ("run/checkpoint-6", "run", "contains the source"),
+        ("link", "run", "contains the source"),
+        ("run", "run/built", "is inside the source"),
+        ("run", "link/built", "is inside the source"),
+    ],
+)
+def test_source_and_destination_must_be_apart(source: str, destination: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoint-6").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        refuse_nested(tmp_path / source, tmp_path / destination)
+    refuse_nested("someone/model", tmp_path / "run")
+    refuse_nested(tmp_path / "run", tmp_path / "run-built")
+
+
+def test_damage_is_found_by_the_sizes_in_the_manifest(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    weights = tmp_path / "part" / "weights"
+    weights.write_bytes(b"1234")
+    assert "written last" in str(damage(tmp_path))
+    write_manifest(tmp_path, "stage1")
+    assert damage(tmp_path) is None
+    weights.write_bytes(b"12")
+    assert damage(tmp_path) == "part/weights has 2 bytes instead of 4"
+    weights.unlink()
+    assert damage(tmp_path) == "part/weights is missing"
+    (tmp_path / FOLDER_MANIFEST).write_bytes(b"")
+    assert "is not valid JSON" in str(damage(tmp_path))

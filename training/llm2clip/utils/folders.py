@@ -1,0 +1,109 @@
+"""Folders that appear complete or not at all, and that replace only what the same command wrote."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llm2clip.utils.manifests import FOLDER_MANIFEST, foreign_files, write_manifest
+
+logger = logging.getLogger(__name__)
+
+MAX_NAMED = 3
+
+
+@contextmanager
+def atomic_folder(destination: Path, command: str, overwrite: bool = False) -> Iterator[Path]:
+    """Create a folder that becomes `destination` when the block ends, and is removed when the block raises.
+
+    Its files reach the disk before an existing folder is replaced. A destination that is a link stays one: the folder
+    that it leads to is created or replaced.
+
+    Args:
+        command: The command that writes it, which the manifest of the folder names.
+        overwrite: Replace an existing folder; see [`refuse_existing`].
+
+    Raises:
+        FileExistsError: See [`refuse_existing`].
+        OSError: The folder cannot get its name. An existing one is back in its place, or where the message says, and
+            the new one is kept too.
+    """
+    refuse_existing(destination, command, overwrite)
+    destination = destination.resolve()
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    folder = scratch / destination.name
+    try:
+        folder.mkdir()
+        yield folder
+        write_manifest(folder, command)
+        # Another process may have created it meanwhile.
+        refuse_existing(destination, command, overwrite)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    _swap(folder, destination, scratch / "replaced")
+    shutil.rmtree(scratch, ignore_errors=True)
+    if scratch.exists():
+        logger.warning("%s, which was replaced, could not be deleted; it can be deleted by hand.", scratch)
+
+
+def _swap(folder: Path, destination: Path, replaced: Path) -> None:
+    """Rename `folder` to `destination`, and what is there to `replaced`; an error deletes neither."""
+    try:
+        if destination.exists():
+            destination.rename(replaced)
+        folder.rename(destination)
+    except OSError as error:
+        place = destination
+        if replaced.exists():
+            try:
+                replaced.rename(destination)
+            except OSError:
+                place = replaced
+        kept = f", and the existing one is kept as {place}" if place.exists() else ""
+        raise OSError(
+            f"{destination} cannot be written ({error}). The new folder is complete and kept as {folder}{kept}."
+        ) from error
+
+
+def refuse_existing(destination: Path, command: str, overwrite: bool) -> None:
+    """Raise FileExistsError if `destination` exists and must not be replaced.
+
+    With `overwrite`, a folder is replaced if it is empty, or if `command` wrote it and it holds nothing else.
+    """
+    if not destination.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{destination} exists; add --overwrite to replace it, or choose another destination.")
+    if not destination.is_dir():
+        raise FileExistsError(f"{destination} is a file, and is not replaced by a folder; choose another destination.")
+    if not any(destination.iterdir()):
+        return
+    foreign = foreign_files(destination, command)
+    if foreign is None:
+        raise FileExistsError(
+            f"{destination} is not replaced, because llm2clip {command} did not write it (no {FOLDER_MANIFEST} that "
+            "says so); choose another destination, or delete the folder yourself."
+        )
+    if foreign:
+        more = f" and {len(foreign) - MAX_NAMED} more" if len(foreign) > MAX_NAMED else ""
+        raise FileExistsError(
+            f"{destination} is not replaced, because it contains other files than those that llm2clip {command} wrote "
+            f"({', '.join(foreign[:MAX_NAMED])}{more}); move them away, or choose another destination."
+        )
+
+
+def refuse_nested(source: str | Path, destination: Path) -> None:
+    """Raise ValueError if a local source and a destination are the same, or one of them is inside the other."""
+    if not Path(source).exists():
+        return
+    inner, outer = Path(source).resolve(), destination.resolve()
+    if inner == outer or outer in inner.parents:
+        raise ValueError(f"{destination} contains the source {source}; choose a destination outside of it.")
+    if inner in outer.parents:
+        raise ValueError(f"{destination} is inside the source {source}; choose a destination outside of it.")
