@@ -38,6 +38,7 @@ def test_pair_is_drawn_from_anchor_and_positive_column() -> None:
         "instruction": "Describe: ",
         "positive_instruction": None,
         "source": "glosses",
+        "key": "glosses:7",
     }
     assert dataset[7] == dataset[SampleIndex(3, 7)] == expected
     assert len(dataset) + dataset.num_dropped == 5414

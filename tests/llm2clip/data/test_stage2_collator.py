@@ -75,7 +75,8 @@ def test_processor_tokenizes_captions_without_a_cache() -> None:
 
     batch = Stage2Collator(processor=processor)([_sample("a"), _sample("bb")])
     assert calls == [{"text": ["a", "bb"], "padding": True, "truncation": True, "return_tensors": "pt"}]
-    assert set(batch) == {"pixel_values", "caption_ids", "image_caption_ids", "input_ids", "attention_mask", "skipped"}
+    ids = {"caption_ids", "image_caption_ids", "keys", "skipped"}
+    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", *ids}
 
 
 class _Rows(Dataset):

@@ -78,6 +78,7 @@ def test_masks_depend_only_on_seed_and_sample(inputs: Inputs, tmp_path: Path) ->
     first = collate(samples)
     torch.rand(3)
     again = collate(samples)
+    assert first.pop("keys") == again.pop("keys") == [f"block {number}" for number in range(4)]
     assert all(first[name].equal(again[name]) for name in first)
     other = collate([blocks[SampleIndex(2, index)] for index in range(4)])
     assert not other["labels"].equal(first["labels"])

@@ -18,13 +18,13 @@ class PairCollator:
 
     A row is a dict from any map-style or iterable data set, [`PairDataset`] being one: `anchor` and `positive`, texts
     that describe the same thing; optionally `negative`, a hard negative, which all rows of a batch have or none has;
-    and optionally `instruction` for the anchor, `positive_instruction` for positive and negative, and `source`, a
-    label. Two rows of a batch must not have interchangeable texts, since each is trained as a negative of the other:
-    [`PairBatchSampler`] sees to it for a `PairDataset`.
+    and optionally `instruction` for the anchor, `positive_instruction` for positive and negative, `source`, a label,
+    and `key`, a name for messages. Two rows of a batch must not have interchangeable texts, since each is trained as a
+    negative of the other: [`PairBatchSampler`] sees to it for a `PairDataset`.
 
     The batch is `{"anchor": {...}, "positive": {...}, "negative": {...}}` (without `negative` if the rows have none),
     each `{"input_ids", "attention_mask", "pooling_mask"}`, (n, L) int64, padded on the left, along with `source` (the
-    first row's, if any) and `num_truncated`, the number of texts that were truncated.
+    first row's, if any), `keys` (if any) and `num_truncated`, the number of texts that were truncated.
 
     The tokenizer's post-processor adds the prompt: BOS and prefix before the text, the suffix after it. The pooling
     mask covers caption and suffix. An instruction precedes the caption, separated by a space unless it ends in white
@@ -82,6 +82,8 @@ class PairCollator:
             num_truncated += truncated
         if "source" in pairs[0]:
             batch["source"] = pairs[0]["source"]
+        if "key" in pairs[0]:
+            batch["keys"] = [str(pair["key"]) for pair in pairs]
         return {**batch, "num_truncated": num_truncated}
 
     def tokenize(

@@ -186,6 +186,7 @@ class PairTable:
             "instruction": source.instruction,
             "positive_instruction": source.positive_instruction,
             "source": self.label,
+            "key": f"{self.label}:{self.rows[index]}",
         }
 
 
@@ -194,7 +195,8 @@ class PairDataset(ConcatenatedTables):
 
     `dataset[SampleIndex(epoch, index)]` draws the texts of a row as a function of seed, epoch and index;
     `dataset[index]` takes the first ones. A sample is a dict with `anchor`, `positive`, `negative` (or None),
-    `instruction`, `positive_instruction` (or None) and `source`, the label of the source.
+    `instruction`, `positive_instruction` (or None), `source`, the label of the source, and `key`, its label and the
+    number of the row.
 
     Raises:
         FileNotFoundError, SourceError: If a source cannot be read.

@@ -43,6 +43,7 @@ class Stage2Collator:
       padded on the left, with `pooling_mask` if the rows have one;
     - `caption_ids` (n,) and `image_caption_ids` (n, K), padded with -1, if the rows have ids: caption j is a correct
       answer for image i if `caption_ids[j]` is in `image_caption_ids[i]`;
+    - `keys`: the keys of the rows, if they have a `key`, for messages;
     - `skipped`: (key, reason) of each [`SkippedSample`] among the samples. These are left out, so that the batches of
       two ranks can differ in size.
 
@@ -80,6 +81,8 @@ class Stage2Collator:
             batch["image_caption_ids"] = _pad([torch.as_tensor(some, dtype=torch.int64) for some in all_ids], -1)
         elif "image_caption_ids" in rows[0]:
             raise ValueError("Rows with image_caption_ids need a caption_id as well.")
+        if "key" in rows[0]:
+            batch["keys"] = list(map(str, _column(rows, "key")))
         batch["skipped"] = [tuple(sample) for sample in skipped]
         return batch
 

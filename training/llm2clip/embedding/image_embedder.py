@@ -25,6 +25,7 @@ from modeling_llm2clip.modeling_llm2clip_utils import absolute_path, encode_pixe
 logger = logging.getLogger(__name__)
 
 MAX_NAMED = 20
+NOT_FINITE = "the model's embedding of it is not finite"
 
 
 class EmbeddedImages(NamedTuple):
@@ -114,6 +115,7 @@ class ImageEmbedder:
         num_workers: int = 0,
         part_size: int | None = None,
         on_error: OnError = "skip",
+        on_not_finite: OnError | None = None,
         show_progress_bar: bool | None = None,
     ) -> Iterator[EmbeddedImages]:
         """Embed rows in order, a part at a time: no more than a part is in memory.
@@ -123,6 +125,8 @@ class ImageEmbedder:
             batch_size, num_workers, show_progress_bar: See [`embed_images`].
             part_size: Rows per part, a multiple of `batch_size`; the default is a single part.
             on_error: `raise` for an image that cannot be embedded, or `skip` it: its row has a reason.
+            on_not_finite: The same for embeddings with NaN or infinite values, which have the reason `NOT_FINITE`; the
+                default is `on_error`.
         """
         prepared = PreparedImages(images, rows, self.transform, on_error)
         show = show_progress_bar is not False
@@ -134,9 +138,9 @@ class ImageEmbedder:
             embeds.append(found)
             reasons += [None if sample is None else sample.reason for sample in batch.skipped]
             for position in (batch.start + np.flatnonzero(~np.isfinite(found).all(axis=1))).tolist():
-                if on_error == "raise":
+                if (on_not_finite or on_error) == "raise":
                     raise ValueError(f"the model's embedding of image {rows[position]} is not finite.")
-                reasons[position - first] = "the model's embedding of it is not finite"
+                reasons[position - first] = NOT_FINITE
             done = batch.start + len(batch.skipped)
             if done == len(rows) or (part_size and done % part_size == 0):
                 yield EmbeddedImages(list(rows[first:done]), np.concatenate(embeds), reasons)

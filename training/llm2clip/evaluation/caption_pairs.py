@@ -12,6 +12,7 @@ from llm2clip.data import PairDataset, PairSource, caption_id
 from llm2clip.embedding.caption_embedder import CaptionEmbedder
 from llm2clip.embedding.sharding import encode_sharded
 from llm2clip.evaluation.metrics import caption_retrieval_metrics
+from llm2clip.utils.non_finite import require_finite_rows
 from modeling_llm2clip import LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_utils import execution_device
 
@@ -47,6 +48,9 @@ class CaptionRetrieval:
 
         Returns:
             See `caption_retrieval_metrics`.
+
+        Raises:
+            NonFiniteError: An embedding is NaN or infinite.
         """
         embedder = CaptionEmbedder(model, tokenizer)
         device = execution_device(model)
@@ -55,7 +59,9 @@ class CaptionRetrieval:
             def encode(part: range) -> Tensor:
                 return embedder.embed(texts[part.start : part.stop], batch_size, show_progress_bar)
 
-            return encode_sharded(len(texts), encode, device)
+            embeds = encode_sharded(len(texts), encode, device)
+            require_finite_rows(embeds, lambda row: f"{texts[row]:.80}", "captions")
+            return embeds
 
         return caption_retrieval_metrics(embed(self.queries), embed(self.targets), self.matches)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, BatchFeature
 
 from llm2clip.data import EvalTransform, decode_image
+from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
@@ -37,11 +38,15 @@ class CLIPBenchmarkModel(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Embed prepared images `(images, 3, height, width)`; returns `(images, projection_dim)`, not normalised."""
-        return self.model.get_image_features(images.to(self.model.dtype)).pooler_output  # type: ignore[return-value]
+        embeds: Any = self.model.get_image_features(images.to(self.model.dtype)).pooler_output
+        require_finite_rows(embeds, str, "images of a batch")
+        return embeds
 
     def encode_text(self, tokens: BatchFeature) -> Tensor:
         """Embed tokenised captions; returns `(captions, projection_dim)`, not normalised."""
-        return self.model.get_text_features(**tokens).pooler_output  # type: ignore[return-value]
+        embeds: Any = self.model.get_text_features(**tokens).pooler_output
+        require_finite_rows(embeds, str, "captions of a batch")
+        return embeds
 
 
 class CLIPBenchmarkTransform:

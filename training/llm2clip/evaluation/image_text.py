@@ -17,16 +17,16 @@ from llm2clip.data import DEFAULT_MAX_PIXELS, CaptionSource, OnError, caption_id
 from llm2clip.data.records import column_texts
 from llm2clip.data.sources import Columns, source_columns
 from llm2clip.data.transforms import Decoder
-from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.embedding.image_embedder import NOT_FINITE, ImageEmbedder
 from llm2clip.embedding.sharding import encode_sharded
 from llm2clip.evaluation.metrics import retrieval_metrics
+from llm2clip.utils.non_finite import require_finite_rows, shortened
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.modeling_llm2clip_utils import unit_features
 
 logger = logging.getLogger(__name__)
 
 TEXT_BATCH = 4096
-MAX_NAMED = 20
 
 
 class ImageTextRetrieval:
@@ -124,31 +124,48 @@ class ImageTextRetrieval:
 
         Returns:
             Unit embeddings of the readable images `(images, projection_dim)`, and their row numbers.
+
+        Raises:
+            NonFiniteError: The model's embedding of an image that can be read is NaN or infinite.
         """
         embedder = ImageEmbedder(model, self.image_processor)
 
         def encode(part: range) -> Tensor:
-            options = {"on_error": self.on_error, "show_progress_bar": show_progress_bar}
+            options = {"on_error": self.on_error, "on_not_finite": "skip", "show_progress_bar": show_progress_bar}
             found = embedder.embed_all(self.images, part, batch_size=batch_size, num_workers=num_workers, **options)
             embeds = torch.from_numpy(found.embeds)
-            # A skipped image keeps its row, as NaN, so that every process learns what is missing.
+            # Both keep their rows, so that every process learns of them: NaN for an image that cannot be read,
+            # infinity for a broken embedding.
             embeds[[reason is not None for reason in found.reasons]] = float("nan")
+            embeds[[reason == NOT_FINITE for reason in found.reasons]] = float("inf")
             return embeds
 
         embeds = encode_sharded(len(self.images), encode, model.vision_model.device)
         is_skipped = embeds.isnan().any(dim=1)
         skipped = is_skipped.nonzero()[:, 0].tolist()
         if skipped:
-            keys = ", ".join(self.images.key(row) for row in skipped[:MAX_NAMED])
-            more = f" and {len(skipped) - MAX_NAMED} more" if len(skipped) > MAX_NAMED else ""
-            logger.warning("images of %s that cannot be read are left out: %s%s", self.source.path, keys, more)
-        return embeds[~is_skipped], (~is_skipped).nonzero()[:, 0].tolist()
+            keys = shortened(list(map(self.images.key, skipped)))
+            logger.warning("images of %s that cannot be read are left out: %s", self.source.path, keys)
+        embeds, rows = embeds[~is_skipped], (~is_skipped).nonzero()[:, 0].tolist()
+        require_finite_rows(embeds, lambda position: self.images.key(rows[position]), f"images of {self.source.path}")
+        return embeds, rows
 
     def embed_captions(self, model: LLM2CLIPModel, embed: Callable[[list[str]], Tensor]) -> Tensor:
-        """Map the LLM's embeddings of `captions` to the shared space: unit rows `(captions, projection_dim)`."""
-        parts = embed(self.captions).split(TEXT_BATCH)
+        """Map the LLM's embeddings of `captions` to the shared space: unit rows `(captions, projection_dim)`.
+
+        Raises:
+            NonFiniteError: An embedding of the LLM or of the adapter is NaN or infinite.
+        """
+        llm_embeds = embed(self.captions)
+        require_finite_rows(llm_embeds, self._caption, f"captions of {self.source.path} (by the LLM)")
         with torch.inference_mode():
-            return torch.cat([unit_features(model.get_text_features(llm_embeds=part)).cpu() for part in parts])
+            parts = [model.get_text_features(llm_embeds=part) for part in llm_embeds.split(TEXT_BATCH)]
+            embeds = torch.cat([unit_features(part).cpu() for part in parts])
+        require_finite_rows(embeds, self._caption, f"captions of {self.source.path} (by the adapter)")
+        return embeds
+
+    def _caption(self, number: int) -> str:
+        return f"{self.captions[number]:.80}"
 
 
 class _TableImages:

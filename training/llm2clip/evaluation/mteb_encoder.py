@@ -17,6 +17,7 @@ from transformers.utils import CONFIG_NAME
 from llm2clip.data import OnError
 from llm2clip.embedding import CaptionEmbedder, embed_images
 from llm2clip.utils.files import digest_files
+from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.progress import track
 
 try:
@@ -125,6 +126,7 @@ class LLM2CLIPEncoder(AbsEncoder):
             logger.warning("%s; their embeddings are rows of zeros.", found)
         rows = torch.zeros(len(texts), self.captions.width)
         embeds = self.captions.embed([texts[row] for row in kept], batch_size, show_progress_bar=bar)
+        require_finite_rows(embeds, lambda row: f"{texts[kept[row]]:.80}", f"texts of task {task}")
         rows[kept] = F.normalize(embeds, dim=-1)
         return rows
 

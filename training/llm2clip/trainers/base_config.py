@@ -46,8 +46,15 @@ class StageConfig(TrainingArguments):
         None, "Recompute activations in backward instead of storing them: less memory, about 20% slower."
     )
 
+    skip_bad_steps: int = setting(
+        0,
+        "How many steps with NaN or infinite embeddings, loss or gradients to leave out; the next one ends the run.",
+    )
+
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.skip_bad_steps < 0:
+            raise ValueError(f"skip_bad_steps must be at least 0, but is {self.skip_bad_steps}.")
         # transformers 5.2 has only gradient_checkpointing, which later versions rename and warn about.
         if self.activation_checkpointing is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)

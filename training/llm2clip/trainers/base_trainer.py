@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback
@@ -14,10 +15,12 @@ from transformers import EvalPrediction, PreTrainedModel, ProgressCallback
 from llm2clip.data import SampleIndexBatchSampler, StreamingCaptionImageDataset
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
 from llm2clip.trainers.base_config import StageConfig
+from llm2clip.trainers.finite_steps import FiniteSteps, Observed, describe, require_finite_weights
 from llm2clip.trainers.model_card import write_model_card
 from llm2clip.trainers.progress import TrainingProgress
 from llm2clip.trainers.pushing import PushingTrainer
 from llm2clip.utils.identity import data_revision
+from llm2clip.utils.non_finite import BROKEN_MODEL, NonFiniteError, on_any_process
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
 
@@ -85,6 +88,8 @@ class StageTrainer(PushingTrainer):
         sources = getattr(self.args, "eval_sources", {}) if self.is_world_process_zero() else {}
         # Read before training, since a data set on the Hub may change meanwhile.
         self.eval_revisions = {name: data_revision(source) for name, source in sources.items()}
+        self.finite_steps = FiniteSteps(self, self.args.skip_bad_steps)
+        self.add_callback(self.finite_steps)
         self.progress = TrainingProgress(self.title)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -136,6 +141,7 @@ class StageTrainer(PushingTrainer):
             self.progress.close()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        require_finite_weights(self.model, self.state.global_step, self.is_fsdp_enabled)
         super().save_model(output_dir, _internal_call=True)
         if self.args.should_save:
             make_readable_by_version_4(output_dir or str(self.args.output_dir))
@@ -212,14 +218,24 @@ class StageTrainer(PushingTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, outputs = self.loss_and_outputs(model, inputs)
+        loss, outputs = self.loss_and_outputs(model, {name: x for name, x in inputs.items() if name != "keys"})
+        if model.training:
+            self.finite_steps.observe(self._observed(loss, outputs, inputs))
         return (loss, outputs) if return_outputs else loss
+
+    def _observed(self, loss: Tensor, outputs: dict[str, Tensor], inputs: dict[str, Any]) -> Observed:
+        # Without embeddings, the outputs are states, of which those of padding may be anything.
+        return Observed.of(loss, () if self.loss_only else outputs.values(), inputs.get("keys"))
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, Any, Any]:
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        observed = self._observed(loss, outputs, inputs)
+        if on_any_process(observed.is_broken()):
+            what = describe(gather_object([observed.report()]))
+            raise NonFiniteError(f"evaluation at step {self.state.global_step}: {what}. {BROKEN_MODEL}")
         if prediction_loss_only or self.loss_only:
             return loss, None, None
         embeds = tuple(outputs.values())
@@ -257,6 +273,7 @@ class StageTrainer(PushingTrainer):
         metrics = self.train(resume_from_checkpoint=checkpoint).metrics
         # Before the evaluation, so that a failing one loses nothing.
         self.accelerator.wait_for_everyone()
+        require_finite_weights(self.model, self.state.global_step, self.is_fsdp_enabled)
         self.save_result(str(self.args.output_dir))
         self.accelerator.wait_for_everyone()
         if self.retrieval or self._has_eval_rows:

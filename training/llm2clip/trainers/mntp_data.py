@@ -7,7 +7,6 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from llm2clip.data import SampleIndex
@@ -69,14 +68,14 @@ class MaskCollator:
             random_replace_prob=config.random_replace_prob,
         )
 
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         rows = [{"input_ids": self._token_ids(sample)} for sample in samples]
         if "index" not in samples[0]:
             return dict(self.collator(rows))
         first: SampleIndex = samples[0]["index"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stable_seed(self.seed, first.epoch, first.index))
-            return dict(self.collator(rows))
+            return {**self.collator(rows), "keys": [f"block {sample['index'].index}" for sample in samples]}
 
     def _token_ids(self, sample: dict[str, Any]) -> Any:
         if "input_ids" in sample:

@@ -134,7 +134,7 @@ class Stage2Trainer(StageTrainer):
         text_model = self.accelerator.unwrap_model(self.model).text_model
         if text_model is not None:
             text_model.eval()
-            if self.args.tower_chunk_size is not None:
+            if self.args.tower_chunk_size is not None and "llm_embeds" not in inputs:
                 inputs = self._with_llm_embeds(text_model, inputs)
         # Through the wrapped model, so that DDP sees every parameter including the logit scale.
         images, texts, *numbers = in_chunks(self._embed, model, inputs, self.args.tower_chunk_size)
