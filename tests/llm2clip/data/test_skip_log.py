@@ -18,5 +18,6 @@ def test_skip_log_lists_each_key_once(tmp_path: Path) -> None:
     resumed = SkipLog(path)
     assert resumed.count == 2
     assert resumed.add([("b", "x"), ("a", "torn")]) == 1
+    assert (resumed.take_new(), resumed.take_new()) == (["a", "ü", "b"], [])
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert lines == [{"key": "a", "reason": "torn"}, {"key": "ü", "reason": "leer"}, {"key": "b", "reason": "x"}]

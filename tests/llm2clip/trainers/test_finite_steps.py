@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from llm2clip import LLM2CLIPModel, Stage2Config, Stage2Trainer
+from llm2clip.data import SkipLog
 from llm2clip.trainers.finite_steps import describe
 from llm2clip.utils.non_finite import NonFiniteError
 from tests.llm2clip.trainers.test_plain_datasets import MapRows, Rows
@@ -189,6 +190,9 @@ def run_in_process(folder: Path) -> None:
     # Row 20 of a global batch of 16: step 2, row 4 of the first process.
     trainer = trainer_of(folder, rows(64, 20), max_steps=4, skip_bad_steps=2)
     trainer.broken_loss = (1, 2)
+    # Both processes have met this row, in different epochs.
+    trainer.skip_log = SkipLog(folder / f"skipped-{trainer.args.process_index}.jsonl")
+    trainer.skip_log.add([("torn", "it is damaged")])
     trainer.train()
     ranked = {"weights": trainer.model.visual_projection.weight.tolist(), "skipped": trainer.finite_steps.skipped}
     (folder / f"{trainer.args.process_index}.json").write_text(json.dumps(ranked))
@@ -212,6 +216,7 @@ def test_two_processes_skip_the_same_steps(tmp_path: Path) -> None:
         (1, 1),
         (2, 2),
     ]
+    assert {entry["skipped_samples"] for entry in history} == {1}, "a row counts once"
     assert re.search(r"step 3: the loss is nan\. The samples of this step are k32, .* k47\.", result.stderr)
 
 

@@ -9,20 +9,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import fsspec.asyn
 import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from llm2clip.data.records import OnError, RowCaptions, SkippedSample, caption_id, column_texts
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
-from llm2clip.data.sources import CaptionSource, Columns, load_source, row_batches, source_columns, top_level
+from llm2clip.data.sources import (
+    CaptionSource,
+    Columns,
+    SourceError,
+    load_source,
+    row_batches,
+    source_columns,
+    top_level,
+)
+from llm2clip.data.streams import StreamReader, StreamRow
 from llm2clip.data.transforms import EvalTransform, TrainTransform
 from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.settings import check_choices
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
 
 logger = logging.getLogger(__name__)
-ROW_NUMBER = "__row_number__"
 
 
 @dataclass
@@ -127,10 +136,10 @@ class StreamingCaptionImageDataset(IterableDataset):
     """Iterable data set of captioned images, read as a shuffled stream.
 
     Samples are those of [`CaptionImageDataset`]; caption and crop are functions of seed, epoch and key. Files are
-    distributed over ranks and DataLoader workers; with fewer files than ranks, every rank reads all files and keeps
-    its share of the rows. Since the data set shards itself, accelerate must not shard or dispatch its loader. Without
-    a key column, the key of a row is its number in the stream, preceded by `rank-worker-` if there are several.
-    See [`CaptionImageDataset`] for the other arguments.
+    distributed over ranks and DataLoader workers: each is read once per epoch, whatever their numbers. Only with
+    `max_samples`, everyone reads all rows and keeps its share. Since the data set shards itself, accelerate must not
+    shard or dispatch its loader. Without a key column, the key of a row is its number in its file, preceded by the
+    number of the file and `-` if there are several. See [`CaptionImageDataset`] for the other arguments.
 
     Args:
         training: Draw captions and crops; False takes first captions and the evaluation transform, in order.
@@ -140,7 +149,7 @@ class StreamingCaptionImageDataset(IterableDataset):
             number of steps.
 
     Raises:
-        FileNotFoundError, SourceError: If the source cannot be read.
+        FileNotFoundError, SourceError: If the source cannot be read, or (when iterating) has fewer files than readers.
         ValueError: If the source is not set to streaming, or `rank` or `on_error` is invalid.
     """
 
@@ -167,6 +176,7 @@ class StreamingCaptionImageDataset(IterableDataset):
         with_images = eval_transform is not None
         self.table = load_source(source, with_images)
         self.columns = source_columns(source, self.table, with_images)
+        self.reader = StreamReader(self.table, whole=source.max_samples is not None)
         self.training, self.seed, self.repeat = training, seed, repeat
         self.shuffle_buffer = shuffle_buffer if training else 0
         self.rank, self.world_size = rank, world_size
@@ -182,38 +192,44 @@ class StreamingCaptionImageDataset(IterableDataset):
         """Set the epoch of the next pass."""
         self._epoch.fill_(epoch)
 
-    def _stream(self, epoch: int) -> datasets.IterableDataset:
-        stream = self.table
-        if self.columns.key is None:
-            stream = stream.map(_add_row_number, with_indices=True)
-        if self.shuffle_buffer:
-            stream = stream.shuffle(seed=stable_seed(self.seed, "order", epoch), buffer_size=self.shuffle_buffer)
-        if self.world_size > 1:
-            stream = split_dataset_by_node(stream, self.rank, self.world_size)
-        return stream
+    def require_files(self, num_workers: int) -> None:
+        """Check before training that every DataLoader worker of every process has a file to read.
 
-    def _key(self, row: Mapping[str, Any]) -> str:
-        if self.columns.key is not None:
-            return str(row[self.columns.key])
-        worker = get_worker_info()
-        if self.world_size == 1 and (worker is None or worker.num_workers == 1):
-            return str(row[ROW_NUMBER])
-        return f"{self.rank}-{0 if worker is None else worker.id}-{row[ROW_NUMBER]}"
+        Raises:
+            SourceError: If there are fewer files than workers.
+        """
+        workers = max(1, num_workers)
+        if not self.reader.whole and self.reader.num_files < self.world_size * workers:
+            each = f" with {workers} DataLoader workers each" if workers > 1 else ""
+            raise SourceError(
+                f"the stream {self.source.path} has {self.reader.num_files} files, which is fewer than "
+                f"{self.world_size * workers} readers ({self.world_size} processes{each}). Split the data into more "
+                "files, lower dataloader_num_workers, or set streaming: false."
+            )
+
+    def _key(self, row: StreamRow) -> str:
+        key = None if self.columns.key is None else row.values[self.columns.key]
+        if key is not None:
+            return str(key)
+        return str(row.number) if self.reader.num_files == 1 else f"{row.file}-{row.number}"
 
     def __iter__(self) -> Iterator[dict[str, Any] | SkippedSample]:
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        self.require_files(workers)
+        if worker is not None:
+            fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
+        # Ranks first, so that the readers with a file more are on different ranks.
+        reader, num_readers = number * self.world_size + self.rank, workers * self.world_size
         for epoch in itertools.count(self.epoch):
             empty = True
-            for row in self._stream(epoch):
+            for row in self.reader.rows(num_readers, reader, epoch, self.seed, self.shuffle_buffer):
                 empty = False
                 key = self._key(row)
                 salt = (epoch, key) if self.training else None
-                yield self.make_sample(row, key, self.columns, salt)
+                yield self.make_sample(row.values, key, self.columns, salt)
             if empty or not self.repeat:
                 return
-
-
-def _add_row_number(row: dict[str, Any], number: int) -> dict[str, Any]:
-    return {**row, ROW_NUMBER: number}
 
 
 def caption_batches(

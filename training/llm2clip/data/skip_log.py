@@ -20,12 +20,14 @@ class SkipLog:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._keys: set[str] = set()
+        self._unreported: list[str] = []
         if self.path.exists():
             content = self.path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
             if len(whole) < len(content):  # the last line is incomplete: the run was killed
                 self.path.write_bytes(whole)
-            self._keys.update(json.loads(line)["key"] for line in whole.splitlines())
+            self._unreported = [json.loads(line)["key"] for line in whole.splitlines()]
+            self._keys.update(self._unreported)
 
     @property
     def count(self) -> int:
@@ -46,4 +48,14 @@ class SkipLog:
                 for key, reason in new.items():
                     file.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
             self._keys.update(new)
+            self._unreported += new
         return len(new)
+
+    def take_new(self) -> list[str]:
+        """Return the keys that were added since the last call; at first, those of the existing file too.
+
+        Another process reads a row in another epoch, and lists it in its own file: only the keys of all processes
+        together say how many rows there are.
+        """
+        taken, self._unreported = self._unreported, []
+        return taken

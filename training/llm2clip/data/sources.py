@@ -38,7 +38,8 @@ COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 # By default, pandas reads "nan", "None" and "NA" as missing cells, but these can be captions ("nan" is a bread).
 CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
 PATH_TYPES = ("string", "large_string")
-STREAM_SHARDS = 64
+# Parts of a table on disk that is read as a stream, one or more for each reader.
+STREAM_SHARDS = 1024
 IMAGE_FOLDER_HINT = " In an image folder, metadata.jsonl, .csv or .parquet must contain the captions, by file_name."
 
 

@@ -191,6 +191,7 @@ class StageTrainer(PushingTrainer):
         }
         if isinstance(dataset, StreamingCaptionImageDataset):
             # It is split by process already, so accelerate must not split it again.
+            dataset.require_files(workers)
             return DataLoader(dataset, batch_size=self.args.per_device_train_batch_size, drop_last=True, **options)
         if isinstance(dataset, EpochDataset):
             sampler: Any = self.batch_sampler()

@@ -77,6 +77,7 @@ class Stage2Trainer(StageTrainer):
         **kwargs: Any,
     ) -> None:
         self.frozen, self.embed, self.skip_log = frozen, embed, skip_log
+        self._skipped_keys: set[str] = set()
         super().__init__(*args, **kwargs)
         model = cast(LLM2CLIPModel, self.model)
         freeze_unused(model.vision_model)
@@ -172,9 +173,9 @@ class Stage2Trainer(StageTrainer):
             logs["logit_scale"] = model.logit_scale.exp().item()
             if model.logit_bias is not None:
                 logs["logit_bias"] = model.logit_bias.item()
-        skipped = gather_object([self.skip_log.count if self.skip_log is not None else 0])
-        if sum(skipped):
-            logs["skipped_samples"] = sum(skipped)
+        self._skipped_keys.update(gather_object(self.skip_log.take_new() if self.skip_log is not None else []))
+        if self._skipped_keys:
+            logs["skipped_samples"] = len(self._skipped_keys)
         super().log(logs, start_time)
 
     def measure(self, model: LLM2CLIPModel, retrieval: ImageTextRetrieval) -> dict[str, float | int]:

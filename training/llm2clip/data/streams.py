@@ -1,0 +1,116 @@
+"""How the readers of a stream share its files, and how they shuffle: no file is read twice in an epoch."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import datasets
+import numpy as np
+
+from llm2clip.data.sampling import stable_seed
+
+T = TypeVar("T")
+
+# Files that fill the shuffle buffer at the same time.
+OPEN_FILES = 10
+
+
+class StreamRow(NamedTuple):
+    """A row of a stream, with the number of its file and its number there: the same in every order and split."""
+
+    file: int
+    number: int
+    values: dict[str, Any]
+
+
+def share_of_files(num_files: int, num_readers: int, reader: int, epoch: int = 0) -> range:
+    """Return the positions of the files that a reader reads in an epoch.
+
+    The readers' shares are disjoint and complete. If the numbers do not divide, some readers have one file more than
+    the others, in each epoch other ones, so that no file is read more often than another in the long run.
+
+    Raises:
+        ValueError: If there are fewer files than readers.
+    """
+    if num_files < num_readers:
+        raise ValueError(f"{num_files} files cannot be shared by {num_readers} readers.")
+    first = (reader + epoch * (num_files % num_readers)) % num_readers
+    return range(first, num_files, num_readers)
+
+
+class StreamReader:
+    """Reads one reader's share of a stream, file by file.
+
+    Args:
+        table: The stream.
+        whole: Read the whole stream and keep every n-th row of it: for the first rows of a source (`max_samples`),
+            since the files before a row decide whether it is one of them.
+    """
+
+    def __init__(self, table: datasets.IterableDataset, whole: bool) -> None:
+        self.table, self.whole = table, whole
+        self.num_files: int = 1 if whole else table.num_shards
+
+    def rows(
+        self, num_readers: int, reader: int, epoch: int = 0, seed: int = 0, shuffle_buffer: int = 0
+    ) -> Iterator[StreamRow]:
+        """Yield the rows of a reader's share in an epoch.
+
+        Args:
+            seed: Seed of the order.
+            shuffle_buffer: Number of rows to draw the next one from; 0 keeps rows and files in order.
+
+        Raises:
+            ValueError: If there are fewer files than readers.
+        """
+        if self.whole:
+            found = itertools.islice(self._file(0), reader, None, num_readers)
+            return shuffled(found, shuffle_buffer, stable_seed(seed, "rows", epoch, reader))
+        order = np.arange(self.num_files)
+        if shuffle_buffer:
+            order = np.random.default_rng(stable_seed(seed, "files", epoch)).permutation(order)
+        share = share_of_files(self.num_files, num_readers, reader, epoch)
+        files = (lambda number=int(order[position]): self._file(number) for position in share)  # type: ignore[misc]
+        found = interleaved(files, OPEN_FILES if shuffle_buffer else 1)
+        return shuffled(found, shuffle_buffer, stable_seed(seed, "rows", epoch, reader))
+
+    def _file(self, file: int) -> Iterator[StreamRow]:
+        table = self.table if self.num_files == 1 else self.table.shard(self.num_files, file)
+        # Unlike the iterator of the table, its method does not split the rows by DataLoader worker once more.
+        for number, batch in enumerate(table.iter(1)):
+            yield StreamRow(file, number, {name: values[0] for name, values in batch.items()})
+
+
+def interleaved(streams: Iterable[Callable[[], Iterator[T]]], width: int) -> Iterator[T]:
+    """Yield from `width` iterators in turn; each that ends makes room for the next one, which is only then made."""
+    waiting = iter(streams)
+    turns = deque(make() for make in itertools.islice(waiting, width))
+    end = object()
+    while turns:
+        current = turns.popleft()
+        item: Any = next(current, end)
+        if item is end:
+            turns.extend(make() for make in itertools.islice(waiting, 1))
+        else:
+            yield item
+            turns.append(current)
+
+
+def shuffled(items: Iterable[T], size: int, seed: int) -> Iterator[T]:
+    """Yield each item once, in an order drawn from a buffer of `size` items; 0 keeps the order."""
+    generator = np.random.default_rng(seed)
+    buffer: list[T] = []
+    for item in items:
+        if len(buffer) < size:
+            buffer.append(item)
+        elif buffer:
+            place = int(generator.integers(size))
+            yield buffer[place]
+            buffer[place] = item
+        else:
+            yield item
+    generator.shuffle(buffer)  # type: ignore[arg-type]
+    yield from buffer
