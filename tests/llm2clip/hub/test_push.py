@@ -30,7 +30,9 @@ def test_push_uploads_every_file_of_the_folder_unchanged_except_the_card(hub: Lo
     assert repo.private
     assert repo.messages[-1] == "Hello"
     arrived = repo.files()
-    assert set(arrived) == {path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file() and path.name[0] != "."}
+    assert set(arrived) == {
+        path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file() and path.name[0] != "."
+    }
     assert result["files"] == len(arrived)
     assert all(value == (built / name).read_bytes() for name, value in arrived.items() if name != CARD)
     assert repo.commits[repo.branches["main"]]["model.safetensors"].lfs

@@ -16,10 +16,9 @@ from llm2clip.data import SampleIndexBatchSampler, StreamingCaptionImageDataset
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.finite_steps import FiniteSteps, Observed, describe, require_finite_weights
-from llm2clip.trainers.model_card import write_model_card
+from llm2clip.trainers.model_card import DataRevisions, write_model_card
 from llm2clip.trainers.progress import TrainingProgress
 from llm2clip.trainers.pushing import PushingTrainer
-from llm2clip.utils.identity import data_revision
 from llm2clip.utils.non_finite import BROKEN_MODEL, NonFiniteError, on_any_process
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
@@ -86,8 +85,7 @@ class StageTrainer(PushingTrainer):
             **kwargs,
         )
         sources = getattr(self.args, "eval_sources", {}) if self.is_world_process_zero() else {}
-        # Read before training, since a data set on the Hub may change meanwhile.
-        self.eval_revisions = {name: data_revision(source) for name, source in sources.items()}
+        self.eval_revisions = DataRevisions(sources)
         self.finite_steps = FiniteSteps(self, self.args.skip_bad_steps)
         self.add_callback(self.finite_steps)
         self.progress = TrainingProgress(self.title)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import MISSING, fields
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
@@ -13,14 +17,53 @@ from llm2clip.hub.cards.card import CARD, read_card, render, split_card
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import CardFacts, Evaluation, base_models, summary
 from llm2clip.utils.files import write_text
+from llm2clip.utils.identity import data_revision
 from llm2clip.utils.repos import hub_ids
 
 if TYPE_CHECKING:
     from llm2clip.trainers.base_trainer import StageTrainer
 
+logger = logging.getLogger(__name__)
+
 # Settings that the card leaves out: they are about the machine and the account, not about the training.
 PRIVATE_SETTINGS = ("output_dir", "hub_", "push_to_hub", "report_to", "run_name", "logging_", "use_cpu", "local_rank")
 TOWER_SETTINGS = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path")
+
+
+class DataRevisions:
+    """The revisions of data sets at the start of a run; those of local files are read beside the training.
+
+    The checksum of a folder opens every file in it, which takes hours for millions of images on a network drive.
+
+    Args:
+        sources: Fields of the sources, or their paths, by name.
+    """
+
+    def __init__(self, sources: Mapping[str, Any]) -> None:
+        self._found: dict[str, Future[str | None]] = {name: Future() for name in sources}
+        local = {name: source for name, source in sources.items() if not hub_ids(_path(source))}
+        # Before training, since a data set on the Hub may change meanwhile.
+        self._read({name: source for name, source in sources.items() if name not in local})
+        # A daemon, so that a run that ends with an error does not wait for it.
+        Thread(target=self._read, args=(local,), daemon=True).start()
+
+    def _read(self, sources: Mapping[str, Any]) -> None:
+        for name, source in sources.items():
+            try:
+                self._found[name].set_result(data_revision(source))
+            except OSError as error:
+                logger.warning("the revision of %s is unknown: %s", _path(source), error)
+                self._found[name].set_result(None)
+            except Exception as error:  # raised where the revision is asked for
+                self._found[name].set_exception(error)
+
+    def get(self, name: str) -> str | None:
+        """Return the revision of a source, waiting for it if necessary; None if it is unknown."""
+        return self._found[name].result() if name in self._found else None
+
+
+def _path(source: Any) -> str:
+    return source if isinstance(source, str) else str(source["path"])
 
 
 def write_model_card(trainer: StageTrainer) -> None:
