@@ -29,11 +29,11 @@ from .modeling_llm2clip_utils import (
     encode_pixels,
     encode_tokens,
     execution_device,
-    tokenize_captions,
     unit_features,
 )
 from .modeling_llm2clip_vision import load_vision_tower
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
+from .tokenization_llm2clip import tokenize_captions
 
 if TYPE_CHECKING:
     from .pipeline_llm2clip import custom_pipelines  # noqa: F401
@@ -229,20 +229,21 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         processor: Any,
         batch_size: int | None = None,
         show_progress_bar: bool = False,
+        instruction: str | None = None,
     ) -> Tensor:
         """Embed captions of any length.
 
         Args:
             processor: This model's processor, or its tokenizer.
             batch_size: Largest number of captions in a batch; see [`LLM2CLIPTextModel.encode`].
+            instruction: Text before every caption, as in stage 1; it is context and not pooled.
 
         Returns:
             Unit vectors, float32 `(len(texts), projection_dim)` on the CPU, in input order.
         """
         tokenizer = getattr(processor, "tokenizer", processor)
-        tokens, _ = tokenize_captions(texts, tokenizer, self.config.text_config.prompt_token_ids)
         return encode_tokens(
-            tokens,
+            tokenize_captions(texts, tokenizer, self.config.text_config, instruction),
             tokenizer,
             lambda batch: unit_features(self.get_text_features(**batch)),
             device=execution_device(self if self.text_model is None else self.text_model),

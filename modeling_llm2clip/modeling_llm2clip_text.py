@@ -39,9 +39,9 @@ from .modeling_llm2clip_utils import (
     is_readable,
     load_complete,
     pool,
-    tokenize_captions,
 )
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
+from .tokenization_llm2clip import tokenize_captions
 
 FINGERPRINT_SAMPLES = 64
 FINGERPRINT_FIELDS = (
@@ -316,6 +316,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int | None = None,
         show_progress_bar: bool = False,
+        instruction: str | None = None,
     ) -> Tensor:
         """Embed captions of any length.
 
@@ -323,13 +324,13 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             tokenizer: The tokenizer that was saved with this model.
             batch_size: Largest number of captions in a batch. Captions are grouped by length, and a batch has at most
                 512 tokens on a CPU and 16,384 on other devices.
+            instruction: Text before every caption, as in stage 1; it is context and not pooled.
 
         Returns:
             float32 `(len(texts), hidden_size)` on the CPU, not normalised, in input order.
         """
-        tokens, _ = tokenize_captions(texts, tokenizer, self.config.prompt_token_ids)
         return encode_tokens(
-            tokens,
+            tokenize_captions(texts, tokenizer, self.config, instruction),
             tokenizer,
             lambda batch: self(**batch).pooler_output,
             device=execution_device(self),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .processing_llm2clip import clean_captions, count_cut_captions
+from .tokenization_llm2clip import CaptionTokens, pooling_mask
 
 logger = logging.get_logger(__name__)
 
@@ -113,38 +113,6 @@ def pool(hidden_states: Tensor, attention_mask: Tensor, pooling_mask: Tensor, mo
     return hidden_states[torch.arange(len(index), device=index.device), index]
 
 
-def tokenize_captions(
-    texts: Sequence[str] | str, tokenizer: PreTrainedTokenizerBase, prompt_token_ids: list[int] | None
-) -> tuple[list[list[int]], int]:
-    """Tokenise captions.
-
-    Args:
-        tokenizer: The tokenizer that was saved with the model; it adds the prompt.
-        prompt_token_ids: Expected tokens of an empty caption, if known.
-
-    Returns:
-        The tokens of each caption, and how many captions were cut.
-
-    Raises:
-        TypeError: An item is not a string.
-        ValueError: A caption is empty, or the tokenizer does not add the model's prompt.
-    """
-    texts = clean_captions([texts] if isinstance(texts, str) else list(texts))
-    if not texts:
-        return [], 0
-    if prompt_token_ids is not None and list(tokenizer("")["input_ids"]) != prompt_token_ids:
-        raise ValueError(
-            f"the tokenizer ({tokenizer.name_or_path or 'unnamed'}) does not add the prompt that this model was "
-            "trained with; load it from the model's own folder with AutoTokenizer or AutoProcessor."
-        )
-    tokens = tokenizer(texts, truncation=True)["input_ids"]
-    num_cut = count_cut_captions(tokenizer, texts, [len(ids) for ids in tokens])
-    if num_cut:
-        # Without the number, so that many calls log it only once.
-        logger.warning_once(f"captions longer than {tokenizer.model_max_length} tokens are cut.")
-    return tokens, num_cut
-
-
 def token_batches(lengths: Sequence[int], max_tokens: int, max_captions: int | None = None) -> list[list[int]]:
     """Group captions of similar length, given their numbers of tokens.
 
@@ -176,7 +144,7 @@ def keep_freed_memory() -> None:
 
 
 def encode_tokens(
-    tokens: Sequence[Sequence[int]],
+    tokens: CaptionTokens,
     tokenizer: PreTrainedTokenizerBase,
     encode: Callable[[Any], Tensor],
     *,
@@ -188,16 +156,18 @@ def encode_tokens(
     """Encode tokenised captions in batches of similar length, and repeated captions only once.
 
     Args:
+        tokens: From [`tokenize_captions`].
         encode: Maps a batch on the device to `(batch, width)`.
         device: Device of the model; it determines the size of the batches.
         batch_size: Largest number of captions in a batch; None for as many as their tokens allow.
 
     Returns:
-        float32 `(len(tokens), width)` on the CPU, in the order of the input.
+        float32 `(len(tokens.ids), width)` on the CPU, in the order of the input.
     """
     places: dict[tuple[int, ...], int] = {}
-    rows = [places.setdefault(tuple(ids), len(places)) for ids in tokens]
+    rows = [places.setdefault(tuple(ids), len(places)) for ids in tokens.ids]
     distinct = list(places)
+    starts = None if tokens.starts is None else dict(zip(rows, tokens.starts, strict=True))
     budget = ACCELERATOR_BATCH_TOKENS
     if device.type == "cpu":
         budget = CPU_BATCH_TOKENS
@@ -206,6 +176,8 @@ def encode_tokens(
     result = torch.empty(len(distinct), width)
     for batch in logging.tqdm(batches, desc="Encoding captions", disable=not show_progress_bar):
         inputs = tokenizer.pad({"input_ids": [list(distinct[row]) for row in batch]}, return_tensors="pt")
+        if starts is not None:
+            inputs["pooling_mask"] = pooling_mask(inputs["attention_mask"], [starts[row] for row in batch])
         with torch.inference_mode():
             result[batch] = encode(inputs.to(device)).float().cpu()
     return result if len(distinct) == len(rows) else result[rows]

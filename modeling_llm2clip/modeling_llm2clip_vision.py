@@ -18,6 +18,7 @@ from .modeling_llm2clip_utils import hub_arguments, load_complete
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
+from .tokenization_llm2clip import with_prompt  # noqa: F401
 
 # CLIP and SigLIP towers nest their modules one level deeper before transformers 5.6.
 NESTS_TOWERS = VERSION < (5, 6)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel
 
 from llm2clip.convert.original import original_prompt
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
@@ -59,19 +59,6 @@ def test_pooling_equals_llm2vec(name: str, pooling: str, tmp_path: Path) -> None
         with torch.no_grad():
             pooled = model(inputs["input_ids"], inputs["attention_mask"], pooling_mask).pooler_output
         golden.close(pooled, key)
-
-
-@pytest.mark.parametrize("name", ["llm2vec_llama_a", "llm2vec_llama_b", "llm2vec_gemma_a"])
-def test_encode_equals_llm2vec_from_text_to_embedding(name: str, tmp_path: Path) -> None:
-    golden = load_golden(name)
-    model = load_text_model(golden, tmp_path)
-    prompt = original_prompt(model.config.decoder_config.model_type, golden.meta["name_or_path"])
-    tokenizer, prefix_tokens = with_prompt(AutoTokenizer.from_pretrained(FOLDER / f"{name}_hf"), *prompt)
-    model.config.num_prefix_tokens = prefix_tokens
-    rows = [row for row, (instruction, _) in enumerate(golden.meta["pairs"]) if not instruction]
-    texts = [golden.meta["pairs"][row][1] for row in rows]
-    expected = golden["out/encode/pairs_mean"][rows]
-    torch.testing.assert_close(model.encode(texts, tokenizer, batch_size=2), expected, **golden.meta["tolerance"])
 
 
 def test_prompts_equal_the_original_templates() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
 from llm2clip.data.records import clean_caption
+from modeling_llm2clip.tokenization_llm2clip import pooling_mask, tokenize_with_instructions
 
 
 class PairCollator:
@@ -28,8 +28,8 @@ class PairCollator:
 
     The tokenizer's post-processor adds the prompt: BOS and prefix before the text, the suffix after it. The pooling
     mask covers caption and suffix. An instruction precedes the caption, separated by a space unless it ends in white
-    space, and is context: tokens that end within it are not pooled. Texts that are too long are truncated at their
-    end, before the suffix.
+    space, and is context, which is not pooled (see [`tokenize_with_instructions`]). Texts that are too long are
+    truncated at their end, before the suffix.
 
     Args:
         processor: The caption tokenizer (a fast one with a padding token), or a processor that contains it.
@@ -94,33 +94,12 @@ class PairCollator:
         Returns:
             `input_ids`, `attention_mask` and `pooling_mask`, and the number of truncated texts.
         """
-        leads = [f"{text} " if text and not text[-1].isspace() else text or "" for text in instructions]
-        encoding = self.tokenizer(
-            text=[lead + caption for lead, caption in zip(leads, captions, strict=True)],
-            padding=True,
-            padding_side="left",
-            truncation=True,
-            max_length=self.max_length,
-            return_offsets_mapping=True,
+        tokens = tokenize_with_instructions(
+            captions, self.tokenizer, self.num_prefix_tokens, instructions, self.max_length
         )
-        attention = np.asarray(encoding["attention_mask"], dtype=np.int64)
-        pooled = attention * (attention.cumsum(axis=1) > self.num_prefix_tokens)
-        for row, (lead, tokens) in enumerate(zip(leads, encoding.encodings, strict=True)):
-            if not lead:
-                continue
-            is_text = np.asarray(tokens.special_tokens_mask) == 0
-            in_lead = is_text & (np.asarray(tokens.offsets)[:, 1] <= len(lead))
-            if not (is_text & ~in_lead).any():
-                raise ValueError(
-                    f"The instruction {lead[:80]!r} leaves no room for its caption within {self.max_length} tokens."
-                )
-            pooled[row, in_lead] = 0
-        tensors = {
-            "input_ids": torch.tensor(encoding["input_ids"], dtype=torch.int64),
-            "attention_mask": torch.from_numpy(attention),
-            "pooling_mask": torch.from_numpy(pooled),
-        }
-        return tensors, sum(bool(tokens.overflowing) for tokens in encoding.encodings)
+        starts = tokens.starts or [self.num_prefix_tokens] * len(captions)
+        tensors = dict(self.tokenizer.pad({"input_ids": tokens.ids}, padding_side="left", return_tensors="pt"))
+        return {**tensors, "pooling_mask": pooling_mask(tensors["attention_mask"], starts)}, tokens.num_cut
 
 
 def _text(pair: Mapping[str, Any], side: str, number: int) -> str:

@@ -15,7 +15,8 @@ from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
-from modeling_llm2clip.modeling_llm2clip_utils import encode_tokens, execution_device, tokenize_captions, unit_features
+from modeling_llm2clip.modeling_llm2clip_utils import encode_tokens, execution_device, unit_features
+from modeling_llm2clip.tokenization_llm2clip import tokenize_captions
 
 
 class CaptionEmbedder:
@@ -78,9 +79,9 @@ class CaptionEmbedder:
         self, captions: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool | None = None
     ) -> tuple[Tensor, int]:
         """Embed captions, and count those that were truncated to the model's maximum length; see `embed`."""
-        tokens, num_truncated = tokenize_captions(captions, self.tokenizer, self.text_config.prompt_token_ids)
+        tokens = tokenize_captions(captions, self.tokenizer, self.text_config)
         show = show_progress_bar is not False
-        num_distinct = len(set(map(tuple, tokens))) if show else None
+        num_distinct = len(set(map(tuple, tokens.ids))) if show else None
         device = execution_device((self.is_joint and self.model.text_model) or self.model)
         with progress_bar("Embedding captions", num_distinct, "caption", show) as bar:
 
@@ -92,7 +93,7 @@ class CaptionEmbedder:
             embeds = encode_tokens(
                 tokens, self.tokenizer, forward, device=device, width=self.width, batch_size=batch_size
             )
-        return embeds, num_truncated
+        return embeds, tokens.num_cut
 
 
 def embed_captions(

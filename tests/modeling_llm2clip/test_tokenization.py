@@ -1,0 +1,156 @@
+"""Captions as tokens: parity with the original, which tokenizes prompt, instruction and caption as one text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from llm2clip.convert.original import original_prompt
+from llm2clip.data import PairCollator
+from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
+from modeling_llm2clip.modeling_llm2clip_text import LLM2CLIPTextModel
+from tests.golden import FOLDER, Golden, load_golden
+from tests.modeling_llm2clip import tiny
+from tests.modeling_llm2clip.test_text_model import FIXTURES, load_text_model
+
+SEPARATOR = "!@#$%^&*()"
+TOKENIZERS = {"llama": "llama_a", "mistral": "mistral_a", "gemma": "gemma_a", "qwen2": "qwen2_a", "phi3": "phi3_a"}
+CAPTIONS = [
+    "beach",
+    "A red bus, seen from above!",
+    "42 caf\u00e9s; \u732b",
+    '"quoted" text.',
+    "two  blanks\nand a row",
+]
+
+
+def plain(name: str) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(FOLDER / f"llm2vec_{name}_hf")
+
+
+def sentencepiece(scheme: str) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer as that of Llama 2 and Phi-3: a visible blank before every text, or before the first piece."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    if scheme == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        words = pre_tokenizers.Metaspace(prepend_scheme="never")
+    else:
+        words = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.pre_tokenizer = words
+    special = ["<unk>", "<s>", "</s>", "<|user|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=200, special_tokens=special, initial_alphabet=["\n", "B", "1", "\u00e9"], show_progress=False
+    )
+    # Line by line, because real vocabularies do not merge a line break with the next word.
+    corpus = "\n".join([*CAPTIONS, "[INST] a cat [/INST]", "user"])
+    backend.train_from_iterator(corpus.splitlines(), trainer)
+    backend.pre_tokenizer = None if scheme == "normalizer" else pre_tokenizers.Metaspace(
+        prepend_scheme=scheme, split=False
+    )  # fmt: skip
+    backend.decoder = decoders.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+def test_ids_equal_the_original_for_every_prompt_template() -> None:
+    """Every template of the original with every text of the fixture and more, in the bare tokenizer."""
+    golden = load_golden("prompt_templates_a")
+    count = 0
+    for row in golden.meta["rows"]:
+        model_type = row["config_class"].removesuffix("Config").lower()
+        tokenizer = plain(TOKENIZERS[model_type])
+        prompt = original_prompt(model_type, row["name_or_path"], row["pooling_mode"])
+        prompted, _ = with_prompt(tokenizer, *prompt)
+        for text, prepared in zip(golden.meta["texts"], row["vendored"], strict=True):
+            # The original removes the separator before it tokenizes; without a template it keeps outer white space.
+            expected = "".join(prepared.split(SEPARATOR))
+            expected = expected if any(prompt) else expected.strip()
+            if not text:
+                continue  # empty captions are refused
+            ids = prompted("".join(text.split(SEPARATOR)))["input_ids"]
+            assert ids == tokenizer(expected)["input_ids"], (row["name_or_path"], text)
+            count += 1
+        for text in CAPTIONS:
+            assert prompted(text)["input_ids"] == tokenizer(prompt[0] + text + prompt[1])["input_ids"], prompt
+            count += 1
+    assert count == 30 * 10
+
+
+@pytest.mark.parametrize("scheme", ["normalizer", "always", "first"])
+@pytest.mark.parametrize(
+    "prompt",
+    [("[INST] ", " [/INST]"), ("", " </s>"), ("<|user|>\n", "<|end|>\n"), ("user\n", ""), ("[INST]  ", "")],
+)
+def test_ids_equal_the_whole_text_for_sentencepiece(scheme: str, prompt: tuple[str, str], tmp_path: Path) -> None:
+    tokenizer = sentencepiece(scheme)
+    prompted, _ = with_prompt(tokenizer, *prompt)
+    prompted.save_pretrained(tmp_path)
+    for caption_tokenizer in (prompted, AutoTokenizer.from_pretrained(tmp_path)):
+        for caption in CAPTIONS:
+            whole = tokenizer(prompt[0] + caption + prompt[1])["input_ids"]
+            assert caption_tokenizer(caption)["input_ids"] == whole, caption
+
+
+def test_an_inseparable_prompt_is_reported(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.get_logger("modeling_llm2clip"), "propagate", True)
+    tokenizer = sentencepiece("always")
+    prompted, _ = with_prompt(tokenizer, "c", "")
+    assert "the prompt 'c', '' and the captions are tokenized separately" in caplog.text
+    pieces = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("c", "at")]
+    assert prompted("at")["input_ids"] == [tokenizer.bos_token_id, *pieces[0], *pieces[1]]
+
+
+def prepare(golden: Golden, folder: Path, **options: Any) -> tuple[LLM2CLIPTextModel, PreTrainedTokenizerFast]:
+    model = load_text_model(golden, folder)
+    prompt = original_prompt(model.config.decoder_config.model_type, golden.meta["name_or_path"])
+    tokenizer, model.config.num_prefix_tokens = with_prompt(plain(golden.name.removeprefix("llm2vec_")), *prompt)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_ids_and_pooling_masks_equal_llm2vec(name: str, tmp_path: Path) -> None:
+    """With and without instruction, also where the original pools a token of the instruction (the last pair)."""
+    golden = load_golden(name)
+    model, tokenizer = prepare(golden, tmp_path)
+    instructions, captions = zip(*golden.meta["pairs"], strict=True)
+    batch, cut = PairCollator(tokenizer, model.config.num_prefix_tokens).tokenize(captions, instructions)
+    inputs = golden.group("in/pairs")
+    assert not cut
+    for ours, theirs in (("attention_mask", "attention_mask"), ("pooling_mask", "embed_mask")):
+        assert batch[ours].equal(inputs[theirs].to(batch[ours].dtype)), ours
+    real = batch["attention_mask"].bool()
+    assert batch["input_ids"][real].equal(inputs["input_ids"][real])
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_encode_equals_llm2vec_from_text_to_embedding(name: str, tmp_path: Path) -> None:
+    golden = load_golden(name)
+    model, tokenizer = prepare(golden, tmp_path)
+    for row, (instruction, text) in enumerate(golden.meta["pairs"]):
+        embedding = model.encode(text, tokenizer, instruction=instruction or None)[0]
+        torch.testing.assert_close(embedding, golden["out/pairs/pooled/mean_skip1"][row], **golden.meta["tolerance"])
+
+
+def test_processor_and_encode_agree_for_a_prompt_that_ends_in_a_space(tmp_path: Path) -> None:
+    """`beach` has another number of tokens after a space, so that only a mask can say what the original pools."""
+    golden = load_golden("llm2vec_mistral_a")
+    model, tokenizer = prepare(golden, tmp_path)
+    processor = LLM2CLIPProcessor(tiny.processor().image_processor, tokenizer)
+    captions = ["beach", "a small dog"]
+    embeddings = model.encode(captions, tokenizer)
+    for options in ({"return_tensors": "pt"}, {"return_tensors": "np"}, {}):
+        batch = processor(text=captions, **options)
+        batch = {key: torch.as_tensor(value) for key, value in batch.items()}
+        assert batch["pooling_mask"].sum(dim=1).tolist() != batch["attention_mask"].sum(dim=1).tolist()
+        with torch.no_grad():
+            torch.testing.assert_close(model(**batch).pooler_output, embeddings, **golden.meta["tolerance"])
+    assert processor(text="beach")["pooling_mask"] == processor(text=["beach"])["pooling_mask"][0]
+    assert "pooling_mask" not in tiny.processor()(text=captions)
