@@ -20,6 +20,16 @@ from tests.llm2clip import tiny
 from tests.modeling_llm2clip import tiny as tiny_models
 
 
+def failing_stage1(error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments of a stage 1 that fails with an error hours into the run."""
+
+    def train(config: object, resume: bool) -> None:
+        raise error
+
+    monkeypatch.setattr("llm2clip.trainers.run_stage1.run", train)
+    return ["stage1", "--output_dir", str(folder)]
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_shows_every_field_with_its_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_code:
@@ -52,6 +62,32 @@ def test_a_run_writes_its_log_into_output_dir(tmp_path: Path, capsys: pytest.Cap
     assert shown[1] == f"Log: {tmp_path / 'run' / 'log.txt'}"
     assert len(shown) == 4
     assert "Traceback" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_every_error_of_a_run_leaves_its_traceback_in_output_dir(
+    rank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    assert cli.main(failing_stage1(OSError("the disk has gone"), tmp_path, monkeypatch)) == 2
+    error = capsys.readouterr().err
+    assert f"llm2clip stage1: error: the disk has gone\n(where: {tmp_path / 'error.log'})" in error
+    assert "Traceback" not in error
+    with pytest.raises(RuntimeError):
+        cli.main(failing_stage1(RuntimeError("out of memory"), tmp_path, monkeypatch))
+    text = (tmp_path / "error.log").read_text()
+    assert text.count("Traceback (most recent call last)") == 2
+    assert text.count(f"llm2clip stage1 (process {rank}, id ") == 2
+    assert "in train\n    raise error\nOSError: the disk has gone" in text
+    assert "RuntimeError: out of memory" in text
+
+
+def test_an_error_log_that_cannot_be_written_hides_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "error.log").mkdir()
+    assert cli.main(failing_stage1(OSError("no space left"), tmp_path, monkeypatch)) == 2
+    assert "llm2clip stage1: error: no space left\n(--traceback shows where)" in capsys.readouterr().err
 
 
 def test_top_level_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from llm2clip.recipes import find_recipe, load_recipe
@@ -33,7 +34,7 @@ class Command:
         positional: The positional arguments: a recipe, or the fields of these names. A field that is a list accepts
             any number of arguments.
         optional: The positional arguments that may be omitted.
-        writes_log: Whether it writes `log.txt` in its `output_dir`.
+        writes_log: Whether it writes `log.txt`, and after an error `error.log`, in its `output_dir`.
         extra: The extra of this package that installs its libraries.
     """
 
@@ -101,12 +102,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with command_logs() as log_file:
         try:
             result = _run(name, rest, log_file)
-        except USER_ERRORS as error:
+        except Exception as error:
             logger.debug("llm2clip %s failed", name, exc_info=True)
-            if "--traceback" in arguments or type(error) is KeyError:
+            error_file = log_file.write_error(name, error)
+            if not isinstance(error, USER_ERRORS) or "--traceback" in arguments or type(error) is KeyError:
                 raise
             close_bars()
-            print(f"llm2clip {name}: error: {_message(error, name)}\n(--traceback shows where)", file=sys.stderr)
+            where = "--traceback shows where" if error_file is None else f"where: {error_file}"
+            print(f"llm2clip {name}: error: {_message(error, name)}\n({where})", file=sys.stderr)
             return 2
     # Imported here, because it imports torch, which --help must not wait for.
     from llm2clip.utils.processes import leave_process_group, process_state
@@ -134,7 +137,9 @@ def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
         path = find_recipe(namespace.recipe)
         values, origin = {**load_recipe(path), **values}, str(path)
     config = build_config(config_class, values, origin)
-    if command.writes_log and config.output_dir and is_main_process():
+    if command.writes_log and config.output_dir:
+        log_file.error_folder = Path(config.output_dir)
+    if log_file.error_folder is not None and is_main_process():
         logger.info("llm2clip %s: %s\nLog: %s", name, command.help, log_file.open(config.output_dir))
     else:
         log_file.discard()

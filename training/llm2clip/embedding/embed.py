@@ -12,6 +12,7 @@ from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.embedding.cache_builder import build_embedding_cache
 from llm2clip.embedding.cache_files import CacheDtype, CacheManifest
 from llm2clip.embedding.caption_embedder import CaptionEmbedder
+from llm2clip.utils.locks import exclusive
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.settings import check_choices, require, setting
 from llm2clip.utils.towers import open_text_tower
@@ -48,6 +49,7 @@ class EmbedConfig:
         check_choices(self)
 
 
+@exclusive
 def run(config: EmbedConfig) -> dict[str, Any]:
     """Build the cache. An interrupted run continues where it stopped, and captions in the cache are kept.
 

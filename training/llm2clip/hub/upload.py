@@ -35,6 +35,7 @@ FRESH = {".gitattributes", CARD, "LICENSE"}
 # Files of a training run that are not needed to load the model.
 IGNORED = (
     "checkpoint-*", ".*", "_*", "*.bin", "*.pt", "*.pth", "skipped-*.jsonl", "trainer_state.json", "runs", "log.txt",
+    "error.log", "settings.json",
 )  # fmt: skip
 # Fields of a card that are merged with those on the Hub, or that differ in an address only.
 RENEWED = ("tags", "base_model", "datasets", "model-index", "widget")

@@ -31,6 +31,7 @@ from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.text_tower_config import TextTowerConfig
 from llm2clip.utils.files import write_json
 from llm2clip.utils.identity import data_revision
+from llm2clip.utils.locks import exclusive
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.repos import hub_ids
 from llm2clip.utils.settings import build_config
@@ -222,6 +223,7 @@ class Quickstart:
         ]
 
 
+@exclusive
 def run(config: QuickstartConfig) -> None:
     """Run the quickstart and print its tables.
 

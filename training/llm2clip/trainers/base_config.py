@@ -42,6 +42,9 @@ class StageConfig(TrainingArguments):
     dataloader_drop_last: bool = setting(True, "Drop an incomplete last batch: its loss would have fewer negatives.")
     label_names: list[str] | None = setting([], "Keep it empty: the losses need no labels.")
     logging_steps: float = setting(10, "Optimizer steps between two log entries; below 1, a share of all steps.")
+    resume_anyway: bool = setting(
+        False, "With --resume: continue although settings have changed that change the trained parameters."
+    )
     activation_checkpointing: bool | None = setting(
         None, "Recompute activations in backward instead of storing them: less memory, about 20% slower."
     )

@@ -11,10 +11,12 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2clip.data import SampleIndexBatchSampler, StreamingCaptionImageDataset
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
 from llm2clip.trainers.base_config import StageConfig
+from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint
 from llm2clip.trainers.finite_steps import FiniteSteps, Observed, describe, require_finite_weights
 from llm2clip.trainers.model_card import DataRevisions, write_model_card
 from llm2clip.trainers.progress import TrainingProgress
@@ -140,11 +142,28 @@ class StageTrainer(PushingTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         require_finite_weights(self.model, self.state.global_step, self.is_fsdp_enabled)
+        if self.args.should_save:
+            begin_checkpoint(Path(output_dir or str(self.args.output_dir)))
         super().save_model(output_dir, _internal_call=True)
         if self.args.should_save:
             make_readable_by_version_4(output_dir or str(self.args.output_dir))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    # transformers (5.2 to 5.23) has no callback between the last file of a checkpoint and the deletion of old ones.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint and mark it as whole, and only then delete older ones."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        # The other processes have written their states of random numbers.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            finish_checkpoint(folder, limit, self.state.best_model_checkpoint)
 
     # transformers (5.2 to 5.23) has no public method for loading a checkpoint's weights: it reads the files by the
     # names of the parameters, which `from_pretrained` and `save_pretrained` may change.

@@ -11,9 +11,11 @@ from llm2clip.trainers.mntp_config import MNTPConfig
 from llm2clip.trainers.mntp_data import MaskCollator, TokenBlocks
 from llm2clip.trainers.mntp_trainer import MNTPTrainer
 from llm2clip.trainers.run_text_tower import add_lora, load_text_tower, prepare
+from llm2clip.utils.locks import exclusive
 from llm2clip.utils.towers import is_text_tower, loading_options
 
 
+@exclusive
 def run(config: MNTPConfig, resume: bool = False) -> dict[str, Any]:
     """Train a text tower with masked next token prediction, or resume, and save it in `config.output_dir`.
 

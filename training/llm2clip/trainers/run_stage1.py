@@ -8,8 +8,10 @@ from llm2clip.data import PairCollator, PairDataset, PairSource
 from llm2clip.trainers.run_text_tower import add_lora, load_text_tower, prepare
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage1_trainer import Stage1Trainer
+from llm2clip.utils.locks import exclusive
 
 
+@exclusive
 def run(config: Stage1Config, resume: bool = False) -> dict[str, Any]:
     """Train a text tower with stage 1, or resume from the newest checkpoint, and save it in `config.output_dir`.
 

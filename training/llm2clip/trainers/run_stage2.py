@@ -32,6 +32,7 @@ from llm2clip.trainers.frozen_states import FrozenStatesDataset
 from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
+from llm2clip.utils.locks import exclusive
 from llm2clip.utils.settings import require
 from llm2clip.utils.towers import describe_text_tower, loading_options, open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
@@ -186,6 +187,7 @@ def build_dataset(config: Stage2Config, model: LLM2CLIPModel, image_processor: A
     return dataset, frozen
 
 
+@exclusive
 def run(config: Stage2Config, resume: bool = False) -> dict[str, Any]:
     """Train a model with stage 2, or resume from the newest checkpoint, and save it in `config.output_dir`.
 

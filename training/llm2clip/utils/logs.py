@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
@@ -13,6 +16,7 @@ from typing import Any
 from llm2clip.utils.progress import close_bars, is_main_process
 
 LOG_FILE = "log.txt"
+ERROR_FILE = "error.log"
 OUR_LOGGERS = ("llm2clip", "modeling_llm2clip", "transformers_modules")
 # Warnings of these categories concern the developers of a library and not its users.
 DEVELOPER_WARNINGS = ("FutureWarning:", "DeprecationWarning:")
@@ -22,10 +26,14 @@ class LogFile(MemoryHandler):
     """All records of a run, in `log.txt` in its output folder.
 
     The folder is known only after the libraries are imported. Until `open` or `discard`, records are kept.
+
+    Attributes:
+        error_folder: Where `error.log` is written; None for a command without an output folder.
     """
 
     def __init__(self) -> None:
         super().__init__(capacity=1, flushOnClose=False)
+        self.error_folder: Path | None = None
 
     def open(self, folder: str | Path) -> Path:
         """Append all records, also the earlier ones, to `log.txt` in `folder`; returns its path."""
@@ -41,6 +49,26 @@ class LogFile(MemoryHandler):
         """Drop all records: the run has no output folder."""
         self.setTarget(logging.NullHandler())
         self.flush()
+
+    def write_error(self, command: str, error: BaseException) -> Path | None:
+        """Append the traceback of an error to `error.log` in `error_folder`; returns its path.
+
+        Returns None if there is no folder, or if it cannot be written, perhaps because the error is a full disk.
+        """
+        if self.error_folder is None:
+            return None
+        path = self.error_folder / ERROR_FILE
+        place = f"process {os.environ.get('RANK', '0')}, id {os.getpid()}"
+        lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} llm2clip {command} ({place})\n"]
+        lines += traceback.format_exception(error)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # In one write, since all processes of a run append to this file.
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join([*lines, "\n"]))
+        except OSError:
+            return None
+        return path
 
     def close(self) -> None:
         if self.target is not None:

@@ -1,0 +1,79 @@
+"""A folder belongs to one run at a time, and a dead process keeps no lock."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from llm2clip.embedding import embed
+from llm2clip.quickstart import pipeline
+from llm2clip.quickstart.config import QuickstartConfig
+from llm2clip.trainers import run_mntp, run_stage1, run_stage2
+from llm2clip.trainers.mntp_config import MNTPConfig
+from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils import locks
+from llm2clip.utils.locks import folder_lock
+
+HOLD = "import sys, time\nfrom llm2clip.utils.locks import folder_lock\n"
+HOLD += "with folder_lock(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(600)\n"
+
+
+def test_a_lock_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"another run is using .* \(process {process.pid} on .*\); wait until"):
+            folder_lock(tmp_path, patience=0).__enter__()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with folder_lock(tmp_path, patience=0):
+        assert (tmp_path / locks.OWNER).exists()
+    assert not (tmp_path / locks.OWNER).exists()
+
+
+@pytest.mark.parametrize(
+    ("run", "config"),
+    [
+        (run_mntp.run, MNTPConfig),
+        (run_stage1.run, Stage1Config),
+        (run_stage2.run, Stage2Config),
+        (embed.run, embed.EmbedConfig),
+        (pipeline.run, QuickstartConfig),
+    ],
+)
+def test_every_stage_refuses_a_folder_that_another_run_uses(
+    run: object, config: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
+    with folder_lock(tmp_path), pytest.raises(ValueError, match="another run is using"):
+        run(config(output_dir=str(tmp_path)))  # type: ignore[operator]
+    assert not (tmp_path / locks.OWNER).exists()
+
+
+def test_other_processes_of_a_run_need_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
+    monkeypatch.setenv("RANK", "1")
+    with folder_lock(tmp_path), pytest.raises(ValueError, match="Stage1Config needs model_name_or_path"):
+        run_stage1.run(Stage1Config(output_dir=str(tmp_path)))
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: FileLock, timeout: float) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with caplog.at_level(logging.WARNING), folder_lock(tmp_path):
+        assert "has no file locks" in caplog.text

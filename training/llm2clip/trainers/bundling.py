@@ -1,0 +1,40 @@
+"""Adding the weights of the LLM to a saved model, on the CPU and after everything else is saved."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
+
+
+def bundle_text_model(folder: Path) -> None:
+    """Add the LLM that the config of a saved model names to the model's weights.
+
+    The new files are written beside the old ones and renamed, the config last.
+
+    Raises:
+        ValueError: The LLM cannot be loaded or saved; the folder holds the model without it, as before.
+    """
+    with tempfile.TemporaryDirectory(prefix=".bundling-", dir=folder) as scratch:
+        try:
+            model = LLM2CLIPModel.from_pretrained(folder, text_model=False)
+            model.load_text_model()
+            model.text_model.merge_adapter()
+            model.save_pretrained(scratch, save_text_model=True)
+            make_readable_by_version_4(scratch)
+        # Of any kind, from memory to network, after which the user has to know what is left.
+        except Exception as error:
+            raise ValueError(
+                f"the LLM cannot be added to the trained model: {error} The model is saved in {folder} without it; "
+                f"`llm2clip build {folder} DESTINATION --bundle-text-model true` adds it later."
+            ) from error
+        files = sorted(Path(scratch).iterdir(), key=lambda path: (path.name == "config.json", path.suffix == ".json"))
+        if any(path.name == SAFE_WEIGHTS_INDEX_NAME for path in files):
+            # It would be loaded in place of the new files.
+            (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
+        for path in files:
+            path.replace(folder / path.name)

@@ -1,0 +1,78 @@
+"""The settings of a run, stored beside its checkpoints: what has changed when it is resumed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from llm2clip.trainers.base_config import StageConfig
+from llm2clip.utils.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "settings.json"
+# Settings that do not change the trained parameters. All others break the promise that a resumed run ends as an
+# uninterrupted one.
+FREE = {
+    *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "push_to_hub", "verify_cache"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("dataloader_persistent_workers", "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics"),
+    *("resume_from_checkpoint", "resume_anyway", "restore_callback_states_from_checkpoint"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "loss_chunk_size"),
+    *("frozen_states_dir", "bundle_text_model", "ddp_timeout", "skip_memory_metrics", "local_rank", "debug"),
+    *("bf16_full_eval", "fp16_full_eval", "torch_empty_cache_steps", "jit_mode_eval", "skip_bad_steps"),
+}
+FREE_PREFIXES = ("log_", "logging_", "hub_", "save_", "eval_", "do_", "include_", "trackio_")
+MAX_LENGTH = 200
+
+
+def check_settings(args: StageConfig, run_folder: Path) -> None:
+    """Compare the settings of a resumed run with those it was started with, and print what differs.
+
+    Args:
+        args: The present settings.
+        run_folder: The folder of the checkpoint's run.
+
+    Raises:
+        ValueError: A setting differs that changes the trained parameters, and `resume_anyway` is off.
+    """
+    path = run_folder / SETTINGS
+    if not path.is_file():
+        logger.warning("%s is missing: the settings of the resumed run cannot be compared with these.", path)
+        return
+    old, new = read_json(path), _settings(args)
+    # Another version of transformers may have other settings.
+    changed = {
+        name: f"{name}: {_short(old[name])} -> {_short(new[name])}"
+        for name in new
+        if name in old and old[name] != new[name]
+    }
+    breaking = [line for name, line in changed.items() if name not in FREE and not name.startswith(FREE_PREFIXES)]
+    for line in changed.values():
+        logger.info("changed since the run was started: %s", line)
+    if breaking and not args.resume_anyway:
+        raise ValueError(
+            f"the run in {run_folder} was started with other settings ({'; '.join(breaking)}), so that it would not "
+            "end as an uninterrupted one; resume with its settings, or add --resume-anyway."
+        )
+
+
+def write_settings(args: StageConfig) -> None:
+    """Store the settings of a run in its folder."""
+    if args.should_save:
+        write_json(Path(args.output_dir) / SETTINGS, _settings(args))
+
+
+def _settings(args: StageConfig) -> dict[str, Any]:
+    names = {field.name for field in fields(args) if field.init and field.name != "hub_token"}
+    values = {name: value for name, value in args.to_dict().items() if name in names}
+    # As JSON has them: tuples are lists, keys are strings.
+    return json.loads(json.dumps({**values, "number of processes": args.world_size}, default=str))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]}..."

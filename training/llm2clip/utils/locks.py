@@ -1,0 +1,96 @@
+"""A lock on a folder, so that two runs do not write into it at the same time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from filelock import FileLock, Timeout
+
+from llm2clip.utils.files import read_json, write_json
+from llm2clip.utils.progress import is_main_process
+
+logger = logging.getLogger(__name__)
+RunT = TypeVar("RunT", bound=Callable[..., Any])
+
+LOCK = ".lock"
+OWNER = ".lock-owner.json"
+# Seconds to wait for the DataLoader workers of a killed run, which notice its end after a few seconds.
+PATIENCE = 15.0
+# Errors of network file systems that have no locks.
+UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+@contextlib.contextmanager
+def folder_lock(folder: str | Path, patience: float | None = None) -> Iterator[None]:
+    """Keep other runs out of a folder, which is created.
+
+    The lock is one of the operating system (`flock`, which Linux also keeps on NFS): it ends with the process,
+    however that dies. Where the file system has no locks, filelock uses a file that names host and process; if that
+    fails too, a warning says so.
+
+    Args:
+        patience: Seconds to wait for another run to end; by default `PATIENCE`.
+
+    Raises:
+        ValueError: Another run is using the folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        _acquire(lock, folder, PATIENCE if patience is None else patience)
+    except Timeout:
+        raise ValueError(
+            f"another run is using {folder}{_owner(folder)}; wait until it has ended, or choose another folder."
+        ) from None
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        logger.warning("%s has no file locks (%s): make sure that no other run uses it.", folder, error)
+        yield
+        return
+    try:
+        write_json(folder / OWNER, {"host": socket.gethostname(), "process": os.getpid()})
+        yield
+    finally:
+        (folder / OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def exclusive(run: RunT) -> RunT:
+    """Decorate the `run` of a command: the first of its processes holds the lock of `config.output_dir`."""
+
+    @functools.wraps(run)
+    def locked(config: Any, *args: Any, **kwargs: Any) -> Any:
+        if not config.output_dir or not is_main_process():
+            return run(config, *args, **kwargs)
+        with folder_lock(config.output_dir):
+            return run(config, *args, **kwargs)
+
+    return cast(RunT, locked)
+
+
+def _acquire(lock: FileLock, folder: Path, patience: float) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if patience <= 0:
+            raise
+        logger.info("another run is using %s%s; waiting %.0f seconds.", folder, _owner(folder), patience)
+        lock.acquire(timeout=patience)
+
+
+def _owner(folder: Path) -> str:
+    try:
+        owner = read_json(folder / OWNER)
+    except (OSError, ValueError):
+        return ""
+    return f" (process {owner.get('process')} on {owner.get('host')})"
