@@ -154,3 +154,16 @@ def test_processor_and_encode_agree_for_a_prompt_that_ends_in_a_space(tmp_path: 
             torch.testing.assert_close(model(**batch).pooler_output, embeddings, **golden.meta["tolerance"])
     assert processor(text="beach")["pooling_mask"] == processor(text=["beach"])["pooling_mask"][0]
     assert "pooling_mask" not in tiny.processor()(text=captions)
+
+
+def test_stage_1_reads_the_texts_of_the_original_step() -> None:
+    golden = load_golden("supervised_step_a")
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "supervised_step_a_hf")
+    collator = PairCollator(*with_prompt(tokenizer, *original_prompt("llama", golden.meta["config"]["_name_or_path"])))
+    for side, texts in zip("qdn", zip(*golden.meta["texts"], strict=True), strict=True):
+        instructions, captions = zip(*(text.split(SEPARATOR) for text in texts), strict=True)
+        batch, _ = collator.tokenize(captions, instructions)
+        real = batch["attention_mask"].bool()
+        assert batch["attention_mask"].equal(golden[f"in/{side}/attention_mask"])
+        assert batch["pooling_mask"].equal(golden[f"in/{side}/embed_mask"].long())
+        assert batch["input_ids"][real].equal(golden[f"in/{side}/input_ids"][real])

@@ -12,11 +12,13 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as F
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil, SiglipImageProcessor, ViTImageProcessor
 
 from llm2clip.data import DamagedImageError, EvalTransform, TrainTransform, decode_image
 from llm2clip.data.transforms import decode_tensor, output_size
+from tests.golden import load_golden
 
 from .conftest import SIZE, png
 
@@ -275,3 +277,33 @@ def test_output_size_is_read_from_the_processor() -> None:
         output_size(CLIPImageProcessorPil(do_center_crop=False))
     with pytest.raises(ValueError, match="crop scale"):
         TrainTransform(CLIPImageProcessorPil(), scale=(0.0, 1.0))
+
+
+# The original rounds the offset of the centre crop half to even, as torchvision does; CLIPImageProcessor rounds down.
+MOVED_CROPS = {"rgb_odd_56x59": (2, 0), "rgb_wide_211x37": (0, 132)}
+
+
+@pytest.mark.parametrize("name", ["preprocess_a", "preprocess_b"])
+def test_pixels_equal_the_original(name: str) -> None:
+    """With Pillow's resizing; where the crop is at another place, the picture around it is compared at that place."""
+    golden = load_golden(name)
+    for case in golden.meta["cases"]:
+        tag, size = case["tag"], case["size"]
+        mean, std = (case.get(key, golden.meta[key]) for key in ("mean", "std"))
+        processor = CLIPImageProcessorPil(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_mean=mean, image_std=std
+        )
+        image = Image.fromarray(golden[f"in/{tag}/image"].numpy(), case["mode"])
+        if tag in MOVED_CROPS:
+            top, left = MOVED_CROPS[tag]
+            resized = F.resize(image, [size], InterpolationMode.BICUBIC)
+            image = F.crop(resized, top, left, size, size)
+        if case.get("is_train"):  # the sampled crop is the whole image
+            width, height = image.size
+            pixels = TrainTransform(processor, (1, 1), (width / height, width / height))(image, 0)
+        else:
+            pixels = EvalTransform(processor)(decode_image(image, tag))
+        levels = golden[f"out/{tag}/levels"] if name == "preprocess_b" else golden[f"out/{tag}/levels_every_4th"]
+        step = size // levels.shape[1]
+        expected = (levels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        torch.testing.assert_close(pixels[:, ::step, ::step], expected, atol=2e-6, rtol=0, msg=lambda m, t=tag: t + m)

@@ -14,10 +14,12 @@ import torch
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers import BatchFeature
 
 from llm2clip.evaluation import clip_benchmark, retrieval_metrics
 from llm2clip.evaluation.clip_benchmark import load_clip
 from modeling_llm2clip import LLM2CLIPModel
+from tests.golden import load_golden
 from tests.modeling_llm2clip import tiny
 
 CONCEPTS = Path(__file__).parents[3] / "examples" / "data" / "concepts" / "test.parquet"
@@ -161,3 +163,30 @@ def test_unsupported_models_and_revisions_are_refused(folder: Path, tmp_path: Pa
         ValueError, match="needs pixel_values, pixel_attention_mask, spatial_shapes, but CLIP_benchmark"
     ):
         load_clip(str(tmp_path / "naflex"))
+
+
+def test_zero_shot_averaging_equals_the_original() -> None:
+    """The mean over prompt templates with our model; the fixture's adapter is one matrix."""
+    golden = load_golden("zero_shot_a")
+    projection, classes = golden["in/text_projection"], golden["in/class_template_embeddings"]
+    config = tiny.joint_config(
+        text=tiny.text_config(), projection_dim=projection.shape[1], adapter_num_layers=0, adapter_normalize=False
+    )
+    model = LLM2CLIPModel(config, text_model=False).eval()
+    model.config.text_config.decoder_config.hidden_size = len(projection)
+    model.text_adapter.norm = torch.nn.Identity()
+    model.text_adapter.proj = torch.nn.Linear(*projection.shape, bias=False)
+    model.text_adapter.proj.weight.data = projection.T.contiguous()
+    classifier = zeroshot_classification.zero_shot_classifier(
+        clip_benchmark.CLIPBenchmarkModel(model),
+        lambda texts: BatchFeature({"llm_embeds": torch.stack([classes[tuple(map(int, t.split()))] for t in texts])}),
+        [str(name) for name in range(len(classes))],
+        [f"{{c}} {template}" for template in range(classes.shape[1])],
+        "cpu",
+        amp=False,
+    )
+    golden.close(classifier, "out/classifier")
+    logits = 100 * torch.nn.functional.normalize(golden["in/images"], dim=-1) @ classifier
+    hits = logits.topk(5).indices == golden["in/target"][:, None]
+    assert hits[:, 0].double().mean() == pytest.approx(golden.meta["metrics"]["top1"])
+    assert hits.any(dim=1).double().mean() == pytest.approx(golden.meta["metrics"]["top5"])
