@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel
 
-from llm2clip.convert.original import original_prompt
+from llm2clip.utils.prompts import original_prompt
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
 from modeling_llm2clip.modeling_llm2clip_utils import digest_weights
 from tests.golden import FOLDER, Golden, load_golden

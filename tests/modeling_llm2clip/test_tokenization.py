@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from llm2clip.convert.original import original_prompt
 from llm2clip.data import PairCollator
+from llm2clip.utils.prompts import original_prompt
 from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
 from modeling_llm2clip.modeling_llm2clip_text import LLM2CLIPTextModel
 from tests.golden import FOLDER, Golden, load_golden

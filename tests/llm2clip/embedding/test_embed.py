@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from llm2clip.embedding import CaptionEmbedder, EmbeddingCache
 from llm2clip.embedding.cache_files import CacheMismatchError
 from llm2clip.embedding.embed import EmbedConfig, embed_into_cache, run
 from llm2clip.utils.processes import process_state
-from llm2clip.utils.towers import open_text_tower
+from llm2clip.utils.towers import describe_text_tower, open_text_tower
 from tests.llm2clip.conftest import Inputs
+from tests.modeling_llm2clip import tiny
 
 
 def test_cache_contains_the_embeddings_of_encode_and_counts_truncated_captions(inputs: Inputs, tmp_path: Path) -> None:
@@ -60,3 +62,32 @@ def test_captions_are_tokenised_once(inputs: Inputs, tmp_path: Path, monkeypatch
     embedder = CaptionEmbedder(model, tokenizer)
     embed_into_cache(texts, embedder, str(tmp_path), "tower", EmbedConfig(), process_state())
     assert [text for text in seen if text] == texts
+
+
+def test_a_plain_llm_has_the_header_of_its_name_and_takes_instructions(inputs: Inputs, tmp_path: Path) -> None:
+    """As in the original, whose header depends on the name; stage 2 and the cache agree on it."""
+    llm = tmp_path / "Meta-Llama-3-8B-Instruct"
+    shutil.copytree(inputs.llm, llm)
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"caption": "a dog"}))
+    config = EmbedConfig(
+        text_model_name_or_path=str(llm), output_dir=str(tmp_path / "cache"),
+        sources=[{"path": str(tmp_path / "captions.jsonl")}],
+    )  # fmt: skip
+    run(config)
+    described, tokenizer = describe_text_tower(str(llm))
+    assert (described.prompt_prefix, described.prompt_suffix) == (tiny.PREFIX, tiny.SUFFIX)
+    model, _ = open_text_tower(str(llm), dtype="float32")
+    cache = EmbeddingCache.open(tmp_path / "cache", model.eval().fingerprint())
+    assert cache.manifest.prompt_prefix == tiny.PREFIX
+    torch.testing.assert_close(cache.lookup(["a dog"]), model.encode("a dog", tokenizer), atol=2e-3, rtol=2e-3)
+    bare = replace(config, prompt_prefix="", output_dir=str(tmp_path / "bare"))
+    run(bare)
+    assert EmbeddingCache.open(tmp_path / "bare").manifest.prompt_prefix == ""
+    instructed = replace(config, instruction="Find a picture:", output_dir=str(tmp_path / "instructed"))
+    run(instructed)
+    expected = model.encode("a dog", tokenizer, instruction="Find a picture:")
+    found = EmbeddingCache.open(tmp_path / "instructed").lookup(["a dog"])
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+    assert not torch.allclose(found, cache.lookup(["a dog"]), atol=1e-2)
+    with pytest.raises(CacheMismatchError, match="prompt_prefix"):
+        run(replace(config, output_dir=str(tmp_path / "instructed")))

@@ -16,11 +16,11 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llm2clip.convert.checkpoint import Checkpoint, open_checkpoint
-from llm2clip.convert.original import original_prompt
 from llm2clip.hub.cards.card import license_of, write_card
 from llm2clip.hub.cards.facts import TEXT_TASK, CardFacts
 from llm2clip.utils.files import write_json
 from llm2clip.utils.progress import track
+from llm2clip.utils.prompts import original_prompt
 from llm2clip.utils.repos import hub_ids
 from llm2clip.utils.towers import prompted, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel

@@ -68,7 +68,8 @@ class CacheManifest:
     Attributes:
         fingerprint, text_model_name: Identity of the text encoder, and its name in messages.
         hidden_size: Width of an embedding.
-        pooling, prompt_prefix, prompt_suffix, max_length: How the encoder reads a caption.
+        pooling, prompt_prefix, prompt_suffix, max_length: How the encoder reads a caption; an instruction is
+            part of the prefix.
         text_model_dtype, dtype: The dtypes that the text encoder computed in, and that the embeddings are stored in.
         normalize: Whether embeddings have unit length.
         transformers_version: The version of transformers that computed them.

@@ -61,7 +61,11 @@ class CaptionEmbedder:
         return cls(model.to(device or process_state().device).eval(), tokenizer)
 
     def embed(
-        self, captions: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool | None = None
+        self,
+        captions: Sequence[str] | str,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        instruction: str | None = None,
     ) -> Tensor:
         """Embed captions of any length; one string counts as a list of one.
 
@@ -69,17 +73,22 @@ class CaptionEmbedder:
             batch_size: Largest number of captions per forward pass. Captions are grouped by length, and a batch has
                 at most 512 tokens on a CPU, 16,384 elsewhere; the default is as many as these allow.
             show_progress_bar: `False` hides the progress bar.
+            instruction: Text before every caption, as in stage 1; it is context and not pooled.
 
         Returns:
             float32 `(len(captions), width)` on the CPU, in input order.
         """
-        return self.embed_and_count(captions, batch_size, show_progress_bar)[0]
+        return self.embed_and_count(captions, batch_size, show_progress_bar, instruction)[0]
 
     def embed_and_count(
-        self, captions: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool | None = None
+        self,
+        captions: Sequence[str] | str,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        instruction: str | None = None,
     ) -> tuple[Tensor, int]:
         """Embed captions, and count those that were truncated to the model's maximum length; see `embed`."""
-        tokens = tokenize_captions(captions, self.tokenizer, self.text_config)
+        tokens = tokenize_captions(captions, self.tokenizer, self.text_config, instruction)
         show = show_progress_bar is not False
         num_distinct = len(set(map(tuple, tokens.ids))) if show else None
         device = execution_device((self.is_joint and self.model.text_model) or self.model)
@@ -104,6 +113,7 @@ def embed_captions(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     show_progress_bar: bool | None = None,
+    instruction: str | None = None,
 ) -> Tensor:
     """Embed captions with an LLM2CLIP model or a text tower.
 
@@ -116,6 +126,7 @@ def embed_captions(
         device: Device of the model. By default a loaded model stays where it is, and another one uses a GPU if there
             is one.
         show_progress_bar: `False` hides the progress bar.
+        instruction: Text before every caption, as in stage 1; it is context and not pooled.
 
     Returns:
         float32 on the CPU, in input order. Of an LLM2CLIP model unit rows `(len(captions), projection_dim)` in the
@@ -126,4 +137,4 @@ def embed_captions(
             processor.
     """
     embedder = open_embedder(CaptionEmbedder, model, processor, device)
-    return embedder.embed(captions, batch_size, show_progress_bar)
+    return embedder.embed(captions, batch_size, show_progress_bar, instruction)

@@ -28,6 +28,13 @@ class EmbedConfig:
     sources: list[dict[str, Any]] = setting(
         [], "Data sets whose captions are embedded: mappings with the fields of CaptionSource."
     )
+    prompt_prefix: str | None = setting(
+        None, "Text before every caption, for a plain LLM; unset: the original's for the name of the LLM, if any."
+    )
+    prompt_suffix: str | None = setting(None, "Text after every caption, for a plain LLM; unset: as prompt_prefix.")
+    instruction: str | None = setting(
+        None, "Text between prompt and caption, which is not pooled; pass the same one to encode_text() later."
+    )
     batch_size: int | None = setting(
         None,
         "Largest number of captions per forward pass; lower it when memory runs out. By default the number of tokens "
@@ -68,6 +75,8 @@ def run(config: EmbedConfig) -> dict[str, Any]:
         dtype="auto" if in_float16 else config.dtype,
         attn_implementation=config.attn_implementation,
         revision=config.text_model_revision,
+        prompt_prefix=config.prompt_prefix,
+        prompt_suffix=config.prompt_suffix,
     )
     if in_float16:
         # The fingerprint is not defined for weights that were rounded to float16.
@@ -106,7 +115,7 @@ def embed_into_cache(
         text_model_name=name,
         hidden_size=text.hidden_size,
         pooling=text.pooling,
-        prompt_prefix=text.prompt_prefix,
+        prompt_prefix=text.prompt_prefix + (config.instruction or ""),
         prompt_suffix=text.prompt_suffix,
         max_length=text.max_text_length,
         text_model_dtype=str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
@@ -117,7 +126,9 @@ def embed_into_cache(
     return build_embedding_cache(
         folder,
         captions,
-        lambda texts: embedder.embed_and_count(texts, config.batch_size, show_progress_bar=False),
+        lambda texts: embedder.embed_and_count(
+            texts, config.batch_size, show_progress_bar=False, instruction=config.instruction
+        ),
         manifest,
         rank=state.process_index,
         world_size=state.num_processes,

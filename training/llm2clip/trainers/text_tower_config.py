@@ -28,9 +28,13 @@ class TextTowerConfig(StageConfig):
         None, "Attention implementation: eager, sdpa or flash_attention_2; unset: transformers' choice."
     )
     prompt_prefix: str | None = setting(
-        None, "Text before every caption, after BOS. It is context: its tokens are not pooled."
+        None,
+        "Text before every caption, after BOS. It is context: its tokens are not pooled. Unset: that of "
+        "the original code for the LLM's name, if any.",
     )
-    prompt_suffix: str | None = setting(None, "Text after every caption; its tokens are pooled.")
+    prompt_suffix: str | None = setting(
+        None, "Text after every caption; its tokens are pooled. Unset: as prompt_prefix."
+    )
     pooling: Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_token"] | None = setting(
         None, "How token states become one embedding; unset: mean."
     )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from llm2clip.utils.prompts import original_prompt
 from llm2clip.utils.repos import OURS, inspect_repo
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
+
+logger = logging.getLogger(__name__)
 
 
 def loading_options(dtype: str, attn_implementation: str | None = None, revision: str | None = None) -> dict[str, Any]:
@@ -51,7 +55,8 @@ def open_text_tower(
         name: Hub id or folder of a text tower, an LLM2CLIP model, or a plain LLM, which is wrapped as a tower.
         dtype, attn_implementation, revision: See [`loading_options`].
         decoder: The plain LLM, if it is already loaded.
-        prompt: Fields of [`LLM2CLIPTextConfig`] for a plain LLM, such as `prompt_prefix`; None means unset.
+        prompt: Fields of [`LLM2CLIPTextConfig`] for a plain LLM, such as `prompt_prefix`; None means unset. Without
+            prefix and suffix the prompt is that which the original gives by `name` (see [`original_prompt`]).
 
     Raises:
         ValueError: `prompt` is given for a text tower, whose config already defines the prompt.
@@ -65,6 +70,7 @@ def open_text_tower(
         model = LLM2CLIPTextModel.from_pretrained(name, **options)
         model.merge_adapter()
         return model, tokenizer
+    prompt = _with_original_prompt(prompt, inspect_repo(name, revision).model_type, name)
     tokenizer, fields = prompted(tokenizer, prompt)
     return LLM2CLIPTextModel.from_decoder(decoder or name, decoder_kwargs=options, **fields), tokenizer
 
@@ -82,8 +88,17 @@ def describe_text_tower(name: str, revision: str | None = None) -> tuple[LLM2CLI
     config = AutoConfig.from_pretrained(name, revision=revision)
     if config.model_type in (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type):
         return getattr(config, "text_config", config), tokenizer
-    tokenizer, fields = prompted(tokenizer, {})
+    tokenizer, fields = prompted(tokenizer, _with_original_prompt({}, config.model_type, name))
     return LLM2CLIPTextConfig(decoder_config=config, **fields), tokenizer
+
+
+def _with_original_prompt(prompt: dict[str, Any], model_type: str | None, name: str) -> dict[str, Any]:
+    """Add the chat header that the original code gives a plain LLM by its name, unless a prompt is set."""
+    prefix, suffix = original_prompt(model_type or "", name)
+    if "prompt_prefix" in prompt or "prompt_suffix" in prompt or not (prefix or suffix):
+        return prompt
+    logger.info("Prompt of %s, by its name as in the original code: %r caption %r.", name, prefix, suffix)
+    return {**prompt, "prompt_prefix": prefix, "prompt_suffix": suffix}
 
 
 def prompted(
