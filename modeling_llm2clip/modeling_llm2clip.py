@@ -18,7 +18,9 @@ from transformers.utils import ModelOutput, logging
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
 from .configuration_llm2clip import LLM2CLIPConfig
+from .identity_llm2clip import text_fingerprint  # noqa: F401
 from .image_decoding_llm2clip import decode_images, is_missing_file
+from .merging_llm2clip import merged_weights  # noqa: F401
 from .modeling_eva02 import EVA02VisionModel  # noqa: F401
 from .modeling_llm2clip_packing import PackedBatch  # noqa: F401
 from .modeling_llm2clip_pairing import LLM2CLIPPairedModel

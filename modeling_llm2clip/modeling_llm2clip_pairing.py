@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import logging
 
+from .identity_llm2clip import is_earlier_rule
 from .modeling_llm2clip_text import LLM2CLIPTextModel
 from .modeling_llm2clip_utils import HUB_ARGUMENTS, absolute_path, adopt_submodel, execution_device
 from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel
@@ -169,13 +170,16 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
             if source != self.config.text_model_name_or_path:
                 self.config.text_model_name_or_path = absolute_path(text_model.name_or_path or "") or None
                 self.config.text_model_revision = None
-        elif actual is None:
+        elif actual != expected and is_earlier_rule(expected) and text_model.earlier_fingerprint() == expected:
+            # Recorded by an earlier release: verified by its rule, and recorded by this one's.
+            self.config.text_model_fingerprint = actual
+        elif actual is None or (is_earlier_rule(actual) and not is_earlier_rule(expected)):
             logger.warning(f"the weights of {source} (quantised or offloaded) cannot be compared with {ours}.")
         elif actual != expected:
             raise ValueError(
                 f"the adapter was trained with {ours} (fingerprint {expected}), but {source} has fingerprint "
-                f"{actual}: other weights, prompt or pooling. Load the LLM that belongs to this checkpoint, or train "
-                "an adapter for this one (stage 2)."
+                f"{actual}: other weights, prompt or pooling, or other settings of the decoder. Load the LLM that "
+                "belongs to this checkpoint, or train an adapter for this one (stage 2)."
             )
         adopt_submodel(self, "text_model", text_model)
         self.config.text_config = text_model.config

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +18,9 @@ from transformers.utils import find_adapter_config_file
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import AttentionBackends, with_version_4_rope  # noqa: F401
 from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
+from .identity_llm2clip import earlier_text_fingerprint, is_readable, text_fingerprint
 from .image_decoding_llm2clip import decode_image  # noqa: F401
+from .merging_llm2clip import merge_layers, merged_weights
 from .modeling_llm2clip_packing import (
     IS_CAUSAL_COUNTS,
     VARIABLE_LENGTHS,
@@ -32,34 +32,23 @@ from .modeling_llm2clip_packing import (
 )
 from .modeling_llm2clip_utils import (
     adopt_submodel,
-    digest_weights,
     encode_tokens,
     execution_device,
     hub_arguments,
-    is_readable,
     load_complete,
     pool,
 )
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 from .tokenization_llm2clip import tokenize_captions
 
-FINGERPRINT_SAMPLES = 64
-FINGERPRINT_FIELDS = (
-    "pooling", "prompt_prefix", "prompt_suffix", "num_prefix_tokens", "max_text_length", "bidirectional",
-)  # fmt: skip
 COMPOSITE_TYPE = LLM2CLIPConfig.model_type
-
-
-def _decoder_name(name: str) -> str:
-    """Name a weight as it is called in the plain LLM, without the prefixes of this tower and of PEFT."""
-    return name.removeprefix("decoder.").removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
     """A decoder as caption encoder (LLM2CLIP stage 1): bidirectional attention and pooling.
 
-    `pooler_output` `(batch, hidden_size)` is the caption embedding, not normalised. It does not depend on the other
-    captions of the batch, the padding side or the attention implementation.
+    `pooler_output` `(batch, hidden_size)` is the caption embedding, in float32 and not normalised. It does not depend
+    on the other captions of the batch, the padding side or the attention implementation.
     """
 
     config_class = LLM2CLIPTextConfig
@@ -212,9 +201,9 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         return all(map(is_readable, self.state_dict().values()))
 
     def merge_adapter(self) -> None:
-        """Merge the decoder's PEFT adapter into its weights, in place."""
+        """Merge the decoder's PEFT adapter into its weights, in place; every device gives the same result."""
         if self.has_adapter:
-            self.decoder = self.decoder.merge_and_unload()
+            self.decoder = merge_layers(self.decoder)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()
@@ -223,23 +212,26 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         self.decoder.set_input_embeddings(value)
 
     def fingerprint(self, state_dict: Mapping[str, Tensor] | None = None) -> str | None:
-        """Hash the weights, prompt and pooling; weights in float32 and their copies in bfloat16 have the same hash.
+        """Hash the weights, prompt, pooling and decoder settings; see [`text_fingerprint`].
+
+        The weights are those after [`merge_adapter`], in float32 or bfloat16.
 
         Args:
             state_dict: The weights, if they are not in the model (sharded training).
 
         Returns:
-            32 hexadecimal digits, or `None` if the weights cannot be read because they are quantised or offloaded.
+            The hash, or `None` if the weights cannot be read because they are quantised or offloaded.
         """
-        digest = hashlib.sha256(json.dumps([getattr(self.config, name) for name in FINGERPRINT_FIELDS]).encode())
         state = self.state_dict() if state_dict is None else state_dict
-        for name in sorted(state):
-            # One weight at a time: the conversion of a large LLM passes a mapping that reads them from disk.
-            weight = state[name]
-            if not is_readable(weight):
-                return None
-            digest_weights([(_decoder_name(name), weight)], digest, FINGERPRINT_SAMPLES)
-        return digest.hexdigest()[:32]
+        if self.has_adapter:
+            return text_fingerprint(self.config, merged_weights(self, state))
+        # One weight at a time: the conversion of a large LLM passes a mapping that reads them from disk.
+        return text_fingerprint(self.config, ((name, state[name]) for name in state))
+
+    def earlier_fingerprint(self) -> str | None:
+        """Compute the fingerprint of earlier releases, which is not the same before and after merging an adapter."""
+        state = self.state_dict()
+        return earlier_text_fingerprint(self.config, ((name, state[name]) for name in sorted(state)))
 
     def identity(self) -> str | None:
         """Return the fingerprint of the weights, or the recorded one if the dtype changes it (float16, quantised)."""

@@ -69,24 +69,6 @@ def adopt_submodel(parent: PreTrainedModel, name: str, child: PreTrainedModel) -
         parent.all_tied_weights_keys.update({f"{name}.{key}": f"{name}.{value}" for key, value in tied.items()})
 
 
-def is_readable(weight: Tensor) -> bool:
-    """Return whether a weight is in memory as a plain tensor: neither offloaded nor quantised."""
-    return not weight.is_meta and weight.is_floating_point() and type(weight.data) is Tensor
-
-
-def digest_weights(named_weights: Iterable[tuple[str, Tensor]], digest: Any, samples: int) -> None:
-    """Update a digest of `hashlib` with names, shapes and up to `samples` evenly spaced values of each weight.
-
-    The values are rounded to bfloat16, so that weights in float32 and their copies in bfloat16 have equal hashes.
-    """
-    for name, weight in named_weights:
-        values = weight.detach().reshape(-1)
-        step = max(1, values.numel() // samples)
-        sample = values[::step][:samples].to(torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(sample.cpu().numpy().tobytes())
-
-
 def pool(hidden_states: Tensor, attention_mask: Tensor, pooling_mask: Tensor, mode: str) -> Tensor:
     """Pool token states `(batch, tokens, hidden)` into one vector per caption.
 
@@ -97,20 +79,20 @@ def pool(hidden_states: Tensor, attention_mask: Tensor, pooling_mask: Tensor, mo
             same token, with a prompt that ends in EOS); `bos_token` (the first real token).
 
     Returns:
-        `(batch, hidden)`, summed in float32 and returned in the states' dtype.
+        float32 `(batch, hidden)`: a mean rounded to 16 bits would lose accuracy that the states still have.
     """
     if mode in ("mean", "weighted_mean"):
         weights = pooling_mask.float()
         if mode == "weighted_mean":
             weights = weights * weights.cumsum(dim=1)
         weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
-        return (hidden_states.float() * weights[..., None]).sum(dim=1).to(hidden_states.dtype)
+        return (hidden_states.float() * weights[..., None]).sum(dim=1)
     if mode == "bos_token":
         index = attention_mask.long().argmax(dim=1)
     else:
         positions = torch.arange(pooling_mask.shape[1], device=pooling_mask.device)
         index = (positions * pooling_mask).argmax(dim=1)
-    return hidden_states[torch.arange(len(index), device=index.device), index]
+    return hidden_states[torch.arange(len(index), device=index.device), index].float()
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int, max_captions: int | None = None) -> list[list[int]]:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 from llm2clip.utils.prompts import original_prompt
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
-from modeling_llm2clip.modeling_llm2clip_utils import digest_weights
+from modeling_llm2clip.identity_llm2clip import digest_samples
 from tests.golden import FOLDER, Golden, load_golden
 from tests.modeling_llm2clip import tiny
 
@@ -123,6 +123,17 @@ def test_prefix_is_context_but_not_pooled() -> None:
     torch.testing.assert_close(output.pooler_output[0], output.last_hidden_state[0, prefix_tokens:].mean(dim=0))
     explicit = model(**inputs, pooling_mask=inputs["attention_mask"]).pooler_output
     assert not torch.allclose(explicit, output.pooler_output)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean"])
+def test_pooled_output_of_a_16_bit_model_is_not_rounded_to_16_bits(pooling: str) -> None:
+    """The states have many values to average; rounding the mean again would lose most of what that gains."""
+    model = tiny.text_model(pooling=pooling, prompt_prefix="", num_prefix_tokens=0).to(torch.bfloat16)
+    output = model(torch.randint(1, 400, (1, 40)))
+    weights = torch.arange(1.0, 41) if pooling == "weighted_mean" else torch.ones(40)
+    expected = (output.last_hidden_state[0].double() * weights[:, None]).sum(dim=0) / weights.sum()
+    assert output.pooler_output.dtype == torch.float32
+    torch.testing.assert_close(output.pooler_output[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_checkpointing_reaches_the_decoder_and_keeps_gradients() -> None:
@@ -236,5 +247,5 @@ def test_unknown_pooling_is_rejected() -> None:
 def test_fingerprints_equal_those_in_saved_models(samples: int, expected: str, dtype: torch.dtype) -> None:
     weight = torch.arange(5000.0).reshape(50, 100) / 7
     digest = hashlib.sha256()
-    digest_weights([("layer.weight", weight.to(dtype))], digest, samples)
+    digest_samples([("layer.weight", weight.to(dtype))], digest, samples)
     assert digest.hexdigest()[:32] == expected

@@ -11,6 +11,7 @@ import torch
 
 from llm2clip.data.records import caption_keys
 from llm2clip.embedding.cache_files import (
+    TWO_RULES,
     CacheDamagedError,
     CacheIncompleteError,
     CacheManifest,
@@ -19,6 +20,7 @@ from llm2clip.embedding.cache_files import (
     open_shard,
     shard_name,
 )
+from modeling_llm2clip.identity_llm2clip import is_earlier_rule
 
 SCAN_ROWS = 4096
 
@@ -62,7 +64,13 @@ class EmbeddingCache:
         self._starts = np.cumsum([0, *manifest.shards])
 
     @classmethod
-    def open(cls, path: str | Path, fingerprint: str | None = None, verify: bool = True) -> EmbeddingCache:
+    def open(
+        cls,
+        path: str | Path,
+        fingerprint: str | None = None,
+        verify: bool = True,
+        tokenizer_fingerprint: str | None = None,
+    ) -> EmbeddingCache:
         """Open a cache.
 
         Args:
@@ -70,22 +78,18 @@ class EmbeddingCache:
             fingerprint: Identity of the text encoder that must have made the cache. None accepts any.
             verify: Read every embedding once, see `check_finite`. Turn it off for large caches: rows are also checked
                 when they are looked up.
+            tokenizer_fingerprint: Identity of the tokenizer that must have made the cache. None accepts any.
 
         Raises:
             FileNotFoundError: There is no cache.
-            CacheMismatchError: Another encoder made it.
+            CacheMismatchError: Another encoder or tokenizer made it.
             CacheIncompleteError: It was not built to the end.
             CacheDamagedError: A shard is missing, truncated or contains a row that is not finite.
             CacheError: It has another format version.
         """
         folder = Path(path)
         manifest = CacheManifest.read(folder)
-        if fingerprint is not None and manifest.fingerprint != fingerprint:
-            raise CacheMismatchError(
-                f"The embedding cache {folder} was made by {manifest.text_model_name} with fingerprint "
-                f"{manifest.fingerprint}, but the text encoder in use has fingerprint {fingerprint}. Use that "
-                "encoder, or embed the captions with this one into another folder (`llm2clip embed`)."
-            )
+        _refuse_other_encoder(folder, manifest, fingerprint, tokenizer_fingerprint)
         if manifest.status != "complete":
             raise CacheIncompleteError(
                 f"The embedding cache {folder} is incomplete: its build of {manifest.num_captions} captions was "
@@ -170,3 +174,23 @@ class EmbeddingCache:
                 f"Row {row - self._starts[number]} of the shard {self.path / shard_name(number)} is not finite; "
                 "delete the file and run `llm2clip embed` again, which only computes what is missing."
             )
+
+
+def _refuse_other_encoder(
+    folder: Path, manifest: CacheManifest, fingerprint: str | None, tokenizer_fingerprint: str | None
+) -> None:
+    advice = "Use that {}, or embed the captions with this one into another folder (`llm2clip embed`)."
+    if fingerprint is not None and manifest.fingerprint != fingerprint:
+        earlier = TWO_RULES if is_earlier_rule(manifest.fingerprint) != is_earlier_rule(fingerprint) else ""
+        raise CacheMismatchError(
+            f"The embedding cache {folder} was made by {manifest.text_model_name} with fingerprint "
+            f"{manifest.fingerprint}, but the text encoder in use has fingerprint {fingerprint}.{earlier} "
+            + advice.format("encoder")
+        )
+    known = manifest.tokenizer_fingerprint
+    if known is not None and tokenizer_fingerprint is not None and known != tokenizer_fingerprint:
+        raise CacheMismatchError(
+            f"The embedding cache {folder} was made with the tokenizer {known} of {manifest.text_model_name}, but the "
+            f"tokenizer in use is {tokenizer_fingerprint}: other vocabulary, merges, normaliser, added tokens or "
+            f"prompt. {advice.format('tokenizer')}"
+        )

@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 from llm2clip.data.records import caption_keys
 from llm2clip.embedding.cache import KeyIndex
 from llm2clip.embedding.cache_files import (
+    ACCEPTED_EARLIER,
     IDENTITY,
     MANIFEST,
+    TWO_RULES,
     CacheDamagedError,
     CacheDtype,
     CacheManifest,
@@ -27,6 +29,7 @@ from llm2clip.embedding.cache_files import (
 )
 from llm2clip.utils.files import atomic_path
 from llm2clip.utils.progress import ProgressBar, progress_bar
+from modeling_llm2clip.identity_llm2clip import is_earlier_rule
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ def build_embedding_cache(
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] | None = None,
+    earlier_fingerprint: Callable[[], str | None] | None = None,
 ) -> CacheManifest:
     """Embed captions into a cache; resume an interrupted build, or append to a complete cache what it lacks.
 
@@ -61,6 +65,8 @@ def build_embedding_cache(
         show_progress_bar: Show a progress bar on rank 0.
         rank, world_size: Rank of this process, and number of processes.
         barrier: Waits for all processes; required when there are several.
+        earlier_fingerprint: Computes the fingerprint by which a cache of an earlier release can be verified, which is
+            then continued with a warning.
 
     Returns:
         The manifest of the complete cache.
@@ -75,7 +81,7 @@ def build_embedding_cache(
     wait = barrier or (lambda: None)
     keys = _distinct_keys(captions)
     folder = Path(path)
-    manifest, work = _plan(folder, replace(manifest, shards=[]), keys)
+    manifest, work = _plan(folder, replace(manifest, shards=[]), keys, earlier_fingerprint)
     _start(folder, manifest, bool(work), rank, wait)
     mine = dict(list(work.items())[rank::world_size])
     total = sum(map(len, mine.values()))
@@ -137,13 +143,18 @@ def _digest(keys: list[np.ndarray]) -> str:
     return hashlib.blake2b(np.concatenate(keys).astype("<i8").tobytes(), digest_size=16).hexdigest()
 
 
-def _plan(folder: Path, manifest: CacheManifest, keys: np.ndarray) -> tuple[CacheManifest, dict[int, np.ndarray]]:
+def _plan(
+    folder: Path,
+    manifest: CacheManifest,
+    keys: np.ndarray,
+    earlier_fingerprint: Callable[[], str | None] | None,
+) -> tuple[CacheManifest, dict[int, np.ndarray]]:
     """Return the manifest to follow, and the captions (positions in `keys`) of each shard to compute."""
     if manifest.dtype not in get_args(CacheDtype):
         choices = " or ".join(map(repr, get_args(CacheDtype)))
         raise ValueError(f"The dtype of a cache must be {choices}, not {manifest.dtype!r}.")
     if (folder / MANIFEST).is_file():
-        manifest = _manifest_to_continue(folder, manifest)
+        manifest = _manifest_to_continue(folder, manifest, earlier_fingerprint)
     there = _existing_keys(folder, manifest)
     known = KeyIndex(np.concatenate([np.empty((0, 2), np.int64), *there.values()]))
     missing = np.flatnonzero(known.find(keys) < 0)
@@ -167,14 +178,22 @@ def _plan(folder: Path, manifest: CacheManifest, keys: np.ndarray) -> tuple[Cach
     return manifest, work
 
 
-def _manifest_to_continue(folder: Path, new: CacheManifest) -> CacheManifest:
+def _manifest_to_continue(
+    folder: Path, new: CacheManifest, earlier_fingerprint: Callable[[], str | None] | None
+) -> CacheManifest:
     old = CacheManifest.read(folder)
-    for name in IDENTITY:
+    names = IDENTITY
+    rule = earlier_fingerprint if is_earlier_rule(old.fingerprint) else None
+    if rule is not None and old.fingerprint == rule():
+        logger.warning("The embedding cache %s %s", folder, ACCEPTED_EARLIER)
+        names = tuple(name for name in IDENTITY if "fingerprint" not in name)
+    for name in names:
         if getattr(old, name) != getattr(new, name):
+            earlier = TWO_RULES if name == "fingerprint" and is_earlier_rule(old.fingerprint) else ""
             raise CacheMismatchError(
                 f"The embedding cache {folder} was made by {old.text_model_name} with {name} {getattr(old, name)!r}, "
-                f"but this build has {name} {getattr(new, name)!r} ({new.text_model_name}). Choose another folder, or "
-                "delete this one to embed again."
+                f"but this build has {name} {getattr(new, name)!r} ({new.text_model_name}).{earlier} Choose another "
+                "folder, or delete this one to embed again."
             )
     return old
 

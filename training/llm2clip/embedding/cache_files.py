@@ -27,6 +27,7 @@ CacheDtype = Literal["float16", "bfloat16"]
 # How captions become embeddings: a cache is only continued by a build that agrees in all of these.
 IDENTITY = (
     "fingerprint",
+    "tokenizer_fingerprint",
     "hidden_size",
     "pooling",
     "prompt_prefix",
@@ -35,6 +36,14 @@ IDENTITY = (
     "text_model_dtype",
     "dtype",
     "normalize",
+)
+
+TWO_RULES = (
+    " The one without `2-` was recorded by an earlier release of llm2clip, so the two say nothing about each other."
+)
+ACCEPTED_EARLIER = (
+    "was made by an earlier release. It fits by the rule of that release, which read 64 values of each weight and "
+    "neither the decoder's settings nor the tokenizer; embed again into another folder to be sure."
 )
 
 
@@ -67,6 +76,7 @@ class CacheManifest:
 
     Attributes:
         fingerprint, text_model_name: Identity of the text encoder, and its name in messages.
+        tokenizer_fingerprint: Identity of its tokenizer; None in caches of earlier releases.
         hidden_size: Width of an embedding.
         pooling, prompt_prefix, prompt_suffix, max_length: How the encoder reads a caption; an instruction is
             part of the prefix.
@@ -86,6 +96,7 @@ class CacheManifest:
     prompt_prefix: str
     prompt_suffix: str
     max_length: int
+    tokenizer_fingerprint: str | None = None
     text_model_dtype: str = "float32"
     dtype: CacheDtype = "float16"
     normalize: bool = False
@@ -130,9 +141,9 @@ class CacheManifest:
                 f"{FORMAT_VERSION}; use the release that made it, or embed again."
             )
         names = {entry.name for entry in fields(cls)}
-        if missing := names - set(values):
+        if missing := names - set(values) - {"tokenizer_fingerprint"}:
             raise CacheDamagedError(f"{path} lacks {', '.join(sorted(missing))}; delete the folder and embed again.")
-        return cls(**{name: values[name] for name in names})
+        return cls(**{name: values.get(name) for name in names})
 
 
 def shard_name(number: int) -> str:

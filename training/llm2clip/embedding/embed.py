@@ -15,6 +15,7 @@ from llm2clip.embedding.caption_embedder import CaptionEmbedder
 from llm2clip.utils.locks import exclusive
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.settings import check_choices, require, setting
+from llm2clip.utils.text_identity import tokenizer_fingerprint
 from llm2clip.utils.towers import open_text_tower
 
 
@@ -112,6 +113,7 @@ def embed_into_cache(
     text = model.config
     manifest = CacheManifest(
         fingerprint=fingerprint,
+        tokenizer_fingerprint=tokenizer_fingerprint(embedder.tokenizer),
         text_model_name=name,
         hidden_size=text.hidden_size,
         pooling=text.pooling,
@@ -133,4 +135,5 @@ def embed_into_cache(
         rank=state.process_index,
         world_size=state.num_processes,
         barrier=state.wait_for_everyone,
+        earlier_fingerprint=model.earlier_fingerprint,
     )

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from llm2clip.data import CaptionSource, OnError, PairSource
-from llm2clip.embedding import CaptionEmbedder, EmbeddingCache
+from llm2clip.embedding import CaptionEmbedder
+from llm2clip.embedding.cache_of_model import open_cache_of_model
 from llm2clip.evaluation.caption_pairs import CaptionRetrieval
 from llm2clip.evaluation.image_text import ImageTextRetrieval
 from llm2clip.utils.files import write_json
@@ -89,7 +90,7 @@ def _retrieval(config: EvaluateConfig) -> dict[str, Any]:
     retrieval = ImageTextRetrieval(source, processor.image_processor, config.on_error)
     embed: Callable[[list[str]], Tensor]
     if config.embedding_cache is not None:
-        embed = EmbeddingCache.open(config.embedding_cache, model.config.text_model_fingerprint).lookup
+        embed = open_cache_of_model(config.embedding_cache, model.config, processor.tokenizer, is_trained=True).lookup
     else:
         embed = partial(CaptionEmbedder(model.text_model, processor).embed, batch_size=config.batch_size)
     return retrieval(model, embed, config.batch_size, config.num_workers, show_progress_bar=True)

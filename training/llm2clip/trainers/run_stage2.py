@@ -25,6 +25,7 @@ from llm2clip.data import (
 )
 from llm2clip.data.transforms import output_size
 from llm2clip.embedding import CaptionEmbedder, EmbeddingCache, MissingCaptionError
+from llm2clip.embedding.cache_of_model import open_cache_of_model
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.trainers.checkpoints import resume_point
 from llm2clip.trainers.frozen_layers import FrozenLayers
@@ -33,8 +34,10 @@ from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from llm2clip.utils.locks import exclusive
+from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.settings import require
-from llm2clip.utils.towers import describe_text_tower, loading_options, open_text_tower
+from llm2clip.utils.text_identity import read_fingerprints
+from llm2clip.utils.towers import describe_text_tower, loading_options
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
@@ -83,10 +86,8 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     if config.online_text_model:
         model.load_text_model(**loading_options(config.text_model_dtype))
     elif model.config.text_model_fingerprint is None:
-        name = model.config.text_model_name_or_path
-        logger.info("%s has no stored fingerprint: reading its weights.", name)
-        tower, _ = open_text_tower(name, revision=model.config.text_model_revision)
-        model.config.text_model_fingerprint = tower.fingerprint()
+        text = model.config.text_model_name_or_path, model.config.text_model_revision, model.config.text_config
+        model.config.text_model_fingerprint, _ = on_main_process(partial(read_fingerprints, *text))
     if config.patch_dropout is not None:
         vision = model.vision_model
         if not hasattr(vision.config, "patch_dropout"):
@@ -114,7 +115,10 @@ def open_captions(
     if config.embedding_cache is None:
         embedder = CaptionEmbedder(model.text_model, processor)
         return Stage2Collator(processor=processor), partial(embedder.embed, show_progress_bar=False)
-    cache = EmbeddingCache.open(config.embedding_cache, model.config.text_model_fingerprint, verify=False)
+    is_trained = config.model_name_or_path is not None
+    cache = open_cache_of_model(
+        config.embedding_cache, model.config, processor.tokenizer, is_trained=is_trained, verify=False
+    )
     width = model.config.text_config.hidden_size
     if cache.hidden_size != width:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Identities: of data, a commit on the Hub or a checksum of local files; of weights, a hash of samples."""
+"""Identities: of data, a commit on the Hub or a checksum of local files; of towers and tokenizers, a hash."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 
-from modeling_llm2clip.modeling_llm2clip_utils import digest_weights
+from modeling_llm2clip.identity_llm2clip import digest_samples
 
 logger = logging.getLogger(__name__)
 
@@ -75,5 +75,5 @@ def vision_fingerprint(model: Any) -> str:
     state |= model.visual_projection.state_dict(prefix="visual_projection.")
     # transformers 5 nests some towers once more than earlier versions.
     names = {name.replace("vision_model.vision_model.", "vision_model."): name for name in state}
-    digest_weights(((short, state[names[short]]) for short in sorted(names)), digest, FINGERPRINT_SAMPLES)
+    digest_samples(((short, state[names[short]]) for short in sorted(names)), digest, FINGERPRINT_SAMPLES)
     return digest.hexdigest()[:32]

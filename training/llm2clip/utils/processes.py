@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+T = TypeVar("T")
 
 
 def process_state(timeout: timedelta | None = None) -> PartialState:
@@ -32,3 +37,20 @@ def leave_process_group() -> None:
 def world_size() -> int:
     """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def on_main_process(compute: Callable[[], T]) -> T:
+    """Call a function in the main process only; every process returns its result, or raises its error."""
+    state = process_state()
+    if state.num_processes == 1:
+        return compute()
+    outcome: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = compute()
+        except Exception as error:  # the other processes must not wait for a result
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

@@ -67,8 +67,14 @@ def open_text_tower(
     if is_text_tower(name, revision):
         if prompt:
             raise ValueError(f"{name} is a text tower, whose config defines the prompt; remove {', '.join(prompt)}.")
+        is_adapter = inspect_repo(name, revision).is_adapter
+        if is_adapter and dtype != "float32":
+            # Rounded after the merge, so that the merged weights are the same in every dtype.
+            options["dtype"] = "auto"
         model = LLM2CLIPTextModel.from_pretrained(name, **options)
         model.merge_adapter()
+        if is_adapter and dtype not in ("float32", "auto"):
+            model.to(getattr(torch, dtype))
         return model, tokenizer
     prompt = _with_original_prompt(prompt, inspect_repo(name, revision).model_type, name)
     tokenizer, fields = prompted(tokenizer, prompt)

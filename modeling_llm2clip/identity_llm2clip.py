@@ -1,0 +1,194 @@
+"""The identity of a text tower: a hash of everything that its caption embeddings depend on, except the tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from .compatibility_llm2clip import with_version_4_rope
+
+# The rule that a fingerprint was made by; those of the first rule are 32 hexadecimal digits without a prefix.
+RULE = "2-"
+FIELDS = (
+    "pooling", "prompt_prefix", "prompt_suffix", "num_prefix_tokens", "max_text_length", "bidirectional",
+)  # fmt: skip
+# Fields of decoders that do not change their states: their training, their heads, where they came from.
+IRRELEVANT = re.compile(
+    r"_.*|.*(dropout|pdrop|_drop|token_id|token_ids|_version|initializer_range|initializer_std|init_std|_loss)"
+    r"|initializer_.*|num_labels|id2label|label2id|problem_type|architectures|auto_map|model_type|name_or_path"
+    r"|dtype|torch_dtype|attn_implementation|quantization_config|use_cache|is_causal|return_dict|use_return_dict"
+    r"|output_.*|tie_.*|tf_.*|torchscript|use_bfloat16|gradient_checkpointing|pretraining_tp|chunk_size_feed_forward"
+    r"|pruned_heads|finetuning_task|task_specific_params|tokenizer_class|prefix|is_decoder|is_encoder_decoder"
+    r"|add_cross_attention|cross_attention_hidden_size|cache_implementation|use_cache_.*|router_aux_.*|vocab_size"
+    r"|max_length|min_length|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|temperature|top_k"
+    r"|top_p|typical_p|repetition_penalty|length_penalty|no_repeat_ngram_size|encoder_no_repeat_ngram_size"
+    r"|bad_words_ids|num_return_sequences|remove_invalid_values|exponential_decay_length_penalty|suppress_tokens"
+    r"|begin_suppress_tokens|base_model_.*_plan|partial_rotary_factor_default"
+)
+# Of these kinds of rotary positions the table does not depend on the longest input.
+ROPE_WITHOUT_LENGTH = ("default", "linear", "llama3")
+# Words per sum of `digest_weight`; a word is four values in bfloat16.
+WORDS = 2**15
+# Sums per step: on a CPU one, so that the words stay in its caches.
+DEVICE_ROWS = 64
+# Values of each weight in a fingerprint of the first rule.
+SAMPLES = 64
+
+
+def is_earlier_rule(fingerprint: str | None) -> bool:
+    """Return whether a fingerprint was made by the first rule, which read 64 values of each weight and no config."""
+    return fingerprint is not None and re.fullmatch(r"[0-9a-f]{32}", fingerprint) is not None
+
+
+def text_fingerprint(config: PretrainedConfig, weights: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Hash the weights, prompt, pooling and decoder settings of a text tower.
+
+    Weights are rounded to bfloat16, so that a tower in float32 and its copy in bfloat16 have the same fingerprint. The
+    order of the weights and their distribution over files do not matter.
+
+    Args:
+        config: An [`LLM2CLIPTextConfig`].
+        weights: All weights with their names in the tower, without an adapter.
+
+    Returns:
+        `2-` and 32 hexadecimal digits, or `None` if a weight cannot be read because it is quantised or offloaded.
+    """
+    digests = {}
+    for name, weight in weights:
+        if not is_readable(weight):
+            return None
+        digests[name.removeprefix("decoder.")] = digest_weight(weight)
+    bidirectional = getattr(config, "bidirectional", True)
+    content = {
+        "tower": {name: getattr(config, name) for name in FIELDS},
+        "decoder": decoder_identity(config.decoder_config, bidirectional),  # type: ignore[attr-defined]
+        "weights": digests,
+    }
+    return RULE + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def earlier_text_fingerprint(config: PretrainedConfig, weights: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Compute the fingerprint of the first rule, for models and caches that earlier releases have written."""
+    digest = hashlib.sha256(json.dumps([getattr(config, name) for name in FIELDS]).encode())
+    for name, weight in weights:
+        if not is_readable(weight):
+            return None
+        name = name.removeprefix("decoder.").removeprefix("base_model.model.").replace(".base_layer.", ".")
+        digest_samples([(name, weight)], digest, SAMPLES)
+    return digest.hexdigest()[:32]
+
+
+def is_readable(weight: Tensor) -> bool:
+    """Return whether a weight is in memory as a plain tensor: neither offloaded nor quantised."""
+    return not weight.is_meta and weight.is_floating_point() and type(weight.data) is Tensor
+
+
+def digest_weight(weight: Tensor) -> str:
+    """Hash the shape and every value of a weight, rounded to bfloat16, on the device of the weight.
+
+    Each run of 131,072 values becomes two 64-bit sums of products with odd numbers, which any change of a single value
+    changes; the sums are hashed. That is as fast as the memory, and does not protect against forgery.
+    """
+    values = weight.detach().reshape(-1)
+    on_cpu = values.device.type == "cpu"
+    factors = _factors(values.device)
+    buffer = torch.zeros((1 if on_cpu else DEVICE_ROWS, WORDS), dtype=torch.int64, device=values.device)
+    sums: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for part in values.split(4 * buffer.numel()):
+        if part.dtype == torch.bfloat16 and len(part) == 4 * buffer.numel() and part.storage_offset() % 4 == 0:
+            words = part.view(torch.int64).view_as(buffer)
+        else:
+            padded = buffer.view(torch.bfloat16).view(-1)
+            padded[: len(part)] = part
+            padded[len(part) :] = 0
+            words = buffer
+        # A product keeps the lowest 64 bits, and so little of a difference in a word's upper half.
+        words = words[: math.ceil(len(part) / (4 * WORDS))]
+        for kind, half in zip(sums, (words, words >> 32), strict=True):
+            # Integer products are several times faster in numpy.
+            kind.append(torch.from_numpy(half.numpy() @ factors.numpy()) if on_cpu else (half * factors).sum(dim=1))
+    content = torch.cat([*sums[0], *sums[1]]).cpu().numpy().astype("<i8").tobytes()
+    return hashlib.sha256(f"{tuple(weight.shape)}".encode() + content).hexdigest()[:32]
+
+
+def _factors(device: torch.device) -> Tensor:
+    """Return `WORDS` odd numbers that are well mixed (the finaliser of splitmix64, modulo 2**64)."""
+    number = torch.arange(1, WORDS + 1, dtype=torch.int64, device=device) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        number = (number ^ ((number >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return number | 1
+
+
+def digest_samples(named_weights: Iterable[tuple[str, Tensor]], digest: Any, samples: int) -> None:
+    """Update a digest of `hashlib` with names, shapes and up to `samples` evenly spaced values of each weight.
+
+    The values are rounded to bfloat16, so that weights in float32 and their copies in bfloat16 have equal hashes.
+    """
+    for name, weight in named_weights:
+        values = weight.detach().reshape(-1)
+        step = max(1, values.numel() // samples)
+        sample = values[::step][:samples].to(torch.bfloat16).view(torch.int16)
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(sample.cpu().numpy().tobytes())
+
+
+def decoder_identity(config: PretrainedConfig, bidirectional: bool = True) -> dict[str, Any]:
+    """Select the settings of a decoder that change its states, in a form that versions of transformers agree on.
+
+    Settings at the default of their class are left out, because a later version may add settings.
+
+    Args:
+        bidirectional: Whether every token attends to the whole caption: then a sliding window has no effect.
+    """
+    fields = _canonical(config.to_dict(), bidirectional)
+    default = {} if getattr(config, "has_no_defaults_at_init", False) else type(config)().to_dict()
+    usual = _canonical(default, bidirectional)
+    kept = {name: value for name, value in fields.items() if name not in usual or usual[name] != value}
+    return {"model_type": config.model_type, **kept}
+
+
+def _canonical(fields: dict[str, Any], bidirectional: bool) -> dict[str, Any]:
+    fields = dict(with_version_4_rope(fields))
+    rope = fields.pop("rope_parameters", None) or {}
+    rope = {**(rope.get("full_attention") or rope), **(fields.pop("rope_scaling", None) or {})}
+    kind = rope.pop("type", None) or "default"
+    kind = rope.pop("rope_type", None) or kind
+    # A field of its own in version 4, and part of the rotary settings in version 5.
+    partial = rope.pop("partial_rotary_factor", None) or fields.pop("partial_rotary_factor", None)
+    rope.pop("rope_theta", None)
+    if kind != "default":
+        fields["rope_scaling"] = {**rope, "rope_type": kind}
+    if partial not in (None, 1):
+        fields["partial_rotary_factor"] = partial
+    if kind in ROPE_WITHOUT_LENGTH:
+        fields.pop("max_position_embeddings", None)
+    heads = fields.get("num_attention_heads")
+    if heads and fields.get("head_dim") in (None, fields.get("hidden_size", 0) // heads):
+        fields.pop("head_dim", None)
+    if set(fields.get("layer_types") or ["full_attention"]) == {"full_attention"}:
+        fields.pop("layer_types", None)
+    if bidirectional:
+        for name in ("sliding_window", "use_sliding_window", "max_window_layers"):
+            fields.pop(name, None)
+    return {
+        name: _plain(value) for name, value in fields.items() if value is not None and not IRRELEVANT.fullmatch(name)
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Turn numbers into floats, because 8 and 8.0 are the same setting, and drop irrelevant fields of parts."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items() if not IRRELEVANT.fullmatch(str(key))}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value) if math.isfinite(value) else str(value)
+    return value if isinstance(value, (str, bool)) or value is None else str(value)

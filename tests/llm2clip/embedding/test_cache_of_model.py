@@ -1,0 +1,130 @@
+"""Whether a cache belongs to a model: adapters, records of earlier releases, tokenizers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from llm2clip.embedding import EmbeddingCache, embed
+from llm2clip.embedding import cache_of_model as opening
+from llm2clip.embedding.cache_files import CacheMismatchError
+from llm2clip.embedding.cache_of_model import open_cache_of_model
+from llm2clip.trainers import run_stage1, run_stage2
+from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils.settings import build_config
+from llm2clip.utils.towers import describe_text_tower
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextModel
+from tests.llm2clip import tiny
+from tests.llm2clip.conftest import Inputs
+
+
+def config_of(text: str, **fields: Any) -> LLM2CLIPConfig:
+    text_config, _ = describe_text_tower(text)
+    fields = {"text_model_fingerprint": text_config.fingerprint, **fields}
+    return LLM2CLIPConfig(text_config=text_config, text_model_name_or_path=text, **fields)
+
+
+def edited(cache: str, folder: Path, **fields: Any) -> Path:
+    """Copy a cache, and change its manifest; None removes a field."""
+    shutil.copytree(cache, folder)
+    manifest = {**json.loads((folder / "manifest.json").read_text()), **fields}
+    kept = {name: value for name, value in manifest.items() if value is not None}
+    (folder / "manifest.json").write_text(json.dumps(kept))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("start", ["llm", "text"])
+def test_stage_1_with_an_adapter_then_embed_then_stage_2(
+    start: str, dtype: str, inputs: Inputs, tmp_path: Path
+) -> None:
+    text, cache = str(tmp_path / "text"), str(tmp_path / "cache")
+    fields = tiny.stage1_fields(Path(text), getattr(inputs, start))
+    unset = dict.fromkeys(("prompt_prefix", "prompt_suffix", "max_text_length")) if start == "text" else {}
+    fields |= {**unset, "save_format": "adapter", "max_steps": 2, "save_strategy": "no", "dtype": dtype}
+    run_stage1.run(build_config(Stage1Config, fields))
+    sources = [tiny.concepts(), tiny.concepts("validation", max_samples=40)]
+    settings = {"text_model_name_or_path": text, "output_dir": cache, "sources": sources}
+    embed.run(embed.EmbedConfig(**settings))
+    fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, text, cache)
+    run_stage2.run(build_config(Stage2Config, fields | {"max_steps": 1, "save_strategy": "no"}))
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert saved["text_model_fingerprint"] == EmbeddingCache.open(cache).manifest.fingerprint
+
+
+def test_weights_are_read_only_where_the_record_differs(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, tokenizer = describe_text_tower(inputs.text)
+    config = config_of(inputs.text)
+    expected = config.text_model_fingerprint
+    stale = config_of(inputs.text, text_model_fingerprint=f"2-{'0' * 32}")
+    assert len(open_cache_of_model(inputs.cache, stale, tokenizer, is_trained=False))
+    assert stale.text_model_fingerprint == expected
+    stale.text_model_fingerprint = f"2-{'0' * 32}"
+    with pytest.raises(CacheMismatchError, match="the text encoder in use has fingerprint 2-0000"):
+        open_cache_of_model(inputs.cache, stale, tokenizer, is_trained=True)
+    monkeypatch.setattr(opening, "read_fingerprints", None)
+    assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True))
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+@pytest.mark.parametrize("record", ["present", "earlier"])
+def test_a_cache_of_an_earlier_release_is_verified_by_its_rule(
+    record: str, is_trained: bool, inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tower = LLM2CLIPTextModel.from_pretrained(inputs.text)
+    earlier = tower.earlier_fingerprint()
+    cache = edited(inputs.cache, tmp_path / "cache", fingerprint=earlier, tokenizer_fingerprint=None)
+    _, tokenizer = describe_text_tower(inputs.text)
+    config = config_of(inputs.text, **({"text_model_fingerprint": earlier} if record == "earlier" else {}))
+    assert len(open_cache_of_model(cache, config, tokenizer, is_trained=is_trained))
+    assert "was made by an earlier release" in caplog.text
+    if record == "earlier":  # and a new cache fits a model of an earlier release
+        assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=is_trained))
+        assert config.text_model_fingerprint == tower.fingerprint()
+    other = edited(inputs.cache, tmp_path / "other", fingerprint="0" * 32, tokenizer_fingerprint=None)
+    with pytest.raises(CacheMismatchError, match="without `2-` was recorded by an earlier release"):
+        open_cache_of_model(other, config_of(inputs.text), tokenizer, is_trained=is_trained)
+
+
+def test_a_build_continues_a_cache_of_an_earlier_release(
+    inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    earlier = LLM2CLIPTextModel.from_pretrained(inputs.text).earlier_fingerprint()
+    settings = {"text_model_name_or_path": inputs.text, "sources": [tiny.concepts("validation")]}
+    cache = edited(inputs.cache, tmp_path / "cache", fingerprint=earlier, tokenizer_fingerprint=None)
+    embed.run(embed.EmbedConfig(**settings, output_dir=str(cache)))
+    assert "was made by an earlier release" in caplog.text
+    opened = EmbeddingCache.open(cache)
+    assert len(opened) > len(EmbeddingCache.open(inputs.cache))
+    assert opened.manifest.fingerprint == earlier
+    other = edited(inputs.cache, tmp_path / "other", fingerprint="0" * 32, tokenizer_fingerprint=None)
+    with pytest.raises(CacheMismatchError, match="without `2-` was recorded by an earlier release"):
+        embed.run(embed.EmbedConfig(**settings, output_dir=str(other)))
+
+
+def test_a_cache_of_another_tokenizer_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    shutil.copytree(inputs.text, tmp_path / "text")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "text")
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(tmp_path / "text")
+    fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, str(tmp_path / "text"), inputs.cache)
+    with pytest.raises(CacheMismatchError, match=r"was made with the tokenizer .* the tokenizer in use is"):
+        run_stage2.run(build_config(Stage2Config, fields))
+
+
+def test_the_rotary_base_of_the_decoder_counts(inputs: Inputs, tmp_path: Path) -> None:
+    tower = LLM2CLIPTextModel.from_pretrained(inputs.text)
+    tower.decoder.config.rope_parameters["rope_theta"] *= 2
+    tower.save_pretrained(tmp_path / "text")
+    _, tokenizer = describe_text_tower(inputs.text)
+    tokenizer.save_pretrained(tmp_path / "text")
+    with pytest.raises(CacheMismatchError, match=str(tower.fingerprint())):
+        open_cache_of_model(inputs.cache, config_of(str(tmp_path / "text")), tokenizer, is_trained=False)

@@ -1,0 +1,42 @@
+"""Work that one process does for all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm2clip.utils.processes import on_main_process
+
+SCRIPT = """
+from llm2clip.utils.processes import leave_process_group, on_main_process, process_state
+
+rank = process_state().process_index
+print("result", on_main_process(lambda: f"of {rank}"))
+try:
+    on_main_process(lambda: open(f"nothing-{rank}"))
+except FileNotFoundError as error:
+    print("error", error.filename)
+leave_process_group()
+"""
+
+
+def test_result_and_error_of_the_main_process_reach_all(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(script)]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("result of 0") == 2
+    assert result.stdout.count("error nothing-0") == 2
+
+
+def test_a_single_process_calls_the_function() -> None:
+    assert on_main_process(lambda: 1) == 1
+    with pytest.raises(KeyError, match="x"):
+        on_main_process(lambda: {}["x"])

@@ -1,0 +1,131 @@
+"""The fingerprint of a text tower: what it depends on, and what not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from modeling_llm2clip.identity_llm2clip import WORDS, decoder_identity, digest_weight, is_earlier_rule
+from tests.modeling_llm2clip import tiny
+
+# As the release before the second rule computed it.
+EARLIER = "beeb0f96231ffc3d1b9c5568f1ddf765"
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        {"rope_parameters": YARN},
+        {"rms_norm_eps": 1e-3},
+        {"hidden_act": "gelu"},
+        {"attention_bias": True},
+    ],
+)
+def test_settings_that_change_the_output_count(changes: dict[str, Any]) -> None:
+    model = tiny.text_model()
+    weights = model.state_dict()
+    config = copy.deepcopy(model.config)
+    for name, value in changes.items():
+        setattr(config.decoder_config, name, value)
+    assert decoder_identity(config.decoder_config) != decoder_identity(model.config.decoder_config)
+    changed = model.fingerprint(weights)
+    model.config.decoder_config = config.decoder_config
+    assert model.fingerprint(weights) != changed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": torch.bfloat16},
+        {"_attn_implementation": "eager"},
+        {"transformers_version": "4.57.6"},
+        {"_name_or_path": "/somewhere/else"},
+        {"use_cache": True},
+        {"attention_dropout": 0.5},
+        {"initializer_range": 1.0},
+        {"max_position_embeddings": 99},
+        {"rope_theta": 10000},
+        {"eos_token_id": [1, 2]},
+    ],
+)
+def test_settings_that_do_not_change_the_output_do_not_count(changes: dict[str, Any]) -> None:
+    model = tiny.text_model()
+    expected = model.fingerprint()
+    for name, value in changes.items():
+        setattr(model.config.decoder_config, name, value)
+    assert model.fingerprint() == expected
+
+
+def test_settings_are_the_same_in_the_fields_of_transformers_4_and_5() -> None:
+    settings = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    settings["original_max_position_embeddings"] = 64
+    config = tiny.decoder_config()
+    fields = {**config.to_dict(), "rope_theta": 500000, "rope_scaling": {**settings, "type": "llama3", "factor": 8}}
+    fields.pop("rope_parameters", None)
+    config.rope_parameters = {**settings, "rope_theta": 500000.0}
+    found = decoder_identity(config)
+    assert found["rope_scaling"] == settings
+    assert found["rope_theta"] == 500000.0
+    older = AutoConfig.for_model(**fields)
+    older.to_dict = lambda: fields  # type: ignore[method-assign]
+    assert decoder_identity(older) == found
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [("llama", {}), ("qwen2", {}), ("qwen3", {}), ("mistral", {}), ("gemma", {}), ("phi3", {})],
+)
+def test_nothing_depends_on_the_version_of_transformers(model_type: str, expected: dict[str, Any]) -> None:
+    """These are the same in versions 4.57 and 5: fields at their defaults, and derived ones, are left out."""
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    found = decoder_identity(tiny.decoder_config(model_type))
+    assert found == {"model_type": model_type, **{name: float(tiny.DECODER[name]) for name in sizes}, **expected}
+
+
+@pytest.mark.parametrize("size", [1, 7, 4 * WORDS, 8 * WORDS + 3])
+def test_every_value_counts(size: int) -> None:
+    weight = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    expected = digest_weight(weight)
+    assert digest_weight(weight.to(torch.bfloat16)) == expected
+    assert digest_weight(weight.reshape(1, size)) != expected
+    for place in {0, 3 % size, size // 2, size - 1}:
+        changed = weight.clone()
+        changed[place] *= 1.01
+        assert digest_weight(changed) != expected
+    swapped = weight.flip(0)
+    assert (digest_weight(swapped) != expected) == (size > 1)
+
+
+def test_a_transposed_view_counts_as_its_values() -> None:
+    weight = torch.randn(6, 5)
+    assert digest_weight(weight.T) == digest_weight(weight.T.contiguous())
+    part = torch.randn(20, dtype=torch.bfloat16)[3:11]
+    assert digest_weight(part) == digest_weight(part.clone())
+
+
+def test_a_single_weight_changes_the_fingerprint_and_the_order_does_not() -> None:
+    model = tiny.text_model()
+    expected = model.fingerprint()
+    state = model.state_dict()
+    assert model.fingerprint(dict(reversed(state.items()))) == expected
+    with torch.no_grad():
+        # Neither of the 64 evenly spaced values that earlier releases read.
+        model.decoder.layers[0].mlp.up_proj.weight[11, 7] += 0.5
+    assert model.fingerprint() != expected
+    assert not is_earlier_rule(expected)
+
+
+def test_fingerprints_of_earlier_releases_are_recognised_and_computed() -> None:
+    model = tiny.text_model(pooling="mean")
+    with torch.no_grad():
+        for number, (_, value) in enumerate(sorted(model.state_dict().items())):
+            value.copy_((torch.arange(value.numel()) % 97 + number).reshape(value.shape) / 64)
+    assert model.earlier_fingerprint() == EARLIER
+    assert is_earlier_rule(EARLIER)
+    assert not is_earlier_rule(None)

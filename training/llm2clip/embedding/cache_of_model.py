@@ -1,0 +1,61 @@
+"""Opening the embedding cache of a model, after verifying that the model's text tower has made it."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from llm2clip.embedding.cache import EmbeddingCache
+from llm2clip.embedding.cache_files import ACCEPTED_EARLIER, CacheManifest
+from llm2clip.utils.processes import on_main_process
+from llm2clip.utils.text_identity import read_fingerprints, tokenizer_fingerprint
+from modeling_llm2clip import LLM2CLIPConfig
+from modeling_llm2clip.identity_llm2clip import is_earlier_rule
+
+logger = logging.getLogger(__name__)
+
+
+def open_cache_of_model(
+    path: str | Path,
+    config: LLM2CLIPConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    is_trained: bool,
+    verify: bool = True,
+) -> EmbeddingCache:
+    """Open the embedding cache of a model, whose config records the fingerprint of its text tower.
+
+    The record is compared first. Only where it differs does one process read the weights of the tower: an earlier
+    release or an adapter on weights of another dtype may have recorded another one. The config is updated.
+
+    Args:
+        is_trained: Whether the model's adapter was trained with the recorded tower, and fits no other.
+
+    Raises:
+        CacheError: See [`EmbeddingCache.open`]. A model that records no fingerprint takes any cache.
+    """
+    made_by = CacheManifest.read(Path(path)).fingerprint
+    recorded = config.text_model_fingerprint
+    fits = recorded in (None, made_by)
+    if not fits:
+        present, earlier = on_main_process(partial(_read, config))
+        if not is_trained or recorded in (present, earlier):
+            config.text_model_fingerprint = recorded = present or recorded
+            fits = made_by in (present, earlier)
+    if fits and is_earlier_rule(made_by):
+        logger.warning("The embedding cache %s %s", path, ACCEPTED_EARLIER)
+    return EmbeddingCache.open(path, None if fits else recorded, verify, tokenizer_fingerprint(tokenizer))
+
+
+def _read(config: LLM2CLIPConfig) -> tuple[str | None, str | None]:
+    name = config.text_model_name_or_path
+    if name is None:
+        return None, None
+    try:
+        return read_fingerprints(name, config.text_model_revision, config.text_config)
+    except OSError as error:
+        logger.warning("the weights of %s cannot be read to verify the embedding cache: %s", name, error)
+        return None, None
