@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -73,7 +74,8 @@ def test_masks_depend_only_on_seed_and_sample(inputs: Inputs, tmp_path: Path) ->
     config = build_config(MNTPConfig, fields(tmp_path, inputs.llm))
     tokenizer = AutoTokenizer.from_pretrained(inputs.llm)
     collate = MaskCollator(tokenizer, config)
-    blocks = TokenBlocks(["a small brown dog runs on the beach"] * 40, tokenizer, 32)
+    ids = tokenizer(["a small brown dog runs on the beach"] * 40)["input_ids"]
+    blocks = TokenBlocks(np.concatenate(ids).astype(np.int32), 32)
     samples = [blocks[SampleIndex(1, index)] for index in range(4)]
     first = collate(samples)
     torch.rand(3)

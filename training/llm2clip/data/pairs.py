@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from llm2clip.data.records import caption_id, column_texts, column_value
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
+from llm2clip.data.shared_files import shared_file, table_identity
 from llm2clip.data.sources import (
     Source,
     SourceError,
@@ -28,6 +31,10 @@ from llm2clip.data.sources import (
 )
 
 logger = logging.getLogger(__name__)
+
+# What the keys of a row depend on; raise the version when they are computed in another way.
+KEY_SETTINGS = ("anchor_column", "positive_column", "negative_column", "group_column", "caption_columns")
+KEY_VERSION = 1
 
 
 @dataclass
@@ -100,7 +107,7 @@ class PairTable:
 
     Two rows conflict if they share an own key (a text of the pair, or the group), or if a hard negative of one is a
     text of the other: in the same batch, one would be trained as a false negative. The keys cover all candidate texts
-    of a row, not only those that are drawn.
+    of a row, not only those that are drawn. They are computed once per machine; see [`shared_file`].
 
     Attributes:
         rows: (n,) positions of the usable rows in the table.
@@ -113,10 +120,33 @@ class PairTable:
         self.source = source
         self.label = label
         self.table = table
+        settings = {name: getattr(source, name) for name in KEY_SETTINGS}
+        identity = {"version": KEY_VERSION, "table": table_identity(table), **settings}
+        path = shared_file("pairs", identity, lambda path: save_file(self._build(), path))
+        # Views of the file, in memory that all processes share.
+        arrays = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+        self.rows = arrays["rows"]
+        self.num_dropped = len(table) - len(self.rows)
+        self.own_keys, self.own_starts = arrays["own_keys"], arrays["own_starts"]
+        self.negative_keys, self.negative_starts = arrays["negative_keys"], arrays["negative_starts"]
+        if not len(self.rows):
+            raise ValueError(
+                f"None of the {len(table)} rows of {source.path} has a pair of two different texts in "
+                f"{', '.join(source.columns)}."
+            )
+        if self.num_dropped:
+            message = "%d of %d rows of %s are left out because they lack two different texts or a hard negative."
+            logger.warning(message, self.num_dropped, len(table), label)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _build(self) -> dict[str, np.ndarray]:
+        source = self.source
         # A list of int takes four times the memory of an array.
         rows, own_keys, negative_keys = array("q"), array("q"), array("q")
         own_starts, negative_starts = array("q", [0]), array("q", [0])
-        for position, row in enumerate(itertools.chain.from_iterable(row_batches(table))):
+        for position, row in enumerate(itertools.chain.from_iterable(row_batches(self.table))):
             try:
                 texts = self._texts(row)
             except TypeError as error:
@@ -133,21 +163,9 @@ class PairTable:
             own_starts.append(len(own_keys))
             negative_keys.extend(sorted({caption_id(text) for text in texts.negatives}))
             negative_starts.append(len(negative_keys))
-        self.rows = np.array(rows)
-        self.num_dropped = len(table) - len(rows)
-        self.own_keys, self.own_starts = np.array(own_keys), np.array(own_starts)
-        self.negative_keys, self.negative_starts = np.array(negative_keys), np.array(negative_starts)
-        if not rows:
-            raise ValueError(
-                f"None of the {len(table)} rows of {source.path} has a pair of two different texts in "
-                f"{', '.join(source.columns)}."
-            )
-        if self.num_dropped:
-            message = "%d of %d rows of %s are left out because they lack two different texts or a hard negative."
-            logger.warning(message, self.num_dropped, len(table), label)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        found = {"rows": rows, "own_keys": own_keys, "own_starts": own_starts}
+        found |= {"negative_keys": negative_keys, "negative_starts": negative_starts}
+        return {name: np.array(values, dtype=np.int64) for name, values in found.items()}
 
     def _texts(self, row: Mapping[str, Any]) -> RowTexts:
         source = self.source

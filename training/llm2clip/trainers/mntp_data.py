@@ -2,43 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from llm2clip.data import SampleIndex
+from llm2clip.data import CaptionSource, SampleIndex, load_source
+from llm2clip.data.captioned_images import distinct_caption_batches
 from llm2clip.data.sampling import EpochDataset, stable_seed
+from llm2clip.data.shared_files import shared_file, table_identity
 from llm2clip.trainers.mntp_config import MNTPConfig
+
+# Raise it when the tokens of captions are computed in another way.
+TOKEN_VERSION = 1
 
 
 class TokenBlocks(EpochDataset):
-    """Texts, concatenated and cut into blocks of `block_size` tokens, without the incomplete last block.
+    """Blocks of `block_size` successive tokens, without the incomplete last block.
+
+    Args:
+        tokens: `(tokens,)` int32, which may be a file that is mapped into memory.
 
     Raises:
-        ValueError: The texts are shorter than one block.
+        ValueError: The tokens do not fill one block.
     """
 
-    def __init__(self, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
-        ids = torch.tensor(list(chain.from_iterable(_token_ids(texts, tokenizer))), dtype=torch.int32)
-        count = len(ids) // block_size
+    def __init__(self, tokens: np.ndarray, block_size: int) -> None:
+        count = len(tokens) // block_size
         if count == 0:
-            raise ValueError(f"the texts have {len(ids)} tokens and do not fill one block of {block_size}.")
-        self.blocks = ids[: count * block_size].view(count, block_size)
+            raise ValueError(f"the texts have {len(tokens)} tokens and do not fill one block of {block_size}.")
+        self.blocks = tokens[: count * block_size].reshape(count, block_size)
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: SampleIndex) -> dict[str, Any]:
-        return {"input_ids": self.blocks[index.index].long(), "index": index}
+        return {"input_ids": torch.from_numpy(self.blocks[index.index].astype(np.int64)), "index": index}
 
 
-def _token_ids(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    remaining = iter(texts)
-    while batch := list(islice(remaining, 1000)):
-        yield from tokenizer(batch, verbose=False)["input_ids"]
+def source_tokens(sources: Sequence[CaptionSource], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Tokenize the distinct captions of sources, one after another.
+
+    Returns:
+        `(tokens,)` int32: a file that all processes and later runs share, or for streams, which cannot be identified,
+        4 bytes per token in memory.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or any(source.streaming for source in sources):
+        return np.concatenate(list(token_batches(sources, tokenizer)) or [np.zeros(0, dtype=np.int32)])
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            for tokens in token_batches(sources, tokenizer):
+                file.write(tokens.tobytes())
+
+    tables = [(table_identity(load_source(one, with_images=False)), one.caption_columns) for one in sources]
+    identity = {"version": TOKEN_VERSION, "tables": tables, "tokenizer": backend.to_str()}
+    path = shared_file("tokens", identity, write)
+    return np.memmap(path, dtype=np.int32, mode="r") if path.stat().st_size else np.zeros(0, dtype=np.int32)
+
+
+def token_batches(sources: Sequence[CaptionSource], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """Yield the tokens of the distinct captions of sources, with special tokens, some captions at a time."""
+    for texts in distinct_caption_batches(sources):
+        if texts:
+            yield np.array(list(chain.from_iterable(tokenizer(texts, verbose=False)["input_ids"])), dtype=np.int32)
 
 
 class MaskCollator:

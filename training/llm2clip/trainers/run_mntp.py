@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm2clip.data import CaptionSource, distinct_captions
+from llm2clip.data import CaptionSource
 from llm2clip.trainers.mntp_config import MNTPConfig
-from llm2clip.trainers.mntp_data import MaskCollator, TokenBlocks
+from llm2clip.trainers.mntp_data import MaskCollator, TokenBlocks, source_tokens
 from llm2clip.trainers.mntp_trainer import MNTPTrainer
 from llm2clip.trainers.run_text_tower import add_lora, load_text_tower, prepare
 from llm2clip.utils.locks import exclusive
@@ -31,8 +31,8 @@ def run(config: MNTPConfig, resume: bool = False) -> dict[str, Any]:
     options = loading_options(config.dtype, config.attn_implementation, revision)
     language_model: Any = AutoModelForCausalLM.from_pretrained(name, **options)
     plain_tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    texts = distinct_captions([CaptionSource.from_dict(source) for source in config.sources])
-    dataset = TokenBlocks(texts, plain_tokenizer, config.block_size)
+    tokens = source_tokens([CaptionSource.from_dict(source) for source in config.sources], plain_tokenizer)
+    dataset = TokenBlocks(tokens, config.block_size)
     model, tokenizer = load_text_tower(config, decoder=language_model.base_model)
     add_lora(model, config)
     head = language_model.get_output_embeddings()
