@@ -141,3 +141,43 @@ def test_texts_with_equal_caption_id_are_not_a_pair() -> None:
     for index in range(0, len(dataset), 50):
         pair = dataset[SampleIndex(0, index)]
         assert caption_id(pair["anchor"]) != caption_id(pair["positive"])
+
+
+def test_random_negatives_are_texts_of_other_rows_and_groups(tmp_path: Path) -> None:
+    """As the original's third text: on the side of the positive, drawn anew in each epoch."""
+    columns = {
+        "short": [f"short {row}" for row in range(20)], "long": [f"long {row}" for row in range(20)],
+        "image": [row // 2 for row in range(20)],
+    }  # fmt: skip
+    fields = {"anchor_column": "short", "positive_column": "long", "group_column": "image", "symmetric": True}
+    dataset = PairDataset(table_source(tmp_path, columns, random_negative=True, **fields))
+    seen = set()
+    for epoch in range(60):
+        pair = dataset[SampleIndex(epoch, 6)]
+        side, row = pair["negative"].split()
+        assert side == pair["positive"].split()[0]
+        seen.add(int(row))
+    assert seen == set(range(20)) - {6, 7}
+    assert dataset[SampleIndex(2, 6)] == dataset[SampleIndex(2, 6)]
+    assert dataset[6]["negative"] == dataset[6]["negative"] is not None
+    one_group = columns | {"image": [0] * 20}
+    alone = PairDataset(table_source(tmp_path, one_group, "group", random_negative=True, **fields))
+    with pytest.raises(ValueError, match="hardly any row without a text or group of row 3; turn random_negative off"):
+        alone[3]
+    with pytest.raises(ValueError, match="has a negative_column; remove it or random_negative"):
+        PairSource("a.jsonl", anchor_column="q", positive_column="p", negative_column="n", random_negative=True)
+
+
+def test_instructions_are_looked_up_by_the_name_of_the_data_set(tmp_path: Path) -> None:
+    columns = {"query": ["a", "b"], "positive": ["c", "d"]}
+    fields = {"anchor_column": "query", "positive_column": "positive", "instruction_table": "e5"}
+    expected = "Given a question, retrieve Wikipedia passages that answer the question; "
+    for name, label in (("nq", None), ("other", "miracl")):
+        pair = PairDataset(table_source(tmp_path, columns, name, label=label, **fields))[0]
+        assert (pair["instruction"], pair["positive_instruction"]) == (expected, None)
+    with pytest.raises(ValueError, match="has no data set 'pairs'; set `label` to one of allnli_split1"):
+        PairSource("pairs.jsonl", **fields)
+    with pytest.raises(ValueError, match="must be one of e5, not 'e6'"):
+        PairSource("nq.jsonl", **{**fields, "instruction_table": "e6"})
+    with pytest.raises(ValueError, match="either instruction or instruction_table"):
+        PairSource("nq.jsonl", instruction="Find: ", **fields)

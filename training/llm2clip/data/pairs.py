@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
+from llm2clip.data.instructions import InstructionTable, instruction_from
 from llm2clip.data.records import caption_id, column_texts, column_value
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
 from llm2clip.data.shared_files import shared_file, table_identity
@@ -31,6 +32,8 @@ from llm2clip.data.sources import (
 )
 
 logger = logging.getLogger(__name__)
+# Rows that are drawn before a source counts as one without a random negative.
+NEGATIVE_ATTEMPTS = 100
 
 # What the keys of a row depend on; raise the version when they are computed in another way.
 KEY_SETTINGS = ("anchor_column", "positive_column", "negative_column", "group_column", "caption_columns")
@@ -55,7 +58,11 @@ class PairSource(Source):
         weight: Share of batches from this source, relative to the other sources. Set it for all sources or for none;
             by default, each source contributes in proportion to its size.
         instruction: Text before the anchor; context that is not pooled.
+        instruction_table: Instead of `instruction`: `e5` looks it up by the label, or the file name (`nq.jsonl`).
         positive_instruction: Text before positive and negative.
+        random_negative: Give every row a negative as the original code does: the positive of another row, drawn anew
+            in each epoch, of another group and without a text of this row. By chance it can be a text of a third row
+            of the batch.
         symmetric: Swap anchor and positive at random.
         label: Name in messages and samples; by default the file name.
 
@@ -70,7 +77,9 @@ class PairSource(Source):
     caption_columns: list[str] | None = None
     weight: float | None = None
     instruction: str | None = None
+    instruction_table: InstructionTable | None = None
     positive_instruction: str | None = None
+    random_negative: bool = False
     symmetric: bool = False
     label: str | None = None
 
@@ -83,8 +92,24 @@ class PairSource(Source):
             )
         if self.caption_columns and self.negative_column:
             raise ValueError(f"The pair source {self.path} cannot have a negative_column with caption_columns.")
+        if self.random_negative and self.negative_column:
+            raise ValueError(f"The pair source {self.path} has a negative_column; remove it or random_negative.")
+        if self.instruction_table and self.instruction is not None:
+            raise ValueError(f"The pair source {self.path} needs either instruction or instruction_table.")
+        self.find_instruction()
         if self.weight is not None and self.weight <= 0:
             raise ValueError(f"The weight of {self.path} must be positive, not {self.weight}.")
+
+    @property
+    def base_label(self) -> str:
+        """The label, or the file name without its ending."""
+        return self.label or os.path.basename(self.path.rstrip("/\\")).split(".")[0]
+
+    def find_instruction(self) -> str | None:
+        """Return the instruction of anchors, looked up if there is a table; ValueError if the table lacks it."""
+        if self.instruction_table is None:
+            return self.instruction
+        return instruction_from(self.instruction_table, self.base_label)
 
     @property
     def columns(self) -> list[str]:
@@ -192,20 +217,39 @@ class PairTable:
             both = itertools.product(texts.anchors, texts.positives)
             pairs = [pair for pair in both if caption_id(pair[0]) != caption_id(pair[1])]
             anchor, positive = pairs[0] if generator is None else generator.choice(pairs)
-        if generator is not None and source.symmetric and generator.random() < 0.5:
+        swapped = generator is not None and source.symmetric and generator.random() < 0.5
+        if swapped:
             anchor, positive = positive, anchor
         negative = next(iter(texts.negatives), None)
         if texts.negatives and generator is not None:
             negative = generator.choice(texts.negatives)
+        if source.random_negative:
+            negative = self._random_negative(index, stable_seed(-1 if seed is None else seed, "negative"), swapped)
         return {
             "anchor": anchor,
             "positive": positive,
             "negative": negative,
-            "instruction": source.instruction,
+            "instruction": source.find_instruction(),
             "positive_instruction": source.positive_instruction,
             "source": self.label,
             "key": f"{self.label}:{self.rows[index]}",
         }
+
+    def _random_negative(self, index: int, seed: int, swapped: bool) -> str:
+        generator = random.Random(seed)
+        own = set(self._own(index))
+        for _ in range(NEGATIVE_ATTEMPTS):
+            other = generator.randrange(len(self))
+            if own.isdisjoint(self._own(other)):
+                texts = self._texts(self.table[int(self.rows[other])])
+                return generator.choice(texts.anchors if swapped else texts.positives)
+        raise ValueError(
+            f"{self.label} has hardly any row without a text or group of row {self.rows[index]}; turn random_negative "
+            "off."
+        )
+
+    def _own(self, index: int) -> list[int]:
+        return self.own_keys[self.own_starts[index] : self.own_starts[index + 1]].tolist()
 
 
 class PairDataset(ConcatenatedTables):
@@ -228,7 +272,7 @@ class PairDataset(ConcatenatedTables):
         self.seed = seed
         tables: dict[str, PairTable] = {}
         for source in self.sources:
-            base = source.label or os.path.basename(source.path.rstrip("/\\")).split(".")[0]
+            base = source.base_label
             numbered = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
             label = next(name for name in numbered if name not in tables)
             tables[label] = PairTable(source, _load(source), label)
