@@ -13,7 +13,18 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .compatibility_llm2clip import VERSION, with_version_4_rope, without_version_4_rope
 
+# An integer, because transformers rejects layers with sliding attention that have no window.
+WHOLE_CAPTION = 2**30
+WINDOW_FIELDS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 POOLING_MODES = ("mean", "weighted_mean", "last_token", "eos_token", "bos_token")
+
+
+def lift_windows(holder: Any) -> None:
+    """Let a config, or a layer of a decoder, attend to whole captions instead of a sliding window, in place."""
+    for name in WINDOW_FIELDS:
+        window = vars(holder).get(name)
+        if isinstance(window, int) and window > 0:
+            setattr(holder, name, WHOLE_CAPTION)
 
 
 def _as_config(config: PretrainedConfig | dict[str, Any] | None, default_type: str | None = None) -> Any:
@@ -122,6 +133,8 @@ class LLM2CLIPTextConfig(PretrainedConfig):
         prompt_token_ids: Tokens of an empty caption, used to verify that a tokenizer adds the prompt.
         fingerprint: Hash of the weights, prompt and pooling, written when the tower is saved.
         bidirectional: Whether every token attends to the whole caption; `False` for a causal baseline.
+        verified_attention: Attention implementations (`mask` for eager and sdpa) with which a probe found that the
+            decoder reads a caption in both directions and apart from its neighbours. A tower without it is probed.
     """
 
     model_type = "llm2clip_text_model"
@@ -139,6 +152,7 @@ class LLM2CLIPTextConfig(PretrainedConfig):
         prompt_token_ids: list[int] | None = None,
         fingerprint: str | None = None,
         bidirectional: bool = True,
+        verified_attention: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if pooling not in POOLING_MODES:
@@ -148,6 +162,8 @@ class LLM2CLIPTextConfig(PretrainedConfig):
         # Respected by every attention implementation of transformers >= 5.2, and read from config.json by other tools.
         self.decoder_config.is_causal = not bidirectional
         self.decoder_config.use_cache = False
+        if bidirectional:
+            lift_windows(self.decoder_config)
         self.pooling = pooling
         self.prompt_prefix = prompt_prefix
         self.prompt_suffix = prompt_suffix
@@ -156,6 +172,7 @@ class LLM2CLIPTextConfig(PretrainedConfig):
         self.prompt_token_ids = prompt_token_ids
         self.fingerprint = fingerprint
         self.bidirectional = bidirectional
+        self.verified_attention = verified_attention
         super().__init__(**kwargs)
 
     @property

@@ -24,6 +24,7 @@ from .merging_llm2clip import merged_weights  # noqa: F401
 from .modeling_eva02 import EVA02VisionModel  # noqa: F401
 from .modeling_llm2clip_packing import PackedBatch  # noqa: F401
 from .modeling_llm2clip_pairing import LLM2CLIPPairedModel
+from .modeling_llm2clip_probe import verify_decoder  # noqa: F401
 from .modeling_llm2clip_text import LLM2CLIPTextModel
 from .modeling_llm2clip_utils import (
     absolute_path,

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .identity_llm2clip import is_earlier_rule
+from .modeling_llm2clip_probe import verify_decoder
 from .modeling_llm2clip_text import LLM2CLIPTextModel
 from .modeling_llm2clip_utils import HUB_ARGUMENTS, absolute_path, adopt_submodel, execution_device
 from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel
@@ -107,6 +108,8 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
             else:
                 shared = {key: own[key] for key in SHARED_ARGUMENTS if own.get(key) is not None}
             model.load_text_model(**{**shared, **different})
+        if together and model.text_model is not None:
+            verify_decoder(model.text_model, saved=True)
         weights_stay = not text_model or not model.text_model.has_readable_weights
         if bundled and weights_stay:
             # Record their location for load_text_model() and for the next save_pretrained().

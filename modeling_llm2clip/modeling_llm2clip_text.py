@@ -30,6 +30,7 @@ from .modeling_llm2clip_packing import (
     padded_mask,
     takes_additive_mask,
 )
+from .modeling_llm2clip_probe import lift_windows_of_layers, verify_decoder
 from .modeling_llm2clip_utils import (
     adopt_submodel,
     encode_tokens,
@@ -71,6 +72,10 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             decoder.config.is_causal = not config.bidirectional
             avoid_sdpa_without_softcap(decoder.config)
         config.decoder_config = self.decoder.config
+        if decoder is not None:
+            if config.bidirectional:
+                lift_windows_of_layers(decoder)
+            verify_decoder(self)
 
     @classmethod
     def from_decoder(
@@ -86,6 +91,10 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             decoder: Repository id, folder, or a base model (`AutoModel`, without a language-modelling head).
             decoder_kwargs: Passed to `AutoModel.from_pretrained`.
             config_fields: Fields of [`LLM2CLIPTextConfig`].
+
+        Raises:
+            ValueError: The LLM cannot be a text tower: a probe with a few tokens found that captions would not be read
+                in both directions, or not apart from padding and neighbours. Not probed on the meta device.
         """
         model: Any = decoder
         if not isinstance(decoder, PreTrainedModel):
@@ -110,7 +119,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             default_config: Prompt and pooling if the repository has none (a plain LLM, an adapter alone).
 
         Raises:
-            ValueError: Weights of the LLM are missing.
+            ValueError: Weights of the LLM are missing, or it cannot be a text tower (probed unless the config records
+                the verdict, or the tower's type is one that tests compare with the original code).
         """
         # AutoModel replaces the name of an adapter with that of its base model, which lacks the prompt.
         adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
@@ -145,8 +155,16 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         else:
             model = cls.from_decoder(name, decoder_kwargs=kwargs)
             if config := config or default_config:
-                model = cls(copy.deepcopy(config), decoder=model.decoder)
+                model = cls._around(model, config)
+        verify_decoder(model, saved=True)
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _around(cls, tower: LLM2CLIPTextModel, config: LLM2CLIPTextConfig) -> LLM2CLIPTextModel:
+        """Give the decoder of a tower another prompt and pooling."""
+        config = copy.deepcopy(config)
+        config.verified_attention = config.verified_attention or tower.config.verified_attention
+        return cls(config, decoder=tower.decoder)
 
     @classmethod
     def _from_adapter(cls, name: str, config: LLM2CLIPTextConfig | None, kwargs: dict[str, Any]) -> LLM2CLIPTextModel:
@@ -163,7 +181,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         # The base model may be a text tower too, with its own weights or its own adapter.
         base = cls.from_pretrained(adapter.base_model_name_or_path, **base_kwargs)
         base.merge_adapter()
-        model = cls(copy.deepcopy(config or base.config), decoder=base.decoder)
+        model = cls._around(base, config or base.config)
         model.decoder = peft.PeftModel.from_pretrained(base.decoder, name, **hub)
         return model
 
@@ -237,6 +255,11 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         """Return the fingerprint of the weights, or the recorded one if the dtype changes it (float16, quantised)."""
         readable = self.get_input_embeddings().weight.dtype in (torch.float32, torch.bfloat16)
         return (self.fingerprint() if readable else None) or self.config.fingerprint
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Change the attention implementation; ValueError if the decoder cannot be a text tower with it."""
+        super().set_attn_implementation(*args, **kwargs)
+        verify_decoder(self, saved=True)
 
     def forward(
         self,

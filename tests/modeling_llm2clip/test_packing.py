@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModel
 from transformers import modeling_flash_attention_utils as flash_utils
 
+from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_packing import PackedBatch, assign_rows
 from tests.modeling_llm2clip import tiny
 
@@ -221,9 +223,11 @@ def test_flash_attention_gets_captions_in_a_single_row(model_type: str, side: st
     torch.testing.assert_close(packed.pooler_output, padded.pooler_output, atol=2e-5, rtol=1e-4)
 
 
-def test_flash_attention_equals_sdpa_in_embeddings_and_gradients(flash: FlashOnCPU) -> None:
+@pytest.mark.parametrize("model_type", list(tiny.DECODERS))
+def test_flash_attention_equals_sdpa_in_embeddings_and_gradients(model_type: str, flash: FlashOnCPU) -> None:
+    """Some of these decoders have a sliding window, which is shorter than some of the captions."""
     inputs, gradients, pooled = batch("left"), [], []
-    models = with_flash(), tiny.text_model(num_prefix_tokens=0)
+    models = with_flash(model_type), tiny.text_model(model_type, num_prefix_tokens=0)
     models[1].load_state_dict(models[0].state_dict())
     for model in models:
         pooled.append(model(**inputs).pooler_output)
@@ -245,8 +249,22 @@ def test_flex_attention_separates_captions(model_type: str, side: str) -> None:
     # Without compiling, which takes minutes on a CPU.
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
         packed, cost = tokens_of_decoder(model, inputs)
+        padded = model(**inputs, output_hidden_states=True)
     assert cost < 0.5 * inputs["input_ids"].numel()
-    torch.testing.assert_close(packed.pooler_output, expected(**inputs).pooler_output, atol=2e-5, rtol=1e-4)
+    for found in (packed, padded):
+        torch.testing.assert_close(found.pooler_output, expected(**inputs).pooler_output, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gemma2", "gemma3_text"])
+def test_the_window_of_a_plain_llm_is_lifted(model_type: str, flash: FlashOnCPU) -> None:
+    decoder = AutoModel.from_config(tiny.decoder_config(model_type))
+    model = LLM2CLIPTextModel.from_decoder(decoder).eval()
+    expected = model(**batch("left")).pooler_output
+    decoder.config._attn_implementation_internal = "flash_attention_2"
+    torch.testing.assert_close(model(**batch("left")).pooler_output, expected, atol=2e-5, rtol=1e-4)
+    assert flash.sequences
+    causal = LLM2CLIPTextConfig(decoder_config=tiny.decoder_config(model_type), bidirectional=False)
+    assert causal.decoder_config.sliding_window == 4
 
 
 def test_a_nearly_full_batch_is_not_packed() -> None:

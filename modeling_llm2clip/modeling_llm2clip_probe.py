@@ -1,0 +1,200 @@
+"""A check of decoders: does every caption reach all of its tokens, and nothing but its own?
+
+Decoders with recurrent, convolutional or linear-attention layers, and decoders that make their own causal mask, accept
+the inputs of a text tower but give wrong embeddings. What a decoder does with a few tokens tells them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .configuration_llm2clip import lift_windows
+from .modeling_llm2clip_packing import IS_CAUSAL_COUNTS, takes_additive_mask
+from .modeling_llm2clip_utils import execution_device
+
+# 1 - cosine of the states alone and in a batch that rounding explains; a real 30-layer LLM has 3e-9 in float32.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 1e-2}
+# Largest effect of a foreign token, as a share of that of a caption's own. It is 0 but for the rounding of some MoEs.
+LEAKS = {torch.float32: 5e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
+# Least relative change of states that see another token.
+REACTION = 1e-4
+CAPTION_TOKENS = 6
+# Towers of these types that were saved without a verdict are trusted: tests compare them with the original code.
+COMPARED_TYPES = ("gemma", "llama", "mistral", "phi3", "qwen2")
+LAYER_FIELDS = ("layer_types", "layers_block_type", "block_types", "hybrid_override_pattern")
+WORKING = "llama, qwen2, qwen3, mistral, gemma3_text or phi3"
+
+
+def lift_windows_of_layers(decoder: nn.Module) -> None:
+    """Let every token attend to the whole caption where the mask does not decide it: in flash attention, in place."""
+    for holder in (decoder.config, *decoder.modules()):
+        lift_windows(holder)
+
+
+def attention_kind(decoder: Any) -> str:
+    """Return the name under which the verdict on a decoder's attention implementation is remembered."""
+    return "mask" if takes_additive_mask(decoder) else decoder.config._attn_implementation
+
+
+def verify_decoder(tower: Any, saved: bool = False) -> None:
+    """Probe the decoder of a text tower with the attention it uses now, and remember the verdict in `tower.config`.
+
+    Nothing happens if the verdict is known, if the tower is causal, or if the weights are not here yet.
+
+    Args:
+        tower: An `LLM2CLIPTextModel` with weights.
+        saved: Whether the tower comes from a checkpoint; see `COMPARED_TYPES`.
+
+    Raises:
+        ValueError: The decoder cannot be a text tower.
+    """
+    decoder, config = tower.decoder, tower.config
+    kind, verified = _kind_here(tower), config.verified_attention or []
+    if not config.bidirectional or kind in verified or not _is_probeable(decoder):
+        return
+    if saved and config.decoder_config.model_type in COMPARED_TYPES:
+        return
+    used = decoder.config._attn_implementation
+    here = "eager" if kind == "mask" and not takes_additive_mask(decoder) else used
+    with _undisturbed(tower), _attention(decoder, here):
+        found = _fault(tower)
+    if found is None:
+        return
+    fault, error = found
+    if fault:
+        raise ValueError(_refusal(decoder.config, fault)) from error
+    config.verified_attention = [*verified, kind]
+
+
+def _kind_here(tower: Any) -> str:
+    """Return what to probe: the kind in use, or `mask` if the kind in use cannot run on this device or dtype."""
+    kind, dtype = attention_kind(tower.decoder), tower.get_input_embeddings().weight.dtype
+    anywhere = kind in ("mask", "flex_attention")
+    runs = execution_device(tower).type != "cpu" and dtype in (torch.float16, torch.bfloat16)
+    return kind if anywhere or runs else "mask"
+
+
+def _is_probeable(decoder: Any) -> bool:
+    """Whether a forward pass is possible: weights are here (not on the meta device or partitioned) and not causal."""
+    weight = decoder.get_input_embeddings().weight
+    is_here = not weight.is_meta or getattr(decoder, "hf_device_map", None) is not None
+    return is_here and weight.numel() > 0 and (takes_additive_mask(decoder) or IS_CAUSAL_COUNTS)
+
+
+@contextmanager
+def _undisturbed(tower: nn.Module) -> Iterator[None]:
+    """Run without gradients, dropout, autocast and compilation, and leave training mode and random numbers alone."""
+    device = execution_device(tower)
+    training = [module for module in tower.modules() if module.training]
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        # FlexAttention would be compiled for a few tokens.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        tower.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+@contextmanager
+def _attention(decoder: Any, implementation: str) -> Iterator[None]:
+    used = decoder.config._attn_implementation
+    decoder.config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        decoder.config._attn_implementation = used
+
+
+def _fault(tower: Any) -> tuple[str, Exception | None] | None:
+    """Return what is wrong, "" if nothing is, or None if the weights say nothing (all zero, as on some FSDP ranks)."""
+    embeddings = tower.get_input_embeddings()
+    ids = _token_ids(embeddings, tower.config.decoder_config)
+    caption, changed = ids[:CAPTION_TOKENS], torch.cat([ids[: CAPTION_TOKENS - 1], ids[-1:]])
+    neighbours = ids[CAPTION_TOKENS:-1]
+    try:
+        alone, other = (_states(tower, [tokens]) for tokens in (caption, changed))
+        if not alone.isfinite().all() or not _change(other[-1:], alone[-1:]) > REACTION:
+            return None
+        reaction = _change(other[:-1], alone[:-1])
+        if reaction <= REACTION:
+            return "a caption's first tokens do not see its last one", None
+        found: dict[str, list[Tensor]] = {
+            "its neighbour in a row": [],
+            "padding": [],
+            "the attention implementation": [],
+        }
+        for tokens in (neighbours, neighbours.flip(0)):
+            # These three are packed into two rows, the caption last; two captions of similar length are padded.
+            row = [*tokens.split(2 * CAPTION_TOKENS), caption]
+            found["its neighbour in a row"].append(_states(tower, row))
+            found["padding"].append(_states(tower, [tokens[: CAPTION_TOKENS + 2], caption], padding=tokens[0]))
+        # Flash attention, for instance, leaves out the attention sinks that some decoders have.
+        if not takes_additive_mask(tower.decoder):
+            with _attention(tower.decoder, "eager"):
+                found["the attention implementation"].append(_states(tower, [caption]))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        shown = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return f"it cannot run with a mask of captions ({shown})", error
+    dtype = _precision(embeddings.weight.dtype)
+    for what, states in found.items():
+        leak = max((_change(one, states[0]) / reaction for one in states), default=0.0)
+        cosines = [float(F.cosine_similarity(one.flatten(), alone.flatten(), dim=0)) for one in states]
+        apart = 1 - min(cosines, default=1.0)
+        if not (leak <= LEAKS[dtype] and apart <= TOLERANCES[dtype]):
+            return f"a caption's states depend on {what} (by 1 - cosine = {apart:.2g})", None
+    return "", None
+
+
+def _token_ids(embeddings: Any, config: Any) -> Tensor:
+    """Return the ids of a caption, of two neighbours, and of a token that replaces the caption's last one."""
+    special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    ids = [index for index in range(embeddings.weight.shape[0]) if index not in special]
+    count = CAPTION_TOKENS + 3 * CAPTION_TOKENS + 1
+    return torch.tensor([ids[(7 + 13 * place) % len(ids)] for place in range(count)])
+
+
+def _states(tower: Any, captions: list[Tensor], padding: Tensor | None = None) -> Tensor:
+    """Return the float64 states of the last caption's tokens on the CPU, from one pass for all; padding is left."""
+    width = max(map(len, captions))
+    lengths = torch.tensor([len(tokens) for tokens in captions])
+    mask = torch.arange(width).flip(0) < lengths[:, None]
+    ids = torch.full(mask.shape, 0 if padding is None else int(padding)).masked_scatter(mask, torch.cat(captions))
+    device = execution_device(tower)
+    states = tower(input_ids=ids.to(device), attention_mask=mask.long().to(device)).last_hidden_state
+    return states[-1].double().cpu()[mask[-1]]
+
+
+def _change(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def _precision(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype whose rounding to expect: bfloat16 for quantised weights, whose precision is not known."""
+    shortened = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return dtype if dtype in TOLERANCES and not shortened else torch.bfloat16
+
+
+def _refusal(config: Any, fault: str) -> str:
+    named = next((value for name in LAYER_FIELDS if (value := getattr(config, name, None))), None)
+    layers = f" (layers: {', '.join(dict.fromkeys(map(str, named)))})" if named is not None else ""
+    attention = config._attn_implementation
+    other = "" if attention in ("eager", "sdpa") else "attn_implementation='sdpa', or "
+    return (
+        f"{config.model_type}{layers} with {attention} attention cannot be a text tower: {fault}. A text tower needs "
+        "a decoder whose layers are all attention and follow the mask that they are given; recurrent, convolutional "
+        f"and linear-attention layers carry states from token to token. Use {other}another LLM, such as {WORKING}; "
+        "docs/models.md lists all types."
+    )

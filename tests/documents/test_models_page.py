@@ -1,0 +1,29 @@
+"""The table of decoders in docs/models.md."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from transformers import __version__
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "models.md").read_text(encoding="utf-8")
+MADE = runpy.run_path(str(DOCS / "make_models.py"))
+ROWS = dict(re.findall(r"^\| `([\w-]+)` \| [\w, ]*\| (works|refused: .+) \|$", PAGE, re.MULTILINE))
+
+
+@pytest.mark.skipif(f"The types of transformers {__version__}," not in PAGE, reason="made with other transformers")
+def test_the_table_has_every_type_once() -> None:
+    untried = re.search(r"^Not tried, since .*: (.*)\.$", PAGE, re.MULTILINE)
+    assert untried is not None
+    names = [*ROWS, *re.findall(r"`([\w-]+)`", untried[1])]
+    assert sorted(names) == MADE["types"](), "run `python docs/make_models.py`"
+    assert len(ROWS) > 100
+
+
+@pytest.mark.parametrize("name", ["bloom", "gemma3_text", "llama", "lfm2", "mamba", "mistral", "qwen3", "qwen3_next"])
+def test_rows_are_true(name: str) -> None:
+    assert MADE["verdict"](name) == ROWS[name]
