@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from accelerate import skip_first_batches
@@ -9,7 +10,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
 from llm2clip.data import SampleIndex, SampleIndexBatchSampler
-from llm2clip.data.sampling import EpochDataset, stable_seed
+from llm2clip.data.sampling import EpochDataset, OneSourceBatchSampler, stable_seed
 
 
 class Echo(EpochDataset):
@@ -106,3 +107,44 @@ def test_sampling_does_not_change_the_global_random_state() -> None:
     state = torch.get_rng_state()
     list(SampleIndexBatchSampler(Echo(40), 4))
     assert torch.equal(state, torch.get_rng_state())
+
+
+class Sources(Echo):
+    """Returns the requested index of sources of the given sizes."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(sum(sizes))
+        self.starts = np.cumsum([0, *sizes])
+
+
+def test_batches_of_one_source_are_in_proportion_to_its_size() -> None:
+    sampler = OneSourceBatchSampler(Sources(41, 20, 83), 4, seed=3)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        batches = [[index.index for index in batch] for batch in sampler]
+        assert len(batches) == len(sampler) == 10 + 5 + 20
+        sources = [{int(np.searchsorted([41, 61], index, side="right")) for index in batch} for batch in batches]
+        assert [sources.count({number}) for number in range(3)] == [10, 5, 20]
+        samples = [index for batch in batches for index in batch]
+        assert len(set(samples)) == len(samples)
+        orders.append((samples, sources))
+    assert orders[0] == orders[2]
+    assert orders[0][1] != orders[1][1] != sorted(orders[1][1], key=min)
+    whole = OneSourceBatchSampler(Sources(9, 8), 4, drop_last=False)
+    assert sorted(index.index for batch in whole for index in batch) == list(range(17))
+    assert len(list(whole)) == len(whole) == 5
+
+
+def test_one_and_two_ranks_have_the_same_batches_of_one_source() -> None:
+    one = list(OneSourceBatchSampler(Sources(41, 20), 8))
+    two = list(OneSourceBatchSampler(Sources(41, 20), 4, num_replicas=2))
+    assert [two[i] + two[i + 1] for i in range(0, len(two), 2)] == one
+    assert len(OneSourceBatchSampler(Sources(41, 20), 4, num_replicas=2)) == len(two) == 14
+
+
+def test_a_source_smaller_than_a_global_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Source 2 of 2 has 7 rows, .* of 8, .* Use mixing: all_sources"):
+        OneSourceBatchSampler(Sources(41, 7), 4, num_replicas=2)
+    with pytest.raises(ValueError, match="drop_last=False needs a single rank"):
+        OneSourceBatchSampler(Sources(41, 7), 4, num_replicas=2, drop_last=False)

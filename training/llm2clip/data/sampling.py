@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
@@ -160,3 +161,50 @@ class SampleIndexBatchSampler(EpochBatchSampler):
         order = order[: self._num_samples()]
         for start in range(0, len(order), self.global_batch_size):
             yield order[start : start + self.global_batch_size]
+
+
+class OneSourceBatchSampler(EpochBatchSampler):
+    """Batches of one source each, in proportion to the sizes of the sources and in random order.
+
+    Every epoch has all full batches of each source, each of a new permutation. See [`EpochBatchSampler`] for the
+    arguments and for how ranks share a global batch. With `drop_last=False`, which needs a single rank, the last batch
+    of each source may be short.
+
+    Args:
+        dataset: A data set of several sources, which has `starts`; see [`ConcatenatedTables`].
+
+    Raises:
+        ValueError: If a source does not fill a global batch, or `drop_last` is False with several ranks.
+    """
+
+    def __init__(
+        self, dataset: EpochDataset, batch_size: int, num_replicas: int = 1, seed: int = 0, drop_last: bool = True
+    ) -> None:
+        super().__init__(dataset, batch_size, num_replicas, seed, drop_last)
+        if not drop_last and num_replicas > 1:
+            raise ValueError("drop_last=False needs a single rank, because ranks would get batches of different size.")
+        starts = cast(Any, dataset).starts.tolist()
+        self._parts = list(itertools.pairwise(starts))
+        sizes = [stop - start for start, stop in self._parts]
+        if drop_last and min(sizes) < self.global_batch_size:
+            raise ValueError(
+                f"Source {sizes.index(min(sizes)) + 1} of {len(sizes)} has {min(sizes)} rows, fewer than one global "
+                f"batch of {self.global_batch_size}, and each batch comes from one source. Use mixing: all_sources or "
+                "a smaller batch size."
+            )
+
+    def __len__(self) -> int:
+        """Number of batches of all ranks together; the same in every epoch."""
+        sizes = [stop - start for start, stop in self._parts]
+        full = self.num_replicas * sum(size // self.global_batch_size for size in sizes)
+        return full + (0 if self.drop_last else sum(size % self.global_batch_size > 0 for size in sizes))
+
+    def global_batches(self, epoch: int) -> Iterator[np.ndarray]:
+        """Yield the sample indices of each global batch of an epoch."""
+        batches: list[np.ndarray] = []
+        for number, (start, stop) in enumerate(self._parts):
+            order = np.random.default_rng(stable_seed(self.seed, epoch, number)).permutation(np.arange(start, stop))
+            end = len(order) - (len(order) % self.global_batch_size if self.drop_last else 0)
+            batches += [order[i : i + self.global_batch_size] for i in range(0, end, self.global_batch_size)]
+        turns = np.random.default_rng(stable_seed(self.seed, "turns", epoch)).permutation(len(batches))
+        return (batches[turn] for turn in turns)

@@ -109,7 +109,11 @@ class StageTrainer(PushingTrainer):
 
     def batch_sampler(self) -> EpochBatchSampler:
         """Make the batch sampler of this package's map-style data sets, for all processes."""
-        return type(self).sampler_class(
+        return self.make_sampler(type(self).sampler_class)
+
+    def make_sampler(self, sampler_class: Callable[..., EpochBatchSampler]) -> EpochBatchSampler:
+        """Make a batch sampler of a class, for all processes."""
+        return sampler_class(
             self.train_dataset,
             self.args.per_device_train_batch_size,
             num_replicas=self.accelerator.num_processes,

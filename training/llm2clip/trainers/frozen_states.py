@@ -110,6 +110,11 @@ class FrozenStatesDataset(EpochDataset):
             write_json(self.folder / MANIFEST, {"skipped": skipped})
         state.wait_for_everyone()
 
+    @property
+    def starts(self) -> np.ndarray:
+        """See [`ConcatenatedTables`]."""
+        return self.captions.starts
+
     def __len__(self) -> int:
         return len(self.captions)
 

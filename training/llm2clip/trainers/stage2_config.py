@@ -33,6 +33,11 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     sources: list[dict[str, Any]] = setting(
         [], "Training data: a list of CaptionSource mappings. A streamed source must be the only one."
     )
+    mixing: Literal["one_source", "all_sources"] = setting(
+        "one_source",
+        "Batches of several sources. one_source: the rows of a step come from one of them, in proportion to their "
+        "sizes, as in the original code; all_sources: from all of them, each other's negatives.",
+    )
     eval_sources: dict[str, Any] = setting(
         {}, "Image-text retrieval sets to evaluate: a mapping from a name to CaptionSource fields."
     )

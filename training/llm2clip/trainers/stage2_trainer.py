@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import EvalPrediction, PreTrainedModel, SchedulerType, TrainerCallback
 
 from llm2clip.data import SkipLog, Stage2Collator
+from llm2clip.data.sampling import EpochBatchSampler, OneSourceBatchSampler
 from llm2clip.evaluation import ImageTextRetrieval, retrieval_metrics
 from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
@@ -87,6 +88,12 @@ class Stage2Trainer(StageTrainer):
 
     def default_collator(self, model: Any, args: Any, processing_class: Any) -> Stage2Collator:
         return Stage2Collator(processor=processing_class)
+
+    def batch_sampler(self) -> EpochBatchSampler:
+        several = len(getattr(self.train_dataset, "starts", ())) > 2
+        if several and self.args.mixing == "one_source":
+            return self.make_sampler(OneSourceBatchSampler)
+        return super().batch_sampler()
 
     def eval_labels(self, inputs: dict[str, Any], num_rows: int) -> Any:
         if "caption_ids" not in inputs:
