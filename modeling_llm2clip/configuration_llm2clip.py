@@ -119,7 +119,18 @@ class EVA02VisionConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class LLM2CLIPTextConfig(PretrainedConfig):
+class _AbsoluteNames:
+    """Makes names of local folders absolute when they are set, so that the form alone tells a Hub id later."""
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key == "_name_or_path":
+            value = _absolute_name(value)
+        elif isinstance(value, PretrainedConfig):
+            value._name_or_path = _absolute_name(value._name_or_path)
+        super().__setattr__(key, value)
+
+
+class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
     """Configuration of [`LLM2CLIPTextModel`]: the decoder's config, the prompt and the pooling.
 
     Args:
@@ -186,7 +197,7 @@ class LLM2CLIPTextConfig(PretrainedConfig):
         return _without_local_names(output)
 
 
-class LLM2CLIPConfig(PretrainedConfig):
+class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
     """Configuration of [`LLM2CLIPModel`].
 
     Args:
@@ -263,8 +274,10 @@ def _without_local_names(fields: dict[str, Any]) -> dict[str, Any]:
     for key, value in fields.items():
         if isinstance(value, dict):
             kept[key] = _without_local_names(value)
-        elif key != "_name_or_path" or (
-            re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value or "") and not os.path.exists(value)
-        ):
+        elif key != "_name_or_path" or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value or ""):
             kept[key] = value
     return kept
+
+
+def _absolute_name(name: str | None) -> str:
+    return os.path.abspath(name) if name and os.path.exists(name) else name or ""

@@ -6,6 +6,7 @@ import copy
 import importlib
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .modeling_llm2clip_packing import (
 from .modeling_llm2clip_probe import lift_windows_of_layers, verify_decoder
 from .modeling_llm2clip_utils import (
     adopt_submodel,
+    apply_umask,
     encode_tokens,
     execution_device,
     hub_arguments,
@@ -196,12 +198,14 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         self.config.fingerprint = self.fingerprint(state_dict) or self.config.fingerprint
         if not self.has_adapter:
             super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+            apply_umask(*Path(save_directory).glob("*.safetensors"))
             return
         if kwargs.pop("push_to_hub", False):
             raise ValueError("an adapter is saved to a folder first; upload that folder.")
         if state_dict is not None:
             state_dict = {key.removeprefix("decoder."): value for key, value in state_dict.items()}
         self.decoder.save_pretrained(os.fspath(save_directory), state_dict=state_dict, is_main_process=is_main_process)
+        apply_umask(*Path(save_directory).glob("*.safetensors"))
         if is_main_process:
             if self._auto_class is not None:
                 custom_object_save(self, save_directory, config=self.config)  # type: ignore[arg-type]

@@ -33,6 +33,15 @@ def absolute_path(name: str | os.PathLike[str]) -> str:
     return os.fspath(Path(name).resolve()) if name and Path(name).exists() else os.fspath(name)
 
 
+def apply_umask(*files: Path) -> None:
+    """Give files that only their owner may read, as the safetensors library writes them, the mode of other files."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in files:
+        if path.stat().st_mode & 0o777 == 0o600:
+            path.chmod(0o666 & ~mask)
+
+
 def load_complete(load: Callable[..., Any], name: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """Call a `from_pretrained`, and raise ValueError for a checkpoint that would leave weights at random values.
 

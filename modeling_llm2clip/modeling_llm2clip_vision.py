@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .compatibility_llm2clip import VERSION, AttentionBackends
 from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_eva02 import EVA02VisionModel
-from .modeling_llm2clip_utils import hub_arguments, load_complete
+from .modeling_llm2clip_utils import apply_umask, hub_arguments, load_complete
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
@@ -70,6 +71,7 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
 
             self.config.custom_pipelines = custom_pipelines(with_text="text" in self.input_modalities)
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        apply_umask(*Path(save_directory).glob("*.safetensors"))
         if VERSION < (5, 0) and kwargs.get("is_main_process", True):
             # Version 4 records the dtype of the first parameter, which is logit_scale.
             self.config.dtype = self.dtype

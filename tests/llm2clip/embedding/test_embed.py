@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from llm2clip.embedding.cache_files import CacheMismatchError
 from llm2clip.embedding.embed import EmbedConfig, embed_into_cache, run
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.towers import describe_text_tower, open_text_tower
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.llm2clip.conftest import Inputs
 from tests.modeling_llm2clip import tiny
 
@@ -91,3 +94,27 @@ def test_a_plain_llm_has_the_header_of_its_name_and_takes_instructions(inputs: I
     assert not torch.allclose(found, cache.lookup(["a dog"]), atol=1e-2)
     with pytest.raises(CacheMismatchError, match="prompt_prefix"):
         run(replace(config, output_dir=str(tmp_path / "instructed")))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no umask")
+def test_weights_and_embeddings_have_the_mode_of_the_umask(inputs: Inputs, tmp_path: Path) -> None:
+    """The safetensors library writes files that only their owner can read."""
+    peft = pytest.importorskip("peft")
+    mask = os.umask(0o027)
+    try:
+        model, tokenizer = open_text_tower(inputs.text)
+        LLM2CLIPModel.from_vision_text_pretrained(inputs.vision, model, projection_dim=8).save_pretrained(
+            tmp_path / "a"
+        )
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+        adapted = LLM2CLIPTextModel(model.config, decoder=peft.get_peft_model(model.decoder, lora))
+        adapted.save_pretrained(tmp_path / "b")
+        adapted.merge_adapter()
+        adapted.save_pretrained(tmp_path / "c")
+        embedder = CaptionEmbedder(model, tokenizer)
+        embed_into_cache(["a dog"], embedder, str(tmp_path / "d"), "tower", EmbedConfig(), process_state())
+    finally:
+        os.umask(mask)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert [path.parent.name for path in files] == ["a", "b", "c", "d"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}

@@ -109,3 +109,17 @@ def test_what_changes_the_tokens_changes_the_identity(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
         seen.add(tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path)))
     assert len(seen) == 8
+
+
+@pytest.mark.parametrize("model_type", tiny.DECODERS)
+def test_files_of_every_decoder_give_the_identity_of_the_model(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.text_model(model_type).decoder.save_pretrained(tmp_path)
+    tiny.plain_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = open_text_tower(str(tmp_path))
+    save_text_tower(model, tokenizer, tmp_path / "tower")
+    monkeypatch.setattr(LLM2CLIPTextModel, "from_pretrained", loaded)
+    for name in (str(tmp_path), str(tmp_path / "tower")):
+        config, _ = describe_text_tower(name)
+        assert read_fingerprints(name, None, config)[0] == model.fingerprint() == model.config.fingerprint

@@ -30,6 +30,7 @@ from llm2clip.embedding.cache_files import (
 from llm2clip.utils.files import atomic_path
 from llm2clip.utils.progress import ProgressBar, progress_bar
 from modeling_llm2clip.identity_llm2clip import is_earlier_rule
+from modeling_llm2clip.modeling_llm2clip_utils import apply_umask
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ def build_embedding_cache(
             with atomic_path(folder / shard_name(number)) as temporary:
                 # A single entry of metadata: safetensors does not write several in a fixed order.
                 save_file(tensors, temporary, {"num_truncated": str(truncated)})
+                apply_umask(temporary)
     wait()
     if rank == 0 and (work or manifest.status != "complete"):
         _finish(folder, manifest)
