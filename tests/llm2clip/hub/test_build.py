@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from llm2clip import cli
 from llm2clip.convert.published import FOLDER, parameters, published_models
-from llm2clip.hub import build, new_process
+from llm2clip.hub import build, new_process, source_model
 from llm2clip.hub.cards.card import CARD, read_card
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.towers import save_text_tower
@@ -260,3 +261,21 @@ def test_overwrite_deletes_nothing_but_an_earlier_build(
     (tmp_path / "out" / "notes.txt").write_text("mine")
     refused(capsys, "(notes.txt); move them away", run_folder, tmp_path / "out", "--overwrite")
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_weights_are_freed_before_the_new_process_loads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.save(tmp_path / "model")
+    load, loaded, compare, places = SourceModel.load, [], source_model.compare_with_new_process, []
+
+    def loading(*arguments: Any) -> SourceModel:
+        loaded.append(load(*arguments))
+        return loaded[0]
+
+    def comparing(*arguments: Any, **options: Any) -> float:
+        places.extend(value.device.type for value in loaded[0].model.state_dict().values())
+        return compare(*arguments, **options)
+
+    monkeypatch.setattr(SourceModel, "load", loading)
+    monkeypatch.setattr(source_model, "compare_with_new_process", comparing)
+    run(tmp_path / "model", tmp_path / "out")
+    assert set(places) == {"meta"}

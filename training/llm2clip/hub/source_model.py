@@ -93,6 +93,8 @@ class SourceModel:
     def compare(self, folder: Path, picture: Image.Image, captions: Sequence[str]) -> float:
         """Load a folder in a new process without this package and compare its outputs with those of this model.
 
+        The weights of this model are freed before, so that the new process does not hold the model a second time.
+
         Returns:
             The largest difference, relative to the largest entry.
 
@@ -117,6 +119,7 @@ class SourceModel:
                 embeds = sample_llm_embeds(model.config.text_config.hidden_size)
                 expected["text"] = model.get_text_features(llm_embeds=embeds).pooler_output
                 loading["text_model"] = False
+        model.to("meta")
         return compare_with_new_process(folder, expected, picture if has_vision else None, texts, embeds, **loading)
 
 

@@ -129,6 +129,9 @@ class StageTrainer(PushingTrainer):
         """Save the trained model as a folder for the Hub; called in all processes."""
         raise NotImplementedError
 
+    def complete_result(self, output_dir: str | Path) -> None:
+        """Add to the saved model what takes long or much memory; called in all processes when all else is saved."""
+
     @staticmethod
     def retrieval_scores(prediction: EvalPrediction) -> dict[str, float | int]:
         """Compute retrieval metrics from the embeddings of `eval_dataset` and their [`eval_labels`]."""
@@ -302,6 +305,7 @@ class StageTrainer(PushingTrainer):
             metrics |= self.evaluate()
         self.save_state()
         self.create_model_card()
+        self.complete_result(str(self.args.output_dir))
         if self.args.push_to_hub:
             self.push_result()
         return metrics

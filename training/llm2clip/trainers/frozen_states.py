@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -18,20 +18,27 @@ from llm2clip.data import CaptionImageDataset, SampleIndex, SkippedSample
 from llm2clip.data.sampling import EpochDataset
 from llm2clip.embedding.image_batches import forward_images
 from llm2clip.trainers.frozen_layers import FrozenLayers
-from llm2clip.utils.files import write_json
+from llm2clip.utils.files import digest_json, read_json, write_json
+from llm2clip.utils.locks import folder_lock
 from llm2clip.utils.processes import process_state
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATES = "states.npy"
+# Fields of a tower's config that say where it is from and how it trains, not what it computes in evaluation.
+NOT_COMPUTED = ("_name_or_path", "transformers_version", "patch_dropout", "initializer_range")
+# Seconds to wait for another run that computes the same states: a week, or 20 minutes with several processes, of which
+# the others wait in a collective operation, which ends after 30 minutes by default.
+PATIENCE, PATIENCE_OF_SEVERAL = 7 * 24 * 3600.0, 20 * 60.0
 
 
 class FrozenStatesDataset(EpochDataset):
     """Captioned images whose pixels are replaced by the outputs of the frozen layers.
 
     These states are computed on first use, by all processes together, and stored in float16 in `folder`, in one
-    subfolder per combination of frozen weights, data and preprocessing, which later runs reuse.
+    subfolder per combination of frozen weights, data and preprocessing, which later runs reuse. Runs that need the
+    same states at the same time wait for the one that computes them.
 
     Args:
         captions: The data set without images, which draws the captions.
@@ -57,34 +64,38 @@ class FrozenStatesDataset(EpochDataset):
         if getattr(frozen.tower.config, "patch_dropout", 0):
             raise ValueError("patch_dropout does not work with frozen_states_dir; set it to 0.")
         self.captions = captions
-        identity = {
-            "layers": frozen.num_layers,
-            "weights": frozen.fingerprint(),
-            "data": [table._fingerprint for table in images.tables],
-            "image_processor": image_processor.to_dict(),
-            "on_error": images.make_sample.on_error,
-        }
-        if images.make_sample.eval_transform is not None and images.make_sample.eval_transform.backend != "exact":
-            identity["image_backend"] = images.make_sample.eval_transform.backend
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        self.folder = Path(folder) / digest
-        if (self.folder / MANIFEST).exists():
-            logger.info("reusing the outputs of the frozen layers in %s.", self.folder)
-        else:
-            self._build(images, frozen, batch_size, num_workers)
-        manifest = json.loads((self.folder / MANIFEST).read_text())
+        state = process_state()
+        # The first process decides for all, which may see the folder at different times.
+        found: list[Any] = [None, None]
+        with contextlib.ExitStack() as lock:
+            if state.is_main_process:
+                digest = digest_json(_identity(images, frozen, image_processor))
+                if not (Path(folder) / digest / MANIFEST).exists():
+                    patience = PATIENCE_OF_SEVERAL if state.num_processes > 1 else PATIENCE
+                    lock.enter_context(folder_lock(Path(folder) / f".{digest}", patience))
+                # Another run may have finished them meanwhile.
+                exists = (Path(folder) / digest / MANIFEST).exists()
+                found = [digest, exists]
+            digest, exists = broadcast_object_list(found)
+            self.folder, unfinished = Path(folder) / digest, Path(folder) / f".{digest}"
+            if exists:
+                logger.info("reusing the outputs of the frozen layers in %s.", self.folder)
+            else:
+                self._build(images, frozen, batch_size, num_workers, unfinished / STATES)
+        manifest = read_json(self.folder / MANIFEST)
         self.skipped: dict[int, tuple[str, str]] = {row: (key, reason) for row, key, reason in manifest["skipped"]}
         self.states: np.ndarray = np.load(self.folder / STATES, mmap_mode="r")
 
-    def _build(self, images: CaptionImageDataset, frozen: FrozenLayers, batch_size: int, num_workers: int) -> None:
+    def _build(
+        self, images: CaptionImageDataset, frozen: FrozenLayers, batch_size: int, num_workers: int, unfinished: Path
+    ) -> None:
+        """Compute the states in the file `unfinished` and move it into the folder when it is complete."""
         state = process_state()
-        state.wait_for_everyone()  # until all have checked for the manifest
         if state.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
             shape = (len(images), *frozen.state_shape)
-            np.lib.format.open_memmap(self.folder / STATES, mode="w+", dtype=np.float16, shape=shape)
+            np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
         state.wait_for_everyone()
-        states = np.lib.format.open_memmap(self.folder / STATES, mode="r+")
+        states = np.lib.format.open_memmap(unfinished, mode="r+")
         start, stop = (len(images) * (state.process_index + i) // state.num_processes for i in (0, 1))
         frozen.tower.eval()
         device = next(frozen.tower.parameters()).device
@@ -106,6 +117,8 @@ class FrozenStatesDataset(EpochDataset):
         if len(skipped) == len(images):
             raise ValueError(f"none of the {len(images)} images can be read.")
         if state.is_main_process:
+            self.folder.mkdir(exist_ok=True)
+            unfinished.replace(self.folder / STATES)
             # Written last: states without a manifest are incomplete.
             write_json(self.folder / MANIFEST, {"skipped": skipped})
         state.wait_for_everyone()
@@ -125,3 +138,22 @@ class FrozenStatesDataset(EpochDataset):
         if isinstance(sample, dict):
             sample["vision_states"] = torch.from_numpy(np.array(self.states[index.index]))
         return sample
+
+
+def _identity(images: CaptionImageDataset, frozen: FrozenLayers, image_processor: Any) -> dict[str, Any]:
+    """Everything that the states and the list of skipped images depend on, as JSON values."""
+    sample = images.make_sample
+    config = frozen.tower.config.to_dict()
+    identity = {
+        "layers": frozen.num_layers,
+        "weights": frozen.fingerprint(),
+        "tower": {key: value for key, value in config.items() if key not in NOT_COMPUTED},
+        "state_shape": frozen.state_shape,
+        "data": [table._fingerprint for table in images.tables],
+        "columns": [columns._asdict() for columns in images.columns],
+        "image_processor": image_processor.to_dict(),
+        "image_backend": sample.eval_transform.backend if sample.eval_transform is not None else None,
+        "on_error": sample.on_error,
+        "max_pixels": sample.max_pixels,
+    }
+    return json.loads(json.dumps(identity, default=str))

@@ -21,10 +21,12 @@ from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
 from llm2clip.trainers.base_trainer import StageTrainer
+from llm2clip.trainers.bundling import bundle_text_model
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
 from llm2clip.trainers.grad_cache import embed_captions, in_chunks
 from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
 from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils.processes import work_alone
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 CAPTION_INPUTS = ("input_ids", "attention_mask", "pooling_mask")
@@ -198,8 +200,12 @@ class Stage2Trainer(StageTrainer):
     def save_result(self, output_dir: str | Path) -> None:
         model = self.accelerator.unwrap_model(self.model)
         if self.args.should_save:
-            if self.args.bundle_text_model and model.text_model is None:
-                model.load_text_model()
-            model.save_pretrained(output_dir, save_text_model=self.args.bundle_text_model)
+            # With the LLM only if no repository has its weights; `complete_result` adds it to the saved model.
+            model.save_pretrained(output_dir)
             cast(LLM2CLIPProcessor, self.processing_class).save_pretrained(output_dir)
             write_sentence_transformers_files(output_dir)
+
+    def complete_result(self, output_dir: str | Path) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if self.args.bundle_text_model and model.config.text_model_name_or_path is not None:
+            work_alone(lambda: bundle_text_model(Path(output_dir)), self.args.should_save)

@@ -34,6 +34,22 @@ def leave_process_group() -> None:
         dist.destroy_process_group()
 
 
+def work_alone(work: Callable[[], None], here: bool) -> None:
+    """Do work of any length in some processes, while the others wait longer than a collective operation may.
+
+    Args:
+        here: Whether this process does the work.
+    """
+    several = world_size() > 1
+    # gloo, whose waiting does not stop other work on a GPU.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if several else None
+    if here:
+        work()
+    if several:
+        dist.barrier(group=group)
+        dist.destroy_process_group(group)
+
+
 def world_size() -> int:
     """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,0 +1,104 @@
+"""Stored outputs of frozen layers, which several runs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModel
+
+from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform, SampleIndex, SkippedSample
+from llm2clip.data.transforms import output_size
+from llm2clip.trainers import frozen_states
+from llm2clip.trainers.frozen_layers import FrozenLayers
+from llm2clip.trainers.frozen_states import STATES, FrozenStatesDataset
+from tests.llm2clip import tiny
+from tests.llm2clip.conftest import Inputs
+
+
+def build(inputs: Inputs, folder: Path, **options: Any) -> FrozenStatesDataset:
+    source = CaptionSource.from_dict(tiny.concepts(max_samples=16))
+    processor = AutoImageProcessor.from_pretrained(inputs.vision)
+    tower = AutoModel.from_pretrained(inputs.vision)
+    return FrozenStatesDataset(
+        captions=CaptionImageDataset(source, None, **options),
+        images=CaptionImageDataset(source, EvalTransform(processor), **options),
+        frozen=FrozenLayers(tower, 1, output_size(processor)),
+        image_processor=processor,
+        folder=folder,
+        batch_size=8,
+    )
+
+
+def stored(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("[!.]*"))
+
+
+def test_skipped_images_belong_to_their_limit_of_pixels(inputs: Inputs, tmp_path: Path) -> None:
+    first = build(inputs, tmp_path, on_error="skip")
+    assert not first.skipped
+    with pytest.raises(ValueError, match="none of the 16 images can be read"):
+        build(inputs, tmp_path, on_error="skip", max_pixels=1)
+    assert stored(tmp_path) == [first.folder.name]
+
+
+def test_two_runs_do_not_write_the_same_states(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen_states, "PATIENCE", 0.0)
+    compute, refused = FrozenLayers.compute, []
+
+    def meanwhile(self: FrozenLayers, pixel_values: Tensor) -> Tensor:
+        if len(pixel_values) > 1 and not refused:
+            refused.append(True)
+            with pytest.raises(ValueError, match="another run is using"):
+                build(inputs, tmp_path)
+            assert stored(tmp_path) == []
+        return compute(self, pixel_values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenLayers, "compute", meanwhile)
+        first = build(inputs, tmp_path)
+    assert refused
+    again = build(inputs, tmp_path)
+    assert again.folder == first.folder
+    assert np.array_equal(first.states, again.states)
+    assert np.abs(first.states).sum(axis=(1, 2)).all()
+
+
+def test_an_interrupted_computation_leaves_no_states_and_is_repeated(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, calls = FrozenLayers.compute, []
+
+    def interrupted(self: FrozenLayers, pixel_values: Tensor) -> Tensor:
+        calls.append(len(pixel_values))
+        if calls.count(8) == 2:
+            raise KeyboardInterrupt
+        return compute(self, pixel_values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenLayers, "compute", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build(inputs, tmp_path)
+    assert stored(tmp_path) == []
+    dataset = build(inputs, tmp_path)
+    assert sorted(path.name for path in dataset.folder.iterdir()) == ["manifest.json", STATES]
+    assert np.abs(dataset.states).sum(axis=(1, 2)).all()
+
+
+def test_all_processes_follow_the_first_one(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose view of the folder is older, or whose hash of the data differs, neither builds nor waits."""
+    first = build(inputs, tmp_path)
+    monkeypatch.setattr(frozen_states, "broadcast_object_list", lambda found: [first.folder.name, True])
+    monkeypatch.setattr(frozen_states, "digest_json", lambda identity: "another")
+    monkeypatch.setattr(FrozenStatesDataset, "_build", None)
+    other = build(inputs, tmp_path)
+    assert other.folder == first.folder
+    sample = other[SampleIndex(0, 3)]
+    assert not isinstance(sample, SkippedSample)
+    assert sample["vision_states"].equal(torch.from_numpy(np.array(first.states[3])))
