@@ -16,6 +16,7 @@ from .compatibility_llm2clip import VERSION, with_version_4_rope, without_versio
 # An integer, because transformers rejects layers with sliding attention that have no window.
 WHOLE_CAPTION = 2**30
 WINDOW_FIELDS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
+INITIALIZERS = ("original", "normal")
 POOLING_MODES = ("mean", "weighted_mean", "last_token", "eos_token", "bos_token")
 
 
@@ -215,6 +216,8 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
         adapter_normalize: Whether the adapter first L2-normalises the LLM's embedding.
         logit_scale_init_value: Natural logarithm of the initial logit scale.
         logit_bias_init_value: Initial bias of the logits of a model trained with the sigmoid loss; `None`: no bias.
+        initializer: How a new projection and adapter start. `original`: as in the original code; `normal`: weights
+            from N(0, `initializer_range`²), biases 0.
     """
 
     model_type = "llm2clip"
@@ -235,9 +238,12 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
         adapter_normalize: bool = True,
         logit_scale_init_value: float = math.log(1 / 0.07),
         logit_bias_init_value: float | None = None,
+        initializer: str = "original",
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
+        if initializer not in INITIALIZERS:
+            raise ValueError(f"initializer {initializer!r} is unknown; choose one of {', '.join(INITIALIZERS)}.")
         # Sub-configs are set before super().__init__(), which passes attn_implementation and dtype on to them.
         self.vision_config = _as_config(vision_config, EVA02VisionConfig.model_type)
         self.text_config = _as_config(text_config, LLM2CLIPTextConfig.model_type)
@@ -255,6 +261,7 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
         self.adapter_normalize = adapter_normalize
         self.logit_scale_init_value = logit_scale_init_value
         self.logit_bias_init_value = logit_bias_init_value
+        self.initializer = initializer
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
 

@@ -34,12 +34,15 @@ from .modeling_llm2clip_utils import (
     execution_device,
     unit_features,
 )
-from .modeling_llm2clip_vision import load_vision_tower
+from .modeling_llm2clip_vision import load_vision_tower, read_logit_scale
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 from .tokenization_llm2clip import tokenize_captions
 
 if TYPE_CHECKING:
     from .pipeline_llm2clip import custom_pipelines  # noqa: F401
+
+
+FROM_CHECKPOINT = "checkpoint"
 
 
 @dataclass
@@ -151,6 +154,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         vision_model_kwargs: dict[str, Any] | None = None,
         text_config: PretrainedConfig | None = None,
         text_model_revision: str | None = None,
+        logit_scale_init_value: float | str | None = None,
         **config_fields: Any,
     ) -> LLM2CLIPModel:
         """Build a model for stage 2: a pretrained vision tower, a text tower, and a new projection and adapter.
@@ -160,10 +164,30 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
             text_model: A text tower, which becomes part of the model, or the repository or folder of one, which is
                 recorded but not loaded.
             text_config: Config of the text tower, if its repository has none (a plain LLM).
+            logit_scale_init_value: Logarithm of the initial logit scale; `"checkpoint"`: that of the CLIP-like
+                checkpoint of the vision tower. By default the checkpoint's, as in the original code, or ln(1 / 0.07)
+                if it has none.
             config_fields: Fields of [`LLM2CLIPConfig`], such as `projection_dim`.
+
+        Raises:
+            ValueError: The checkpoint has no logit scale, but `"checkpoint"` asks for it.
         """
+        scale = logit_scale_init_value
         if not isinstance(vision_model, PreTrainedModel):
-            vision_model = load_vision_tower(vision_model, vision_model_kwargs or {})
+            name, vision_kwargs = vision_model, vision_model_kwargs or {}
+            vision_model = load_vision_tower(name, vision_kwargs)
+            if scale is None or scale == FROM_CHECKPOINT:
+                scale = read_logit_scale(name, vision_kwargs) or scale
+        if scale is None or scale == FROM_CHECKPOINT:
+            # `llm2clip convert` keeps the scale there, because a tower has no such weight.
+            scale = getattr(vision_model.config, "logit_scale_init_value", scale)
+        if scale == FROM_CHECKPOINT:
+            raise ValueError(
+                f"{vision_model.name_or_path or type(vision_model).__name__} has no logit scale; set "
+                "logit_scale_init_value to a number, or leave it unset for ln(1 / 0.07)."
+            )
+        if scale is not None:
+            config_fields["logit_scale_init_value"] = scale
         if isinstance(text_model, PreTrainedModel):
             text_config = text_model.config
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from .tokenization_llm2clip import with_prompt  # noqa: F401
 # CLIP and SigLIP towers nest their modules one level deeper before transformers 5.6.
 NESTS_TOWERS = VERSION < (5, 6)
 NEST = "vision_model.vision_model"
-NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
+CLIP_TOWER = "clip_vision_model"
+NESTED_TOWERS = (CLIP_TOWER, "siglip_vision_model")
 
 
 class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
@@ -48,6 +50,13 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
             raise ValueError(
                 f"without a visual projection the tower's width {width} has to be projection_dim {expected}."
             )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # The towers initialise their own layers, so that every Linear here is the projection or in the adapter.
+        if self.config.initializer == "original" and isinstance(module, nn.Linear):
+            init_like_the_original(module, self.config.vision_config if module is self.visual_projection else None)
+        else:
+            super()._init_weights(module)
 
     @classmethod
     def _load(cls, name: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
@@ -106,6 +115,28 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
         )
 
 
+def init_like_the_original(linear: nn.Linear, tower: PretrainedConfig | None) -> None:
+    """Initialise a projection or a layer of the adapter as the original code does.
+
+    EVA's head starts near zero (`eva_vit_model.py`: 0.02 times `init_scale` 0.001), OpenAI's projection at
+    `width**-0.5` (`transformer.py`); the adapter, and the projection after a tower of timm, as torch's Linear.
+
+    Args:
+        tower: Config of the vision tower before the projection; None for the adapter.
+    """
+    # Only torch.nn.init, for the reason given in EVA02VisionModel.
+    bound = 0.0
+    if tower is not None and tower.model_type == EVA02VisionConfig.model_type:
+        nn.init.trunc_normal_(linear.weight, std=0.02 * 0.001)
+    elif tower is not None and tower.model_type == CLIP_TOWER:
+        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+    else:
+        nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+        bound = linear.in_features**-0.5
+    if linear.bias is not None:
+        nn.init.uniform_(linear.bias, -bound, bound)
+
+
 class LLM2CLIPVisionModelWithProjection(LLM2CLIPPreTrainedModel):
     """The vision half of an LLM2CLIP model, for images alone and for multimodal LLMs.
 
@@ -137,6 +168,32 @@ class LLM2CLIPVisionModelWithProjection(LLM2CLIPPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """See `get_image_features`."""
         return self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
+
+
+class LLM2CLIPLogitScale(PreTrainedModel):
+    """The logit scale of a CLIP-like checkpoint alone; NaN if the checkpoint has none."""
+
+    config_class = PretrainedConfig
+    _keys_to_ignore_on_load_unexpected = [r".*"]
+    _keys_to_ignore_on_load_missing = [r"logit_scale"]
+
+    def __init__(self, config: PretrainedConfig, shape: tuple[int, ...] = ()) -> None:
+        super().__init__(config)
+        self.logit_scale = nn.Parameter(torch.full(shape, math.nan))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        nn.init.constant_(module.logit_scale, math.nan)
+
+
+def read_logit_scale(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> float | None:
+    """Read the logarithm of a checkpoint's logit scale, whatever else it holds; None if it has none."""
+    for shape in ((), (1,)):  # of CLIP, of SigLIP
+        options = {**hub_arguments(kwargs), "dtype": torch.float32, "ignore_mismatched_sizes": True}
+        model = LLM2CLIPLogitScale.from_pretrained(name, shape, config=PretrainedConfig(), **options)
+        if not model.logit_scale.isnan().any():
+            return model.logit_scale.item()
+    return None
 
 
 def load_vision_tower(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -121,7 +121,14 @@ def joint_config(vision: Any = None, text: Any = None, **fields: Any) -> LLM2CLI
     return LLM2CLIPConfig(
         vision_config=vision or vision_config(),
         text_config=text or text_config(),
-        **{"projection_dim": 24, "adapter_num_layers": 2, "initializer_range": 0.2, **fields},
+        **{
+            "projection_dim": 24,
+            "adapter_num_layers": 2,
+            # Features of a new head of EVA02 would be too small for comparisons.
+            "initializer": "normal",
+            "initializer_range": 0.2,
+            **fields,
+        },
     )
 
 
@@ -154,7 +161,11 @@ def save_apart(folder: Path) -> LLM2CLIPModel:
     llm = text_model()
     llm.save_pretrained(folder / "llm")
     model = LLM2CLIPModel.from_vision_text_pretrained(
-        save_vision(folder / "vision"), folder / "llm", projection_dim=24, initializer_range=0.2
+        save_vision(folder / "vision"),
+        folder / "llm",
+        projection_dim=24,
+        initializer="normal",
+        initializer_range=0.2,
     ).eval()
     model.config.text_model_fingerprint = llm.fingerprint()
     model.set_text_model(llm)

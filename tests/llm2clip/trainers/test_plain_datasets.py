@@ -122,6 +122,27 @@ def test_stage2_trains_on_images_and_captions_with_the_llm_online(inputs: Inputs
     assert metrics["eval_own_num_images"] == 16
 
 
+def test_shared_captions_are_negatives_as_in_the_original_or_positives(inputs: Inputs, tmp_path: Path) -> None:
+    """Two images each have the same two captions, of which each draws another one."""
+    folder = joint_model(inputs, tmp_path / "model")
+
+    def first_loss(name: str, with_ids: bool = True, **changes: Any) -> float:
+        model = LLM2CLIPModel.from_pretrained(folder, text_model=False)
+        rows = image_rows(model.config.text_config.hidden_size, 16)
+        for number, row in enumerate(rows):
+            even = number // 2 * 2
+            row |= {"caption_id": number, "image_caption_ids": [even, even + 1]} if with_ids else {}
+        fields = settings(tmp_path / name, max_steps=1, per_device_train_batch_size=16, save_strategy="no", **changes)
+        trainer = Stage2Trainer(model=model, args=Stage2Config(**fields), train_dataset=MapRows(rows))
+        trainer.train()
+        return losses(trainer)[0]
+
+    alone = first_loss("alone", with_ids=False)
+    assert first_loss("default") == pytest.approx(alone, abs=1e-6)
+    assert first_loss("separate", shared_captions="separate") == pytest.approx(alone, abs=1e-6)
+    assert abs(first_loss("positive", shared_captions="positive") - alone) > 1e-3
+
+
 def test_stage2_resumes_on_a_plain_data_set(inputs: Inputs, tmp_path: Path) -> None:
     folder = joint_model(inputs, tmp_path / "model")
 

@@ -58,6 +58,9 @@ class ConvertConfig:
     reset_heads: bool = setting(
         False, "Replace trained projection and adapter with new ones, like --pretrained of the original."
     )
+    initializer: Literal["original", "normal"] = setting(
+        "original", "Initial values of new weights: as the original code, or normal for N(0, 0.02²)."
+    )
     seed: int = setting(42, "Random seed of new weights.")
     overwrite: bool = setting(
         False, "Replace a destination that an earlier conversion wrote and that holds nothing else."

@@ -41,6 +41,8 @@ def plan_joint(checkpoint: Checkpoint, settings: ConvertConfig) -> JointPlan:
     model_config = _read_model_config(settings.model_config)
     is_own = checkpoint.config.get("model_type") == LLM2CLIPConfig.model_type
     plan = _own_plan(checkpoint) if is_own else _foreign_plan(checkpoint, settings, model_config)
+    if isinstance(plan.config, LLM2CLIPConfig):
+        plan.config.initializer = settings.initializer
     if settings.reset_heads:
         plan.reset_heads()
     plan.fit_image_size(settings.image_size)

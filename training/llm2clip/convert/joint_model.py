@@ -98,9 +98,9 @@ def as_tower(plan: JointPlan) -> None:
     """Complete the plan of a checkpoint of which only the vision tower is kept."""
     scale = plan.tensors.get(SCALE_PART)
     if scale is not None:
-        plan.notes.append(
-            f"its logit scale is {scale:.4f}; --logit-scale-init-value {scale:.4f} starts stage 2 with it."
-        )
+        # Kept for stage 2, which starts with it as the original code does.
+        plan.config.logit_scale_init_value = scale.float().item()
+        plan.notes.append(f"its logit scale is {scale.item():.4f}: stage 2 starts with it.")
     plan.drop(HEAD, "the head of the embedding space of CLIP; stage 2 trains a new one")
     plan.drop(SCALE_PART, "not part of a vision tower")
     plan.notes.append("with --text-model the result is an LLM2CLIP model to start stage 2 from.")

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 # Settings of a new model; a trained model brings its own.
 NEW_MODEL_FIELDS = (
     *("projection_dim", "adapter_num_layers", "adapter_expansion", "adapter_normalize"),
-    *("logit_scale_init_value", "logit_bias_init_value"),
+    *("logit_scale_init_value", "logit_bias_init_value", "initializer"),
 )
 SIGMOID_BIAS = -10.0
 

@@ -52,14 +52,24 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     adapter_num_layers: int | None = setting(None, "Number of blocks of the text adapter; unset: 4.")
     adapter_expansion: int | None = setting(None, "Hidden width of an adapter block relative to its input; unset: 2.")
     adapter_normalize: bool | None = setting(None, "L2-normalize LLM embeddings before the adapter; unset: true.")
-    logit_scale_init_value: float | None = setting(
+    initializer: Literal["original", "normal"] | None = setting(
         None,
-        "Initial log of the logit scale; unset: ln(1 / 0.07), or ln 10 with the sigmoid loss. Pretrained "
-        "CLIP models end at ln 100 = 4.6052.",
+        "Initial values of a new projection and adapter. original: as the original code (EVA02's head near 0, CLIP's "
+        "with standard deviation width^-0.5, the rest as torch's Linear); normal: N(0, 0.02²). Unset: original.",
+    )
+    logit_scale_init_value: float | Literal["checkpoint"] | None = setting(
+        None,
+        "Initial log of the logit scale; checkpoint: that of the vision tower's CLIP checkpoint. Unset: checkpoint if it "
+        "has one, otherwise ln(1 / 0.07); ln 10 with the sigmoid loss.",
     )
     logit_bias_init_value: float | None = setting(None, "Initial logit bias, for the sigmoid loss only; unset: -10.")
     loss: Literal["softmax", "sigmoid"] = setting(
         "softmax", "softmax: InfoNCE, as in CLIP; sigmoid: that of SigLIP, with a bias."
+    )
+    shared_captions: Literal["positive", "separate"] = setting(
+        "separate",
+        "Captions that several images of a batch share. separate: each is a negative for all images but its own, as in the "
+        "original code; positive: it is a correct answer for every image that has it.",
     )
     vision_learning_rate: float | None = setting(None, "Peak learning rate of the vision tower; unset: learning_rate.")
     text_learning_rate: float | None = setting(None, "Peak learning rate of the text adapter; unset: learning_rate.")

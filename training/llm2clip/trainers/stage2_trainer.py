@@ -141,6 +141,8 @@ class Stage2Trainer(StageTrainer):
         if skipped and self.skip_log is not None:
             self.skip_log.add(skipped)
         ids = {name: inputs.pop(name, None) for name in ("caption_ids", "image_caption_ids")}
+        if self.args.shared_captions == "separate":
+            ids = {}
         text_model = self.accelerator.unwrap_model(self.model).text_model
         if text_model is not None:
             text_model.eval()

@@ -215,5 +215,7 @@ def check_choices(config: Any) -> None:
         options, value = _options(hint), getattr(config, name, None)
         literals = [option for option in options if typing.get_origin(option) is typing.Literal]
         choices = [choice for literal in literals for choice in typing.get_args(literal)]
+        if set(options) - set(literals) - {type(None)}:
+            continue  # values of another type are allowed too
         if choices and value not in choices and not (value is None and type(None) in options):
             raise ValueError(f"{name} is {value!r}, but it has to be one of {', '.join(map(str, choices))}.")

@@ -1,0 +1,115 @@
+"""The initial values of a new projection and adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
+from modeling_llm2clip.modeling_llm2clip_vision import load_vision_tower
+from tests.modeling_llm2clip import tiny
+
+WIDTH = 192
+
+
+def vision_config(model_type: str) -> Any:
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28}
+    if model_type == "eva02_vision_model":
+        return tiny.vision_config(**sizes)
+    return AutoConfig.for_model(model_type, **sizes, patch_size=14)
+
+
+def new_model(model_type: str, **fields: Any) -> LLM2CLIPModel:
+    torch.manual_seed(0)
+    config = LLM2CLIPConfig(vision_config(model_type), tiny.text_config(), projection_dim=320, **fields)
+    return LLM2CLIPModel(config, text_model=False)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "std", "bias"),
+    [
+        ("eva02_vision_model", 0.02 * 0.001, 0),
+        ("clip_vision_model", WIDTH**-0.5, 0),
+        ("dinov2", (3 * WIDTH) ** -0.5, WIDTH**-0.5),
+    ],
+)
+def test_new_projection_starts_as_in_the_original(model_type: str, std: float, bias: float) -> None:
+    projection = new_model(model_type).visual_projection
+    assert projection.weight.std().item() == pytest.approx(std, rel=0.03)
+    assert abs(projection.weight.mean().item()) < std / 50
+    assert projection.bias.abs().max().item() == pytest.approx(bias, rel=0.05)
+
+
+def test_new_adapter_starts_as_a_linear_of_torch() -> None:
+    for name, values in new_model("eva02_vision_model").text_adapter.named_parameters():
+        if "norm" in name:
+            assert values.unique().tolist() == [float("weight" in name)]
+            continue
+        bound = (2 * tiny.HIDDEN if "fc2" in name else tiny.HIDDEN) ** -0.5
+        assert 0.9 * bound < values.abs().max().item() <= bound, name
+
+
+def test_normal_draws_all_new_weights_from_one_distribution() -> None:
+    model = new_model("eva02_vision_model", initializer="normal", initializer_range=0.05)
+    for module in (model.visual_projection, model.text_adapter.proj, model.text_adapter.blocks[0].fc1):
+        assert module.weight.std().item() == pytest.approx(0.05, rel=0.05)
+        assert not module.bias.any()
+
+
+def test_unknown_initializer_is_rejected() -> None:
+    with pytest.raises(ValueError, match="initializer 'zero' is unknown; choose one of original, normal"):
+        LLM2CLIPConfig(initializer="zero")
+
+
+def test_pretrained_towers_and_saved_models_keep_their_values(tmp_path: Path) -> None:
+    folder = tiny.save_vision(tmp_path / "vision")
+    tower = load_vision_tower(folder, {})
+    expected = {name: values.clone() for name, values in tower.state_dict().items()}
+    model = LLM2CLIPModel.from_vision_text_pretrained(tower, tiny.text_model(), projection_dim=24)
+    assert all(values.equal(expected[name]) for name, values in model.vision_model.state_dict().items())
+    assert 0 < model.visual_projection.weight.std().item() < 1e-4
+    model.save_pretrained(tmp_path / "model")
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path / "model").state_dict()
+    assert all(values.equal(loaded[name]) for name, values in model.state_dict().items())
+
+
+def save_clip(folder: Path, family: str = "clip") -> float:
+    """A CLIP or SigLIP of transformers, both towers in one checkpoint; returns its logit scale."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        family, vision_config={**sizes, "image_size": 28, "patch_size": 14}, text_config={**sizes, "vocab_size": 40}
+    )
+    model = AutoModel.from_config(config)
+    model.logit_scale.data.fill_(3.21)
+    model.save_pretrained(folder)
+    return 3.21
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+@pytest.mark.parametrize("asked", [{}, {"logit_scale_init_value": "checkpoint"}])
+def test_a_new_model_starts_with_the_scale_of_the_clip_checkpoint(
+    asked: dict[str, Any], family: str, tmp_path: Path
+) -> None:
+    scale = save_clip(tmp_path / "clip", family)
+    model = LLM2CLIPModel.from_vision_text_pretrained(tmp_path / "clip", tiny.text_model(), **asked)
+    assert model.logit_scale.item() == pytest.approx(scale)
+    assert model.config.logit_scale_init_value == pytest.approx(scale)
+
+
+def test_the_scale_of_a_checkpoint_can_be_replaced(tmp_path: Path) -> None:
+    save_clip(tmp_path / "clip")
+    model = LLM2CLIPModel.from_vision_text_pretrained(tmp_path / "clip", tiny.text_model(), logit_scale_init_value=2.5)
+    assert model.logit_scale.item() == 2.5
+
+
+def test_a_tower_without_a_scale_starts_at_14_or_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save_vision(tmp_path / "vision")
+    for vision in (folder, load_vision_tower(folder, {})):
+        model = LLM2CLIPModel.from_vision_text_pretrained(vision, tiny.text_model(), projection_dim=24)
+        assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+        with pytest.raises(ValueError, match=r"vision has no logit scale; set logit_scale_init_value to a number"):
+            LLM2CLIPModel.from_vision_text_pretrained(vision, tiny.text_model(), logit_scale_init_value="checkpoint")
