@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--llm", default="runs/quickstart/weights/smollm2-135m-instruct", help="(%(default)s)")
     arguments = parse(parser, models=("model", "llm"))
     tower = LLM2CLIPVisionModelWithProjection.from_pretrained(arguments.model).vision_model
-    image_processor = AutoImageProcessor.from_pretrained(arguments.model)
+    image_processor = AutoImageProcessor.from_pretrained(arguments.model, backend="pil")
     llm = AutoModelForCausalLM.from_pretrained(arguments.llm, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(arguments.llm)
     tokenizer.pad_token = tokenizer.eos_token

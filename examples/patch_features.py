@@ -23,7 +23,7 @@ def main() -> None:
 
     # The vision half alone: neither the adapter nor the LLM is read.
     model = LLM2CLIPVisionModelWithProjection.from_pretrained(arguments.model).eval()
-    processor = AutoImageProcessor.from_pretrained(arguments.model)
+    processor = AutoImageProcessor.from_pretrained(arguments.model, backend="pil")
     image = Image.open(arguments.image) if arguments.image else pictures("test")["image"][213]
     pixels = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
     with torch.no_grad():

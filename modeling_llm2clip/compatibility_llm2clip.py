@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import __version__ as transformers_version
+import transformers
 
-VERSION = tuple(int(part) for part in transformers_version.split(".")[:2])
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
 class AttentionBackends:
@@ -58,8 +58,9 @@ def make_readable_by_version_4(folder: str | os.PathLike[str]) -> None:
         image_processor = {**processor["image_processor"], "processor_class": processor.get("processor_class")}
         name = image_processor.get("image_processor_type", "")
         if VERSION >= (5, 0):
-            # In version 4 the torchvision class has a suffix, in version 5 the PIL class.
-            name = name.removesuffix("Pil") if name.endswith("Pil") else f"{name}Fast"
+            # LLM2CLIPProcessor uses Pillow's class, which has a suffix in version 5; torchvision's has one in version 4.
+            name = name.removesuffix("Pil")
+            name = name if hasattr(transformers, f"{name}Pil") else f"{name}Fast"
         _write(folder / "preprocessor_config.json", {**image_processor, "image_processor_type": name})
 
 

@@ -1,4 +1,4 @@
-"""Decode images of any kind to upright RGB: the one decoder of training, evaluation, search and inference."""
+"""Decode images of any kind to upright RGB, and resize them with Pillow: in training, evaluation, search and inference."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image, UnidentifiedImageError
 
 DEFAULT_MAX_PIXELS = 89_478_485  # Pillow's own limit: a 24-bit image of 256 MiB
@@ -212,3 +213,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         background = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
+
+
+def with_pillow(image_processor: Any) -> Any:
+    """Return an image processor of transformers that resizes with Pillow, as CLIP and the original code do.
+
+    transformers 5 prefers torchvision, whose pixels differ by up to 2 of 255 grey levels. A processor that exists for
+    torchvision only, or is not one of transformers, is returned as it is.
+    """
+    name = type(image_processor).__name__.removesuffix("Fast")
+    # The classes of Pillow have a suffix since version 5.
+    pillow = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name, None)
+    if pillow is None or isinstance(image_processor, pillow):
+        return image_processor
+    return pillow.from_dict(image_processor.to_dict())

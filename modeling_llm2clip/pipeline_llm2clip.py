@@ -11,11 +11,15 @@ from typing import Any
 from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
 from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline
 
-from .image_decoding_llm2clip import decode_image
+from .image_decoding_llm2clip import decode_image, with_pillow
 
 
 class LLM2CLIPImagePipeline:
-    """Decode an image of any kind that [`decode_image`] reads before transformers' pipeline prepares it."""
+    """Decode an image of any kind that [`decode_image`] reads, and resize it with Pillow."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.image_processor = with_pillow(self.image_processor)
 
     def preprocess(self, image: Any, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
         return super().preprocess(decode_image(image, timeout=timeout), *args, **kwargs)  # type: ignore[misc]

@@ -9,7 +9,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from .compatibility_llm2clip import VERSION, make_readable_by_version_4
-from .image_decoding_llm2clip import decode_images, is_missing_file
+from .image_decoding_llm2clip import decode_images, is_missing_file, with_pillow
 from .tokenization_llm2clip import clean_captions, count_cut_captions, pooling_mask, prompt_starts
 
 logger = logging.get_logger(__name__)
@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 class LLM2CLIPProcessor(ProcessorMixin):
     """Image processor and caption tokenizer.
 
-    By default captions are padded to the longest and truncated at the tokenizer's maximum length; the number of
+    Images are resized with Pillow where possible, see [`with_pillow`]. By default captions are padded to the longest and truncated at the tokenizer's maximum length; the number of
     truncated captions is logged. With a prompt that ends in white space there is a `pooling_mask` too, as in
     `encode_text`: the model cannot see in the tokens where such a caption begins.
     """
@@ -29,7 +29,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         tokenizer_class = "AutoTokenizer"
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
-        super().__init__(image_processor, tokenizer, **kwargs)
+        super().__init__(with_pillow(image_processor), tokenizer, **kwargs)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Save the processor, readable by transformers 4.57 too."""

@@ -128,12 +128,12 @@ def contests(device: str) -> list[Contest]:
             exact,
         ),
         Contest(
-            "exact, resized by torchvision",
+            "an image processor that resizes with torchvision",
             {**our("exact", False), **tensors, **limit},
             (Goal("CLIPImageProcessor", "cpu", 1.0),),
             exact,
-            note="`exact` is what the image processor does. In transformers 5 CLIPImageProcessor resizes with "
-            "torchvision unless it is asked for its Pillow backend; open_clip resizes with Pillow.",
+            note="In transformers 5 CLIPImageProcessor resizes with torchvision unless it is asked for its Pillow "
+            "backend; open_clip, and every processor that this package writes or loads, resize with Pillow.",
         ),
         Contest(
             "fast",

@@ -89,7 +89,7 @@ def test_feature_pipeline_supports_a_text_tower(tmp_path: Path) -> None:
 
 def test_auto_classes_load_all_parts_from_one_folder(folder: Path, model: LLM2CLIPModel) -> None:
     classifier = AutoModelForZeroShotImageClassification.from_pretrained(folder)
-    pixels = AutoImageProcessor.from_pretrained(folder)(IMAGES, return_tensors="pt")
+    pixels = AutoImageProcessor.from_pretrained(folder, backend="pil")(IMAGES, return_tensors="pt")
     tokens = AutoTokenizer.from_pretrained(folder)(CAPTIONS, padding=True, return_tensors="pt")
     inputs = tiny.processor()(text=CAPTIONS, images=IMAGES, return_tensors="pt")
     assert classifier(**pixels, **tokens).logits_per_image.equal(model(**inputs).logits_per_image)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from itertools import chain
 from pathlib import Path
@@ -10,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from torchvision.transforms import v2
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
+from modeling_llm2clip import LLM2CLIPProcessor, with_pillow, with_prompt
 from tests.modeling_llm2clip import tiny
 
 LONG = "several boats are tied to a wooden pier while the sun sets behind them " * 8
@@ -172,3 +174,36 @@ def test_tokenizers_with_white_space_tokens_leave_stripping_to_the_processor() -
     assert ids[1:] == plain("a dog \n\n a cat", add_special_tokens=False)["input_ids"]
     processor = LLM2CLIPProcessor(tiny.processor().image_processor, tokenizer)
     assert processor(text=["a dog\n\n"])["input_ids"][0] == tokenizer("a dog")["input_ids"]
+
+
+def test_images_are_resized_as_in_the_original(tmp_path: Path) -> None:
+    """With Pillow, bicubic and antialiased; torchvision, which transformers 5 prefers, differs in most pixels."""
+    image = Image.effect_noise((60, 40), 80).convert("RGB")
+    settings = tiny.processor().image_processor.to_dict()
+    steps = [
+        v2.Resize(28, v2.InterpolationMode.BICUBIC),
+        v2.CenterCrop(28),
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(settings["image_mean"], settings["image_std"]),
+    ]
+    expected = v2.Compose(steps)(image)[None]
+    tiny.processor().save_pretrained(tmp_path)
+    for processor in (
+        tiny.processor(),
+        AutoProcessor.from_pretrained(tmp_path),
+        with_pillow(AutoImageProcessor.from_pretrained(tmp_path)),
+    ):
+        pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
+    # transformers 4.57 resizes with Pillow under this name, and with torchvision under that with the suffix Fast.
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved["image_processor_type"] == "CLIPImageProcessor"
+
+
+def test_image_processors_without_a_pillow_class_are_left_alone() -> None:
+    own = object()
+    assert with_pillow(own) is own
+    assert with_pillow(None) is None
+    image_processor = tiny.processor().image_processor
+    assert with_pillow(image_processor) is image_processor

@@ -138,6 +138,22 @@ def test_adapter_of_an_llm_of_another_width_is_refused(tmp_path: Path, capsys: A
     assert not (tmp_path / "out").exists()
 
 
+def test_an_unreachable_llm_can_be_given_as_a_folder_without_weights(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
+    options = ["--model-config", checkpoints.model_config(EVA, tmp_path)]
+    assert cli.main(["convert", source, str(tmp_path / "out"), *options, "--text-model", "somebody/llm"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "the config and tokenizer of somebody/llm cannot be read" in error
+    assert "a folder with its config.json and its tokenizer files, which is enough" in error
+    llm = Path(checkpoints.llm_of(EVA, tmp_path / "llm"))
+    for weights in llm.glob("*.safetensors"):
+        weights.unlink()
+    assert cli.main(["convert", source, str(tmp_path / "out"), *options, "--text-model", str(llm)]) == 0
+
+
 def test_unpublished_sizes_need_a_model_config(tmp_path: Path, capsys: Any) -> None:
     source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
     assert cli.main(["convert", source, str(tmp_path / "out")]) == 2

@@ -44,6 +44,17 @@ def test_original_config_of_the_large_tower_gives_the_published_config() -> None
     assert config.text_config.hidden_size == 4096
 
 
+def test_the_width_of_the_llm_is_that_of_the_checkpoint() -> None:
+    config = {name: value for name, value in EVA.meta["config"].items() if name != "text_cfg"}
+    width = EVA.meta["config"]["text_cfg"]["llm_embedding_dim"]
+    state = EVA.group("state")
+    assert from_original(state, {**config, "text_cfg": {}})[0].text_config.hidden_size == width
+    assert from_original(state, config)[0].text_config.hidden_size == width
+    tower = {name: values for name, values in state.items() if name.startswith("visual.")}
+    assert from_original(tower, config)[0].text_config.hidden_size == config["vision_cfg"]["width"]
+    assert from_original(tower, EVA.meta["config"])[0].text_config.hidden_size == width
+
+
 def test_error_names_an_unknown_tensor_or_timm_model() -> None:
     with pytest.raises(ValueError, match=r"'text\.transformer\.resblocks\.0' is not in any known layout"):
         from_original({"text.transformer.resblocks.0": torch.zeros(1)}, EVA.meta["config"])

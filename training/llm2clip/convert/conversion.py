@@ -133,7 +133,8 @@ def _write_processor(plan: JointPlan, checkpoint: Checkpoint, folder: Path) -> N
         except OSError:
             logger.warning(
                 "the tokenizer of %s is not available, so the folder has an image processor but no tokenizer: load "
-                "the tokenizer from that repo, or convert again with --text-model FOLDER.",
+                "the tokenizer from that repo, or convert again with --text-model FOLDER, a folder with the LLM's "
+                "config and tokenizer; weights are not needed.",
                 plan.text_model,
             )
     processor.save_pretrained(folder)

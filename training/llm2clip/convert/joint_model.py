@@ -122,4 +122,10 @@ def _text_config(name: str, revision: str | None) -> LLM2CLIPTextConfig:
     for published in published_models().values():
         if not published.is_joint and name in (published.name, published.card.get("original_checkpoint")):
             return copy.deepcopy(published.config)
-    return describe_text_tower(name, revision)[0]
+    try:
+        return describe_text_tower(name, revision)[0]
+    except OSError as error:
+        raise ValueError(
+            f"the config and tokenizer of {name} cannot be read ({str(error).splitlines()[0]}); give --text-model a "
+            "folder with its config.json and its tokenizer files, which is enough: weights are not needed."
+        ) from error

@@ -13,7 +13,9 @@ from llm2clip.convert.renaming import Layout, Rule, linears
 from llm2clip.convert.vision_towers import config_of_original
 from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPTextConfig
 
+# The default of the original's text_cfg.
 DEFAULT_LLM_WIDTH = 4096
+ADAPTER_NORM = "text.text_adaptor.4.weight"
 
 
 def original_layout(vision_config: PretrainedConfig) -> Layout:
@@ -41,7 +43,8 @@ def from_original(
     Args:
         state_dict: All or some of the original's tensors: `visual.*`, `text.text_adaptor.*`, `logit_scale`.
         model_config: The original's model_configs JSON.
-        text_config: Config of the LLM that the adapter was trained with; by default only its width is set.
+        text_config: Config of the LLM that the adapter was trained with; by default only its width is set: that of the
+            adapter in the checkpoint, otherwise the one in the JSON. A bare tower, without either, gets its own width.
 
     Returns:
         The config and the renamed state dict of an [`LLM2CLIPModel`] without its LLM. Rotary tables, which the
@@ -50,6 +53,8 @@ def from_original(
     Raises:
         ValueError: A tensor is not in the layout of the original; the message names it.
     """
+    if text_config is None and ADAPTER_NORM in state_dict:
+        text_config = width_only(state_dict[ADAPTER_NORM].shape[0])
     config = joint_config(model_config, text_config)
     renamed = original_layout(config.vision_config).rename(state_dict)
     if renamed.unknown:
@@ -62,7 +67,7 @@ def joint_config(
 ) -> LLM2CLIPConfig:
     """The config of an original model_configs JSON; see [`from_original`]."""
     vision = config_of_original(model_config["vision_cfg"], model_config.get("quick_gelu", False))
-    text = model_config.get("text_cfg", {})
+    text = model_config.get("text_cfg", {"llm_embedding_dim": vision.hidden_size})
     return LLM2CLIPConfig(
         vision_config=vision,
         text_config=text_config or width_only(text.get("llm_embedding_dim", DEFAULT_LLM_WIDTH)),

@@ -1,7 +1,10 @@
 """Image transforms for training and evaluation.
 
-There are two backends. `exact` decodes with Pillow and resizes as the image processor does; published results use it.
+There are two backends. `exact` decodes with Pillow and resizes as the image processor does. Every image processor that
+this package writes or loads resizes with Pillow (`with_pillow`), bicubic and antialiased, as the original code does.
 `fast` decodes JPEGs to tensors and resizes tensors, which differs from Pillow by one or two of 255 grey levels.
+
+The offset of the centre crop is rounded down, as in transformers; the original rounds half to even (torchvision).
 """
 
 from __future__ import annotations

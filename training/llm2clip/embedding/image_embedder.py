@@ -19,7 +19,7 @@ from llm2clip.embedding.opening import open_embedder
 from llm2clip.utils.identity import vision_fingerprint
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.repos import RepoKind, inspect_repo
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, with_pillow
 from modeling_llm2clip.modeling_llm2clip_utils import absolute_path, encode_pixels
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class ImageEmbedder:
         repo.require(RepoKind.JOINT, RepoKind.VISION_HALF)
         model_class: Any = LLM2CLIPModel if with_llm else LLM2CLIPVisionModelWithProjection
         model = model_class.from_pretrained(name, revision=revision).to(device or process_state().device).eval()
-        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+        image_processor = with_pillow(AutoImageProcessor.from_pretrained(name, revision=revision))
         return cls(model, image_processor, absolute_path(name), revision, image_backend)
 
     def fingerprint(self) -> str:

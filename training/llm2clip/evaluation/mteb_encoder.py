@@ -19,6 +19,7 @@ from llm2clip.embedding import CaptionEmbedder, embed_images
 from llm2clip.utils.files import digest_files
 from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.progress import track
+from modeling_llm2clip import with_pillow
 
 try:
     from mteb.models.abs_encoder import AbsEncoder
@@ -66,7 +67,7 @@ class LLM2CLIPEncoder(AbsEncoder):
         self.model, self.tokenizer = self.captions.model, self.captions.tokenizer
         modalities = ["text"]
         if self.captions.is_joint:
-            self.image_processor: Any = AutoImageProcessor.from_pretrained(model_name, revision=revision)
+            self.image_processor: Any = with_pillow(AutoImageProcessor.from_pretrained(model_name, revision=revision))
             modalities = ["image"] if self.model.text_model is None else ["image", "text"]
         self.mteb_model_meta = _describe(
             model_name,

@@ -40,7 +40,7 @@ model = AutoModel.from_pretrained(folder, trust_remote_code=True, **task["loadin
 with torch.inference_mode():
     if task["image"]:
         images = [Image.open(task["image"])]
-        pixels = AutoImageProcessor.from_pretrained(folder)(images=images, return_tensors="pt")
+        pixels = AutoImageProcessor.from_pretrained(folder, backend="pil")(images=images, return_tensors="pt")
         outputs["image"] = model(**pixels.to(model.dtype)).pooler_output
     if task["captions"]:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

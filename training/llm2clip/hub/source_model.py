@@ -17,7 +17,7 @@ from llm2clip.hub.new_process import CAPTIONS, compare_with_new_process, sample_
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.utils.repos import OURS, Repo, RepoKind, hub_ids, inspect_repo
 from llm2clip.utils.towers import save_text_tower
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection, with_pillow
 
 
 @dataclass
@@ -63,7 +63,8 @@ class SourceModel:
             return cls(tower, AutoTokenizer.from_pretrained(repo.name, **options), TEXT_TASK, True)
         if repo.kind is RepoKind.VISION_HALF:
             half = LLM2CLIPVisionModelWithProjection.from_pretrained(repo.name, **options).eval()
-            return cls(half, AutoImageProcessor.from_pretrained(repo.name, **options), VISION_TASK, False)
+            image_processor = with_pillow(AutoImageProcessor.from_pretrained(repo.name, **options))
+            return cls(half, image_processor, VISION_TASK, False)
         llm = text_model or repo.config.get("text_model_name_or_path")
         is_on_hub = text_model is not None or bool(hub_ids(llm))
         bundle = not is_on_hub if bundle_text_model is None else bundle_text_model

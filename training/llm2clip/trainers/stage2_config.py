@@ -59,8 +59,8 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     )
     logit_scale_init_value: float | Literal["checkpoint"] | None = setting(
         None,
-        "Initial log of the logit scale; checkpoint: that of the vision tower's CLIP checkpoint. Unset: checkpoint if it "
-        "has one, otherwise ln(1 / 0.07); ln 10 with the sigmoid loss.",
+        "Initial log of the logit scale; checkpoint: that of the vision tower's CLIP checkpoint. Unset: checkpoint "
+        "if it has one, otherwise ln(1 / 0.07); ln 10 with the sigmoid loss.",
     )
     logit_bias_init_value: float | None = setting(None, "Initial logit bias, for the sigmoid loss only; unset: -10.")
     loss: Literal["softmax", "sigmoid"] = setting(
@@ -68,8 +68,8 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     )
     shared_captions: Literal["positive", "separate"] = setting(
         "separate",
-        "Captions that several images of a batch share. separate: each is a negative for all images but its own, as in the "
-        "original code; positive: it is a correct answer for every image that has it.",
+        "Captions that several images of a batch share. separate: each is a negative for all images but its own, as "
+        "in the original code; positive: it is a correct answer for every image that has it.",
     )
     vision_learning_rate: float | None = setting(None, "Peak learning rate of the vision tower; unset: learning_rate.")
     text_learning_rate: float | None = setting(None, "Peak learning rate of the text adapter; unset: learning_rate.")

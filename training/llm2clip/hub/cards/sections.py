@@ -61,7 +61,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 {imports}
 model = AutoModel.from_pretrained("{repo}", trust_remote_code=True)
-processor = AutoImageProcessor.from_pretrained("{repo}")
+processor = AutoImageProcessor.from_pretrained("{repo}", backend="pil")
 picture = {picture}
 output = model(**processor(images=Image.open(picture), return_tensors="pt"))
 print(output.pooler_output.shape, output.last_hidden_state.shape)
