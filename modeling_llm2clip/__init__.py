@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassif
 from .configuration_llm2clip import EVA02VisionConfig as EVA02VisionConfig
 from .configuration_llm2clip import LLM2CLIPConfig as LLM2CLIPConfig
 from .configuration_llm2clip import LLM2CLIPTextConfig as LLM2CLIPTextConfig
-from .modeling_eva02 import EVA02VisionModel as EVA02VisionModel
 from .image_decoding_llm2clip import with_pillow as with_pillow
+from .modeling_eva02 import EVA02VisionModel as EVA02VisionModel
 from .modeling_llm2clip import LLM2CLIPModel as LLM2CLIPModel
 from .modeling_llm2clip import LLM2CLIPOutput as LLM2CLIPOutput
 from .modeling_llm2clip_text import LLM2CLIPTextModel as LLM2CLIPTextModel

@@ -1,4 +1,4 @@
-"""Decode images of any kind to upright RGB, and resize them with Pillow: in training, evaluation, search and inference."""
+"""Decode images of any kind to upright RGB, and resize with Pillow: training, evaluation, search and inference."""
 
 from __future__ import annotations
 

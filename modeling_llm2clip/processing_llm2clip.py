@@ -18,9 +18,10 @@ logger = logging.get_logger(__name__)
 class LLM2CLIPProcessor(ProcessorMixin):
     """Image processor and caption tokenizer.
 
-    Images are resized with Pillow where possible, see [`with_pillow`]. By default captions are padded to the longest and truncated at the tokenizer's maximum length; the number of
-    truncated captions is logged. With a prompt that ends in white space there is a `pooling_mask` too, as in
-    `encode_text`: the model cannot see in the tokens where such a caption begins.
+    Images are resized with Pillow where possible, see [`with_pillow`]. By default captions are padded to the longest
+    and truncated at the tokenizer's maximum length; the number of truncated captions is logged. With a prompt that
+    ends in white space there is a `pooling_mask` too, as in `encode_text`: the model cannot see in the tokens where
+    such a caption begins.
     """
 
     if VERSION < (5, 0):  # version 5 reads the signature and warns about these
