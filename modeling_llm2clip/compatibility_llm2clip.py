@@ -58,7 +58,7 @@ def make_readable_by_version_4(folder: str | os.PathLike[str]) -> None:
         image_processor = {**processor["image_processor"], "processor_class": processor.get("processor_class")}
         name = image_processor.get("image_processor_type", "")
         if VERSION >= (5, 0):
-            # The class of Pillow, which LLM2CLIPProcessor uses, has a suffix in version 5; in version 4 the other has one.
+            # LLM2CLIPProcessor uses Pillow. Its class has a suffix in version 5; in version 4 torchvision's has one.
             name = name.removesuffix("Pil")
             name = name if hasattr(transformers, f"{name}Pil") else f"{name}Fast"
         _write(folder / "preprocessor_config.json", {**image_processor, "image_processor_type": name})
