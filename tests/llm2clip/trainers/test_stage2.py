@@ -365,6 +365,18 @@ def test_sigmoid_loss_trains_a_bias_that_the_model_keeps(inputs: Inputs, tmp_pat
         run(tmp_path / "three", inputs, **finished, max_steps=1)
 
 
+def test_new_parts_start_as_in_the_original_unless_set(inputs: Inputs, tmp_path: Path) -> None:
+    def new_model(**changes: Any) -> LLM2CLIPModel:
+        fields = {**tiny.stage2_fields(tmp_path, inputs.vision, inputs.text, inputs.cache), **changes}
+        return run_stage2.load_model(build_config(Stage2Config, fields))[0]
+
+    assert 0 < new_model().visual_projection.weight.std() < 1e-4
+    assert new_model(initializer="normal").visual_projection.weight.std() > 0.01
+    assert new_model(logit_scale_init_value="2.5").logit_scale == 2.5
+    with pytest.raises(ValueError, match="has no logit scale; set logit_scale_init_value to a number"):
+        new_model(logit_scale_init_value="checkpoint")
+
+
 def test_models_without_a_bias_have_none(inputs: Inputs, tmp_path: Path) -> None:
     run(tmp_path, inputs, save_strategy="no", max_steps=1)
     assert "logit_bias" not in weights(tmp_path)
