@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .compatibility_llm2clip import with_version_4_rope
+from .configuration_llm2clip import WINDOW_FIELDS
 
 # The rule that a fingerprint was made by; those of the first rule are 32 hexadecimal digits without a prefix.
 RULE = "2-"
@@ -69,7 +70,7 @@ def text_fingerprint(config: PretrainedConfig, weights: Iterable[tuple[str, Tens
     bidirectional = getattr(config, "bidirectional", True)
     content = {
         "tower": {name: getattr(config, name) for name in FIELDS},
-        "decoder": decoder_identity(config.decoder_config, bidirectional),  # type: ignore[attr-defined]
+        "decoder": decoder_identity(config.decoder_config, bidirectional),
         "weights": digests,
     }
     return RULE + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
@@ -146,7 +147,7 @@ def decoder_identity(config: PretrainedConfig, bidirectional: bool = True) -> di
     Settings at the default of their class are left out, because a later version may add settings.
 
     Args:
-        bidirectional: Whether every token attends to the whole caption: then a sliding window has no effect.
+        bidirectional: Whether every token attends to the whole caption: windows are lifted then.
     """
     fields = _canonical(config.to_dict(), bidirectional)
     default = {} if getattr(config, "has_no_defaults_at_init", False) else type(config)().to_dict()
@@ -176,7 +177,7 @@ def _canonical(fields: dict[str, Any], bidirectional: bool) -> dict[str, Any]:
     if set(fields.get("layer_types") or ["full_attention"]) == {"full_attention"}:
         fields.pop("layer_types", None)
     if bidirectional:
-        for name in ("sliding_window", "use_sliding_window", "max_window_layers"):
+        for name in (*WINDOW_FIELDS, "use_sliding_window", "max_window_layers"):
             fields.pop(name, None)
     return {
         name: _plain(value) for name, value in fields.items() if value is not None and not IRRELEVANT.fullmatch(name)

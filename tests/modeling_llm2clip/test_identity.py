@@ -129,3 +129,10 @@ def test_fingerprints_of_earlier_releases_are_recognised_and_computed() -> None:
     assert model.earlier_fingerprint() == EARLIER
     assert is_earlier_rule(EARLIER)
     assert not is_earlier_rule(None)
+
+
+def test_a_window_counts_only_where_it_is_not_lifted() -> None:
+    one, two = (tiny.decoder_config("mistral") for _ in range(2))
+    two.sliding_window = 7
+    assert decoder_identity(one, bidirectional=True) == decoder_identity(two, bidirectional=True)
+    assert decoder_identity(one, bidirectional=False) != decoder_identity(two, bidirectional=False)

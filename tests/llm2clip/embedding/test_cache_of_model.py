@@ -18,7 +18,7 @@ from llm2clip.trainers import run_stage1, run_stage2
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.settings import build_config
-from llm2clip.utils.towers import describe_text_tower
+from llm2clip.utils.towers import describe_text_tower, open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
@@ -72,6 +72,17 @@ def test_weights_are_read_only_where_the_record_differs(
         open_cache_of_model(inputs.cache, stale, tokenizer, is_trained=True)
     monkeypatch.setattr(opening, "read_fingerprints", None)
     assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True))
+
+
+def test_stage_2_does_not_load_a_plain_llm_to_learn_its_fingerprint(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = open_text_tower(inputs.llm)[0].fingerprint()
+    fields = tiny.stage2_fields(tmp_path, inputs.vision, inputs.llm, inputs.cache)
+    for name in ("from_pretrained", "from_decoder"):
+        monkeypatch.setattr(LLM2CLIPTextModel, name, None)
+    model, _ = run_stage2.load_model(build_config(Stage2Config, fields))
+    assert model.config.text_model_fingerprint == expected
 
 
 @pytest.mark.parametrize("is_trained", [True, False])

@@ -184,7 +184,7 @@ def _manifest_to_continue(
     folder: Path, new: CacheManifest, earlier_fingerprint: Callable[[], str | None] | None
 ) -> CacheManifest:
     old = CacheManifest.read(folder)
-    names = IDENTITY
+    names: tuple[str, ...] = IDENTITY
     rule = earlier_fingerprint if is_earlier_rule(old.fingerprint) else None
     if rule is not None and old.fingerprint == rule():
         logger.warning("The embedding cache %s %s", folder, ACCEPTED_EARLIER)

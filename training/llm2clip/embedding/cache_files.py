@@ -143,7 +143,7 @@ class CacheManifest:
         names = {entry.name for entry in fields(cls)}
         if missing := names - set(values) - {"tokenizer_fingerprint"}:
             raise CacheDamagedError(f"{path} lacks {', '.join(sorted(missing))}; delete the folder and embed again.")
-        return cls(**{name: values.get(name) for name in names})
+        return cls(**{name: values[name] for name in names & set(values)})
 
 
 def shard_name(number: int) -> str:
