@@ -67,13 +67,13 @@ class StreamReader:
             ValueError: If there are fewer files than readers.
         """
         if self.whole:
-            found = itertools.islice(self._file(0), reader, None, num_readers)
-            return shuffled(found, shuffle_buffer, stable_seed(seed, "rows", epoch, reader))
+            kept = itertools.islice(self._file(0), reader, None, num_readers)
+            return shuffled(kept, shuffle_buffer, stable_seed(seed, "rows", epoch, reader))
         order = np.arange(self.num_files)
         if shuffle_buffer:
             order = np.random.default_rng(stable_seed(seed, "files", epoch)).permutation(order)
         share = share_of_files(self.num_files, num_readers, reader, epoch)
-        files = (lambda number=int(order[position]): self._file(number) for position in share)  # type: ignore[misc]
+        files = (lambda number=int(order[position]): self._file(number) for position in share)
         found = interleaved(files, OPEN_FILES if shuffle_buffer else 1)
         return shuffled(found, shuffle_buffer, stable_seed(seed, "rows", epoch, reader))
 
@@ -112,5 +112,5 @@ def shuffled(items: Iterable[T], size: int, seed: int) -> Iterator[T]:
             buffer[place] = item
         else:
             yield item
-    generator.shuffle(buffer)  # type: ignore[arg-type]
+    generator.shuffle(buffer)
     yield from buffer

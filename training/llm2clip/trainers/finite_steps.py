@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -114,7 +114,8 @@ class FiniteSteps(TrainerCallback):
         self.trainer.log({SKIPPED_STEPS: self.skipped})
 
     def _gradients_are_broken(self) -> Tensor:
-        grads = [parameter.grad for parameter in self.trainer.model.parameters() if parameter.grad is not None]
+        model = cast(nn.Module, self.trainer.model)
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         scaler = self.trainer.accelerator.scaler
         if not grads or (scaler is not None and scaler.get_scale() > 1):
             return torch.tensor(False)
@@ -127,7 +128,7 @@ def largest(tensors: Iterable[Tensor]) -> Tensor:
     return get_total_norm([part.detach() for part in parts if part.numel()], norm_type=math.inf)
 
 
-def require_finite_weights(model: nn.Module, step: int, sharded: bool) -> None:
+def require_finite_weights(model: Any, step: int, sharded: bool) -> None:
     """Check the trained weights before they are saved.
 
     Args:
