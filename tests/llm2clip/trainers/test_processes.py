@@ -27,17 +27,22 @@ from tests.llm2clip.trainers.test_plain_datasets import joint_model
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 CLI = ["-m", "llm2clip"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *CLI]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+# Four processes take a minute each to start on two cores.
+PROCESSES = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 def llm2clip(command: str, fields: dict[str, Any], processes: int = 1, *options: str) -> None:
     """Run the command on a recipe file."""
     recipe = Path(fields["output_dir"]).with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(fields))
-    launcher = TORCHRUN if processes == 2 else CLI
-    result = subprocess.run(
-        [sys.executable, *launcher, command, str(recipe), *options], env=ENVIRONMENT, capture_output=True, text=True
-    )
+    launcher = CLI if processes == 1 else [*TORCHRUN, str(processes), *CLI]
+    run_process([*launcher, command, str(recipe), *options])
+
+
+def run_process(arguments: list[str]) -> None:
+    """Run python with arguments, and show the end of its output if it fails."""
+    result = subprocess.run([sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
 
 
@@ -51,12 +56,18 @@ def metric(folder: Path, name: str) -> float:
     return [entry[name] for entry in history if name in entry][-1]
 
 
-def test_stage1_on_two_processes_equals_one_with_the_doubled_batch(inputs: Inputs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", PROCESSES)
+def test_stage1_on_several_processes_equals_one_with_the_whole_batch(
+    processes: int, inputs: Inputs, tmp_path: Path
+) -> None:
     fields = {**tiny.stage1_fields(tmp_path / "one", inputs.llm), "save_strategy": "no"}
     gloss_test = {"path": tiny.GLOSSES, "split": "test", "anchor_column": "lemmas", "positive_column": "gloss"}
     fields["eval_sources"] = {"glosses": gloss_test}
     llm2clip("stage1", {**fields, "per_device_train_batch_size": 16})
-    llm2clip("stage1", {**fields, "output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 8}, 2)
+    batch = 16 // processes
+    llm2clip(
+        "stage1", {**fields, "output_dir": str(tmp_path / "two"), "per_device_train_batch_size": batch}, processes
+    )
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 6
     assert two == pytest.approx(one, abs=1e-4)
@@ -64,14 +75,16 @@ def test_stage1_on_two_processes_equals_one_with_the_doubled_batch(inputs: Input
     assert metric(tmp_path / "two", name) == pytest.approx(metric(tmp_path / "one", name), abs=0.5)
 
 
-def test_embed_and_stage2_on_two_processes_equal_one(inputs: Inputs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", PROCESSES)
+def test_embed_and_stage2_on_several_processes_equal_one(processes: int, inputs: Inputs, tmp_path: Path) -> None:
     embedding = {
         "text_model_name_or_path": inputs.text,
         "output_dir": str(tmp_path / "cache"),
-        "sources": [tiny.concepts(), tiny.concepts("validation", max_samples=40)],
+        # One source as a map and one as a stream, in a number of shards that the processes do not divide.
+        "sources": [tiny.concepts(), tiny.concepts("validation", max_samples=40, streaming=True)],
         "shard_size": 16,
     }
-    llm2clip("embed", embedding, 2)
+    llm2clip("embed", embedding, processes)
     one_cache, two_cache = (EmbeddingCache.open(path) for path in (inputs.cache, tmp_path / "cache"))
     assert len(one_cache) == len(two_cache)
     captions = distinct_captions(CaptionSource.from_dict(tiny.concepts()))
@@ -79,7 +92,10 @@ def test_embed_and_stage2_on_two_processes_equal_one(inputs: Inputs, tmp_path: P
 
     fields = tiny.stage2_fields(tmp_path / "one", inputs.vision, inputs.text, inputs.cache) | {"save_strategy": "no"}
     llm2clip("stage2", {**fields, "per_device_train_batch_size": 32})
-    llm2clip("stage2", {**fields, "output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 16}, 2)
+    batch = 32 // processes
+    llm2clip(
+        "stage2", {**fields, "output_dir": str(tmp_path / "two"), "per_device_train_batch_size": batch}, processes
+    )
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
     name = "eval_validation_text_to_image_mean_rank"
     assert metric(tmp_path / "two", name) == pytest.approx(metric(tmp_path / "one", name), abs=0.1)
@@ -88,6 +104,23 @@ def test_embed_and_stage2_on_two_processes_equal_one(inputs: Inputs, tmp_path: P
     )
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_evaluate_on_several_processes_equals_one(processes: int, inputs: Inputs, tmp_path: Path) -> None:
+    fields = tiny.stage2_fields(tmp_path / "run", inputs.vision, inputs.text, inputs.cache)
+    llm2clip("stage2", fields | {"max_steps": 1, "save_strategy": "no", "eval_sources": {}})
+    metrics = []
+    for number in (1, processes):
+        output = tmp_path / f"{number}.json"
+        launcher = CLI if number == 1 else [*TORCHRUN, str(number), *CLI]
+        options = ["--data", tiny.CONCEPTS, "--split", "validation", "--embedding-cache", inputs.cache]
+        source = ["--caption-columns", "caption", "--output", str(output)]
+        run_process([*launcher, "evaluate", str(tmp_path / "run"), *options, *source])
+        metrics.append(json.loads(output.read_text()))
+    assert metrics[0]["num_images"] > 0
+    assert metrics[1] == metrics[0]
 
 
 def test_two_processes_train_dinov2_with_checkpointing(inputs: Inputs, tmp_path: Path) -> None:
@@ -141,7 +174,7 @@ def test_plain_data_sets_on_two_processes_equal_one(kind: str, inputs: Inputs, t
     model = joint_model(inputs, tmp_path / "model")
     (tmp_path / "plain.py").write_text(PLAIN)
     found = {}
-    for name, launcher, batch in [("one", [], 16), ("two", TORCHRUN[: -len(CLI)], 8)]:
+    for name, launcher, batch in [("one", [], 16), ("two", [*TORCHRUN, "2"], 8)]:
         command = [
             sys.executable,
             *launcher,
@@ -171,10 +204,7 @@ def accelerate_launch(command: str, fields: dict[str, Any], config: dict[str, An
     recipe = Path(fields["output_dir"]).with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(fields))
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(launch), "--main_process_port", "0"]
-    result = subprocess.run(
-        [sys.executable, *launcher, *CLI, command, str(recipe)], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_process([*launcher, *CLI, command, str(recipe)])
 
 
 def launch_configuration(name: str) -> dict[str, Any]:
@@ -194,6 +224,16 @@ def test_stage1_under_fsdp_equals_one_process(inputs: Inputs, tmp_path: Path) ->
     llm2clip("stage1", {**fields, "per_device_train_batch_size": 16})
     accelerate_launch("stage1", {**fields, "output_dir": str(tmp_path / "two")}, launch_configuration("fsdp.yaml"))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+def test_stage2_under_fsdp_equals_one_process(inputs: Inputs, tmp_path: Path) -> None:
+    fields = tiny.stage2_fields(tmp_path / "one", inputs.vision, inputs.text, inputs.cache)
+    fields |= {"save_strategy": "no", "max_steps": 2}
+    llm2clip("stage2", {**fields, "per_device_train_batch_size": 32})
+    accelerate_launch("stage2", {**fields, "output_dir": str(tmp_path / "two")}, launch_configuration("fsdp.yaml"))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    name = "eval_validation_text_to_image_mean_rank"
+    assert metric(tmp_path / "two", name) == pytest.approx(metric(tmp_path / "one", name), abs=0.1)
 
 
 def test_an_error_in_a_worker_process_is_one_line(inputs: Inputs, tmp_path: Path) -> None:
