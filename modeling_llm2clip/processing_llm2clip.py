@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from .compatibility_llm2clip import VERSION, make_readable_by_version_4
 from .image_decoding_llm2clip import decode_images, is_missing_file, with_pillow
-from .tokenization_llm2clip import clean_captions, count_cut_captions, pooling_mask, prompt_starts
+from .tokenization_llm2clip import clean_captions, count_cut_captions
 
 logger = logging.get_logger(__name__)
 
@@ -19,9 +19,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
     """Image processor and caption tokenizer.
 
     Images are resized with Pillow where possible, see [`with_pillow`]. By default captions are padded to the longest
-    and truncated at the tokenizer's maximum length; the number of truncated captions is logged. With a prompt that
-    ends in white space there is a `pooling_mask` too, as in `encode_text`: the model cannot see in the tokens where
-    such a caption begins.
+    and truncated at the tokenizer's maximum length; the number of truncated captions is logged.
     """
 
     if VERSION < (5, 0):  # version 5 reads the signature and warns about these
@@ -70,6 +68,4 @@ class LLM2CLIPProcessor(ProcessorMixin):
         limit = options.get("max_length") or self.tokenizer.model_max_length
         if count := count_cut_captions(self.tokenizer, texts, lengths, limit):
             logger.warning(f"{count} of {len(texts)} captions were cut at {limit} tokens.")
-        if (starts := prompt_starts(self.tokenizer, texts)) is not None:
-            features["pooling_mask"] = pooling_mask(features["attention_mask"], starts)
         return features

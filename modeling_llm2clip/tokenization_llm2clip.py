@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -257,7 +258,8 @@ def tokenize_with_instructions(
 
     An instruction is separated from its caption by a space unless it ends in white space. As in the original code
     (`LLM2Vec.tokenize`), as many tokens are pooled at the end as caption and suffix have on their own. Where a caption
-    has another number of tokens after a space, this is one token more or less than the caption's own.
+    has another number of tokens after a space, this is one token more or less than the caption's own. Without an
+    instruction everything after the prefix is pooled, as the model does with the ids alone.
 
     Args:
         captions: Captions without outer white space.
@@ -270,8 +272,7 @@ def tokenize_with_instructions(
     """
     limit = max_length or tokenizer.model_max_length
     leads = [f"{text} " if text and not text[-1].isspace() else text or "" for text in instructions]
-    alone = tokenizer_without_lead(tokenizer)
-    if alone is None and not any(leads):
+    if not any(leads):
         ids = tokenizer(list(captions), truncation=True, max_length=limit)["input_ids"]
         return CaptionTokens(ids, None, count_cut_captions(tokenizer, captions, [len(row) for row in ids], limit))
     prompt = list(tokenizer("")["input_ids"])
@@ -279,7 +280,7 @@ def tokenize_with_instructions(
     room = limit - len(prompt)
     texts = [lead + caption for lead, caption in zip(leads, captions, strict=True)]
     whole = _contents(tokenizer, texts)
-    own = _contents(alone or tokenizer, captions)
+    own = _contents(tokenizer_without_lead(tokenizer) or tokenizer, captions)
     starts = [max(0, len(before) + len(text) - len(caption)) for text, caption in zip(whole, own, strict=True)]
     for lead, start in zip(leads, starts, strict=True):
         if start >= len(before) + room:
@@ -314,31 +315,6 @@ def tokenizer_without_lead(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToke
     return _WITHOUT_LEAD[tokenizer]
 
 
-def prompt_starts(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[int] | None:
-    """Return the `starts` of [`CaptionTokens`] for captions without instruction; None if they are equal for all."""
-    if tokenizer_without_lead(tokenizer) is None:
-        return None
-    leading = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"].index(0)
-    return tokenize_with_instructions(captions, tokenizer, leading, [None] * len(captions)).starts
-
-
-def pooling_mask(attention_mask: Any, starts: Sequence[int]) -> Any:
-    """Mark the pooled tokens: the real ones after the first `starts` of each caption.
-
-    Args:
-        attention_mask: `(batch, tokens)`, tensor, array or list of rows; or one row as a list.
-
-    Returns:
-        A mask of the same kind.
-    """
-    if not isinstance(attention_mask, list):
-        column: Any = torch.tensor(starts)[:, None]
-        column = column if torch.is_tensor(attention_mask) else column.numpy()
-        return attention_mask * (attention_mask.cumsum(1) > column)
-    if isinstance(attention_mask[0], int):
-        return pooling_mask([attention_mask], starts)[0]
-    orders = map(itertools.accumulate, attention_mask)
-    return [
-        [real * int(order > start) for real, order in zip(row, accumulated, strict=True)]
-        for row, accumulated, start in zip(attention_mask, orders, starts, strict=True)
-    ]
+def pooling_mask(attention_mask: Tensor, starts: Sequence[int]) -> Tensor:
+    """Mark the pooled tokens of `(batch, tokens)`: the real ones after the first `starts` of each caption."""
+    return attention_mask * (attention_mask.cumsum(1) > torch.tensor(starts)[:, None])

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from llm2clip.data import PairCollator
+from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.utils.prompts import original_prompt
 from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
 from modeling_llm2clip.modeling_llm2clip_text import LLM2CLIPTextModel
@@ -139,21 +141,31 @@ def test_encode_equals_llm2vec_from_text_to_embedding(name: str, tmp_path: Path)
         torch.testing.assert_close(embedding, golden["out/pairs/pooled/mean_skip1"][row], **golden.meta["tolerance"])
 
 
-def test_processor_and_encode_agree_for_a_prompt_that_ends_in_a_space(tmp_path: Path) -> None:
-    """`beach` has another number of tokens after a space, so that only a mask can say what the original pools."""
+def test_all_doors_agree_for_a_prompt_that_ends_in_a_space(tmp_path: Path) -> None:
+    """`beach` has another number of tokens after a space; every door pools all that follows the prefix."""
     golden = load_golden("llm2vec_mistral_a")
-    model, tokenizer = prepare(golden, tmp_path)
-    processor = LLM2CLIPProcessor(tiny.processor().image_processor, tokenizer)
+    model, tokenizer = prepare(golden, tmp_path / "golden")
+    model.config.prompt_token_ids = tokenizer("")["input_ids"]
+    model.save_pretrained(tmp_path / "tower")
+    tokenizer.save_pretrained(tmp_path / "tower")
+    write_sentence_transformers_files(tmp_path / "tower")
     captions = ["beach", "a small dog"]
-    embeddings = model.encode(captions, tokenizer)
-    for options in ({"return_tensors": "pt"}, {"return_tensors": "np"}, {}):
-        batch = processor(text=captions, **options)
-        batch = {key: torch.as_tensor(value) for key, value in batch.items()}
-        assert batch["pooling_mask"].sum(dim=1).tolist() != batch["attention_mask"].sum(dim=1).tolist()
-        with torch.no_grad():
-            torch.testing.assert_close(model(**batch).pooler_output, embeddings, **golden.meta["tolerance"])
-    assert processor(text="beach")["pooling_mask"] == processor(text=["beach"])["pooling_mask"][0]
-    assert "pooling_mask" not in tiny.processor()(text=captions)
+    assert len(tokenizer("beach")["input_ids"]) != len(tokenizer("")["input_ids"]) + len(
+        plain("mistral_a")("beach", add_special_tokens=False)["input_ids"]
+    )
+    expected = model.encode(captions, tokenizer)
+    batch, _ = PairCollator(tokenizer, model.config.num_prefix_tokens).tokenize(captions, [None, None])
+    processor = LLM2CLIPProcessor(tiny.processor().image_processor, tokenizer)
+    with torch.no_grad():
+        for inputs in (
+            tokenizer(captions, padding=True, return_tensors="pt"),
+            processor(text=captions, return_tensors="pt"),
+            {name: batch[name] for name in ("input_ids", "attention_mask", "pooling_mask")},
+        ):
+            torch.testing.assert_close(model(**inputs).pooler_output, expected, **golden.meta["tolerance"])
+    loaded = SentenceTransformer(str(tmp_path / "tower"), trust_remote_code=True, device="cpu")
+    rows = loaded.encode(captions, convert_to_tensor=True)
+    torch.testing.assert_close(rows, expected, **golden.meta["tolerance"])
 
 
 def test_stage_1_reads_the_texts_of_the_original_step() -> None:

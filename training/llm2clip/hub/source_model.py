@@ -114,9 +114,7 @@ class SourceModel:
                 batch = tokenizer(texts, padding=True, return_tensors="pt")
                 expected["text"] = model(**batch).pooler_output
             if texts and has_vision:
-                # Through the processor, whose pooling mask a tokenizer alone does not give.
-                both = self.processor(images=[picture], text=list(texts), return_tensors="pt").to(model.dtype)
-                expected["logits"] = model(**both).logits_per_image
+                expected["logits"] = model(**pixels, **batch).logits_per_image
             if self.task == JOINT_TASK and not texts:
                 # The adapter is compared without its LLM.
                 embeds = sample_llm_embeds(model.config.text_config.hidden_size)
