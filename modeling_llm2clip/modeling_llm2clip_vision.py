@@ -182,7 +182,7 @@ class LLM2CLIPLogitScale(PreTrainedModel):
         self.logit_scale = nn.Parameter(torch.full(shape, math.nan))
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         nn.init.constant_(module.logit_scale, math.nan)
 
 

@@ -17,6 +17,8 @@ from .image_decoding_llm2clip import decode_image, with_pillow
 class LLM2CLIPImagePipeline:
     """Decode an image of any kind that [`decode_image`] reads, and resize it with Pillow."""
 
+    image_processor: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.image_processor = with_pillow(self.image_processor)

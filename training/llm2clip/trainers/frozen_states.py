@@ -143,7 +143,8 @@ class FrozenStatesDataset(EpochDataset):
 def _identity(images: CaptionImageDataset, frozen: FrozenLayers, image_processor: Any) -> dict[str, Any]:
     """Everything that the states and the list of skipped images depend on, as JSON values."""
     sample = images.make_sample
-    config = frozen.tower.config.to_dict()
+    tower: Any = frozen.tower
+    config = tower.config.to_dict()
     identity = {
         "layers": frozen.num_layers,
         "weights": frozen.fingerprint(),

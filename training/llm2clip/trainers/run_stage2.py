@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, set_seed
@@ -38,7 +38,7 @@ from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.settings import require
 from llm2clip.utils.text_identity import read_fingerprints
 from llm2clip.utils.towers import describe_text_tower, loading_options
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +116,9 @@ def open_captions(
         embedder = CaptionEmbedder(model.text_model, processor)
         return Stage2Collator(processor=processor), partial(embedder.embed, show_progress_bar=False)
     is_trained = config.model_name_or_path is not None
+    model_config = cast(LLM2CLIPConfig, model.config)
     cache = open_cache_of_model(
-        config.embedding_cache, model.config, processor.tokenizer, is_trained=is_trained, verify=False
+        config.embedding_cache, model_config, processor.tokenizer, is_trained=is_trained, verify=False
     )
     width = model.config.text_config.hidden_size
     if cache.hidden_size != width:
