@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers import AutoModelForCausalLM, CLIPImageProcessor, Dinov2Config, Dinov2Model
 
@@ -43,6 +44,16 @@ def save_dinov2_tower(folder: Path) -> str:
 def _with_image_processor(folder: Path) -> str:
     CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
     return str(folder)
+
+
+def write_text_pairs(path: Path, rows: int) -> str:
+    """Write a table of pairs of texts, `short` and `long`; each short text stands in two rows."""
+    columns = {
+        "short": [f"a picture of thing {number // 2}" for number in range(rows)],
+        "long": [f"thing {number} in another picture, with a few more words about it" for number in range(rows)],
+    }
+    datasets.Dataset.from_dict(columns).to_parquet(path)
+    return str(path)
 
 
 def concepts(split: str = "train", **fields: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import pytest
 from llm2clip.data import PairDataset, PairSource
 from llm2clip.data.pairs import PairTable, _load
 from llm2clip.data.shared_files import shared_file
+from tests.llm2clip import tiny
 
 ROWS = 20_000
 
@@ -22,13 +23,7 @@ ROWS = 20_000
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Pairs of texts; half of the anchors are equal to the one before."""
-    path = str(tmp_path_factory.mktemp("rows") / "rows.parquet")
-    columns = {
-        "anchor": [f"a picture of thing {number // 2}" for number in range(ROWS)],
-        "positive": [f"thing {number} in another picture, with a few more words about it" for number in range(ROWS)],
-    }
-    datasets.Dataset.from_dict(columns).to_parquet(path)
-    return path
+    return tiny.write_text_pairs(tmp_path_factory.mktemp("rows") / "rows.parquet", ROWS)
 
 
 def forbidden(*arguments: Any) -> Any:
@@ -36,7 +31,7 @@ def forbidden(*arguments: Any) -> Any:
 
 
 def pair_source(path: str, **fields: Any) -> PairSource:
-    return PairSource(path, anchor_column="anchor", positive_column="positive", **fields)
+    return PairSource(path, anchor_column="short", positive_column="long", **fields)
 
 
 def test_the_first_process_writes_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

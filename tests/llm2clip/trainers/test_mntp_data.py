@@ -14,6 +14,7 @@ import pytest
 from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.trainers import mntp_data
 from llm2clip.trainers.mntp_data import source_tokens
+from tests.llm2clip import tiny as toolbox_tiny
 from tests.modeling_llm2clip import tiny
 
 ROWS = 6_000
@@ -22,13 +23,7 @@ ROWS = 6_000
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two captions a row; each of the first column appears twice."""
-    path = str(tmp_path_factory.mktemp("rows") / "rows.parquet")
-    columns = {
-        "short": [f"a picture of thing {number // 2}" for number in range(ROWS)],
-        "long": [f"thing {number} in another picture, with a few more words about it" for number in range(ROWS)],
-    }
-    datasets.Dataset.from_dict(columns).to_parquet(path)
-    return path
+    return toolbox_tiny.write_text_pairs(tmp_path_factory.mktemp("rows") / "rows.parquet", ROWS)
 
 
 @pytest.fixture(autouse=True)

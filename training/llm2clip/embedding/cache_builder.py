@@ -66,8 +66,7 @@ def build_embedding_cache(
         show_progress_bar: Show a progress bar on rank 0.
         rank, world_size: Rank of this process, and number of processes.
         barrier: Waits for all processes; required when there are several.
-        earlier_fingerprint: Computes the fingerprint by which a cache of an earlier release can be verified, which is
-            then continued with a warning.
+        earlier_fingerprint: Computes what verifies a cache of an earlier release; it is continued with a warning.
 
     Returns:
         The manifest of the complete cache.
