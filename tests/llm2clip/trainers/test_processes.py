@@ -115,7 +115,7 @@ def test_evaluate_on_several_processes_equals_one(processes: int, inputs: Inputs
     for number in (1, processes):
         output = tmp_path / f"{number}.json"
         launcher = CLI if number == 1 else [*TORCHRUN, str(number), *CLI]
-        options = ["--data", tiny.CONCEPTS, "--split", "validation", "--embedding-cache", inputs.cache]
+        options = ["--data", tiny.CONCEPTS, "--split", "validation"]
         source = ["--caption-columns", "caption", "--output", str(output)]
         run_process([*launcher, "evaluate", str(tmp_path / "run"), *options, *source])
         metrics.append(json.loads(output.read_text()))
