@@ -6,6 +6,7 @@ python docs/make_models.py
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,12 @@ def small_config(name: str) -> PretrainedConfig:
 
 
 def small_decoder(name: str) -> Any:
-    """Return a small random decoder, or None if it cannot be built small or does not run on text alone."""
+    """Return a small random decoder, or None, with the reason on stderr, if it cannot be built or run on text alone."""
     try:
         config = small_config(name)
         with torch.device("meta"):
             if sum(weight.numel() for weight in AutoModel.from_config(config).parameters()) > MOST_WEIGHTS:
-                return None
+                raise ValueError(f"it has more than {MOST_WEIGHTS:,} weights")
         torch.manual_seed(0)
         decoder = AutoModel.from_config(config).eval()
         with torch.no_grad():
@@ -142,7 +143,9 @@ def small_decoder(name: str) -> Any:
                 if weight.ndim > 1:
                     weight.normal_(std=0.2)
             decoder(input_ids=torch.arange(2, 14)[None], use_cache=False)
-    except Exception:
+    # Of any kind: each type's own code runs here, on a config that its authors did not foresee.
+    except Exception as error:
+        print(f"{name} is not tried: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         return None
     return decoder
 
