@@ -129,7 +129,7 @@ def small_config(name: str) -> PretrainedConfig:
 
 
 def small_decoder(name: str) -> Any:
-    """Return a small random decoder, or None, with the reason on stderr, if it cannot be built or run on text alone."""
+    """Return a small random decoder, or None, with the reason on stderr, if it cannot be built or read text alone."""
     try:
         config = small_config(name)
         with torch.device("meta"):

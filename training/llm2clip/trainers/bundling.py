@@ -33,8 +33,9 @@ def bundle_text_model(folder: Path) -> None:
                 f"`llm2clip build {folder} DESTINATION --bundle-text-model true` adds it later."
             ) from error
         files = sorted(Path(scratch).iterdir(), key=lambda path: (path.name == "config.json", path.suffix == ".json"))
-        if any(path.name == SAFE_WEIGHTS_INDEX_NAME for path in files):
-            # It would be loaded in place of the new files.
-            (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
+        is_sharded = any(path.name == SAFE_WEIGHTS_INDEX_NAME for path in files)
         for path in files:
+            if path.name == "config.json" and is_sharded:
+                # It would be loaded in place of the shards; until here, a kill leaves the model as it was.
+                (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
             path.replace(folder / path.name)
