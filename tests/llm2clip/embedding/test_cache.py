@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.embedding import EmbeddingCache, MissingCaptionError
-from llm2clip.embedding.cache import KeyIndex
 from llm2clip.embedding.cache_files import CacheDamagedError, CacheError, CacheIncompleteError, CacheMismatchError
+from llm2clip.embedding.keyed_rows import KeyIndex
 from tests.llm2clip.data.conftest import CONCEPTS
 
 from .encoder import WIDTH, build, embed

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2clip.embedding import EmbeddingCache, cache_builder
+from llm2clip.embedding import EmbeddingCache, row_builder
 from llm2clip.embedding.cache_files import CacheIncompleteError, CacheMismatchError
 
 from .encoder import build, embed
@@ -140,7 +140,7 @@ def test_shard_is_absent_after_a_failed_write(tmp_path: Path, monkeypatch: pytes
         path.write_bytes(b"half a shard")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(cache_builder, "save_file", full_disk)
+    monkeypatch.setattr(row_builder, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         build(tmp_path, TEXTS)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]

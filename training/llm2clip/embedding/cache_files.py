@@ -1,17 +1,18 @@
-"""The files of an embedding cache: 16-bit caption embeddings in shards, and a manifest.
+"""The files of a cache of embeddings: 16-bit rows in shards, and a manifest.
 
 A cache is a folder with `manifest.json` and `shard-00000.safetensors`, ... Each shard contains `embeddings`
-(n, hidden) in float16 or bfloat16 and `keys` (n, 2) int64, the 128-bit BLAKE2b hash of each caption's exact text
-(UTF-8, little-endian halves). The texts themselves are not stored.
+(n, hidden) in float16 or bfloat16 and `keys` (n, 2) int64, the 128-bit BLAKE2b hash (little-endian halves) of what each
+row was computed from: a caption's exact text in UTF-8, or an image's encoded bytes. Neither is stored itself.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,24 +20,13 @@ import transformers
 
 from llm2clip.utils.files import read_json, write_json
 
-FORMAT = "llm2clip-embedding-cache"
+logger = logging.getLogger(__name__)
+
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 CacheDtype = Literal["float16", "bfloat16"]
-# How captions become embeddings: a cache is only continued by a build that agrees in all of these.
-IDENTITY = (
-    "fingerprint",
-    "tokenizer_fingerprint",
-    "hidden_size",
-    "pooling",
-    "prompt_prefix",
-    "prompt_suffix",
-    "max_length",
-    "text_model_dtype",
-    "dtype",
-    "normalize",
-)
+ManifestT = TypeVar("ManifestT", bound="StoreManifest")
 
 TWO_RULES = (
     " The one without `2-` was recorded by an earlier release of llm2clip, so the two say nothing about each other."
@@ -48,11 +38,11 @@ ACCEPTED_EARLIER = (
 
 
 class CacheError(ValueError):
-    """An embedding cache cannot be used."""
+    """A cache cannot be used."""
 
 
 class CacheMismatchError(CacheError):
-    """A cache was made by another text encoder, or for other captions."""
+    """A cache was made by another encoder, or for other captions or images."""
 
 
 class CacheIncompleteError(CacheError):
@@ -70,55 +60,59 @@ class MissingCaptionError(KeyError):
         return str(self.args[0])  # KeyError would print its message in quotes
 
 
-@dataclass
-class CacheManifest:
-    """The content of `manifest.json`.
+@dataclass(kw_only=True)
+class StoreManifest:
+    """The content of `manifest.json`, as far as it is common to all caches.
 
     Attributes:
-        fingerprint, text_model_name: Identity of the text encoder, and its name in messages.
-        tokenizer_fingerprint: Identity of its tokenizer; None in caches of earlier releases.
-        hidden_size: Width of an embedding.
-        pooling, prompt_prefix, prompt_suffix, max_length: How the encoder reads a caption; an instruction is
-            part of the prefix.
-        text_model_dtype, dtype: The dtypes that the text encoder computed in, and that the embeddings are stored in.
-        normalize: Whether embeddings have unit length.
+        fingerprint: Identity of the encoder.
+        hidden_size: Width of a row.
+        dtype: The dtype that the rows are stored in.
         transformers_version: The version of transformers that computed them.
         shard_size: Rows per shard; the last shard of each build may be shorter.
-        plan_digest: Hash over the keys of all captions, in order.
+        plan_digest: Hash over all keys, in order.
         shards: Rows of each shard.
-        num_truncated: Captions that were longer than `max_length`.
     """
 
+    FORMAT: ClassVar[str]
+    # For messages: what the cache is, what a row belongs to, and how missing rows are computed.
+    NAME: ClassVar[str]
+    UNIT: ClassVar[str]
+    REMEDY: ClassVar[str]
+    # What a row depends on: a cache is only continued by a build that agrees in all of these.
+    IDENTITY: ClassVar[tuple[str, ...]]
+    # Fields that caches of earlier releases lack.
+    LATER: ClassVar[frozenset[str]] = frozenset()
+
     fingerprint: str
-    text_model_name: str
     hidden_size: int
-    pooling: str
-    prompt_prefix: str
-    prompt_suffix: str
-    max_length: int
-    tokenizer_fingerprint: str | None = None
-    text_model_dtype: str = "float32"
     dtype: CacheDtype = "float16"
-    normalize: bool = False
     transformers_version: str = transformers.__version__
     shard_size: int = 8192
     status: Literal["building", "complete"] = "building"
     plan_digest: str = ""
     shards: list[int] = field(default_factory=list)
-    num_truncated: int = 0
 
     @property
-    def num_captions(self) -> int:
-        """Number of captions in all shards."""
+    def encoder(self) -> str:
+        """Name of the encoder in messages."""
+        raise NotImplementedError
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows in all shards."""
         return sum(self.shards)
+
+    def finish(self, metadata: list[dict[str, str]]) -> None:
+        """Take what the finished cache records from the metadata of its shards."""
 
     def write(self, folder: Path) -> None:
         """Write the manifest of a cache."""
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION, "num_captions": self.num_captions}
+        head = {"format": self.FORMAT, "format_version": FORMAT_VERSION, f"num_{self.UNIT}s": self.num_rows}
         write_json(folder / MANIFEST, {**head, **asdict(self)})
 
     @classmethod
-    def read(cls, folder: Path) -> CacheManifest:
+    def read(cls: type[ManifestT], folder: Path) -> ManifestT:
         """Read the manifest of a cache.
 
         Raises:
@@ -128,22 +122,82 @@ class CacheManifest:
         """
         path = folder / MANIFEST
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} is not an embedding cache (no {MANIFEST}); `llm2clip embed` makes one.")
+            raise FileNotFoundError(f"{folder} is not an {cls.NAME} (no {MANIFEST}); {cls.REMEDY} to make one.")
         try:
             values = read_json(path)
         except ValueError as error:
-            raise CacheDamagedError(f"{str(error).rstrip('.')}; delete the folder and embed again.") from error
-        if values.get("format") != FORMAT:
-            raise CacheError(f"{path} is not the manifest of an embedding cache (no format {FORMAT!r}).")
+            raise CacheDamagedError(f"{str(error).rstrip('.')}; delete the folder and {cls.REMEDY}.") from error
+        if values.get("format") != cls.FORMAT:
+            raise CacheError(f"{path} is not the manifest of an {cls.NAME} (no format {cls.FORMAT!r}).")
         if values.get("format_version") != FORMAT_VERSION:
             raise CacheError(
                 f"{folder} has format version {values.get('format_version')}, but this release reads version "
-                f"{FORMAT_VERSION}; use the release that made it, or embed again."
+                f"{FORMAT_VERSION}; use the release that made it, or {cls.REMEDY} into another folder."
             )
         names = {entry.name for entry in fields(cls)}
-        if missing := names - set(values) - {"tokenizer_fingerprint"}:
-            raise CacheDamagedError(f"{path} lacks {', '.join(sorted(missing))}; delete the folder and embed again.")
+        if missing := names - set(values) - cls.LATER:
+            message = f"{path} lacks {', '.join(sorted(missing))}; delete the folder and {cls.REMEDY}."
+            raise CacheDamagedError(message)
         return cls(**{name: values[name] for name in names & set(values)})
+
+
+@dataclass(kw_only=True)
+class CacheManifest(StoreManifest):
+    """The manifest of an [`EmbeddingCache`].
+
+    Attributes:
+        fingerprint, text_model_name: Identity of the text encoder, and its name in messages.
+        tokenizer_fingerprint: Identity of its tokenizer; None in caches of earlier releases.
+        pooling, prompt_prefix, prompt_suffix, max_length: How the encoder reads a caption; an instruction is
+            part of the prefix.
+        text_model_dtype: The dtype that the text encoder computed in.
+        normalize: Whether embeddings have unit length.
+        num_truncated: Captions that were longer than `max_length`.
+        kwargs: See [`StoreManifest`].
+    """
+
+    FORMAT = "llm2clip-embedding-cache"
+    NAME = "embedding cache"
+    UNIT = "caption"
+    REMEDY = "run `llm2clip embed` again"
+    IDENTITY = (
+        "fingerprint",
+        "tokenizer_fingerprint",
+        "hidden_size",
+        "pooling",
+        "prompt_prefix",
+        "prompt_suffix",
+        "max_length",
+        "text_model_dtype",
+        "dtype",
+        "normalize",
+    )
+    LATER = frozenset({"tokenizer_fingerprint"})
+
+    text_model_name: str
+    pooling: str
+    prompt_prefix: str
+    prompt_suffix: str
+    max_length: int
+    tokenizer_fingerprint: str | None = None
+    text_model_dtype: str = "float32"
+    normalize: bool = False
+    num_truncated: int = 0
+
+    @property
+    def encoder(self) -> str:
+        return self.text_model_name
+
+    @property
+    def num_captions(self) -> int:
+        """Number of captions in all shards."""
+        return self.num_rows
+
+    def finish(self, metadata: list[dict[str, str]]) -> None:
+        self.num_truncated = sum(int(entries["num_truncated"]) for entries in metadata)
+        if self.num_truncated:
+            counts = (self.num_truncated, self.num_captions, self.max_length)
+            logger.warning("%d of %d captions were cut at %d tokens.", *counts)
 
 
 def shard_name(number: int) -> str:
@@ -173,7 +227,7 @@ class Shard(NamedTuple):
         return np.fromfile(self.path, dtype="<i8", count=rows * 2, offset=self.keys_offset).reshape(rows, 2)
 
 
-def open_shard(folder: Path, manifest: CacheManifest, number: int) -> Shard:
+def open_shard(folder: Path, manifest: StoreManifest, number: int) -> Shard:
     """Read and check the header of a shard.
 
     The header is parsed here, not by the safetensors library: a truncated file is reported with its sizes, and the
@@ -183,9 +237,9 @@ def open_shard(folder: Path, manifest: CacheManifest, number: int) -> Shard:
         CacheDamagedError: The file is missing, truncated or not a shard of the size in the manifest.
     """
     path, rows, hidden_size = folder / shard_name(number), manifest.shards[number], manifest.hidden_size
-    advice = "delete it and run `llm2clip embed` again, which only computes what is missing"
+    advice = f"delete it and {manifest.REMEDY}, which only computes what is missing"
     if not path.is_file():
-        raise CacheDamagedError(f"The shard {path} is missing; run `llm2clip embed` again to compute it.")
+        raise CacheDamagedError(f"The shard {path} is missing; {manifest.REMEDY} to compute it.")
     size = path.stat().st_size
     try:
         with path.open("rb") as file:

@@ -1,0 +1,133 @@
+"""Reading a cache of embeddings: memory-mapped rows, found by their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+
+from llm2clip.embedding.cache_files import (
+    CacheDamagedError,
+    CacheIncompleteError,
+    Shard,
+    StoreManifest,
+    open_shard,
+    shard_name,
+)
+
+ManifestT = TypeVar("ManifestT", bound=StoreManifest)
+
+SCAN_ROWS = 4096
+
+
+class KeyIndex:
+    """Finds the rows of distinct keys, (n, 2) int64, by binary search: 20 bytes per key, no Python objects."""
+
+    def __init__(self, keys: np.ndarray) -> None:
+        order = np.argsort(keys[:, 0], kind="stable")
+        self._order = order.astype(np.uint32) if len(order) < 2**32 else order
+        self._high = keys[order, 0]
+        self._low = keys[order, 1]
+
+    def __len__(self) -> int:
+        return len(self._high)
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Return the row of each key, (m,) int64; -1 for an unknown key."""
+        rows = np.full(len(keys), -1, dtype=np.int64)
+        position = np.searchsorted(self._high, keys[:, 0])
+        pending = np.arange(len(keys))
+        while len(pending):  # more than one round only if first halves collide
+            pending = pending[position[pending] < len(self)]
+            pending = pending[self._high[position[pending]] == keys[pending, 0]]
+            hit = self._low[position[pending]] == keys[pending, 1]
+            rows[pending[hit]] = self._order[position[pending[hit]]]
+            pending = pending[~hit]
+            position[pending] += 1
+        return rows
+
+
+class KeyedRows(Generic[ManifestT]):
+    """The rows of a complete cache, which are in one order over all its shards."""
+
+    def __init__(self, path: Path, manifest: ManifestT, shards: list[Shard]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._shards = [shard.embeddings() for shard in shards]
+        self._bits = [shard.view(torch.int16).numpy() for shard in self._shards]
+        self._index = KeyIndex(np.concatenate([np.empty((0, 2), np.int64), *(shard.keys() for shard in shards)]))
+        self._starts = np.cumsum([0, *manifest.shards])
+
+    @staticmethod
+    def open_shards(folder: Path, manifest: StoreManifest) -> list[Shard]:
+        """Open the shards of a complete cache.
+
+        Raises:
+            CacheIncompleteError: It was not built to the end.
+            CacheDamagedError: A shard is missing or truncated.
+        """
+        if manifest.status != "complete":
+            raise CacheIncompleteError(
+                f"The {manifest.NAME} {folder} is incomplete: its build of {manifest.num_rows} {manifest.UNIT}s was "
+                f"interrupted. {manifest.REMEDY.capitalize()}; it continues where it stopped."
+            )
+        return [open_shard(folder, manifest, number) for number in range(len(manifest.shards))]
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a row."""
+        return self.manifest.hidden_size
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Return the numbers of the rows with the given keys, (n,) int64; -1 for an unknown key."""
+        return self._index.find(keys)
+
+    def read(self, rows: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return rows by their numbers, (n, hidden); by default in the dtype of the cache.
+
+        Raises:
+            CacheDamagedError: A row is not finite.
+        """
+        # As integers, because numpy has no bfloat16; numpy copies single rows faster than torch.
+        if len(self._bits) == 1:
+            bits = self._bits[0][rows]
+        else:
+            bits = np.empty((len(rows), self.hidden_size), dtype=np.int16)
+            numbers = np.searchsorted(self._starts, rows, side="right") - 1
+            for number in np.unique(numbers):
+                places = np.flatnonzero(numbers == number)
+                bits[places] = self._bits[number][rows[places] - self._starts[number]]
+        result = torch.from_numpy(bits).view(getattr(torch, self.manifest.dtype))
+        # A single value that is not finite makes the sum not finite; only then is it located.
+        if not torch.isfinite(result.sum(dtype=torch.float32)):
+            self._check_rows(result, rows)
+        return result if dtype is None else result.to(dtype)
+
+    def check_finite(self, rank: int = 0, world_size: int = 1) -> None:
+        """Read every row once and check that it is finite; several processes share the shards.
+
+        Raises:
+            CacheDamagedError: A row is not finite.
+        """
+        for number in range(rank, len(self._shards), world_size):
+            shard = self._shards[number]
+            for start in range(0, len(shard), SCAN_ROWS):
+                first = int(self._starts[number]) + start
+                self._check_rows(shard[start : start + SCAN_ROWS], range(first, first + SCAN_ROWS))
+
+    def _check_rows(self, embeddings: torch.Tensor, rows: Sequence[int] | np.ndarray) -> None:
+        """Raise an error that names the shard of the first of `rows` whose values are not finite."""
+        bad = (~torch.isfinite(embeddings).all(dim=1)).nonzero()
+        if len(bad):
+            row = int(rows[int(bad[0])])
+            number = int(np.searchsorted(self._starts, row, side="right")) - 1
+            raise CacheDamagedError(
+                f"Row {row - self._starts[number]} of the shard {self.path / shard_name(number)} is not finite; "
+                f"delete the file and {self.manifest.REMEDY}, which only computes what is missing."
+            )

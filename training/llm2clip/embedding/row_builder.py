@@ -1,0 +1,212 @@
+"""Building a cache of embeddings: the row of each key once, in shards that survive a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar, get_args
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from llm2clip.embedding.cache_files import (
+    ACCEPTED_EARLIER,
+    MANIFEST,
+    TWO_RULES,
+    CacheDamagedError,
+    CacheDtype,
+    CacheMismatchError,
+    StoreManifest,
+    open_shard,
+    shard_name,
+)
+from llm2clip.embedding.keyed_rows import KeyIndex
+from llm2clip.utils.files import atomic_path
+from llm2clip.utils.progress import ProgressBar, progress_bar
+from modeling_llm2clip.identity_llm2clip import is_earlier_rule
+from modeling_llm2clip.modeling_llm2clip_utils import apply_umask
+
+logger = logging.getLogger(__name__)
+
+ManifestT = TypeVar("ManifestT", bound=StoreManifest)
+# Computes the rows of some keys, given by their positions: (n, hidden) in the dtype of the cache, and what the shard
+# records of them, a single entry, since safetensors does not write several in a fixed order. It advances the bar.
+Compute = Callable[[np.ndarray, ProgressBar], tuple[torch.Tensor, dict[str, str]]]
+
+
+def build_rows(
+    path: str | Path,
+    keys: np.ndarray,
+    compute: Compute,
+    manifest: ManifestT,
+    *,
+    title: str,
+    show_progress_bar: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] | None = None,
+    earlier_fingerprint: Callable[[], str | None] | None = None,
+) -> ManifestT:
+    """Compute the rows of a cache; resume an interrupted build, or append to a complete cache what it lacks.
+
+    The keys are cut into shards in the given order. A shard is written under a temporary name, flushed to disk and
+    renamed: it is complete or absent. Existing shards are kept, and the result equals that of an uninterrupted build.
+    The missing shards are distributed over the ranks. Only one build may run in a folder at a time.
+
+    Args:
+        path: The folder, created if it does not exist.
+        keys: (n, 2) int64, distinct, the same on every rank.
+        compute: See `Compute`.
+        manifest: The encoder and the format of the cache. A build that is resumed keeps its `shard_size`.
+        title, show_progress_bar: Title of the progress bar, and whether there is one, on rank 0.
+        rank, world_size: Rank of this process, and number of processes.
+        barrier: Waits for all processes; required when there are several.
+        earlier_fingerprint: Computes what verifies a cache of an earlier release; it is continued with a warning.
+
+    Returns:
+        The manifest of the complete cache.
+
+    Raises:
+        CacheMismatchError: The folder contains the cache of another encoder, or an unfinished one of other keys.
+    """
+    if world_size > 1 and barrier is None:
+        raise ValueError("Several processes need a barrier, such as torch.distributed.barrier.")
+    wait = barrier or (lambda: None)
+    folder = Path(path)
+    manifest, work = _plan(folder, replace(manifest, shards=[]), keys, earlier_fingerprint)
+    _start(folder, manifest, bool(work), rank, wait)
+    mine = dict(list(work.items())[rank::world_size])
+    total = sum(map(len, mine.values()))
+    with progress_bar(title, total, manifest.UNIT, show_progress_bar and rank == 0 and total > 0) as bar:
+        for number, positions in mine.items():
+            rows, metadata = compute(positions, bar)
+            tensors = {"embeddings": rows, "keys": torch.from_numpy(keys[positions])}
+            with atomic_path(folder / shard_name(number)) as temporary:
+                save_file(tensors, temporary, metadata)
+                apply_umask(temporary)
+    wait()
+    if rank == 0 and (work or manifest.status != "complete"):
+        _finish(folder, manifest)
+    wait()
+    return type(manifest).read(folder)
+
+
+def stored_rows(vectors: torch.Tensor, manifest: StoreManifest, name: Callable[[int], str]) -> torch.Tensor:
+    """Round vectors to the dtype of a cache, after checking them.
+
+    Args:
+        vectors: (n, hidden) of any dtype and device.
+        name: Describes the row of a vector in errors.
+
+    Raises:
+        ValueError: A value is not finite or exceeds the range of the dtype.
+    """
+    vectors = vectors.detach().float().cpu()
+    refuse_rows(~torch.isfinite(vectors), name, "is not finite")
+    stored = getattr(torch, manifest.dtype)
+    fault = f"exceeds the range of {manifest.dtype}; use bfloat16 or normalize the embeddings"
+    refuse_rows(vectors.abs() > torch.finfo(stored).max, name, fault)
+    return vectors.to(stored)
+
+
+def refuse_rows(bad: torch.Tensor, name: Callable[[int], str], fault: str) -> None:
+    """Raise a ValueError that names the first row with a bad value; `bad` is (n, hidden) bool."""
+    rows = bad.any(dim=-1).nonzero()
+    if len(rows):
+        raise ValueError(f"The embedding of {name(int(rows[0]))} {fault}.")
+
+
+def _start(folder: Path, manifest: StoreManifest, has_work: bool, rank: int, wait: Callable[[], None]) -> None:
+    """Write the manifest of an unfinished build, and check that all ranks have the same keys."""
+    wait()  # every rank has read the folder before rank 0 changes it
+    if rank == 0 and has_work:
+        manifest.status = "building"
+        manifest.write(folder)
+    wait()
+    if type(manifest).read(folder).plan_digest != manifest.plan_digest:
+        raise CacheMismatchError(f"Rank {rank} was given other {manifest.UNIT}s than rank 0 for {folder}.")
+    if not has_work:
+        logger.info("The %s %s already contains all these %ss.", manifest.NAME, folder, manifest.UNIT)
+
+
+def _digest(keys: list[np.ndarray]) -> str:
+    return hashlib.blake2b(np.concatenate(keys).astype("<i8").tobytes(), digest_size=16).hexdigest()
+
+
+def _plan(
+    folder: Path,
+    manifest: ManifestT,
+    keys: np.ndarray,
+    earlier_fingerprint: Callable[[], str | None] | None,
+) -> tuple[ManifestT, dict[int, np.ndarray]]:
+    """Return the manifest to follow, and the captions (positions in `keys`) of each shard to compute."""
+    if manifest.dtype not in get_args(CacheDtype):
+        choices = " or ".join(map(repr, get_args(CacheDtype)))
+        raise ValueError(f"The dtype of a cache must be {choices}, not {manifest.dtype!r}.")
+    if (folder / MANIFEST).is_file():
+        manifest = _manifest_to_continue(folder, manifest, earlier_fingerprint)
+    there = _existing_keys(folder, manifest)
+    known = KeyIndex(np.concatenate([np.empty((0, 2), np.int64), *there.values()]))
+    missing = np.flatnonzero(known.find(keys) < 0)
+    absent = [number for number in range(len(manifest.shards)) if number not in there]
+    if absent:
+        # The absent shards contain, in order, what the others lack; the digest confirms the captions.
+        bounds = np.cumsum([manifest.shards[number] for number in absent])
+        work = dict(zip(absent, np.split(missing, bounds[:-1]), strict=True))
+        filled = [there[number] if number in there else keys[work[number]] for number in range(len(manifest.shards))]
+        if len(missing) != bounds[-1] or _digest(filled) != manifest.plan_digest:
+            raise CacheMismatchError(
+                f"The {manifest.NAME} {folder} lacks {len(absent)} of the {len(manifest.shards)} shards planned for "
+                f"its {manifest.num_rows} {manifest.UNIT}s, and these {len(keys)} {manifest.UNIT}s are not the same "
+                f"ones. Finish the build with the {manifest.UNIT}s that it was started with, or delete the folder."
+            )
+        return manifest, work
+    parts = [missing[start : start + manifest.shard_size] for start in range(0, len(missing), manifest.shard_size)]
+    work = dict(enumerate(parts, len(manifest.shards)))
+    manifest.shards += map(len, parts)
+    manifest.plan_digest = _digest([*there.values(), keys[missing]])
+    return manifest, work
+
+
+def _manifest_to_continue(
+    folder: Path, new: ManifestT, earlier_fingerprint: Callable[[], str | None] | None
+) -> ManifestT:
+    old = type(new).read(folder)
+    names = new.IDENTITY
+    rule = earlier_fingerprint if is_earlier_rule(old.fingerprint) else None
+    if rule is not None and old.fingerprint == rule():
+        logger.warning("The %s %s %s", new.NAME, folder, ACCEPTED_EARLIER)
+        names = tuple(name for name in new.IDENTITY if "fingerprint" not in name)
+    for name in names:
+        if getattr(old, name) != getattr(new, name):
+            earlier = TWO_RULES if name == "fingerprint" and is_earlier_rule(old.fingerprint) else ""
+            raise CacheMismatchError(
+                f"The {new.NAME} {folder} was made by {old.encoder} with {name} {getattr(old, name)!r}, but this "
+                f"build has {name} {getattr(new, name)!r} ({new.encoder}).{earlier} Choose another folder, or delete "
+                "this one to start again."
+            )
+    return old
+
+
+def _existing_keys(folder: Path, manifest: StoreManifest) -> dict[int, np.ndarray]:
+    there = {}
+    for number in range(len(manifest.shards)):
+        if (folder / shard_name(number)).exists():
+            try:
+                there[number] = open_shard(folder, manifest, number).keys()
+            except CacheDamagedError as error:
+                logger.warning("%s It is computed again.", error)
+    return there
+
+
+def _finish(folder: Path, manifest: StoreManifest) -> None:
+    shards = [open_shard(folder, manifest, number) for number in range(len(manifest.shards))]
+    manifest.finish([shard.metadata for shard in shards])
+    manifest.status = "complete"
+    manifest.write(folder)
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
