@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from transformers.utils import logging
 
 from .identity_llm2clip import is_earlier_rule
-from .modeling_llm2clip_probe import verify_decoder
+from .modeling_llm2clip_probe import change_attention, verify_decoder
 from .modeling_llm2clip_text import LLM2CLIPTextModel
 from .modeling_llm2clip_utils import HUB_ARGUMENTS, absolute_path, adopt_submodel, execution_device
 from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel
@@ -186,6 +187,10 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
             )
         adopt_submodel(self, "text_model", text_model)
         self.config.text_config = text_model.config
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Change the attention implementations; ValueError, as from the LLM's own method, if the LLM cannot use its."""
+        change_attention(self, self.text_model, partial(super().set_attn_implementation, *args, **kwargs))
 
     def save_pretrained(  # type: ignore[override]
         self,

@@ -6,13 +6,14 @@ the inputs of a text tower but give wrong embeddings. What a decoder does with a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from .configuration_llm2clip import lift_windows
 from .modeling_llm2clip_packing import IS_CAUSAL_COUNTS, takes_additive_mask
@@ -70,6 +71,29 @@ def verify_decoder(tower: Any, saved: bool = False) -> None:
     if fault:
         raise ValueError(_refusal(decoder.config, fault)) from error
     config.verified_attention = [*verified, kind]
+
+
+def change_attention(model: PreTrainedModel, tower: Any, change: Callable[[], None]) -> None:
+    """Change the attention implementations of a model; none is changed if its text tower cannot work with its new one.
+
+    Args:
+        tower: The text tower: the model itself, a part of it, or None.
+        change: Changes them, in the configs of the model's parts.
+
+    Raises:
+        ValueError: The decoder of the tower cannot be a text tower with that implementation.
+    """
+    configs: list[Any] = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    before = [config._attn_implementation for config in configs]
+    try:
+        change()
+        if tower is not None:
+            verify_decoder(tower, saved=True)
+    except Exception:
+        for config, implementation in zip(configs, before, strict=True):
+            # Not by the property, which would change the configs of the parts too.
+            config._attn_implementation_internal = implementation
+        raise
 
 
 def _kind_here(tower: Any) -> str:

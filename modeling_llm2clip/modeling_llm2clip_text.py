@@ -6,6 +6,7 @@ import copy
 import importlib
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from .modeling_llm2clip_packing import (
     padded_mask,
     takes_additive_mask,
 )
-from .modeling_llm2clip_probe import lift_windows_of_layers, verify_decoder
+from .modeling_llm2clip_probe import change_attention, lift_windows_of_layers, verify_decoder
 from .modeling_llm2clip_utils import (
     adopt_submodel,
     apply_umask,
@@ -262,8 +263,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Change the attention implementation; ValueError if the decoder cannot be a text tower with it."""
-        super().set_attn_implementation(*args, **kwargs)
-        verify_decoder(self, saved=True)
+        change_attention(self, self, partial(super().set_attn_implementation, *args, **kwargs))
 
     def forward(
         self,

@@ -165,3 +165,29 @@ def test_flash_attention_is_refused_where_it_reads_captions_differently(
         with pytest.raises(ValueError, match=f"{fault}.*Use attn_implementation='sdpa', or another LLM"):
             probe.verify_decoder(tower)
     assert flash.sequences
+
+
+@pytest.mark.parametrize("asked", ["flex_attention", {"text_config": "flex_attention"}])
+def test_a_joint_model_refuses_the_attention_that_its_text_tower_refuses(asked: Any) -> None:
+    tower = LLM2CLIPTextModel.from_decoder(MAKE_MODELS["small_decoder"]("gpt_oss"))
+    model = LLM2CLIPModel(tiny.joint_config(text=tower.config), text_model=False)
+    model.set_text_model(tower)
+    before = tower.decoder.config._attn_implementation
+    refusals = []
+    for door, kind in ((tower, "flex_attention"), (model, asked)):
+        with pytest.raises(ValueError, match="gpt_oss .*flex_attention attention cannot be a text tower") as found:
+            door.set_attn_implementation(kind)
+        refusals.append(str(found.value))
+        # What was refused is not in use.
+        assert tower.decoder.config._attn_implementation == before
+        assert model.vision_model.config._attn_implementation == "sdpa"
+    assert refusals[0] == refusals[1]
+    assert "flex_attention" not in tower.config.verified_attention
+
+
+def test_a_joint_model_remembers_the_verdict_of_its_text_tower() -> None:
+    model = tiny.joint_model(text=tiny.text_config("qwen3"))
+    model.set_attn_implementation("flex_attention")
+    assert model.config.text_config.verified_attention == ["flex_attention"]
+    model.text_model.set_attn_implementation("eager")
+    assert model.config.text_config.verified_attention == ["flex_attention", "mask"]
