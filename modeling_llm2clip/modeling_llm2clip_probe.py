@@ -106,8 +106,10 @@ def _kind_here(tower: Any) -> str:
 
 def _is_probeable(decoder: Any) -> bool:
     """Whether a forward pass is possible: weights are here (not on the meta device or partitioned) and not causal."""
-    weight = decoder.get_input_embeddings().weight
-    is_here = not weight.is_meta or getattr(decoder, "hf_device_map", None) is not None
+    embeddings = decoder.get_input_embeddings()
+    weight = embeddings.weight
+    # accelerate fetches offloaded weights when a layer runs.
+    is_here = not weight.is_meta or hasattr(embeddings, "_hf_hook")
     return is_here and weight.numel() > 0 and (takes_additive_mask(decoder) or IS_CAUSAL_COUNTS)
 
 

@@ -12,19 +12,20 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 from llm2clip import cli
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.modeling_llm2clip import tiny
+from tests.modeling_llm2clip.test_probe import MAKE_MODELS, embedded_batches
 
 NAME = "meta-llama/Meta-Llama-3-8B-Instruct"
 
 
-def llm_folder(folder: Path, **options: Any) -> str:
+def llm_folder(folder: Path, model_type: str = "llama", **options: Any) -> str:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny.decoder_config())
+    model = AutoModelForCausalLM.from_config(tiny.decoder_config(model_type))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder, **options)
@@ -122,14 +123,34 @@ def test_adapter_with_other_layer_names_is_refused(tmp_path: Path, capsys: Any) 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_converted_llm_has_the_verdict_of_the_probe(tmp_path: Path) -> None:
+    convert(llm_folder(tmp_path / "llm", "qwen3", max_shard_size="20KB"), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["verified_attention"] == ["mask"]
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".md", ".py", ".safetensors"}
+    with embedded_batches() as batches:
+        tower = LLM2CLIPTextModel.from_pretrained(tmp_path / "out")
+    assert not batches, "probed again"
+    assert tower.fingerprint() == tower.config.fingerprint
+
+
+def test_an_llm_that_cannot_be_a_text_tower_is_not_converted(tmp_path: Path, capsys: Any) -> None:
+    decoder = MAKE_MODELS["small_decoder"]("lfm2")
+    decoder.save_pretrained(tmp_path / "llm")
+    tiny.plain_tokenizer().save_pretrained(tmp_path / "llm")
+    assert cli.main(["convert", str(tmp_path / "llm"), str(tmp_path / "out")]) == 2
+    assert "lfm2 (layers: conv, full_attention) with sdpa attention cannot be a text" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
-def test_conversion_holds_one_shard_in_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config])
+def test_conversion_holds_one_shard_in_memory(config_class: Any, tmp_path: Path) -> None:
     """Peak memory above that of the imports is less than 1.3 x the largest shard + 300 MiB."""
-    config = LlamaConfig(
+    config = config_class(
         vocab_size=430, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8,
         num_key_value_heads=8, bos_token_id=420, eos_token_id=424, pad_token_id=424,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "llm", max_shard_size="150MB")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llm", max_shard_size="150MB")
     tiny.plain_tokenizer().save_pretrained(tmp_path / "llm")
     sizes = [path.stat().st_size for path in (tmp_path / "llm").glob("*.safetensors")]
     assert sum(sizes) > 600e6

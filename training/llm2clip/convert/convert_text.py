@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -55,8 +56,8 @@ def convert_text_tower(
         prompt_name: Name of the LLM that determines its prompt.
 
     Raises:
-        ValueError: Weights are missing, not finite or of another shape than in the config, or an adapter does not
-            belong to the LLM.
+        ValueError: Weights are missing, not finite or of another shape than in the config, an adapter does not belong
+            to the LLM, or the LLM cannot be a text tower.
     """
     assert checkpoint.folder is not None
     fields = dict(checkpoint.config)
@@ -126,6 +127,18 @@ def _stream(
     tokenizer.save_pretrained(folder)
     make_readable_by_version_4(folder)
     _compare(expected, written.shapes)
+    config.verified_attention = _probe(folder)
+    config.save_pretrained(folder)
+
+
+def _probe(folder: Path) -> list[str] | None:
+    """Probe the decoder of a written tower, as every load without a verdict would; see [`verify_decoder`].
+
+    Its weights stay on disk, and one layer at a time is in memory.
+    """
+    with TemporaryDirectory() as unused:
+        options: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": unused}
+        return LLM2CLIPTextModel.from_pretrained(folder, dtype="auto", **options).config.verified_attention
 
 
 def _read_shard(checkpoint: Checkpoint, file: Path, names: dict[str, str]) -> dict[str, Tensor]:
