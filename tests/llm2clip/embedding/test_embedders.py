@@ -14,6 +14,7 @@ from llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, embed_cap
 from llm2clip.data import DamagedImageError
 from llm2clip.embedding.image_batches import ImageList
 from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.utils.non_finite import NonFiniteError
 from tests.modeling_llm2clip import tiny
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
@@ -68,9 +69,14 @@ def test_a_damaged_image_is_an_error_or_a_row_of_nan(
 def test_an_embedding_that_is_not_finite_is_an_error_or_has_a_reason(saved_model: Path) -> None:
     half = LLM2CLIPVisionModelWithProjection.from_pretrained(saved_model)
     torch.nn.init.constant_(half.visual_projection.weight, float("nan"))
-    with pytest.raises(ValueError, match="the model's embedding of image 0 is not finite"):
+    embedder = ImageEmbedder(half, tiny.processor().image_processor)
+    with pytest.raises(NonFiniteError, match=r"2 of 2 images are NaN or infinite: 0, 2\. A model gives such values"):
+        embedder.embed_all(ImageList([*pictures(1), b"no image", *pictures(1)]), range(3), on_not_finite="raise")
+    with pytest.raises(NonFiniteError, match="1 of 1 images are NaN or infinite: 0"):
         embed_images(pictures(1), half, tiny.processor())
-    found = ImageEmbedder(half, tiny.processor().image_processor).embed_all(ImageList(pictures(1)), [0])
+    with pytest.raises(NonFiniteError, match="images are NaN or infinite: a.png"):
+        embedder.embed(pictures(1)[0], "a.png")
+    found = embedder.embed_all(ImageList(pictures(1)), [0])
     assert found.reasons == ["the model's embedding of it is not finite"]
 
 

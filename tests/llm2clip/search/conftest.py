@@ -51,6 +51,14 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "state.json"}
 
 
+def save_broken(folder: Path, part: str) -> Path:
+    """Save a tiny model of which one weight is NaN, as after a training that diverged."""
+    model = tiny.save(folder)
+    torch.nn.init.constant_(model.get_submodule(part).weight, float("nan"))
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LLM2CLIPModel]:
     """The folder of a tiny model, and the model."""

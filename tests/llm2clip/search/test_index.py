@@ -24,7 +24,7 @@ from llm2clip.search.index import IndexConfig, run
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.modeling_llm2clip import tiny
 
-from .conftest import content, encoded, header_bomb, index, picture
+from .conftest import content, encoded, header_bomb, index, picture, save_broken
 
 Model = tuple[Path, LLM2CLIPModel]
 
@@ -348,3 +348,17 @@ def test_decoding_reads_only_the_image_part_of_a_file(tmp_path: Path) -> None:
     with path.open("rb") as file:
         assert decode_image(file, "key").size == (32, 32)
         assert file.tell() < 1_000_000
+
+
+def test_a_model_with_broken_embeddings_ends_with_one_error_and_skips_nothing(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = save_broken(tmp_path / "broken", "visual_projection")
+    (pictures / "00.png").write_bytes(b"no image")
+    command = ["index", pictures, "--model", broken, "--output-dir", tmp_path / "index", "--batch-size", 4]
+    assert cli.main([*map(str, command), "--num-workers", "0"]) == 2
+    message = capsys.readouterr().err
+    assert "3 of 3 images are NaN or infinite: 03.png, 06.png, 09.png. A model gives such values" in message
+    assert "skipped" not in message
+    assert not (tmp_path / "index").exists()
+    assert not (tmp_path / "index.unfinished").exists()

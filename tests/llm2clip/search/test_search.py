@@ -23,7 +23,7 @@ from llm2clip.search.index import run as index
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from tests.modeling_llm2clip import tiny
 
-from .conftest import encoded, picture
+from .conftest import encoded, picture, save_broken
 
 Model = tuple[Path, LLM2CLIPModel]
 TEXT = "two children play football"
@@ -223,3 +223,18 @@ def test_a_damaged_index_is_an_error(damage: str, indexed: Path, capsys: pytest.
     path.write_bytes(path.read_bytes()[:40])
     message = error(capsys, indexed, TEXT)
     assert "anew" in message or "again" in message
+
+
+@pytest.mark.parametrize(("part", "query"), [("visual_projection", "--image"), ("text_adapter.proj", "a dog")])
+def test_a_query_with_a_broken_embedding_ends_the_search(
+    part: str, query: str, indexed: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def nothing(*arguments: Any) -> None:
+        pass
+
+    broken = save_broken(tmp_path / "broken", part)
+    monkeypatch.setattr("llm2clip.search.image_index.IndexManifest.require_model", nothing)
+    queries = [query, pictures / "00.png"] if query == "--image" else [query]
+    message = error(capsys, indexed, *queries, "--model", broken)
+    assert f"NaN or infinite: {queries[-1]}. A model gives such values after a training that diverged" in message

@@ -17,6 +17,7 @@ from llm2clip.data import EvalTransform, ImageBackend, OnError
 from llm2clip.embedding.image_batches import ImageList, ImageSet, PreparedImages, forward_images, prepare_image
 from llm2clip.embedding.opening import open_embedder
 from llm2clip.utils.identity import vision_fingerprint
+from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, with_pillow
@@ -103,9 +104,12 @@ class ImageEmbedder:
 
         Raises:
             DamagedImageError: The image is too narrow to be resized; the message names `key`.
+            NonFiniteError: The embedding is NaN or infinite.
         """
         inputs = prepare_image(image, self.transform, key)
-        return self._forward({name: value[None] for name, value in inputs.items()}).numpy()[0]
+        embeds = self._forward({name: value[None] for name, value in inputs.items()})
+        require_finite_rows(embeds, lambda _: key, "images")
+        return embeds.numpy()[0]
 
     def embed_rows(
         self,
@@ -127,6 +131,9 @@ class ImageEmbedder:
             on_error: `raise` for an image that cannot be embedded, or `skip` it: its row has a reason.
             on_not_finite: The same for embeddings with NaN or infinite values, which have the reason `NOT_FINITE`; the
                 default is `on_error`.
+
+        Raises:
+            NonFiniteError: Embeddings of a batch are NaN or infinite, and those are not skipped.
         """
         prepared = PreparedImages(images, rows, self.transform, on_error)
         show = show_progress_bar is not False
@@ -137,9 +144,10 @@ class ImageEmbedder:
                 found[batch.good] = batch.output.numpy()
             embeds.append(found)
             reasons += [None if sample is None else sample.reason for sample in batch.skipped]
+            if batch.output is not None and (on_not_finite or on_error) == "raise":
+                keys = [images.key(rows[batch.start + position]) for position in batch.good]
+                require_finite_rows(batch.output, keys.__getitem__, "images")
             for position in (batch.start + np.flatnonzero(~np.isfinite(found).all(axis=1))).tolist():
-                if (on_not_finite or on_error) == "raise":
-                    raise ValueError(f"the model's embedding of image {rows[position]} is not finite.")
                 reasons[position - first] = NOT_FINITE
             done = batch.start + len(batch.skipped)
             if done == len(rows) or (part_size and done % part_size == 0):
@@ -186,6 +194,7 @@ def embed_images(
 
     Raises:
         DamagedImageError: An image cannot be read.
+        NonFiniteError: The model's embedding of an image is NaN or infinite, unless `on_error` is `skip`.
         ValueError: The repository is not an LLM2CLIP model, or a loaded model comes without its processor.
     """
     images = [images] if isinstance(images, (str, bytes, os.PathLike, dict, Image.Image)) else images

@@ -59,6 +59,7 @@ def run(config: IndexConfig) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: The folder, data set or model does not exist, or there are no images.
+        NonFiniteError: The model's embedding of an image is NaN or infinite.
         ValueError: The existing index belongs to another model or source, or no image can be embedded.
     """
     require_faiss()  # before a large model is loaded

@@ -60,6 +60,7 @@ def update_index(
 
     Raises:
         FileExistsError: The folder contains something else than an index.
+        NonFiniteError: The model's embedding of an image is NaN or infinite.
         ValueError: The existing index belongs to another model or source, or no image can be embedded.
     """
     unfinished = unfinished_folder(folder)
@@ -180,7 +181,9 @@ class _Update:
         workers = self.settings.num_workers
         if workers is None:
             workers = min(8, torch.get_num_threads())
-        parts = self.embedder.embed_rows(self.images, todo, batch, min(workers, len(todo)), part_size)
+        # A broken model is not a damaged image: all of its embeddings are in doubt.
+        options: dict[str, Any] = {"part_size": part_size, "on_not_finite": "raise"}
+        parts = self.embedder.embed_rows(self.images, todo, batch, min(workers, len(todo)), **options)
         for number, part in enumerate(parts, len(list(self.unfinished.glob(PARTS)))):
             path = self.unfinished / f"part-{number:06d}.arrow"
             columns = self.images.columns(part.rows).select(list(self.images.identity))

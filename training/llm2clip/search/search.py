@@ -18,6 +18,7 @@ from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.page import write_page
 from llm2clip.search.results import QueryResults, ResultImages, SearchResult
+from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.settings import setting
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def run(config: SearchConfig) -> None:
 
     Raises:
         FileNotFoundError: The index, model or image file does not exist.
+        NonFiniteError: The model's embedding of a query is NaN or infinite.
         ValueError: Another model made the index, or the image cannot be read.
     """
     index = ImageIndex.open(config.index)
@@ -69,7 +71,9 @@ def run(config: SearchConfig) -> None:
     embeds = []
     if queries:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        embeds += list(embedder.model.encode_text(config.query, tokenizer).numpy())
+        texts = embedder.model.encode_text(config.query, tokenizer)
+        require_finite_rows(texts, config.query.__getitem__, "queries")
+        embeds += list(texts.numpy())
     if config.image and image is not None:
         queries.append((config.image, image))
         embeds.append(embedder.embed(image, config.image))

@@ -117,6 +117,8 @@ def command_logs() -> Iterator[LogFile]:
         root.addHandler(handler)
     # torch prints it, past these handlers, about enumerations of torchao wherever that is installed.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    # It warns that weights stay on disk where the caller has asked for that.
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     logging.captureWarnings(True)
     try:
         yield file
