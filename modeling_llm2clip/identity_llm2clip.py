@@ -180,16 +180,18 @@ def _canonical(fields: dict[str, Any], bidirectional: bool) -> dict[str, Any]:
         for name in (*WINDOW_FIELDS, "use_sliding_window", "max_window_layers"):
             fields.pop(name, None)
     return {
-        name: _plain(value) for name, value in fields.items() if value is not None and not IRRELEVANT.fullmatch(name)
+        name: plain_settings(value)
+        for name, value in fields.items()
+        if value is not None and not IRRELEVANT.fullmatch(name)
     }
 
 
-def _plain(value: Any) -> Any:
+def plain_settings(value: Any) -> Any:
     """Turn numbers into floats, because 8 and 8.0 are the same setting, and drop irrelevant fields of parts."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items() if not IRRELEVANT.fullmatch(str(key))}
+        return {str(key): plain_settings(item) for key, item in value.items() if not IRRELEVANT.fullmatch(str(key))}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain_settings(item) for item in value]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value) if math.isfinite(value) else str(value)
     return value if isinstance(value, (str, bool)) or value is None else str(value)

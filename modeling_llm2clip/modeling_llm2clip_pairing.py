@@ -189,7 +189,7 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
         self.config.text_config = text_model.config
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """Change the attention implementations; ValueError, as from the LLM's own method, if the LLM cannot use its."""
+        """Change the attention implementations; ValueError, as from the LLM itself, if it cannot use its one."""
         change_attention(self, self.text_model, partial(super().set_attn_implementation, *args, **kwargs))
 
     def save_pretrained(  # type: ignore[override]

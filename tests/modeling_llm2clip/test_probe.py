@@ -175,7 +175,7 @@ def test_a_joint_model_refuses_the_attention_that_its_text_tower_refuses(asked: 
     before = tower.decoder.config._attn_implementation
     refusals = []
     for door, kind in ((tower, "flex_attention"), (model, asked)):
-        with pytest.raises(ValueError, match="gpt_oss .*flex_attention attention cannot be a text tower") as found:
+        with pytest.raises(ValueError, match=r"gpt_oss .*flex_attention attention cannot be a text tower") as found:
             door.set_attn_implementation(kind)
         refusals.append(str(found.value))
         # What was refused is not in use.

@@ -74,7 +74,7 @@ def test_an_embedding_that_is_not_finite_is_an_error_or_has_a_reason(saved_model
         embedder.embed_all(ImageList([*pictures(1), b"no image", *pictures(1)]), range(3), on_not_finite="raise")
     with pytest.raises(NonFiniteError, match="1 of 1 images are NaN or infinite: 0"):
         embed_images(pictures(1), half, tiny.processor())
-    with pytest.raises(NonFiniteError, match="images are NaN or infinite: a.png"):
+    with pytest.raises(NonFiniteError, match=r"images are NaN or infinite: a\.png"):
         embedder.embed(pictures(1)[0], "a.png")
     found = embedder.embed_all(ImageList(pictures(1)), [0])
     assert found.reasons == ["the model's embedding of it is not finite"]

@@ -135,7 +135,6 @@ class Gallery:
         return torch.from_numpy(self._embedder.embed(query, QUERY))
 
     def _key(self, images: IndexedImages) -> str:
-        """Identify the images and the model, with the settings that the manifest of an index does not record."""
-        settings = [self.processor.image_processor.to_dict(), self.model.config.vision_config.to_dict()]
-        parts = [images.source, self._embedder.fingerprint(), *settings]
+        """Identify the images and the model with its preprocessing."""
+        parts = [images.source, self._embedder.fingerprint()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

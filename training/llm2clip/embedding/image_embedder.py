@@ -16,10 +16,10 @@ from transformers import AutoImageProcessor, BaseImageProcessor
 from llm2clip.data import EvalTransform, ImageBackend, OnError
 from llm2clip.embedding.image_batches import ImageList, ImageSet, PreparedImages, forward_images, prepare_image
 from llm2clip.embedding.opening import open_embedder
-from llm2clip.utils.identity import vision_fingerprint
 from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.repos import RepoKind, inspect_repo
+from llm2clip.utils.vision_identity import earlier_vision_fingerprint, vision_fingerprint
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, with_pillow
 from modeling_llm2clip.modeling_llm2clip_utils import absolute_path, encode_pixels
 
@@ -96,8 +96,12 @@ class ImageEmbedder:
         return cls(model, image_processor, absolute_path(name), revision, image_backend)
 
     def fingerprint(self) -> str:
-        """Identify the weights; see [`vision_fingerprint`]."""
-        return vision_fingerprint(self.model)
+        """Identify the weights and the preprocessing; see [`vision_fingerprint`]."""
+        return vision_fingerprint(self.model, self.transform.image_processor)
+
+    def earlier_fingerprint(self) -> str:
+        """Identify the weights as earlier releases did."""
+        return earlier_vision_fingerprint(self.model)
 
     def embed(self, image: Image.Image, key: str) -> np.ndarray:
         """Embed one RGB image: `(width,)` float32, unit length.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 
 from llm2clip.data import DEFAULT_MAX_PIXELS
+from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.search.embedding_store import EMBEDDING, embedding_column
 from llm2clip.search.vector_index import VectorIndexSettings, build_vector_index, read_vector_index, require_faiss
 from llm2clip.utils.files import read_json, write_json
 from modeling_llm2clip import __version__
+from modeling_llm2clip.identity_llm2clip import is_earlier_rule
 
 MANIFEST = "manifest.json"
 VECTORS = "index.faiss"
@@ -23,6 +26,13 @@ FAILURES = "failures.json"
 FORMAT_VERSION = 1
 REBUILD = "build it again: add --overwrite to llm2clip index."
 LIBRARIES = ("torch", "transformers", "datasets", "pillow")
+ACCEPTED_EARLIER = (
+    "was made by an earlier release. It fits by the rule of that release, which read 1,024 values of each weight and "
+    "neither the settings of the vision tower nor the preprocessing; to be sure, build it again: add --overwrite to "
+    "llm2clip index."
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -31,7 +41,7 @@ class IndexManifest:
 
     Attributes:
         model: Hub id or absolute folder of the model.
-        vision_fingerprint: Identity of the weights of its vision tower and projection.
+        vision_fingerprint: Identity of its vision tower, projection and preprocessing; see [`vision_fingerprint`].
         source: Where the images are.
         index: Type and parameters of the faiss index.
         max_pixels: Largest image that was decoded, width x height.
@@ -81,16 +91,26 @@ class IndexManifest:
         """Write the manifest into a folder."""
         write_json(folder / MANIFEST, asdict(self))
 
-    def require_model(self, folder: Path, name: str, fingerprint: str, width: int) -> None:
-        """Raise ValueError, with both models in the message, unless these are the weights that wrote the index."""
-        if (self.vision_fingerprint, self.width) == (fingerprint, width):
-            return
-        raise ValueError(
-            f"the index {folder} was made by {self.model} (width {self.width}, vision weights "
-            f"{self.vision_fingerprint}), but the model is {name} (width {width}, vision weights {fingerprint}), and "
-            f"embeddings of different models cannot be compared. Use {self.model}, or make an index with {name}: "
-            f"llm2clip index {self.source['path']} --model {name} --output-dir OTHER_FOLDER"
-        )
+    def require_model(self, folder: Path, embedder: ImageEmbedder, fingerprint: str) -> None:
+        """Raise ValueError, with both models in the message, unless this is the model that wrote the index.
+
+        Args:
+            fingerprint: That of the embedder.
+        """
+        is_earlier = is_earlier_rule(self.vision_fingerprint)
+        if is_earlier:
+            fingerprint = embedder.earlier_fingerprint()
+        if (self.vision_fingerprint, self.width) != (fingerprint, embedder.width):
+            name = embedder.name
+            raise ValueError(
+                f"the index {folder} was made by {self.model} (width {self.width}, fingerprint "
+                f"{self.vision_fingerprint}), but the model is {name} (width {embedder.width}, fingerprint "
+                f"{fingerprint}): other weights, other settings of the vision tower or another preprocessing, and "
+                f"embeddings of different models cannot be compared. Use {self.model} as it was, or make an index "
+                f"with {name}: llm2clip index {self.source['path']} --model {name} --output-dir OTHER_FOLDER"
+            )
+        if is_earlier:
+            logger.warning("The index %s %s", folder, ACCEPTED_EARLIER)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from llm2clip.search.image_sets import FolderImages, IndexedImages
 from llm2clip.search.vector_index import VectorIndexSettings
 from llm2clip.utils.folders import atomic_folder
 from llm2clip.utils.settings import setting
+from modeling_llm2clip.identity_llm2clip import is_earlier_rule
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +88,11 @@ class _Update:
         self.images = images
         self.embedder = embedder
         self.settings = settings
+        self.fingerprint = embedder.fingerprint()
         self.manifest = IndexManifest(
             model=embedder.name,
             revision=embedder.revision,
-            vision_fingerprint=embedder.fingerprint(),
+            vision_fingerprint=self.fingerprint,
             width=embedder.width,
             dtype=settings.dtype,
             source=images.source,
@@ -159,7 +161,10 @@ class _Update:
     def _require_same(self, folder: Path) -> None:
         """Raise ValueError if the model, the source, the data type or the decoding differs from that of an index."""
         manifest = IndexManifest.read(folder)
-        manifest.require_model(folder, self.embedder.name, self.manifest.vision_fingerprint, self.manifest.width)
+        manifest.require_model(folder, self.embedder, self.fingerprint)
+        if is_earlier_rule(manifest.vision_fingerprint):
+            # Of the embeddings that are kept, no more is known than before.
+            self.manifest.vision_fingerprint = manifest.vision_fingerprint
         for name in ("source", "dtype", "image_backend"):
             there, here = getattr(manifest, name), getattr(self.manifest, name)
             if there != here:

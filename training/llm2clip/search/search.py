@@ -66,7 +66,7 @@ def run(config: SearchConfig) -> None:
     image = decode_image(config.image, config.image) if config.image else None
     name, revision = _model_of(config, index)
     embedder = ImageEmbedder.load(name, revision, with_llm=bool(config.query))
-    index.manifest.require_model(index.folder, name, embedder.fingerprint(), embedder.width)
+    index.manifest.require_model(index.folder, embedder, embedder.fingerprint())
     queries: list[tuple[str, Image.Image | None]] = [(text, None) for text in config.query]
     embeds = []
     if queries:

@@ -1,4 +1,4 @@
-"""Identities: of data, a commit on the Hub or a checksum of local files; of towers and tokenizers, a hash."""
+"""The identity of data: a commit on the Hub, or a checksum of local files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,10 @@ from typing import Any
 
 import datasets
 
-from modeling_llm2clip.identity_llm2clip import digest_samples
-
 logger = logging.getLogger(__name__)
 
 EDGE = 65_536
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# Values of each weight in the fingerprint.
-FINGERPRINT_SAMPLES = 1024
 
 
 def data_revision(source: str | Mapping[str, Any]) -> str | None:
@@ -63,17 +59,3 @@ def _checksum(folder: Path, files: list[Path]) -> str:
             file.seek(max(EDGE, size - EDGE))
             digest.update(file.read())
     return digest.hexdigest()[:16]
-
-
-def vision_fingerprint(model: Any) -> str:
-    """Identify the vision tower and projection of a model, or of its vision half: both give the same 32 hex digits.
-
-    Weights in float32 and the same weights in bfloat16 are equal. The LLM and the adapter do not count.
-    """
-    digest = hashlib.sha256()
-    state = model.vision_model.state_dict(prefix="vision_model.")
-    state |= model.visual_projection.state_dict(prefix="visual_projection.")
-    # transformers 5 nests some towers once more than earlier versions.
-    names = {name.replace("vision_model.vision_model.", "vision_model."): name for name in state}
-    digest_samples(((short, state[names[short]]) for short in sorted(names)), digest, FINGERPRINT_SAMPLES)
-    return digest.hexdigest()[:32]

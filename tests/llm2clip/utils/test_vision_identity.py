@@ -1,0 +1,133 @@
+"""The identity of a vision tower: what it depends on, and what not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, CLIPImageProcessor
+
+from llm2clip.utils.vision_identity import earlier_vision_fingerprint, vision_fingerprint
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, with_pillow
+from modeling_llm2clip.identity_llm2clip import is_earlier_rule
+from tests.modeling_llm2clip import tiny
+
+TOWERS = ("eva02", *tiny.VISION_TOWERS)
+# As the release before the second rule computed it.
+EARLIER = "94e3ba622c9d6eca14bfe9e03b8d5a40"
+
+
+def joint(kind: str = "eva02", **fields: Any) -> LLM2CLIPModel:
+    return tiny.joint_model(vision=None if kind == "eva02" else tiny.other_vision_config(kind), **fields)
+
+
+def processor(kind: str = "eva02") -> Any:
+    return (tiny.naflex_processor() if kind == "siglip2_vision_model" else tiny.processor()).image_processor
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_saving_halving_and_the_dtype_do_not_change_the_identity(kind: str, tmp_path: Path) -> None:
+    model = joint(kind)
+    expected = vision_fingerprint(model, processor(kind))
+    assert not is_earlier_rule(expected)
+    model.save_pretrained(tmp_path)
+    processor(kind).save_pretrained(tmp_path)
+    saved: Any = with_pillow(AutoImageProcessor.from_pretrained(tmp_path))
+    half = LLM2CLIPVisionModelWithProjection.from_pretrained(tmp_path)
+    assert vision_fingerprint(half, saved) == expected
+    assert vision_fingerprint(half.to(torch.bfloat16), saved) == expected
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_every_value_of_tower_and_projection_counts(kind: str) -> None:
+    model = joint(kind)
+    seen = {vision_fingerprint(model, processor(kind))}
+    tower_alone = vision_fingerprint(model, processor(kind), with_projection=False)
+    for name, weight in model.named_parameters():
+        if name.startswith(("vision_model.", "visual_projection.")):
+            with torch.no_grad():
+                weight.view(-1)[weight.numel() // 2 + 1 if weight.numel() > 2 else 0] += 1
+            seen.add(vision_fingerprint(model, processor(kind)))
+    names = [name for name, _ in model.named_parameters() if name.startswith(("vision_model.", "visual_projection."))]
+    assert len(seen) == len(names) + 1
+    # Pooled features do not depend on the projection.
+    own = joint(kind)
+    own.vision_model.load_state_dict(model.vision_model.state_dict())
+    changed = vision_fingerprint(model, processor(kind), with_projection=False)
+    assert vision_fingerprint(own, processor(kind), with_projection=False) == changed != tower_alone
+
+
+def test_the_llm_the_adapter_and_training_do_not_count() -> None:
+    model = joint()
+    expected = vision_fingerprint(model, processor())
+    with torch.no_grad():
+        model.text_adapter.proj.weight += 1
+        model.text_model.decoder.norm.weight += 1
+    model.vision_model.config.patch_dropout = model.vision_model.config.drop_path_rate = 0.5
+    model.set_attn_implementation("eager")
+    assert vision_fingerprint(model, processor()) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("eva02", {"rope_grid_size": 4}),
+        ("eva02", {"layer_norm_eps": 1e-5}),
+        ("eva02", {"post_norm": True}),
+        ("clip_vision_model", {"hidden_act": "gelu"}),
+        ("siglip_vision_model", {"layer_norm_eps": 1e-5}),
+    ],
+)
+def test_settings_of_the_tower_that_change_its_output_count(kind: str, changes: dict[str, Any]) -> None:
+    model = joint(kind)
+    expected = vision_fingerprint(model, processor(kind))
+    for name, value in changes.items():
+        setattr(model.vision_model.config, name, value)
+    assert vision_fingerprint(model, processor(kind)) != expected
+
+
+def test_preprocessing_counts_and_its_form_does_not() -> None:
+    model = joint()
+
+    def found(**changes: Any) -> str:
+        size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+        return vision_fingerprint(model, CLIPImageProcessor(**{**size, **changes}))
+
+    expected = found()
+    for same in (
+        {"image_mean": (0.48145466, 0.4578275, 0.40821073)},
+        {"resample": 3},
+        {"size": {"shortest_edge": 28, "longest_edge": None}},
+        {"do_convert_rgb": True},
+    ):
+        assert found(**same) == expected
+    assert vision_fingerprint(model, with_pillow(CLIPImageProcessor(**processor().to_dict()))) == expected
+    different = (
+        {"image_mean": [0.5, 0.5, 0.5]},
+        {"resample": 2},
+        {"size": {"shortest_edge": 32}},
+        {"do_center_crop": False},
+        {"do_normalize": False},
+        {"rescale_factor": 1.0},
+    )
+    assert len({expected, *(found(**changes) for changes in different)}) == len(different) + 1
+    # A step that is off has no settings.
+    assert found(do_normalize=False, image_mean=[0.5, 0.5, 0.5]) == found(do_normalize=False)
+
+
+def test_the_fingerprint_of_earlier_releases_is_computed_and_recognised() -> None:
+    model = joint()
+    with torch.no_grad():
+        for number, (_, value) in enumerate(sorted(model.vision_model.state_dict().items())):
+            value.copy_((torch.arange(value.numel()) % 97 + number).reshape(value.shape) / 64)
+        for weight in model.visual_projection.parameters():
+            weight.fill_(0.5)
+    assert earlier_vision_fingerprint(model) == EARLIER
+    assert is_earlier_rule(EARLIER)
+
+
+def test_weights_that_are_elsewhere_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"vision_model.* cannot be read .*offloaded or quantised"):
+        vision_fingerprint(joint().to("meta"), processor())

@@ -1,0 +1,104 @@
+"""The identity of a vision tower: a hash of everything that its image embeddings depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from modeling_llm2clip.identity_llm2clip import RULE, decoder_identity, digest_samples, digest_weight, plain_settings
+
+# Fields of vision towers that do not change what they compute in evaluation: training, other heads, use as a backbone.
+IRRELEVANT = re.compile(
+    r"drop_path_rate|use_mask_token|mask_ratio|projection_dim|out_features|out_indices|stage_names|apply_layernorm"
+    r"|reshape_hidden_states"
+)
+# Settings of an image processor by the step that they belong to.
+STEPS = {
+    "do_resize": ("size", "resample"),
+    "do_center_crop": ("crop_size",),
+    "do_rescale": ("rescale_factor",),
+    "do_normalize": ("image_mean", "image_std"),
+    "do_pad": ("pad_size",),
+}
+# What says how an image processor is called and saved. Images are RGB before they come to it.
+NOT_PIXELS = re.compile(
+    r"_.*|auto_map|processor_class|image_processor_type|feature_extractor_type|return_tensors|(input_)?data_format"
+    r"|device|disable_grouping|default_to_square|do_convert_rgb|backend"
+)
+# Values of each weight in a fingerprint of the first rule.
+SAMPLES = 1024
+
+
+def vision_fingerprint(model: Any, image_processor: Any, *, with_projection: bool = True) -> str:
+    """Hash the weights and settings of a vision tower and the preprocessing of its images.
+
+    Every value counts, rounded to bfloat16, so that a tower in float32 and its copy in bfloat16 are equal, as are a
+    model and its vision half. The LLM and the adapter do not count, nor do the libraries that decode and resize.
+
+    Args:
+        model: An [`LLM2CLIPModel`] or its vision half.
+        image_processor: What prepares the pixel values.
+        with_projection: Whether the projection counts, which the pooled features of the tower do not depend on.
+
+    Returns:
+        `2-` and 32 hexadecimal digits. [`earlier_vision_fingerprint`] has no `2-`.
+
+    Raises:
+        ValueError: A weight is offloaded or quantised.
+    """
+    weights = _weights(model)
+    for name, weight in weights.items():
+        if weight.is_meta or type(weight.data) is not Tensor:
+            raise ValueError(
+                f"{name} cannot be read to identify the vision tower: it is offloaded or quantised. Load the vision "
+                "tower whole, onto one device and in float32 or bfloat16."
+            )
+    content = {
+        "tower": tower_settings(model.vision_model),
+        "preprocessing": preprocessing(image_processor),
+        "weights": {
+            name: digest_weight(weight)
+            for name, weight in weights.items()
+            if with_projection or name.startswith("vision_model.")
+        },
+    }
+    return RULE + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def earlier_vision_fingerprint(model: Any) -> str:
+    """Compute the fingerprint of earlier releases, for indexes that they have written: a few values of each weight."""
+    digest = hashlib.sha256()
+    digest_samples(sorted(_weights(model).items()), digest, SAMPLES)
+    return digest.hexdigest()[:32]
+
+
+def _weights(model: Any) -> dict[str, Tensor]:
+    parts: dict[str, nn.Module] = {"vision_model.": model.vision_model, "visual_projection.": model.visual_projection}
+    state = {name: value for prefix, part in parts.items() for name, value in part.state_dict(prefix=prefix).items()}
+    # transformers 5 nests some towers once more than earlier versions.
+    return {name.replace("vision_model.vision_model.", "vision_model."): value for name, value in state.items()}
+
+
+def tower_settings(tower: Any) -> dict[str, Any]:
+    """Select the settings of a vision tower that change its output, without those at the default of their class."""
+    # The settings that are irrelevant to decoders are so to all towers of transformers.
+    settings = decoder_identity(tower.config, bidirectional=False)
+    return {name: value for name, value in settings.items() if not IRRELEVANT.fullmatch(name)}
+
+
+def preprocessing(image_processor: Any) -> dict[str, Any]:
+    """Select the settings of an image processor that change pixel values; those of steps that are off do not."""
+    settings = image_processor.to_dict()
+    for step, names in STEPS.items():
+        if not settings.get(step):
+            for name in (step, *names):
+                settings.pop(name, None)
+    kept = {name: value for name, value in settings.items() if value is not None and not NOT_PIXELS.fullmatch(name)}
+    sizes = {name: value for name, value in kept.items() if isinstance(value, dict)}
+    # Versions of transformers name the unset sides of a size or leave them out.
+    kept |= {name: {side: length for side, length in size.items() if length} for name, size in sizes.items()}
+    return plain_settings(kept)
