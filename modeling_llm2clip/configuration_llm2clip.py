@@ -17,7 +17,14 @@ from .compatibility_llm2clip import VERSION, with_version_4_rope, without_versio
 WHOLE_CAPTION = 2**30
 WINDOW_FIELDS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 INITIALIZERS = ("original", "normal")
+VISION_POOLINGS = ("cls", "mean", "cls_mean")
+VISUAL_HEADS = ("linear", "gated")
 POOLING_MODES = ("mean", "weighted_mean", "last_token", "eos_token", "bos_token")
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}.")
 
 
 def lift_windows(holder: Any) -> None:
@@ -167,8 +174,7 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
         verified_attention: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        if pooling not in POOLING_MODES:
-            raise ValueError(f"pooling {pooling!r} is unknown; choose one of {', '.join(POOLING_MODES)}.")
+        _require_choice("pooling", pooling, POOLING_MODES)
         # Copied, because it is marked as bidirectional below and the caller's decoder may have to stay causal.
         self.decoder_config = copy.deepcopy(_as_config(decoder_config or {"model_type": "llama"}))
         # Respected by every attention implementation of transformers >= 5.2, and read from config.json by other tools.
@@ -216,8 +222,18 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
         adapter_normalize: Whether the adapter first L2-normalises the LLM's embedding.
         logit_scale_init_value: Natural logarithm of the initial logit scale.
         logit_bias_init_value: Initial bias of the logits of a model trained with the sigmoid loss; `None`: no bias.
-        initializer: How a new projection and adapter start. `original`: as in the original code; `normal`: weights
-            from N(0, `initializer_range`²), biases 0.
+        initializer: How a new projection and adapter start. `original`: as in the original code, a gated head as
+            torch's Linear; `normal`: weights from N(0, `initializer_range`²), biases 0.
+        vision_pooling: The vision features. `cls`: the tower's own pooled output (class token or attention pooling);
+            `mean`: the mean over the patches of its normalised last hidden state; `cls_mean`: both, side by side.
+        standardize_vision: Whether the features are standardised with the statistics of the training set.
+        center_text: Whether the adapter first subtracts the mean of the training set from the LLM's embedding.
+        visual_head: `linear`, or `gated`: SAIL's head, see [`LLM2CLIPGatedHead`].
+        visual_head_expansion: Hidden width of a gated head as a multiple of the width of the features.
+        feature_dropout: Dropout of the (standardised) features in training.
+
+    Raises:
+        ValueError: A field has a value that is not possible.
     """
 
     model_type = "llm2clip"
@@ -240,10 +256,23 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
         logit_bias_init_value: float | None = None,
         initializer: str = "original",
         initializer_range: float = 0.02,
+        vision_pooling: str = "cls",
+        standardize_vision: bool = False,
+        center_text: bool = False,
+        visual_head: str = "linear",
+        visual_head_expansion: int = 8,
+        feature_dropout: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        if initializer not in INITIALIZERS:
-            raise ValueError(f"initializer {initializer!r} is unknown; choose one of {', '.join(INITIALIZERS)}.")
+        _require_choice("initializer", initializer, INITIALIZERS)
+        _require_choice("vision_pooling", vision_pooling, VISION_POOLINGS)
+        _require_choice("visual_head", visual_head, VISUAL_HEADS)
+        if visual_head == "gated" and not visual_projection:
+            raise ValueError("visual_head 'gated' is a visual projection; do not set visual_projection to False.")
+        if visual_head_expansion < 1:
+            raise ValueError(f"visual_head_expansion must be at least 1, not {visual_head_expansion}.")
+        if not 0 <= feature_dropout < 1:
+            raise ValueError(f"feature_dropout must be at least 0 and below 1, not {feature_dropout}.")
         # Sub-configs are set before super().__init__(), which passes attn_implementation and dtype on to them.
         self.vision_config = _as_config(vision_config, EVA02VisionConfig.model_type)
         self.text_config = _as_config(text_config, LLM2CLIPTextConfig.model_type)
@@ -263,7 +292,21 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
         self.logit_bias_init_value = logit_bias_init_value
         self.initializer = initializer
         self.initializer_range = initializer_range
+        self.vision_pooling = vision_pooling
+        self.standardize_vision = standardize_vision
+        self.center_text = center_text
+        self.visual_head = visual_head
+        self.visual_head_expansion = visual_head_expansion
+        self.feature_dropout = feature_dropout
         super().__init__(**kwargs)
+
+    @property
+    def vision_width(self) -> int:
+        """Width of the vision features: the tower's, twice that for `cls_mean`."""
+        tower = self.vision_config
+        # Convolutional towers have a width per stage.
+        width = tower.hidden_size if hasattr(tower, "hidden_size") else tower.hidden_sizes[-1]
+        return width * (2 if self.vision_pooling == "cls_mean" else 1)
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()

@@ -235,6 +235,8 @@ class EVA02VisionModel(AttentionBackends, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     _no_split_modules = ["EVA02Block"]
+    # Tokens before the patches. With patch dropout the number of patches does not tell it.
+    num_prefix_tokens = 1
 
     def __init__(self, config: EVA02VisionConfig) -> None:
         super().__init__(config)

@@ -22,6 +22,7 @@ from .identity_llm2clip import text_fingerprint  # noqa: F401
 from .image_decoding_llm2clip import decode_images, is_missing_file
 from .merging_llm2clip import merged_weights  # noqa: F401
 from .modeling_eva02 import EVA02VisionModel  # noqa: F401
+from .modeling_llm2clip_features import Float32Buffers, checked_statistics
 from .modeling_llm2clip_packing import PackedBatch  # noqa: F401
 from .modeling_llm2clip_pairing import LLM2CLIPPairedModel
 from .modeling_llm2clip_probe import verify_decoder  # noqa: F401
@@ -80,13 +81,16 @@ class LLM2CLIPAdapterBlock(nn.Module):
         return states + self.fc2(F.gelu(self.fc1(self.norm(states))))
 
 
-class LLM2CLIPTextAdapter(nn.Module):
+class LLM2CLIPTextAdapter(Float32Buffers):
     """Map an LLM's caption embedding to the space shared with images (paper, section 3.2)."""
+
+    center: Tensor | None
 
     def __init__(self, config: LLM2CLIPConfig) -> None:
         super().__init__()
         width = config.text_config.hidden_size
         self.normalize = config.adapter_normalize
+        self.register_buffer("center", torch.zeros(width, dtype=torch.float32) if config.center_text else None)
         self.blocks = nn.Sequential(
             *(LLM2CLIPAdapterBlock(width, config.adapter_expansion) for _ in range(config.adapter_num_layers))
         )
@@ -94,7 +98,14 @@ class LLM2CLIPTextAdapter(nn.Module):
         self.proj = nn.Linear(width, config.projection_dim)
 
     def forward(self, llm_embeds: Tensor) -> Tensor:
-        states = F.normalize(llm_embeds, dim=-1) if self.normalize else llm_embeds
+        dtype = self.proj.weight.dtype
+        if self.center is not None:
+            # In float32: the difference of two nearby values of 16 bits would be inaccurate.
+            states = llm_embeds.float() - self.center
+            states = (F.normalize(states, dim=-1) if self.normalize else states).to(dtype)
+        else:
+            states = llm_embeds.to(dtype)
+            states = F.normalize(states, dim=-1) if self.normalize else states
         return self.proj(self.norm(self.blocks(states)))
 
 
@@ -115,7 +126,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         super().__init__(config)
         if vision_model is None:
             self._build_vision_tower()
-        self._build_visual_projection()
+        self._build_visual_projection(vision_model)
         bundled = text_model and config.text_model_name_or_path is None
         self.text_model: Any = LLM2CLIPTextModel(config.text_config) if bundled else None
         if not bundled:
@@ -128,19 +139,23 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
             # Set here, because transformers 4.57 rejects the name of a parameter that the model does not have.
             self._keep_in_fp32_modules_strict = ["logit_scale", "logit_bias"]
         self.post_init()
+        self._keep_in_float32(*() if self.text_adapter.center is None else ("text_adapter.center",))
         if vision_model is not None:
             # Attached after post_init(), which would initialise its weights again.
             adopt_submodel(self, "vision_model", vision_model)
             self.config.vision_config = vision_model.config
-            self.visual_projection.to(vision_model.device, vision_model.dtype)
-            self.text_adapter.to(vision_model.device, vision_model.dtype)
+            for part in (self.visual_standardization, self.visual_projection, self.text_adapter):
+                if part is not None:
+                    part.to(vision_model.device, vision_model.dtype)
             for scalar in (self.logit_scale, self.logit_bias):
                 if scalar is not None:
                     scalar.data = scalar.data.to(vision_model.device)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, LLM2CLIPModel):
+        if isinstance(module, LLM2CLIPTextAdapter) and module.center is not None:
+            nn.init.zeros_(module.center)
+        elif isinstance(module, LLM2CLIPModel):
             nn.init.constant_(module.logit_scale, self.config.logit_scale_init_value)
             if module.logit_bias is not None:
                 nn.init.constant_(module.logit_bias, self.config.logit_bias_init_value)
@@ -212,6 +227,16 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         (self.text_model or self.vision_model).set_input_embeddings(value)
 
+    def set_text_center(self, mean: Tensor) -> None:
+        """Set the mean `(hidden_size,)` of the LLM's embeddings, which the adapter subtracts from each.
+
+        Raises:
+            ValueError: The model does not centre, or the values are not finite or of another width.
+        """
+        if self.text_adapter.center is None:
+            raise ValueError("this model does not centre the LLM's embeddings; set center_text=True.")
+        self.text_adapter.center.copy_(checked_statistics("mean", mean, self.config.text_config.hidden_size))
+
     def get_text_features(
         self,
         input_ids: Tensor | None = None,
@@ -247,7 +272,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
                 f"llm_embeds have width {llm_embeds.shape[-1]}, but this adapter takes {expected}: they come from "
                 "another LLM."
             )
-        llm_embeds = llm_embeds.to(execution_device(self.text_adapter), self.text_adapter.proj.weight.dtype)
+        llm_embeds = llm_embeds.to(execution_device(self.text_adapter))
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.text_adapter(llm_embeds))
 
     def encode_text(
@@ -318,6 +343,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         return_loss: bool | None = None,
         return_logits: bool = True,
         interpolate_pos_encoding: bool | None = None,
+        vision_features: Tensor | None = None,
         **kwargs: Any,
     ) -> LLM2CLIPOutput | BaseModelOutputWithPooling:
         """Compare images with captions; given only one of them, embed it (`get_*_features`).
@@ -325,15 +351,19 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         Args:
             return_loss: Also return the loss; image i and caption i are a pair.
             return_logits: `False` skips the logits, for a loss that is computed from the embeddings.
+            vision_features: Stored features of images instead of pixels; see [`get_image_features`].
             kwargs: Passed to the vision tower if there are images, otherwise to the LLM.
         """
         has_text = input_ids is not None or llm_embeds is not None
+        has_images = pixel_values is not None or vision_features is not None
         text_inputs = input_ids, attention_mask, pooling_mask, llm_embeds
-        if pixel_values is None and not has_text:
-            raise ValueError("pass pixel_values, input_ids, llm_embeds, or images and captions together.")
-        if pixel_values is None:
+        if not has_images and not has_text:
+            raise ValueError(
+                "pass pixel_values or vision_features, input_ids or llm_embeds, or images and captions together."
+            )
+        if not has_images:
             return self.get_text_features(*text_inputs, **kwargs)
-        image_features = self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
+        image_features = self.get_image_features(pixel_values, interpolate_pos_encoding, vision_features, **kwargs)
         if not has_text:
             return image_features
         image_embeds = unit_features(image_features)

@@ -59,7 +59,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     _keys_to_ignore_on_load_unexpected = [
-        r"lm_head\.", r"^(vision_model|visual_projection|text_adapter)\.", r"^logit_(scale|bias)$",
+        r"lm_head\.", r"^(vision_model|visual_standardization|visual_projection|text_adapter)\.",
+        r"^logit_(scale|bias)$",
     ]  # fmt: skip
 
     def __init__(self, config: LLM2CLIPTextConfig, decoder: PreTrainedModel | None = None) -> None:

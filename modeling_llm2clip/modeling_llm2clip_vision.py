@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -16,7 +17,16 @@ from .compatibility_llm2clip import VERSION, AttentionBackends
 from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_eva02 import EVA02VisionModel
-from .modeling_llm2clip_utils import apply_umask, hub_arguments, load_complete
+from .modeling_llm2clip_features import (
+    LLM2CLIPStandardization,
+    build_visual_head,
+    checked_statistics,
+    patch_tokens,
+    pool_vision,
+    positive_deviation,
+    refuse_masked_tower,
+)
+from .modeling_llm2clip_utils import apply_umask, execution_device, hub_arguments, load_complete
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
@@ -41,19 +51,27 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
         is_eva = config.model_type == EVA02VisionConfig.model_type
         self.vision_model: Any = EVA02VisionModel(config) if is_eva else AutoModel.from_config(config)
 
-    def _build_visual_projection(self) -> None:
-        width, expected = self.config.vision_config.hidden_size, self.config.projection_dim
-        self.visual_projection: nn.Module = nn.Identity()
-        if self.config.visual_projection:
-            self.visual_projection = nn.Linear(width, expected, bias=self.config.visual_projection_bias)
-        elif width != expected:
-            raise ValueError(
-                f"without a visual projection the tower's width {width} has to be projection_dim {expected}."
-            )
+    def _build_visual_projection(self, tower: PreTrainedModel | None = None) -> None:
+        config = self.config
+        refuse_masked_tower(self.vision_model if tower is None else tower, config.vision_pooling)
+        standardization = LLM2CLIPStandardization(config.vision_width) if config.standardize_vision else None
+        self.visual_standardization: LLM2CLIPStandardization | None = standardization
+        self.visual_projection: nn.Module = build_visual_head(config)
+
+    def _keep_in_float32(self, *names: str) -> None:
+        """Load these buffers, and the statistics of the features, in float32 into a model of any dtype.
+
+        Called after post_init(), because transformers 4.57 rejects the name of a buffer before.
+        """
+        names += () if self.visual_standardization is None else ("visual_standardization",)
+        self._keep_in_fp32_modules_strict = [*(self._keep_in_fp32_modules_strict or ()), *names]
 
     def _init_weights(self, module: nn.Module) -> None:
-        # The towers initialise their own layers, so that every Linear here is the projection or in the adapter.
-        if self.config.initializer == "original" and isinstance(module, nn.Linear):
+        # The towers initialise their own layers, so that every Linear here is of the head or in the adapter.
+        if isinstance(module, LLM2CLIPStandardization):
+            nn.init.zeros_(module.mean)
+            nn.init.ones_(module.std)
+        elif self.config.initializer == "original" and isinstance(module, nn.Linear):
             init_like_the_original(module, self.config.vision_config if module is self.visual_projection else None)
         else:
             super()._init_weights(module)
@@ -91,28 +109,111 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
         # The first parameter is logit_scale, which stays in float32 in a model of any dtype.
         return self.vision_model.dtype
 
-    def get_image_features(
+    def set_vision_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Set the mean and standard deviation that standardise the features of [`get_vision_features`].
+
+        Args:
+            mean: `(vision_width,)`, as `std`, of the features of the training set. A standard deviation that is zero
+                up to rounding (1e-6 of the mean or of 1) becomes 1.
+
+        Raises:
+            ValueError: The model does not standardise, or the values are not finite, negative or of another width.
+        """
+        if self.visual_standardization is None:
+            raise ValueError("this model does not standardise its vision features; set standardize_vision=True.")
+        mean, std = (
+            checked_statistics(name, values, self.config.vision_width)
+            for name, values in (("mean", mean), ("std", std))
+        )
+        self.visual_standardization.mean.copy_(mean)
+        self.visual_standardization.std.copy_(positive_deviation(mean, std))
+
+    def get_vision_features(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Compute the pooled features of images, before standardisation, dropout and projection.
+
+        The arguments are those of [`get_image_features`].
+
+        Returns:
+            `(batch, vision_width)`, in the tower's dtype or, if `vision_pooling` is a mean, in float32.
+        """
+        return self._tower_features(pixel_values, interpolate_pos_encoding, kwargs)[1]
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        vision_features: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Embed images.
+        """Embed images, or stored features of images.
 
         Args:
             pixel_values: `(batch, channels, height, width)`.
             interpolate_pos_encoding: Accept an image size other than the tower's, if the tower supports it.
-            kwargs: Passed to the vision tower, such as `output_hidden_states`.
+            vision_features: `(batch, vision_width)` of any floating dtype, from [`get_vision_features`], instead of
+                pixels.
+            kwargs: Passed to the vision tower, such as `output_hidden_states`; not used with `vision_features`.
 
         Returns:
-            `pooler_output` `(batch, projection_dim)`, not normalised, and the hidden states of the tower.
+            `pooler_output` `(batch, projection_dim)`, not normalised, and the hidden states of the tower, if it ran.
+
+        Raises:
+            ValueError: Both pixels and features are given, or neither, or features of another width.
         """
-        if interpolate_pos_encoding is not None:
-            kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
-        output = self.vision_model(pixel_values=pixel_values, **kwargs)
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("pass either pixel_values or vision_features, stored features of images.")
+        if vision_features is not None:
+            return BaseModelOutputWithPooling(pooler_output=self._embed_stored(vision_features))
+        output, features = self._tower_features(pixel_values, interpolate_pos_encoding, kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=output.last_hidden_state,
-            pooler_output=self.visual_projection(output.pooler_output),
+            pooler_output=self._project(features),
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
         )
+
+    def get_patch_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """Embed each patch of images as the pooled features are embedded.
+
+        In place of the pooled token or the mean over the patches there is the patch; with `vision_pooling` `cls_mean`,
+        the patch is in place of the mean.
+
+        Returns:
+            `(batch, patches, projection_dim)`, not normalised.
+        """
+        output, features = self._tower_features(pixel_values, None, kwargs)
+        patches = patch_tokens(self.vision_model, output, pixel_values)
+        if self.config.vision_pooling == "cls_mean":
+            own = features[:, None, : -patches.shape[-1]].expand(-1, patches.shape[1], -1)
+            patches = torch.cat([own, patches], dim=-1)
+        return self._project(patches)
+
+    def _tower_features(
+        self, pixel_values: Any, interpolate_pos_encoding: bool | None, kwargs: dict[str, Any]
+    ) -> tuple[Any, Tensor]:
+        if interpolate_pos_encoding is not None:
+            kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
+        output = self.vision_model(pixel_values=pixel_values, **kwargs)
+        return output, pool_vision(self.vision_model, output, pixel_values, self.config.vision_pooling)
+
+    def _embed_stored(self, features: Tensor) -> Tensor:
+        expected = self.config.vision_width
+        if features.ndim != 2 or features.shape[-1] != expected:
+            raise ValueError(
+                f"vision_features have shape {tuple(features.shape)}, but this model takes (batch, {expected}): they "
+                "come from another vision tower or pooling."
+            )
+        has_weights = next(self.visual_projection.parameters(), None) is not None
+        return self._project(features.to(execution_device(self.visual_projection if has_weights else self)))
+
+    def _project(self, features: Tensor) -> Tensor:
+        if self.visual_standardization is not None:
+            features = self.visual_standardization(features)
+        features = F.dropout(features, self.config.feature_dropout, self.training)
+        weight = next(self.visual_projection.parameters(), None)
+        return self.visual_projection(features if weight is None else features.to(weight.dtype))
 
 
 def init_like_the_original(linear: nn.Linear, tower: PretrainedConfig | None) -> None:
@@ -153,6 +254,7 @@ class LLM2CLIPVisionModelWithProjection(LLM2CLIPPreTrainedModel):
         self._build_vision_tower()
         self._build_visual_projection()
         self.post_init()
+        self._keep_in_float32()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -164,10 +266,14 @@ class LLM2CLIPVisionModelWithProjection(LLM2CLIPPreTrainedModel):
         return self.vision_model.get_input_embeddings()
 
     def forward(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        vision_features: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """See `get_image_features`."""
-        return self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
+        return self.get_image_features(pixel_values, interpolate_pos_encoding, vision_features, **kwargs)
 
 
 class LLM2CLIPLogitScale(PreTrainedModel):

@@ -44,6 +44,13 @@ def test_new_projection_starts_as_in_the_original(model_type: str, std: float, b
     assert projection.bias.abs().max().item() == pytest.approx(bias, rel=0.05)
 
 
+def test_new_gated_head_starts_as_a_linear_of_torch() -> None:
+    head = new_model("eva02_vision_model", visual_head="gated", visual_head_expansion=2).visual_projection
+    for name, width in (("f1", WIDTH), ("f2", WIDTH), ("g", 2 * WIDTH)):
+        for values in head.get_submodule(name).parameters():
+            assert 0.9 * width**-0.5 < values.abs().max().item() <= width**-0.5, name
+
+
 def test_new_adapter_starts_as_a_linear_of_torch() -> None:
     for name, values in new_model("eva02_vision_model").text_adapter.named_parameters():
         if "norm" in name:

@@ -37,11 +37,13 @@ def is_plain(module: torch.nn.Module) -> bool:
     return all(type(parameter.data) is Tensor for parameter in module.parameters())
 
 
-def test_parts_can_be_offloaded_to_disk(tmp_path: Path) -> None:
-    model = tiny.save(tmp_path / "all")
+@pytest.mark.parametrize("fields", [{}, tiny.FROZEN_TOWER], ids=["default", "frozen tower"])
+def test_parts_can_be_offloaded_to_disk(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny.save(tmp_path / "all", **fields)
     processor = tiny.processor()
     texts, images = model.encode_text(CAPTIONS, processor), model.encode_image(IMAGES, processor)
     parts = {"vision_model": "disk", "visual_projection": "cpu", "text_model": "disk", "text_adapter": "disk"}
+    parts |= {"visual_standardization": "disk"} if fields else {}
     loaded = LLM2CLIPModel.from_pretrained(
         tmp_path / "all", device_map={**parts, "logit_scale": "cpu"}, offload_folder=tmp_path / "offload"
     )

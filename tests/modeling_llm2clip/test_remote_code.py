@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,9 +48,10 @@ print(json.dumps({"module": type(model).__module__, "logits": logits.tolist(), "
 """
 
 
-def test_saved_folder_gives_equal_logits_without_this_package(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [{}, tiny.FROZEN_TOWER], ids=["default", "frozen tower"])
+def test_saved_folder_gives_equal_logits_without_this_package(fields: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "llm2clip-tiny"
-    model = tiny.save(folder)
+    model = tiny.save(folder, **fields)
     image = tmp_path / "noise.png"
     Image.effect_noise((40, 30), 80).convert("RGB").save(image)
     found = stranger.answer(STRANGER, folder, image, home=tmp_path)

@@ -59,6 +59,15 @@ VISION_TOWERS: dict[str, dict[str, Any]] = {
     "siglip2_vision_model": {"num_patches": 16},
     "dinov2": {"image_size": 28},
 }
+# Fields of a model that is trained on stored features of frozen towers.
+FROZEN_TOWER: dict[str, Any] = {
+    "vision_pooling": "cls_mean",
+    "standardize_vision": True,
+    "center_text": True,
+    "visual_head": "gated",
+    "visual_head_expansion": 3,
+    "feature_dropout": 0.2,
+}
 CAPTIONS = ["a small dog", "two children play football in a green park", "a red bus"]
 IMAGES = [Image.effect_noise((40, 30), 80).convert("RGB") for _ in range(2)]
 PREFIX = "<|start_header_id|>user<|end_header_id|>\n\n"
@@ -136,6 +145,17 @@ def joint_model(**fields: Any) -> LLM2CLIPModel:
     return LLM2CLIPModel(joint_config(**fields)).eval()
 
 
+def with_statistics(model: LLM2CLIPModel) -> LLM2CLIPModel:
+    """Give a model random statistics of its vision features and LLM embeddings, where it has any."""
+    generator = torch.Generator().manual_seed(1)
+    if model.visual_standardization is not None:
+        mean, std = torch.rand(2, model.config.vision_width, generator=generator)
+        model.set_vision_statistics(mean, 0.5 + std)
+    if model.text_adapter.center is not None:
+        model.set_text_center(torch.rand(HIDDEN, generator=generator))
+    return model
+
+
 def processor(image_size: int = 28) -> LLM2CLIPProcessor:
     tokenizer, _ = with_prompt(plain_tokenizer(), PREFIX, SUFFIX, max_length=64)
     size = {"shortest_edge": image_size}
@@ -150,7 +170,7 @@ def naflex_processor() -> LLM2CLIPProcessor:
 
 def save(folder: Path, **fields: Any) -> LLM2CLIPModel:
     """Save a tiny model with its processor, like a Hub repository."""
-    model = joint_model(**fields)
+    model = with_statistics(joint_model(**fields))
     model.save_pretrained(folder)
     processor().save_pretrained(folder)
     return model
