@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 import llm2clip
 from llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, embed_captions, embed_images
@@ -107,6 +108,17 @@ def test_captions_of_a_joint_model_are_unit_rows_in_the_shared_space(saved_model
     tokenizer = tiny.processor().tokenizer
     torch.testing.assert_close(embed_captions(tiny.CAPTIONS[0], model, tokenizer), expected[:1], **CLOSE)
     assert embed_captions([], model, tokenizer).shape == (0, 24)
+
+
+def test_an_instruction_reaches_the_llm_of_a_joint_model(model: LLM2CLIPModel) -> None:
+    processor, instruction = tiny.processor(), "Find a picture:"
+    llm_embeds = model.text_model.encode(tiny.CAPTIONS, processor.tokenizer, instruction=instruction)
+    expected = F.normalize(model.get_text_features(llm_embeds=llm_embeds).pooler_output, dim=-1).detach()
+    assert not torch.allclose(model.encode_text(tiny.CAPTIONS, processor), expected, atol=1e-3)
+    found = model.encode_text(tiny.CAPTIONS, processor, instruction=instruction)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    found = embed_captions(tiny.CAPTIONS, model, processor, instruction=instruction)
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_captions_of_a_text_tower_are_the_towers_own_embeddings(tmp_path: Path) -> None:
