@@ -83,6 +83,9 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
             fields, _ = PretrainedConfig.get_config_dict(name, **hub_arguments(kwargs))
             if fields.get("vision_config", {}).get("model_type") in NESTED_TOWERS:
                 kwargs["key_mapping"] = {r"^vision_model\.": f"{NEST}."}
+        if VERSION < (5, 0):
+            # Of a part that is offloaded to disk, version 4 otherwise leaves the buffers at their initial values.
+            kwargs.setdefault("offload_buffers", True)
         return load_complete(super().from_pretrained, name, *args, **kwargs)
 
     def save_pretrained(  # type: ignore[override]

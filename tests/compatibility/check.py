@@ -90,6 +90,10 @@ def check_sixteen_bits(folder: Path) -> None:
     assert model.dtype == torch.bfloat16
     assert model.logit_scale.dtype == torch.float32
     assert model.logit_bias is None or model.logit_bias.dtype == torch.float32
+    exact, statistics = dict(load(folder).named_buffers()), ("visual_standardization.", "text_adapter.")
+    kept = {name: value for name, value in model.named_buffers() if name.startswith(statistics)}
+    assert len(kept) == 3 * bool(model.config.standardize_vision)
+    assert all(value.dtype == torch.float32 and value.equal(exact[name]) for name, value in kept.items())
     with tempfile.TemporaryDirectory() as copy:
         model.save_pretrained(copy)
         assert json.loads((Path(copy) / "config.json").read_text())["dtype"] == "bfloat16"
