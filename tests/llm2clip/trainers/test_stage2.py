@@ -377,6 +377,27 @@ def test_new_parts_start_as_in_the_original_unless_set(inputs: Inputs, tmp_path:
         new_model(logit_scale_init_value="checkpoint")
 
 
+def test_settings_of_frozen_towers_reach_the_new_model(inputs: Inputs, tmp_path: Path) -> None:
+    fields = tiny.stage2_fields(tmp_path, inputs.vision, inputs.text, inputs.cache)
+    asked = {"vision_pooling": "cls_mean", "visual_head": "gated", "standardize_features": True}
+    model, processor = run_stage2.load_model(build_config(Stage2Config, {**fields, **asked, "feature_dropout": 0.2}))
+    config = model.config
+    assert (config.vision_pooling, config.visual_head, config.feature_dropout) == ("cls_mean", "gated", 0.2)
+    assert config.standardize_vision
+    assert config.center_text
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    trained = {**fields, "projection_dim": None, "model_name_or_path": str(tmp_path / "model")}
+    again, _ = run_stage2.load_model(build_config(Stage2Config, {**trained, "feature_dropout": 0.0}))
+    assert again.config.feature_dropout == 0, "it is a setting of the training, not of the weights"
+    with pytest.raises(ValueError, match="already trained; leave visual_head, standardize_features unset"):
+        run_stage2.load_model(
+            build_config(Stage2Config, {**trained, "visual_head": "gated", "standardize_features": True})
+        )
+    with pytest.raises(ValueError, match=r"feature_dropout must be at least 0 and below 1, not 1\.5"):
+        build_config(Stage2Config, {**fields, "feature_dropout": 1.5})
+
+
 def test_models_without_a_bias_have_none(inputs: Inputs, tmp_path: Path) -> None:
     run(tmp_path, inputs, save_strategy="no", max_steps=1)
     assert "logit_bias" not in weights(tmp_path)

@@ -46,7 +46,10 @@ logger = logging.getLogger(__name__)
 NEW_MODEL_FIELDS = (
     *("projection_dim", "adapter_num_layers", "adapter_expansion", "adapter_normalize"),
     *("logit_scale_init_value", "logit_bias_init_value", "initializer"),
+    *("vision_pooling", "visual_head", "standardize_features"),
 )
+# The fields of the model's config that one setting stands for.
+CONFIG_FIELDS = {"standardize_features": ("standardize_vision", "center_text")}
 SIGMOID_BIAS = -10.0
 
 
@@ -81,8 +84,10 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
             text_config=text_config,
             text_model_revision=config.text_model_revision,
             vision_model_kwargs={**options, "revision": config.vision_model_revision},
-            **fields,
+            **{name: value for key, value in fields.items() for name in CONFIG_FIELDS.get(key, (key,))},
         )
+    if config.feature_dropout is not None:
+        model.config.feature_dropout = config.feature_dropout
     if config.online_text_model:
         model.load_text_model(**loading_options(config.text_model_dtype))
     elif model.config.text_model_fingerprint is None:

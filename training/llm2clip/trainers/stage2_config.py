@@ -52,10 +52,27 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     adapter_num_layers: int | None = setting(None, "Number of blocks of the text adapter; unset: 4.")
     adapter_expansion: int | None = setting(None, "Hidden width of an adapter block relative to its input; unset: 2.")
     adapter_normalize: bool | None = setting(None, "L2-normalize LLM embeddings before the adapter; unset: true.")
+    vision_pooling: Literal["cls", "mean", "cls_mean"] | None = setting(
+        None,
+        "Features of the vision tower. cls: its own pooled output (class token or attention pooling); mean: the mean "
+        "over its patches; cls_mean: both, side by side. Unset: cls.",
+    )
+    visual_head: Literal["linear", "gated"] | None = setting(
+        None, "Projection of the vision features: linear, or gated, the head of SAIL. Unset: linear."
+    )
+    standardize_features: bool | None = setting(
+        None,
+        "Standardize the vision features and center the LLM's embeddings with statistics of the training set; unset: "
+        "false.",
+    )
+    feature_dropout: float | None = setting(
+        None, "Dropout of the vision features in training; unset: the model's, which is 0 for a new one."
+    )
     initializer: Literal["original", "normal"] | None = setting(
         None,
         "Initial values of a new projection and adapter. original: as the original code (EVA02's head near 0, CLIP's "
-        "with standard deviation width^-0.5, the rest as torch's Linear); normal: N(0, 0.02²). Unset: original.",
+        "with standard deviation width^-0.5, the rest, as a gated head, as torch's Linear); normal: N(0, 0.02²). "
+        "Unset: original.",
     )
     logit_scale_init_value: float | Literal["checkpoint"] | None = setting(
         None,
@@ -123,6 +140,8 @@ class Stage2Config(ContrastiveConfig, StageConfig):
             )
         if self.patch_dropout is not None and not 0 <= self.patch_dropout < 1:
             raise ValueError(f"patch_dropout must be at least 0 and below 1, not {self.patch_dropout}.")
+        if self.feature_dropout is not None and not 0 <= self.feature_dropout < 1:
+            raise ValueError(f"feature_dropout must be at least 0 and below 1, not {self.feature_dropout}.")
         if self.loss == "softmax" and self.logit_bias_init_value is not None:
             raise ValueError("logit_bias_init_value is for the sigmoid loss only; set loss: sigmoid.")
         if self.loss == "sigmoid" and self.label_smoothing_factor:
