@@ -178,12 +178,20 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
             # Recorded by an earlier release: verified by its rule, and recorded by this one's.
             self.config.text_model_fingerprint = actual
         elif actual is None or (is_earlier_rule(actual) and not is_earlier_rule(expected)):
-            logger.warning(f"the weights of {source} (quantised or offloaded) cannot be compared with {ours}.")
+            logger.warning(
+                f"the weights of {source} (quantised, offloaded or rounded) cannot be compared with {ours}."
+            )
         elif actual != expected:
+            exact = ""
+            if text_model.has_rounded_base:
+                exact = (
+                    " Or the weights under its PEFT adapter were rounded when they were loaded: load the LLM in the "
+                    "dtype of its files, with text_model_kwargs={'dtype': 'auto'}."
+                )
             raise ValueError(
                 f"the adapter was trained with {ours} (fingerprint {expected}), but {source} has fingerprint "
                 f"{actual}: other weights, prompt or pooling, or other settings of the decoder. Load the LLM that "
-                "belongs to this checkpoint, or train an adapter for this one (stage 2)."
+                f"belongs to this checkpoint, or train an adapter for this one (stage 2).{exact}"
             )
         adopt_submodel(self, "text_model", text_model)
         self.config.text_config = text_model.config

@@ -58,6 +58,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
     config_class = LLM2CLIPTextConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
+    # Whether the weights under an adapter were rounded before the merge: the sum is not that which was trained.
+    has_rounded_base = False
     _keys_to_ignore_on_load_unexpected = [
         r"lm_head\.", r"^(vision_model|visual_standardization|visual_projection|text_adapter)\.",
         r"^logit_(scale|bias)$",
@@ -143,9 +145,10 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         is_tower = model_type == cls.config_class.model_type
         elsewhere = fields.get("text_model_name_or_path")
         if is_adapter:
-            if config is None:
-                config = cls.config_class.from_dict(fields) if is_tower else default_config
-            model = cls._from_adapter(name, config, kwargs)
+            own = cls.config_class.from_dict(fields) if is_tower else None
+            model = cls._from_adapter(name, config or own or default_config, kwargs)
+            # A default config may have the record of another LLM.
+            model.config.fingerprint = own.fingerprint if own is not None else None
         elif model_type == COMPOSITE_TYPE and elsewhere is not None:
             default_config = default_config or cls.config_class.from_dict(fields["text_config"])
             kwargs |= {"revision": fields.get("text_model_revision"), "subfolder": ""}
@@ -186,6 +189,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         base = cls.from_pretrained(adapter.base_model_name_or_path, **base_kwargs)
         base.merge_adapter()
         model = cls._around(base, config or base.config)
+        stored = _stored_dtype(adapter.base_model_name_or_path, hub_arguments(base_kwargs))
+        model.has_rounded_base = base.has_rounded_base or str(base.dtype) not in ("torch.float32", f"torch.{stored}")
         model.decoder = peft.PeftModel.from_pretrained(base.decoder, name, **hub)
         return model
 
@@ -258,9 +263,12 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         return earlier_text_fingerprint(self.config, ((name, state[name]) for name in sorted(state)))
 
     def identity(self) -> str | None:
-        """Return the fingerprint of the weights, or the recorded one if the dtype changes it (float16, quantised)."""
-        readable = self.get_input_embeddings().weight.dtype in (torch.float32, torch.bfloat16)
-        return (self.fingerprint() if readable else None) or self.config.fingerprint
+        """Return the fingerprint of the weights, or the recorded one if the dtype changes it.
+
+        That is so in float16, quantised, and for an adapter whose base was rounded when it was loaded.
+        """
+        exact = self.get_input_embeddings().weight.dtype in (torch.float32, torch.bfloat16)
+        return (self.fingerprint() if exact and not self.has_rounded_base else None) or self.config.fingerprint
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Change the attention implementation; ValueError if the decoder cannot be a text tower with it."""
@@ -358,3 +366,12 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
         )
+
+
+def _stored_dtype(name: str, hub: dict[str, Any]) -> str | None:
+    """Return the dtype of the weights in a repository by its config, or None if that is unknown."""
+    try:
+        fields, _ = PretrainedConfig.get_config_dict(name, **hub)
+    except OSError:  # an adapter without a config
+        return None
+    return fields.get("dtype") or fields.get("torch_dtype")

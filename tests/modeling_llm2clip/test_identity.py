@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig
 
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.identity_llm2clip import WORDS, decoder_identity, digest_weight, is_earlier_rule
 from tests.modeling_llm2clip import tiny
 
@@ -136,3 +138,52 @@ def test_a_window_counts_only_where_it_is_not_lifted() -> None:
     two.sliding_window = 7
     assert decoder_identity(one, bidirectional=True) == decoder_identity(two, bidirectional=True)
     assert decoder_identity(one, bidirectional=False) != decoder_identity(two, bidirectional=False)
+
+
+def save_adapter(folder: Path, base_dtype: torch.dtype) -> LLM2CLIPTextModel:
+    """Save a tower and an adapter of it, as stage 1 does."""
+    peft = pytest.importorskip("peft")
+    tiny.text_model().to(base_dtype).save_pretrained(folder / "base")
+    tower = LLM2CLIPTextModel.from_pretrained(folder / "base")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    tower.decoder = peft.get_peft_model(tower.decoder, lora)
+    tower.decoder.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    tower.save_pretrained(folder / "adapter")
+    return tower
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_on_a_rounded_base_is_still_the_llm_of_its_model(base_dtype: torch.dtype, tmp_path: Path) -> None:
+    expected = save_adapter(tmp_path, base_dtype).fingerprint()
+    tower = LLM2CLIPTextModel.from_pretrained(tmp_path / "adapter", dtype=torch.bfloat16)
+    # The merge sees other weights than those that were trained, if these were in float32.
+    assert (tower.fingerprint() != expected) == (base_dtype == torch.float32)
+    assert tower.identity() == expected
+    tower.merge_adapter()
+    assert tower.identity() == expected
+    model = tiny.joint_model(text_model_name_or_path=str(tmp_path / "adapter"), text_model_fingerprint=expected)
+    model.save_pretrained(tmp_path / "joint", save_text_model=False)
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path / "joint", dtype=torch.bfloat16)
+    assert loaded.text_model.dtype == torch.bfloat16
+    assert loaded.config.text_model_fingerprint == expected
+
+
+def test_an_adapter_on_a_rounded_base_that_does_not_fit_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    save_adapter(tmp_path, torch.float32)
+    model = tiny.joint_model(text_model_name_or_path=str(tmp_path / "adapter"), text_model_fingerprint="2-" + 32 * "0")
+    model.save_pretrained(tmp_path / "joint", save_text_model=False)
+    with pytest.raises(ValueError, match=r"2-0+\).* text_model_kwargs=\{'dtype': 'auto'\}"):
+        LLM2CLIPModel.from_pretrained(tmp_path / "joint", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"2-0+\)(?!.*'auto')"):
+        LLM2CLIPModel.from_pretrained(tmp_path / "joint")
+
+
+def test_an_adapter_without_a_record_cannot_be_compared_on_a_rounded_base(
+    tmp_path: Path,
+) -> None:
+    save_adapter(tmp_path, torch.float32)
+    (tmp_path / "adapter" / "config.json").unlink()
+    tower = LLM2CLIPTextModel.from_pretrained(
+        tmp_path / "adapter", default_config=tiny.text_config(fingerprint="2-of another LLM"), dtype=torch.bfloat16
+    )
+    assert tower.identity() is None
