@@ -15,6 +15,11 @@ def faults(text: str) -> list[str]:
     return [name for name, has_fault in TEXT_FAULTS.items() if has_fault(text)]
 
 
+def garbled(text: str) -> str:
+    """Decode UTF-8 as Windows-1252."""
+    return text.encode().decode("cp1252")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -30,10 +35,10 @@ def faults(text: str) -> list[str]:
         ("LÃ©zard", ["mojibake"]),
         ("12 Â°C", ["mojibake"]),
         ("Mikola\u0301s of the dogâ€™s owner", ["mojibake"]),
-        ("ðŸ˜€", ["mojibake"]),
-        ("ÐºÐ¾Ñ‚", ["mojibake"]),
-        ("çŒ« and a dog", []),  # one character alone may be a coincidence
-        ("çŒ«çŠ¬", ["mojibake"]),
+        (garbled("😀"), ["mojibake"]),
+        (garbled("кот"), ["mojibake"]),
+        (garbled("猫") + " and a dog", []),  # one character alone may be a coincidence
+        (garbled("猫犬"), ["mojibake"]),
         ("Ã\x82 dog", ["control characters", "mojibake"]),
     ],
 )
@@ -48,7 +53,7 @@ def test_each_fault_is_found(text: str, expected: list[str]) -> None:
         "3 < 4 and 5 > 4",
         "<3",
         "first line\n\tsecond line\r\n",
-        "Ein großer Spaß“, sagte er; SCHLOẞ – Fuß…",
+        "Ein großer Spaß“, sagte er; SCHLOẞ; Fuß…",
         "CAFÉ», DÉGÂT, NÃO, MÃE",
         "Lézard, Mikoláš Aleš, ñandú, Åre",
         "पट्\u200dटी, 面白い猫, кот, قطة",
@@ -69,7 +74,7 @@ def test_sound_texts_have_no_fault(text: str) -> None:
         ("面白い猫", "kana"),
         ("ドッグ", "kana"),
         ("ﾈｺ", "kana"),
-        ("Ａ", "latin"),
+        ("\uff21", "latin"),
         ("강아지", "hangul"),
         ("قطة", "arabic"),
         ("बिल्ली", "devanagari"),
