@@ -101,6 +101,9 @@ README = {
         makes=(f"{MODEL}/model.safetensors", "runs/quickstart/report.html"),
         prints="stage 2, stage-1 LLM",
     ),
+    "llm2clip check-data ./my_images --split train --caption-columns caption": Run(
+        needs=("my_images",), prints="24, of which 24 can be used"
+    ),
     TRAIN_LLM: Run(needs=(LLAMA, *PAIRS), small=STAGE1, makes=("runs/stage1/model.safetensors",)),
     EMBED_CAPTIONS: Run(
         needs=(TRAIN_LLM, "data/cc3m"), small=EMBED, makes=("runs/cache/manifest.json",), prints="num_captions: "

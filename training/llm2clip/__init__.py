@@ -33,6 +33,7 @@ MODULES = {
     "llm2clip.hub.push": ["push_folder"],
     "llm2clip.losses": ["clip_loss", "hard_negative_info_nce", "info_nce", "sigmoid_loss"],
     "llm2clip.data": ["CaptionSource", "load_source"],
+    "llm2clip.data.check_data": ["check_data"],
     "llm2clip.embedding": [
         "CacheManifest",
         "EmbeddingCache",

@@ -10,6 +10,9 @@ from llm2clip.data import (
 from llm2clip.data import (
     load_source as load_source,
 )
+from llm2clip.data.check_data import (
+    check_data as check_data,
+)
 from llm2clip.embedding import (
     CacheManifest as CacheManifest,
 )

@@ -67,6 +67,8 @@ COMMANDS = {
                       "llm2clip.trainers.run_stage2", "Stage2Config", resumes=True, writes_log=True),
     "evaluate": Command("measure image-text retrieval or caption retrieval of a model",
                         "llm2clip.evaluation.evaluate", "EvaluateConfig", ("model",)),
+    "check-data": Command("show what is in a data set of captions and images, and what is wrong with it",
+                          "llm2clip.data.check_data", "CheckDataConfig", ("source",)),
     "convert": Command(
         "convert checkpoints of the original code, of Microsoft's repos and of CLIP to this format and back",
         "llm2clip.convert.conversion", "ConvertConfig", ("source", "destination")),
@@ -108,9 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not isinstance(error, USER_ERRORS) or "--traceback" in arguments or type(error) is KeyError:
                 raise
             close_bars()
+            # An error with a status of its own is the result of the command, which needs no traceback.
+            status = getattr(error, "exit_status", None)
             where = "--traceback shows where" if error_file is None else f"where: {error_file}"
-            print(f"llm2clip {name}: error: {_message(error, name)}\n({where})", file=sys.stderr)
-            return 2
+            ending = f"\n({where})" if status is None else ""
+            print(f"llm2clip {name}: error: {_message(error, name)}{ending}", file=sys.stderr)
+            return status or 2
     # Imported here, because it imports torch, which --help must not wait for.
     from llm2clip.utils.processes import leave_process_group, process_state
 

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from llm2clip.utils.processes import on_main_process
+from llm2clip.utils.processes import on_main_process, worker_count
 
 SCRIPT = """
 from llm2clip.utils.processes import leave_process_group, on_main_process, process_state
@@ -40,3 +41,11 @@ def test_a_single_process_calls_the_function() -> None:
     assert on_main_process(lambda: 1) == 1
     with pytest.raises(KeyError, match="x"):
         on_main_process(lambda: {}["x"])
+
+
+@pytest.mark.parametrize(("setting", "cores", "expected"), [(None, 3, 3), (None, 64, 8), (0, 3, 0), (12, 3, 12)])
+def test_workers_are_one_per_core_but_at_most_eight_unless_set(
+    setting: int | None, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    assert worker_count(setting) == expected

@@ -10,24 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import fsspec.asyn
 import numpy as np
-import torch
 from datasets.distributed import split_dataset_by_node
-from torch.utils.data import IterableDataset, get_worker_info
 
 from llm2clip.data.records import OnError, RowCaptions, SkippedSample, caption_id, caption_keys, column_texts
-from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
+from llm2clip.data.rows import CaptionRows, StreamedRows
+from llm2clip.data.sampling import stable_seed
 from llm2clip.data.sources import (
     CaptionSource,
     Columns,
-    SourceError,
     load_source,
     row_batches,
-    source_columns,
     top_level,
 )
-from llm2clip.data.streams import StreamReader, StreamRow
 from llm2clip.data.transforms import EvalTransform, TrainTransform
 from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.settings import check_choices
@@ -80,7 +75,7 @@ class SampleMaker:
         return sample
 
 
-class CaptionImageDataset(ConcatenatedTables):
+class CaptionImageDataset(CaptionRows):
     """Map-style data set of captioned images.
 
     `dataset[SampleIndex(epoch, index)]` is a training sample: a caption, drawn by the weights of the source, and a
@@ -101,6 +96,8 @@ class CaptionImageDataset(ConcatenatedTables):
         ValueError: If a source is set to streaming or `on_error` is invalid.
     """
 
+    make_sample: SampleMaker
+
     def __init__(
         self,
         sources: CaptionSource | Sequence[CaptionSource],
@@ -110,31 +107,11 @@ class CaptionImageDataset(ConcatenatedTables):
         on_error: OnError = "raise",
         max_pixels: int = DEFAULT_MAX_PIXELS,
     ) -> None:
-        self.sources = [sources] if isinstance(sources, CaptionSource) else list(sources)
-        if not self.sources:
-            raise ValueError("CaptionImageDataset needs at least one source.")
-        for source in self.sources:
-            if source.streaming:
-                raise ValueError(f"{source.path} is set to streaming; use StreamingCaptionImageDataset.")
-        self.make_sample = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
-        with_images = eval_transform is not None
-        super().__init__([load_source(source, with_images) for source in self.sources])
-        self.columns = [source_columns(*pair, with_images) for pair in zip(self.sources, self.tables, strict=True)]
-
-    def _key(self, number: int, position: int, row: Mapping[str, Any]) -> str:
-        column = self.columns[number].key
-        if column is not None and row[column] is not None:
-            return str(row[column])
-        return str(position) if len(self.sources) == 1 else f"{self.sources[number].path}:{position}"
-
-    def __getitem__(self, index: SampleIndex | int) -> dict[str, Any] | SkippedSample:
-        epoch, position, number, offset = self.locate(index)
-        row = self.tables[number][offset]
-        salt = None if epoch is None else (epoch, position)
-        return self.make_sample(row, self._key(number, offset, row), self.columns[number], salt)
+        maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
+        super().__init__(sources, maker, with_images=eval_transform is not None)
 
 
-class StreamingCaptionImageDataset(IterableDataset):
+class StreamingCaptionImageDataset(StreamedRows):
     """Iterable data set of captioned images, read as a shuffled stream.
 
     Samples are those of [`CaptionImageDataset`]; caption and crop are functions of seed, epoch and key. Files are
@@ -169,69 +146,9 @@ class StreamingCaptionImageDataset(IterableDataset):
         on_error: OnError = "raise",
         max_pixels: int = DEFAULT_MAX_PIXELS,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be between 0 and world_size - 1, but is {rank} of {world_size}.")
-        if not source.streaming:
-            raise ValueError(f"{source.path} is not set to streaming; use CaptionImageDataset or streaming: true.")
-        self.source = source
-        self.make_sample = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
-        with_images = eval_transform is not None
-        self.table = load_source(source, with_images)
-        self.columns = source_columns(source, self.table, with_images)
-        self.reader = StreamReader(self.table, whole=source.max_samples is not None)
-        self.training, self.seed, self.repeat = training, seed, repeat
-        self.shuffle_buffer = shuffle_buffer if training else 0
-        self.rank, self.world_size = rank, world_size
-        # In shared memory, so that persistent workers see a new epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the next pass."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next pass."""
-        self._epoch.fill_(epoch)
-
-    def require_files(self, num_workers: int) -> None:
-        """Check before training that every DataLoader worker of every process has a file to read.
-
-        Raises:
-            SourceError: If there are fewer files than workers.
-        """
-        workers = max(1, num_workers)
-        if not self.reader.whole and self.reader.num_files < self.world_size * workers:
-            each = f" with {workers} DataLoader workers each" if workers > 1 else ""
-            raise SourceError(
-                f"the stream {self.source.path} has {self.reader.num_files} files, which is fewer than "
-                f"{self.world_size * workers} readers ({self.world_size} processes{each}). Split the data into more "
-                "files, lower dataloader_num_workers, or set streaming: false."
-            )
-
-    def _key(self, row: StreamRow) -> str:
-        key = None if self.columns.key is None else row.values[self.columns.key]
-        if key is not None:
-            return str(key)
-        return str(row.number) if self.reader.num_files == 1 else f"{row.file}-{row.number}"
-
-    def __iter__(self) -> Iterator[dict[str, Any] | SkippedSample]:
-        worker = get_worker_info()
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        self.require_files(workers)
-        if worker is not None:
-            fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
-        # Ranks first, so that the readers with a file more are on different ranks.
-        reader, num_readers = number * self.world_size + self.rank, workers * self.world_size
-        for epoch in itertools.count(self.epoch):
-            empty = True
-            for row in self.reader.rows(num_readers, reader, epoch, self.seed, self.shuffle_buffer):
-                empty = False
-                key = self._key(row)
-                salt = (epoch, key) if self.training else None
-                yield self.make_sample(row.values, key, self.columns, salt)
-            if empty or not self.repeat:
-                return
+        maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
+        with_images, order = eval_transform is not None, (training, seed, shuffle_buffer)
+        super().__init__(source, maker, with_images, *order, rank, world_size, repeat)
 
 
 def caption_batches(

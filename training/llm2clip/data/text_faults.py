@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 
 ENTITY = re.compile(r"&(?:[A-Za-z][A-Za-z0-9]{1,31}|#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6});")
 TAG = re.compile(r"</?[A-Za-z][^<>]*>|<!--")
@@ -85,6 +86,7 @@ def script(text: str) -> str:
     return "kana" if most == "cjk" and counts["kana"] else most
 
 
+@cache
 def _script_of_letter(letter: str) -> str:
     words = unicodedata.name(letter, "UNNAMED").split()
     word = next((word for word in words if word not in FORMS), words[0])

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+
+from llm2clip.utils.tables import print_table
 
 CAPTION_SETS = {"lemma_to_gloss": "lemma → gloss", "name_to_keywords": "name → keywords"}
 RECALLS = ("recall@1", "recall@5", "recall@10")
@@ -16,9 +17,9 @@ def print_tables(results: dict[str, Any]) -> None:
     """Print the content of `results.json`, results with the number of queries and candidates."""
     console = Console()
     console.print()
-    _print_table(console, "Caption retrieval, R@1 / 5 / 10 in %", *caption_table(results["caption_retrieval"]))
+    print_table(console, "Caption retrieval, R@1 / 5 / 10 in %", *caption_table(results["caption_retrieval"]))
     title = "Image retrieval on unseen concepts, R@1 / 5 / 10 in %"
-    _print_table(console, title, *image_table(results["image_retrieval"]))
+    print_table(console, title, *image_table(results["image_retrieval"]))
     settings, machine = results["settings"], results["machine"]
     console.print(
         f"profile {settings['profile']}, seed {settings['seed']}; LLM {settings['llm']}; vision tower "
@@ -61,12 +62,3 @@ def image_table(rows: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _percent(metrics: dict[str, Any], prefix: str = "") -> str:
     """Format the recalls in percent, such as `12.3 / 45.6 / 78.9`."""
     return " / ".join(f"{100 * metrics[prefix + recall]:.1f}" for recall in RECALLS)
-
-
-def _print_table(console: Console, title: str, columns: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)

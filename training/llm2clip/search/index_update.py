@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import torch
 from filelock import FileLock, Timeout
 
 from llm2clip.embedding.image_embedder import ImageEmbedder
@@ -20,6 +19,7 @@ from llm2clip.search.image_index import FAILURES, ImageIndex, IndexManifest, rea
 from llm2clip.search.image_sets import FolderImages, IndexedImages
 from llm2clip.search.vector_index import VectorIndexSettings
 from llm2clip.utils.folders import atomic_folder
+from llm2clip.utils.processes import worker_count
 from llm2clip.utils.settings import setting
 from modeling_llm2clip.identity_llm2clip import is_earlier_rule
 
@@ -183,9 +183,7 @@ class _Update:
         batch = self.settings.batch_size
         # Parts of whole batches: a resumed run then forms the same batches as an uninterrupted one.
         part_size = max(1, self.settings.part_size // batch) * batch
-        workers = self.settings.num_workers
-        if workers is None:
-            workers = min(8, torch.get_num_threads())
+        workers = worker_count(self.settings.num_workers)
         # A broken model is not a damaged image: all of its embeddings are in doubt.
         options: dict[str, Any] = {"part_size": part_size, "on_not_finite": "raise"}
         parts = self.embedder.embed_rows(self.images, todo, batch, min(workers, len(todo)), **options)

@@ -50,6 +50,11 @@ def work_alone(work: Callable[[], None], here: bool) -> None:
         dist.destroy_process_group(group)
 
 
+def worker_count(num_workers: int | None) -> int:
+    """Return the number of worker processes that a setting asks for; None is one per core, at most 8."""
+    return min(8, torch.get_num_threads()) if num_workers is None else num_workers
+
+
 def world_size() -> int:
     """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,0 +1,210 @@
+"""`llm2clip check-data`: every fault of an awkward data set is found, by row, in every form of data."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from llm2clip import cli
+from llm2clip.data import CaptionSource
+from llm2clip.data.check_data import check_data
+from llm2clip.data.checks import distribution
+
+from .conftest import CONCEPTS, png
+
+GARBLED = "Lézard".encode().decode("cp1252")
+# Key, image, and captions. 21 x 20 pixels are above max_pixels.
+ROWS: list[tuple[str, bytes | None, list[str]]] = [
+    ("sound", png(1, (20, 18)), ["a dog", "a small dog that runs"]),
+    ("repeated", png(2, (10, 18)), ["a dog", "A  Dog "]),
+    ("empty", png(3, (20, 18)), ["  ", ""]),
+    ("entity", png(4, (20, 18)), ["Grampa&#39;n Gramma", "a [bold]b[/bold] &amp; c"]),
+    ("control", png(5, (20, 18)), ["a\x1b[31mcat", "caf\ufffd"]),
+    ("garbled", png(6, (20, 18)), [GARBLED, "面白い猫"]),
+    ("missing", None, ["кот"]),
+    ("broken", png(7)[:60], ["<b>a cat</b>"]),
+    ("zero", b"", ["12"]),
+    ("large", png(8, (21, 20)), ["a large cat"]),
+]
+MAX_PIXELS = 400
+
+
+def rows_found(report: dict[str, Any], finding: str) -> list[str]:
+    found = report["findings"][finding]
+    assert found["count"] == len(found["examples"]), "fewer than the number of examples"
+    return sorted(example["key"] for example in found["examples"])
+
+
+def check(report: dict[str, Any], without_image: str = "missing") -> None:
+    """Compare with what is in ROWS, except how the form of the data says that there is no image."""
+    assert (report["rows"], report["usable_rows"]) == (10, 5)
+    captions = report["captions"]
+    assert (captions["count"], captions["distinct"]) == (14, 13)
+    assert captions["distinct_ignoring_case_and_space"] == 12
+    assert captions["scripts"] == {"latin": 11, "kana": 1, "cyrillic": 1, "none": 1}
+    assert report["images"] == {
+        "count": 6,
+        "width": {"min": 10, "median": 20, "p95": 20, "max": 20},
+        "height": {"min": 18, "median": 18, "p95": 18, "max": 18},
+    }
+    expected = {
+        "no caption": ["empty"],
+        "captions that are not text": [],
+        "repeated captions": ["repeated"],
+        "HTML entities": ["entity", "entity"],
+        "HTML tags": ["broken"],
+        "control characters": ["control"],
+        "U+FFFD": ["control"],
+        "mojibake": ["garbled"],
+        "missing images": ["missing"],
+        "broken images": ["broken", "zero"],
+        "images above max_pixels": ["large"],
+    }
+    assert {name: rows_found(report, name) for name in report["findings"]} == expected
+    stopping = {name for name, finding in report["findings"].items() if finding["stops"]}
+    assert stopping == {
+        "no caption", "captions that are not text", "missing images", "broken images", "images above max_pixels",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("awkward") / "rows.parquet"
+    keys, images, captions = zip(*ROWS, strict=True)
+    table = datasets.Dataset.from_dict({"key": keys, "image": images, "caption": captions})
+    table.to_parquet(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("awkward_tars")
+    # `datasets` refuses tars that lack a file in one of the first five rows.
+    for shard, rows in enumerate((ROWS[:6], ROWS[6:])):
+        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+            for key, image, captions in rows:
+                record = json.dumps({"captions": captions}).encode()
+                for suffix, data in (("png", image), ("json", record)):
+                    if data is not None:
+                        entry = tarfile.TarInfo(f"{key}.{suffix}")
+                        entry.size = len(data)
+                        archive.addfile(entry, io.BytesIO(data))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def table_of_paths(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("awkward_paths")
+    for key, image, _ in ROWS:
+        if image is not None:
+            (folder / f"{key}.png").write_bytes(image)
+    lines = [json.dumps({"key": key, "image": f"{key}.png", "caption": captions}) for key, _, captions in ROWS]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return str(folder / "rows.jsonl")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "stream"])
+@pytest.mark.parametrize("form", ["parquet", "tars", "table_of_paths"])
+def test_every_fault_is_found_in_every_form(
+    form: str, streaming: bool, num_workers: int, request: pytest.FixtureRequest
+) -> None:
+    column = "json.captions" if form == "tars" else "caption"
+    source = CaptionSource(request.getfixturevalue(form), caption_columns=[column], streaming=streaming)
+    report = check_data(source, max_pixels=MAX_PIXELS, num_workers=num_workers)
+    check(report)
+    assert report["captions"]["columns"] == {
+        column: {"rows": 9, "captions": 14, "words": {"min": 1, "median": 2, "p95": 5, "max": 5}}
+    }
+    (large,) = report["findings"]["images above max_pixels"]["examples"]
+    assert large["detail"] == "21 x 20 pixels"
+
+
+def test_the_command_prints_and_writes_the_report_and_ends_with_status_1(
+    parquet: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "150")  # no detail is wrapped
+    before = Path(parquet).read_bytes()
+    arguments = ["check-data", parquet, "--max-pixels", str(MAX_PIXELS), "--num-workers", "0"]
+    assert cli.main([*arguments, "--output", str(tmp_path / "report.json")]) == 1
+    shown, error = capsys.readouterr()
+    report = json.loads((tmp_path / "report.json").read_text())
+    check(report)
+    assert (report["data"]["path"], report["data"]["caption_columns"]) == (parquet, ["caption"])
+    assert len(report["data"]["revision"]) == 16
+    assert "10, of which 5 can be used" in shown
+    assert "a [bold]b[/bold] &amp; c" in shown
+    assert "\x1b" not in shown
+    assert r"a\x1b[31mcat" in shown
+    assert "5 of 10 rows cannot be used" in error
+    assert "Traceback" not in error
+    assert Path(parquet).read_bytes() == before
+    assert cli.main([*arguments, "--on-error", "skip"]) == 0
+
+
+def test_captions_alone(parquet: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = CaptionSource(parquet)
+    report = check_data(source, with_images=False, num_workers=0)
+    assert report["images"] is None
+    assert (report["rows"], report["usable_rows"]) == (10, 9)
+    assert not any("image" in name for name in report["findings"])
+    assert cli.main(["check-data", parquet, "--no-images", "--max-samples", "2"]) == 0
+    assert "not read" in capsys.readouterr().out
+
+
+def test_options_replace_the_fields_of_the_mapping(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    source = json.dumps({"path": CONCEPTS, "split": "train", "caption_columns": ["keywords"], "max_samples": 20})
+    options = ["--split", "test", "--caption-columns", "caption", "caption_de", "--streaming", "--num-workers", "2"]
+    assert cli.main(["check-data", source, *options, "--output", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    fields = {name: report["data"][name] for name in ("split", "caption_columns", "max_samples", "streaming")}
+    assert fields == {
+        "split": "test", "caption_columns": ["caption", "caption_de"], "max_samples": 20, "streaming": True,
+    }  # fmt: skip
+    assert report["rows"] == report["images"]["count"] == 20
+    assert list(report["captions"]["columns"]) == ["caption", "caption_de"]
+
+
+def test_rows_that_are_not_text_and_data_without_a_usable_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "numbers.parquet")
+    datasets.Dataset.from_dict({"caption": [1, 2]}).to_parquet(path)
+    assert cli.main(["check-data", path, "--no-images", "--on-error", "skip"]) == 1
+    assert "2 of 2 rows cannot be used" in capsys.readouterr().err
+    report = check_data(CaptionSource(path), with_images=False, num_workers=0)
+    assert [example["key"] for example in report["findings"]["captions that are not text"]["examples"]] == ["0", "1"]
+    assert report["captions"]["columns"]["caption"]["words"] is None
+    datasets.Dataset.from_dict({"caption": ["a"]}).select([]).to_parquet(str(tmp_path / "none.parquet"))
+    assert cli.main(["check-data", str(tmp_path / "none.parquet"), "--no-images", "--streaming"]) == 1
+    assert "has no rows" in capsys.readouterr().err
+
+
+def test_only_the_first_examples_are_kept(tmp_path: Path) -> None:
+    path = str(tmp_path / "same.parquet")
+    datasets.Dataset.from_dict({"caption": ["a cat"] * 9}).to_parquet(path)
+    found = check_data(CaptionSource(path), with_images=False, num_workers=0)["findings"]["repeated captions"]
+    assert found["count"] == 8
+    assert [example["key"] for example in found["examples"]] == ["1", "2", "3", "4", "5"]
+
+
+def test_data_that_cannot_be_read_is_a_user_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check-data", str(tmp_path / "nothing.parquet")]) == 2
+    assert "There is no file or folder" in capsys.readouterr().err
+    assert cli.main(["check-data", CONCEPTS, "--caption-columns", "captions"]) == 2
+    assert "has no column 'captions'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["check-data"])
+
+
+def test_distribution_is_by_nearest_rank() -> None:
+    assert distribution(Counter(range(1, 101))) == {"min": 1, "median": 50, "p95": 95, "max": 100}
+    assert distribution(Counter({3: 2, 7: 2})) == {"min": 3, "median": 3, "p95": 7, "max": 7}
+    assert distribution(Counter()) is None

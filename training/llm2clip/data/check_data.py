@@ -1,0 +1,200 @@
+"""The `llm2clip check-data` command: what is in a data set of captions and images, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from llm2clip.data.checks import CaptionCheck, Check, ImageCheck, RowCheck, RowReader, TextFaultCheck
+from llm2clip.data.records import OnError
+from llm2clip.data.rows import CaptionRows, StreamedRows
+from llm2clip.data.sources import CaptionSource
+from llm2clip.utils.files import write_json
+from llm2clip.utils.identity import data_revision
+from llm2clip.utils.processes import worker_count
+from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.settings import check_choices, setting
+from llm2clip.utils.tables import print_table
+from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS
+
+# Rows that a worker process sends at once.
+BATCH = 32
+# Letters of a detail in the table; the JSON file has the whole.
+DETAIL_WIDTH = 70
+
+
+class DataFaultsError(ValueError):
+    """The data was checked, and has faults that stop a run."""
+
+    exit_status = 1
+
+
+@dataclass
+class CheckDataConfig:
+    """Settings of a check. A field of the source that is not set is that of SOURCE or the default of CaptionSource."""
+
+    source: dict[str, Any] | str = setting(
+        "", "The data: a path or Hub id, or a mapping with the fields of CaptionSource."
+    )
+    name: str | None = setting(None, "Configuration, if the data set has several.")
+    split: str | None = setting(None, "Split; by default train.")
+    revision: str | None = setting(None, "Branch, tag or commit on the Hub.")
+    image_column: str | None = setting(
+        None, "Column of the images; by default image, or jpg, png, ... of webdataset shards."
+    )
+    caption_columns: list[str] | None = setting(None, "Columns of the captions; by default caption.")
+    key_column: str | None = setting(
+        None, "Column that identifies a row; by default key or __key__, else the row number."
+    )
+    streaming: bool | None = setting(None, "Read the data as a stream instead of preparing a local copy.")
+    max_samples: int | None = setting(None, "Check only the first rows.")
+    no_images: bool = setting(False, "Check the captions alone.")
+    max_pixels: int = setting(DEFAULT_MAX_PIXELS, "Largest image that can be used, width x height.")
+    num_workers: int | None = setting(
+        None, "Processes that read rows and decode images; by default one per core, at most 8."
+    )
+    on_error: OnError = setting(
+        "raise",
+        "raise: end with status 1 if rows cannot be used, as a run with on_error: raise does; skip: only if none can.",
+    )
+    output: str | None = setting(None, "JSON file to which the report is also written.")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if not self.source:
+            raise ValueError("the data is missing: llm2clip check-data SOURCE")
+
+    def caption_source(self) -> CaptionSource:
+        """Return the source with the fields that are set here."""
+        fields = dict(self.source) if isinstance(self.source, dict) else {"path": self.source}
+        names = ("name", "split", "revision", "image_column", "caption_columns", "key_column", "streaming")
+        given = {name: getattr(self, name) for name in (*names, "max_samples")}
+        return CaptionSource.from_dict(fields | {name: value for name, value in given.items() if value is not None})
+
+
+def run(config: CheckDataConfig) -> None:
+    """Check a data set and print the report; nothing in the data is changed.
+
+    Raises:
+        DataFaultsError: Rows cannot be used; the report is printed and written before.
+        FileNotFoundError, SourceError: The data cannot be read.
+    """
+    source = config.caption_source()
+    report = check_data(source, not config.no_images, config.max_pixels, config.num_workers)
+    if config.output:
+        write_json(config.output, report)
+    print_report(report)
+    rows, usable = report["rows"], report["usable_rows"]
+    if rows == 0:
+        raise DataFaultsError(f"{source.path} (split {source.split}) has no rows.")
+    if usable < rows and (config.on_error == "raise" or usable == 0):
+        raise DataFaultsError(
+            f"{rows - usable:,} of {rows:,} rows cannot be used. They stop a run with on_error: raise; on_error: skip "
+            "leaves them out."
+        )
+
+
+def check_data(
+    source: CaptionSource,
+    with_images: bool = True,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    num_workers: int | None = None,
+) -> dict[str, Any]:
+    """Find out what is in a data set of captions and images, and what is wrong with it.
+
+    Args:
+        with_images: Decode all images.
+        max_pixels: Largest image that can be used, width x height.
+        num_workers: Processes that read rows and decode images, 0 for none; by default one per core, at most 8.
+
+    Returns:
+        The report, as JSON values: `data` (fields of the source and its revision), `rows`, `usable_rows`, `captions`,
+        `images` (without images None) and `findings` (number, whether such a row cannot be used, first examples).
+
+    Raises:
+        FileNotFoundError, SourceError: The data cannot be read.
+    """
+    checks: list[Check] = [RowCheck(), CaptionCheck(source.caption_columns), TextFaultCheck()]
+    if with_images:
+        checks.append(ImageCheck())
+    feed_rows(source, checks, RowReader(max_pixels), with_images, worker_count(num_workers))
+    report: dict[str, Any] = {"data": {**vars(source), "revision": data_revision(vars(source))}}
+    for check in checks:
+        report |= check.summary()
+    report.setdefault("images", None)
+    findings = {name: vars(finding) for check in checks for name, finding in check.findings.items()}
+    return report | {"findings": findings}
+
+
+def feed_rows(
+    source: CaptionSource, checks: Sequence[Check], reader: RowReader, with_images: bool, num_workers: int
+) -> None:
+    """Feed all rows of a source to checks; the order of a stream depends on the number of workers."""
+    rows: CaptionRows | StreamedRows
+    total: int | None = None
+    if source.streaming:
+        rows = StreamedRows(source, reader, with_images, training=False)
+        num_workers = min(num_workers, rows.reader.num_files)
+    else:
+        rows = CaptionRows(source, reader, with_images)
+        total = len(rows)
+    loader = DataLoader(rows, BATCH, num_workers=num_workers, collate_fn=list)
+    with progress_bar(f"Checking {source.path}", total, "row") as bar:
+        for batch in loader:
+            for row in batch:
+                for check in checks:
+                    check.add(row)
+            bar.update(advance=len(batch))
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print a report of [`check_data`] as tables."""
+    # Keys and captions are not markup: "[bold]" and ":dog:" are printed as they are.
+    console = Console(markup=False, emoji=False, highlight=False)
+    captions, images, data = report["captions"], report["images"], report["data"]
+    scripts = ", ".join(f"{name} {count:,}" for name, count in captions["scripts"].items())
+    counts = [
+        ("rows", f"{report['rows']:,}, of which {report['usable_rows']:,} can be used"),
+        ("captions", f"{captions['count']:,}"),
+        ("distinct", f"{captions['distinct']:,}; without case and white space "
+                     f"{captions['distinct_ignoring_case_and_space']:,}"),
+        ("scripts", scripts or "none"),
+        ("images", "not read" if images is None else f"{images['count']:,} decoded"),
+    ]  # fmt: skip
+    print_table(console, f"{data['path']}, split {data['split']}", ("", "number"), counts, (0, 1))
+    lengths = [
+        (name, f"{column['rows']:,}", f"{column['captions']:,}", *_numbers(column["words"]))
+        for name, column in captions["columns"].items()
+    ]
+    titles = ("min", "median", "p95", "max")
+    print_table(console, "Captions, length in words", ("column", "rows", "captions", *titles), lengths)
+    if images is not None:
+        sizes = [(side, *_numbers(images[side])) for side in ("width", "height")]
+        print_table(console, "Images, size in pixels", ("", *titles), sizes)
+    titles = ("", "number", "stops a run", "first rows")
+    found = [
+        (name, f"{finding['count']:,}", "yes" if finding["stops"] else "", _examples(finding["examples"]))
+        for name, finding in report["findings"].items()
+        if finding["count"]
+    ]
+    print_table(
+        console, "Findings", ("", "number", "stops a run", "first rows"), found or [("nothing", "", "", "")], (0, 3)
+    )
+
+
+def _numbers(values: dict[str, int] | None) -> list[str]:
+    return ["-"] * 4 if values is None else [f"{value:,}" for value in values.values()]
+
+
+def _examples(examples: list[dict[str, str]]) -> str:
+    return "\n".join(f"{_printable(example['key'])}: {_printable(example['detail'])}" for example in examples)
+
+
+def _printable(text: str) -> str:
+    """Shorten a text and write out what a terminal would not show, or would obey."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: DETAIL_WIDTH + 1])
+    return shown if len(text) <= DETAIL_WIDTH else f"{shown[:DETAIL_WIDTH]}…"

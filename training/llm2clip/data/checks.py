@@ -1,0 +1,238 @@
+"""What is in the rows of a data set, and what is wrong with them.
+
+A check is fed with all rows and then gives its part of the report. Rows are read, and images decoded, in worker
+processes, which send back [`RowFacts`] instead of pictures.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from llm2clip.data.records import CaptionError, RowCaptions, caption_id, caption_keys, column_texts
+from llm2clip.data.sources import Columns
+from llm2clip.data.text_faults import TEXT_FAULTS, script
+from modeling_llm2clip.image_decoding_llm2clip import (
+    DEFAULT_MAX_PIXELS,
+    DamagedImageError,
+    decoding_errors,
+    open_image,
+    to_upright_rgb,
+)
+
+NUM_EXAMPLES = 5
+NO_CAPTION, NOT_TEXT = "no caption", "captions that are not text"
+MISSING, BROKEN, TOO_LARGE = "missing images", "broken images", "images above max_pixels"
+
+
+class ImageFacts(NamedTuple):
+    """What is known about an image: its upright width and height in pixels, or its fault and the reason."""
+
+    width: int = 0
+    height: int = 0
+    fault: str | None = None
+    reason: str = ""
+
+
+class RowFacts(NamedTuple):
+    """What is known about a row.
+
+    Attributes:
+        texts: The captions of each column; empty if one of them is not text.
+        fault: Why no caption can be drawn, `NO_CAPTION` or `NOT_TEXT`, or None; the reason is in words.
+        image: None if images are not read.
+    """
+
+    key: str
+    texts: dict[str, list[str]]
+    fault: str | None = None
+    reason: str = ""
+    image: ImageFacts | None = None
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads the facts of a row; the `make_sample` of [`CaptionRows`] and [`StreamedRows`]."""
+
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+    def __call__(self, row: Mapping[str, Any], key: str, columns: Columns, salt: object = None) -> RowFacts:
+        image = None if columns.image is None else inspect_image(row[columns.image], key, self.max_pixels)
+        try:
+            texts = {column: column_texts(row, column) for column in columns.captions}
+        except TypeError as error:
+            return RowFacts(key, {}, NOT_TEXT, str(error), image)
+        try:
+            RowCaptions.of(row, key, columns.captions, columns.weights)
+        except CaptionError as error:
+            return RowFacts(key, texts, NO_CAPTION, str(error.reason), image)
+        return RowFacts(key, texts, image=image)
+
+
+def inspect_image(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> ImageFacts:
+    """Decode an image as training does, for its size or what is wrong with it; see `decode_image` for `value`."""
+    try:
+        with decoding_errors(value, key):
+            image = open_image(value, sys.maxsize)
+            if image.width * image.height > max_pixels:
+                return ImageFacts(fault=TOO_LARGE, reason=f"{image.width} x {image.height} pixels")
+            return ImageFacts(*to_upright_rgb(image).size)
+    except DamagedImageError as error:
+        content = value.values() if isinstance(value, Mapping) else [value]
+        is_missing = all(part is None for part in content) or isinstance(error.__cause__, FileNotFoundError)
+        return ImageFacts(fault=MISSING if is_missing else BROKEN, reason=str(error.reason))
+
+
+@dataclass
+class Finding:
+    """A fault or oddity: how often it was found, and the first examples.
+
+    Attributes:
+        stops: Whether a row that has it cannot be used, which ends a run with `on_error: raise`.
+        examples: Key and detail of the first rows.
+    """
+
+    stops: bool = False
+    count: int = 0
+    examples: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, key: str, detail: str) -> None:
+        """Count a case."""
+        self.count += 1
+        if len(self.examples) < NUM_EXAMPLES:
+            self.examples.append({"key": key, "detail": detail})
+
+
+class Check(Protocol):
+    """One subject of the report.
+
+    Attributes:
+        findings: What it looks for, by name.
+    """
+
+    findings: dict[str, Finding]
+
+    def add(self, row: RowFacts) -> None:
+        """Take a row into account."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """Return its part of the report, as JSON values, beside the findings."""
+        ...
+
+
+class RowCheck:
+    """Counts the rows, and those that cannot be used."""
+
+    def __init__(self) -> None:
+        self.findings = {NO_CAPTION: Finding(stops=True), NOT_TEXT: Finding(stops=True)}
+        self.num_rows = self.num_usable = 0
+
+    def add(self, row: RowFacts) -> None:
+        self.num_rows += 1
+        self.num_usable += row.fault is None and (row.image is None or row.image.fault is None)
+        if row.fault is not None:
+            self.findings[row.fault].add(row.key, row.reason)
+
+    def summary(self) -> dict[str, Any]:
+        return {"rows": self.num_rows, "usable_rows": self.num_usable}
+
+
+class CaptionCheck:
+    """Counts the captions of each column, and how often they repeat; measures their length in words.
+
+    Words are separated by white space, so that a caption in Chinese or Japanese is one word.
+    """
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.findings = {"repeated captions": Finding()}
+        self.num_rows: Counter[str] = Counter()
+        self.num_words: dict[str, Counter[int]] = {column: Counter() for column in columns}
+        self.scripts: Counter[str] = Counter()
+        # Hashes, since the texts of millions of captions fill the memory.
+        self.seen: set[int] = set()
+        self.ids: set[int] = set()
+
+    def add(self, row: RowFacts) -> None:
+        for column, texts in row.texts.items():
+            self.num_rows[column] += bool(texts)
+            for text in texts:
+                self.num_words[column][len(text.split())] += 1
+                self.scripts[script(text)] += 1
+                self.ids.add(caption_id(text))
+                number = int(caption_keys([text])[0, 0])
+                if number in self.seen:
+                    self.findings["repeated captions"].add(row.key, text)
+                self.seen.add(number)
+
+    def summary(self) -> dict[str, Any]:
+        columns = {
+            column: {"rows": self.num_rows[column], "captions": counts.total(), "words": distribution(counts)}
+            for column, counts in self.num_words.items()
+        }
+        captions = {
+            "count": sum(counts.total() for counts in self.num_words.values()),
+            "distinct": len(self.seen),
+            "distinct_ignoring_case_and_space": len(self.ids),
+            "columns": columns,
+            "scripts": dict(self.scripts.most_common()),
+        }
+        return {"captions": captions}
+
+
+class TextFaultCheck:
+    """Finds captions with the faults of `TEXT_FAULTS`."""
+
+    def __init__(self) -> None:
+        self.findings = {name: Finding() for name in TEXT_FAULTS}
+
+    def add(self, row: RowFacts) -> None:
+        for text in (text for texts in row.texts.values() for text in texts):
+            for name, has_fault in TEXT_FAULTS.items():
+                if has_fault(text):
+                    self.findings[name].add(row.key, text)
+
+    def summary(self) -> dict[str, Any]:
+        return {}
+
+
+class ImageCheck:
+    """Finds images that cannot be used, and measures the others."""
+
+    def __init__(self) -> None:
+        self.findings = {name: Finding(stops=True) for name in (MISSING, BROKEN, TOO_LARGE)}
+        self.widths: Counter[int] = Counter()
+        self.heights: Counter[int] = Counter()
+
+    def add(self, row: RowFacts) -> None:
+        assert row.image is not None
+        if row.image.fault is not None:
+            self.findings[row.image.fault].add(row.key, row.image.reason)
+        else:
+            self.widths[row.image.width] += 1
+            self.heights[row.image.height] += 1
+
+    def summary(self) -> dict[str, Any]:
+        sizes = {"width": distribution(self.widths), "height": distribution(self.heights)}
+        return {"images": {"count": self.widths.total(), **sizes}}
+
+
+def distribution(counts: Counter[int]) -> dict[str, int] | None:
+    """Summarise counted numbers by minimum, median, 95th percentile and maximum; None if there are none.
+
+    A percentile is the smallest of the numbers that as many per cent of them do not exceed.
+    """
+    if not counts:
+        return None
+    numbers = sorted(counts)
+    wanted = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+    found, below = {}, 0
+    for number in numbers:
+        below += counts[number]
+        for name, share in wanted.items():
+            if name not in found and below >= share * counts.total():
+                found[name] = number
+    return {name: found[name] for name in wanted}
