@@ -1,4 +1,4 @@
-"""Configurations of LLM2CLIP: the EVA02 vision tower, the text tower (any decoder) and their composition."""
+"""Configurations of LLM2CLIP: the EVA02 vision tower, the text tower (any text model) and their composition."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .compatibility_llm2clip import VERSION, with_version_4_rope, without_version_4_rope
@@ -52,6 +53,15 @@ def _as_config(config: PretrainedConfig | dict[str, Any] | None, default_type: s
             "use the config.json of a transformers model, or upgrade transformers."
         )
     return CONFIG_MAPPING[model_type](**fields)
+
+
+def _dense_layer(layer: dict[str, Any]) -> dict[str, Any]:
+    """Check a linear layer after pooling."""
+    if set(layer) != {"out_features", "bias", "activation"}:
+        raise ValueError(f"dense layer {layer} must have the fields out_features, bias and activation.")
+    if layer["activation"] not in ACT2FN:
+        raise ValueError(f"dense activation {layer['activation']!r} is unknown; choose one of {', '.join(ACT2FN)}.")
+    return dict(layer)
 
 
 class EVA02VisionConfig(PretrainedConfig):
@@ -139,21 +149,26 @@ class _AbsoluteNames:
 
 
 class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
-    """Configuration of [`LLM2CLIPTextModel`]: the decoder's config, the prompt and the pooling.
+    """Configuration of [`LLM2CLIPTextModel`]: the text model's config, the prompt, the pooling and what follows it.
 
     Args:
-        decoder_config: Config (or its JSON form) of any decoder that transformers supports.
+        decoder_config: Config (or its JSON form) of the text model: any decoder or encoder that transformers supports.
         pooling: One of `POOLING_MODES`.
         prompt_prefix: Text before every caption, after BOS. It provides context and is not pooled.
         prompt_suffix: Text after every caption. It is pooled.
         num_prefix_tokens: Tokens before the caption (BOS and prefix). Without an explicit `pooling_mask` the model
             pools over the real tokens after those.
+        pool_prompt: Whether BOS and prefix are pooled too, as most embedding models do.
+        dense: Linear layers after pooling, each with `out_features`, `bias` and `activation` (a name in `ACT2FN`).
+        normalize: Whether an embedding has unit length.
         max_text_length: Longest input in tokens, prompt included; a longer caption is cut at its own end.
         prompt_token_ids: Tokens of an empty caption, used to verify that a tokenizer adds the prompt.
         fingerprint: Hash of the weights, prompt and pooling, written when the tower is saved.
-        bidirectional: Whether every token attends to the whole caption; `False` for a causal baseline.
+        bidirectional: Whether every token attends to the whole caption; `False` for a causal baseline. `None`: as the
+            text model does by itself, windows included, for encoders and embedding models.
         verified_attention: Attention implementations (`mask` for eager and sdpa) with which a probe found that the
-            decoder reads a caption in both directions and apart from its neighbours. A tower without it is probed.
+            text model reads a caption in both directions and apart from its neighbours, or (`bidirectional=None`)
+            apart from padding. A tower without it is probed.
     """
 
     model_type = "llm2clip_text_model"
@@ -170,15 +185,19 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
         max_text_length: int = 512,
         prompt_token_ids: list[int] | None = None,
         fingerprint: str | None = None,
-        bidirectional: bool = True,
+        bidirectional: bool | None = True,
         verified_attention: list[str] | None = None,
+        pool_prompt: bool = False,
+        dense: list[dict[str, Any]] | None = None,
+        normalize: bool = False,
         **kwargs: Any,
     ) -> None:
         _require_choice("pooling", pooling, POOLING_MODES)
         # Copied, because it is marked as bidirectional below and the caller's decoder may have to stay causal.
         self.decoder_config = copy.deepcopy(_as_config(decoder_config or {"model_type": "llama"}))
         # Respected by every attention implementation of transformers >= 5.2, and read from config.json by other tools.
-        self.decoder_config.is_causal = not bidirectional
+        if bidirectional is not None:
+            self.decoder_config.is_causal = not bidirectional
         self.decoder_config.use_cache = False
         if bidirectional:
             lift_windows(self.decoder_config)
@@ -191,12 +210,15 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
         self.fingerprint = fingerprint
         self.bidirectional = bidirectional
         self.verified_attention = verified_attention
+        self.pool_prompt = pool_prompt
+        self.dense = [_dense_layer(layer) for layer in dense or ()]
+        self.normalize = normalize
         super().__init__(**kwargs)
 
     @property
     def hidden_size(self) -> int:
         """Width of a caption embedding."""
-        return self.decoder_config.hidden_size
+        return self.dense[-1]["out_features"] if self.dense else self.decoder_config.hidden_size
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()

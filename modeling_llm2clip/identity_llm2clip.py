@@ -22,6 +22,8 @@ RULE = "2-"
 FIELDS = (
     "pooling", "prompt_prefix", "prompt_suffix", "num_prefix_tokens", "max_text_length", "bidirectional",
 )  # fmt: skip
+# Left out at these values, so that towers of earlier releases, which have no such fields, keep their fingerprints.
+LATER_FIELDS = {"pool_prompt": False, "dense": [], "normalize": False}
 # Fields of decoders that do not change their states: their training, their heads, where they came from.
 IRRELEVANT = re.compile(
     r"_.*|.*(dropout|pdrop|_drop|token_id|token_ids|_version|initializer_range|initializer_std|init_std|_loss)"
@@ -72,8 +74,9 @@ def text_fingerprint(config: PretrainedConfig, weights: Iterable[tuple[str, Tens
             return None
         digests[name.removeprefix("decoder.")] = digest_weight(weight)
     bidirectional = getattr(config, "bidirectional", True)
+    later = {name: getattr(config, name) for name, usual in LATER_FIELDS.items() if getattr(config, name) != usual}
     content = {
-        "tower": {name: getattr(config, name) for name in FIELDS},
+        "tower": {name: getattr(config, name) for name in FIELDS} | later,
         "decoder": decoder_identity(config.decoder_config, bidirectional),
         "weights": digests,
     }
@@ -152,7 +155,7 @@ def digest_samples(named_weights: Iterable[tuple[str, Tensor]], digest: Any, sam
         digest.update(sample.cpu().numpy().tobytes())
 
 
-def decoder_identity(config: PretrainedConfig, bidirectional: bool = True) -> dict[str, Any]:
+def decoder_identity(config: PretrainedConfig, bidirectional: bool | None = True) -> dict[str, Any]:
     """Select the settings of a decoder that change its states, in a form that versions of transformers agree on.
 
     Settings at the default of their class are left out, because a later version may add settings.
@@ -167,7 +170,7 @@ def decoder_identity(config: PretrainedConfig, bidirectional: bool = True) -> di
     return {"model_type": config.model_type, **kept}
 
 
-def _canonical(fields: dict[str, Any], bidirectional: bool) -> dict[str, Any]:
+def _canonical(fields: dict[str, Any], bidirectional: bool | None) -> dict[str, Any]:
     fields = dict(with_version_4_rope(fields))
     rope = fields.pop("rope_parameters", None) or {}
     rope = {**(rope.get("full_attention") or rope), **(fields.pop("rope_scaling", None) or {})}

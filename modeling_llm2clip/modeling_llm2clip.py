@@ -22,6 +22,7 @@ from .identity_llm2clip import text_fingerprint  # noqa: F401
 from .image_decoding_llm2clip import decode_images, is_missing_file
 from .merging_llm2clip import merged_weights  # noqa: F401
 from .modeling_eva02 import EVA02VisionModel  # noqa: F401
+from .modeling_llm2clip_backbone import text_fields  # noqa: F401
 from .modeling_llm2clip_features import Float32Buffers, checked_statistics
 from .modeling_llm2clip_packing import PackedBatch  # noqa: F401
 from .modeling_llm2clip_pairing import LLM2CLIPPairedModel
@@ -37,6 +38,7 @@ from .modeling_llm2clip_utils import (
 )
 from .modeling_llm2clip_vision import load_vision_tower, read_logit_scale
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
+from .sentence_transformers_llm2clip import read_embedding_model  # noqa: F401
 from .tokenization_llm2clip import tokenize_captions
 
 if TYPE_CHECKING:

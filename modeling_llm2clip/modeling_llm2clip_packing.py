@@ -130,7 +130,7 @@ def additive_mask(decoder: Any, visible: Tensor) -> Tensor:
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
-def padded_mask(decoder: Any, attention_mask: Tensor, bidirectional: bool) -> Tensor:
+def padded_mask(decoder: Any, attention_mask: Tensor, bidirectional: bool | None) -> Tensor:
     """Return the decoder's mask for a padded batch; ValueError if attention is causal in this transformers version."""
     if not bidirectional:
         return attention_mask

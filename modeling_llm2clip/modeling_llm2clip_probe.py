@@ -1,7 +1,10 @@
-"""A check of decoders: does every caption reach all of its tokens, and nothing but its own?
+"""A check of text models: does every caption reach all of its tokens, and nothing but its own?
 
 Decoders with recurrent, convolutional or linear-attention layers, and decoders that make their own causal mask, accept
 the inputs of a text tower but give wrong embeddings. What a decoder does with a few tokens tells them apart.
+
+Encoders and embedding models keep their own attention (`bidirectional=None`): what they do with a text alone is right
+by definition, padding must not change it, and captions share rows only where that does not change it either.
 """
 
 from __future__ import annotations
@@ -14,10 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .configuration_llm2clip import lift_windows
 from .modeling_llm2clip_packing import IS_CAUSAL_COUNTS, takes_additive_mask
 from .modeling_llm2clip_utils import execution_device
+
+logger = logging.get_logger(__name__)
 
 # 1 - cosine of the states alone and in a batch that rounding explains; a real 30-layer LLM has 3e-9 in float32.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 1e-2}
@@ -44,9 +50,9 @@ def attention_kind(decoder: Any) -> str:
 
 
 def verify_decoder(tower: Any, saved: bool = False) -> None:
-    """Probe the decoder of a text tower with the attention it uses now, and remember the verdict in `tower.config`.
+    """Probe the text model of a tower with the attention it uses now, and remember the verdict in `tower.config`.
 
-    Nothing happens if the verdict is known, if the tower is causal, or if the weights are not here yet.
+    Nothing happens if the verdict is known, if the tower was made causal, or if the weights are not here yet.
 
     Args:
         tower: An `LLM2CLIPTextModel` with weights.
@@ -57,19 +63,20 @@ def verify_decoder(tower: Any, saved: bool = False) -> None:
     """
     decoder, config = tower.decoder, tower.config
     kind, verified = _kind_here(tower), config.verified_attention or []
-    if not config.bidirectional or kind in verified or not _is_probeable(decoder):
+    own = config.bidirectional is None
+    if config.bidirectional is False or kind in verified or not _is_probeable(decoder):
         return
-    if saved and config.decoder_config.model_type in COMPARED_TYPES:
+    if saved and not own and config.decoder_config.model_type in COMPARED_TYPES:
         return
     used = decoder.config._attn_implementation
     here = "eager" if kind == "mask" and not takes_additive_mask(decoder) else used
     with _undisturbed(tower), _attention(decoder, here):
-        found = _fault(tower)
+        found = _fault_of_padding(tower) if own else _fault(tower)
     if found is None:
         return
     fault, error = found
     if fault:
-        raise ValueError(_refusal(decoder.config, fault)) from error
+        raise ValueError(_refusal(decoder.config, fault, own)) from error
     config.verified_attention = [*verified, kind]
 
 
@@ -94,6 +101,85 @@ def change_attention(model: PreTrainedModel, tower: Any, change: Callable[[], No
             # Not by the property, which would change the configs of the parts too.
             config._attn_implementation_internal = implementation
         raise
+
+
+def packs_exactly(tower: Any) -> bool:
+    """Return whether captions may share a row with the attention in use, and remember it in `tower.packing_verdicts`.
+
+    For towers with the text model's own attention, which may ignore a mask of captions or be causal.
+    """
+    verdicts = tower.packing_verdicts
+    kind = tower.decoder.config._attn_implementation
+    if kind not in verdicts:
+        with _undisturbed(tower):
+            caption, _, neighbours = _texts(tower)
+            try:
+                alone = _states_alone(tower, caption)
+                # Two rows, the caption behind a neighbour.
+                with _packing(tower, True):
+                    found = [_states(tower, _row(tokens, caption)) for tokens in (neighbours, neighbours.flip(0))]
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                logger.info(f"{tower.decoder.config.model_type} does not read several captions in a row: {error}")
+                found = []
+        precision = _precision(tower.get_input_embeddings().weight.dtype)
+        verdicts[kind] = bool(found) and max(_apart(states, alone) for states in found) <= TOLERANCES[precision]
+    return verdicts[kind]
+
+
+@contextmanager
+def _packing(tower: Any, allowed: bool) -> Iterator[None]:
+    """Pack, or do not pack, captions in a tower with its text model's own attention."""
+    before = tower.packing_verdicts
+    tower.packing_verdicts = {tower.decoder.config._attn_implementation: allowed}
+    try:
+        yield
+    finally:
+        tower.packing_verdicts = before
+
+
+def _fault_of_padding(tower: Any) -> tuple[str, Exception | None] | None:
+    """Return how padding changes a text's states, "" if it does not, or None if the weights say nothing."""
+    caption, changed, neighbours = _texts(tower)
+    dtype = _precision(tower.get_input_embeddings().weight.dtype)
+    try:
+        alone, other = _states_alone(tower, caption), _states_alone(tower, changed)
+        if not alone.isfinite().all() or not (reaction := _change(other, alone)) > REACTION:
+            return None
+        with _packing(tower, False):
+            found = [_states(tower, [caption])]
+            for tokens in (neighbours, neighbours.flip(0)):
+                batch = [tokens[: CAPTION_TOKENS + 2], caption]
+                found += [_states(tower, batch, padding=tokens[0], side=side) for side in ("left", "right")]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return _as_fault(error, "a mask of padding"), error
+    leak, apart = max(_change(one, found[0]) / reaction for one in found), max(_apart(one, alone) for one in found)
+    if not (leak <= LEAKS[dtype] and apart <= TOLERANCES[dtype]):
+        return f"a text's states depend on padding (by 1 - cosine = {apart:.2g})", None
+    return "", None
+
+
+def _states_alone(tower: Any, caption: Tensor) -> Tensor:
+    """Return the float64 states `(tokens, hidden)` of a text alone, as the text model itself computes them."""
+    output = tower.decoder(input_ids=caption[None].to(execution_device(tower)))
+    return output.last_hidden_state[0].double().cpu()
+
+
+def _as_fault(error: Exception, what: str) -> str:
+    shown = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return f"it cannot run with {what} ({shown})"
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    return 1 - float(F.cosine_similarity(found.flatten(), expected.flatten(), dim=0))
+
+
+def _row(neighbours: Tensor, caption: Tensor) -> list[Tensor]:
+    """Return captions that are packed into two rows, the last one behind a neighbour."""
+    return [*neighbours.split(2 * CAPTION_TOKENS), caption]
 
 
 def _kind_here(tower: Any) -> str:
@@ -145,9 +231,7 @@ def _attention(decoder: Any, implementation: str) -> Iterator[None]:
 def _fault(tower: Any) -> tuple[str, Exception | None] | None:
     """Return what is wrong, "" if nothing is, or None if the weights say nothing (all zero, as on some FSDP ranks)."""
     embeddings = tower.get_input_embeddings()
-    ids = _token_ids(embeddings, tower.config.decoder_config)
-    caption, changed = ids[:CAPTION_TOKENS], torch.cat([ids[: CAPTION_TOKENS - 1], ids[-1:]])
-    neighbours = ids[CAPTION_TOKENS:-1]
+    caption, changed, neighbours = _texts(tower)
     try:
         alone, other = (_states(tower, [tokens]) for tokens in (caption, changed))
         if not alone.isfinite().all() or not _change(other[-1:], alone[-1:]) > REACTION:
@@ -161,9 +245,8 @@ def _fault(tower: Any) -> tuple[str, Exception | None] | None:
             "the attention implementation": [],
         }
         for tokens in (neighbours, neighbours.flip(0)):
-            # These three are packed into two rows, the caption last; two captions of similar length are padded.
-            row = [*tokens.split(2 * CAPTION_TOKENS), caption]
-            found["its neighbour in a row"].append(_states(tower, row))
+            # Two captions of similar length are padded.
+            found["its neighbour in a row"].append(_states(tower, _row(tokens, caption)))
             found["padding"].append(_states(tower, [tokens[: CAPTION_TOKENS + 2], caption], padding=tokens[0]))
         # Flash attention, for instance, leaves out the attention sinks that some decoders have.
         if not takes_additive_mask(tower.decoder):
@@ -172,13 +255,11 @@ def _fault(tower: Any) -> tuple[str, Exception | None] | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        shown = f"{type(error).__name__}: {error}".partition("\n")[0]
-        return f"it cannot run with a mask of captions ({shown})", error
+        return _as_fault(error, "a mask of captions"), error
     dtype = _precision(embeddings.weight.dtype)
     for what, states in found.items():
         leak = max((_change(one, states[0]) / reaction for one in states), default=0.0)
-        cosines = [float(F.cosine_similarity(one.flatten(), alone.flatten(), dim=0)) for one in states]
-        apart = 1 - min(cosines, default=1.0)
+        apart = max((_apart(one, alone) for one in states), default=0.0)
         if not (leak <= LEAKS[dtype] and apart <= TOLERANCES[dtype]):
             return f"a caption's states depend on {what} (by 1 - cosine = {apart:.2g})", None
     return "", None
@@ -192,11 +273,18 @@ def _token_ids(embeddings: Any, config: Any) -> Tensor:
     return torch.tensor([ids[(7 + 13 * place) % len(ids)] for place in range(count)])
 
 
-def _states(tower: Any, captions: list[Tensor], padding: Tensor | None = None) -> Tensor:
-    """Return the float64 states of the last caption's tokens on the CPU, from one pass for all; padding is left."""
-    width = max(map(len, captions))
+def _texts(tower: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ids of a caption, of the caption with another last token, and of its neighbours."""
+    ids = _token_ids(tower.get_input_embeddings(), tower.config.decoder_config)
+    changed = torch.cat([ids[: CAPTION_TOKENS - 1], ids[-1:]])
+    return ids[:CAPTION_TOKENS], changed, ids[CAPTION_TOKENS:-1]
+
+
+def _states(tower: Any, captions: list[Tensor], padding: Tensor | None = None, side: str = "left") -> Tensor:
+    """Return the float64 states of the last caption's tokens on the CPU, from one pass for all."""
+    places = torch.arange(max(map(len, captions)))
     lengths = torch.tensor([len(tokens) for tokens in captions])
-    mask = torch.arange(width).flip(0) < lengths[:, None]
+    mask = (places.flip(0) if side == "left" else places) < lengths[:, None]
     ids = torch.full(mask.shape, 0 if padding is None else int(padding)).masked_scatter(mask, torch.cat(captions))
     device = execution_device(tower)
     states = tower(input_ids=ids.to(device), attention_mask=mask.long().to(device)).last_hidden_state
@@ -213,10 +301,15 @@ def _precision(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in TOLERANCES and not shortened else torch.bfloat16
 
 
-def _refusal(config: Any, fault: str) -> str:
+def _refusal(config: Any, fault: str, own_attention: bool) -> str:
+    attention = config._attn_implementation
+    if own_attention:
+        return (
+            f"{config.model_type} with {attention} attention cannot be a text tower: {fault}. Use "
+            "attn_implementation='eager', or another text model; docs/models.md lists the types that are tested."
+        )
     named = next((value for name in LAYER_FIELDS if (value := getattr(config, name, None))), None)
     layers = f" (layers: {', '.join(dict.fromkeys(map(str, named)))})" if named is not None else ""
-    attention = config._attn_implementation
     other = "" if attention in ("eager", "sdpa") else "attn_implementation='sdpa', or "
     return (
         f"{config.model_type}{layers} with {attention} attention cannot be a text tower: {fault}. A text tower needs "

@@ -1,4 +1,4 @@
-"""The text tower: any decoder with bidirectional attention, and pooling to one vector per caption."""
+"""The text tower: any decoder with bidirectional attention, or any encoder, pooled to one vector per caption."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import find_adapter_config_file
@@ -23,15 +24,19 @@ from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 from .identity_llm2clip import earlier_text_fingerprint, is_readable, text_fingerprint
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .merging_llm2clip import merge_layers, merged_weights
-from .modeling_llm2clip_packing import (
-    IS_CAUSAL_COUNTS,
-    VARIABLE_LENGTHS,
-    PackedBatch,
-    avoid_sdpa_without_softcap,
-    packed_mask,
-    padded_mask,
-    takes_additive_mask,
+from .modeling_llm2clip_backbone import (
+    apply_dense,
+    argument_names,
+    dense_layers,
+    load_dense,
+    load_text_model,
+    pack_if_worthwhile,
+    position_offset,
+    remove_pooler,
+    text_fields,
+    text_model_class,
 )
+from .modeling_llm2clip_packing import avoid_sdpa_without_softcap, packed_mask, padded_mask
 from .modeling_llm2clip_probe import change_attention, lift_windows_of_layers, verify_decoder
 from .modeling_llm2clip_utils import (
     adopt_submodel,
@@ -43,16 +48,20 @@ from .modeling_llm2clip_utils import (
     pool,
 )
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
+from .sentence_transformers_llm2clip import is_embedding_model
 from .tokenization_llm2clip import tokenize_captions
 
 COMPOSITE_TYPE = LLM2CLIPConfig.model_type
 
 
 class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
-    """A decoder as caption encoder (LLM2CLIP stage 1): bidirectional attention and pooling.
+    """A text model (`decoder`) as caption encoder: attention, pooling, and what follows it.
 
-    `pooler_output` `(batch, hidden_size)` is the caption embedding, in float32 and not normalised. It does not depend
-    on the other captions of the batch, the padding side or the attention implementation.
+    LLM2CLIP's stage 1 makes a decoder attend in both directions; encoders and embedding models keep their attention.
+
+    `pooler_output` `(batch, hidden_size)` is the caption embedding, in float32, and of unit length only if the config
+    says `normalize`. It does not depend on the other captions of the batch, the padding side or the attention
+    implementation.
     """
 
     config_class = LLM2CLIPTextConfig
@@ -70,14 +79,23 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         self.decoder: Any = None
         if decoder is None:
             avoid_sdpa_without_softcap(config.decoder_config)
-            self.decoder = AutoModel.from_config(config.decoder_config)
+            auto, options = text_model_class(config.decoder_config)
+            self.decoder = auto.from_config(config.decoder_config, **options)
+        self.dense = dense_layers(config.decoder_config.hidden_size, config.dense)
         # An existing decoder is attached after post_init(), which would initialise its weights again.
         self.post_init()
         if decoder is not None:
+            remove_pooler(decoder)
             adopt_submodel(self, "decoder", decoder)
-            decoder.config.is_causal = not config.bidirectional
+            self.dense.to(decoder.device, decoder.dtype)
+            if config.bidirectional is not None:
+                decoder.config.is_causal = not config.bidirectional
             avoid_sdpa_without_softcap(decoder.config)
         config.decoder_config = self.decoder.config
+        self._arguments = argument_names(self.decoder, only_declared=config.bidirectional is None)
+        self._first_position = position_offset(self.decoder)
+        # Whether captions of a row stay apart with an attention implementation, found when it is first of use.
+        self.packing_verdicts: dict[str, bool] = {}
         if decoder is not None:
             if config.bidirectional:
                 lift_windows_of_layers(decoder)
@@ -91,21 +109,28 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         decoder_kwargs: dict[str, Any] | None = None,
         **config_fields: Any,
     ) -> LLM2CLIPTextModel:
-        """Wrap a plain LLM.
+        """Wrap a plain text model: an LLM, an encoder, or an embedding model of sentence-transformers.
 
         Args:
-            decoder: Repository id, folder, or a base model (`AutoModel`, without a language-modelling head).
+            decoder: Repository id, folder, or a base model (`AutoModel`, without a head; its pooler is removed). Where
+                a repository has the files of sentence-transformers, prompt, pooling, Dense layers, normalisation and
+                length are those in the files.
             decoder_kwargs: Passed to `AutoModel.from_pretrained`.
-            config_fields: Fields of [`LLM2CLIPTextConfig`].
+            config_fields: Fields of [`LLM2CLIPTextConfig`], which take precedence.
 
         Raises:
-            ValueError: The LLM cannot be a text tower: a probe with a few tokens found that captions would not be read
-                in both directions, or not apart from padding and neighbours. Not probed on the meta device.
+            ValueError: The model cannot be a text tower: a probe with a few tokens found that captions would not be
+                read in both directions, or not apart from padding and neighbours (not probed on the meta device); or
+                the files of sentence-transformers describe something else than a text tower does.
         """
-        model: Any = decoder
-        if not isinstance(decoder, PreTrainedModel):
-            model, _ = load_complete(AutoModel.from_pretrained, decoder, **(decoder_kwargs or {}))
-        return cls(LLM2CLIPTextConfig(decoder_config=model.config, **config_fields), decoder=model)
+        dense: dict[str, Tensor] = {}
+        if isinstance(decoder, PreTrainedModel):
+            model, fields = decoder, text_fields("", decoder.config, None, config_fields)
+        else:
+            model, fields, dense = load_text_model(os.fspath(decoder), decoder_kwargs or {}, config_fields)
+        tower = cls(LLM2CLIPTextConfig(decoder_config=model.config, **fields), decoder=model)
+        load_dense(tower.dense, dense)
+        return tower
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -120,9 +145,11 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: Folder or repository of a saved [`LLM2CLIPTextModel`]; of an LLM2CLIP model
-                that contains its LLM or names its repository; of a PEFT adapter (requires peft); or of a plain LLM.
+                that contains its LLM or names its repository; of a PEFT adapter (requires peft); or of a plain text
+                model (see [`from_decoder`]).
             config: Prompt and pooling, instead of those in the repository.
-            default_config: Prompt and pooling if the repository has none (a plain LLM, an adapter alone).
+            default_config: Prompt and pooling if the repository is not one of this package (a plain text model, an
+                adapter alone).
 
         Raises:
             ValueError: Weights of the LLM are missing, or it cannot be a text tower (probed unless the config records
@@ -145,6 +172,10 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         is_tower = model_type == cls.config_class.model_type
         elsewhere = fields.get("text_model_name_or_path")
         if is_adapter:
+            if not is_tower and is_embedding_model(name, **hub):
+                raise ValueError(
+                    f"{name} is an adapter with files of sentence-transformers; merge it and save it there."
+                )
             own = cls.config_class.from_dict(fields) if is_tower else None
             model = cls._from_adapter(name, config or own or default_config, kwargs)
             # A default config may have the record of another LLM.
@@ -168,10 +199,17 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
 
     @classmethod
     def _around(cls, tower: LLM2CLIPTextModel, config: LLM2CLIPTextConfig) -> LLM2CLIPTextModel:
-        """Give the decoder of a tower another prompt and pooling."""
+        """Give the text model of a tower another prompt and pooling."""
         config = copy.deepcopy(config)
+        if config.dense != tower.config.dense:
+            raise ValueError(
+                f"the config has dense layers {config.dense}, and the text model has {tower.config.dense}; a text "
+                "model keeps its own."
+            )
         config.verified_attention = config.verified_attention or tower.config.verified_attention
-        return cls(config, decoder=tower.decoder)
+        model = cls(config, decoder=tower.decoder)
+        model.dense = tower.dense
+        return model
 
     @classmethod
     def _from_adapter(cls, name: str, config: LLM2CLIPTextConfig | None, kwargs: dict[str, Any]) -> LLM2CLIPTextModel:
@@ -300,43 +338,31 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         order = attention_mask.long().cumsum(dim=1)
         if pooling_mask is None:
-            pooling_mask = attention_mask.bool() & (order > self.config.num_prefix_tokens)
-        packed = self._packing(attention_mask, order, kwargs)
+            skipped = 0 if self.config.pool_prompt else self.config.num_prefix_tokens
+            pooling_mask = attention_mask.bool() & (order > skipped)
+        packed = pack_if_worthwhile(self, attention_mask, order, kwargs)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         if packed is None:
             # Positions are counted from the caption's first token, so that nothing depends on the padding.
-            mask = padded_mask(self.decoder, attention_mask, self.config.bidirectional)
-            inputs |= {"position_ids": (order - 1).clamp(min=0), "attention_mask": mask}
+            positions = (order - 1).clamp(min=0)
+            inputs["attention_mask"] = padded_mask(self.decoder, attention_mask, self.config.bidirectional)
         else:
+            positions = packed.position_ids
             inputs = {name: None if value is None else packed.pack(value) for name, value in inputs.items()}
-            inputs |= {"position_ids": packed.position_ids, **packed_mask(self.decoder, packed)}
-        output = self.decoder(**inputs, use_cache=False, **kwargs)
+            inputs |= packed_mask(self.decoder, packed)
+        options = {"position_ids": positions + self._first_position, "use_cache": False}
+        output = self.decoder(**inputs, **{name: options[name] for name in self._arguments}, **kwargs)
         states = output.last_hidden_state
         if packed is not None:
             states = packed.unpack(states)
         masks = attention_mask.to(states.device), pooling_mask.to(states.device)
+        pooled = apply_dense(pool(states, *masks, self.config.pooling), self.dense, self.config.dense)
         return BaseModelOutputWithPooling(
             last_hidden_state=states,
-            pooler_output=pool(states, *masks, self.config.pooling),
+            pooler_output=F.normalize(pooled, dim=-1) if self.config.normalize else pooled,
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
         )
-
-    def _packing(self, attention_mask: Tensor, order: Tensor, kwargs: dict[str, Any]) -> PackedBatch | None:
-        """Pack the batch if attention can separate its captions and only the last states are requested."""
-        options = ("output_hidden_states", "output_attentions")
-        asked = any(kwargs.get(name, getattr(self.decoder.config, name, False)) for name in options)
-        if asked or not self.config.bidirectional or torch.compiler.is_compiling():
-            return None
-        attention = self.decoder.config._attn_implementation
-        single_row = attention in VARIABLE_LENGTHS
-        supported = (single_row or attention == "flex_attention") and IS_CAUSAL_COUNTS
-        if not supported and not takes_additive_mask(self.decoder):
-            return None
-        packed = PackedBatch(attention_mask, order, single_row)
-        # Packing must save enough to make up for its larger mask.
-        limit = attention_mask.numel() - 1 if single_row else 0.9 * attention_mask.numel()
-        return packed if packed.position_ids.numel() <= limit else None
 
     def encode(
         self,
@@ -355,7 +381,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             instruction: Text before every caption, as in stage 1; it is context and not pooled.
 
         Returns:
-            float32 `(len(texts), hidden_size)` on the CPU, not normalised, in input order.
+            float32 `(len(texts), hidden_size)` on the CPU, in input order.
         """
         return encode_tokens(
             tokenize_captions(texts, tokenizer, self.config, instruction),

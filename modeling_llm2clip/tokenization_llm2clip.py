@@ -132,6 +132,9 @@ def _variants(backend: Tokenizer, prefix: str, strips: bool) -> Iterator[tuple[A
     if prefix[-1:].isspace():
         yield chain(normalizers.Prepend(prefix[-1]), normalizer), pre_tokenizer
     yield chain(_without_prepend(normalizer)), _without_prefix_space(pre_tokenizer)
+    if prefix and not prefix[-1].isalnum() and not prefix[-1].isspace():
+        # Byte-level tokenizers attach one punctuation mark to the word after it, as in "Query:dog".
+        yield chain(normalizers.Prepend(prefix[-1]), normalizer), pre_tokenizer
 
 
 def _without_prepend(normalizer: Any, only_white_space: bool = False) -> Any:
@@ -204,7 +207,7 @@ class CaptionTokens(NamedTuple):
 
     Attributes:
         ids: The tokens of each caption, with the prompt.
-        starts: How many tokens of each caption come before the pooled ones; None if it is `num_prefix_tokens` for all.
+        starts: How many tokens of each caption come before the pooled ones; None if it is the model's number for all.
         num_cut: Number of captions that were truncated.
     """
 
@@ -224,7 +227,7 @@ def tokenize_captions(
     Args:
         tokenizer: The tokenizer that was saved with the model; it adds the prompt.
         text_config: The [`LLM2CLIPTextConfig`] of the model.
-        instruction: Text before every caption; see [`tokenize_with_instructions`].
+        instruction: Text before every caption; see [`tokenize_with_instructions`]. It is pooled if the prompt is.
 
     Raises:
         TypeError: An item is not a string.
@@ -244,7 +247,7 @@ def tokenize_captions(
     if tokens.num_cut:
         # Without the number, so that many calls log it only once.
         logger.warning_once(f"captions longer than {tokenizer.model_max_length} tokens are cut.")
-    return tokens
+    return tokens._replace(starts=None) if text_config.pool_prompt else tokens
 
 
 def tokenize_with_instructions(

@@ -35,6 +35,7 @@ class PairCollator:
         processor: The caption tokenizer (a fast one with a padding token), or a processor that contains it.
         num_prefix_tokens: Number of tokens that the tokenizer adds before a text, as in the text config.
         max_length: Maximum number of tokens including prompt and instruction; by default the tokenizer's own.
+        pool_prompt: Whether prompt and instruction are pooled too, as in the text config.
 
     Raises:
         ValueError: If the tokenizer is not a fast one, cannot pad, or `max_length` leaves no room for a caption.
@@ -45,6 +46,7 @@ class PairCollator:
         processor: PreTrainedTokenizerBase | ProcessorMixin,
         num_prefix_tokens: int,
         max_length: int | None = None,
+        pool_prompt: bool = False,
     ) -> None:
         tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
         if not tokenizer.is_fast:
@@ -58,6 +60,7 @@ class PairCollator:
                 f"max_length {max_length} leaves no room for a caption beside the prompt's {added} tokens."
             )
         self.tokenizer, self.num_prefix_tokens, self.max_length = tokenizer, num_prefix_tokens, max_length
+        self.pool_prompt = pool_prompt
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate pairs.
@@ -98,6 +101,8 @@ class PairCollator:
             captions, self.tokenizer, self.num_prefix_tokens, instructions, self.max_length
         )
         starts = tokens.starts or [self.num_prefix_tokens] * len(captions)
+        if self.pool_prompt:
+            starts = [0] * len(captions)
         tensors = dict(self.tokenizer.pad({"input_ids": tokens.ids}, padding_side="left", return_tensors="pt"))
         return {**tensors, "pooling_mask": pooling_mask(tensors["attention_mask"], starts)}, tokens.num_cut
 

@@ -40,7 +40,7 @@ class CaptionEmbedder:
     def load(
         cls, name: str, revision: str | None = None, device: torch.device | str | None = None, **options: Any
     ) -> CaptionEmbedder:
-        """Load an LLM2CLIP model or a text tower.
+        """Load an LLM2CLIP model, a text tower or an embedding model of sentence-transformers.
 
         Args:
             name: Hub id or folder.
@@ -53,7 +53,8 @@ class CaptionEmbedder:
             ValueError: It is another kind of model.
         """
         model: Any
-        if inspect_repo(name, revision).require(RepoKind.JOINT, RepoKind.TEXT_TOWER).kind is RepoKind.JOINT:
+        repo = inspect_repo(name, revision).require(RepoKind.JOINT, RepoKind.TEXT_TOWER, RepoKind.EMBEDDING_MODEL)
+        if repo.kind is RepoKind.JOINT:
             model = LLM2CLIPModel.from_pretrained(name, revision=revision, **options)
             tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
         else:

@@ -12,7 +12,9 @@ from llm2clip.trainers.mntp_data import MaskCollator, TokenBlocks, source_tokens
 from llm2clip.trainers.mntp_trainer import MNTPTrainer
 from llm2clip.trainers.run_text_tower import add_lora, load_text_tower, prepare
 from llm2clip.utils.locks import exclusive
-from llm2clip.utils.towers import is_text_tower, loading_options
+from llm2clip.utils.repos import OURS, RepoKind, inspect_repo
+from llm2clip.utils.towers import loading_options
+from modeling_llm2clip.modeling_llm2clip_backbone import is_encoder
 
 
 @exclusive
@@ -24,12 +26,17 @@ def run(config: MNTPConfig, resume: bool = False) -> dict[str, Any]:
     """
     checkpoint, retrieval = prepare(config, resume)
     name, revision = config.model_name_or_path, config.model_revision
-    if is_text_tower(name, revision):
+    repo = inspect_repo(name, revision)
+    if repo.kind is RepoKind.EMBEDDING_MODEL:
+        raise ValueError(f"{name} is an {repo.kind.value}, which is trained already; this stage needs a plain LLM.")
+    if repo.kind in OURS:
         raise ValueError(
             f"{name} is a text tower, without the language-modelling head that this stage needs; give the LLM instead."
         )
     options = loading_options(config.dtype, config.attn_implementation, revision)
     language_model: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+    if is_encoder(language_model.config):
+        raise ValueError(f"{name} is an encoder ({language_model.config.model_type}); this stage is for decoders.")
     plain_tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     tokens = source_tokens([CaptionSource.from_dict(source) for source in config.sources], plain_tokenizer)
     dataset = TokenBlocks(tokens, config.block_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm2clip.data import PairCollator, PairDataset, PairSource
+from llm2clip.data import PairDataset, PairSource
 from llm2clip.trainers.run_text_tower import add_lora, load_text_tower, prepare
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage1_trainer import Stage1Trainer
@@ -26,7 +26,6 @@ def run(config: Stage1Config, resume: bool = False) -> dict[str, Any]:
         model=model,
         args=config,
         train_dataset=dataset,
-        data_collator=PairCollator(tokenizer, model.config.num_prefix_tokens),
         processing_class=tokenizer,
         retrieval=retrieval,
     )

@@ -49,6 +49,9 @@ def add_lora(model: LLM2CLIPTextModel, config: TextTowerConfig) -> None:
     """Add LoRA layers to the decoder, in float32, and freeze the rest, unless `lora_rank` is 0.
 
     LoRA is on the base model without language-modelling head, so that the adapter also loads on `AutoModel`.
+
+    Raises:
+        ValueError: The text model has no layers of these names.
     """
     if config.lora_rank == 0:
         return
@@ -63,6 +66,15 @@ def add_lora(model: LLM2CLIPTextModel, config: TextTowerConfig) -> None:
     with warnings.catch_warnings():
         # peft 0.21 reads is_gradient_checkpointing, which transformers 5.23 has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        model.decoder = get_peft_model(model.decoder, lora)
+        try:
+            model.decoder = get_peft_model(model.decoder, lora)
+        except ValueError as error:
+            kind = type(model.decoder).__name__
+            raise ValueError(
+                f"lora_target_modules {targets} do not fit {config.model_name_or_path} ({kind}): {error} "
+                "Set them to [all-linear], or to names of its Linear layers."
+            ) from error
+    # An adapter does not contain the layers after pooling.
+    model.dense.requires_grad_(False)
     # The decoder may differ from the LLM that its config names: the adapter belongs to this model.
     model.decoder.peft_config["default"].base_model_name_or_path = absolute_path(config.model_name_or_path)

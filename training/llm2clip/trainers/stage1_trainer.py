@@ -36,7 +36,10 @@ class Stage1Trainer(TextTowerTrainer):
     cut_captions = 0
 
     def default_collator(self, model: Any, args: Any, processing_class: Any) -> PairCollator | None:
-        return None if processing_class is None else PairCollator(processing_class, model.config.num_prefix_tokens)
+        if processing_class is None:
+            return None
+        text = model.config
+        return PairCollator(processing_class, text.num_prefix_tokens, pool_prompt=text.pool_prompt)
 
     @staticmethod
     def retrieval_scores(prediction: EvalPrediction) -> dict[str, float | int]:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPVisionModelWithProjection
+from modeling_llm2clip.sentence_transformers_llm2clip import is_embedding_model
 
 
 class RepoKind(str, Enum):
@@ -21,6 +22,7 @@ class RepoKind(str, Enum):
     VISION_HALF = "vision half of an LLM2CLIP model"
     TEXT_TOWER = "text tower"
     ADAPTER = "PEFT adapter"
+    EMBEDDING_MODEL = "embedding model of sentence-transformers"
     OTHER = "other model"
 
 
@@ -34,7 +36,8 @@ class Repo:
     Attributes:
         name, revision: Hub id or folder, and branch, tag or commit on the Hub.
         kind: What the repository contains. A text tower that is stored as an adapter is a `TEXT_TOWER` with
-            `is_adapter`; `ADAPTER` is an adapter without a config of this package; `OTHER` includes plain LLMs.
+            `is_adapter`; `ADAPTER` is an adapter without a config of this package; `EMBEDDING_MODEL` is a plain text
+            model whose files say how to embed texts; `OTHER` includes plain LLMs.
         is_adapter: Whether the weights are a PEFT adapter.
         config: The fields of config.json; empty if there is none.
     """
@@ -81,7 +84,10 @@ def inspect_repo(name: str | Path, revision: str | None = None, **hub_arguments:
         config = {}
     if not config and not is_adapter:
         raise FileNotFoundError(f"{name} contains neither config.json nor adapter_config.json.")
-    return Repo(name, revision, _kind(config, is_adapter), is_adapter, config)
+    kind = _kind(config, is_adapter)
+    if kind is RepoKind.OTHER and is_embedding_model(name, **options):
+        kind = RepoKind.EMBEDDING_MODEL
+    return Repo(name, revision, kind, is_adapter, config)
 
 
 def _kind(config: dict[str, Any], is_adapter: bool) -> RepoKind:

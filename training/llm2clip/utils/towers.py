@@ -1,4 +1,7 @@
-"""Load text towers with their tokenizers from a text tower, an LLM2CLIP model or a plain LLM."""
+"""Load text towers with their tokenizers from a text tower, an LLM2CLIP model or a plain text model.
+
+Plain text models are LLMs, encoders, and embedding models of sentence-transformers.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from llm2clip.utils.prompts import original_prompt
 from llm2clip.utils.repos import OURS, inspect_repo
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
+from modeling_llm2clip.modeling_llm2clip_backbone import text_fields
+from modeling_llm2clip.sentence_transformers_llm2clip import read_embedding_model, with_lower_case
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +57,18 @@ def open_text_tower(
     """Load a text tower and its caption tokenizer, which adds the prompt. Adapters are merged.
 
     Args:
-        name: Hub id or folder of a text tower, an LLM2CLIP model, or a plain LLM, which is wrapped as a tower.
+        name: Hub id or folder of a text tower, an LLM2CLIP model, or a plain text model, which is wrapped as a tower.
         dtype, attn_implementation, revision: See [`loading_options`].
         decoder: The plain LLM, if it is already loaded.
-        prompt: Fields of [`LLM2CLIPTextConfig`] for a plain LLM, such as `prompt_prefix`; None means unset. Without
-            prefix and suffix the prompt is that which the original gives by `name` (see [`original_prompt`]).
+        prompt: Fields of [`LLM2CLIPTextConfig`] for a plain text model, such as `prompt_prefix`; None means unset.
+            They take precedence over the files of an embedding model of sentence-transformers, whose default prompt,
+            pooling and length count otherwise (E5, for one, has no default prompt and needs `"query: "`). Without
+            prefix and suffix the prompt of an LLM is that which the original gives by `name` (see
+            [`original_prompt`]).
 
     Raises:
-        ValueError: `prompt` is given for a text tower, whose config already defines the prompt.
+        ValueError: `prompt` is given for a text tower, whose config already defines the prompt; or the files of an
+            embedding model describe something that a text tower cannot do.
     """
     options = loading_options(dtype, attn_implementation, revision)
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
@@ -76,8 +85,8 @@ def open_text_tower(
         if is_adapter and dtype not in ("float32", "auto"):
             model.to(getattr(torch, dtype))
         return model, tokenizer
-    prompt = _with_original_prompt(prompt, inspect_repo(name, revision).model_type, name)
-    tokenizer, fields = prompted(tokenizer, prompt)
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    tokenizer, fields = _plain(name, revision, config, tokenizer, prompt)
     return LLM2CLIPTextModel.from_decoder(decoder or name, decoder_kwargs=options, **fields), tokenizer
 
 
@@ -94,13 +103,25 @@ def describe_text_tower(name: str, revision: str | None = None) -> tuple[LLM2CLI
     config = AutoConfig.from_pretrained(name, revision=revision)
     if config.model_type in (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type):
         return getattr(config, "text_config", config), tokenizer
-    tokenizer, fields = prompted(tokenizer, _with_original_prompt({}, config.model_type, name))
+    tokenizer, fields = _plain(name, revision, config, tokenizer, {})
     return LLM2CLIPTextConfig(decoder_config=config, **fields), tokenizer
 
 
-def _with_original_prompt(prompt: dict[str, Any], model_type: str | None, name: str) -> dict[str, Any]:
+def _plain(
+    name: str, revision: str | None, config: Any, tokenizer: PreTrainedTokenizerBase, given: dict[str, Any]
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """Return the caption tokenizer of a plain text model, and the fields of its text config, `given` first."""
+    found = read_embedding_model(name, config, revision=revision)
+    if found is None:
+        return prompted(tokenizer, _with_original_prompt(text_fields(name, config, None, given), config, name))
+    if found.lower_case:
+        tokenizer = with_lower_case(tokenizer)
+    return prompted(tokenizer, text_fields(name, config, found, given))
+
+
+def _with_original_prompt(prompt: dict[str, Any], config: Any, name: str) -> dict[str, Any]:
     """Add the chat header that the original code gives a plain LLM by its name, unless a prompt is set."""
-    prefix, suffix = original_prompt(model_type or "", name)
+    prefix, suffix = original_prompt(config.model_type, name)
     if "prompt_prefix" in prompt or "prompt_suffix" in prompt or not (prefix or suffix):
         return prompt
     logger.info("Prompt of %s, by its name as in the original code: %r caption %r.", name, prefix, suffix)
@@ -110,7 +131,7 @@ def _with_original_prompt(prompt: dict[str, Any], model_type: str | None, name: 
 def prompted(
     tokenizer: PreTrainedTokenizerBase, prompt: dict[str, Any]
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
-    """Add a prompt to the tokenizer of a plain LLM; also return the matching fields of [`LLM2CLIPTextConfig`]."""
+    """Add a prompt to the tokenizer of a plain text model; also return the fields of its text config."""
     defaults = LLM2CLIPTextConfig()
     prefix, suffix, length = (
         prompt.get(key, getattr(defaults, key)) for key in ("prompt_prefix", "prompt_suffix", "max_text_length")
