@@ -120,3 +120,12 @@ def test_a_tower_without_a_scale_starts_at_14_or_is_refused(tmp_path: Path) -> N
         assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
         with pytest.raises(ValueError, match=r"vision has no logit scale; set logit_scale_init_value to a number"):
             LLM2CLIPModel.from_vision_text_pretrained(vision, tiny.text_model(), logit_scale_init_value="checkpoint")
+
+
+def test_logit_scale_in_the_config_of_a_converted_tower_is_kept(tmp_path: Path) -> None:
+    """`llm2clip convert` records it there, since a bare tower has no such weight."""
+    tower = load_vision_tower(tiny.save_vision(tmp_path / "vision"), {})
+    tower.config.logit_scale_init_value = 3.5
+    tower.save_pretrained(tmp_path / "converted")
+    model = LLM2CLIPModel.from_vision_text_pretrained(tmp_path / "converted", tiny.text_model(), projection_dim=24)
+    assert model.logit_scale.item() == 3.5
