@@ -40,10 +40,12 @@ def llm2clip(command: str, fields: dict[str, Any], processes: int = 1, *options:
     run_process([*launcher, command, str(recipe), *options])
 
 
-def run_process(arguments: list[str]) -> None:
-    """Run python with arguments, and show the end of its output if it fails."""
-    result = subprocess.run([sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+def run_process(arguments: list[str], **environment: str) -> str:
+    """Run python with arguments, and show the end of its output if it fails; returns what it has printed."""
+    command = [sys.executable, *arguments]
+    result = subprocess.run(command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
 
 
 def losses(folder: Path) -> list[float]:
@@ -143,6 +145,48 @@ def test_two_processes_train_dinov2_with_checkpointing(inputs: Inputs, tmp_path:
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
+EVALUATED = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from llm2clip import LLM2CLIPTextModel, MNTPConfig, MNTPTrainer, Stage1Config, Stage1Trainer
+from llm2clip.utils.processes import leave_process_group
+from tests.llm2clip.trainers.test_plain_datasets import MapRows, settings
+
+llm, text, output, batch = sys.argv[1:]
+shared = settings(output, per_device_eval_batch_size=int(batch))
+
+def loss(trainer, rows):
+    return trainer.evaluate(MapRows(rows))["eval_loss"]
+
+tokenizer = AutoTokenizer.from_pretrained(text)
+pairs = [{"anchor": f"word {n}", "positive": f"meaning {n * n}", "negative": f"other {n}"} for n in range(21)]
+model = LLM2CLIPTextModel.from_pretrained(text)
+found = {"stage1": loss(Stage1Trainer(model=model, args=Stage1Config(**shared), processing_class=tokenizer), pairs)}
+
+language_model = AutoModelForCausalLM.from_pretrained(llm)
+texts = [{"text": "a dog runs " * (1 + n % 4)} for n in range(21)]
+found["mntp"] = loss(MNTPTrainer(
+    head=language_model.get_output_embeddings(),
+    model=LLM2CLIPTextModel.from_decoder(language_model.base_model),
+    args=MNTPConfig(**shared, mlm_probability=1.0, mask_replace_prob=1.0, random_replace_prob=0.0),
+    processing_class=AutoTokenizer.from_pretrained(llm),
+), texts)
+print("found", json.dumps(found))
+leave_process_group()
+"""
+
+
+def test_evaluation_losses_on_two_processes_equal_one(inputs: Inputs, tmp_path: Path) -> None:
+    """Of 21 rows, a last batch of 16 has 5; accelerate fills it for both processes."""
+    (tmp_path / "evaluated.py").write_text(EVALUATED)
+    found = {}
+    for name, launcher, batch in [("one", [], 16), ("two", [*TORCHRUN, "2"], 8)]:
+        script = [*launcher, str(tmp_path / "evaluated.py"), inputs.llm, inputs.text, str(tmp_path / name), str(batch)]
+        output = run_process(script, PYTHONPATH=os.pathsep.join(sys.path))
+        found[name] = json.loads(output.partition("found ")[2].splitlines()[0])
+    assert found["two"] == pytest.approx(found["one"], abs=1e-5)
+
+
 PLAIN = """
 import json, sys
 from pathlib import Path
@@ -159,8 +203,8 @@ data = {"MapRows": MapRows, "IterableRows": IterableRows}[kind](rows)
 trainer = Stage2Trainer(model=model, args=args, train_dataset=data, eval_dataset=MapRows(rows[:13]))
 trainer.train()
 metrics = trainer.evaluate()
-# Of whole batches: a last batch that does not divide is filled with repeated rows.
-metrics["whole_loss"] = trainer.evaluate(MapRows(rows[:16]))["eval_loss"]
+# Accelerate fills a last batch with repeated rows: here those of a part of a process, and of more than one.
+metrics["few_loss"] = trainer.evaluate(MapRows(rows[:21]))["eval_loss"]
 found = {"losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], **metrics}
 if trainer.is_world_process_zero():
     Path(output, "found.json").write_text(json.dumps(found))
@@ -175,25 +219,14 @@ def test_plain_data_sets_on_two_processes_equal_one(kind: str, inputs: Inputs, t
     (tmp_path / "plain.py").write_text(PLAIN)
     found = {}
     for name, launcher, batch in [("one", [], 16), ("two", [*TORCHRUN, "2"], 8)]:
-        command = [
-            sys.executable,
-            *launcher,
-            str(tmp_path / "plain.py"),
-            model,
-            str(tmp_path / name),
-            str(batch),
-            kind,
-        ]
-        result = subprocess.run(
-            command, env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr[-4000:]
+        script = [*launcher, str(tmp_path / "plain.py"), model, str(tmp_path / name), str(batch), kind]
+        run_process(script, PYTHONPATH=os.pathsep.join(sys.path))
         found[name] = json.loads((tmp_path / name / "found.json").read_text())
     one, two = found["one"], found["two"]
     assert len(one["losses"]) == 4
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
     assert two["eval_num_texts"] == one["eval_num_texts"] == 13
-    for metric_name in ("whole_loss", "eval_text_to_image_mean_rank"):
+    for metric_name in ("eval_loss", "few_loss", "eval_text_to_image_mean_rank"):
         assert two[metric_name] == pytest.approx(one[metric_name], abs=1e-4)
 
 

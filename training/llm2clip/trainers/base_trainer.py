@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -122,7 +122,10 @@ class StageTrainer(PushingTrainer):
         )
 
     def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of a batch and the outputs that the metrics of `eval_dataset` are computed from."""
+        """Compute the loss of a batch and the outputs that the metrics of `eval_dataset` are computed from.
+
+        The mean over processes is the loss of the batch of all of them, of the rows that [`without_repeats`] keeps.
+        """
         raise NotImplementedError
 
     def save_result(self, output_dir: str | Path) -> None:
@@ -261,10 +264,29 @@ class StageTrainer(PushingTrainer):
         if on_any_process(observed.is_broken()):
             what = describe(gather_object([observed.report()]))
             raise NonFiniteError(f"evaluation at step {self.state.global_step}: {what}. {BROKEN_MODEL}")
+        # The loss of the batch of all processes, which the Trainer weights with their rows.
+        loss = cast(Tensor, self.accelerator.reduce(loss, "mean"))
         if prediction_loss_only or self.loss_only:
             return loss, None, None
         embeds = tuple(outputs.values())
         return loss, embeds, self.eval_labels(inputs, len(embeds[0]))
+
+    def without_repeats(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Drop the rows with which accelerate fills the last batch of an evaluation on several processes.
+
+        They are those that `gather_for_metrics` drops. A data set without a length keeps them, as it does there.
+
+        Args:
+            batch: Tensors of this process, (rows, ...) each, or None; returned as they are in training.
+        """
+        state = self.accelerator.gradient_state
+        if cast(nn.Module, self.model).training or not state.end_of_dataloader or state.remainder <= 0:
+            return batch
+        index = self.accelerator.process_index
+        return {
+            name: rows if rows is None else rows[: max(0, state.remainder - index * len(rows))]
+            for name, rows in batch.items()
+        }
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm2clip.losses.gather import exchange_counts
 from llm2clip.trainers.mntp_config import MNTPConfig
 from llm2clip.trainers.mntp_data import MaskCollator
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
+
+# Label of a token that is not masked.
+IGNORED = -100
 
 
 class MNTPTrainer(TextTowerTrainer):
@@ -49,12 +53,21 @@ class MNTPTrainer(TextTowerTrainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         states = model(**inputs).last_hidden_state
+        rows, count = self.without_repeats({"states": states, "labels": labels}), None
+        if not self.model.training:
+            # In training, every process has the same weight, as in the original code.
+            counts = exchange_counts([int((rows["labels"][:, 1:] != IGNORED).sum())], labels.device)
+            count = sum(own for (own,) in counts) / len(counts)
         decoder_config = self.accelerator.unwrap_model(self.model).config.decoder_config
         softcap = getattr(decoder_config, "final_logit_softcapping", None)
-        return masked_next_token_loss(states, labels, self.head, softcap), {"last_hidden_state": states}
+        return masked_next_token_loss(**rows, head=self.head, softcap=softcap, count=count), {
+            "last_hidden_state": states
+        }
 
 
-def masked_next_token_loss(states: Tensor, labels: Tensor, head: nn.Module, softcap: float | None = None) -> Tensor:
+def masked_next_token_loss(
+    states: Tensor, labels: Tensor, head: nn.Module, softcap: float | None = None, count: float | None = None
+) -> Tensor:
     """Cross entropy of predicting each masked token from the state before it.
 
     Args:
@@ -63,12 +76,14 @@ def masked_next_token_loss(states: Tensor, labels: Tensor, head: nn.Module, soft
             position has no state before it and is not scored.
         head: Maps states to logits. Only the scored positions pass through it.
         softcap: Gemma 2's cap on the logits.
+        count: What the sum over the scored labels is divided by; by default their number.
     """
     targets = labels[:, 1:]
-    scored = targets != -100
+    scored = targets != IGNORED
     # Mixed precision ends at the model: its states are float32, whatever the head's weights are.
     dtype = next(head.parameters()).dtype
     logits = head(states[:, :-1][scored].to(dtype)).float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets[scored])
+    loss = F.cross_entropy(logits, targets[scored], reduction="sum")
+    return loss / (scored.sum() if count is None else count)

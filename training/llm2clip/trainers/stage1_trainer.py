@@ -53,9 +53,10 @@ class Stage1Trainer(TextTowerTrainer):
             for role in ("anchor", "positive", "negative")
             if role in inputs
         }
-        anchors, positives = embeds["anchor"], embeds["positive"]
+        rows = self.without_repeats(embeds)
+        anchors, positives = rows["anchor"], rows["positive"]
         options: dict[str, Any] = {"scale": self.args.scale, "tile_size": self.args.loss_chunk_size}
-        loss = hard_negative_info_nce(anchors, positives, embeds.get("negative"), **options)
+        loss = hard_negative_info_nce(anchors, positives, rows.get("negative"), **options)
         if self.args.symmetric_loss:
             loss = (loss + hard_negative_info_nce(positives, anchors, **options)) / 2
         return loss, embeds

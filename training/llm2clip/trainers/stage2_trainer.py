@@ -153,7 +153,8 @@ class Stage2Trainer(StageTrainer):
         embeds = {"image_embeds": images, "text_embeds": texts}
         # One value per row, all equal; those of the last chunk are not recomputed.
         scale, *bias = [number[-1] for number in numbers]
-        options: dict[str, Any] = {**embeds, **ids, "logit_scale": scale, "tile_size": self.args.loss_chunk_size}
+        rows = self.without_repeats({**embeds, **ids})
+        options: dict[str, Any] = {**rows, "logit_scale": scale, "tile_size": self.args.loss_chunk_size}
         if self.args.loss == "sigmoid":
             loss = sigmoid_loss(**options, logit_bias=bias[0])
         else:
