@@ -6,7 +6,6 @@ import itertools
 import logging
 import os
 import random
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,16 +16,15 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from llm2clip.data.instructions import InstructionTable, instruction_from
-from llm2clip.data.records import caption_id, column_texts, column_value
+from llm2clip.data.pair_keys import KeyColumns, pair_keys
+from llm2clip.data.records import caption_id, column_texts
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
 from llm2clip.data.shared_files import shared_file, table_identity
 from llm2clip.data.sources import (
     Source,
-    SourceError,
     first_rows,
     open_table,
     require_columns,
-    row_batches,
     table_columns,
     top_level,
 )
@@ -138,6 +136,7 @@ class PairTable:
         rows: (n,) positions of the usable rows in the table.
         own_keys, own_starts: The own keys of row i are `own_keys[own_starts[i]:own_starts[i + 1]]`.
         negative_keys, negative_starts: The same for the hard negatives.
+        keys_path: The file of the keys.
         num_dropped: Number of rows without two different texts, or without the hard negative that the source requires.
     """
 
@@ -147,9 +146,9 @@ class PairTable:
         self.table = table
         settings = {name: getattr(source, name) for name in KEY_SETTINGS}
         identity = {"version": KEY_VERSION, "table": table_identity(table), **settings}
-        path = shared_file("pairs", identity, lambda path: save_file(self._build(), path))
+        self.keys_path = shared_file("pairs", identity, lambda path: save_file(self._build(), path))
         # Views of the file, in memory that all processes share.
-        arrays = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+        arrays = {name: tensor.numpy() for name, tensor in load_file(self.keys_path).items()}
         self.rows = arrays["rows"]
         self.num_dropped = len(table) - len(self.rows)
         self.own_keys, self.own_starts = arrays["own_keys"], arrays["own_starts"]
@@ -168,29 +167,12 @@ class PairTable:
 
     def _build(self) -> dict[str, np.ndarray]:
         source = self.source
-        # A list of int takes four times the memory of an array.
-        rows, own_keys, negative_keys = array("q"), array("q"), array("q")
-        own_starts, negative_starts = array("q", [0]), array("q", [0])
-        for position, row in enumerate(itertools.chain.from_iterable(row_batches(self.table))):
-            try:
-                texts = self._texts(row)
-            except TypeError as error:
-                raise SourceError(f"Row {position} of {source.path}: {error}.") from None
-            own_ids = texts.own_ids
-            has_pair = texts.anchors and texts.positives and len(own_ids) > 1
-            if not has_pair or (source.negative_column and not texts.negatives):
-                continue
-            group = column_value(row, source.group_column) if source.group_column else None
-            if group is not None:
-                own_ids.add(stable_seed("group", str(group)))
-            rows.append(position)
-            own_keys.extend(sorted(own_ids))
-            own_starts.append(len(own_keys))
-            negative_keys.extend(sorted({caption_id(text) for text in texts.negatives}))
-            negative_starts.append(len(negative_keys))
-        found = {"rows": rows, "own_keys": own_keys, "own_starts": own_starts}
-        found |= {"negative_keys": negative_keys, "negative_starts": negative_starts}
-        return {name: np.array(values, dtype=np.int64) for name, values in found.items()}
+        if source.caption_columns:
+            columns = KeyColumns(source.caption_columns, False, group=source.group_column)
+        else:
+            both = [str(source.anchor_column), str(source.positive_column)]
+            columns = KeyColumns(both, True, source.negative_column, source.group_column)
+        return pair_keys(self.table, columns, source.path)
 
     def _texts(self, row: Mapping[str, Any]) -> RowTexts:
         source = self.source

@@ -32,11 +32,11 @@ def clean_caption(text: Any) -> str | None:
     Raises:
         TypeError: If `text` is something else than text.
     """
+    if isinstance(text, str):
+        return text.strip() or None
     if text is None or (isinstance(text, float) and np.isnan(text)):
         return None
-    if not isinstance(text, str):
-        raise TypeError(f"a caption must be text, not {type(text).__name__} ({text!r:.80})")
-    return text.strip() or None
+    raise TypeError(f"a caption must be text, not {type(text).__name__} ({text!r:.80})")
 
 
 def caption_id(text: str) -> int:
@@ -45,8 +45,17 @@ def caption_id(text: str) -> int:
     Captions with equal ids are positives of each other's images, never negatives. The id is 63 bits of the BLAKE2b
     hash of the case-folded text with collapsed white space: non-negative and the same on every machine.
     """
+    return int.from_bytes(_id_bytes(text), "big") >> 1
+
+
+def caption_ids(texts: Iterable[str]) -> np.ndarray:
+    """Compute the [`caption_id`] of many texts, (texts,) int64."""
+    return (np.frombuffer(b"".join(map(_id_bytes, texts)), dtype=">u8") >> 1).astype(np.int64)
+
+
+def _id_bytes(text: str) -> bytes:
     normal = " ".join(unicodedata.normalize("NFC", text).casefold().split())
-    return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "big") >> 1
+    return hashlib.blake2b(normal.encode(), digest_size=8).digest()
 
 
 def caption_keys(captions: Iterable[str]) -> np.ndarray:
@@ -65,16 +74,27 @@ def column_value(row: Mapping[str, Any], column: str) -> Any:
     return value
 
 
-def column_texts(row: Mapping[str, Any], column: str) -> list[str]:
-    """Return the non-empty texts of a column that contains a text or a list of texts.
+def value_texts(value: Any) -> list[str]:
+    """Return the non-empty texts of a text or a list of texts.
 
     Raises:
-        TypeError: If the column contains something else than text.
+        TypeError: If the value is, or the list contains, something else than text.
     """
-    value = column_value(row, column)
-    entries = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    # Texts first: they are most values, and the test for sequences is slow.
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        text = clean_caption(value)
+        return [] if text is None else [text]
+    return [text for text in map(clean_caption, value) if text is not None]
+
+
+def column_texts(row: Mapping[str, Any], column: str) -> list[str]:
+    """Return the [`value_texts`] of a column.
+
+    Raises:
+        TypeError: If the column contains something else than text; the message names it.
+    """
     try:
-        return [text for text in map(clean_caption, entries) if text is not None]
+        return value_texts(column_value(row, column))
     except TypeError as error:
         raise TypeError(f"column {column!r}: {error}") from None
 
