@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
-from array import array
 from collections import deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from llm2clip.data.pairs import PairDataset, PairTable
 from llm2clip.data.sampling import EpochBatchSampler, stable_seed
+from llm2clip.data.shared_files import shared_file
 
 logger = logging.getLogger(__name__)
 PLAN_ATTEMPTS = 4
+KEYS_AT_A_TIME = 1 << 20
+# Raise it when `repeated_keys` computes something else.
+CONFLICT_VERSION = 1
 
 
 class PairBatchSampler(EpochBatchSampler):
@@ -35,19 +41,18 @@ class PairBatchSampler(EpochBatchSampler):
     """
 
     dataset: PairDataset
+    short_batches_need_one_rank = True
 
     def __init__(
         self, dataset: PairDataset, batch_size: int, num_replicas: int = 1, seed: int = 0, drop_last: bool = True
     ) -> None:
         super().__init__(dataset, batch_size, num_replicas, seed, drop_last)
-        if not drop_last and num_replicas > 1:
-            raise ValueError("drop_last=False needs a single rank, because ranks would get batches of different size.")
         self._planners = [
             BatchPlanner(table, self.global_batch_size, drop_last, stable_seed(seed, "plan", number))
             for number, table in enumerate(dataset.tables)
         ]
         self._quotas = self._share_out([planner.num_batches for planner in self._planners])
-        self._plan: tuple[int, list[np.ndarray]] | None = None
+        self._plan: EpochPlan | None = None
 
     def _share_out(self, available: list[int]) -> list[int]:
         weights = [table.source.weight for table in self.dataset.tables]
@@ -66,23 +71,43 @@ class PairBatchSampler(EpochBatchSampler):
 
     def global_batches(self, epoch: int) -> Iterator[np.ndarray]:
         """Yield the sample indices of each global batch of an epoch."""
-        if self._plan is None or self._plan[0] != epoch:
-            self._plan = (epoch, self._make_plan(epoch))
-        yield from self._plan[1]
+        if self._plan is None or self._plan.epoch != epoch:
+            self._plan = None  # the memory of the old plan is free before the new one is made
+            self._plan = self._make_plan(epoch)
+        _, rows, batches = self._plan
+        for source, number in batches:
+            own = rows[source][number * self.global_batch_size : (number + 1) * self.global_batch_size]
+            yield own.astype(np.int64) + self.dataset.starts[source]
 
-    def _make_plan(self, epoch: int) -> list[np.ndarray]:
+    def _make_plan(self, epoch: int) -> EpochPlan:
+        rows: list[np.ndarray] = []
         batches: list[np.ndarray] = []
-        for planner, quota, start in zip(self._planners, self._quotas, self.dataset.starts[:-1], strict=True):
+        for source, (planner, quota) in enumerate(zip(self._planners, self._quotas, strict=True)):
             own = planner.plan(epoch)
-            chosen = np.random.default_rng(stable_seed(planner.seed, "choice", epoch)).permutation(len(own))
-            batches += [own[number] + start for number in chosen[:quota]]
-            rows, label = len(planner.table), planner.table.label
-            left_out = rows - sum(map(len, own))
+            rows.append(own)
+            num_batches = planner.count(own)
+            chosen = np.random.default_rng(stable_seed(planner.seed, "choice", epoch)).permutation(num_batches)[:quota]
+            batches.append(np.stack([np.full_like(chosen, source), chosen], axis=1))
+            left_out, label = len(planner.table) - len(own), planner.table.label
             if left_out:
                 message = "Epoch %d leaves out %d of %d rows of %s, which do not fit into any batch."
-                logger.info(message, epoch, left_out, rows, label)
-        order = np.random.default_rng(stable_seed(self.seed, "order", epoch)).permutation(len(batches))
-        return [batches[number] for number in order]
+                logger.info(message, epoch, left_out, len(planner.table), label)
+        numbers = np.concatenate(batches)
+        order = np.random.default_rng(stable_seed(self.seed, "order", epoch)).permutation(len(numbers))
+        return EpochPlan(epoch, rows, numbers[order])
+
+
+class EpochPlan(NamedTuple):
+    """The batches of an epoch, in 4 bytes a row.
+
+    Attributes:
+        rows: Of each source, the rows of all batches, one batch after another.
+        batches: (batches, 2) the number of the source and of its batch, in the order of the epoch.
+    """
+
+    epoch: int
+    rows: list[np.ndarray]
+    batches: np.ndarray
 
 
 class BatchPlanner:
@@ -100,28 +125,39 @@ class BatchPlanner:
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.seed = seed
-        self._own, self._own_starts, self._negative, self._negative_starts = _shared_keys(table)
-        self.num_batches = len(self._attempt(0, 0))
+        identity = {"version": CONFLICT_VERSION, "keys": table.keys_path.name}
+        path = shared_file("conflicts", identity, lambda path: save_file(repeated_keys(table), path))
+        # Views of the file, in memory that all processes share, and which Python indexes faster than arrays.
+        views = {name: tensor.numpy().data for name, tensor in load_file(path).items()}
+        self._own, self._own_starts = views["own"], views["own_starts"]
+        self._negative, self._negative_starts = views["negative"], views["negative_starts"]
+        self.num_batches = self.count(self._attempt(0, 0))
         if self.num_batches == 0:
             raise ValueError(
                 f"The {len(table)} usable rows of {table.label} fill no batch of {batch_size} in which no two rows "
                 "share a text or a group. Use a smaller batch size or more data."
             )
 
-    def plan(self, epoch: int) -> list[np.ndarray]:
-        """Return the `num_batches` batches of an epoch as indices of rows in the source."""
+    def count(self, rows: np.ndarray) -> int:
+        """Return the number of batches that rows make, of which the last may be short."""
+        return -(-len(rows) // self.batch_size)
+
+    def plan(self, epoch: int) -> np.ndarray:
+        """Return the rows of the `num_batches` batches of an epoch, one batch after another."""
         for attempt in range(PLAN_ATTEMPTS):
-            batches = self._attempt(epoch, attempt)
-            if len(batches) >= self.num_batches:
-                return batches[: self.num_batches]
+            rows = self._attempt(epoch, attempt)
+            if self.count(rows) >= self.num_batches:
+                return rows[: self.num_batches * self.batch_size]
         # Rare: if many rows share few keys, these orders can give fewer batches than that of the first epoch.
         return self._attempt(0, 0)
 
-    def _attempt(self, epoch: int, attempt: int) -> list[np.ndarray]:
-        order = _compact(np.random.default_rng(stable_seed(self.seed, epoch, attempt)).permutation(len(self.table)))
+    def _attempt(self, epoch: int, attempt: int) -> np.ndarray:
+        generator = np.random.default_rng(stable_seed(self.seed, epoch, attempt))
+        shuffled = _compact(generator.permutation(len(self.table)))
+        order = shuffled.data
+        placed = np.empty_like(shuffled)
         waiting: dict[int, deque[int]] = {}
-        batches: list[np.ndarray] = []
-        taken = 0
+        taken = count = 0
         while taken < len(order) or waiting:
             batch: list[int] = []
             own: set[int] = set()
@@ -138,16 +174,17 @@ class BatchPlanner:
                 taken += 1
             is_short = len(batch) < self.batch_size
             if not (is_short and self.drop_last):
-                batches.append(np.array(batch, dtype=np.int64))
+                placed[count : count + len(batch)] = batch
+                count += len(batch)
             if is_short:
                 break
-        return batches
+        return placed[:count]
 
     def _place(
         self, row: int, batch: list[int], own: set[int], negative: set[int], waiting: dict[int, deque[int]]
     ) -> None:
-        own_keys = self._own[self._own_starts[row] : self._own_starts[row + 1]]
-        negative_keys = self._negative[self._negative_starts[row] : self._negative_starts[row + 1]]
+        own_keys = self._own[self._own_starts[row] : self._own_starts[row + 1]].tolist()
+        negative_keys = self._negative[self._negative_starts[row] : self._negative_starts[row + 1]].tolist()
         for key in own_keys:
             if key in own or key in negative:
                 waiting.setdefault(key, deque()).append(row)
@@ -161,19 +198,33 @@ class BatchPlanner:
         negative.update(negative_keys)
 
 
-def _compact(numbers: np.ndarray) -> array[int]:
-    """Copy to an array that Python indexes faster than NumPy's, in the same amount of memory."""
-    return array("q", numbers.astype(np.int64).tobytes())
+def repeated_keys(table: PairTable) -> dict[str, np.ndarray]:
+    """Renumber the keys of a table without those that appear once, which cannot conflict.
+
+    Returns:
+        `own`, `own_starts`, `negative` and `negative_starts`, as in [`PairTable`], of the smallest type that fits.
+    """
+    ordered = np.concatenate([table.own_keys, table.negative_keys])
+    ordered.sort()
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    del ordered
+    result: dict[str, np.ndarray] = {}
+    for name, keys, starts in (
+        ("own", table.own_keys, table.own_starts),
+        ("negative", table.negative_keys, table.negative_starts),
+    ):
+        kept = np.zeros(len(keys), dtype=bool)
+        numbers: list[np.ndarray] = []
+        for start in range(0, len(keys), KEYS_AT_A_TIME):
+            part = keys[start : start + KEYS_AT_A_TIME]
+            found = np.searchsorted(repeated, part)
+            kept[start : start + len(part)] = np.searchsorted(repeated, part, side="right") > found
+            numbers.append(_compact(found[kept[start : start + len(part)]]))
+        result[name] = np.concatenate(numbers or [np.zeros(0, dtype=np.int32)])
+        result[f"{name}_starts"] = _compact(np.concatenate([[0], np.cumsum(kept)])[starts])
+    return result
 
 
-def _shared_keys(table: PairTable) -> tuple[array[int], ...]:
-    """Renumber the keys of a table without those of a single row, which cannot conflict; returns keys and starts."""
-    both = np.concatenate([table.own_keys, table.negative_keys])
-    _, numbers, counts = np.unique(both, return_inverse=True, return_counts=True)
-    shared = counts[numbers] > 1
-    split = len(table.own_keys)
-    result: list[array[int]] = []
-    for part, starts in ((slice(0, split), table.own_starts), (slice(split, None), table.negative_starts)):
-        kept = np.concatenate([[0], np.cumsum(shared[part])])
-        result += [_compact(numbers[part][shared[part]]), _compact(kept[starts])]
-    return tuple(result)
+def _compact(numbers: np.ndarray) -> np.ndarray:
+    """Copy non-negative numbers to 4 bytes each if that is enough."""
+    return numbers.astype(np.int32 if numbers.max(initial=0) < 2**31 else np.int64)

@@ -85,8 +85,12 @@ class EpochBatchSampler(Sampler[list[SampleIndex]]):
         drop_last: Drop the samples that do not fill a global batch.
 
     Raises:
-        ValueError: If `batch_size` or `num_replicas` is less than 1.
+        ValueError: If `batch_size` or `num_replicas` is less than 1, or `drop_last` is False with several ranks in a
+            class that allows this for a single rank only.
     """
+
+    # Whether every source ends with a short batch, which ranks cannot share.
+    short_batches_need_one_rank = False
 
     def __init__(
         self, dataset: EpochDataset, batch_size: int, num_replicas: int = 1, seed: int = 0, drop_last: bool = True
@@ -94,6 +98,8 @@ class EpochBatchSampler(Sampler[list[SampleIndex]]):
         for name, value in (("batch_size", batch_size), ("num_replicas", num_replicas)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}.")
+        if not drop_last and num_replicas > 1 and self.short_batches_need_one_rank:
+            raise ValueError("drop_last=False needs a single rank, because ranks would get batches of different size.")
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_replicas = num_replicas
@@ -177,12 +183,12 @@ class OneSourceBatchSampler(EpochBatchSampler):
         ValueError: If a source does not fill a global batch, or `drop_last` is False with several ranks.
     """
 
+    short_batches_need_one_rank = True
+
     def __init__(
         self, dataset: EpochDataset, batch_size: int, num_replicas: int = 1, seed: int = 0, drop_last: bool = True
     ) -> None:
         super().__init__(dataset, batch_size, num_replicas, seed, drop_last)
-        if not drop_last and num_replicas > 1:
-            raise ValueError("drop_last=False needs a single rank, because ranks would get batches of different size.")
         starts = cast(Any, dataset).starts.tolist()
         self._parts = list(itertools.pairwise(starts))
         sizes = [stop - start for start, stop in self._parts]
