@@ -69,7 +69,16 @@ def test_tokens_take_less_than_eight_bytes_each_and_none_once_they_are_computed(
         source_tokens(sources(rows), tokenizer)
 
 
-def test_streams_and_tables_have_the_same_tokens(rows: str) -> None:
+def test_tokens_of_a_stream_are_those_of_the_table_and_are_computed_once(
+    rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = tiny.plain_tokenizer()
     table, stream = (source_tokens(sources(rows, max_samples=50, streaming=flag), tokenizer) for flag in (False, True))
     assert np.array_equal(table, stream)
+    monkeypatch.setattr(mntp_data, "token_batches", forbidden)
+    again = source_tokens(sources(rows, max_samples=50, streaming=True), tokenizer)
+    assert isinstance(again, np.memmap)
+    assert np.array_equal(again, stream)
+    for other in (sources(rows, max_samples=49, streaming=True), sources(rows, max_samples=60, streaming=True)):
+        with pytest.raises(AssertionError, match="computed again"):
+            source_tokens(other, tokenizer)

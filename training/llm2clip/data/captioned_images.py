@@ -184,18 +184,29 @@ def distinct_captions(sources: CaptionSource | Sequence[CaptionSource], show_pro
     return list(captions)
 
 
-def distinct_caption_batches(sources: Sequence[CaptionSource]) -> Iterator[list[str]]:
-    """Yield the captions of [`distinct_captions`] in batches, with 8 bytes per caption in memory instead of the texts.
-
-    The sources are read twice: for the hashes of all captions, and for those that appear for the first time.
-    """
+def caption_hashes(sources: Sequence[CaptionSource]) -> np.ndarray:
+    """Hash all captions of sources, (captions,) int64, in the order of [`caption_batches`]."""
     hashes = array("q")
     for source in sources:
         for texts in caption_batches(source):
             hashes.frombytes(caption_keys(texts)[:, 0].tobytes())
-    all_hashes = np.frombuffer(hashes, dtype=np.int64)
-    is_first = np.zeros(len(all_hashes), dtype=bool)
-    is_first[np.unique(all_hashes, return_index=True)[1]] = True
+    return np.frombuffer(hashes, dtype=np.int64)
+
+
+def distinct_caption_batches(
+    sources: Sequence[CaptionSource], hashes: np.ndarray | None = None
+) -> Iterator[list[str]]:
+    """Yield the captions of [`distinct_captions`] in batches, with 8 bytes per caption in memory instead of the texts.
+
+    The sources are read twice: for the hashes of all captions, and for those that appear for the first time.
+
+    Args:
+        hashes: The [`caption_hashes`] of the sources, if these are known.
+    """
+    if hashes is None:
+        hashes = caption_hashes(sources)
+    is_first = np.zeros(len(hashes), dtype=bool)
+    is_first[np.unique(hashes, return_index=True)[1]] = True
     start = 0
     for source in sources:
         for texts in caption_batches(source, show_progress=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from llm2clip.data import CaptionSource, SampleIndex, load_source
-from llm2clip.data.captioned_images import distinct_caption_batches
+from llm2clip.data.captioned_images import caption_hashes, distinct_caption_batches
 from llm2clip.data.sampling import EpochDataset, stable_seed
 from llm2clip.data.shared_files import shared_file, table_identity
 from llm2clip.trainers.mntp_config import MNTPConfig
@@ -48,27 +49,41 @@ def source_tokens(sources: Sequence[CaptionSource], tokenizer: PreTrainedTokeniz
     """Tokenize the distinct captions of sources, one after another.
 
     Returns:
-        `(tokens,)` int32: a file that all processes and later runs share, or for streams, which cannot be identified,
-        4 bytes per token in memory.
+        `(tokens,)` int32: a file that all processes and later runs share. Streams, which have no fingerprint, are
+        identified by their captions: every process reads them once, and one of them a second time. With a tokenizer
+        that is not of the `tokenizers` library, and so cannot be identified, the tokens are in memory.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or any(source.streaming for source in sources):
+    if backend is None:
         return np.concatenate(list(token_batches(sources, tokenizer)) or [np.zeros(0, dtype=np.int32)])
+    identity: dict[str, Any] = {"version": TOKEN_VERSION, "tokenizer": backend.to_str()}
+    hashes: np.ndarray | None = None
+    if any(source.streaming for source in sources):
+        hashes = caption_hashes(sources)
+        identity["captions"] = hashlib.sha256(hashes.data).hexdigest()
+    else:
+        opened = [load_source(one, with_images=False) for one in sources]
+        columns = [one.caption_columns for one in sources]
+        identity["tables"] = list(zip(map(table_identity, opened), columns, strict=True))
 
     def write(path: Path) -> None:
         with path.open("wb") as file:
-            for tokens in token_batches(sources, tokenizer):
+            for tokens in token_batches(sources, tokenizer, hashes):
                 file.write(tokens.tobytes())
 
-    tables = [(table_identity(load_source(one, with_images=False)), one.caption_columns) for one in sources]
-    identity = {"version": TOKEN_VERSION, "tables": tables, "tokenizer": backend.to_str()}
     path = shared_file("tokens", identity, write)
     return np.memmap(path, dtype=np.int32, mode="r") if path.stat().st_size else np.zeros(0, dtype=np.int32)
 
 
-def token_batches(sources: Sequence[CaptionSource], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
-    """Yield the tokens of the distinct captions of sources, with special tokens, some captions at a time."""
-    for texts in distinct_caption_batches(sources):
+def token_batches(
+    sources: Sequence[CaptionSource], tokenizer: PreTrainedTokenizerBase, hashes: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
+    """Yield the tokens of the distinct captions of sources, with special tokens, some captions at a time.
+
+    Args:
+        hashes: The [`caption_hashes`] of the sources, if these are known.
+    """
+    for texts in distinct_caption_batches(sources, hashes):
         if texts:
             yield np.array(list(chain.from_iterable(tokenizer(texts, verbose=False)["input_ids"])), dtype=np.int32)
 
