@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ def table_identity(table: datasets.Dataset) -> str:
 def shared_file(kind: str, identity: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
     """Return a file in the cache of `datasets`, which is written if it does not exist.
 
-    While one process writes it, the others wait.
+    While one process writes it, the others wait for a lock file, which is removed afterwards.
 
     Args:
         kind: What the file contains, the first part of its name.
@@ -32,11 +33,16 @@ def shared_file(kind: str, identity: Mapping[str, Any], write: Callable[[Path], 
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "llm2clip"
     path = folder / f"{kind}-{digest_json(identity)}"
+    lock = Path(f"{path}.lock")
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with FileLock(lock):
             if not path.exists():
                 with atomic_path(path) as temporary:
                     write(temporary)
                 logger.debug("%s are written to %s.", kind, path)
+    # Now that the file exists, the lock excludes nobody: whoever still waits for it, or for a removed one, finds the
+    # file. Where a lock file cannot be removed (Windows while others wait, a read-only cache), it does no harm.
+    with contextlib.suppress(OSError):
+        lock.unlink(missing_ok=True)
     return path
