@@ -11,6 +11,8 @@ import torch
 
 from llm2clip.embedding import EmbeddingCache, row_builder
 from llm2clip.embedding.cache_files import CacheIncompleteError, CacheMismatchError
+from llm2clip.utils import locks
+from tests.llm2clip.utils.test_locks import another_run
 
 from .encoder import build, embed
 
@@ -143,7 +145,7 @@ def test_shard_is_absent_after_a_failed_write(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(row_builder, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         build(tmp_path, TEXTS)
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "manifest.json"]
     monkeypatch.undo()
     assert build(tmp_path, TEXTS).status == "complete"
 
@@ -158,7 +160,7 @@ def test_shard_is_absent_after_a_kill_before_the_rename(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KilledError):
         build(tmp_path, TEXTS)
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "manifest.json"]
 
 
 def _in_ranks(world: int, work: Callable[[int, Callable[[], None]], None]) -> list[BaseException]:
@@ -226,6 +228,17 @@ def test_ranks_with_different_captions_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="need a barrier"):
         build(tmp_path, TEXTS, world_size=2)
+
+
+def test_two_builds_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
+    with another_run(tmp_path), pytest.raises(ValueError, match="another run is using"):
+        build(tmp_path, TEXTS)
+    with pytest.raises(KilledError):
+        build(tmp_path, TEXTS, _killed_after(3))
+    with another_run(tmp_path):
+        pass
+    assert build(tmp_path, TEXTS).status == "complete"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -16,6 +16,8 @@ from llm2clip import cli
 from llm2clip.data import decode_image
 from llm2clip.hub.cards.card import read_card, validate_card
 from llm2clip.quickstart.data import QuickstartData
+from llm2clip.quickstart.pipeline import Quickstart
+from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 from tests.llm2clip import tiny
 
 PROFILE = {
@@ -121,3 +123,30 @@ def test_missing_splits_are_held_out_and_a_single_caption_column_gives_no_pairs(
     )
     assert (two.train, two.validation, two.test) == ("train", "validation", "validation")
     assert len(two.pair_sources()) == 2
+
+
+def test_an_interrupted_stage_with_other_settings_continues_only_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger knows the profile, not the place of the folder, which moves here between the two runs."""
+    steps = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 8, "lora_rank": 2, "use_cpu": True}
+    profile = tmp_path / "tiny.yaml"
+    profile.write_text(yaml.safe_dump({**PROFILE, "stage1": steps | {"prompt_prefix": "caption: "}}))
+    arguments = ["quickstart", "--profile", str(profile), "--llm", tiny.save_llm(tmp_path / "llm")]
+    arguments += ["--vision_model", tiny.save_vision_tower(tmp_path / "vision"), "--caption_columns", "caption"]
+    arguments += ["--data", save_data(tmp_path / "data", {"train": 64}, ("keywords",)), "--image_column", "picture"]
+
+    def stop(*arguments: Any) -> None:
+        raise ValueError("after stage 1")
+
+    with monkeypatch.context() as patch:
+        # The checkpoints are there, and the step is not finished.
+        patch.setattr(TextTowerTrainer, "save_result", stop)
+        assert cli.main([*arguments, "--output_dir", str(tmp_path / "first")]) == 2
+    (tmp_path / "first").rename(tmp_path / "second")
+    arguments += ["--output_dir", str(tmp_path / "second")]
+    monkeypatch.setattr(Quickstart, "_embed", stop)
+    assert cli.main(arguments) == 2
+    assert "--resume-anyway" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume-anyway", "true"]) == 2
+    assert "error: after stage 1" in capsys.readouterr().err

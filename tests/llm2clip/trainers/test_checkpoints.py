@@ -9,17 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from llm2clip.trainers import checkpoints, run_stage1
-from llm2clip.trainers.checkpoints import finish_checkpoint, last_checkpoint, resume_point
+from llm2clip.trainers.checkpoints import finish_checkpoint, last_checkpoint
+from llm2clip.trainers.run_folder import stage_command
 from llm2clip.trainers.run_settings import SETTINGS
 from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage1_trainer import Stage1Trainer
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils import locks
 from llm2clip.utils.files import read_json
 from llm2clip.utils.manifests import damage
 from llm2clip.utils.settings import build_config
+from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
+from tests.llm2clip.trainers.test_plain_datasets import IterableRows, MapRows
+from tests.llm2clip.utils.test_locks import another_run
 
+PAIRS = [{"anchor": f"word {number}", "positive": f"meaning {number * number}"} for number in range(16)]
 FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json")
 
 
@@ -34,6 +43,12 @@ def save(folder: Path, step: int, limit: int | None = None) -> Path:
 
 def settings(folder: Path, llm: str = "llm", **changes: Any) -> Stage1Config:
     return build_config(Stage1Config, {**tiny.stage1_fields(folder, llm), **changes})
+
+
+@stage_command()
+def start(config: Any, checkpoint: str | None) -> str | None:
+    """The command of a stage that only tells where it starts."""
+    return checkpoint
 
 
 def steps(folder: Path) -> list[int]:
@@ -54,7 +69,7 @@ def test_a_damaged_checkpoint_is_passed_over(
         assert last_checkpoint(tmp_path) == whole
     assert f"{damaged} is incomplete or damaged ({name} " in caplog.text
     with pytest.raises(ValueError, match=f"is damaged \\({name}"):
-        resume_point(settings(tmp_path, resume_from_checkpoint=str(damaged)), resume=False)
+        start(settings(tmp_path, resume_from_checkpoint=str(damaged)), resume=False)
 
 
 def test_old_checkpoints_are_deleted_only_for_whole_ones(tmp_path: Path) -> None:
@@ -104,20 +119,87 @@ def test_a_full_disk_during_a_save_costs_one_checkpoint_and_changed_settings_are
 def test_changed_settings_are_printed_and_refused_or_accepted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert resume_point(settings(tmp_path), resume=True) is None
+    assert start(settings(tmp_path), resume=True) is None
     checkpoint = str(save(tmp_path, 3))
     stored = read_json(tmp_path / SETTINGS)
     assert stored["learning_rate"] == 5e-3
     assert "hub_token" not in stored
     free = {"dataloader_num_workers": 1, "eval_steps": 7, "loss_chunk_size": 4, "hub_token": "secret"}
-    assert resume_point(settings(tmp_path, **free), resume=True) == checkpoint
+    assert start(settings(tmp_path, **free), resume=True) == checkpoint
     assert "secret" not in (tmp_path / SETTINGS).read_text()
     changes = {"seed": 8, "sources": [{**tiny.pair_sources()[0], "max_samples": 9}], "per_device_train_batch_size": 4}
     for change in [{name: value} for name, value in changes.items()] + [changes]:
         with pytest.raises(ValueError, match="other settings") as error:
-            resume_point(settings(tmp_path, **change), resume=True)
+            start(settings(tmp_path, **change), resume=True)
         assert all(f"{name}: " in str(error.value) for name in change)
     with caplog.at_level(logging.INFO):
-        assert resume_point(settings(tmp_path, resume_anyway=True, **changes), resume=True) == checkpoint
+        assert start(settings(tmp_path, resume_anyway=True, **changes), resume=True) == checkpoint
     assert "changed since the run was started: seed: 7 -> 8" in caplog.text
     assert read_json(tmp_path / SETTINGS)["seed"] == 8
+
+
+def stage1_trainer(inputs: Inputs, folder: Path, rows: Any = PAIRS, **changes: Any) -> Stage1Trainer:
+    fields = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 4, "logging_steps": 1, **changes}
+    return Stage1Trainer(
+        model=LLM2CLIPTextModel.from_pretrained(inputs.text),
+        args=Stage1Config(output_dir=str(folder), report_to="none", use_cpu=True, **fields),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(inputs.text),
+    )
+
+
+def test_a_trainer_in_python_has_its_folder_to_itself(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
+    trainer = stage1_trainer(inputs, tmp_path)
+    with another_run(tmp_path), pytest.raises(ValueError, match="another run is using"):
+        trainer.train()
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage1Trainer, "training_step", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+    with another_run(tmp_path):
+        pass
+    trainer.train()
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_a_trainer_in_python_compares_the_settings_of_the_run_that_it_resumes(inputs: Inputs, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        stage1_trainer(inputs, tmp_path).train(resume_from_checkpoint=True)
+    stage1_trainer(inputs, tmp_path, max_steps=1).train()
+    with pytest.raises(ValueError, match=r"other settings \(max_steps: 1 -> 2\).*resume_anyway=True"):
+        stage1_trainer(inputs, tmp_path).train(resume_from_checkpoint=True)
+    trainer = stage1_trainer(inputs, tmp_path, resume_anyway=True)
+    trainer.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2]
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoint-1 is damaged \(trainer_state.json"):
+        stage1_trainer(inputs, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_the_number_of_workers_counts_only_where_a_stream_is_read(inputs: Inputs, tmp_path: Path) -> None:
+    def train(kind: type, workers: int, resume: bool = False) -> None:
+        trainer = stage1_trainer(inputs, tmp_path / kind.__name__, kind(PAIRS), dataloader_num_workers=workers)
+        trainer.train(resume_from_checkpoint=resume)
+
+    for kind in (MapRows, IterableRows):
+        train(kind, 0)
+    train(MapRows, 1, resume=True)
+    with pytest.raises(ValueError, match=r"other settings \(dataloader_num_workers: 0 -> 1\)"):
+        train(IterableRows, 1, resume=True)
+
+
+def test_the_number_of_workers_counts_in_a_command_with_a_streamed_source(tmp_path: Path) -> None:
+    def begin(folder: Path, streaming: bool, workers: int) -> Any:
+        fields = tiny.stage2_fields(folder, "vision", "text", "cache") | {"dataloader_num_workers": workers}
+        fields["sources"] = [tiny.concepts(streaming=streaming)]
+        return start(build_config(Stage2Config, fields), resume=True)
+
+    for name, streaming in (("table", False), ("stream", True)):
+        assert begin(tmp_path / name, streaming, 0) is None
+        save(tmp_path / name, 3)
+    assert begin(tmp_path / "table", False, 1) is not None
+    with pytest.raises(ValueError, match=r"other settings \(dataloader_num_workers: 0 -> 1\)"):
+        begin(tmp_path / "stream", True, 1)

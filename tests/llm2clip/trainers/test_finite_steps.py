@@ -121,8 +121,9 @@ def test_bad_steps_are_skipped_and_counted_and_the_next_one_ends_the_run(
 def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     data = rows(4 * BATCH, BATCH, 2 * BATCH)
     trainer_of(tmp_path, data, max_steps=2, skip_bad_steps=1).train()
+    resumed = trainer_of(tmp_path, data, skip_bad_steps=1, resume_anyway=True)
     with pytest.raises(NonFiniteError, match=r"step 3: .* 1 steps were skipped before it"):
-        trainer_of(tmp_path, data, skip_bad_steps=1).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 class Spoil(TrainerCallback):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -42,30 +46,59 @@ def test_a_lock_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
     assert not (tmp_path / locks.OWNER).exists()
 
 
+@contextlib.contextmanager
+def another_run(folder: Path) -> Iterator[None]:
+    """Hold the lock in another thread, which excludes this one as another process would."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with folder_lock(folder):
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(60)
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_lock_may_be_entered_again_and_ends_with_the_outer_block(tmp_path: Path) -> None:
+    with folder_lock(tmp_path):
+        with folder_lock(tmp_path / ".." / tmp_path.name, patience=0):
+            pass
+        assert (tmp_path / locks.OWNER).exists()
+    with another_run(tmp_path), pytest.raises(ValueError, match="another run is using"):
+        folder_lock(tmp_path, patience=0).__enter__()
+
+
 @pytest.mark.parametrize(
-    ("run", "config"),
+    ("run", "config", "fields"),
     [
-        (run_mntp.run, MNTPConfig),
-        (run_stage1.run, Stage1Config),
-        (run_stage2.run, Stage2Config),
-        (embed.run, embed.EmbedConfig),
-        (pipeline.run, QuickstartConfig),
+        (run_mntp.run, MNTPConfig, {"model_name_or_path": "llm", "sources": [{}]}),
+        (run_stage1.run, Stage1Config, {"model_name_or_path": "llm", "sources": [{}]}),
+        (run_stage2.run, Stage2Config, {"sources": [{}]}),
+        (embed.run, embed.EmbedConfig, {}),
+        (pipeline.run, QuickstartConfig, {}),
     ],
 )
 def test_every_stage_refuses_a_folder_that_another_run_uses(
-    run: object, config: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, config: Any, fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "PATIENCE", 0.0)
-    with folder_lock(tmp_path), pytest.raises(ValueError, match="another run is using"):
-        run(config(output_dir=str(tmp_path)))  # type: ignore[operator]
+    with another_run(tmp_path), pytest.raises(ValueError, match="another run is using"):
+        run(config(output_dir=str(tmp_path), **fields))
     assert not (tmp_path / locks.OWNER).exists()
 
 
 def test_other_processes_of_a_run_need_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "PATIENCE", 0.0)
     monkeypatch.setenv("RANK", "1")
-    with folder_lock(tmp_path), pytest.raises(ValueError, match="Stage1Config needs model_name_or_path"):
-        run_stage1.run(Stage1Config(output_dir=str(tmp_path)))
+    with another_run(tmp_path), pytest.raises(ValueError, match="A PairSource needs a path"):
+        run_stage1.run(Stage1Config(output_dir=str(tmp_path), model_name_or_path="llm", sources=[{}]))
 
 
 def test_a_file_system_without_locks_is_a_warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from llm2clip.embedding.cache_files import (
 )
 from llm2clip.embedding.keyed_rows import KeyIndex
 from llm2clip.utils.files import atomic_path
+from llm2clip.utils.locks import folder_lock
 from llm2clip.utils.progress import ProgressBar, progress_bar
 from modeling_llm2clip.identity_llm2clip import is_earlier_rule
 from modeling_llm2clip.modeling_llm2clip_utils import apply_umask
@@ -55,7 +57,7 @@ def build_rows(
 
     The keys are cut into shards in the given order. A shard is written under a temporary name, flushed to disk and
     renamed: it is complete or absent. Existing shards are kept, and the result equals that of an uninterrupted build.
-    The missing shards are distributed over the ranks. Only one build may run in a folder at a time.
+    The missing shards are distributed over the ranks. Rank 0 locks the folder: one build at a time.
 
     Args:
         path: The folder, created if it does not exist.
@@ -72,26 +74,30 @@ def build_rows(
 
     Raises:
         CacheMismatchError: The folder contains the cache of another encoder, or an unfinished one of other keys.
+        ValueError: Another run uses the folder.
     """
     if world_size > 1 and barrier is None:
         raise ValueError("Several processes need a barrier, such as torch.distributed.barrier.")
     wait = barrier or (lambda: None)
     folder = Path(path)
-    manifest, work = _plan(folder, replace(manifest, shards=[]), keys, earlier_fingerprint)
-    _start(folder, manifest, bool(work), rank, wait)
-    mine = dict(list(work.items())[rank::world_size])
-    total = sum(map(len, mine.values()))
-    with progress_bar(title, total, manifest.UNIT, show_progress_bar and rank == 0 and total > 0) as bar:
-        for number, positions in mine.items():
-            rows, metadata = compute(positions, bar)
-            tensors = {"embeddings": rows, "keys": torch.from_numpy(keys[positions])}
-            with atomic_path(folder / shard_name(number)) as temporary:
-                save_file(tensors, temporary, metadata)
-                apply_umask(temporary)
-    wait()
-    if rank == 0 and (work or manifest.status != "complete"):
-        _finish(folder, manifest)
-    wait()
+    with folder_lock(folder) if rank == 0 else contextlib.nullcontext():
+        wait()  # no rank reads the folder before rank 0 has it to itself
+        manifest, work = _plan(folder, replace(manifest, shards=[]), keys, earlier_fingerprint)
+        _start(folder, manifest, bool(work), rank, wait)
+        mine = dict(list(work.items())[rank::world_size])
+        total = sum(map(len, mine.values()))
+        shown = show_progress_bar and rank == 0 and total > 0
+        with progress_bar(title, total, manifest.UNIT, shown) as bar:
+            for number, positions in mine.items():
+                rows, metadata = compute(positions, bar)
+                tensors = {"embeddings": rows, "keys": torch.from_numpy(keys[positions])}
+                with atomic_path(folder / shard_name(number)) as temporary:
+                    save_file(tensors, temporary, metadata)
+                    apply_umask(temporary)
+        wait()
+        if rank == 0 and (work or manifest.status != "complete"):
+            _finish(folder, manifest)
+        wait()
     return type(manifest).read(folder)
 
 

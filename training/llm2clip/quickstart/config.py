@@ -31,6 +31,11 @@ class QuickstartConfig:
     )
     image_column: str = setting("image", "Image column of the data.")
     seed: int = setting(42, "Random seed of all steps.")
+    resume_anyway: bool = setting(
+        False,
+        "Continue an interrupted stage although its settings have changed otherwise than by the profile: the place "
+        "of output_dir, the devices.",
+    )
 
     def load_profile(self) -> dict[str, dict[str, Any]]:
         """Read the settings of both stages.

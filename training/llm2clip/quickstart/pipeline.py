@@ -124,6 +124,7 @@ class Quickstart:
             "output_dir": str(folder),
             "sources": [asdict(source) for source in self.data.pair_sources()],
             "seed": self.config.seed,
+            "resume_anyway": self.config.resume_anyway,
         }
         config = build_config(Stage1Config, recipe, f"stage1 of the profile {self.config.profile}")
         metrics = run_stage1.run(config, resume=resume)
@@ -156,6 +157,7 @@ class Quickstart:
             "sources": [source],
             "eval_sources": {"validation": validation},
             "seed": self.config.seed,
+            "resume_anyway": self.config.resume_anyway,
         }
         if recipe.get("freeze_vision_layers"):
             recipe.setdefault("frozen_states_dir", str(self._cache("vision_states")))

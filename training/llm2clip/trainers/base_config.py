@@ -78,6 +78,11 @@ class StageConfig(TrainingArguments):
         return {**self.__dict__, "hub_token": None}
 
     @property
+    def streams(self) -> bool:
+        """Whether the training data that the settings name is read as a stream."""
+        return False
+
+    @property
     def sampling_seed(self) -> int:
         """Seed of every random choice about the data: order, captions, crops."""
         return self.seed if self.data_seed is None else self.data_seed

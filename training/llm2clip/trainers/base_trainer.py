@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2clip.data import SampleIndexBatchSampler, StreamingCaptionImageDataset
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
 from llm2clip.trainers.base_config import StageConfig
-from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint
+from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, named_checkpoint
 from llm2clip.trainers.finite_steps import FiniteSteps, Observed, describe, require_finite_weights
 from llm2clip.trainers.model_card import DataRevisions, write_model_card
 from llm2clip.trainers.progress import TrainingProgress
 from llm2clip.trainers.pushing import PushingTrainer
+from llm2clip.trainers.run_folder import run_folder
 from llm2clip.utils.non_finite import BROKEN_MODEL, NonFiniteError, on_any_process
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
@@ -144,9 +146,17 @@ class StageTrainer(PushingTrainer):
         """Which rows of a batch belong together: labels for `compute_metrics`. By default, each with itself."""
         return torch.zeros(num_rows, device=self.args.device)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; see [`~transformers.Trainer.train`]. `output_dir` is locked meanwhile; see [`run_folder`] for errors.
+
+        Args:
+            resume_from_checkpoint: Folder of a checkpoint, or True for the newest whole one in `output_dir`.
+            args, kwargs: See [`~transformers.Trainer.train`].
+        """
+        choose = partial(named_checkpoint, self.args, resume_from_checkpoint)
         try:
-            return super().train(*args, **kwargs)
+            with run_folder(self.args, choose, isinstance(self.train_dataset, IterableDataset)) as checkpoint:
+                return super().train(checkpoint, *args, **kwargs)
         finally:
             self.progress.close()
 

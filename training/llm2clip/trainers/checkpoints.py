@@ -1,4 +1,4 @@
-"""The newest whole checkpoint of a run, and where a run starts from."""
+"""The whole checkpoints of a run, and the one that a run starts from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2clip.trainers.base_config import StageConfig
-from llm2clip.trainers.run_settings import check_settings, write_settings
 from llm2clip.utils.manifests import FOLDER_MANIFEST, damage, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ def finish_checkpoint(checkpoint: Path, limit: int | None, best: str | None) -> 
 
 
 def resume_point(args: StageConfig, resume: bool) -> str | None:
-    """Decide which checkpoint a run starts from, compare the settings with those of that run, and store them.
+    """Choose the checkpoint from which the command of a stage starts, or None for the beginning.
 
     Args:
         args: The settings of the run.
@@ -66,23 +65,9 @@ def resume_point(args: StageConfig, resume: bool) -> str | None:
 
     Raises:
         FileExistsError: The folder contains a run and `resume` is off.
-        ValueError: The checkpoint that `resume_from_checkpoint` names is damaged, or the settings differ; see
-            [`check_settings`].
     """
-    checkpoint = _checkpoint(args, resume)
-    if checkpoint is not None:
-        check_settings(args, Path(checkpoint).parent)
-    write_settings(args)
-    return checkpoint
-
-
-def _checkpoint(args: StageConfig, resume: bool) -> str | None:
-    named = args.resume_from_checkpoint
-    if named:
-        # A checkpoint that another Trainer wrote has no manifest.
-        if (Path(named) / FOLDER_MANIFEST).exists() and (fault := damage(Path(named))) is not None:
-            raise ValueError(f"{named} is damaged ({fault}); name another checkpoint, or --resume to find one.")
-        return named
+    if args.resume_from_checkpoint:
+        return args.resume_from_checkpoint
     found = last_checkpoint(args.output_dir)
     if resume:
         if found is None:
@@ -95,3 +80,23 @@ def _checkpoint(args: StageConfig, resume: bool) -> str | None:
             "continue it, or choose another output_dir."
         )
     return None
+
+
+def named_checkpoint(args: StageConfig, resume_from_checkpoint: str | bool | None) -> str | None:
+    """Choose the checkpoint that the argument of `Trainer.train` names, where True is the newest whole one.
+
+    Raises:
+        ValueError: There is no whole checkpoint.
+    """
+    if resume_from_checkpoint is not True:
+        return resume_from_checkpoint or None
+    found = last_checkpoint(args.output_dir)
+    if found is None:
+        raise ValueError(f"there is no whole checkpoint to resume from in {args.output_dir}.")
+    return str(found)
+
+
+def refuse_damaged(checkpoint: str) -> None:
+    """Raise a `ValueError` if a checkpoint is damaged. One that another Trainer wrote has no manifest."""
+    if (Path(checkpoint) / FOLDER_MANIFEST).exists() and (fault := damage(Path(checkpoint))) is not None:
+        raise ValueError(f"{checkpoint} is damaged ({fault}); name another checkpoint, or --resume to find one.")

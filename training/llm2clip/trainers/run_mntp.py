@@ -10,21 +10,21 @@ from llm2clip.data import CaptionSource
 from llm2clip.trainers.mntp_config import MNTPConfig
 from llm2clip.trainers.mntp_data import MaskCollator, TokenBlocks, source_tokens
 from llm2clip.trainers.mntp_trainer import MNTPTrainer
-from llm2clip.trainers.run_text_tower import add_lora, load_text_tower, prepare
-from llm2clip.utils.locks import exclusive
+from llm2clip.trainers.run_folder import stage_command
+from llm2clip.trainers.run_text_tower import REQUIRED, add_lora, load_text_tower, prepare
 from llm2clip.utils.repos import OURS, RepoKind, inspect_repo
 from llm2clip.utils.towers import loading_options
 from modeling_llm2clip.modeling_llm2clip_backbone import is_encoder
 
 
-@exclusive
-def run(config: MNTPConfig, resume: bool = False) -> dict[str, Any]:
+@stage_command(*REQUIRED)
+def run(config: MNTPConfig, checkpoint: str | None) -> dict[str, Any]:
     """Train a text tower with masked next token prediction, or resume, and save it in `config.output_dir`.
 
     Returns:
         The metrics of the run.
     """
-    checkpoint, retrieval = prepare(config, resume)
+    retrieval = prepare(config)
     name, revision = config.model_name_or_path, config.model_revision
     repo = inspect_repo(name, revision)
     if repo.kind is RepoKind.EMBEDDING_MODEL:

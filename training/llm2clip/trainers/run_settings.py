@@ -25,16 +25,19 @@ FREE = {
     *("frozen_states_dir", "bundle_text_model", "ddp_timeout", "skip_memory_metrics", "local_rank", "debug"),
     *("bf16_full_eval", "fp16_full_eval", "torch_empty_cache_steps", "jit_mode_eval", "skip_bad_steps"),
 }
+# In a stream, the number of workers decides which of them reads which file, and so the order of the rows.
+STREAMED = {"dataloader_num_workers"}
 FREE_PREFIXES = ("log_", "logging_", "hub_", "save_", "eval_", "do_", "include_", "trackio_")
 MAX_LENGTH = 200
 
 
-def check_settings(args: StageConfig, run_folder: Path) -> None:
+def check_settings(args: StageConfig, run_folder: Path, streams: bool) -> None:
     """Compare the settings of a resumed run with those it was started with, and print what differs.
 
     Args:
         args: The present settings.
         run_folder: The folder of the checkpoint's run.
+        streams: Whether the training data is a stream.
 
     Raises:
         ValueError: A setting differs that changes the trained parameters, and `resume_anyway` is off.
@@ -50,13 +53,15 @@ def check_settings(args: StageConfig, run_folder: Path) -> None:
         for name in new
         if name in old and old[name] != new[name]
     }
-    breaking = [line for name, line in changed.items() if name not in FREE and not name.startswith(FREE_PREFIXES)]
+    free = FREE - STREAMED if streams else FREE
+    breaking = [line for name, line in changed.items() if name not in free and not name.startswith(FREE_PREFIXES)]
     for line in changed.values():
         logger.info("changed since the run was started: %s", line)
     if breaking and not args.resume_anyway:
         raise ValueError(
             f"the run in {run_folder} was started with other settings ({'; '.join(breaking)}), so that it would not "
-            "end as an uninterrupted one; resume with its settings, or add --resume-anyway."
+            "end as an uninterrupted one; resume with its settings, or add --resume-anyway "
+            "(in Python, resume_anyway=True)."
         )
 
 

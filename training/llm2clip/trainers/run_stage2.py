@@ -27,13 +27,12 @@ from llm2clip.data.transforms import output_size
 from llm2clip.embedding import CaptionEmbedder, EmbeddingCache, MissingCaptionError
 from llm2clip.embedding.cache_of_model import open_cache_of_model
 from llm2clip.evaluation import ImageTextRetrieval
-from llm2clip.trainers.checkpoints import resume_point
 from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.trainers.frozen_states import FrozenStatesDataset
 from llm2clip.trainers.pushing import check_pushing
+from llm2clip.trainers.run_folder import stage_command
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
-from llm2clip.utils.locks import exclusive
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.settings import require
 from llm2clip.utils.text_identity import read_fingerprints
@@ -197,18 +196,16 @@ def build_dataset(config: Stage2Config, model: LLM2CLIPModel, image_processor: A
     return dataset, frozen
 
 
-@exclusive
-def run(config: Stage2Config, resume: bool = False) -> dict[str, Any]:
+@stage_command("sources")
+def run(config: Stage2Config, checkpoint: str | None) -> dict[str, Any]:
     """Train a model with stage 2, or resume from the newest checkpoint, and save it in `config.output_dir`.
 
     Returns:
         The metrics of training, and those of retrieval with the prefix `eval_`.
     """
-    require(config, ["sources"])
     if (config.embedding_cache is not None) == config.online_text_model:
         raise ValueError("give either embedding_cache (from `llm2clip embed`) or online_text_model: true.")
     check_pushing(config, config.text_model_name_or_path, not config.bundle_text_model, True)
-    checkpoint = resume_point(config, resume)
     set_seed(config.seed)
     model, processor = load_model(config)
     # A model that was trained before names its LLM in its config.

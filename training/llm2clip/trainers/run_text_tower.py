@@ -9,10 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from llm2clip.data import PairSource
 from llm2clip.evaluation import CaptionRetrieval
-from llm2clip.trainers.checkpoints import resume_point
 from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.text_tower_config import TextTowerConfig
-from llm2clip.utils.settings import require
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_utils import absolute_path
@@ -20,15 +18,16 @@ from modeling_llm2clip.modeling_llm2clip_utils import absolute_path
 PROMPT_SETTINGS = ("prompt_prefix", "prompt_suffix", "pooling", "max_text_length", "bidirectional")
 
 
-def prepare(config: TextTowerConfig, resume: bool) -> tuple[str | None, dict[str, CaptionRetrieval]]:
-    """Check the settings and set the seed of a run; returns the checkpoint to resume from and the retrieval sets."""
-    require(config, ["model_name_or_path", "sources"])
+REQUIRED = ("model_name_or_path", "sources")
+
+
+def prepare(config: TextTowerConfig) -> dict[str, CaptionRetrieval]:
+    """Check the settings and set the seed of a run; returns the retrieval sets."""
     has_lora = config.lora_rank > 0
     check_pushing(config, config.model_name_or_path, has_lora and config.save_format == "adapter", has_lora)
-    checkpoint = resume_point(config, resume)
     set_seed(config.seed)
     sources = {name: PairSource.from_dict(source) for name, source in config.eval_sources.items()}
-    return checkpoint, {name: CaptionRetrieval.from_source(source) for name, source in sources.items()}
+    return {name: CaptionRetrieval.from_source(source) for name, source in sources.items()}
 
 
 def load_text_tower(

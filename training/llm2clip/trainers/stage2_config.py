@@ -130,6 +130,10 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     )
     per_device_eval_batch_size: int = setting(64, "Images per device in evaluation.")
 
+    @property
+    def streams(self) -> bool:
+        return any(source.get("streaming") for source in self.sources)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.frozen_states_dir and not self.freeze_vision_layers:

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,13 +25,15 @@ LOCK = ".lock"
 OWNER = ".lock-owner.json"
 # Seconds to wait for the DataLoader workers of a killed run, which notice its end after a few seconds.
 PATIENCE = 15.0
+# Folders that the present thread has locked: a command holds that of its run before its trainer does.
+_held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
 # Errors of network file systems that have no locks.
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextlib.contextmanager
 def folder_lock(folder: str | Path, patience: float | None = None) -> Iterator[None]:
-    """Keep other runs out of a folder, which is created.
+    """Keep other runs out of a folder, which is created. In the thread that holds the lock, it may be entered again.
 
     The lock is one of the operating system (`flock`, which Linux also keeps on NFS): it ends with the process,
     however that dies. Where the file system has no locks, filelock uses a file that names host and process; if that
@@ -43,6 +46,9 @@ def folder_lock(folder: str | Path, patience: float | None = None) -> Iterator[N
         ValueError: Another run is using the folder.
     """
     folder = Path(folder)
+    if folder.resolve() in _held.get():
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -57,22 +63,32 @@ def folder_lock(folder: str | Path, patience: float | None = None) -> Iterator[N
         logger.warning("%s has no file locks (%s): make sure that no other run uses it.", folder, error)
         yield
         return
+    token = _held.set(_held.get() | {folder.resolve()})
     try:
         write_json(folder / OWNER, {"host": socket.gethostname(), "process": os.getpid()})
         yield
     finally:
+        _held.reset(token)
         (folder / OWNER).unlink(missing_ok=True)
         lock.release()
 
 
+@contextlib.contextmanager
+def run_lock(output_dir: str | Path | None) -> Iterator[None]:
+    """Hold the lock of a run's folder, if it has one, in the first of its processes; see [`folder_lock`]."""
+    if not output_dir or not is_main_process():
+        yield
+        return
+    with folder_lock(output_dir):
+        yield
+
+
 def exclusive(run: RunT) -> RunT:
-    """Decorate the `run` of a command: the first of its processes holds the lock of `config.output_dir`."""
+    """Decorate the `run` of a command: it holds the lock of `config.output_dir` from its beginning."""
 
     @functools.wraps(run)
     def locked(config: Any, *args: Any, **kwargs: Any) -> Any:
-        if not config.output_dir or not is_main_process():
-            return run(config, *args, **kwargs)
-        with folder_lock(config.output_dir):
+        with run_lock(config.output_dir):
             return run(config, *args, **kwargs)
 
     return cast(RunT, locked)

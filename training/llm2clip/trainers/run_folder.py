@@ -1,0 +1,60 @@
+"""The folder of a run: one run at a time, whose settings are those of the run that it resumes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llm2clip.trainers.base_config import StageConfig
+from llm2clip.trainers.checkpoints import refuse_damaged, resume_point
+from llm2clip.trainers.run_settings import check_settings, write_settings
+from llm2clip.utils.locks import run_lock
+from llm2clip.utils.settings import require
+
+
+@contextmanager
+def run_folder(args: StageConfig, choose: Callable[[], str | None], streams: bool) -> Iterator[str | None]:
+    """Lock `output_dir`, choose the checkpoint to start from, compare the settings with its run's, and store them.
+
+    A command enters it before it loads its models, and its trainer again: that finds the lock held and the settings
+    equal.
+
+    Args:
+        args: The settings of the run.
+        choose: Returns the checkpoint; called with the folder locked.
+        streams: Whether the training data is a stream.
+
+    Raises:
+        ValueError: Another run uses the folder, the checkpoint is damaged, or the settings differ; see
+            [`check_settings`].
+    """
+    with run_lock(args.output_dir):
+        checkpoint = choose()
+        if checkpoint is not None:
+            refuse_damaged(checkpoint)
+            check_settings(args, Path(checkpoint).parent, streams)
+        write_settings(args)
+        yield checkpoint
+
+
+def stage_command(*required: str) -> Callable[[Callable[[Any, str | None], Any]], Callable[..., Any]]:
+    """Decorate the work of a stage's command, which becomes `run(config, resume=False)`.
+
+    The work is called with its settings, of which `required` must be set, and the checkpoint to start from, and has
+    the folder of the run to itself, from before the models are loaded to the saved result.
+    """
+
+    def decorate(work: Callable[[Any, str | None], Any]) -> Callable[..., Any]:
+        @functools.wraps(work)
+        def run(config: StageConfig, resume: bool = False) -> Any:
+            require(config, required)
+            with run_folder(config, partial(resume_point, config, resume), config.streams) as checkpoint:
+                return work(config, checkpoint)
+
+        return run
+
+    return decorate
