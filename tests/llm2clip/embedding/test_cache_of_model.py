@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from llm2clip.embedding import EmbeddingCache, embed
@@ -19,7 +20,7 @@ from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import describe_text_tower, open_text_tower
-from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextModel
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 
@@ -56,6 +57,21 @@ def test_stage_1_with_an_adapter_then_embed_then_stage_2(
     run_stage2.run(build_config(Stage2Config, fields | {"max_steps": 1, "save_strategy": "no"}))
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert saved["text_model_fingerprint"] == EmbeddingCache.open(cache).manifest.fingerprint
+
+
+def test_a_plain_llm_has_the_prompt_that_its_cache_was_made_with(inputs: Inputs, tmp_path: Path) -> None:
+    sources = [tiny.concepts(), tiny.concepts("validation", max_samples=40)]
+    prompt = {"prompt_prefix": "caption: ", "prompt_suffix": " ."}
+    settings = {"text_model_name_or_path": inputs.llm, "output_dir": str(tmp_path / "cache"), "sources": sources}
+    embed.run(embed.EmbedConfig(**settings, **prompt))
+    fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, inputs.llm, str(tmp_path / "cache"))
+    run_stage2.run(build_config(Stage2Config, fields | {"max_steps": 1, "save_strategy": "no", "eval_sources": {}}))
+    model = LLM2CLIPModel.from_pretrained(tmp_path / "out")
+    assert {name: getattr(model.config.text_config, name) for name in prompt} == prompt
+    captions = ["a dog", "two cats"]
+    expected = open_text_tower(inputs.llm, dtype="float32", **prompt)
+    found = model.text_model.float().eval().encode(captions, AutoTokenizer.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(found, expected[0].eval().encode(captions, expected[1]), atol=1e-4, rtol=1e-4)
 
 
 def test_weights_are_read_only_where_the_record_differs(

@@ -12,7 +12,8 @@ from llm2clip.embedding.cache import EmbeddingCache
 from llm2clip.embedding.cache_files import ACCEPTED_EARLIER, CacheManifest
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.text_identity import read_fingerprints, tokenizer_fingerprint
-from modeling_llm2clip import LLM2CLIPConfig
+from llm2clip.utils.towers import describe_text_tower, is_text_tower
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 from modeling_llm2clip.identity_llm2clip import is_earlier_rule
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,29 @@ def open_cache_of_model(
     if fits and is_earlier_rule(made_by):
         logger.warning("The embedding cache %s %s", path, ACCEPTED_EARLIER)
     return EmbeddingCache.open(path, None if fits else recorded, verify, tokenizer_fingerprint(tokenizer))
+
+
+def describe_text_tower_of_cache(
+    name: str, revision: str | None, path: str | Path | None
+) -> tuple[LLM2CLIPTextConfig, PreTrainedTokenizerBase]:
+    """Describe a text tower as [`describe_text_tower`] does; a plain LLM with the prompt that a cache was made with.
+
+    Args:
+        path: The cache, if there is one. Its prompt is taken only if that gives the tokenizer that the cache records,
+            which an instruction or another LLM does not.
+    """
+    described = describe_text_tower(name, revision)
+    if path is None or is_text_tower(name, revision):
+        return described
+    made_by = CacheManifest.read(Path(path))
+    if made_by.tokenizer_fingerprint in (None, tokenizer_fingerprint(described[1])):
+        return described
+    prompt = {"prompt_prefix": made_by.prompt_prefix, "prompt_suffix": made_by.prompt_suffix}
+    own = describe_text_tower(name, revision, **prompt)
+    if tokenizer_fingerprint(own[1]) != made_by.tokenizer_fingerprint:
+        return described
+    logger.info("Prompt of %s, from the embedding cache: %r caption %r.", name, *prompt.values())
+    return own
 
 
 def _read(config: LLM2CLIPConfig) -> tuple[str | None, str | None]:

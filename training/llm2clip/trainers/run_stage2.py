@@ -25,7 +25,7 @@ from llm2clip.data import (
 )
 from llm2clip.data.transforms import output_size
 from llm2clip.embedding import CaptionEmbedder, EmbeddingCache, MissingCaptionError
-from llm2clip.embedding.cache_of_model import open_cache_of_model
+from llm2clip.embedding.cache_of_model import describe_text_tower_of_cache, open_cache_of_model
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.trainers.frozen_states import FrozenStatesDataset
@@ -36,7 +36,7 @@ from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.settings import require
 from llm2clip.utils.text_identity import read_fingerprints
-from llm2clip.utils.towers import describe_text_tower, loading_options
+from llm2clip.utils.towers import loading_options
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,9 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     else:
         require(config, ["vision_model_name_or_path", "text_model_name_or_path"])
         image_processor_name = config.vision_model_name_or_path
-        text_config, tokenizer = describe_text_tower(config.text_model_name_or_path, config.text_model_revision)
+        text_config, tokenizer = describe_text_tower_of_cache(
+            config.text_model_name_or_path, config.text_model_revision, config.embedding_cache
+        )
         model = LLM2CLIPModel.from_vision_text_pretrained(
             config.vision_model_name_or_path,
             config.text_model_name_or_path,

@@ -97,13 +97,18 @@ def save_text_tower(model: LLM2CLIPTextModel, tokenizer: PreTrainedTokenizerBase
     make_readable_by_version_4(folder)
 
 
-def describe_text_tower(name: str, revision: str | None = None) -> tuple[LLM2CLIPTextConfig, PreTrainedTokenizerBase]:
-    """Return the config and the tokenizer of [`open_text_tower`] without loading the weights."""
+def describe_text_tower(
+    name: str, revision: str | None = None, **prompt: Any
+) -> tuple[LLM2CLIPTextConfig, PreTrainedTokenizerBase]:
+    """Return the config and the tokenizer of [`open_text_tower`] without loading the weights.
+
+    `prompt` is for a plain LLM; a text tower keeps its own.
+    """
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
     config = AutoConfig.from_pretrained(name, revision=revision)
     if config.model_type in (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type):
         return getattr(config, "text_config", config), tokenizer
-    tokenizer, fields = _plain(name, revision, config, tokenizer, {})
+    tokenizer, fields = _plain(name, revision, config, tokenizer, prompt)
     return LLM2CLIPTextConfig(decoder_config=config, **fields), tokenizer
 
 
