@@ -1,8 +1,8 @@
 """The files of a cache of embeddings: 16-bit rows in shards, and a manifest.
 
 A cache is a folder with `manifest.json` and `shard-00000.safetensors`, ... Each shard contains `embeddings`
-(n, hidden) in float16 or bfloat16 and `keys` (n, 2) int64, the 128-bit BLAKE2b hash (little-endian halves) of what each
-row was computed from: a caption's exact text in UTF-8, or an image's encoded bytes. Neither is stored itself.
+(n, hidden) in float16 or bfloat16 and `keys` (n, 2) int64, the 128-bit BLAKE2b hash (little-endian halves) of what
+each row was computed from: a caption's exact text in UTF-8, or an image's encoded bytes. Neither is stored itself.
 """
 
 from __future__ import annotations
