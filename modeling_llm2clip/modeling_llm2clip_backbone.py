@@ -56,8 +56,10 @@ def text_model_class(config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
     tower pools the states itself.
 
     Raises:
-        ValueError: The model is an encoder with a decoder that transformers cannot separate.
+        ValueError: The model is no text model, or an encoder with a decoder that transformers cannot separate.
     """
+    if not hasattr(config, "hidden_size"):
+        raise ValueError(f"{config.model_type} has no hidden_size: it is not a text model, or consists of several.")
     if config.is_encoder_decoder and not is_encoder_half(config):
         raise ValueError(
             f"{config.model_type} is an encoder with a decoder, of which transformers has no class for the encoder "

@@ -304,9 +304,10 @@ def _precision(dtype: torch.dtype) -> torch.dtype:
 def _refusal(config: Any, fault: str, own_attention: bool) -> str:
     attention = config._attn_implementation
     if own_attention:
+        eager = "" if attention == "eager" else "attn_implementation='eager', or "
         return (
-            f"{config.model_type} with {attention} attention cannot be a text tower: {fault}. Use "
-            "attn_implementation='eager', or another text model; docs/models.md lists the types that are tested."
+            f"{config.model_type} with {attention} attention cannot be a text tower: {fault}. Use {eager}another text "
+            "model, such as bert, xlm-roberta, modernbert or t5; docs/models.md lists all types."
         )
     named = next((value for name in LAYER_FIELDS if (value := getattr(config, name, None))), None)
     layers = f" (layers: {', '.join(dict.fromkeys(map(str, named)))})" if named is not None else ""

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedTokenizerFast
 
-WIDTH, LIMIT = 32, 24
+WIDTH, LIMIT = 32, 128
 SHAPE = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-DECODER = {**SHAPE, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+DECODER = {**SHAPE, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
 CORPUS = [
     "a small dog", "two children play football in a green park near a river", "a red bus, seen from above",
     "query: passage: an instruction", "Instruct: find the image\nQuery: a Cat 123",
@@ -28,7 +28,7 @@ TEXTS = [
     "Two children play football in a green park",
     "a red bus, seen from above",
     "x",
-    "the children near a river in a park " * 12,
+    "the children near a river in a park " * 40,
     "bus 12, a river",
 ]
 
@@ -100,14 +100,14 @@ def _finish(
 
 FAMILIES = {
     "bert": Family(
-        {"model_type": "bert", **SHAPE, "max_position_embeddings": 64},
+        {"model_type": "bert", **SHAPE, "max_position_embeddings": 128},
         word_pieces,
         {"pooling_mode": "mean"},
         lambda: [Normalize()],
         {},
     ),
     "xlm-roberta": Family(
-        {"model_type": "xlm-roberta", **SHAPE, "max_position_embeddings": 66, "pad_token_id": 1},
+        {"model_type": "xlm-roberta", **SHAPE, "max_position_embeddings": 130, "pad_token_id": 1},
         sentence_pieces,
         {"pooling_mode": "mean"},
         lambda: [],
@@ -115,7 +115,7 @@ FAMILIES = {
         lower_case=True,
     ),
     "modernbert": Family(
-        {"model_type": "modernbert", **SHAPE, "max_position_embeddings": 64, "local_attention": 8, "pad_token_id": 0}
+        {"model_type": "modernbert", **SHAPE, "max_position_embeddings": 128, "local_attention": 8, "pad_token_id": 0}
         | {"num_hidden_layers": 4, "global_attn_every_n_layers": 3, "cls_token_id": 1, "sep_token_id": 2}
         | {"bos_token_id": 1, "eos_token_id": 2},
         byte_pairs,
@@ -152,7 +152,7 @@ FAMILIES = {
         {"prompts": {"document": "title: none | text: "}, "default_prompt_name": "document"},
     ),
     "mpnet": Family(
-        {"model_type": "mpnet", **SHAPE, "max_position_embeddings": 66, "pad_token_id": 1},
+        {"model_type": "mpnet", **SHAPE, "max_position_embeddings": 130, "pad_token_id": 1},
         # Its positions are counted by tokens other than the one with index 1.
         lambda: word_pieces("[CLS] [PAD] [SEP] [UNK] [MASK]"),
         {"pooling_mode": "weightedmean"},
@@ -160,7 +160,7 @@ FAMILIES = {
         {},
     ),
     "instructor": Family(
-        {"model_type": "bert", **SHAPE, "max_position_embeddings": 64},
+        {"model_type": "bert", **SHAPE, "max_position_embeddings": 128},
         word_pieces,
         {"pooling_mode": "mean", "include_prompt": False},
         lambda: [Dense(WIDTH, WIDTH)],

@@ -2,31 +2,174 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, FNetConfig, FNetModel
 
-from llm2clip.utils.towers import open_text_tower
+from llm2clip.utils.repos import RepoKind, inspect_repo
+from llm2clip.utils.text_identity import read_fingerprints
+from llm2clip.utils.towers import describe_text_tower, open_text_tower, save_text_tower
+from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
+from modeling_llm2clip.modeling_llm2clip_probe import packs_exactly
 from tests.modeling_llm2clip import embedding_models
 from tests.modeling_llm2clip.embedding_models import FAMILIES, TEXTS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_and_embeddings_equal_sentence_transformers(family: str, tmp_path: Path) -> None:
+    folder = str(tmp_path / family)
     reference = embedding_models.save(tmp_path / family, family)
-    model, tokenizer = open_text_tower(str(tmp_path / family))
+    model, tokenizer = open_text_tower(folder)
     model.eval()
     prompt = reference.prompts.get(reference.default_prompt_name) or ""
     for text in TEXTS:
-        expected = reference.preprocess([text], prompt=prompt)["input_ids"][0].tolist()
-        assert tokenizer(text, truncation=True)["input_ids"] == expected, text
+        ids = reference.preprocess([text], prompt=prompt)["input_ids"][0].tolist()
+        assert tokenizer(text, truncation=True)["input_ids"] == ids, text
     expected = reference.encode(TEXTS, convert_to_tensor=True)
     assert model.config.hidden_size == expected.shape[1]
     for side in ("left", "right"):
         tokenizer.padding_side = side
-        found = model.encode(TEXTS, tokenizer)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.encode(TEXTS, tokenizer), expected, atol=1e-5, rtol=1e-5)
         padded = tokenizer(TEXTS, padding=True, truncation=True, return_tensors="pt")
         with torch.no_grad():
             torch.testing.assert_close(model(**padded).pooler_output, expected, atol=1e-5, rtol=1e-5)
+    config, described = describe_text_tower(folder)
+    assert described("a dog")["input_ids"] == tokenizer("a dog")["input_ids"]
+    assert read_fingerprints(folder, None, config)[0] == model.fingerprint()
+    save_text_tower(model, tokenizer, tmp_path / "tower")
+    saved: Any = AutoModel.from_pretrained(tmp_path / "tower").eval()
+    again = saved.encode(TEXTS, AutoTokenizer.from_pretrained(tmp_path / "tower"))
+    torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
+    assert saved.fingerprint() == model.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("family", "packs"), [("bert", True), ("xlm-roberta", True), ("t5", True), ("mpnet", True), ("qwen3", False)]
+)
+def test_short_texts_share_rows_only_where_that_is_exact(family: str, packs: bool, tmp_path: Path) -> None:
+    embedding_models.save(tmp_path / family, family)
+    model, tokenizer = open_text_tower(str(tmp_path / family))
+    rows: list[int] = []
+    model.decoder.register_forward_pre_hook(
+        lambda _, __, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    assert packs_exactly(model) is packs
+    rows.clear()
+    texts = [*TEXTS[:4], "a small dog"]
+    found = model.encode(texts, tokenizer)
+    assert (sum(rows) < len(texts)) is packs
+    alone = torch.cat([model.encode(text, tokenizer) for text in texts])
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_window_is_never_replaced_by_a_shared_row(tmp_path: Path) -> None:
+    """ModernBERT here sees 4 tokens to each side; the mask of a shared row would let it see whole texts."""
+    embedding_models.save(tmp_path / "text", "modernbert")
+    model, tokenizer = open_text_tower(str(tmp_path / "text"))
+    model.packing_verdicts = {model.decoder.config._attn_implementation: True}
+    found = model.encode(TEXTS, tokenizer)
+    alone = torch.cat([model.encode(text, tokenizer) for text in TEXTS])
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_given_settings_take_precedence_over_the_files(tmp_path: Path) -> None:
+    """As E5 needs it, whose files have prompts but no default one."""
+    reference = embedding_models.save(tmp_path / "text", "xlm-roberta")
+    model, tokenizer = open_text_tower(str(tmp_path / "text"), prompt_prefix="query: ", max_text_length=20)
+    assert tokenizer("a dog")["input_ids"] == reference.tokenizer("query: a dog")["input_ids"]
+    expected = reference.encode(["a dog"], prompt_name="query", convert_to_tensor=True)
+    torch.testing.assert_close(model.encode("a dog", tokenizer), expected, atol=1e-5, rtol=1e-5)
+    assert model.config.pool_prompt
+    assert model.config.max_text_length == tokenizer.model_max_length == 20
+    unit, _ = open_text_tower(str(tmp_path / "text"), normalize=True, pooling="last_token")
+    assert (unit.config.pooling, unit.config.normalize) == ("last_token", True)
+
+
+def test_instructions_are_pooled_with_the_prompt(tmp_path: Path) -> None:
+    reference = embedding_models.save(tmp_path / "text", "bert")
+    model, tokenizer = open_text_tower(str(tmp_path / "text"))
+    expected = reference.encode(["an instruction: a dog"], convert_to_tensor=True)
+    found = model.encode("a dog", tokenizer, instruction="an instruction:")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_from_pretrained_reads_the_files_and_refuses_a_tokenizer_without_the_prompt(tmp_path: Path) -> None:
+    embedding_models.save(tmp_path / "text", "qwen3")
+    expected, tokenizer = open_text_tower(str(tmp_path / "text"))
+    model = LLM2CLIPTextModel.from_pretrained(tmp_path / "text")
+    torch.testing.assert_close(model.encode(TEXTS, tokenizer), expected.encode(TEXTS, tokenizer))
+    with pytest.raises(ValueError, match="does not add the prompt"):
+        model.encode(TEXTS, AutoTokenizer.from_pretrained(tmp_path / "text"))
+
+
+def test_a_repository_is_recognised_as_an_embedding_model(tmp_path: Path) -> None:
+    embedding_models.save(tmp_path / "text", "bert")
+    assert inspect_repo(tmp_path / "text").kind is RepoKind.EMBEDDING_MODEL
+    assert inspect_repo(tmp_path / "text-plain").kind is RepoKind.OTHER
+
+
+def edit(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode": "max"}, "its pooling is max; supported is one of mean, cls"),
+        ("1_Pooling/config.json", {"pooling_mode": ["mean", "cls"]}, r"its pooling is mean \+ cls"),
+        ("1_Pooling/config.json", {"pooling_mode": "cls", "include_prompt": False}, "pooling without the prompt"),
+        ("2_Dense/config.json", {"activation_function": "mine.Swish"}, "has the activation mine.Swish"),
+        ("2_Dense/config.json", {"use_residual": True}, "has a residual branch"),
+        ("2_Dense/config.json", {"out_features": 16}, "the files have"),
+        ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "it embeds texts by fill-mask"),
+        ("sentence_bert_config.json", {"config_kwargs": {"is_causal": False}}, "config_kwargs sets is_causal"),
+        ("sentence_bert_config.json", {"processing_kwargs": {"text": {"padding": True}}}, "tokenizer arguments"),
+        ("config_sentence_transformers.json", {"default_prompt_name": "x"}, "'x' is not one of its prompts"),
+    ],
+)
+def test_what_a_tower_cannot_do_is_refused(file: str, fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    embedding_models.save(tmp_path / "text", "gemma3_text")
+    edit(tmp_path / "text" / file, **fields)
+    with pytest.raises(ValueError, match=message):
+        open_text_tower(str(tmp_path / "text"))
+
+
+def test_other_modules_are_refused(tmp_path: Path) -> None:
+    embedding_models.save(tmp_path / "text", "bert")
+    modules = tmp_path / "text" / "modules.json"
+    modules.write_text(modules.read_text().replace("Normalize", "LayerNorm"))
+    with pytest.raises(ValueError, match="its modules are Transformer, Pooling, LayerNorm; supported are"):
+        open_text_tower(str(tmp_path / "text"))
+
+
+def test_the_pooling_flags_of_earlier_releases_are_read(tmp_path: Path) -> None:
+    embedding_models.save(tmp_path / "text", "bert")
+    path = tmp_path / "text" / "1_Pooling" / "config.json"
+    flags = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}
+    path.write_text(json.dumps({"word_embedding_dimension": embedding_models.WIDTH, **flags}))
+    assert open_text_tower(str(tmp_path / "text"))[0].config.pooling == "last_token"
+
+
+def test_a_plain_encoder_keeps_its_attention_and_pools_all_tokens() -> None:
+    model = LLM2CLIPTextModel.from_decoder(BertModel(BertConfig(**embedding_models.SHAPE, vocab_size=100)))
+    assert (model.config.bidirectional, model.config.pool_prompt) == (None, True)
+    assert not any("pooler" in name for name in model.state_dict())
+
+
+def test_a_model_that_mixes_padding_into_texts_is_refused() -> None:
+    fnet = FNetModel(FNetConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=100))
+    with pytest.raises(ValueError, match="fnet with eager attention cannot be a text tower: a text's states depend"):
+        LLM2CLIPTextModel.from_decoder(fnet)
+
+
+def test_dense_layers_are_not_made_up() -> None:
+    bert = BertModel(BertConfig(**embedding_models.SHAPE, vocab_size=100))
+    layer = {"out_features": 8, "bias": True, "activation": "tanh"}
+    with pytest.raises(ValueError, match="Dense layers come from the folder of an embedding model"):
+        LLM2CLIPTextModel.from_decoder(bert, dense=[layer])
+    with pytest.raises(ValueError, match="'sine' is unknown"):
+        LLM2CLIPTextConfig(dense=[{**layer, "activation": "sine"}])

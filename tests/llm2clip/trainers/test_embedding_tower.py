@@ -1,0 +1,121 @@
+"""An embedding model of sentence-transformers as the text tower of both stages and of a folder for the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from llm2clip import cli, embed_captions
+from llm2clip.embedding import EmbeddingCache, embed
+from llm2clip.trainers import run_mntp, run_stage1, run_stage2
+from llm2clip.trainers.mntp_config import MNTPConfig
+from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils.settings import build_config
+from llm2clip.utils.towers import open_text_tower
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
+from tests.llm2clip import tiny
+from tests.modeling_llm2clip import embedding_models
+from tests.modeling_llm2clip.embedding_models import TEXTS
+
+
+@dataclass
+class Trained:
+    """An embedding model, and the joint model that stage 2 has trained on its cached embeddings."""
+
+    reference: SentenceTransformer
+    text: str
+    cache: Path
+    joint: Path
+
+
+@pytest.fixture(scope="module", params=["gemma3_text", "t5"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder: Path = tmp_path_factory.mktemp("embedding_tower")
+    text = str(folder / "text")
+    reference = embedding_models.save(folder / "text", request.param)
+    sources = [tiny.concepts(), tiny.concepts("validation", max_samples=40)]
+    embed.run(embed.EmbedConfig(text_model_name_or_path=text, output_dir=str(folder / "cache"), sources=sources))
+    vision = tiny.save_vision_tower(folder / "vision")
+    fields = tiny.stage2_fields(folder / "joint", vision, text, str(folder / "cache"))
+    run_stage2.run(build_config(Stage2Config, fields | {"max_steps": 2, "save_strategy": "no"}))
+    return Trained(reference, text, folder / "cache", folder / "joint")
+
+
+def expected_text(trained: Trained, model: LLM2CLIPModel) -> Tensor:
+    """What the joint model makes of the embeddings of sentence-transformers."""
+    embeds = trained.reference.encode(TEXTS, convert_to_tensor=True)
+    with torch.no_grad():
+        features = model.get_text_features(llm_embeds=embeds).pooler_output
+    return torch.nn.functional.normalize(features, dim=-1)
+
+
+def test_the_cache_and_embed_captions_have_the_embeddings_of_sentence_transformers(trained: Trained) -> None:
+    captions = ["a dog", "a red bus"]
+    expected = trained.reference.encode(captions, convert_to_tensor=True)
+    torch.testing.assert_close(embed_captions(captions, trained.text), expected, atol=1e-5, rtol=1e-5)
+    cache = EmbeddingCache.open(trained.cache)
+    model, _ = open_text_tower(trained.text)
+    assert cache.hidden_size == expected.shape[1]
+    assert cache.manifest.fingerprint == model.fingerprint()
+    assert cache.manifest.prompt_prefix == (trained.reference.prompts.get("document") or "")
+
+
+def test_a_joint_model_has_the_config_of_the_embedding_model_and_loads_it(trained: Trained) -> None:
+    model = LLM2CLIPModel.from_pretrained(trained.joint).eval()
+    processor = LLM2CLIPProcessor.from_pretrained(trained.joint)
+    assert model.config.text_model_name_or_path == trained.text
+    assert model.config.text_config.normalize
+    assert model.config.text_config.bidirectional is None
+    torch.testing.assert_close(
+        model.encode_text(TEXTS, processor), expected_text(trained, model), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("trained", ["t5"], indirect=True)
+def test_a_built_folder_has_the_embedding_model_and_exports_to_onnx(trained: Trained, tmp_path: Path) -> None:
+    """The build compares it with what a process without this package computes, the export the graph with the model."""
+    out = tmp_path / "out"
+    assert cli.main(["build", str(trained.joint), str(out), "--bundle-text-model"]) == 0
+    model = LLM2CLIPModel.from_pretrained(out).eval()
+    assert model.config.text_model_name_or_path is None
+    expected = expected_text(trained, model)
+    joint = SentenceTransformer(str(out), trust_remote_code=True, device="cpu")
+    torch.testing.assert_close(joint.encode(TEXTS, convert_to_tensor=True), expected, atol=1e-5, rtol=1e-4)
+    assert cli.main(["export-onnx", str(out), "--parts", "text"]) == 0
+
+
+@pytest.mark.parametrize("save_format", ["merged", "adapter"])
+def test_stage1_trains_lora_on_an_encoder_with_dense_layers(save_format: str, tmp_path: Path) -> None:
+    text = str(tmp_path / "text")
+    embedding_models.save(tmp_path / "text", "t5")
+    fields = tiny.stage1_fields(tmp_path / "out", text)
+    for name in ("prompt_prefix", "prompt_suffix", "max_text_length", "pooling"):
+        fields.pop(name, None)
+    fields |= {"max_steps": 2, "save_strategy": "no", "save_format": save_format}
+    with pytest.raises(ValueError, match=r"lora_target_modules .* do not fit .*T5EncoderModel.*all-linear"):
+        run_stage1.run(build_config(Stage1Config, fields))
+    run_stage1.run(build_config(Stage1Config, fields | {"lora_target_modules": ["all-linear"]}))
+    before, tokenizer = open_text_tower(text)
+    after, saved = open_text_tower(str(tmp_path / "out"))
+    assert saved("a dog")["input_ids"] == tokenizer("a dog")["input_ids"]
+    assert after.config.dense == before.config.dense
+    torch.testing.assert_close(after.dense.state_dict(), before.dense.state_dict())
+    change = (after.eval().encode(TEXTS, tokenizer) - before.eval().encode(TEXTS, tokenizer)).abs().max()
+    assert change > 1e-3
+    again = LLM2CLIPTextModel.from_pretrained(tmp_path / "out")
+    assert again.has_adapter is (save_format == "adapter")
+
+
+@pytest.mark.parametrize("family", ["qwen3", "bert"])
+def test_mntp_refuses_embedding_models(family: str, tmp_path: Path) -> None:
+    embedding_models.save(tmp_path / "text", family)
+    fields: dict[str, Any] = {"model_name_or_path": str(tmp_path / "text"), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match="is an embedding model of sentence-transformers, which is trained already"):
+        run_mntp.run(build_config(MNTPConfig, fields | {"sources": [tiny.concepts()], "use_cpu": True}))
