@@ -40,20 +40,24 @@ def test_saving_halving_and_the_dtype_do_not_change_the_identity(kind: str, tmp_
     assert vision_fingerprint(half.to(torch.bfloat16), saved) == expected
 
 
-@pytest.mark.parametrize("kind", TOWERS)
+HEAD = ("vision_model.", "visual_standardization.", "visual_projection.")
+
+
+@pytest.mark.parametrize("kind", [*TOWERS, "frozen tower"])
 def test_every_value_of_tower_and_projection_counts(kind: str) -> None:
-    model = joint(kind)
+    fields = tiny.FROZEN_TOWER if kind == "frozen tower" else {}
+    kind = "eva02" if fields else kind
+    model = joint(kind, **fields)
+    parts = {name: value for name, value in model.state_dict().items() if name.startswith(HEAD)}
+    assert any(name.startswith(HEAD[1]) for name in parts) == bool(fields)
     seen = {vision_fingerprint(model, processor(kind))}
     tower_alone = vision_fingerprint(model, processor(kind), with_projection=False)
-    for name, weight in model.named_parameters():
-        if name.startswith(("vision_model.", "visual_projection.")):
-            with torch.no_grad():
-                weight.view(-1)[weight.numel() // 2 + 1 if weight.numel() > 2 else 0] += 1
-            seen.add(vision_fingerprint(model, processor(kind)))
-    names = [name for name, _ in model.named_parameters() if name.startswith(("vision_model.", "visual_projection."))]
-    assert len(seen) == len(names) + 1
+    for weight in parts.values():
+        weight.view(-1)[weight.numel() // 2 + 1 if weight.numel() > 2 else 0] += 1
+        seen.add(vision_fingerprint(model, processor(kind)))
+    assert len(seen) == len(parts) + 1
     # Pooled features do not depend on the projection.
-    own = joint(kind)
+    own = joint(kind, **fields)
     own.vision_model.load_state_dict(model.vision_model.state_dict())
     changed = vision_fingerprint(model, processor(kind), with_projection=False)
     assert vision_fingerprint(own, processor(kind), with_projection=False) == changed != tower_alone
@@ -86,6 +90,15 @@ def test_settings_of_the_tower_that_change_its_output_count(kind: str, changes: 
     for name, value in changes.items():
         setattr(model.vision_model.config, name, value)
     assert vision_fingerprint(model, processor(kind)) != expected
+
+
+@pytest.mark.parametrize("with_projection", [True, False])
+def test_the_pooling_of_the_features_counts(with_projection: bool) -> None:
+    model, found = joint(), set()
+    for pooling in ("cls", "mean", "cls_mean"):
+        model.config.vision_pooling = pooling
+        found.add(vision_fingerprint(model, processor(), with_projection=with_projection))
+    assert len(found) == 3
 
 
 def test_preprocessing_counts_and_its_form_does_not() -> None:

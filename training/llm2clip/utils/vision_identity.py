@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from modeling_llm2clip.identity_llm2clip import RULE, decoder_identity, digest_samples, digest_weight, plain_settings
 
@@ -42,7 +42,8 @@ def vision_fingerprint(model: Any, image_processor: Any, *, with_projection: boo
     Args:
         model: An [`LLM2CLIPModel`] or its vision half.
         image_processor: What prepares the pixel values.
-        with_projection: Whether the projection counts, which the pooled features of the tower do not depend on.
+        with_projection: Whether the projection and the standardisation before it count, which the pooled features of
+            the tower do not depend on.
 
     Returns:
         `2-` and 32 hexadecimal digits. [`earlier_vision_fingerprint`] has no `2-`.
@@ -66,6 +67,8 @@ def vision_fingerprint(model: Any, image_processor: Any, *, with_projection: boo
             if with_projection or name.startswith("vision_model.")
         },
     }
+    if model.config.vision_pooling != "cls":
+        content["pooling"] = model.config.vision_pooling
     return RULE + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -77,7 +80,8 @@ def earlier_vision_fingerprint(model: Any) -> str:
 
 
 def _weights(model: Any) -> dict[str, Tensor]:
-    parts: dict[str, nn.Module] = {"vision_model.": model.vision_model, "visual_projection.": model.visual_projection}
+    names = ("vision_model", "visual_standardization", "visual_projection")
+    parts = {f"{name}.": part for name in names if (part := getattr(model, name)) is not None}
     state = {name: value for prefix, part in parts.items() for name, value in part.state_dict(prefix=prefix).items()}
     # transformers 5 nests some towers once more than earlier versions.
     return {name.replace("vision_model.vision_model.", "vision_model."): value for name, value in state.items()}
