@@ -14,7 +14,10 @@ from transformers import AutoProcessor
 
 from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, clip_loss, open_text_tower
 
-KEPT = ("projection_dim", "visual_projection", "visual_projection_bias")
+KEPT = (
+    *("projection_dim", "visual_projection", "visual_projection_bias", "visual_head", "visual_head_expansion"),
+    *("vision_pooling", "standardize_vision"),
+)
 
 
 def main() -> None:
@@ -28,7 +31,7 @@ def main() -> None:
     llm, tokenizer = open_text_tower(arguments.llm)
     kept = {name: getattr(old.config, name) for name in KEPT}
     new = LLM2CLIPModel.from_vision_text_pretrained(old.vision_model, llm, **kept).eval()
-    new.visual_projection = old.visual_projection
+    new.visual_projection, new.visual_standardization = old.visual_projection, old.visual_standardization
 
     data = pictures("train").shuffle(seed=0).select(range(600))
     images = new.encode_image(data["image"][:], processor)

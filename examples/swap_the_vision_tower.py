@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 from llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, clip_loss
 
 TOWER = "runs/quickstart/weights/vit-small-14-11-layers"
-KEPT = ("projection_dim", "adapter_num_layers", "adapter_expansion", "adapter_normalize")
+KEPT = ("projection_dim", "adapter_num_layers", "adapter_expansion", "adapter_normalize", "center_text")
 
 
 def main() -> None:
@@ -35,11 +35,11 @@ def main() -> None:
     texts = new.encode_text(data["caption"][:], processor)
     pixels = processor(images=data["image"][:], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        pooled = torch.cat([new.vision_model(pixel_values=batch).pooler_output for batch in pixels.split(32)])
+        pooled = torch.cat([new.get_vision_features(batch) for batch in pixels.split(32)])
     optimizer = torch.optim.AdamW(new.visual_projection.parameters(), lr=3e-3, weight_decay=0.1)
     for step in range(101):
         rows = torch.randperm(len(pooled))[:128]
-        projected = F.normalize(new.visual_projection(pooled[rows]), dim=-1)
+        projected = F.normalize(new.get_image_features(vision_features=pooled[rows]).pooler_output, dim=-1)
         loss = clip_loss(projected, texts[rows], new.logit_scale.detach().exp())
         loss.backward()
         optimizer.step()

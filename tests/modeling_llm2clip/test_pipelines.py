@@ -21,10 +21,10 @@ from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[{}, tiny.FROZEN_TOWER], ids=["default", "frozen tower"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny.save(folder)
+    tiny.save(folder, **request.param)
     return folder
 
 

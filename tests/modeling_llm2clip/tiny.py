@@ -176,7 +176,7 @@ def save(folder: Path, **fields: Any) -> LLM2CLIPModel:
     return model
 
 
-def save_apart(folder: Path) -> LLM2CLIPModel:
+def save_apart(folder: Path, **fields: Any) -> LLM2CLIPModel:
     """Save an LLM, and in another folder a model that refers to it."""
     llm = text_model()
     llm.save_pretrained(folder / "llm")
@@ -186,8 +186,9 @@ def save_apart(folder: Path) -> LLM2CLIPModel:
         projection_dim=24,
         initializer="normal",
         initializer_range=0.2,
+        **fields,
     ).eval()
-    model.config.text_model_fingerprint = llm.fingerprint()
+    with_statistics(model).config.text_model_fingerprint = llm.fingerprint()
     model.set_text_model(llm)
     model.save_pretrained(folder / "clip")
     processor().save_pretrained(folder / "clip")

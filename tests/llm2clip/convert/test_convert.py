@@ -19,11 +19,13 @@ from transformers import (
 )
 
 from llm2clip import cli
+from llm2clip.convert.joint_plan import STATISTICS
 from llm2clip.convert.original import to_original
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.golden import Golden, load_golden
 from tests.llm2clip.convert import checkpoints
 from tests.llm2clip.convert.checkpoints import EVA, OPENAI
+from tests.modeling_llm2clip import tiny
 
 
 def convert(source: str, destination: Path, *options: str) -> None:
@@ -257,6 +259,22 @@ def test_reset_heads_replaces_what_the_loader_of_the_original_drops(tmp_path: Pa
             name: tensor for name, tensor in golden.group("after").items() if name in golden.meta["keys_changed"]
         }
         _compare_with_original(model, loaded, golden)
+
+
+def test_a_model_of_this_package_keeps_its_statistics_and_their_dtype(tmp_path: Path) -> None:
+    source = tiny.save_apart(tmp_path, **tiny.FROZEN_TOWER).to(torch.bfloat16)
+    source.save_pretrained(tmp_path / "bf16")
+    tiny.processor().save_pretrained(tmp_path / "bf16")
+    tiny.processor().tokenizer.save_pretrained(tmp_path / "llm")
+    convert(str(tmp_path / "bf16"), tmp_path / "out", "--reset-heads")
+    found = LLM2CLIPModel.from_pretrained(tmp_path / "out", text_model=False)
+    assert found.dtype == torch.bfloat16
+    expected = source.state_dict()
+    state = found.state_dict()
+    for name in STATISTICS:
+        assert state[name].dtype == torch.float32
+        assert state[name].equal(expected[name])
+    assert not found.visual_projection.g.weight.equal(source.visual_projection.g.weight)
 
 
 def _compare_with_original(model: LLM2CLIPModel, loaded: dict[str, torch.Tensor], golden: Golden) -> None:

@@ -216,3 +216,7 @@ def test_the_original_format_replaces_neither_a_folder_nor_a_file_of_the_model(t
     assert cli.main(["convert", str(tmp_path / "model"), str(file), "--to", "original"]) == 2
     assert "add --overwrite" in capsys.readouterr().err
     assert file.read_text() == "mine"
+    tiny.save(tmp_path / "frozen", vision_pooling="mean", center_text=True)
+    assert cli.main(["convert", str(tmp_path / "frozen"), str(file), "--to", "original", "--overwrite"]) == 2
+    assert "the original code knows no vision_pooling 'mean', center_text True" in capsys.readouterr().err
+    assert file.read_text() == "mine"

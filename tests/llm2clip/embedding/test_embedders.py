@@ -30,6 +30,13 @@ def model(saved_model: Path) -> LLM2CLIPModel:
     return LLM2CLIPModel.from_pretrained(saved_model)
 
 
+def test_model_of_frozen_towers_gives_equal_embeddings_at_every_door(tmp_path: Path) -> None:
+    frozen, processor, images = tiny.save(tmp_path, **tiny.FROZEN_TOWER), tiny.processor(), pictures(3)
+    torch.testing.assert_close(embed_images(images, tmp_path), frozen.encode_image(images, processor), **CLOSE)
+    texts = frozen.encode_text(tiny.CAPTIONS, processor)
+    torch.testing.assert_close(embed_captions(tiny.CAPTIONS, tmp_path), texts, **CLOSE)
+
+
 def test_images_of_a_folder_and_of_a_loaded_model_are_equal_to_encode_image(
     saved_model: Path, model: LLM2CLIPModel
 ) -> None:

@@ -43,8 +43,9 @@ def logits(folder: Path) -> torch.Tensor:
         ).logits_per_image
 
 
-def test_llm_in_a_local_folder_is_bundled_with_card_curves_and_example(tmp_path: Path) -> None:
-    tiny.save_apart(tmp_path)
+@pytest.mark.parametrize("fields", [{}, tiny.FROZEN_TOWER], ids=["default", "frozen tower"])
+def test_llm_in_a_local_folder_is_bundled_with_card_curves_and_example(fields: dict[str, Any], tmp_path: Path) -> None:
+    tiny.save_apart(tmp_path, **fields)
     (tmp_path / "clip" / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": 2.0}]}))
     IMAGES[0].save(tmp_path / "picture.jpg")
     metrics = {"text_to_image_recall@1": 0.25, "text_to_image_recall@5": 0.5, "text_to_image_recall@10": 0.75}

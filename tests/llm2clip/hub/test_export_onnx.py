@@ -35,8 +35,9 @@ def text_embeds(folder: Path, captions: list[str]) -> Tensor:
     return torch.from_numpy(session(folder, "text").run(["text_embeds"], inputs)[0])
 
 
-def test_graphs_give_the_outputs_of_the_model(tmp_path: Path) -> None:
-    model = tiny.save(tmp_path, logit_bias_init_value=-2.5)
+@pytest.mark.parametrize("fields", [{}, tiny.FROZEN_TOWER], ids=["default", "frozen tower"])
+def test_graphs_give_the_outputs_of_the_model(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny.save(tmp_path, logit_bias_init_value=-2.5, **fields)
     assert cli.main(["export-onnx", str(tmp_path)]) == 0
     folder = tmp_path / "onnx"
     assert sorted(path.name for path in folder.glob("[!.]*")) == ["text_model.onnx", "vision_model.onnx"]
@@ -58,7 +59,7 @@ def test_graphs_give_the_outputs_of_the_model(tmp_path: Path) -> None:
 
 
 def test_float16_graph_of_a_model_whose_llm_is_in_its_own_folder(tmp_path: Path) -> None:
-    model = tiny.save_apart(tmp_path)
+    model = tiny.save_apart(tmp_path, **tiny.FROZEN_TOWER)
     arguments = [str(tmp_path / "clip"), "--output_dir", str(tmp_path / "out"), "--dtype", "float16"]
     assert cli.main(["export-onnx", *arguments, "--parts", "text"]) == 0
     assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["text_model.onnx"]
@@ -67,6 +68,8 @@ def test_float16_graph_of_a_model_whose_llm_is_in_its_own_folder(tmp_path: Path)
     torch.testing.assert_close(embeds, model.encode_text(CAPTIONS, PROCESSOR), atol=1e-2, rtol=0)
     assert cli.main(["export-onnx", *arguments, "--parts", "vision", "--overwrite"]) == 0
     assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["vision_model.onnx"]
+    images = model.encode_image([*IMAGES, IMAGES[0]], PROCESSOR)
+    torch.testing.assert_close(image_embeds(tmp_path / "out"), images, atol=1e-2, rtol=0)
 
 
 def test_vision_half_has_only_a_vision_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,8 +85,11 @@ def test_vision_half_has_only_a_vision_graph(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("model_type", ["clip_vision_model", "siglip_vision_model", "dinov2"])
-def test_vision_graph_of_other_towers(model_type: str, tmp_path: Path) -> None:
-    model = LLM2CLIPModel(tiny.joint_config(vision=tiny.other_vision_config(model_type))).eval()
+@pytest.mark.parametrize("pooling", ["cls", "cls_mean"])
+def test_vision_graph_of_other_towers(model_type: str, pooling: str, tmp_path: Path) -> None:
+    model = LLM2CLIPModel(
+        tiny.joint_config(vision=tiny.other_vision_config(model_type), vision_pooling=pooling)
+    ).eval()
     model.save_pretrained(tmp_path)
     PROCESSOR.save_pretrained(tmp_path)
     export_onnx.run(export_onnx.ExportOnnxConfig(str(tmp_path), parts=["vision"]))

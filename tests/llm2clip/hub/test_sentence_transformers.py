@@ -72,8 +72,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_process_without_this_package_gets_the_embeddings_of_the_model(pictures: Path, tmp_path: Path) -> None:
-    model, processor = tiny.save(tmp_path / "model"), tiny.processor()
+@pytest.mark.parametrize("fields", [{}, tiny.FROZEN_TOWER], ids=["default", "frozen tower"])
+def test_process_without_this_package_gets_the_embeddings_of_the_model(
+    fields: dict[str, Any], pictures: Path, tmp_path: Path
+) -> None:
+    model, processor = tiny.save(tmp_path / "model", **fields), tiny.processor()
     write_sentence_transformers_files(tmp_path / "model")
     found = stranger.answer(STRANGER, tmp_path / "model", pictures, json.dumps(CAPTIONS), home=tmp_path)
     assert found["module"].startswith("transformers_modules.")

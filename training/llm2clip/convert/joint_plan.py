@@ -17,6 +17,8 @@ from llm2clip.convert.resize import resize_tower
 from modeling_llm2clip import LLM2CLIPModel
 
 TOWER, HEAD, ADAPTER_PART, SCALE_PART = "vision_model.", "visual_projection.", "text_adapter.", "logit_scale"
+# Statistics of the training set, which belong to the towers and not to the head and the adapter, in float32.
+STATISTICS = ("visual_standardization.mean", "visual_standardization.std", "text_adapter.center")
 
 
 @dataclass
@@ -79,10 +81,11 @@ class JointPlan:
         return model
 
     def drop(self, part: str, reason: str) -> None:
-        """Drop the tensors whose name in this package starts with `part`."""
-        self.dropped += [(theirs, reason) for theirs, ours in self.renames if ours.startswith(part)]
-        self.renames = [(theirs, ours) for theirs, ours in self.renames if not ours.startswith(part)]
-        self.tensors = {name: tensor for name, tensor in self.tensors.items() if not name.startswith(part)}
+        """Drop the tensors whose name in this package starts with `part`, except statistics."""
+        gone = {name for name in self.tensors if name.startswith(part) and name not in STATISTICS}
+        self.dropped += [(theirs, reason) for theirs, ours in self.renames if ours in gone]
+        self.renames = [(theirs, ours) for theirs, ours in self.renames if ours not in gone]
+        self.tensors = {name: tensor for name, tensor in self.tensors.items() if name not in gone}
 
     def reset_heads(self) -> None:
         """Replace the trained projection and adapter with new ones."""
@@ -107,9 +110,11 @@ class JointPlan:
 
     def to_one_dtype(self) -> None:
         """Convert all weights to the widest of their floating-point types, so that none loses precision."""
-        floats = [tensor.dtype for name, tensor in self.tensors.items() if name != SCALE_PART]
+        floats = [tensor.dtype for name, tensor in self.tensors.items() if name not in (SCALE_PART, *STATISTICS)]
         dtype = functools.reduce(torch.promote_types, floats)
-        self.tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
+        self.tensors = {
+            name: tensor.float() if name in STATISTICS else tensor.to(dtype) for name, tensor in self.tensors.items()
+        }
         if SCALE_PART in self.tensors:
             self.tensors[SCALE_PART] = self.tensors[SCALE_PART].float().reshape(())
 

@@ -16,6 +16,8 @@ from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPTextCon
 # The default of the original's text_cfg.
 DEFAULT_LLM_WIDTH = 4096
 ADAPTER_NORM = "text.text_adaptor.4.weight"
+# What a model may do with features and the original does not.
+FEATURE_FIELDS = ("vision_pooling", "standardize_vision", "center_text", "visual_head")
 
 
 def original_layout(vision_config: PretrainedConfig) -> Layout:
@@ -90,7 +92,12 @@ def to_original(config: LLM2CLIPConfig, state_dict: Mapping[str, Tensor]) -> dic
     """Rename the tensors of a model to the names of the original, without its LLM.
 
     Raises:
-        ValueError: The original has no vision tower of this type.
+        ValueError: The original has no vision tower of this type, or not what this model does with vision features.
     """
+    default = LLM2CLIPConfig()
+    different = [name for name in FEATURE_FIELDS if getattr(config, name) != getattr(default, name)]
+    if different:
+        shown = ", ".join(f"{name} {getattr(config, name)!r}" for name in different)
+        raise ValueError(f"the original code knows no {shown}; such a model cannot be converted to its format.")
     state = {name: tensor for name, tensor in state_dict.items() if not name.startswith("text_model.")}
     return original_layout(config.vision_config).restore(state)

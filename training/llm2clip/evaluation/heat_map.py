@@ -20,7 +20,7 @@ OPACITY = 0.55
 def patch_similarity(model: LLM2CLIPModel, pixel_values: Tensor, text_embeds: Tensor) -> Tensor:
     """Compute the cosine similarity between each caption and the patches of its image.
 
-    The patch tokens of the vision tower pass through the visual projection, which was trained on the pooled token.
+    The patches pass through what was trained on the pooled features; see `get_patch_features`.
 
     Args:
         model: The model; its LLM is not used.
@@ -37,12 +37,10 @@ def patch_similarity(model: LLM2CLIPModel, pixel_values: Tensor, text_embeds: Te
     if not isinstance(patch_size, int):
         raise ValueError(f"a {model.config.vision_config.model_type} tower has no fixed patch size for a heat map.")
     device = model.vision_model.device
-    tokens = model.get_image_features(pixel_values.to(device)).last_hidden_state
-    assert tokens is not None
     rows, columns = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
-    patches = F.normalize(model.visual_projection(tokens[:, -rows * columns :]).float(), dim=-1)
+    patches = F.normalize(model.get_patch_features(pixel_values.to(device)).float(), dim=-1)
     similarity = patches @ text_embeds.to(device).float()[:, :, None]
-    return similarity.view(len(tokens), rows, columns).cpu()
+    return similarity.view(len(patches), rows, columns).cpu()
 
 
 def seen_part(image: Image.Image, image_processor: BaseImageProcessor) -> Image.Image:
