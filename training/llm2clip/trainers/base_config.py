@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +54,16 @@ class StageConfig(TrainingArguments):
         0,
         "How many steps with NaN or infinite embeddings, loss or gradients to leave out; the next one ends the run.",
     )
+    ema_half_life: float | None = setting(
+        None,
+        "Average the trained weights over the optimizer steps (EMA), with this half-life in steps; evaluation and the "
+        "result use the average. Unset: none.",
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.ema_half_life is not None and not 0 < self.ema_half_life < math.inf:
+            raise ValueError(f"ema_half_life must be a number of steps above 0, but is {self.ema_half_life}.")
         if self.skip_bad_steps < 0:
             raise ValueError(f"skip_bad_steps must be at least 0, but is {self.skip_bad_steps}.")
         # transformers 5.2 has only gradient_checkpointing, which later versions rename and warn about.

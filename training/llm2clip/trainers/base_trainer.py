@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from llm2clip.trainers.model_card import DataRevisions, write_model_card
 from llm2clip.trainers.progress import TrainingProgress
 from llm2clip.trainers.pushing import PushingTrainer
 from llm2clip.trainers.run_folder import run_folder
+from llm2clip.trainers.weight_average import WeightAverage
 from llm2clip.utils.non_finite import BROKEN_MODEL, NonFiniteError, on_any_process
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
@@ -92,6 +94,10 @@ class StageTrainer(PushingTrainer):
         self.eval_revisions = DataRevisions(sources)
         self.finite_steps = FiniteSteps(self, self.args.skip_bad_steps)
         self.add_callback(self.finite_steps)
+        half_life = self.args.ema_half_life
+        self.average = None if half_life is None else WeightAverage(self, half_life)
+        if self.average is not None:
+            self.add_callback(self.average)
         self.progress = TrainingProgress(self.title)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -180,6 +186,8 @@ class StageTrainer(PushingTrainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        if self.average is not None and self.args.should_save:
+            self.average.save(folder)
         # The other processes have written their states of random numbers.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -204,12 +212,19 @@ class StageTrainer(PushingTrainer):
                 "resume with the settings of the original run."
             )
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.average is not None and checkpoint is not None:
+            self.average.checkpoint = Path(checkpoint)
+
     def _load_best_model(self) -> None:
         adapted = getattr(self.accelerator.unwrap_model(self.model), "has_adapter", False)
         if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and not adapted:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        if self.average is not None:
+            self.average.restore(Path(str(self.state.best_model_checkpoint)))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write this package's model card into `output_dir`; text that people added to the existing card stays."""
@@ -265,6 +280,11 @@ class StageTrainer(PushingTrainer):
         # Without embeddings, the outputs are states, of which those of padding may be anything.
         return Observed.of(loss, () if self.loss_only else outputs.values(), inputs.get("keys"))
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.average is not None and self.average.in_model and any(name.startswith("eval_") for name in logs):
+            logs["eval_ema_half_life"] = self.average.half_life
+        super().log(logs, start_time)
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, Any, Any]:
@@ -304,8 +324,15 @@ class StageTrainer(PushingTrainer):
         """Evaluate `eval_dataset`, by default the one given at construction, and in that case the retrieval sets too.
 
         Returns:
-            `eval_loss` and `eval_<metric>` of the data set, `eval_<set>_<metric>` of each retrieval set.
+            `eval_loss` and `eval_<metric>` of the data set, `eval_<set>_<metric>` of each retrieval set; of averaged
+            weights also their half-life, `eval_ema_half_life`.
         """
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            return self._measure_all(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _measure_all(
+        self, eval_dataset: Any, ignore_keys: list[str] | None, metric_key_prefix: str
+    ) -> dict[str, float]:
         metrics: dict[str, float] = {}
         if eval_dataset is not None or self._has_eval_rows:
             metrics |= super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

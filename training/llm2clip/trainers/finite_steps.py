@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -129,24 +129,31 @@ def largest(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def require_finite_weights(model: Any, step: int, sharded: bool) -> None:
-    """Check the trained weights before they are saved.
+    """Check the trained weights of a model before they are saved; see [`require_finite`]."""
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    require_finite(trained, step, sharded)
+
+
+def require_finite(weights: Mapping[str, Tensor], step: int, sharded: bool, what: str = "trained weights") -> None:
+    """Check weights before they are saved.
 
     Args:
+        weights: The weights by name.
         step: The number of optimizer steps so far.
         sharded: Each process holds a part of the weights; then all processes have to call this.
+        what: The weights in words.
 
     Raises:
         NonFiniteError: A weight is NaN or infinite.
     """
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    if not trained:
+    if not weights:
         return
-    broken = ~largest(trained.values()).isfinite()
+    broken = ~largest(weights.values()).isfinite()
     if not (on_any_process(broken) if sharded else bool(broken)):
         return
-    names = [name for name, weight in trained.items() if weight.numel() and not largest([weight]).isfinite()]
+    names = [name for name, weight in weights.items() if weight.numel() and not largest([weight]).isfinite()]
     where = f" ({shortened(names)})" if names else ""
     raise NonFiniteError(
-        f"after step {step}, trained weights are NaN or infinite{where}, and are not saved. Go on from an earlier "
+        f"after step {step}, {what} are NaN or infinite{where}, and are not saved. Go on from an earlier "
         "checkpoint with a lower learning_rate, more warmup_steps or a lower max_grad_norm."
     )

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 
 from llm2clip.hub.hub_errors import explanation
 from llm2clip.hub.upload import Uploader
+from llm2clip.trainers.weight_average import AVERAGE_FILE
 from llm2clip.utils.files import atomic_path, write_license
 from llm2clip.utils.manifests import FOLDER_MANIFEST
 from llm2clip.utils.repos import hub_ids
@@ -20,7 +21,10 @@ from llm2clip.utils.repos import hub_ids
 logger = logging.getLogger(__name__)
 
 # Files of a checkpoint that are for resuming only.
-TRAINING_STATE = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "*fsdp*", "optimizer*", "README.md", FOLDER_MANIFEST)
+TRAINING_STATE = (
+    *("*.pt", "*.pth", "*.bin", "trainer_state.json", "*fsdp*", "optimizer*", AVERAGE_FILE, "README.md"),
+    FOLDER_MANIFEST,
+)
 
 
 class PushCallback(TrainerCallback):

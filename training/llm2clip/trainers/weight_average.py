@@ -1,0 +1,141 @@
+"""The exponential moving average (EMA) of the trained weights over the optimizer steps, given by its half-life."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from transformers import TrainerCallback
+
+from llm2clip.trainers.finite_steps import require_finite
+from modeling_llm2clip.modeling_llm2clip_utils import apply_umask
+
+if TYPE_CHECKING:
+    from llm2clip.trainers.base_trainer import StageTrainer
+
+logger = logging.getLogger(__name__)
+
+AVERAGE_FILE = "ema.safetensors"
+
+
+class WeightAverage(TrainerCallback):
+    """Averages the trained weights in float32: `average = d * average + (1 - d) * weights` after each optimizer step.
+
+    The decay `d` is `0.5 ** (1 / half_life)`, and the average begins with the weights before the first step. A skipped
+    step counts as one that left the weights as they were. At the end of training the model gets the averaged weights.
+
+    `AveragedModel` of torch would copy the frozen LLM too; this uses its rule on the trained weights alone. Under DDP
+    all processes hold the same weights, and so the same average.
+
+    Args:
+        trainer: The trainer of the run.
+        half_life: Optimizer steps after which the weights of a step have half of their share left.
+
+    Attributes:
+        in_model: Whether the model has the averaged weights now: in evaluation, and after training.
+        checkpoint: The checkpoint that the next training resumes from.
+
+    Raises:
+        ValueError: FSDP or DeepSpeed shards the weights.
+    """
+
+    def __init__(self, trainer: StageTrainer, half_life: float) -> None:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            sharding = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(
+                f"ema_half_life does not work with {sharding}, which gives no process the whole weights; train with "
+                "DDP, or leave it unset."
+            )
+        self.trainer, self.half_life = trainer, half_life
+        self.checkpoint: Path | None = None
+        self.in_model = False
+        self._average: dict[str, Tensor] = {}
+        self._update = get_ema_multi_avg_fn(0.5 ** (1 / half_life))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.in_model = False
+        checkpoint, self.checkpoint = self.checkpoint, None
+        if checkpoint is None:
+            self._begin()
+        else:
+            self.restore(checkpoint)
+
+    # Later than `on_optimizer_step`, where stage 2 limits the logit scale.
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        current = [weight.float() for weight in self._trained().values()]
+        self._update(list(self._average.values()), current, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(self._average)
+        self.in_model, self._average = True, {}
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within this context, the model has the averaged weights; then it has its own again, bit for bit."""
+        if self.in_model or not self._average:
+            yield
+            return
+        own = {name: weight.clone() for name, weight in self._trained().items()}
+        self._write(self._average)
+        self.in_model = True
+        try:
+            yield
+        finally:
+            self._write(own)
+            self.in_model = False
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the average into a checkpoint.
+
+        Raises:
+            NonFiniteError: An average is NaN or infinite.
+        """
+        require_finite(self._average, self.trainer.state.global_step, sharded=False, what="averages of weights")
+        save_file(self._average, checkpoint / AVERAGE_FILE, metadata={"format": "pt"})
+        apply_umask(checkpoint / AVERAGE_FILE)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue with the average in a checkpoint, whose weights the model has.
+
+        Raises:
+            ValueError: The checkpoint has no average, or one of other weights.
+        """
+        self._begin()
+        path = checkpoint / AVERAGE_FILE
+        if not path.is_file():
+            if not self.trainer.args.resume_anyway:
+                raise ValueError(
+                    f"{checkpoint} has no {AVERAGE_FILE}, since its run did not set ema_half_life; leave it unset, or "
+                    "add --resume-anyway to begin the average with the weights of the checkpoint."
+                )
+            logger.warning("%s has no %s: the average begins with its weights.", checkpoint, AVERAGE_FILE)
+            return
+        saved = load_file(path)
+        shapes, expected = ({name: x.shape for name, x in found.items()} for found in (saved, self._average))
+        if shapes != expected:
+            differing = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
+            raise ValueError(
+                f"{path} does not contain the averages of the weights that this run trains ({differing[0]}, ...); "
+                "resume with the settings of the original run."
+            )
+        for name, average in self._average.items():
+            average.copy_(saved[name])
+
+    def _begin(self) -> None:
+        options: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
+        self._average = {name: weight.to(torch.float32, **options) for name, weight in self._trained().items()}
+
+    def _trained(self) -> dict[str, Tensor]:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, weight in self._trained().items():
+            weight.copy_(values[name])
