@@ -77,6 +77,10 @@ TRAIN_LLM = "llm2clip stage1 stage1_paper --output-dir runs/stage1"
 EMBED_CAPTIONS = "llm2clip embed embed_paper"
 TRAIN_VISION = "llm2clip stage2 stage2_paper --learning-rate 2e-5"
 BUILD = "llm2clip build runs/stage2 my-model --license apache-2.0"
+MERGE = (
+    "llm2clip merge openai/clip-vit-large-patch14-336 runs/stage2 runs/merged --alpha 0 0.25 0.5 0.75 1 "
+    "--eval-source ./my_images --caption-columns caption"
+)
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 PAIRS = ("data/dreamlip", "data/text_pairs")
 TOWER = "openai/clip-vit-large-patch14-336"
@@ -121,6 +125,11 @@ README = {
     ),
     "llm2clip evaluate runs/stage2 --data ./my_images --split test --caption-columns caption": Run(
         needs=(TRAIN_VISION, "my_images"), prints="text_to_image_recall@10: "
+    ),
+    MERGE: Run(
+        needs=(TRAIN_VISION, TOWER, "my_images"),
+        makes=("runs/merged/model.safetensors", "runs/merged/curve.png"),
+        prints="alpha: ",
     ),
     BUILD: Run(needs=(TRAIN_VISION,), makes=("my-model/model.safetensors", "my-model/modeling_llm2clip.py")),
     "llm2clip push my-model OWNER/my-model": Run(

@@ -30,6 +30,7 @@ MODULES = {
     "llm2clip.trainers.stage2_trainer": ["Stage2Trainer"],
     "llm2clip.convert.conversion": ["convert_checkpoint"],
     "llm2clip.hub.build": ["build_folder"],
+    "llm2clip.hub.merge": ["merge_models"],
     "llm2clip.hub.push": ["push_folder"],
     "llm2clip.losses": ["clip_loss", "hard_negative_info_nce", "info_nce", "sigmoid_loss"],
     "llm2clip.data": ["CaptionSource", "load_source"],

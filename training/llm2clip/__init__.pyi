@@ -49,6 +49,9 @@ from llm2clip.evaluation.mteb_encoder import (
 from llm2clip.hub.build import (
     build_folder as build_folder,
 )
+from llm2clip.hub.merge import (
+    merge_models as merge_models,
+)
 from llm2clip.hub.push import (
     push_folder as push_folder,
 )

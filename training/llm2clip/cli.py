@@ -14,7 +14,7 @@ from typing import Any
 from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.utils.logs import LogFile, command_logs, quiet_libraries
 from llm2clip.utils.progress import close_bars, is_main_process
-from llm2clip.utils.settings import add_fields, build_config, complete_flags, given_fields, nearest
+from llm2clip.utils.settings import add_fields, bracket_numbers, build_config, complete_flags, given_fields, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ COMMANDS = {
     "convert": Command(
         "convert checkpoints of the original code, of Microsoft's repos and of CLIP to this format and back",
         "llm2clip.convert.conversion", "ConvertConfig", ("source", "destination")),
+    "merge": Command("average the weights of two models, and measure the line between them (WiSE-FT)",
+                     "llm2clip.hub.merge", "MergeConfig", ("first", "second", "destination")),
     "build": Command("build a self-contained folder for the Hub, with code, model card and license",
                      "llm2clip.hub.build", "BuildConfig", ("model", "destination"), optional=("destination",)),
     "push": Command("check a built folder and upload it to the Hub",
@@ -133,7 +135,7 @@ def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
     config_class = getattr(module, command.config)
     # Intermixed, so that positional arguments may follow an option.
     namespace, unknown = _parser(name, config_class).parse_known_intermixed_args(
-        complete_flags(arguments, config_class)
+        bracket_numbers(complete_flags(arguments, config_class), config_class)
     )
     if unknown:
         raise ValueError(_unknown_argument(unknown[0], config_class))

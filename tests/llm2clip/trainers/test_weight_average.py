@@ -139,6 +139,27 @@ def test_best_checkpoint_gives_its_average(tmp_path: Path) -> None:
     assert_same(trained_of(trainer), averages(tmp_path / f"checkpoint-{state.best_global_step}"))
 
 
+class Publish(TrainerCallback):
+    """Copies each checkpoint for the Hub, as pushing does."""
+
+    trainer: Any
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.trainer.publish_checkpoint(checkpoint)
+        assert not Path(args.output_dir, AVERAGE_FILE).exists()
+        assert_same(weights(Path(args.output_dir)), averages(checkpoint))
+        own = weights(checkpoint)
+        assert_same(trained_of(self.trainer), {name: own[name] for name in averages(checkpoint)})
+
+
+def test_pushed_checkpoints_have_the_average(tmp_path: Path) -> None:
+    publish = Publish()
+    publish.trainer = trainer_of(tmp_path, rows(2 * BATCH), [publish], max_steps=2, ema_half_life=HALF_LIFE)
+    publish.trainer.train()
+    assert not weights(tmp_path)["logit_scale"].equal(weights(tmp_path / "checkpoint-2")["logit_scale"])
+
+
 class InfiniteBetweenSteps(TrainerCallback):
     """Gives a weight an infinite value after the second step, and its own again before the third one."""
 

@@ -17,7 +17,7 @@ from llm2clip.quickstart.config import PROFILES
 from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.utils.settings import add_fields, build_config, complete_flags, given_fields
+from llm2clip.utils.settings import add_fields, bracket_numbers, build_config, complete_flags, given_fields
 
 RECIPES = sorted(Path(str(resources.files("llm2clip.recipes"))).glob("*.yaml"))
 
@@ -129,6 +129,27 @@ def test_every_packaged_recipe_builds_its_settings(path: Path) -> None:
 )
 def test_a_flag_does_not_consume_the_next_argument(given: list[str], meant: list[str]) -> None:
     assert complete_flags(given, Settings) == meant
+
+
+@dataclass
+class Numbers:
+    """A list of numbers between other fields."""
+
+    place: str = ""
+    some_shares: list[float] = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--some-shares", "0", ".5", "out"], ["--some-shares=[0, .5]", "out"]),
+        (["--some_shares", "-1e-3", "--place", "1"], ["--some_shares=[-1e-3]", "--place", "1"]),
+        (["--some-shares", "[0, 1]", "2"], ["--some-shares", "[0, 1]", "2"]),
+        (["--some-shares"], ["--some-shares"]),
+    ],
+)
+def test_numbers_do_not_consume_what_follows_them(given: list[str], meant: list[str]) -> None:
+    assert bracket_numbers(given, Numbers) == meant
 
 
 @pytest.mark.parametrize("name", ["ddp_8gpu", "fsdp", "deepspeed_zero2", "cpu_2"])

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from llm2clip.data import CaptionSource, OnError, PairSource
 from llm2clip.embedding import CaptionEmbedder
@@ -20,7 +20,7 @@ from llm2clip.utils.identity import data_revision
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.settings import check_choices, setting
 from llm2clip.utils.towers import open_text_tower
-from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
 
 
 @dataclass
@@ -68,10 +68,15 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             raise ValueError(f"evaluate needs {name}; give it as an option (--{name}).")
     metrics = _retrieval(config) if config.task == "retrieval" else _caption_retrieval(config)
     if config.output and process_state().is_main_process:
-        data = _source_fields(config)
-        data["revision"] = data_revision(data)
-        write_json(config.output, {"model": config.model, "task": config.task, "data": data, **metrics})
+        write_json(config.output, described(config, metrics))
     return metrics
+
+
+def described(config: EvaluateConfig, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return metrics with the model, the task and the data, including its revision, that they are about."""
+    data = _source_fields(config)
+    data["revision"] = data_revision(data)
+    return {"model": config.model, "task": config.task, "data": data, **metrics}
 
 
 def _source_fields(config: EvaluateConfig) -> dict[str, Any]:
@@ -83,25 +88,43 @@ def _source_fields(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _retrieval(config: EvaluateConfig) -> dict[str, Any]:
-    source = CaptionSource.from_dict(_source_fields(config))
     model = LLM2CLIPModel.from_pretrained(config.model, text_model=config.embedding_cache is None)
-    model.to(process_state().device).eval()
     processor = AutoProcessor.from_pretrained(config.model)
+    return open_retrieval(config, model.to(process_state().device).eval(), processor)()
+
+
+def open_retrieval(
+    config: EvaluateConfig, model: LLM2CLIPModel, processor: LLM2CLIPProcessor
+) -> Callable[[], dict[str, Any]]:
+    """Return a function that measures image-text retrieval of a loaded model as it is then.
+
+    The LLM's embeddings of the captions are computed once, or looked up; the model may change except for its LLM.
+    """
+    source = CaptionSource.from_dict(_source_fields(config))
     retrieval = ImageTextRetrieval(source, processor.image_processor, config.on_error)
     embed: Callable[[list[str]], Tensor]
     if config.embedding_cache is not None:
-        embed = open_cache_of_model(config.embedding_cache, model.config, processor.tokenizer, is_trained=True).lookup
+        model_config = cast(LLM2CLIPConfig, model.config)
+        embed = open_cache_of_model(config.embedding_cache, model_config, processor.tokenizer, is_trained=True).lookup
     else:
         embed = partial(CaptionEmbedder(model.text_model, processor).embed, batch_size=config.batch_size)
-    return retrieval(model, embed, config.batch_size, config.num_workers, show_progress_bar=True)
+    llm_embeds = embed(retrieval.captions)
+    options: dict[str, Any] = {"batch_size": config.batch_size, "num_workers": config.num_workers}
+    return partial(retrieval, model, lambda captions: llm_embeds, **options, show_progress_bar=True)
 
 
 def _caption_retrieval(config: EvaluateConfig) -> dict[str, Any]:
+    model: Any
+    model, tokenizer = open_text_tower(config.model)
+    return open_caption_retrieval(config, model.to(process_state().device).eval(), tokenizer)()
+
+
+def open_caption_retrieval(
+    config: EvaluateConfig, model: LLM2CLIPTextModel, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[], dict[str, Any]]:
+    """Return a function that measures caption retrieval of a loaded text tower as it is then."""
     fields = _source_fields(config)
     if config.query_column and config.target_column:
         fields |= {"anchor_column": config.query_column, "positive_column": config.target_column}
-    source = PairSource.from_dict(fields)
-    model: Any
-    model, tokenizer = open_text_tower(config.model)
-    retrieval = CaptionRetrieval.from_source(source)
-    return retrieval(model.to(process_state().device).eval(), tokenizer, config.batch_size, show_progress_bar=True)
+    retrieval = CaptionRetrieval.from_source(PairSource.from_dict(fields))
+    return partial(retrieval, model, tokenizer, config.batch_size, show_progress_bar=True)

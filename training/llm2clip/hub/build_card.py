@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 
 from llm2clip.hub.cards.card import CARD, read_card, render
 from llm2clip.hub.cards.curves import write_curves
-from llm2clip.hub.cards.facts import CURVES, CardFacts, Evaluation, base_models, summary
+from llm2clip.hub.cards.facts import CURVES, MERGE_CURVE, CardFacts, Evaluation, base_models, summary
 from llm2clip.hub.cards.metadata import check_metadata
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import read_json, write_text
@@ -36,6 +36,11 @@ def read_results(path: Path) -> Evaluation:
     fields = read_json(path)
     if not isinstance(fields.get("data"), dict) or "task" not in fields:
         raise ValueError(f"{path} does not contain results of `llm2clip evaluate --output`.")
+    return evaluation_of(fields)
+
+
+def evaluation_of(fields: dict[str, Any]) -> Evaluation:
+    """Turn the content of a file of `llm2clip evaluate --output` into results for a card."""
     data = fields["data"]
     # Only the name of a local folder: its path means nothing to others.
     dataset = str(data["path"]) if hub_ids(str(data["path"])) else Path(data["path"]).name
@@ -49,7 +54,7 @@ def source_folder(config: BuildConfig) -> Path:
     """The folder of the source's card and training history; for a Hub id, a snapshot of these files."""
     if Path(config.model).is_dir():
         return Path(config.model)
-    files = [CARD, CURVES, HISTORY]
+    files = [CARD, CURVES, MERGE_CURVE, HISTORY]
     folder = Path(snapshot_download(config.model, revision=config.revision, allow_patterns=files))
     if not (folder / CARD).is_file():
         logger.warning("%s has no %s, so the new card starts empty.", config.model, CARD)
@@ -70,7 +75,9 @@ def source_card(config: BuildConfig, source: Path) -> tuple[dict[str, Any], str]
 
 
 def copy_curves(source: Path, folder: Path) -> bool:
-    """Copy the source's training curves, or draw them from its history; returns whether it had either."""
+    """Copy the source's curves, or draw those of training from its history; returns whether it had either."""
+    if (source / MERGE_CURVE).is_file():
+        shutil.copy(source / MERGE_CURVE, folder / MERGE_CURVE)
     if (source / CURVES).is_file():
         shutil.copy(source / CURVES, folder / CURVES)
         return True

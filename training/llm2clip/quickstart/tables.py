@@ -7,10 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from llm2clip.utils.tables import print_table
+from llm2clip.utils.tables import print_table, recalls_in_percent
 
 CAPTION_SETS = {"lemma_to_gloss": "lemma → gloss", "name_to_keywords": "name → keywords"}
-RECALLS = ("recall@1", "recall@5", "recall@10")
 
 
 def print_tables(results: dict[str, Any]) -> None:
@@ -47,18 +46,19 @@ def caption_table(rows: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         f"{CAPTION_SETS[name]}\n{sizes[name]['num_queries']} queries, {sizes[name]['num_targets']} targets"
         for name in names
     ]
-    return ["text encoder", *titles], [[row, *(_percent(sets[name]) for name in names)] for row, sets in rows.items()]
+    return ["text encoder", *titles], [
+        [row, *(recalls_in_percent(sets[name]) for name in names)] for row, sets in rows.items()
+    ]
 
 
 def image_table(rows: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the column titles and the rows of the table of image retrieval."""
     directions = ("text_to_image_", "image_to_text_")
     return ["model", "text → image", "image → text", "captions\n× images"], [
-        [row, *(_percent(metrics, way) for way in directions), f"{metrics['num_texts']} × {metrics['num_images']}"]
+        [
+            row,
+            *(recalls_in_percent(metrics, way) for way in directions),
+            f"{metrics['num_texts']} × {metrics['num_images']}",
+        ]
         for row, metrics in rows.items()
     ]
-
-
-def _percent(metrics: dict[str, Any], prefix: str = "") -> str:
-    """Format the recalls in percent, such as `12.3 / 45.6 / 78.9`."""
-    return " / ".join(f"{100 * metrics[prefix + recall]:.1f}" for recall in RECALLS)

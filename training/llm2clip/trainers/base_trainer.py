@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, n
 from llm2clip.trainers.finite_steps import FiniteSteps, Observed, describe, require_finite_weights
 from llm2clip.trainers.model_card import DataRevisions, write_model_card
 from llm2clip.trainers.progress import TrainingProgress
-from llm2clip.trainers.pushing import PushingTrainer
+from llm2clip.trainers.pushing import PushingTrainer, copy_files
 from llm2clip.trainers.run_folder import run_folder
 from llm2clip.trainers.weight_average import WeightAverage
 from llm2clip.utils.non_finite import BROKEN_MODEL, NonFiniteError, on_any_process
@@ -192,6 +193,15 @@ class StageTrainer(PushingTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             finish_checkpoint(folder, limit, self.state.best_model_checkpoint)
+
+    def publish_checkpoint(self, checkpoint: Path) -> None:
+        super().publish_checkpoint(checkpoint)
+        if self.average is None:
+            return
+        with self.average.in_place(), tempfile.TemporaryDirectory() as scratch:
+            self.accelerator.unwrap_model(self.model).save_pretrained(scratch)
+            make_readable_by_version_4(scratch)
+            copy_files(Path(scratch), Path(str(self.args.output_dir)))
 
     # transformers (5.2 to 5.23) has no public method for loading a checkpoint's weights: it reads the files by the
     # names of the parameters, which `from_pretrained` and `save_pretrained` may change.

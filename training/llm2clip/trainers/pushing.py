@@ -44,8 +44,7 @@ class PushCallback(TrainerCallback):
         if self.jobs and not args.hub_always_push:
             return
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        ignore = shutil.ignore_patterns(*TRAINING_STATE)
-        shutil.copytree(checkpoint, args.output_dir, ignore=ignore, copy_function=_copy_file, dirs_exist_ok=True)
+        self.trainer.publish_checkpoint(checkpoint)
         self.trainer.callback_handler.on_push_begin(args, state, control)
         is_step = args.save_strategy == SaveStrategy.STEPS
         message = f"Training in progress, {f'step {state.global_step}' if is_step else f'epoch {int(state.epoch)}'}"
@@ -102,6 +101,10 @@ class PushingTrainer(Trainer):
         # Any, since the Trainer declares them as None.
         repo: Any = uploader.prepare(cast(Any, self.model).config.model_type, private).repo_id
         self.hub_model_id, self.push_in_progress = repo, None
+
+    def publish_checkpoint(self, checkpoint: Path) -> None:
+        """Copy the model of a checkpoint, without what is for resuming only, to `output_dir`, which is uploaded."""
+        copy_files(checkpoint, Path(str(self.args.output_dir)), *TRAINING_STATE)
 
     def uploader(self, token: str | None = None, revision: str | None = None) -> Uploader:
         """Make the connection to the repo of this run."""
@@ -164,6 +167,12 @@ class PushingTrainer(Trainer):
             raise ValueError(
                 f"{error} The result is in {folder}; `llm2clip push {folder} {repo}{branch}` uploads it."
             ) from error
+
+
+def copy_files(source: Path, destination: Path, *ignored: str) -> None:
+    """Copy the files of a folder into another one, except those of the ignored patterns."""
+    ignore = shutil.ignore_patterns(*ignored)
+    shutil.copytree(source, destination, ignore=ignore, copy_function=_copy_file, dirs_exist_ok=True)
 
 
 def _copy_file(source: str, destination: str) -> str:

@@ -173,6 +173,27 @@ def complete_flags(arguments: Sequence[str], config_class: type) -> list[str]:
     return completed
 
 
+def bracket_numbers(arguments: Sequence[str], config_class: type) -> list[str]:
+    """Write the numbers of each list of numbers as one value, so that it does not consume arguments after them."""
+    hints = typing.get_type_hints(config_class)
+    lists = {f"__{field.name}" for field in dataclasses.fields(config_class) if hints[field.name] == list[float]}
+    completed: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        numbers = list(itertools.takewhile(_is_number, rest)) if argument.replace("-", "_") in lists else []
+        completed.append(f"{argument}=[{', '.join(numbers)}]" if numbers else argument)
+        del rest[: len(numbers)]
+    return completed
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        float(text)
+        return True
+    return False
+
+
 def given_fields(namespace: argparse.Namespace, config_class: type) -> dict[str, Any]:
     """Return the fields that are given on a parsed command line.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+RECALLS = ("recall@1", "recall@5", "recall@10")
 
 
 def print_table(
@@ -22,3 +25,8 @@ def print_table(
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def recalls_in_percent(metrics: Mapping[str, Any], prefix: str = "") -> str:
+    """Format the recalls at 1, 5 and 10 in percent, such as `12.3 / 45.6 / 78.9`."""
+    return " / ".join(f"{100 * metrics[prefix + recall]:.1f}" for recall in RECALLS)

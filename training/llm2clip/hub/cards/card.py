@@ -104,6 +104,7 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
         license_name=facts.license_name,
         license_link=facts.license_link,
         base_model=list(facts.base_models) or None,
+        base_model_relation="merge" if facts.merged and facts.base_models else None,
         datasets=list(facts.datasets) or None,
         library_name="transformers",
         pipeline_tag=facts.task,

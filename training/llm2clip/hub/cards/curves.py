@@ -27,10 +27,7 @@ def write_curves(folder: Path, history: Sequence[Mapping[str, Any]]) -> bool:
                 recalls.setdefault(name.removeprefix("eval_"), []).append((entry["step"], value))
     if not losses and not recalls:
         return False
-    panels = bool(losses) + bool(recalls)
-    figure = Figure(figsize=(5 * panels, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    figure, axes = _panels(bool(losses) + bool(recalls))
     if losses:
         axes[0].plot(*zip(*losses, strict=True), marker="." if len(losses) < 30 else None)
         axes[0].set(title="Training loss", xlabel="step", ylabel="loss")
@@ -39,7 +36,34 @@ def write_curves(folder: Path, history: Sequence[Mapping[str, Any]]) -> bool:
             axes[-1].plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
         axes[-1].set(title="Validation", xlabel="step", ylabel="recall@10")
         axes[-1].legend()
-    for axis in axes:
-        axis.grid(alpha=0.3)
     figure.savefig(folder / CURVES, dpi=110)
     return True
+
+
+def write_merge_curve(path: Path, curve: Mapping[float, Mapping[str, Any]], chosen: float, title: str) -> None:
+    """Draw the recalls over the share of the second model.
+
+    Args:
+        path: File of the image.
+        curve: Metrics of each share, from 0 to 1.
+        chosen: The share of the model that is written, which is marked.
+        title: What was measured.
+    """
+    figure, (axis,) = _panels(1)
+    for name in next(iter(curve.values())):
+        if "recall@" in name:
+            points = [(alpha, metrics[name]) for alpha, metrics in sorted(curve.items())]
+            axis.plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
+    axis.axvline(chosen, linestyle="--", color="gray", label="written")
+    axis.set(title=title, xlabel="alpha", ylabel="recall")
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def _panels(count: int) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(5 * count, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return figure, axes

@@ -11,7 +11,7 @@ from modeling_llm2clip import LLM2CLIPTextConfig
 
 JOINT_TASK, TEXT_TASK = "zero-shot-image-classification", "feature-extraction"
 VISION_TASK = "image-feature-extraction"
-EXAMPLE, CURVES = "example.png", "training_curves.png"
+EXAMPLE, CURVES, MERGE_CURVE = "example.png", "training_curves.png", "curve.png"
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class CardFacts:
         base_models: Hub ids of the models that this one was trained from.
         datasets: Hub ids of the training data.
         languages: ISO 639 codes of the caption languages.
+        merged: How the weights were merged from those of `base_models`, instead of training.
         sources: Description of training data without a Hub id.
         recipe: Settings that differ from the defaults.
         evaluations: Evaluation results.
@@ -73,6 +74,7 @@ class CardFacts:
     base_models: Sequence[str] = ()
     datasets: Sequence[str] = ()
     languages: Sequence[str] = ()
+    merged: str = ""
     sources: Sequence[str] = ()
     recipe: dict[str, Any] = field(default_factory=dict)
     evaluations: Sequence[Evaluation] = ()

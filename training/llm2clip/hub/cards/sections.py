@@ -152,7 +152,9 @@ def _results(evaluations: Sequence[Evaluation]) -> str:
 
 def _training(facts: CardFacts) -> str:
     parts = []
-    if facts.base_models:
+    if facts.merged:
+        parts.append(facts.merged)
+    elif facts.base_models:
         parts.append("Trained from: " + ", ".join(facts.base_models) + ".")
     if data := [*facts.datasets, *facts.sources]:
         parts.append("Trained on: " + "; ".join(data) + ".")

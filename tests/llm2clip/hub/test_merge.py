@@ -1,0 +1,328 @@
+"""`llm2clip merge`: weights between two models, the curve over their shares, and what cannot be merged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModel, AutoProcessor
+
+import llm2clip
+from llm2clip import cli
+from llm2clip.embedding import embed
+from llm2clip.evaluation import evaluate
+from llm2clip.hub import build
+from llm2clip.hub.cards.card import read_card
+from llm2clip.hub.merge import mean_recall
+from llm2clip.hub.mixture import interpolated
+from llm2clip.hub.source_model import SourceModel
+from llm2clip.utils.manifests import damage
+from llm2clip.utils.towers import open_text_tower, save_text_tower
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from tests.llm2clip import tiny as stages
+from tests.modeling_llm2clip import tiny
+
+SOURCE = stages.concepts("validation", caption_columns=["caption"], max_samples=24)
+
+
+def changed(model: Any, seed: int = 1) -> Any:
+    """Add noise to the weights of a model, except those of a joint model's LLM."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if not name.startswith("text_model."):
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+    return model
+
+
+def save_changed(source: Path, folder: Path, **options: Any) -> Path:
+    """Save a joint model with other weights but the same LLM."""
+    model = changed(LLM2CLIPModel.from_pretrained(source, **options))
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """Two joint models that refer to one LLM."""
+    tiny.save_apart(tmp_path)
+    return tmp_path / "clip", save_changed(tmp_path / "clip", tmp_path / "tuned", text_model=False)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def between(first: Tensor, second: Tensor, alpha: float) -> Tensor:
+    return ((1 - alpha) * first.double() + alpha * second.double()).to(second.dtype)
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Check that two models have the same weights, bit for bit."""
+    assert actual.keys() == expected.keys()
+    assert not [name for name, weight in expected.items() if weight_bits(actual[name]) != weight_bits(weight)]
+
+
+def weight_bits(weight: Tensor) -> bytes:
+    return weight.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_interpolation_is_linear_and_exact_at_its_ends() -> None:
+    first, second = torch.tensor([1.0, -0.0, 2.0]), torch.tensor([3.0, 0.0, float("inf")])
+    assert interpolated(first[:2], second[:2], 0.25).tolist() == [1.5, 0]
+    assert weight_bits(interpolated(first, second, 0.0)) == weight_bits(first)
+    assert weight_bits(interpolated(first, second, 1.0)) == weight_bits(second)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+def test_two_models_are_merged_into_a_folder_for_the_hub(
+    alpha: float, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first, second = pair
+    out = tmp_path / "out"
+    assert llm2clip.merge_models(first, second, out, alpha) == {"written": str(out), "alpha": alpha}
+    one, two, found = weights(first), weights(second), weights(out)
+    if alpha in (0, 1):
+        assert_same(found, two if alpha else one)
+    assert found.keys() == one.keys()
+    for name, weight in found.items():
+        assert weight.equal(between(one[name], two[name], alpha)), name
+    assert weight_bits(one["logit_scale"]) != weight_bits(two["logit_scale"])
+    model, processor = AutoModel.from_pretrained(out), AutoProcessor.from_pretrained(out)
+    assert model.config.text_model_name_or_path == str(tmp_path / "llm")
+    assert model.config.text_model_fingerprint == LLM2CLIPTextModel.from_pretrained(tmp_path / "llm").fingerprint()
+    assert model.encode_text(tiny.CAPTIONS, processor).shape == (3, 24)
+    assert damage(out) is None
+    text = read_card(out)[1]
+    assert f"the weights are {1 - alpha:g} × A + {alpha:g} × B" in text
+    assert "where A is clip and B is tuned. Both have the same LLM." in text
+    assert str(tmp_path) not in text.replace(str(out), "")
+
+
+def test_a_bundled_llm_stays_in_the_model(tmp_path: Path) -> None:
+    tiny.save(tmp_path / "a")
+    save_changed(tmp_path / "a", tmp_path / "b")
+    llm2clip.merge_models(tmp_path / "a", tmp_path / "b", tmp_path / "out")
+    one, two, found = (weights(tmp_path / name) for name in ("a", "b", "out"))
+    for name, weight in found.items():
+        expected = two[name] if name.startswith("text_model.") else between(one[name], two[name], 0.5)
+        assert weight.equal(expected), name
+    assert LLM2CLIPModel.from_pretrained(tmp_path / "out").config.text_model_name_or_path is None
+
+
+@pytest.mark.parametrize("kind", ["tower", "half", "joint"])
+def test_of_a_vision_tower_only_the_trunk_is_merged(kind: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = pair
+    options = {}
+    if kind == "tower":
+        first = tmp_path / "vision"  # what both were trained from
+        tower = {f"vision_model.{name}": weight for name, weight in weights(first).items()}
+    else:
+        tower = weights(first)
+    if kind == "half":
+        LLM2CLIPVisionModelWithProjection.from_pretrained(first).save_pretrained(tmp_path / "half")
+        first = tmp_path / "half"
+    elif kind == "joint":
+        # Its heads have other shapes, and it has another LLM.
+        model = tiny.joint_model(projection_dim=12, adapter_num_layers=4)
+        model.vision_model.load_state_dict(LLM2CLIPModel.from_pretrained(first).vision_model.state_dict())
+        first = tmp_path / "other"
+        model.save_pretrained(first)
+        with pytest.raises(ValueError, match=r"heads differ \(projection_dim: 12 and 24\)\. With --parts vision only"):
+            llm2clip.merge_models(first, second, tmp_path / "out")
+        options = {"parts": "vision"}
+    llm2clip.merge_models(first, second, tmp_path / "out", 0.75, **options)
+    two = weights(second)
+    for name, weight in weights(tmp_path / "out").items():
+        is_trunk = name.startswith("vision_model.")
+        assert weight.equal(between(tower[name], two[name], 0.75) if is_trunk else two[name]), name
+    assert "Beside the vision tower, everything is that of B." in read_card(tmp_path / "out")[1]
+
+
+def save_towers(folder: Path) -> tuple[str, Path]:
+    """A plain LLM, and a text tower that was trained from it."""
+    llm = stages.save_llm(folder / "llm")
+    prompt = {"prompt_prefix": tiny.PREFIX, "prompt_suffix": tiny.SUFFIX, "max_text_length": 64}
+    tower, tokenizer = open_text_tower(llm, **prompt)
+    save_text_tower(changed(tower), tokenizer, folder / "tower")
+    return llm, folder / "tower"
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_a_text_tower_is_merged_with_the_raw_weights_of_its_llm(alpha: float, tmp_path: Path) -> None:
+    llm, tower = save_towers(tmp_path)
+    llm2clip.merge_models(llm, tower, tmp_path / "out", alpha)
+    raw = LLM2CLIPTextModel.from_pretrained(llm).state_dict()
+    trained = LLM2CLIPTextModel.from_pretrained(tower)
+    merged, tokenizer = open_text_tower(str(tmp_path / "out"))
+    for name, weight in merged.state_dict().items():
+        assert weight.equal(between(raw[name], trained.state_dict()[name], alpha)), name
+    assert merged.config.fingerprint == merged.fingerprint()
+    assert (merged.config.fingerprint == trained.config.fingerprint) == (alpha == 1)
+    assert merged.config.prompt_prefix == tiny.PREFIX
+    assert merged.encode(tiny.CAPTIONS, tokenizer).shape == (3, tiny.HIDDEN)
+    assert "where A is llm and B is tower." in read_card(tmp_path / "out")[1]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_model_in_16_bit_and_one_in_32_are_both_ends(alpha: float, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = pair
+    half = tmp_path / "half"
+    LLM2CLIPModel.from_pretrained(second, text_model=False, dtype=torch.bfloat16).save_pretrained(half)
+    AutoProcessor.from_pretrained(second).save_pretrained(half)
+    llm2clip.merge_models(first, half, tmp_path / "out", alpha)
+    expected = weights(half if alpha else first)
+    assert_same(weights(tmp_path / "out"), {name: weight.float() for name, weight in expected.items()})
+
+
+def test_the_best_of_several_shares_is_written_with_its_curve(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = pair
+    out = tmp_path / "out"
+    alphas = ["0", "0.5", "1"]
+    source = ["--eval-source", json.dumps(SOURCE)]
+    assert cli.main(["merge", str(first), str(second), "--alpha", *alphas, str(out), *source]) == 0
+    printed = capsys.readouterr().out
+    curve = {}
+    for alpha in map(float, alphas):
+        llm2clip.merge_models(first, second, tmp_path / f"at {alpha}", alpha)
+        config = evaluate.EvaluateConfig(model=str(tmp_path / f"at {alpha}"), data=SOURCE)
+        curve[alpha] = evaluate.run(config)
+    best = max(curve, key=lambda alpha: mean_recall(curve[alpha]))
+    assert len({mean_recall(metrics) for metrics in curve.values()}) == 3
+    assert_same(weights(out), weights(tmp_path / f"at {best}"))
+    assert f"alpha: {best:.4f}" in printed
+    assert f"text_to_image_mean_rank: {curve[best]['text_to_image_mean_rank']:.4f}" in printed
+    for alpha, metrics in curve.items():
+        mark = " *" if alpha == best else ""
+        line = next(line for line in printed.splitlines() if f"│ {alpha:g}{mark} " in line)
+        assert f"{100 * mean_recall(metrics):.2f}" in line
+    assert Image.open(out / "curve.png").size[0] > 100
+    assert damage(out) is None
+    data, text = read_card(out)
+    results = {result["metrics"][0]["type"]: result["metrics"][0]["value"] for result in model_index(data)}
+    assert results["text_to_image_recall@10"] == curve[best]["text_to_image_recall@10"]
+    assert "chosen from 0, 0.5, 1 by the mean of all recalls" in text
+    # What `build` makes of it still has the curve.
+    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
+    build.build_folder(out, tmp_path / "built")
+    assert (tmp_path / "built" / "curve.png").read_bytes() == (out / "curve.png").read_bytes()
+    assert "![Recall by the share of B](curve.png)" in read_card(tmp_path / "built")[1]
+
+
+def model_index(data: dict[str, Any]) -> list[dict[str, Any]]:
+    results = data["model-index"][0]["results"]
+    return [{**result, "metrics": [metric]} for result in results for metric in result["metrics"]]
+
+
+def test_captions_come_from_a_cache(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = pair
+    tiny.processor().tokenizer.save_pretrained(tmp_path / "llm")
+    cache = str(tmp_path / "cache")
+    embed.run(embed.EmbedConfig(text_model_name_or_path=str(tmp_path / "llm"), output_dir=cache, sources=[SOURCE]))
+    with_llm = llm2clip.merge_models(first, second, tmp_path / "a", eval_source=SOURCE)
+    (tmp_path / "llm" / "model.safetensors").unlink()
+    cached = llm2clip.merge_models(first, second, tmp_path / "b", eval_source=SOURCE, embedding_cache=cache)
+    assert cached.keys() == with_llm.keys()
+    assert cached["text_to_image_mean_rank"] == pytest.approx(with_llm["text_to_image_mean_rank"], abs=0.2)
+    # One share has no curve.
+    assert not (tmp_path / "b" / "curve.png").exists()
+
+
+def test_text_towers_are_measured_by_caption_retrieval(tmp_path: Path) -> None:
+    llm, tower = save_towers(tmp_path)
+    pairs = stages.write_text_pairs(tmp_path / "pairs.parquet", 20)
+    columns = {"query_column": "short", "target_column": "long", "split": "train"}
+    found = llm2clip.merge_models(llm, tower, tmp_path / "out", [0, 1], eval_source=pairs, **columns)
+    config = {"model": str(tmp_path / "out"), "task": "caption_retrieval", "data": pairs}
+    expected = evaluate.run(evaluate.EvaluateConfig(**config, **columns))
+    assert {name: found[name] for name in expected} == expected
+    assert (tmp_path / "out" / "curve.png").is_file()
+
+
+def refused(message: str, first: Any, second: Any, out: Path, **settings: Any) -> None:
+    with pytest.raises((ValueError, FileExistsError), match=message):
+        llm2clip.merge_models(first, second, out, **settings)
+    assert not out.exists() or not (out / "model.safetensors").exists()
+
+
+def test_models_that_do_not_fit_are_refused_by_name(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = pair
+    out = tmp_path / "out"
+    both = rf"{first} and {tmp_path / 'other'} cannot be merged: their "
+    deep = {"adapter_num_layers": 4}
+    for model, message in [
+        (
+            tiny.joint_model(vision=tiny.vision_config(num_hidden_layers=3)),
+            r"vision towers differ \(num_hidden_layers: 2 and 3\)",
+        ),
+        (tiny.joint_model(**deep, adapter_normalize=False), r"heads differ \(adapter_normalize: True and False\)"),
+        (tiny.joint_model(**deep, logit_bias_init_value=-10.0), r"heads differ \(loss: softmax and sigmoid\)"),
+        (tiny.joint_model(**deep), r"LLMs differ \(fingerprint: 2-\w+ and 2-\w+\)\. With --parts vision"),
+    ]:
+        model.save_pretrained(tmp_path / "other")
+        tiny.processor().save_pretrained(tmp_path / "other")
+        refused(both + message, first, tmp_path / "other", out)
+    llm, tower = save_towers(tmp_path / "text")
+    refused(f"{first} is not a text tower.*{tower} is a text tower", first, tower, out)
+    refused(f"{tower} is not an LLM2CLIP model.*{second} is an LLM2CLIP model", tower, second, out)
+    refused(f"{llm} is not an LLM2CLIP model or a text tower.*B gives the result", first, llm, out)
+    refused("vision has no text adapter", tmp_path / "vision", second, out, parts="all")
+    refused("parts and embedding_cache are for LLM2CLIP models", llm, tower, out, parts="vision")
+
+
+def test_text_towers_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    llm, tower = save_towers(tmp_path)
+    out, other = tmp_path / "out", tmp_path / "other"
+    both = rf"{other} and {tower} cannot be merged: their "
+    tokenizer = tiny.processor().tokenizer
+    for model, message in [
+        (tiny.text_model("qwen2"), r"architectures differ \(model_type: qwen2 and llama"),
+        (tiny.text_model(pooling="last_token"), r"prompts or pooling differ \(pooling: last_token and mean\)"),
+    ]:
+        save_text_tower(model, tokenizer, other)
+        refused(both + message, other, tower, out)
+    wide = open_text_tower(llm)[0].decoder
+    wide.resize_token_embeddings(440)
+    wide.save_pretrained(other)
+    refused(both + r"weights differ \(decoder\.embed_tokens\.weight: \(440, 32\) and \(430, 32\)\)", other, tower, out)
+    tokenizer.model_max_length = 10
+    save_text_tower(LLM2CLIPTextModel.from_pretrained(tower), tokenizer, other)
+    refused(both + r"tokenizers differ \(fingerprint: \w+ and \w+\)", other, tower, out)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha": 1.5}, r"alpha is \[1\.5\], but every share of B has to be from 0 \(A\) to 1 \(B\)"),
+        ({"alpha": [0, 1]}, "several alphas need eval_source"),
+        ({"alpha": []}, r"alpha is \[\]"),
+        ({"alfa": 1}, "has no field 'alfa'; did you mean 'alpha'"),
+        ({"parts": "text"}, "parts is 'text', but it has to be one of all, vision"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm2clip.merge_models("a", "b", tmp_path / "out", **settings)
+
+
+def test_only_an_earlier_merge_is_replaced(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = pair
+    out = tmp_path / "out"
+    llm2clip.merge_models(first, second, out, 0)
+    with pytest.raises(FileExistsError, match="add --overwrite to replace it"):
+        llm2clip.merge_models(first, second, out, 1)
+    llm2clip.merge_models(first, second, out, 1, overwrite=True)
+    assert_same(weights(out), weights(second))
+    with pytest.raises(FileExistsError, match="llm2clip merge did not write it"):
+        llm2clip.merge_models(second, out, first, overwrite=True)
+    with pytest.raises(ValueError, match="inside the source"):
+        llm2clip.merge_models(first, second, first / "out")
