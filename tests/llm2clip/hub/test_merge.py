@@ -117,6 +117,25 @@ def test_a_bundled_llm_stays_in_the_model(tmp_path: Path) -> None:
     assert LLM2CLIPModel.from_pretrained(tmp_path / "out").config.text_model_name_or_path is None
 
 
+def test_gated_heads_and_statistics_are_merged_too(tmp_path: Path) -> None:
+    parts = {"vision_pooling": "cls_mean", "standardize_vision": True, "center_text": True, "visual_head": "gated"}
+    for number, name in enumerate(("a", "b")):
+        model = tiny.joint_model(**parts)
+        if name == "b":
+            model = changed(LLM2CLIPModel.from_pretrained(tmp_path / "a"))
+        model.set_vision_statistics(torch.full((64,), 1.0 + number), torch.full((64,), 2.0 + number))
+        model.set_text_center(torch.full((tiny.HIDDEN,), 3.0 + number))
+        model.save_pretrained(tmp_path / name)
+        tiny.processor().save_pretrained(tmp_path / name)
+    llm2clip.merge_models(tmp_path / "a", tmp_path / "b", tmp_path / "out", 0.25)
+    one, two, found = (weights(tmp_path / name) for name in ("a", "b", "out"))
+    assert {name.split(".")[0] for name in found} >= {"visual_standardization", "visual_projection", "text_adapter"}
+    for name, weight in found.items():
+        expected = two[name] if name.startswith("text_model.") else between(one[name], two[name], 0.25)
+        assert weight.equal(expected), name
+    assert found["text_adapter.center"].unique().tolist() == [3.25]
+
+
 @pytest.mark.parametrize("kind", ["tower", "half", "joint"])
 def test_of_a_vision_tower_only_the_trunk_is_merged(kind: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
     first, second = pair
@@ -266,6 +285,7 @@ def test_models_that_do_not_fit_are_refused_by_name(pair: tuple[Path, Path], tmp
         ),
         (tiny.joint_model(**deep, adapter_normalize=False), r"heads differ \(adapter_normalize: True and False\)"),
         (tiny.joint_model(**deep, logit_bias_init_value=-10.0), r"heads differ \(loss: softmax and sigmoid\)"),
+        (tiny.joint_model(**deep, center_text=True), r"heads differ \(center_text: False and True\)"),
         (tiny.joint_model(**deep), r"LLMs differ \(fingerprint: 2-\w+ and 2-\w+\)\. With --parts vision"),
     ]:
         model.save_pretrained(tmp_path / "other")

@@ -187,6 +187,9 @@ def test_a_checkpoint_without_this_average_is_refused(tmp_path: Path) -> None:
     data = rows(3 * BATCH)
     trainer_of(tmp_path / "plain", data, max_steps=1).train()
     checkpoint = tmp_path / "plain" / "checkpoint-1"
+    with pytest.raises(ValueError, match=r"other settings .*ema_half_life: null -> 1\.0.*--resume-anyway"):
+        trainer_of(tmp_path / "a", data, ema_half_life=1.0).train(resume_from_checkpoint=str(checkpoint))
+    (tmp_path / "plain" / "settings.json").unlink()
     with pytest.raises(ValueError, match=r"checkpoint-1 has no ema\.safetensors.*--resume-anyway"):
         trainer_of(tmp_path / "a", data, ema_half_life=1.0).train(resume_from_checkpoint=str(checkpoint))
     # Begun with the weights of the checkpoint.
@@ -198,6 +201,8 @@ def test_a_checkpoint_without_this_average_is_refused(tmp_path: Path) -> None:
     other = averages(tmp_path / "b" / "checkpoint-2")
     other["logit_scale"] = torch.zeros(2)
     save_file(other, tmp_path / "b" / "checkpoint-2" / AVERAGE_FILE)
+    (tmp_path / "b" / "checkpoint-2" / ".llm2clip.json").unlink()  # which has the size of the file
+    (tmp_path / "b" / "settings.json").unlink()
     with pytest.raises(ValueError, match=r"does not contain the averages .* \(logit_scale, \.\.\.\)"):
         trainer_of(tmp_path / "c", data, ema_half_life=1.0).train(
             resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2")

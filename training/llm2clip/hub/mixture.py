@@ -16,7 +16,7 @@ from llm2clip.utils.repos import Repo, RepoKind
 from llm2clip.utils.text_identity import read_fingerprints, tokenizer_fingerprint
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextModel
-from modeling_llm2clip.identity_llm2clip import FIELDS, decoder_identity
+from modeling_llm2clip.identity_llm2clip import FIELDS, LATER_FIELDS, decoder_identity
 from modeling_llm2clip.modeling_llm2clip_vision import load_vision_tower
 
 logger = logging.getLogger(__name__)
@@ -24,13 +24,20 @@ logger = logging.getLogger(__name__)
 MAX_NAMED = 4
 HEAD_FIELDS = (
     "projection_dim", "visual_projection", "visual_projection_bias", "adapter_num_layers", "adapter_expansion",
-    "adapter_normalize",
+    "adapter_normalize", "vision_pooling", "standardize_vision", "center_text", "visual_head", "visual_head_expansion",
 )  # fmt: skip
 # Fields of the config of a vision tower that are about the heads of its model.
 OF_HEADS = ("projection_dim", "logit_scale_init_value")
 # Beginnings of the names of weights.
 TRUNK = ("vision_model.",)
-TRUNK_AND_HEADS = (*TRUNK, "visual_projection.", "text_adapter.", "logit_scale", "logit_bias")
+TRUNK_AND_HEADS = (
+    *TRUNK,
+    "visual_standardization.",
+    "visual_projection.",
+    "text_adapter.",
+    "logit_scale",
+    "logit_bias",
+)
 
 
 @dataclass
@@ -111,16 +118,19 @@ def mix_text_towers(first: Repo, second: Repo) -> Mixture:
         ValueError: Their decoders, prompts, pooling or tokenizers differ.
     """
     names = first.name, second.name
-    first.require(RepoKind.TEXT_TOWER, RepoKind.ADAPTER, RepoKind.OTHER, hint=f"{second.name} is a text tower.")
+    plain = RepoKind.OTHER, RepoKind.EMBEDDING_MODEL
+    first.require(RepoKind.TEXT_TOWER, RepoKind.ADAPTER, *plain, hint=f"{second.name} is a text tower.")
     tower, tokenizer = open_text_tower(second.name, revision=second.revision)
-    if first.kind is RepoKind.OTHER:
+    if first.kind in plain:
         types = {"model_type": first.model_type}, {"model_type": tower.config.decoder_config.model_type}
         refuse_differences("architectures", names, *types)
     options: dict[str, Any] = {"revision": first.revision, "dtype": "auto", "default_config": tower.config}
     other = LLM2CLIPTextModel.from_pretrained(first.name, **options)
     other.merge_adapter()
     configs: Any = other.config, tower.config
-    refuse_differences("prompts or pooling", names, *({name: getattr(x, name) for name in FIELDS} for x in configs))
+    refuse_differences(
+        "prompts or pooling", names, *({name: getattr(x, name) for name in (*FIELDS, *LATER_FIELDS)} for x in configs)
+    )
     decoders = other.config.decoder_config, tower.config.decoder_config
     refuse_differences("architectures", names, *_architectures(*decoders, bidirectional=tower.config.bidirectional))
     if first.kind is RepoKind.TEXT_TOWER:
@@ -175,7 +185,7 @@ def _load_joint(repo: Repo, with_llm: bool) -> tuple[LLM2CLIPModel, Any]:
     return model.eval(), AutoProcessor.from_pretrained(repo.name, revision=repo.revision)
 
 
-def _architectures(*configs: PretrainedConfig, bidirectional: bool = False) -> list[dict[str, Any]]:
+def _architectures(*configs: PretrainedConfig, bidirectional: bool | None = False) -> list[dict[str, Any]]:
     """Return, of two towers, the settings that change their states and that differ."""
     identities = [decoder_identity(config, bidirectional) for config in configs]
     names = {name: None for identity in identities for name in identity if name not in OF_HEADS}
