@@ -70,8 +70,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
     # Whether the weights under an adapter were rounded before the merge: the sum is not that which was trained.
     has_rounded_base = False
     _keys_to_ignore_on_load_unexpected = [
-        r"lm_head\.", r"^(vision_model|visual_standardization|visual_projection|text_adapter)\.",
-        r"^logit_(scale|bias)$",
+        r"lm_head\.", r"^(vision_model|visual_\w+|text_adapter)\.", r"^logit_(scale|bias)$",
     ]  # fmt: skip
 
     def __init__(self, config: LLM2CLIPTextConfig, decoder: PreTrainedModel | None = None) -> None:
