@@ -140,20 +140,11 @@ class StepClock:
 
 def make_trainer(fields: dict[str, Any]) -> Any:
     """Build the Trainer of `llm2clip stage2` with these settings; its initial weights are always the same."""
-    from transformers import set_seed
-
-    from llm2clip import Stage2Config, Stage2Trainer
-    from llm2clip.trainers.run_stage2 import build_dataset, load_model, open_captions
+    from llm2clip import Stage2Config
+    from llm2clip.trainers.run_stage2 import build_trainer
     from llm2clip.utils.settings import build_config
 
-    config = build_config(Stage2Config, {**COMMON_FIELDS, **fields})
-    set_seed(config.seed)
-    model, processor = load_model(config)
-    collator, _ = open_captions(config, model, processor, {})
-    dataset, _ = build_dataset(config, model, processor.image_processor)
-    return Stage2Trainer(
-        model=model, args=config, train_dataset=dataset, data_collator=collator, processing_class=processor
-    )
+    return build_trainer(build_config(Stage2Config, {**COMMON_FIELDS, **fields}))
 
 
 def train(trainer: Any) -> tuple[list[float], dict[str, float]]:

@@ -108,6 +108,18 @@ def test_embed_and_stage2_on_several_processes_equal_one(processes: int, inputs:
         torch.testing.assert_close(two[key], value, atol=1e-4, rtol=1e-3)
 
 
+def test_a_warm_start_on_two_processes_equals_one(inputs: Inputs, tmp_path: Path) -> None:
+    fields = tiny.stage2_fields(tmp_path / "one", inputs.vision, inputs.text, inputs.cache) | {"save_strategy": "no"}
+    fields |= {"standardize_features": True, "vision_pooling": "cls_mean", "freeze_vision_layers": -1}
+    fields |= {"feature_cache": str(tmp_path / "features"), "warm_start": {"max_steps": 4}}
+    llm2clip("stage2", {**fields, "per_device_train_batch_size": 32})
+    llm2clip("stage2", {**fields, "output_dir": str(tmp_path / "two"), "feature_cache": str(tmp_path / "other")}, 2)
+    for part in ("warm_start", "."):
+        assert losses(tmp_path / "two" / part) == pytest.approx(losses(tmp_path / "one" / part), abs=1e-4)
+    one, two = (next((tmp_path / name).glob("*/shard-00000.safetensors")) for name in ("features", "other"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_evaluate_on_several_processes_equals_one(processes: int, inputs: Inputs, tmp_path: Path) -> None:

@@ -380,6 +380,7 @@ def test_new_parts_start_as_in_the_original_unless_set(inputs: Inputs, tmp_path:
 def test_settings_of_frozen_towers_reach_the_new_model(inputs: Inputs, tmp_path: Path) -> None:
     fields = tiny.stage2_fields(tmp_path, inputs.vision, inputs.text, inputs.cache)
     asked = {"vision_pooling": "cls_mean", "visual_head": "gated", "standardize_features": True}
+    fields["freeze_vision"] = "all"
     model, processor = run_stage2.load_model(build_config(Stage2Config, {**fields, **asked, "feature_dropout": 0.2}))
     config = model.config
     assert (config.vision_pooling, config.visual_head, config.feature_dropout) == ("cls_mean", "gated", 0.2)

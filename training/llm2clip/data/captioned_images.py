@@ -110,6 +110,23 @@ class CaptionImageDataset(CaptionRows):
         maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
         super().__init__(sources, maker, with_images=eval_transform is not None)
 
+    def captions(self) -> Iterator[RowCaptions | SkippedSample]:
+        """Yield the captions of each sample in order, or why it cannot be used if `on_error` is `skip`.
+
+        Raises:
+            CaptionError: A row has no caption, and `on_error` is `raise`.
+        """
+        for number, table in enumerate(self.tables):
+            columns = self.columns[number]
+            for offset, row in enumerate(itertools.chain.from_iterable(row_batches(table))):
+                key = self._key(number, offset, row)
+                try:
+                    yield RowCaptions.of(row, key, columns.captions, columns.weights)
+                except SampleError as error:
+                    if self.make_sample.on_error == "raise":
+                        raise
+                    yield SkippedSample(key, str(error.reason))
+
 
 class StreamingCaptionImageDataset(StreamedRows):
     """Iterable data set of captioned images, read as a shuffled stream.

@@ -6,11 +6,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import datasets
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, EvalTransform, OnError, SampleError, SkippedSample
+from llm2clip.data.image_keys import image_keys
+from llm2clip.data.sources import Columns
 from llm2clip.data.transforms import Decoder
 from llm2clip.utils.progress import progress_bar
 
@@ -40,6 +44,32 @@ class ImageList:
         """Path of a file; position in the list of any other image."""
         image = self.images[row]
         return os.fspath(image) if isinstance(image, (str, os.PathLike)) else str(row)
+
+
+class TableImages:
+    """The images of a table as an [`ImageSet`]."""
+
+    def __init__(self, table: datasets.Dataset, columns: Columns, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+        assert columns.image is not None
+        self.images = table.select_columns([columns.image])
+        self.keys = table.select_columns([columns.key]) if columns.key is not None else None
+        self.columns = columns
+        self.max_pixels = max_pixels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def decode(self, row: int, decode: Decoder) -> Any:
+        return decode(self.images[row][self.columns.image], self.key(row), self.max_pixels)
+
+    def key(self, row: int) -> str:
+        """Key of the row, by default its number."""
+        return str(row) if self.keys is None else str(self.keys[row][self.columns.key])
+
+    def content_keys(self) -> np.ndarray:
+        """Hash the encoded images; see [`image_keys`]."""
+        assert self.columns.image is not None
+        return image_keys(self.images, self.columns.image)
 
 
 class ForwardedBatch(NamedTuple):

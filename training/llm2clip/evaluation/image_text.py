@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,9 +15,10 @@ from transformers import BaseImageProcessor
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, CaptionSource, OnError, caption_id, decode_image, load_source
 from llm2clip.data.records import column_texts
-from llm2clip.data.sources import Columns, source_columns
-from llm2clip.data.transforms import Decoder
+from llm2clip.data.sources import source_columns
+from llm2clip.embedding.image_batches import TableImages
 from llm2clip.embedding.image_embedder import NOT_FINITE, ImageEmbedder
+from llm2clip.embedding.image_features import ImageFeatures
 from llm2clip.embedding.sharding import encode_sharded
 from llm2clip.evaluation.metrics import retrieval_metrics
 from llm2clip.utils.non_finite import require_finite_rows, shortened
@@ -26,7 +27,7 @@ from modeling_llm2clip.modeling_llm2clip_utils import unit_features
 
 logger = logging.getLogger(__name__)
 
-TEXT_BATCH = 4096
+BATCH = 4096
 
 
 class ImageTextRetrieval:
@@ -44,6 +45,7 @@ class ImageTextRetrieval:
     Attributes:
         captions: The distinct captions.
         image_captions: The captions of each image.
+        features: Stored features of all images, from which they are embedded if set; see [`ImageFeatures`].
 
     Raises:
         ValueError: No row has a caption.
@@ -59,10 +61,11 @@ class ImageTextRetrieval:
         self.source = replace(source, streaming=False)
         self.image_processor = image_processor
         self.on_error = on_error
+        self.features: ImageFeatures | None = None
         table = load_source(self.source)
         assert isinstance(table, datasets.Dataset)
         columns = source_columns(self.source, table)
-        self.images = _TableImages(table, columns, max_pixels)
+        self.images = TableImages(table, columns, max_pixels)
         texts = table.remove_columns([name for name in (columns.image, columns.key) if name is not None])
         self.image_captions = [
             list(dict.fromkeys(text for column in columns.captions for text in column_texts(row, column)))
@@ -128,6 +131,8 @@ class ImageTextRetrieval:
         Raises:
             NonFiniteError: The model's embedding of an image that can be read is NaN or infinite.
         """
+        if self.features is not None:
+            return self._embed_stored(model, self.features)
         embedder = ImageEmbedder(model, self.image_processor)
 
         def encode(part: range) -> Tensor:
@@ -142,11 +147,24 @@ class ImageTextRetrieval:
 
         embeds = encode_sharded(len(self.images), encode, model.vision_model.device)
         is_skipped = embeds.isnan().any(dim=1)
-        skipped = is_skipped.nonzero()[:, 0].tolist()
-        if skipped:
+        return self._checked(embeds[~is_skipped], (~is_skipped).nonzero()[:, 0].tolist())
+
+    def _embed_stored(self, model: LLM2CLIPModel, features: ImageFeatures) -> tuple[Tensor, list[int]]:
+        stored = features.find(self.images.content_keys())
+        rows = [row for row, place in enumerate(stored.tolist()) if place not in features.skipped]
+        with torch.inference_mode():
+            parts = [
+                unit_features(model.get_image_features(vision_features=features.read_views(part))).float().cpu()
+                for part in np.split(stored[rows], range(BATCH, len(rows), BATCH))
+            ]
+        return self._checked(torch.cat(parts), rows)
+
+    def _checked(self, embeds: Tensor, rows: list[int]) -> tuple[Tensor, list[int]]:
+        """Report the rows without an embedding, and check those with one."""
+        if len(rows) < len(self.images):
+            skipped = sorted(set(range(len(self.images))) - set(rows))
             keys = shortened(list(map(self.images.key, skipped)))
             logger.warning("images of %s that cannot be read are left out: %s", self.source.path, keys)
-        embeds, rows = embeds[~is_skipped], (~is_skipped).nonzero()[:, 0].tolist()
         require_finite_rows(embeds, lambda position: self.images.key(rows[position]), f"images of {self.source.path}")
         return embeds, rows
 
@@ -159,30 +177,10 @@ class ImageTextRetrieval:
         llm_embeds = embed(self.captions)
         require_finite_rows(llm_embeds, self._caption, f"captions of {self.source.path} (by the LLM)")
         with torch.inference_mode():
-            parts = [model.get_text_features(llm_embeds=part) for part in llm_embeds.split(TEXT_BATCH)]
+            parts = [model.get_text_features(llm_embeds=part) for part in llm_embeds.split(BATCH)]
             embeds = torch.cat([unit_features(part).cpu() for part in parts])
         require_finite_rows(embeds, self._caption, f"captions of {self.source.path} (by the adapter)")
         return embeds
 
     def _caption(self, number: int) -> str:
         return f"{self.captions[number]:.80}"
-
-
-class _TableImages:
-    """The images of a table."""
-
-    def __init__(self, table: datasets.Dataset, columns: Columns, max_pixels: int) -> None:
-        assert columns.image is not None
-        self.images = table.select_columns([columns.image])
-        self.keys = table.select_columns([columns.key]) if columns.key is not None else None
-        self.columns = columns
-        self.max_pixels = max_pixels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def decode(self, row: int, decode: Decoder) -> Any:
-        return decode(self.images[row][self.columns.image], self.key(row), self.max_pixels)
-
-    def key(self, row: int) -> str:
-        return str(row) if self.keys is None else str(self.keys[row][self.columns.key])

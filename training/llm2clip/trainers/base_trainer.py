@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -61,6 +61,8 @@ class StageTrainer(PushingTrainer):
     sampler_class: ClassVar[Callable[..., EpochBatchSampler]] = SampleIndexBatchSampler
     # Evaluation of `eval_dataset` gives the loss alone, without metrics from the outputs.
     loss_only: ClassVar[bool] = False
+    # The log of an earlier part of the run, whose curves come first in the card.
+    earlier_history: Sequence[dict[str, Any]] = ()
     args: StageConfig
 
     def __init__(

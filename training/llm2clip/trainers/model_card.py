@@ -84,12 +84,21 @@ def write_model_card(trainer: StageTrainer) -> None:
         sources=[Path(source).name for source in sources if not hub_ids(source)],
         recipe=_recipe(args),
         evaluations=_evaluations(trainer),
-        has_curves=write_curves(folder, trainer.state.log_history),
+        has_curves=write_curves(folder, _whole_history(trainer)),
         is_adapter=getattr(model, "has_adapter", False),
     )
     on_the_hub = trainer.card_on_the_hub()
     existing = read_card(folder) if on_the_hub is None else split_card(on_the_hub)
     write_text(folder / CARD, render(facts, *existing))
+
+
+def _whole_history(trainer: StageTrainer) -> list[dict[str, Any]]:
+    """The log of all parts of a run, whose steps are counted on."""
+    before = max((entry["step"] for entry in trainer.earlier_history), default=0)
+    return [
+        *trainer.earlier_history,
+        *({**entry, "step": before + entry["step"]} for entry in trainer.state.log_history),
+    ]
 
 
 def _recipe(args: TrainingArguments) -> dict[str, Any]:

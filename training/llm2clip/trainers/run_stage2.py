@@ -27,12 +27,17 @@ from llm2clip.data.transforms import output_size
 from llm2clip.embedding import CaptionEmbedder, EmbeddingCache, MissingCaptionError
 from llm2clip.embedding.cache_of_model import describe_text_tower_of_cache, open_cache_of_model
 from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.trainers.checkpoints import resume_point
 from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.trainers.frozen_states import FrozenStatesDataset
+from llm2clip.trainers.frozen_towers import open_stored_pairs
 from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.run_folder import stage_command
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Config
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
+from llm2clip.trainers.stored_pairs import collate_stored
+from llm2clip.trainers.warm_start import first_history, run_first_part, second_part
+from llm2clip.utils.locks import run_lock
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.settings import require
 from llm2clip.utils.text_identity import read_fingerprints
@@ -41,12 +46,6 @@ from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
 
-# Settings of a new model; a trained model brings its own.
-NEW_MODEL_FIELDS = (
-    *("projection_dim", "adapter_num_layers", "adapter_expansion", "adapter_normalize"),
-    *("logit_scale_init_value", "logit_bias_init_value", "initializer"),
-    *("vision_pooling", "visual_head", "standardize_features"),
-)
 # The fields of the model's config that one setting stands for.
 CONFIG_FIELDS = {"standardize_features": ("standardize_vision", "center_text")}
 SIGMOID_BIAS = -10.0
@@ -198,16 +197,42 @@ def build_dataset(config: Stage2Config, model: LLM2CLIPModel, image_processor: A
     return dataset, frozen
 
 
-@stage_command("sources")
-def run(config: Stage2Config, checkpoint: str | None) -> dict[str, Any]:
+def run(config: Stage2Config, resume: bool = False) -> dict[str, Any]:
     """Train a model with stage 2, or resume from the newest checkpoint, and save it in `config.output_dir`.
+
+    With `warm_start`, a first part with frozen towers comes before it; its metrics have the prefix `warm_start_`.
 
     Returns:
         The metrics of training, and those of retrieval with the prefix `eval_`.
     """
+    require(config, ["sources"])
     if (config.embedding_cache is not None) == config.online_text_model:
         raise ValueError("give either embedding_cache (from `llm2clip embed`) or online_text_model: true.")
+    if not config.warm_start:
+        return _run(config, resume)["metrics"]
+    with run_lock(config.output_dir):
+        # Refuses the folder of another run before the first part.
+        resume_point(config, resume)
+        first = run_first_part(config, resume, _run)
+        metrics = _run(second_part(config), resume)["metrics"]
+    return {f"warm_start_{name}": value for name, value in first["metrics"].items()} | metrics
+
+
+@stage_command("sources")
+def _run(config: Stage2Config, checkpoint: str | None) -> dict[str, Any]:
+    """Run one part; return its `metrics` and its log, `history`."""
     check_pushing(config, config.text_model_name_or_path, not config.bundle_text_model, True)
+    trainer = build_trainer(config)
+    trainer.earlier_history = first_history(config)
+    return {"metrics": trainer.fit(checkpoint), "history": trainer.state.log_history}
+
+
+def build_trainer(config: Stage2Config) -> Stage2Trainer:
+    """Load all that a run needs: model, captions, images and retrieval sets; with frozen towers, also their features.
+
+    Raises:
+        ValueError: Settings do not fit the model or the data.
+    """
     set_seed(config.seed)
     model, processor = load_model(config)
     # A model that was trained before names its LLM in its config.
@@ -217,9 +242,14 @@ def run(config: Stage2Config, checkpoint: str | None) -> dict[str, Any]:
         name: ImageTextRetrieval(CaptionSource.from_dict(source), image_processor, config.on_error, config.max_pixels)
         for name, source in config.eval_sources.items()
     }
+    collator: Any
     collator, embed = open_captions(config, model, processor, retrieval)
-    dataset, frozen = build_dataset(config, model, image_processor)
-    trainer = Stage2Trainer(
+    if config.freeze_vision == "all":
+        dataset: Any = open_stored_pairs(config, model, image_processor, collator.cache, retrieval.values())
+        collator, frozen = collate_stored, None
+    else:
+        dataset, frozen = build_dataset(config, model, image_processor)
+    return Stage2Trainer(
         model=model,
         args=config,
         train_dataset=dataset,
@@ -230,4 +260,3 @@ def run(config: Stage2Config, checkpoint: str | None) -> dict[str, Any]:
         embed=embed,
         skip_log=SkipLog(Path(config.output_dir) / f"skipped-{config.process_index}.jsonl"),
     )
-    return trainer.fit(checkpoint)

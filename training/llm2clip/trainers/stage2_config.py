@@ -11,6 +11,13 @@ from llm2clip.data import DEFAULT_MAX_PIXELS, ImageBackend, OnError
 from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig
 from llm2clip.utils.settings import setting
 
+# Settings of a new model; a trained model brings its own.
+NEW_MODEL_FIELDS = (
+    *("projection_dim", "adapter_num_layers", "adapter_expansion", "adapter_normalize"),
+    *("logit_scale_init_value", "logit_bias_init_value", "initializer"),
+    *("vision_pooling", "visual_head", "standardize_features"),
+)
+
 
 @dataclass
 class Stage2Config(ContrastiveConfig, StageConfig):
@@ -104,6 +111,23 @@ class Stage2Config(ContrastiveConfig, StageConfig):
         "Decoder of training images. exact: Pillow, as in inference; fast: torchvision for JPEGs, up to 2 "
         "grey levels off.",
     )
+    freeze_vision: Literal["none", "all"] = setting(
+        "none",
+        "all: only the projection and the adapter train, on the pooled features of each image, which the frozen tower "
+        "computes once. Needs embedding_cache, and data that is no stream.",
+    )
+    warm_start: dict[str, Any] = setting(
+        {},
+        "Settings of a first part with freeze_vision: all, such as num_train_epochs, before this run, which continues "
+        "with its model; in the folder warm_start of output_dir. Its learning_rate is by default ten times that of "
+        "this run. Empty: no first part.",
+    )
+    feature_cache: str | None = setting(
+        None, "Folder of those features, which several runs can share; unset: vision_features in output_dir."
+    )
+    feature_views: int = setting(
+        1, "Views of each image whose features are stored: that of evaluation, and random crops (crop_scale)."
+    )
     freeze_vision_layers: int = setting(0, "Lower vision layers to freeze; -n leaves the last n trainable. 0: none.")
     frozen_states_dir: str | None = setting(
         None,
@@ -136,6 +160,21 @@ class Stage2Config(ContrastiveConfig, StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.freeze_vision == "all" and (self.freeze_vision_layers or self.frozen_states_dir):
+            raise ValueError(
+                "freeze_vision: all freezes all layers; unset freeze_vision_layers and frozen_states_dir."
+            )
+        if self.freeze_vision == "all" and self.online_text_model:
+            raise ValueError("freeze_vision: all needs embedding_cache, so that both towers are computed once.")
+        if self.feature_views < 1:
+            raise ValueError(f"feature_views must be at least 1, but is {self.feature_views}.")
+        if self.warm_start and (self.freeze_vision == "all" or self.online_text_model):
+            raise ValueError("warm_start is for a run that trains the vision tower with an embedding_cache.")
+        stored = self.freeze_vision == "all" or self.warm_start
+        if not stored and (self.feature_cache or self.feature_views > 1):
+            raise ValueError("feature_cache and feature_views need freeze_vision: all, or warm_start.")
+        if self.standardize_features and not stored:
+            raise ValueError("standardize_features needs freeze_vision: all, or warm_start, to compute them.")
         if self.frozen_states_dir and not self.freeze_vision_layers:
             raise ValueError("frozen_states_dir needs freeze_vision_layers.")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:

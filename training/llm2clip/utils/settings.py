@@ -50,7 +50,25 @@ def build_config(config_class: type[ConfigT], fields: Mapping[str, Any], origin:
         ValueError: A field does not exist (the message suggests the nearest one), a required field is missing, or a
             value does not fit the type of its field.
     """
-    known = {field.name: field for field in dataclasses.fields(config_class) if field.init}  # type: ignore[arg-type]
+    values = _converted(config_class, fields, origin)
+    # A field without a default has MISSING for both.
+    required = [
+        field.name
+        for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
+        if field.init and field.default is field.default_factory and field.name not in values
+    ]
+    if required:
+        raise ValueError(f"{origin} lacks {', '.join(required)}.")
+    return config_class(**values)
+
+
+def change_config(config: ConfigT, fields: Mapping[str, Any], origin: str = "the recipe") -> ConfigT:
+    """Copy the settings of a command with other values of some fields, which are converted as in [`build_config`]."""
+    return dataclasses.replace(config, **_converted(type(config), fields, origin))  # type: ignore[type-var]
+
+
+def _converted(config_class: type, fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    known = [field.name for field in dataclasses.fields(config_class) if field.init]
     hints = typing.get_type_hints(config_class)
     values = {}
     for name, value in fields.items():
@@ -60,11 +78,7 @@ def build_config(config_class: type[ConfigT], fields: Mapping[str, Any], origin:
             values[name] = convert(value, hints[name])
         except MISFITS:
             raise ValueError(f"{origin}: {name} is {value!r}, but it has to be {describe(hints[name])}.") from None
-    # A field without a default has MISSING for both.
-    required = [name for name, field in known.items() if field.default is field.default_factory and name not in values]
-    if required:
-        raise ValueError(f"{origin} lacks {', '.join(required)}.")
-    return config_class(**values)
+    return values
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

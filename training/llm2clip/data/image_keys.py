@@ -1,0 +1,67 @@
+"""Keys of images: hashes of their encoded bytes, computed once per table."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+
+from llm2clip.data.shared_files import shared_file, table_identity
+from llm2clip.utils.files import digest_json
+from llm2clip.utils.progress import progress_bar
+
+# Of the function that makes a key.
+VERSION = 1
+BATCH = 256
+
+
+def image_keys(table: datasets.Dataset, column: str) -> np.ndarray:
+    """Hash the encoded images of a column of `Image(decode=False)`: (rows, 2) int64, mapped into memory.
+
+    The hashes are 128-bit BLAKE2b. They are computed once per table and machine; those of files again if the path,
+    size or time of a file has changed. An image that is not there has the key of its path.
+    """
+    images = table.select_columns([column])
+    identity = {"version": VERSION, "table": table_identity(images), "files": _files(images, column)}
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file, progress_bar("Hashing images", len(images), "image", len(images) > BATCH) as bar:
+            for start in range(0, len(images), BATCH):
+                values = images[start : start + BATCH][column]
+                digests = [
+                    hashlib.blake2b(_content(value or {"bytes": None, "path": None}), digest_size=16).digest()
+                    for value in values
+                ]
+                file.write(b"".join(digests))
+                bar.update(advance=len(values))
+
+    path = shared_file("image-keys", identity, write)
+    return np.memmap(path, dtype="<i8", mode="r", shape=(len(images), 2))
+
+
+def _files(images: datasets.Dataset, column: str) -> str:
+    """Hash the paths, sizes and times of the files of a table, as far as images are files; reads no image."""
+    found: list[list[Any]] = []
+    for batch in images.with_format("arrow").iter(BATCH):
+        records = batch.column(column).combine_chunks()
+        is_file = pc.is_null(pc.struct_field(records, "bytes"))
+        for path in pc.struct_field(records, "path").filter(is_file).to_pylist():
+            state = os.stat(path) if path is not None and os.path.exists(path) else None
+            found.append([path, *((state.st_size, state.st_mtime_ns) if state is not None else ())])
+    return digest_json(found)
+
+
+def _content(record: Mapping[str, Any]) -> bytes:
+    """Return the encoded bytes of an image, of which `datasets` has either these or a path."""
+    if record["bytes"] is not None:
+        return record["bytes"]
+    path = record["path"]
+    if path is not None and os.path.isfile(path):
+        return Path(path).read_bytes()
+    return b"\x00no file: " + str(path).encode()

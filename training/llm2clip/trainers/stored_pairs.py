@@ -1,0 +1,125 @@
+"""Batches of stored image features and stored caption embeddings, for training with both towers frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm2clip.data import CaptionImageDataset, SampleIndex, SkippedSample
+from llm2clip.data.records import caption_id
+from llm2clip.data.sampling import EpochDataset, stable_seed
+from llm2clip.embedding import EmbeddingCache
+from llm2clip.embedding.image_features import ImageFeatures
+
+# The finaliser of splitmix64.
+STEPS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+
+
+class StoredPairsDataset(EpochDataset):
+    """Captioned images as numbers of rows in an [`ImageFeatures`] and in an [`EmbeddingCache`], with 30 bytes a pair.
+
+    `dataset.__getitems__(indices)` is a batch as [`Stage2Collator`] makes it, with `vision_features` in place of
+    `pixel_values`. The caption of a sample is drawn by the weights of the source, and its view evenly, as functions of
+    seed, epoch and index.
+
+    Args:
+        captions: The captions of the data, without images.
+        features, image_rows: The stored features, and for each sample its row there.
+        cache: The embeddings of all captions.
+        seed: Seed of the draws.
+
+    Raises:
+        MissingCaptionError: The cache lacks a caption.
+        CaptionError: A row has no caption, and the data set does not skip it.
+    """
+
+    def __init__(
+        self,
+        captions: CaptionImageDataset,
+        features: ImageFeatures,
+        image_rows: np.ndarray,
+        cache: EmbeddingCache,
+        seed: int = 0,
+    ) -> None:
+        self.features, self.image_rows, self.cache, self.seed = features, image_rows, cache, seed
+        self.starts = captions.starts
+        self.skipped = {
+            row: features.skipped[stored]
+            for row, stored in enumerate(image_rows.tolist())
+            if stored in features.skipped
+        }
+        texts: list[str] = []
+        ends, shares = [0], []
+        for row, found in enumerate(captions.captions()):
+            if isinstance(found, SkippedSample):
+                self.skipped.setdefault(row, found)
+            else:
+                texts += found.texts
+                shares.append(np.cumsum(found.weights) / sum(found.weights))
+            ends.append(len(texts))
+        self._ends = np.array(ends)
+        self._caption_rows = cache.rows(texts)
+        self._caption_ids = np.fromiter(map(caption_id, texts), np.int64, len(texts))
+        # Of all rows in one ascending sequence: row + share, so that one search draws for a whole batch.
+        rows = np.repeat(np.arange(len(self)), np.diff(self._ends))
+        self._bounds = rows + (np.concatenate(shares) if shares else np.empty(0))
+
+    def __len__(self) -> int:
+        return len(self.image_rows)
+
+    def used_rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the rows of the images, and the rows and the weights of the captions, that training draws from."""
+        used = np.ones(len(self), dtype=bool)
+        used[list(self.skipped)] = False
+        of_caption = np.repeat(np.arange(len(self)), np.diff(self._ends))
+        shares = np.diff(self._bounds - of_caption, prepend=0.0)
+        first = self._ends[:-1][np.diff(self._ends) > 0]
+        shares[first] = (self._bounds - of_caption)[first]
+        kept = used[of_caption]
+        return self.image_rows[used], self._caption_rows[kept], shares[kept]
+
+    def __getitem__(self, index: SampleIndex | int) -> dict[str, Any]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[SampleIndex | int]) -> dict[str, Any]:
+        epoch = next((index.epoch for index in indices if isinstance(index, SampleIndex)), 0)
+        rows = np.array([index.index if isinstance(index, SampleIndex) else index for index in indices])
+        skipped = [tuple(self.skipped[row]) for row in rows.tolist() if row in self.skipped] if self.skipped else []
+        if skipped:
+            rows = np.array([row for row in rows.tolist() if row not in self.skipped], dtype=np.int64)
+            if not len(rows):
+                raise ValueError(f"All {len(skipped)} samples of a batch were skipped; the first one: {skipped[0]}.")
+        drawn = np.searchsorted(self._bounds, rows + self._uniform("caption", epoch, rows), side="right")
+        drawn = np.clip(drawn, self._ends[rows], self._ends[rows + 1] - 1)
+        views = (self._uniform("view", epoch, rows) * self.features.manifest.views).astype(np.int64)
+        return {
+            "vision_features": self.features.read_views(self.image_rows[rows], views),
+            "llm_embeds": self.cache.read(self._caption_rows[drawn]),
+            "caption_ids": torch.from_numpy(self._caption_ids[drawn]),
+            "image_caption_ids": self._all_ids(rows),
+            "skipped": skipped,
+        }
+
+    def _all_ids(self, rows: np.ndarray) -> Tensor:
+        counts = self._ends[rows + 1] - self._ends[rows]
+        columns = np.arange(counts.max())
+        places = np.minimum(self._ends[rows][:, None] + columns, len(self._caption_ids) - 1)
+        return torch.from_numpy(np.where(columns < counts[:, None], self._caption_ids[places], -1))
+
+    def _uniform(self, purpose: str, epoch: int, rows: np.ndarray) -> np.ndarray:
+        """Numbers in [0, 1) that are functions of seed, purpose, epoch and row."""
+        number = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(
+            stable_seed(self.seed, purpose, epoch)
+        )
+        for shift, factor in STEPS:
+            number = (number ^ (number >> np.uint64(shift))) * np.uint64(factor)
+        return (number >> np.uint64(11)) * 2.0**-53
+
+
+def collate_stored(batch: dict[str, Any]) -> dict[str, Any]:
+    """Pass on a batch of a [`StoredPairsDataset`], which is whole already."""
+    return batch
