@@ -50,7 +50,6 @@ def write_cases(folder: Path) -> None:
         "DINOv2 + Llama": (Dinov2Config(**DINO, **size), tiny.text_config("llama")),
         "SigLIP + Gemma 3": (SiglipVisionConfig(**SMALL, **size), tiny.text_config("gemma3_text")),
     }
-    # The text is a Qwen2's, because a Llama is above.
     cases["frozen EVA02 + Qwen2"] = (tiny.vision_config(), tiny.text_config("qwen2"))
     cases["EVA02 + Llama 3"][1].decoder_config.rope_parameters = dict(LLAMA_3)
     for name, (vision, text) in cases.items():
