@@ -35,7 +35,7 @@ IRRELEVANT = re.compile(
     r"|max_length|min_length|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|temperature|top_k"
     r"|top_p|typical_p|repetition_penalty|length_penalty|no_repeat_ngram_size|encoder_no_repeat_ngram_size"
     r"|bad_words_ids|num_return_sequences|remove_invalid_values|exponential_decay_length_penalty|suppress_tokens"
-    r"|begin_suppress_tokens|base_model_.*_plan|partial_rotary_factor_default"
+    r"|begin_suppress_tokens|base_model_.*_plan|partial_rotary_factor_default|scale_decoder_outputs"
 )
 # Of these kinds of rotary positions the table does not depend on the longest input.
 ROPE_WITHOUT_LENGTH = ("default", "linear", "llama3")
@@ -190,6 +190,12 @@ def _canonical(fields: dict[str, Any], bidirectional: bool | None) -> dict[str, 
         fields.pop("head_dim", None)
     if set(fields.get("layer_types") or ["full_attention"]) == {"full_attention"}:
         fields.pop("layer_types", None)
+    if "local_attention" in fields:
+        # ModernBERT, whose layer types version 5 derives and version 4 does not have.
+        fields.pop("layer_types", None)
+    if fields.get("use_bidirectional_attention"):
+        # Gemma 3, whose window early releases of version 5 halve again whenever they load a config.
+        fields.pop("sliding_window", None)
     if bidirectional:
         for name in (*WINDOW_FIELDS, "use_sliding_window", "max_window_layers"):
             fields.pop(name, None)

@@ -231,5 +231,5 @@ def apply_dense(pooled: Tensor, modules: nn.ModuleList, layers: Sequence[Mapping
     """Apply the layers after pooling to float32 `(batch, hidden)`; returns float32 `(batch, out_features)`."""
     for module, layer in zip(modules, layers, strict=True):
         weight: Any = module.weight
-        pooled = ACT2FN[layer["activation"]](module(pooled.to(weight.device, weight.dtype))).to(torch.float32)
+        pooled = ACT2FN[layer["activation"]](module(pooled.to(weight.dtype))).float()
     return pooled

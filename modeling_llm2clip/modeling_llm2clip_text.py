@@ -172,9 +172,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         elsewhere = fields.get("text_model_name_or_path")
         if is_adapter:
             if not is_tower and is_embedding_model(name, **hub):
-                raise ValueError(
-                    f"{name} is an adapter with files of sentence-transformers; merge it and save it there."
-                )
+                raise ValueError(f"{name} is a sentence-transformers model and an adapter; merge and save it there.")
             own = cls.config_class.from_dict(fields) if is_tower else None
             model = cls._from_adapter(name, config or own or default_config, kwargs)
             # A default config may have the record of another LLM.
@@ -201,10 +199,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         """Give the text model of a tower another prompt and pooling."""
         config = copy.deepcopy(config)
         if config.dense != tower.config.dense:
-            raise ValueError(
-                f"the config has dense layers {config.dense}, and the text model has {tower.config.dense}; a text "
-                "model keeps its own."
-            )
+            raise ValueError(f"the config has dense layers {config.dense}, but the model has {tower.config.dense}.")
         config.verified_attention = config.verified_attention or tower.config.verified_attention
         model = cls(config, decoder=tower.decoder)
         model.dense = tower.dense

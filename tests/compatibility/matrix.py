@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
+from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig, XLMRobertaConfig
 
 from modeling_llm2clip import LLM2CLIPModel
 from tests.compatibility.check import CAPTIONS, pictures
@@ -50,6 +50,11 @@ def write_cases(folder: Path) -> None:
         "DINOv2 + Llama": (Dinov2Config(**DINO, **size), tiny.text_config("llama")),
         "SigLIP + Gemma 3": (SiglipVisionConfig(**SMALL, **size), tiny.text_config("gemma3_text")),
     }
+    # As the files of embedding models say.
+    own: dict[str, Any] = {"bidirectional": None, "pool_prompt": True, "normalize": True}
+    own["dense"] = [{"out_features": 24, "bias": True, "activation": "tanh"}]
+    encoder = XLMRobertaConfig(**SMALL, vocab_size=430, max_position_embeddings=130)
+    cases["EVA02 + XLM-R"] = (tiny.vision_config(), tiny.text_config(decoder_config=encoder, **own))
     cases["frozen EVA02 + Qwen2"] = (tiny.vision_config(), tiny.text_config("qwen2"))
     cases["EVA02 + Llama 3"][1].decoder_config.rope_parameters = dict(LLAMA_3)
     for name, (vision, text) in cases.items():

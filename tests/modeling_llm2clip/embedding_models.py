@@ -12,7 +12,7 @@ from sentence_transformers.base.modules.dense import Dense
 from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedTokenizerFast
 
@@ -22,6 +22,7 @@ DECODER = {**SHAPE, "num_key_value_heads": 2, "head_dim": 8, "max_position_embed
 CORPUS = [
     "a small dog", "two children play football in a green park near a river", "a red bus, seen from above",
     "query: passage: an instruction", "Instruct: find the image\nQuery: a Cat 123",
+    "Query:a dog", "Query:the children", "Query:two", "Query:bus",
 ]  # fmt: skip
 TEXTS = [
     "a dog",
@@ -42,7 +43,6 @@ class Family(NamedTuple):
         pooling: Fields of `Pooling`.
         after: Builds the modules after pooling.
         settings: Fields of `SentenceTransformer`.
-        lower_case: Whether texts are put in lower case first.
     """
 
     config: dict[str, Any]
@@ -50,7 +50,6 @@ class Family(NamedTuple):
     pooling: dict[str, Any]
     after: Callable[[], list[nn.Module]]
     settings: dict[str, Any]
-    lower_case: bool = False
 
 
 def word_pieces(special: str = "[PAD] [UNK] [CLS] [SEP] [MASK]") -> PreTrainedTokenizerFast:
@@ -75,9 +74,11 @@ def sentence_pieces(first: str | None = "<s>") -> PreTrainedTokenizerFast:
 
 
 def byte_pairs(first: str | None = "<s>", last: str | None = "</s>") -> PreTrainedTokenizerFast:
-    """GPT-2's kind of tokenizer."""
+    """Qwen's kind of tokenizer, which joins a punctuation mark with the word after it."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<pad>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(
@@ -112,7 +113,6 @@ FAMILIES = {
         {"pooling_mode": "mean"},
         lambda: [],
         {"prompts": {"query": "query: ", "passage": "passage: "}},
-        lower_case=True,
     ),
     "modernbert": Family(
         {"model_type": "modernbert", **SHAPE, "max_position_embeddings": 128, "local_attention": 8, "pad_token_id": 0}
@@ -189,7 +189,7 @@ def save(folder: Path, family: str, **pooling: Any) -> SentenceTransformer:
     model.save_pretrained(plain)
     tokenizer.save_pretrained(plain)
     parts = [
-        Transformer(str(plain), max_seq_length=LIMIT, do_lower_case=made.lower_case),
+        Transformer(str(plain), max_seq_length=LIMIT),
         Pooling(WIDTH, **{**made.pooling, **pooling}),
         *modules,
     ]

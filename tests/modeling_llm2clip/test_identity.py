@@ -8,12 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, BertConfig, Gemma3TextConfig, ModernBertConfig
 
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
-from modeling_llm2clip.identity_llm2clip import WORDS, decoder_identity, digest_weight, is_earlier_rule
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
+from modeling_llm2clip.identity_llm2clip import (
+    WORDS,
+    decoder_identity,
+    digest_weight,
+    is_earlier_rule,
+    text_fingerprint,
+)
 from tests.modeling_llm2clip import tiny
 
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 # As the release before the second rule computed it.
 EARLIER = "beeb0f96231ffc3d1b9c5568f1ddf765"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
@@ -187,3 +194,31 @@ def test_an_adapter_without_a_record_cannot_be_compared_on_a_rounded_base(
         tmp_path / "adapter", default_config=tiny.text_config(fingerprint="2-of another LLM"), dtype=torch.bfloat16
     )
     assert tower.identity() is None
+
+
+def test_windows_of_encoders_that_versions_write_differently_do_not_count() -> None:
+    """Gemma 3 halves its window whenever an early version 5 loads it; version 4 has no layer types of ModernBERT."""
+    gemma = Gemma3TextConfig(**SIZES, head_dim=8, use_bidirectional_attention=True, sliding_window=8)
+    halved = Gemma3TextConfig(**SIZES, head_dim=8, use_bidirectional_attention=True, sliding_window=5)
+    assert decoder_identity(gemma, None) == decoder_identity(halved, None)
+    assert "layer_types" not in decoder_identity(ModernBertConfig(**SIZES), None)
+    narrow = ModernBertConfig(**SIZES, local_attention=8)
+    assert decoder_identity(narrow, None) != decoder_identity(ModernBertConfig(**SIZES), None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalize": True},
+        {"pool_prompt": True},
+        {"dense": [{"out_features": 4, "bias": True, "activation": "tanh"}]},
+        {"bidirectional": None},
+    ],
+)
+def test_what_follows_the_text_model_counts(changes: dict[str, Any]) -> None:
+    weights = [("decoder.weight", torch.ones(2))]
+    fingerprints = {
+        text_fingerprint(LLM2CLIPTextConfig(decoder_config=BertConfig(**SIZES), **fields), weights)
+        for fields in ({}, changes)
+    }
+    assert len(fingerprints) == 2

@@ -92,7 +92,7 @@ def text_config(model_type: str = "llama", **fields: Any) -> LLM2CLIPTextConfig:
         "prompt_token_ids": tokenizer("")["input_ids"],
         "max_text_length": 64,
     }
-    return LLM2CLIPTextConfig(decoder_config=decoder_config(model_type), **{**defaults, **fields})
+    return LLM2CLIPTextConfig(**{"decoder_config": decoder_config(model_type), **defaults, **fields})
 
 
 def text_model(model_type: str = "llama", attn_implementation: str = "sdpa", **fields: Any) -> LLM2CLIPTextModel:

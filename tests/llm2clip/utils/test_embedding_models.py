@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, FNetConfig, FNetModel
 
 from llm2clip.utils.repos import RepoKind, inspect_repo
@@ -87,6 +88,16 @@ def test_given_settings_take_precedence_over_the_files(tmp_path: Path) -> None:
     assert model.config.max_text_length == tokenizer.model_max_length == 20
     unit, _ = open_text_tower(str(tmp_path / "text"), normalize=True, pooling="last_token")
     assert (unit.config.pooling, unit.config.normalize) == ("last_token", True)
+
+
+def test_texts_are_put_in_lower_case_where_the_files_say_so(tmp_path: Path) -> None:
+    embedding_models.save(tmp_path / "text", "xlm-roberta")
+    edit(tmp_path / "text" / "sentence_bert_config.json", do_lower_case=True)
+    reference = SentenceTransformer(str(tmp_path / "text"), device="cpu")
+    model, tokenizer = open_text_tower(str(tmp_path / "text"))
+    expected = reference.encode(["The Dog"], convert_to_tensor=True)
+    torch.testing.assert_close(model.encode("The Dog", tokenizer), expected, atol=1e-5, rtol=1e-5)
+    assert tokenizer("The Dog")["input_ids"] == tokenizer("the dog")["input_ids"]
 
 
 def test_instructions_are_pooled_with_the_prompt(tmp_path: Path) -> None:

@@ -23,18 +23,24 @@ from llm2clip.utils.towers import open_text_tower
 class EmbedConfig:
     """Settings of the embedding cache."""
 
-    text_model_name_or_path: str = setting("", "Text tower: Hub id or folder.")
+    text_model_name_or_path: str = setting(
+        "", "Text tower, plain LLM, encoder, or embedding model of sentence-transformers: Hub id or folder."
+    )
     text_model_revision: str | None = setting(None, "Branch, tag or commit of the text tower on the Hub.")
     output_dir: str = setting("", "Folder of the cache.")
     sources: list[dict[str, Any]] = setting(
         [], "Data sets whose captions are embedded: mappings with the fields of CaptionSource."
     )
     prompt_prefix: str | None = setting(
-        None, "Text before every caption, for a plain LLM; unset: the original's for the name of the LLM, if any."
+        None,
+        "Text before every caption, for a plain LLM or embedding model; unset: the original's for the name of the "
+        "LLM, or the default prompt of the embedding model, if any.",
     )
     prompt_suffix: str | None = setting(None, "Text after every caption, for a plain LLM; unset: as prompt_prefix.")
     instruction: str | None = setting(
-        None, "Text between prompt and caption, which is not pooled; pass the same one to encode_text() later."
+        None,
+        "Text between prompt and caption, which is not pooled unless the prompt is; pass the same one to "
+        "encode_text() later.",
     )
     batch_size: int | None = setting(
         None,

@@ -19,7 +19,9 @@ class TextTowerConfig(StageConfig):
     `ddp_find_unused_parameters=False`.
     """
 
-    model_name_or_path: str = setting("", "LLM to train: Hub id or folder of a plain LLM or of a text tower.")
+    model_name_or_path: str = setting(
+        "", "Text model to train: Hub id or folder of a plain LLM, encoder or embedding model, or of a text tower."
+    )
     model_revision: str | None = setting(None, "Branch, tag or commit of the LLM's Hub repo; unset: main.")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(
         "float32", "dtype of the loaded LLM (auto: that of its files). bfloat16 halves its memory."
@@ -30,16 +32,20 @@ class TextTowerConfig(StageConfig):
     prompt_prefix: str | None = setting(
         None,
         "Text before every caption, after BOS. It is context: its tokens are not pooled. Unset: that of "
-        "the original code for the LLM's name, if any.",
+        "the original code for the LLM's name, or the default prompt of an embedding model, if any.",
     )
     prompt_suffix: str | None = setting(
         None, "Text after every caption; its tokens are pooled. Unset: as prompt_prefix."
     )
     pooling: Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_token"] | None = setting(
-        None, "How token states become one embedding; unset: mean."
+        None, "How token states become one embedding; unset: mean, or as the embedding model does."
     )
     max_text_length: int | None = setting(None, "Maximum length of a caption with its prompt, in tokens; unset: 512.")
-    bidirectional: bool | None = setting(None, "Use bidirectional instead of causal attention; unset: true.")
+    bidirectional: bool | None = setting(
+        None,
+        "Use bidirectional instead of causal attention; unset: true for an LLM, its own attention for an encoder or "
+        "an embedding model.",
+    )
     lora_rank: int = setting(16, "Rank of LoRA; 0 trains all weights of the LLM instead.")
     lora_alpha: int = setting(32, "LoRA scaling: the update is multiplied by alpha / rank.")
     lora_dropout: float = setting(0.0, "Dropout probability on the input of the LoRA layers.")

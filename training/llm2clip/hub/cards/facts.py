@@ -89,8 +89,10 @@ def summary(model: Any) -> str:
     config = model.config
     if config.model_type == LLM2CLIPTextConfig.model_type:
         kind = config.decoder_config.model_type
+        attention = "" if config.bidirectional is None else " with bidirectional attention"
+        model = f"{kind} text model" if config.bidirectional is None else f"{kind} language model"
         return (
-            f"A caption encoder (LLM2CLIP, stage 1): a {kind} language model with bidirectional attention; "
+            f"A caption encoder (LLM2CLIP, stage 1): a {model}{attention}; "
             f"{config.hidden_size} dimensions, captions of up to {config.max_text_length} tokens."
         )
     vision = config.vision_config
