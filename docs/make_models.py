@@ -1,4 +1,4 @@
-"""Write the table of decoders in docs/models.md: which types of the installed transformers can be a text tower.
+"""Write the tables of docs/models.md: which decoders and encoders of the installed transformers can be a text tower.
 
 python docs/make_models.py
 """
@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, PretrainedConfig, __version__, logging
+from transformers import PretrainedConfig, __version__, logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 
 from modeling_llm2clip import LLM2CLIPTextModel
-from modeling_llm2clip.modeling_llm2clip_probe import LAYER_FIELDS
+from modeling_llm2clip.modeling_llm2clip_backbone import is_encoder, text_model_class
+from modeling_llm2clip.modeling_llm2clip_probe import LAYER_FIELDS, packs_exactly
 
 PAGE = Path(__file__).with_name("models.md")
-TABLE = re.compile(r"(?<=<!-- decoders: made by docs/make_models\.py -->\n).*?(?=<!-- /decoders -->)", re.DOTALL)
+TABLE = re.compile(r"(?<=<!-- (decoders|encoders): made by docs/make_models\.py -->\n).*?(?=<!-- /\1 -->)", re.DOTALL)
 MOST_WEIGHTS = 5_000_000
 
 
@@ -72,6 +74,7 @@ MORE: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
+    "distilbert": {"dim": 32, "hidden_dim": 64, "n_heads": 4, "n_layers": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": 64, "activation_sparsity_pattern": [0.0] * 5},
     "glm5_next_text": {"linear_head_dim": 8, "linear_num_heads": 4},
@@ -107,6 +110,12 @@ def types() -> list[str]:
     return sorted({name for name in (*causal, *inside) if name in MODEL_MAPPING_NAMES and _is_decoder(name)})
 
 
+def encoder_types() -> list[str]:
+    """Return the types of encoders: of masked language models, and of models with an encoder that stands alone."""
+    found = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES}
+    return sorted(name for name in found if name in CONFIG_MAPPING and is_encoder(CONFIG_MAPPING[name]()))
+
+
 def _is_decoder(name: str) -> bool:
     """Whether a type is neither an encoder-decoder nor a wrapper around a language model."""
     kind = CONFIG_MAPPING[name]
@@ -132,17 +141,18 @@ def small_decoder(name: str) -> Any:
     """Return a small random decoder, or None, with the reason on stderr, if it cannot be built or read text alone."""
     try:
         config = small_config(name)
+        auto, options = text_model_class(config)
         with torch.device("meta"):
-            if sum(weight.numel() for weight in AutoModel.from_config(config).parameters()) > MOST_WEIGHTS:
+            if sum(weight.numel() for weight in auto.from_config(config, **options).parameters()) > MOST_WEIGHTS:
                 raise ValueError(f"it has more than {MOST_WEIGHTS:,} weights")
         torch.manual_seed(0)
-        decoder = AutoModel.from_config(config).eval()
+        decoder = auto.from_config(config, **options).eval()
         with torch.no_grad():
             for weight in decoder.parameters():
                 # The default initialisation is so small that a wrong mask would hardly show.
                 if weight.ndim > 1:
                     weight.normal_(std=0.2)
-            decoder(input_ids=torch.arange(2, 14)[None], use_cache=False)
+            decoder(input_ids=torch.arange(2, 14)[None], **({} if is_encoder(config) else {"use_cache": False}))
     # Of any kind: each type's own code runs here, on a config that its authors did not foresee.
     except Exception as error:
         print(f"{name} is not tried: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
@@ -156,13 +166,13 @@ def verdict(name: str) -> str | None:
     if decoder is None:
         return None
     try:
-        LLM2CLIPTextModel.from_decoder(decoder)
+        tower = LLM2CLIPTextModel.from_decoder(decoder)
     except ValueError as error:
         if "cannot be a text tower: " not in str(error):
             raise
-        reason = str(error).split("cannot be a text tower: ")[1].split(". A text tower needs")[0]
+        reason = re.split(r"\. (?:A text tower needs|Use )", str(error).split("cannot be a text tower: ")[1])[0]
         return "refused: " + reason.split(" (")[0]
-    return "works"
+    return "works" if tower.config.bidirectional or packs_exactly(tower) else "works, one text per row"
 
 
 def _layers(name: str) -> str:
@@ -171,13 +181,13 @@ def _layers(name: str) -> str:
     return ", ".join(dict.fromkeys(next((kinds for kinds in found if kinds), ())))
 
 
-def table() -> str:
-    """Return the table: the types with their verdict, and the types that were not tried."""
-    verdicts = {name: verdict(name) for name in types()}
+def table(kind: str) -> str:
+    """Return the table of `decoders` or `encoders`: the types with their verdict, and those that were not tried."""
+    verdicts = {name: verdict(name) for name in (types() if kind == "decoders" else encoder_types())}
     rows = [f"| `{name}` | {_layers(name)} | {found} |" for name, found in verdicts.items() if found is not None]
     untried = ", ".join(f"`{name}`" for name, found in verdicts.items() if found is None)
     head = [
-        f"The types of transformers {__version__}, each tried as a small decoder with random weights on a CPU (sdpa,"
+        f"The types of transformers {__version__}, each tried as a small model with random weights on a CPU (sdpa,"
     ]
     head += ["or eager where a type has no sdpa):", "", "| type | layers | text tower |", "| --- | --- | --- |"]
     tail = ["", f"Not tried, since they cannot be built small or do not read text alone: {untried}."]
@@ -185,9 +195,8 @@ def table() -> str:
 
 
 def with_table(page: str) -> str:
-    """Return the text of the page with its table made anew."""
-    made = table()
-    return TABLE.sub(lambda _: made, page)
+    """Return the text of the page with its tables made anew."""
+    return TABLE.sub(lambda found: table(found[1]), page)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from tests.documents.reading import ROOT
 from tests.golden import FOLDER as GOLDEN
 from tests.llm2clip import tiny
 from tests.llm2clip.convert.checkpoints import microsoft_openai_names
+from tests.modeling_llm2clip import embedding_models
 from tests.modeling_llm2clip import tiny as tiny_models
 
 Builder = Callable[[Path], Any]
@@ -45,6 +46,11 @@ def llm(golden: str, folder: Path) -> None:
     config = AutoConfig.from_pretrained(GOLDEN / golden)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(GOLDEN / golden).save_pretrained(folder)
+
+
+def embedding_model(folder: Path) -> None:
+    """Save an embedding model of sentence-transformers with prompts, of which none is the default one, as E5 has."""
+    embedding_models.save(folder, "xlm-roberta")
 
 
 def clip(folder: Path) -> None:
@@ -146,6 +152,7 @@ def photo(path: Path) -> None:
     Image.effect_noise((60, 40), 80).convert("RGB").save(path)
 
 
+E5 = "intfloat/multilingual-e5-small"
 LLAMA, QWEN, SMOL = "llm2vec_llama_a_hf", "llm2vec_qwen2_a_hf", "llm2vec_mistral_a_hf"
 # Repos of the Hub, by id. A published LLM is any LLM there: `convert` reads all its sizes from its files.
 HUB: dict[str, Builder] = {
@@ -155,6 +162,7 @@ HUB: dict[str, Builder] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": partial(llm, SMOL),
     "openai/clip-vit-base-patch16": clip,
     "openai/clip-vit-large-patch14-336": clip,
+    E5: embedding_model,
     "facebook/dinov2-small": lambda folder: tiny.save_dinov2_tower(folder),
     "Salesforce/wikitext": wikitext,
     **{

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from llm2clip.convert.published import FOLDER, Published, published_models
-from tests.documents.stand_ins import HUB, MODEL
+from tests.documents.stand_ins import E5, HUB, MODEL
 
 
 @dataclass(frozen=True)
@@ -287,6 +287,12 @@ SPACE = {
         meant={"OWNER": "tester", "NAME": "model", "FOLDER": "space"}, makes=("space/app.py",)
     ),
 }
+MODELS = {
+    'llm2clip embed --text-model-name-or-path intfloat/multilingual-e5-small --prompt-prefix "query: " '
+    "--sources '[{path: ./my_images, caption_columns: [caption]}]' --output-dir runs/cache": Run(
+        needs=(E5, "my_images"), makes=("runs/cache/manifest.json",), prints="num_captions: "
+    ),
+}
 COMMANDS: dict[str, Run | NotRun] = {
-    **README, **CONTRIBUTING, **SCALING, **EXAMPLES, **HUB_CONFIGS, **SPACE,
+    **README, **CONTRIBUTING, **SCALING, **EXAMPLES, **HUB_CONFIGS, **MODELS, **SPACE,
 }  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.documents.reading import DOCUMENTS, ROOT, blocks, kind
-from tests.documents.stand_ins import FILES, FOLDERS, MODEL
+from tests.documents.stand_ins import E5, FILES, FOLDERS, HUB, MODEL
 
 WITH_PYTHON = [document for document in DOCUMENTS if "```python" in (ROOT / document).read_text()]
 
@@ -20,6 +20,8 @@ def test_python_code_of_the_document_runs(
 ) -> None:
     (tmp_path / MODEL).mkdir(parents=True)
     FOLDERS[MODEL](tmp_path / MODEL)
+    (tmp_path / E5).mkdir(parents=True)
+    HUB[E5](tmp_path / E5)
     for name in ("examples", "photo.jpg"):
         FILES[name](tmp_path / name)
     monkeypatch.chdir(tmp_path)
