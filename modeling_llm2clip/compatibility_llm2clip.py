@@ -22,7 +22,9 @@ class AttentionBackends:
     _supports_attention_backend = True
 
 
-ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_local_base_freq")
+ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_local_base_freq", "global_rope_theta", "local_rope_theta")
+# The fields of version 4 for the bases of layers that attend to everything and of those with a window.
+ROPE_BASES = {"modernbert": ("global_rope_theta", "local_rope_theta")}
 
 
 def with_version_4_rope(decoder: dict[str, Any]) -> dict[str, Any]:
@@ -31,10 +33,11 @@ def with_version_4_rope(decoder: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, dict):
         return decoder
     fields: dict[str, Any] = {}
+    everything, window = ROPE_BASES.get(str(decoder.get("model_type")), ("rope_theta", "rope_local_base_freq"))
     if isinstance(rope.get("full_attention"), dict):  # one set per layer type, as in Gemma 3
-        fields["rope_local_base_freq"] = (rope.get("sliding_attention") or {}).get("rope_theta")
+        fields[window] = (rope.get("sliding_attention") or {}).get("rope_theta")
         rope = rope["full_attention"]
-    fields["rope_theta"] = rope.get("rope_theta")
+    fields[everything] = rope.get("rope_theta")
     if rope.get("rope_type", "default") != "default":
         fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {**decoder, **{key: value for key, value in fields.items() if value is not None}}

@@ -191,8 +191,10 @@ def _canonical(fields: dict[str, Any], bidirectional: bool | None) -> dict[str, 
     if set(fields.get("layer_types") or ["full_attention"]) == {"full_attention"}:
         fields.pop("layer_types", None)
     if "local_attention" in fields:
-        # ModernBERT, whose layer types version 5 derives and version 4 does not have.
-        fields.pop("layer_types", None)
+        # ModernBERT, whose layer types version 5 derives from this field and version 4 does not have.
+        step, layers = fields.pop("global_attn_every_n_layers", None) or 3, range(fields["num_hidden_layers"])
+        derived = ["sliding_attention" if layer % step else "full_attention" for layer in layers]
+        fields["layer_types"] = fields.get("layer_types") or derived
     if fields.get("use_bidirectional_attention"):
         # Gemma 3, whose window early releases of version 5 halve again whenever they load a config.
         fields.pop("sliding_window", None)

@@ -188,8 +188,10 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
                 kwargs["key_mapping"] = {r"^text_model\.": ""}
             model, info = load_complete(super().from_pretrained, name, *model_args, config=config, **kwargs)
         else:
-            model = cls.from_decoder(name, decoder_kwargs=kwargs)
-            if config := config or default_config:
+            config = config or default_config
+            # With a config, which has its own prompt, no tokenizer is read.
+            model = cls.from_decoder(name, decoder_kwargs=kwargs, **({} if config is None else {"prompt_prefix": ""}))
+            if config is not None:
                 model = cls._around(model, config)
         verify_decoder(model, saved=True)
         return (model, info) if wants_info else model

@@ -196,12 +196,19 @@ def test_an_adapter_without_a_record_cannot_be_compared_on_a_rounded_base(
     assert tower.identity() is None
 
 
-def test_windows_of_encoders_that_versions_write_differently_do_not_count() -> None:
+def test_windows_of_encoders_that_versions_write_differently_do_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Gemma 3 halves its window whenever an early version 5 loads it; version 4 has no layer types of ModernBERT."""
     gemma = Gemma3TextConfig(**SIZES, head_dim=8, use_bidirectional_attention=True, sliding_window=8)
     halved = Gemma3TextConfig(**SIZES, head_dim=8, use_bidirectional_attention=True, sliding_window=5)
     assert decoder_identity(gemma, None) == decoder_identity(halved, None)
-    assert "layer_types" not in decoder_identity(ModernBertConfig(**SIZES), None)
+    modern = ModernBertConfig(**SIZES)
+    expected = decoder_identity(modern, None)
+    fields = {key: value for key, value in modern.to_dict().items() if key not in ("layer_types", "rope_parameters")}
+    bases = {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
+    monkeypatch.setattr(modern, "to_dict", lambda: {**fields, **bases, "global_attn_every_n_layers": 3})
+    assert decoder_identity(modern, None) == expected
     narrow = ModernBertConfig(**SIZES, local_attention=8)
     assert decoder_identity(narrow, None) != decoder_identity(ModernBertConfig(**SIZES), None)
 
