@@ -27,7 +27,6 @@ from transformers.models.auto.modeling_auto import (
 
 from .configuration_llm2clip import WINDOW_FIELDS
 from .modeling_llm2clip_packing import IS_CAUSAL_COUNTS, VARIABLE_LENGTHS, PackedBatch, takes_additive_mask
-from .modeling_llm2clip_probe import packs_exactly
 from .modeling_llm2clip_utils import hub_arguments, load_complete
 from .sentence_transformers_llm2clip import EmbeddingModel, read_dense_weights, read_embedding_model, refusal
 from .tokenization_llm2clip import with_prompt
@@ -201,7 +200,8 @@ def pack_if_worthwhile(
         return None
     # A mask of captions replaces that of a window.
     reach = window_reach(config) if own_attention else None
-    if own_attention and not ((reach is None or packed.longest <= reach) and packs_exactly(tower)):
+    known = tower.packing_verdicts.get(config._attn_implementation, False)
+    if own_attention and not (known and (reach is None or packed.longest <= reach)):
         return None
     return packed
 

@@ -64,7 +64,12 @@ def verify_decoder(tower: Any, saved: bool = False) -> None:
     decoder, config = tower.decoder, tower.config
     kind, verified = _kind_here(tower), config.verified_attention or []
     own = config.bidirectional is None
-    if config.bidirectional is False or kind in verified or not _is_probeable(decoder):
+    if config.bidirectional is False or not _is_probeable(decoder):
+        return
+    if own and kind == attention_kind(decoder) and tower.has_readable_weights:
+        # Now, not when it is first of use: every process of a sharded run would have to take part then.
+        packs_exactly(tower)
+    if kind in verified:
         return
     if saved and not own and config.decoder_config.model_type in COMPARED_TYPES:
         return

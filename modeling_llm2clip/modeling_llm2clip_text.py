@@ -93,7 +93,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         config.decoder_config = self.decoder.config
         self._arguments = argument_names(self.decoder, only_declared=config.bidirectional is None)
         self._first_position = position_offset(self.decoder)
-        # Whether captions of a row stay apart with an attention implementation, found when it is first of use.
+        # Whether captions of a row stay apart with an attention implementation; not saved, since versions differ.
         self.packing_verdicts: dict[str, bool] = {}
         if decoder is not None:
             if config.bidirectional:

@@ -11,11 +11,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, FNetConfig, FNetModel
 
+from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.text_identity import read_fingerprints
 from llm2clip.utils.towers import describe_text_tower, open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
-from modeling_llm2clip.modeling_llm2clip_probe import packs_exactly
 from tests.modeling_llm2clip import embedding_models
 from tests.modeling_llm2clip.embedding_models import FAMILIES, TEXTS
 
@@ -46,6 +46,9 @@ def test_tokens_and_embeddings_equal_sentence_transformers(family: str, tmp_path
     again = saved.encode(TEXTS, AutoTokenizer.from_pretrained(tmp_path / "tower"))
     torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
     assert saved.fingerprint() == model.fingerprint()
+    write_sentence_transformers_files(tmp_path / "tower")
+    known = SentenceTransformer(str(tmp_path / "tower"), trust_remote_code=True, device="cpu")
+    torch.testing.assert_close(known.encode(TEXTS, convert_to_tensor=True), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +61,7 @@ def test_short_texts_share_rows_only_where_that_is_exact(family: str, packs: boo
     model.decoder.register_forward_pre_hook(
         lambda _, __, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True
     )
-    assert packs_exactly(model) is packs
-    rows.clear()
+    assert list(model.packing_verdicts.values()) == [packs]
     texts = [*TEXTS[:4], "a small dog"]
     found = model.encode(texts, tokenizer)
     assert (sum(rows) < len(texts)) is packs
