@@ -57,7 +57,8 @@ class Repo:
         """Raise ValueError unless the repository is one of `kinds`; returns it. `hint` ends the message."""
         if self.kind in kinds:
             return self
-        wanted = " or ".join(f"{'an' if kind.value[0] in 'aeiouAEIOUL' else 'a'} {kind.value}" for kind in kinds)
+        *others, last = [f"{'an' if kind.value[0] in 'aeiouAEIOUL' else 'a'} {kind.value}" for kind in kinds]
+        wanted = f"{', '.join(others)} or {last}" if others else last
         found = f"model_type {self.model_type!r}" if self.kind is RepoKind.OTHER else f"a {self.kind.value}"
         raise ValueError(f"{self.name} is not {wanted}: it contains {found}. {hint}")
 
