@@ -16,6 +16,7 @@ from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification
 from torch.nn import functional as F
+from transformers import AutoImageProcessor
 
 from llm2clip.evaluation import caption_retrieval_metrics, retrieval_metrics
 from llm2clip.evaluation.mteb_encoder import LLM2CLIPEncoder
@@ -197,6 +198,11 @@ def test_cached_results_belong_to_weights_not_to_the_folder_name(saved_model: Pa
 
 def batches(**columns: list[Any]) -> torch.utils.data.DataLoader[Any]:
     return torch.utils.data.DataLoader(datasets.Dataset.from_dict(columns), batch_size=2)
+
+
+def test_images_are_resized_with_pillow(saved_model: Path) -> None:
+    assert AutoImageProcessor.from_pretrained(saved_model).backend != "pil"
+    assert LLM2CLIPEncoder(str(saved_model), device="cpu").image_processor.backend == "pil"
 
 
 def test_empty_texts_are_refused_or_rows_of_zeros(saved_model: Path, caplog: pytest.LogCaptureFixture) -> None:

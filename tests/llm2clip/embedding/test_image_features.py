@@ -1,0 +1,113 @@
+"""Stored features of images."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llm2clip.data import CaptionSource, load_source
+from llm2clip.data.sources import source_columns
+from llm2clip.embedding.cache_files import CacheDamagedError
+from llm2clip.embedding.image_batches import TableImages
+from llm2clip.embedding.image_features import FeatureManifest, FeatureStore, ImageFeatures
+from llm2clip.utils.processes import process_state
+from modeling_llm2clip import LLM2CLIPModel
+from tests.llm2clip.tiny import concepts
+from tests.modeling_llm2clip import tiny
+
+
+@pytest.fixture(scope="module")
+def model() -> LLM2CLIPModel:
+    torch.manual_seed(0)
+    return tiny.joint_model()
+
+
+def images(rows: int = 12) -> TableImages:
+    source = CaptionSource.from_dict(concepts(max_samples=rows))
+    table: Any = load_source(source)
+    return TableImages(table, source_columns(source, table))
+
+
+def store(folder: Path, model: LLM2CLIPModel, **changes: Any) -> FeatureStore:
+    fields = {"fingerprint": "2-a", "vision_model_name": "tiny", "pooling": "cls", "image_backend": "exact"}
+    fields |= {"hidden_size": model.config.vision_width, "max_pixels": 10**8, "shard_size": 5, **changes}
+    manifest = FeatureManifest(**fields)  # type: ignore[arg-type]
+    processor = tiny.processor().image_processor
+    return FeatureStore(folder, model, processor, manifest, state=process_state(), batch_size=4)
+
+
+def test_rows_are_the_features_of_the_images(model: LLM2CLIPModel, tmp_path: Path) -> None:
+    table = images()
+    features = store(tmp_path, model).open([table, table])
+    assert len(features) == len(np.unique(table.content_keys(), axis=0))
+    rows = features.find(table.content_keys())
+    pixels = tiny.processor()(
+        images=[table.decode(row, lambda value, *_: value) for row in range(12)], return_tensors="pt"
+    )
+    expected = model.get_vision_features(pixels["pixel_values"])
+    torch.testing.assert_close(features.read_views(rows, 0).float(), expected, atol=2e-3, rtol=2e-3)
+    mean, std = features.statistics(rows)
+    torch.testing.assert_close(mean, expected.mean(dim=0), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(std, expected.std(dim=0, correction=0), atol=2e-3, rtol=2e-3)
+
+
+def test_every_identity_has_its_own_folder(model: LLM2CLIPModel, tmp_path: Path) -> None:
+    folders = {
+        store(tmp_path, model, **changes).folder
+        for changes in (
+            {},
+            {"fingerprint": "2-b"},
+            {"pooling": "mean"},
+            {"vision_model_dtype": "bfloat16"},
+            {"seed": 1},
+        )
+    }
+    assert len(folders) == 5
+    assert store(tmp_path, model, vision_model_name="moved", shard_size=9).folder in folders
+
+
+def test_a_build_is_continued_where_it_was_killed(
+    model: LLM2CLIPModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, calls = LLM2CLIPModel.get_vision_features, []
+
+    def killed(self: LLM2CLIPModel, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        calls.append(len(pixel_values))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compute(self, pixel_values, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LLM2CLIPModel, "get_vision_features", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store(tmp_path / "broken", model).open([images()])
+        done = sum(calls[:2])
+        features = store(tmp_path / "broken", model).open([images()])
+    assert sum(calls[3:]) == len(features) - done
+    unbroken = store(tmp_path / "unbroken", model).open([images()])
+    for shard in unbroken.path.glob("*.safetensors"):
+        assert shard.read_bytes() == (features.path / shard.name).read_bytes()
+
+
+def test_a_worker_reads_the_store_while_it_grows(model: LLM2CLIPModel, tmp_path: Path) -> None:
+    features = store(tmp_path, model).open([images(8)])
+    manifest = FeatureManifest.read(features.path)
+    manifest.status = "building"
+    manifest.write(features.path)
+    copy: ImageFeatures = pickle.loads(pickle.dumps(features))
+    rows = np.arange(len(features))
+    assert copy.read(rows).equal(features.read(rows))
+
+
+def test_a_cut_shard_is_an_error_that_names_it(model: LLM2CLIPModel, tmp_path: Path) -> None:
+    features = store(tmp_path, model).open([images()])
+    shard = features.path / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(CacheDamagedError, match=r"shard-00001\.safetensors is truncated: .* start the training again"):
+        ImageFeatures(features.path, FeatureManifest.read(features.path))
+    assert len(store(tmp_path, model).open([images()])) == len(features)
