@@ -148,17 +148,54 @@ def make_trainer(fields: dict[str, Any]) -> Any:
 
 
 def train(trainer: Any) -> tuple[list[float], dict[str, float]]:
-    """Train; return the loss of every step and the seconds per step."""
+    """Train; return the logged losses and the seconds per step."""
     from transformers import TrainerCallback
 
     clock = StepClock()
 
     class Clock(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            # Logging is the last event of a step.
-            if "loss" in logs:
-                clock.step_ends()
+        # The log of a step counts for the next one.
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            clock.step_ends()
 
     trainer.add_callback(Clock())
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], clock.metrics()
+
+
+def bare_loop(trainer: Any, batches: list[dict[str, Any]]) -> tuple[list[float], dict[str, float]]:
+    """Train the trainer's model by its settings without a Trainer: forward, loss, backward and optimizer.
+
+    Args:
+        batches: Prepared batches, one for each step; each caption matches the image of its row.
+
+    Returns:
+        The loss of every step and the seconds per step.
+    """
+    import torch
+
+    from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
+
+    config, model = trainer.args, trainer.model.train()
+    rates = {"learning_rate": config.learning_rate, "weight_decay": config.weight_decay}
+    groups = parameter_groups(model, **rates, vision_layer_decay=config.vision_layer_decay)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    schedule = warmup_cosine_schedule(optimizer, 0, len(batches))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inputs = ("pixel_values", "vision_features", "llm_embeds")
+    clock, losses = StepClock(), []
+    for batch in batches:
+        logits = model(**{name: batch[name] for name in inputs if name in batch}).logits_per_image
+        labels = torch.arange(len(logits))
+        loss = torch.nn.functional.cross_entropy(logits, labels) / 2
+        loss = loss + torch.nn.functional.cross_entropy(logits.T, labels) / 2
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            clamp_logit_scale(model)
+        losses.append(loss.item())
+        clock.step_ends()
+    return losses, clock.metrics()

@@ -45,44 +45,16 @@ def _ours() -> Work:
 
 
 def _bare_loop() -> Work:
-    """Forward, loss, backward and optimizer on prepared batches, with the same model and settings."""
-    import torch
-
-    from benchmarks.stage2_inputs import StepClock, make_trainer
-    from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
+    """The same steps on prepared batches, without a Trainer."""
+    from benchmarks.stage2_inputs import bare_loop, make_trainer
 
     fields = _fields()
-    trainer = make_trainer(fields)
-    config = trainer.args
-    batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(STEPS), strict=False)]
+    loader = make_trainer(fields).get_train_dataloader()
+    batches = [batch for batch, _ in zip(loader, range(STEPS), strict=False)]
 
     def work() -> Outcome:
-        model = make_trainer(fields).model.train()
-        groups = parameter_groups(
-            model,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            vision_layer_decay=config.vision_layer_decay,
-        )
-        optimizer = torch.optim.AdamW(groups, fused=True)
-        schedule = warmup_cosine_schedule(optimizer, 0, STEPS)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        labels, clock, losses = torch.arange(BATCH), StepClock(), []
-        for batch in batches:
-            output = model(pixel_values=batch["pixel_values"], llm_embeds=batch["llm_embeds"])
-            logits = output.logits_per_image
-            loss = torch.nn.functional.cross_entropy(logits, labels) / 2
-            loss = loss + torch.nn.functional.cross_entropy(logits.T, labels) / 2
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            with torch.no_grad():
-                clamp_logit_scale(model)
-            losses.append(loss.item())
-            clock.step_ends()
-        return Outcome({"losses": losses}, clock.metrics())
+        losses, metrics = bare_loop(make_trainer(fields), batches)
+        return Outcome({"losses": losses}, metrics)
 
     return work
 
