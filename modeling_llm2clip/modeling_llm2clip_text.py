@@ -147,8 +147,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
                 that contains its LLM or names its repository; of a PEFT adapter (requires peft); or of a plain text
                 model (see [`from_decoder`]).
             config: Prompt and pooling, instead of those in the repository.
-            default_config: Prompt and pooling if the repository is not one of this package (a plain text model, an
-                adapter alone).
+            default_config: Prompt and pooling if the repository has none (a plain text model, an adapter alone).
 
         Raises:
             ValueError: Weights of the LLM are missing, or it cannot be a text tower (probed unless the config records
@@ -171,12 +170,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         is_tower = model_type == cls.config_class.model_type
         elsewhere = fields.get("text_model_name_or_path")
         if is_adapter:
-            if not is_tower and is_embedding_model(name, **hub):
-                raise ValueError(f"{name} is a sentence-transformers model and an adapter; merge and save it there.")
             own = cls.config_class.from_dict(fields) if is_tower else None
-            model = cls._from_adapter(name, config or own or default_config, kwargs)
-            # A default config may have the record of another LLM.
-            model.config.fingerprint = own.fingerprint if own is not None else None
+            model = cls._from_adapter(name, own, config or own or default_config, kwargs)
         elif model_type == COMPOSITE_TYPE and elsewhere is not None:
             default_config = default_config or cls.config_class.from_dict(fields["text_config"])
             kwargs |= {"revision": fields.get("text_model_revision"), "subfolder": ""}
@@ -208,7 +203,12 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         return model
 
     @classmethod
-    def _from_adapter(cls, name: str, config: LLM2CLIPTextConfig | None, kwargs: dict[str, Any]) -> LLM2CLIPTextModel:
+    def _from_adapter(
+        cls, name: str, own: LLM2CLIPTextConfig | None, config: LLM2CLIPTextConfig | None, kwargs: dict[str, Any]
+    ) -> LLM2CLIPTextModel:
+        """Load an adapter; only `own`, the config in its repository, has the record of its LLM."""
+        if own is None and is_embedding_model(name, **hub_arguments(kwargs)):
+            raise ValueError(f"{name} is a sentence-transformers model and an adapter; merge and save it there.")
         # Not an import statement: transformers would require peft of everyone who loads this code from the Hub.
         try:
             peft = importlib.import_module("peft")
@@ -226,6 +226,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         stored = _stored_dtype(adapter.base_model_name_or_path, hub_arguments(base_kwargs))
         model.has_rounded_base = base.has_rounded_base or str(base.dtype) not in ("torch.float32", f"torch.{stored}")
         model.decoder = peft.PeftModel.from_pretrained(base.decoder, name, **hub)
+        model.config.fingerprint = own.fingerprint if own is not None else None
         return model
 
     def save_pretrained(  # type: ignore[override]
