@@ -25,14 +25,15 @@ def blocks(document: str) -> list[tuple[str, str]]:
 
 
 def kind(language: str, content: str) -> str:
-    """Return the kind of a block: python, shell, output or diagram.
+    """Return the kind of a block: python, recipe, shell, output or diagram.
 
     Raises:
         ValueError: It is none of them.
     """
     lines = content.replace("\\\n", " ").splitlines()
-    if language in ("python", "mermaid"):
-        return "python" if language == "python" else "diagram"
+    kinds = {"python": "python", "yaml": "recipe", "mermaid": "diagram"}
+    if language in kinds:
+        return kinds[language]
     if language in ("", "bash", "shell") and lines and all(map(is_command, lines)):
         return "shell"
     if not language and content.startswith(OUTPUTS):

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from llm2clip import cli
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils.settings import build_config
 from tests.documents.reader import Reader, recipe
-from tests.documents.reading import DOCUMENTS, ROOT, code_spans, commands, kind
+from tests.documents.reading import DOCUMENTS, ROOT, blocks, code_spans, commands, kind
 from tests.documents.table import COMMANDS, NotRun, Run
 
 SHOWN = {line for document in DOCUMENTS for line in commands(document)}
@@ -107,6 +110,15 @@ def test_every_option_in_the_text_exists(document: str) -> None:
         options |= {f"--{form}" for name in names for form in (name, name.replace("_", "-"))}
     spans = [span for span in code_spans(document) if span.startswith("--") and span not in OTHER_OPTIONS]
     assert not [span for span in spans if span.split()[0] not in options]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_recipes_in_the_text_have_fields_of_stage_2(document: str, tmp_path: Path) -> None:
+    for language, content in blocks(document):
+        if kind(language, content) == "recipe":
+            build_config(
+                Stage2Config, {"output_dir": str(tmp_path), "embedding_cache": "cache", **yaml.safe_load(content)}
+            )
 
 
 @pytest.mark.parametrize(("language", "content"), [("", "curl -O x\n"), ("rust", "fn main() {}\n")])

@@ -206,8 +206,6 @@ def run(config: Stage2Config, resume: bool = False) -> dict[str, Any]:
         The metrics of training, and those of retrieval with the prefix `eval_`.
     """
     require(config, ["sources"])
-    if (config.embedding_cache is not None) == config.online_text_model:
-        raise ValueError("give either embedding_cache (from `llm2clip embed`) or online_text_model: true.")
     if not config.warm_start:
         return _run(config, resume)["metrics"]
     with run_lock(config.output_dir):
@@ -221,6 +219,8 @@ def run(config: Stage2Config, resume: bool = False) -> dict[str, Any]:
 @stage_command("sources")
 def _run(config: Stage2Config, checkpoint: str | None) -> dict[str, Any]:
     """Run one part; return its `metrics` and its log, `history`."""
+    if (config.embedding_cache is not None) == config.online_text_model:
+        raise ValueError("give either embedding_cache (from `llm2clip embed`) or online_text_model: true.")
     check_pushing(config, config.text_model_name_or_path, not config.bundle_text_model, True)
     trainer = build_trainer(config)
     trainer.earlier_history = first_history(config)
