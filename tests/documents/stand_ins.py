@@ -140,10 +140,9 @@ def small_profile(name: str, path: Path) -> None:
     """Write a profile of the quickstart with a few small training steps on a CPU."""
     profile = load_recipe(find_recipe(f"quickstart_{name}"))
     small = {"use_cpu": True, "max_steps": 3, "warmup_steps": 0, "per_device_train_batch_size": 8}
-    profile["stage1"] |= small
-    profile["stage2"] |= {**small, "projection_dim": 16}
-    if "freeze_vision_layers" in profile["stage2"]:
-        profile["stage2"]["freeze_vision_layers"] = 1
+    for part in ("stage1", "frozen", "unfrozen"):
+        profile[part] |= small
+    profile["stage2"]["projection_dim"] = 16
     path.write_text(yaml.safe_dump(profile))
 
 

@@ -101,9 +101,9 @@ README = {
     "llm2clip quickstart --llm Qwen/Qwen2.5-0.5B --vision-model openai/clip-vit-base-patch16 --data ./my_images "
     "--caption-columns short_caption long_caption": Run(
         needs=("Qwen/Qwen2.5-0.5B", "openai/clip-vit-base-patch16", "my_images", "default.yaml"),
-        small="--profile default.yaml",
+        small="--profile default.yaml --embedding-model none",
         makes=(f"{MODEL}/model.safetensors", "runs/quickstart/report.html"),
-        prints="stage 2, stage-1 LLM",
+        prints="LLM after stage 1",
     ),
     "llm2clip check-data ./my_images --split train --caption-columns caption": Run(
         needs=("my_images",), prints="24, of which 24 can be used"
@@ -159,14 +159,15 @@ README = {
         prints="recognized: a plain vision tower",
     ),
     "make quickstart": NotRun(
-        "a quarter of an hour",
-        run_by="tests/llm2clip/quickstart/test_real_weights.py::test_stage_1_doubles_image_retrieval",
+        "twenty minutes",
+        run_by="tests/llm2clip/quickstart/test_real_weights.py::"
+        "test_the_better_model_finds_unseen_concepts_by_their_names",
     ),
     'make quickstart ARGS="--profile full"': Run(
         needs=("Qwen/Qwen2.5-0.5B", "openai/clip-vit-base-patch16", "my_images", "full.yaml"),
         meant={"full": "full.yaml"},
         small="--llm Qwen/Qwen2.5-0.5B --vision-model openai/clip-vit-base-patch16 --data my_images "
-        "--caption-columns short_caption long_caption",
+        "--caption-columns short_caption long_caption --embedding-model none",
         makes=(f"{MODEL}/model.safetensors",),
         slow=True,
     ),

@@ -12,7 +12,7 @@ import yaml
 
 from tests.examples.conftest import EXAMPLES
 from tests.llm2clip import tiny
-from tests.llm2clip.quickstart.test_pipeline import PROFILE, save_data
+from tests.llm2clip.quickstart.test_pipeline import PROFILE, SPLITS, save_data
 
 NOTEBOOK = EXAMPLES / "quickstart.ipynb"
 
@@ -26,10 +26,11 @@ def test_the_notebook_is_kept_without_outputs() -> None:
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     profile = tmp_path / "tiny.yaml"
     profile.write_text(yaml.safe_dump(PROFILE))
-    data = save_data(tmp_path / "data", {"train": 64, "validation": 24, "test": 24})
+    data = save_data(tmp_path / "data", SPLITS)
     options = [
         "--traceback", "--profile", str(profile), "--data", data, "--image-column", "picture",
-        "--llm", tiny.save_llm(tmp_path / "llm"), "--vision-model", tiny.save_vision_tower(tmp_path / "vision"),
+        "--embedding-model", "none", "--llm", tiny.save_llm(tmp_path / "llm"),
+        "--vision-model", tiny.save_vision_tower(tmp_path / "vision"),
     ]  # fmt: skip
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
@@ -40,6 +41,6 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     assert sum("image/png" in data for data in shown) == 3
     tables = [data["text/html"] for data in shown if "<table" in data.get("text/html", "")]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    recall = 100 * results["caption_retrieval"]["after stage 1"]["lemma_to_gloss"]["recall@10"]
-    assert any("after stage 1" in table and f"{recall:.1f}" in table for table in tables)
-    assert any("stage 2, stage-1 LLM" in table for table in tables)
+    recall = 100 * results["caption_retrieval"]["LLM after stage 1"]["lemma_to_gloss"]["recall@10"]
+    assert any("LLM after stage 1" in table and f"{recall:.1f}" in table for table in tables)
+    assert any("LLM after stage 1 + last layer trained" in table for table in tables)

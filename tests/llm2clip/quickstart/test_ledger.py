@@ -56,7 +56,7 @@ def test_a_step_runs_again_when_a_step_it_depends_on_changes(tmp_path: Path) -> 
     for setting in (1, 1, 2):
         ledger = Ledger(tmp_path)
         ledger.run("first", "First", {"x": setting}, first)
-        ledger.run("second", "Second", {}, second, after="first")
+        ledger.run("second", "Second", {}, second, after=["first"])
     assert (len(first.resumed), len(second.resumed)) == (2, 2)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,30 +17,41 @@ from transformers import AutoModel, AutoProcessor
 from llm2clip import cli
 from llm2clip.data import decode_image
 from llm2clip.hub.cards.card import read_card, validate_card
-from llm2clip.quickstart.data import QuickstartData
-from llm2clip.quickstart.pipeline import Quickstart
+from llm2clip.quickstart.arms import choose_arms
+from llm2clip.quickstart.config import QuickstartConfig
+from llm2clip.quickstart.data import LANGUAGES, OTHER_LANGUAGES, QuickstartData
+from llm2clip.quickstart.text_steps import TextSteps
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
+from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny
+from tests.modeling_llm2clip import embedding_models
 
 PROFILE = {
+    "seeds": 2,
     "stage1": {
         "max_steps": 2, "per_device_train_batch_size": 8, "lora_rank": 2, "save_strategy": "no", "use_cpu": True,
         "prompt_prefix": "caption: ", "logging_steps": 1,
     },
     "stage2": {
-        "max_steps": 3, "per_device_train_batch_size": 16, "projection_dim": 16, "freeze_vision_layers": 1,
-        "save_strategy": "no", "use_cpu": True, "caption_weights": [3, 1], "logging_steps": 1,
+        "projection_dim": 16, "adapter_num_layers": 1, "vision_pooling": "cls_mean", "standardize_features": True,
+        "use_cpu": True, "caption_weights": [3, 1], "logging_steps": 1, "shared_captions": "positive",
+    },
+    "frozen": {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 1e-2},
+    "unfrozen": {
+        "num_train_epochs": 1, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "freeze_vision_layers": -1,
     },
 }  # fmt: skip
+ARMS = ["raw LLM, causal", "raw LLM, bidirectional", "LLM after stage 1", "bert"]
+# Rows of one source and of several.
+SPLITS = {"train": 64, "validation": 24, "test": 24}
 
 
 def save_data(folder: Path, splits: dict[str, int], drop: tuple[str, ...] = (), image_column: str = "picture") -> str:
-    """Save a slice of the bundled data as a user's folder."""
+    """Save a part of the bundled data, rows of all of it, as a user's folder."""
     folder.mkdir()
     for split, rows in splits.items():
-        table = datasets.load_dataset(
-            "parquet", data_files=f"{tiny.CONCEPTS}/{split}.parquet", split=f"train[:{rows}]"
-        )
+        table = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/{split}.parquet", split="train")
+        table = table.select(range(0, len(table), len(table) // rows)[:rows])
         table = table.remove_columns(list(drop)).rename_column("image", image_column)
         table.to_parquet(folder / f"{split}.parquet")
     return str(folder)
@@ -49,47 +62,153 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("quickstart")
     profile = folder / "tiny.yaml"
     profile.write_text(yaml.safe_dump(PROFILE))
+    embedding_models.save(folder / "bert", "bert")
     return [
         "quickstart", "--traceback", "--profile", str(profile), "--output_dir", str(folder / "run"),
         "--llm", tiny.save_llm(folder / "llm"), "--vision_model", tiny.save_vision_tower(folder / "vision"),
-        "--data", save_data(folder / "data", {"train": 64, "validation": 24, "test": 24}),
+        "--embedding-model", str(folder / "bert"), "--data", save_data(folder / "data", SPLITS),
         "--image_column", "picture",
     ]  # fmt: skip
 
 
-def test_all_steps_run_and_the_final_model_gives_the_recorded_logits(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(arguments) == 0
-    shown = capsys.readouterr().out
-    folder = Path(arguments[arguments.index("--output_dir") + 1])
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    for row in ("raw LLM, causal", "raw LLM, bidirectional", "after stage 1"):
-        assert row in shown
-        assert results["caption_retrieval"][row]["lemma_to_gloss"]["num_targets"] == 586
-    rows = list(results["image_retrieval"])
-    assert rows[:3] == ["before training", "stage 2, raw LLM", "stage 2, stage-1 LLM"]
-    assert rows[3].endswith("German captions")
-    assert results["image_retrieval"]["before training"]["num_images"] == 24
-    assert results["seconds"].keys() >= {"stage1", "stage2-raw", "stage2-stage1"}
+@pytest.fixture(scope="module")
+def shown(arguments: list[str]) -> str:
+    """What the first run prints, in a wide terminal."""
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        patch.setenv("COLUMNS", "200")
+        assert cli.main(arguments) == 0
+    return shown.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(arguments: list[str], shown: str) -> Path:
+    return Path(arguments[arguments.index("--output_dir") + 1])
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_every_text_encoder_is_a_line_of_each_table(results: dict[str, Any], shown: str) -> None:
+    assert list(results["caption_retrieval"]) == list(results["transfer"]) == results["text_encoders"] == ARMS
+    assert results["caption_retrieval"][ARMS[0]]["lemma_to_gloss"]["num_targets"] == 586
+    rows = results["image_retrieval"]
+    tuned = ["LLM after stage 1", "LLM after stage 1 + last layer trained", "  mean of 6 languages, LLM after stage 1"]
+    languages = [f"  {name}" for name in ("German", "French", "Spanish", "Chinese", "Japanese", "Hindi")]
+    ready = ["bert", "bert + last layer trained", *languages, "  mean of 6 languages, bert"]
+    assert list(rows) == [*ARMS[:2], *tuned, *ready]
+    assert {row["num_images"] for row in rows.values()} == {24}
+    assert set(results["runs"]["stage2-ready"]["frozen"]["test"]) == {
+        "captions", *(name.strip() for name in languages), "Russian", "Arabic",
+    }  # fmt: skip
+    mean = sum(rows[name]["text_to_image_recall@10"] for name in languages) / 6
+    assert rows["  mean of 6 languages, bert"]["text_to_image_recall@10"] == pytest.approx(mean)
+    assert results["reading"]
+    assert results["reading"][0] in " ".join(shown.split())
+
+
+def test_the_printed_numbers_are_those_of_the_results(results: dict[str, Any], shown: str) -> None:
+    """A frozen line is the mean of two seeds with its deviation; one with a second part is one run."""
+    lines = [line.split("│") for line in shown.splitlines() if line.startswith("│")]
+    printed = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in lines}
+    runs = [results["runs"][name]["frozen"]["test"]["captions"] for name in ("stage2-raw", "stage2-raw-2")]
+    values = [100 * run["text_to_image_recall@10"] for run in runs]
+    row = results["image_retrieval"]["raw LLM, bidirectional"]
+    assert 100 * row["text_to_image_recall@10"] == pytest.approx(sum(values) / 2)
+    assert 100 * row["std"]["text_to_image_recall@10"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    for title, parts in results["transfer"].items():
+        for part, cell in zip(("in_domain", "transfer"), printed[title], strict=True):
+            metrics = parts[part]
+            expected = [
+                f"{100 * metrics[key]:.1f}±{100 * metrics['std'][key]:.1f}"
+                for key in (f"text_to_image_recall@{k}" for k in (1, 5, 10))
+            ]
+            assert cell == " / ".join(expected)
+    german = results["image_retrieval"]["  German"]
+    assert printed["German"][0] == " / ".join(f"{100 * german[f'text_to_image_recall@{k}']:.1f}" for k in (1, 5, 10))
+    assert printed["German"][2] == f"{german['num_texts']} × 24"
+
+
+def test_the_transfer_test_is_the_domain_that_training_lacks(folder: Path, results: dict[str, Any]) -> None:
+    data = Path(results["settings"]["data"])
+    sources = {split: datasets.load_dataset("parquet", data_files=str(data / f"{split}.parquet"), split="train")
+               for split in SPLITS}  # fmt: skip
+    keys = {
+        name: set(datasets.load_dataset("parquet", data_files=str(folder / "transfer-data" / f"{name}.parquet"),
+                                        split="train")["key"])
+        for name in SPLITS
+    }  # fmt: skip
+    drawn = {
+        split: {row["key"] for row in table.remove_columns("picture") if row["source"] == "openclipart"}
+        for split, table in sources.items()
+    }
+    assert keys["train"] == set(sources["train"]["key"]) - drawn["train"]
+    assert keys["validation"] == set(sources["validation"]["key"]) - drawn["validation"]
+    assert keys["test"] == drawn["validation"] | drawn["test"]
+    assert results["transfer"]["bert"]["transfer"]["num_images"] == len(keys["test"]) > 0
+    assert not list(folder.glob("transfer-ready/*.safetensors"))
+
+
+def test_arms_train_with_equal_settings_to_their_best_epoch(folder: Path, results: dict[str, Any]) -> None:
+    names = ["stage2-raw", "stage2-raw-causal", "stage2-stage1/warm_start", "stage2-ready/warm_start"]
+    settings = [json.loads((folder / name / "settings.json").read_text()) for name in names]
+    own = {"output_dir", "embedding_cache", "text_model_name_or_path"}
+    fields = [{name: value for name, value in one.items() if name not in own} for one in settings]
+    assert fields[0] == fields[1] == fields[2] == fields[3]
+    run = results["runs"]["stage2-raw"]["frozen"]
+    measured = [
+        entry["eval_validation_text_to_image_recall@10"]
+        for entry in run["history"]
+        if "eval_validation_text_to_image_recall@10" in entry
+    ]
+    assert run["validation"] == max(measured)
+    # The first two are those of the epochs, and the last one that of the chosen model.
+    assert measured[-1] == max(measured[:2])
+    assert len(list((folder / "cache" / "features").iterdir())) == 1
+    assert len(list((folder / "cache" / "vision_states").glob("[!.]*"))) == 1
+    assert not list(folder.rglob("checkpoint-*"))
+
+
+def test_the_raw_encoders_share_their_weights_and_differ_in_attention(folder: Path) -> None:
+    raw, causal = (folder / name for name in ("raw", "raw-causal"))
+    assert (raw / "model.safetensors").samefile(causal / "model.safetensors")
+    models = [LLM2CLIPTextModel.from_pretrained(path) for path in (raw, causal)]
+    assert [model.config.bidirectional for model in models] == [True, False]
+    manifests = [json.loads((folder / "cache" / name / "manifest.json").read_text()) for name in ("raw", "raw-causal")]
+    assert manifests[0]["fingerprint"] != manifests[1]["fingerprint"]
+
+
+def test_the_report_has_curves_queries_and_heat_maps(folder: Path, results: dict[str, Any]) -> None:
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "data:image/webp;base64," in page
     assert "src='http" not in page
-    assert len(list((folder / "cache" / "vision_states").glob("[!.]*"))) == 1
+    assert results["best_text_encoder"] in page
+    if results["best_text_encoder"] == "bert":
+        assert "(Chinese)" in page
 
+
+def test_the_final_model_is_the_best_on_the_validation_set_and_gives_the_recorded_numbers(
+    arguments: list[str], folder: Path, results: dict[str, Any]
+) -> None:
+    scores = {name: results["runs"][f"stage2-{name}"]["unfrozen"]["validation"] for name in ("stage1", "ready")}
+    best = max(scores, key=lambda name: scores[name])
+    assert results["best_text_encoder"] == {"stage1": ARMS[2], "ready": ARMS[3]}[best]
     data, text = read_card(folder / "llm2clip")
     validate_card(folder / "llm2clip")
-    rows = list(results["image_retrieval"].values())[2:]
+    expected = results["runs"][f"stage2-{best}"]["unfrozen"]["test"]
+    row = results["image_retrieval"][f"{results['best_text_encoder']} + last layer trained"]
+    assert expected["captions"] == row
     # The last result was measured on the validation set during training.
     *measured, validation = data["model-index"][0]["results"]
     assert validation["dataset"]["split"] == "validation"
-    for result, expected in zip(measured, rows, strict=True):
-        assert {metric["type"]: metric["value"] for metric in result["metrics"]} == expected
+    for result, metrics in zip(measured, expected.values(), strict=True):
+        assert {metric["type"]: metric["value"] for metric in result["metrics"]} == metrics
         assert len(result["dataset"]["revision"]) == 16
-    assert f"{100 * rows[0]['text_to_image_recall@10']:.1f}" in text
-    assert "lora_rank" not in text
-    assert "projection_dim: 16" in text
+    assert f"{100 * row['text_to_image_recall@10']:.1f}" in text
+    assert "freeze_vision_layers: -1" in text
     assert (folder / "llm2clip" / "training_curves.png").is_file()
 
     model = AutoModel.from_pretrained(folder / "llm2clip").eval()
@@ -101,18 +220,45 @@ def test_all_steps_run_and_the_final_model_gives_the_recorded_logits(
     with torch.no_grad():
         output = model(**processor(text=sample["captions"], images=images, return_tensors="pt"))
     torch.testing.assert_close(output.logits_per_image, torch.tensor(sample["logits_per_image"]), atol=1e-5, rtol=0)
-    assert model.config.text_config.prompt_prefix == "caption: "
 
 
-def test_a_second_run_reuses_all_steps(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(arguments)
-    capsys.readouterr()
+def test_a_second_run_reuses_all_steps_and_a_changed_one_those_before_the_change(
+    arguments: list[str], folder: Path, results: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(arguments) == 0
-    assert "reused from an earlier run: weights, raw, stage1, embed-raw" in capsys.readouterr().out
+    again = json.loads((folder / "results.json").read_text())
+    steps = list(results["seconds"])[1:]
+    assert again["reused_steps"] == steps
+    assert again["image_retrieval"] == results["image_retrieval"]
+    changed = yaml.safe_load((folder.parent / "tiny.yaml").read_text())
+    changed["unfrozen"]["learning_rate"] = 2e-3
+    (folder.parent / "tiny.yaml").write_text(yaml.safe_dump(changed))
+    assert cli.main(arguments) == 0
+    again = json.loads((folder / "results.json").read_text())
+    redone = {"stage2-stage1", "stage2-ready", "final"}
+    assert again["reused_steps"] == [name for name in steps if name not in redone]
+
+
+def test_an_embedding_model_needs_no_stage_1(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its data has no column of domains, so that there is no transfer table."""
+    changes = {"output_dir": tmp_path / "run", "llm": arguments[arguments.index("--embedding-model") + 1]}
+    own = [*arguments, *(part for name, value in changes.items() for part in (f"--{name}", str(value)))]
+    own[own.index("--embedding-model") + 1] = "none"
+    own[own.index("--data") + 1] = save_data(tmp_path / "data", SPLITS, ("source",))
+    assert cli.main(own) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["text_encoders"] == ["bert"]
+    assert results["transfer"] == {}
+    assert results["reading"] == []
+    assert "stage1" not in results["seconds"]
+    tuned = choose_arms(QuickstartConfig(llm=str(changes["llm"]), tune_text_encoder=True))
+    assert [(arm.name, arm.title) for arm in tuned] == [("ready", "bert"), ("stage1", "bert after stage 1")]
 
 
 def test_missing_splits_are_held_out_and_a_single_caption_column_gives_no_pairs(tmp_path: Path) -> None:
-    drop = ("keywords", "caption_de", "caption_fr")
+    drop = ("keywords", *(f"caption_{code}" for code in (*LANGUAGES, *OTHER_LANGUAGES)))
     only_train = QuickstartData.find(save_data(tmp_path / "a", {"train": 40}, drop), ["caption"], "picture")
     assert (only_train.train, only_train.test) == ("train[:80%]", "train[90%:]")
     assert [source.path for source in only_train.pair_sources()] == [tiny.GLOSSES]
@@ -133,7 +279,14 @@ def test_an_interrupted_stage_with_other_settings_continues_only_on_request(
     profile = tmp_path / "tiny.yaml"
     profile.write_text(yaml.safe_dump({**PROFILE, "stage1": steps | {"prompt_prefix": "caption: "}}))
     arguments = ["quickstart", "--profile", str(profile), "--llm", tiny.save_llm(tmp_path / "llm")]
-    arguments += ["--vision_model", tiny.save_vision_tower(tmp_path / "vision"), "--caption_columns", "caption"]
+    arguments += [
+        "--embedding-model",
+        "none",
+        "--vision_model",
+        tiny.save_vision_tower(tmp_path / "vision"),
+        "--caption_columns",
+        "caption",
+    ]
     arguments += ["--data", save_data(tmp_path / "data", {"train": 64}, ("keywords",)), "--image_column", "picture"]
 
     def stop(*arguments: Any) -> None:
@@ -145,7 +298,7 @@ def test_an_interrupted_stage_with_other_settings_continues_only_on_request(
         assert cli.main([*arguments, "--output_dir", str(tmp_path / "first")]) == 2
     (tmp_path / "first").rename(tmp_path / "second")
     arguments += ["--output_dir", str(tmp_path / "second")]
-    monkeypatch.setattr(Quickstart, "_embed", stop)
+    monkeypatch.setattr(TextSteps, "_embed", stop)
     assert cli.main(arguments) == 2
     assert "--resume-anyway" in capsys.readouterr().err
     assert cli.main([*arguments, "--resume-anyway", "true"]) == 2

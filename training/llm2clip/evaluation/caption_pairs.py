@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -59,11 +59,26 @@ class CaptionRetrieval:
             def encode(part: range) -> Tensor:
                 return embedder.embed(texts[part.start : part.stop], batch_size, show_progress_bar)
 
-            embeds = encode_sharded(len(texts), encode, device)
+            return encode_sharded(len(texts), encode, device)
+
+        return self.measure(embed)
+
+    def measure(self, embed: Callable[[list[str]], Tensor]) -> dict[str, float | int]:
+        """Measure it with embeddings from elsewhere, such as the `lookup` of a cache; see `caption_retrieval_metrics`.
+
+        Args:
+            embed: Maps texts to their embeddings, `(texts, hidden_size)`.
+
+        Raises:
+            NonFiniteError: An embedding is NaN or infinite.
+        """
+
+        def checked(texts: list[str]) -> Tensor:
+            embeds = embed(texts)
             require_finite_rows(embeds, lambda row: f"{texts[row]:.80}", "captions")
             return embeds
 
-        return caption_retrieval_metrics(embed(self.queries), embed(self.targets), self.matches)
+        return caption_retrieval_metrics(checked(self.queries), checked(self.targets), self.matches)
 
 
 def _distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:

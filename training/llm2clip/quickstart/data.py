@@ -9,14 +9,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from llm2clip.data import CaptionSource, PairDataset, PairSource, load_source
+from llm2clip.data import CaptionSource, PairSource, distinct_captions, load_source
 from llm2clip.data.sources import SourceError
 from llm2clip.evaluation import CaptionRetrieval
 from llm2clip.utils.files import digest_json
 
 logger = logging.getLogger(__name__)
 
-LANGUAGES = {"de": "German", "fr": "French"}
+# Languages of translated captions: those of the tables, and others that only `results.json` lists.
+LANGUAGES = {"de": "German", "fr": "French", "es": "Spanish", "zh": "Chinese", "ja": "Japanese", "hi": "Hindi"}
+OTHER_LANGUAGES = {"ru": "Russian", "ar": "Arabic"}
+# The queries of the tables, beside those of each language.
+QUERY = "captions"
 
 
 @dataclass(frozen=True)
@@ -81,23 +85,27 @@ class QuickstartData:
         """Return the training data of stage 1: the glosses, and the captions of images that have several."""
         return [self.gloss_pairs("train"), *([self.caption_pairs(self.train)] if self.has_pairs else [])]
 
-    @cached_property
+    @property
     def has_pairs(self) -> bool:
         """Whether some image has two captions, which stage 1 trains on as a pair."""
+        return self._test_pairs is not None
+
+    @cached_property
+    def _test_pairs(self) -> CaptionRetrieval | None:
         try:
-            return len(PairDataset(self.caption_pairs(self.test))) > 0
+            return CaptionRetrieval.from_source(self.caption_pairs(self.test))
         except SourceError:
             raise
         except ValueError as error:
             logger.info("stage 1 trains on the bundled glosses only: %s", error)
-            return False
+            return None
 
     @cached_property
     def caption_sets(self) -> dict[str, CaptionRetrieval]:
         """The caption retrieval sets of the results table."""
         sets = {"lemma_to_gloss": CaptionRetrieval.from_source(self.gloss_pairs("test"))}
-        if self.has_pairs:
-            sets["name_to_keywords"] = CaptionRetrieval.from_source(self.caption_pairs(self.test))
+        if self._test_pairs is not None:
+            sets["name_to_keywords"] = self._test_pairs
         return sets
 
     def test_source(self, column: str | None = None) -> CaptionSource:
@@ -108,7 +116,7 @@ class QuickstartData:
     def translations(self) -> dict[str, str]:
         """The columns with translations of the query caption, by language."""
         found = {}
-        for code, name in LANGUAGES.items():
+        for code, name in (LANGUAGES | OTHER_LANGUAGES).items():
             column = f"{self.query_column}_{code}"
             try:
                 load_source(self.test_source(column), with_images=False)
@@ -117,11 +125,27 @@ class QuickstartData:
                 logger.info("%s has no column %s: no row for %s captions.", self.path, column, name)
         return found
 
-    def sources(self) -> list[CaptionSource]:
-        """Return all captions to embed: those of all splits, and the translations of the test captions."""
-        splits = dict.fromkeys((self.train, self.validation, self.test))
-        own = (self.source(split, self.caption_columns) for split in splits)
-        return [*own, *map(self.test_source, self.translations.values())]
+    def queries(self, kind: str) -> dict[str, str]:
+        """Return the columns that query the test images with a text encoder of a kind, by what they are.
+
+        A plain LLM answers only in its own language, and after stage 1 in those of the tables.
+        """
+        languages = {"raw": {}, "tuned": LANGUAGES, "ready": LANGUAGES | OTHER_LANGUAGES}[kind].values()
+        columns = {name: self.translations[name] for name in languages if name in self.translations}
+        return {QUERY: self.query_column, **columns}
+
+    def texts(self, kind: str) -> list[str]:
+        """Collect the texts that the cache of a text encoder needs: captions and those of the caption retrieval."""
+        captions = distinct_captions(
+            [
+                self.source(self.train, self.caption_columns),
+                self.source(self.validation, [self.query_column]),
+                self.source(self.test, [*self.queries(kind).values()]),
+            ]
+        )
+        sets = self.caption_sets.values()
+        pairs = [text for retrieval in sets for text in (*retrieval.queries, *retrieval.targets)]
+        return list(dict.fromkeys([*captions, *pairs]))
 
     def settings(self) -> dict[str, Any]:
         """Return JSON values that identify the data and its splits."""

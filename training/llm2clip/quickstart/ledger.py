@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Ledger:
         settings: dict[str, Any],
         work: Callable[[bool], dict[str, Any]],
         *,
-        after: str | None = None,
+        after: Sequence[str] = (),
         folder: Path | None = None,
     ) -> dict[str, Any]:
         """Run a step, or reuse the result of an earlier run; returns the result.
@@ -44,13 +44,13 @@ class Ledger:
             title: What the step does, for the terminal.
             settings: JSON values that determine the result.
             work: Returns the result as JSON values. Its argument is whether to continue an interrupted run.
-            after: Name of the step whose result this one depends on.
+            after: Names of the steps whose results this one depends on.
             folder: The folder that the step writes, if any.
 
         Raises:
             FileExistsError: The folder exists and was not written by an earlier run.
         """
-        digest = digest_json([name, settings, {after: self.steps[after]["digest"]} if after else {}])
+        digest = digest_json([name, settings, {other: self.steps[other]["digest"] for other in after}])
         known = self.steps.get(name, {})
         same = known.get("digest") == digest
         if same and "result" in known and (folder is None or folder.exists()):

@@ -16,23 +16,29 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoProcessor
 
-from llm2clip.data import CaptionSource, EvalTransform
+from llm2clip.data import EvalTransform
 from llm2clip.embedding import EmbeddingCache
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
-from llm2clip.quickstart.tables import caption_table, image_table
+from llm2clip.quickstart.arms import Arm
+from llm2clip.quickstart.curves import draw_curves
+from llm2clip.quickstart.data import QUERY
+from llm2clip.quickstart.run_context import RunContext
+from llm2clip.quickstart.tables import all_tables
 from llm2clip.search.top_k import top_k
 from llm2clip.utils.files import write_text
 from modeling_llm2clip import LLM2CLIPModel
 
-NUM_QUERIES, NUM_FOUND, NUM_MAPS, THUMBNAIL, MAP_WIDTH = 10, 6, 6, 96, 224
+NUM_QUERIES, NUM_FOUND, NUM_MAPS, THUMBNAIL, MAP_WIDTH = 12, 6, 6, 96, 224
+# Beside the captions.
+SHOWN_LANGUAGES = ("German", "Chinese")
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1d2430; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; width: 100%; } th, td { padding: .35rem .6rem; text-align: right; }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #8792a5; font-weight: 600; }
-tbody tr { border-bottom: 1px solid #dde2ea; } tr.best td { font-weight: 600; background: #eef6ee; }
+tbody tr { border-bottom: 1px solid #dde2ea; } td:first-child { white-space: pre; }
 .found { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin: .3rem 0 .9rem; }
 .found img { width: 96px; height: 96px; border: 3px solid #d9dee6; border-radius: 6px; }
 .found img.right { border-color: #2e9e4f; } .query { font-weight: 600; }
@@ -41,41 +47,36 @@ pre { background: #f3f5f8; padding: 1rem; overflow: auto; font-size: .8rem; }
 """
 
 
-def write_report(path: Path, results: dict[str, Any], folder: Path, source: CaptionSource) -> None:
-    """Write the report of the run in `folder` to the HTML file `path`.
+def write_report(path: Path, results: dict[str, Any], run: RunContext, best: Arm) -> None:
+    """Write the report of a run to the HTML file `path`.
 
     Args:
         results: Content of `results.json`.
-        source: The test split with its query captions.
+        best: The text encoder of the final model.
     """
-    model: Any = LLM2CLIPModel.from_pretrained(folder / "llm2clip", text_model=False)
+    model: Any = LLM2CLIPModel.from_pretrained(run.folder / "llm2clip", text_model=False)
     model.eval()
-    processor = AutoProcessor.from_pretrained(folder / "llm2clip")
-    cache = EmbeddingCache.open(folder / "cache" / "stage1")
-    retrieval = ImageTextRetrieval(source, processor.image_processor)
+    processor = AutoProcessor.from_pretrained(run.folder / "llm2clip")
+    cache = EmbeddingCache.open(run.cache(best.name))
     settings = results["settings"]
+    tables = [part for title, table in all_tables(results) for part in (f"<h2>{_text(title)}</h2>", _table(*table))]
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>LLM2CLIP quickstart</title>",
         f"<style>{STYLE}</style></head><body><h1>LLM2CLIP quickstart</h1>",
         f"<p>Profile {_text(settings['profile'])}, seed {settings['seed']}. LLM: {_text(settings['llm'])}. "
-        f"Vision tower: {_text(settings['vision_model'])}. Data: {_text(settings['data'])}.</p>",
-        "<h2>Caption retrieval</h2>",
-        "<p class='note'>Share of texts whose paired text is among the first 1, 5 or 10 of all candidates, in %.</p>",
-        _table(*caption_table(results["caption_retrieval"])),
-        "<h2>Image retrieval on unseen concepts</h2>",
-        "<p class='note'>Recall at 1, 5 and 10, in %. No test caption occurs in training. If a caption belongs to "
-        "several images, each of them is correct.</p>",
-        _table(*image_table(results["image_retrieval"])),
+        f"Vision tower: {_text(settings['vision_model'])}. Data: {_text(settings['data'])}. "
+        f"Text encoder of the final model, chosen on the validation set: {_text(best.title)}.</p>",
+        *tables,
+        *(f"<p>{_text(sentence)}</p>" for sentence in results["reading"]),
+        *(f"<p class='note'>{_text(sentence)}</p>" for sentence in results["protocol"].values()),
         "<h2>Training</h2>",
-        f"<img class='plot' alt='loss curves' src='{_plot(results['history'])}'>",
+        f"<img class='plot' alt='curves' src='{_figure(draw_curves(results['runs'], run.arms))}'>",
         "<h2>Retrieved images</h2>",
-        f"<p class='note'>{NUM_QUERIES} random captions of the {len(retrieval.captions)} of the test split, "
-        f"and the first {NUM_FOUND} of {len(retrieval.images)} images. Correct images have a green frame.</p>",
-        _queries(model, retrieval, cache, settings["seed"]),
+        _queries(model, processor, run, best, cache),
         "<h2>Similarity of captions and image patches</h2>",
         "<p class='note'>Cosine similarity between the caption and every patch of its image, from blue (low) to red "
         "(high).</p>",
-        _patch_maps(model, processor, retrieval, cache, settings["seed"]),
+        _patch_maps(model, processor, run, cache),
         "<h2>Settings and durations</h2>",
         f"<pre>{_text(json.dumps({k: results[k] for k in ('settings', 'seconds', 'machine')}, indent=2))}</pre>",
         "</body></html>",
@@ -89,30 +90,8 @@ def _text(value: Any) -> str:
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:
     head = "".join(f"<th>{_text(column)}</th>" for column in columns).replace("\n", "<br>")
-    body = "".join(
-        f"<tr{' class=best' if row[0] == 'stage 2, stage-1 LLM' else ''}>"
-        + "".join(f"<td>{_text(cell)}</td>" for cell in row)
-        + "</tr>"
-        for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _plot(history: dict[str, list[dict[str, float]]]) -> str:
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    titles = {"stage1": "stage 1", "stage2-raw": "raw LLM", "stage2-stage1": "stage-1 LLM"}
-    for name, log in history.items():
-        axis = axes[0] if name == "stage1" else axes[1]
-        points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-        if points:
-            axis.plot(*zip(*points, strict=True), label=titles[name], marker="." if len(points) < 30 else None)
-    for axis, title in zip(axes, ("Stage 1: caption contrastive loss", "Stage 2: image-text loss"), strict=True):
-        axis.set(title=title, xlabel="step", ylabel="loss")
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend()
-    return _figure(figure)
 
 
 def _figure(figure: Figure) -> str:
@@ -132,28 +111,37 @@ def _sample(count: int, total: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).choice(total, size=min(count, total), replace=False).tolist())
 
 
-def _queries(model: LLM2CLIPModel, retrieval: ImageTextRetrieval, cache: EmbeddingCache, seed: int) -> str:
-    image_embeds, rows = retrieval.embed_images(model)
-    text_embeds = retrieval.embed_captions(model, cache.lookup)
-    right = {(int(text), int(image)) for text, image in retrieval.matches(rows)}
-    parts = []
-    chosen = _sample(NUM_QUERIES, len(retrieval.captions), seed)
-    found = top_k(text_embeds[chosen], image_embeds, NUM_FOUND)
-    for text, scores, images in zip(chosen, *(column.tolist() for column in found), strict=True):
-        pictures = "".join(
-            f"<img class='{'right' if (text, image) in right else ''}' alt='' title='cosine {score:.2f}' "
-            f"src='{_thumbnail(retrieval.image(rows[image]))}'>"
-            for score, image in zip(scores, images, strict=True)
-        )
-        parts.append(f"<div class='query'>{_text(retrieval.captions[text])}</div><div class='found'>{pictures}</div>")
+def _queries(model: LLM2CLIPModel, processor: Any, run: RunContext, best: Arm, cache: EmbeddingCache) -> str:
+    """Show what queries of each language find."""
+    columns = run.data.queries(best.kind)
+    names = [name for name in (QUERY, *SHOWN_LANGUAGES) if name in columns]
+    first = ImageTextRetrieval(run.data.test_source(), processor.image_processor)
+    image_embeds, rows = first.embed_images(model)
+    parts = [
+        f"<p class='note'>Random {_text(', '.join(names))} of the test split, and the first {NUM_FOUND} of "
+        f"{len(rows)} images. Correct images have a green frame.</p>"
+    ]
+    for name in names:
+        retrieval = ImageTextRetrieval(run.data.test_source(columns[name]), processor.image_processor)
+        text_embeds = retrieval.embed_captions(model, cache.lookup)
+        right = {(int(text), int(image)) for text, image in retrieval.matches(rows)}
+        chosen = _sample(NUM_QUERIES // len(names), len(retrieval.captions), run.config.seed)
+        found = top_k(text_embeds[chosen], image_embeds, NUM_FOUND)
+        for text, scores, images in zip(chosen, *(column.tolist() for column in found), strict=True):
+            pictures = "".join(
+                f"<img class='{'right' if (text, image) in right else ''}' alt='' title='cosine {score:.2f}' "
+                f"src='{_thumbnail(retrieval.image(rows[image]))}'>"
+                for score, image in zip(scores, images, strict=True)
+            )
+            query = _text(retrieval.captions[text]) + ("" if name == QUERY else f" ({name})")
+            parts.append(f"<div class='query'>{query}</div><div class='found'>{pictures}</div>")
     return "".join(parts)
 
 
 @torch.no_grad()
-def _patch_maps(
-    model: LLM2CLIPModel, processor: Any, retrieval: ImageTextRetrieval, cache: EmbeddingCache, seed: int
-) -> str:
-    rows = _sample(4 * NUM_MAPS, len(retrieval.images), seed + 1)
+def _patch_maps(model: LLM2CLIPModel, processor: Any, run: RunContext, cache: EmbeddingCache) -> str:
+    retrieval = ImageTextRetrieval(run.data.test_source(), processor.image_processor)
+    rows = _sample(4 * NUM_MAPS, len(retrieval.images), run.config.seed + 1)
     chosen = [row for row in rows if retrieval.image_captions[row]][:NUM_MAPS]
     images = [retrieval.image(row) for row in chosen]
     transform = EvalTransform(processor.image_processor)

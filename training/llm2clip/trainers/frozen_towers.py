@@ -12,7 +12,7 @@ import torch
 from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform
 from llm2clip.embedding import EmbeddingCache
 from llm2clip.embedding.image_batches import TableImages
-from llm2clip.embedding.image_features import FeatureManifest, FeatureStore
+from llm2clip.embedding.image_features import FeatureManifest, FeatureStore, ImageFeatures
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stored_pairs import StoredPairsDataset
@@ -54,6 +54,30 @@ def open_stored_pairs(
         for table, columns in zip(with_images.tables, with_images.columns, strict=True)
     ]
     measured = list(retrieval)
+    features = open_features(config, model, image_processor, [*training, *(one.images for one in measured)])
+    for one in measured:
+        one.features = features
+    rows = features.find(np.concatenate([images.content_keys() for images in training]))
+    captions = CaptionImageDataset(sources, None, **options)
+    dataset = StoredPairsDataset(captions, features, rows, cache, config.sampling_seed)
+    if config.model_name_or_path is None:
+        _set_statistics(model, dataset)
+    return dataset
+
+
+def open_features(
+    config: Stage2Config, model: LLM2CLIPModel, image_processor: Any, tables: Iterable[TableImages]
+) -> ImageFeatures:
+    """Open the stored features of a run with frozen towers, after computing those of images that have none yet.
+
+    Args:
+        config: The settings of the run, which name the store.
+        model: A model with the vision tower of the run, before or after it.
+        tables: The images.
+
+    Raises:
+        DamagedImageError: An image cannot be read, unless `on_error` is `skip`.
+    """
     store = FeatureStore(
         config.feature_cache or Path(config.output_dir) / FOLDER,
         model,
@@ -64,15 +88,7 @@ def open_stored_pairs(
         batch_size=config.per_device_eval_batch_size,
         num_workers=config.dataloader_num_workers,
     )
-    features = store.open([*training, *(one.images for one in measured)])
-    for one in measured:
-        one.features = features
-    rows = features.find(np.concatenate([images.content_keys() for images in training]))
-    captions = CaptionImageDataset(sources, None, **options)
-    dataset = StoredPairsDataset(captions, features, rows, cache, config.sampling_seed)
-    if config.model_name_or_path is None:
-        _set_statistics(model, dataset)
-    return dataset
+    return store.open([*tables])
 
 
 def _manifest(config: Stage2Config, model: LLM2CLIPModel, image_processor: Any) -> FeatureManifest:

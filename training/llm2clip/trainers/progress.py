@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
-from llm2clip.utils.progress import ProgressBar
+from llm2clip.utils.progress import ProgressBar, in_section
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ class TrainingProgress(TrainerCallback):
         if recalls and state.global_step != self._evaluated_step:
             self._evaluated_step = state.global_step
             scores = ", ".join(f"{key.removeprefix('eval_')} {value}" for key, value in recalls.items())
-            logger.info("Evaluation at step %d: %s", state.global_step, scores)
+            level = logging.DEBUG if in_section() else logging.INFO
+            logger.log(level, "Evaluation at step %d: %s", state.global_step, scores)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.close(done=True)

@@ -196,6 +196,11 @@ def track(
             bar.update(advance=1)
 
 
+def in_section() -> bool:
+    """Whether a [`section`] is open, so that lines about parts of its work are for the log file only."""
+    return _sections > 0
+
+
 @contextmanager
 def section(title: str) -> Iterator[None]:
     """Log the title of a step and, when it is done, its duration; bars inside it leave no line on the terminal."""

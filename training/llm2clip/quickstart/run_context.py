@@ -1,0 +1,58 @@
+"""What all steps of a run of the quickstart share: settings, data, text encoders and the places of files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llm2clip.quickstart.arms import Arm, choose_arms
+from llm2clip.quickstart.config import QuickstartConfig
+from llm2clip.quickstart.data import QuickstartData
+from llm2clip.quickstart.domains import DomainSplit
+
+# Without the vision tower's weights and the tokenizer: what a measured model is remembered by.
+RECORDS = ("settings.json", "trainer_state.json", "README.md", "training_curves.png")
+
+
+class RunContext:
+    """The settings, data and files of a run.
+
+    Attributes:
+        profile: The settings of the training; see `PARTS`.
+        arms: The text encoders.
+        weights: Folders or Hub ids of `llm`, `vision_model` and, if it is compared, `embedding_model`; filled by the
+            first step.
+    """
+
+    def __init__(self, config: QuickstartConfig) -> None:
+        self.config = config
+        self.folder = Path(config.output_dir)
+        self.profile: dict[str, Any] = config.load_profile()
+        self.data = QuickstartData.find(config.data, config.caption_columns, config.image_column)
+        folder = self.folder / "transfer-data"
+        self.domains = DomainSplit(self.data, config.domain_column, config.held_out_domain, folder)
+        self.arms = choose_arms(config)
+        self.weights: dict[str, str] = {}
+
+    def tower(self, arm: Arm) -> str:
+        """Return the folder or Hub id of a text encoder."""
+        if arm.made_by != "weights":
+            return str(self.folder / arm.name)
+        return self.weights.get("embedding_model") or self.weights["llm"]
+
+    @property
+    def base(self) -> Arm | None:
+        """The text encoder that stage 1 is compared with: the plain LLM as it was trained, or the embedding model."""
+        return self.arms[0] if any(arm.kind == "tuned" for arm in self.arms) else None
+
+    def cache(self, name: str) -> Path:
+        """Return the folder of stored embeddings, features or states."""
+        return self.folder / "cache" / name
+
+    def seeds(self) -> list[int]:
+        """Return the seeds of the runs of each text encoder."""
+        return [self.config.seed + number for number in range(self.profile["seeds"])]
+
+    def prompt(self) -> dict[str, Any]:
+        """Return the prompt that the profile gives a plain LLM."""
+        return {key: value for key, value in self.profile["stage1"].items() if key.startswith("prompt_")}
