@@ -141,7 +141,7 @@ def small_profile(name: str, path: Path) -> None:
     profile = load_recipe(find_recipe(f"quickstart_{name}"))
     small = {"use_cpu": True, "max_steps": 3, "warmup_steps": 0, "per_device_train_batch_size": 8}
     for part in ("stage1", "frozen", "unfrozen"):
-        profile[part] |= small
+        profile[part] = {**profile.get(part, {}), **small}
     profile["stage2"]["projection_dim"] = 16
     path.write_text(yaml.safe_dump(profile))
 

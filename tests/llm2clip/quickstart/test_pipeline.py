@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
 from llm2clip import cli
 from llm2clip.data import decode_image
@@ -171,13 +171,17 @@ def test_arms_train_with_equal_settings_to_their_best_epoch(folder: Path, result
     assert not list(folder.rglob("checkpoint-*"))
 
 
-def test_the_raw_encoders_share_their_weights_and_differ_in_attention(folder: Path) -> None:
+def test_the_raw_encoders_share_their_weights_and_differ_in_attention(folder: Path, results: dict[str, Any]) -> None:
     raw, causal = (folder / name for name in ("raw", "raw-causal"))
     assert (raw / "model.safetensors").samefile(causal / "model.safetensors")
     models = [LLM2CLIPTextModel.from_pretrained(path) for path in (raw, causal)]
     assert [model.config.bidirectional for model in models] == [True, False]
     manifests = [json.loads((folder / "cache" / name / "manifest.json").read_text()) for name in ("raw", "raw-causal")]
     assert manifests[0]["fingerprint"] != manifests[1]["fingerprint"]
+    data = QuickstartData.find(results["settings"]["data"], ["caption", "keywords"], "picture")
+    measured = data.caption_sets["name_to_keywords"](models[1].eval(), AutoTokenizer.from_pretrained(causal))
+    stored = results["caption_retrieval"]["raw LLM, causal"]["name_to_keywords"]
+    assert measured == pytest.approx(stored, abs=0.2)
 
 
 def test_the_report_has_curves_queries_and_heat_maps(folder: Path, results: dict[str, Any]) -> None:
@@ -242,10 +246,13 @@ def test_a_second_run_reuses_all_steps_and_a_changed_one_those_before_the_change
 def test_an_embedding_model_needs_no_stage_1(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its data has no column of domains, so that there is no transfer table."""
+    """Its data has no column of domains, so that there is no transfer table, and its profile has no second part."""
+    profile = tmp_path / "frozen.yaml"
+    profile.write_text(yaml.safe_dump({**PROFILE, "seeds": 1, "unfrozen_seeds": 0, "unfrozen": {}}))
     changes = {"output_dir": tmp_path / "run", "llm": arguments[arguments.index("--embedding-model") + 1]}
     own = [*arguments, *(part for name, value in changes.items() for part in (f"--{name}", str(value)))]
     own[own.index("--embedding-model") + 1] = "none"
+    own[own.index("--profile") + 1] = str(profile)
     own[own.index("--data") + 1] = save_data(tmp_path / "data", SPLITS, ("source",))
     assert cli.main(own) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -253,6 +260,10 @@ def test_an_embedding_model_needs_no_stage_1(
     assert results["transfer"] == {}
     assert results["reading"] == []
     assert "stage1" not in results["seconds"]
+    assert list(results["image_retrieval"])[:2] == ["bert", "  German"]
+    validation = read_card(tmp_path / "run" / "llm2clip")[0]["model-index"][0]["results"][-1]
+    assert validation["dataset"]["split"] == "validation"
+    assert (tmp_path / "run" / "report.html").is_file()
     tuned = choose_arms(QuickstartConfig(llm=str(changes["llm"]), tune_text_encoder=True))
     assert [(arm.name, arm.title) for arm in tuned] == [("ready", "bert"), ("stage1", "bert after stage 1")]
 

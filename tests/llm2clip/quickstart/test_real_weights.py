@@ -53,7 +53,7 @@ def test_stage_1_improves_caption_retrieval_tenfold(results: dict[str, Any]) -> 
 
 
 def test_the_better_model_finds_unseen_concepts_by_their_names(results: dict[str, Any]) -> None:
-    last = results["image_retrieval"][f"{results['best_text_encoder']} + last layer trained"]
+    last = results["image_retrieval"][results["best_text_encoder"]]
     assert last["text_to_image_recall@1"] >= 0.18
     assert last["text_to_image_recall@10"] >= 0.40
 

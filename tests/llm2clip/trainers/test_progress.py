@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from llm2clip.trainers.progress import TrainingProgress
+from llm2clip.utils.progress import section
 
 
 class Line(nn.Module):
@@ -53,6 +54,14 @@ def test_training_is_one_line_on_the_terminal_and_its_values_are_details_of_the_
     assert shown[1:] == ["Evaluation at step 6: test_recall@1 0.25"]
     details = [record.message for record in ours if record.levelno == logging.DEBUG]
     assert details[0].startswith("step 2: loss ")
+
+
+def test_evaluations_within_a_step_of_a_command_are_details(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(tmp_path)
+    with caplog.at_level(logging.DEBUG, logger="llm2clip"), section("1/8 A step"):
+        trainer.log({"eval_test_recall@1": 0.25})
+    (record,) = [record for record in caplog.records if record.message.startswith("Evaluation")]
+    assert record.levelno == logging.DEBUG
 
 
 def test_close_removes_the_bar_after_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

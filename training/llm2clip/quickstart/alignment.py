@@ -1,4 +1,4 @@
-"""The steps of stage 2 in the quickstart: frozen towers for every text encoder, then the upper vision layers."""
+"""The steps of stage 2 in the quickstart: frozen towers for every text encoder, then vision layers if so set."""
 
 from __future__ import annotations
 

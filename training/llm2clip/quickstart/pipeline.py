@@ -19,7 +19,7 @@ from llm2clip.quickstart.arms import Arm
 from llm2clip.quickstart.config import QuickstartConfig
 from llm2clip.quickstart.ledger import Ledger
 from llm2clip.quickstart.report import write_report
-from llm2clip.quickstart.results import PROTOCOL, best_arm, image_rows, machine, transfer_rows
+from llm2clip.quickstart.results import PROTOCOL, best_arm, image_rows, last_runs, machine, transfer_rows
 from llm2clip.quickstart.run_context import RunContext
 from llm2clip.quickstart.step import Step
 from llm2clip.quickstart.tables import print_tables, reading
@@ -71,7 +71,9 @@ class Quickstart:
         return self.ledger.run(step.name, title, step.settings, step.work, after=step.after, folder=step.folder)
 
     def _results(self) -> dict[str, Any]:
-        return {step.name: self.ledger.steps[step.name]["result"] for step in self.steps}
+        """Return the results of the finished steps of this run; the ledger also knows those of other settings."""
+        known = self.ledger.steps
+        return {step.name: known[step.name]["result"] for step in self.steps if "result" in known[step.name]}
 
     def _collect(self, best: Arm, final: Path, seconds: float) -> dict[str, Any]:
         """Collect the content of `results.json` from the results of the steps."""
@@ -86,7 +88,9 @@ class Quickstart:
             "text_encoders": [arm.title for arm in context.arms],
             "best_text_encoder": best.title,
             "caption_retrieval": {arm.title: steps[f"embed-{arm.name}"]["caption_retrieval"] for arm in context.arms},
-            "image_retrieval": image_rows(steps, context.arms, trained_layers(context.profile["unfrozen"])),
+            "image_retrieval": image_rows(
+                steps, context.arms, trained_layers({**context.profile["stage2"], **context.profile["unfrozen"]})
+            ),
             "transfer": transfer,
             "reading": reading(transfer, context.arms[0].title, tuned.title) if compared and tuned else [],
             "runs": {
@@ -128,13 +132,13 @@ class Quickstart:
 
     def _evaluations(self, arm: Arm) -> list[Evaluation]:
         """Return the test results of a model for its card."""
-        data, result = self.context.data, self.ledger.steps[step_name("stage2", arm, 0)]["result"]
+        data, result = self.context.data, last_runs(self._results(), arm)[0]
         dataset = data.path if hub_ids(data.path) else Path(data.path).name
         revision = data_revision(data.path)
         columns = data.queries(arm.kind)
         return [
             Evaluation("image-text retrieval", dataset, data.test, revision, metrics, note=columns[name])
-            for name, metrics in result["unfrozen"]["test"].items()
+            for name, metrics in result["test"].items()
         ]
 
 

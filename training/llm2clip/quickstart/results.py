@@ -23,7 +23,8 @@ PROTOCOL = {
     "in_domain": "Every text encoder: projection and adapter are trained on stored features with frozen towers and "
     "equal settings, up to the epoch with the best R@10 (text to image) on the validation set. A caption is right for "
     "every image that has it. The test captions occur in no training set of stage 2.",
-    "unfrozen": "The same model then trains upper vision layers, again up to the best epoch.",
+    "unfrozen": "In the profile full, the same model then trains vision layers, again up to the best epoch. "
+    "Training only the last layer for two epochs changed nothing here, so that default leaves it out.",
     "transfer": "Trained and validated without the rows of one domain, and tested on that domain's rows of the "
     "validation and test sets, which are never trained on. Stage 1 trains on pairs of texts of all training rows, "
     "among them names of other images of that domain.",
@@ -60,7 +61,7 @@ def image_rows(steps: dict[str, Any], arms: Sequence[Arm], layers: str) -> dict[
             runs = runs_of(steps, "stage2", arm, part)
             if runs:
                 rows[title] = summarize([run["test"][QUERY] for run in runs])
-        last = runs_of(steps, "stage2", arm, "unfrozen") or runs_of(steps, "stage2", arm, "frozen")
+        last = last_runs(steps, arm)
         languages = [name for name in LANGUAGES.values() if name in last[0]["test"]]
         if arm.kind == "ready":
             rows |= {f"  {name}": summarize([run["test"][name] for run in last]) for name in languages}
@@ -89,13 +90,15 @@ def transfer_rows(steps: dict[str, Any], arms: Sequence[Arm]) -> dict[str, Any]:
     return rows
 
 
+def last_runs(steps: dict[str, Any], arm: Arm) -> list[dict[str, Any]]:
+    """Return the results of the last part of stage 2 with an arm, of the runs that have it."""
+    return runs_of(steps, "stage2", arm, "unfrozen") or runs_of(steps, "stage2", arm, "frozen")
+
+
 def best_arm(steps: dict[str, Any], arms: Sequence[Arm]) -> Arm:
-    """Choose the arm whose model is best on the validation set after its last part, of those that train both."""
-
-    def score(arm: Arm) -> float:
-        return runs_of(steps, "stage2", arm, "unfrozen")[0]["validation"]
-
-    return max((arm for arm in arms if arm.is_candidate), key=score)
+    """Choose the candidate whose model (of the first seed) is best on the validation set after its last part."""
+    candidates = [arm for arm in arms if arm.is_candidate]
+    return max(candidates, key=lambda arm: last_runs(steps, arm)[0]["validation"])
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
