@@ -34,7 +34,7 @@ from modeling_llm2clip import LLM2CLIPModel
 BEST_BY = "text_to_image_recall@10"
 SELECTION = {
     "eval_strategy": "epoch",
-    "save_strategy": "epoch",
+    "save_strategy": "best",
     "save_total_limit": 1,
     "load_best_model_at_end": True,
     "metric_for_best_model": f"eval_validation_{BEST_BY}",
