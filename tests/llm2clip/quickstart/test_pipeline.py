@@ -109,6 +109,13 @@ def test_every_text_encoder_is_a_line_of_each_table(results: dict[str, Any], sho
     assert results["reading"][0] in " ".join(shown.split())
 
 
+def test_the_terminal_shows_steps_and_not_their_parts(folder: Path) -> None:
+    levels = [line.split(" ", 3)[2:] for line in (folder / "log.txt").read_text().splitlines() if line.count(" ") > 2]
+    shown = [text for level, text in levels if level == "INFO"]
+    assert any("Stage 2: bert" in text for text in shown)
+    assert not [text for text in shown if "already contains" in text or "Evaluation at step" in text]
+
+
 def test_the_printed_numbers_are_those_of_the_results(results: dict[str, Any], shown: str) -> None:
     """A frozen line is the mean of two seeds with its deviation; one with a second part is one run."""
     lines = [line.split("│") for line in shown.splitlines() if line.startswith("│")]

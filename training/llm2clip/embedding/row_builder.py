@@ -28,7 +28,7 @@ from llm2clip.embedding.cache_files import (
 from llm2clip.embedding.keyed_rows import KeyIndex
 from llm2clip.utils.files import atomic_path
 from llm2clip.utils.locks import folder_lock
-from llm2clip.utils.progress import ProgressBar, progress_bar
+from llm2clip.utils.progress import ProgressBar, in_section, progress_bar
 from modeling_llm2clip.identity_llm2clip import is_earlier_rule
 from modeling_llm2clip.modeling_llm2clip_utils import apply_umask
 
@@ -136,7 +136,8 @@ def _start(folder: Path, manifest: StoreManifest, has_work: bool, rank: int, wai
     if type(manifest).read(folder).plan_digest != manifest.plan_digest:
         raise CacheMismatchError(f"Rank {rank} was given other {manifest.UNIT}s than rank 0 for {folder}.")
     if not has_work:
-        logger.info("The %s %s already contains all these %ss.", manifest.NAME, folder, manifest.UNIT)
+        level = logging.DEBUG if in_section() else logging.INFO
+        logger.log(level, "The %s %s already contains all these %ss.", manifest.NAME, folder, manifest.UNIT)
 
 
 def _digest(keys: list[np.ndarray]) -> str:
