@@ -45,6 +45,7 @@ def draw_curves(runs: dict[str, Any], arms: Sequence[Arm]) -> Figure:
 
 
 def _line(axis: Any, log: Sequence[dict[str, float]], key: str, label: str, factor: float = 1) -> None:
-    points = [(entry["step"], factor * entry[key]) for entry in log if key in entry]
+    # The first value of each step: after the last one, the best model is measured again.
+    points = {entry["step"]: factor * entry[key] for entry in reversed(log) if key in entry}
     if points:
-        axis.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
+        axis.plot(*zip(*sorted(points.items()), strict=True), label=label, marker="." if len(points) < 30 else None)

@@ -75,7 +75,7 @@ def write_report(path: Path, results: dict[str, Any], run: RunContext, best: Arm
         _queries(model, processor, run, best, cache),
         "<h2>Similarity of captions and image patches</h2>",
         "<p class='note'>Cosine similarity between the caption and every patch of its image, from blue (low) to red "
-        "(high).</p>",
+        "(high). Where the vision tower was frozen, no patch was trained to match captions: it says little.</p>",
         _patch_maps(model, processor, run, cache),
         "<h2>Settings and durations</h2>",
         f"<pre>{_text(json.dumps({k: results[k] for k in ('settings', 'seconds', 'machine')}, indent=2))}</pre>",
