@@ -23,8 +23,7 @@ PROTOCOL = {
     "in_domain": "Every text encoder: projection and adapter are trained on stored features with frozen towers and "
     "equal settings, up to the epoch with the best R@10 (text to image) on the validation set. A caption is right for "
     "every image that has it. The test captions occur in no training set of stage 2.",
-    "unfrozen": "In the profile full, the same model then trains vision layers, again up to the best epoch. "
-    "Training only the last layer for two epochs changed nothing here, so that default leaves it out.",
+    "unfrozen": "In the profile full, the same model then trains vision layers, again up to the best epoch.",
     "transfer": "Trained and validated without the rows of one domain, and tested on that domain's rows of the "
     "validation and test sets, which are never trained on. Stage 1 trains on pairs of texts of all training rows, "
     "among them names of other images of that domain.",
