@@ -17,6 +17,7 @@ from llm2clip.quickstart.config import PROFILES
 from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.warm_start import first_part
 from llm2clip.utils.settings import add_fields, bracket_numbers, build_config, complete_flags, given_fields
 
 RECIPES = sorted(Path(str(resources.files("llm2clip.recipes"))).glob("*.yaml"))
@@ -108,8 +109,10 @@ def test_every_packaged_recipe_builds_its_settings(path: Path) -> None:
     if stage == "quickstart":
         assert path.stem.removeprefix("quickstart_") in PROFILES
         build_config(Stage1Config, {**fields["stage1"], "use_cpu": True}, str(path))
-        stage2 = {key: value for key, value in fields["stage2"].items() if key != "caption_weights"}
-        build_config(Stage2Config, {**stage2, "embedding_cache": "x", "use_cpu": True}, str(path))
+        stage2 = {**fields["stage2"], **fields.get("unfrozen", {})}
+        stage2.pop("caption_weights", None)
+        both = {**stage2, "embedding_cache": "x", "use_cpu": True, "warm_start": fields["frozen"]}
+        assert first_part(build_config(Stage2Config, both, str(path))).freeze_vision == "all"
         return
     command = COMMANDS[stage]
     config_class = getattr(import_module(command.module), command.config)
