@@ -138,6 +138,26 @@ class StepClock:
         return {"wall": wall, "cpu": cpu}
 
 
+def write_inputs(pictures: int, words: int, hidden: int, vision: dict[str, int]) -> dict[str, Any]:
+    """Write data, towers and the cache into a temporary folder; return the settings of a run on them.
+
+    Args:
+        pictures, words: Number of pictures, and of words per caption.
+        hidden: Width of the text tower, which has one layer.
+        vision: Arguments of `write_vision_tower`.
+    """
+    folder = temporary_folder()
+    sources = write_pictures(folder, pictures, words)
+    text = write_text_tower(folder, hidden, layers=1)
+    return {
+        "vision_model_name_or_path": str(write_vision_tower(folder, **vision)),
+        "text_model_name_or_path": str(text),
+        "embedding_cache": str(embed(folder, text, sources)[0]),
+        "sources": sources,
+        "output_dir": str(folder / "out"),
+    }
+
+
 def make_trainer(fields: dict[str, Any]) -> Any:
     """Build the Trainer of `llm2clip stage2` with these settings; its initial weights are always the same."""
     from llm2clip import Stage2Config

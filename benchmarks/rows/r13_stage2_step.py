@@ -15,17 +15,10 @@ PICTURES = BATCH * (STEPS + 4)
 
 def _fields() -> dict[str, Any]:
     """Write data and towers into a temporary folder; return the settings of the run."""
-    from benchmarks import stage2_inputs
+    from benchmarks.stage2_inputs import write_inputs
 
-    folder = stage2_inputs.temporary_folder()
-    sources = stage2_inputs.write_pictures(folder, PICTURES, words=12)
-    text = stage2_inputs.write_text_tower(folder, hidden=256, layers=1)
     return {
-        "vision_model_name_or_path": str(stage2_inputs.write_vision_tower(folder, **VISION)),
-        "text_model_name_or_path": str(text),
-        "embedding_cache": str(stage2_inputs.embed(folder, text, sources)[0]),
-        "sources": sources,
-        "output_dir": str(folder / "out"),
+        **write_inputs(PICTURES, words=12, hidden=256, vision=VISION),
         "max_steps": STEPS,
         "per_device_train_batch_size": BATCH,
         "projection_dim": 512,

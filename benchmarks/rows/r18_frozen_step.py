@@ -13,17 +13,10 @@ PICTURES, BATCH, STEPS, LOGGING_STEPS = 1024, 512, 40, 10
 
 def _fields() -> dict[str, Any]:
     """Write data and towers into a temporary folder; return the settings of the run."""
-    from benchmarks import stage2_inputs
+    from benchmarks.stage2_inputs import write_inputs
 
-    folder = stage2_inputs.temporary_folder()
-    sources = stage2_inputs.write_pictures(folder, PICTURES, words=6)
-    text = stage2_inputs.write_text_tower(folder, hidden=512, layers=1)
     return {
-        "vision_model_name_or_path": str(stage2_inputs.write_vision_tower(folder, **VISION)),
-        "text_model_name_or_path": str(text),
-        "embedding_cache": str(stage2_inputs.embed(folder, text, sources)[0]),
-        "sources": sources,
-        "output_dir": str(folder / "out"),
+        **write_inputs(PICTURES, words=6, hidden=512, vision=VISION),
         "freeze_vision": "all",
         "vision_pooling": "cls_mean",
         "standardize_features": True,
