@@ -97,15 +97,18 @@ def change_attention(model: PreTrainedModel, tower: Any, change: Callable[[], No
     """
     configs: list[Any] = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
     before = [config._attn_implementation for config in configs]
-    try:
-        change()
-        if tower is not None:
-            verify_decoder(tower, saved=True)
-    except Exception:
+
+    def restore() -> None:
         for config, implementation in zip(configs, before, strict=True):
             # Not by the property, which would change the configs of the parts too.
             config._attn_implementation_internal = implementation
-        raise
+
+    with ExitStack() as unless_accepted:
+        unless_accepted.callback(restore)
+        change()
+        if tower is not None:
+            verify_decoder(tower, saved=True)
+        unless_accepted.pop_all()
 
 
 def packs_exactly(tower: Any) -> bool:
