@@ -40,12 +40,11 @@ def llm2clip(command: str, fields: dict[str, Any], processes: int = 1, *options:
     run_process([*launcher, command, str(recipe), *options])
 
 
-def run_process(arguments: list[str], **environment: str) -> str:
-    """Run python with arguments, and show the end of its output if it fails; returns what it has printed."""
+def run_process(arguments: list[str], **environment: str) -> None:
+    """Run python with arguments, and show the end of its output if it fails."""
     command = [sys.executable, *arguments]
     result = subprocess.run(command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
 
 
 def losses(folder: Path) -> list[float]:
@@ -159,9 +158,10 @@ def test_two_processes_train_dinov2_with_checkpointing(inputs: Inputs, tmp_path:
 
 EVALUATED = """
 import json, sys
+from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from llm2clip import LLM2CLIPTextModel, MNTPConfig, MNTPTrainer, Stage1Config, Stage1Trainer
-from llm2clip.utils.processes import leave_process_group
+from llm2clip.utils.processes import leave_process_group, process_state
 from tests.llm2clip.trainers.test_plain_datasets import MapRows, settings
 
 llm, text, output, batch = sys.argv[1:]
@@ -183,7 +183,8 @@ found["mntp"] = loss(MNTPTrainer(
     args=MNTPConfig(**shared, mlm_probability=1.0, mask_replace_prob=1.0, random_replace_prob=0.0),
     processing_class=AutoTokenizer.from_pretrained(llm),
 ), texts)
-print("found", json.dumps(found))
+if process_state().is_main_process:
+    Path(output, "found.json").write_text(json.dumps(found))
 leave_process_group()
 """
 
@@ -194,8 +195,8 @@ def test_evaluation_losses_on_two_processes_equal_one(inputs: Inputs, tmp_path: 
     found = {}
     for name, launcher, batch in [("one", [], 16), ("two", [*TORCHRUN, "2"], 8)]:
         script = [*launcher, str(tmp_path / "evaluated.py"), inputs.llm, inputs.text, str(tmp_path / name), str(batch)]
-        output = run_process(script, PYTHONPATH=os.pathsep.join(sys.path))
-        found[name] = json.loads(output.partition("found ")[2].splitlines()[0])
+        run_process(script, PYTHONPATH=os.pathsep.join(sys.path))
+        found[name] = json.loads((tmp_path / name / "found.json").read_text())
     assert found["two"] == pytest.approx(found["one"], abs=1e-5)
 
 
