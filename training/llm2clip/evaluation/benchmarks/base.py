@@ -1,0 +1,184 @@
+"""What a benchmark is: where its files lie, its published counts, its reader and the protocol that measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from llm2clip.embedding.image_batches import ImageSet
+
+GROUPS = ("short", "long", "languages", "classification", "composition", "dense", "paper")
+
+
+class BenchmarkError(ValueError):
+    """The files of a benchmark are not what was published: other counts, a row without its image, a broken row."""
+
+
+class Encoder(Protocol):
+    """A model of images and texts in one space, whatever library it is from.
+
+    Attributes:
+        name: How the user named it.
+        width: Width of its embeddings.
+        device: Where it computes.
+    """
+
+    name: str
+    width: int
+    device: torch.device
+
+    def identity(self) -> dict[str, str]:
+        """What a result says of the model: library, name, commit on the Hub or checksum of the weights, dtype."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Identify weights, preprocessing and tokenizer; stored embeddings are bound to it."""
+        ...
+
+    def prepare(self, image: Any, key: str) -> dict[str, Tensor]:
+        """Prepare the inputs of one decoded RGB image; runs in worker processes."""
+        ...
+
+    def forward_images(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Embed a batch of prepared images: unit rows, float32 `(images, width)` on the CPU."""
+        ...
+
+    def forward_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Pooled features before the projection, float32 `(images, hidden)` on the CPU, for linear probes."""
+        ...
+
+    def forward_patches(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Patch embeddings in the shared space after MaskCLIP, unit rows `(images, rows, columns, width)`."""
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts: unit rows, float32 `(texts, width)` on the CPU."""
+        ...
+
+    def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens of each text before truncation, `(texts,)` int64, and whether it is cut, `(texts,)` bool."""
+        ...
+
+
+class Session(Protocol):
+    """A model at work on benchmarks: its embeddings of images and texts, each computed once and stored.
+
+    Several processes share the work, and each gets all rows.
+    """
+
+    encoder: Encoder
+
+    def embed_images(self, images: ImageSet) -> Tensor:
+        """Embed images: unit rows, float32 `(images, width)` on the CPU, in their order."""
+        ...
+
+    def embed_features(self, images: ImageSet) -> Tensor:
+        """Compute the features of `Encoder.forward_features`, `(images, hidden)`."""
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts, in the text format of the session: unit rows, float32 `(texts, width)`, repeats included."""
+        ...
+
+    def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The same as that of [`Encoder`], for texts in the text format of the session."""
+        ...
+
+
+@dataclass
+class Measurement:
+    """What a protocol found.
+
+    Attributes:
+        protocol: Name and options of the protocol. Scores of two results may be compared if these are equal.
+        scores: The scores, 0 to 1, in the order in which they are printed; the first is the one that is compared.
+        values: The value of each query, `(queries,)`, whose mean is the score of that name, for bootstrap intervals.
+        counts: Numbers of images, texts, queries, tied queries, truncated texts and the like.
+        groups: Scores of parts by kind and part, such as `{"language": {"de": {"text_to_image_recall@1": 0.5}}}`.
+    """
+
+    protocol: dict[str, Any]
+    scores: dict[str, float]
+    values: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    groups: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+
+
+class BenchmarkProtocol(Protocol):
+    """How a benchmark is measured."""
+
+    def measure(self, session: Session, data: Any) -> Measurement:
+        """Measure a model on the data of a benchmark."""
+        ...
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark: one small file of this package, or of a stranger, defines one or several.
+
+    Attributes:
+        name: Its name on the command line, such as `urban1k`.
+        title: Its name in tables.
+        groups: The groups of `GROUPS` that contain it.
+        folder: Subfolder of `--data` that contains its files, by default; benchmarks of the same images share one.
+        marker: The file or folder below it that must be there.
+        files: What else is needed, in words, with the layout below `folder`.
+        counts: Published counts that the reader finds, such as `{"images": 1000, "texts": 5000}`.
+        license: License of the data.
+        source: Where to get the files, in words.
+        read: Reads the files below a folder.
+        protocol: Measures what `read` returns.
+        note: A trap, or how its numbers differ from others of the same name.
+        more_markers: Further files or folders that must be there.
+    """
+
+    name: str
+    title: str
+    groups: tuple[Literal["short", "long", "languages", "classification", "composition", "dense", "paper"], ...]
+    folder: str
+    marker: str
+    files: str
+    counts: Mapping[str, int]
+    license: str
+    source: str
+    read: Callable[[Path], Any]
+    protocol: BenchmarkProtocol
+    note: str = ""
+    more_markers: tuple[str, ...] = ()
+
+    def find(self, data: Path) -> Path | None:
+        """Return the folder of its files below `data`, or `data` itself if they lie there; None if there are none."""
+        for folder in (data / self.folder, data):
+            if all((folder / marker).exists() for marker in (self.marker, *self.more_markers)):
+                return folder
+        return None
+
+
+def check_counts(title: str, found: Mapping[str, int], published: Mapping[str, int], allow: bool) -> list[str]:
+    """Compare the counts of a reader with the published ones.
+
+    Args:
+        allow: Return the differences instead of raising.
+
+    Returns:
+        The differences in words; empty if there are none.
+
+    Raises:
+        BenchmarkError: A count differs.
+    """
+    differences = [
+        f"{found.get(name, 0):,} {name} instead of {count:,}"
+        for name, count in published.items()
+        if found.get(name, 0) != count
+    ]
+    if differences and not allow:
+        raise BenchmarkError(
+            f"{title} has {', '.join(differences)}: its numbers could not be compared with published ones. "
+            "With --allow-counts it is measured all the same, and the result says so."
+        )
+    return differences

@@ -1,0 +1,97 @@
+"""What the readers of benchmarks return: images with captions, labels, or choices between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llm2clip.embedding.image_batches import ImageList
+from llm2clip.evaluation.benchmarks.base import BenchmarkError
+from llm2clip.utils.non_finite import shortened
+
+
+class BenchmarkImages(ImageList):
+    """The images of a benchmark: files, or encoded bytes, decoded on demand.
+
+    Args:
+        images: Paths or encoded bytes.
+        names: Names in messages, one for each image; by default the paths.
+    """
+
+    def __init__(self, images: Sequence[Path | bytes], names: Sequence[str] | None = None) -> None:
+        super().__init__(images)
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def key(self, row: int) -> str:
+        return super().key(row) if self.names is None else self.names[row]
+
+    def require_files(self, title: str) -> BenchmarkImages:
+        """Return self if all files exist.
+
+        Raises:
+            BenchmarkError: Files are missing; the message names them.
+        """
+        missing = [str(image) for image in self.images if isinstance(image, Path) and not image.is_file()]
+        if missing:
+            raise BenchmarkError(f"{title} lacks {len(missing):,} of {len(self):,} images: {shortened(missing)}.")
+        return self
+
+
+@dataclass
+class RetrievalData:
+    """Images and captions for retrieval in both directions.
+
+    Attributes:
+        images: The gallery.
+        texts: Every caption row is a query of its own: repeats and empty ones stay.
+        owners: `(texts,)` int64, the image that each text belongs to, which alone is right.
+        matches: `(pairs, 2)` int64, text and image of all that is right, where human judges found more than the
+            owners (ECCV Caption, CxC); None otherwise.
+    """
+
+    images: BenchmarkImages
+    texts: list[str]
+    owners: Tensor
+    matches: Tensor | None = None
+
+    @classmethod
+    def from_captions(cls, images: BenchmarkImages, captions: Sequence[Sequence[str]]) -> RetrievalData:
+        """Take the captions of each image, in their order."""
+        owners = [image for image, texts in enumerate(captions) for _ in texts]
+        texts = [text for texts in captions for text in texts]
+        return cls(images, texts, torch.tensor(owners, dtype=torch.int64))
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of images and texts."""
+        return {"images": len(self.images), "texts": len(self.texts)}
+
+
+@dataclass
+class ClassificationData:
+    """Labelled images.
+
+    Attributes:
+        labels: `(images,)` int64, a class of each image.
+        classnames: Name of each class, as it stands in a prompt.
+        templates: Prompts with `{c}` for the name, unless the user chooses others.
+        train: Images for a linear probe, with the same classes.
+        mean_per_class: Whether the accuracy that is compared is the mean of the classes.
+    """
+
+    images: BenchmarkImages
+    labels: Tensor
+    classnames: list[str]
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {c}."])
+    train: ClassificationData | None = None
+    mean_per_class: bool = False
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of images and classes."""
+        return {"images": len(self.images), "classes": len(self.classnames)}

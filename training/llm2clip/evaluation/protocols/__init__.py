@@ -1,0 +1,1 @@
+"""Protocols: how the data of a benchmark is measured."""
