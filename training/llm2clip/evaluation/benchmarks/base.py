@@ -135,6 +135,8 @@ class Benchmark:
         protocol: Measures what `read` returns.
         note: A trap, or how its numbers differ from others of the same name.
         more_markers: Further files or folders that must be there.
+        other_markers: Files or folders, or patterns of `Path.glob`, of which one may stand in for `marker`, where a
+            set is distributed in several forms.
     """
 
     name: str
@@ -150,11 +152,13 @@ class Benchmark:
     protocol: BenchmarkProtocol
     note: str = ""
     more_markers: tuple[str, ...] = ()
+    other_markers: tuple[str, ...] = ()
 
     def find(self, data: Path) -> Path | None:
         """Return the folder of its files below `data`, or `data` itself if they lie there; None if there are none."""
         for folder in (data / self.folder, data):
-            if all((folder / marker).exists() for marker in (self.marker, *self.more_markers)):
+            has_form = any(next(folder.glob(marker), None) for marker in (self.marker, *self.other_markers))
+            if has_form and all((folder / marker).exists() for marker in self.more_markers):
                 return folder
         return None
 

@@ -1,0 +1,97 @@
+"""Files of benchmarks are read exactly, and what is broken or missing is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llm2clip.evaluation.benchmarks import files
+from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
+from llm2clip.evaluation.benchmarks.files import (
+    find_images,
+    read_json,
+    read_json_lines,
+    read_lines,
+    read_text,
+    stream_json_objects,
+    text_field,
+)
+
+
+def write(path: Path, content: bytes = b"image") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def test_texts_are_read_as_they_stand_without_a_mark(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "\ufeff Café\u2028 bar \r\nsecond\n\n".encode())
+    assert read_text(path) == " Café\u2028 bar \nsecond\n\n"
+    assert read_lines(path) == [" Café\u2028 bar ", "second", ""]
+    with pytest.raises(BenchmarkError, match=r"latin\.txt is not UTF-8"):
+        read_text(write(tmp_path / "latin.txt", b"caf\xe9"))
+
+
+def test_json_lines_name_the_broken_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '\ufeff{"caption": "a\u2028b"}\n\n{"caption": "c"}\n'.encode())
+    assert read_json_lines(path) == [{"caption": "a\u2028b"}, {"caption": "c"}]
+    with pytest.raises(BenchmarkError, match=r"line 2 of .*b\.jsonl is not valid JSON"):
+        read_json_lines(write(tmp_path / "b.jsonl", b'{"a": 1}\n{"a"\n'))
+    with pytest.raises(BenchmarkError, match=r"line 1 of .*c\.jsonl is not a JSON object"):
+        read_json_lines(write(tmp_path / "c.jsonl", b"[1]\n"))
+    with pytest.raises(BenchmarkError, match=r"d\.json is not valid JSON"):
+        read_json(write(tmp_path / "d.json", b"{"))
+
+
+@pytest.mark.parametrize("block", [8, 1 << 16])
+def test_objects_of_an_array_are_read_one_by_one(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BLOCK", block)
+    rows = [{"caption": 'a, [b] {c} \\ " é'}, {"n": [1, {"m": 2}]}, {}]
+    path = write(tmp_path / "a.json", b"\xef\xbb\xbf \n" + json.dumps(rows, indent=1, ensure_ascii=False).encode())
+    assert list(stream_json_objects(path)) == rows
+
+
+def test_an_array_is_read_no_further_than_needed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", b'[{"a": 1}, {"a": 2}, {"a"')
+    rows = stream_json_objects(path)
+    assert [next(rows), next(rows)] == [{"a": 1}, {"a": 2}]
+    with pytest.raises(BenchmarkError, match=r"item 2 of .* is cut short"):
+        next(rows)
+    with pytest.raises(BenchmarkError, match="is not a JSON array"):
+        next(stream_json_objects(write(tmp_path / "b.json", b'{"a": 1}')))
+    with pytest.raises(BenchmarkError, match=r"item 0 of .* is not a JSON object"):
+        next(stream_json_objects(write(tmp_path / "c.json", b"[1]")))
+
+
+def test_a_row_without_its_text_is_named() -> None:
+    assert text_field({"caption": ""}, "caption", "row 1") == ""
+    with pytest.raises(BenchmarkError, match="row 1 has no text 'caption', but image, caption"):
+        text_field({"image": "a.jpg", "caption": None}, "caption", "row 1")
+
+
+def test_images_are_found_at_their_path_in_a_place_and_by_name(tmp_path: Path) -> None:
+    there = write(tmp_path / "sam/images/1.jpg")
+    place = write(tmp_path / "sam/2.jpg")
+    deep = write(tmp_path / "other/part/3.jpg")
+    images = find_images("Set", tmp_path, [f"sam/images/{number}.jpg" for number in (3, 1, 2)], ["sam"])
+    assert images.images == [deep, there, place]
+    assert images.key(0) == "sam/images/3.jpg"
+    with pytest.raises(BenchmarkError, match=r"Set lacks 1 of 2 images: .*sam/images/4\.jpg"):
+        find_images("Set", tmp_path, ["sam/images/1.jpg", "sam/images/4.jpg"])
+    write(tmp_path / "copy/3.jpg")
+    with pytest.raises(BenchmarkError, match=r"several files have the name of one image: 3\.jpg"):
+        find_images("Set", tmp_path, ["sam/images/3.jpg"])
+
+
+def test_a_set_in_one_of_its_forms_is_found(tmp_path: Path) -> None:
+    several = Benchmark(
+        *("several", "Several", (), "sub", "a.json", "", {}, "", "", read_json),
+        protocol=None,  # type: ignore[arg-type]
+        other_markers=("data/*.parquet",),
+    )
+    assert several.find(tmp_path) is None
+    write(tmp_path / "sub/data/test-00000.parquet")
+    assert several.find(tmp_path) == tmp_path / "sub"
+    assert several.find(tmp_path / "sub") == tmp_path / "sub"

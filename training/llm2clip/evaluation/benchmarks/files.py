@@ -1,0 +1,155 @@
+"""Reading the files of benchmarks: text in UTF-8 with or without a mark, JSON, JSON lines, images by their names.
+
+Every broken file or row is a [`BenchmarkError`] that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm2clip.evaluation.benchmarks.base import BenchmarkError
+from llm2clip.evaluation.benchmarks.data import BenchmarkImages
+from llm2clip.utils.non_finite import shortened
+
+BLOCK = 1 << 16
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8; a byte order mark is dropped and line ends become newlines.
+
+    Raises:
+        BenchmarkError: The file is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BenchmarkError(f"{path} is not UTF-8: {error}.") from error
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text file without their ends; only newlines end a line, not the other marks of Unicode."""
+    lines = read_text(path).split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON value of any kind.
+
+    Raises:
+        BenchmarkError: The file is not valid JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise BenchmarkError(f"{path} is not valid JSON: {error}.") from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file with one JSON object per line; blank lines are skipped.
+
+    Raises:
+        BenchmarkError: A line is not a JSON object; the message gives its number.
+    """
+    rows = []
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BenchmarkError(f"line {number} of {path} is not valid JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise BenchmarkError(f"line {number} of {path} is not a JSON object.")
+        rows.append(row)
+    return rows
+
+
+def stream_json_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the objects of a JSON array one by one; the file is read no further than the objects that are taken.
+
+    Raises:
+        BenchmarkError: The file is not an array of objects, is cut short, or an object is broken.
+    """
+    decoder, taken = json.JSONDecoder(), 0
+    with path.open(encoding="utf-8-sig") as file:
+        rest = file.read(BLOCK).lstrip()
+        if not rest.startswith("["):
+            raise BenchmarkError(f"{path} is not a JSON array.")
+        rest = rest[1:]
+        while True:
+            rest = rest.lstrip(" \t\r\n,")
+            if rest.startswith("]"):
+                return
+            try:
+                item, end = decoder.raw_decode(rest)
+            except json.JSONDecodeError as error:
+                block = file.read(BLOCK)
+                if not block:
+                    raise BenchmarkError(f"item {taken} of {path} is cut short or broken: {error}.") from error
+                rest += block
+                continue
+            if not isinstance(item, dict):
+                raise BenchmarkError(f"item {taken} of {path} is not a JSON object.")
+            rest, taken = rest[end:], taken + 1
+            yield item
+
+
+def text_field(row: Mapping[str, Any], name: str, place: str) -> str:
+    """Return a text of a row, as it stands.
+
+    Args:
+        place: What the row is, in messages, such as `line 3 of captions.jsonl`.
+
+    Raises:
+        BenchmarkError: The row has no such field, or it is not a text.
+    """
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise BenchmarkError(f"{place} has no text {name!r}, but {shortened(list(row))}.")
+    return value
+
+
+def find_images(title: str, folder: Path, names: Sequence[str], places: Sequence[str] = ()) -> BenchmarkImages:
+    """Find images by their paths in an annotation file.
+
+    Archives are unpacked in many ways: an image that is not at its path is looked for in some folders, and then by its
+    file name anywhere below `folder`.
+
+    Args:
+        title: The benchmark, in messages.
+        names: Paths relative to `folder`.
+        places: Folders, relative to `folder`, in which the file name alone is tried.
+
+    Raises:
+        BenchmarkError: Images are missing, or a file name is found twice; the message names them.
+    """
+    found = [_at_a_place(folder, name, places) for name in names]
+    if None in found:
+        below = _files_by_name(folder, {Path(name).name for name, path in zip(names, found, strict=True) if not path})
+        twice = [f"{name} ({paths[0]}, {paths[1]})" for name, paths in below.items() if len(paths) > 1]
+        if twice:
+            raise BenchmarkError(f"{title}: several files have the name of one image: {shortened(twice)}.")
+        found = [
+            path or next(iter(below.get(Path(name).name, [])), folder / name)
+            for name, path in zip(names, found, strict=True)
+        ]
+    return BenchmarkImages([path for path in found if path is not None], names).require_files(title)
+
+
+def _at_a_place(folder: Path, name: str, places: Sequence[str]) -> Path | None:
+    candidates = [folder / name, *(folder / place / Path(name).name for place in places)]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _files_by_name(folder: Path, wanted: set[str]) -> dict[str, list[Path]]:
+    """Return the files below a folder that have one of the names."""
+    found: dict[str, list[Path]] = {}
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        for name in wanted.intersection(names):
+            found.setdefault(name, []).append(Path(root) / name)
+    return found
