@@ -77,11 +77,23 @@ def retrieval_metrics(
     Raises:
         ValueError: A text has no match; otherwise as [`rank_of_best_match`].
     """
-    text_to_image, image_to_text = _ranks(text_embeds, image_embeds, matches, tile_size, ("text", "image"))
-    asking = matches[:, 1].unique().cpu()
-    image_to_text = _Ranks(*(column[asking] for column in image_to_text))
+    text_to_image, image_to_text, asking = retrieval_ranks(image_embeds, text_embeds, matches, tile_size)
     counts = {"num_texts": len(text_embeds), "num_images": len(image_embeds), "num_images_with_text": len(asking)}
     return {**_summary(text_to_image, ks, "text_to_image_"), **_summary(image_to_text, ks, "image_to_text_"), **counts}
+
+
+def retrieval_ranks(
+    image_embeds: Tensor, text_embeds: Tensor, matches: Tensor, tile_size: int = DEFAULT_TILE_SIZE
+) -> tuple[QueryRanks, QueryRanks, Tensor]:
+    """Compute what [`retrieval_metrics`] averages: the ranks of every query, with its arguments and errors.
+
+    Returns:
+        Ranks of the texts among the images; ranks of the images among the texts, without the images that have no text;
+        the rows of those images, `(queries,)`, ascending.
+    """
+    text_to_image, image_to_text = _ranks(text_embeds, image_embeds, matches, tile_size, ("text", "image"))
+    asking = matches[:, 1].unique().cpu()
+    return text_to_image, QueryRanks(*(column[asking] for column in image_to_text)), asking
 
 
 def caption_retrieval_metrics(
@@ -120,7 +132,7 @@ def caption_retrieval_metrics(
     return {**_summary(ranks, ks), "num_queries": len(query_embeds), "num_targets": len(target_embeds)}
 
 
-class _Ranks(NamedTuple):
+class QueryRanks(NamedTuple):
     """The rank of the best correct candidate of each query, as counts, (q,) int64 each.
 
     Attributes:
@@ -131,6 +143,11 @@ class _Ranks(NamedTuple):
     ahead: Tensor
     tied_wrong: Tensor
     tied_right: Tensor
+
+    @property
+    def is_tied(self) -> Tensor:
+        """Whether a wrong candidate scores the same as the best correct one, `(q,)` bool."""
+        return self.tied_wrong > 0
 
     def expected(self) -> Tensor:
         """Expected number of wrong candidates before the first correct one."""
@@ -153,7 +170,7 @@ def _log_binomial(n: Tensor, k: Tensor) -> Tensor:
     return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
 
 
-def _summary(ranks: _Ranks, ks: Sequence[int], prefix: str = "") -> dict[str, float | int]:
+def _summary(ranks: QueryRanks, ks: Sequence[int], prefix: str = "") -> dict[str, float | int]:
     if min(ks, default=1) < 1:
         raise ValueError(f"recall@k needs k of at least 1, but got {min(ks)}.")
     expected = ranks.expected()
@@ -166,7 +183,7 @@ def _summary(ranks: _Ranks, ks: Sequence[int], prefix: str = "") -> dict[str, fl
 @torch.no_grad()
 def _ranks(
     queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int, names: tuple[str, str]
-) -> tuple[_Ranks, _Ranks]:
+) -> tuple[QueryRanks, QueryRanks]:
     """Compute the ranks of both directions from one matrix product; see [`rank_of_best_match`].
 
     The ranks of a candidate without a match are undefined.
@@ -237,9 +254,9 @@ class _Side:
         self.ahead[rows] += torch.gt(scores, best + ROUNDING, out=flags).sum(dim=1).long()
         self.not_behind[rows] += torch.ge(scores, best - ROUNDING, out=flags).sum(dim=1).long()
 
-    def ranks(self) -> _Ranks:
+    def ranks(self) -> QueryRanks:
         """Return the counts, on the CPU."""
-        return _Ranks(self.ahead.cpu(), (self.not_behind - self.ahead).cpu(), self.tied_right.cpu())
+        return QueryRanks(self.ahead.cpu(), (self.not_behind - self.ahead).cpu(), self.tied_right.cpu())
 
 
 def _checked_matches(matches: Tensor, num_queries: int, num_candidates: int, names: tuple[str, str]) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,3 +96,15 @@ class ClassificationData:
     def counts(self) -> dict[str, int]:
         """Numbers of images and classes."""
         return {"images": len(self.images), "classes": len(self.classnames)}
+
+
+def counts_of(data: Any) -> dict[str, int]:
+    """Return the counts of what a reader returned: its `counts()`, or those of a mapping from languages to data.
+
+    Of a mapping: `languages`, the `texts` of all, and the `images` of the language that has most of them.
+    """
+    if not isinstance(data, Mapping):
+        return data.counts()
+    parts = [part.counts() for part in data.values()]
+    counts = {name: max(part[name] for part in parts) for name in (parts[0] if parts else {})}
+    return counts | {"languages": len(parts), "texts": sum(part.get("texts", 0) for part in parts)}

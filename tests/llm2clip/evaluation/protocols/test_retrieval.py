@@ -1,0 +1,113 @@
+"""Retrieval by rows: compared with values written by hand and with a direct formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from llm2clip.evaluation.benchmarks.base import BenchmarkError
+from llm2clip.evaluation.benchmarks.data import BenchmarkImages, RetrievalData, counts_of
+from llm2clip.evaluation.protocols.retrieval import MultilingualRetrieval, RetrievalProtocol, by_length
+from tests.llm2clip.evaluation.fake_session import FakeSession
+
+X, Y, Z = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]
+
+
+def images(count: int) -> BenchmarkImages:
+    return BenchmarkImages([str(number).encode() for number in range(count)])
+
+
+def test_each_row_is_a_query_and_only_its_own_image_is_right() -> None:
+    """Two images share a caption, one caption is repeated, one is empty, and one image has none."""
+    data = RetrievalData.from_captions(images(4), [["a dog", "a dog", "a cat"], ["a dog"], ["", "a bus"], []])
+    table = {"a dog": X, "a cat": Y, "": Y, "a bus": Z}
+    found = RetrievalProtocol().measure(FakeSession([X, Y, Z, [1.0, 1.0, 1.0]], table), data)
+    # Text rows: a dog, a dog, a cat of image 0; a dog of 1; empty, a bus of 2.
+    assert found.values["text_to_image_recall@1"].tolist() == [1, 1, 0, 0, 0, 1]
+    assert found.scores["text_to_image_recall@1"] == 0.5
+    # Image 0: "a dog" three times at the top, two of them its own. Image 1: "a dog" is behind "a cat" and "".
+    hits = found.values["image_to_text_recall@1"]
+    assert hits.tolist() == pytest.approx([2 / 3, 0, 1])
+    assert found.scores["image_to_text_recall@5"] == found.values["image_to_text_recall@5"].mean()
+    assert next(iter(found.scores)) == "text_to_image_recall@1"
+    # The three texts that miss are at a right angle to their own image and to another.
+    assert found.counts == {
+        "images": 4, "texts": 6, "image_queries": 3, "truncated_texts": 0, "empty_texts": 1,
+        "tied_text_queries": 3, "tied_image_queries": 2,
+    }  # fmt: skip
+    assert found.protocol["positives"] == "rows"
+
+
+def test_recalls_equal_a_direct_formula() -> None:
+    torch.manual_seed(0)
+    embeds, owners = torch.randn(30, 8), torch.arange(30).repeat_interleave(5)
+    texts = embeds[owners] + 1.5 * torch.randn(150, 8)
+    data = RetrievalData(images(30), [f"text {number}" for number in range(150)], owners)
+    found = RetrievalProtocol().measure(FakeSession(embeds, dict(zip(data.texts, texts, strict=True))), data)
+    scores: Tensor = normalize(texts) @ normalize(embeds).T
+    for k in (1, 5, 10):
+        hits = scores.topk(k).indices == owners[:, None]
+        assert found.scores[f"text_to_image_recall@{k}"] == pytest.approx(hits.any(dim=1).float().mean().item())
+        hits = owners[scores.T.topk(k).indices] == torch.arange(30)[:, None]
+        assert found.scores[f"image_to_text_recall@{k}"] == pytest.approx(hits.any(dim=1).float().mean().item())
+    assert 0 < found.scores["text_to_image_recall@1"] < found.scores["text_to_image_recall@10"] < 1
+
+
+def test_truncated_texts_are_counted_and_grouped_by_length() -> None:
+    texts = ["a", " ".join(["b"] * 16), " ".join(["c"] * 17), " ".join(["d"] * 78), " ".join(["e"] * 600)]
+    data = RetrievalData.from_captions(images(5), [[text] for text in texts])
+    vectors = torch.eye(5)
+    # The third text finds the image of the fourth.
+    session = FakeSession(vectors, dict(zip(texts, vectors[[0, 1, 3, 3, 4]], strict=True)), max_words=20)
+    found = RetrievalProtocol().measure(session, data)
+    assert found.counts["truncated_texts"] == 2
+    lengths = found.groups["length"]
+    assert list(lengths) == ["0-16", "17-32", "78-128", "513-"]
+    assert [group["texts"] for group in lengths.values()] == [2, 1, 1, 1]
+    assert [group["text_to_image_recall@1"] for group in lengths.values()] == [1, 0, 1, 1]
+    # The third image is at the right angle to all texts; the fourth has two texts on top, of which one is right.
+    assert [group["image_to_text_recall@1"] for group in lengths.values()] == pytest.approx([1, 1 / 5, 1 / 2, 1])
+
+
+def test_lengths_of_images_need_one_caption_each_in_any_order() -> None:
+    hits = {"text_to_image_recall@1": torch.tensor([1.0, 0.0]), "image_to_text_recall@1": torch.tensor([0.25, 0.5])}
+    found = by_length(hits, owners=torch.tensor([1, 0]), lengths=torch.tensor([5, 20]))
+    assert found["0-16"] == {"texts": 1, "text_to_image_recall@1": 1.0, "image_to_text_recall@1": 0.5}
+    several = {**hits, "image_to_text_recall@1": torch.tensor([0.25])}
+    assert list(by_length(several, torch.tensor([0, 0]), torch.tensor([5, 20]))["0-16"]) == [
+        "texts", "text_to_image_recall@1",
+    ]  # fmt: skip
+
+
+def test_languages_share_their_images_and_the_mean_says_of_which() -> None:
+    shared = images(3)
+    data = {
+        "de": RetrievalData.from_captions(shared, [["Hund"], ["Katze", "Kater"], []]),
+        "en": RetrievalData.from_captions(shared, [["dog"], [], []]),
+    }
+    table = {"Hund": X, "Katze": X, "Kater": Y, "dog": Y}
+    session = FakeSession([X, Y, Z], table)
+    found = MultilingualRetrieval().measure(session, data)
+    assert session.embedded.count(3) == 1
+    recalls = {name: group["text_to_image_recall@1"] for name, group in found.groups["language"].items()}
+    assert recalls == {"de": pytest.approx(2 / 3), "en": 0.0}
+    assert found.scores["text_to_image_recall@1"] == pytest.approx(1 / 3)
+    assert found.values["text_to_image_recall@1"].tolist() == [1, 0, 1, 0]
+    assert found.strata["text_to_image_recall@1"].tolist() == [0, 0, 0, 1]
+    assert found.strata["image_to_text_recall@1"].tolist() == [0, 0, 1]
+    assert found.protocol["mean_over"] == ["de", "en"]
+    assert [found.counts[name] for name in ("texts", "images", "languages")] == [4, 3, 2]
+    assert counts_of(data) == {"images": 3, "texts": 4, "languages": 2}
+    without = MultilingualRetrieval(mean_over=("de", "fr")).measure(session, data)
+    assert without.protocol["mean_over"] == ["de"]
+    assert without.scores["text_to_image_recall@1"] == pytest.approx(2 / 3)
+    assert list(without.groups["language"]) == ["de", "en"]
+
+
+def test_data_without_captions_is_an_error() -> None:
+    with pytest.raises(BenchmarkError, match="no caption"):
+        RetrievalProtocol().measure(FakeSession([X], {}), RetrievalData.from_captions(images(1), [[]]))
+    with pytest.raises(BenchmarkError, match="no language to average: the data has none"):
+        MultilingualRetrieval().measure(FakeSession([X], {}), {})

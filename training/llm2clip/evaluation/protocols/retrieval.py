@@ -1,0 +1,157 @@
+"""Retrieval as it is published: every caption row is a query, and its own image alone is right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm2clip.evaluation.benchmarks.base import BenchmarkError, Measurement, Session
+from llm2clip.evaluation.benchmarks.data import RetrievalData
+from llm2clip.evaluation.metrics import QueryRanks, retrieval_ranks
+from llm2clip.utils.progress import track
+
+KS = (1, 5, 10)
+# Upper ends of the buckets of caption length in tokens. CLIP's text towers end at 77 tokens.
+LENGTH_BUCKETS = (16, 32, 64, 77, 128, 256, 512)
+PROTOCOL = {
+    "name": "retrieval",
+    "positives": "rows",
+    "image_hit": "any own caption",
+    "ties": "expected value",
+}
+
+
+@dataclass(frozen=True)
+class RetrievalProtocol:
+    """Recall@1, 5 and 10 in both directions; ties are expected values, and repeated and empty captions stay queries.
+
+    An image counts as found if any of its own captions is among the first k. Recall is also given by the length of
+    captions in tokens of the model's tokenizer; that of images only if each has one caption.
+    """
+
+    def measure(self, session: Session, data: RetrievalData) -> Measurement:
+        """Measure both directions.
+
+        Raises:
+            BenchmarkError: There is no caption.
+        """
+        return measure_rows(session, session.embed_images(data.images), data)
+
+
+@dataclass(frozen=True)
+class MultilingualRetrieval:
+    """[`RetrievalProtocol`] in each of several languages, and the mean over languages.
+
+    Args:
+        mean_over: The languages of the mean; None is all. A result's protocol lists them.
+    """
+
+    mean_over: tuple[str, ...] | None = None
+
+    def measure(self, session: Session, data: Mapping[str, RetrievalData]) -> Measurement:
+        """Measure each language against its images, which are embedded once if languages share them.
+
+        Raises:
+            BenchmarkError: There is no language of the mean, or a language has no caption.
+        """
+        languages = [name for name in data if self.mean_over is None or name in self.mean_over]
+        if not languages:
+            raise BenchmarkError(f"there is no language to average: the data has {', '.join(data) or 'none'}.")
+        embedded: dict[int, Tensor] = {}
+        found: dict[str, Measurement] = {}
+        for language, rows in track(data.items(), "Measuring languages", len(data), "language"):
+            if id(rows.images) not in embedded:
+                embedded[id(rows.images)] = session.embed_images(rows.images)
+            found[language] = measure_rows(session, embedded[id(rows.images)], rows)
+        averaged = [found[language] for language in languages]
+        names = averaged[0].scores
+        sizes = {name: torch.tensor([len(part.values[name]) for part in averaged]) for name in names}
+        # Lengths in tokens differ between languages, so that no bucket is comparable over them.
+        return Measurement(
+            protocol={**PROTOCOL, "mean_over": languages},
+            scores={name: sum(part.scores[name] for part in averaged) / len(averaged) for name in names},
+            values={name: torch.cat([part.values[name] for part in averaged]) for name in names},
+            strata={name: torch.arange(len(averaged)).repeat_interleave(sizes[name]) for name in names},
+            counts={
+                **{name: sum(part.counts[name] for part in found.values()) for name in averaged[0].counts},
+                "images": max(part.counts["images"] for part in found.values()),
+                "languages": len(found),
+            },
+            groups={"language": {name: {**part.scores, **_queries(part.counts)} for name, part in found.items()}},
+        )
+
+
+def measure_rows(session: Session, image_embeds: Tensor, data: RetrievalData) -> Measurement:
+    """Measure retrieval with embedded images; see [`RetrievalProtocol`].
+
+    Args:
+        image_embeds: Unit rows, `(images, width)`.
+    """
+    if not data.texts:
+        raise BenchmarkError("there is no caption.")
+    matches = torch.stack([torch.arange(len(data.texts)), data.owners], dim=1)
+    texts, images, asking = retrieval_ranks(image_embeds, session.embed_texts(data.texts), matches)
+    lengths, is_cut = session.text_lengths(data.texts)
+    hits = _hits(texts, "text_to_image") | _hits(images, "image_to_text")
+    return Measurement(
+        protocol=dict(PROTOCOL),
+        scores={name: values.mean().item() for name, values in hits.items()},
+        values=hits,
+        counts={
+            "images": len(data.images),
+            "texts": len(data.texts),
+            "image_queries": len(asking),
+            "truncated_texts": int(is_cut.sum()),
+            "empty_texts": sum(not text.strip() for text in data.texts),
+            "tied_text_queries": int(texts.is_tied.sum()),
+            "tied_image_queries": int(images.is_tied.sum()),
+        },
+        groups={"length": by_length(hits, data.owners, lengths)},
+    )
+
+
+def by_length(hits: Mapping[str, Tensor], owners: Tensor, lengths: Tensor) -> dict[str, dict[str, float]]:
+    """Average hits in buckets of caption length.
+
+    Args:
+        hits: Values by score: `text_to_image_*` of each text, `image_to_text_*` of each image that has one.
+        owners: Image of each text.
+        lengths: Tokens of each text.
+
+    Returns:
+        By bucket, such as `17-32`: the number of texts, and the means. Those of images are left out if one has several
+        captions, because it has no one length then.
+    """
+    buckets = torch.bucketize(lengths, torch.tensor(LENGTH_BUCKETS))
+    has_one_caption = len(owners.unique()) == len(owners)
+    of_images = buckets[owners.argsort()]
+    found = {}
+    for bucket in buckets.unique().tolist():
+        chosen = {"text_to_image": buckets == bucket, "image_to_text": of_images == bucket}
+        sides = [side for side in chosen if side == "text_to_image" or has_one_caption]
+        found[_bucket_name(bucket)] = {
+            "texts": int(chosen["text_to_image"].sum()),
+            **{
+                name: hits[name][chosen[side]].mean().item()
+                for side in sides
+                for name in hits
+                if name.startswith(side)
+            },
+        }
+    return found
+
+
+def _bucket_name(bucket: int) -> str:
+    first = 0 if bucket == 0 else LENGTH_BUCKETS[bucket - 1] + 1
+    return f"{first}-{LENGTH_BUCKETS[bucket]}" if bucket < len(LENGTH_BUCKETS) else f"{first}-"
+
+
+def _hits(ranks: QueryRanks, side: str) -> dict[str, Tensor]:
+    return {f"{side}_recall@{k}": ranks.hit_probability(k) for k in KS}
+
+
+def _queries(counts: Mapping[str, int]) -> dict[str, int]:
+    return {name: counts[name] for name in ("texts", "truncated_texts", "tied_text_queries", "tied_image_queries")}
