@@ -62,6 +62,9 @@ class FakeEncoder:
     def forward_features(self, inputs: dict[str, Tensor]) -> Tensor:
         raise AssertionError("a protocol computes features through its session")
 
+    def prepare_pixels(self, image: Any) -> dict[str, Tensor]:
+        return {"pixel_values": self.prepare(image, "image")["pixel_values"].permute(2, 0, 1).float()}
+
     def forward_patches(self, inputs: dict[str, Tensor]) -> Tensor:
         assert self.patches is not None, "this encoder has no patches"
         return normalize(self.patches(inputs), dim=-1)

@@ -52,8 +52,18 @@ class Encoder(Protocol):
         """Pooled features before the projection, float32 `(images, hidden)` on the CPU, for linear probes."""
         ...
 
+    def prepare_pixels(self, image: Any) -> dict[str, Tensor]:
+        """Prepare a decoded RGB image of any size without resizing or cropping it: `pixel_values`, `(3, H, W)`."""
+        ...
+
     def forward_patches(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Patch embeddings in the shared space after MaskCLIP, unit rows `(images, rows, columns, width)`."""
+        """Patch embeddings in the shared space after MaskCLIP, unit rows, float32 `(images, rows, columns, width)`.
+
+        The images have any size; their rows and columns are rounded up to whole patches.
+
+        Raises:
+            ValueError: The vision tower has no patches that MaskCLIP could embed.
+        """
         ...
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
