@@ -59,7 +59,7 @@ class FakeEncoder:
     def forward_images(self, inputs: dict[str, Tensor]) -> Tensor:
         raise AssertionError("a protocol embeds images through its session")
 
-    def forward_features(self, inputs: dict[str, Tensor]) -> Tensor:
+    def forward_features(self, inputs: dict[str, Tensor], projected: bool = False) -> Tensor:
         raise AssertionError("a protocol computes features through its session")
 
     def prepare_pixels(self, image: Any) -> dict[str, Tensor]:
@@ -86,6 +86,7 @@ class FakeSession:
         images: Embeddings of the images: rows in their order, or by content (bytes or path) or key. Normalised.
         texts: Embedding of each text, or an encoder.
         features: As `images`, for linear probes; by default the embeddings. They are not normalised.
+        projected: As `features`, of the features after the projection.
         text_format: Applied to every text first.
 
     Attributes:
@@ -97,11 +98,13 @@ class FakeSession:
         images: Table,
         texts: Mapping[str, Sequence[float] | Tensor] | FakeEncoder,
         features: Table | None = None,
+        projected: Table | None = None,
         text_format: Callable[[str], str] = str,
         **encoder: Any,
     ) -> None:
         self.images = images
         self.features = images if features is None else features
+        self.projected = images if projected is None else projected
         self.encoder = texts if isinstance(texts, FakeEncoder) else FakeEncoder(texts, **encoder)
         self.text_format = text_format
         self.embedded: list[list[str] | int] = []
@@ -110,8 +113,8 @@ class FakeSession:
         self.embedded.append(len(images))  # type: ignore[arg-type]
         return normalize(_find(self.images, images), dim=1)
 
-    def embed_features(self, images: ImageSet) -> Tensor:
-        return _find(self.features, images)
+    def embed_features(self, images: ImageSet, projected: bool = False) -> Tensor:
+        return _find(self.projected if projected else self.features, images)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         self.embedded.append(list(texts))

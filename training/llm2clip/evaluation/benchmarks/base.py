@@ -48,8 +48,11 @@ class Encoder(Protocol):
         """Embed a batch of prepared images: unit rows, float32 `(images, width)` on the CPU."""
         ...
 
-    def forward_features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Pooled features before the projection, float32 `(images, hidden)` on the CPU, for linear probes."""
+    def forward_features(self, inputs: dict[str, Tensor], projected: bool = False) -> Tensor:
+        """Pooled features before the projection, float32 `(images, hidden)` on the CPU, for linear probes.
+
+        With `projected`, those after it, `(images, width)`: embeddings before they are scaled to unit length.
+        """
         ...
 
     def prepare_pixels(self, image: Any) -> dict[str, Tensor]:
@@ -87,8 +90,8 @@ class Session(Protocol):
         """Embed images: unit rows, float32 `(images, width)` on the CPU, in their order."""
         ...
 
-    def embed_features(self, images: ImageSet) -> Tensor:
-        """Compute the features of `Encoder.forward_features`, `(images, hidden)`."""
+    def embed_features(self, images: ImageSet, projected: bool = False) -> Tensor:
+        """Compute the features of `Encoder.forward_features`, `(images, hidden)`, or projected `(images, width)`."""
         ...
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:

@@ -83,6 +83,7 @@ class ClassificationData:
         classnames: Name of each class, as it stands in a prompt.
         templates: Prompts with `{c}` for the name, unless the user chooses others.
         train: Images for a linear probe, with the same classes.
+        validation: Images by which a probe chooses its strength of regularisation, if the set has such a part.
         mean_per_class: Whether the accuracy that is compared is the mean of the classes.
     """
 
@@ -91,6 +92,7 @@ class ClassificationData:
     classnames: list[str]
     templates: list[str] = field(default_factory=lambda: ["a photo of a {c}."])
     train: ClassificationData | None = None
+    validation: ClassificationData | None = None
     mean_per_class: bool = False
 
     def counts(self) -> dict[str, int]:
