@@ -68,7 +68,7 @@ COMMANDS = {
     "evaluate": Command("measure image-text retrieval or caption retrieval of a model",
                         "llm2clip.evaluation.evaluate", "EvaluateConfig", ("model",)),
     "check-data": Command("show what is in a data set of captions and images, and what is wrong with it",
-                          "llm2clip.data.check_data", "CheckDataConfig", ("source",)),
+                          "llm2clip.data.check_data", "CheckDataConfig", ("source",), extra="evaluation"),
     "convert": Command(
         "convert checkpoints of the original code, of Microsoft's repos and of CLIP to this format and back",
         "llm2clip.convert.conversion", "ConvertConfig", ("source", "destination")),

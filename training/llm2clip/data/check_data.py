@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from llm2clip.data.checks import CaptionCheck, Check, ImageCheck, RowCheck, RowReader, TextFaultCheck
+from llm2clip.data.checks import CaptionCheck, Check, Finding, ImageCheck, RowCheck, RowReader, TextFaultCheck
+from llm2clip.data.duplicates import HASH_BITS, HashCheck, PerceptualHash, find_copies
 from llm2clip.data.records import OnError
 from llm2clip.data.rows import CaptionRows, StreamedRows
 from llm2clip.data.sources import CaptionSource
+from llm2clip.data.token_check import CountingTokenizer, TokenCheck
 from llm2clip.utils.files import write_json
 from llm2clip.utils.identity import data_revision
 from llm2clip.utils.processes import worker_count
@@ -61,12 +63,20 @@ class CheckDataConfig:
         "raise",
         "raise: end with status 1 if rows cannot be used, as a run with on_error: raise does; skip: only if none can.",
     )
+    tokenizer: list[str] = setting(
+        [], "Tokenizers: Hub ids or folders; NAME:512 sets a length. How many captions does each of them cut?"
+    )
+    other_splits: list[str] = setting(
+        [], "Splits, such as test, whose pictures must not be in this one; they are found by perceptual hash."
+    )
     output: str | None = setting(None, "JSON file to which the report is also written.")
 
     def __post_init__(self) -> None:
         check_choices(self)
         if not self.source:
             raise ValueError("the data is missing: llm2clip check-data SOURCE")
+        if self.other_splits and self.no_images:
+            raise ValueError("other_splits compares pictures, which no_images leaves out; drop one of them.")
 
     def caption_source(self) -> CaptionSource:
         """Return the source with the fields that are set here."""
@@ -84,7 +94,9 @@ def run(config: CheckDataConfig) -> None:
         FileNotFoundError, SourceError: The data cannot be read.
     """
     source = config.caption_source()
-    report = check_data(source, not config.no_images, config.max_pixels, config.num_workers)
+    report = check_data(
+        source, not config.no_images, config.max_pixels, config.num_workers, config.tokenizer, config.other_splits
+    )
     if config.output:
         write_json(config.output, report)
     print_report(report)
@@ -103,6 +115,8 @@ def check_data(
     with_images: bool = True,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     num_workers: int | None = None,
+    tokenizers: Sequence[str] = (),
+    other_splits: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Find out what is in a data set of captions and images, and what is wrong with it.
 
@@ -110,24 +124,42 @@ def check_data(
         with_images: Decode all images.
         max_pixels: Largest image that can be used, width x height.
         num_workers: Processes that read rows and decode images, 0 for none; by default one per core, at most 8.
+        tokenizers: Hub ids or folders of tokenizers, with which the captions' tokens are counted.
+        other_splits: Splits whose pictures are looked for in this one.
 
     Returns:
         The report, as JSON values: `data` (fields of the source and its revision), `rows`, `usable_rows`, `captions`,
-        `images` (without images None) and `findings` (number, whether such a row cannot be used, first examples).
+        `tokens` (by tokenizer), `images` (without images None) and `findings` (number, whether such a row cannot be
+        used, first examples).
 
     Raises:
         FileNotFoundError, SourceError: The data cannot be read.
+        ModuleNotFoundError: Splits are to be compared, and the library of perceptual hashes is not installed.
+        OSError, ValueError: There is no such tokenizer.
     """
-    checks: list[Check] = [RowCheck(), CaptionCheck(source.caption_columns), TextFaultCheck()]
+    token_check = TokenCheck([CountingTokenizer(name) for name in tokenizers])
+    checks: list[Check] = [RowCheck(), CaptionCheck(source.caption_columns), TextFaultCheck(), token_check]
     if with_images:
         checks.append(ImageCheck())
-    feed_rows(source, checks, RowReader(max_pixels), with_images, worker_count(num_workers))
+    hashes, others = HashCheck(), {split: HashCheck() for split in other_splits}
+    workers, reader = worker_count(num_workers), RowReader(max_pixels, PerceptualHash() if others else None)
+    for split, other in others.items():
+        feed_rows(replace(source, split=split), [other], reader, with_images, workers)
+    feed_rows(source, [*checks, hashes], reader, with_images, workers)
     report: dict[str, Any] = {"data": {**vars(source), "revision": data_revision(vars(source))}}
     for check in checks:
         report |= check.summary()
     report.setdefault("images", None)
-    findings = {name: vars(finding) for check in checks for name, finding in check.findings.items()}
-    return report | {"findings": findings}
+    findings = {name: finding for check in checks for name, finding in check.findings.items()}
+    findings |= {f"images that are also in {split}": _copies(hashes, other) for split, other in others.items()}
+    return report | {"findings": {name: vars(finding) for name, finding in findings.items()}}
+
+
+def _copies(own: HashCheck, other: HashCheck) -> Finding:
+    finding = Finding()
+    for copy in find_copies(own, other):
+        finding.add(copy.key, f"{copy.original} differs in {copy.distance} of {HASH_BITS} bits")
+    return finding
 
 
 def feed_rows(
@@ -153,9 +185,15 @@ def feed_rows(
 
 def print_report(report: dict[str, Any]) -> None:
     """Print a report of [`check_data`] as tables."""
+    data = report["data"]
+    print_tables(report, f"{data['path']}, split {data['split']}")
+
+
+def print_tables(report: dict[str, Any], title: str) -> None:
+    """Print what was found in data of this title as tables."""
     # Keys and captions are not markup: "[bold]" and ":dog:" are printed as they are.
     console = Console(markup=False, emoji=False, highlight=False)
-    captions, images, data = report["captions"], report["images"], report["data"]
+    captions, images = report["captions"], report["images"]
     scripts = ", ".join(f"{name} {count:,}" for name, count in captions["scripts"].items())
     counts = [
         ("rows", f"{report['rows']:,}, of which {report['usable_rows']:,} can be used"),
@@ -165,13 +203,20 @@ def print_report(report: dict[str, Any]) -> None:
         ("scripts", scripts or "none"),
         ("images", "not read" if images is None else f"{images['count']:,} decoded"),
     ]  # fmt: skip
-    print_table(console, f"{data['path']}, split {data['split']}", ("", "number"), counts, (0, 1))
+    print_table(console, title, ("", "number"), counts, (0, 1))
     lengths = [
         (name, f"{column['rows']:,}", f"{column['captions']:,}", *_numbers(column["words"]))
         for name, column in captions["columns"].items()
     ]
     titles = ("min", "median", "p95", "max")
     print_table(console, "Captions, length in words", ("column", "rows", "captions", *titles), lengths)
+    if report["tokens"]:
+        tokens = [
+            (name, f"{counts['limit']:,}", f"{counts['cut']:,}", *_numbers(counts["length"]))
+            for name, counts in report["tokens"].items()
+        ]
+        columns = ("tokenizer", "limit", "cut captions", *titles)
+        print_table(console, "Captions, length in tokens", columns, tokens)
     if images is not None:
         sizes = [(side, *_numbers(images[side])) for side in ("width", "height")]
         print_table(console, "Images, size in pixels", ("", *titles), sizes)

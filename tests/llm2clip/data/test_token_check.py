@@ -1,0 +1,65 @@
+"""The captions that a tokenizer cuts are counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from llm2clip import cli
+from llm2clip.data import CaptionSource
+from llm2clip.data.check_data import check_data
+
+
+def save_tokenizer(folder: Path, longest: int | None) -> str:
+    """Save a tokenizer of words and a final token."""
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "[EOS]": 1}, "[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$0 [EOS]", special_tokens=[("[EOS]", 1)])
+    options = {} if longest is None else {"model_max_length": longest}
+    saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]", **options)
+    saved.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    path = str(tmp_path / "captions.parquet")
+    captions = [["one two three"], ["one two three four", "a"], ["one two three four five six"]]
+    datasets.Dataset.from_dict({"caption": captions, "key": ["a", "b", "c"]}).to_parquet(path)
+    return path
+
+
+def test_captions_are_counted_by_each_tokenizer(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2clip.data.token_check.BATCH", 2)
+    five = save_tokenizer(tmp_path / "five", 5)
+    endless = save_tokenizer(tmp_path / "endless", None)
+    report = check_data(
+        CaptionSource(data), with_images=False, num_workers=0, tokenizers=[five, f"{endless}:4", f"{five}:100"]
+    )
+    # The final token counts.
+    length = {"min": 2, "median": 4, "p95": 7, "max": 7}
+    assert report["tokens"] == {
+        five: {"limit": 5, "cut": 1, "length": length},
+        f"{endless}:4": {"limit": 4, "cut": 2, "length": length},
+        f"{five}:100": {"limit": 100, "cut": 0, "length": length},
+    }
+    finding = report["findings"][f"captions cut by {endless}:4"]
+    assert [example["key"] for example in finding["examples"]] == ["b", "c"]
+    assert finding["examples"][0]["detail"] == "5 tokens: one two three four"
+    assert not finding["stops"]
+
+
+def test_the_command_prints_them(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    five, endless = save_tokenizer(tmp_path / "five", 5), save_tokenizer(tmp_path / "endless", None)
+    assert cli.main(["check-data", data, "--no-images", "--tokenizer", five]) == 0
+    assert "cut captions" in capsys.readouterr().out
+    assert cli.main(["check-data", data, "--no-images", "--tokenizer", endless]) == 2
+    assert f"--tokenizer {endless}:512" in capsys.readouterr().err
+    assert cli.main(["check-data", data, "--no-images", "--tokenizer", str(tmp_path / "nothing")]) == 2
