@@ -28,7 +28,7 @@ def cache_folder(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("bfloat16", 2e-2), ("float32", 0)])
 def test_lookup_returns_each_captions_own_embedding(tmp_path: Path, dtype: str, tolerance: float) -> None:
     texts = distinct_captions(CaptionSource(CONCEPTS, split="test", caption_columns=["caption", "keywords"]))
     build(tmp_path, texts, dtype=dtype, shard_size=100, embed_size=64)

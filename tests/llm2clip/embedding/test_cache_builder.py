@@ -273,5 +273,5 @@ def test_invalid_captions_shapes_and_dtypes_are_refused(tmp_path: Path) -> None:
         build(tmp_path / "b", [])
     with pytest.raises(ValueError, match="is zero, which has no direction"):
         build(tmp_path / "b", TEXTS, lambda texts: torch.zeros(len(texts), 8), normalize=True)
-    with pytest.raises(ValueError, match="'float16' or 'bfloat16', not 'float32'"):
-        build(tmp_path / "c", TEXTS, dtype="float32")
+    with pytest.raises(ValueError, match="'float16' or 'bfloat16' or 'float32', not 'float64'"):
+        build(tmp_path / "c", TEXTS, dtype="float64")

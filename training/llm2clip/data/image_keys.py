@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,29 @@ def image_keys(table: datasets.Dataset, column: str) -> np.ndarray:
         with path.open("wb") as file, progress_bar("Hashing images", len(images), "image", len(images) > BATCH) as bar:
             for start in range(0, len(images), BATCH):
                 values = images[start : start + BATCH][column]
-                digests = [
-                    hashlib.blake2b(_content(value or {"bytes": None, "path": None}), digest_size=16).digest()
-                    for value in values
-                ]
-                file.write(b"".join(digests))
+                file.write(b"".join(_digest(value or {"bytes": None, "path": None}) for value in values))
                 bar.update(advance=len(values))
 
     path = shared_file("image-keys", identity, write)
     return np.memmap(path, dtype="<i8", mode="r", shape=(len(images), 2))
+
+
+def content_keys(images: Iterable[bytes | str | os.PathLike[str]]) -> np.ndarray:
+    """Hash encoded images, or the files of paths, as [`image_keys`] does: (images, 2) int64; nothing is stored.
+
+    Raises:
+        TypeError: An image is neither encoded bytes nor a path.
+    """
+    digests = b"".join(_digest(_record(image)) for image in images)
+    return np.frombuffer(digests, dtype="<i8").reshape(-1, 2).astype(np.int64, copy=False)
+
+
+def _record(image: Any) -> dict[str, Any]:
+    return {"bytes": image, "path": None} if isinstance(image, bytes) else {"bytes": None, "path": os.fspath(image)}
+
+
+def _digest(record: Mapping[str, Any]) -> bytes:
+    return hashlib.blake2b(_content(record), digest_size=16).digest()
 
 
 def _files(images: datasets.Dataset, column: str) -> str:

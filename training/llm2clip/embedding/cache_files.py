@@ -1,8 +1,9 @@
-"""The files of a cache of embeddings: 16-bit rows in shards, and a manifest.
+"""The files of a cache of embeddings: rows in shards, in 16 bits unless they have to be exact, and a manifest.
 
 A cache is a folder with `manifest.json` and `shard-00000.safetensors`, ... Each shard contains `embeddings`
-(n, hidden) in float16 or bfloat16 and `keys` (n, 2) int64, the 128-bit BLAKE2b hash (little-endian halves) of what
-each row was computed from: a caption's exact text in UTF-8, or an image's encoded bytes. Neither is stored itself.
+(n, hidden) in float16, bfloat16 or float32, and `keys` (n, 2) int64, the 128-bit BLAKE2b hash (little-endian halves)
+of what each row was computed from: a caption's exact text in UTF-8, or an image's encoded bytes. Neither is stored
+itself.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
-CacheDtype = Literal["float16", "bfloat16"]
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+CacheDtype = Literal["float16", "bfloat16", "float32"]
 ManifestT = TypeVar("ManifestT", bound="StoreManifest")
 
 TWO_RULES = (

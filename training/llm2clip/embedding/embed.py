@@ -54,7 +54,8 @@ class EmbedConfig:
         None, "Attention of the LLM: eager, sdpa, flash_attention_2 or flex_attention."
     )
     cache_dtype: CacheDtype = setting(
-        "float16", "dtype of the stored embeddings; bfloat16 if they exceed the range of float16."
+        "float16",
+        "dtype of the stored embeddings; bfloat16 if they exceed the range of float16; float32 is exact.",
     )
     normalize: bool = setting(False, "Store embeddings of unit length.")
     shard_size: int = setting(8192, "Captions per file; a killed run loses at most one file.")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, EvalTransform, OnError, SampleError, SkippedSample
-from llm2clip.data.image_keys import image_keys
+from llm2clip.data.image_keys import content_keys, image_keys
 from llm2clip.data.sources import Columns
 from llm2clip.data.transforms import Decoder
 from llm2clip.utils.progress import progress_bar
@@ -31,11 +31,28 @@ class ImageSet(Protocol):
         ...
 
 
+class ContentSet(ImageSet, Protocol):
+    """An [`ImageSet`] whose images are known by their content, so that what was computed from them can be stored."""
+
+    def __len__(self) -> int: ...
+
+    def content_keys(self) -> np.ndarray:
+        """Hash the encoded images, `(images, 2)` int64."""
+        ...
+
+
 class ImageList:
     """A list of images as an [`ImageSet`]: whatever `decode_image` accepts, such as PIL images, paths and bytes."""
 
     def __init__(self, images: Sequence[Any]) -> None:
         self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def content_keys(self) -> np.ndarray:
+        """Hash encoded images or the files of paths; TypeError for images of another kind."""
+        return content_keys(self.images)
 
     def decode(self, row: int, decode: Decoder) -> Any:
         return decode(self.images[row], self.key(row), DEFAULT_MAX_PIXELS)

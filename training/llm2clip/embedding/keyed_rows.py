@@ -21,6 +21,8 @@ from llm2clip.embedding.cache_files import (
 ManifestT = TypeVar("ManifestT", bound=StoreManifest)
 
 SCAN_ROWS = 4096
+# Integers by the bytes of a stored value.
+INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 class KeyIndex:
@@ -57,7 +59,8 @@ class KeyedRows(Generic[ManifestT]):
         self.path = path
         self.manifest = manifest
         self._shards = [shard.embeddings() for shard in shards]
-        self._bits = [shard.view(torch.int16).numpy() for shard in self._shards]
+        self._integer = INTEGERS[getattr(torch, manifest.dtype).itemsize]
+        self._bits = [shard.view(self._integer).numpy() for shard in self._shards]
         self._index = KeyIndex(np.concatenate([np.empty((0, 2), np.int64), *(shard.keys() for shard in shards)]))
         self._starts = np.cumsum([0, *manifest.shards])
 
@@ -98,7 +101,7 @@ class KeyedRows(Generic[ManifestT]):
         if len(self._bits) == 1:
             bits = self._bits[0][rows]
         else:
-            bits = np.empty((len(rows), self.hidden_size), dtype=np.int16)
+            bits = torch.empty((len(rows), self.hidden_size), dtype=self._integer).numpy()
             numbers = np.searchsorted(self._starts, rows, side="right") - 1
             for number in np.unique(numbers):
                 places = np.flatnonzero(numbers == number)

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from llm2clip.embedding.image_batches import ImageSet
+from llm2clip.embedding.image_batches import ContentSet
 
 GROUPS = ("short", "long", "languages", "classification", "composition", "dense", "paper")
 
@@ -86,11 +86,11 @@ class Session(Protocol):
 
     encoder: Encoder
 
-    def embed_images(self, images: ImageSet) -> Tensor:
+    def embed_images(self, images: ContentSet) -> Tensor:
         """Embed images: unit rows, float32 `(images, width)` on the CPU, in their order."""
         ...
 
-    def embed_features(self, images: ImageSet, projected: bool = False) -> Tensor:
+    def embed_features(self, images: ContentSet, projected: bool = False) -> Tensor:
         """Compute the features of `Encoder.forward_features`, `(images, hidden)`, or projected `(images, width)`."""
         ...
 

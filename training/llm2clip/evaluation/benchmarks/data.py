@@ -27,9 +27,6 @@ class BenchmarkImages(ImageList):
         super().__init__(images)
         self.names = names
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def key(self, row: int) -> str:
         return super().key(row) if self.names is None else self.names[row]
 
