@@ -111,8 +111,8 @@ class Measurement:
         protocol: Name and options of the protocol. Scores of two results may be compared if these are equal.
         scores: The scores, 0 to 1, in the order in which they are printed; the first is the one that is compared.
         values: The value of each query, `(queries,)`, whose mean is the score of that name, for bootstrap intervals.
-        strata: The part that each value belongs to, `(queries,)` int64, if the score is the mean of the means of parts,
-            as over languages or classes; the bootstrap then draws within parts.
+        strata: The part that each value belongs to, `(queries,)` int64, if the score is the mean over parts of their
+            means, as over languages or classes; the bootstrap then draws within parts.
         counts: Numbers of images, texts, queries, tied queries, truncated texts and the like.
         groups: Scores of parts by kind and part, such as `{"language": {"de": {"text_to_image_recall@1": 0.5}}}`.
     """
