@@ -14,6 +14,8 @@ from torch.nn import functional as F
 MASK_INPUTS = ("pixel_attention_mask", "pixel_mask", "spatial_shapes")
 # A standard deviation below this share of the mean (or of 1) is rounding: the feature is constant.
 CONSTANT = 1e-6
+# Sequences of one token in an attention layer at once: kernels for GPUs take fewer than 2**16.
+ATTENTION_ROWS = 2**14
 
 
 class Float32Buffers(nn.Module):
@@ -151,6 +153,21 @@ def patch_tokens(tower: nn.Module, output: Any, pixel_values: Tensor) -> Tensor:
     if is_clip and hasattr(inner, "post_layernorm") and output.get("pooler_output") is not None:
         states = inner.post_layernorm(states)
     return states[:, first:]
+
+
+def pool_alone(tower: nn.Module, patches: Tensor) -> Tensor:
+    """Map every patch of [`patch_tokens`] to the space of the tower's pooled token.
+
+    A tower that pools by attention (SigLIP) pools each patch alone. In other towers the spaces are the same.
+
+    Returns:
+        `(batch, patches, hidden_size)`.
+    """
+    head: Any = getattr(getattr(tower, "vision_model", tower), "head", None)
+    if not hasattr(head, "probe"):
+        return patches
+    pooled = [head(part[:, None]) for part in patches.flatten(0, 1).split(ATTENTION_ROWS)]
+    return torch.cat(pooled).unflatten(0, patches.shape[:2])
 
 
 def checked_statistics(name: str, values: Any, width: int) -> Tensor:

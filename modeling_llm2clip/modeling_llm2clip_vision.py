@@ -22,6 +22,7 @@ from .modeling_llm2clip_features import (
     build_visual_head,
     checked_statistics,
     patch_tokens,
+    pool_alone,
     pool_vision,
     positive_deviation,
     refuse_masked_tower,
@@ -181,14 +182,16 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
         """Embed each patch of images as the pooled features are embedded.
 
         In place of the pooled token or the mean over the patches there is the patch; with `vision_pooling` `cls_mean`,
-        the patch is in place of the mean.
+        the patch is in place of the mean. A tower that pools by attention pools each patch alone.
 
         Returns:
             `(batch, patches, projection_dim)`, not normalised.
         """
         output, features = self._tower_features(pixel_values, None, kwargs)
         patches = patch_tokens(self.vision_model, output, pixel_values)
-        if self.config.vision_pooling == "cls_mean":
+        if self.config.vision_pooling == "cls":
+            patches = pool_alone(self.vision_model, patches)
+        elif self.config.vision_pooling == "cls_mean":
             own = features[:, None, : -patches.shape[-1]].expand(-1, patches.shape[1], -1)
             patches = torch.cat([own, patches], dim=-1)
         return self._project(patches)

@@ -27,6 +27,9 @@ def test_similarity_is_that_of_the_projected_patches(model_type: str, fields: di
             patches = getattr(tower, "vision_model", tower).post_layernorm(patches)
         if model_type == "siglip_vision_model":
             patches = output.last_hidden_state
+            if not fields:  # the pooled token comes from attention, which has a single patch to attend to
+                head = getattr(model.vision_model, "vision_model", model.vision_model).head
+                patches = torch.stack([head(patches[:, patch, None]) for patch in range(16)], dim=1)
         if fields:
             patches = torch.cat([output.pooler_output[:, None].expand_as(patches), patches], dim=-1)
             assert model.visual_standardization is not None

@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BaseImageProcessor
 
+from llm2clip.evaluation.encoders.patches import patch_embeddings
 from modeling_llm2clip import LLM2CLIPModel
 
 COLOURS = "coolwarm"
 OPACITY = 0.55
 
 
-@torch.no_grad()
 def patch_similarity(model: LLM2CLIPModel, pixel_values: Tensor, text_embeds: Tensor) -> Tensor:
     """Compute the cosine similarity between each caption and the patches of its image.
 
-    The patches pass through what was trained on the pooled features; see `get_patch_features`.
+    The patches pass through what was trained on the pooled features; see `patch_embeddings`.
 
     Args:
         model: The model; its LLM is not used.
@@ -31,16 +31,10 @@ def patch_similarity(model: LLM2CLIPModel, pixel_values: Tensor, text_embeds: Te
         `(batch, rows, columns)` float32 on the CPU.
 
     Raises:
-        ValueError: The vision tower has no fixed patch size.
+        ValueError: The vision tower has no fixed grid of patches.
     """
-    patch_size = getattr(model.config.vision_config, "patch_size", None)
-    if not isinstance(patch_size, int):
-        raise ValueError(f"a {model.config.vision_config.model_type} tower has no fixed patch size for a heat map.")
-    device = model.vision_model.device
-    rows, columns = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
-    patches = F.normalize(model.get_patch_features(pixel_values.to(device)).float(), dim=-1)
-    similarity = patches @ text_embeds.to(device).float()[:, :, None]
-    return similarity.view(len(patches), rows, columns).cpu()
+    patches = patch_embeddings(model, pixel_values)
+    return torch.einsum("irce,ie->irc", patches, text_embeds.to(patches)).cpu()
 
 
 def seen_part(image: Image.Image, image_processor: BaseImageProcessor) -> Image.Image:

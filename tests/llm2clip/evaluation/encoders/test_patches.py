@@ -1,0 +1,239 @@
+"""Patch embeddings after MaskCLIP, against the formula written out for every kind of tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel
+
+from llm2clip.evaluation.encoders.patches import patch_embeddings
+from llm2clip.evaluation.heat_map import patch_similarity
+from tests.modeling_llm2clip import tiny
+
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+IMAGE = {"image_size": 28, "patch_size": 7}
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def randomised(model: nn.Module) -> Any:
+    """Give every weight a size that matters, biases and norms included."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            # Gains of norms stay near 1.
+            values.copy_(torch.randn_like(values) * 0.2 + float(values.ndim == 1 and "bias" not in name))
+    return model.eval()
+
+
+def of_transformers(model_type: str) -> Any:
+    fields = {"projection_dim": 24} if model_type != "siglip" else {}
+    config = AutoConfig.for_model(model_type, vision_config={**TOWER, **IMAGE}, text_config=TEXT, **fields)
+    return randomised(AutoModel.from_config(config))
+
+
+def of_open_clip(**fields: Any) -> Any:
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": 28, "layers": 3, "width": 32, "head_width": 8, "patch_size": 7, **fields}
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 4, "layers": 1}
+    return randomised(open_clip.CLIP(24, vision, text))
+
+
+def joint(model_type: str, **fields: Any) -> Any:
+    vision = tiny.vision_config(num_hidden_layers=3)
+    if model_type != "eva02":
+        registers = {"num_register_tokens": 2} if "registers" in model_type else {}
+        vision = AutoConfig.for_model(model_type, **TOWER, **IMAGE, **registers)
+    return tiny.with_statistics(randomised(tiny.joint_model(vision=vision, **fields)))
+
+
+def inner(tower: Any) -> Any:
+    """The modules of a tower, which CLIP and SigLIP nest before transformers 5.6."""
+    return getattr(tower, "vision_model", tower)
+
+
+def before_the_last_layer(tower: Any, pixels: Tensor) -> Tensor:
+    """The states before the last layer, from the tower's own record of its states."""
+    options = {} if "dinov2" in tower.config.model_type else {"interpolate_pos_encoding": True}
+    return tower(pixel_values=pixels, output_hidden_states=True, **options).hidden_states[-2]
+
+
+def eva02_states(tower: Any, pixels: Tensor) -> Tensor:
+    states, block = before_the_last_layer(tower, pixels), tower.blocks[-1]
+    attention, mlp = block.attn, block.mlp
+    values = F.linear(block.norm1(states), attention.v_proj.weight, attention.v_proj.bias)
+    values = states + attention.proj(attention.inner_attn_ln(values))
+    hidden = block.norm2(values)
+    values = values + mlp.w3(mlp.ffn_ln(F.silu(mlp.w1(hidden)) * mlp.w2(hidden)))
+    return tower.norm(values)
+
+
+def clip_states(tower: Any, pixels: Tensor) -> Tensor:
+    states, layer = before_the_last_layer(tower, pixels), inner(tower).encoder.layers[-1]
+    attention = layer.self_attn
+    values = states + attention.out_proj(attention.v_proj(layer.layer_norm1(states)))
+    values = values + layer.mlp(layer.layer_norm2(values))
+    return inner(tower).post_layernorm(values)
+
+
+def siglip_pooled(tower: Any, states: Tensor) -> Tensor:
+    """Pool every token alone: its value in place of the mean of values."""
+    head = inner(tower).head
+    width = states.shape[-1]
+    weight, bias = head.attention.in_proj_weight, head.attention.in_proj_bias
+    values = head.attention.out_proj(F.linear(states, weight[2 * width :], bias[2 * width :]))
+    return values + head.mlp(head.layernorm(values))
+
+
+def dinov2_states(tower: Any, pixels: Tensor) -> Tensor:
+    states, layer = before_the_last_layer(tower, pixels), tower.encoder.layer[-1]
+    weights = dict(layer.attention.named_parameters())
+    value, output = (
+        next(name.removesuffix(".weight") for name in weights if name.endswith(ends))
+        for ends in (("v_proj.weight", "value.weight"), ("o_proj.weight", "dense.weight"))
+    )
+    normed = F.linear(layer.norm1(states), weights[f"{value}.weight"], weights[f"{value}.bias"])
+    attended = F.linear(normed, weights[f"{output}.weight"], weights[f"{output}.bias"])
+    values = states + layer.layer_scale1.lambda1 * attended
+    values = values + layer.layer_scale2.lambda1 * layer.mlp(layer.norm2(values))
+    return tower.layernorm(values)
+
+
+def open_clip_states(visual: Any, pixels: Tensor) -> Tensor:
+    grid = (pixels.shape[2] // 7, pixels.shape[3] // 7)
+    table = visual.positional_embedding[1:].T.reshape(1, 32, 4, 4)
+    table = F.interpolate(table, grid, mode="bicubic")[0].flatten(1).T
+    states = visual.conv1(pixels).flatten(2).transpose(1, 2) + table
+    first = (visual.class_embedding + visual.positional_embedding[0]).expand(len(pixels), 1, -1)
+    states = visual.ln_pre(torch.cat([first, states], dim=1))
+    for block in visual.transformer.resblocks[:-1]:
+        states = block(states)
+    block = visual.transformer.resblocks[-1]
+    weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
+    values = block.attn.out_proj(F.linear(block.ln_1(states), weight[64:], bias[64:]))
+    values = states + block.ls_1(values)
+    values = values + block.ls_2(block.mlp(block.ln_2(values)))
+    return visual.ln_post(values) @ visual.proj
+
+
+def eva02_head(model: Any, pixels: Tensor) -> Tensor:
+    return model.visual_projection(eva02_states(model.vision_model, pixels)[:, 1:])
+
+
+def eva02_standardised(model: Any, pixels: Tensor) -> Tensor:
+    """Class token of the unchanged tower and patch, standardised, through the gated head."""
+    own = model.vision_model(pixel_values=pixels, interpolate_pos_encoding=True).pooler_output
+    patches = eva02_states(model.vision_model, pixels)[:, 1:]
+    both = torch.cat([own[:, None].expand_as(patches), patches], dim=-1)
+    both = (both - model.visual_standardization.mean) / model.visual_standardization.std
+    head = model.visual_projection
+    return head.g(F.relu6(head.f1(both)) * head.f2(both))
+
+
+def clip_projected(model: Any, pixels: Tensor) -> Tensor:
+    return model.visual_projection(clip_states(model.vision_model, pixels)[:, 1:])
+
+
+def siglip(model: Any, pixels: Tensor) -> Tensor:
+    return siglip_pooled(model.vision_model, clip_states(model.vision_model, pixels))
+
+
+def siglip_head(model: Any, pixels: Tensor) -> Tensor:
+    return model.visual_projection(siglip(model, pixels))
+
+
+def dinov2_mean(model: Any, pixels: Tensor) -> Tensor:
+    first = 3 if "registers" in model.vision_model.config.model_type else 1
+    return model.visual_projection(dinov2_states(model.vision_model, pixels)[:, first:])
+
+
+def open_clip_projected(model: Any, pixels: Tensor) -> Tensor:
+    return open_clip_states(model.visual, pixels)[:, 1:]
+
+
+Case = tuple[Callable[[], Any], Callable[[Any, Tensor], Tensor]]
+CASES: dict[str, Case] = {
+    "eva02": (lambda: joint("eva02"), eva02_head),
+    "eva02, standardised": (lambda: joint("eva02", **tiny.FROZEN_TOWER), eva02_standardised),
+    "joint clip": (lambda: joint("clip_vision_model"), clip_projected),
+    "joint siglip": (lambda: joint("siglip_vision_model"), siglip_head),
+    "joint dinov2": (lambda: joint("dinov2", vision_pooling="mean"), dinov2_mean),
+    "joint dinov2 with registers": (lambda: joint("dinov2_with_registers"), dinov2_mean),
+    "clip": (lambda: of_transformers("clip"), clip_projected),
+    "metaclip 2": (lambda: of_transformers("metaclip_2"), clip_projected),
+    "chinese clip": (lambda: of_transformers("chinese_clip"), clip_projected),
+    "siglip": (lambda: of_transformers("siglip"), siglip),
+    "open_clip": (of_open_clip, open_clip_projected),
+    "open_clip, layer scale": (lambda: of_open_clip(ls_init_value=0.1), open_clip_projected),
+}
+
+
+@pytest.mark.parametrize("size", [(28, 28), (21, 42)], ids=["its own size", "another size"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_patch_takes_its_own_value_in_the_last_attention(case: str, size: tuple[int, int]) -> None:
+    build, formula = CASES[case]
+    model, pixels = build(), torch.randn(2, 3, *size)
+    with torch.no_grad():
+        expected = F.normalize(formula(model, pixels), dim=-1)
+    found = patch_embeddings(model, pixels, values_only=True)
+    grid = (size[0] // 7, size[1] // 7)
+    assert found.shape == (2, *grid, expected.shape[-1])
+    torch.testing.assert_close(found, expected.unflatten(1, grid), atol=1e-5, rtol=0)
+    # Without it, the same patches attend to all others.
+    assert not torch.allclose(patch_embeddings(model, pixels), found, atol=0.05)
+
+
+def test_a_model_is_afterwards_as_before() -> None:
+    model, pixels = joint("eva02"), torch.randn(1, 3, 28, 28)
+    before = model.get_image_features(pixels).pooler_output
+    patch_embeddings(model, pixels, values_only=True)
+    torch.testing.assert_close(model.get_image_features(pixels).pooler_output, before, atol=0, rtol=0)
+    visual = of_open_clip()
+    before = visual.encode_image(pixels)
+    patch_embeddings(visual, torch.randn(1, 3, 14, 14), values_only=True)
+    torch.testing.assert_close(visual.encode_image(pixels), before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("build", [lambda: joint("eva02"), lambda: of_transformers("clip"), of_open_clip])
+def test_zeros_complete_the_last_patches(build: Callable[[], Any]) -> None:
+    model, pixels = build(), torch.randn(1, 3, 20, 29)
+    whole = torch.zeros(1, 3, 21, 35)
+    whole[:, :, :20, :29] = pixels
+    found = patch_embeddings(model, pixels, values_only=True)
+    assert found.shape[1:3] == (3, 5)
+    torch.testing.assert_close(found, patch_embeddings(model, whole, values_only=True), atol=0, rtol=0)
+
+
+def test_many_patches_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pixels = joint("siglip_vision_model"), torch.randn(2, 3, 28, 28)
+    expected = patch_embeddings(model, pixels, values_only=True)
+    for module in ("llm2clip.evaluation.encoders.patches", "modeling_llm2clip.modeling_llm2clip_features"):
+        monkeypatch.setattr(f"{module}.ATTENTION_ROWS", 5)
+    torch.testing.assert_close(patch_embeddings(model, pixels, values_only=True), expected, atol=1e-6, rtol=0)
+
+
+def test_a_tower_that_it_does_not_fit_is_an_error() -> None:
+    swin = AutoConfig.for_model("swin", image_size=28, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2])
+    model, pixels = tiny.joint_model(vision=swin), torch.randn(1, 3, 28, 28)
+    with pytest.raises(ValueError, match="not known for a swin tower, but for eva02_vision_model, clip_vision"):
+        patch_embeddings(model, pixels, values_only=True)
+    with pytest.raises(ValueError, match="makes 49 patches of images of 14 x 14 patches"):
+        patch_similarity(model, pixels, torch.randn(1, 24))
+    naflex = tiny.joint_model(vision=tiny.other_vision_config("siglip2_vision_model"))
+    with pytest.raises(ValueError, match="not known for a siglip2_vision_model tower"):
+        patch_embeddings(naflex, pixels, values_only=True)
+    with pytest.raises(ValueError, match="Linear has no vision tower"):
+        patch_embeddings(nn.Linear(1, 1), pixels)
+
+
+def test_other_vision_towers_of_open_clip_are_an_error() -> None:
+    pooled = of_open_clip(attentional_pool=True)
+    with pytest.raises(ValueError, match="VisionTransformer without attention pooling"):
+        patch_embeddings(pooled, torch.randn(1, 3, 28, 28), values_only=True)
+    resnet = of_open_clip(layers=[1, 1, 1, 1], width=8, image_size=32)
+    with pytest.raises(ValueError, match="ModifiedResNet"):
+        patch_embeddings(resnet, torch.randn(1, 3, 32, 32), values_only=True)

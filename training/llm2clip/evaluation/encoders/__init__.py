@@ -1,0 +1,1 @@
+"""Models under evaluation, of whatever library: images and texts in one space."""
