@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -30,20 +31,26 @@ logger = logging.getLogger(__name__)
 BATCH = 4096
 
 
-class ImageTextRetrieval:
-    """The images and the distinct captions of a source, and which caption belongs to which image.
+Positives = Literal["distinct", "rows"]
 
-    A caption may belong to several images (texts are compared without regard to case), and an image may have several
-    captions. An image whose caption columns are all empty is a candidate that is never correct.
+
+class ImageTextRetrieval:
+    """The images and the captions of a source, and which caption belongs to which image.
+
+    An image may have several captions. An image whose caption columns are all empty is a candidate that is never
+    correct.
 
     Args:
         source: The data; all its captions are queries.
         image_processor: Prepares the images.
         on_error: `raise` the error of an image that cannot be read, or `skip` the image and log it.
         max_pixels: Largest width x height of an image that is decoded.
+        positives: `distinct`: equal captions are one query, which is right for all images that have it (texts are
+            compared without regard to case). `rows`, the rule of published benchmarks: each caption of each row is a
+            query, repeats included, and the image of its row alone is right.
 
     Attributes:
-        captions: The distinct captions.
+        captions: The captions that are queries.
         image_captions: The captions of each image.
         features: Stored features of all images, from which they are embedded if set; see [`ImageFeatures`].
 
@@ -57,7 +64,9 @@ class ImageTextRetrieval:
         image_processor: BaseImageProcessor,
         on_error: OnError = "raise",
         max_pixels: int = DEFAULT_MAX_PIXELS,
+        positives: Positives = "distinct",
     ) -> None:
+        self.positives = positives
         self.source = replace(source, streaming=False)
         self.image_processor = image_processor
         self.on_error = on_error
@@ -67,11 +76,10 @@ class ImageTextRetrieval:
         columns = source_columns(self.source, table)
         self.images = TableImages(table, columns, max_pixels)
         texts = table.remove_columns([name for name in (columns.image, columns.key) if name is not None])
-        self.image_captions = [
-            list(dict.fromkeys(text for column in columns.captions for text in column_texts(row, column)))
-            for row in texts
-        ]
-        self.captions = list(dict.fromkeys(text for captions in self.image_captions for text in captions))
+        rows = [[text for column in columns.captions for text in column_texts(row, column)] for row in texts]
+        self.image_captions = rows if positives == "rows" else [list(dict.fromkeys(captions)) for captions in rows]
+        captions = [text for captions in self.image_captions for text in captions]
+        self.captions = captions if positives == "rows" else list(dict.fromkeys(captions))
         if not self.captions:
             raise ValueError(f"no row of {source.path} has a caption in {', '.join(source.caption_columns)}.")
 
@@ -85,6 +93,14 @@ class ImageTextRetrieval:
         Returns:
             `(pairs, 2)` int64: index into `captions`, index into `rows`.
         """
+        if self.positives == "rows":
+            owners = torch.tensor([row for row, captions in enumerate(self.image_captions) for _ in captions])
+            positions = torch.full((len(self.images),), -1).index_put_((torch.tensor(rows),), torch.arange(len(rows)))
+            kept = (positions[owners] >= 0).nonzero()[:, 0]
+            return torch.stack([kept, positions[owners[kept]]], dim=1)
+        return self._matches_of_texts(rows)
+
+    def _matches_of_texts(self, rows: Sequence[int]) -> Tensor:
         owners: dict[int, list[int]] = {}
         for position, row in enumerate(rows):
             for identity in {caption_id(text) for text in self.image_captions[row]}:

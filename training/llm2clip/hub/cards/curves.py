@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from llm2clip.hub.cards.facts import CURVES
+from llm2clip.utils.figures import panels
 
 
 def write_curves(folder: Path, history: Sequence[Mapping[str, Any]]) -> bool:
@@ -27,7 +25,7 @@ def write_curves(folder: Path, history: Sequence[Mapping[str, Any]]) -> bool:
                 recalls.setdefault(name.removeprefix("eval_"), []).append((entry["step"], value))
     if not losses and not recalls:
         return False
-    figure, axes = _panels(bool(losses) + bool(recalls))
+    figure, axes = panels(bool(losses) + bool(recalls))
     if losses:
         axes[0].plot(*zip(*losses, strict=True), marker="." if len(losses) < 30 else None)
         axes[0].set(title="Training loss", xlabel="step", ylabel="loss")
@@ -49,7 +47,7 @@ def write_merge_curve(path: Path, curve: Mapping[float, Mapping[str, Any]], chos
         chosen: The share of the model that is written, which is marked.
         title: What was measured.
     """
-    figure, (axis,) = _panels(1)
+    figure, (axis,) = panels(1)
     for name in next(iter(curve.values())):
         if "recall@" in name:
             points = [(alpha, metrics[name]) for alpha, metrics in sorted(curve.items())]
@@ -58,12 +56,3 @@ def write_merge_curve(path: Path, curve: Mapping[float, Mapping[str, Any]], chos
     axis.set(title=title, xlabel="alpha", ylabel="recall")
     axis.legend(fontsize="small")
     figure.savefig(path, dpi=110)
-
-
-def _panels(count: int) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(5 * count, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    return figure, axes

@@ -1,0 +1,51 @@
+"""The checksum of data changes with everything that a number depends on, and with nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from llm2clip.evaluation.benchmarks.checksum import data_checksum
+from llm2clip.evaluation.benchmarks.data import BenchmarkImages, ClassificationData, RetrievalData
+
+
+def retrieval(folder: Path) -> RetrievalData:
+    folder.mkdir(exist_ok=True)
+    paths = [folder / name for name in ("a.png", "b.png")]
+    for path in paths:
+        path.write_bytes(b"image " + path.name.encode())
+    return RetrievalData.from_captions(BenchmarkImages(paths), [["one", "two"], ["three"]])
+
+
+def test_texts_owners_order_and_images_count_and_the_folder_does_not(tmp_path: Path) -> None:
+    data = retrieval(tmp_path / "x")
+    expected = data_checksum(data)
+    assert data_checksum(retrieval(tmp_path / "y")) == expected
+    paths = list(data.images.images)
+    others = [
+        replace(data, texts=["one", "two ", "three"]),
+        replace(data, texts=["onet", "wo", "three"]),
+        replace(data, owners=torch.tensor([0, 1, 1])),
+        replace(data, matches=torch.tensor([[0, 1]])),
+        replace(data, images=BenchmarkImages(paths[::-1])),
+        {"en": data},
+    ]
+    sums = [data_checksum(other) for other in others]
+    paths[0].write_bytes(b"image c.png")
+    sums.append(data_checksum(data))
+    assert len({expected, *sums}) == len(others) + 2
+
+
+def test_encoded_images_labels_and_training_images_count() -> None:
+    data = ClassificationData(BenchmarkImages([b"1", b"2"], ["x", "y"]), torch.tensor([0, 1]), ["cat", "dog"])
+    others = [
+        replace(data, images=BenchmarkImages([b"1", b"3"], ["x", "y"])),
+        replace(data, labels=torch.tensor([1, 1])),
+        replace(data, classnames=["cat", "Dog"]),
+        replace(data, templates=["{c}"]),
+        replace(data, train=replace(data)),
+    ]
+    assert len({data_checksum(data), *map(data_checksum, others)}) == len(others) + 1
+    assert data_checksum(data) == data_checksum(replace(data))

@@ -1,0 +1,137 @@
+"""Files of results: one for each model, benchmark and text format, with all that says whether two may be compared."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import transformers
+
+from llm2clip.evaluation.benchmarks.base import Measurement
+from llm2clip.evaluation.bootstrap import bootstrap_intervals
+from llm2clip.utils.files import read_json, write_json
+from modeling_llm2clip import __version__
+
+SCHEMA_VERSION = 1
+# A score may differ by this from the mean of its values, which are float32.
+ROUNDING = 1e-5
+
+
+@dataclass
+class Result:
+    """What was measured of a model on a benchmark: the fields of the files of `llm2clip evaluate --benchmark`.
+
+    Attributes:
+        benchmark, title: Name of the benchmark on the command line and in tables.
+        model: `Encoder.identity`, with `given`, how the user named the model, and `fingerprint`.
+        protocol: Name and options; columns of a table are of one protocol.
+        scores: 0 to 1; the first is the one that is compared.
+        intervals: 95% bootstrap interval of scores, `[low, high]`.
+        counts: Images, texts, queries, ties, truncated texts.
+        differences: How the data differs from the published counts, in words; empty if it does not.
+        groups: Scores by kind and part: by language, length or class.
+        data: `checksum` of the data, see `data_checksum`, and its `folder`.
+        setup: The protocol with its options as in the code, and the text format; a finished result is compared by it.
+        seconds: Time by part: `read`, `images`, `texts`, `measure` (the rest of the protocol) and `intervals`.
+        versions: Of python and packages.
+        processes: How many processes shared the work.
+        schema_version: Of this file.
+    """
+
+    benchmark: str
+    title: str
+    model: dict[str, str]
+    protocol: dict[str, Any]
+    scores: dict[str, float]
+    intervals: dict[str, list[float]]
+    counts: dict[str, int]
+    data: dict[str, str]
+    setup: str
+    differences: list[str] = field(default_factory=list)
+    groups: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: package_versions())
+    processes: int = 1
+    schema_version: int = SCHEMA_VERSION
+
+    def write(self, path: Path) -> None:
+        """Write the JSON file, complete or not at all."""
+        fields = asdict(self)
+        write_json(path, {"schema_version": fields.pop("schema_version"), **fields})
+
+
+def read_result(path: Path) -> Result:
+    """Read a file of results.
+
+    Raises:
+        ValueError: The file is no such file, or of another version of the schema.
+    """
+    fields = read_json(path)
+    version = fields.get("schema_version")
+    if version != SCHEMA_VERSION:
+        given = "no version" if version is None else f"version {version}"
+        raise ValueError(f"{path} is not a result of schema version {SCHEMA_VERSION}: it has {given}.")
+    try:
+        return Result(**fields)
+    except TypeError as error:
+        raise ValueError(f"{path} is not a result of schema version {SCHEMA_VERSION}: {error}.") from error
+
+
+def result_path(output: Path, model: str, benchmark: str, text_format: str) -> Path:
+    """Return the file of a result in a folder, such as `openai--clip-vit-large-patch14.urban1k.raw.json`."""
+    name = re.sub(r"[^\w.-]+", "--", model).strip("-.")
+    return output / f"{name}.{benchmark}.{text_format}.json"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of python and of the packages on which numbers depend."""
+    modules: Sequence[Any] = (torch, transformers, numpy)
+    versions = {module.__name__: str(module.__version__) for module in modules}
+    return {"llm2clip": __version__, "python": platform.python_version(), **versions}
+
+
+def intervals_of(measurement: Measurement) -> dict[str, list[float]]:
+    """Compute the intervals of the scores whose values are known; see [`bootstrap_intervals`].
+
+    Raises:
+        ValueError: The values of a score do not average to it, which is an error of the protocol.
+    """
+    for name, values in measurement.values.items():
+        mean = _mean(values, measurement.strata.get(name))
+        if abs(mean - measurement.scores.get(name, torch.nan)) < ROUNDING:
+            continue
+        raise ValueError(f"the values of {name} average to {mean}, but its score is {measurement.scores.get(name)}.")
+    return bootstrap_intervals(measurement.values, measurement.strata)
+
+
+def _mean(values: torch.Tensor, strata: torch.Tensor | None) -> float:
+    if strata is None:
+        return values.double().mean().item()
+    parts, places = strata.unique(return_inverse=True)
+    sums = values.new_zeros(len(parts), dtype=torch.float64).index_add_(0, places, values.double())
+    return (sums / torch.bincount(places)).mean().item()
+
+
+def require_same(path: Path, found: Result, fingerprint: str, checksum: str, setup: str) -> None:
+    """Check that a finished result is of the weights, the data and the protocol that are to be measured.
+
+    Raises:
+        ValueError: It is not; the message names the parts that differ.
+    """
+    known = {
+        "weights or preprocessing of the model": (found.model.get("fingerprint"), fingerprint),
+        "data": (found.data.get("checksum"), checksum),
+        "options of the protocol": (found.setup, setup),
+    }
+    changed = [part for part, (old, new) in known.items() if old != new]
+    if changed:
+        raise ValueError(
+            f"{path} is a finished result, but since then there is a change of the {' and of the '.join(changed)}. "
+            "--overwrite replaces it; another --output keeps both."
+        )

@@ -1,0 +1,179 @@
+"""Runs benchmarks on a model: finds their files, checks the counts, measures, and writes a result for each."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llm2clip.embedding.image_batches import ContentSet
+from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError, Encoder, Session, check_counts
+from llm2clip.evaluation.benchmarks.checksum import data_checksum
+from llm2clip.evaluation.benchmarks.data import counts_of
+from llm2clip.evaluation.length_plot import write_length_plot
+from llm2clip.evaluation.results import Result, intervals_of, read_result, require_same, result_path
+from llm2clip.evaluation.text_formats import RAW
+from llm2clip.utils.processes import on_main_process, process_state
+from llm2clip.utils.progress import section
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FoundBenchmark:
+    """A benchmark whose files are there.
+
+    Attributes:
+        folder: Their folder.
+    """
+
+    benchmark: Benchmark
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is common to the benchmarks of a run.
+
+    Attributes:
+        output: Folder of the results.
+        text_format: Name of the text format of the sessions.
+        allow_counts: Measure sets with other counts than the published ones; the results say so.
+        overwrite: Measure again what is finished.
+    """
+
+    output: Path
+    text_format: str = RAW
+    allow_counts: bool = False
+    overwrite: bool = False
+
+    def run(self, found: Sequence[FoundBenchmark], session: Session) -> list[Result]:
+        """Measure benchmarks one after the other; each result is written when it is there.
+
+        A finished result of the same weights, data and protocol is read instead. Every process of a distributed run
+        calls this and gets all results; the first one writes them.
+
+        Raises:
+            BenchmarkError: The files of a benchmark are not what was published.
+            ValueError: A finished result is of something else.
+        """
+        results = []
+        for number, one in enumerate(found, 1):
+            with section(f"{one.benchmark.title} ({number} of {len(found)})"):
+                results.append(self.run_one(one, session))
+        return results
+
+    def run_one(self, found: FoundBenchmark, session: Session) -> Result:
+        """Measure one benchmark, or find its result; see [`run`]."""
+        benchmark, watch = found.benchmark, TimedSession(session)
+        with watch.measure("read"):
+            data = benchmark.read(found.folder)
+            counts = counts_of(data)
+            differences = check_counts(benchmark.title, counts, benchmark.counts, self.allow_counts)
+            checksum = data_checksum(data)
+        setup = self.setup(benchmark)
+        path = result_path(self.output, session.encoder.name, benchmark.name, self.text_format)
+        if on_main_process(path.is_file) and not self.overwrite:
+            finished = read_result(path)
+            require_same(path, finished, session.encoder.fingerprint(), checksum, setup)
+            logger.info("    %s is finished", path)
+            return finished
+        with watch.measure("measure"):
+            measured = benchmark.protocol.measure(watch, data)
+        with watch.measure("intervals"):
+            intervals = intervals_of(measured)
+        result = Result(
+            benchmark=benchmark.name,
+            title=benchmark.title,
+            model=describe_model(session.encoder),
+            protocol={**measured.protocol, "text_format": self.text_format},
+            scores=measured.scores,
+            intervals=intervals,
+            counts={**counts, **measured.counts},
+            differences=differences,
+            groups=measured.groups,
+            data={"folder": str(found.folder), "checksum": checksum},
+            setup=setup,
+            seconds=watch.seconds,
+            processes=process_state().num_processes,
+        )
+        if process_state().is_main_process:
+            result.write(path)
+            write_length_plot(path.with_suffix(".png"), result)
+        return result
+
+    def setup(self, benchmark: Benchmark) -> str:
+        """Describe the protocol of a benchmark before it measures."""
+        options = getattr(benchmark.protocol, "__dict__", {})
+        words = ", ".join(f"{name}={value!r}" for name, value in sorted(options.items()))
+        return f"{type(benchmark.protocol).__name__}({words}), {self.text_format}"
+
+
+def find_benchmarks(benchmarks: Sequence[Benchmark], data: Path) -> list[FoundBenchmark]:
+    """Find the files of benchmarks below a folder.
+
+    Raises:
+        BenchmarkError: Those of some are missing; the message says which, and where they are looked for.
+    """
+    if not data.is_dir():
+        raise BenchmarkError(f"--data {data} is no folder.")
+    found = [(benchmark, benchmark.find(data)) for benchmark in benchmarks]
+    missing = [missing_files(benchmark, data) for benchmark, folder in found if folder is None]
+    if missing:
+        raise BenchmarkError(" ".join([*missing, "`llm2clip evaluate --list` shows what each set needs."]))
+    return [FoundBenchmark(benchmark, folder) for benchmark, folder in found if folder is not None]
+
+
+def missing_files(benchmark: Benchmark, data: Path) -> str:
+    """Say what of a benchmark is missing below a folder, in a sentence or two."""
+    folder = data / benchmark.folder if (data / benchmark.folder).is_dir() else data
+    missing = [marker for marker in benchmark.more_markers if not (folder / marker).exists()]
+    forms = (benchmark.marker, *benchmark.other_markers)
+    if not any(next(folder.glob(marker), None) for marker in forms):
+        missing.insert(0, " or ".join(forms))
+    return f"{benchmark.name} lacks {', '.join(missing)} in {folder}. (Source: {benchmark.source.rstrip('.')}.)"
+
+
+def describe_model(encoder: Encoder) -> dict[str, str]:
+    """What a result says of a model."""
+    return {"given": encoder.name, **encoder.identity(), "fingerprint": encoder.fingerprint()}
+
+
+class TimedSession:
+    """A [`Session`] that measures the seconds of embedding; the rest of a protocol is measured apart from it."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.encoder = session.encoder
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Add the time of a block to a part; the time of parts inside it is only theirs."""
+        start, inside = time.monotonic(), sum(self.seconds.values())
+        yield
+        within = sum(self.seconds.values()) - inside
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + time.monotonic() - start - within, 3)
+
+    def embed_images(self, images: ContentSet) -> Tensor:
+        return self._timed("images", self.session.embed_images, images)
+
+    def embed_features(self, images: ContentSet, projected: bool = False) -> Tensor:
+        return self._timed("images", partial(self.session.embed_features, projected=projected), images)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        return self._timed("texts", self.session.embed_texts, texts)
+
+    def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return self._timed("texts", self.session.text_lengths, texts)
+
+    def _timed(self, part: str, compute: Callable[..., Any], argument: Any) -> Any:
+        with self.measure(part):
+            return compute(argument)
