@@ -1,4 +1,4 @@
-"""Writing samples of benchmarks in their file formats."""
+"""Writing samples of benchmarks in their file formats, and reading them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.evaluation.benchmarks.data import RetrievalData
 
 BOM = "\ufeff"
+
+
+def read(name: str, data: Path) -> Any:
+    """Find the files of a benchmark below a folder, as the command does, and read them."""
+    benchmark = all_benchmarks()[name]
+    folder = benchmark.find(data)
+    assert folder is not None
+    return benchmark.read(folder)
 
 
 def write(path: Path, content: str | bytes | Any = b"image") -> Path:

@@ -7,17 +7,9 @@ from typing import Any
 
 import pytest
 
-from llm2clip.evaluation.benchmarks import all_benchmarks, sharegpt4v
+from llm2clip.evaluation.benchmarks import sharegpt4v
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from tests.llm2clip.evaluation.benchmarks.samples import BOM, pairs, write, write_lines
-
-
-def read(name: str, data: Path) -> Any:
-    """Find the files of a benchmark below a folder, as the command does, and read them."""
-    benchmark = all_benchmarks()[name]
-    folder = benchmark.find(data)
-    assert folder is not None
-    return benchmark.read(folder)
+from tests.llm2clip.evaluation.benchmarks.samples import BOM, pairs, read, write, write_lines
 
 
 def sharegpt4v_row(number: int, answer: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,70 @@ class ClassificationData:
     def counts(self) -> dict[str, int]:
         """Numbers of images and classes."""
         return {"images": len(self.images), "classes": len(self.classnames)}
+
+
+@dataclass
+class PairData:
+    """Pairs of images, each with two captions: of each pair, caption 0 is of image 0 and caption 1 of image 1.
+
+    Attributes:
+        images: The two images of each pair, one pair after another.
+        texts: Their captions, in the same order.
+        kinds: The part that each pair belongs to, such as a visual pattern.
+    """
+
+    images: BenchmarkImages
+    texts: list[str]
+    kinds: list[str]
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of pairs and kinds."""
+        return {"pairs": len(self.kinds), "kinds": len(set(self.kinds))}
+
+
+@dataclass
+class HardNegativeData:
+    """Images with a right caption and a wrong one that differs little.
+
+    Attributes:
+        images: Each image once.
+        owners: `(choices,)` int64, the image of each choice.
+        right, wrong: The two captions of each choice.
+        kinds: The part that each choice belongs to, such as `swap_obj`.
+    """
+
+    images: BenchmarkImages
+    owners: Tensor
+    right: list[str]
+    wrong: list[str]
+    kinds: list[str]
+
+    def counts(self) -> dict[str, int]:
+        """Number of choices of each kind."""
+        return dict(Counter(self.kinds))
+
+
+@dataclass
+class GradedData(RetrievalData):
+    """Images and captions with all pairs that human judges found right; only some are queries.
+
+    Attributes:
+        matches: `(pairs, 2)` int64, text and image, of the texts that are queries.
+        image_matches: `(pairs, 2)` int64, image and text, of the images that are queries. Judges saw other candidates
+            in the two directions, so that these need not be the same pairs.
+    """
+
+    image_matches: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int64))
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of images and texts, of queries of both kinds, and of what is right for them."""
+        assert self.matches is not None
+        return super().counts() | {
+            "text_queries": len(self.matches[:, 0].unique()),
+            "image_queries": len(self.image_matches[:, 0].unique()),
+            "right_images": len(self.matches),
+            "right_texts": len(self.image_matches),
+        }
 
 
 def counts_of(data: Any) -> dict[str, int]:

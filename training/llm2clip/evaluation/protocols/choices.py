@@ -1,0 +1,162 @@
+"""Composition: whether a model tells apart captions, or images, that differ little."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm2clip.evaluation.benchmarks.base import BenchmarkError, Measurement, Session
+from llm2clip.evaluation.benchmarks.data import HardNegativeData, PairData
+from llm2clip.evaluation.metrics import ROUNDING
+
+TIES = "wrong"
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Text, image and group score of Winoground.
+
+    A pair has its text score if each image prefers its own caption, its image score if each caption prefers its own
+    image, and its group score if it has both. Equal similarities are wrong.
+    """
+
+    def measure(self, session: Session, data: PairData) -> Measurement:
+        """Measure all pairs; groups are the kinds.
+
+        Raises:
+            BenchmarkError: There is no pair.
+        """
+        of_texts, of_images = _margins(session, data, data.texts)
+        margins = torch.cat([of_texts, of_images], dim=1)
+        values = {
+            "group_score": _all_won(margins),
+            "text_score": _all_won(of_texts),
+            "image_score": _all_won(of_images),
+        }
+        return Measurement(
+            protocol={"name": "pair scores", "ties": TIES},
+            scores={name: value.mean().item() for name, value in values.items()},
+            values=values,
+            counts=_counts(session, data.texts, margins) | {"pairs": len(data.kinds)},
+            groups={"kind": _by_kind(values, data.kinds)},
+        )
+
+
+@dataclass(frozen=True)
+class ImageChoice:
+    """MMVP-VLM: both captions of a pair must prefer their own image; the accuracy is the mean of the kinds.
+
+    Args:
+        prompt: What the statement is put into, at `{}`.
+    """
+
+    prompt: str = "a photo of {}"
+
+    def measure(self, session: Session, data: PairData) -> Measurement:
+        """Measure all pairs.
+
+        Raises:
+            BenchmarkError: There is no pair.
+        """
+        texts = [self.prompt.replace("{}", text) for text in data.texts]
+        _, margins = _margins(session, data, texts)
+        values = {"accuracy": _all_won(margins)}
+        kinds = _by_kind(values, data.kinds)
+        return Measurement(
+            protocol={"name": "image choice", "prompt": self.prompt, "ties": TIES, "mean": "of kinds"},
+            scores={"accuracy": _mean(kinds)},
+            values=values,
+            strata={"accuracy": _parts(data.kinds)},
+            counts=_counts(session, texts, margins) | {"pairs": len(data.kinds)},
+            groups={"kind": kinds},
+        )
+
+
+@dataclass(frozen=True)
+class CaptionChoice:
+    """SugarCrepe: the right caption must score higher than the wrong one. Equal similarities are wrong.
+
+    The accuracy is the mean of the kinds; there is also one for the kinds of each first word (`add`, `replace`,
+    `swap`), the mean of these.
+    """
+
+    def measure(self, session: Session, data: HardNegativeData) -> Measurement:
+        """Measure all choices.
+
+        Raises:
+            BenchmarkError: There is no choice.
+        """
+        if not data.right:
+            raise BenchmarkError("there is no choice.")
+        images = session.embed_images(data.images)[data.owners].double()
+        texts = [*data.right, *data.wrong]
+        right, wrong = session.embed_texts(texts).double().chunk(2)
+        margins = ((images * right).sum(dim=1) - (images * wrong).sum(dim=1))[:, None]
+        won = _all_won(margins)
+        kinds = _by_kind({"accuracy": won}, data.kinds)
+        values, strata, scores = {"accuracy": won}, {"accuracy": _parts(data.kinds)}, {"accuracy": _mean(kinds)}
+        for word in dict.fromkeys(kind.split("_")[0] for kind in data.kinds):
+            rows = [row for row, kind in enumerate(data.kinds) if kind.split("_")[0] == word]
+            values[f"{word}_accuracy"] = won[rows]
+            strata[f"{word}_accuracy"] = _parts([data.kinds[row] for row in rows])
+            scores[f"{word}_accuracy"] = _mean({kind: kinds[kind] for kind in kinds if kind.split("_")[0] == word})
+        return Measurement(
+            protocol={"name": "caption choice", "ties": TIES, "mean": "of kinds"},
+            scores=scores,
+            values=values,
+            strata=strata,
+            counts=_counts(session, texts, margins) | {"images": len(data.images), "choices": len(data.kinds)},
+            groups={"kind": kinds},
+        )
+
+
+def _margins(session: Session, data: PairData, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return by how much the own caption of each image, and the own image of each caption, scores higher.
+
+    Returns:
+        `(pairs, 2)` float64 each.
+    """
+    if not data.kinds:
+        raise BenchmarkError("there is no pair.")
+    images = session.embed_images(data.images).double().view(len(data.kinds), 2, -1)
+    captions = session.embed_texts(texts).double().view(len(data.kinds), 2, -1)
+    scores = captions @ images.transpose(1, 2)
+    own = scores.diagonal(dim1=1, dim2=2)
+    other_caption = torch.stack([scores[:, 1, 0], scores[:, 0, 1]], dim=1)
+    other_image = torch.stack([scores[:, 0, 1], scores[:, 1, 0]], dim=1)
+    return own - other_caption, own - other_image
+
+
+def _all_won(margins: Tensor) -> Tensor:
+    """Whether all comparisons of a row are won, `(rows,)` float64 of 0 and 1; similarities that are equal are not."""
+    return (margins > ROUNDING).all(dim=1).double()
+
+
+def _counts(session: Session, texts: Sequence[str], margins: Tensor) -> dict[str, int]:
+    return {
+        "texts": len(texts),
+        "truncated_texts": int(session.text_lengths(texts)[1].sum()),
+        "tied_comparisons": int((margins.abs() <= ROUNDING).sum()),
+    }
+
+
+def _by_kind(values: dict[str, Tensor], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Average values over the rows of each kind, in order of appearance."""
+    found = {}
+    for kind in dict.fromkeys(kinds):
+        rows = [row for row, other in enumerate(kinds) if other == kind]
+        found[kind] = {name: value[rows].mean().item() for name, value in values.items()} | {"queries": len(rows)}
+    return found
+
+
+def _mean(kinds: dict[str, dict[str, float]]) -> float:
+    return sum(scores["accuracy"] for scores in kinds.values()) / len(kinds)
+
+
+def _parts(kinds: Sequence[str]) -> Tensor:
+    """Number the kinds in order of appearance, `(rows,)` int64."""
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    return torch.tensor([numbers[kind] for kind in kinds])
