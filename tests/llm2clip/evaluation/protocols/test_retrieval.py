@@ -40,6 +40,18 @@ def test_each_row_is_a_query_and_only_its_own_image_is_right() -> None:
     assert found.protocol["positives"] == "rows"
 
 
+def test_every_image_of_a_text_with_several_is_right() -> None:
+    matches = torch.tensor([[0, 0], [0, 1], [1, 2]])
+    data = RetrievalData(images(3), ["a dog", "a cat"], torch.tensor([0, 2]), matches)
+    session = FakeSession([X, Y, Z], {"a dog": [0.1, 1.0, 0.0], "a cat": [0.2, 0.0, 1.0]})
+    found = RetrievalProtocol().measure(session, data)
+    assert found.values["text_to_image_recall@1"].tolist() == [1, 1]
+    # Image 0 is nearer to "a cat", images 1 and 2 are asked for their own text.
+    assert found.values["image_to_text_recall@1"].tolist() == [0, 1, 1]
+    assert found.protocol["positives"] == "pairs"
+    assert found.groups["length"]["0-16"].keys() == {"texts"} | {f"text_to_image_recall@{k}" for k in (1, 5, 10)}
+
+
 def test_recalls_equal_a_direct_formula() -> None:
     torch.manual_seed(0)
     embeds, owners = torch.randn(30, 8), torch.arange(30).repeat_interleave(5)

@@ -153,6 +153,8 @@ class Benchmark:
         more_markers: Further files or folders that must be there.
         other_markers: Files or folders, or patterns of `Path.glob`, of which one may stand in for `marker`, where a
             set is distributed in several forms.
+        own_markers: The same, but only below a folder named `folder`, because their names alone say little, such as
+            `test.json`.
     """
 
     name: str
@@ -169,11 +171,14 @@ class Benchmark:
     note: str = ""
     more_markers: tuple[str, ...] = ()
     other_markers: tuple[str, ...] = ()
+    own_markers: tuple[str, ...] = ()
 
     def find(self, data: Path) -> Path | None:
         """Return the folder of its files below `data`, or `data` itself if they lie there; None if there are none."""
         for folder in (data / self.folder, data):
-            has_form = any(next(folder.glob(marker), None) for marker in (self.marker, *self.other_markers))
+            is_own = folder.resolve().name == Path(self.folder).name
+            forms = (self.marker, *self.other_markers, *(self.own_markers if is_own else ()))
+            has_form = any(next(folder.glob(marker), None) for marker in forms)
             if has_form and all((folder / marker).exists() for marker in self.more_markers):
                 return folder
         return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,48 @@ def text_field(row: Mapping[str, Any], name: str, place: str) -> str:
     if not isinstance(value, str):
         raise BenchmarkError(f"{place} has no text {name!r}, but {shortened(list(row))}.")
     return value
+
+
+def texts_field(row: Mapping[str, Any], name: str, place: str) -> list[str]:
+    """Return a list of texts of a row, as they stand; see [`text_field`]."""
+    value = row.get(name)
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise BenchmarkError(f"{place} has no list of texts {name!r}, but {shortened(list(row))}.")
+    return value
+
+
+def json_rows(value: Any, place: str | Path) -> list[dict[str, Any]]:
+    """Return `value` if it is a list of JSON objects.
+
+    Args:
+        place: Where it is from, in messages.
+
+    Raises:
+        BenchmarkError: It is something else.
+    """
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise BenchmarkError(f"{place} is not a list of JSON objects.")
+    return value
+
+
+def first_file(folder: Path, names: Sequence[str]) -> Path:
+    """Return the first of `names` that exists below a folder.
+
+    Raises:
+        BenchmarkError: None exists; the message names all.
+    """
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise BenchmarkError(f"{folder} has no file {' or '.join(names)}.")
+
+
+def group_captions(rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Collect the captions of each image from pairs of image and caption, in order of first appearance."""
+    captions: dict[str, list[str]] = {}
+    for image, caption in rows:
+        captions.setdefault(image, []).append(caption)
+    return captions
 
 
 def find_images(title: str, folder: Path, names: Sequence[str], places: Sequence[str] = ()) -> BenchmarkImages:

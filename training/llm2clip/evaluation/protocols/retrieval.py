@@ -87,17 +87,21 @@ class MultilingualRetrieval:
 def measure_rows(session: Session, image_embeds: Tensor, data: RetrievalData) -> Measurement:
     """Measure retrieval with embedded images; see [`RetrievalProtocol`].
 
+    If the data has `matches`, these are right instead of the own image alone, and the protocol says `pairs`.
+
     Args:
         image_embeds: Unit rows, `(images, width)`.
     """
     if not data.texts:
         raise BenchmarkError("there is no caption.")
-    matches = torch.stack([torch.arange(len(data.texts)), data.owners], dim=1)
+    own = torch.stack([torch.arange(len(data.texts)), data.owners], dim=1)
+    matches = own if data.matches is None else data.matches
     texts, images, asking = retrieval_ranks(image_embeds, session.embed_texts(data.texts), matches)
     lengths, is_cut = session.text_lengths(data.texts)
-    hits = _hits(texts, "text_to_image") | _hits(images, "image_to_text")
+    text_hits, image_hits = _hits(texts, "text_to_image"), _hits(images, "image_to_text")
+    hits = text_hits | image_hits
     return Measurement(
-        protocol=dict(PROTOCOL),
+        protocol=dict(PROTOCOL) if data.matches is None else {**PROTOCOL, "positives": "pairs"},
         scores={name: values.mean().item() for name, values in hits.items()},
         values=hits,
         counts={
@@ -109,7 +113,8 @@ def measure_rows(session: Session, image_embeds: Tensor, data: RetrievalData) ->
             "tied_text_queries": int(texts.is_tied.sum()),
             "tied_image_queries": int(images.is_tied.sum()),
         },
-        groups={"length": by_length(hits, data.owners, lengths)},
+        # A caption of several images is the length of none.
+        groups={"length": by_length(hits if data.matches is None else text_hits, data.owners, lengths)},
     )
 
 
