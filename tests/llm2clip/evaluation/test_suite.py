@@ -137,7 +137,10 @@ def test_counts_that_differ_are_refused_or_told(data: Path, tmp_path: Path) -> N
     assert result.differences == ["1 images instead of 2", "4 texts instead of 3"]
     console = Console(file=io.StringIO(), width=200)
     print_results(console, [result])
-    assert "not the published set: it has 1 images instead of 2" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert (
+        "Tiny set: 1 empty texts; not the published set, 1 images instead of 2, 4 texts instead of 3."
+        in console.file.getvalue()
+    )  # type: ignore[attr-defined]
 
 
 def test_missing_files_are_named_with_their_place(data: Path) -> None:
@@ -180,9 +183,10 @@ def test_protocols_have_tables_of_their_own(data: Path, tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200)
     print_results(console, results)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert shown.count("T2I R@10") == 2
+    assert shown.count("T2I R@1 / 5 / 10") == 2
     assert shown.index("Second set") < shown.index("text format lower")
-    assert "100.0 to 100.0" in shown
+    assert "100.0-100.0" in shown
+    assert "Second set: 1 texts cut at their end." in shown
     assert short_name("mean_per_class") == "mean per class"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,14 +118,15 @@ def _mean(values: torch.Tensor, strata: torch.Tensor | None) -> float:
     return (sums / torch.bincount(places)).mean().item()
 
 
-def require_same(path: Path, found: Result, fingerprint: str, checksum: str, setup: str) -> None:
+def require_same(path: Path, found: Result, model: Mapping[str, str], checksum: str, setup: str) -> None:
     """Check that a finished result is of the weights, the data and the protocol that are to be measured.
 
     Raises:
         ValueError: It is not; the message names the parts that differ.
     """
     known = {
-        "weights or preprocessing of the model": (found.model.get("fingerprint"), fingerprint),
+        "weights or preprocessing of the model": (found.model.get("fingerprint"), model["fingerprint"]),
+        "dtype": (found.model.get("dtype"), model["dtype"]),
         "data": (found.data.get("checksum"), checksum),
         "options of the protocol": (found.setup, setup),
     }

@@ -21,15 +21,45 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
     for result in results:
         tables.setdefault(f"{protocol_words(result)}|{list(result.scores)}", []).append(result)
     for rows in tables.values():
-        names = list(rows[0].scores)
-        columns = ["benchmark", short_name(names[0]), "95%", *map(short_name, names[1:]), "tied", "cut"]
-        print_table(console, f"{rows[0].model['given']}, in %", columns, [_row(result, names) for result in rows])
-        console.print(f"Protocol: {protocol_words(rows[0])}.", markup=False, soft_wrap=True)
+        columns = score_columns(list(rows[0].scores))
+        first, *others = columns
+        heads = ["benchmark", first, "95%", *others]
+        print_table(console, f"{rows[0].model['given']}, in %", heads, [_row(result, columns) for result in rows])
+        console.print(
+            f"Protocol: {protocol_words(rows[0])}. 95%: interval of the first.", markup=False, soft_wrap=True
+        )
     for result in results:
-        if result.differences:
-            console.print(
-                f"{result.title} is not the published set: it has {', '.join(result.differences)}.", markup=False
-            )
+        remarks = "; ".join(remarks_on(result))
+        if remarks:
+            console.print(f"{result.title}: {remarks}.", markup=False, soft_wrap=True)
+
+
+def remarks_on(result: Result) -> list[str]:
+    """What to know of the numbers of a result: ties, cut and empty texts, counts that differ from the published."""
+    ties = sum(count for name, count in result.counts.items() if name.startswith("tied_"))
+    counted = {"tied queries": ties} | {
+        words: result.counts.get(name, 0)
+        for name, words in (("truncated_texts", "texts cut at their end"), ("empty_texts", "empty texts"))
+    }
+    remarks = [f"{count:,} {words}" for words, count in counted.items() if count]
+    if result.differences:
+        remarks.append(f"not the published set, {', '.join(result.differences)}")
+    return remarks
+
+
+def score_columns(names: Sequence[str]) -> dict[str, list[str]]:
+    """Put recalls at several k into one column.
+
+    Returns:
+        The scores of each column by its head, such as `T2I R@1 / 5 / 10`.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(name.partition("@")[0], []).append(name)
+    return {
+        short_name(some[0]) + "".join(f" / {name.partition('@')[2]}" for name in some[1:]): some
+        for some in kinds.values()
+    }
 
 
 def protocol_words(result: Result) -> str:
@@ -47,13 +77,11 @@ def short_name(score: str) -> str:
     return score.replace("_", " ")
 
 
-def _row(result: Result, names: Sequence[str]) -> list[str]:
-    first, *others = (f"{100 * result.scores[name]:.1f}" for name in names)
-    interval = result.intervals.get(names[0])
-    ends = "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
-    ties = [count for name, count in result.counts.items() if name.startswith("tied_")]
-    cut = result.counts.get("truncated_texts")
-    return [result.title, first, ends, *others, f"{sum(ties):,}" if ties else "", "" if cut is None else f"{cut:,}"]
+def _row(result: Result, columns: dict[str, list[str]]) -> list[str]:
+    cells = [" / ".join(f"{100 * result.scores[name]:.1f}" for name in names) for names in columns.values()]
+    interval = result.intervals.get(next(iter(result.scores)))
+    ends = "" if interval is None else f"{100 * interval[0]:.1f}-{100 * interval[1]:.1f}"
+    return [result.title, cells[0], ends, *cells[1:]]
 
 
 def _words(value: object) -> str:

@@ -78,11 +78,11 @@ class Suite:
             counts = counts_of(data)
             differences = check_counts(benchmark.title, counts, benchmark.counts, self.allow_counts)
             checksum = data_checksum(data)
-        setup = self.setup(benchmark)
+        setup, model = self.setup(benchmark), describe_model(session.encoder)
         path = result_path(self.output, session.encoder.name, benchmark.name, self.text_format)
         if on_main_process(path.is_file) and not self.overwrite:
             finished = read_result(path)
-            require_same(path, finished, session.encoder.fingerprint(), checksum, setup)
+            require_same(path, finished, model, checksum, setup)
             logger.info("    %s is finished", path)
             return finished
         with watch.measure("measure"):
@@ -92,7 +92,7 @@ class Suite:
         result = Result(
             benchmark=benchmark.name,
             title=benchmark.title,
-            model=describe_model(session.encoder),
+            model=model,
             protocol={**measured.protocol, "text_format": self.text_format},
             scores=measured.scores,
             intervals=intervals,
