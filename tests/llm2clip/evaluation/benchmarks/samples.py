@@ -35,14 +35,6 @@ def write_lines(path: Path, rows: Iterable[Any]) -> Path:
     return write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read(name: str, data: Path) -> Any:
-    """Find the files of a benchmark below a folder, as the command does, and read them."""
-    benchmark = all_benchmarks()[name]
-    folder = benchmark.find(data)
-    assert folder is not None
-    return benchmark.read(folder)
-
-
 def pairs(data: RetrievalData, folder: Path) -> list[tuple[str, str]]:
     """Path of the own image of each text, relative to a folder, and the text."""
     paths = [str(Path(data.images.images[owner]).relative_to(folder)) for owner in data.owners.tolist()]

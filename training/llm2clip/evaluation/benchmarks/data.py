@@ -147,18 +147,21 @@ class GradedData(RetrievalData):
         matches: `(pairs, 2)` int64, text and image, of the texts that are queries.
         image_matches: `(pairs, 2)` int64, image and text, of the images that are queries. Judges saw other candidates
             in the two directions, so that these need not be the same pairs.
+        outside: Number of judged right pairs whose image or caption is not in the gallery.
     """
 
     image_matches: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int64))
+    outside: int = 0
 
     def counts(self) -> dict[str, int]:
-        """Numbers of images and texts, of queries of both kinds, and of what is right for them."""
+        """Numbers of images and texts, of queries of both kinds, of what is right for them, and of pairs outside."""
         assert self.matches is not None
         return super().counts() | {
             "text_queries": len(self.matches[:, 0].unique()),
             "image_queries": len(self.image_matches[:, 0].unique()),
             "right_images": len(self.matches),
             "right_texts": len(self.image_matches),
+            "outside": self.outside,
         }
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages, HardNegativeData
-from llm2clip.evaluation.benchmarks.files import read_json, text_field
+from llm2clip.evaluation.benchmarks.coco import FOLDER, VAL2017_FOLDERS
+from llm2clip.evaluation.benchmarks.data import HardNegativeData
+from llm2clip.evaluation.benchmarks.files import find_images, read_json, text_field
 from llm2clip.evaluation.protocols.choices import CaptionChoice
 
 TITLE = "SugarCrepe"
@@ -39,7 +40,7 @@ def read(folder: Path) -> HardNegativeData:
     names = [text_field(row, "filename", place) for _, place, row in rows]
     positions = {name: position for position, name in enumerate(dict.fromkeys(names))}
     return HardNegativeData(
-        images=BenchmarkImages([folder / "val2017" / name for name in positions]).require_files(TITLE),
+        images=find_images(TITLE, folder, list(positions), VAL2017_FOLDERS),
         owners=torch.tensor([positions[name] for name in names], dtype=torch.int64),
         right=[text_field(row, "caption", place) for _, place, row in rows],
         wrong=[text_field(row, "negative_caption", place) for _, place, row in rows],
@@ -52,7 +53,7 @@ BENCHMARKS = [
         name="sugarcrepe",
         title=TITLE,
         groups=("composition",),
-        folder="coco",
+        folder=FOLDER,
         marker=FILES[0],
         more_markers=FILES[1:],
         files="sugar_crepe with its seven files add_att.json to swap_obj.json, val2017",

@@ -1,0 +1,163 @@
+"""Retrieval where judges found more right pairs than those of the captions: ECCV Caption and CxC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llm2clip.evaluation.benchmarks.base import BenchmarkError, Measurement, Session
+from llm2clip.evaluation.benchmarks.data import GradedData
+from llm2clip.evaluation.metrics import DEFAULT_TILE_SIZE, ROUNDING, retrieval_ranks
+from llm2clip.utils.inner_products import inner_products
+
+KS = (1, 5, 10)
+# Candidates sorted beyond the number of right ones, which a tie that ends there needs.
+MARGIN = 64
+
+
+@dataclass(frozen=True)
+class GradedRecall:
+    """CxC: recall@1, 5 and 10, where any right candidate among the first k is a hit; ties are expected values."""
+
+    def measure(self, session: Session, data: GradedData) -> Measurement:
+        """Measure both directions; only the captions and images that have a right partner are queries.
+
+        Raises:
+            BenchmarkError: There is no right pair.
+        """
+        values: dict[str, Tensor] = {}
+        ties: dict[str, int] = {}
+        for side, queries, candidates, matches in _sides(session, data):
+            asking, local = matches[:, 0].unique(return_inverse=True)
+            ranks, _, _ = retrieval_ranks(candidates, queries[asking], torch.stack([local, matches[:, 1]], dim=1))
+            values |= {f"{side}_recall@{k}": ranks.hit_probability(k) for k in KS}
+            ties[side] = int(ranks.is_tied.sum())
+        return _measurement(session, data, "any right one", values, ties)
+
+
+@dataclass(frozen=True)
+class GradedPrecision:
+    """ECCV Caption: mAP@R, R-precision and recall@1, over the first R ranks of a query with R right candidates.
+
+    mAP@R is the mean over the R ranks of the precision up to the rank, 0 at ranks of wrong candidates; R-precision is
+    the share of right candidates among the first R. Ties are expected values over their orders.
+    """
+
+    def measure(self, session: Session, data: GradedData) -> Measurement:
+        """Measure both directions.
+
+        Raises:
+            BenchmarkError: There is no right pair.
+        """
+        values: dict[str, Tensor] = {}
+        ties: dict[str, int] = {}
+        for side, queries, candidates, matches in _sides(session, data):
+            found = precision_at_r(queries, candidates, matches)
+            values |= {
+                f"{side}_map@r": found.map_at_r,
+                f"{side}_r_precision": found.r_precision,
+                f"{side}_recall@1": found.recall_at_1,
+            }
+            ties[side] = int(found.is_tied.sum())
+        return _measurement(session, data, "all right ones", values, ties)
+
+
+class PrecisionAtR(NamedTuple):
+    """What [`precision_at_r`] finds, `(queries,)` float64 each, and whether ties matter, `(queries,)` bool."""
+
+    map_at_r: Tensor
+    r_precision: Tensor
+    recall_at_1: Tensor
+    is_tied: Tensor
+
+
+def precision_at_r(
+    queries: Tensor, candidates: Tensor, matches: Tensor, tile_size: int = DEFAULT_TILE_SIZE
+) -> PrecisionAtR:
+    """Compute the expected metrics of the first R ranks of each query, R being its number of right candidates.
+
+    Args:
+        queries: `(q, width)`, unit rows.
+        candidates: `(c, width)`, unit rows.
+        matches: `(pairs, 2)` int64, query and right candidate. Queries without one are left out.
+        tile_size: Queries per tile.
+
+    Returns:
+        The values of the queries in `matches`, ascending.
+    """
+    asking, local = matches[:, 0].unique(return_inverse=True)
+    right = torch.zeros(len(asking), len(candidates), dtype=torch.bool)
+    right[local, matches[:, 1]] = True
+    rows = []
+    for tile in torch.arange(len(asking)).split(tile_size):
+        scores = inner_products(queries[asking[tile]], candidates, candidates.new_empty(len(tile), len(candidates)))
+        rows += [_first_ranks(similar, right[row]) for row, similar in zip(tile.tolist(), scores, strict=True)]
+    columns = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+    return PrecisionAtR(columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3].bool())
+
+
+def _first_ranks(scores: Tensor, right: Tensor) -> tuple[float, float, float, bool]:
+    """Compute the metrics of one query.
+
+    In a tie of n candidates with r right ones, each of its ranks has a right one with probability r/n, and then each
+    of the j ranks of the tie before it has another with probability (r - 1)/(n - 1).
+    """
+    count = int(right.sum())
+    tie, is_right = _ties(scores, right, count)
+    sizes = torch.bincount(tie).double()
+    rights = torch.bincount(tie[is_right], minlength=len(sizes)).double()
+    ranks, tie = torch.arange(count, dtype=torch.float64), tie[:count]
+    share = (rights / sizes)[tie]
+    before = (rights.cumsum(0) - rights)[tie]
+    within = (ranks - (sizes.cumsum(0) - sizes)[tie]) * ((rights - 1) / (sizes - 1).clamp(min=1))[tie]
+    map_at_r = (share * (1 + before + within) / (ranks + 1)).mean()
+    is_tied = ((share > 0) & (share < 1)).any()
+    return map_at_r.item(), share.mean().item(), share[0].item(), bool(is_tied)
+
+
+def _ties(scores: Tensor, right: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sort the best candidates, at least `count` and no part of a tie.
+
+    Returns:
+        `(best,)` each: the number of the tie that each belongs to, from 0, and whether it is right.
+    """
+    taken = min(count + MARGIN, len(scores))
+    while True:
+        best, places = scores.topk(taken)
+        starts = (best[:-1] - best[1:]) > ROUNDING
+        tie = torch.cat([starts.new_zeros(1, dtype=torch.int64), starts.cumsum(0)])
+        complete = len(scores) if taken == len(scores) else int((tie < tie[-1]).sum())
+        if complete >= count:
+            return tie[:complete], right[places[:complete]]
+        taken = min(2 * taken, len(scores))
+
+
+def _sides(session: Session, data: GradedData) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+    assert data.matches is not None
+    if not len(data.matches) or not len(data.image_matches):
+        raise BenchmarkError("there is no right pair of an image and a caption.")
+    images, texts = session.embed_images(data.images), session.embed_texts(data.texts)
+    return [
+        ("text_to_image", texts, images, data.matches),
+        ("image_to_text", images, texts, data.image_matches),
+    ]
+
+
+def _measurement(
+    session: Session, data: GradedData, hit: str, values: dict[str, Tensor], ties: Mapping[str, int]
+) -> Measurement:
+    return Measurement(
+        protocol={"name": "graded retrieval", "positives": "judged", "hit": hit, "ties": "expected value"},
+        scores={name: value.mean().item() for name, value in values.items()},
+        values=values,
+        counts={
+            **data.counts(),
+            "truncated_texts": int(session.text_lengths(data.texts)[1].sum()),
+            "tied_text_queries": ties["text_to_image"],
+            "tied_image_queries": ties["image_to_text"],
+        },
+    )
