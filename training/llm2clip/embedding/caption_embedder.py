@@ -16,7 +16,7 @@ from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.modeling_llm2clip_utils import encode_tokens, execution_device, unit_features
-from modeling_llm2clip.tokenization_llm2clip import tokenize_captions
+from modeling_llm2clip.tokenization_llm2clip import CaptionTokens, tokenize_captions
 
 
 class CaptionEmbedder:
@@ -90,7 +90,24 @@ class CaptionEmbedder:
     ) -> tuple[Tensor, int]:
         """Embed captions, and count those that were truncated to the model's maximum length; see `embed`."""
         tokens = tokenize_captions(captions, self.tokenizer, self.text_config, instruction)
-        show = show_progress_bar is not False
+        return self._encode(tokens, batch_size, show_progress_bar is not False), tokens.num_cut
+
+    def embed_empty(self) -> Tensor:
+        """Embed the empty caption, which `embed` refuses, for benchmarks whose queries count whatever they are.
+
+        It is the prompt alone, pooled as that of a caption: over the suffix. Where that leaves no token, the prefix
+        and what the tokenizer itself adds are pooled, and a tokenizer that adds nothing gets its padding token.
+
+        Returns:
+            float32 `(1, width)` on the CPU.
+        """
+        ids = list(self.tokenizer("")["input_ids"]) or [self.tokenizer.pad_token_id]
+        pooled = len(ids) > self.text_config.num_prefix_tokens and not self.text_config.pool_prompt
+        return self._encode(
+            CaptionTokens([ids], [self.text_config.num_prefix_tokens if pooled else 0], 0), None, False
+        )
+
+    def _encode(self, tokens: CaptionTokens, batch_size: int | None, show: bool) -> Tensor:
         num_distinct = len(set(map(tuple, tokens.ids))) if show else None
         device = execution_device((self.is_joint and self.model.text_model) or self.model)
         with progress_bar("Embedding captions", num_distinct, "caption", show) as bar:
@@ -100,10 +117,9 @@ class CaptionEmbedder:
                 bar.update(advance=len(output.pooler_output))
                 return unit_features(output) if self.is_joint else output.pooler_output
 
-            embeds = encode_tokens(
+            return encode_tokens(
                 tokens, self.tokenizer, forward, device=device, width=self.width, batch_size=batch_size
             )
-        return embeds, tokens.num_cut
 
 
 def embed_captions(

@@ -74,6 +74,7 @@ class ImageEmbedder:
         *,
         with_llm: bool = False,
         device: torch.device | str | None = None,
+        **options: Any,
     ) -> ImageEmbedder:
         """Load an LLM2CLIP model.
 
@@ -81,6 +82,7 @@ class ImageEmbedder:
             name, revision, image_backend: See [`ImageEmbedder`].
             with_llm: Load the whole model, whose LLM embeds captions; the default loads the vision half only.
             device: Device of the model; the default is a GPU if there is one.
+            options: Passed to `from_pretrained`, such as `dtype`.
 
         Raises:
             OSError: There is no such model.
@@ -91,8 +93,9 @@ class ImageEmbedder:
             repo.require(RepoKind.JOINT, hint="A text query needs the whole model with its LLM.")
         repo.require(RepoKind.JOINT, RepoKind.VISION_HALF)
         model_class: Any = LLM2CLIPModel if with_llm else LLM2CLIPVisionModelWithProjection
-        model = model_class.from_pretrained(name, revision=revision).to(device or process_state().device).eval()
+        model = model_class.from_pretrained(name, revision=revision, **options)
         image_processor = with_pillow(AutoImageProcessor.from_pretrained(name, revision=revision))
+        model = model.to(device or process_state().device).eval()
         return cls(model, image_processor, absolute_path(name), revision, image_backend)
 
     def fingerprint(self) -> str:

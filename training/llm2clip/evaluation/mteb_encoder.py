@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor
-from transformers.utils import CONFIG_NAME
 
 from llm2clip.data import OnError
 from llm2clip.embedding import CaptionEmbedder, embed_images
 from llm2clip.utils.files import digest_files
+from llm2clip.utils.model_identity import hub_commit
 from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.progress import track
 from modeling_llm2clip import with_pillow
@@ -139,8 +138,7 @@ def _describe(name: str, revision: str | None, **fields: Any) -> ModelMeta:
         files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
         name, revision = f"local/{folder.resolve().name}", digest_files(files).hexdigest()[:40]
     else:
-        # The folder of a download is named after its commit.
-        revision = Path(hf_hub_download(name, CONFIG_NAME, revision=revision)).parent.name
+        revision = hub_commit(name, revision)
     return ModelMeta(
         loader=LLM2CLIPEncoder,
         name=name,

@@ -1,0 +1,117 @@
+"""Models of open_clip embed as the library itself does."""
+
+from __future__ import annotations
+
+import builtins
+import pickle
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from llm2clip.data import decode_image
+from llm2clip.evaluation.encoders import OpenClipEncoder, open_encoder
+
+from .models import IMAGES, register_open_clip
+from .test_transformers_clip import stacked
+
+TEXTS = ["a Small dog!", "", "word " * 100, "a red bus"]
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> str:
+    name, path = register_open_clip(tmp_path_factory.mktemp("open_clip"))
+    return f"open_clip:{name}/{path}"
+
+
+def original(spec: str) -> tuple[Any, Any, Any]:
+    name, _, path = spec.removeprefix("open_clip:").partition("/")
+    model, _, transform = open_clip.create_model_and_transforms(name, pretrained=path)
+    return model.eval(), transform, open_clip.get_tokenizer(name)
+
+
+@torch.no_grad()
+def test_embeddings_are_those_of_the_library(spec: str) -> None:
+    encoder = open_encoder(spec)
+    assert isinstance(encoder, OpenClipEncoder)
+    model, transform, tokenizer = original(spec)
+    pixels = torch.stack([transform(decode_image(image)) for image in IMAGES])
+    inputs = stacked(pickle.loads(pickle.dumps(encoder)), IMAGES)
+    assert inputs["pixels"].dtype == torch.uint8
+    expected = model.encode_image(pixels)
+    torch.testing.assert_close(encoder.forward_images(inputs), normalize(expected, dim=-1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(encoder.forward_features(inputs, projected=True), expected)
+    pooled = encoder.forward_features(inputs)
+    torch.testing.assert_close(pooled @ model.visual.proj, expected)
+    assert encoder.model.visual.proj is not None
+    texts = model.encode_text(tokenizer(TEXTS), normalize=True)
+    torch.testing.assert_close(encoder.embed_texts(TEXTS), texts, atol=1e-6, rtol=0)
+    assert encoder.width == 24
+
+
+@torch.no_grad()
+def test_a_grey_image_is_as_the_library_reads_it(spec: str) -> None:
+    """The library converts to RGB after it has resized, this package before."""
+    transform = original(spec)[1]
+    encoder = open_encoder(spec)
+    grey = IMAGES[1].resize((17, 23))
+    expected = transform(grey)
+    pixels = encoder.prepare(decode_image(grey), "image")["pixels"]
+    mean, std = (torch.tensor(values)[:, None, None] for values in encoder.pixel_statistics)
+    assert torch.equal((pixels.float().div(255) - mean) / std, expected)
+
+
+def test_lengths_are_counted_before_texts_are_cut(spec: str) -> None:
+    lengths, cut = open_encoder(spec).text_lengths(TEXTS)
+    assert lengths.tolist() == [6, 2, 102, 5]
+    assert cut.tolist() == [False, False, True, False]
+
+
+def test_a_tower_without_projection_gives_its_embeddings(tmp_path: Path) -> None:
+    """A ResNet of CLIP projects inside its attention pooling."""
+    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "patch_size": None}
+    name, path = register_open_clip(tmp_path, "tiny-resnet", **vision)
+    encoder = open_encoder(f"open_clip:{name}/{path}")
+    inputs = stacked(encoder, IMAGES)
+    assert encoder.forward_features(inputs).equal(encoder.forward_features(inputs, projected=True))
+
+
+def test_the_fingerprint_depends_on_weights_and_activations(spec: str, tmp_path: Path) -> None:
+    encoder = open_encoder(spec)
+    assert encoder.fingerprint() == open_encoder(spec).fingerprint()
+    assert encoder.identity()["library"] == f"open_clip {open_clip.__version__}"
+    name, _, path = spec.removeprefix("open_clip:").partition("/")
+    state = torch.load(path, weights_only=True)
+    model = open_clip.create_model(name, pretrained=path, force_quick_gelu=True).eval()
+    same_weights = OpenClipEncoder(spec, model, original(spec)[1], encoder.tokenizer, torch.device("cpu"))
+    state["visual.proj"][0, 0] += 1
+    torch.save(state, tmp_path / "other.pt")
+    other = open_encoder(f"open_clip:{name}/{tmp_path / 'other.pt'}")
+    assert len({encoder.fingerprint(), same_weights.fingerprint(), other.fingerprint()}) == 3
+
+
+def test_unknown_models_and_random_weights_are_refused(spec: str) -> None:
+    with pytest.raises(ValueError, match="open_clip has no model 'ViT-Z'"):
+        open_encoder("open_clip:ViT-Z/openai")
+    with pytest.raises(ValueError, match=r"it does not name pretrained weights of ViT-B-32\. Its tags: openai"):
+        open_encoder("open_clip:ViT-B-32")
+    with pytest.raises(ValueError, match=r"'/nowhere\.pt' is neither a file nor pretrained weights of ViT-B-32"):
+        open_encoder("open_clip:ViT-B-32//nowhere.pt")
+    with pytest.raises(ValueError, match="has no revision"):
+        open_encoder(spec, revision="main")
+
+
+def test_the_missing_library_is_named_with_its_command(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "open_clip":
+            raise ImportError("No module named 'open_clip'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match="pip install open-clip-torch"):
+        open_encoder(spec)

@@ -1,0 +1,125 @@
+"""Models of transformers embed as a direct call does, whatever their rules of padding and preprocessing."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoProcessor, BertConfig, BertModel
+
+from llm2clip.data import decode_image
+from llm2clip.evaluation.encoders import TransformersEncoder, open_encoder
+from llm2clip.utils.non_finite import NonFiniteError
+from modeling_llm2clip import with_pillow
+
+from .models import IMAGES, LENGTH, TEXTS, save_transformers
+
+FULL_LENGTH = {"siglip": True, "siglip2": True, "clip": False, "chinese_clip": False}
+
+
+@pytest.fixture(scope="module", params=sorted(FULL_LENGTH))
+def opened(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, TransformersEncoder]:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = save_transformers(request.param, folder)
+    encoder = open_encoder(str(folder))
+    assert isinstance(encoder, TransformersEncoder)
+    return model, AutoProcessor.from_pretrained(folder), encoder
+
+
+def stacked(encoder: Any, images: list[Any]) -> dict[str, Tensor]:
+    inputs = [encoder.prepare(decode_image(image), "image") for image in images]
+    return {name: torch.stack([one[name] for one in inputs]) for name in inputs[0]}
+
+
+@torch.no_grad()
+def test_texts_are_those_of_a_direct_call(opened: tuple[Any, Any, TransformersEncoder]) -> None:
+    model, processor, encoder = opened
+    padding = "max_length" if FULL_LENGTH[model.config.model_type] else "longest"
+    inputs = processor.tokenizer(TEXTS, padding=padding, truncation=True, max_length=LENGTH, return_tensors="pt")
+    expected = normalize(model.get_text_features(**inputs).pooler_output, dim=-1)
+    found = encoder.embed_texts(TEXTS)
+    assert found.dtype == torch.float32
+    assert encoder.width == found.shape[1]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    # Each alone, so that padding to the longest text of a batch would be another one.
+    torch.testing.assert_close(torch.cat([encoder.embed_texts([text]) for text in TEXTS]), expected, atol=1e-6, rtol=0)
+    assert encoder.embed_texts([]).shape == (0, encoder.width)
+
+
+@torch.no_grad()
+def test_images_are_those_of_a_direct_call(opened: tuple[Any, Any, TransformersEncoder]) -> None:
+    model, processor, encoder = opened
+    upright = [decode_image(image) for image in IMAGES]
+    inputs = with_pillow(processor.image_processor)(upright, return_tensors="pt")
+    output = model.get_image_features(**inputs).pooler_output
+    # A worker process has a copy without the model.
+    worker: Any = pickle.loads(pickle.dumps(encoder))
+    assert worker.model is None
+    found = stacked(worker, IMAGES)
+    torch.testing.assert_close(encoder.forward_images(found), normalize(output, dim=-1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(encoder.forward_features(found, projected=True), output, atol=1e-5, rtol=1e-5)
+    pooled = model.vision_model(**inputs).pooler_output
+    torch.testing.assert_close(encoder.forward_features(found), pooled, atol=1e-5, rtol=1e-5)
+
+
+def test_lengths_are_counted_before_texts_are_cut(opened: tuple[Any, Any, TransformersEncoder]) -> None:
+    lengths, cut = opened[2].text_lengths(TEXTS)
+    assert lengths.tolist() == [len(text.encode()) + 2 for text in TEXTS]
+    assert cut.tolist() == [length > LENGTH for length in lengths.tolist()]
+
+
+def test_pixels_of_any_size_are_normalised(opened: tuple[Any, Any, TransformersEncoder]) -> None:
+    _, processor, encoder = opened
+    image = IMAGES[0].crop((0, 0, 28, 28))
+    settings = processor.image_processor.to_dict()
+    pixels = encoder.prepare_pixels(image)["pixel_values"]
+    scaled = torch.tensor(list(image.tobytes())).view(28, 28, 3).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std"))
+    torch.testing.assert_close(pixels, (scaled - mean) / std)
+    assert encoder.prepare_pixels(IMAGES[0])["pixel_values"].shape == (3, 30, 40)
+
+
+def test_the_fingerprint_depends_on_weights_and_preprocessing(tmp_path: Path) -> None:
+    model = save_transformers("clip", tmp_path)
+    encoder = open_encoder(str(tmp_path))
+    assert encoder.identity() == {
+        "library": encoder.library,
+        "name": str(tmp_path),
+        "fingerprint": encoder.fingerprint(),
+        "dtype": "float32",
+    }
+    prints = [encoder.fingerprint(), open_encoder(str(tmp_path)).fingerprint()]
+    assert prints[0] == prints[1]
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    processor.image_processor.image_mean = [0.5, 0.5, 0.5]
+    prints.append(TransformersEncoder("a", model, processor, torch.device("cpu")).fingerprint())
+    model.text_projection.weight.data[3, 4] += 1
+    model.save_pretrained(tmp_path)
+    prints.append(open_encoder(str(tmp_path)).fingerprint())
+    assert len(set(prints)) == 3
+
+
+def test_values_that_are_not_finite_are_refused_by_text(tmp_path: Path) -> None:
+    model = save_transformers("clip", tmp_path)
+    model.text_projection.weight.data[:] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(NonFiniteError, match="of 4 of 4 texts are NaN or infinite: a Small dog"):
+        open_encoder(str(tmp_path)).embed_texts(TEXTS)
+
+
+def test_other_models_and_random_weights_are_refused(tmp_path: Path) -> None:
+    BertModel(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    ).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="is not a model of images and texts in one space: BertModel has no get_text"):
+        open_encoder(str(tmp_path / "bert"))
+    model = save_transformers("clip", tmp_path / "clip")
+    state = {name: value for name, value in model.state_dict().items() if "visual_projection" not in name}
+    model.save_pretrained(tmp_path / "clip", state_dict=state)
+    with pytest.raises(ValueError, match=r"visual_projection\.weight would be initialized randomly"):
+        open_encoder(str(tmp_path / "clip"))

@@ -1,0 +1,162 @@
+"""What models of all libraries share when they are evaluated: batches, unit rows, identity."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as V
+
+from llm2clip.utils.files import digest_json
+from llm2clip.utils.model_identity import weights_checksum
+from llm2clip.utils.non_finite import require_finite_rows
+from modeling_llm2clip.identity_llm2clip import RULE
+from modeling_llm2clip.modeling_llm2clip_utils import ACCELERATOR_BATCH_TOKENS, CPU_BATCH_TOKENS, token_batches
+
+
+class TowerEncoder(ABC):
+    """A model under evaluation; see [`Encoder`](llm2clip.evaluation.benchmarks.base.Encoder).
+
+    A copy in a worker process prepares images, and has no model.
+
+    Args:
+        name: How the user named it.
+        model: The model, in evaluation mode.
+        width: Width of its embeddings.
+        device, dtype: Where and in what it computes.
+        commit: Its commit on the Hub.
+        batch_size: Largest number of texts per forward pass; None for as many as their tokens allow.
+    """
+
+    library: str
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        width: int,
+        device: torch.device,
+        dtype: str,
+        commit: str | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        self.name, self.model, self.width = name, model, width
+        self.device, self.dtype, self.commit, self.batch_size = device, dtype, commit, batch_size
+        self._fingerprint: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "model": None}
+
+    def identity(self) -> dict[str, str]:
+        """Library with its version, name, commit on the Hub or else fingerprint, and dtype."""
+        source = {"fingerprint": self.fingerprint()} if self.commit is None else {"commit": self.commit}
+        return {"library": self.library, "name": self.name, **source, "dtype": self.dtype}
+
+    def fingerprint(self) -> str:
+        """Hash the weights, in 16 bits, the settings of the model, its preprocessing and its tokenizer.
+
+        Raises:
+            ValueError: A weight is offloaded or quantised.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = RULE + digest_json({"weights": weights_checksum(self.model), **self.settings()})
+        return self._fingerprint
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Describe in JSON what embeddings depend on besides the weights."""
+
+    @abstractmethod
+    def prepare(self, image: Any, key: str) -> dict[str, Tensor]:
+        """Prepare the inputs of one decoded RGB image; runs in worker processes."""
+
+    @property
+    @abstractmethod
+    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and standard deviation of each channel, by which pixels of 0 to 1 are normalised."""
+
+    def prepare_pixels(self, image: Any) -> dict[str, Tensor]:
+        """Prepare a decoded RGB image of any size without resizing or cropping it: `pixel_values`, `(3, H, W)`."""
+        mean, std = self.pixel_statistics
+        return {"pixel_values": V.normalize(V.to_dtype(V.pil_to_tensor(image), torch.float32, True), mean, std)}
+
+    @abstractmethod
+    def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Compute `(images, width)`, not normalised, of prepared images; called without gradients."""
+
+    @abstractmethod
+    def pooled_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Compute the pooled features before the projection, `(images, hidden)`; called without gradients."""
+
+    @torch.inference_mode()
+    def forward_images(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Embed a batch of prepared images: unit rows, float32 `(images, width)` on the CPU."""
+        return F.normalize(self.image_features(inputs).float(), dim=-1).cpu()
+
+    @torch.inference_mode()
+    def forward_features(self, inputs: dict[str, Tensor], projected: bool = False) -> Tensor:
+        """Pooled features before the projection, float32 `(images, hidden)` on the CPU; with `projected` after it.
+
+        A tower that has no projection after its pooling (SigLIP, the ResNets of CLIP) gives the same for both.
+        """
+        features = self.image_features(inputs) if projected else self.pooled_features(inputs)
+        return features.float().cpu()
+
+    @abstractmethod
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts: unit rows, float32 `(texts, width)` on the CPU."""
+
+    @abstractmethod
+    def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens of each text before truncation, `(texts,)` int64, and whether it is cut, `(texts,)` bool."""
+
+
+class ClipEncoder(TowerEncoder):
+    """A model of another library, with a text tower of its own."""
+
+    @abstractmethod
+    def tokenize(self, texts: list[str]) -> tuple[Sequence[Any], list[int]]:
+        """Tokenise texts, cut and, where the model reads padding, padded; return the tokens and lengths of each."""
+
+    @abstractmethod
+    def text_features(self, tokens: list[Any]) -> Tensor:
+        """Compute `(texts, width)`, not normalised, of items of [`tokenize`]; called without gradients."""
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts in batches of similar length: unit rows, float32 `(texts, width)` on the CPU.
+
+        An empty text is one like any other: the tokens that every text has, such as start and end.
+
+        Raises:
+            NonFiniteError: Embeddings are NaN or infinite; the message names the texts.
+        """
+        tokens, lengths = self.tokenize(list(texts)) if texts else ([], [])
+        budget = CPU_BATCH_TOKENS if self.device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
+        embeds = torch.empty(len(texts), self.width)
+        for batch in token_batches(lengths, budget, self.batch_size):
+            features = self.text_features([tokens[row] for row in batch])
+            embeds[batch] = F.normalize(features.float(), dim=-1).cpu()
+        require_finite_rows(embeds, lambda row: f"{texts[row]:.80}", "texts")
+        return embeds
+
+
+def compared_lengths(lengths: Sequence[int], limit: int) -> tuple[Tensor, Tensor]:
+    """Return lengths in tokens, and which exceed the limit of a model."""
+    counts = torch.tensor(lengths, dtype=torch.int64)
+    return counts, counts > limit
+
+
+def processor_statistics(image_processor: Any) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation by which an image processor normalises pixels of 0 to 1."""
+    settings = image_processor.to_dict()
+    normalises = settings.get("do_normalize")
+    mean, std = (
+        settings[name] if normalises else value for name, value in (("image_mean", [0.0]), ("image_std", [1.0]))
+    )
+    scale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale") else 255
+    return [value / scale for value in mean], [value / scale for value in std]

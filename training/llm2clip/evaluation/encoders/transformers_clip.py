@@ -1,0 +1,152 @@
+"""CLIP, SigLIP, SigLIP 2 and CLIP-like models of transformers under evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoProcessor, BatchFeature
+
+from llm2clip.data import EvalTransform
+from llm2clip.embedding.image_batches import prepare_image
+from llm2clip.evaluation.encoders.base import ClipEncoder, compared_lengths, processor_statistics
+from llm2clip.utils.model_identity import hub_commit
+from llm2clip.utils.text_identity import tokenizer_fingerprint
+from llm2clip.utils.towers import loading_options
+from llm2clip.utils.vision_identity import preprocessing
+from modeling_llm2clip import with_pillow
+from modeling_llm2clip.identity_llm2clip import decoder_identity
+from modeling_llm2clip.modeling_llm2clip_utils import load_complete
+
+# Models that were trained with texts padded to their full length, whose repositories do not always say so.
+FULL_LENGTH = ("siglip", "siglip2")
+# `model_max_length` of a tokenizer that has none is a number of this order or larger.
+NO_LENGTH = 10**9
+METHODS = ("get_text_features", "get_image_features")
+
+
+class TransformersEncoder(ClipEncoder):
+    """A model of transformers with `get_text_features` and `get_image_features`.
+
+    Texts are padded as the model was trained. That is to full length if its processor does so by default, if its
+    tokenizer makes no attention mask (the model then reads the padding), or if it is a SigLIP; and to the longest of a
+    batch otherwise, which masks hide. They are cut at the least of the lengths that processor, tokenizer and
+    positions allow. Case and punctuation are the tokenizer's matter.
+
+    Args:
+        name, device, dtype, commit, batch_size: See [`TowerEncoder`].
+        model: The model, in evaluation mode.
+        processor: Its processor, with `image_processor` and `tokenizer`.
+
+    Raises:
+        ValueError: Embeddings of texts are not vectors.
+    """
+
+    library = f"transformers {transformers.__version__}"
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        processor: Any,
+        device: torch.device,
+        dtype: str = "float32",
+        commit: str | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__(name, model, 0, device, dtype, commit, batch_size)
+        self.tokenizer = processor.tokenizer
+        self.transform = EvalTransform(with_pillow(processor.image_processor))
+        defaults = text_defaults(type(processor))
+        tower = getattr(model.config, "text_config", model.config)
+        limits = (defaults.get("max_length"), self.tokenizer.model_max_length, tower.max_position_embeddings)
+        self.max_length = min(limit for limit in limits if limit is not None and limit < NO_LENGTH)
+        self.full_length = (
+            defaults.get("padding") == "max_length"
+            or "attention_mask" not in self.tokenizer.model_input_names
+            or model.config.model_type in FULL_LENGTH
+        )
+        with torch.inference_mode():
+            self.width = self.text_features(list(self.tokenize(["a"])[0])).shape[-1]
+
+    @classmethod
+    def load(
+        cls, name: str, revision: str | None, dtype: str, device: torch.device, batch_size: int | None = None
+    ) -> TransformersEncoder:
+        """Load a model with its processor.
+
+        Raises:
+            OSError: There is no such model.
+            ValueError: It does not embed images and texts, or a weight would be random.
+        """
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        kind: Any = AutoModel._model_mapping.get(type(config), None)
+        if isinstance(kind, tuple):
+            kind = kind[0]
+        if kind is None or not all(hasattr(kind, method) for method in METHODS):
+            raise ValueError(
+                f"{name} ({config.model_type}) is not a model of images and texts in one space: "
+                f"{getattr(kind, '__name__', 'its class')} has no {' and '.join(METHODS)}."
+            )
+        model, _ = load_complete(AutoModel.from_pretrained, name, **loading_options(dtype, revision=revision))
+        processor = AutoProcessor.from_pretrained(name, revision=revision)
+        return cls(name, model.to(device).eval(), processor, device, dtype, hub_commit(name, revision), batch_size)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "model": decoder_identity(self.model.config, bidirectional=False),
+            "preprocessing": preprocessing(self.transform.image_processor),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "text": [self.max_length, self.full_length],
+        }
+
+    @property
+    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+        return processor_statistics(self.transform.image_processor)
+
+    def prepare(self, image: Any, key: str) -> dict[str, Tensor]:
+        return prepare_image(image, self.transform, key)
+
+    def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self._vectors(self.model.get_image_features(**self._on_device(inputs)), "images")
+
+    def pooled_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        tower = getattr(self.model, "vision_model", None)
+        features = None if tower is None else tower(**self._on_device(inputs)).get("pooler_output")
+        if features is None:
+            raise ValueError(f"{type(self.model).__name__} has no pooled features before its projection.")
+        return features.flatten(1)
+
+    def _on_device(self, inputs: dict[str, Tensor]) -> BatchFeature:
+        return BatchFeature(inputs).to(self.device, self.model.dtype)
+
+    def _vectors(self, output: Any, what: str) -> Tensor:
+        features = output if isinstance(output, Tensor) else output.pooler_output
+        if features is None or features.ndim != 2:
+            raise ValueError(f"{type(self.model).__name__} does not embed {what} as one vector each.")
+        return features
+
+    def tokenize(self, texts: list[str]) -> tuple[Sequence[Any], list[int]]:
+        padding = "max_length" if self.full_length else False
+        encoded = self.tokenizer(texts, padding=padding, truncation=True, max_length=self.max_length)
+        rows = [{name: values[row] for name, values in encoded.items()} for row in range(len(texts))]
+        return rows, [len(row["input_ids"]) for row in rows]
+
+    def text_features(self, tokens: list[Any]) -> Tensor:
+        padded = self.tokenizer.pad(tokens, return_tensors="pt")
+        return self._vectors(self.model.get_text_features(**padded.to(self.device)), "texts")
+
+    def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens of each text before truncation, start and end included, and whether it is cut."""
+        ids = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"] if texts else []
+        return compared_lengths([len(row) for row in ids], self.max_length)
+
+
+def text_defaults(processor_class: type) -> dict[str, Any]:
+    """Return the arguments of the tokenizer that a processor of transformers sets unless the caller does."""
+    # Until transformers 5.22 in the class of its arguments, later in its own.
+    earlier = getattr(getattr(processor_class, "valid_processor_kwargs", None), "_defaults", {})
+    return {**earlier.get("text_kwargs", {}), **getattr(processor_class, "text_kwargs", {})}

@@ -1,0 +1,148 @@
+"""A model at work on benchmarks: its embeddings are computed once, stored, and found again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from llm2clip.data import decode_image
+from llm2clip.data.records import caption_keys
+from llm2clip.embedding.image_batches import ContentSet, forward_images
+from llm2clip.evaluation.benchmarks.base import Encoder
+from llm2clip.evaluation.row_store import EvaluationManifest, RowStore
+from llm2clip.utils.files import digest_json
+from llm2clip.utils.non_finite import require_finite_rows
+from llm2clip.utils.progress import ProgressBar
+
+# Texts that are sorted by length together.
+TEXTS = 1024
+
+
+class _EncoderImages(Dataset):
+    """The inputs of an encoder for some rows of a set of images; every image is decoded as everywhere else."""
+
+    def __init__(self, images: ContentSet, rows: Sequence[int], encoder: Encoder) -> None:
+        self.images, self.rows, self.encoder = images, rows, encoder
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self.rows[index]
+        return self.encoder.prepare(self.images.decode(row, decode_image), self.images.key(row))
+
+
+class EvaluationSession:
+    """A [`Session`](llm2clip.evaluation.benchmarks.base.Session) whose embeddings are stored by content.
+
+    An image is known by the bytes of its file and a text by what the text format makes of it, so that sets with the
+    same images or texts share them, and so do text formats where they agree. The rows of a model are found again if
+    its fingerprint and dtype are the same. A killed evaluation goes on where it stopped. Several processes
+    (torchrun) each compute a part, and all get all rows.
+
+    Args:
+        encoder: The model.
+        store: Folder of stored rows; None keeps them in memory.
+        text_format, text_format_name: Changes every text, and its name in results.
+        batch_size, num_workers: Images per forward pass, and worker processes that decode them while the model
+            computes (0 for none).
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        store: Path | None = None,
+        text_format: Callable[[str], str] = str,
+        text_format_name: str = "raw",
+        batch_size: int = 64,
+        num_workers: int = 0,
+    ) -> None:
+        self.encoder, self.store = encoder, store
+        self.text_format, self.text_format_name = text_format, text_format_name
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self._stores: dict[str, RowStore] = {}
+
+    def embed_images(self, images: ContentSet) -> Tensor:
+        """Embed images: unit rows, float32 `(images, width)` on the CPU, in their order.
+
+        Raises:
+            DamagedImageError: An image cannot be used.
+            NonFiniteError: Embeddings are NaN or infinite; the message names the images.
+        """
+        return self._images("images", images, self.encoder.forward_images, "Embedding images")
+
+    def embed_features(self, images: ContentSet, projected: bool = False) -> Tensor:
+        """Compute the features of `Encoder.forward_features`, `(images, hidden)`, or projected `(images, width)`.
+
+        Raises:
+            DamagedImageError: An image cannot be used.
+            NonFiniteError: Features are NaN or infinite; the message names the images.
+        """
+        forward = partial(self.encoder.forward_features, projected=projected)
+        return self._images("projected" if projected else "features", images, forward, "Features of images")
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts, in the text format of the session: unit rows, float32 `(texts, width)`, repeats included."""
+        texts = [self.text_format(text) for text in texts]
+
+        def compute(positions: Sequence[int], bar: ProgressBar) -> Tensor:
+            rows = [torch.empty(0, self.encoder.width)]
+            for start in range(0, len(positions), TEXTS):
+                chosen = [texts[position] for position in positions[start : start + TEXTS]]
+                embeds = self.encoder.embed_texts(chosen)
+                require_finite_rows(embeds, [f"{text:.80}" for text in chosen].__getitem__, "texts")
+                rows.append(embeds)
+                bar.update(advance=len(chosen))
+            return torch.cat(rows)
+
+        store = self._rows_of("texts")
+        return store.rows(caption_keys(texts), lambda: self.encoder.width, compute, "Embedding texts")
+
+    def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens of each text in the text format of the session, `(texts,)` int64, and whether it is cut, bool."""
+        return self.encoder.text_lengths([self.text_format(text) for text in texts])
+
+    def _images(
+        self, kind: str, images: ContentSet, forward: Callable[[dict[str, Tensor]], Tensor], title: str
+    ) -> Tensor:
+        widths: list[int] = [self.encoder.width] if kind == "images" else []
+
+        def compute(positions: Sequence[int], bar: ProgressBar) -> Tensor:
+            prepared, rows = _EncoderImages(images, positions, self.encoder), []
+            for batch in forward_images(prepared, forward, self.batch_size, self.num_workers, show=False):
+                assert batch.output is not None
+                start = batch.start
+                names = [images.key(positions[start + row]) for row in range(len(batch.output))]
+                require_finite_rows(batch.output, names.__getitem__, "images")
+                rows.append(batch.output)
+                bar.update(advance=len(batch.output))
+            return torch.cat(rows) if rows else torch.empty(0, width())
+
+        def width() -> int:
+            if not widths:
+                inputs = _EncoderImages(images, [0], self.encoder)[0]
+                widths.append(forward({name: value[None] for name, value in inputs.items()}).shape[1])
+            return widths[0]
+
+        return self._rows_of(kind).rows(images.content_keys(), width, compute, title)
+
+    def _rows_of(self, kind: str) -> RowStore:
+        if kind not in self._stores:
+            dtype = self.encoder.identity()["dtype"]
+            fingerprint = "" if self.store is None else self.encoder.fingerprint()
+            manifest = EvaluationManifest(
+                fingerprint=fingerprint,
+                hidden_size=self.encoder.width if kind in ("images", "texts") else 0,
+                dtype="float32",
+                model_name=self.encoder.name,
+                model_dtype=dtype,
+                kind=kind,
+            )
+            folder = None if self.store is None else self.store / digest_json([fingerprint, dtype]) / kind
+            self._stores[kind] = RowStore(folder, manifest, self.encoder.device)
+        return self._stores[kind]
