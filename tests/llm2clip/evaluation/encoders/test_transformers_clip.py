@@ -14,6 +14,7 @@ from transformers import AutoProcessor, BertConfig, BertModel
 
 from llm2clip.data import decode_image
 from llm2clip.evaluation.encoders import TransformersEncoder, open_encoder
+from llm2clip.evaluation.encoders.patches import patch_embeddings
 from llm2clip.utils.non_finite import NonFiniteError
 from modeling_llm2clip import with_pillow
 
@@ -81,7 +82,15 @@ def test_pixels_of_any_size_are_normalised(opened: tuple[Any, Any, TransformersE
     scaled = torch.tensor(list(image.tobytes())).view(28, 28, 3).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std"))
     torch.testing.assert_close(pixels, (scaled - mean) / std)
-    assert encoder.prepare_pixels(IMAGES[0])["pixel_values"].shape == (3, 30, 40)
+    inputs = {"pixel_values": encoder.prepare_pixels(IMAGES[0])["pixel_values"][None]}
+    assert inputs["pixel_values"].shape == (1, 3, 30, 40)
+    if encoder.transform.image_processor.model_input_names != ["pixel_values"]:
+        with pytest.raises(ValueError, match="not known for a siglip2_vision_model tower"):
+            encoder.forward_patches(inputs)
+        return
+    patches = encoder.forward_patches(inputs)
+    assert patches.shape == (1, 5, 6, encoder.width)
+    torch.testing.assert_close(patches, patch_embeddings(encoder.model, inputs["pixel_values"], values_only=True))
 
 
 def test_the_fingerprint_depends_on_weights_and_preprocessing(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
+from llm2clip.evaluation.encoders.patches import patch_embeddings
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.model_identity import weights_checksum
 from llm2clip.utils.non_finite import require_finite_rows
@@ -92,12 +93,12 @@ class TowerEncoder(ABC):
     def pooled_features(self, inputs: dict[str, Tensor]) -> Tensor:
         """Compute the pooled features before the projection, `(images, hidden)`; called without gradients."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward_images(self, inputs: dict[str, Tensor]) -> Tensor:
         """Embed a batch of prepared images: unit rows, float32 `(images, width)` on the CPU."""
         return F.normalize(self.image_features(inputs).float(), dim=-1).cpu()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward_features(self, inputs: dict[str, Tensor], projected: bool = False) -> Tensor:
         """Pooled features before the projection, float32 `(images, hidden)` on the CPU; with `projected` after it.
 
@@ -105,6 +106,15 @@ class TowerEncoder(ABC):
         """
         features = self.image_features(inputs) if projected else self.pooled_features(inputs)
         return features.float().cpu()
+
+    @torch.no_grad()
+    def forward_patches(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Patch embeddings after MaskCLIP of images from [`prepare_pixels`]: `(images, rows, columns, width)`, CPU.
+
+        Raises:
+            ValueError: The vision tower has no patches that MaskCLIP could embed; see [`patch_embeddings`].
+        """
+        return patch_embeddings(self.model, inputs["pixel_values"], values_only=True).cpu()
 
     @abstractmethod
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -126,7 +136,7 @@ class ClipEncoder(TowerEncoder):
     def text_features(self, tokens: list[Any]) -> Tensor:
         """Compute `(texts, width)`, not normalised, of items of [`tokenize`]; called without gradients."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Embed texts in batches of similar length: unit rows, float32 `(texts, width)` on the CPU.
 

@@ -52,7 +52,7 @@ class OpenClipEncoder(ClipEncoder):
         self.transform = Compose(steps[:-2]) if self.normalises else transform
         self.normalisation = steps[-1] if self.normalises else None
         self.input_dtype = getattr(torch, dtype)
-        with torch.inference_mode():
+        with torch.no_grad():
             self.width = self.text_features(list(self.tokenize(["a"])[0])).shape[-1]
 
     @classmethod

@@ -69,7 +69,7 @@ class TransformersEncoder(ClipEncoder):
             or "attention_mask" not in self.tokenizer.model_input_names
             or model.config.model_type in FULL_LENGTH
         )
-        with torch.inference_mode():
+        with torch.no_grad():
             self.width = self.text_features(list(self.tokenize(["a"])[0])).shape[-1]
 
     @classmethod
