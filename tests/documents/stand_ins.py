@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPCo
 from llm2clip.convert.original import to_original
 from llm2clip.convert.published import published_models
 from llm2clip.recipes import find_recipe, load_recipe
-from tests.documents.reading import ROOT
+from tests.documents.reading import ROOT, blocks
 from tests.golden import FOLDER as GOLDEN
 from tests.llm2clip import tiny
 from tests.llm2clip.convert.checkpoints import microsoft_openai_names
@@ -146,6 +146,23 @@ def small_profile(name: str, path: Path) -> None:
     path.write_text(yaml.safe_dump(profile))
 
 
+def benchmarks(folder: Path) -> None:
+    """Write the files of the documented benchmark below the folder of all sets."""
+    images = folder / "museum/images"
+    images.mkdir(parents=True)
+    for row, name in zip(rows(3), ("vase.png", "beetle.png", "pot.png"), strict=True):
+        row["image"].save(images / name)
+    lines = ["image,caption", 'vase.png," a vase, Greek"', "beetle.png,ein Käfer aus Gold", "pot.png,a vase"]
+    lines += ["vase.png,a vase", "pot.png,"]
+    (folder / "museum/captions.csv").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+
+
+def documented_benchmark(path: Path) -> None:
+    """Write the benchmark that docs/evaluate.md shows."""
+    (shown,) = (content for _, content in blocks("docs/evaluate.md") if "BENCHMARKS = [" in content)
+    path.write_text(shown)
+
+
 def photo(path: Path) -> None:
     """Save an image of noise."""
     Image.effect_noise((60, 40), 80).convert("RGB").save(path)
@@ -186,12 +203,14 @@ FOLDERS: dict[str, Builder] = {
     "data/text_pairs": text_pairs,
     "data/captions": partial(captions_csv, ["short_caption", "long_caption"]),
     "data/cc3m": shards,
+    "benchmarks": benchmarks,
     "data/mine": partial(table, {"caption": "caption"}, ("train", "validation")),
 }
 # Files, and folders of the checkout.
 FILES: dict[str, Builder] = {
     "examples": lambda path: path.symlink_to(ROOT / "examples"),
     "training": lambda path: path.symlink_to(ROOT / "training"),
+    "museum.py": documented_benchmark,
     "photo.jpg": photo,
     "default.yaml": partial(small_profile, "default"),
     "full.yaml": partial(small_profile, "full"),

@@ -37,6 +37,18 @@ from llm2clip.evaluation import (
 from llm2clip.evaluation import (
     retrieval_metrics as retrieval_metrics,
 )
+from llm2clip.evaluation.benchmarks.base import (
+    Benchmark as Benchmark,
+)
+from llm2clip.evaluation.benchmarks.base import (
+    BenchmarkError as BenchmarkError,
+)
+from llm2clip.evaluation.benchmarks.data import (
+    BenchmarkImages as BenchmarkImages,
+)
+from llm2clip.evaluation.benchmarks.data import (
+    RetrievalData as RetrievalData,
+)
 from llm2clip.evaluation.clip_benchmark import (
     load_clip as load_clip,
 )
@@ -45,6 +57,9 @@ from llm2clip.evaluation.heat_map import (
 )
 from llm2clip.evaluation.mteb_encoder import (
     LLM2CLIPEncoder as LLM2CLIPEncoder,
+)
+from llm2clip.evaluation.protocols.retrieval import (
+    RetrievalProtocol as RetrievalProtocol,
 )
 from llm2clip.hub.build import (
     build_folder as build_folder,

@@ -108,7 +108,7 @@ def test_every_image_of_a_text_of_chinese_clip_is_right(tmp_path: Path) -> None:
     ("image", "text", "message"),
     [
         ("7\tabc", {"text": "b", "image_ids": [7]}, r"line 1 of .*test_imgs\.tsv: image 7 is not base64"),
-        ("7\tab*=", {"text": "b", "image_ids": [7]}, r"line 1 of .*test_imgs\.tsv: image 7 is not base64"),
+        ("7\taaaa*", {"text": "b", "image_ids": [7]}, r"line 1 of .*test_imgs\.tsv: image 7 is not base64"),
         ("7 aaaa", {"text": "b", "image_ids": [7]}, r"line 1 of .*test_imgs\.tsv is not id, a tab and base64"),
         ("7\taaaa", {"text": "b", "image_ids": 7}, "text 1 of .* has no list of image_ids, but 7"),
         ("7\taaaa", {"text": "b", "image_ids": []}, r"text 1 of .* has no list of image_ids, but \[\]"),

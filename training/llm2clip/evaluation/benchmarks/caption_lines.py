@@ -11,7 +11,7 @@ from llm2clip.evaluation.benchmarks.data import RetrievalData
 from llm2clip.evaluation.benchmarks.files import find_images, group_captions, read_lines
 
 # One blank or tab ends the key; all that follows is the caption.
-KEY = re.compile(r"(?P<image>[^#\s]+)#(?P<number>\S+)[ \t](?P<caption>.*)", re.DOTALL)
+KEY = re.compile(r"(?P<image>[^#\s]+)#(?P<number>\S+)[ \t](?P<caption>.*)")
 
 
 def read_comma_lines(file: Path) -> dict[str, list[str]]:
