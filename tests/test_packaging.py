@@ -27,6 +27,7 @@ assert (data / "concepts" / "test.parquet").is_file() and (data / "README.md").i
 assert resources.files("llm2clip.hub_configs").is_dir()
 metrics = resources.files("llm2clip.evaluation.evaluate_modules")
 assert (metrics / "retrieval_recall" / "retrieval_recall.py").is_file()
+assert (resources.files("llm2clip.evaluation") / "class_data" / "imagenet.json").is_file()
 assert (resources.files("modeling_llm2clip") / "py.typed").is_file()
 print(find_recipe("quickstart_default"), find_recipe("stage1_paper"))
 """

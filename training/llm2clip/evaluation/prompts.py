@@ -1,0 +1,100 @@
+"""Names of classes and prompt templates of zero-shot classification, by name or from files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from llm2clip.evaluation.benchmarks.base import BenchmarkError
+from llm2clip.evaluation.benchmarks.files import read_lines
+from llm2clip.utils.files import digest_json
+
+PLACE = "{c}"
+# OpenAI's 80 templates for ImageNet, the seven that it found to be nearly as good, the one of LLM2CLIP's paper,
+# and OpenAI's for CIFAR. The names and templates are identical in the code of OpenAI, open_clip, CLIP_benchmark and
+# LLM2CLIP, slips such as "a origami {c}." included.
+TEMPLATE_SETS = ("openai-80", "openai-7", "paper", "openai-cifar")
+
+
+@cache
+def _class_data() -> dict[str, Any]:
+    file = resources.files("llm2clip.evaluation") / "class_data" / "imagenet.json"
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def imagenet_classes() -> dict[str, str]:
+    """Return OpenAI's name of each of the 1,000 classes by WordNet id, in the order of the labels.
+
+    Two names stand for two classes each, `missile` and `sunglasses`: images of these four tie.
+    """
+    return dict(_class_data()["classes"])
+
+
+def imagenet_subset(name: str) -> list[str]:
+    """Return the WordNet ids of the 200 classes of ImageNet-A (`a`), -R (`r`) or -O (`o`), by label."""
+    return list(_class_data()["subsets"][name])
+
+
+def template_set(name: str) -> list[str]:
+    """Return the templates of a set of `TEMPLATE_SETS`."""
+    return list(_class_data()["templates"][name])
+
+
+def choose_templates(name: str) -> list[str]:
+    """Return the templates of a set, or of a file with one template a line.
+
+    Args:
+        name: A name of `TEMPLATE_SETS`, or a path.
+
+    Raises:
+        BenchmarkError: There is neither, or a template has no `{c}`, the place of the name.
+    """
+    if name in TEMPLATE_SETS:
+        return template_set(name)
+    if not Path(name).is_file():
+        raise BenchmarkError(f"there is no template set or file {name}; the sets are {', '.join(TEMPLATE_SETS)}.")
+    return read_templates(Path(name))
+
+
+def read_templates(path: Path) -> list[str]:
+    """Read a file with one template a line.
+
+    Raises:
+        BenchmarkError: A template has no `{c}`, or the file has none.
+    """
+    templates = read_names(path)
+    for number, template in enumerate(templates, 1):
+        if PLACE not in template:
+            raise BenchmarkError(f"line {number} of {path} has no {PLACE}, the place of the class: {template!r}.")
+    return templates
+
+
+def read_names(path: Path) -> list[str]:
+    """Read a file with one name a line, without blanks around it, as CLIP_benchmark does; blank lines may end it.
+
+    Raises:
+        BenchmarkError: A line between others is blank, or the file is empty.
+    """
+    names = [line.strip() for line in read_lines(path)]
+    while names and not names[-1]:
+        del names[-1]
+    if "" in names or not names:
+        raise BenchmarkError(f"line {names.index('') + 1 if names else 1} of {path} is blank.")
+    return names
+
+
+def name_of_templates(templates: Sequence[str]) -> str:
+    """Identify templates in a result: the name of their set, or their number and checksum."""
+    for name in TEMPLATE_SETS:
+        if list(templates) == template_set(name):
+            return name
+    return f"{len(templates)} templates ({digest_json(list(templates))})"
+
+
+def prompts(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Put every name into every template: the texts of the first class, then those of the next."""
+    return [template.replace(PLACE, name) for name in classnames for template in templates]
