@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.evaluation.benchmarks.base import GROUPS, Benchmark
+from llm2clip.evaluation.protocols.linear_probe import probe_by_name
 
 ALL_FOUND = "all-found"
 
@@ -30,6 +31,8 @@ def all_benchmarks() -> dict[str, Benchmark]:
 def choose_benchmarks(names: Iterable[str], data: Path) -> list[Benchmark]:
     """Choose benchmarks by name, group, `all-found` or the path of a Python file with a list `BENCHMARKS`.
 
+    Linear probes have names such as `cifar10-probe-sgd`; no group contains them, nor does `all-found`.
+
     Args:
         data: The folder in which `all-found` looks for their files.
 
@@ -44,6 +47,8 @@ def choose_benchmarks(names: Iterable[str], data: Path) -> list[Benchmark]:
             some = [benchmark for benchmark in known.values() if name in benchmark.groups]
         elif name == ALL_FOUND:
             some = [benchmark for benchmark in known.values() if benchmark.find(data) is not None]
+        elif (probe := probe_by_name(name, known)) is not None:
+            some = [probe]
         elif name.endswith(".py"):
             some = list(_from_file(Path(name)).BENCHMARKS)
         else:

@@ -155,6 +155,9 @@ class Benchmark:
             set is distributed in several forms.
         own_markers: The same, but only below a folder named `folder`, because their names alone say little, such as
             `test.json`.
+        read_train: Reads the train images too, for the linear probes of the set, which have the names
+            `NAME-probe-sgd`, `NAME-probe-lbfgs` and `NAME-probe-openai`; None if it has no train images.
+        train_markers: Further files or folders that must be there for those.
     """
 
     name: str
@@ -172,6 +175,8 @@ class Benchmark:
     more_markers: tuple[str, ...] = ()
     other_markers: tuple[str, ...] = ()
     own_markers: tuple[str, ...] = ()
+    read_train: Callable[[Path], Any] | None = None
+    train_markers: tuple[str, ...] = ()
 
     def find(self, data: Path) -> Path | None:
         """Return the folder of its files below `data`, or `data` itself if they lie there; None if there are none."""

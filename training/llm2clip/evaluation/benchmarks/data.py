@@ -94,8 +94,8 @@ class ClassificationData:
     mean_per_class: bool = False
 
     def counts(self) -> dict[str, int]:
-        """Numbers of images and classes."""
-        return {"images": len(self.images), "classes": len(self.classnames)}
+        """Numbers of images and of classes that have some."""
+        return {"images": len(self.images), "classes": len(self.labels.unique())}
 
 
 @dataclass

@@ -1,0 +1,65 @@
+"""Fashion-MNIST in its idx files."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
+from llm2clip.evaluation.benchmarks.base import BenchmarkError
+from llm2clip.evaluation.benchmarks.fashion_mnist import read_idx
+from modeling_llm2clip.image_decoding_llm2clip import decode_image
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes() + array.tobytes()
+
+
+def write_part(folder: Path, part: str, labels: list[int], packed: bool = True) -> None:
+    images = np.arange(len(labels) * 6, dtype=np.uint8).reshape(-1, 2, 3)
+    folder.mkdir(exist_ok=True)
+    for name, array in (("images-idx3", images), ("labels-idx1", np.array(labels, dtype=np.uint8))):
+        path = folder / f"{part}-{name}-ubyte{'.gz' if packed else ''}"
+        path.write_bytes(gzip.compress(idx(array)) if packed else idx(array))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_images_and_labels_are_read_with_or_without_gz(tmp_path: Path, packed: bool) -> None:
+    folder = tmp_path / "fashion-mnist"
+    write_part(folder, "t10k", [9, 0], packed)
+    benchmark = all_benchmarks()["fashion-mnist"]
+    data = benchmark.read(benchmark.find(tmp_path))  # type: ignore[arg-type]
+    assert data.labels.tolist() == [9, 0]
+    image = data.images.decode(1, decode_image)
+    assert (image.mode, image.size) == ("RGB", (3, 2))
+    assert image.getpixel((1, 1)) == (10, 10, 10)
+    assert [data.classnames[label] for label in (0, 9)] == ["T-shirt/top", "Ankle boot"]
+    assert len(data.templates) == 80
+    write_part(folder, "train", [1, 2, 3], packed)
+    (probe,) = choose_benchmarks(["fashion-mnist-probe-sgd"], tmp_path)
+    assert probe.read(folder).train.labels.tolist() == [1, 2, 3]
+
+
+def test_missing_and_broken_files_are_refused(tmp_path: Path) -> None:
+    write_part(tmp_path, "t10k", [1, 2])
+    read = all_benchmarks()["fashion-mnist"].read
+    labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    whole = labels.read_bytes()
+    labels.write_bytes(whole[:-6])
+    with pytest.raises(BenchmarkError, match=r"labels-idx1-ubyte\.gz is damaged"):
+        read(tmp_path)
+    labels.write_bytes(gzip.compress(idx(np.zeros(3, dtype=np.uint8))))
+    with pytest.raises(BenchmarkError, match=r"t10k has images \(2, 2, 3\), but labels \(3,\)"):
+        read(tmp_path)
+    labels.write_bytes(gzip.compress(idx(np.zeros(3, dtype=np.uint8))[:-1]))
+    with pytest.raises(BenchmarkError, match=r"has 2 bytes for an array \(3,\)"):
+        read(tmp_path)
+    labels.write_bytes(gzip.compress(b"\x00\x00\x0d\x01"))
+    with pytest.raises(BenchmarkError, match="is not an idx file of unsigned bytes"):
+        read_idx(tmp_path / "t10k-labels-idx1-ubyte")
+    labels.unlink()
+    with pytest.raises(BenchmarkError, match=r"there is no file .*labels-idx1-ubyte or t10k-labels-idx1-ubyte.gz"):
+        read(tmp_path)

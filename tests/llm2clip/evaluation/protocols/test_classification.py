@@ -1,0 +1,208 @@
+"""Zero-shot classification: against values by hand, the original code's tensors, scikit-learn and CLIP_benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from clip_benchmark.metrics import zeroshot_classification
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader
+
+from llm2clip.evaluation.benchmarks import all_benchmarks
+from llm2clip.evaluation.benchmarks.base import BenchmarkError, Measurement
+from llm2clip.evaluation.benchmarks.data import BenchmarkImages, ClassificationData
+from llm2clip.evaluation.prompts import prompts
+from llm2clip.evaluation.protocols.classification import (
+    ZeroShotClassification,
+    class_embeddings,
+    label_ranks,
+    with_prompts,
+)
+from tests.golden import load_golden
+from tests.llm2clip.evaluation.fake_session import FakeSession
+
+TEMPLATES = ["a {c}.", "the {c}", "{c}: a {c}"]
+
+
+def data_of(labels: list[int] | Tensor, classnames: list[str], **fields: Any) -> ClassificationData:
+    images = BenchmarkImages([str(row).encode() for row in range(len(labels))])
+    return ClassificationData(images, torch.as_tensor(labels), classnames, **fields)
+
+
+def table_of(classnames: list[str], templates: list[str], embeds: Tensor) -> dict[str, Tensor]:
+    """Give the prompts of each class the embeddings `(classes, templates, width)`."""
+    return dict(zip(prompts(classnames, templates), embeds.flatten(0, 1), strict=True))
+
+
+def measure(images: Any, data: ClassificationData, texts: Any, **options: Any) -> Measurement:
+    return ZeroShotClassification(**options).measure(FakeSession(images, texts), data)
+
+
+def random_set(classes: int = 7, images: int = 200, width: int = 12) -> tuple[Tensor, ClassificationData, Any, Tensor]:
+    """Images near their classes, of uneven numbers; one class has none."""
+    generator = torch.Generator().manual_seed(3)
+    centres = torch.randn(classes, width, generator=generator)
+    labels = (torch.rand(images, generator=generator) ** 2 * (classes - 1)).long()
+    rows = centres[labels] + 1.2 * torch.randn(images, width, generator=generator)
+    embeds = centres[:, None] + torch.randn(classes, len(TEMPLATES), width, generator=generator)
+    names = [f"name {label}" for label in range(classes)]
+    data = data_of(labels, names, templates=TEMPLATES)
+    return rows, data, table_of(names, TEMPLATES, embeds), embeds
+
+
+def test_prompts_are_scaled_averaged_and_scaled_again() -> None:
+    """By hand: long vectors count as much as short ones."""
+    data = data_of([0, 1], ["dog", "cat"], templates=["{c}", "a {c}"])
+    table = {"dog": [100.0, 0.0], "a dog": [0.0, 1.0], "cat": [0.0, 1.0], "a cat": [0.0, 5.0]}
+    session = FakeSession([[1.0, 0.9], [0.1, 1.0]], table)
+    found = ZeroShotClassification().measure(session, data)
+    assert found.scores == {"top1": 1.0, "mean_per_class": 1.0}
+    texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    half = 0.5**0.5
+    torch.testing.assert_close(class_embeddings(texts, 2), torch.tensor([[half, half], [0.0, 1.0]]))
+    assert session.embedded == [["dog", "a dog", "cat", "a cat"], 2]
+
+
+def test_classifier_logits_and_accuracies_equal_the_original_code() -> None:
+    golden = load_golden("zero_shot_a")
+    texts = golden["in/class_template_embeddings"] @ golden["in/text_projection"]
+    classes = class_embeddings(normalize(texts, dim=-1).flatten(0, 1), len(texts))
+    golden.close(classes.T, "out/classifier")
+    golden.close(100 * normalize(golden["in/images"], dim=-1) @ classes.T, "out/logits")
+    names, templates = [f"class {row}" for row in range(len(texts))], [f"{{c}} {row}" for row in range(texts.shape[1])]
+    data = data_of(golden["in/target"], names, templates=templates)
+    found = measure(golden["in/images"], data, table_of(names, templates, texts))
+    assert {name: found.scores[name] for name in ("top1", "top5")} == golden.meta["metrics"]
+
+
+def test_scores_equal_scikit_learn() -> None:
+    images, data, table, embeds = random_set()
+    found = measure(images, data, table)
+    classes = normalize(normalize(embeds, dim=-1).mean(1), dim=-1)
+    logits, labels = (normalize(images) @ classes.T).numpy(), data.labels.numpy()
+    assert found.scores["top1"] == pytest.approx((logits.argmax(1) == labels).mean())
+    assert found.scores["top5"] == pytest.approx(top_k_accuracy_score(labels, logits, k=5, labels=range(7)))
+    assert found.scores["mean_per_class"] == pytest.approx(balanced_accuracy_score(labels, logits.argmax(1)))
+    assert found.scores["mean_per_class"] != pytest.approx(found.scores["top1"], abs=0.01)
+    assert found.counts["classes"] == 7
+    assert found.counts["classes_with_images"] == len(data.labels.unique()) == 6
+    by_class = found.groups["class"]
+    assert set(by_class) == {f"name {label}" for label in range(6)}
+    right = logits.argmax(1)[labels == 2] == 2
+    assert by_class["name 2"] == {"top1": pytest.approx(right.mean()), "images": len(right)}
+    # What intervals are drawn from: the mean of the means of parts is the score.
+    parts, values = found.strata["mean_per_class"], found.values["mean_per_class"]
+    means = [values[parts == part].mean().item() for part in parts.unique()]
+    assert sum(means) / len(means) == pytest.approx(found.scores["mean_per_class"])
+
+
+class Pictures(torch.utils.data.Dataset):
+    def __init__(self, rows: Tensor, labels: Tensor, classes: list[str]) -> None:
+        self.rows, self.labels, self.classes = rows, labels, classes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        return self.rows[row], int(self.labels[row])
+
+
+class Tokens(list):
+    def to(self, device: str) -> Tokens:
+        return self
+
+
+class TableModel(torch.nn.Module):
+    def __init__(self, table: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.table = table
+
+    def encode_text(self, texts: Tokens) -> Tensor:
+        return torch.stack([self.table[text] for text in texts])
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return images
+
+
+def test_clip_benchmark_gives_the_same_integers_with_the_same_embeddings() -> None:
+    images, data, table, _ = random_set()
+    found = measure(images, data, table)
+    model, loader = TableModel(table), DataLoader(Pictures(images, data.labels, data.classnames), batch_size=32)
+    classifier = zeroshot_classification.zero_shot_classifier(
+        model, Tokens, data.classnames, TEMPLATES, "cpu", amp=False
+    )
+    logits, targets = zeroshot_classification.run_classification(model, classifier, loader, "cpu", amp=False)
+    # Its accuracy: that of `zeroshot_classification.accuracy`, which fails with NumPy 2.4.
+    ranked = logits.topk(5, 1, True, True)[1] == targets[:, None]
+    for k in (1, 5):
+        assert found.values[f"top{k}"].sum().item() == ranked[:, :k].sum().item()
+    assert 0 < found.scores["top1"] < found.scores["top5"] < 1
+    assert found.scores["mean_per_class"] == pytest.approx(balanced_accuracy_score(targets, logits.argmax(axis=1)))
+
+
+def test_classes_that_score_the_same_count_with_their_expected_value() -> None:
+    """Both `missile`s of ImageNet have the same prompts; no order of classes decides between them."""
+    data = data_of([0, 1, 2], ["missile", "missile", "dog"], templates=["{c}"])
+    found = measure([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], data, {"missile": [1.0, 0.0], "dog": [0.0, 1.0]})
+    assert found.values["top1"].tolist() == pytest.approx([0.5, 0.5, 1.0])
+    assert found.counts["tied_images"] == 2
+    assert set(found.groups["class"]) == {"missile (0)", "missile (1)", "dog"}
+
+
+def test_the_compared_score_comes_first_and_is_part_of_the_protocol() -> None:
+    images, data, table, _ = random_set()
+    plain = measure(images, data, table)
+    data.mean_per_class = True
+    found = measure(images, data, table)
+    assert next(iter(plain.scores)) == plain.protocol["compared"] == "top1"
+    assert next(iter(found.scores)) == found.protocol["compared"] == "mean_per_class"
+    assert found.scores == plain.scores
+
+
+def test_top_5_is_left_out_below_five_classes_and_truncated_prompts_are_counted() -> None:
+    data = data_of([0, 1], ["dog", "cat with a hat"], templates=["{c}", "a {c}"])
+    table = {text: [1.0, 0.0] if "dog" in text else [0.0, 1.0] for text in prompts(data.classnames, data.templates)}
+    session = FakeSession([[1.0, 0.0], [0.0, 1.0]], table, max_words=3)
+    found = ZeroShotClassification().measure(session, data)
+    assert "top5" not in found.scores
+    assert (found.counts["texts"], found.counts["truncated_texts"]) == (4, 2)
+
+
+def test_broken_labels_scores_and_names_are_refused() -> None:
+    data = data_of([0, 2], ["dog", "cat"], templates=["{c}"])
+    table = {"dog": [1.0, 0.0], "cat": [0.0, 1.0]}
+    with pytest.raises(BenchmarkError, match="labels are 0 to 2, but there are 2 classes"):
+        measure([[1.0, 0.0], [0.0, 1.0]], data, table)
+    with pytest.raises(BenchmarkError, match="3 names are given for 2 classes"):
+        measure([[1.0, 0.0], [0.0, 1.0]], data, table, classnames=("a", "b", "c"))
+    with pytest.raises(BenchmarkError, match="NaN"):
+        label_ranks(torch.tensor([[float("nan"), 0.0]]), torch.tensor([0]))
+
+
+def test_own_templates_and_names_replace_those_of_the_set_and_are_named_in_the_protocol(tmp_path: Path) -> None:
+    (tmp_path / "templates.txt").write_text("ein Bild: {c}\n", encoding="utf-8")
+    (tmp_path / "names.txt").write_text("Hund\nKatze\n", encoding="utf-8")
+    benchmarks = [all_benchmarks()["fashion-mnist"]]
+    (changed,) = with_prompts(benchmarks, str(tmp_path / "templates.txt"), str(tmp_path / "names.txt"))
+    data = data_of([0, 1], ["dog", "cat"])
+    table = {"ein Bild: Hund": [1.0, 0.0], "ein Bild: Katze": [0.0, 1.0]}
+    session = FakeSession([[1.0, 0.0], [0.0, 1.0]], table)
+    found = changed.protocol.measure(session, data)
+    assert session.embedded[0] == ["ein Bild: Hund", "ein Bild: Katze"]
+    assert set(found.groups["class"]) == {"Hund", "Katze"}
+    (named,) = with_prompts(benchmarks, "paper")
+    table = {"a photo of the dog": [1.0, 0.0], "a photo of the cat": [0.0, 1.0]}
+    paper = named.protocol.measure(FakeSession([[1.0, 0.0], [0.0, 1.0]], table), data)
+    assert paper.protocol["templates"] == "paper"
+    assert found.protocol["templates"] != "paper"
+    assert found.protocol["classnames"] != paper.protocol["classnames"] == "of the set"
+    assert with_prompts(benchmarks) == benchmarks
+    with pytest.raises(BenchmarkError, match="are for benchmarks of zero-shot classification"):
+        with_prompts([all_benchmarks()["webdataset-retrieval"]], "paper")
+    with pytest.raises(BenchmarkError, match="no template set or file twenty; the sets are openai-80"):
+        with_prompts(benchmarks, "twenty")

@@ -1,0 +1,177 @@
+"""Linear probes: each recipe against scikit-learn or a direct loop, with its choice of strength."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
+from llm2clip.evaluation.benchmarks.base import BenchmarkError
+from llm2clip.evaluation.benchmarks.data import BenchmarkImages, ClassificationData
+from llm2clip.evaluation.protocols import linear_probe
+from llm2clip.evaluation.protocols.linear_probe import (
+    STRENGTHS,
+    FixedLBFGSProbe,
+    LBFGSProbe,
+    SGDProbe,
+)
+from tests.llm2clip.evaluation.fake_session import FakeSession
+
+CLASSES, WIDTH = 4, 6
+
+
+def part(name: str, labels: Tensor) -> ClassificationData:
+    images = BenchmarkImages([f"{name} {row}".encode() for row in range(len(labels))])
+    return ClassificationData(images, labels, [f"class {label}" for label in range(CLASSES)])
+
+
+def make(sizes: dict[str, int], seed: int = 0) -> tuple[dict[str, ClassificationData], dict[str, Tensor], FakeSession]:
+    """Parts of a set, their features, and a session that knows them; projected features are other ones."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(CLASSES, WIDTH, generator=generator)
+    parts, rows, tables = {}, {}, ({}, {})
+    for name, size in sizes.items():
+        labels = torch.arange(size) % CLASSES
+        features = 3 * (centres[labels] + torch.randn(size, WIDTH, generator=generator))
+        parts[name], rows[name] = part(name, labels), features
+        for content, row in zip(parts[name].images.images, features, strict=True):
+            tables[0][content], tables[1][content] = row, row[:4].flip(0)
+    session = FakeSession({}, {"": [1.0]}, features=tables[0], projected=tables[1])
+    return parts, rows, session
+
+
+def hits_of(model: Any, rows: Tensor, labels: Tensor) -> list[bool]:
+    return (model.predict(rows.numpy()) == labels.numpy()).tolist()
+
+
+def test_sgd_is_that_of_the_paper() -> None:
+    """A direct loop: batches of 1,024 of 1,500 images, constant rate 0.1, momentum 0.9, 50 epochs, raw features."""
+    parts, rows, session = make({"test": 200, "train": 1500})
+    data = parts["test"]
+    data.train = parts["train"]
+    found = SGDProbe().measure(session, data)
+    weight, bias = torch.zeros(CLASSES, WIDTH, requires_grad=True), torch.zeros(CLASSES, requires_grad=True)
+    velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    order = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        permutation = torch.randperm(1500, generator=order)
+        for batch in (permutation[:1024], permutation[1024:]):
+            logits = rows["train"][batch] @ weight.T + bias
+            loss = torch.nn.functional.cross_entropy(logits, data.train.labels[batch])
+            for place, gradient in enumerate(torch.autograd.grad(loss, [weight, bias])):
+                velocity[place] = 0.9 * velocity[place] + gradient
+            with torch.no_grad():
+                weight -= 0.1 * velocity[0]
+                bias -= 0.1 * velocity[1]
+    right = (rows["test"] @ weight.T + bias).argmax(dim=1) == data.labels
+    assert found.values["top1"].tolist() == right.double().tolist()
+    assert 0.5 < found.scores["top1"] < 1
+    assert found.protocol["features"] == "before projection"
+    assert found.counts["train_images"] == 1500
+
+
+def test_openai_readme_is_scikit_learn_with_its_constant_on_projected_features() -> None:
+    parts, rows, session = make({"test": 100, "train": 200})
+    data = parts["test"]
+    data.train = parts["train"]
+    found = FixedLBFGSProbe().measure(session, data)
+    train, test = (rows[name][:, :4].flip(1) for name in ("train", "test"))
+    model = LogisticRegression(random_state=0, C=0.316, max_iter=1000).fit(train.numpy(), data.train.labels.numpy())
+    assert found.values["top1"].tolist() == [float(hit) for hit in hits_of(model, test, data.labels)]
+    assert found.scores["top1"] < 1
+    assert found.protocol["C"] == 0.316
+
+
+def test_lbfgs_chooses_by_the_validation_part_and_trains_on_both() -> None:
+    parts, rows, session = make({"test": 120, "train": 80, "val": 60})
+    data = parts["test"]
+    data.train, data.validation = parts["train"], parts["val"]
+    found = LBFGSProbe().measure(session, data)
+    chosen = STRENGTHS[found.counts["strength_step"]]
+
+    def fit(strength: float, names: list[str]) -> Any:
+        features = torch.cat([rows[name] for name in names]).numpy()
+        labels = torch.cat([parts[name].labels for name in names]).numpy()
+        return LogisticRegression(C=strength, max_iter=1000, random_state=0).fit(features, labels)
+
+    model = fit(chosen, ["train", "val"])
+    assert found.values["top1"].tolist() == [float(hit) for hit in hits_of(model, rows["test"], data.labels)]
+    # No other strength of the first round is better on the validation part.
+    accuracies = {
+        strength: np.mean(hits_of(fit(strength, ["train"]), rows["val"], parts["val"].labels))
+        for strength in [*STRENGTHS[::16], chosen]
+    }
+    assert accuracies[chosen] == max(accuracies.values())
+    assert found.counts["validation_images"] == 60
+    assert found.protocol["validation"] == "of the set"
+
+
+def test_strengths_are_clips_and_the_peak_is_found_by_bisection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 per decade between 1e-6 and 1e6; a peak at step 37 is found in 15 fits, each of another strength."""
+    assert STRENGTHS[::16] == pytest.approx([1e-6, 1e-4, 1e-2, 1, 1e2, 1e4, 1e6])
+    assert len(STRENGTHS) == 97
+    tried: list[int] = []
+
+    def fit(features: Tensor, labels: Tensor, images: Tensor, classes: int, strength: float, _: int) -> Tensor:
+        tried.append(STRENGTHS.index(strength))
+        wrong = abs(tried[-1] - 37)
+        return torch.stack([torch.where(torch.arange(100) < wrong, -1.0, 1.0), torch.zeros(100)], dim=1)
+
+    monkeypatch.setattr(linear_probe, "_logistic_regression", fit)
+    zeros = torch.zeros(100, dtype=torch.int64)
+    assert LBFGSProbe().choose(torch.zeros(100, 1), torch.ones(100).long(), torch.zeros(100, 1), zeros) == 37
+    assert tried == [*range(0, 97, 16), 24, 40, 36, 44, 34, 38, 35, 37]
+
+
+def test_without_a_validation_part_every_fifth_image_of_a_class_is_held_out() -> None:
+    parts, _, session = make({"test": 40, "train": 60})
+    data = parts["test"]
+    data.train = parts["train"]
+    found = LBFGSProbe().measure(session, data)
+    assert (found.counts["train_images"], found.counts["validation_images"]) == (60, 12)
+    assert found.protocol["validation"] == "every 5th train image of a class"
+    labels = torch.tensor([0] * 10 + [1] * 4 + [2] * 5)
+    assert linear_probe._every_nth_of_class(labels).nonzero()[:, 0].tolist() == [4, 9, 18]
+    with pytest.raises(BenchmarkError, match="no class has 5 train images"):
+        linear_probe._every_nth_of_class(torch.tensor([0, 0, 1, 1]))
+
+
+def test_two_classes_and_a_class_without_train_images_have_logits_of_all_classes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([1, 3]).repeat(20)
+    features = torch.randn(40, 3, generator=generator) + labels[:, None]
+    logits = linear_probe._logistic_regression(features, labels, features, 4, 1.0, 100)
+    model = LogisticRegression(max_iter=100, random_state=0).fit(features.numpy(), labels.numpy())
+    assert logits.argmax(dim=1).tolist() == model.predict(features.numpy()).tolist()
+    assert logits[:, [0, 2]].eq(-torch.inf).all()
+
+
+def test_a_set_without_train_images_and_a_diverged_probe_are_refused() -> None:
+    parts, _, session = make({"test": 8, "train": 8})
+    data = parts["test"]
+    with pytest.raises(BenchmarkError, match="needs train images of at least two classes"):
+        SGDProbe().measure(session, data)
+    data.train = parts["train"]
+    session.features = {content: torch.as_tensor(row) * 1e30 for content, row in session.features.items()}
+    with pytest.raises(BenchmarkError, match="has diverged"):
+        SGDProbe().measure(session, data)
+
+
+def test_probes_are_chosen_by_names_of_their_own() -> None:
+    names = ["cifar10-probe-sgd", "cifar10-probe-lbfgs", "fashion-mnist-probe-openai"]
+    found = choose_benchmarks(names, Path())
+    assert [type(benchmark.protocol) for benchmark in found] == [SGDProbe, LBFGSProbe, FixedLBFGSProbe]
+    assert [benchmark.name for benchmark in found] == names
+    assert found[0].counts == all_benchmarks()["cifar10"].counts
+    assert "data_batch_3.bin" in found[0].more_markers
+    for name in ("imagenet-v2-probe-sgd", "cifar10-probe-adam", "cifar-probe-sgd"):
+        with pytest.raises(
+            ValueError, match=rf"there is no '{name}': linear probes are NAME-probe-sgd\|lbfgs\|openai"
+        ):
+            choose_benchmarks([name], Path())

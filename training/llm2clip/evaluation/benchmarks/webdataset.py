@@ -1,0 +1,181 @@
+r"""Sets in the form of CLIP_benchmark: tars of images with labels or captions, numbered from 0.
+
+`SPLIT/nshards.txt` says how many tars there are. A sample's files share a key: `s0000000.webp` with `s0000000.cls`, a
+label, or `s0000000.txt`, captions by line in which `\n` stands for the end of a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
+from llm2clip.evaluation.benchmarks.data import BenchmarkImages, ClassificationData, RetrievalData
+from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, FilePart, list_tar
+from llm2clip.evaluation.benchmarks.files import read_text
+from llm2clip.evaluation.benchmarks.image_folder import NamedFolder, labelled
+from llm2clip.evaluation.prompts import read_names, read_templates
+from llm2clip.evaluation.protocols.classification import ZeroShotClassification
+from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
+
+# In CLIP_benchmark's order of preference.
+IMAGES = ("webp", "png", "jpg", "jpeg")
+TYPE, CLASSNAMES, TEMPLATES = "dataset_type.txt", "classnames.txt", "zeroshot_classification_templates.txt"
+T = TypeVar("T")
+
+
+def read_classification(folder: Path, with_train: bool = False, mean_per_class: bool = False) -> ClassificationData:
+    """Read the test images with their labels and, for a probe, the train images.
+
+    Raises:
+        BenchmarkError: It is a set of captions or of several labels an image, has no names of classes, or is broken.
+    """
+    kind = _kind(folder)
+    if kind == "multilabel":
+        raise BenchmarkError(f"{folder} has several labels an image, for which there is no protocol here.")
+    if kind == "retrieval":
+        raise BenchmarkError(f"{folder} has captions, not labels: use webdataset-retrieval.")
+    if not (folder / CLASSNAMES).is_file():
+        raise BenchmarkError(f"{folder} has no {CLASSNAMES}: without names of the classes there are no prompts.")
+    data = _read_split(folder, "test")
+    data.mean_per_class = mean_per_class
+    if with_train:
+        data.train = _read_split(folder, "train")
+    return data
+
+
+def _read_split(folder: Path, split: str) -> ClassificationData:
+    images, keys, labels = _read_samples(folder / split, "cls", lambda content: int(content.decode()))
+    data = labelled(images, labels, read_names(folder / CLASSNAMES))
+    data.images.names = keys
+    if (folder / TEMPLATES).is_file():
+        data.templates = read_templates(folder / TEMPLATES)
+    return data
+
+
+def read_retrieval(folder: Path, split: str = "test") -> RetrievalData:
+    r"""Read images with their captions.
+
+    CLIP_benchmark leaves `\n` in captions as it stands; here it is the end of a line again, which it was written for.
+
+    Raises:
+        BenchmarkError: It is a set of labels, or is broken.
+    """
+    if _kind(folder) != "retrieval":
+        raise BenchmarkError(f"{folder} has labels, not captions: use webdataset.")
+    images, keys, captions = _read_samples(folder / split, "txt", _captions)
+    return RetrievalData.from_captions(BenchmarkImages(images, keys), captions)
+
+
+def _captions(content: bytes) -> list[str]:
+    return [line.replace(r"\n", "\n") for line in content.decode("utf-8").split("\n")]
+
+
+def _kind(folder: Path) -> str:
+    return read_text(folder / TYPE).strip().lower() if (folder / TYPE).is_file() else "classification"
+
+
+def _read_samples(folder: Path, answer: str, parse: Callable[[bytes], T]) -> tuple[ArchivedImages, list[str], list[T]]:
+    """Read the answers of all samples, and where their images are, in the order of the tars."""
+    shards = read_text(folder / "nshards.txt").strip()
+    if not shards.isdecimal():
+        raise BenchmarkError(f"{folder / 'nshards.txt'} has no number: {shards!r:.40}.")
+    images, keys, answers = [], [], []
+    for number in range(int(shards)):
+        path = folder / f"{number}.tar"
+        if not path.is_file():
+            raise BenchmarkError(f"{folder} has {shards} tars by nshards.txt, but no {path.name}.")
+        for key, files in _samples(path):
+            image = next((files[suffix] for suffix in IMAGES if suffix in files), None)
+            if image is None or answer not in files:
+                raise BenchmarkError(
+                    f"sample {key} of {path} needs an image ({', '.join(IMAGES)}) and a .{answer}, "
+                    f"but has {', '.join(f'.{suffix}' for suffix in files)}."
+                )
+            try:
+                answers.append(parse(files[answer].read()))
+            except ValueError as error:
+                raise BenchmarkError(f"{key}.{answer} of {path} is broken: {error}.") from error
+            images.append(image)
+            keys.append(f"{path}/{key}")
+    return ArchivedImages(images), keys, answers
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, FilePart]]]:
+    """Group the files of a tar by key, the name up to the first dot; files of a key follow each other."""
+    sample: tuple[str, dict[str, FilePart]] | None = None
+    for name, part in list_tar(path):
+        place, _, base = name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        key = f"{place}/{stem}" if place else stem
+        if sample is not None and sample[0] != key:
+            yield sample
+            sample = None
+        sample = sample or (key, {})
+        sample[1][suffix.lower()] = part
+    if sample is not None:
+        yield sample
+
+
+# Folder, title, classes and test images (None where they were not verified), whether the mean per class is compared:
+# the sets of classification beside ImageNet and CIFAR that ProCLIP's table has.
+SETS = (
+    ("food101", "Food-101", 101, 25250, False),
+    ("sun397", "SUN397", 397, None, False),
+    ("cars", "Stanford Cars", 196, 8041, False),
+    ("fgvc_aircraft", "FGVC Aircraft", 100, 3333, True),
+    ("vtab-dtd", "DTD", 47, 1880, False),
+    ("vtab-pets", "Oxford Pets", 37, 3669, True),
+    ("vtab-caltech101", "Caltech-101", 102, None, True),
+    ("vtab-flowers", "Oxford Flowers", 102, 6149, True),
+)
+
+
+def _set(folder: str, title: str, classes: int, images: int | None, mean_per_class: bool) -> Benchmark:
+    read = partial(read_classification, mean_per_class=mean_per_class)
+    return NamedFolder(
+        name=folder.removeprefix("vtab-").replace("_", "-"), title=title, groups=("classification",),
+        folder=f"wds_{folder}", marker="test/nshards.txt", more_markers=(CLASSNAMES,),
+        files=f"test/nshards.txt, test/*.tar, {CLASSNAMES}, {TEMPLATES}; train/ for probes.",
+        counts={"classes": classes} | ({"images": images} if images else {}), license="see its page",
+        source=f"huggingface.co/datasets/clip-benchmark/wds_{folder}", read=read, protocol=ZeroShotClassification(),
+        note="The mean per class is compared." if mean_per_class else "",
+        read_train=partial(read, with_train=True), train_markers=("train/nshards.txt",),
+    )  # fmt: skip
+
+
+BENCHMARKS = [
+    Benchmark(
+        name="webdataset",
+        title="webdataset",
+        groups=(),
+        folder="webdataset",
+        marker="test/nshards.txt",
+        more_markers=(CLASSNAMES,),
+        files=f"test/nshards.txt, test/*.tar, {CLASSNAMES}; {TEMPLATES} if wanted; train/ for probes.",
+        counts={},
+        license="see its page",
+        source="any set of huggingface.co/clip-benchmark, or clip_benchmark_export_wds",
+        read=read_classification,
+        protocol=ZeroShotClassification(),
+        read_train=partial(read_classification, with_train=True),
+        train_markers=("train/nshards.txt",),
+    ),
+    Benchmark(
+        name="webdataset-retrieval",
+        title="webdataset",
+        groups=(),
+        folder="webdataset",
+        marker="test/nshards.txt",
+        more_markers=(TYPE,),
+        files=f"test/nshards.txt, test/*.tar, {TYPE} with the word retrieval.",
+        counts={},
+        license="see its page",
+        source="any set of huggingface.co/clip-benchmark, or clip_benchmark_export_wds --retrieval",
+        read=read_retrieval,
+        protocol=RetrievalProtocol(),
+    ),
+    *(_set(*row) for row in SETS),
+]

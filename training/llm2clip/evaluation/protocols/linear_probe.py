@@ -1,0 +1,226 @@
+"""Linear probes: a linear classifier on the features of a frozen vision tower, by three published recipes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError, BenchmarkProtocol, Measurement, Session
+from llm2clip.evaluation.benchmarks.data import ClassificationData
+from llm2clip.evaluation.protocols.classification import label_ranks, measured_ranks
+from llm2clip.utils.progress import progress_bar
+
+# CLIP's strengths: 8 per decade between 1e-6 and 1e6.
+STRENGTHS = [10 ** (-6 + step / 8) for step in range(97)]
+# A peak is looked for among every 16th, then at half the distance on both sides, down to neighbours.
+FIRST_STEP = 16
+HELD_OUT = 5
+
+
+@dataclass(frozen=True)
+class SGDProbe:
+    """The probe of LLM2CLIP's paper: SGD in batches of 1,024, learning rate 0.1, momentum 0.9, 50 epochs, no decay.
+
+    The paper states neither schedule nor layer: here the rate is constant, and features are those before the
+    projection, as they are. The classifier starts from zero, so that the seed decides the order of the images alone.
+    """
+
+    batch_size: int = 1024
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    epochs: int = 50
+    seed: int = 0
+
+    def measure(self, session: Session, data: ClassificationData) -> Measurement:
+        """Train on `data.train`, and on `data.validation` if there is one; measure on `data`."""
+        train = _with_validation(data)
+        features = torch.cat([session.embed_features(part.images) for part in train])
+        labels = torch.cat([part.labels for part in train])
+        logits = self._fit(features, labels, len(data.classnames), session)(session.embed_features(data.images))
+        protocol: dict[str, Any] = {
+            "name": "linear probe, SGD of the paper", "features": "before projection", "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate, "schedule": "constant", "momentum": self.momentum,
+            "weight_decay": 0.0, "epochs": self.epochs, "seed": self.seed,
+        }  # fmt: skip
+        return measured_ranks(label_ranks(logits, data.labels), data, protocol, {"train_images": len(labels)})
+
+    @torch.enable_grad()
+    def _fit(self, features: Tensor, labels: Tensor, classes: int, session: Session) -> Callable[[Tensor], Tensor]:
+        device = session.encoder.device
+        head = nn.Linear(features.shape[1], classes).to(device)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        optimizer = torch.optim.SGD(head.parameters(), self.learning_rate, self.momentum)
+        order = torch.Generator().manual_seed(self.seed)
+        with progress_bar("Training the probe", self.epochs, "epoch") as bar:
+            for _ in range(self.epochs):
+                for rows in torch.randperm(len(features), generator=order).split(self.batch_size):
+                    loss = nn.functional.cross_entropy(head(features[rows].to(device)), labels[rows].to(device))
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                bar.update(advance=1)
+        return lambda rows: head(rows.to(device)).detach().cpu()
+
+
+@dataclass(frozen=True)
+class LBFGSProbe:
+    """The probe of CLIP's paper (appendix A.3): logistic regression by L-BFGS on features before the projection.
+
+    The strength of the L2 regularisation is the one of 97 with the best accuracy on the validation images, found by
+    bisection; then the classifier is trained on train and validation images together. Without a validation part, every
+    fifth image of each class of the train images is held out for the choice.
+    """
+
+    max_iterations: int = 1000
+
+    def measure(self, session: Session, data: ClassificationData) -> Measurement:
+        """Choose the strength, train and measure."""
+        train = _with_validation(data)
+        labels = torch.cat([part.labels for part in train])
+        features = torch.cat([session.embed_features(part.images) for part in train])
+        held_out = torch.zeros(len(labels), dtype=torch.bool)
+        if data.validation is not None:
+            held_out[len(train[0].labels) :] = True
+        else:
+            held_out = _every_nth_of_class(labels)
+        chosen = self.choose(features[~held_out], labels[~held_out], features[held_out], labels[held_out])
+        logits = _logistic_regression(
+            features, labels, session.embed_features(data.images), len(data.classnames), STRENGTHS[chosen],
+            self.max_iterations,
+        )  # fmt: skip
+        protocol = {
+            "name": "linear probe, L-BFGS of CLIP", "features": "before projection", "iterations": self.max_iterations,
+            "strengths": "97 from 1e-6 to 1e6, by bisection",
+            "validation": "of the set" if data.validation is not None else "every 5th train image of a class",
+        }  # fmt: skip
+        counts = {"train_images": len(labels), "validation_images": int(held_out.sum()), "strength_step": chosen}
+        return measured_ranks(label_ranks(logits, data.labels), data, protocol, counts)
+
+    def choose(self, features: Tensor, labels: Tensor, held_out: Tensor, answers: Tensor) -> int:
+        """Return the index in `STRENGTHS` of the best one; of equal ones the one tried first."""
+        classes = int(max(labels.max(), answers.max())) + 1
+        accuracies: dict[int, float] = {}
+
+        def best_of(steps: list[int]) -> int:
+            for step in steps:
+                if step not in accuracies and 0 <= step < len(STRENGTHS):
+                    logits = _logistic_regression(
+                        features, labels, held_out, classes, STRENGTHS[step], self.max_iterations
+                    )
+                    accuracies[step] = (logits.argmax(dim=1) == answers).double().mean().item()
+            return max(accuracies, key=lambda step: accuracies[step])
+
+        peak, distance = best_of(list(range(0, len(STRENGTHS), FIRST_STEP))), FIRST_STEP
+        while distance > 1:
+            distance //= 2
+            peak = best_of([peak - distance, peak + distance])
+        return peak
+
+
+@dataclass(frozen=True)
+class FixedLBFGSProbe:
+    """The probe of OpenAI's README: scikit-learn's logistic regression with C = 0.316 on projected features.
+
+    The features are those after the projection, not scaled to unit length.
+    """
+
+    strength: float = 0.316
+    max_iterations: int = 1000
+
+    def measure(self, session: Session, data: ClassificationData) -> Measurement:
+        """Train and measure."""
+        train = _with_validation(data)
+        labels = torch.cat([part.labels for part in train])
+        features, images = (
+            torch.cat([session.embed_features(part.images, projected=True) for part in parts])
+            for parts in (train, [data])
+        )
+        logits = _logistic_regression(
+            features, labels, images, len(data.classnames), self.strength, self.max_iterations
+        )
+        protocol = {
+            "name": "linear probe, L-BFGS of OpenAI's README", "features": "projected", "C": self.strength,
+            "iterations": self.max_iterations,
+        }  # fmt: skip
+        return measured_ranks(label_ranks(logits, data.labels), data, protocol, {"train_images": len(labels)})
+
+
+PROBES: dict[str, BenchmarkProtocol] = {"sgd": SGDProbe(), "lbfgs": LBFGSProbe(), "openai": FixedLBFGSProbe()}
+
+
+def probe_by_name(name: str, benchmarks: Mapping[str, Benchmark]) -> Benchmark | None:
+    """Return the linear probe of a benchmark, such as `cifar10-probe-sgd`; None if that is not what `name` is.
+
+    Raises:
+        ValueError: There is no such benchmark or probe, or the benchmark has no train images.
+    """
+    of, probe, recipe = name.rpartition("-probe-")
+    if not probe:
+        return None
+    benchmark = benchmarks.get(of)
+    if benchmark is None or benchmark.read_train is None or recipe not in PROBES:
+        known = ", ".join(known.name for known in benchmarks.values() if known.read_train is not None)
+        raise ValueError(f"there is no {name!r}: linear probes are NAME-probe-{'|'.join(PROBES)}, of {known}.")
+    return replace(
+        benchmark,
+        name=name,
+        title=f"{benchmark.title}, {recipe} probe",
+        groups=(),
+        read=benchmark.read_train,
+        protocol=PROBES[recipe],
+        more_markers=(*benchmark.more_markers, *benchmark.train_markers),
+        read_train=None,
+    )
+
+
+def _with_validation(data: ClassificationData) -> list[ClassificationData]:
+    """Return the train part, and the validation part if there is one.
+
+    Raises:
+        BenchmarkError: There are no train images, or only of one class.
+    """
+    if data.train is None or len(data.train.labels.unique()) < 2:
+        raise BenchmarkError("a linear probe needs train images of at least two classes.")
+    return [data.train] if data.validation is None else [data.train, data.validation]
+
+
+def _every_nth_of_class(labels: Tensor) -> Tensor:
+    """Hold out every fifth row of each class: `(rows,)` bool."""
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        held_out[(labels == label).nonzero()[HELD_OUT - 1 :: HELD_OUT, 0]] = True
+    if not held_out.any():
+        raise BenchmarkError(f"no class has {HELD_OUT} train images, of which one could be held out for validation.")
+    return held_out
+
+
+def _logistic_regression(
+    features: Tensor, labels: Tensor, images: Tensor, classes: int, strength: float, iterations: int
+) -> Tensor:
+    """Fit scikit-learn's logistic regression and return the logits of other images, `(images, classes)`.
+
+    Args:
+        strength: scikit-learn's C, the inverse of the penalty's factor.
+    """
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ImportError("this linear probe needs scikit-learn: pip install 'llm2clip[evaluation]'.") from error
+    model = LogisticRegression(C=strength, max_iter=iterations, random_state=0)
+    with warnings.catch_warnings():
+        # The recipe ends after its iterations, converged or not.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(features.numpy(), labels.numpy())
+    found = torch.from_numpy(model.decision_function(images.numpy())).float()
+    if found.ndim == 1:  # of two classes, the logit of the second
+        found = torch.stack([torch.zeros_like(found), found], dim=1)
+    logits = torch.full((len(images), classes), -torch.inf)
+    logits[:, torch.from_numpy(model.classes_)] = found
+    return logits
