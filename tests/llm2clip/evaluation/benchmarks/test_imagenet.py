@@ -15,7 +15,7 @@ from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.benchmarks.base import BenchmarkError, check_counts
 from llm2clip.evaluation.benchmarks.data import ClassificationData
 from llm2clip.evaluation.benchmarks.imagenet import DEVKIT, TAR, TRUTH
-from llm2clip.evaluation.prompts import imagenet_classes, imagenet_subset
+from llm2clip.evaluation.prompts import imagenet_classes, imagenet_subset, template_set
 from tests.llm2clip.evaluation.benchmarks.pictures import picture, shades, write_picture
 
 WNIDS = list(imagenet_classes())
@@ -66,6 +66,15 @@ def test_folders_of_wordnet_ids(tmp_path: Path) -> None:
     assert read("imagenet-1k-probe-lbfgs", tmp_path).train.labels.tolist() == [5]  # type: ignore[union-attr]
     with pytest.raises(BenchmarkError, match="3 images instead of 50,000, 3 classes instead of 1,000"):
         check_counts("ImageNet-1k", data.counts(), all_benchmarks()["imagenet-1k"].counts, allow=False)
+
+
+def test_the_single_template_of_the_paper_is_a_benchmark_of_its_own(tmp_path: Path) -> None:
+    write_picture(tmp_path / f"val/{WNIDS[0]}/{file_name(1)}")
+    single, usual = (all_benchmarks()[name] for name in ("imagenet-1k-single", "imagenet-1k"))
+    assert single.protocol.templates == ("a photo of the {c}",)  # type: ignore[attr-defined]
+    assert read("imagenet-1k", tmp_path).templates == template_set("openai-80")
+    assert "paper" in single.groups
+    assert "paper" in usual.groups
 
 
 def test_flat_images_with_the_files_of_labels(tmp_path: Path) -> None:

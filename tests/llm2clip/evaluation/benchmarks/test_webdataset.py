@@ -59,7 +59,7 @@ def test_labels_and_images_are_read_in_the_order_of_the_tars(classes: Path) -> N
     assert shades(data.images) == [10 * number for number in range(11)]
     assert data.classnames == ["a", "b", "last one"]
     assert data.templates == template_set("openai-80")
-    assert data.images.key(10) == f"{classes}/test/10.tar/s0000010"
+    assert data.images.key(10) == "10.tar/s0000010"
     (classes / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}.\n")
     assert benchmark.read(classes).templates == ["a {c}", "the {c}."]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages, ClassificationData
+from llm2clip.evaluation.benchmarks.listing import list_benchmarks
 from llm2clip.evaluation.protocols import linear_probe
 from llm2clip.evaluation.protocols.linear_probe import (
     STRENGTHS,
@@ -170,6 +171,9 @@ def test_probes_are_chosen_by_names_of_their_own() -> None:
     assert [benchmark.name for benchmark in found] == names
     assert found[0].counts == all_benchmarks()["cifar10"].counts
     assert "data_batch_3.bin" in found[0].more_markers
+    listed = list_benchmarks([all_benchmarks()[name] for name in ("cifar10", "imagenet-v2")], None)
+    assert "cifar10-probe-sgd cifar10-probe-lbfgs cifar10-probe-openai" in listed
+    assert "imagenet-v2-probe" not in listed
     for name in ("imagenet-v2-probe-sgd", "cifar10-probe-adam", "cifar-probe-sgd"):
         with pytest.raises(
             ValueError, match=rf"there is no '{name}': linear probes are NAME-probe-sgd\|lbfgs\|openai"

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from llm2clip.embedding.image_batches import ImageList
+from llm2clip.evaluation.benchmarks.encoded_images import EncodedImages
 
 # Bytes of each image that are read: its header, with its size and encoder.
 HEAD = 4096
@@ -35,6 +36,11 @@ def data_checksum(data: Any) -> str:
 def _add(digest: Any, value: Any) -> None:
     """Hash a value after its type and size, so that two lists of texts with other borders differ."""
     if isinstance(value, ImageList):
+        if isinstance(value.images, EncodedImages):
+            for row in range(len(value.images)):
+                _add(digest, value.key(row))
+                _add(digest, value.images.head(row, HEAD))
+            return
         for row, image in enumerate(value.images):
             _add_image(digest, image, value.key(row))
     elif isinstance(value, Tensor):

@@ -6,6 +6,7 @@ import io
 import re
 import tarfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from llm2clip.evaluation.benchmarks.data import ClassificationData
 from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, list_tar
 from llm2clip.evaluation.benchmarks.files import read_lines
 from llm2clip.evaluation.benchmarks.image_folder import NamedFolder, image_files, labelled, read_class_folders
-from llm2clip.evaluation.prompts import imagenet_classes, imagenet_subset
+from llm2clip.evaluation.prompts import imagenet_classes, imagenet_subset, template_set
 from llm2clip.evaluation.protocols.classification import ZeroShotClassification
 
 TAR, DEVKIT = "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
@@ -144,26 +145,35 @@ def _folders(name: str, title: str, folder: str, images: int, subset: str | None
     )  # fmt: skip
 
 
+IMAGENET = Benchmark(
+    name="imagenet-1k",
+    title="ImageNet-1k",
+    groups=("classification", "paper"),
+    folder="imagenet",
+    marker="val/n01440764",
+    other_markers=("val/ILSVRC2012_val_00000001*", TAR),
+    files=f"val/nXXXXXXXX/*.JPEG; or val/*.JPEG with {TRUTH} and {NUMBERS[0]}; or {TAR} with {DEVKIT}; "
+    "train/nXXXXXXXX/*.JPEG for probes.",
+    counts={"images": 50000, "classes": 1000},
+    license=LICENSE,
+    source="image-net.org, or huggingface.co/datasets/ILSVRC/imagenet-1k",
+    read=read_imagenet,
+    protocol=PROTOCOL,
+    note="OpenAI's 80 templates. Two names stand for two classes each, so that images of missile and sunglasses tie.",
+    read_train=partial(read_imagenet, with_train=True),
+    train_markers=("train",),
+)
+SINGLE = replace(
+    IMAGENET,
+    name="imagenet-1k-single",
+    title="ImageNet-1k, one template",
+    protocol=ZeroShotClassification(templates=tuple(template_set("paper"))),
+    note='"a photo of the {c}", which the paper prints beside the 80 templates.',
+    read_train=None,
+)
 BENCHMARKS = [
-    Benchmark(
-        name="imagenet-1k",
-        title="ImageNet-1k",
-        groups=("classification", "paper"),
-        folder="imagenet",
-        marker="val/n01440764",
-        other_markers=("val/ILSVRC2012_val_00000001*", TAR),
-        files=f"val/nXXXXXXXX/*.JPEG; or val/*.JPEG with {TRUTH} and {NUMBERS[0]}; or {TAR} with {DEVKIT}; "
-        "train/nXXXXXXXX/*.JPEG for probes.",
-        counts={"images": 50000, "classes": 1000},
-        license=LICENSE,
-        source="image-net.org, or huggingface.co/datasets/ILSVRC/imagenet-1k",
-        read=read_imagenet,
-        protocol=PROTOCOL,
-        note="The paper prints it with the single template (--templates paper) and with OpenAI's 80. Two names "
-        "stand for two classes each, so that images of missile and sunglasses tie.",
-        read_train=partial(read_imagenet, with_train=True),
-        train_markers=("train",),
-    ),
+    IMAGENET,
+    SINGLE,
     _v2("matched-frequency", "imagenet-v2", "The variant that is meant by ImageNet-V2."),
     _v2("threshold0.7", "imagenet-v2-threshold", "Easier than the usual variant."),
     _v2("top-images", "imagenet-v2-top", "Easier still."),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llm2clip.evaluation.benchmarks.base import GROUPS, Benchmark
+from llm2clip.evaluation.protocols.linear_probe import PROBES
 
 
 def list_benchmarks(benchmarks: Iterable[Benchmark], data: Path | None) -> str:
@@ -32,6 +33,7 @@ def describe_benchmark(benchmark: Benchmark, data: Path | None) -> str:
         "source": benchmark.source,
         "license": benchmark.license,
         "note": benchmark.note,
+        "probes": " ".join(f"{benchmark.name}-probe-{name}" for name in PROBES) if benchmark.read_train else "",
     }
     if data is not None:
         folder = benchmark.find(data)

@@ -34,7 +34,9 @@ def read_objectnet(folder: Path, border: int = 0) -> ClassificationData:
     paths, found = read_class_folders("ObjectNet", folder / "images", classes, ignored=labels)
     data = labelled(paths, found, [labels[name].lower() for name in classes])
     if border:
-        data.images = BenchmarkImages(CroppedFiles(paths, border), [str(path) for path in paths])
+        data.images = BenchmarkImages(
+            CroppedFiles(paths, border), [f"{path.parent.name}/{path.name}" for path in paths]
+        )
     return data
 
 

@@ -99,7 +99,7 @@ def _read_samples(folder: Path, answer: str, parse: Callable[[bytes], T]) -> tup
             except ValueError as error:
                 raise BenchmarkError(f"{key}.{answer} of {path} is broken: {error}.") from error
             images.append(image)
-            keys.append(f"{path}/{key}")
+            keys.append(f"{path.name}/{key}")
     return ArchivedImages(images), keys, answers
 
 
