@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import pkgutil
 from collections.abc import Iterable
 from functools import cache
@@ -14,6 +15,8 @@ from llm2clip.evaluation.benchmarks.base import GROUPS, Benchmark
 from llm2clip.evaluation.protocols.linear_probe import probe_by_name
 
 ALL_FOUND = "all-found"
+
+logger = logging.getLogger(__name__)
 
 
 @cache
@@ -31,22 +34,21 @@ def all_benchmarks() -> dict[str, Benchmark]:
 def choose_benchmarks(names: Iterable[str], data: Path) -> list[Benchmark]:
     """Choose benchmarks by name, group, `all-found` or the path of a Python file with a list `BENCHMARKS`.
 
+    A group stands for those of its sets whose files are there, because several are one set in different files.
     Linear probes have names such as `cifar10-probe-sgd`; no group contains them, nor does `all-found`.
 
     Args:
-        data: The folder in which `all-found` looks for their files.
+        data: The folder in which a group and `all-found` look for files.
 
     Raises:
-        ValueError: A name is unknown, or nothing was found.
+        ValueError: A name is unknown, or nothing of a group was found.
     """
     known, chosen = all_benchmarks(), dict[str, Benchmark]()
     for name in names:
         if name in known:
             some = [known[name]]
-        elif name in GROUPS:
-            some = [benchmark for benchmark in known.values() if name in benchmark.groups]
-        elif name == ALL_FOUND:
-            some = [benchmark for benchmark in known.values() if benchmark.find(data) is not None]
+        elif name in GROUPS or name == ALL_FOUND:
+            some = _found(name, data)
         elif (probe := probe_by_name(name, known)) is not None:
             some = [probe]
         elif name.endswith(".py"):
@@ -57,9 +59,22 @@ def choose_benchmarks(names: Iterable[str], data: Path) -> list[Benchmark]:
                 f"{', '.join(GROUPS)}, {ALL_FOUND}."
             )
         chosen |= {benchmark.name: benchmark for benchmark in some}
-    if not chosen:
-        raise ValueError(f"no files of a benchmark were found below {data}.")
     return list(chosen.values())
+
+
+def _found(group: str, data: Path) -> list[Benchmark]:
+    """Return the benchmarks of a group whose files are below a folder."""
+    members = [benchmark for benchmark in all_benchmarks().values() if group in (*benchmark.groups, ALL_FOUND)]
+    found = [benchmark for benchmark in members if benchmark.find(data) is not None]
+    if not found:
+        raise ValueError(
+            f"no files of a benchmark of {group} were found below {data}; `llm2clip evaluate --list` shows what each "
+            "set needs."
+        )
+    without = [benchmark.name for benchmark in members if benchmark not in found]
+    if group != ALL_FOUND and without:
+        logger.info("%s without %s, whose files are not below %s", group, ", ".join(without), data)
+    return found
 
 
 def _from_file(path: Path) -> Any:

@@ -1,0 +1,50 @@
+"""Which benchmarks a command stands for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from llm2clip.evaluation.benchmarks import ALL_FOUND, all_benchmarks, choose_benchmarks
+from llm2clip.evaluation.benchmarks.base import GROUPS
+from tests.llm2clip.evaluation.benchmarks.samples import write
+
+
+def names(chosen: list[str], data: Path) -> list[str]:
+    return [benchmark.name for benchmark in choose_benchmarks(chosen, data)]
+
+
+def test_a_name_is_taken_whether_or_not_its_files_are_there(tmp_path: Path) -> None:
+    assert names(["urban1k", "flickr30k", "urban1k"], tmp_path) == ["urban1k", "flickr30k"]
+    with pytest.raises(ValueError, match="there is no benchmark 'urban'"):
+        names(["urban"], tmp_path)
+
+
+def test_a_group_stands_for_its_sets_that_are_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "flickr30k/dataset_flickr30k.json", {})
+    write(tmp_path / "coco/annotations/captions_val2017.json", {})
+    write(tmp_path / "xm3600/captions.jsonl", "")
+    with caplog.at_level(logging.INFO, "llm2clip"):
+        assert names(["short"], tmp_path) == ["coco-val2017", "flickr30k-karpathy"]
+    assert (
+        "short without coco-salesforce, coco-salesforce-all, coco-karpathy, flickr30k, flickr30k-clip-benchmark, "
+        in caplog.text
+    )
+    assert names([ALL_FOUND], tmp_path) == ["coco-val2017", "flickr30k-karpathy", "xm3600", "xm3600-first"]
+    assert names(["short", "docci"], tmp_path)[-1] == "docci"
+
+
+@pytest.mark.parametrize("name", ["short", ALL_FOUND])
+def test_a_group_of_which_nothing_is_there_is_an_error(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"no files of a benchmark of {name} were found below {tmp_path}"):
+        names(["urban1k", name], tmp_path)
+
+
+def test_every_benchmark_says_what_it_needs() -> None:
+    for name, benchmark in all_benchmarks().items():
+        assert set(benchmark.groups) <= set(GROUPS), name
+        said = (benchmark.title, benchmark.folder, benchmark.files, benchmark.license, benchmark.source)
+        assert all(said), name
+        assert "://" not in " ".join((*said, benchmark.note)), name
