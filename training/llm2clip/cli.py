@@ -67,6 +67,8 @@ COMMANDS = {
                       "llm2clip.trainers.run_stage2", "Stage2Config", resumes=True, writes_log=True),
     "evaluate": Command("measure image-text retrieval or caption retrieval of a model",
                         "llm2clip.evaluation.evaluate", "EvaluateConfig", ("model",)),
+    "report": Command("show results of evaluations as a table, beside published numbers",
+                      "llm2clip.evaluation.report", "ReportConfig", ("results",), extra="evaluation"),
     "check-data": Command("show what is in a data set of captions and images, and what is wrong with it",
                           "llm2clip.data.check_data", "CheckDataConfig", ("source",), extra="evaluation"),
     "convert": Command(

@@ -1,0 +1,59 @@
+"""The published scores are of sets that exist, and lie between 0 and 1."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from llm2clip.evaluation.benchmarks import all_benchmarks
+from llm2clip.evaluation.published import PublishedRow, published_rows, read_table
+
+
+def row_of(model: str, benchmark: str, source: str) -> list[PublishedRow]:
+    return [
+        row for row in published_rows() if row.model == model and benchmark in row.benchmarks and source in row.source
+    ]
+
+
+def test_every_set_exists_and_every_score_is_a_share() -> None:
+    rows = published_rows()
+    assert {name for row in rows for name in row.benchmarks} <= set(all_benchmarks())
+    assert all(0 < score < 1 for row in rows for score in row.scores.values())
+    assert all(row.source and row.scores for row in rows)
+
+
+def test_no_source_has_two_scores_of_one_measurement() -> None:
+    known = Counter(
+        (row.source, row.model, name, score, str(row.protocol))
+        for row in published_rows()
+        for name in row.benchmarks
+        for score in row.scores
+    )
+    assert [key for key, count in known.items() if count > 1] == []
+
+
+def test_rows_are_those_of_the_paper() -> None:
+    (row,) = row_of("EVA02 L/14-224 + LLM2CLIP 60M", "docci", "v6")
+    assert row.scores == pytest.approx({"image_to_text_recall@1": 0.901, "text_to_image_recall@1": 0.92})
+    (row,) = row_of("EVA02 L/14-224 + LLM2CLIP 60M", "coco-karpathy", "v1")
+    assert row.scores == pytest.approx({"image_to_text_recall@1": 0.704, "text_to_image_recall@1": 0.557})
+    assert row.benchmarks == ("coco-salesforce", "coco-karpathy")
+
+
+def test_what_stands_beside_a_result() -> None:
+    (row,) = row_of("FG-CLIP 2 So/16", "coco-val2017", "FG-CLIP 2")
+    assert row.fits("coco-val2017", {"name": "retrieval", "text_format": "lower"})
+    assert not row.fits("coco-val2017", {"name": "retrieval", "text_format": "raw"})
+    assert not row.fits("coco-karpathy", {"name": "retrieval", "text_format": "lower"})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"), [("1/2", "1 cells for 2 sets"), ("1/2 3", "the cell 3 of CLIP .* has no 2 scores")]
+)
+def test_a_row_that_does_not_fit_its_table(row: str, message: str) -> None:
+    table = {"source": "a", "sets": ["x", "y | z"], "scores": ["i", "t"], "rows": {"CLIP": row}}
+    with pytest.raises(ValueError, match=message):
+        list(read_table(table))
+    table["rows"] = {"CLIP": "1/2 -"}
+    assert list(read_table(table)) == [PublishedRow("CLIP", ("x",), {"i": 0.01, "t": 0.02}, {}, "a")]

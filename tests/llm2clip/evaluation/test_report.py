@@ -1,0 +1,163 @@
+"""`llm2clip report`: results of files as tables, a page and plots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llm2clip import cli
+from llm2clip.evaluation import report
+from llm2clip.evaluation.comparison import compare
+from llm2clip.evaluation.published import PublishedRow
+from llm2clip.evaluation.report_plots import draw_lengths, draw_models
+from tests.llm2clip.evaluation.made_results import RETRIEVAL, classification, retrieval, written
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # nothing is wrapped
+
+
+@pytest.fixture
+def two_models(tmp_path: Path) -> list[str]:
+    return written(
+        tmp_path / "results",
+        retrieval("openai/clip", t2i=0.556, i2t=0.683),
+        retrieval("runs/mine", t2i=0.7712, i2t=0.6),
+        retrieval("runs/mine", "docci", t2i=0.5, i2t=0.4),
+        classification("openai/clip", 0.755),
+    )
+
+
+@pytest.mark.usefixtures("wide")
+def test_the_table_and_the_differences(two_models: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", *two_models, "--baseline", "openai/clip"]) == 0
+    lines = [" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()]
+    assert "openai/clip 68.3 / 55.6 75.5" in lines
+    assert "runs/mine 40.0 / 50.0 60.0 / 77.1" in lines, "long sets by name"
+    assert "Difference from openai/clip, percentage points" in lines
+    assert "runs/mine -8.3 / +21.5" in lines
+
+
+@pytest.mark.usefixtures("wide")
+def test_published_rows_are_shown_with_their_source(
+    two_models: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {"image_to_text_recall@1": 0.922, "text_to_image_recall@1": 0.933}
+    rows = [PublishedRow("A [b]model[/b]", ("urban1k",), scores, {}, "A paper, v1", "table 1", "the prompts")]
+    monkeypatch.setattr(report, "published_rows", lambda: rows)
+    assert cli.main(["report", str(Path(two_models[0]).parent), "--paper"]) == 0
+    shown = capsys.readouterr().out
+    assert "A [b]model[/b] [1]" in shown
+    assert "92.2 / 93.3" in shown
+    assert "[1] A paper, v1; does not state the prompts" in shown
+    assert cli.main(["report", *two_models]) == 0
+    assert "A paper" not in capsys.readouterr().out
+
+
+def test_columns_that_do_not_fit_the_terminal_go_into_further_tables(
+    two_models: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert cli.main(["report", *two_models]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("Scores, %") == 3
+    assert shown.count("runs/mine") == 2, "it has no result of ImageNet"
+    assert max(map(len, shown.splitlines())) <= 40
+
+
+def test_the_page_and_its_plots(two_models: list[str], tmp_path: Path) -> None:
+    languages = {"language": {"de": {"text_to_image_recall@1": 0.125}, "en": {"text_to_image_recall@1": 0.5}}}
+    two_models += written(tmp_path / "more", retrieval("a|b", "xm3600", groups=languages))
+    output = tmp_path / "deep" / "my table.md"
+    assert cli.main(["report", *two_models, "--baseline", "openai/clip", "--output", str(output)]) == 0
+    page = output.read_text()
+    assert "| openai/clip |  | 68.3 / 55.6 |" in page
+    assert "| runs/mine |  | -8.3 / +21.5 |" in page
+    assert "| runs/mine | 77.1 (74.1 to 79.1) |" in page
+    assert "Protocol: retrieval, positives rows, ties expected value, text format raw." in page
+    assert "| a\\|b |" in page
+    assert "| language, T2I R@1 | a\\|b |\n| --- | ---: |\n| de | 12.5 |\n| en | 50.0 |" in page
+    assert "tench" not in page
+    for plot in ("my table-models.png", "my table-lengths.png"):
+        assert f"({plot.replace(' ', '%20')})" in page
+        assert Image.open(output.parent / plot).width > 100
+    assert sorted(path.name for path in output.parent.iterdir() if path.suffix != ".png") == ["my table.md"]
+
+
+def test_bars_and_lines_show_the_scores() -> None:
+    results = [retrieval("a", t2i=0.5), retrieval("b", t2i=0.6), retrieval("b", "docci", t2i=0.7), classification("a")]
+    comparison = compare([(Path(str(number)), result) for number, result in enumerate(results)])
+    _, text_to_image, top1 = draw_models(comparison).axes
+    bars = {bars.get_label(): [round(bar.get_height(), 6) for bar in bars] for bars in text_to_image.containers[1::2]}
+    assert bars == {"a": [50.0], "b": [60.0, 70.0]}
+    assert [label.get_text() for label in text_to_image.get_xticklabels()] == ["Urban1k", "DOCCI"]
+    assert [label.get_text() for label in top1.get_xticklabels()] == ["ImageNet-1k (openai-80)"]
+    figure = draw_lengths(comparison)
+    assert figure is not None
+    urban, docci = figure.axes
+    assert [label.get_text() for label in urban.get_xticklabels()] == ["17-32", "129-256", "513-"]
+    lines = {line.get_label(): [round(float(value), 6) for value in line.get_ydata()] for line in urban.get_lines()}
+    assert lines == {"a": [50.0, 60.0, 70.0], "b": [60.0, 70.0, 80.0]}
+    assert docci.get_title() == "DOCCI"
+
+
+def test_without_lengths_there_is_no_plot_of_them(tmp_path: Path) -> None:
+    files = written(tmp_path / "results", retrieval("a", groups={"length": {"0-16": {"text_to_image_recall@1": 0.5}}}))
+    assert cli.main(["report", *files, "--output", str(tmp_path / "table.md")]) == 0
+    assert not (tmp_path / "table-lengths.png").exists()
+    assert "lengths" not in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "does not contain a JSON object"),
+        (json.dumps({"schema_version": 99}), "schema version 1: it has version 99"),
+        (json.dumps({"model": "runs/a", "task": "retrieval"}), "schema version 1: it has no version"),
+        (json.dumps({"schema_version": 1, "benchmark": "a"}), "is not a result of schema version 1"),
+    ],
+)
+def test_a_file_that_is_no_result(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "result.json"
+    path.write_text(content)
+    assert cli.main(["report", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(path) in error
+
+
+def test_mistakes_end_in_one_error(two_models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error_of(*arguments: str) -> str:
+        assert cli.main(["report", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        return error
+
+    assert "llm2clip report results/*.json" in error_of()
+    assert f"no result file {tmp_path / 'none.json'}" in error_of(str(tmp_path / "none.json"))
+    (tmp_path / "empty").mkdir()
+    assert "no result file" in error_of(str(tmp_path / "empty"))
+    assert "did you mean 'openai/clip'" in error_of(*two_models, "--baseline", "openai/clap")
+    assert "ends in .md" in error_of(*two_models, "--output", str(tmp_path / "table.html"))
+    twice = written(tmp_path / "twice", retrieval("openai/clip", t2i=0.557))
+    assert "but differ" in error_of(*two_models, *twice)
+
+
+def test_a_file_that_is_named_twice_is_one_result(two_models: list[str]) -> None:
+    results = report.read_results([two_models[0], str(Path(two_models[0]).parent)])
+    assert len(results) == len(two_models)
+
+
+def test_results_of_two_text_formats_are_two_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lower = retrieval("b", protocol={**RETRIEVAL, "text_format": "lower"})
+    assert cli.main(["report", *written(tmp_path / "results", retrieval("a"), lower)]) == 0
+    shown = capsys.readouterr().out
+    assert "(text format raw)" in shown
+    assert "(text format lower)" in shown

@@ -1,0 +1,71 @@
+"""Published scores, from the file `published.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+
+FILE = "published.yaml"
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """The scores of a model on a benchmark, as a source prints them.
+
+    Attributes:
+        model: As the source names it.
+        benchmarks: Names of the benchmark; several hold the same images and captions in other files.
+        scores: 0 to 1.
+        protocol: Options that a result's protocol has to have, to be compared.
+        source: Paper and version.
+        table: Table of it, or empty.
+        unstated: What the source does not say, though numbers depend on it; empty if nothing.
+    """
+
+    model: str
+    benchmarks: tuple[str, ...]
+    scores: Mapping[str, float]
+    protocol: Mapping[str, Any]
+    source: str
+    table: str = ""
+    unstated: str = ""
+
+    def fits(self, benchmark: str, protocol: Mapping[str, Any]) -> bool:
+        """Whether the row may stand beside results of a benchmark by a protocol."""
+        return benchmark in self.benchmarks and all(
+            protocol.get(name) == value for name, value in self.protocol.items()
+        )
+
+
+@cache
+def published_rows() -> tuple[PublishedRow, ...]:
+    """Read all published scores, in the order of the file."""
+    text = (resources.files("llm2clip.evaluation") / FILE).read_text(encoding="utf-8")
+    return tuple(row for table in yaml.safe_load(text) for row in read_table(table))
+
+
+def read_table(table: Mapping[str, Any]) -> Iterator[PublishedRow]:
+    """Read the rows of one table of the file.
+
+    Raises:
+        ValueError: A row has another number of cells than there are sets, or a cell another number of scores.
+    """
+    sets = [tuple(name.strip() for name in names.split("|")) for names in table["sets"]]
+    facts = {name: str(table.get(name, "")) for name in ("source", "table", "unstated")}
+    for model, row in table["rows"].items():
+        cells = str(row).split()
+        if len(cells) != len(sets):
+            raise ValueError(f"the row of {model} in {FILE} has {len(cells)} cells for {len(sets)} sets.")
+        for names, cell in zip(sets, cells, strict=True):
+            if cell == "-":
+                continue
+            values = [float(value) / 100 for value in cell.split("/")]
+            if len(values) != len(table["scores"]):
+                raise ValueError(f"the cell {cell} of {model} in {FILE} has no {len(table['scores'])} scores.")
+            scores = dict(zip(table["scores"], values, strict=True))
+            yield PublishedRow(str(model), names, scores, table.get("protocol") or {}, **facts)

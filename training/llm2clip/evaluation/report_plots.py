@@ -1,0 +1,113 @@
+"""The plots of a report: models beside each other, and recall by the length of captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from llm2clip.evaluation.comparison import Comparison
+from llm2clip.evaluation.results_table import short_name
+from llm2clip.utils.figures import panels
+from llm2clip.utils.files import atomic_path
+
+BY_LENGTH = "text_to_image_recall@1"
+# Of more models than this, those that were measured are drawn without the published ones.
+MOST_BARS = 12
+
+
+def write_plots(path: Path, comparison: Comparison) -> list[Path]:
+    """Write the plots of a report beside its page.
+
+    Args:
+        path: The page, such as `table.md`; the plots are `table-models.png` and, if there are recalls by length,
+            `table-lengths.png`.
+
+    Returns:
+        Their paths.
+    """
+    draw: dict[str, Callable[[Comparison], Figure | None]] = {"models": draw_models, "lengths": draw_lengths}
+    written = []
+    for name, drawn in ((name, function(comparison)) for name, function in draw.items()):
+        if drawn is not None:
+            written.append(path.with_name(f"{path.stem}-{name}.png"))
+            with atomic_path(written[-1]) as temporary:
+                drawn.savefig(temporary, dpi=110, format="png")
+    return written
+
+
+def draw_models(comparison: Comparison) -> Figure:
+    """Draw the scores that are compared as bars: a panel for each kind of score, a group of bars for each column."""
+    if len(comparison.rows) > MOST_BARS:
+        comparison = Comparison(comparison.columns, [row for row in comparison.rows if not row.source])
+    names = list(dict.fromkeys(name for column in comparison.columns for name in column.scores))
+    figure, axes = panels(len(names))
+    for name, axis in zip(names, axes, strict=True):
+        numbers = [number for number, column in enumerate(comparison.columns) if name in column.scores]
+        _bars(axis, comparison, name, numbers)
+        titles = [comparison.columns[number].title for number in numbers]
+        axis.set_xticks(range(len(numbers)), titles, fontsize="small", rotation=30, ha="right")
+        axis.set(title=short_name(name), ylabel="%", ylim=(0, 100))
+    _legend(figure, axes)
+    return figure
+
+
+def _bars(axis: Any, comparison: Comparison, name: str, numbers: list[int]) -> None:
+    width = 0.8 / len(comparison.rows)
+    for place, row in enumerate(comparison.rows):
+        found = [(at, number) for at, number in enumerate(numbers) if name in row.cells.get(number, {})]
+        values = [row.cells[number][name] for _, number in found]
+        ends = [
+            row.results[number].intervals.get(name, [value, value]) if number in row.results else [value, value]
+            for (_, number), value in zip(found, values, strict=True)
+        ]
+        # A score of several parts may lie outside the interval by rounding.
+        errors = [
+            [100 * max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)],
+            [100 * max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)],
+        ]
+        positions = [at + (place - (len(comparison.rows) - 1) / 2) * width for at, _ in found]
+        axis.bar(positions, [100 * value for value in values], width, yerr=errors, label=row.label)
+
+
+def draw_lengths(comparison: Comparison) -> Figure | None:
+    """Draw recall over the length of captions: a panel for each column, a line for each model; None without lengths.
+
+    Lengths are counted by each model's own tokenizer, so that captions fall into other buckets.
+    """
+    chosen = [
+        number
+        for number in range(len(comparison.columns))
+        if any(len(_by_length(row.results[number].groups)) > 1 for row in comparison.rows if number in row.results)
+    ]
+    if not chosen:
+        return None
+    figure, axes = panels(len(chosen))
+    for number, axis in zip(chosen, axes, strict=True):
+        lines = {row.label: _by_length(row.results[number].groups) for row in comparison.rows if number in row.results}
+        buckets = sorted({bucket for line in lines.values() for bucket in line}, key=_first_length)
+        for label, line in lines.items():
+            found = [bucket for bucket in buckets if bucket in line]
+            positions = [buckets.index(bucket) for bucket in found]
+            axis.plot(positions, [100 * line[bucket] for bucket in found], marker=".", label=label)
+        axis.set_xticks(range(len(buckets)), buckets, fontsize="small", rotation=30)
+        axis.set(title=comparison.columns[number].title, xlabel="tokens", ylabel=short_name(BY_LENGTH), ylim=(0, 100))
+    _legend(figure, axes)
+    return figure
+
+
+def _by_length(groups: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
+    return {bucket: scores[BY_LENGTH] for bucket, scores in groups.get("length", {}).items() if BY_LENGTH in scores}
+
+
+def _first_length(bucket: str) -> int:
+    """The smallest length in a bucket such as `17-32` or `513-`."""
+    return int(bucket.partition("-")[0])
+
+
+def _legend(figure: Figure, axes: Any) -> None:
+    """Name the lines or bars of all panels once, below them."""
+    found = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(found.values(), found.keys(), loc="outside lower center", fontsize="small", ncols=2)
