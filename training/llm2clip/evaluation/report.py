@@ -119,4 +119,5 @@ def _parts(width: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 def _order(result: Result) -> tuple[int, str]:
     """Order results by the groups of benchmarks; those of strangers come last."""
     benchmark = all_benchmarks().get(result.benchmark)
-    return (len(GROUPS) if benchmark is None else GROUPS.index(benchmark.groups[0]), result.benchmark)
+    groups = () if benchmark is None else benchmark.groups
+    return (GROUPS.index(groups[0]) if groups else len(GROUPS), result.benchmark)
