@@ -10,25 +10,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2clip.utils.processes import on_main_process, worker_count
+from llm2clip.utils.processes import on_main_process, process_rank, sum_over_processes, worker_count
 
 SCRIPT = """
 from pathlib import Path
 
-from llm2clip.utils.processes import leave_process_group, on_main_process, process_state
+import torch
+
+from llm2clip.utils.processes import leave_process_group, on_main_process, process_rank, process_state, sum_over_processes
 
 rank = process_state().process_index
+assert process_rank() == rank
 seen = [on_main_process(lambda: f"result of {rank}")]
 try:
     on_main_process(lambda: open(f"nothing-{rank}"))
 except FileNotFoundError as error:
     seen.append(error.filename)
+seen.append(str(sum_over_processes(torch.tensor([10**15, rank + 1])).tolist()))
 Path(f"seen-{rank}").write_text(" ".join(seen))
 leave_process_group()
 """
 
 
-def test_result_and_error_of_the_main_process_reach_all(tmp_path: Path) -> None:
+def test_result_and_error_of_the_main_process_and_sums_reach_all(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -38,10 +42,12 @@ def test_result_and_error_of_the_main_process_reach_all(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-4000:]
     # A file per process: what two processes print into one pipe may mix within a line.
     for rank in range(2):
-        assert (tmp_path / f"seen-{rank}").read_text() == "result of 0 nothing-0"
+        assert (tmp_path / f"seen-{rank}").read_text() == "result of 0 nothing-0 [2000000000000000, 3]"
 
 
 def test_a_single_process_calls_the_function() -> None:
+    assert process_rank() == 0
+    assert sum_over_processes(torch.tensor([3])).tolist() == [3]
     assert on_main_process(lambda: 1) == 1
     with pytest.raises(KeyError, match="x"):
         on_main_process(lambda: {}["x"])

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -58,6 +59,20 @@ def worker_count(num_workers: int | None) -> int:
 def world_size() -> int:
     """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """Return the rank of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Add up a tensor over the processes; each gets the sum, on the device of its own tensor."""
+    if world_size() == 1:
+        return values
+    total = values.to(process_state().device)  # that of the process group
+    dist.all_reduce(total)
+    return total.to(values.device)
 
 
 def on_main_process(compute: Callable[[], T]) -> T:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from modeling_llm2clip.modeling_eva02 import resize_position_embedding
 from modeling_llm2clip.modeling_llm2clip_features import ATTENTION_ROWS, patch_tokens, pool_alone
+from modeling_llm2clip.modeling_llm2clip_utils import execution_device
 
 # Vision towers of transformers, with the names of their layers and of the attention in each.
 CLIP_LAYERS = ("encoder.layers", "self_attn")
@@ -62,8 +63,7 @@ def patch_embeddings(model: nn.Module, pixel_values: Tensor, values_only: bool =
     height, width = _patch_size(tower)
     pixel_values = F.pad(pixel_values, (0, -pixel_values.shape[-1] % width, 0, -pixel_values.shape[-2] % height))
     grid = (pixel_values.shape[-2] // height, pixel_values.shape[-1] // width)
-    weight = next(tower.parameters())
-    pixel_values = pixel_values.to(weight.device, weight.dtype)
+    pixel_values = pixel_values.to(execution_device(tower), next(tower.parameters()).dtype)
     with ExitStack() as stack:
         if values_only:
             stack.enter_context(_to_themselves(_last_attention(tower, open_clip), grid[0] * grid[1]))

@@ -1,0 +1,244 @@
+"""Zero-shot segmentation against loops over pixels, on label maps in folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from llm2clip.evaluation.benchmarks.ade20k import ADE20K
+from llm2clip.evaluation.benchmarks.base import BenchmarkError
+from llm2clip.evaluation.benchmarks.data import BenchmarkImages
+from llm2clip.evaluation.benchmarks.label_maps import IGNORED, SegmentationData, class_table, named
+from llm2clip.evaluation.prompts import template_set
+from llm2clip.evaluation.protocols import segmentation
+from llm2clip.evaluation.protocols.segmentation import (
+    SLIDING,
+    MaskCLIPSegmentation,
+    maskclip_templates,
+    measured_confusion,
+    predict,
+    resized_size,
+    sliding,
+    whole_or_windows,
+)
+from tests.llm2clip.evaluation.fake_session import FakeSession
+
+PATCH = 4
+NAMES = ["sky", "sea", "sand", "tree", "unseen"]
+GENERATOR = torch.Generator().manual_seed(0)
+TEXTS = {name: torch.randn(3, generator=GENERATOR) for name in NAMES}
+
+
+def colours(inputs: dict[str, Tensor]) -> Tensor:
+    """Embed a patch as its mean colour, less grey; zeros complete the last patches."""
+    pixels = inputs["pixel_values"]
+    pixels = F.pad(pixels, (0, -pixels.shape[-1] % PATCH, 0, -pixels.shape[-2] % PATCH))
+    return F.avg_pool2d(pixels, PATCH).permute(0, 2, 3, 1) - 100.0
+
+
+def folder_of(folder: Path, sizes: list[tuple[int, int]], names: list[str] = NAMES) -> SegmentationData:
+    """Write noise and random labels, among them ignored ones, in images of some heights and widths."""
+    random = np.random.default_rng(0)
+    images, labels = [], []
+    for number, (height, width) in enumerate(sizes):
+        images.append(folder / f"{number}.png")
+        labels.append(folder / f"{number}-labels.png")
+        coarse = random.integers(0, 256, (height // 3 + 1, width // 3 + 1, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((width, height)).save(images[-1])
+        values = random.choice([0, 1, 2, 3, IGNORED], (height, width)).astype(np.uint8)
+        Image.fromarray(values).save(labels[-1])
+    table = class_table({label: label for label in range(len(names))})
+    return SegmentationData("Noise", BenchmarkImages(images), labels, named(names), table)
+
+
+def by_loops(data: SegmentationData, maps: list[Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+    """The scores, and the IoU of each class, by counting pixel for pixel."""
+    names = list(data.classes)
+    both, either, labelled = (dict.fromkeys(names, 0) for _ in range(3))
+    for row, predicted in enumerate(maps):
+        labels = np.array(Image.open(data.label_maps[row]))
+        for y in range(labels.shape[0]):
+            for x in range(labels.shape[1]):
+                if labels[y, x] == IGNORED:
+                    continue
+                right, found = names[labels[y, x]], names[int(predicted[y, x])]
+                labelled[right] += 1
+                both[right] += right == found
+                for name in {right, found}:
+                    either[name] += 1
+    iou = {name: both[name] / either[name] for name in names if either[name]}
+    accuracy = {name: both[name] / labelled[name] for name in names if labelled[name]}
+    return {
+        "miou": sum(iou.values()) / len(iou),
+        "mean_accuracy": sum(accuracy.values()) / len(accuracy),
+        "pixel_accuracy": sum(both.values()) / sum(labelled.values()),
+    }, iou
+
+
+def whole(image: Path, scale: tuple[int, int]) -> Tensor:
+    """Resize the scores of all classes to the image, then to the label map, and take the highest."""
+    picture = Image.open(image)
+    factor = min(scale[0] / max(picture.size), scale[1] / min(picture.size))
+    size = [int(side * factor + 0.5) for side in (picture.height, picture.width)]
+    pixels = torch.tensor(np.array(picture)).permute(2, 0, 1)[None].float()
+    resized = F.interpolate(pixels, size, mode="bilinear").round()
+    patches = F.normalize(colours({"pixel_values": resized}), dim=-1)
+    scores = torch.einsum("irce,ke->ikrc", patches, F.normalize(torch.stack([*TEXTS.values()]), dim=1))
+    scores = F.interpolate(F.interpolate(scores, size, mode="bilinear"), pixels.shape[2:], mode="bilinear")
+    return scores[0].argmax(dim=0)
+
+
+def protocol(**fields: Any) -> MaskCLIPSegmentation:
+    return MaskCLIPSegmentation(**{"scale": (64, 24), "templates": ("{c}",), **fields})
+
+
+@pytest.mark.parametrize("chunk", [1, 2**24], ids=["class by class", "all classes at once"])
+def test_mean_iou_is_that_of_loops_over_pixels(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segmentation, "CHUNK", chunk)
+    data = folder_of(tmp_path, [(21, 30), (50, 61), (40, 17), (24, 24)])
+    found = protocol().measure(FakeSession([], TEXTS, patches=colours), data)
+    scores, iou = by_loops(data, [whole(image, (64, 24)) for image in data.images.images])
+    assert found.scores == pytest.approx(scores, abs=1e-12)
+    assert {name: row["iou"] for name, row in found.groups["class"].items()} == pytest.approx(iou, abs=1e-12)
+    assert next(iter(found.scores)) == "miou"
+    assert found.counts["images"] == 4
+    assert found.counts["classes"] == 5
+    assert found.counts["texts"] == 5
+    assert found.counts["truncated_texts"] == 0
+
+
+def test_the_resized_image_keeps_its_ratio_within_both_limits() -> None:
+    assert resized_size(480, 640, (2048, 512)) == (512, 683)
+    assert resized_size(640, 480, (2048, 512)) == (683, 512)
+    assert resized_size(300, 2000, (2048, 512)) == (307, 2048)
+    assert resized_size(1024, 2048, (2048, 1024)) == (1024, 2048)
+    assert resized_size(375, 500, (520, 520)) == (390, 520)
+
+
+def test_windows_overlap_and_end_at_the_edges() -> None:
+    assert whole_or_windows(448, 700, 448, 224) == [(0, 0, 448, 448), (0, 224, 448, 448), (0, 252, 448, 448)]
+    assert whole_or_windows(700, 448, 448, 224) == [(0, 0, 448, 448), (224, 0, 448, 448), (252, 0, 448, 448)]
+    assert whole_or_windows(448, 448, 448, 224) == [(0, 0, 448, 448)]
+    assert whole_or_windows(400, 672, 448, 224) == [(0, 0, 400, 448), (0, 224, 400, 448)]
+    assert whole_or_windows(448, 700, None, None) == [(0, 0, 448, 700)]
+
+
+@pytest.mark.parametrize("label_size", [(12, 20), (9, 33)], ids=["size of the image", "another size"])
+def test_scores_of_windows_are_averaged_where_they_overlap(label_size: tuple[int, int]) -> None:
+    windows = whole_or_windows(12, 20, 8, 4)
+    scores = torch.randn(len(windows), 3, 2, 2, generator=GENERATOR)
+    pixels = F.interpolate(scores, (8, 8), mode="bilinear")
+    average = torch.zeros(1, 3, 12, 20)
+    for y in range(12):
+        for x in range(20):
+            inside = [
+                part[:, y - top, x - left]
+                for part, (top, left, *_) in zip(pixels, windows, strict=True)
+                if 0 <= y - top < 8 and 0 <= x - left < 8
+            ]
+            average[0, :, y, x] = torch.stack(inside).mean(dim=0)
+    expected = F.interpolate(average, label_size, mode="bilinear")[0].argmax(dim=0)
+    assert predict(scores, windows, (12, 20), label_size).equal(expected)
+
+
+def test_windows_and_the_whole_image_differ_and_say_so(tmp_path: Path) -> None:
+    data, session = folder_of(tmp_path, [(24, 50)]), FakeSession([], TEXTS, patches=colours)
+    parts = protocol(crop=8, stride=6).measure(session, data)
+    assert parts.protocol == {
+        "name": "MaskCLIP segmentation",
+        "image": "windows of 8 every 6",
+        "scale": [64, 24],
+        "templates": parts.protocol["templates"],
+    }
+    once = protocol().measure(session, data)
+    assert once.protocol["image"] == "whole"
+    assert once.scores != parts.scores
+    # One window of the whole image is the whole image.
+    assert protocol(crop=64, stride=6).measure(session, data).scores == once.scores
+
+
+@pytest.mark.parametrize("chunk", [1, 2**24], ids=["class by class", "all classes at once"])
+def test_of_several_names_the_closest_counts_and_the_first_of_equal_classes_wins(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The patch is red; the background, named blue and red, and the last class are as close."""
+    monkeypatch.setattr(segmentation, "CHUNK", chunk)
+    Image.new("RGB", (8, 8), (255, 100, 100)).save(tmp_path / "image.png")
+    Image.new("L", (8, 8), 1).save(tmp_path / "labels.png")
+    texts = {"blue": [0, 0, 1], "red": [1, 0, 0], "green": [0, 1, 0], "rose": [1, 0, 0]}
+    classes = {"grass": ("green",), "background": ("blue", "red"), "rose": ("rose",)}
+    images = BenchmarkImages([tmp_path / "image.png"])
+    data = SegmentationData("One", images, [tmp_path / "labels.png"], classes, class_table({0: 0, 1: 1, 2: 2}))
+    found = protocol().measure(FakeSession([], texts, patches=colours), data)
+    assert found.scores == {"miou": 1.0, "mean_accuracy": 1.0, "pixel_accuracy": 1.0}
+    assert found.groups == {"class": {"background": {"iou": 1.0, "pixels": 64}}}
+    assert found.counts["texts"] == 4
+
+
+def test_a_class_without_pixels_is_no_part_of_the_mean_and_one_only_predicted_counts_as_zero() -> None:
+    confusion = torch.tensor([[6, 2, 0, 0], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    found = measured_confusion(confusion, ["a", "b", "c", "d"])
+    assert found.scores == pytest.approx({"miou": (6 / 9 + 3 / 6) / 2, "mean_accuracy": 0.75, "pixel_accuracy": 0.75})
+    assert found.groups["class"] == {"a": {"iou": 6 / 9, "pixels": 8}, "b": {"iou": 0.5, "pixels": 4}}
+    assert found.counts == {"classes": 4, "classes_in_mean": 2, "pixels": 12}
+    confusion[0, 2] = 3
+    found = measured_confusion(confusion, ["a", "b", "c", "d"])
+    assert found.scores["miou"] == pytest.approx((6 / 12 + 3 / 6 + 0) / 3)
+    assert found.groups["class"]["c"] == {"iou": 0.0, "pixels": 0}
+
+
+def test_processes_share_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, session = folder_of(tmp_path, [(21, 30), (40, 17), (24, 24)]), FakeSession([], TEXTS, patches=colours)
+    alone = protocol().measure(session, data)
+    shares: list[Tensor] = []
+    monkeypatch.setattr(segmentation, "sum_over_processes", lambda values: shares.append(values) or values)
+    monkeypatch.setattr(segmentation, "world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(segmentation, "process_rank", lambda rank=rank: rank)
+        protocol().measure(session, data)
+    assert all(0 < share.sum() < alone.counts["pixels"] for share in shares)
+    assert measured_confusion(sum(shares).view(5, 5), NAMES).scores == alone.scores
+
+
+def test_prompts_are_the_85_of_maskclip(tmp_path: Path) -> None:
+    templates = maskclip_templates()
+    assert len(set(templates)) == 85
+    assert set(templates) >= {*template_set("openai-80"), "this is one {c} in the scene.", "a origami {c}."}
+    texts = {template.replace("{c}", name): TEXTS[name] for name in NAMES for template in templates}
+    session = FakeSession([], texts, patches=colours)
+    data = folder_of(tmp_path, [(24, 24)])
+    found = MaskCLIPSegmentation(scale=(64, 24)).measure(session, data)
+    assert found.protocol["templates"] == "maskclip-85"
+    assert found.counts["texts"] == 425
+    # A class's prompts all have the embedding of its name here.
+    assert found.scores == protocol().measure(FakeSession([], TEXTS, patches=colours), data).scores
+    assert session.embedded == [[template.replace("{c}", name) for name in NAMES for template in templates]]
+
+
+def test_a_label_map_of_another_size_is_an_error(tmp_path: Path) -> None:
+    data = folder_of(tmp_path, [(24, 24)])
+    Image.new("L", (24, 23)).save(data.label_maps[0])
+    with pytest.raises(BenchmarkError, match=r"0-labels\.png has 24 x 23 pixels, but its image .*0\.png 24 x 24"):
+        protocol().measure(FakeSession([], TEXTS, patches=colours), data)
+
+
+def test_label_maps_without_any_class_are_an_error(tmp_path: Path) -> None:
+    data = folder_of(tmp_path, [(24, 24)])
+    Image.new("L", (24, 24), IGNORED).save(data.label_maps[0])
+    with pytest.raises(BenchmarkError, match="no pixel of Noise has a class"):
+        protocol().measure(FakeSession([], TEXTS, patches=colours), data)
+
+
+def test_a_set_is_measured_whole_and_in_windows_under_two_names() -> None:
+    parts = sliding(ADE20K)
+    assert (parts.name, parts.title, parts.protocol) == ("ade20k-sliding", "ADE20K, windows", SLIDING)
+    assert (SLIDING.scale, SLIDING.crop, SLIDING.stride) == ((2048, 448), 448, 224)
+    assert ADE20K.protocol == MaskCLIPSegmentation(scale=(2048, 512))
+    assert parts.counts == ADE20K.counts
