@@ -19,11 +19,11 @@ from tests.llm2clip.evaluation.encoders.models import register_open_clip
 
 IMAGES, CAPTIONS = 40, 5
 KS = [1, 5, 10]
-WORDS = "red blue small old wooden metal dog cat train house tree runs sits stands, with a beside two".split()
+WORDS = ("red", "blue", "small", "old", "dog", "cat", "train", "house", "tree", "runs", "sits", "stands,", "a", "two")
 
 
 def write_set(folder: Path) -> None:
-    """Write a set as CLIP_benchmark's txt of Flickr30k, with captions that differ, since it breaks ties by position."""
+    """Write a set as CLIP_benchmark's txt of Flickr30k, with captions that differ: it breaks ties by position."""
     random = np.random.default_rng(0)
     lines, seen = ["image,caption"], set[str]()
     for number in range(IMAGES):
