@@ -57,7 +57,7 @@ def test_pair_scores_are_those_of_winoground() -> None:
     assert found.counts == {
         "texts": 2 * PAIRS,
         "truncated_texts": 2 * PAIRS,
-        "tied_comparisons": 4,
+        "tied_queries": 2,
         "pairs": PAIRS,
     }
     assert found.groups["kind"]["kind 2"]["queries"] == 10
@@ -99,5 +99,5 @@ def test_caption_choice_averages_the_files_of_each_kind() -> None:
         "swap_accuracy": pytest.approx(1 / 2),
     }
     assert found.groups["kind"]["add_att"] == {"accuracy": pytest.approx(2 / 3), "queries": 3}
-    assert found.counts["tied_comparisons"] == 2
+    assert found.counts["tied_queries"] == 2
     assert found.strata["add_accuracy"].tolist() == [0, 0, 0, 1]

@@ -99,6 +99,22 @@ class ClassificationData:
 
 
 @dataclass
+class CaptionPairData:
+    """Two captions of each of some images, without the images.
+
+    Attributes:
+        queries, targets: A caption of each image, and another one, in the same order.
+    """
+
+    queries: list[str]
+    targets: list[str]
+
+    def counts(self) -> dict[str, int]:
+        """Number of pairs."""
+        return {"pairs": len(self.queries)}
+
+
+@dataclass
 class PairData:
     """Pairs of images, each with two captions: of each pair, caption 0 is of image 0 and caption 1 of image 1.
 

@@ -23,7 +23,16 @@ def read_salesforce(
     Raises:
         BenchmarkError: A row is broken, or images are missing.
     """
+    rows = salesforce_captions(file)
+    images = find_images(title, folder, [image for image, _ in rows], places)
+    return RetrievalData.from_captions(images, [texts[:first] for _, texts in rows])
+
+
+def salesforce_captions(file: Path) -> list[tuple[str, list[str]]]:
+    """Read the path and the captions of each image.
+
+    Raises:
+        BenchmarkError: A row is broken.
+    """
     rows = [(row, f"row {number} of {file}") for number, row in enumerate(json_rows(read_json(file), file), 1)]
-    images = [text_field(row, "image", place) for row, place in rows]
-    captions = [texts_field(row, "caption", place)[:first] for row, place in rows]
-    return RetrievalData.from_captions(find_images(title, folder, images, places), captions)
+    return [(text_field(row, "image", place), texts_field(row, "caption", place)) for row, place in rows]

@@ -139,7 +139,7 @@ def _counts(session: Session, texts: Sequence[str], margins: Tensor) -> dict[str
     return {
         "texts": len(texts),
         "truncated_texts": int(session.text_lengths(texts)[1].sum()),
-        "tied_comparisons": int((margins.abs() <= ROUNDING).sum()),
+        "tied_queries": int((margins.abs() <= ROUNDING).any(dim=1).sum()),
     }
 
 

@@ -1,0 +1,57 @@
+"""Caption retrieval accuracy (CRA): how often a model finds another caption of the same image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llm2clip.evaluation.benchmarks.base import BenchmarkError, Measurement, Session
+from llm2clip.evaluation.benchmarks.data import CaptionPairData
+from llm2clip.evaluation.metrics import retrieval_ranks
+
+KS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class CaptionRetrievalAccuracy:
+    """One caption of an image is the query, another one the target, among those of all images; ties are averaged.
+
+    It needs no images, so that text towers are measured as well as whole models. The embeddings are those that
+    `embed_texts` gives: of an LLM2CLIP model after its adapter, of a text tower without one.
+
+    Args:
+        pair: Which captions of each image, in words.
+    """
+
+    pair: str = "caption 1 to caption 2"
+
+    def measure(self, session: Session, data: CaptionPairData) -> Measurement:
+        """Measure recall@1, which the paper reports, and recall@5 and 10.
+
+        Raises:
+            BenchmarkError: There is no pair.
+        """
+        count = len(data.queries)
+        if count == 0:
+            raise BenchmarkError("there is no pair of captions.")
+        embeds = session.embed_texts([*data.queries, *data.targets])
+        matches = torch.arange(count)[:, None].expand(-1, 2)
+        ranks, _, _ = retrieval_ranks(embeds[count:], embeds[:count], matches)
+        values = {f"recall@{k}": ranks.hit_probability(k) for k in KS}
+        return Measurement(
+            protocol={
+                "name": "caption retrieval",
+                "pair": self.pair,
+                "gallery": f"{count} captions",
+                "prompt": "of the model",
+                "ties": "expected value",
+            },
+            scores={name: value.mean().item() for name, value in values.items()},
+            values=values,
+            counts={
+                "pairs": count,
+                "truncated_texts": int(session.text_lengths([*data.queries, *data.targets])[1].sum()),
+                "tied_text_queries": int(ranks.is_tied.sum()),
+            },
+        )
