@@ -45,7 +45,8 @@ def evaluation_of(fields: dict[str, Any]) -> Evaluation:
     # Only the name of a local folder: its path means nothing to others.
     dataset = str(data["path"]) if hub_ids(str(data["path"])) else Path(data["path"]).name
     metrics = {key: value for key, value in fields.items() if isinstance(value, (int, float))}
-    note = ", ".join(data.get("caption_columns") or ())
+    protocol = [f"protocol {fields['protocol']}"] if "protocol" in fields else []
+    note = ", ".join([*(data.get("caption_columns") or ()), *protocol])
     task = TASK_TITLES.get(fields["task"], str(fields["task"]))
     return Evaluation(task, dataset, str(data.get("split")), data.get("revision"), metrics, note)
 

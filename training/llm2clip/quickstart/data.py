@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from llm2clip.data import CaptionSource, PairSource, distinct_captions, load_source
+from llm2clip.data import CaptionSource, PairSource, caption_id, distinct_captions, load_source
 from llm2clip.data.sources import SourceError
 from llm2clip.evaluation import CaptionRetrieval
 from llm2clip.utils.files import digest_json
@@ -146,6 +146,14 @@ class QuickstartData:
         sets = self.caption_sets.values()
         pairs = [text for retrieval in sets for text in (*retrieval.queries, *retrieval.targets)]
         return list(dict.fromkeys([*captions, *pairs]))
+
+    def seen_captions(self) -> tuple[int, int]:
+        """Count the test captions that are also captions of training images, and all test captions, distinct ones."""
+        trained, tested = (
+            {caption_id(text) for text in distinct_captions(source, show_progress=False)}
+            for source in (self.source(self.train, self.caption_columns), self.test_source())
+        )
+        return len(tested & trained), len(tested)
 
     def settings(self) -> dict[str, Any]:
         """Return JSON values that identify the data and its splits."""

@@ -19,7 +19,7 @@ from llm2clip.quickstart.arms import Arm
 from llm2clip.quickstart.config import QuickstartConfig
 from llm2clip.quickstart.ledger import Ledger
 from llm2clip.quickstart.report import write_report
-from llm2clip.quickstart.results import PROTOCOL, best_arm, image_rows, last_runs, machine, transfer_rows
+from llm2clip.quickstart.results import best_arm, image_rows, last_runs, machine, protocol, transfer_rows
 from llm2clip.quickstart.run_context import RunContext
 from llm2clip.quickstart.step import Step
 from llm2clip.quickstart.tables import print_tables, reading
@@ -84,7 +84,7 @@ class Quickstart:
         durations = self.ledger.seconds()
         return {
             "settings": {**asdict(self.config), **context.profile, **context.data.settings(), **context.weights},
-            "protocol": PROTOCOL,
+            "protocol": protocol(context.data),
             "text_encoders": [arm.title for arm in context.arms],
             "best_text_encoder": best.title,
             "caption_retrieval": {arm.title: steps[f"embed-{arm.name}"]["caption_retrieval"] for arm in context.arms},

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 
 from llm2clip.quickstart.arms import Arm
-from llm2clip.quickstart.data import LANGUAGES, QUERY
+from llm2clip.quickstart.data import LANGUAGES, QUERY, QuickstartData
 
 VERSIONS = ("torch", "transformers", "datasets", "peft", "tokenizers", "numpy")
 AVERAGED = ("recall", "mean_rank", "median_rank")
 UNFROZEN = "+ {} trained"
 PROTOCOL = {
+    "queries": "distinct: equal captions are one query, which is right for every image that has it (texts compare "
+    "without regard to case), as in `llm2clip evaluate --data`. The strict rule of published benchmarks is `rows`.",
     "in_domain": "Every text encoder: projection and adapter are trained on stored features with frozen towers and "
-    "equal settings, up to the epoch with the best R@10 (text to image) on the validation set. A caption is right for "
-    "every image that has it. The test captions occur in no training set of stage 2.",
+    "equal settings, up to the epoch with the best R@10 (text to image) on the validation set.",
     "unfrozen": "In the profile full, the same model then trains vision layers, again up to the best epoch.",
     "transfer": "Trained and validated without the rows of one domain, and tested on that domain's rows of the "
     "validation and test sets, which are never trained on. Stage 1 trains on pairs of texts of all training rows, "
@@ -30,6 +31,12 @@ PROTOCOL = {
     "languages": "The mean is over the languages of the table; no image was trained with a caption in them.",
     "spread": "With several seeds, values are means, and `std` has the sample standard deviations.",
 }
+
+
+def protocol(data: QuickstartData) -> dict[str, str]:
+    """Say in sentences how the numbers were measured, and how many test captions are known from training."""
+    seen, total = data.seen_captions()
+    return {**PROTOCOL, "seen": f"Of {total:,} test captions, {seen:,} are also captions of training images."}
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
