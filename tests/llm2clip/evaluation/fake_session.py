@@ -102,6 +102,7 @@ class FakeSession:
         text_format: Callable[[str], str] = str,
         **encoder: Any,
     ) -> None:
+        self.num_workers = 0
         self.images = images
         self.features = images if features is None else features
         self.projected = images if projected is None else projected

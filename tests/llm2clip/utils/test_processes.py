@@ -17,7 +17,13 @@ from pathlib import Path
 
 import torch
 
-from llm2clip.utils.processes import leave_process_group, on_main_process, process_rank, process_state, sum_over_processes
+from llm2clip.utils.processes import (
+    leave_process_group,
+    on_main_process,
+    process_rank,
+    process_state,
+    sum_over_processes,
+)
 
 rank = process_state().process_index
 assert process_rank() == rank

@@ -151,7 +151,7 @@ class TimedSession:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.encoder = session.encoder
+        self.encoder, self.num_workers = session.encoder, session.num_workers
         self.seconds: dict[str, float] = {}
 
     @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from llm2clip.evaluation.benchmarks.ade20k import ADE20K
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages
 from llm2clip.evaluation.benchmarks.label_maps import IGNORED, SegmentationData, class_table, named
+from llm2clip.evaluation.encoders import open_encoder
+from llm2clip.evaluation.encoders.patches import patch_embeddings
 from llm2clip.evaluation.prompts import template_set
 from llm2clip.evaluation.protocols import segmentation
 from llm2clip.evaluation.protocols.segmentation import (
@@ -28,6 +32,10 @@ from llm2clip.evaluation.protocols.segmentation import (
     sliding,
     whole_or_windows,
 )
+from llm2clip.evaluation.session import EvaluationSession
+from llm2clip.evaluation.suite import FoundBenchmark, Suite
+from llm2clip.utils.non_finite import NonFiniteError
+from tests.llm2clip.evaluation.encoders.models import save_transformers
 from tests.llm2clip.evaluation.fake_session import FakeSession
 
 PATCH = 4
@@ -222,6 +230,32 @@ def test_prompts_are_the_85_of_maskclip(tmp_path: Path) -> None:
     assert session.embedded == [[template.replace("{c}", name) for name in NAMES for template in templates]]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_model_runs_through_the_suite(num_workers: int, tmp_path: Path) -> None:
+    """A tiny CLIP on images of whole patches, so that there is nothing to resize but its scores."""
+    save_transformers("clip", tmp_path / "model")
+    encoder = open_encoder(str(tmp_path / "model"))
+    folder_of(tmp_path, [(28, 42), (28, 28)])
+    benchmark = replace(
+        ADE20K,
+        read=lambda folder: folder_of(folder, [(28, 42), (28, 28)]),
+        protocol=MaskCLIPSegmentation(scale=(2048, 28), templates=("a {c}.", "the {c}")),
+    )
+    session = EvaluationSession(encoder, num_workers=num_workers)
+    suite = Suite(tmp_path / "results", allow_counts=True)
+    (result,) = suite.run([FoundBenchmark(benchmark, tmp_path)], session)
+    data, maps = folder_of(tmp_path, [(28, 42), (28, 28)]), []
+    texts = torch.stack([encoder.embed_texts([f"a {name}.", f"the {name}"]).mean(dim=0) for name in NAMES])
+    for image in data.images.images:
+        pixels = encoder.prepare_pixels(Image.open(image))["pixel_values"][None]
+        patches = patch_embeddings(encoder.model, pixels, values_only=True)
+        scores = (patches @ F.normalize(texts, dim=1).T).permute(0, 3, 1, 2)
+        maps.append(F.interpolate(scores, pixels.shape[2:], mode="bilinear")[0].argmax(dim=0))
+    assert result.scores == pytest.approx(by_loops(data, maps)[0], abs=1e-12)
+    assert result.differences == ["2 images instead of 2,000", "5 classes instead of 150"]
+    assert json.loads(next((tmp_path / "results").rglob("*.json")).read_text())["counts"]["truncated_texts"] == 0
+
+
 def test_a_label_map_of_another_size_is_an_error(tmp_path: Path) -> None:
     data = folder_of(tmp_path, [(24, 24)])
     Image.new("L", (24, 23)).save(data.label_maps[0])
@@ -234,6 +268,17 @@ def test_label_maps_without_any_class_are_an_error(tmp_path: Path) -> None:
     Image.new("L", (24, 24), IGNORED).save(data.label_maps[0])
     with pytest.raises(BenchmarkError, match="no pixel of Noise has a class"):
         protocol().measure(FakeSession([], TEXTS, patches=colours), data)
+
+
+def test_broken_embeddings_are_an_error_that_names_the_image(tmp_path: Path) -> None:
+    data = folder_of(tmp_path, [(24, 24), (12, 24)])
+
+    def broken(inputs: dict[str, Tensor]) -> Tensor:
+        patches = colours(inputs)
+        return patches.where(torch.tensor(patches.shape[1] == patches.shape[2]), torch.nan)
+
+    with pytest.raises(NonFiniteError, match=r"1 of 1 images are NaN or infinite: .*1\.png"):
+        protocol().measure(FakeSession([], TEXTS, patches=broken), data)
 
 
 def test_a_set_is_measured_whole_and_in_windows_under_two_names() -> None:

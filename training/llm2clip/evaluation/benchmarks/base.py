@@ -82,9 +82,14 @@ class Session(Protocol):
     """A model at work on benchmarks: its embeddings of images and texts, each computed once and stored.
 
     Several processes share the work, and each gets all rows.
+
+    Attributes:
+        encoder: The model.
+        num_workers: Worker processes that decode images; 0 for none.
     """
 
     encoder: Encoder
+    num_workers: int
 
     def embed_images(self, images: ContentSet) -> Tensor:
         """Embed images: unit rows, float32 `(images, width)` on the CPU, in their order."""

@@ -17,7 +17,8 @@ from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError, Encod
 from llm2clip.evaluation.benchmarks.label_maps import IGNORED, SegmentationData, scene_templates
 from llm2clip.evaluation.prompts import name_of_templates, prompts, template_set
 from llm2clip.evaluation.protocols.classification import class_embeddings
-from llm2clip.utils.processes import process_rank, sum_over_processes, worker_count, world_size
+from llm2clip.utils.non_finite import require_finite_rows
+from llm2clip.utils.processes import process_rank, sum_over_processes, world_size
 from llm2clip.utils.progress import track
 from modeling_llm2clip.image_decoding_llm2clip import decode_image
 
@@ -54,6 +55,7 @@ class MaskCLIPSegmentation:
 
         Raises:
             BenchmarkError: There is no pixel with a class, or a label map is none or has another size than its image.
+            NonFiniteError: Embeddings of patches are NaN or infinite; the message names the image.
             ValueError: The model has no patches that MaskCLIP could embed.
         """
         templates = list(self.templates or maskclip_templates())
@@ -62,7 +64,7 @@ class MaskCLIPSegmentation:
         embeds = class_embeddings(session.embed_texts(texts), len(names))
         _, is_cut = session.text_lengths(texts)
         owners = torch.tensor([number for number, several in enumerate(data.classes.values()) for _ in several])
-        confusion = self._confusion(session.encoder, data, embeds, owners)
+        confusion = self._confusion(session, data, embeds, owners)
         if not confusion.any():
             raise BenchmarkError(f"no pixel of {data.title} has a class.")
         protocol = {
@@ -76,19 +78,21 @@ class MaskCLIPSegmentation:
         counts |= {"texts": len(texts), "truncated_texts": int(is_cut.sum())}
         return replace(measurement, protocol=protocol, counts=counts)
 
-    def _confusion(self, encoder: Encoder, data: SegmentationData, embeds: Tensor, owners: Tensor) -> Tensor:
+    def _confusion(self, session: Session, data: SegmentationData, embeds: Tensor, owners: Tensor) -> Tensor:
         """Count pixels by class and predicted class, `(classes, classes)` int64; processes share the images."""
-        classes = len(data.classes)
+        encoder, classes = session.encoder, len(data.classes)
         embeds, owners = embeds.to(encoder.device), owners.to(encoder.device)
         rows = range(process_rank(), len(data.images), world_size())
         prepared = _PreparedImages(encoder, data, rows, self.scale)
-        loader = DataLoader(prepared, batch_size=None, num_workers=worker_count(None))
+        loader = DataLoader(prepared, batch_size=None, num_workers=session.num_workers)
         confusion = torch.zeros(classes * classes, dtype=torch.int64)
-        for pixels, labels in track(loader, f"Segmenting {data.title}", len(rows), "image"):
+        images = track(loader, f"Segmenting {data.title}", len(rows), "image")
+        for row, (pixels, labels) in zip(rows, images, strict=True):
             height, width = pixels.shape[-2:]
             windows = whole_or_windows(height, width, self.crop, self.stride)
             parts = torch.stack([pixels[:, top : top + h, left : left + w] for top, left, h, w in windows])
             patches = encoder.forward_patches({"pixel_values": parts}).to(encoder.device)
+            require_finite_rows(patches[None].flatten(1), lambda _, row=row: data.images.key(row), "images")
             scores = class_scores(patches, embeds, owners, classes)
             predicted = predict(scores, windows, (height, width), tuple(labels.shape)).cpu()
             counted = labels != IGNORED
