@@ -69,8 +69,9 @@ COMMANDS = {
                         "llm2clip.evaluation.evaluate", "EvaluateConfig", ("model",), optional=("model",)),
     "report": Command("show results of evaluations as a table, beside published numbers",
                       "llm2clip.evaluation.report", "ReportConfig", ("results",), extra="evaluation"),
-    "check-data": Command("show what is in a data set of captions and images, and what is wrong with it",
-                          "llm2clip.data.check_data", "CheckDataConfig", ("source",), extra="evaluation"),
+    "check-data": Command("show what is in a data set or published set, and what is wrong with it",
+                          "llm2clip.evaluation.check_benchmark", "CheckConfig", ("source",), optional=("source",),
+                          extra="evaluation"),
     "convert": Command(
         "convert checkpoints of the original code, of Microsoft's repos and of CLIP to this format and back",
         "llm2clip.convert.conversion", "ConvertConfig", ("source", "destination")),

@@ -74,7 +74,7 @@ class CheckDataConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         if not self.source:
-            raise ValueError("the data is missing: llm2clip check-data SOURCE")
+            raise ValueError("the data is missing: llm2clip check-data SOURCE, or --benchmark NAME --data FOLDER")
         if self.other_splits and self.no_images:
             raise ValueError("other_splits compares pictures, which no_images leaves out; drop one of them.")
 

@@ -1,0 +1,173 @@
+"""`llm2clip check-data --benchmark`: what would stop an evaluation is found without a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm2clip import cli
+from llm2clip.evaluation.benchmarks.data import (
+    BenchmarkImages,
+    ClassificationData,
+    HardNegativeData,
+    PairData,
+    RetrievalData,
+)
+from llm2clip.evaluation.check_benchmark import images_of, texts_of
+from tests.llm2clip.data.conftest import png
+from tests.llm2clip.data.test_token_check import save_tokenizer
+
+# A set of a stranger: an image for each list of captions.
+MODULE = """
+import json
+from llm2clip.evaluation.benchmarks.base import Benchmark
+from llm2clip.evaluation.benchmarks.data import BenchmarkImages, RetrievalData
+from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
+
+
+def read(folder):
+    rows = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+    images = BenchmarkImages([folder / name for name in rows]).require_files("Tiny")
+    return RetrievalData.from_captions(images, list(rows.values()))
+
+
+BENCHMARKS = [
+    Benchmark(
+        name="tiny", title="Tiny", groups=("short",), folder="tiny", marker="captions.json", files="captions.json",
+        counts={"images": 3, "texts": 5}, license="MIT", source="Here.", read=read, protocol=RetrievalProtocol(),
+    )
+]
+"""
+CAPTIONS = {"a.png": ["a dog", "a dog", "一只狗"], "b.png": [""], "c.png": ["one two three four five"]}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """Write a whole set; returns the folder of sets, with the module beside it."""
+    (tmp_path / "tiny.py").write_text(MODULE)
+    folder = tmp_path / "sets" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "captions.json").write_text(json.dumps(CAPTIONS, ensure_ascii=False), encoding="utf-8")
+    for shade, name in enumerate(CAPTIONS):
+        (folder / name).write_bytes(png(shade))
+    return folder.parent
+
+
+def check(tiny: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    """Run the command; returns its status and the report of the set."""
+    output = tiny.parent / "report.json"
+    arguments = ["--benchmark", str(tiny.parent / "tiny.py"), "--data", str(tiny), "--output", str(output)]
+    status = cli.main(["check-data", *arguments, *(options or ("--num-workers", "0"))])
+    return status, json.loads(output.read_text())["benchmarks"]["tiny"]
+
+
+def found(report: dict[str, Any]) -> dict[str, list[str]]:
+    """Keys of the rows by finding, as file names."""
+    return {
+        name: [Path(example["key"]).name for example in finding["examples"]]
+        for name, finding in report["findings"].items()
+        if finding["count"]
+    }
+
+
+def test_a_whole_set(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    four = save_tokenizer(tiny.parent / "four", 4)
+    status, report = check(tiny, "--tokenizer", four, f"{four}:100", "--num-workers", "1")
+    assert (status, report["stops"]) == (0, [])
+    assert report["counts"] == report["published"] == {"images": 3, "texts": 5}
+    assert (report["rows"], report["usable_rows"], report["images"]["count"]) == (3, 3, 3)
+    assert report["captions"]["scripts"] == {"latin": 3, "cjk": 1, "none": 1}
+    assert {name: counts["cut"] for name, counts in report["tokens"].items()} == {four: 1, f"{four}:100": 0}
+    assert found(report) == {
+        "repeated captions": ["a.png"],
+        "empty captions": ["b.png"],
+        f"captions cut by {four}": ["c.png"],
+    }
+    shown = capsys.readouterr().out
+    assert "Tiny, counts" in shown
+    assert "cjk 1" in shown
+
+
+def test_other_counts_stop_a_run(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tiny / "tiny" / "captions.json").write_text(json.dumps({"a.png": ["a dog"] * 5}))
+    status, report = check(tiny)
+    assert (status, report["stops"]) == (1, ["Tiny has 1 images instead of 3."])
+    shown, error = capsys.readouterr()
+    assert "1 images instead of 3" in shown
+    assert "tiny: Tiny has 1 images instead of 3." in error
+    assert "Traceback" not in error
+
+
+def test_missing_images_stop_a_run(tiny: Path) -> None:
+    (tiny / "tiny" / "b.png").unlink()
+    status, report = check(tiny)
+    assert status == 1
+    assert "lacks 1 of 3 images" in report["stops"][0]
+    assert "b.png" in report["stops"][0]
+
+
+def test_broken_images_stop_a_run_unless_images_are_left_out(tiny: Path) -> None:
+    (tiny / "tiny" / "b.png").write_bytes(png(1)[:60])
+    status, report = check(tiny)
+    assert (status, report["stops"]) == (1, ["1 of 3 images cannot be used."])
+    assert found(report)["broken images"] == ["b.png"]
+    status, report = check(tiny, "--no-images")
+    assert (status, report["images"]) == (0, None)
+
+
+def test_a_broken_or_missing_file_stops_a_run(tiny: Path) -> None:
+    (tiny / "tiny" / "captions.json").write_text("{")
+    assert check(tiny)[0] == 1
+    (tiny / "tiny" / "captions.json").unlink()
+    status, report = check(tiny)
+    assert status == 1
+    assert "tiny lacks captions.json" in report["stops"][0]
+    assert "counts" not in report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmark", "urban1k"], "benchmark needs data"),
+        (["--data", "somewhere"], "name them with --benchmark"),
+        (["mine", "--benchmark", "urban1k", "--data", "."], "not both"),
+        (["--benchmark", "urban1k", "--data", ".", "--split", "test"], "split is for a SOURCE"),
+        (["--benchmark", "urban1k", "--data", ".", "--other-splits", "test"], "other_splits is for a SOURCE"),
+        (["--benchmark", "urban2k", "--data", "."], "there is no benchmark 'urban2k'"),
+    ],
+)
+def test_settings_that_contradict_each_other(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check-data", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def images(*names: str) -> BenchmarkImages:
+    return BenchmarkImages([Path(name) for name in names])
+
+
+def test_texts_and_images_of_every_kind_of_data() -> None:
+    shared = images("a", "b")
+    languages = {
+        "de": RetrievalData(shared, ["x"], torch.tensor([1])),
+        "en": RetrievalData(shared, ["y", "z"], torch.tensor([0, 0])),
+    }
+    assert texts_of(languages) == {"de": [("b", "x")], "en": [("a", "y"), ("a", "z")]}
+    assert images_of(languages) == [shared]
+    train = ClassificationData(images("c"), torch.tensor([0]), ["dog", "cat"])
+    classes = ClassificationData(shared, torch.tensor([0, 1]), ["dog", "cat"], ["a {c}", "the {c}"], train=train)
+    assert texts_of(classes) == {
+        "prompts": [("dog", "a dog"), ("dog", "the dog"), ("cat", "a cat"), ("cat", "the cat")]
+    }
+    assert images_of(classes) == [shared, train.images]
+    choices = HardNegativeData(shared, torch.tensor([1]), ["x"], ["y"], ["swap"])
+    assert texts_of(choices) == {"right": [("b", "x")], "wrong": [("b", "y")]}
+    assert texts_of(PairData(shared, ["x", "y"], ["kind"])) == {"texts": [("0", "x"), ("1", "y")]}
+    assert images_of(object()) == []
+    assert texts_of(object()) == {}

@@ -1,0 +1,252 @@
+"""`llm2clip check-data`, of published sets too: what would stop an evaluation, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch.utils.data import DataLoader, Dataset
+
+from llm2clip.data import check_data
+from llm2clip.data.checks import (
+    CaptionCheck,
+    Check,
+    Finding,
+    ImageCheck,
+    ImageFacts,
+    RowFacts,
+    TextFaultCheck,
+    inspect_image,
+)
+from llm2clip.data.token_check import CountingTokenizer, TokenCheck
+from llm2clip.evaluation.benchmarks import choose_benchmarks
+from llm2clip.evaluation.benchmarks.base import Benchmark, check_counts
+from llm2clip.evaluation.benchmarks.data import (
+    BenchmarkImages,
+    ClassificationData,
+    HardNegativeData,
+    RetrievalData,
+    counts_of,
+)
+from llm2clip.evaluation.prompts import prompts
+from llm2clip.evaluation.suite import missing_files
+from llm2clip.utils.files import write_json
+from llm2clip.utils.processes import worker_count
+from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.settings import check_choices, setting
+from llm2clip.utils.tables import print_table
+from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS
+
+# Settings of a source that mean nothing for a published set.
+OF_SOURCES = (
+    "name", "split", "revision", "image_column", "caption_columns", "key_column", "streaming", "max_samples",
+    "other_splits",
+)  # fmt: skip
+
+
+@dataclass
+class CheckConfig(check_data.CheckDataConfig):
+    """Settings of a check: of one's own data, SOURCE, or of published sets, `benchmark`."""
+
+    benchmark: list[str] = setting(
+        [], "Published sets to check instead of SOURCE: names or groups of `llm2clip evaluate --list`, or all-found."
+    )
+    data: str | None = setting(None, "Folder below which the files of published sets lie.")
+
+    def __post_init__(self) -> None:
+        if not self.benchmark:
+            if self.data is not None:
+                raise ValueError("data is the folder of published sets; name them with --benchmark.")
+            super().__post_init__()
+            return
+        check_choices(self)
+        if self.source:
+            raise ValueError("give either SOURCE or benchmark, not both.")
+        if self.data is None:
+            raise ValueError("benchmark needs data, the folder of the files: --data ./benchmarks")
+        defaults = {field.name: field.default for field in fields(check_data.CheckDataConfig)}
+        given = [name for name in OF_SOURCES if getattr(self, name) not in (defaults[name], [])]
+        if given:
+            raise ValueError(f"{', '.join(given)} is for a SOURCE; a published set is read as it was published.")
+
+
+def run(config: CheckConfig) -> None:
+    """Check data and print a report; nothing in the data is changed.
+
+    Raises:
+        DataFaultsError: There is what stops a run; the report is printed and written before.
+        FileNotFoundError, SourceError: The data cannot be read.
+        ValueError: There is no such benchmark.
+    """
+    if not config.benchmark:
+        check_data.run(config)
+        return
+    assert config.data is not None
+    folder = Path(config.data)
+    benchmarks = choose_benchmarks(config.benchmark, folder)
+    tokenizers = [CountingTokenizer(name) for name in config.tokenizer]
+    reports = {
+        benchmark.name: check_benchmark(
+            benchmark, folder, tokenizers, not config.no_images, config.max_pixels, config.num_workers
+        )
+        for benchmark in benchmarks
+    }
+    if config.output:
+        write_json(config.output, {"benchmarks": reports})
+    for report in reports.values():
+        print_report(report)
+    stopped = [f"{name}: {' '.join(report['stops'])}" for name, report in reports.items() if report["stops"]]
+    if stopped:
+        raise check_data.DataFaultsError("; ".join(stopped))
+
+
+def check_benchmark(
+    benchmark: Benchmark,
+    data: Path,
+    tokenizers: Sequence[CountingTokenizer] = (),
+    with_images: bool = True,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    num_workers: int | None = None,
+) -> dict[str, Any]:
+    """Find out whether the files of a published set are whole, and what is in them.
+
+    Args:
+        data: The folder below which they lie.
+        with_images: Decode all images.
+        max_pixels: Largest image that can be used, width x height.
+        num_workers: Processes that decode images, 0 for none; by default one per core, at most 8.
+
+    Returns:
+        As JSON values: `title`; `stops`, what would stop an evaluation, in sentences; `published` counts; and if the
+        files could be read, `counts` and the parts of `check_data`, whose rows are the images.
+    """
+    report: dict[str, Any] = {"title": benchmark.title, "published": dict(benchmark.counts), "stops": []}
+    folder = benchmark.find(data)
+    if folder is None:
+        return report | {"stops": [missing_files(benchmark, data)]}
+    try:
+        content = benchmark.read(folder)
+    except (OSError, ValueError) as error:
+        return report | {"stops": [str(error)]}
+    report |= {"folder": str(folder), "counts": counts_of(content)}
+    differences = check_counts(benchmark.title, report["counts"], benchmark.counts, allow=True)
+    if differences:
+        report["stops"] = [f"{benchmark.title} has {', '.join(differences)}."]
+    report |= _contents(content, tokenizers, with_images, max_pixels, worker_count(num_workers))
+    unusable = report["rows"] - report["usable_rows"]
+    if unusable:
+        report["stops"].append(f"{unusable:,} of {report['rows']:,} images cannot be used.")
+    return report
+
+
+class EmptyCheck:
+    """Finds empty captions, which published sets contain and which stay queries."""
+
+    def __init__(self) -> None:
+        self.findings = {"empty captions": Finding()}
+
+    def add(self, row: RowFacts) -> None:
+        for column, texts in row.texts.items():
+            for text in texts:
+                if not text.strip():
+                    self.findings["empty captions"].add(row.key, column)
+
+    def summary(self) -> dict[str, Any]:
+        return {}
+
+
+class InspectedImages(Dataset):
+    """What is known about each of some images, with its name."""
+
+    def __init__(self, images: BenchmarkImages, max_pixels: int) -> None:
+        self.images = images
+        self.max_pixels = max_pixels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> tuple[str, ImageFacts]:
+        key = self.images.key(row)
+        return key, self.images.decode(row, lambda value, key, _: inspect_image(value, key, self.max_pixels))
+
+
+def _contents(
+    content: Any, tokenizers: Sequence[CountingTokenizer], with_images: bool, max_pixels: int, num_workers: int
+) -> dict[str, Any]:
+    """Check the texts and images of what a reader returned."""
+    texts, sets = texts_of(content), images_of(content)
+    of_texts: list[Check] = [CaptionCheck(list(texts)), EmptyCheck(), TextFaultCheck(), TokenCheck(tokenizers)]
+    for column, rows in texts.items():
+        for key, text in rows:
+            for check in of_texts:
+                check.add(RowFacts(key, {column: [text]}))
+    image_check = ImageCheck()
+    for images in sets if with_images else ():
+        for key, facts in _inspected(images, max_pixels, num_workers):
+            image_check.add(RowFacts(key, {}, image=facts))
+    checks = [*of_texts, *([image_check] if with_images else [])]
+    report: dict[str, Any] = {"images": None}
+    for check in checks:
+        report |= check.summary()
+    rows_found = sum(map(len, sets))
+    return report | {
+        "rows": rows_found,
+        "usable_rows": image_check.widths.total() if with_images else rows_found,
+        "findings": {name: vars(finding) for check in checks for name, finding in check.findings.items()},
+    }
+
+
+def _inspected(images: BenchmarkImages, max_pixels: int, num_workers: int) -> Iterator[tuple[str, ImageFacts]]:
+    loader = DataLoader(
+        InspectedImages(images, max_pixels), check_data.BATCH, num_workers=num_workers, collate_fn=list
+    )
+    with progress_bar("Checking images", len(images), "image") as bar:
+        for batch in loader:
+            yield from batch
+            bar.update(advance=len(batch))
+
+
+def texts_of(content: Any) -> dict[str, list[tuple[str, str]]]:
+    """Return the texts of what a reader returned, with the key of their image or class, by kind or language."""
+    if isinstance(content, Mapping):
+        return {name: rows for name, part in content.items() for rows in texts_of(part).values()}
+    if isinstance(content, ClassificationData):
+        places = [name for name in content.classnames for _ in content.templates]
+        return {"prompts": list(zip(places, prompts(content.classnames, content.templates), strict=True))}
+    if isinstance(content, HardNegativeData):
+        keys = [content.images.key(owner) for owner in content.owners.tolist()]
+        return {
+            "right": list(zip(keys, content.right, strict=True)),
+            "wrong": list(zip(keys, content.wrong, strict=True)),
+        }
+    if isinstance(content, RetrievalData):
+        keys = [content.images.key(owner) for owner in content.owners.tolist()]
+        return {"captions": list(zip(keys, content.texts, strict=True))}
+    texts = getattr(content, "texts", [])
+    return {"texts": [(str(number), text) for number, text in enumerate(texts)]} if texts else {}
+
+
+def images_of(content: Any) -> list[BenchmarkImages]:
+    """Return the sets of images of what a reader returned, each once."""
+    if isinstance(content, Mapping):
+        found = [images for part in content.values() for images in images_of(part)]
+    else:
+        parts = (content, getattr(content, "train", None), getattr(content, "validation", None))
+        found = [part.images for part in parts if part is not None and getattr(part, "images", None) is not None]
+    return list({id(images): images for images in found}.values())
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print a report of [`check_benchmark`] as tables."""
+    console = Console(markup=False, emoji=False, highlight=False)
+    if "counts" in report:
+        names = dict.fromkeys([*report["published"], *report["counts"]])
+        both = (report["counts"], report["published"])
+        rows = [[name, *(f"{side[name]:,}" if name in side else "" for side in both)] for name in names]
+        print_table(console, f"{report['title']}, counts", ("", "found", "published"), rows)
+        check_data.print_tables(report, f"{report['title']} in {report['folder']}")
+    for sentence in report["stops"]:
+        console.print(f"{report['title']}: {sentence}", soft_wrap=True)
