@@ -126,6 +126,11 @@ README = {
     "llm2clip evaluate runs/stage2 --data ./my_images --split test --caption-columns caption": Run(
         needs=(TRAIN_VISION, "my_images"), prints="text_to_image_recall@10: "
     ),
+    "llm2clip evaluate runs/quickstart/llm2clip --benchmark museum.py --data ./benchmarks": Run(
+        needs=(MODEL, "museum.py", "benchmarks"),
+        makes=("results/runs--quickstart--llm2clip.museum.raw.json",),
+        prints="Museum",
+    ),
     MERGE: Run(
         needs=(TRAIN_VISION, TOWER, "my_images"),
         makes=("runs/merged/model.safetensors", "runs/merged/curve.png"),

@@ -89,6 +89,6 @@ BENCHMARKS = [
         files=f"test/flickr30k_cn_test.txt; {flickr30k.IMAGES}, or beside it in {flickr30k.FOLDER}",
         source="Flickr30k-CNA of 360 AI Research; the images as for flickr30k.",
         read=read_cna,
-        note="FG-CLIP 2 reports this set as Flickr30k-CN: the captions were translated again.",
+        note="What FG-CLIP 2 measures: the captions were translated again, other numbers than Flickr30k-CN.",
     ),
 ]
