@@ -15,10 +15,12 @@ from transformers import AutoModel, AutoProcessor
 from llm2clip import cli
 from llm2clip.convert.published import FOLDER, parameters, published_models
 from llm2clip.hub import build, new_process, source_model
+from llm2clip.hub.build_card import read_results
 from llm2clip.hub.cards.card import CARD, read_card
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
+from tests.llm2clip.evaluation.made_results import classification, retrieval, written
 from tests.loopback_hub import File, LoopbackHub, Repo
 from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
@@ -70,6 +72,25 @@ def test_llm_in_a_local_folder_is_bundled_with_card_curves_and_example(fields: d
     assert "Apache License" in (out / "LICENSE").read_text()
     assert Image.open(out / "training_curves.png").size[0] > 100
     assert Image.open(out / "example.png").size == IMAGES[0].size
+
+
+def test_results_of_published_sets_go_onto_the_card(tmp_path: Path) -> None:
+    result = retrieval("runs/mine", t2i=0.5, i2t=0.25, differences=["999 images instead of 1,000"])
+    (path,) = written(tmp_path, result)
+    evaluation = read_results(Path(path))
+    assert evaluation.title == "Urban1k (not the published set: 999 images instead of 1,000)"
+    assert (evaluation.task, evaluation.dataset, evaluation.revision) == (
+        "image-text retrieval", "urban1k", "0123456789abcdef",
+    )  # fmt: skip
+    assert evaluation.compared == result.scores
+    assert evaluation.remarks == {"images": 1000, "texts": 1000, "truncated texts": 12, "tied text queries": 3}
+    assert evaluation.protocol == "retrieval, positives rows, ties expected value, text format raw"
+    (path,) = written(tmp_path, classification("runs/mine", 0.75))
+    evaluation = read_results(Path(path))
+    assert (evaluation.title, evaluation.compared["accuracy"]) == ("ImageNet-1k (openai-80)", 0.75)
+    Path(path).write_text('{"schema_version": 7}')
+    with pytest.raises(ValueError, match="schema version"):
+        read_results(Path(path))
 
 
 def test_example_image_is_rotated_by_its_exif_orientation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,31 @@ def test_model_card_class_reads_the_metadata(tmp_path: Path) -> None:
     assert all(result.dataset_revision == "abc" and result.dataset_split == "test" for result in results.values())
 
 
+def test_the_hub_sees_what_is_compared_and_the_text_the_rest() -> None:
+    ranks = {"text_to_image_mean_rank": 3.25, "num_texts": 1200, "runtime": 1.5, "text_to_image_recall@100": 0.9}
+    own = replace(FACTS.evaluations[0], metrics={**METRICS, **ranks}, protocol="protocol distinct")
+    scores = {"images": 50_000, "tied_images": 7, "top1": 0.75, "top5": 0.9, "mean_per_class": 0.7}
+    classes = Evaluation(
+        "zero-shot classification", "imagenet-1k", "", "0f", scores, "openai-80", "ties expected value", "ImageNet-1k"
+    )
+    text = render(replace(FACTS, evaluations=[own, classes]))
+    results = split_card(text)[0]["model-index"][0]["results"]
+    found = [{metric["type"]: metric["value"] for metric in result["metrics"]} for result in results]
+    assert found == [METRICS, {"accuracy": 0.75, "mean_per_class_accuracy": 0.7}]
+    assert results[1]["dataset"] == {
+        "name": "ImageNet-1k (openai-80)", "type": "imagenet-1k", "config": "openai-80", "revision": "0f",
+    }  # fmt: skip
+    assert "| zero-shot classification | ImageNet-1k (openai-80) | accuracy | 75.0 |" in text
+    assert (
+        "- image-text retrieval, someone/pictures (test, caption): protocol distinct; text to image mean rank 3.2, "
+        "texts 1,200.\n" in text
+    )
+    assert (
+        "- zero-shot classification, ImageNet-1k (openai-80): ties expected value; images 50,000, tied images 7."
+        in text
+    )
+
+
 def test_check_of_the_metadata_agrees_with_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
     other = {"license": "other", "license_name": "own", "license_link": "LICENSE"}
     good: list[dict[str, Any]] = [{}, {"languages": ["en", "yue"]}, {"datasets": ["imagenet-1k"]}, other]

@@ -188,14 +188,18 @@ def _shortened(value: str) -> str:
     return value[:8] if CHECKSUM.fullmatch(value) else value
 
 
-def _with_note(title: str, first: Result) -> str:
-    """Add to a title what is unusual about a column, unless it is there."""
-    notes = [str(first.protocol[name]) for name in NAMED_OPTIONS if name in first.protocol]
-    text_format = first.protocol.get("text_format", RAW)
+def notes_on(result: Result) -> list[str]:
+    """What is unusual about a result, or has no usual value: its templates, its text format, other data."""
+    notes = [str(result.protocol[name]) for name in NAMED_OPTIONS if name in result.protocol]
+    text_format = result.protocol.get("text_format", RAW)
     if text_format != RAW:
         notes.append(f"text format {text_format}")
-    notes = [note for note in notes if note not in title]
-    notes += [f"not the published set: {difference}" for difference in first.differences]
+    return notes + [f"not the published set: {difference}" for difference in result.differences]
+
+
+def _with_note(title: str, first: Result) -> str:
+    """Add to a title what is unusual about a column, unless it is there."""
+    notes = [note for note in notes_on(first) if note not in title]
     return f"{title} ({', '.join(notes)})" if notes else title
 
 

@@ -58,7 +58,9 @@ class BuildConfig:
     base_models: list[str] = setting([], "Hub ids of the models that this one was trained from.")
     datasets: list[str] = setting([], "Hub ids of the training data.")
     languages: list[str] = setting([], "ISO 639 codes of the caption languages.")
-    results: list[str] = setting([], "Results for the card: JSON files of `llm2clip evaluate --output`.")
+    results: list[str] = setting(
+        [], "Results for the card: JSON files of `llm2clip evaluate`, of own data or of published sets."
+    )
     example_image: str | None = setting(None, "Example image for the card.")
     example_captions: list[str] = setting([], "Captions for the card; the first one describes the example image.")
     config_only: bool = setting(False, "Write nothing; only count the parameters of the model's config.")

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 
+from llm2clip.evaluation.comparison import notes_on
+from llm2clip.evaluation.results import Result, read_result
+from llm2clip.evaluation.results_table import protocol_words
 from llm2clip.hub.cards.card import CARD, read_card, render
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import CURVES, MERGE_CURVE, CardFacts, Evaluation, base_models, summary
@@ -28,12 +31,14 @@ TASK_TITLES = {"retrieval": "image-text retrieval", "caption_retrieval": "captio
 
 
 def read_results(path: Path) -> Evaluation:
-    """Read the results of `llm2clip evaluate --output`.
+    """Read the results of `llm2clip evaluate --output`, of one's own data or of a published set.
 
     Raises:
         ValueError: The file does not contain such results.
     """
     fields = read_json(path)
+    if "schema_version" in fields:
+        return evaluation_of_result(read_result(path))
     if not isinstance(fields.get("data"), dict) or "task" not in fields:
         raise ValueError(f"{path} does not contain results of `llm2clip evaluate --output`.")
     return evaluation_of(fields)
@@ -45,10 +50,25 @@ def evaluation_of(fields: dict[str, Any]) -> Evaluation:
     # Only the name of a local folder: its path means nothing to others.
     dataset = str(data["path"]) if hub_ids(str(data["path"])) else Path(data["path"]).name
     metrics = {key: value for key, value in fields.items() if isinstance(value, (int, float))}
-    protocol = [f"protocol {fields['protocol']}"] if "protocol" in fields else []
-    note = ", ".join([*(data.get("caption_columns") or ()), *protocol])
+    note = ", ".join(data.get("caption_columns") or ())
     task = TASK_TITLES.get(fields["task"], str(fields["task"]))
-    return Evaluation(task, dataset, str(data.get("split")), data.get("revision"), metrics, note)
+    protocol = f"protocol {fields['protocol']}" if fields.get("protocol") else ""
+    return Evaluation(task, dataset, str(data.get("split")), data.get("revision"), metrics, note, protocol)
+
+
+def evaluation_of_result(result: Result) -> Evaluation:
+    """Turn the result of a published set into results for a card."""
+    name = str(result.protocol.get("name"))
+    return Evaluation(
+        task=TASK_TITLES.get(name, name),
+        dataset=result.benchmark,
+        split="",
+        revision=result.data.get("checksum"),
+        metrics={**result.counts, **result.scores},
+        note=", ".join(notes_on(result)),
+        protocol=protocol_words(result),
+        name=result.title,
+    )
 
 
 def source_folder(config: BuildConfig) -> Path:

@@ -125,12 +125,12 @@ def _eval_results(evaluation: Evaluation, pipeline_tag: str) -> list[EvalResult]
             dataset_name=evaluation.title,
             # Without it the Hub would merge the results of two caption columns of one split.
             dataset_config=evaluation.note or None,
-            dataset_split=evaluation.split,
+            dataset_split=evaluation.split or None,
             dataset_revision=evaluation.revision,
             metric_type=name,
             metric_value=value,
         )
-        for name, value in evaluation.metrics.items()
+        for name, value in evaluation.compared.items()
     ]
 
 

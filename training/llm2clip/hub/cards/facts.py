@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,20 @@ JOINT_TASK, TEXT_TASK = "zero-shot-image-classification", "feature-extraction"
 VISION_TASK = "image-feature-extraction"
 EXAMPLE, CURVES, MERGE_CURVE = "example.png", "training_curves.png", "curve.png"
 
+RECALL = re.compile(r"(^|_)recall@(1|5|10)$")
+# Scores that are shares of right answers, and the names of their metrics on the Hub.
+ACCURACIES = {
+    "top1": "accuracy",
+    "accuracy": "accuracy",
+    "mean_per_class": "mean_per_class_accuracy",
+    "text_score": "text_score",
+    "image_score": "image_score",
+    "group_score": "group_score",
+    "miou": "mean_iou",
+}
+# `llm2clip evaluate` names counts `num_texts`, `truncated_texts`, `tied_text_queries` and the like.
+COUNT = re.compile(r"_rank$|^num_|(^|_)(images|texts|queries|classes|languages|pairs|choices|comparisons)$")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -23,8 +38,10 @@ class Evaluation:
         dataset: Hub id or name of the data set.
         split: Split of it.
         revision: Commit of the data set, or a checksum of its content.
-        metrics: Recalls in 0..1, or counts, by name.
+        metrics: Scores in 0..1, ranks and counts, by name; the Hub shows those of `compared`.
         note: Further identification of the measurement, such as the caption column.
+        protocol: How it was measured, in words.
+        name: Title of the data set, if it is not `dataset`.
     """
 
     task: str
@@ -33,10 +50,28 @@ class Evaluation:
     revision: str | None
     metrics: dict[str, float]
     note: str = ""
+    protocol: str = ""
+    name: str = ""
 
     @property
     def title(self) -> str:
-        return f"{self.dataset} ({', '.join(part for part in (self.split, self.note) if part)})"
+        parts = ", ".join(part for part in (self.split, self.note) if part)
+        return f"{self.name or self.dataset} ({parts})" if parts else self.name or self.dataset
+
+    @property
+    def compared(self) -> dict[str, float]:
+        """The scores that the field compares, by the name of the metric on the Hub: recall at 1, 5, 10 and accuracy.
+
+        Ranks, counts and times are not comparable, and a page that sorts models by a number must not see them.
+        """
+        recalls = {name: value for name, value in self.metrics.items() if RECALL.search(name)}
+        return recalls | {type: self.metrics[name] for name, type in ACCURACIES.items() if name in self.metrics}
+
+    @property
+    def remarks(self) -> dict[str, float]:
+        """Ranks and counts, by name in words."""
+        names = [name for name in self.metrics if COUNT.search(name) and not RECALL.search(name)]
+        return {name.removeprefix("num_").replace("_", " "): self.metrics[name] for name in names}
 
 
 @dataclass

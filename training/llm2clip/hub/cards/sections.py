@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from llm2clip.hub.cards.facts import CURVES, EXAMPLE, JOINT_TASK, TEXT_TASK, CardFacts, Evaluation
+from llm2clip.hub.cards.facts import CURVES, EXAMPLE, JOINT_TASK, RECALL, TEXT_TASK, CardFacts, Evaluation
 
 PAPER = "2411.04997"
 CITATION = """```bibtex
@@ -139,15 +139,42 @@ def _use(facts: CardFacts) -> str:
 def _results(evaluations: Sequence[Evaluation]) -> str:
     if not evaluations:
         return ""
-    lines = ["## Results", "", "Recall in percent.", "", "| task | data | direction | R@1 | R@5 | R@10 |"]
-    lines.append("| --- | --- | --- | ---: | ---: | ---: |")
-    for evaluation in evaluations:
-        for direction, title in DIRECTIONS.items():
-            names = [f"{direction}_{recall}" if direction else recall for recall in RECALLS]
-            if all(name in evaluation.metrics for name in names):
-                values = " | ".join(f"{100 * evaluation.metrics[name]:.1f}" for name in names)
-                lines.append(f"| {evaluation.task} | {evaluation.title} | {title} | {values} |")
-    return "\n".join(lines)
+    recalls = [row for evaluation in evaluations for row in _recall_rows(evaluation)]
+    shares = [
+        f"| {evaluation.task} | {evaluation.title} | {name.replace('_', ' ')} | {100 * value:.1f} |"
+        for evaluation in evaluations
+        for name, value in evaluation.compared.items()
+        if not RECALL.search(name)
+    ]
+    parts = ["## Results"]
+    if recalls or not shares:
+        heads = ["| task | data | direction | R@1 | R@5 | R@10 |", "| --- | --- | --- | ---: | ---: | ---: |"]
+        parts += ["Recall in percent.", "\n".join([*heads, *recalls])]
+    if shares:
+        heads = ["| task | data | score | value |", "| --- | --- | --- | ---: |"]
+        parts += ["Accuracy and other shares in percent.", "\n".join([*heads, *shares])]
+    remarks = [line for evaluation in evaluations if (line := _remarks(evaluation))]
+    return "\n\n".join([*parts, *(["\n".join(remarks)] if remarks else [])])
+
+
+def _recall_rows(evaluation: Evaluation) -> list[str]:
+    rows = []
+    for direction, title in DIRECTIONS.items():
+        names = [f"{direction}_{recall}" if direction else recall for recall in RECALLS]
+        if all(name in evaluation.metrics for name in names):
+            values = " | ".join(f"{100 * evaluation.metrics[name]:.1f}" for name in names)
+            rows.append(f"| {evaluation.task} | {evaluation.title} | {title} | {values} |")
+    return rows
+
+
+def _remarks(evaluation: Evaluation) -> str:
+    """Say how an evaluation was measured, and its ranks and counts, as an item of a list."""
+    numbers = [
+        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.1f}"
+        for name, value in evaluation.remarks.items()
+    ]
+    parts = [part for part in (evaluation.protocol, ", ".join(numbers)) if part]
+    return f"- {evaluation.task}, {evaluation.title}: {'; '.join(parts)}." if parts else ""
 
 
 def _training(facts: CardFacts) -> str:
