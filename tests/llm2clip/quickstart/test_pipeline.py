@@ -216,7 +216,8 @@ def test_the_final_model_is_the_best_on_the_validation_set_and_gives_the_recorde
     *measured, validation = data["model-index"][0]["results"]
     assert validation["dataset"]["split"] == "validation"
     for result, metrics in zip(measured, expected.values(), strict=True):
-        assert {metric["type"]: metric["value"] for metric in result["metrics"]} == metrics
+        recalls = {name: value for name, value in metrics.items() if name.endswith(("@1", "@5", "@10"))}
+        assert {metric["type"]: metric["value"] for metric in result["metrics"]} == recalls
         assert len(result["dataset"]["revision"]) == 16
     assert f"{100 * row['text_to_image_recall@10']:.1f}" in text
     assert "freeze_vision_layers: -1" in text
