@@ -12,6 +12,7 @@ import torch
 from llm2clip import cli
 from llm2clip.evaluation.benchmarks.data import (
     BenchmarkImages,
+    CaptionPairData,
     ClassificationData,
     HardNegativeData,
     PairData,
@@ -169,5 +170,6 @@ def test_texts_and_images_of_every_kind_of_data() -> None:
     choices = HardNegativeData(shared, torch.tensor([1]), ["x"], ["y"], ["swap"])
     assert texts_of(choices) == {"right": [("b", "x")], "wrong": [("b", "y")]}
     assert texts_of(PairData(shared, ["x", "y"], ["kind"])) == {"texts": [("0", "x"), ("1", "y")]}
+    assert texts_of(CaptionPairData(["x"], ["y"])) == {"queries": [("0", "x")], "targets": [("0", "y")]}
     assert images_of(object()) == []
     assert texts_of(object()) == {}
