@@ -20,6 +20,7 @@ from llm2clip.evaluation.benchmarks.listing import list_benchmarks
 from llm2clip.evaluation.caption_pairs import CaptionRetrieval
 from llm2clip.evaluation.encoders import open_encoder
 from llm2clip.evaluation.image_text import ImageTextRetrieval, Positives
+from llm2clip.evaluation.protocols.classification import with_prompts
 from llm2clip.evaluation.results import Result
 from llm2clip.evaluation.results_table import print_results
 from llm2clip.evaluation.session import EvaluationSession
@@ -97,6 +98,16 @@ class EvaluateConfig:
         "With --benchmark: what is done to texts first, as in other evaluations: raw (nothing), lower, albef, blip, "
         "flair, long-clip. Recalls of two formats are not comparable.",
     )
+    templates: str | None = setting(
+        None,
+        "With --benchmark, for zero-shot classification: openai-80, openai-7, paper, openai-cifar, or a file with a "
+        "template a line, {c} in the place of the class; by default those of the set.",
+    )
+    classnames: str | None = setting(
+        None,
+        "With --benchmark, for zero-shot classification: file with the name of a class a line, in the order of the "
+        "labels; by default the names of the set.",
+    )
     embeddings: str | None = setting(
         None,
         "With --benchmark: folder of the stored embeddings, which later runs find again; by default `embeddings` in "
@@ -115,7 +126,9 @@ class EvaluateConfig:
             raise ValueError("caption_retrieval has no protocol rows: equal texts are one query, and one target.")
 
 
-FOR_BENCHMARKS = {"revision", "dtype", "text_format", "embeddings", "allow_counts", "overwrite"}
+FOR_BENCHMARKS = {
+    "revision", "dtype", "text_format", "templates", "classnames", "embeddings", "allow_counts", "overwrite",
+}  # fmt: skip
 FOR_OWN_DATA = {
     "task", "protocol", "split", "caption_columns", "query_column", "target_column", "embedding_cache", "on_error",
 }  # fmt: skip
@@ -159,7 +172,8 @@ def run_benchmarks(config: EvaluateConfig) -> list[Result]:
     """
     data, output = _benchmark_folder(config), Path(config.output or RESULTS_FOLDER)
     text_format = choose_text_format(config.text_format)
-    found = find_benchmarks(choose_benchmarks(config.benchmark, data), data)
+    chosen = with_prompts(choose_benchmarks(config.benchmark, data), config.templates, config.classnames)
+    found = find_benchmarks(chosen, data)
     encoder = open_encoder(config.model, config.revision, config.dtype, process_state().device)
     session = EvaluationSession(
         encoder,

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.evaluation.benchmarks.base import BenchmarkError, Measurement
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages, ClassificationData
+from llm2clip.evaluation.metrics import ROUNDING
 from llm2clip.evaluation.prompts import prompts
 from llm2clip.evaluation.protocols.classification import (
     ZeroShotClassification,
@@ -151,7 +152,15 @@ def test_classes_that_score_the_same_count_with_their_expected_value() -> None:
     found = measure([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], data, {"missile": [1.0, 0.0], "dog": [0.0, 1.0]})
     assert found.values["top1"].tolist() == pytest.approx([0.5, 0.5, 1.0])
     assert found.counts["tied_images"] == 2
+    # Scores that differ in their last bits tie too.
+    almost = {"missile": [1.0, 0.0], "rocket": [1.0, 4e-7], "dog": [0.0, 1.0]}
+    data.classnames = ["missile", "rocket", "dog"]
+    assert measure([[1.0, 0.5], [1.0, 0.5], [0.0, 1.0]], data, almost).counts["tied_images"] == 2
     assert set(found.groups["class"]) == {"missile (0)", "missile (1)", "dog"}
+    # The last bits of a matrix product differ between places.
+    near = label_ranks(torch.tensor([[0.5, 0.5 + 1e-7, 0.5 - 1e-7, 0.4]]), torch.tensor([0]), ROUNDING)
+    assert (near.ahead.item(), near.tied_wrong.item()) == (0, 2)
+    assert label_ranks(torch.tensor([[0.5, 0.5 + 1e-7]]), torch.tensor([0])).ahead.item() == 1
 
 
 def test_the_compared_score_comes_first_and_is_part_of_the_protocol() -> None:

@@ -1,0 +1,155 @@
+"""`llm2clip evaluate` on sets of classification: Fashion-MNIST, small and, in a slow test, whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from clip_benchmark.metrics import zeroshot_classification
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader, Dataset
+
+from llm2clip import cli
+from llm2clip.evaluation.benchmarks import all_benchmarks
+from llm2clip.evaluation.benchmarks.data import ClassificationData
+from llm2clip.evaluation.benchmarks.fashion_mnist import CLASSNAMES
+from llm2clip.evaluation.clip_benchmark import load_clip
+from llm2clip.evaluation.prompts import prompts
+from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.image_decoding_llm2clip import decode_image
+from tests.llm2clip.evaluation.benchmarks.test_fashion_mnist import idx
+from tests.modeling_llm2clip import tiny
+
+# Where Debian's package `dataset-fashion-mnist` puts it; another folder of sets by this variable.
+WHOLE = Path(os.environ.get("LLM2CLIP_TEST_DATA", "/usr/share/datasets"))
+PROBES = ["fashion-mnist-probe-sgd", "fashion-mnist-probe-lbfgs"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small `model`, and `benchmarks` with 30 test and 120 train images, whose brightness follows the class."""
+    folder = tmp_path_factory.mktemp("classification")
+    tiny.save(folder / "model")
+    data = folder / "benchmarks" / "fashion-mnist"
+    data.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for part, size in (("t10k", 30), ("train", 120)):
+        labels = np.arange(size, dtype=np.uint8) % 10
+        images = 20 * labels[:, None, None] + generator.integers(0, 40, (size, 28, 28))
+        (data / f"{part}-images-idx3-ubyte").write_bytes(idx(images.astype(np.uint8)))
+        (data / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
+    return folder
+
+
+def evaluate(model: Path, data: Path, output: Path, *options: str) -> dict[str, dict[str, Any]]:
+    arguments = ["evaluate", str(model), "--data", str(data), "--output", str(output), "--num-workers", "0"]
+    assert cli.main([*arguments, *options]) == 0
+    results = [json.loads(path.read_text()) for path in output.glob("*.json")]
+    return {result["benchmark"]: result for result in results}
+
+
+def test_zero_shot_and_probes_run_from_the_command(place: Path, tmp_path: Path) -> None:
+    names = ["fashion-mnist", *PROBES, "fashion-mnist-probe-openai"]
+    options = ("--benchmark", *names, "--allow-counts")
+    found = evaluate(place / "model", place / "benchmarks", tmp_path, *options)
+    assert set(found) == set(names)
+    zero_shot = found["fashion-mnist"]
+    assert zero_shot["protocol"]["templates"] == "openai-80"
+    assert zero_shot["counts"]["texts"] == 800
+    assert zero_shot["differences"] == ["30 images instead of 10,000"]
+    assert set(zero_shot["intervals"]) == {"top1", "top5", "mean_per_class"}
+    assert zero_shot["groups"]["class"]["Bag"]["images"] == 3
+    for name in names[1:]:
+        assert found[name]["counts"]["train_images"] == 120
+        assert found[name]["scores"]["top1"] > 0.3
+    assert len({json.dumps(result["protocol"]) for result in found.values()}) == 4
+
+
+def test_own_templates_and_names_give_the_nearest_class_of_the_model(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "templates.txt").write_text("ein {c}\n{c}!\n")
+    names = [f"Ding {number}" for number in range(10)]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    options = ("--templates", str(tmp_path / "templates.txt"), "--classnames", str(tmp_path / "names.txt"))
+    found = evaluate(
+        place / "model", place / "benchmarks", tmp_path / "results", "--benchmark", "fashion-mnist",
+        "--allow-counts", *options,
+    )["fashion-mnist"]  # fmt: skip
+    data = all_benchmarks()["fashion-mnist"].read(place / "benchmarks/fashion-mnist")
+    model, processor = LLM2CLIPModel.from_pretrained(place / "model").eval(), tiny.processor()
+    images = model.encode_image([data.images.decode(row, decode_image) for row in range(30)], processor)
+    texts = model.encode_text(prompts(names, ["ein {c}", "{c}!"]), processor).view(10, 2, -1)
+    logits = images @ normalize(texts.mean(dim=1), dim=-1).T
+    assert found["scores"]["top1"] == pytest.approx((logits.argmax(dim=1) == data.labels).double().mean().item())
+    assert found["counts"]["tied_images"] == 0
+    assert set(found["groups"]["class"]) == set(names)
+
+
+def test_options_of_prompts_are_refused_where_they_would_have_no_effect(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", str(place / "model"), "--data", str(place / "benchmarks"), "--output", str(tmp_path)]
+    assert cli.main([*arguments, "--benchmark", PROBES[0], "--templates", "paper"]) != 0
+    assert "--templates and --classnames are for benchmarks of zero-shot classification" in capsys.readouterr().err
+    assert cli.main([*arguments, "--templates", "paper"]) != 0
+    assert "--templates is for use with --benchmark" in capsys.readouterr().err
+
+
+class Pictures(Dataset):
+    """The images of a set as CLIP_benchmark loads them."""
+
+    def __init__(self, data: ClassificationData, transform: Any) -> None:
+        self.data, self.transform, self.classes = data, transform, data.classnames
+
+    def __len__(self) -> int:
+        return len(self.data.labels)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        return self.transform(self.data.images.decode(row, decode_image)), int(self.data.labels[row])
+
+
+def clip_benchmark_hits(model_folder: Path, data: ClassificationData) -> list[int]:
+    """Count the hits at 1 and 5 by CLIP_benchmark's own code."""
+    model, transform, tokenizer = load_clip(str(model_folder))
+    classifier = zeroshot_classification.zero_shot_classifier(
+        model, tokenizer, data.classnames, data.templates, "cpu", amp=False
+    )
+    loader = DataLoader(Pictures(data, transform), batch_size=64)
+    logits, targets = zeroshot_classification.run_classification(model, classifier, loader, "cpu", amp=False)
+    ranked = logits.topk(5, 1, True, True)[1] == targets[:, None]
+    return [int(ranked[:, :k].sum()) for k in (1, 5)]
+
+
+def test_clip_benchmark_finds_our_integers_with_the_same_model(place: Path, tmp_path: Path) -> None:
+    found = evaluate(
+        place / "model", place / "benchmarks", tmp_path, "--benchmark", "fashion-mnist", "--allow-counts"
+    )["fashion-mnist"]  # fmt: skip
+    data = all_benchmarks()["fashion-mnist"].read(place / "benchmarks/fashion-mnist")
+    hits = [round(30 * found["scores"][name]) for name in ("top1", "top5")]
+    assert hits == clip_benchmark_hits(place / "model", data)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (WHOLE / "fashion-mnist").is_dir(), reason=f"{WHOLE} has no fashion-mnist; Debian: dataset-fashion-mnist"
+)
+def test_the_whole_of_fashion_mnist_runs_from_the_documented_command(place: Path, tmp_path: Path) -> None:
+    found = evaluate(place / "model", WHOLE, tmp_path, "--benchmark", "fashion-mnist", *PROBES)
+    for result in found.values():
+        assert result["differences"] == []
+        assert (result["counts"]["images"], result["counts"]["classes"]) == (10000, 10)
+        assert result["groups"]["class"].keys() == set(CLASSNAMES)
+        assert all(one["images"] == 1000 for one in result["groups"]["class"].values())
+    for name in PROBES:
+        assert found[name]["counts"]["train_images"] == 60000
+        # Features of a model with random weights; guessing has 0.1.
+        assert 0.4 < found[name]["scores"]["top1"] < found[name]["scores"]["top5"] <= 1
+    assert found[PROBES[1]]["counts"]["validation_images"] == 12000
+    data = all_benchmarks()["fashion-mnist"].read(WHOLE / "fashion-mnist")
+    hits = [10000 * found["fashion-mnist"]["scores"][name] for name in ("top1", "top5")]
+    ties = found["fashion-mnist"]["counts"]["tied_images"]
+    assert np.abs(np.subtract(hits, clip_benchmark_hits(place / "model", data))).max() <= ties
