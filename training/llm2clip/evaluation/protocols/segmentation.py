@@ -92,7 +92,7 @@ class MaskCLIPSegmentation:
             windows = whole_or_windows(height, width, self.crop, self.stride)
             parts = torch.stack([pixels[:, top : top + h, left : left + w] for top, left, h, w in windows])
             patches = encoder.forward_patches({"pixel_values": parts}).to(encoder.device)
-            require_finite_rows(patches[None].flatten(1), lambda _, row=row: data.images.key(row), "images")
+            require_finite_rows(patches[None].flatten(1), [data.images.key(row)].__getitem__, "images")
             scores = class_scores(patches, embeds, owners, classes)
             predicted = predict(scores, windows, (height, width), tuple(labels.shape)).cpu()
             counted = labels != IGNORED
