@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from llm2clip.evaluation.benchmarks import xtd10
+from llm2clip.evaluation.benchmarks import xm3600, xtd10
 from llm2clip.evaluation.benchmarks.base import BenchmarkError, check_counts
 from llm2clip.evaluation.benchmarks.data import counts_of
+from llm2clip.evaluation.suite import FoundBenchmark, Suite
 from tests.llm2clip.evaluation.benchmarks.samples import BOM, pairs, read, write, write_lines
+from tests.llm2clip.evaluation.fake_session import FakeSession
 
 # Encoded, they contain both characters in which the alphabet for URLs differs.
 FIRST, SECOND = b"\xfb\xff\xbe one", b"\xff\xef two"
@@ -63,6 +65,31 @@ def test_xm3600_has_ragged_captions_and_languages_without_any(tmp_path: Path) ->
     write(folder / "images/b.jpg")
     with pytest.raises(BenchmarkError, match=r"row 1 of .* has no captions in 'de'"):
         read("xm3600", tmp_path)
+
+
+def test_languages_pass_through_the_suite(tmp_path: Path) -> None:
+    folder = tmp_path / "xm3600"
+    rows = [
+        xm3600_row("b", de=[" Ein Haus", "Ein Haus", "ein Häuschen"], zh=["房子"], quz=["wasi"]),
+        xm3600_row("a", de=["Ein Haus"], zh=["", "房子"]),
+    ]
+    write_lines(folder / "captions.jsonl", rows)
+    for name in "ab":
+        write(folder / f"images/{name}.jpg")
+    first, second = [1.0, 0.1], [0.1, 1.0]
+    texts = {" Ein Haus": first, "Ein Haus": first, "ein Häuschen": second, "房子": first, "": second, "wasi": first}
+    session = FakeSession({"images/b.jpg": [1.0, 0.0], "images/a.jpg": [0.0, 1.0]}, texts)
+    (found,) = (FoundBenchmark(one, folder) for one in xm3600.BENCHMARKS if one.name == "xm3600")
+    result = Suite(tmp_path / "results", allow_counts=True).run_one(found, session)
+    assert result.differences == [
+        "2 images instead of 3,600",
+        "3 languages instead of 36",
+        "8 texts instead of 261,375",
+    ]
+    by_language = {name: scores["text_to_image_recall@1"] for name, scores in result.groups["language"].items()}
+    assert by_language == pytest.approx({"de": 2 / 4, "quz": 1, "zh": 2 / 3})
+    assert result.scores["text_to_image_recall@1"] == pytest.approx((1 / 2 + 1 + 2 / 3) / 3)
+    assert result.protocol["mean_over"] == ["de", "quz", "zh"]
 
 
 def write_chinese_clip(folder: Path, texts: list[dict[str, Any]]) -> None:
