@@ -167,6 +167,8 @@ def test_flickr30k_cna_names_images_without_their_ending(file: str, tmp_path: Pa
     place = tmp_path / "flickr30k/flickr30k-images"
     write(place / "1001.jpg")
     write(place / "7.jpg")
+    # A namesake of another set is never looked at.
+    write(tmp_path / "another/7.jpg")
     data = read("flickr30k-cna", tmp_path)
     assert [image.resolve() for image in data.images.images] == [place / "1001.jpg", place / "7.jpg"]
     assert data.texts == ["狗 #1", " 狗", "狗 #1"]
