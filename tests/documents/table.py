@@ -86,6 +86,8 @@ PAIRS = ("data/dreamlip", "data/text_pairs")
 TOWER = "openai/clip-vit-large-patch14-336"
 LAUNCH = "accelerate launch --config_file training/llm2clip/recipes/accelerate"
 CI = ".ci/run runs it"
+NO_SETS = "published sets are not downloaded"
+MEASURED = "tests/llm2clip/evaluation/test_evaluate.py::test_a_strangers_benchmark_is_measured_printed_and_found_again"
 
 README = {
     INDEX: Run(needs=("examples", MODEL), makes=("runs/index/concepts",), prints="embedded: 695"),
@@ -131,6 +133,7 @@ README = {
         makes=("results/runs--quickstart--llm2clip.museum.raw.json",),
         prints="Museum",
     ),
+    "llm2clip evaluate --list --data ./benchmarks": Run(needs=("benchmarks",), prints="urban1k"),
     MERGE: Run(
         needs=(TRAIN_VISION, TOWER, "my_images"),
         makes=("runs/merged/model.safetensors", "runs/merged/curve.png"),
@@ -176,6 +179,10 @@ README = {
         makes=(f"{MODEL}/model.safetensors",),
         slow=True,
     ),
+    "llm2clip evaluate MODEL --benchmark urban1k docci coco-karpathy --data ./benchmarks --output results/": NotRun(
+        NO_SETS, run_by=MEASURED
+    ),
+    "llm2clip evaluate openai/clip-vit-large-patch14 --benchmark flickr30k": NotRun(NO_SETS, run_by=MEASURED),
     "make test": NotRun(CI),
     "make bench": NotRun("an hour of an idle machine", run_by="tests/benchmarks/test_contest.py"),
     "python -m llm2clip.evaluation.clip_benchmark": NotRun(

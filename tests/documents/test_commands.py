@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from llm2clip import cli
+from llm2clip.evaluation.benchmarks import all_benchmarks
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.settings import build_config
 from tests.documents.reader import Reader, recipe
@@ -71,6 +73,9 @@ def test_command_that_is_not_run_exists(line: str) -> None:
         assert importlib.util.find_spec(arguments[1])
     elif program == "accelerate":
         load_config_from_file(str(ROOT / arguments[arguments.index("--config_file") + 1]))
+    elif program == "llm2clip":
+        names = itertools.takewhile(lambda word: word[:2] != "--", arguments[arguments.index("--benchmark") + 1 :])
+        assert set(names) <= set(all_benchmarks())
     else:
         assert program == "jupyter"
         assert (ROOT / arguments[-1]).is_file()
