@@ -134,6 +134,12 @@ README = {
         prints="Museum",
     ),
     "llm2clip evaluate --list --data ./benchmarks": Run(needs=("benchmarks",), prints="urban1k"),
+    "llm2clip evaluate runs/stage2 --benchmark fashion-mnist fashion-mnist-probe-sgd fashion-mnist-probe-lbfgs "
+    "--data /usr/share/datasets": NotRun(
+        "minutes, and a data set",
+        run_by="tests/llm2clip/evaluation/test_evaluate_classification.py::"
+        "test_the_whole_of_fashion_mnist_runs_from_the_documented_command",
+    ),
     MERGE: Run(
         needs=(TRAIN_VISION, TOWER, "my_images"),
         makes=("runs/merged/model.safetensors", "runs/merged/curve.png"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +181,10 @@ def test_probes_are_chosen_by_names_of_their_own() -> None:
             ValueError, match=rf"there is no '{name}': linear probes are NAME-probe-sgd\|lbfgs\|openai"
         ):
             choose_benchmarks([name], Path())
+
+
+def test_a_protocol_can_be_imported_first() -> None:
+    """Benchmarks know their linear probes, and linear probes are a module that knows what a benchmark is."""
+    start = "import llm2clip.evaluation.protocols.classification"
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
