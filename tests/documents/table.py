@@ -81,6 +81,7 @@ MERGE = (
     "llm2clip merge openai/clip-vit-large-patch14-336 runs/stage2 runs/merged --alpha 0 0.25 0.5 0.75 1 "
     "--eval-source ./my_images --caption-columns caption"
 )
+MUSEUM = "llm2clip evaluate runs/quickstart/llm2clip --benchmark museum.py --data ./benchmarks"
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 PAIRS = ("data/dreamlip", "data/text_pairs")
 TOWER = "openai/clip-vit-large-patch14-336"
@@ -128,7 +129,13 @@ README = {
     "llm2clip evaluate runs/stage2 --data ./my_images --split test --caption-columns caption": Run(
         needs=(TRAIN_VISION, "my_images"), prints="text_to_image_recall@10: "
     ),
-    "llm2clip evaluate runs/quickstart/llm2clip --benchmark museum.py --data ./benchmarks": Run(
+    "llm2clip check-data --benchmark museum.py --data ./benchmarks --tokenizer runs/quickstart/llm2clip": Run(
+        needs=(MODEL, "museum.py", "benchmarks"), prints="Captions, length in tokens"
+    ),
+    "llm2clip report results/*.json --paper --output table.md": Run(
+        needs=(MUSEUM,), makes=("table.md", "table-models.png"), prints="Museum"
+    ),
+    MUSEUM: Run(
         needs=(MODEL, "museum.py", "benchmarks"),
         makes=("results/runs--quickstart--llm2clip.museum.raw.json",),
         prints="Museum",

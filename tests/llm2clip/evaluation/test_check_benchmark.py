@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from llm2clip import cli
 from llm2clip.evaluation.benchmarks.data import (
@@ -18,7 +19,8 @@ from llm2clip.evaluation.benchmarks.data import (
     PairData,
     RetrievalData,
 )
-from llm2clip.evaluation.check_benchmark import images_of, texts_of
+from llm2clip.evaluation.benchmarks.label_maps import REFUSED, SegmentationData
+from llm2clip.evaluation.check_benchmark import InspectedImages, images_of, texts_of
 from tests.llm2clip.data.conftest import png
 from tests.llm2clip.data.test_token_check import save_tokenizer
 
@@ -149,6 +151,21 @@ def test_settings_that_contradict_each_other(
     assert message in capsys.readouterr().err
 
 
+def test_a_label_map_with_a_wrong_value_is_found(tmp_path: Path) -> None:
+    for name, value in (("good", 0), ("bad", 7)):
+        (tmp_path / f"{name}.jpg").write_bytes(png(1, (2, 2)))
+        Image.new("L", (2, 2), value).save(tmp_path / f"{name}.png")
+    class_of = torch.full((256,), REFUSED)
+    class_of[0] = 0
+    pictures = BenchmarkImages([tmp_path / "good.jpg", tmp_path / "bad.jpg"])
+    maps = [tmp_path / "good.png", tmp_path / "bad.png"]
+    data = SegmentationData("Tiny", pictures, maps, {"sky": ("sky",)}, class_of)
+    (_, good), (key, bad) = InspectedImages(pictures, 100, data)
+    assert (good.fault, bad.fault, Path(key).name) == (None, "broken images", "bad.jpg")
+    assert "label map" in bad.reason
+    assert "bad.png" in bad.reason
+
+
 def images(*names: str) -> BenchmarkImages:
     return BenchmarkImages([Path(name) for name in names])
 
@@ -170,6 +187,7 @@ def test_texts_and_images_of_every_kind_of_data() -> None:
     choices = HardNegativeData(shared, torch.tensor([1]), ["x"], ["y"], ["swap"])
     assert texts_of(choices) == {"right": [("b", "x")], "wrong": [("b", "y")]}
     assert texts_of(PairData(shared, ["x", "y"], ["kind"])) == {"texts": [("0", "x"), ("1", "y")]}
-    assert texts_of(CaptionPairData(["x"], ["y"])) == {"queries": [("0", "x")], "targets": [("0", "y")]}
-    assert images_of(object()) == []
+    pairs = CaptionPairData(["x"], ["y"])
+    assert texts_of(pairs) == {"queries": [("0", "x")], "targets": [("0", "y")]}
+    assert images_of(pairs) == images_of(object()) == []
     assert texts_of(object()) == {}

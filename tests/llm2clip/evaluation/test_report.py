@@ -151,8 +151,9 @@ def test_mistakes_end_in_one_error(two_models: list[str], tmp_path: Path, capsys
 
 
 def test_a_file_that_is_named_twice_is_one_result(two_models: list[str]) -> None:
-    results = report.read_results([two_models[0], str(Path(two_models[0]).parent)])
-    assert len(results) == len(two_models)
+    folder = Path(two_models[0]).parent
+    for names in ([two_models[0], str(folder)], [str(folder / "*.json")], two_models):
+        assert [str(path) for path, _ in report.read_results(names)] == two_models
 
 
 def test_results_of_two_text_formats_are_two_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

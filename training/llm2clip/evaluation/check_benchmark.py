@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.data import check_data
 from llm2clip.data.checks import (
+    BROKEN,
     CaptionCheck,
     Check,
     Finding,
@@ -23,7 +24,7 @@ from llm2clip.data.checks import (
 )
 from llm2clip.data.token_check import CountingTokenizer, TokenCheck
 from llm2clip.evaluation.benchmarks import choose_benchmarks
-from llm2clip.evaluation.benchmarks.base import Benchmark, check_counts
+from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError, check_counts
 from llm2clip.evaluation.benchmarks.data import (
     BenchmarkImages,
     CaptionPairData,
@@ -32,6 +33,7 @@ from llm2clip.evaluation.benchmarks.data import (
     RetrievalData,
     counts_of,
 )
+from llm2clip.evaluation.benchmarks.label_maps import SegmentationData
 from llm2clip.evaluation.prompts import prompts
 from llm2clip.evaluation.suite import missing_files
 from llm2clip.utils.files import write_json
@@ -39,7 +41,7 @@ from llm2clip.utils.processes import worker_count
 from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.settings import check_choices, setting
 from llm2clip.utils.tables import print_table
-from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS
+from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, DamagedImageError
 
 # Settings of a source that mean nothing for a published set.
 OF_SOURCES = (
@@ -160,18 +162,32 @@ class EmptyCheck:
 
 
 class InspectedImages(Dataset):
-    """What is known about each of some images, with its name."""
+    """What is known about each of some images, with its name.
 
-    def __init__(self, images: BenchmarkImages, max_pixels: int) -> None:
+    Args:
+        label_maps: Of a set for segmentation: its data, whose label maps are read too.
+    """
+
+    def __init__(self, images: BenchmarkImages, max_pixels: int, label_maps: SegmentationData | None = None) -> None:
         self.images = images
         self.max_pixels = max_pixels
+        self.label_maps = label_maps
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, row: int) -> tuple[str, ImageFacts]:
         key = self.images.key(row)
-        return key, self.images.decode(row, lambda value, key, _: inspect_image(value, key, self.max_pixels))
+        facts: ImageFacts = self.images.decode(row, self._inspect)
+        if self.label_maps is not None and facts.fault is None:
+            try:
+                self.label_maps.labels(row)
+            except (BenchmarkError, DamagedImageError) as error:
+                return key, ImageFacts(fault=BROKEN, reason=f"label map: {error}")
+        return key, facts
+
+    def _inspect(self, value: Any, key: str, _: int) -> ImageFacts:
+        return inspect_image(value, key, self.max_pixels)
 
 
 def _contents(
@@ -186,7 +202,8 @@ def _contents(
                 check.add(RowFacts(key, {column: [text]}))
     image_check = ImageCheck()
     for images in sets if with_images else ():
-        for key, facts in _inspected(images, max_pixels, num_workers):
+        label_maps = content if isinstance(content, SegmentationData) else None
+        for key, facts in _inspected(InspectedImages(images, max_pixels, label_maps), num_workers):
             image_check.add(RowFacts(key, {}, image=facts))
     checks = [*of_texts, *([image_check] if with_images else [])]
     report: dict[str, Any] = {"images": None}
@@ -200,10 +217,8 @@ def _contents(
     }
 
 
-def _inspected(images: BenchmarkImages, max_pixels: int, num_workers: int) -> Iterator[tuple[str, ImageFacts]]:
-    loader = DataLoader(
-        InspectedImages(images, max_pixels), check_data.BATCH, num_workers=num_workers, collate_fn=list
-    )
+def _inspected(images: InspectedImages, num_workers: int) -> Iterator[tuple[str, ImageFacts]]:
+    loader = DataLoader(images, check_data.BATCH, num_workers=num_workers, collate_fn=list)
     with progress_bar("Checking images", len(images), "image") as bar:
         for batch in loader:
             yield from batch
@@ -231,8 +246,8 @@ def texts_of(content: Any) -> dict[str, list[tuple[str, str]]]:
     if isinstance(content, RetrievalData):
         keys = [content.images.key(owner) for owner in content.owners.tolist()]
         return {"captions": list(zip(keys, content.texts, strict=True))}
-    texts = getattr(content, "texts", [])
-    return {"texts": [(str(number), text) for number, text in enumerate(texts)]} if texts else {}
+    names = [name for name in ("texts", "queries", "targets") if getattr(content, name, None)]
+    return {name: [(str(number), text) for number, text in enumerate(getattr(content, name))] for name in names}
 
 
 def images_of(content: Any) -> list[BenchmarkImages]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -68,17 +69,19 @@ def run(config: ReportConfig) -> dict[str, Any]:
 
 
 def read_results(names: Sequence[str]) -> list[tuple[Path, Result]]:
-    """Read result files, and all in folders.
+    """Read result files, those of patterns, and all in folders.
 
     Raises:
         FileNotFoundError: A file or folder does not exist, or a folder has none.
         ValueError: A file is no result.
     """
     paths: list[Path] = []
-    for path in map(Path, names):
-        found = sorted(path.glob("*.json")) if path.is_dir() else [path]
-        if not found or not found[0].exists():
-            raise FileNotFoundError(f"there is no result file {path / '*.json' if path.is_dir() else path}.")
+    for name in names:
+        pattern = str(Path(glob.escape(name), "*.json")) if Path(name).is_dir() else name
+        # A shell that does not expand patterns hands them on.
+        found = [Path(name)] if Path(name).is_file() else sorted(map(Path, glob.glob(pattern)))
+        if not found:
+            raise FileNotFoundError(f"there is no result file {pattern}.")
         paths += found
     # A file that is named twice is one result.
     return [(path, read_result(path)) for path in dict.fromkeys(paths)]
