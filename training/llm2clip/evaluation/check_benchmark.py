@@ -27,7 +27,6 @@ from llm2clip.evaluation.benchmarks import choose_benchmarks
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError, check_counts
 from llm2clip.evaluation.benchmarks.data import (
     BenchmarkImages,
-    CaptionPairData,
     ClassificationData,
     HardNegativeData,
     RetrievalData,
@@ -237,11 +236,6 @@ def texts_of(content: Any) -> dict[str, list[tuple[str, str]]]:
         return {
             "right": list(zip(keys, content.right, strict=True)),
             "wrong": list(zip(keys, content.wrong, strict=True)),
-        }
-    if isinstance(content, CaptionPairData):
-        return {
-            "queries": [(str(number), text) for number, text in enumerate(content.queries)],
-            "targets": [(str(number), text) for number, text in enumerate(content.targets)],
         }
     if isinstance(content, RetrievalData):
         keys = [content.images.key(owner) for owner in content.owners.tolist()]
