@@ -21,6 +21,7 @@ from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from tests.llm2clip.evaluation.made_results import classification, retrieval, written
+from tests.llm2clip.hub.conftest import REPO, upload
 from tests.loopback_hub import File, LoopbackHub, Repo
 from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
@@ -133,6 +134,31 @@ def test_card_and_curves_of_a_model_on_the_hub_are_kept(
     data, text = read_card(tmp_path / "out")
     assert (data["license"], data["my_key"], text) == ("mit", 1, "My own words.\n")
     assert (tmp_path / "out" / "training_curves.png").read_bytes() == files["training_curves.png"].content
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_example_of_the_source_is_kept_with_its_captions_until_another_is_given(
+    place: str, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
+    tiny.save(tmp_path / "model")
+    IMAGES[0].save(tmp_path / "first.png")
+    IMAGES[1].resize((20, 20)).save(tmp_path / "second.png")
+    given = ("--example-image", tmp_path / "first.png", "--example-captions", "noise", "a dog")
+    run(tmp_path / "model", tmp_path / "first", *given)
+    source = str(tmp_path / "first")
+    if place == "hub":
+        upload(hub, tmp_path / "first")
+        source = REPO
+    run(source, tmp_path / "again")
+    data, text = read_card(tmp_path / "again")
+    assert data["widget"] == [{"src": "example.png", "candidate_labels": "noise, a dog"}]
+    assert f'cached_file("{tmp_path / "again"}", "example.png")' in text
+    assert 'captions = ["noise", "a dog"]' in text
+    assert Image.open(tmp_path / "again" / "example.png").tobytes() == IMAGES[0].tobytes()
+    run(source, tmp_path / "other", "--example-image", tmp_path / "second.png", "--example-captions", "grain")
+    assert read_card(tmp_path / "other")[0]["widget"] == [{"src": "example.png", "candidate_labels": "grain"}]
+    assert Image.open(tmp_path / "other" / "example.png").size == (20, 20)
 
 
 def test_llm_on_the_hub_is_referred_to_and_not_bundled(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from llm2clip.data import DamagedImageError, decode_image
 from llm2clip.hub.build_card import (
     LICENSE_FIELDS,
     copy_curves,
+    keep_example,
     read_results,
     source_card,
     source_folder,
@@ -114,10 +115,10 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     refuse_nested(config.model, destination)
     refuse_existing(destination, "build", config.overwrite)
     results = [*(evaluations or []), *(read_results(Path(path)) for path in config.results)]
-    example = _open_picture(config.example_image)
     repo = inspect_repo(config.model, config.revision).require(*OURS)
     folder_of_source = source_folder(config)
-    card = source_card(config, folder_of_source)
+    config, card = keep_example(config, folder_of_source, source_card(config, folder_of_source))
+    example = _open_picture(config.example_image)
     source = SourceModel.load(repo, config.text_model, config.bundle_text_model, config.merge_adapter)
     with atomic_folder(destination, "build", config.overwrite) as folder:
         source.save(folder)

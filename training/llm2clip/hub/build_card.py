@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ from llm2clip.evaluation.results import Result, read_result
 from llm2clip.evaluation.results_table import protocol_words
 from llm2clip.hub.cards.card import CARD, read_card, render
 from llm2clip.hub.cards.curves import write_curves
-from llm2clip.hub.cards.facts import CURVES, MERGE_CURVE, CardFacts, Evaluation, base_models, summary
-from llm2clip.hub.cards.metadata import check_metadata
+from llm2clip.hub.cards.facts import CURVES, EXAMPLE, MERGE_CURVE, CardFacts, Evaluation, base_models, summary
+from llm2clip.hub.cards.metadata import as_list, check_metadata
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import read_json, write_text
 from llm2clip.utils.repos import hub_ids
@@ -72,10 +73,10 @@ def evaluation_of_result(result: Result) -> Evaluation:
 
 
 def source_folder(config: BuildConfig) -> Path:
-    """The folder of the source's card and training history; for a Hub id, a snapshot of these files."""
+    """The folder of the source's card, its pictures and training history; for a Hub id, a snapshot of these files."""
     if Path(config.model).is_dir():
         return Path(config.model)
-    files = [CARD, CURVES, MERGE_CURVE, HISTORY]
+    files = [CARD, CURVES, MERGE_CURVE, EXAMPLE, HISTORY]
     folder = Path(snapshot_download(config.model, revision=config.revision, allow_patterns=files))
     if not (folder / CARD).is_file():
         logger.warning("%s has no %s, so the new card starts empty.", config.model, CARD)
@@ -93,6 +94,32 @@ def source_card(config: BuildConfig, source: Path) -> tuple[dict[str, Any], str]
     data = {key: value for key, value in data.items() if key not in replaced}
     check_metadata(data, source / CARD)
     return data, text
+
+
+def keep_example(
+    config: BuildConfig, source: Path, card: tuple[dict[str, Any], str]
+) -> tuple[BuildConfig, tuple[dict[str, Any], str]]:
+    """Take the example image of the source and its captions into the settings, unless these name an image.
+
+    Args:
+        config: The settings.
+        source: Folder of the source's card.
+        card: Front matter and text of that card.
+
+    Returns:
+        The settings, and the card without a widget that only showed the source's example, so that a new one is written.
+    """
+    data, text = card
+    widget = as_list(data.get("widget"))
+    # A pushed card has the URL of the image.
+    own = [entry for entry in widget if isinstance(entry, dict) and str(entry.get("src")).split("/")[-1] == EXAMPLE]
+    if config.example_image is None and own and (source / EXAMPLE).is_file():
+        labels = str(own[0].get("candidate_labels") or "")
+        captions = config.example_captions or [label for label in labels.split(", ") if label.strip()]
+        config = replace(config, example_image=str(source / EXAMPLE), example_captions=captions)
+    if config.example_image is not None and own == widget:
+        data = {key: value for key, value in data.items() if key != "widget"}
+    return config, (data, text)
 
 
 def copy_curves(source: Path, folder: Path) -> bool:
