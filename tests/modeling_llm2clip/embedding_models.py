@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ CORPUS = [
     "query: passage: an instruction", "Instruct: find the image\nQuery: a Cat 123",
     "Query:a dog", "Query:the children", "Query:two", "Query:bus",
 ]  # fmt: skip
+OTHER_LANGUAGES = ["ein kleiner roter Bus vor einer Kirche", "两个孩子在公园里踢足球", "一只小狗"]
 TEXTS = [
     "a dog",
     "Two children play football in a green park",
@@ -62,7 +63,7 @@ def word_pieces(special: str = "[PAD] [UNK] [CLS] [SEP] [MASK]") -> PreTrainedTo
     return _finish(backend, trainer, "[CLS]", "[SEP]", **names, mask_token="[MASK]")
 
 
-def sentence_pieces(first: str | None = "<s>") -> PreTrainedTokenizerFast:
+def sentence_pieces(first: str | None = "<s>", corpus: Sequence[str] = CORPUS) -> PreTrainedTokenizerFast:
     """XLM-RoBERTa's kind of tokenizer; without a first token T5's."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     backend = Tokenizer(models.Unigram())
@@ -70,7 +71,7 @@ def sentence_pieces(first: str | None = "<s>") -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
     names = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
-    return _finish(backend, trainer, first, "</s>", **names, **({"bos_token": first} if first else {}))
+    return _finish(backend, trainer, first, "</s>", corpus, **names, **({"bos_token": first} if first else {}))
 
 
 def byte_pairs(first: str | None = "<s>", last: str | None = "</s>") -> PreTrainedTokenizerFast:
@@ -88,9 +89,9 @@ def byte_pairs(first: str | None = "<s>", last: str | None = "</s>") -> PreTrain
 
 
 def _finish(
-    backend: Tokenizer, trainer: Any, first: str | None, last: str | None, **names: str
+    backend: Tokenizer, trainer: Any, first: str | None, last: str | None, corpus: Sequence[str] = CORPUS, **names: str
 ) -> PreTrainedTokenizerFast:
-    backend.train_from_iterator(CORPUS * 4, trainer)
+    backend.train_from_iterator([*corpus] * 4, trainer)
     around = [token for token in (first, last) if token]
     template = " ".join([*([first] if first else []), "$A", *([last] if last else [])])
     backend.post_processor = processors.TemplateProcessing(
@@ -112,6 +113,14 @@ FAMILIES = {
         sentence_pieces,
         {"pooling_mode": "mean"},
         lambda: [],
+        {"prompts": {"query": "query: ", "passage": "passage: "}},
+    ),
+    # BERT's layers behind XLM-RoBERTa's tokenizer.
+    "multilingual-e5-small": Family(
+        {"model_type": "bert", **SHAPE, "max_position_embeddings": 130, "pad_token_id": 1},
+        lambda: sentence_pieces(corpus=[*CORPUS, *OTHER_LANGUAGES]),
+        {"pooling_mode": "mean"},
+        lambda: [Normalize()],
         {"prompts": {"query": "query: ", "passage": "passage: "}},
     ),
     "modernbert": Family(

@@ -141,6 +141,11 @@ def test_unusable_files_are_skipped_and_listed_with_the_reason(
     assert index(pictures, model[0], output, max_pixels=80_000) == (1, 12, 0, 9, 13)
 
 
+def test_the_captions_of_an_image_folder_are_no_damaged_image(pictures: Path, model: Model, tmp_path: Path) -> None:
+    (pictures / "a" / "metadata.jsonl").write_text('{"file_name": "07.png", "caption": "noise"}\n')
+    assert index(pictures, model[0], tmp_path / "index") == (12, 0, 0, 0, 12)
+
+
 def test_a_killed_run_is_resumed_with_an_equal_result(
     pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

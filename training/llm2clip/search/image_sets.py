@@ -30,6 +30,8 @@ from llm2clip.utils.progress import progress_bar
 CAPTION_COLUMNS = ("caption", "txt", "text")
 DATA_SUFFIXES = {".parquet", ".tar", ".arrow"}
 SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")
+# Captions of an image folder, by file name.
+METADATA_FILES = {"metadata.jsonl", "metadata.csv", "metadata.parquet"}
 READ_ROWS = 256
 LINK = "it is a link to a folder, and links are not followed; index the folder separately, or move it here"
 
@@ -37,7 +39,7 @@ LINK = "it is a link to a folder, and links are not followed; index the folder s
 class FolderImages:
     """The files of a folder and its subfolders, by relative path.
 
-    Hidden files and folders are left out. Links to folders are reported as failures, because following them can leave
+    Hidden files and folders are left out, and the files of captions of an image folder. Links to folders are reported as failures, because following them can leave
     the folder or never end. A file counts as unchanged if its path, size and modification time are the same.
 
     Args:
@@ -75,7 +77,7 @@ class FolderImages:
             folders[:] = [name for name in folders if not name.startswith(".") and place / name not in excluded]
             for name in filter(lambda name: (place / name).is_symlink(), folders):
                 self.failures[self._printable(place / name)] = LINK
-            yield from (place / name for name in files if not name.startswith("."))
+            yield from (place / name for name in files if not name.startswith(".") and name not in METADATA_FILES)
 
     def _add_unreadable_folder(self, error: OSError) -> None:
         self.failures[self._printable(error.filename)] = f"the folder cannot be read: {error.strerror}"
