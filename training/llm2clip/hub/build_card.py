@@ -107,7 +107,7 @@ def keep_example(
         card: Front matter and text of that card.
 
     Returns:
-        The settings, and the card without a widget that only showed the source's example, so that a new one is written.
+        The settings, and the card without a widget that only showed the source's example; a new one is written.
     """
     data, text = card
     widget = as_list(data.get("widget"))

@@ -39,8 +39,9 @@ LINK = "it is a link to a folder, and links are not followed; index the folder s
 class FolderImages:
     """The files of a folder and its subfolders, by relative path.
 
-    Hidden files and folders are left out, and the files of captions of an image folder. Links to folders are reported as failures, because following them can leave
-    the folder or never end. A file counts as unchanged if its path, size and modification time are the same.
+    Hidden files and folders are left out, and the files of captions of an image folder. Links to folders are reported
+    as failures, because following them can leave the folder or never end. A file counts as unchanged if its path, size
+    and modification time are the same.
 
     Args:
         exclude: Subfolders to leave out, such as the index itself.
