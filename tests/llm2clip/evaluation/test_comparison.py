@@ -34,8 +34,8 @@ def test_models_and_sets() -> None:
         ({"data": {"checksum": "a" * 16}}, ["(data 01234567)", "(data aaaaaaaa)"]),
         ({"benchmark": "urban1k-other"}, ["(set urban1k)", "(set urban1k-other)"]),
         (
-            {"differences": ["999 images instead of 1,000"]},
-            ["", "(not the published set: 999 images instead of 1,000)"],
+            {"differences": ["999 images instead of 1,000", "999 texts instead of 1,000"]},
+            ["", "(not the published set: 999 images instead of 1,000, 999 texts instead of 1,000)"],
         ),
     ],
     ids=["text format", "positives", "data", "set", "counts"],
@@ -114,7 +114,7 @@ def test_published_rows_stand_beside_what_they_may_be_compared_with() -> None:
         published("three", protocol={}, source="Another paper"),
         published("top5 alone", scores={RECALLS[0]: 0.3}),
     ]
-    add_published(comparison, lines)
+    assert add_published(comparison, lines) == 2
     assert [(row.label, row.source) for row in comparison.rows[1:]] == [("one", "A paper"), ("three", "Another paper")]
     one, three = comparison.rows[1:]
     assert one.cells == {number: {RECALLS[0]: 0.1, RECALLS[1]: 0.2} for number in (0, 3, 4)}

@@ -56,6 +56,9 @@ def test_published_rows_are_shown_with_their_source(
     assert "[1] A paper, v1; does not state the prompts" in shown
     assert cli.main(["report", *two_models]) == 0
     assert "A paper" not in capsys.readouterr().out
+    rows.clear()
+    assert cli.main(["report", *two_models, "--paper"]) == 0
+    assert "no published scores are of these sets and protocols" in capsys.readouterr().err
 
 
 def test_columns_that_do_not_fit_the_terminal_go_into_further_tables(
@@ -103,6 +106,26 @@ def test_bars_and_lines_show_the_scores() -> None:
     lines = {line.get_label(): [round(float(value), 6) for value in line.get_ydata()] for line in urban.get_lines()}
     assert lines == {"a": [50.0, 60.0, 70.0], "b": [60.0, 70.0, 80.0]}
     assert docci.get_title() == "DOCCI"
+
+
+def test_long_titles_stay_inside_the_figures_and_do_not_overlap() -> None:
+    differences = ["20 images instead of 1,000", "100 texts instead of 5,000"]
+    results = [retrieval("a", name, title=name, differences=differences) for name in ("docci", "urban1k", "iiw")]
+    results += [classification("a", differences=differences), retrieval("b")]
+    comparison = compare([(Path(str(number)), result) for number, result in enumerate(results)])
+    for figure in (draw_models(comparison), draw_lengths(comparison)):
+        assert figure is not None
+        figure.canvas.draw()
+        renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+        titles = [axis.title.get_window_extent(renderer) for axis in figure.axes]
+        labels = [label.get_window_extent(renderer) for axis in figure.axes for label in axis.get_xticklabels()]
+        for box in (*titles, *labels):
+            assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+            assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+        legend = figure.legends[0].get_window_extent(renderer)
+        assert not any(legend.overlaps(box) for box in labels)
+        assert not any(one.overlaps(other) for one in titles for other in titles if one is not other)
+        assert all(axis.bbox.height > 100 for axis in figure.axes)
 
 
 def test_without_lengths_there_is_no_plot_of_them(tmp_path: Path) -> None:

@@ -127,8 +127,12 @@ def compare(results: Sequence[tuple[Path, Result]]) -> Comparison:
     return comparison
 
 
-def add_published(comparison: Comparison, published: Iterable[PublishedRow]) -> None:
-    """Add the published rows that fit a column; none fits a column of data that is not the published set."""
+def add_published(comparison: Comparison, published: Iterable[PublishedRow]) -> int:
+    """Add the published rows that fit a column; none fits a column of data that is not the published set.
+
+    Returns:
+        How many rows were added.
+    """
     rows: dict[tuple[str, str], Row] = {}
     for line in published:
         for number, column in enumerate(comparison.columns):
@@ -142,6 +146,7 @@ def add_published(comparison: Comparison, published: Iterable[PublishedRow]) -> 
                 row.unstated.append(line.unstated)
     sources = _numbered(row.source for row in rows.values())
     comparison.rows += sorted(rows.values(), key=lambda row: sources[row.source])
+    return len(rows)
 
 
 def told_apart(entries: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
@@ -194,7 +199,7 @@ def notes_on(result: Result) -> list[str]:
     text_format = result.protocol.get("text_format", RAW)
     if text_format != RAW:
         notes.append(f"text format {text_format}")
-    return notes + [f"not the published set: {difference}" for difference in result.differences]
+    return notes + ([f"not the published set: {', '.join(result.differences)}"] if result.differences else [])
 
 
 def _with_note(title: str, first: Result) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from llm2clip.evaluation.results import Result, read_result
 from llm2clip.utils.files import write_text
 from llm2clip.utils.settings import setting
 from llm2clip.utils.tables import print_table
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,8 +56,8 @@ def run(config: ReportConfig) -> dict[str, Any]:
         ValueError: A file is no result, two results contradict each other, or the baseline is not among the models.
     """
     comparison = compare(sorted(read_results(config.results), key=lambda one: _order(one[1])))
-    if config.paper:
-        add_published(comparison, published_rows())
+    if config.paper and not add_published(comparison, published_rows()):
+        logger.warning("no published scores are of these sets and protocols.")
     baseline = None if config.baseline is None else comparison.baseline(config.baseline)
     print_report(comparison, baseline)
     if config.output is None:

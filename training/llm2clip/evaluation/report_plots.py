@@ -10,12 +10,14 @@ from matplotlib.figure import Figure
 
 from llm2clip.evaluation.comparison import Comparison
 from llm2clip.evaluation.results_table import short_name
-from llm2clip.utils.figures import panels
+from llm2clip.utils.figures import panels, wrapped
 from llm2clip.utils.files import atomic_path
 
 BY_LENGTH = "text_to_image_recall@1"
 # Of more models than this, those that were measured are drawn without the published ones.
 MOST_BARS = 12
+# Titles of columns say what is unusual and may be long. Height of a row of panels in inches, widths in characters.
+HEIGHT, TITLE_WIDTH, LABEL_WIDTH = 4.5, 50, 28
 
 
 def write_plots(path: Path, comparison: Comparison) -> list[Path]:
@@ -43,11 +45,11 @@ def draw_models(comparison: Comparison) -> Figure:
     if len(comparison.rows) > MOST_BARS:
         comparison = Comparison(comparison.columns, [row for row in comparison.rows if not row.source])
     names = list(dict.fromkeys(name for column in comparison.columns for name in column.scores))
-    figure, axes = panels(len(names))
+    figure, axes = panels(len(names), HEIGHT)
     for name, axis in zip(names, axes, strict=True):
         numbers = [number for number, column in enumerate(comparison.columns) if name in column.scores]
         _bars(axis, comparison, name, numbers)
-        titles = [comparison.columns[number].title for number in numbers]
+        titles = [wrapped(comparison.columns[number].title, LABEL_WIDTH) for number in numbers]
         axis.set_xticks(range(len(numbers)), titles, fontsize="small", rotation=30, ha="right")
         axis.set(title=short_name(name), ylabel="%", ylim=(0, 100))
     _legend(figure, axes)
@@ -84,7 +86,7 @@ def draw_lengths(comparison: Comparison) -> Figure | None:
     ]
     if not chosen:
         return None
-    figure, axes = panels(len(chosen))
+    figure, axes = panels(len(chosen), HEIGHT)
     for number, axis in zip(chosen, axes, strict=True):
         lines = {row.label: _by_length(row.results[number].groups) for row in comparison.rows if number in row.results}
         buckets = sorted({bucket for line in lines.values() for bucket in line}, key=_first_length)
@@ -93,7 +95,8 @@ def draw_lengths(comparison: Comparison) -> Figure | None:
             positions = [buckets.index(bucket) for bucket in found]
             axis.plot(positions, [100 * line[bucket] for bucket in found], marker=".", label=label)
         axis.set_xticks(range(len(buckets)), buckets, fontsize="small", rotation=30)
-        axis.set(title=comparison.columns[number].title, xlabel="tokens", ylabel=short_name(BY_LENGTH), ylim=(0, 100))
+        axis.set_title(wrapped(comparison.columns[number].title, TITLE_WIDTH), fontsize="medium")
+        axis.set(xlabel="tokens", ylabel=short_name(BY_LENGTH), ylim=(0, 100))
     _legend(figure, axes)
     return figure
 

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+# Panels in a row.
+MOST_COLUMNS = 3
 
-def panels(count: int) -> tuple[Figure, Any]:
-    """Return a figure with a row of panels, and the axes of each."""
-    figure = Figure(figsize=(5 * count, 3.4), layout="constrained")
+
+def panels(count: int, height: float = 3.4) -> tuple[Figure, Any]:
+    """Return a figure with panels in rows, and the axes of each.
+
+    Args:
+        height: Of a row, in inches.
+    """
+    columns = min(count, MOST_COLUMNS)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(5 * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    for axis in axes:
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[count:]:
+        axis.remove()
+    for axis in axes[:count]:
         axis.grid(alpha=0.3)
-    return figure, axes
+    return figure, axes[:count]
+
+
+def wrapped(text: str, width: int) -> str:
+    """Break a title or label into lines of at most `width` characters."""
+    return textwrap.fill(text, width)
