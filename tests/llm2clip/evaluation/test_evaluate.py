@@ -63,6 +63,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `strange.py`, the data of its benchmark in `benchmarks`, and a small `model`."""
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "strange.py").write_text(STRANGE)
+    odd = STRANGE.replace('title="Strange"', 'title="Odd"').replace('"images": 11', '"images": 12')
+    (folder / "odd.py").write_text(odd)
     images = folder / "benchmarks" / "Strange"
     images.mkdir(parents=True)
     for number in range(11):
@@ -152,6 +154,8 @@ def errors(place: Path) -> dict[str, tuple[list[str], str]]:
         "missing": ([model, "--benchmark", "urban1k", *data], "urban1k lacks caption/1.txt, image in"),
         "folder": ([model, "--benchmark", "urban1k", "--data", "nowhere"], "--data nowhere is no folder"),
         "default": ([model, "--benchmark", strange], "--data benchmarks is no folder"),
+        # A folder that is no model: counts are checked before a model is loaded.
+        "counts": ([str(place), "--benchmark", str(place / "odd.py"), *data], "Odd has 11 images instead of 12"),
         "no_model": (["--benchmark", strange, *data], "evaluate needs model"),
         "format": ([model, "--benchmark", strange, *data, "--text-format", "upper"], "text format 'upper' is unknown"),
         "own": ([model, "--benchmark", strange, *data, "--split", "train"], "--split is for your own data, not with"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,26 @@ def test_own_templates_and_names_give_the_nearest_class_of_the_model(place: Path
     assert found["scores"]["top1"] == pytest.approx((logits.argmax(dim=1) == data.labels).double().mean().item())
     assert found["counts"]["tied_images"] == 0
     assert set(found["groups"]["class"]) == set(names)
+
+
+def test_results_of_own_prompts_lie_beside_those_of_the_set(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("\n".join(f"Ding {number}" for number in range(10)))
+    (tmp_path / "own.txt").write_text("ein {c}\n")
+    start = ("--benchmark", "fashion-mnist", "--allow-counts")
+    for options in (
+        [],
+        ["--templates", "paper"],
+        ["--templates", str(tmp_path / "own.txt")],
+        ["--classnames", str(tmp_path / "names.txt")],
+    ):
+        evaluate(place / "model", place / "benchmarks", tmp_path / "results", *start, *options)
+    paths = sorted((tmp_path / "results").glob("*.json"))
+    protocols = {path.name.partition(".fashion-mnist")[2]: json.loads(path.read_text())["protocol"] for path in paths}
+    assert protocols[".raw.json"]["templates"] == "openai-80"
+    assert protocols[".paper.raw.json"]["templates"] == "paper"
+    others = [name for name in protocols if re.fullmatch(r"\.prompts-[0-9a-f]{16}\.raw\.json", name)]
+    assert len(others) == 2
+    assert len(protocols) == len({json.dumps(protocol) for protocol in protocols.values()}) == 4
 
 
 def test_options_of_prompts_are_refused_where_they_would_have_no_effect(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,21 @@ def test_counts_that_differ_are_refused_or_told(data: Path, tmp_path: Path) -> N
     console = Console(file=io.StringIO(), width=200)
     print_results(console, [result])
     assert (
-        "Tiny set: 1 empty texts; not the published set, 1 images instead of 2, 4 texts instead of 3."
+        "Tiny set: 1 empty text; not the published set, 1 images instead of 2, 4 texts instead of 3."
         in console.file.getvalue()
     )  # type: ignore[attr-defined]
+
+
+def test_the_seconds_of_reading_count_though_the_files_were_read_before(data: Path, tmp_path: Path) -> None:
+    def slowly(folder: Path) -> RetrievalData:
+        time.sleep(0.2)
+        return read(folder)
+
+    found = find_benchmarks([replace(BENCHMARK, read=slowly)], data)
+    suite = Suite(tmp_path / "out")
+    suite.check(found)
+    [result] = suite.run(found, session())
+    assert result.seconds["read"] >= 0.2
 
 
 def test_missing_files_are_named_with_their_place(data: Path) -> None:
@@ -151,6 +164,12 @@ def test_missing_files_are_named_with_their_place(data: Path) -> None:
     several = replace(BENCHMARK, name="other", folder="Other", marker="a.txt", other_markers=("b*.txt",))
     with pytest.raises(BenchmarkError, match=r"tiny lacks .* other lacks a\.txt or b\*\.txt, images in .*/data\. "):
         find_benchmarks([BENCHMARK, several], data)
+    own = replace(several, own_markers=("test.json",))
+    with pytest.raises(BenchmarkError, match=r"other lacks a\.txt or b\*\.txt, images in .*/data\. "):
+        find_benchmarks([own], data)
+    (data / "Other").mkdir()
+    with pytest.raises(BenchmarkError, match=r"other lacks a\.txt or b\*\.txt or test\.json, images in .*/Other\. "):
+        find_benchmarks([own], data)
     with pytest.raises(BenchmarkError, match="nowhere is no folder"):
         find_benchmarks([BENCHMARK], data / "nowhere")
 
@@ -186,7 +205,7 @@ def test_protocols_have_tables_of_their_own(data: Path, tmp_path: Path) -> None:
     assert shown.count("T2I R@1 / 5 / 10") == 2
     assert shown.index("Second set") < shown.index("text format lower")
     assert "100.0-100.0" in shown
-    assert "Second set: 1 texts cut at their end." in shown
+    assert "Second set: 1 text cut at its end." in shown
     assert short_name("mean_per_class") == "mean per class"
 
 

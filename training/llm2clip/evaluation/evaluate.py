@@ -174,6 +174,8 @@ def run_benchmarks(config: EvaluateConfig) -> list[Result]:
     text_format = choose_text_format(config.text_format)
     chosen = with_prompts(choose_benchmarks(config.benchmark, data), config.templates, config.classnames)
     found = find_benchmarks(chosen, data)
+    suite = Suite(output, config.text_format, config.allow_counts, config.overwrite)
+    suite.check(found)
     encoder = open_encoder(config.model, config.revision, config.dtype, process_state().device)
     session = EvaluationSession(
         encoder,
@@ -183,7 +185,6 @@ def run_benchmarks(config: EvaluateConfig) -> list[Result]:
         config.batch_size,
         worker_count(config.num_workers),
     )
-    suite = Suite(output, config.text_format, config.allow_counts, config.overwrite)
     results = suite.run(found, session)
     if process_state().is_main_process:
         print_results(Console(), results)

@@ -1,4 +1,4 @@
-"""Files of results: one for each model, benchmark and text format, with all that says whether two may be compared."""
+"""Files of results: one for each model, benchmark, prompts and text format; they say whether two may be compared."""
 
 from __future__ import annotations
 
@@ -83,10 +83,14 @@ def read_result(path: Path) -> Result:
         raise ValueError(f"{path} is not a result of schema version {SCHEMA_VERSION}: {error}.") from error
 
 
-def result_path(output: Path, model: str, benchmark: str, text_format: str) -> Path:
-    """Return the file of a result in a folder, such as `openai--clip-vit-large-patch14.urban1k.raw.json`."""
+def result_path(output: Path, model: str, benchmark: str, text_format: str, variant: str = "") -> Path:
+    """Return the file of a result in a folder, such as `openai--clip-vit-large-patch14.urban1k.raw.json`.
+
+    Args:
+        variant: What the user chose instead of what the benchmark has, such as `paper`, a set of templates.
+    """
     name = re.sub(r"[^\w.-]+", "--", model).strip("-.")
-    return output / f"{name}.{benchmark}.{text_format}.json"
+    return output / ".".join([name, benchmark, *filter(None, [variant]), text_format, "json"])
 
 
 def package_versions() -> dict[str, str]:

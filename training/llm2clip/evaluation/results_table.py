@@ -37,11 +37,13 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
 def remarks_on(result: Result) -> list[str]:
     """What to know of the numbers of a result: ties, cut and empty texts, counts that differ from the published."""
     ties = sum(count for name, count in result.counts.items() if name.startswith("tied_"))
-    counted = {"tied queries": ties} | {
-        words: result.counts.get(name, 0)
-        for name, words in (("truncated_texts", "texts cut at their end"), ("empty_texts", "empty texts"))
-    }
-    remarks = [f"{count:,} {words}" for words, count in counted.items() if count]
+    cut, empty = (result.counts.get(name, 0) for name in ("truncated_texts", "empty_texts"))
+    counted = [
+        (ties, "tied query", "tied queries"),
+        (cut, "text cut at its end", "texts cut at their end"),
+        (empty, "empty text", "empty texts"),
+    ]
+    remarks = [f"{count:,} {one if count == 1 else several}" for count, one, several in counted if count]
     if result.differences:
         remarks.append(f"not the published set, {', '.join(result.differences)}")
     return remarks

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,16 @@ class FoundBenchmark:
     benchmark: Benchmark
     folder: Path
 
+    @cached_property
+    def reading(self) -> tuple[Any, float]:
+        """What the reader of the benchmark returns, and the seconds that it took; the files are read once.
+
+        Raises:
+            BenchmarkError: The files are not what was published.
+        """
+        start = time.monotonic()
+        return self.benchmark.read(self.folder), time.monotonic() - start
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -53,6 +63,15 @@ class Suite:
     text_format: str = RAW
     allow_counts: bool = False
     overwrite: bool = False
+
+    def check(self, found: Sequence[FoundBenchmark]) -> None:
+        """Read the benchmarks and check their counts, before a model is loaded and hours are spent on the first ones.
+
+        Raises:
+            BenchmarkError: The files of a benchmark are not what was published.
+        """
+        for one in found:
+            check_counts(one.benchmark.title, counts_of(one.reading[0]), one.benchmark.counts, self.allow_counts)
 
     def run(self, found: Sequence[FoundBenchmark], session: Session) -> list[Result]:
         """Measure benchmarks one after the other; each result is written when it is there.
@@ -73,13 +92,15 @@ class Suite:
     def run_one(self, found: FoundBenchmark, session: Session) -> Result:
         """Measure one benchmark, or find its result; see [`run`]."""
         benchmark, watch = found.benchmark, TimedSession(session)
+        data, seconds = found.reading
         with watch.measure("read"):
-            data = benchmark.read(found.folder)
             counts = counts_of(data)
             differences = check_counts(benchmark.title, counts, benchmark.counts, self.allow_counts)
             checksum = data_checksum(data)
+        watch.seconds["read"] = round(watch.seconds["read"] + seconds, 3)
         setup, model = self.setup(benchmark), describe_model(session.encoder)
-        path = result_path(self.output, session.encoder.name, benchmark.name, self.text_format)
+        variant = getattr(benchmark.protocol, "variant", "")
+        path = result_path(self.output, session.encoder.name, benchmark.name, self.text_format, variant)
         if on_main_process(path.is_file) and not self.overwrite:
             finished = read_result(path)
             require_same(path, finished, model, checksum, setup)
@@ -135,7 +156,7 @@ def missing_files(benchmark: Benchmark, data: Path) -> str:
     """Say what of a benchmark is missing below a folder, in a sentence or two."""
     folder = data / benchmark.folder if (data / benchmark.folder).is_dir() else data
     missing = [marker for marker in benchmark.more_markers if not (folder / marker).exists()]
-    forms = (benchmark.marker, *benchmark.other_markers)
+    forms = benchmark.forms(folder)
     if not any(next(folder.glob(marker), None) for marker in forms):
         missing.insert(0, " or ".join(forms))
     return f"{benchmark.name} lacks {', '.join(missing)} in {folder}. (Source: {benchmark.source.rstrip('.')}.)"

@@ -183,12 +183,15 @@ class Benchmark:
     read_train: Callable[[Path], Any] | None = None
     train_markers: tuple[str, ...] = ()
 
+    def forms(self, folder: Path) -> tuple[str, ...]:
+        """Return the files, folders and patterns of which one has to be in a folder, so that it has the set."""
+        is_own = folder.resolve().name == Path(self.folder).name
+        return (self.marker, *self.other_markers, *(self.own_markers if is_own else ()))
+
     def find(self, data: Path) -> Path | None:
         """Return the folder of its files below `data`, or `data` itself if they lie there; None if there are none."""
         for folder in (data / self.folder, data):
-            is_own = folder.resolve().name == Path(self.folder).name
-            forms = (self.marker, *self.other_markers, *(self.own_markers if is_own else ()))
-            has_form = any(next(folder.glob(marker), None) for marker in forms)
+            has_form = any(next(folder.glob(marker), None) for marker in self.forms(folder))
             if has_form and all((folder / marker).exists() for marker in self.more_markers):
                 return folder
         return None

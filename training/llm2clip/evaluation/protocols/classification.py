@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError, Measurement, Session
 from llm2clip.evaluation.benchmarks.data import ClassificationData
 from llm2clip.evaluation.metrics import ROUNDING, QueryRanks
-from llm2clip.evaluation.prompts import choose_templates, name_of_templates, prompts, read_names
+from llm2clip.evaluation.prompts import TEMPLATE_SETS, choose_templates, name_of_templates, prompts, read_names
 from llm2clip.utils.files import digest_json
 
 KS = (1, 5)
@@ -37,6 +37,14 @@ class ZeroShotClassification:
 
     templates: tuple[str, ...] | None = None
     classnames: tuple[str, ...] | None = None
+
+    @property
+    def variant(self) -> str:
+        """What is chosen instead of the benchmark's own, in names of files: `paper`, or a checksum of own texts."""
+        chosen = name_of_templates(self.templates) if self.templates else ""
+        if self.classnames or (chosen and chosen not in TEMPLATE_SETS):
+            return f"prompts-{digest_json([self.templates, self.classnames])}"
+        return chosen
 
     def measure(self, session: Session, data: ClassificationData) -> Measurement:
         """Measure top-1, top-5 and the mean over classes of top-1.
