@@ -102,7 +102,7 @@ def run(config: CheckConfig) -> None:
         print_report(report)
     stopped = [f"{name}: {' '.join(report['stops'])}" for name, report in reports.items() if report["stops"]]
     if stopped:
-        raise check_data.DataFaultsError("; ".join(stopped))
+        raise check_data.DataFaultsError(" ".join(stopped))
 
 
 def check_benchmark(
@@ -136,7 +136,7 @@ def check_benchmark(
     report |= {"folder": str(folder), "counts": counts_of(content)}
     differences = check_counts(benchmark.title, report["counts"], benchmark.counts, allow=True)
     if differences:
-        report["stops"] = [f"{benchmark.title} has {', '.join(differences)}."]
+        report["stops"] = [f"there are {', '.join(differences)}."]
     report |= _contents(content, tokenizers, with_images, max_pixels, worker_count(num_workers))
     unusable = report["rows"] - report["usable_rows"]
     if unusable:
