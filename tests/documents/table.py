@@ -265,6 +265,9 @@ EXAMPLES = {
     ),
     "python examples/zero_shot_classification.py": Run(EXAMPLE, prints="picture of: penguin"),
     "python examples/long_caption_retrieval.py": Run(EXAMPLE, prints="the first 77, ending in"),
+    "llm2clip evaluate runs/quickstart/llm2clip --benchmark examples/benchmarks/concepts.py --data examples/data": Run(
+        EXAMPLE, makes=("results/runs--quickstart--llm2clip.concepts.raw.json",), prints="Concepts"
+    ),
     "python examples/fine_tune_on_a_folder.py --data my_pictures": Run(
         (*EXAMPLE, "my_pictures"), makes=("runs/fine_tuned/llm2clip/model.safetensors",)
     ),
