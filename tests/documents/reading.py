@@ -10,7 +10,7 @@ PATTERNS = ("*.md", "docs/**/*.md", "examples/**/*.md", "hub_configs/**/*.md", "
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in ROOT.glob(pattern))
 PROGRAMS = ("make", "llm2clip", "pip", "python", "torchrun", "accelerate", "jupyter", ".ci/run")
 # Blocks that show what a command printed, by their first words.
-OUTPUTS = ("{'a train on a single rail':", "Caption retrieval, R@1 / 5 / 10 in %")
+OUTPUTS = ("{'a train on a single rail':", "Caption retrieval, R@1 / 5 / 10 in %", "docci  DOCCI")
 
 
 def is_command(text: str) -> bool:
