@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig, XLMRobertaConfig
+from transformers import BertConfig, CLIPVisionConfig, Dinov2Config, SiglipVisionConfig, XLMRobertaConfig
 
 from modeling_llm2clip import LLM2CLIPModel
 from tests.compatibility.check import CAPTIONS, pictures
@@ -52,6 +52,9 @@ def write_cases(folder: Path) -> None:
     }
     # As the files of embedding models say.
     own: dict[str, Any] = {"bidirectional": None, "pool_prompt": True, "normalize": True}
+    # As the quickstart's model: features of class token and patches, standardized, before an encoder like E5.
+    e5 = BertConfig(**SMALL, vocab_size=430, max_position_embeddings=130)
+    cases["frozen DINOv2 + E5"] = (Dinov2Config(**DINO, **size), tiny.text_config(decoder_config=e5, **own))
     own["dense"] = [{"out_features": 24, "bias": True, "activation": "tanh"}]
     encoder = XLMRobertaConfig(**SMALL, vocab_size=430, max_position_embeddings=130)
     cases["EVA02 + XLM-R"] = (tiny.vision_config(), tiny.text_config(decoder_config=encoder, **own))

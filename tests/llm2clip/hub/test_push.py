@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from llm2clip import cli
 from llm2clip.hub.cards.card import CARD, split_card
 from modeling_llm2clip import LLM2CLIPModel
-from tests.llm2clip.hub.conftest import REPO, content, upload
+from tests.llm2clip.hub.conftest import REPO, consume, content, push_by_command, upload
 from tests.loopback_hub import READ_TOKEN, TOKEN, LoopbackHub
 from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
-from tests.stranger import HIDE
 
 
 def test_push_uploads_every_file_of_the_folder_unchanged_except_the_card(hub: LoopbackHub, built: Path) -> None:
@@ -129,50 +125,14 @@ def test_incomplete_folder_is_refused_before_the_upload(
     refused(tmp_path / "clip", "which others cannot load; `llm2clip build` bundles it")
 
 
-CONSUMER = """
-import torch
-from PIL import Image
-from safetensors.torch import save_file
-from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, AutoProcessor, pipeline
-repo, picture, output, *captions = sys.argv[1:]
-image = Image.open(picture)
-model = AutoModel.from_pretrained(repo, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
-found = {"logits": model(**processor(text=captions, images=image, return_tensors="pt")).logits_per_image}
-classify = pipeline("zero-shot-image-classification", model=repo, trust_remote_code=True)
-scores = {row["label"]: row["score"] for row in classify(image, candidate_labels=captions, hypothesis_template="{}")}
-found["scores"] = torch.tensor([[scores[caption] for caption in captions]])
-features = pipeline("image-feature-extraction", model=repo, trust_remote_code=True)
-found["image"] = torch.nn.functional.normalize(torch.tensor(features(image, pool=True)), dim=-1)
-states = pipeline("feature-extraction", model=repo, trust_remote_code=True)
-found["states"] = torch.tensor(states(captions[0]))
-encoder = SentenceTransformer(repo, trust_remote_code=True, device="cpu")
-found["st_text"] = torch.tensor(encoder.encode(captions))
-found["st_image"] = torch.tensor(encoder.encode([image]))
-assert not {"modeling_llm2clip", "llm2clip"} & set(sys.modules)
-save_file({key: value.detach().contiguous() for key, value in found.items()}, output)
-"""
-
-
 def test_pushed_model_works_in_auto_classes_pipelines_and_sentence_transformers(
     hub: LoopbackHub, built: Path, tmp_path: Path
 ) -> None:
     """The command pushes; AutoModel, three pipelines and SentenceTransformer load the model by its Hub id."""
-    environment = {**os.environ, **hub.environment(tmp_path / "publisher")}
-    command = [sys.executable, "-m", "llm2clip", "push", str(built), REPO]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"repo: {hub.url}/{REPO}" in done.stdout
     IMAGES[0].save(tmp_path / "picture.png")
-    environment = {**os.environ, **hub.environment(tmp_path / "consumer", token=None)}
-    command = [sys.executable, "-I", "-c", HIDE + CONSUMER, REPO, str(tmp_path / "picture.png")]
-    output = tmp_path / "found.safetensors"
-    done = subprocess.run(
-        [*command, str(output), *CAPTIONS], env=environment, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    compare(LLM2CLIPModel.from_pretrained(built).eval(), load_file(output))
+    assert f"repo: {hub.url}/{REPO}" in push_by_command(hub, built, tmp_path)
+    found = consume(hub, [tmp_path / "picture.png"], CAPTIONS, tmp_path)
+    compare(LLM2CLIPModel.from_pretrained(built).eval(), found)
 
 
 def compare(model: LLM2CLIPModel, found: dict[str, Tensor]) -> None:
