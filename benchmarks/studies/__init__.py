@@ -1,0 +1,1 @@
+"""Experiments on the bundled data whose results the documents state."""
