@@ -8,8 +8,8 @@ epoch on a validation set:
 - *in domain*: stage 2 has all training rows; chosen and reported on the validation and test splits.
 
 RUN is a finished `llm2clip quickstart`, whose towers, features and raw LLM are used. Results are appended to
-OUTPUT/results.jsonl; a variant that is there is not run again. The defaults differ from the quickstart's stage 1 in
-bfloat16 alone, which takes half the time.
+OUTPUT/results.jsonl; a variant that is there is not run again. All variants train in bfloat16, which takes half the
+time, and with the original's scale of 50 unless they name another.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ VALIDATION_ROWS = 1200
 PERCENT_OF_POSITIVE = 0.95
 RECALLS = (1, 5, 10)
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+ORIGINAL = {"scale": 50.0}
 BFLOAT16 = {"bf16": True, "attn_implementation": "eager"}
 
 
@@ -77,7 +78,7 @@ class Study:
         folder = self.output / f"{name}-{self.seed}"
         if not (folder / "config.json").exists():
             sources = [self.glosses(1), self.pairs(COLUMNS, 2)]
-            fields = {**self.profile["stage1"], **QUIET, **BFLOAT16, "sources": sources, "seed": self.seed}
+            fields = {**self.profile["stage1"], **ORIGINAL, **QUIET, **BFLOAT16, "sources": sources, "seed": self.seed}
             fields |= {"model_name_or_path": str(base or self.run / "raw"), "output_dir": str(folder), **changes}
             for name_of_saves in ("save_steps", "save_total_limit"):
                 fields.pop(name_of_saves, None)
@@ -196,7 +197,7 @@ def variants(study: Study) -> dict[str, Any]:
         return [study.glosses(gloss), study.pairs(COLUMNS, captions)]
 
     def merged(alpha: float) -> Path:
-        folder, tuned = study.output / f"merge-{alpha}-{study.seed}", study.stage1("default")
+        folder, tuned = study.output / f"merge-{alpha}-{study.seed}", study.stage1("scale-50")
         if not folder.exists():
             merge_models(run / "raw", tuned, folder, alpha)
         return folder
@@ -206,16 +207,18 @@ def variants(study: Study) -> dict[str, Any]:
         "raw causal": lambda: run / "raw-causal",
         "raw bidirectional": lambda: run / "raw",
         "e5": lambda: run / "weights" / "multilingual-e5-small-4bit",
-        "default": lambda: study.stage1("default"),
-        "scale 50": lambda: study.stage1("scale-50", scale=50.0),
+        "scale 50": lambda: study.stage1("scale-50"),
         "scale 20": lambda: study.stage1("scale-20", scale=20.0),
         "scale 10": lambda: study.stage1("scale-10", scale=10.0),
-        "steps 540": lambda: study.stage1("steps-540", max_steps=540),
-        "batch 64": lambda: study.stage1("batch-64", per_device_train_batch_size=64),
+        "scale 20, 540 steps": lambda: study.stage1("scale-20-steps-540", scale=20.0, max_steps=540),
+        "scale 20, batch 64": lambda: study.stage1("scale-20-batch-64", scale=20.0, per_device_train_batch_size=64),
+        "scale 20, glosses 3 : captions 1": lambda: study.stage1(
+            "scale-20-glosses-3", scale=20.0, sources=mixed(3, 1)
+        ),
         "learning rate 3e-4": lambda: study.stage1("rate-3e-4", learning_rate=3e-4),
         "glosses 3 : captions 1": lambda: study.stage1("glosses-3", sources=mixed(3, 1)),
         "translations": lambda: study.stage1("translations", sources=languages),
-        "hard negatives": lambda: study.stage1("hard", sources=study.hard_negatives(study.stage1("default"))),
+        "hard negatives": lambda: study.stage1("hard", sources=study.hard_negatives(study.stage1("scale-50"))),
         "MNTP first": lambda: study.stage1("after-mntp", base=study.mntp()),
         "merged with raw, alpha 0.5": lambda: merged(0.5),
     }
