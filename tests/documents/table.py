@@ -192,6 +192,9 @@ README = {
         makes=(f"{MODEL}/model.safetensors",),
         slow=True,
     ),
+    "python -m benchmarks.studies.stage1_transfer RUN OUTPUT": NotRun(
+        "trains stage 1 thirteen times, for hours; each part of it is tested by the quickstart's tests"
+    ),
     "llm2clip evaluate MODEL --benchmark urban1k docci coco-karpathy --data ./benchmarks --output results/": NotRun(
         NO_SETS, run_by=MEASURED
     ),

@@ -37,12 +37,8 @@ from llm2clip.evaluation import (
 from llm2clip.evaluation import (
     retrieval_metrics as retrieval_metrics,
 )
-from llm2clip.evaluation.benchmarks.base import (
-    Benchmark as Benchmark,
-)
-from llm2clip.evaluation.benchmarks.base import (
-    BenchmarkError as BenchmarkError,
-)
+from llm2clip.evaluation.benchmarks.base import Benchmark as Benchmark
+from llm2clip.evaluation.benchmarks.base import BenchmarkError as BenchmarkError
 from llm2clip.evaluation.benchmarks.data import (
     BenchmarkImages as BenchmarkImages,
 )

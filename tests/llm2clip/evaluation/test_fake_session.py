@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm2clip.evaluation.benchmarks.base import Encoder, Session
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages
+from llm2clip.evaluation.contracts import Encoder, Session
 from tests.llm2clip.evaluation.fake_session import FakeSession
 
 IMAGES = BenchmarkImages([b"one", b"two"], names=["a.png", "b.png"])

@@ -13,10 +13,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError, Measurement
+from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages, RetrievalData
 from llm2clip.evaluation.benchmarks.listing import list_benchmarks
+from llm2clip.evaluation.contracts import Measurement
 from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
 from llm2clip.evaluation.results import Result, intervals_of, read_result, result_path
 from llm2clip.evaluation.results_table import print_results, short_name

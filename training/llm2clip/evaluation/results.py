@@ -13,8 +13,8 @@ import numpy
 import torch
 import transformers
 
-from llm2clip.evaluation.benchmarks.base import Measurement
 from llm2clip.evaluation.bootstrap import bootstrap_intervals
+from llm2clip.evaluation.contracts import Measurement
 from llm2clip.utils.files import read_json, write_json
 from modeling_llm2clip import __version__
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from llm2clip.data import decode_image
 from llm2clip.data.records import caption_keys
 from llm2clip.embedding.image_batches import ContentSet, forward_images
-from llm2clip.evaluation.benchmarks.base import Encoder
+from llm2clip.evaluation.contracts import Encoder
 from llm2clip.evaluation.row_store import EvaluationManifest, RowStore
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.non_finite import require_finite_rows
@@ -38,7 +38,7 @@ class _EncoderImages(Dataset):
 
 
 class EvaluationSession:
-    """A [`Session`](llm2clip.evaluation.benchmarks.base.Session) whose embeddings are stored by content.
+    """A [`Session`](llm2clip.evaluation.contracts.Session) whose embeddings are stored by content.
 
     An image is known by the bytes of its file and a text by what the text format makes of it, so that sets with the
     same images or texts share them, and so do text formats where they agree. The rows of a model are found again if

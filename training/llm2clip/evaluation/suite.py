@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from llm2clip.embedding.image_batches import ContentSet
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError, Encoder, Session, check_counts
+from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError, check_counts
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
 from llm2clip.evaluation.benchmarks.data import counts_of
+from llm2clip.evaluation.contracts import Encoder, Session
 from llm2clip.evaluation.length_plot import write_length_plot
 from llm2clip.evaluation.results import Result, intervals_of, read_result, require_same, result_path
 from llm2clip.evaluation.text_formats import RAW

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from rich.console import Console
 
 from llm2clip.data import OnError
-from llm2clip.evaluation.evaluate import EvaluateConfig, described, open_caption_retrieval, open_retrieval
+from llm2clip.evaluation.evaluate_config import EvaluateConfig
+from llm2clip.evaluation.own_data import described, open_caption_retrieval, open_retrieval
 from llm2clip.hub.build_card import evaluation_of
 from llm2clip.hub.cards.card import license_of, read_card, write_card
 from llm2clip.hub.cards.curves import write_merge_curve

@@ -14,7 +14,7 @@ from transformers import AutoProcessor, BertConfig, BertModel
 
 from llm2clip.data import decode_image
 from llm2clip.evaluation.encoders import TransformersEncoder, open_encoder
-from llm2clip.evaluation.encoders.patches import patch_embeddings
+from llm2clip.evaluation.patches import patch_embeddings
 from llm2clip.utils.non_finite import NonFiniteError
 from modeling_llm2clip import with_pillow
 

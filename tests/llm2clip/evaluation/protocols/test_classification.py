@@ -14,8 +14,9 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.benchmarks.base import BenchmarkError, Measurement
+from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages, ClassificationData
+from llm2clip.evaluation.contracts import Measurement
 from llm2clip.evaluation.metrics import ROUNDING
 from llm2clip.evaluation.prompts import prompts
 from llm2clip.evaluation.protocols.classification import (

@@ -19,7 +19,7 @@ from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages
 from llm2clip.evaluation.benchmarks.label_maps import IGNORED, SegmentationData, class_table, named
 from llm2clip.evaluation.encoders import open_encoder
-from llm2clip.evaluation.encoders.patches import patch_embeddings
+from llm2clip.evaluation.patches import patch_embeddings
 from llm2clip.evaluation.prompts import template_set
 from llm2clip.evaluation.protocols import segmentation
 from llm2clip.evaluation.protocols.segmentation import (

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
-from llm2clip.evaluation.encoders.patches import patch_embeddings
+from llm2clip.evaluation.patches import patch_embeddings
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.model_identity import weights_checksum
 from llm2clip.utils.non_finite import require_finite_rows
@@ -20,7 +20,7 @@ from modeling_llm2clip.modeling_llm2clip_utils import ACCELERATOR_BATCH_TOKENS, 
 
 
 class TowerEncoder(ABC):
-    """A model under evaluation; see [`Encoder`](llm2clip.evaluation.benchmarks.base.Encoder).
+    """A model under evaluation; see [`Encoder`](llm2clip.evaluation.contracts.Encoder).
 
     A copy in a worker process prepares images, and has no model.
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from llm2clip.evaluation.benchmarks.base import BenchmarkError, Measurement, Session
+from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import CaptionPairData
+from llm2clip.evaluation.contracts import Measurement, Session
 from llm2clip.evaluation.metrics import retrieval_ranks
 
 KS = (1, 5, 10)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.benchmarks.base import BenchmarkError, Measurement, Session
+from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import HardNegativeData, PairData
+from llm2clip.evaluation.contracts import Measurement, Session
 from llm2clip.evaluation.metrics import ROUNDING
 
 TIES = "wrong"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError, Measurement, Session
+from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.data import ClassificationData
+from llm2clip.evaluation.contracts import Measurement, Session
 from llm2clip.evaluation.metrics import ROUNDING, QueryRanks
 from llm2clip.evaluation.prompts import TEMPLATE_SETS, choose_templates, name_of_templates, prompts, read_names
 from llm2clip.utils.files import digest_json

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.benchmarks.base import BenchmarkError, Measurement, Session
+from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import GradedData
+from llm2clip.evaluation.contracts import Measurement, Session
 from llm2clip.evaluation.metrics import DEFAULT_TILE_SIZE, ROUNDING, retrieval_ranks
 from llm2clip.utils.inner_products import inner_products
 

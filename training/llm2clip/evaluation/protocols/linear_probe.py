@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError, BenchmarkProtocol, Measurement, Session
+from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.data import ClassificationData
+from llm2clip.evaluation.contracts import BenchmarkProtocol, Measurement, Session
 from llm2clip.evaluation.protocols.classification import label_ranks, measured_ranks
 from llm2clip.utils.progress import progress_bar
 

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError, Encoder, Measurement, Session
+from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.label_maps import IGNORED, SegmentationData, scene_templates
+from llm2clip.evaluation.contracts import Encoder, Measurement, Session
 from llm2clip.evaluation.prompts import name_of_templates, prompts, template_set
 from llm2clip.evaluation.protocols.classification import class_embeddings
 from llm2clip.utils.non_finite import require_finite_rows

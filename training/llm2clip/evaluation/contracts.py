@@ -1,0 +1,131 @@
+"""What an evaluation is made of: a model, its session of work, a protocol, and what the protocol finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llm2clip.embedding.image_batches import ContentSet
+
+
+class Encoder(Protocol):
+    """A model of images and texts in one space, whatever library it is from.
+
+    Attributes:
+        name: How the user named it.
+        width: Width of its embeddings.
+        device: Where it computes.
+    """
+
+    name: str
+    width: int
+    device: torch.device
+
+    def identity(self) -> dict[str, str]:
+        """What a result says of the model: library, name, commit on the Hub or checksum of the weights, dtype."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Identify weights, preprocessing and tokenizer; stored embeddings are bound to it."""
+        ...
+
+    def prepare(self, image: Any, key: str) -> dict[str, Tensor]:
+        """Prepare the inputs of one decoded RGB image; runs in worker processes."""
+        ...
+
+    def forward_images(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Embed a batch of prepared images: unit rows, float32 `(images, width)` on the CPU."""
+        ...
+
+    def forward_features(self, inputs: dict[str, Tensor], projected: bool = False) -> Tensor:
+        """Pooled features before the projection, float32 `(images, hidden)` on the CPU, for linear probes.
+
+        With `projected`, those after it, `(images, width)`: embeddings before they are scaled to unit length.
+        """
+        ...
+
+    def prepare_pixels(self, image: Any) -> dict[str, Tensor]:
+        """Prepare a decoded RGB image of any size without resizing or cropping it: `pixel_values`, `(3, H, W)`."""
+        ...
+
+    def forward_patches(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Patch embeddings in the shared space after MaskCLIP, unit rows, float32 `(images, rows, columns, width)`.
+
+        The images have any size; their rows and columns are rounded up to whole patches.
+
+        Raises:
+            ValueError: The vision tower has no patches that MaskCLIP could embed.
+        """
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts: unit rows, float32 `(texts, width)` on the CPU."""
+        ...
+
+    def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens of each text before truncation, `(texts,)` int64, and whether it is cut, `(texts,)` bool."""
+        ...
+
+
+class Session(Protocol):
+    """A model at work on benchmarks: its embeddings of images and texts, each computed once and stored.
+
+    Several processes share the work, and each gets all rows.
+
+    Attributes:
+        encoder: The model.
+        num_workers: Worker processes that decode images; 0 for none.
+    """
+
+    encoder: Encoder
+    num_workers: int
+
+    def embed_images(self, images: ContentSet) -> Tensor:
+        """Embed images: unit rows, float32 `(images, width)` on the CPU, in their order."""
+        ...
+
+    def embed_features(self, images: ContentSet, projected: bool = False) -> Tensor:
+        """Compute the features of `Encoder.forward_features`, `(images, hidden)`, or projected `(images, width)`."""
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts, in the text format of the session: unit rows, float32 `(texts, width)`, repeats included."""
+        ...
+
+    def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The same as that of [`Encoder`], for texts in the text format of the session."""
+        ...
+
+
+@dataclass
+class Measurement:
+    """What a protocol found.
+
+    Attributes:
+        protocol: Name and options of the protocol. Scores of two results may be compared if these are equal.
+        scores: The scores, 0 to 1, in the order in which they are printed; the first is the one that is compared.
+        values: The value of each query, `(queries,)`, whose mean is the score of that name, for bootstrap intervals.
+        strata: The part that each value belongs to, `(queries,)` int64, if the score is the mean over parts of their
+            means, as over languages or classes; the bootstrap then draws within parts.
+        counts: Numbers of images, texts, queries, tied queries, truncated texts and the like.
+        groups: Scores of parts by kind and part, such as `{"language": {"de": {"text_to_image_recall@1": 0.5}}}`.
+    """
+
+    protocol: dict[str, Any]
+    scores: dict[str, float]
+    values: dict[str, Tensor] = field(default_factory=dict)
+    strata: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    groups: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+
+
+class BenchmarkProtocol(Protocol):
+    """How a benchmark is measured."""
+
+    def measure(self, session: Session, data: Any) -> Measurement:
+        """Measure a model on the data of a benchmark."""
+        ...
