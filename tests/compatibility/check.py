@@ -57,7 +57,7 @@ def check_logits(folder: Path, expected: dict[str, torch.Tensor], result: dict[s
         with torch.no_grad():
             output = model(**inputs)
         result[attention] = difference(output.logits_per_image, expected["logits"])
-        allowed = tolerance * float(model.logit_scale.exp())
+        allowed = tolerance * model.logit_scale.exp().item()
         assert result[attention] <= allowed, f"{attention}: logits differ by {result[attention]}, more than {allowed}"
 
 
