@@ -36,7 +36,8 @@ PROTOCOL = {
 def protocol(data: QuickstartData) -> dict[str, str]:
     """Say in sentences how the numbers were measured, and how many test captions are known from training."""
     seen, total = data.seen_captions()
-    return {**PROTOCOL, "seen": f"Of {total:,} test captions, {seen:,} are also captions of training images."}
+    verb = "is also one" if seen == 1 else "are also captions"
+    return {**PROTOCOL, "seen": f"Of {total:,} test captions, {seen:,} {verb} of training images."}
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
