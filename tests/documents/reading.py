@@ -10,7 +10,12 @@ PATTERNS = ("*.md", "docs/**/*.md", "examples/**/*.md", "hub_configs/**/*.md", "
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in ROOT.glob(pattern))
 PROGRAMS = ("make", "llm2clip", "pip", "python", "torchrun", "accelerate", "jupyter", ".ci/run")
 # Blocks that show what a command printed, by their first words.
-OUTPUTS = ("{'a train on a single rail':", "Caption retrieval, R@1 / 5 / 10 in %", "docci  DOCCI")
+OUTPUTS = (
+    "{'a train on a single rail':",
+    "Caption retrieval, R@1 / 5 / 10 in %",
+    "docci  DOCCI",
+    "runs/quickstart/llm2clip, in %",
+)
 
 
 def is_command(text: str) -> bool:
