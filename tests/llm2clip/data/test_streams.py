@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tarfile
 from collections import Counter
@@ -22,8 +21,9 @@ from llm2clip import Stage2Config, Stage2Trainer
 from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
 from llm2clip.data.sources import SourceError
 from llm2clip.data.streams import share_of_files, shuffled
-from llm2clip.utils.processes import process_state
+from llm2clip.utils.processes import leave_process_group, process_state
 from tests.modeling_llm2clip import tiny
+from tests.processes import run_python
 
 PER_TAR = 3
 
@@ -155,11 +155,7 @@ def run_in_process(folder: Path) -> None:
 
 def test_two_processes_read_every_row_once(tmp_path: Path) -> None:
     write_tars(tmp_path / "tars", 5)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, "-m", "tests.llm2clip.data.test_streams", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_python(["-m", "tests.llm2clip.data.test_streams", str(tmp_path)], processes=2)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert sorted(found[0] + found[1]) == every_caption(5)
     assert {len(found[0]), len(found[1])} == {2 * PER_TAR, 3 * PER_TAR}
@@ -167,3 +163,4 @@ def test_two_processes_read_every_row_once(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     run_in_process(Path(sys.argv[1]))
+    leave_process_group()

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from llm2clip import cli
 from llm2clip.data import CaptionSource
 from llm2clip.evaluation import ImageTextRetrieval
 from tests.modeling_llm2clip import tiny
+from tests.processes import run_python
 
 # A stranger's benchmark: eleven images, thirteen captions of which three are equal and one is empty.
 STRANGE = '''
@@ -84,14 +82,6 @@ def result_of(output: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def run_process(arguments: list[str], processes: int = 1, **environment: str) -> int:
-    """Run the command in a process of its own, or several; return the exit code."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    start = [sys.executable, *(launcher if processes > 1 else []), "-m", "llm2clip"]
-    return subprocess.run([*start, *arguments], env=variables, capture_output=True, timeout=500).returncode
-
-
 def test_a_strangers_benchmark_is_measured_printed_and_found_again(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,21 +105,22 @@ def test_a_strangers_benchmark_is_measured_printed_and_found_again(
 
 def test_a_killed_evaluation_goes_on_with_the_same_numbers(place: Path, tmp_path: Path) -> None:
     arguments = command(place, tmp_path / "killed")
-    assert run_process(arguments, KILL_EVALUATION="1") == -signal.SIGKILL
+    killed = run_python(["-m", "llm2clip", *arguments], check=False, KILL_EVALUATION="1")
+    assert killed.returncode == -signal.SIGKILL
     assert not list((tmp_path / "killed").glob("*.json"))
     stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*.safetensors")}
     assert stored
     assert cli.main(arguments) == 0
     assert all(path.stat().st_mtime_ns == time for path, time in stored.items())
     assert cli.main(command(place, tmp_path / "whole")) == 0
-    killed, whole = result_of(tmp_path / "killed"), result_of(tmp_path / "whole")
+    continued, whole = result_of(tmp_path / "killed"), result_of(tmp_path / "whole")
     for name in ("scores", "intervals", "counts", "groups", "data"):
-        assert killed[name] == whole[name]
+        assert continued[name] == whole[name]
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_give_the_same_integers(processes: int, place: Path, tmp_path: Path) -> None:
-    assert run_process(command(place, tmp_path / "several"), processes) == 0
+    run_python(["-m", "llm2clip", *command(place, tmp_path / "several")], processes)
     assert cli.main(command(place, tmp_path / "one")) == 0
     several, one = result_of(tmp_path / "several"), result_of(tmp_path / "one")
     assert (several["processes"], one["processes"]) == (processes, 1)

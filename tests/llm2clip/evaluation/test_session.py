@@ -18,8 +18,9 @@ from llm2clip.evaluation.benchmarks.data import BenchmarkImages
 from llm2clip.evaluation.encoders import open_encoder
 from llm2clip.evaluation.session import EvaluationSession
 from llm2clip.utils.non_finite import NonFiniteError
+from llm2clip.utils.processes import leave_process_group
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
-from tests.llm2clip.trainers.test_processes import TORCHRUN, run_process
+from tests.processes import run_python
 
 from .encoders.models import save_transformers
 
@@ -180,7 +181,7 @@ def test_broken_images_and_embeddings_are_named(model: Path, monkeypatch: pytest
 
 
 def test_two_processes_get_the_rows_of_one(model: Path, tmp_path: Path) -> None:
-    run_process([*TORCHRUN, "2", "-m", "tests.llm2clip.evaluation.test_session", str(model), str(tmp_path)])
+    run_python(["-m", "tests.llm2clip.evaluation.test_session", str(model), str(tmp_path)], processes=2)
     images = pictures(*range(7))
     one = session(model, None)
     expected = {"images": one.embed_images(images), "texts": one.embed_texts(TEXTS)}
@@ -205,3 +206,4 @@ def main(model: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave_process_group()

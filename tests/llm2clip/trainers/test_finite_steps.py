@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,10 @@ from llm2clip import LLM2CLIPModel, Stage2Config, Stage2Trainer
 from llm2clip.data import SkipLog
 from llm2clip.trainers.finite_steps import describe
 from llm2clip.utils.non_finite import NonFiniteError
+from llm2clip.utils.processes import leave_process_group
 from tests.llm2clip.trainers.test_plain_datasets import MapRows, Rows
 from tests.modeling_llm2clip import tiny
+from tests.processes import run_python
 
 WIDTH = tiny.HIDDEN
 BATCH = 8
@@ -200,15 +200,7 @@ def run_in_process(folder: Path) -> None:
 
 
 def test_two_processes_skip_the_same_steps(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, "-m", "tests.llm2clip.trainers.test_finite_steps", str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    result = run_python(["-m", "tests.llm2clip.trainers.test_finite_steps", str(tmp_path)], processes=2)
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == two
     assert one["skipped"] == 2
@@ -223,3 +215,4 @@ def test_two_processes_skip_the_same_steps(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     run_in_process(Path(sys.argv[1]))
+    leave_process_group()

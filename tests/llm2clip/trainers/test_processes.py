@@ -24,10 +24,9 @@ from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.test_plain_datasets import joint_model
+from tests.processes import ENVIRONMENT, run_python
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 CLI = ["-m", "llm2clip"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 # Four processes take a minute each to start on two cores.
 PROCESSES = [2, pytest.param(4, marks=pytest.mark.slow)]
 
@@ -36,15 +35,7 @@ def llm2clip(command: str, fields: dict[str, Any], processes: int = 1, *options:
     """Run the command on a recipe file."""
     recipe = Path(fields["output_dir"]).with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(fields))
-    launcher = CLI if processes == 1 else [*TORCHRUN, str(processes), *CLI]
-    run_process([*launcher, command, str(recipe), *options])
-
-
-def run_process(arguments: list[str], **environment: str) -> None:
-    """Run python with arguments, and show the end of its output if it fails."""
-    command = [sys.executable, *arguments]
-    result = subprocess.run(command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_python([*CLI, command, str(recipe), *options], processes)
 
 
 def losses(folder: Path) -> list[float]:
@@ -127,10 +118,9 @@ def test_evaluate_on_several_processes_equals_one(processes: int, inputs: Inputs
     metrics = []
     for number in (1, processes):
         output = tmp_path / f"{number}.json"
-        launcher = CLI if number == 1 else [*TORCHRUN, str(number), *CLI]
         options = ["--data", tiny.CONCEPTS, "--split", "validation"]
         source = ["--caption-columns", "caption", "--output", str(output)]
-        run_process([*launcher, "evaluate", str(tmp_path / "run"), *options, *source])
+        run_python([*CLI, "evaluate", str(tmp_path / "run"), *options, *source], number)
         metrics.append(json.loads(output.read_text()))
     assert metrics[0]["num_images"] > 0
     assert metrics[1] == metrics[0]
@@ -193,9 +183,9 @@ def test_evaluation_losses_on_two_processes_equal_one(inputs: Inputs, tmp_path: 
     """Of 21 rows, a last batch of 16 has 5; accelerate fills it for both processes."""
     (tmp_path / "evaluated.py").write_text(EVALUATED)
     found = {}
-    for name, launcher, batch in [("one", [], 16), ("two", [*TORCHRUN, "2"], 8)]:
-        script = [*launcher, str(tmp_path / "evaluated.py"), inputs.llm, inputs.text, str(tmp_path / name), str(batch)]
-        run_process(script, PYTHONPATH=os.pathsep.join(sys.path))
+    for name, processes, batch in [("one", 1, 16), ("two", 2, 8)]:
+        script = [str(tmp_path / "evaluated.py"), inputs.llm, inputs.text, str(tmp_path / name), str(batch)]
+        run_python(script, processes, PYTHONPATH=os.pathsep.join(sys.path))
         found[name] = json.loads((tmp_path / name / "found.json").read_text())
     assert found["two"] == pytest.approx(found["one"], abs=1e-5)
 
@@ -231,9 +221,9 @@ def test_plain_data_sets_on_two_processes_equal_one(kind: str, inputs: Inputs, t
     model = joint_model(inputs, tmp_path / "model")
     (tmp_path / "plain.py").write_text(PLAIN)
     found = {}
-    for name, launcher, batch in [("one", [], 16), ("two", [*TORCHRUN, "2"], 8)]:
-        script = [*launcher, str(tmp_path / "plain.py"), model, str(tmp_path / name), str(batch), kind]
-        run_process(script, PYTHONPATH=os.pathsep.join(sys.path))
+    for name, processes, batch in [("one", 1, 16), ("two", 2, 8)]:
+        script = [str(tmp_path / "plain.py"), model, str(tmp_path / name), str(batch), kind]
+        run_python(script, processes, PYTHONPATH=os.pathsep.join(sys.path))
         found[name] = json.loads((tmp_path / name / "found.json").read_text())
     one, two = found["one"], found["two"]
     assert len(one["losses"]) == 4
@@ -250,7 +240,7 @@ def accelerate_launch(command: str, fields: dict[str, Any], config: dict[str, An
     recipe = Path(fields["output_dir"]).with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(fields))
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(launch), "--main_process_port", "0"]
-    run_process([*launcher, *CLI, command, str(recipe)])
+    run_python([*launcher, *CLI, command, str(recipe)])
 
 
 def launch_configuration(name: str) -> dict[str, Any]:
@@ -288,8 +278,7 @@ def test_an_error_in_a_worker_process_is_one_line(inputs: Inputs, tmp_path: Path
     fields["verify_cache"] = False  # otherwise the main process finds the captions missing first
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(fields))
-    command = [sys.executable, *CLI, "stage2", str(recipe)]
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    result = run_python([*CLI, "stage2", str(recipe)], check=False)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert "llm2clip stage2: error: The embedding cache" in result.stderr

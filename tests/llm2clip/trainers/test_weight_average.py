@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,11 +20,13 @@ from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.weight_average import AVERAGE_FILE, WeightAverage
 from llm2clip.utils.manifests import damage
 from llm2clip.utils.non_finite import NonFiniteError
+from llm2clip.utils.processes import leave_process_group
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.test_finite_steps import BATCH, rows, trainer_of, weights
+from tests.processes import run_python
 
 HALF_LIFE = 2.0
 
@@ -232,14 +232,10 @@ def run_in_process(folder: Path, batch: int) -> None:
 
 
 def test_two_processes_have_the_average_of_one(tmp_path: Path) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     module = ["-m", "tests.llm2clip.trainers.test_weight_average"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, launcher, batch in [("one", [], 16), ("two", launch, 8)]:
+    for name, processes, batch in [("one", 1, 16), ("two", 2, 8)]:
         (tmp_path / name).mkdir()
-        command = [sys.executable, *launcher, *module, str(tmp_path / name), str(batch)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-4000:]
+        run_python([*module, str(tmp_path / name), str(batch)], processes)
     first, second = (load_file(tmp_path / "two" / f"{rank}.safetensors") for rank in range(2))
     assert_same(second, first)
     assert_same(averages(tmp_path / "two" / "checkpoint-2"), first)
@@ -249,3 +245,4 @@ def test_two_processes_have_the_average_of_one(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     run_in_process(Path(sys.argv[1]), int(sys.argv[2]))
+    leave_process_group()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from llm2clip.utils.processes import on_main_process, process_rank, sum_over_processes, worker_count
+from tests.processes import run_python
 
 SCRIPT = """
+import sys
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ try:
 except FileNotFoundError as error:
     seen.append(error.filename)
 seen.append(str(sum_over_processes(torch.tensor([10**15, rank + 1])).tolist()))
-Path(f"seen-{rank}").write_text(" ".join(seen))
+Path(sys.argv[1], f"seen-{rank}").write_text(" ".join(seen))
 leave_process_group()
 """
 
@@ -41,11 +40,7 @@ leave_process_group()
 def test_result_and_error_of_the_main_process_and_sums_reach_all(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(script)]
-    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_python([str(script), str(tmp_path)], processes=2)
     # A file per process: what two processes print into one pipe may mix within a line.
     for rank in range(2):
         assert (tmp_path / f"seen-{rank}").read_text() == "result of 0 nothing-0 [2000000000000000, 3]"
