@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from functools import cache
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from llm2clip.evaluation.benchmarks.files import read_lines
+from llm2clip.evaluation.benchmarks.files import class_data, read_lines
 from llm2clip.utils.files import digest_json
 
 PLACE = "{c}"
@@ -20,28 +16,22 @@ PLACE = "{c}"
 TEMPLATE_SETS = ("openai-80", "openai-7", "paper", "openai-cifar")
 
 
-@cache
-def _class_data() -> dict[str, Any]:
-    file = resources.files("llm2clip.evaluation") / "class_data" / "imagenet.json"
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def imagenet_classes() -> dict[str, str]:
     """Return OpenAI's name of each of the 1,000 classes by WordNet id, in the order of the labels.
 
     Two names stand for two classes each, `missile` and `sunglasses`: images of these four tie.
     """
-    return dict(_class_data()["classes"])
+    return dict(class_data("imagenet")["classes"])
 
 
 def imagenet_subset(name: str) -> list[str]:
     """Return the WordNet ids of the 200 classes of ImageNet-A (`a`), -R (`r`) or -O (`o`), by label."""
-    return list(_class_data()["subsets"][name])
+    return list(class_data("imagenet")["subsets"][name])
 
 
 def template_set(name: str) -> list[str]:
     """Return the templates of a set of `TEMPLATE_SETS`."""
-    return list(_class_data()["templates"][name])
+    return list(class_data("imagenet")["templates"][name])
 
 
 def choose_templates(name: str) -> list[str]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from llm2clip.evaluation.benchmarks.ade20k import ADE20K
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages
-from llm2clip.evaluation.benchmarks.label_maps import IGNORED, SegmentationData, class_table, named
+from llm2clip.evaluation.benchmarks.label_maps import IGNORED, SegmentationData, class_table
 from llm2clip.evaluation.encoders import open_encoder
 from llm2clip.evaluation.patches import patch_embeddings
 from llm2clip.evaluation.prompts import template_set
@@ -62,8 +62,8 @@ def folder_of(folder: Path, sizes: list[tuple[int, int]], names: list[str] = NAM
         Image.fromarray(coarse).resize((width, height)).save(images[-1])
         values = random.choice([0, 1, 2, 3, IGNORED], (height, width)).astype(np.uint8)
         Image.fromarray(values).save(labels[-1])
-    table = class_table({label: label for label in range(len(names))})
-    return SegmentationData("Noise", BenchmarkImages(images), labels, named(names), table)
+    table = class_table(range(len(names)))
+    return SegmentationData("Noise", BenchmarkImages(images), labels, {name: (name,) for name in names}, table)
 
 
 def by_loops(data: SegmentationData, maps: list[Tensor]) -> tuple[dict[str, float], dict[str, float]]:
@@ -183,7 +183,7 @@ def test_of_several_names_the_closest_counts_and_the_first_of_equal_classes_wins
     texts = {"blue": [0, 0, 1], "red": [1, 0, 0], "green": [0, 1, 0], "rose": [1, 0, 0]}
     classes = {"grass": ("green",), "background": ("blue", "red"), "rose": ("rose",)}
     images = BenchmarkImages([tmp_path / "image.png"])
-    data = SegmentationData("One", images, [tmp_path / "labels.png"], classes, class_table({0: 0, 1: 1, 2: 2}))
+    data = SegmentationData("One", images, [tmp_path / "labels.png"], classes, class_table(range(3)))
     found = protocol().measure(FakeSession([], texts, patches=colours), data)
     assert found.scores == {"miou": 1.0, "mean_accuracy": 1.0, "pixel_accuracy": 1.0}
     assert found.groups == {"class": {"background": {"iou": 1.0, "pixels": 64}}}

@@ -9,7 +9,6 @@ from llm2clip.evaluation.benchmarks.label_maps import (
     IGNORED,
     SegmentationData,
     class_table,
-    named,
     paired_files,
     segmentation_classes,
 )
@@ -23,8 +22,8 @@ def read(folder: Path) -> SegmentationData:
     """Read the validation part. Label 0 is of no class (`reduce_zero_label`), so that class 0 has label 1."""
     images, labels = folder / "images" / "validation", folder / "annotations" / "validation"
     pairs = paired_files(TITLE, images, labels, ".jpg", ".png")
-    table = class_table({label + 1: label for label in range(CLASSES)}, (0, IGNORED))
-    return SegmentationData(TITLE, *pairs, named(segmentation_classes("ade20k")), table)
+    table = class_table(range(1, CLASSES + 1), (0, IGNORED))
+    return SegmentationData(TITLE, *pairs, segmentation_classes("ade20k"), table)
 
 
 ADE20K = Benchmark(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from llm2clip.evaluation.benchmarks.data import RetrievalData
-from llm2clip.evaluation.benchmarks.files import find_images, group_captions, read_lines
+from llm2clip.evaluation.benchmarks.files import group_captions, read_lines
 
 # One blank or tab ends the key; all that follows is the caption.
 KEY = re.compile(r"(?P<image>[^#\s]+)#(?P<number>\S+)[ \t](?P<caption>.*)")
@@ -51,21 +49,3 @@ def read_key_lines(file: Path, kind: str = "") -> dict[str, list[str]]:
         if match is not None and match["number"].startswith(kind):
             rows.append((match["image"] if "." in match["image"] else f"{match['image']}.jpg", match["caption"]))
     return group_captions(rows)
-
-
-def captions_data(
-    title: str, folder: Path, captions: Mapping[str, list[str]], places: Sequence[str] = ()
-) -> RetrievalData:
-    """Find the images of captions.
-
-    Args:
-        title: Title of the benchmark, in messages.
-        folder: The folder of the images.
-        places: See [`find_images`].
-
-    Raises:
-        BenchmarkError: There is no caption, or images are missing.
-    """
-    if not captions:
-        raise BenchmarkError(f"{title}: the file of captions below {folder} is empty.")
-    return RetrievalData.from_captions(find_images(title, folder, list(captions), places), list(captions.values()))

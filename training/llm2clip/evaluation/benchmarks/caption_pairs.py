@@ -8,7 +8,7 @@ from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.coco import FOLDER, KARPATHY_FILES, LLM2CLIP_FILES, SALESFORCE_FILES
 from llm2clip.evaluation.benchmarks.data import CaptionPairData
 from llm2clip.evaluation.benchmarks.files import first_file
-from llm2clip.evaluation.benchmarks.karpathy import read_karpathy
+from llm2clip.evaluation.benchmarks.karpathy import karpathy_captions
 from llm2clip.evaluation.benchmarks.salesforce import salesforce_captions
 from llm2clip.evaluation.protocols.caption_retrieval import CaptionRetrievalAccuracy
 
@@ -22,10 +22,8 @@ def read(folder: Path) -> CaptionPairData:
         BenchmarkError: A row is broken, or an image has one caption.
     """
     file = first_file(folder, (*SALESFORCE_FILES, *KARPATHY_FILES, *LLM2CLIP_FILES))
-    if any(file == folder / name for name in KARPATHY_FILES):
-        captions = [(image.file, image.captions) for image in read_karpathy(file)]
-    else:
-        captions = salesforce_captions(file)
+    is_karpathy = any(file == folder / name for name in KARPATHY_FILES)
+    captions = (karpathy_captions if is_karpathy else salesforce_captions)(file)
     single = [image for image, texts in captions if len(texts) < 2]
     if single:
         raise BenchmarkError(f"{TITLE} needs two captions of each image; {single[0]} of {file} has fewer.")

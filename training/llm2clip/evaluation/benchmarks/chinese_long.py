@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.data import RetrievalData
-from llm2clip.evaluation.benchmarks.files import find_images, read_lines
+from llm2clip.evaluation.benchmarks.files import captions_data, read_lines
 from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
 
 
@@ -24,8 +24,7 @@ def read(title: str, file: str, folder: Path) -> RetrievalData:
     for number, pair in enumerate(pairs, start=1):
         if len(pair) < 2:
             raise BenchmarkError(f"line {number} of {file} of {title} has no tab between image and caption.")
-    images = find_images(title, folder, [name for name, _ in pairs], ("images",))
-    return RetrievalData.from_captions(images, [[caption] for _, caption in pairs])
+    return captions_data(title, folder, [(name, [caption]) for name, caption in pairs], ("images",))
 
 
 def _benchmark(title: str, file: str, images: str) -> Benchmark:

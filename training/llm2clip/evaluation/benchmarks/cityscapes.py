@@ -9,7 +9,6 @@ from llm2clip.evaluation.benchmarks.label_maps import (
     IGNORED,
     SegmentationData,
     class_table,
-    named,
     paired_files,
     segmentation_classes,
 )
@@ -27,8 +26,8 @@ def read(folder: Path) -> SegmentationData:
     images, labels = folder / "leftImg8bit" / "val", folder / "gtFine" / "val"
     pairs = paired_files(TITLE, images, labels, "_leftImg8bit.png", "_gtFine_labelIds.png")
     ignored = [label for label in range(LABELS) if label not in EVALUATED]
-    table = class_table({label: number for number, label in enumerate(EVALUATED)}, [*ignored, IGNORED])
-    return SegmentationData(TITLE, *pairs, named(segmentation_classes("cityscapes")), table)
+    table = class_table(EVALUATED, [*ignored, IGNORED])
+    return SegmentationData(TITLE, *pairs, segmentation_classes("cityscapes"), table)
 
 
 CITYSCAPES = Benchmark(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.data import RetrievalData
-from llm2clip.evaluation.benchmarks.files import find_images, first_file, json_rows, read_json, text_field
-from llm2clip.evaluation.benchmarks.karpathy import karpathy_data, read_karpathy
-from llm2clip.evaluation.benchmarks.salesforce import read_salesforce
+from llm2clip.evaluation.benchmarks.files import captions_data, first_file, json_rows, read_json, text_field
+from llm2clip.evaluation.benchmarks.karpathy import karpathy_captions
+from llm2clip.evaluation.benchmarks.salesforce import salesforce_captions
 from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
 
 TITLE = "COCO"
@@ -32,15 +32,14 @@ def read_test(first: int | None, folder: Path) -> RetrievalData:
     Args:
         first: Captions of each image; None for all.
     """
-    return read_salesforce(
-        TITLE, folder, first_file(folder, (*SALESFORCE_FILES, *LLM2CLIP_FILES)), first, IMAGE_FOLDERS
-    )
+    captions = salesforce_captions(first_file(folder, (*SALESFORCE_FILES, *LLM2CLIP_FILES)))
+    return captions_data(TITLE, folder, captions, IMAGE_FOLDERS, first)
 
 
 def read_karpathy_test(folder: Path) -> RetrievalData:
     """Read the first five captions of the split `test` of Karpathy's file."""
-    images = read_karpathy(first_file(folder, KARPATHY_FILES))
-    return karpathy_data(TITLE, folder, images, CAPTIONS, IMAGE_FOLDERS)
+    captions = karpathy_captions(first_file(folder, KARPATHY_FILES))
+    return captions_data(TITLE, folder, captions, IMAGE_FOLDERS, CAPTIONS)
 
 
 def read_val2017(folder: Path) -> RetrievalData:
@@ -51,8 +50,6 @@ def read_val2017(folder: Path) -> RetrievalData:
     """
     file = first_file(folder, VAL2017_FILES)
     content = read_json(file)
-    if not isinstance(content, dict):
-        raise BenchmarkError(f"{file} is not a JSON object.")
     names: dict[object, str] = {}
     for number, row in enumerate(json_rows(content.get("images"), f"images of {file}"), 1):
         names[row.get("id")] = text_field(row, "file_name", f"image {number} of {file}")
@@ -62,8 +59,8 @@ def read_val2017(folder: Path) -> RetrievalData:
         if row.get("image_id") not in captions:
             raise BenchmarkError(f"{place} has the image_id {row.get('image_id')!r}, which no image has.")
         captions[row["image_id"]].append(text_field(row, "caption", place))
-    images = find_images("COCO val2017", folder, list(names.values()), VAL2017_FOLDERS)
-    return RetrievalData.from_captions(images, [texts[:CAPTIONS] for texts in captions.values()])
+    rows = zip(names.values(), captions.values(), strict=True)
+    return captions_data("COCO val2017", folder, rows, VAL2017_FOLDERS, CAPTIONS)
 
 
 _coco = partial(Benchmark, folder=FOLDER, license=LICENSE, protocol=RetrievalProtocol())

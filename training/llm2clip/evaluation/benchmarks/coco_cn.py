@@ -7,10 +7,10 @@ from pathlib import Path
 
 from llm2clip.evaluation.benchmarks import coco
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
-from llm2clip.evaluation.benchmarks.caption_lines import captions_data, read_key_lines
+from llm2clip.evaluation.benchmarks.caption_lines import read_key_lines
 from llm2clip.evaluation.benchmarks.chinese_clip import IMAGES, TEXTS, read_chinese_clip
 from llm2clip.evaluation.benchmarks.data import RetrievalData
-from llm2clip.evaluation.benchmarks.files import first_file, read_lines
+from llm2clip.evaluation.benchmarks.files import captions_data, first_file, read_lines
 from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
 from llm2clip.utils.non_finite import shortened
 
@@ -42,14 +42,13 @@ def read_zip(folder: Path) -> RetrievalData:
     without = [name for name in names if name not in written]
     if without:
         raise BenchmarkError(f"{file} has no caption of images of {SPLIT}: {shortened(without)}.")
-    return captions_data(TITLE, folder, {name: written[name] for name in names}, COCO_2014_FOLDERS)
+    return captions_data(TITLE, folder, [(name, written[name]) for name in names], COCO_2014_FOLDERS)
 
 
 def read_translated(folder: Path) -> RetrievalData:
     """Read the first five manual translations (`zhm`) of each image."""
     captions = read_key_lines(first_file(folder, (TRANSLATED, f"{VERSION}/{TRANSLATED}")), kind="zhm#")
-    chosen = {image: texts[:CAPTIONS] for image, texts in captions.items()}
-    return captions_data(f"{TITLE} translated", folder, chosen, COCO_2014_FOLDERS)
+    return captions_data(f"{TITLE} translated", folder, captions.items(), COCO_2014_FOLDERS, CAPTIONS)
 
 
 _coco_cn = partial(

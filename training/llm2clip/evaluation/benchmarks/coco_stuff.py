@@ -8,7 +8,6 @@ from llm2clip.evaluation.benchmarks.base import Benchmark
 from llm2clip.evaluation.benchmarks.label_maps import (
     SegmentationData,
     class_table,
-    named,
     paired_files,
     segmentation_classes,
 )
@@ -23,9 +22,8 @@ def read(folder: Path) -> SegmentationData:
     """Read val2017 with the original label maps; those that mmsegmentation writes beside them are left out."""
     images, labels = folder / "images" / "val2017", folder / "annotations" / "val2017"
     pairs = paired_files(TITLE, images, labels, ".jpg", ".png", "TrainIds.png")
-    ids = [label for label in range(182) if label not in MISSING]
-    table = class_table({label: number for number, label in enumerate(ids)})
-    return SegmentationData(TITLE, *pairs, named(segmentation_classes("coco-stuff")), table)
+    table = class_table([label for label in range(182) if label not in MISSING])
+    return SegmentationData(TITLE, *pairs, segmentation_classes("coco-stuff"), table)
 
 
 COCO_STUFF = Benchmark(

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from llm2clip.evaluation.benchmarks.data import BenchmarkImages
+from llm2clip.evaluation.benchmarks.data import BenchmarkImages, RetrievalData
 from llm2clip.utils.non_finite import shortened
 
 BLOCK = 1 << 16
@@ -36,12 +38,28 @@ def read_lines(path: Path) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON value of any kind.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
 
     Raises:
-        BenchmarkError: The file is not valid JSON.
+        BenchmarkError: The file is not valid JSON, or another value.
     """
+    value = _read_json_value(path)
+    if not isinstance(value, dict):
+        raise BenchmarkError(f"{path} is not a JSON object.")
+    return value
+
+
+def read_json_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON array of objects.
+
+    Raises:
+        BenchmarkError: The file is not valid JSON, or another value.
+    """
+    return json_rows(_read_json_value(path), path)
+
+
+def _read_json_value(path: Path) -> Any:
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -180,6 +198,37 @@ def find_images(title: str, folder: Path, names: Sequence[str], places: Sequence
             for name, path in zip(names, found, strict=True)
         ]
     return BenchmarkImages([path for path in found if path is not None], names).require_files(title)
+
+
+def captions_data(
+    title: str,
+    folder: Path,
+    captions: Iterable[tuple[str, Sequence[str]]],
+    places: Sequence[str] = (),
+    first: int | None = None,
+) -> RetrievalData:
+    """Find the images of captions.
+
+    Args:
+        title, folder, places: See [`find_images`].
+        captions: Path and captions of each image.
+        first: Captions of each image that are taken; None for all.
+
+    Raises:
+        BenchmarkError: There is no caption, or images are missing.
+    """
+    rows = list(captions)
+    if not rows:
+        raise BenchmarkError(f"{title}: the file of captions below {folder} is empty.")
+    images = find_images(title, folder, [name for name, _ in rows], places)
+    return RetrievalData.from_captions(images, [texts[:first] for _, texts in rows])
+
+
+@cache
+def class_data(name: str) -> dict[str, Any]:
+    """Return names of classes and prompt templates from the file `class_data/NAME.json` of the package."""
+    file = resources.files("llm2clip.evaluation") / "class_data" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _at_a_place(folder: Path, name: str, places: Sequence[str]) -> Path | None:

@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 
 from llm2clip.evaluation.benchmarks.base import Benchmark
-from llm2clip.evaluation.benchmarks.caption_lines import captions_data, read_comma_lines, read_key_lines
+from llm2clip.evaluation.benchmarks.caption_lines import read_comma_lines, read_key_lines
 from llm2clip.evaluation.benchmarks.data import RetrievalData
-from llm2clip.evaluation.benchmarks.files import first_file
-from llm2clip.evaluation.benchmarks.karpathy import karpathy_data, read_karpathy
-from llm2clip.evaluation.benchmarks.salesforce import read_salesforce
+from llm2clip.evaluation.benchmarks.files import captions_data, first_file
+from llm2clip.evaluation.benchmarks.karpathy import karpathy_captions
+from llm2clip.evaluation.benchmarks.salesforce import salesforce_captions
 from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
 
 TITLE = "Flickr30k"
@@ -27,24 +27,25 @@ KARPATHY_FILES = ("dataset_flickr30k.json", "annotations/dataset_flickr30k.json"
 
 def read_test(folder: Path) -> RetrievalData:
     """Read the annotation file of Salesforce."""
-    return read_salesforce(
-        TITLE, folder, first_file(folder, (*SALESFORCE_FILES, *LLM2CLIP_FILES)), places=IMAGE_FOLDERS
-    )
+    captions = salesforce_captions(first_file(folder, (*SALESFORCE_FILES, *LLM2CLIP_FILES)))
+    return captions_data(TITLE, folder, captions, IMAGE_FOLDERS)
 
 
 def read_karpathy_test(folder: Path) -> RetrievalData:
     """Read the split `test` of Karpathy's file."""
-    return karpathy_data(TITLE, folder, read_karpathy(first_file(folder, KARPATHY_FILES)), places=IMAGE_FOLDERS)
+    return captions_data(TITLE, folder, karpathy_captions(first_file(folder, KARPATHY_FILES)), IMAGE_FOLDERS)
 
 
 def read_clip_benchmark_test(folder: Path) -> RetrievalData:
     """Read the test file of CLIP_benchmark."""
-    return captions_data(TITLE, folder, read_comma_lines(folder / "flickr30k_test_karpathy.txt"), IMAGE_FOLDERS)
+    captions = read_comma_lines(folder / "flickr30k_test_karpathy.txt")
+    return captions_data(TITLE, folder, captions.items(), IMAGE_FOLDERS)
 
 
 def read_whole(folder: Path) -> RetrievalData:
     """Read the token file of the whole set."""
-    return captions_data(TITLE, folder, read_key_lines(folder / "results_20130124.token"), IMAGE_FOLDERS)
+    captions = read_key_lines(folder / "results_20130124.token")
+    return captions_data(TITLE, folder, captions.items(), IMAGE_FOLDERS)
 
 
 _flickr30k = partial(Benchmark, folder=FOLDER, license=LICENSE, protocol=RetrievalProtocol())

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from llm2clip.evaluation.benchmarks import flickr30k
 from llm2clip.evaluation.benchmarks.base import Benchmark
-from llm2clip.evaluation.benchmarks.caption_lines import captions_data, read_comma_lines, read_key_lines
+from llm2clip.evaluation.benchmarks.caption_lines import read_comma_lines, read_key_lines
 from llm2clip.evaluation.benchmarks.chinese_clip import IMAGES, TEXTS, read_chinese_clip
 from llm2clip.evaluation.benchmarks.data import RetrievalData
-from llm2clip.evaluation.benchmarks.files import first_file
+from llm2clip.evaluation.benchmarks.files import captions_data, first_file
 from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
 
 TITLE = "Flickr30k-CN"
@@ -37,14 +37,14 @@ def read_zip(folder: Path) -> RetrievalData:
 
 def read_clip_benchmark_test(folder: Path) -> RetrievalData:
     """Read the Chinese test file of CLIP_benchmark."""
-    return captions_data(TITLE, folder, read_comma_lines(folder / COMMA_LINES), flickr30k.IMAGE_FOLDERS)
+    return captions_data(TITLE, folder, read_comma_lines(folder / COMMA_LINES).items(), flickr30k.IMAGE_FOLDERS)
 
 
 def read_cna(folder: Path) -> RetrievalData:
     """Read the test file of Flickr30k-CNA."""
     file = first_file(folder, CNA_FILES)
     home = file.parent.parent if file.parent.name == "test" else file.parent
-    return captions_data("Flickr30k-CNA", home, read_key_lines(file), CNA_IMAGE_FOLDERS)
+    return captions_data("Flickr30k-CNA", home, read_key_lines(file).items(), CNA_IMAGE_FOLDERS)
 
 
 _flickr30k_cn = partial(

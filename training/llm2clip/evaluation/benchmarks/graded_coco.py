@@ -9,14 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.coco import FOLDER, IMAGE_FOLDERS, KARPATHY_FILES
-from llm2clip.evaluation.benchmarks.data import GradedData, RetrievalData
-from llm2clip.evaluation.benchmarks.files import find_images, first_file, read_json, read_text
+from llm2clip.evaluation.benchmarks.data import GradedData
+from llm2clip.evaluation.benchmarks.files import captions_data, first_file, read_json, read_text
 from llm2clip.evaluation.benchmarks.karpathy import KarpathyImage, read_karpathy
 from llm2clip.evaluation.protocols.graded import GradedPrecision, GradedRecall
 from llm2clip.utils.non_finite import shortened
@@ -100,8 +101,7 @@ def read_cxc(title: str, folder: Path) -> GradedData:
 
 def _graded(title: str, folder: Path, images: list[KarpathyImage], texts: Pairs, of_images: Pairs) -> GradedData:
     """Replace ids by positions; `texts` are pairs of caption and image, `of_images` of image and caption."""
-    found = find_images(title, folder, [image.file for image in images], IMAGE_FOLDERS)
-    data = RetrievalData.from_captions(found, [image.captions for image in images])
+    data = captions_data(title, folder, [(image.file, image.captions) for image in images], IMAGE_FOLDERS)
     image_rows = {_id(image): row for row, image in enumerate(images)}
     ids = [caption for image in images for caption in image.caption_ids]
     text_rows = {caption: row for row, caption in enumerate(ids)}
@@ -141,14 +141,17 @@ def _id(image: KarpathyImage) -> int:
 
 
 _JUDGED = "val2014; the json files of eccv_caption in eccv_caption, unless that package is installed"
+_FILES: dict[str, Any] = {
+    "groups": ("short",),
+    "folder": FOLDER,
+    "marker": KARPATHY_FILES[0],
+    "other_markers": KARPATHY_FILES[1:],
+}
+_eccv = partial(EccvBenchmark, source="The package eccv_caption; otherwise as coco-karpathy.", **_FILES)
 BENCHMARKS = [
-    EccvBenchmark(
+    _eccv(
         name="eccv-caption",
         title="ECCV Caption",
-        groups=("short",),
-        folder=FOLDER,
-        marker=KARPATHY_FILES[0],
-        other_markers=KARPATHY_FILES[1:],
         files=f"dataset_coco.json; {_JUDGED} (original_image_to_caption, eccv_*)",
         counts={
             "images": 5000,
@@ -159,22 +162,16 @@ BENCHMARKS = [
             "right_texts": 22_550,
         },
         license="MIT (judgements), CC BY 4.0 (captions), terms of Flickr (images)",
-        source="The package eccv_caption; otherwise as coco-karpathy.",
         read=partial(read_eccv, "ECCV Caption", "eccv"),
         protocol=GradedPrecision(),
         note="Needs the ids of Karpathy's file; the json of Salesforce has none.",
     ),
-    EccvBenchmark(
+    _eccv(
         name="cxc-eccv",
         title="CxC, rated pairs",
-        groups=("short",),
-        folder=FOLDER,
-        marker=KARPATHY_FILES[0],
-        other_markers=KARPATHY_FILES[1:],
         files=f"dataset_coco.json; {_JUDGED} (original_image_to_caption, cxc_*)",
         counts={"images": 5000, "texts": 25_000, "text_queries": 24_972, "right_images": 35_585},
         license="that of Crisscrossed-Captions (ratings), CC BY 4.0 (captions), terms of Flickr (images)",
-        source="The package eccv_caption; otherwise as coco-karpathy.",
         read=partial(read_eccv, "CxC", "cxc"),
         protocol=GradedRecall(),
         note="As eccv_caption measures CxC: 28 captions without a rating of 3 or more are no queries.",
@@ -182,10 +179,6 @@ BENCHMARKS = [
     Benchmark(
         name="cxc",
         title="CxC",
-        groups=("short",),
-        folder=FOLDER,
-        marker=KARPATHY_FILES[0],
-        other_markers=KARPATHY_FILES[1:],
         more_markers=(RATINGS,),
         files=f"dataset_coco.json; {RATINGS}; val2014",
         counts={"images": 5000, "texts": 25_010, "text_queries": 25_010, "image_queries": 5000, "outside": 0},
@@ -194,5 +187,6 @@ BENCHMARKS = [
         read=partial(read_cxc, "CxC"),
         protocol=GradedRecall(),
         note="Right are ratings of 3 and more, and each caption's own image.",
+        **_FILES,
     ),
 ]

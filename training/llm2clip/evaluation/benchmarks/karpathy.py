@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from llm2clip.evaluation.benchmarks.data import RetrievalData
-from llm2clip.evaluation.benchmarks.files import find_images, json_rows, read_json, text_field
+from llm2clip.evaluation.benchmarks.files import json_rows, read_json, text_field
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,8 @@ def read_karpathy(file: Path, split: str = "test") -> list[KarpathyImage]:
     Raises:
         BenchmarkError: A row is broken, or the split has no image.
     """
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise BenchmarkError(f"{file} is not a JSON object.")
     images = []
-    for number, row in enumerate(json_rows(content.get("images"), f"images of {file}"), 1):
+    for number, row in enumerate(json_rows(read_json(file).get("images"), f"images of {file}"), 1):
         place = f"image {number} of {file}"
         if text_field(row, "split", place) != split:
             continue
@@ -56,19 +51,6 @@ def read_karpathy(file: Path, split: str = "test") -> list[KarpathyImage]:
     return images
 
 
-def karpathy_data(
-    title: str, folder: Path, images: Sequence[KarpathyImage], first: int | None = None, places: Sequence[str] = ()
-) -> RetrievalData:
-    """Find the images and take their captions.
-
-    Args:
-        title: Title of the benchmark, in messages.
-        folder: The folder of the images.
-        first: Captions of each image that are taken; None for all.
-        places: See [`find_images`].
-
-    Raises:
-        BenchmarkError: Images are missing.
-    """
-    found = find_images(title, folder, [image.file for image in images], places)
-    return RetrievalData.from_captions(found, [image.captions[:first] for image in images])
+def karpathy_captions(file: Path) -> list[tuple[str, list[str]]]:
+    """Read the path and the captions of each image of the split `test`."""
+    return [(image.file, image.captions) for image in read_karpathy(file)]

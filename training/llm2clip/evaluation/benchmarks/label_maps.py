@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +12,7 @@ from torch import Tensor
 
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages
-from llm2clip.evaluation.benchmarks.files import read_lines
+from llm2clip.evaluation.benchmarks.files import class_data, read_lines
 from llm2clip.utils.non_finite import shortened
 from modeling_llm2clip.image_decoding_llm2clip import decoding_errors, open_image
 
@@ -71,18 +67,12 @@ class SegmentationData:
         return classes
 
 
-def class_table(classes: Mapping[int, int], ignored: Sequence[int] = (IGNORED,)) -> Tensor:
-    """Make the table of `SegmentationData.class_of` from the class of each value, and the values of no class."""
+def class_table(values: Sequence[int], ignored: Sequence[int] = (IGNORED,)) -> Tensor:
+    """Make the table of `SegmentationData.class_of` from the value of each class, and the values of no class."""
     table = torch.full((256,), REFUSED)
-    for value, number in classes.items():
-        table[value] = number
+    table[list(values)] = torch.arange(len(values))
     table[list(ignored)] = IGNORED
     return table
-
-
-def named(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Return classes of one name each."""
-    return {name: (name,) for name in names}
 
 
 def paired_files(
@@ -134,22 +124,16 @@ def _complete(
     return BenchmarkImages([image for image, _ in pairs]), [label for _, label in pairs]
 
 
-@cache
-def _names() -> dict[str, Any]:
-    file = resources.files("llm2clip.evaluation") / "class_data" / "segmentation.json"
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def segmentation_classes(name: str) -> list[str]:
-    """Return MaskCLIP's names of the classes of a set, in the order of its labels."""
-    return list(_names()["classes"][name])
+def segmentation_classes(name: str) -> dict[str, tuple[str, ...]]:
+    """Return MaskCLIP's name of each class of a set, in the order of its labels, as `SegmentationData.classes`."""
+    return {name: (name,) for name in class_data("segmentation")["classes"][name]}
 
 
 def background_names() -> tuple[str, ...]:
     """Return the names with which MaskCLIP finds what is no class."""
-    return tuple(_names()["background"])
+    return tuple(class_data("segmentation")["background"])
 
 
 def scene_templates() -> list[str]:
     """Return the five templates that MaskCLIP adds to OpenAI's 80."""
-    return list(_names()["templates"])
+    return list(class_data("segmentation")["templates"])

@@ -10,7 +10,6 @@ from llm2clip.evaluation.benchmarks.label_maps import (
     SegmentationData,
     class_table,
     listed_files,
-    named,
     segmentation_classes,
 )
 from llm2clip.evaluation.protocols.segmentation import MaskCLIPSegmentation, sliding
@@ -23,8 +22,8 @@ def read(folder: Path) -> SegmentationData:
     """Read the validation part as mmsegmentation converts it; its background (label 0) does not count."""
     listing = folder / "ImageSets" / "SegmentationContext" / "val.txt"
     pairs = listed_files(TITLE, listing, folder / "JPEGImages", folder / "SegmentationClassContext")
-    table = class_table({label + 1: label for label in range(CLASSES)}, (0, IGNORED))
-    return SegmentationData(TITLE, *pairs, named(segmentation_classes("pascal-context")), table)
+    table = class_table(range(1, CLASSES + 1), (0, IGNORED))
+    return SegmentationData(TITLE, *pairs, segmentation_classes("pascal-context"), table)
 
 
 PASCAL_CONTEXT = Benchmark(

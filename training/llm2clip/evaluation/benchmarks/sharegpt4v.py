@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.data import RetrievalData
-from llm2clip.evaluation.benchmarks.files import find_images, read_json, stream_json_objects, text_field
+from llm2clip.evaluation.benchmarks.files import captions_data, read_json_rows, stream_json_objects, text_field
 from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
 
 TITLE = "ShareGPT4V-1k"
@@ -30,11 +30,11 @@ def read(folder: Path) -> RetrievalData:
         rows = list(islice(stream_json_objects(folder / WHOLE), ROWS))
         captions = [_answer(row, number) for number, row in enumerate(rows)]
     else:
-        rows = read_json(folder / DERIVED)
+        rows = read_json_rows(folder / DERIVED)
         captions = [text_field(row, "caption", f"row {number} of {DERIVED}") for number, row in enumerate(rows)]
     names = [text_field(row, "image", f"row {number} of {TITLE}") for number, row in enumerate(rows)]
-    images = find_images(TITLE, folder, names, PLACES)
-    return RetrievalData.from_captions(images, [[caption] for caption in captions])
+    rows_of_captions = [(name, [caption]) for name, caption in zip(names, captions, strict=True)]
+    return captions_data(TITLE, folder, rows_of_captions, PLACES)
 
 
 def _answer(row: dict, number: int) -> str:

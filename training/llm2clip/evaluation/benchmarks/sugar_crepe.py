@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
+from llm2clip.evaluation.benchmarks.base import Benchmark
 from llm2clip.evaluation.benchmarks.coco import FOLDER, VAL2017_FOLDERS
 from llm2clip.evaluation.benchmarks.data import HardNegativeData
 from llm2clip.evaluation.benchmarks.files import find_images, read_json, text_field
@@ -34,8 +34,6 @@ def read(folder: Path) -> HardNegativeData:
     rows = []
     for kind, file in zip(COUNTS, FILES, strict=True):
         content = read_json(folder / file)
-        if not isinstance(content, dict):
-            raise BenchmarkError(f"{file} of {TITLE} is not a JSON object.")
         rows += [(kind, f"row {key!r} of {kind}.json", row) for key, row in content.items()]
     names = [text_field(row, "filename", place) for _, place, row in rows]
     positions = {name: position for position, name in enumerate(dict.fromkeys(names))}

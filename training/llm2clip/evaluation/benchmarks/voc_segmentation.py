@@ -14,7 +14,6 @@ from llm2clip.evaluation.benchmarks.label_maps import (
     background_names,
     class_table,
     listed_files,
-    named,
     segmentation_classes,
 )
 from llm2clip.evaluation.protocols.segmentation import MaskCLIPSegmentation, sliding
@@ -24,14 +23,13 @@ OBJECTS = 20
 
 def read(folder: Path) -> SegmentationData:
     """Read the validation part, whose background (label 0) and outlines (255) do not count."""
-    names = named(segmentation_classes("voc"))
-    return _read(folder, "VOC20", names, class_table({label + 1: label for label in range(OBJECTS)}, (0, IGNORED)))
+    return _read(folder, "VOC20", segmentation_classes("voc"), class_table(range(1, OBJECTS + 1), (0, IGNORED)))
 
 
 def read_with_background(folder: Path) -> SegmentationData:
     """Read the validation part with the background as class 0, which has five names; outlines do not count."""
-    names = {"background": background_names(), **named(segmentation_classes("voc"))}
-    return _read(folder, "VOC21", names, class_table({label: label for label in range(OBJECTS + 1)}))
+    names = {"background": background_names(), **segmentation_classes("voc")}
+    return _read(folder, "VOC21", names, class_table(range(OBJECTS + 1)))
 
 
 def _read(folder: Path, title: str, names: dict[str, tuple[str, ...]], table: Tensor) -> SegmentationData:

@@ -146,33 +146,30 @@ def _set(folder: str, title: str, classes: int, images: int | None, mean_per_cla
     )  # fmt: skip
 
 
+_webdataset = partial(
+    Benchmark,
+    title="webdataset",
+    groups=(),
+    folder="webdataset",
+    marker="test/nshards.txt",
+    counts={},
+    license="see its page",
+)
 BENCHMARKS = [
-    Benchmark(
+    _webdataset(
         name="webdataset",
-        title="webdataset",
-        groups=(),
-        folder="webdataset",
-        marker="test/nshards.txt",
         more_markers=(CLASSNAMES,),
         files=f"test/nshards.txt, test/*.tar, {CLASSNAMES}; {TEMPLATES} if wanted; train/ for probes.",
-        counts={},
-        license="see its page",
         source="any set of huggingface.co/clip-benchmark, or clip_benchmark_export_wds",
         read=read_classification,
         protocol=ZeroShotClassification(),
         read_train=partial(read_classification, with_train=True),
         train_markers=("train/nshards.txt",),
     ),
-    Benchmark(
+    _webdataset(
         name="webdataset-retrieval",
-        title="webdataset",
-        groups=(),
-        folder="webdataset",
-        marker="test/nshards.txt",
         more_markers=(TYPE,),
         files=f"test/nshards.txt, test/*.tar, {TYPE} with the word retrieval.",
-        counts={},
-        license="see its page",
         source="any set of huggingface.co/clip-benchmark, or clip_benchmark_export_wds --retrieval",
         read=read_retrieval,
         protocol=RetrievalProtocol(),
