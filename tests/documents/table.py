@@ -140,7 +140,11 @@ README = {
         makes=("results/runs--quickstart--llm2clip.museum.raw.json",),
         prints="Museum",
     ),
+    "llm2clip evaluate --list --benchmark docci --data ./benchmarks": Run(
+        needs=("benchmarks",), prints="docci  DOCCI"
+    ),
     "llm2clip evaluate --list --data ./benchmarks": Run(needs=("benchmarks",), prints="urban1k"),
+    "llm2clip evaluate --list --benchmark docci long": Run(prints="urban1k  Urban1k"),
     "llm2clip evaluate runs/stage2 --benchmark fashion-mnist fashion-mnist-probe-sgd fashion-mnist-probe-lbfgs "
     "--data /usr/share/datasets": NotRun(
         "minutes, and a data set",

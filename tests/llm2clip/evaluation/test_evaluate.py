@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from PIL import Image
 from llm2clip import cli
 from llm2clip.data import CaptionSource
 from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.evaluation.benchmarks import all_benchmarks
 from tests.modeling_llm2clip import tiny
 from tests.processes import run_python
 
@@ -128,20 +131,45 @@ def test_several_processes_give_the_same_integers(processes: int, place: Path, t
         assert several[name] == one[name]
 
 
-def test_the_list_names_every_benchmark_without_a_model(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert cli.main(["evaluate", "--list", "--data", str(place)]) == 0
+def test_the_list_is_short_and_has_details_of_what_is_chosen(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", str(place / "benchmarks")]
+    assert cli.main(["evaluate", "--list", *data]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    known = all_benchmarks()
+    assert len(lines) == len(known) + 3
+    [line] = [line for line in lines if line.startswith("urban1k ")]
+    assert re.split(r"\s{2,}", line) == [
+        "urban1k", "no", "long, paper", "1,000 images, 1,000 texts", known["urban1k"].license,
+    ]  # fmt: skip
+    assert lines[-1].startswith(f"0 of {len(known)} are below {place / 'benchmarks'}. `llm2clip evaluate --list --ben")
+    # A group shows all of its sets, whether they are there or not.
+    assert cli.main(["evaluate", "--list", *data, "--benchmark", "long", str(place / "strange.py")]) == 0
     shown = capsys.readouterr().out
     assert "urban1k  Urban1k" in shown
-    assert f"found:   no, not below {place}" in shown
+    assert f"found:   no, not below {place / 'benchmarks'}" in shown
+    assert f"found:   in {place / 'benchmarks' / 'Strange'}" in shown
+    assert "fashion-mnist" not in shown
+
+
+def test_a_line_of_the_list_is_cut_at_the_width_of_a_terminal(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert cli.main(["evaluate", "--list"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines()[:-1])) > 60
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert cli.main(["evaluate", "--list"]) == 0
+    assert {len(line) for line in capsys.readouterr().out.splitlines()[:-2]} == {60}
 
 
 def errors(place: Path) -> dict[str, tuple[list[str], str]]:
     strange, data = str(place / "strange.py"), ["--data", str(place / "benchmarks")]
     model = str(place / "model")
     return {
-        "unknown": ([model, "--benchmark", "urban2k", *data], "there is no benchmark 'urban2k'"),
+        "unknown": (
+            [model, "--benchmark", "urban2k", *data],
+            "there is no benchmark 'urban2k'; did you mean 'urban1k'?",
+        ),
         "missing": ([model, "--benchmark", "urban1k", *data], "urban1k lacks caption/1.txt, image in"),
         "folder": ([model, "--benchmark", "urban1k", "--data", "nowhere"], "--data nowhere is no folder"),
         "default": ([model, "--benchmark", strange], "--data benchmarks is no folder"),

@@ -16,7 +16,7 @@ from rich.console import Console
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages, RetrievalData
-from llm2clip.evaluation.benchmarks.listing import list_benchmarks
+from llm2clip.evaluation.benchmarks.listing import DETAILS, list_benchmarks, overview
 from llm2clip.evaluation.contracts import Measurement
 from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
 from llm2clip.evaluation.results import Result, intervals_of, read_result, result_path
@@ -130,7 +130,10 @@ def test_values_that_do_not_average_to_the_score_are_an_error() -> None:
 def test_counts_that_differ_are_refused_or_told(data: Path, tmp_path: Path) -> None:
     rows = [{"image": "images/0.png", "captions": ["a dog", "", "a bird", "a dog"]}]
     (data / "Tiny" / "captions.json").write_text(json.dumps(rows))
-    with pytest.raises(BenchmarkError, match="Tiny set has 1 images instead of 2, 4 texts instead of 3"):
+    with pytest.raises(
+        BenchmarkError,
+        match=r"Tiny set has 1 images instead of 2 \(1 too few\), 4 texts instead of 3 .*: images/0.png 'a dog' \(n",
+    ):
         run(data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     model = session()
@@ -222,3 +225,11 @@ def test_the_list_tells_what_each_set_needs_and_whether_it_is_there(data: Path) 
         assert text in shown
     assert "found:" not in list_benchmarks([BENCHMARK], None)
     assert f"no, not below {data}/Tiny/images" in list_benchmarks([BENCHMARK], data / "Tiny" / "images")
+    many = replace(other, counts={"images": 1, "texts": 2, "pairs": 3})
+    assert overview([many, BENCHMARK], data).splitlines() == [
+        "name  found  groups          counts                  license",
+        "tiny  yes    short, paper    2 images, 3 texts       MIT",
+        "cats  no     classification  1 images, 2 texts, ...  MIT",
+        "",
+        f"1 of 2 are below {data}. {DETAILS}",
+    ]

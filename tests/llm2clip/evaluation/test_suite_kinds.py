@@ -39,7 +39,7 @@ def paired() -> PairData:
 
 def judged() -> GradedData:
     own = torch.tensor([[text, text // 2] for text in range(12)])
-    return GradedData(pictures(6), list(TEXTS), own[:, 1], own[:8], own.flip(1), outside=1)
+    return GradedData(pictures(6), list(TEXTS), own[:, 1], own[:8], own.flip(1), outside=["caption 9, image 1"])
 
 
 def hard_negatives() -> HardNegativeData:

@@ -24,7 +24,8 @@ from llm2clip.data.checks import (
 )
 from llm2clip.data.token_check import CountingTokenizer, TokenCheck
 from llm2clip.evaluation.benchmarks import choose_benchmarks
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError, check_counts
+from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
+from llm2clip.evaluation.benchmarks.counts import check_counts, describe_rows
 from llm2clip.evaluation.benchmarks.data import (
     BenchmarkImages,
     ClassificationData,
@@ -134,9 +135,10 @@ def check_benchmark(
     except (OSError, ValueError) as error:
         return report | {"stops": [str(error)]}
     report |= {"folder": str(folder), "counts": counts_of(content)}
-    differences = check_counts(benchmark.title, report["counts"], benchmark.counts, allow=True)
+    differences = check_counts(benchmark, folder, content, allow=True)
     if differences:
-        report["stops"] = [f"there are {', '.join(differences)}."]
+        rows = describe_rows(benchmark, folder, content)
+        report["stops"] = [f"there are {', '.join(differences)}.", *([rows] if rows else [])]
     report |= _contents(content, tokenizers, with_images, max_pixels, worker_count(num_workers))
     unusable = report["rows"] - report["usable_rows"]
     if unusable:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
-from llm2clip.evaluation.benchmarks.listing import list_benchmarks
+from llm2clip.evaluation.benchmarks.listing import list_benchmarks, overview
 from llm2clip.evaluation.encoders import open_encoder
 from llm2clip.evaluation.evaluate_config import OWN_DATA, EvaluateConfig
 from llm2clip.evaluation.own_data import described, measure_caption_retrieval, measure_retrieval
@@ -35,7 +37,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         ValueError: A required setting is missing.
     """
     if config.list:
-        print(list_benchmarks(all_benchmarks().values(), _benchmark_folder(config)))
+        print(describe_list(config))
         return {}
     for name in ("model",) if config.benchmark else ("model", "data"):
         if not getattr(config, name):
@@ -47,6 +49,20 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.output and process_state().is_main_process:
         write_json(config.output, described(config, metrics))
     return {"protocol": config.protocol or OWN_DATA, **metrics}
+
+
+def describe_list(config: EvaluateConfig) -> str:
+    """Describe the chosen benchmarks in detail, or all in a line each.
+
+    Raises:
+        ValueError: A benchmark is unknown.
+    """
+    data = _benchmark_folder(config)
+    if config.benchmark:
+        return list_benchmarks(choose_benchmarks(config.benchmark, data, missing_too=True), data)
+    # What reads the lines of a file or a pipe gets them whole.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return overview(all_benchmarks().values(), data, width)
 
 
 def run_benchmarks(config: EvaluateConfig) -> list[Result]:

@@ -31,7 +31,8 @@ class EvaluateConfig:
     )
     list: bool = setting(
         False,
-        "Show all benchmarks: files, counts, license, where to get them, and which are below --data.",
+        "Show all benchmarks in a line each and which are below --data; with --benchmark all that is known of those: "
+        "files, counts, license, where to get them.",
     )
     task: Literal["retrieval", "caption_retrieval"] = setting(
         "retrieval",

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from llm2clip.embedding.image_batches import ContentSet
-from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError, check_counts
+from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
+from llm2clip.evaluation.benchmarks.counts import check_counts
 from llm2clip.evaluation.benchmarks.data import counts_of
 from llm2clip.evaluation.contracts import Encoder, Session
 from llm2clip.evaluation.length_plot import write_length_plot
@@ -72,7 +73,7 @@ class Suite:
             BenchmarkError: The files of a benchmark are not what was published.
         """
         for one in found:
-            check_counts(one.benchmark.title, counts_of(one.reading[0]), one.benchmark.counts, self.allow_counts)
+            check_counts(one.benchmark, one.folder, one.reading[0], self.allow_counts)
 
     def run(self, found: Sequence[FoundBenchmark], session: Session) -> list[Result]:
         """Measure benchmarks one after the other; each result is written when it is there.
@@ -95,8 +96,7 @@ class Suite:
         benchmark, watch = found.benchmark, TimedSession(session)
         data, seconds = found.reading
         with watch.measure("read"):
-            counts = counts_of(data)
-            differences = check_counts(benchmark.title, counts, benchmark.counts, self.allow_counts)
+            differences = check_counts(benchmark, found.folder, data, self.allow_counts)
             checksum = data_checksum(data)
         watch.seconds["read"] = round(watch.seconds["read"] + seconds, 3)
         setup, model = self.setup(benchmark), describe_model(session.encoder)
@@ -118,7 +118,7 @@ class Suite:
             protocol={**measured.protocol, "text_format": self.text_format},
             scores=measured.scores,
             intervals=intervals,
-            counts={**counts, **measured.counts},
+            counts={**counts_of(data), **measured.counts},
             differences=differences,
             groups=measured.groups,
             data={"folder": str(found.folder), "checksum": checksum},
@@ -149,7 +149,9 @@ def find_benchmarks(benchmarks: Sequence[Benchmark], data: Path) -> list[FoundBe
     found = [(benchmark, benchmark.find(data)) for benchmark in benchmarks]
     missing = [missing_files(benchmark, data) for benchmark, folder in found if folder is None]
     if missing:
-        raise BenchmarkError(" ".join([*missing, "`llm2clip evaluate --list` shows what each set needs."]))
+        names = " ".join(benchmark.name for benchmark, folder in found if folder is None)
+        needs = f"`llm2clip evaluate --list --benchmark {names}` shows what is needed."
+        raise BenchmarkError(" ".join([*missing, needs]))
     return [FoundBenchmark(benchmark, folder) for benchmark, folder in found if folder is not None]
 
 

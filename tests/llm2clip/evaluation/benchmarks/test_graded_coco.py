@@ -9,6 +9,7 @@ import pytest
 
 from llm2clip.evaluation.benchmarks import all_benchmarks, graded_coco
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
+from llm2clip.evaluation.benchmarks.counts import describe_rows
 from tests.llm2clip.evaluation.benchmarks.samples import BOM, read, write
 
 # Image id, caption ids; the second image has six captions, the third is in another split.
@@ -70,7 +71,7 @@ def test_cxc_by_the_files_of_eccv_caption_has_rated_pairs_only(tmp_path: Path) -
     data = read("cxc-eccv", tmp_path)
     assert data.matches.tolist() == [[0, 0], [9, 0]]
     assert data.image_matches.tolist() == [[0, 0], [0, 9]]
-    assert data.outside == 1
+    assert data.outside == ["image 60623, caption 99"]
 
 
 def test_eccv_caption_is_found_in_the_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +122,10 @@ def test_cxc_adds_ratings_from_3_to_the_own_images(tmp_path: Path) -> None:
     assert data.image_matches.tolist() == sorted([image, text] for text, image in data.matches.tolist())
     assert data.counts()["text_queries"] == 11
     write(ratings, RATINGS + "COCO_val2014:sentid:31,COCO_val2014_000000522418.jpg,5.0,c2i_original\n")
-    assert read("cxc", tmp_path).outside == 2
+    data = read("cxc", tmp_path)
+    assert data.outside == ["caption 31, image 522418", "image 522418, caption 31"]
+    message = describe_rows(all_benchmarks()["cxc"], tmp_path / "coco", data)
+    assert "judged pairs of what is not there: caption 31, image 522418, image 522418, caption 31; " in message
     write(ratings, RATINGS + "COCO_val2014:sentid:31,COCO_val2014_000000522418.jpg\n")
     with pytest.raises(BenchmarkError, match=r"line 6 of cxc/sits_test\.csv is not a rating"):
         read("cxc", tmp_path)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from llm2clip.evaluation.benchmarks import xm3600, xtd10
-from llm2clip.evaluation.benchmarks.base import BenchmarkError, check_counts
+from llm2clip.evaluation.benchmarks import xm3600
+from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import counts_of
 from llm2clip.evaluation.suite import FoundBenchmark, Suite
 from tests.llm2clip.evaluation.benchmarks.samples import BOM, pairs, read, write, write_lines
@@ -229,8 +229,6 @@ def test_xtd10_pairs_lines_with_names(tmp_path: Path) -> None:
         "COCO_val2014_5.jpg",
     ]
     assert data["ko"].images is data["de"].images
-    with pytest.raises(BenchmarkError, match="3 images instead of 1,000, 3 languages instead of 11"):
-        check_counts("XTD10", counts_of(data), xtd10.BENCHMARKS[0].counts, allow=False)
     write(folder / "MIC/test_1kcaptions_de.txt", "Hund\n")
     with pytest.raises(BenchmarkError, match=r"test_1kcaptions_de\.txt has 1 lines for 3 images"):
         read("xtd10", tmp_path)

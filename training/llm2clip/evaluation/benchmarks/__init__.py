@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.evaluation.benchmarks.base import GROUPS, Benchmark
+from llm2clip.utils.settings import nearest
 
 ALL_FOUND = "all-found"
 
@@ -30,7 +31,7 @@ def all_benchmarks() -> dict[str, Benchmark]:
     return found
 
 
-def choose_benchmarks(names: Iterable[str], data: Path) -> list[Benchmark]:
+def choose_benchmarks(names: Iterable[str], data: Path, missing_too: bool = False) -> list[Benchmark]:
     """Choose benchmarks by name, group, `all-found` or the path of a Python file with a list `BENCHMARKS`.
 
     A group stands for those of its sets whose files are there, because several are one set in different files.
@@ -38,6 +39,7 @@ def choose_benchmarks(names: Iterable[str], data: Path) -> list[Benchmark]:
 
     Args:
         data: The folder in which a group and `all-found` look for files.
+        missing_too: A group stands for all of its sets, for lists.
 
     Raises:
         ValueError: A name is unknown, or nothing of a group was found.
@@ -50,28 +52,32 @@ def choose_benchmarks(names: Iterable[str], data: Path) -> list[Benchmark]:
         if name in known:
             some = [known[name]]
         elif name in GROUPS or name == ALL_FOUND:
-            some = _found(name, data)
+            some = _members(name) if missing_too and name != ALL_FOUND else _found(name, data)
         elif (probe := probe_by_name(name, known)) is not None:
             some = [probe]
         elif name.endswith(".py"):
             some = list(_from_file(Path(name)).BENCHMARKS)
         else:
             raise ValueError(
-                f"there is no benchmark {name!r}; `llm2clip evaluate --list` shows all. Groups: "
-                f"{', '.join(GROUPS)}, {ALL_FOUND}."
+                f"there is no benchmark {name!r}{nearest(name, [*known, *GROUPS])} `llm2clip evaluate --list` shows "
+                f"all. Groups: {', '.join(GROUPS)}, {ALL_FOUND}."
             )
         chosen |= {benchmark.name: benchmark for benchmark in some}
     return list(chosen.values())
 
 
+def _members(group: str) -> list[Benchmark]:
+    return [benchmark for benchmark in all_benchmarks().values() if group in (*benchmark.groups, ALL_FOUND)]
+
+
 def _found(group: str, data: Path) -> list[Benchmark]:
     """Return the benchmarks of a group whose files are below a folder."""
-    members = [benchmark for benchmark in all_benchmarks().values() if group in (*benchmark.groups, ALL_FOUND)]
+    members = _members(group)
     found = [benchmark for benchmark in members if benchmark.find(data) is not None]
     if not found:
         raise ValueError(
-            f"no files of a benchmark of {group} were found below {data}; `llm2clip evaluate --list` shows what each "
-            "set needs."
+            f"no files of a benchmark of {group} were found below {data}; `llm2clip evaluate --list"
+            f"{'' if group == ALL_FOUND else f' --benchmark {group}'}` shows what each set needs."
         )
     without = [benchmark.name for benchmark in members if benchmark not in found]
     if group != ALL_FOUND and without:

@@ -41,6 +41,7 @@ class Benchmark:
         read_train: Reads the train images too, for the linear probes of the set, which have the names
             `NAME-probe-sgd`, `NAME-probe-lbfgs` and `NAME-probe-openai`; None if it has no train images.
         train_markers: Further files or folders that must be there for those.
+        languages: The languages of a set whose reader returns data by language.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Benchmark:
     own_markers: tuple[str, ...] = ()
     read_train: Callable[[Path], Any] | None = None
     train_markers: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
 
     def forms(self, folder: Path) -> tuple[str, ...]:
         """Return the files, folders and patterns of which one has to be in a folder, so that it has the set."""
@@ -73,28 +75,3 @@ class Benchmark:
             if has_form and all((folder / marker).exists() for marker in self.more_markers):
                 return folder
         return None
-
-
-def check_counts(title: str, found: Mapping[str, int], published: Mapping[str, int], allow: bool) -> list[str]:
-    """Compare the counts of a reader with the published ones.
-
-    Args:
-        allow: Return the differences instead of raising.
-
-    Returns:
-        The differences in words; empty if there are none.
-
-    Raises:
-        BenchmarkError: A count differs.
-    """
-    differences = [
-        f"{found.get(name, 0):,} {name} instead of {count:,}"
-        for name, count in published.items()
-        if found.get(name, 0) != count
-    ]
-    if differences and not allow:
-        raise BenchmarkError(
-            f"{title} has {', '.join(differences)}: its numbers could not be compared with published ones. "
-            "With --allow-counts it is measured all the same, and the result says so."
-        )
-    return differences

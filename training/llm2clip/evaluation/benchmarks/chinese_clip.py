@@ -56,6 +56,8 @@ def _read_images(file: Path) -> dict[str, bytes]:
         image, tab, encoded = line.partition("\t")
         if not tab:
             raise BenchmarkError(f"line {number} of {file} is not id, a tab and base64: {line!r:.80}.")
+        if image in images:
+            raise BenchmarkError(f"line {number} of {file} has the id {image} of a line before it.")
         try:
             images[image] = base64.b64decode(encoded.strip().translate(STANDARD_ALPHABET), validate=True)
         except (binascii.Error, ValueError) as error:

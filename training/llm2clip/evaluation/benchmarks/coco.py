@@ -11,6 +11,7 @@ from llm2clip.evaluation.benchmarks.files import captions_data, first_file, json
 from llm2clip.evaluation.benchmarks.karpathy import karpathy_captions
 from llm2clip.evaluation.benchmarks.salesforce import salesforce_captions
 from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
+from llm2clip.utils.non_finite import shortened
 
 TITLE = "COCO"
 FOLDER = "coco"
@@ -46,19 +47,28 @@ def read_val2017(folder: Path) -> RetrievalData:
     """Read the first five captions of each image of val2017, in the order of the file.
 
     Raises:
-        BenchmarkError: A row is broken, a caption has no image, or image files are missing.
+        BenchmarkError: A row is broken, an id is repeated, captions have no image, or image files are missing.
     """
     file = first_file(folder, VAL2017_FILES)
     content = read_json(file)
     names: dict[object, str] = {}
     for number, row in enumerate(json_rows(content.get("images"), f"images of {file}"), 1):
+        if row.get("id") in names:
+            raise BenchmarkError(f"image {number} of {file} has the id {row.get('id')!r} of an image before it.")
         names[row.get("id")] = text_field(row, "file_name", f"image {number} of {file}")
     captions: dict[object, list[str]] = {image: [] for image in names}
-    for number, row in enumerate(json_rows(content.get("annotations"), f"annotations of {file}"), 1):
-        place = f"annotation {number} of {file}"
-        if row.get("image_id") not in captions:
-            raise BenchmarkError(f"{place} has the image_id {row.get('image_id')!r}, which no image has.")
-        captions[row["image_id"]].append(text_field(row, "caption", place))
+    annotations = json_rows(content.get("annotations"), f"annotations of {file}")
+    lost = [
+        f"{number} ({row.get('image_id')!r})"
+        for number, row in enumerate(annotations, 1)
+        if row.get("image_id") not in names
+    ]
+    if lost:
+        raise BenchmarkError(
+            f"{len(lost):,} annotations of {file} have an image_id that no image has: {shortened(lost)}."
+        )
+    for number, row in enumerate(annotations, 1):
+        captions[row["image_id"]].append(text_field(row, "caption", f"annotation {number} of {file}"))
     rows = zip(names.values(), captions.values(), strict=True)
     return captions_data("COCO val2017", folder, rows, VAL2017_FOLDERS, CAPTIONS)
 

@@ -163,11 +163,11 @@ class GradedData(RetrievalData):
         matches: `(pairs, 2)` int64, text and image, of the texts that are queries.
         image_matches: `(pairs, 2)` int64, image and text, of the images that are queries. Judges saw other candidates
             in the two directions, so that these need not be the same pairs.
-        outside: Number of judged right pairs whose image or caption is not in the gallery.
+        outside: Judged right pairs whose image or caption is not in the gallery, in words.
     """
 
     image_matches: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int64))
-    outside: int = 0
+    outside: list[str] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
         """Numbers of images and texts, of queries of both kinds, of what is right for them, and of pairs outside."""
@@ -177,7 +177,7 @@ class GradedData(RetrievalData):
             "image_queries": len(self.image_matches[:, 0].unique()),
             "right_images": len(self.matches),
             "right_texts": len(self.image_matches),
-            "outside": self.outside,
+            "outside": len(self.outside),
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -78,13 +79,19 @@ def list_tar(path: Path) -> Iterator[tuple[str, FilePart]]:
     Raises:
         BenchmarkError: It is not an uncompressed tar, or is cut short.
     """
+    last, end = "its beginning", 0
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
+                last = member.name
                 if member.isfile():
                     yield member.name, FilePart(path, member.offset_data, member.size)
+                    end = member.offset_data + math.ceil(member.size / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     except (tarfile.TarError, EOFError) as error:
-        raise BenchmarkError(f"{path} is not an uncompressed tar, or is damaged: {error}.") from error
+        raise BenchmarkError(f"{path} is not an uncompressed tar, or is damaged in {last}: {error}.") from error
+    # A block of zeros ends a tar. tarfile accepts one that stops before it, or within a header.
+    if path.stat().st_size < end + tarfile.BLOCKSIZE or any(FilePart(path, end, tarfile.BLOCKSIZE).read()):
+        raise BenchmarkError(f"{path} is cut short after {last}.")
 
 
 class ArchivedImages(EncodedImages):

@@ -11,25 +11,34 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages, RetrievalData
 from llm2clip.utils.non_finite import shortened
 
 BLOCK = 1 << 16
+# Characters of the end of a file that is cut short, in messages.
+END = 80
 
 
 def read_text(path: Path) -> str:
     """Read a text file in UTF-8; a byte order mark is dropped and line ends become newlines.
 
     Raises:
-        BenchmarkError: The file is not UTF-8.
+        BenchmarkError: The file is not UTF-8, or is cut short within a character.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            text = error.object.decode(errors="ignore")
+            raise BenchmarkError(f"{_cut_short(path, text)} Or it is not UTF-8.") from error
         raise BenchmarkError(f"{path} is not UTF-8: {error}.") from error
+
+
+def _cut_short(path: Path, text: str) -> str:
+    return f"{path} is cut short: it ends after {len(text):,} characters with {text[-END:]!r}."
 
 
 def read_lines(path: Path) -> list[str]:
@@ -60,9 +69,13 @@ def read_json_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_json_value(path: Path) -> Any:
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        return json.loads(text)
     except json.JSONDecodeError as error:
+        # The value ended where the text ends, or the text lacks the bracket that would end it.
+        if error.pos >= len(text.rstrip()) or not text.rstrip().endswith(("]", "}")):
+            raise BenchmarkError(_cut_short(path, text)) from error
         raise BenchmarkError(f"{path} is not valid JSON: {error}.") from error
 
 
@@ -72,13 +85,17 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         BenchmarkError: A line is not a JSON object; the message gives its number.
     """
-    rows = []
-    for number, line in enumerate(read_lines(path), start=1):
+    rows, lines = [], read_lines(path)
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
+            if number == len(lines) and not line.rstrip().endswith("}"):
+                raise BenchmarkError(
+                    f"{path} is cut short in line {number:,}, its last, which ends with {line[-END:]!r}."
+                ) from error
             raise BenchmarkError(f"line {number} of {path} is not valid JSON: {error}.") from error
         if not isinstance(row, dict):
             raise BenchmarkError(f"line {number} of {path} is not a JSON object.")
@@ -94,7 +111,7 @@ def stream_json_objects(path: Path) -> Iterator[dict[str, Any]]:
     """
     decoder, taken = json.JSONDecoder(), 0
     with path.open(encoding="utf-8-sig") as file:
-        rest = file.read(BLOCK).lstrip()
+        rest = _read_block(file, path).lstrip()
         if not rest.startswith("["):
             raise BenchmarkError(f"{path} is not a JSON array.")
         rest = rest[1:]
@@ -105,7 +122,7 @@ def stream_json_objects(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 item, end = decoder.raw_decode(rest)
             except json.JSONDecodeError as error:
-                block = file.read(BLOCK)
+                block = _read_block(file, path)
                 if not block:
                     raise BenchmarkError(f"item {taken} of {path} is cut short or broken: {error}.") from error
                 rest += block
@@ -114,6 +131,13 @@ def stream_json_objects(path: Path) -> Iterator[dict[str, Any]]:
                 raise BenchmarkError(f"item {taken} of {path} is not a JSON object.")
             rest, taken = rest[end:], taken + 1
             yield item
+
+
+def _read_block(file: TextIO, path: Path) -> str:
+    try:
+        return file.read(BLOCK)
+    except UnicodeDecodeError as error:
+        raise BenchmarkError(f"{path} is not UTF-8, or is cut short: {error}.") from error
 
 
 def text_field(row: Mapping[str, Any], name: str, place: str) -> str:

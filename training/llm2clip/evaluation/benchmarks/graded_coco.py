@@ -107,14 +107,17 @@ def _graded(title: str, folder: Path, images: list[KarpathyImage], texts: Pairs,
     text_rows = {caption: row for row, caption in enumerate(ids)}
     matches, outside = _positions(texts, text_rows, image_rows)
     image_matches, more = _positions(of_images, image_rows, text_rows)
-    return GradedData(data.images, data.texts, data.owners, matches, image_matches, outside + more)
+    words = [f"caption {one}, image {other}" for one, other in outside]
+    words += [f"image {one}, caption {other}" for one, other in more]
+    return GradedData(data.images, data.texts, data.owners, matches, image_matches, words)
 
 
-def _positions(pairs: Pairs, first: dict[int, int], second: dict[int, int]) -> tuple[Tensor, int]:
-    """Return the positions of the pairs of ids, `(pairs, 2)` sorted, and the number of pairs with an unknown id."""
+def _positions(pairs: Pairs, first: dict[int, int], second: dict[int, int]) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Return the positions of the pairs of ids, `(pairs, 2)` sorted, and the pairs with an unknown id, sorted."""
     distinct = set(pairs)
     known = sorted((first[one], second[other]) for one, other in distinct if one in first and other in second)
-    return torch.tensor(known, dtype=torch.int64).reshape(-1, 2), len(distinct) - len(known)
+    unknown = sorted((one, other) for one, other in distinct if one not in first or other not in second)
+    return torch.tensor(known, dtype=torch.int64).reshape(-1, 2), unknown
 
 
 def _judgements(path: Path) -> dict[int, list[int]]:

@@ -1,12 +1,39 @@
-"""The list of all benchmarks: what each needs, and whether it is there."""
+"""Lists of benchmarks: a line for each, or all that one needs to know before getting the files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llm2clip.evaluation.benchmarks.base import GROUPS, Benchmark
 from llm2clip.evaluation.protocols.linear_probe import PROBES
+
+# Of sets with more counts, the details have the others.
+COUNTS = 2
+COLUMNS = ("name", "found", "groups", "counts", "license")
+DETAILS = "`llm2clip evaluate --list --benchmark NAME` (or a group) shows files, source and notes."
+
+
+def overview(benchmarks: Iterable[Benchmark], data: Path, width: int | None = None) -> str:
+    """List benchmarks in a line each, by the group that names their kind, and say how to see more.
+
+    Args:
+        data: Folder below which their files are looked for.
+        width: Characters at which a line is cut; None to cut none.
+    """
+    members = [benchmark for some in _by_kind(benchmarks).values() for benchmark in some]
+    rows: list[Sequence[str]] = [COLUMNS]
+    for benchmark in members:
+        counts = [*_counts(benchmark)[:COUNTS], *(["..."] if len(benchmark.counts) > COUNTS else [])]
+        found = "no" if benchmark.find(data) is None else "yes"
+        groups = ", ".join(benchmark.groups)
+        rows.append((benchmark.name, found, groups, ", ".join(counts) or "not published", benchmark.license))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = ["  ".join(f"{text:<{size}}" for text, size in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if width is not None:
+        lines = [line if len(line) <= width else f"{line[: width - 3]}..." for line in lines]
+    there = sum(row[1] == "yes" for row in rows)
+    return "\n".join([*lines, "", f"{there} of {len(members)} are below {data}. {DETAILS}"])
 
 
 def list_benchmarks(benchmarks: Iterable[Benchmark], data: Path | None) -> str:
@@ -15,20 +42,18 @@ def list_benchmarks(benchmarks: Iterable[Benchmark], data: Path | None) -> str:
     Args:
         data: Folder below which their files are looked for; None to look for nothing.
     """
-    blocks: dict[str, list[str]] = {}
-    for benchmark in benchmarks:
-        kinds = [group for group in GROUPS if group in benchmark.groups]
-        blocks.setdefault(kinds[0] if kinds else "other", []).append(describe_benchmark(benchmark, data))
-    order = sorted(blocks, key=lambda kind: GROUPS.index(kind) if kind in GROUPS else len(GROUPS))
-    return "\n\n".join("\n\n".join([kind.upper(), *blocks[kind]]) for kind in order)
+    blocks = [
+        "\n\n".join([kind.upper(), *(describe_benchmark(benchmark, data) for benchmark in members)])
+        for kind, members in _by_kind(benchmarks).items()
+    ]
+    return "\n\n".join(blocks)
 
 
 def describe_benchmark(benchmark: Benchmark, data: Path | None) -> str:
     """Describe a benchmark in lines: name, groups, counts, files, source, license, and where it was found."""
-    counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in benchmark.counts.items())
     lines = {
         "groups": ", ".join(benchmark.groups),
-        "counts": counts or "not published",
+        "counts": ", ".join(_counts(benchmark)) or "not published",
         "files": f"{benchmark.folder}/: {benchmark.files}",
         "source": benchmark.source,
         "license": benchmark.license,
@@ -40,3 +65,15 @@ def describe_benchmark(benchmark: Benchmark, data: Path | None) -> str:
         lines["found"] = f"no, not below {data}" if folder is None else f"in {folder}"
     title = f"{benchmark.name}  {benchmark.title}"
     return "\n".join([title, *(f"    {name + ':':<9}{text}" for name, text in lines.items() if text)])
+
+
+def _counts(benchmark: Benchmark) -> list[str]:
+    return [f"{count:,} {name.replace('_', ' ')}" for name, count in benchmark.counts.items()]
+
+
+def _by_kind(benchmarks: Iterable[Benchmark]) -> dict[str, list[Benchmark]]:
+    """Sort benchmarks by the first of their groups, in the order of all groups; those of none come last."""
+    kinds: dict[str, list[Benchmark]] = {kind: [] for kind in (*GROUPS, "other")}
+    for benchmark in benchmarks:
+        kinds[next((group for group in GROUPS if group in benchmark.groups), "other")].append(benchmark)
+    return {kind: members for kind, members in kinds.items() if members}

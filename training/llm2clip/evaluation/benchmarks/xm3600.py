@@ -51,6 +51,7 @@ _xm3600 = partial(
     license="CC BY 4.0 (captions), CC BY 2.0 (images, of Open Images)",
     source="captions.zip and images.tgz from the page of Crossmodal-3600 by Google.",
     protocol=MultilingualRetrieval(),
+    languages=LANGUAGES,
 )
 
 BENCHMARKS = [

@@ -53,6 +53,7 @@ BENCHMARKS = [
         source="The repository Cross-lingual-Test-Dataset-XTD10 of Adobe Research; the images from the COCO site.",
         read=read,
         protocol=MultilingualRetrieval(),
+        languages=LANGUAGES,
         note="Images of train2014 and val2014. The mean is over all eleven languages, with English.",
     )
 ]
