@@ -128,7 +128,8 @@ def patch_tokens(tower: nn.Module, output: Any, pixel_values: Tensor) -> Tensor:
     """Select the patches of a tower's last hidden state, normalised as the tower normalises its pooled token.
 
     Class and register tokens, which come first, are as many as there are tokens without a patch. A hierarchical tower
-    has none and fewer tokens than patches. The feature map of a convolutional tower has a token per position.
+    has none and fewer tokens than patches. The feature map of a convolutional tower has a token per position. A tower
+    that reads a list of patches (NaFlex) has no other tokens; `pixel_values` is then `(batch, patches, values)`.
 
     Returns:
         `(batch, patches, hidden_size)`.
@@ -139,7 +140,7 @@ def patch_tokens(tower: nn.Module, output: Any, pixel_values: Tensor) -> Tensor:
     states = output.last_hidden_state
     if states.ndim == 4:
         return states.flatten(2).transpose(1, 2)
-    first = getattr(tower, "num_prefix_tokens", None)
+    first = 0 if pixel_values.ndim == 3 else getattr(tower, "num_prefix_tokens", None)
     if first is None:
         size = getattr(tower.config, "patch_size", None)
         sides = (size, size) if isinstance(size, int) else size

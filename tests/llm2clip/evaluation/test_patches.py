@@ -31,8 +31,9 @@ def randomised(model: nn.Module) -> Any:
 
 
 def of_transformers(model_type: str) -> Any:
-    fields = {"projection_dim": 24} if model_type != "siglip" else {}
-    config = AutoConfig.for_model(model_type, vision_config={**TOWER, **IMAGE}, text_config=TEXT, **fields)
+    fields = {} if "siglip" in model_type else {"projection_dim": 24}
+    image = {"patch_size": 7, "num_patches": 16} if model_type == "siglip2" else IMAGE
+    config = AutoConfig.for_model(model_type, vision_config={**TOWER, **image}, text_config=TEXT, **fields)
     return randomised(AutoModel.from_config(config))
 
 
@@ -45,7 +46,9 @@ def of_open_clip(**fields: Any) -> Any:
 
 def joint(model_type: str, **fields: Any) -> Any:
     vision = tiny.vision_config(num_hidden_layers=3)
-    if model_type != "eva02":
+    if model_type == "siglip2_vision_model":
+        vision = AutoConfig.for_model(model_type, **TOWER, patch_size=7, num_patches=16)
+    elif model_type != "eva02":
         registers = {"num_register_tokens": 2} if "registers" in model_type else {}
         vision = AutoConfig.for_model(model_type, **TOWER, **IMAGE, **registers)
     return tiny.with_statistics(randomised(tiny.joint_model(vision=vision, **fields)))
@@ -142,6 +145,32 @@ def siglip(model: Any, pixels: Tensor) -> Tensor:
     return siglip_pooled(model.vision_model, clip_states(model.vision_model, pixels))
 
 
+def naflex_states(tower: Any, pixels: Tensor) -> Tensor:
+    """The states of SigLIP 2 before its head: patches as a list, positions resized as in its own code."""
+    layer, (rows, columns) = tower.encoder.layers[-1], (pixels.shape[2] // 7, pixels.shape[3] // 7)
+    patches = [
+        image[:, 7 * row : 7 * row + 7, 7 * column : 7 * column + 7].permute(1, 2, 0).flatten()
+        for image in pixels
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    table = tower.embeddings.position_embedding.weight.T.reshape(1, 32, 4, 4)
+    table = F.interpolate(table, (rows, columns), mode="bilinear", antialias=True)[0].flatten(1).T
+    states = tower.embeddings.patch_embedding(torch.stack(patches).view(len(pixels), rows * columns, -1)) + table
+    for earlier in tower.encoder.layers[:-1]:
+        states = earlier(states, None)
+    values = states + layer.self_attn.out_proj(layer.self_attn.v_proj(layer.layer_norm1(states)))
+    return tower.post_layernorm(values + layer.mlp(layer.layer_norm2(values)))
+
+
+def siglip2(model: Any, pixels: Tensor) -> Tensor:
+    return siglip_pooled(model.vision_model, naflex_states(inner(model.vision_model), pixels))
+
+
+def siglip2_head(model: Any, pixels: Tensor) -> Tensor:
+    return model.visual_projection(siglip2(model, pixels))
+
+
 def siglip_head(model: Any, pixels: Tensor) -> Tensor:
     return model.visual_projection(siglip(model, pixels))
 
@@ -166,13 +195,17 @@ CASES: dict[str, Case] = {
     "clip": (lambda: of_transformers("clip"), clip_projected),
     "metaclip 2": (lambda: of_transformers("metaclip_2"), clip_projected),
     "chinese clip": (lambda: of_transformers("chinese_clip"), clip_projected),
+    "altclip": (lambda: of_transformers("altclip"), clip_projected),
+    "clipseg": (lambda: of_transformers("clipseg"), clip_projected),
     "siglip": (lambda: of_transformers("siglip"), siglip),
+    "siglip 2": (lambda: of_transformers("siglip2"), siglip2),
+    "joint siglip 2": (lambda: joint("siglip2_vision_model"), siglip2_head),
     "open_clip": (of_open_clip, open_clip_projected),
     "open_clip, layer scale": (lambda: of_open_clip(ls_init_value=0.1), open_clip_projected),
 }
 
 
-@pytest.mark.parametrize("size", [(28, 28), (21, 42)], ids=["its own size", "another size"])
+@pytest.mark.parametrize("size", [(28, 28), (21, 42), (14, 7)], ids=["its own size", "another", "small"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_patch_takes_its_own_value_in_the_last_attention(case: str, size: tuple[int, int]) -> None:
     build, formula = CASES[case]
@@ -222,9 +255,6 @@ def test_a_tower_that_it_does_not_fit_is_an_error() -> None:
         patch_embeddings(model, pixels, values_only=True)
     with pytest.raises(ValueError, match="makes 49 patches of images of 14 x 14 patches"):
         patch_similarity(model, pixels, torch.randn(1, 24))
-    naflex = tiny.joint_model(vision=tiny.other_vision_config("siglip2_vision_model"))
-    with pytest.raises(ValueError, match="not known for a siglip2_vision_model tower"):
-        patch_embeddings(naflex, pixels, values_only=True)
     with pytest.raises(ValueError, match="Linear has no vision tower"):
         patch_embeddings(nn.Linear(1, 1), pixels)
 

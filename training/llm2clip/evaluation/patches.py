@@ -9,7 +9,7 @@ a layer scale, LoRA) is part of it, and what it does to queries and keys (rotary
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from llm2clip.evaluation.timm_patches import timm_patches, timm_tower
 from modeling_llm2clip.modeling_eva02 import resize_position_embedding
 from modeling_llm2clip.modeling_llm2clip_features import ATTENTION_ROWS, patch_tokens, pool_alone
 from modeling_llm2clip.modeling_llm2clip_utils import execution_device
@@ -29,12 +30,16 @@ LAYERS = {
     "eva02_vision_model": ("blocks", "attn"),
     "clip_vision_model": CLIP_LAYERS,
     "siglip_vision_model": CLIP_LAYERS,
+    "siglip2_vision_model": CLIP_LAYERS,
+    "altclip_vision_model": CLIP_LAYERS,
     "chinese_clip_vision_model": CLIP_LAYERS,
+    "clipseg_vision_model": CLIP_LAYERS,
     "metaclip_2_vision_model": CLIP_LAYERS,
     "dinov2": DINO_LAYERS,
     "dinov2_with_registers": DINO_LAYERS,
 }
 OPEN_CLIP_LAYERS = ("transformer.resblocks", "attn")
+TIMM_LAYERS = ("blocks", "attn")
 
 
 @torch.no_grad()
@@ -46,7 +51,7 @@ def patch_embeddings(model: nn.Module, pixel_values: Tensor, values_only: bool =
 
     Args:
         model: A joint model or vision half of this package, a CLIP or SigLIP model of transformers, or a model of
-            open_clip with a VisionTransformer.
+            open_clip with a VisionTransformer of its own or of timm, or an Eva of timm.
         pixel_values: `(images, 3, height, width)` of any size, normalised. Zeros at the bottom and at the right
             complete the last patches, and the table of positions is interpolated.
         values_only: Take the values of the last attention layer, as MaskCLIP; otherwise its output.
@@ -58,22 +63,31 @@ def patch_embeddings(model: nn.Module, pixel_values: Tensor, values_only: bool =
         ValueError: The tower has no fixed grid of patches, or, with `values_only`, is none of those whose last
             attention layer is known.
     """
-    open_clip = hasattr(model, "visual")
-    tower: Any = _open_clip_tower(model) if open_clip else _tower(model)
+    tower, patches_of, known_layers = _library(model)
     height, width = _patch_size(tower)
     pixel_values = F.pad(pixel_values, (0, -pixel_values.shape[-1] % width, 0, -pixel_values.shape[-2] % height))
     grid = (pixel_values.shape[-2] // height, pixel_values.shape[-1] // width)
     pixel_values = pixel_values.to(execution_device(tower), next(tower.parameters()).dtype)
     with ExitStack() as stack:
         if values_only:
-            stack.enter_context(_to_themselves(_last_attention(tower, open_clip), grid[0] * grid[1]))
-        patches = (_open_clip_patches if open_clip else _transformers_patches)(model, tower, pixel_values, grid)
+            stack.enter_context(_to_themselves(_last_attention(tower, known_layers), grid[0] * grid[1]))
+        patches = patches_of(model, tower, pixel_values, grid)
     if patches.shape[1] != grid[0] * grid[1]:
         raise ValueError(
             f"{type(tower).__name__} makes {patches.shape[1]} patches of images of {grid[0]} x {grid[1]} patches: it "
             "has no fixed grid of patches, which segmentation and heat maps need."
         )
     return F.normalize(patches.float(), dim=-1).unflatten(1, grid)
+
+
+def _library(model: Any) -> tuple[Any, Callable[..., Tensor], tuple[str, str] | None]:
+    """Return the tower of a model, what embeds its patches, and the names of its layers and their attention."""
+    visual = getattr(model, "visual", None)
+    if visual is None:
+        return _tower(model), _transformers_patches, None
+    if hasattr(visual, "trunk"):
+        return timm_tower(visual), timm_patches, TIMM_LAYERS
+    return _open_clip_tower(visual), _open_clip_patches, OPEN_CLIP_LAYERS
 
 
 def _tower(model: nn.Module) -> nn.Module:
@@ -83,32 +97,32 @@ def _tower(model: nn.Module) -> nn.Module:
     return tower
 
 
-def _open_clip_tower(model: Any) -> nn.Module:
-    visual = model.visual
+def _open_clip_tower(visual: Any) -> nn.Module:
     plain = all(hasattr(visual, name) for name in ("positional_embedding", "transformer", "ln_post", "proj"))
     if not plain or visual.attn_pool is not None or not visual.transformer.batch_first:
         raise ValueError(
             f"the patches of the {type(visual).__name__} of open_clip are not known; only those of a "
-            "VisionTransformer without attention pooling are."
+            "VisionTransformer without attention pooling, and of transformers of timm, are."
         )
     return visual
 
 
 def _patch_size(tower: Any) -> tuple[int, int]:
-    size = getattr(getattr(tower, "config", tower), "patch_size", None)
+    # Of timm, its patch embedding knows it.
+    size = getattr(getattr(tower, "config", getattr(tower, "patch_embed", tower)), "patch_size", None)
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
     if len(sides) != 2:
         raise ValueError(f"{type(tower).__name__} has no fixed patch size, which segmentation and heat maps need.")
     return sides
 
 
-def _last_attention(tower: Any, open_clip: bool) -> nn.Module:
+def _last_attention(tower: Any, known_layers: tuple[str, str] | None) -> nn.Module:
     model_type = getattr(getattr(tower, "config", None), "model_type", None)
-    layers, attention = OPEN_CLIP_LAYERS if open_clip else LAYERS.get(str(model_type), ("", ""))
+    layers, attention = known_layers or LAYERS.get(str(model_type), ("", ""))
     if not layers:
         raise ValueError(
             f"MaskCLIP's patch embeddings are not known for a {model_type or type(tower).__name__} tower, but for "
-            f"{', '.join(LAYERS)} and the VisionTransformer of open_clip."
+            f"{', '.join(LAYERS)}, and transformers of open_clip."
         )
     # Towers of CLIP and SigLIP nest their modules before transformers 5.6.
     return getattr(getattr(tower, "vision_model", tower).get_submodule(layers)[-1], attention)
@@ -148,9 +162,11 @@ def _to_themselves(attention: nn.Module, patches: int) -> Iterator[None]:
 
 def _transformers_patches(model: Any, tower: Any, pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:
     """Project the patches of a model of this package or of a CLIP-like model of transformers."""
-    size, options = getattr(tower.config, "image_size", None), {}
-    resizes = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
-    if resizes and tuple(pixel_values.shape[-2:]) != (size, size):
+    size, options = getattr(tower.config, "image_size", None), dict[str, Any]()
+    parameters = inspect.signature(tower.forward).parameters
+    if "spatial_shapes" in parameters:
+        pixel_values, options = _patch_lists(pixel_values, grid)
+    elif "interpolate_pos_encoding" in parameters and tuple(pixel_values.shape[-2:]) != (size, size):
         options["interpolate_pos_encoding"] = True
     if hasattr(model, "get_patch_features"):
         return model.get_patch_features(pixel_values, **options)
@@ -158,6 +174,15 @@ def _transformers_patches(model: Any, tower: Any, pixel_values: Tensor, grid: tu
     projection = getattr(model, "visual_projection", None)
     patches = pool_alone(tower, patches)
     return patches if projection is None else projection(patches)
+
+
+def _patch_lists(pixel_values: Tensor, grid: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cut images into the lists of patches that NaFlex towers (SigLIP 2) read, with a mask that hides none."""
+    patches = pixel_values.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1)).permute(0, 2, 4, 3, 5, 1)
+    patches = patches.flatten(3).flatten(1, 2)
+    shapes = torch.tensor([grid] * len(patches), device=patches.device)
+    mask = torch.ones(patches.shape[:2], dtype=torch.int32, device=patches.device)
+    return patches, {"pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
 def _open_clip_patches(model: Any, visual: Any, pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, BatchFeature
 from llm2clip.data import EvalTransform
 from llm2clip.embedding.image_batches import prepare_image
 from llm2clip.evaluation.encoders.base import ClipEncoder, compared_lengths, processor_statistics
+from llm2clip.evaluation.encoders.blip import BlipRetrievalModel
 from llm2clip.utils.model_identity import hub_commit
 from llm2clip.utils.text_identity import tokenizer_fingerprint
 from llm2clip.utils.towers import loading_options
@@ -26,6 +27,12 @@ FULL_LENGTH = ("siglip", "siglip2")
 # `model_max_length` of a tokenizer that has none is a number of this order or larger.
 NO_LENGTH = 10**9
 METHODS = ("get_text_features", "get_image_features")
+# Models whose repositories say by their architecture alone that they embed images and texts.
+BY_ARCHITECTURE: dict[str, Any] = {"BlipForImageTextRetrieval": BlipRetrievalModel}
+MEASURED = (
+    "Models of transformers are measured by the vectors of get_text_features and get_image_features, such as those of "
+    "CLIP, SigLIP or AltCLIP; give a repository of such a model."
+)
 
 
 class TransformersEncoder(ClipEncoder):
@@ -62,7 +69,8 @@ class TransformersEncoder(ClipEncoder):
         self.transform = EvalTransform(with_pillow(processor.image_processor))
         defaults = text_defaults(type(processor))
         tower = getattr(model.config, "text_config", model.config)
-        limits = (defaults.get("max_length"), self.tokenizer.model_max_length, tower.max_position_embeddings)
+        positions = tower.max_position_embeddings - _unused_positions(model)
+        limits = (defaults.get("max_length"), self.tokenizer.model_max_length, positions)
         self.max_length = min(limit for limit in limits if limit is not None and limit < NO_LENGTH)
         self.full_length = (
             defaults.get("padding") == "max_length"
@@ -83,15 +91,8 @@ class TransformersEncoder(ClipEncoder):
             ValueError: It does not embed images and texts, or a weight would be random.
         """
         config = AutoConfig.from_pretrained(name, revision=revision)
-        kind: Any = AutoModel._model_mapping.get(type(config), None)
-        if isinstance(kind, tuple):
-            kind = kind[0]
-        if kind is None or not all(hasattr(kind, method) for method in METHODS):
-            raise ValueError(
-                f"{name} ({config.model_type}) is not a model of images and texts in one space: "
-                f"{getattr(kind, '__name__', 'its class')} has no {' and '.join(METHODS)}."
-            )
-        model, _ = load_complete(AutoModel.from_pretrained, name, **loading_options(dtype, revision=revision))
+        load = _model_class(name, config).from_pretrained
+        model, _ = load_complete(load, name, **loading_options(dtype, revision=revision))
         processor = AutoProcessor.from_pretrained(name, revision=revision)
         return cls(name, model.to(device).eval(), processor, device, dtype, hub_commit(name, revision), batch_size)
 
@@ -114,6 +115,8 @@ class TransformersEncoder(ClipEncoder):
         return self._vectors(self.model.get_image_features(**self._on_device(inputs)), "images")
 
     def pooled_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        if hasattr(self.model, "get_vision_features"):
+            return self.model.get_vision_features(**self._on_device(inputs))
         tower = getattr(self.model, "vision_model", None)
         features = None if tower is None else tower(**self._on_device(inputs)).get("pooler_output")
         if features is None:
@@ -125,8 +128,14 @@ class TransformersEncoder(ClipEncoder):
 
     def _vectors(self, output: Any, what: str) -> Tensor:
         features = output if isinstance(output, Tensor) else output.pooler_output
+        given = f"{self.name} ({type(self.model).__name__})"
         if features is None or features.ndim != 2:
-            raise ValueError(f"{type(self.model).__name__} does not embed {what} as one vector each.")
+            raise ValueError(f"{given} does not embed {what} as one vector each. {MEASURED}")
+        if self.width not in (0, features.shape[1]):
+            raise ValueError(
+                f"{given} embeds {what} as vectors of {features.shape[1]} values, but texts of {self.width}: they "
+                f"are in no common space. {MEASURED}"
+            )
         return features
 
     def tokenize(self, texts: list[str]) -> tuple[Sequence[Any], list[int]]:
@@ -143,6 +152,41 @@ class TransformersEncoder(ClipEncoder):
         """Tokens of each text before truncation, start and end included, and whether it is cut."""
         ids = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"] if texts else []
         return compared_lengths([len(row) for row in ids], self.max_length)
+
+
+def _model_class(name: str, config: Any) -> Any:
+    """Choose the class that loads a model.
+
+    Raises:
+        ValueError: There is none that embeds images and texts.
+    """
+    for architecture in config.architectures or ():
+        if architecture in BY_ARCHITECTURE:
+            return BY_ARCHITECTURE[architecture]
+    kind: Any = AutoModel._model_mapping.get(type(config), None)
+    if isinstance(kind, tuple):
+        kind = kind[0]
+    missing = [method for method in METHODS if not hasattr(kind, method)]
+    if missing:
+        owner = getattr(kind, "__name__", "its class")
+        videos = ", but get_video_features" if hasattr(kind, "get_video_features") else ""
+        raise ValueError(
+            f"{name} ({config.model_type}) is not a model of images and texts in one space: {owner} has no "
+            f"{' and '.join(missing)}{videos}. {MEASURED}"
+        )
+    return AutoModel
+
+
+def _unused_positions(model: Any) -> int:
+    """Return how many rows of a text tower's table of positions no token has.
+
+    Towers of RoBERTa (AltCLIP) number tokens after the padding, which has a row of the table itself.
+    """
+    unused = 0
+    for name, part in getattr(model, "text_model", model).named_modules():
+        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
+            unused = part.padding_idx + 1
+    return unused
 
 
 def text_defaults(processor_class: type) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""Every CLIP-like family of transformers embeds as its own model and processor do, or is refused with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+from transformers import AutoProcessor, BlipForConditionalGeneration
+
+from llm2clip.data import decode_image
+from llm2clip.evaluation.encoders import open_encoder
+from modeling_llm2clip import with_pillow
+
+from . import families
+from .models import IMAGES, LENGTH, TEXTS
+from .test_transformers_clip import stacked
+
+# Whether the family was trained with texts of full length.
+FAMILIES = {
+    families.altclip: False,
+    families.align: True,
+    families.blip: False,
+    families.clipseg: False,
+    families.groupvit: False,
+    families.metaclip_2: False,
+    families.owlvit: True,
+    families.dual_encoder: False,
+}
+
+
+def call(folder: Path, model: Any, full_length: bool) -> Any:
+    """Call a model as its documentation does: with what its processor makes of images and texts."""
+    processor = AutoProcessor.from_pretrained(folder)
+    padding = "max_length" if full_length else "longest"
+    inputs = processor(text=TEXTS, padding=padding, truncation=True, max_length=LENGTH, return_tensors="pt")
+    pixels = with_pillow(processor.image_processor)([decode_image(image) for image in IMAGES], return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs, pixel_values=pixels["pixel_values"])
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_embeddings_are_those_of_the_model_itself(family: Callable[[], Any], tmp_path: Path) -> None:
+    saved = families.save(family, tmp_path)
+    expected = call(tmp_path, getattr(saved, "clip", saved), FAMILIES[family])
+    encoder = open_encoder(str(tmp_path))
+    texts, images = normalize(expected.text_embeds, dim=-1), normalize(expected.image_embeds, dim=-1)
+    torch.testing.assert_close(encoder.embed_texts(TEXTS), texts, atol=1e-5, rtol=0)
+    # Each alone, so that it would be padded otherwise than in a batch.
+    torch.testing.assert_close(torch.cat([encoder.embed_texts([text]) for text in TEXTS]), texts, atol=1e-5, rtol=0)
+    inputs = stacked(encoder, IMAGES)
+    torch.testing.assert_close(encoder.forward_images(inputs), images, atol=1e-5, rtol=0)
+    assert encoder.forward_features(inputs).ndim == 2
+    lengths, cut = encoder.text_lengths(TEXTS)
+    assert cut.tolist() == (lengths > LENGTH).tolist()
+    assert cut[1:].tolist() == [False, True, False]
+    assert encoder.fingerprint() == open_encoder(str(tmp_path)).fingerprint()
+
+
+def test_a_retrieval_model_of_blip_scores_as_its_contrastive_head(tmp_path: Path) -> None:
+    model = families.save(families.blip_retrieval, tmp_path)
+    processor, encoder = AutoProcessor.from_pretrained(tmp_path), open_encoder(str(tmp_path))
+    texts = processor(text=TEXTS, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+    pixels = with_pillow(processor.image_processor)([decode_image(image) for image in IMAGES], return_tensors="pt")
+    with torch.no_grad():
+        scores = model(
+            texts["input_ids"], pixels["pixel_values"], use_itm_head=False, attention_mask=texts["attention_mask"]
+        ).itm_score
+    inputs = stacked(encoder, IMAGES)
+    found = encoder.forward_images(inputs)
+    torch.testing.assert_close(found @ encoder.embed_texts(TEXTS).T, scores, atol=1e-5, rtol=0)
+    # Features for probes are what is projected, normalised once.
+    projected = normalize(model.vision_proj(encoder.forward_features(inputs)), dim=-1).detach()
+    torch.testing.assert_close(projected, found, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        (families.xclip, r"\(xclip\) is .*: XCLIPModel has no get_image_features, but get_video_features"),
+        (families.flava, r"\(FlavaModel\) does not embed texts as one vector each"),
+        (families.blip_2, r"\(Blip2Model\) does not embed texts as one vector each"),
+        (families.unequal, r"\(AlignModel\) embeds images as vectors of 8 values, but texts of 24"),
+    ],
+    ids=["xclip", "flava", "blip_2", "unequal"],
+)
+def test_what_has_no_common_space_is_refused(family: Callable[[], Any], reason: str, tmp_path: Path) -> None:
+    families.save(family, tmp_path)
+    with pytest.raises(ValueError, match=rf"{reason}.*\. Models of transformers are measured by the vectors of"):
+        embed(str(tmp_path))
+
+
+def embed(folder: str) -> None:
+    encoder = open_encoder(folder)
+    encoder.forward_images(stacked(encoder, IMAGES))
+
+
+def test_a_captioning_model_of_blip_is_refused_by_its_missing_weights(tmp_path: Path) -> None:
+    model = families.save(families.blip, tmp_path)
+    BlipForConditionalGeneration(model.config).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"does not contain all weights of BlipModel: .*would be initialized randomly"
+    ):
+        open_encoder(str(tmp_path))
