@@ -154,7 +154,7 @@ def test_another_model_has_its_own_rows(model: Path, tmp_path: Path) -> None:
 
 def test_the_text_format_changes_every_text(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = session(model, tmp_path)
-    dotted = session(model, tmp_path, text_format=lambda text: text.replace("dog", "bus"), text_format_name="bus")
+    dotted = session(model, tmp_path, text_format=lambda text: text.replace("dog", "bus"))
     plain.embed_texts(["a small dog", "a red bus"])
     counted = Counted(dotted.encoder, monkeypatch)
     found = dotted.embed_texts(["a small dog", "a red bus"])

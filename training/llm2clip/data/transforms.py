@@ -124,6 +124,13 @@ class EvalTransform:
         pixels = pixels if isinstance(pixels, torch.Tensor) else _as_tensor(pixels)
         return torch.addcmul(self.offset, pixels.to(torch.float32, memory_format=torch.contiguous_format), self.gain)
 
+    def inputs(self, image: Image.Image | torch.Tensor, key: str = "image") -> dict[str, torch.Tensor]:
+        """Prepare all inputs of a model of an RGB image; see [`EvalTransform.__call__`] for the pixels."""
+        if list(self.image_processor.model_input_names) == ["pixel_values"]:
+            return {"pixel_values": self(image, key)}
+        # Towers for images of any size and shape (SigLIP 2 NaFlex) need more than the pixels.
+        return {name: value[0] for name, value in self.image_processor(image, return_tensors="pt").items()}
+
     def _resized(self, image: Image.Image | torch.Tensor, key: str) -> tuple[int, int]:
         """Return height and width before the crop, or those of the image if the shorter side is not resized."""
         height, width = F.get_size(image)

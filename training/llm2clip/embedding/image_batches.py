@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from llm2clip.data import DEFAULT_MAX_PIXELS, EvalTransform, OnError, SampleError, SkippedSample
+from llm2clip.data import DEFAULT_MAX_PIXELS, OnError, SampleError, SkippedSample, decode_image
 from llm2clip.data.image_keys import content_keys, image_keys
 from llm2clip.data.sources import Columns
 from llm2clip.data.transforms import Decoder
@@ -148,15 +148,24 @@ def forward_images(
 
 
 class PreparedImages(Dataset):
-    """The model inputs of some rows of an [`ImageSet`]; an image that cannot be used is an error or skipped."""
+    """The model inputs of some rows of an [`ImageSet`]; an image that cannot be used is an error or skipped.
 
-    def __init__(self, images: ImageSet, rows: Sequence[int], transform: EvalTransform, on_error: OnError) -> None:
+    Args:
+        prepare: Prepares the inputs of one decoded image, whose key is the second argument.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        rows: Sequence[int],
+        prepare: Callable[[Any, str], dict[str, Tensor]],
+        on_error: OnError = "raise",
+        decode: Decoder = decode_image,
+    ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', not {on_error!r}.")
-        self.images = images
-        self.rows = rows
-        self.transform = transform
-        self.on_error = on_error
+        self.images, self.rows = images, rows
+        self.prepare, self.on_error, self.decode = prepare, on_error, decode
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -164,22 +173,8 @@ class PreparedImages(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor] | SkippedSample:
         row = self.rows[index]
         try:
-            image = self.images.decode(row, self.transform.decode)
-            return prepare_image(image, self.transform, self.images.key(row))
+            return self.prepare(self.images.decode(row, self.decode), self.images.key(row))
         except SampleError as error:
             if self.on_error == "raise":
                 raise
             return SkippedSample(error.key, error.reason or str(error))
-
-
-def prepare_image(image: Any, transform: EvalTransform, key: str) -> dict[str, Tensor]:
-    """Prepare the model inputs of one decoded image.
-
-    Raises:
-        DamagedImageError: The image, whose name is `key`, is too narrow to be resized.
-    """
-    if list(transform.image_processor.model_input_names) == ["pixel_values"]:
-        return {"pixel_values": transform(image, key)}
-    # Towers for images of any size and shape (SigLIP 2 NaFlex) need more than the pixels.
-    inputs = transform.image_processor(image, return_tensors="pt")
-    return {name: value[0] for name, value in inputs.items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from llm2clip.data import EvalTransform, ImageBackend, OnError
-from llm2clip.embedding.image_batches import ImageList, ImageSet, PreparedImages, forward_images, prepare_image
+from llm2clip.embedding.image_batches import ImageList, ImageSet, PreparedImages, forward_images
 from llm2clip.embedding.opening import open_embedder
 from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.processes import process_state
@@ -113,7 +113,7 @@ class ImageEmbedder:
             DamagedImageError: The image is too narrow to be resized; the message names `key`.
             NonFiniteError: The embedding is NaN or infinite.
         """
-        inputs = prepare_image(image, self.transform, key)
+        inputs = self.transform.inputs(image, key)
         embeds = self._forward({name: value[None] for name, value in inputs.items()})
         require_finite_rows(embeds, lambda _: key, "images")
         return embeds.numpy()[0]
@@ -142,7 +142,7 @@ class ImageEmbedder:
         Raises:
             NonFiniteError: Embeddings of a batch are NaN or infinite, and those are not skipped.
         """
-        prepared = PreparedImages(images, rows, self.transform, on_error)
+        prepared = PreparedImages(images, rows, self.transform.inputs, on_error, self.transform.decode)
         show = show_progress_bar is not False
         first, embeds, reasons = 0, [], []
         for batch in forward_images(prepared, self._forward, batch_size, num_workers, show=show):

@@ -20,7 +20,7 @@ from transformers import BaseImageProcessor
 from llm2clip.data import EvalTransform, ImageBackend, OnError, SampleError, SkippedSample, TrainTransform
 from llm2clip.data.sampling import stable_seed
 from llm2clip.embedding.cache_files import StoreManifest
-from llm2clip.embedding.image_batches import TableImages, forward_images, prepare_image
+from llm2clip.embedding.image_batches import TableImages, forward_images
 from llm2clip.embedding.keyed_rows import KeyedRows
 from llm2clip.embedding.row_builder import build_rows, stored_rows
 from llm2clip.utils.files import digest_json
@@ -152,7 +152,7 @@ class _Views(Dataset):
         images = self.sets[number]
         try:
             image = images.decode(row, self.evaluation.decode)
-            inputs = prepare_image(image, self.evaluation, images.key(row))
+            inputs = self.evaluation.inputs(image, images.key(row))
         except SampleError as error:
             if self.on_error == "raise":
                 raise

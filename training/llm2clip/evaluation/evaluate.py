@@ -83,7 +83,6 @@ def run_benchmarks(config: EvaluateConfig) -> list[Result]:
         encoder,
         Path(config.embeddings) if config.embeddings else output / "embeddings",
         text_format,
-        config.text_format,
         config.batch_size,
         worker_count(config.num_workers),
     )

@@ -23,7 +23,7 @@ from llm2clip.utils.locks import folder_lock
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.progress import ProgressBar, progress_bar
 
-# Computes the rows of some positions, and advances the bar.
+# Computes the rows of some positions, at least one, and advances the bar.
 Compute = Callable[[Sequence[int], ProgressBar], Tensor]
 
 
@@ -72,7 +72,7 @@ class RowStore:
 
     Args:
         folder: Where the folders are; None keeps rows in memory.
-        manifest: Identity and format of the rows; `hidden_size` is set when the first row is computed.
+        manifest: Identity and format of the rows; a `hidden_size` of 0 is set when the first row is computed.
         device: On which the processes exchange rows that are in memory.
     """
 
@@ -81,12 +81,11 @@ class RowStore:
         self.parts: list[Any] = []
         self.opened: set[str] = set()
 
-    def rows(self, keys: np.ndarray, width: Callable[[], int], compute: Compute, title: str) -> Tensor:
+    def rows(self, keys: np.ndarray, compute: Compute, title: str) -> Tensor:
         """Return the row of each key, float32 `(keys, width)`; those that are not stored are computed and stored.
 
         Args:
             keys: `(n, 2)` int64, which may repeat.
-            width: Finds the width of a row; called if rows are missing.
             compute: Computes the rows of some positions in `keys`.
             title: Title of the progress bar.
         """
@@ -95,7 +94,6 @@ class RowStore:
             first = np.sort(np.unique(keys, axis=0, return_index=True)[1])
             missing = first[self._locate(keys[first])[0] < 0]
             if len(missing):
-                self.manifest.hidden_size = width()
                 self._add(keys, missing, compute, title)
         place, rows = self._locate(keys)
         result = torch.empty(len(keys), self.manifest.hidden_size)
@@ -141,7 +139,13 @@ class RowStore:
         own = keys[missing]
 
         def some(positions: np.ndarray | range, bar: ProgressBar) -> Tensor:
+            if not len(positions):
+                return torch.empty(0, self.manifest.hidden_size)
             return compute(missing[np.asarray(positions, dtype=np.int64)].tolist(), bar)
+
+        if not self.manifest.hidden_size:
+            with progress_bar(title, 1, self.manifest.UNIT, show=False) as bar:
+                self.manifest.hidden_size = some(range(1), bar).shape[1]
 
         if self.folder is None:
 

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from llm2clip.data import decode_image
 from llm2clip.data.records import caption_keys
-from llm2clip.embedding.image_batches import ContentSet, forward_images
+from llm2clip.embedding.image_batches import ContentSet, PreparedImages, forward_images
 from llm2clip.evaluation.contracts import Encoder
 from llm2clip.evaluation.row_store import EvaluationManifest, RowStore
 from llm2clip.utils.files import digest_json
@@ -21,20 +19,6 @@ from llm2clip.utils.progress import ProgressBar
 
 # Texts that are sorted by length together.
 TEXTS = 1024
-
-
-class _EncoderImages(Dataset):
-    """The inputs of an encoder for some rows of a set of images; every image is decoded as everywhere else."""
-
-    def __init__(self, images: ContentSet, rows: Sequence[int], encoder: Encoder) -> None:
-        self.images, self.rows, self.encoder = images, rows, encoder
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = self.rows[index]
-        return self.encoder.prepare(self.images.decode(row, decode_image), self.images.key(row))
 
 
 class EvaluationSession:
@@ -48,7 +32,7 @@ class EvaluationSession:
     Args:
         encoder: The model.
         store: Folder of stored rows; None keeps them in memory.
-        text_format, text_format_name: Changes every text, and its name in results.
+        text_format: Changes every text.
         batch_size, num_workers: Images per forward pass, and worker processes that decode them while the model
             computes (0 for none).
     """
@@ -58,12 +42,10 @@ class EvaluationSession:
         encoder: Encoder,
         store: Path | None = None,
         text_format: Callable[[str], str] = str,
-        text_format_name: str = "raw",
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        self.encoder, self.store = encoder, store
-        self.text_format, self.text_format_name = text_format, text_format_name
+        self.encoder, self.store, self.text_format = encoder, store, text_format
         self.batch_size, self.num_workers = batch_size, num_workers
         self._stores: dict[str, RowStore] = {}
 
@@ -91,7 +73,7 @@ class EvaluationSession:
         texts = [self.text_format(text) for text in texts]
 
         def compute(positions: Sequence[int], bar: ProgressBar) -> Tensor:
-            rows = [torch.empty(0, self.encoder.width)]
+            rows = []
             for start in range(0, len(positions), TEXTS):
                 chosen = [texts[position] for position in positions[start : start + TEXTS]]
                 embeds = self.encoder.embed_texts(chosen)
@@ -100,8 +82,7 @@ class EvaluationSession:
                 bar.update(advance=len(chosen))
             return torch.cat(rows)
 
-        store = self._rows_of("texts")
-        return store.rows(caption_keys(texts), lambda: self.encoder.width, compute, "Embedding texts")
+        return self._rows_of("texts").rows(caption_keys(texts), compute, "Embedding texts")
 
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens of each text in the text format of the session, `(texts,)` int64, and whether it is cut, bool."""
@@ -110,26 +91,17 @@ class EvaluationSession:
     def _images(
         self, kind: str, images: ContentSet, forward: Callable[[dict[str, Tensor]], Tensor], title: str
     ) -> Tensor:
-        widths: list[int] = [self.encoder.width] if kind == "images" else []
-
         def compute(positions: Sequence[int], bar: ProgressBar) -> Tensor:
-            prepared, rows = _EncoderImages(images, positions, self.encoder), []
+            prepared, rows = PreparedImages(images, positions, self.encoder.prepare), []
             for batch in forward_images(prepared, forward, self.batch_size, self.num_workers, show=False):
                 assert batch.output is not None
-                start = batch.start
-                names = [images.key(positions[start + row]) for row in range(len(batch.output))]
+                names = [images.key(positions[batch.start + row]) for row in range(len(batch.output))]
                 require_finite_rows(batch.output, names.__getitem__, "images")
                 rows.append(batch.output)
                 bar.update(advance=len(batch.output))
-            return torch.cat(rows) if rows else torch.empty(0, width())
+            return torch.cat(rows)
 
-        def width() -> int:
-            if not widths:
-                inputs = _EncoderImages(images, [0], self.encoder)[0]
-                widths.append(forward({name: value[None] for name, value in inputs.items()}).shape[1])
-            return widths[0]
-
-        return self._rows_of(kind).rows(images.content_keys(), width, compute, title)
+        return self._rows_of(kind).rows(images.content_keys(), compute, title)
 
     def _rows_of(self, kind: str) -> RowStore:
         if kind not in self._stores:

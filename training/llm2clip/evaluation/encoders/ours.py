@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, BatchFeature
 
 from llm2clip.data import EvalTransform
 from llm2clip.embedding.caption_embedder import CaptionEmbedder
-from llm2clip.embedding.image_batches import prepare_image
 from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.evaluation.encoders.base import TowerEncoder, compared_lengths, processor_statistics
 from llm2clip.utils.files import digest_json
@@ -98,7 +97,7 @@ class LLM2CLIPTowers(TowerEncoder):
         return self._transform
 
     def prepare(self, image: Any, key: str) -> dict[str, Tensor]:
-        return prepare_image(image, self._vision(), key)
+        return self._vision().inputs(image, key)
 
     def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.model.get_image_features(**self._on_device(inputs)).pooler_output

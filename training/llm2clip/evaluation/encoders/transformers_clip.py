@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor, BatchFeature
 
 from llm2clip.data import EvalTransform
-from llm2clip.embedding.image_batches import prepare_image
 from llm2clip.evaluation.encoders.base import ClipEncoder, compared_lengths, processor_statistics
 from llm2clip.evaluation.encoders.blip import BlipRetrievalModel
 from llm2clip.utils.model_identity import hub_commit
@@ -109,7 +108,7 @@ class TransformersEncoder(ClipEncoder):
         return processor_statistics(self.transform.image_processor)
 
     def prepare(self, image: Any, key: str) -> dict[str, Tensor]:
-        return prepare_image(image, self.transform, key)
+        return self.transform.inputs(image, key)
 
     def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
         return self._vectors(self.model.get_image_features(**self._on_device(inputs)), "images")
