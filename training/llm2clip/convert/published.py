@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +18,7 @@ import yaml
 from torch import nn
 
 from llm2clip.utils.files import read_json, write_text
+from llm2clip.utils.tables import markdown_table
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 
 FOLDER = Path(str(files("llm2clip.hub_configs"))).resolve()
@@ -106,9 +107,9 @@ def command_table() -> str:
     return _table("command | needs | gives", rows)
 
 
-def _table(header: str, rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, " | ".join(["---"] * (header.count("|") + 1)), *(" | ".join(map(str, row)) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines)
+def _table(header: str, rows: Sequence[Sequence[object]]) -> str:
+    columns = header.split(" | ")
+    return markdown_table(columns, rows, range(len(columns)))
 
 
 def with_table(text: str, table: str) -> str:

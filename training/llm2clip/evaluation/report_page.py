@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from llm2clip.evaluation.comparison import Column, Comparison, Row
 from llm2clip.evaluation.results import Result
 from llm2clip.evaluation.results_table import SHORT, protocol_words, short_name
+from llm2clip.utils.tables import markdown_table
 
 Table = tuple[list[str], list[list[str]]]
 MODEL = "model"
@@ -73,10 +74,10 @@ def as_markdown(comparison: Comparison, baseline: Row | None, plots: Sequence[st
     Args:
         plots: Paths of pictures, relative to the page.
     """
-    parts = ["# Results", "Scores in percent.", _markdown(*score_table(comparison))]
+    parts = ["# Results", "Scores in percent.", markdown_table(*score_table(comparison))]
     if baseline is not None:
         parts += [f"## Difference from {baseline.label}", "In percentage points."]
-        parts.append(_markdown(*difference_table(comparison, baseline)))
+        parts.append(markdown_table(*difference_table(comparison, baseline)))
     parts += ["\n".join(f"- {line}" for line in sources_of(comparison))] if sources_of(comparison) else []
     parts += [f"![{plot.removesuffix('.png')}]({plot.replace(' ', '%20')})" for plot in plots]
     for number, column in enumerate(comparison.columns):
@@ -95,9 +96,9 @@ def _details(column: Column, results: Sequence[tuple[str, Result]]) -> list[str]
         [label, *(_with_interval(result, name) for name in names), *_counts(result, counts)]
         for label, result in results
     ]
-    parts = [f"## {column.title}", f"Protocol: {protocol_words(column.first)}.", _markdown(titles, rows)]
+    parts = [f"## {column.title}", f"Protocol: {protocol_words(column.first)}.", markdown_table(titles, rows)]
     for kind in dict.fromkeys(kind for _, result in results for kind in result.groups if kind not in LEFT_OUT):
-        parts += [f"### By {kind}", _markdown(*_groups(kind, column, results))]
+        parts += [f"### By {kind}", markdown_table(*_groups(kind, column, results))]
     return parts
 
 
@@ -122,12 +123,3 @@ def _with_interval(result: Result, name: str) -> str:
 
 def _counts(result: Result, names: Iterable[str]) -> list[str]:
     return [f"{result.counts[name]:,}" if name in result.counts else "" for name in names]
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")

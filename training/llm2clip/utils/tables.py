@@ -1,4 +1,4 @@
-"""Tables on the terminal."""
+"""Tables on the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -25,6 +25,18 @@ def print_table(
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def markdown_table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], text_columns: Sequence[int] = (0,)
+) -> str:
+    """Write a table in Markdown, aligned as that of [`print_table`]; cells may contain `|` and newlines."""
+    marks = ["---" if number in text_columns else "---:" for number in range(len(columns))]
+    return "\n".join(f"| {' | '.join(map(_markdown_cell, line))} |" for line in (columns, marks, *rows))
+
+
+def _markdown_cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", "<br>")
 
 
 def recalls_in_percent(metrics: Mapping[str, Any], prefix: str = "") -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from llm2clip.hub.cards.facts import CURVES, EXAMPLE, JOINT_TASK, RECALL, TEXT_TASK, CardFacts, Evaluation
+from llm2clip.utils.tables import RECALLS, markdown_table
 
 PAPER = "2411.04997"
 CITATION = """```bibtex
@@ -20,7 +21,6 @@ CITATION = """```bibtex
   year={2024}
 }
 ```"""
-RECALLS = ("recall@1", "recall@5", "recall@10")
 DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text", "": "query → target"}
 # `cached_file` finds the image in a folder as well as in a repo on the Hub.
 EXAMPLE_PICTURE = f'cached_file("{{repo}}", "{EXAMPLE}")'
@@ -141,29 +141,29 @@ def _results(evaluations: Sequence[Evaluation]) -> str:
         return ""
     recalls = [row for evaluation in evaluations for row in _recall_rows(evaluation)]
     shares = [
-        f"| {evaluation.task} | {evaluation.title} | {name.replace('_', ' ')} | {100 * value:.1f} |"
+        [evaluation.task, evaluation.title, name.replace("_", " "), f"{100 * value:.1f}"]
         for evaluation in evaluations
         for name, value in evaluation.compared.items()
         if not RECALL.search(name)
     ]
     parts = ["## Results"]
     if recalls or not shares:
-        heads = ["| task | data | direction | R@1 | R@5 | R@10 |", "| --- | --- | --- | ---: | ---: | ---: |"]
-        parts += ["Recall in percent.", "\n".join([*heads, *recalls])]
+        heads = ["task", "data", "direction", "R@1", "R@5", "R@10"]
+        parts += ["Recall in percent.", markdown_table(heads, recalls, range(3))]
     if shares:
-        heads = ["| task | data | score | value |", "| --- | --- | --- | ---: |"]
-        parts += ["Accuracy and other shares in percent.", "\n".join([*heads, *shares])]
+        heads = ["task", "data", "score", "value"]
+        parts += ["Accuracy and other shares in percent.", markdown_table(heads, shares, range(3))]
     remarks = [line for evaluation in evaluations if (line := _remarks(evaluation))]
     return "\n\n".join([*parts, *(["\n".join(remarks)] if remarks else [])])
 
 
-def _recall_rows(evaluation: Evaluation) -> list[str]:
+def _recall_rows(evaluation: Evaluation) -> list[list[str]]:
     rows = []
     for direction, title in DIRECTIONS.items():
         names = [f"{direction}_{recall}" if direction else recall for recall in RECALLS]
         if all(name in evaluation.metrics for name in names):
-            values = " | ".join(f"{100 * evaluation.metrics[name]:.1f}" for name in names)
-            rows.append(f"| {evaluation.task} | {evaluation.title} | {title} | {values} |")
+            values = [f"{100 * evaluation.metrics[name]:.1f}" for name in names]
+            rows.append([evaluation.task, evaluation.title, title, *values])
     return rows
 
 
