@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm2clip.evaluation.results import Result
-from llm2clip.utils.figures import panels
-from llm2clip.utils.files import atomic_path
+from llm2clip.utils.figures import panels, write_figure
 
 SIDES = {"text_to_image": "text to image", "image_to_text": "image to text"}
 
@@ -36,6 +35,5 @@ def write_length_plot(path: Path, result: Result) -> bool:
         axis.set_xticks(range(len(ticks)), ticks, fontsize="small")
         axis.legend(fontsize="small")
     figure.suptitle(result.model["given"], fontsize="small")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    write_figure(path, figure)
     return True

@@ -22,6 +22,7 @@ from llm2clip.utils.inner_products import inner_products
 # Queries per tile: the two buffers take less memory than the candidates for any width above 512, and the matrix
 # products run at full speed.
 DEFAULT_TILE_SIZE = 256
+KS = (1, 5, 10)
 MAX_NAMED_ROWS = 10
 # Cosines closer than this are equal: float32 products of unit vectors are exact to some 2e-7.
 ROUNDING = 1e-6
@@ -53,7 +54,7 @@ def retrieval_metrics(
     image_embeds: Tensor,
     text_embeds: Tensor,
     matches: Tensor,
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int] = KS,
     tile_size: int = DEFAULT_TILE_SIZE,
 ) -> dict[str, float | int]:
     """Compute retrieval metrics in both directions, as on Flickr30k and COCO.
@@ -100,7 +101,7 @@ def caption_retrieval_metrics(
     query_embeds: Tensor,
     target_embeds: Tensor,
     matches: Tensor | None = None,
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int] = KS,
     tile_size: int = DEFAULT_TILE_SIZE,
 ) -> dict[str, float | int]:
     """Compute how well a text encoder finds another caption of the same image (the "CRA" of LLM2CLIP).
@@ -165,6 +166,10 @@ class QueryRanks(NamedTuple):
         miss = torch.where(possible, log_share.exp(), torch.zeros_like(tied))
         return torch.where(self.tied_wrong == 0, (self.ahead < k).double(), 1 - miss)
 
+    def recalls(self, prefix: str = "", ks: Sequence[int] = KS) -> dict[str, Tensor]:
+        """The values of each query, (q,) float64, whose means are the recalls `PREFIXrecall@K`."""
+        return {f"{prefix}recall@{k}": self.hit_probability(k) for k in ks}
+
 
 def _log_binomial(n: Tensor, k: Tensor) -> Tensor:
     return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
@@ -176,7 +181,7 @@ def _summary(ranks: QueryRanks, ks: Sequence[int], prefix: str = "") -> dict[str
     expected = ranks.expected()
     ordered = expected.sort().values
     middle = int(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
-    recalls: dict[str, float | int] = {f"{prefix}recall@{k}": ranks.hit_probability(k).mean().item() for k in ks}
+    recalls = {name: values.mean().item() for name, values in ranks.recalls(prefix, ks).items()}
     return {**recalls, f"{prefix}mean_rank": expected.mean().item() + 1, f"{prefix}median_rank": middle + 1}
 
 

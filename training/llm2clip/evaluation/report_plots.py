@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 
 from llm2clip.evaluation.comparison import Comparison
 from llm2clip.evaluation.results_table import short_name
-from llm2clip.utils.figures import panels, wrapped
-from llm2clip.utils.files import atomic_path
+from llm2clip.utils.figures import panels, wrapped, write_figure
 
 BY_LENGTH = "text_to_image_recall@1"
 # Of more models than this, those that were measured are drawn without the published ones.
@@ -35,8 +34,7 @@ def write_plots(path: Path, comparison: Comparison) -> list[Path]:
     for name, drawn in ((name, function(comparison)) for name, function in draw.items()):
         if drawn is not None:
             written.append(path.with_name(f"{path.stem}-{name}.png"))
-            with atomic_path(written[-1]) as temporary:
-                drawn.savefig(temporary, dpi=110, format="png")
+            write_figure(written[-1], drawn)
     return written
 
 

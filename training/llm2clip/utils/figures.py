@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from llm2clip.utils.files import atomic_path
 
 # Panels in a row.
 MOST_COLUMNS = 3
@@ -29,6 +32,12 @@ def panels(count: int, height: float = 3.4) -> tuple[Figure, Any]:
     for axis in axes[:count]:
         axis.grid(alpha=0.3)
     return figure, axes[:count]
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write a PNG file; see [`atomic_path`]."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def wrapped(text: str, width: int) -> str:

@@ -36,7 +36,7 @@ def test_sharegpt4v_takes_the_first_rows_in_their_order(tmp_path: Path, monkeypa
     with pytest.raises(BenchmarkError, match=r"ShareGPT4V-1k lacks 1 of 3 images: .*sa_3\.jpg"):
         read("sharegpt4v-1k", tmp_path)
     write(file, [{"image": "sam/images/sa_9.jpg", "conversations": []}])
-    with pytest.raises(BenchmarkError, match=r"row 0 of .* has no second turn"):
+    with pytest.raises(BenchmarkError, match=r"row 1 of .* has no second turn"):
         read("sharegpt4v-1k", tmp_path)
 
 
@@ -88,7 +88,7 @@ def test_docci_takes_the_test_split(tmp_path: Path) -> None:
         ("images/test_00000.jpg", " test_00000.\n é"),
     ]
     write_lines(folder / "docci_descriptions.jsonlines", [{"example_id": "test_00000", "split": "test"}])
-    with pytest.raises(BenchmarkError, match=r"row 0 of docci_descriptions\.jsonlines has no text 'image_file'"):
+    with pytest.raises(BenchmarkError, match=r"row 1 of docci_descriptions\.jsonlines has no text 'image_file'"):
         read("docci", tmp_path)
 
 

@@ -19,7 +19,7 @@ def read(folder: Path) -> RetrievalData:
     Raises:
         BenchmarkError: A row is broken, or images are missing.
     """
-    rows = [(f"row {number} of {FILE}", row) for number, row in enumerate(read_json_lines(folder / FILE))]
+    rows = [(f"row {number} of {FILE}", row) for number, row in enumerate(read_json_lines(folder / FILE), 1)]
     test = [(place, row) for place, row in rows if text_field(row, "split", place) == "test"]
     images = BenchmarkImages([folder / "images" / text_field(row, "image_file", place) for place, row in test])
     captions = [[text_field(row, "description", place)] for place, row in test]

@@ -24,7 +24,7 @@ def read(folder: Path) -> RetrievalData:
     """
     images, captions = [], []
     for name, place in SETS.items():
-        for number, row in enumerate(read_json_lines(folder / name / "data.jsonl")):
+        for number, row in enumerate(read_json_lines(folder / name / "data.jsonl"), 1):
             where = f"row {number} of {name}"
             image = text_field(row, "image" if "image" in row else "image/key", where)
             images.append(folder / place / (image if image.endswith(".jpg") else f"{image}.jpg"))

@@ -28,11 +28,11 @@ def read(folder: Path) -> RetrievalData:
     """
     if (folder / WHOLE).is_file():
         rows = list(islice(stream_json_objects(folder / WHOLE), ROWS))
-        captions = [_answer(row, number) for number, row in enumerate(rows)]
+        captions = [_answer(row, number) for number, row in enumerate(rows, 1)]
     else:
         rows = read_json_rows(folder / DERIVED)
-        captions = [text_field(row, "caption", f"row {number} of {DERIVED}") for number, row in enumerate(rows)]
-    names = [text_field(row, "image", f"row {number} of {TITLE}") for number, row in enumerate(rows)]
+        captions = [text_field(row, "caption", f"row {number} of {DERIVED}") for number, row in enumerate(rows, 1)]
+    names = [text_field(row, "image", f"row {number} of {TITLE}") for number, row in enumerate(rows, 1)]
     rows_of_captions = [(name, [caption]) for name, caption in zip(names, captions, strict=True)]
     return captions_data(TITLE, folder, rows_of_captions, PLACES)
 

@@ -11,8 +11,6 @@ from llm2clip.evaluation.benchmarks.data import CaptionPairData
 from llm2clip.evaluation.contracts import Measurement, Session
 from llm2clip.evaluation.metrics import retrieval_ranks
 
-KS = (1, 5, 10)
-
 
 @dataclass(frozen=True)
 class CaptionRetrievalAccuracy:
@@ -39,7 +37,7 @@ class CaptionRetrievalAccuracy:
         embeds = session.embed_texts([*data.queries, *data.targets])
         matches = torch.arange(count)[:, None].expand(-1, 2)
         ranks, _, _ = retrieval_ranks(embeds[count:], embeds[:count], matches)
-        values = {f"recall@{k}": ranks.hit_probability(k) for k in KS}
+        values = ranks.recalls()
         return Measurement(
             protocol={
                 "name": "caption retrieval",

@@ -15,7 +15,6 @@ from llm2clip.evaluation.contracts import Measurement, Session
 from llm2clip.evaluation.metrics import DEFAULT_TILE_SIZE, ROUNDING, retrieval_ranks
 from llm2clip.utils.inner_products import inner_products
 
-KS = (1, 5, 10)
 # Candidates sorted beyond the number of right ones, which a tie that ends there needs.
 MARGIN = 64
 
@@ -35,7 +34,7 @@ class GradedRecall:
         for side, queries, candidates, matches in _sides(session, data):
             asking, local = matches[:, 0].unique(return_inverse=True)
             ranks, _, _ = retrieval_ranks(candidates, queries[asking], torch.stack([local, matches[:, 1]], dim=1))
-            values |= {f"{side}_recall@{k}": ranks.hit_probability(k) for k in KS}
+            values |= ranks.recalls(f"{side}_")
             ties[side] = int(ranks.is_tied.sum())
         return _measurement(session, data, "any right one", values, ties)
 

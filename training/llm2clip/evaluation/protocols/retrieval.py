@@ -11,10 +11,9 @@ from torch import Tensor
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import RetrievalData
 from llm2clip.evaluation.contracts import Measurement, Session
-from llm2clip.evaluation.metrics import QueryRanks, retrieval_ranks
+from llm2clip.evaluation.metrics import retrieval_ranks
 from llm2clip.utils.progress import track
 
-KS = (1, 5, 10)
 # Upper ends of the buckets of caption length in tokens. CLIP's text towers end at 77 tokens.
 LENGTH_BUCKETS = (16, 32, 64, 77, 128, 256, 512)
 PROTOCOL = {
@@ -99,8 +98,8 @@ def measure_rows(session: Session, image_embeds: Tensor, data: RetrievalData) ->
     matches = own if data.matches is None else data.matches
     texts, images, asking = retrieval_ranks(image_embeds, session.embed_texts(data.texts), matches)
     lengths, is_cut = session.text_lengths(data.texts)
-    text_hits, image_hits = _hits(texts, "text_to_image"), _hits(images, "image_to_text")
-    hits = text_hits | image_hits
+    text_hits = texts.recalls("text_to_image_")
+    hits = text_hits | images.recalls("image_to_text_")
     return Measurement(
         protocol=dict(PROTOCOL) if data.matches is None else {**PROTOCOL, "positives": "pairs"},
         scores={name: values.mean().item() for name, values in hits.items()},
@@ -153,10 +152,6 @@ def by_length(hits: Mapping[str, Tensor], owners: Tensor, lengths: Tensor) -> di
 def _bucket_name(bucket: int) -> str:
     first = 0 if bucket == 0 else LENGTH_BUCKETS[bucket - 1] + 1
     return f"{first}-{LENGTH_BUCKETS[bucket]}" if bucket < len(LENGTH_BUCKETS) else f"{first}-"
-
-
-def _hits(ranks: QueryRanks, side: str) -> dict[str, Tensor]:
-    return {f"{side}_recall@{k}": ranks.hit_probability(k) for k in KS}
 
 
 def _queries(counts: Mapping[str, int]) -> dict[str, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.hub.cards.facts import CURVES
-from llm2clip.utils.figures import panels
+from llm2clip.utils.figures import panels, write_figure
 
 
 def write_curves(folder: Path, history: Sequence[Mapping[str, Any]]) -> bool:
@@ -34,7 +34,7 @@ def write_curves(folder: Path, history: Sequence[Mapping[str, Any]]) -> bool:
             axes[-1].plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
         axes[-1].set(title="Validation", xlabel="step", ylabel="recall@10")
         axes[-1].legend()
-    figure.savefig(folder / CURVES, dpi=110)
+    write_figure(folder / CURVES, figure)
     return True
 
 
@@ -55,4 +55,4 @@ def write_merge_curve(path: Path, curve: Mapping[float, Mapping[str, Any]], chos
     axis.axvline(chosen, linestyle="--", color="gray", label="written")
     axis.set(title=title, xlabel="alpha", ylabel="recall")
     axis.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure)
