@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import logging
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
 from datasets.distributed import split_dataset_by_node
+from torch import Tensor
 
 from llm2clip.data.records import OnError, RowCaptions, SkippedSample, caption_id, caption_keys, column_texts
 from llm2clip.data.rows import CaptionRows, StreamedRows
@@ -19,10 +21,12 @@ from llm2clip.data.sampling import stable_seed
 from llm2clip.data.sources import (
     CaptionSource,
     Columns,
+    Table,
     load_source,
     row_batches,
     top_level,
 )
+from llm2clip.data.streams import Attach, StreamRow
 from llm2clip.data.transforms import EvalTransform, TrainTransform
 from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.settings import check_choices
@@ -52,10 +56,7 @@ class SampleMaker:
         Seed and `salt` determine caption and crop; None takes the first caption and the evaluation transform.
         """
         try:
-            captions = RowCaptions.of(row, key, columns.captions, columns.weights)
-            caption = captions.texts[0]
-            if salt is not None:
-                caption = captions.draw(stable_seed(self.seed, "caption", *salt))
+            captions, caption = self.draw(row, key, columns, salt)
             sample: dict[str, Any] = {
                 "key": key,
                 "caption": caption,
@@ -73,6 +74,19 @@ class SampleMaker:
                 raise
             return SkippedSample(key, str(error.reason))
         return sample
+
+    def draw(
+        self, row: Mapping[str, Any], key: str, columns: Columns, salt: tuple[int | str, ...] | None
+    ) -> tuple[RowCaptions, str]:
+        """Return the captions of a row, and the one of its sample.
+
+        Raises:
+            CaptionError: No caption can be drawn, or one is not text.
+        """
+        captions = RowCaptions.of(row, key, columns.captions, columns.weights)
+        if salt is None:
+            return captions, captions.texts[0]
+        return captions, captions.draw(stable_seed(self.seed, "caption", *salt))
 
 
 class CaptionImageDataset(CaptionRows):
@@ -128,6 +142,20 @@ class CaptionImageDataset(CaptionRows):
                     yield SkippedSample(key, str(error.reason))
 
 
+class CaptionEmbeddings(Protocol):
+    """The stored embeddings of the captions of one file."""
+
+    def lookup(self, caption: str) -> Tensor | None:
+        """Return the embedding of a caption, (hidden,), or None if there is none."""
+
+
+class ShardEmbeddings(Protocol):
+    """The stored embeddings of the files of a source."""
+
+    def open(self, number: int, epoch: int) -> CaptionEmbeddings:
+        """Open those of a file by its number."""
+
+
 class StreamingCaptionImageDataset(StreamedRows):
     """Iterable data set of captioned images, read as a shuffled stream.
 
@@ -143,11 +171,15 @@ class StreamingCaptionImageDataset(StreamedRows):
         shuffle_buffer: Number of rows in the shuffle buffer; 0 keeps rows and files in order.
         repeat: Start the next epoch at the end of the data, so that no rank runs out before another; for training by
             number of steps.
+        embeddings: Stored embeddings of the captions, read beside each file; samples then have `llm_embeds`. A row
+            whose caption has none is a `SkippedSample`.
 
     Raises:
         FileNotFoundError, SourceError: If the source cannot be read, or (when iterating) has fewer files than readers.
         ValueError: If the source is not set to streaming, or `rank` or `on_error` is invalid.
     """
+
+    make_sample: SampleMaker
 
     def __init__(
         self,
@@ -162,10 +194,40 @@ class StreamingCaptionImageDataset(StreamedRows):
         repeat: bool = False,
         on_error: OnError = "raise",
         max_pixels: int = DEFAULT_MAX_PIXELS,
+        embeddings: ShardEmbeddings | None = None,
     ) -> None:
         maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
         with_images, order = eval_transform is not None, (training, seed, shuffle_buffer)
         super().__init__(source, maker, with_images, *order, rank, world_size, repeat)
+        if embeddings is not None and self.reader.whole:
+            raise ValueError(f"max_samples of {source.path} cannot be combined with embeddings beside its files.")
+        self.embeddings = embeddings
+
+    def _attach(self, epoch: int) -> Attach | None:
+        return None if self.embeddings is None else partial(self._reader_of_embeddings, self.embeddings, epoch)
+
+    def _reader_of_embeddings(
+        self, embeddings: ShardEmbeddings, epoch: int, file: int
+    ) -> Callable[[StreamRow], Tensor | None]:
+        opened = embeddings.open(file, epoch)
+
+        def embedding(row: StreamRow) -> Tensor | None:
+            key = self._key(row)
+            try:
+                _, caption = self.make_sample.draw(row.values, key, self.columns, self._salt(epoch, key))
+            except SampleError:
+                return None  # reported when the sample is made
+            return opened.lookup(caption)
+
+        return embedding
+
+    def _make(self, row: StreamRow, epoch: int) -> Any:
+        sample = super()._make(row, epoch)
+        if self.embeddings is None or isinstance(sample, SkippedSample):
+            return sample
+        if row.attached is None:
+            return SkippedSample(sample["key"], "its caption has no embedding in the sidecar of its file")
+        return {**sample, "llm_embeds": row.attached}
 
 
 def caption_batches(
@@ -179,13 +241,18 @@ def caption_batches(
     total = len(table) if isinstance(table, datasets.Dataset) else None
     num_empty = 0
     with progress_bar(f"Captions of {source.path}", total, "row", show_progress and rank == 0) as bar:
-        for rows in row_batches(table):
-            found = [[text for column in source.caption_columns for text in column_texts(row, column)] for row in rows]
+        for found in captions_by_row(table, source.caption_columns):
             num_empty += found.count([])
             yield [text for texts in found for text in texts]
-            bar.update(advance=len(rows))
+            bar.update(advance=len(found))
     if num_empty:
         logger.warning("%d rows of %s have no caption.", num_empty, source.path)
+
+
+def captions_by_row(table: Table, columns: Sequence[str]) -> Iterator[list[list[str]]]:
+    """Yield the captions of each row of a table, by column and list entry, a thousand rows at a time."""
+    for rows in row_batches(table):
+        yield [[text for column in columns for text in column_texts(row, column)] for row in rows]
 
 
 def distinct_captions(sources: CaptionSource | Sequence[CaptionSource], show_progress: bool = True) -> list[str]:

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex
 from llm2clip.data.sources import CaptionSource, Columns, SourceError, load_source, source_columns
-from llm2clip.data.streams import StreamReader, StreamRow
+from llm2clip.data.streams import Attach, StreamReader, StreamRow
 
 # Makes a sample of a row, its key, the columns of its source, and what the random parts depend on besides the seed
 # (None: nothing is random).
@@ -122,6 +122,18 @@ class StreamedRows(IterableDataset):
                 "files, lower dataloader_num_workers, or set streaming: false."
             )
 
+    def _attach(self, epoch: int) -> Attach | None:
+        """Return what computes the values that are attached to rows while their file is read, if anything."""
+        return None
+
+    def _make(self, row: StreamRow, epoch: int) -> Any:
+        """Make the sample of a row."""
+        key = self._key(row)
+        return self.make_sample(row.values, key, self.columns, self._salt(epoch, key))
+
+    def _salt(self, epoch: int, key: str) -> tuple[int | str, ...] | None:
+        return (epoch, key) if self.training else None
+
     def _key(self, row: StreamRow) -> str:
         key = None if self.columns.key is None else row.values[self.columns.key]
         if key is not None:
@@ -138,10 +150,9 @@ class StreamedRows(IterableDataset):
         reader, num_readers = number * self.world_size + self.rank, workers * self.world_size
         for epoch in itertools.count(self.epoch):
             empty = True
-            for row in self.reader.rows(num_readers, reader, epoch, self.seed, self.shuffle_buffer):
+            attach = self._attach(epoch)
+            for row in self.reader.rows(num_readers, reader, epoch, self.seed, self.shuffle_buffer, attach):
                 empty = False
-                key = self._key(row)
-                salt = (epoch, key) if self.training else None
-                yield self.make_sample(row.values, key, self.columns, salt)
+                yield self._make(row, epoch)
             if empty or not self.repeat:
                 return

@@ -155,6 +155,16 @@ def load_source(source: CaptionSource, with_images: bool = True) -> Table:
     return first_rows(table, source.max_samples)
 
 
+def select_captions(source: CaptionSource, opened: OpenedTable) -> Table:
+    """Return the columns of an opened table that contain the captions of a source.
+
+    Raises:
+        SourceError: If one does not exist.
+    """
+    columns = source_columns(source, opened.table, False, opened.hint).captions
+    return opened.select(list(dict.fromkeys(top_level(opened.table, column) for column in columns)))
+
+
 def first_rows(table: Table, count: int | None) -> Table:
     """Return the first rows of a table; None returns all."""
     if count is None:
@@ -219,16 +229,21 @@ class OpenedTable:
     """A table with all its columns, and information about its files.
 
     Attributes:
-        folders: The folders of the data files.
+        files: The data files of the split, in the order of the rows; none of a table that `save_to_disk` wrote.
         hint: Advice for the error message if a column does not exist.
         arguments: Arguments of `datasets.load_dataset_builder`, for streamed parquet.
     """
 
     table: Table
-    folders: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
     hint: str = ""
     arguments: dict[str, Any] | None = None
     split: str = "train"
+
+    @property
+    def folders(self) -> list[str]:
+        """The folders of the data files."""
+        return sorted(set(map(os.path.dirname, self.files)))
 
     def select(self, columns: list[str]) -> Table:
         """Return the table with these columns only; a parquet stream does not read the others."""
@@ -278,7 +293,7 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         raise SourceError(f"Reading {path} failed: {type(cause).__name__}: {cause}") from error
     return OpenedTable(
         table=table,
-        folders=sorted({os.path.dirname(file) for name in split_names(split) for file in files.get(name, [])}),
+        files=[file for name in split_names(split) for file in files.get(name, [])],
         hint=IMAGE_FOLDER_HINT if isinstance(builder, ImageFolder) else "",
         arguments=arguments if streaming and isinstance(builder, Parquet) else None,
         split=split,

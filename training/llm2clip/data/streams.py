@@ -19,11 +19,20 @@ OPEN_FILES = 10
 
 
 class StreamRow(NamedTuple):
-    """A row of a stream, with the number of its file and its number there: the same in every order and split."""
+    """A row of a stream, with the number of its file and its number there: the same in every order and split.
+
+    Attributes:
+        attached: What [`StreamReader.rows`] was given to attach to it.
+    """
 
     file: int
     number: int
     values: dict[str, Any]
+    attached: Any = None
+
+
+# Makes, of the number of a file that is about to be read, the function that computes what is attached to its rows.
+Attach = Callable[[int], Callable[[StreamRow], Any]]
 
 
 def share_of_files(num_files: int, num_readers: int, reader: int, epoch: int = 0) -> range:
@@ -55,13 +64,20 @@ class StreamReader:
         self.num_files: int = 1 if whole else table.num_shards
 
     def rows(
-        self, num_readers: int, reader: int, epoch: int = 0, seed: int = 0, shuffle_buffer: int = 0
+        self,
+        num_readers: int,
+        reader: int,
+        epoch: int = 0,
+        seed: int = 0,
+        shuffle_buffer: int = 0,
+        attach: Attach | None = None,
     ) -> Iterator[StreamRow]:
         """Yield the rows of a reader's share in an epoch.
 
         Args:
             seed: Seed of the order.
             shuffle_buffer: Number of rows to draw the next one from; 0 keeps rows and files in order.
+            attach: Called with the rows of each file in their order, before the shuffle; not with `whole`.
 
         Raises:
             ValueError: If there are fewer files than readers.
@@ -73,15 +89,17 @@ class StreamReader:
         if shuffle_buffer:
             order = np.random.default_rng(stable_seed(seed, "files", epoch)).permutation(order)
         share = share_of_files(self.num_files, num_readers, reader, epoch)
-        files = (lambda number=int(order[position]): self._file(number) for position in share)
+        files = (lambda number=int(order[position]): self._file(number, attach) for position in share)
         found = interleaved(files, OPEN_FILES if shuffle_buffer else 1)
         return shuffled(found, shuffle_buffer, stable_seed(seed, "rows", epoch, reader))
 
-    def _file(self, file: int) -> Iterator[StreamRow]:
+    def _file(self, file: int, attach: Attach | None = None) -> Iterator[StreamRow]:
+        compute = None if attach is None else attach(file)
         table = self.table if self.num_files == 1 else self.table.shard(self.num_files, file)
         # Unlike the iterator of the table, its method does not split the rows by DataLoader worker once more.
         for number, batch in enumerate(table.iter(1)):
-            yield StreamRow(file, number, {name: values[0] for name, values in batch.items()})
+            row = StreamRow(file, number, {name: values[0] for name, values in batch.items()})
+            yield row if compute is None else row._replace(attached=compute(row))
 
 
 def interleaved(streams: Iterable[Callable[[], Iterator[T]]], width: int) -> Iterator[T]:

@@ -44,7 +44,7 @@ class EmbeddingCache(KeyedRows[CacheManifest]):
         """
         folder = Path(path)
         manifest = CacheManifest.read(folder)
-        _refuse_other_encoder(folder, manifest, fingerprint, tokenizer_fingerprint)
+        refuse_other_encoder(folder, manifest, fingerprint, tokenizer_fingerprint)
         cache = cls(folder, manifest, cls.open_shards(folder, manifest))
         if verify:
             cache.check_finite()
@@ -91,9 +91,10 @@ class EmbeddingCache(KeyedRows[CacheManifest]):
         return self.read(self.rows(captions), dtype)
 
 
-def _refuse_other_encoder(
+def refuse_other_encoder(
     folder: Path, manifest: CacheManifest, fingerprint: str | None, tokenizer_fingerprint: str | None
 ) -> None:
+    """Raise a `CacheMismatchError` if another encoder or tokenizer made the embeddings; None accepts any."""
     advice = "Use that {}, or embed the captions with this one into another folder (`llm2clip embed`)."
     if fingerprint is not None and manifest.fingerprint != fingerprint:
         earlier = TWO_RULES if is_earlier_rule(manifest.fingerprint) != is_earlier_rule(fingerprint) else ""

@@ -52,7 +52,7 @@ def build_embedding_cache(
         for start in range(0, len(positions), embed_size):
             texts = [captions[position] for position in positions[start : start + embed_size]]
             embeddings, cut = embed(texts)
-            rows.append(_stored(embeddings, texts, manifest))
+            rows.append(rows_to_store(embeddings, texts, manifest))
             truncated += cut
             bar.update(advance=len(texts))
         return torch.cat(rows), {"num_truncated": str(truncated)}
@@ -73,7 +73,13 @@ def _distinct_keys(captions: Sequence[str]) -> np.ndarray:
     return keys
 
 
-def _stored(vectors: torch.Tensor, texts: list[str], manifest: CacheManifest) -> torch.Tensor:
+def rows_to_store(vectors: torch.Tensor, texts: list[str], manifest: CacheManifest) -> torch.Tensor:
+    """Check the embeddings of captions, (n, hidden), and round them to the dtype of a cache.
+
+    Raises:
+        ValueError: They have another shape, or one is not finite, exceeds the range or has no direction.
+    """
+
     def name(row: int) -> str:
         return f"the caption {texts[row][:200]!r}"
 

@@ -13,7 +13,7 @@ import logging
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -98,6 +98,10 @@ class StoreManifest:
     def encoder(self) -> str:
         """Name of the encoder in messages."""
         raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that a row depends on."""
+        return {name: getattr(self, name) for name in self.IDENTITY}
 
     @property
     def num_rows(self) -> int:
@@ -229,18 +233,26 @@ class Shard(NamedTuple):
 
 
 def open_shard(folder: Path, manifest: StoreManifest, number: int) -> Shard:
-    """Read and check the header of a shard.
+    """Read and check the header of a shard of a cache; see [`read_shard`]."""
+    advice = f"delete it and {manifest.REMEDY}, which only computes what is missing"
+    return read_shard(folder / shard_name(number), manifest.shards[number], manifest.hidden_size, advice)
+
+
+def read_shard(path: Path, rows: int, hidden_size: int, advice: str) -> Shard:
+    """Read and check the header of a file of embeddings.
 
     The header is parsed here, not by the safetensors library: a truncated file is reported with its sizes, and the
     embeddings can be memory-mapped without an open file for each of a cache's thousands of shards.
 
+    Args:
+        rows, hidden_size: The shape that its manifest states.
+        advice: For messages: how a damaged file is mended.
+
     Raises:
-        CacheDamagedError: The file is missing, truncated or not a shard of the size in the manifest.
+        CacheDamagedError: The file is missing, truncated or not of this shape.
     """
-    path, rows, hidden_size = folder / shard_name(number), manifest.shards[number], manifest.hidden_size
-    advice = f"delete it and {manifest.REMEDY}, which only computes what is missing"
     if not path.is_file():
-        raise CacheDamagedError(f"The shard {path} is missing; {manifest.REMEDY} to compute it.")
+        raise CacheDamagedError(f"The shard {path} is missing; {advice.removeprefix('delete it and ')}.")
     size = path.stat().st_size
     try:
         with path.open("rb") as file:

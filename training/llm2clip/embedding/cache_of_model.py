@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from llm2clip.embedding.cache import EmbeddingCache
+from llm2clip.data.shards import SourceShard
+from llm2clip.embedding.cache import EmbeddingCache, refuse_other_encoder
 from llm2clip.embedding.cache_files import ACCEPTED_EARLIER, CacheManifest
+from llm2clip.embedding.sidecars import SourceSidecars, stored_encoder
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.text_identity import read_fingerprints, tokenizer_fingerprint
 from llm2clip.utils.towers import describe_text_tower, is_text_tower
@@ -38,7 +41,37 @@ def open_cache_of_model(
     Raises:
         CacheError: See [`EmbeddingCache.open`]. A model that records no fingerprint takes any cache.
     """
-    made_by = CacheManifest.read(Path(path)).fingerprint
+    expected = check_encoder(path, CacheManifest.read(Path(path)), config, is_trained)
+    return EmbeddingCache.open(path, expected, verify, tokenizer_fingerprint(tokenizer))
+
+
+def open_sidecars_of_model(
+    folder: str | Path,
+    shards: Sequence[SourceShard],
+    columns: Sequence[str],
+    config: LLM2CLIPConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    is_trained: bool,
+) -> SourceSidecars:
+    """Open the sidecars of a source for a model, see [`open_cache_of_model`], and check all their manifests.
+
+    Args:
+        shards, columns: The shards of the source, and the columns that captions are drawn from.
+
+    Raises:
+        CacheError, MissingCaptionError: See [`SourceSidecars.check`].
+    """
+    sidecars = SourceSidecars(folder, shards)
+    encoder = on_main_process(partial(sidecars.check, columns))
+    expected = check_encoder(folder, encoder, config, is_trained)
+    refuse_other_encoder(Path(folder), encoder, expected, tokenizer_fingerprint(tokenizer))
+    return sidecars
+
+
+def check_encoder(path: str | Path, manifest: CacheManifest, config: LLM2CLIPConfig, is_trained: bool) -> str | None:
+    """Return the fingerprint that embeddings must have for a model, or None if they fit; see `open_cache_of_model`."""
+    made_by = manifest.fingerprint
     recorded = config.text_model_fingerprint
     fits = recorded in (None, made_by)
     if not fits:
@@ -48,7 +81,7 @@ def open_cache_of_model(
             fits = made_by in (present, earlier)
     if fits and is_earlier_rule(made_by):
         logger.warning("The embedding cache %s %s", path, ACCEPTED_EARLIER)
-    return EmbeddingCache.open(path, None if fits else recorded, verify, tokenizer_fingerprint(tokenizer))
+    return None if fits else recorded
 
 
 def describe_text_tower_of_cache(
@@ -63,7 +96,7 @@ def describe_text_tower_of_cache(
     described = describe_text_tower(name, revision)
     if path is None or is_text_tower(name, revision):
         return described
-    made_by = CacheManifest.read(Path(path))
+    made_by = stored_encoder(path)
     if made_by.tokenizer_fingerprint in (None, tokenizer_fingerprint(described[1])):
         return described
     prompt = {"prompt_prefix": made_by.prompt_prefix, "prompt_suffix": made_by.prompt_suffix}

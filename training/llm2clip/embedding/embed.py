@@ -1,19 +1,23 @@
-"""The `llm2clip embed` command: embed every caption once, between the stages, into the cache that stage 2 reads."""
+"""The `llm2clip embed` command: embed every caption once, between the stages, for stage 2 to read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
+import torch
 from accelerate import PartialState
 
 from llm2clip.data import CaptionSource, distinct_captions
+from llm2clip.embedding.cache import EmbeddingCache
 from llm2clip.embedding.cache_builder import build_embedding_cache
 from llm2clip.embedding.cache_files import CacheDtype, CacheManifest
 from llm2clip.embedding.caption_embedder import CaptionEmbedder
+from llm2clip.embedding.embed_shards import ShardEmbedder, parse_part
 from llm2clip.utils.locks import exclusive
-from llm2clip.utils.processes import process_state
+from llm2clip.utils.processes import process_state, sum_over_processes
 from llm2clip.utils.settings import check_choices, require, setting
 from llm2clip.utils.text_identity import tokenizer_fingerprint
 from llm2clip.utils.towers import open_text_tower
@@ -27,9 +31,23 @@ class EmbedConfig:
         "", "Text tower, plain LLM, encoder, or embedding model of sentence-transformers: Hub id or folder."
     )
     text_model_revision: str | None = setting(None, "Branch, tag or commit of the text tower on the Hub.")
-    output_dir: str = setting("", "Folder of the cache.")
+    output_dir: str = setting(
+        "", "Folder of the cache, or of the sidecars; sidecars lie beside their shards if unset."
+    )
     sources: list[dict[str, Any]] = setting(
         [], "Data sets whose captions are embedded: mappings with the fields of CaptionSource."
+    )
+    store: Literal["auto", "cache", "sidecars"] = setting(
+        "auto",
+        "cache: one folder that finds each caption by its text, for up to a few million; sidecars: a file of "
+        "embeddings for each file of a streamed source, for data of any size, since no process holds more than one "
+        "shard; auto: sidecars if all sources have streaming: true, otherwise the cache.",
+    )
+    shard_slice: str | None = setting(
+        None, "Embed only the i-th of n parts of the shards: i/n, such as 0/8, for the jobs of an array. For sidecars."
+    )
+    reuse_cache: str | None = setting(
+        None, "Embedding cache of the same text tower, whose embeddings are copied into sidecars instead of computed."
     )
     prompt_prefix: str | None = setting(
         None,
@@ -63,17 +81,64 @@ class EmbedConfig:
     def __post_init__(self) -> None:
         check_choices(self)
 
+    @property
+    def writes_sidecars(self) -> bool:
+        """Whether embeddings lie in a sidecar for each shard; see `store`."""
+        streamed = [CaptionSource.from_dict(source).streaming for source in self.sources]
+        return self.store == "sidecars" or (self.store == "auto" and bool(streamed) and all(streamed))
 
-@exclusive
+
 def run(config: EmbedConfig) -> dict[str, Any]:
-    """Build the cache. An interrupted run continues where it stopped, and captions in the cache are kept.
+    """Embed all captions. An interrupted run continues where it stopped, and what is embedded is kept.
 
     With several processes (torchrun, accelerate) each embeds its own shards.
 
     Returns:
-        The number of captions, and of those that were truncated.
+        The number of captions, and of those that were truncated; of sidecars also the number of shards.
+
+    Raises:
+        ValueError: Settings do not fit each other, or shards could not be embedded.
     """
-    require(config, ["text_model_name_or_path", "sources"])
+    require(config, ["text_model_name_or_path", "sources"] + ["output_dir"] * (not config.writes_sidecars))
+    if config.writes_sidecars:
+        # Without a lock: several runs may share a folder, and each sidecar appears whole.
+        return _embed_into_sidecars(config)
+    if config.shard_slice is not None or config.reuse_cache is not None:
+        raise ValueError("shard_slice and reuse_cache are for sidecars; set store: sidecars, or leave them unset.")
+    return _embed_into_cache(config)
+
+
+@exclusive
+def _embed_into_cache(config: EmbedConfig) -> dict[str, Any]:
+    embedder, name, state = _open_encoder(config)
+    captions = distinct_captions([CaptionSource.from_dict(source) for source in config.sources])
+    manifest = embed_into_cache(captions, embedder, config.output_dir, name, config, state)
+    return {"num_captions": manifest.num_captions, "num_truncated": manifest.num_truncated}
+
+
+def _embed_into_sidecars(config: EmbedConfig) -> dict[str, Any]:
+    part = parse_part(config.shard_slice)
+    sources = [CaptionSource.from_dict(source) for source in config.sources]
+    embedder, name, state = _open_encoder(config)
+    shards = ShardEmbedder(
+        partial(_embed_and_count, embedder, config),
+        describe_encoder(embedder, name, config),
+        None if config.reuse_cache is None else EmbeddingCache.open(config.reuse_cache, verify=False),
+    )
+    counts = shards.run(sources, config.output_dir or None, part, state.process_index, state.num_processes)
+    # All processes have ended before one of them reports.
+    total = sum_over_processes(
+        torch.tensor([counts.shards, counts.done_before, counts.captions, counts.truncated, counts.reused])
+    ).tolist()
+    failed = int(sum_over_processes(torch.tensor([len(counts.failed)])))
+    if failed:
+        shown = "; ".join(counts.failed[:3]) or "see the messages of the other processes"
+        raise ValueError(f"{failed} of {total[0]} shards could not be embedded, the others are done: {shown}")
+    names = ("num_shards", "num_shards_done_before", "num_captions", "num_truncated", "num_reused")
+    return dict(zip(names, total, strict=True))
+
+
+def _open_encoder(config: EmbedConfig) -> tuple[CaptionEmbedder, str, PartialState]:
     # Processes only synchronise at the start and the end, and one may finish hours before another.
     state = process_state(timeout=timedelta(days=7))
     model: Any
@@ -91,10 +156,7 @@ def run(config: EmbedConfig) -> dict[str, Any]:
         model.config.fingerprint = model.fingerprint()
         model.half()
     model.to(state.device).eval()
-    captions = distinct_captions([CaptionSource.from_dict(source) for source in config.sources])
-    embedder, name = CaptionEmbedder(model, tokenizer), config.text_model_name_or_path
-    manifest = embed_into_cache(captions, embedder, config.output_dir, name, config, state)
-    return {"num_captions": manifest.num_captions, "num_truncated": manifest.num_truncated}
+    return CaptionEmbedder(model, tokenizer), config.text_model_name_or_path, state
 
 
 def embed_into_cache(
@@ -111,6 +173,28 @@ def embed_into_cache(
     Raises:
         ValueError: The weights of the text tower cannot be identified, which the cache has to record.
     """
+    return build_embedding_cache(
+        folder,
+        captions,
+        partial(_embed_and_count, embedder, config),
+        describe_encoder(embedder, name, config),
+        rank=state.process_index,
+        world_size=state.num_processes,
+        barrier=state.wait_for_everyone,
+        earlier_fingerprint=embedder.model.earlier_fingerprint,
+    )
+
+
+def _embed_and_count(embedder: CaptionEmbedder, config: EmbedConfig, texts: list[str]) -> tuple[torch.Tensor, int]:
+    return embedder.embed_and_count(texts, config.batch_size, show_progress_bar=False, instruction=config.instruction)
+
+
+def describe_encoder(embedder: CaptionEmbedder, name: str, config: EmbedConfig) -> CacheManifest:
+    """Describe a text tower and the format of its embeddings as the manifest of an empty cache.
+
+    Raises:
+        ValueError: The weights of the text tower cannot be identified.
+    """
     model = embedder.model
     if not model.has_readable_weights:
         raise ValueError(f"the weights of {name} are quantised or offloaded; embed with the plain weights.")
@@ -118,7 +202,7 @@ def embed_into_cache(
     if fingerprint is None:
         raise ValueError(f"the weights of {name} cannot be identified in float16; load it in bfloat16 or float32.")
     text = model.config
-    manifest = CacheManifest(
+    return CacheManifest(
         fingerprint=fingerprint,
         tokenizer_fingerprint=tokenizer_fingerprint(embedder.tokenizer),
         text_model_name=name,
@@ -131,16 +215,4 @@ def embed_into_cache(
         dtype=config.cache_dtype,
         normalize=config.normalize,
         shard_size=config.shard_size,
-    )
-    return build_embedding_cache(
-        folder,
-        captions,
-        lambda texts: embedder.embed_and_count(
-            texts, config.batch_size, show_progress_bar=False, instruction=config.instruction
-        ),
-        manifest,
-        rank=state.process_index,
-        world_size=state.num_processes,
-        barrier=state.wait_for_everyone,
-        earlier_fingerprint=model.earlier_fingerprint,
     )

@@ -82,6 +82,10 @@ class KeyedRows(Generic[ManifestT]):
     def __len__(self) -> int:
         return len(self._index)
 
+    def shard_path(self, number: int) -> Path:
+        """Return the path of a shard, for messages."""
+        return self.path / shard_name(number)
+
     @property
     def hidden_size(self) -> int:
         """Width of a row."""
@@ -131,6 +135,6 @@ class KeyedRows(Generic[ManifestT]):
             row = int(rows[int(bad[0])])
             number = int(np.searchsorted(self._starts, row, side="right")) - 1
             raise CacheDamagedError(
-                f"Row {row - self._starts[number]} of the shard {self.path / shard_name(number)} is not finite; "
+                f"Row {row - self._starts[number]} of the shard {self.shard_path(number)} is not finite; "
                 f"delete the file and {self.manifest.REMEDY}, which only computes what is missing."
             )

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 
 from llm2clip.data import (
@@ -21,11 +18,10 @@ from llm2clip.data import (
     Stage2Collator,
     StreamingCaptionImageDataset,
     TrainTransform,
-    caption_batches,
 )
 from llm2clip.data.transforms import output_size
-from llm2clip.embedding import CaptionEmbedder, EmbeddingCache, MissingCaptionError
-from llm2clip.embedding.cache_of_model import describe_text_tower_of_cache, open_cache_of_model
+from llm2clip.embedding.cache_of_model import describe_text_tower_of_cache
+from llm2clip.embedding.sidecars import SourceSidecars
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.trainers.checkpoints import resume_point
 from llm2clip.trainers.frozen_layers import FrozenLayers
@@ -33,6 +29,7 @@ from llm2clip.trainers.frozen_states import FrozenStatesDataset
 from llm2clip.trainers.frozen_towers import open_stored_pairs
 from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.run_folder import stage_command
+from llm2clip.trainers.stage2_captions import open_captions
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Config
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from llm2clip.trainers.stored_pairs import collate_stored
@@ -42,7 +39,7 @@ from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.settings import require
 from llm2clip.utils.text_identity import read_fingerprints
 from llm2clip.utils.towers import loading_options
-from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -102,66 +99,13 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     return model, LLM2CLIPProcessor(image_processor, tokenizer)
 
 
-def open_captions(
-    config: Stage2Config,
-    model: LLM2CLIPModel,
-    processor: LLM2CLIPProcessor,
-    retrieval: Mapping[str, ImageTextRetrieval],
-) -> tuple[Stage2Collator, Callable[[list[str]], Tensor]]:
-    """Open the source of caption embeddings: the embedding cache, or the LLM online.
-
-    Returns:
-        The collator of the training set, and a function that maps captions to the LLM's embeddings.
-
-    Raises:
-        CacheError: The cache was made by another encoder, or is incomplete or damaged.
-        MissingCaptionError: The cache lacks captions of a retrieval set or of the training set.
-    """
-    if config.embedding_cache is None:
-        embedder = CaptionEmbedder(model.text_model, processor)
-        return Stage2Collator(processor=processor), partial(embedder.embed, show_progress_bar=False)
-    is_trained = config.model_name_or_path is not None
-    model_config = cast(LLM2CLIPConfig, model.config)
-    cache = open_cache_of_model(
-        config.embedding_cache, model_config, processor.tokenizer, is_trained=is_trained, verify=False
-    )
-    width = model.config.text_config.hidden_size
-    if cache.hidden_size != width:
-        raise ValueError(
-            f"the cache {config.embedding_cache} contains embeddings of width {cache.hidden_size} (of "
-            f"{cache.manifest.text_model_name}), but {model.config.text_model_name_or_path} gives {width}; embed the "
-            "captions with that text tower."
-        )
-    for name, measured in retrieval.items():
-        missing = (~cache.contains(measured.captions)).sum()
-        if missing:
-            raise MissingCaptionError(
-                f"the cache {config.embedding_cache} lacks {missing} of the {len(measured.captions)} captions of "
-                f"eval_sources {name!r}; run `llm2clip embed` on that source too."
-            )
-    if config.verify_cache:
-        cache.check_finite(config.process_index, config.world_size)
-        for source in map(CaptionSource.from_dict, config.sources):
-            if not source.streaming:
-                _refuse_missing_captions(cache, source, config.process_index, config.world_size)
-    return Stage2Collator(cache=cache), cache.lookup
-
-
-def _refuse_missing_captions(cache: EmbeddingCache, source: CaptionSource, rank: int, world_size: int) -> None:
-    """Raise an error before training if the cache lacks captions of this rank's part of the training set."""
-    if source.caption_weights is not None:
-        drawn = [name for name, weight in zip(source.caption_columns, source.caption_weights, strict=True) if weight]
-        source = replace(source, caption_columns=drawn, caption_weights=None)
-    missing = sum(int((~cache.contains(texts)).sum()) for texts in caption_batches(source, rank, world_size))
-    if missing:
-        raise MissingCaptionError(
-            f"the cache {cache.path} lacks {missing} captions of the training set {source.path}; run `llm2clip embed` "
-            "on it."
-        )
-
-
-def build_dataset(config: Stage2Config, model: LLM2CLIPModel, image_processor: Any) -> tuple[Any, FrozenLayers | None]:
+def build_dataset(
+    config: Stage2Config, model: LLM2CLIPModel, image_processor: Any, sidecars: SourceSidecars | None = None
+) -> tuple[Any, FrozenLayers | None]:
     """Load the training set, and the frozen layers of the vision tower, if any.
+
+    Args:
+        sidecars: The embeddings of a streamed source, if they lie in sidecars.
 
     Raises:
         ValueError: A streamed source is not the only one, or is combined with stored states.
@@ -179,7 +123,7 @@ def build_dataset(config: Stage2Config, model: LLM2CLIPModel, image_processor: A
         if len(sources) > 1 or config.frozen_states_dir:
             raise ValueError("a streamed source must be the only one, and cannot be combined with frozen_states_dir.")
         options |= {"rank": config.process_index, "world_size": config.world_size, "repeat": True}
-        options |= {"shuffle_buffer": config.shuffle_buffer}
+        options |= {"shuffle_buffer": config.shuffle_buffer, "embeddings": sidecars}
         return StreamingCaptionImageDataset(sources[0], evaluation, training, **options), frozen
     if not config.frozen_states_dir:
         return CaptionImageDataset(sources, evaluation, training, **options), frozen
@@ -242,13 +186,13 @@ def build_trainer(config: Stage2Config) -> Stage2Trainer:
         name: ImageTextRetrieval(CaptionSource.from_dict(source), image_processor, config.on_error, config.max_pixels)
         for name, source in config.eval_sources.items()
     }
-    collator: Any
-    collator, embed = open_captions(config, model, processor, retrieval)
+    captions = open_captions(config, model, processor, retrieval)
+    collator: Any = Stage2Collator(cache=captions.cache, processor=processor if config.online_text_model else None)
     if config.freeze_vision == "all":
-        dataset: Any = open_stored_pairs(config, model, image_processor, collator.cache, retrieval.values())
+        dataset: Any = open_stored_pairs(config, model, image_processor, captions.require_cache(), retrieval.values())
         collator, frozen = collate_stored, None
     else:
-        dataset, frozen = build_dataset(config, model, image_processor)
+        dataset, frozen = build_dataset(config, model, image_processor, captions.sidecars)
     return Stage2Trainer(
         model=model,
         args=config,
@@ -257,6 +201,6 @@ def build_trainer(config: Stage2Config) -> Stage2Trainer:
         processing_class=processor,
         frozen=frozen,
         retrieval=retrieval,
-        embed=embed,
+        embed=captions.embed,
         skip_log=SkipLog(Path(config.output_dir) / f"skipped-{config.process_index}.jsonl"),
     )

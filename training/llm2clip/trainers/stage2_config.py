@@ -48,7 +48,14 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     eval_sources: dict[str, Any] = setting(
         {}, "Image-text retrieval sets to evaluate: a mapping from a name to CaptionSource fields."
     )
-    embedding_cache: str | None = setting(None, "Folder of precomputed caption embeddings, made by `llm2clip embed`.")
+    embedding_cache: str | None = setting(
+        None,
+        "Folder of precomputed caption embeddings, made by `llm2clip embed`: a cache, or the sidecars of a streamed "
+        "source (its own folder, if they lie beside its shards).",
+    )
+    eval_embedding_cache: str | None = setting(
+        None, "Cache with the captions of eval_sources, if embedding_cache contains sidecars."
+    )
     verify_cache: bool = setting(True, "Check before training that the cache is undamaged and contains every caption.")
     online_text_model: bool = setting(False, "Run the frozen LLM in training instead of reading an embedding cache.")
     text_model_dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(

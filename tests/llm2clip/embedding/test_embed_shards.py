@@ -1,0 +1,238 @@
+"""Embedding shard by shard: every caption of a shard, once, beside it, and only where no valid sidecar is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from llm2clip.data import CaptionSource
+from llm2clip.data.shards import ShardedSource, SourceShard
+from llm2clip.embedding import CacheManifest, EmbeddingCache
+from llm2clip.embedding.cache_files import CacheDamagedError, CacheMismatchError, MissingCaptionError
+from llm2clip.embedding.embed_shards import ShardCounts, ShardEmbedder, parse_part
+from llm2clip.embedding.sidecars import (
+    Sidecar,
+    SidecarFolder,
+    SidecarManifest,
+    SourceSidecars,
+    is_sidecar_folder,
+    sha256,
+    stored_encoder,
+)
+from tests.llm2clip.embedding import encoder
+
+
+class Counting:
+    """The encoder of the cache's tests, which counts what it embeds."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def __call__(self, texts: list[str]) -> tuple[torch.Tensor, int]:
+        self.texts += texts
+        return encoder.embed(texts), sum("long" in text for text in texts)
+
+
+def description(**fields: Any) -> CacheManifest:
+    settings: dict[str, Any] = {
+        "fingerprint": "finger-a", "text_model_name": "tiny", "hidden_size": encoder.WIDTH, "pooling": "mean",
+        "prompt_prefix": "user: ", "prompt_suffix": "<eot>", "max_length": 64,
+    }  # fmt: skip
+    return CacheManifest(**{**settings, **fields})
+
+
+def write_shards(folder: Path, count: int = 4) -> CaptionSource:
+    """Parquet files with three rows each, one of which every file has, one without a caption, and one with two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        rows = {"caption": ["everywhere", None, f"dog {number}"], "other": ["", None, f"a long dog {number}"]}
+        datasets.Dataset.from_dict(rows).to_parquet(folder / f"{number}.parquet")
+    return CaptionSource(str(folder / "*.parquet"), caption_columns=["caption", "other"], streaming=True)
+
+
+def embed(source: CaptionSource, folder: Path | None, calls: Counting | None = None, **options: Any) -> ShardCounts:
+    shards = ShardEmbedder(calls or Counting(), options.pop("made_by", description()), options.pop("reused", None))
+    return shards.run([source], folder and str(folder), show_progress_bar=False, **options)
+
+
+def shard_of(source: CaptionSource, number: int) -> SourceShard:
+    return ShardedSource(source).shards[number]
+
+
+def test_a_sidecar_has_the_distinct_captions_of_its_shard(tmp_path: Path) -> None:
+    source = write_shards(tmp_path / "data")
+    calls = Counting()
+    assert embed(source, None, calls) == ShardCounts(4, 0, 12, 4, 0, [])
+    assert sorted(calls.texts) == sorted(
+        4 * ["everywhere"] + [f"{a}dog {n}" for n in range(4) for a in ("", "a long ")]
+    )
+    sidecars = SourceSidecars(tmp_path / "data", ShardedSource(source).shards)
+    assert sidecars.check(["caption", "other"]).identity() == description().identity()
+    for number in range(4):
+        opened = sidecars.open(number)
+        for text in ("everywhere", f"dog {number}", f"a long dog {number}"):
+            found = opened.lookup(text)
+            assert found is not None
+            torch.testing.assert_close(found.float(), encoder.embed([text])[0], atol=2e-3, rtol=2e-3)
+        assert opened.lookup(f"dog {number + 1}") is None
+    path = tmp_path / "data" / "2.parquet"
+    manifest = SidecarManifest.read(tmp_path / "data" / "2.parquet.emb.json")
+    rows = tmp_path / "data" / "2.parquet.emb.safetensors"
+    assert (manifest.rows, manifest.captions, manifest.truncated) == (3, 3, 1)
+    assert (manifest.source_bytes, manifest.source_checksum) == (path.stat().st_size, f"sha256:{sha256(path)}")
+    assert (manifest.bytes, manifest.checksum) == (rows.stat().st_size, sha256(rows))
+    assert is_sidecar_folder(tmp_path)
+    assert stored_encoder(tmp_path).fingerprint == "finger-a"
+
+
+def test_only_shards_without_a_valid_sidecar_are_embedded(tmp_path: Path) -> None:
+    source, out = write_shards(tmp_path / "data"), tmp_path / "out"
+    embed(source, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    calls = Counting()
+    assert embed(source, out, calls).done_before == 4
+    assert not calls.texts
+    (out / "0.parquet.emb.json").unlink()  # killed between the sidecar and its manifest
+    (out / "1.parquet.emb.json").write_text("{")
+    with (out / "2.parquet.emb.safetensors").open("ab") as file:
+        file.truncate(100)
+    write_shards(tmp_path / "data", 5)  # the data has grown
+    counts = embed(source, out, calls)
+    assert (counts.shards, counts.done_before) == (5, 1)
+    assert {text for text in calls.texts if text != "everywhere"} == {
+        f"{a}dog {number}" for number in (0, 1, 2, 4) for a in ("", "a long ")
+    }
+    assert {name: (out / name).read_bytes() for name in before} == before
+    datasets.Dataset.from_dict({"caption": ["changed"], "other": [None]}).to_parquet(tmp_path / "data" / "3.parquet")
+    assert embed(source, out).done_before == 4
+    assert Sidecar(
+        out / "3.parquet.emb.safetensors", SidecarManifest.read(out / "3.parquet.emb.json")
+    ).lookup("changed") is not None  # fmt: skip
+
+
+def test_an_added_column_is_embedded(tmp_path: Path) -> None:
+    source, out = write_shards(tmp_path / "data", 1), tmp_path / "out"
+    source.caption_columns = ["caption"]
+    embed(source, out)
+    source.caption_columns = ["caption", "other"]
+    with pytest.raises(MissingCaptionError, match=r"that of 0\.parquet lacks the column other"):
+        SourceSidecars(out, ShardedSource(source).shards).check(["caption", "other"])
+    assert embed(source, out).done_before == 0
+    source.caption_columns = ["other"]
+    assert embed(source, out).done_before == 1
+
+
+def test_parts_and_processes_share_the_shards(tmp_path: Path) -> None:
+    source, out = write_shards(tmp_path / "data", 9), tmp_path / "out"
+    whole, texts = tmp_path / "whole", []
+    for part in range(2):
+        for rank in range(2):
+            calls = Counting()
+            counts = embed(source, out, calls, part=(part, 2), rank=rank, world_size=2)
+            assert counts.done_before == 0
+            texts += calls.texts
+    embed(source, whole)
+    assert len(texts) == 27
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
+    for path in out.iterdir():
+        assert path.read_bytes() == (whole / path.name).read_bytes()
+
+
+def test_embeddings_of_a_cache_are_copied(tmp_path: Path) -> None:
+    source = write_shards(tmp_path / "data", 2)
+    encoder.build(tmp_path / "cache", ["everywhere", "dog 1"], lambda texts: 2 * encoder.embed(texts), shard_size=1)
+    cache = EmbeddingCache.open(tmp_path / "cache")
+    made_by = description(text_model_name="tiny-encoder")
+    calls = Counting()
+    counts = embed(source, tmp_path / "out", calls, made_by=made_by, reused=cache)
+    assert (counts.captions, counts.reused) == (6, 3)
+    assert sorted(calls.texts) == ["a long dog 0", "a long dog 1", "dog 0"]
+    opened = SourceSidecars(tmp_path / "out", ShardedSource(source).shards).open(1)
+    for text, factor in (("everywhere", 2), ("dog 1", 2), ("a long dog 1", 1)):
+        torch.testing.assert_close(
+            opened.lookup(text), (factor * encoder.embed([text])[0]).half(), atol=2e-3, rtol=2e-3
+        )
+    with pytest.raises(CacheMismatchError, match="has max_length 64, but this run has 63"):
+        embed(source, tmp_path / "x", made_by=description(max_length=63), reused=cache)
+
+
+def test_sidecars_of_another_encoder_are_refused(tmp_path: Path) -> None:
+    source, out = write_shards(tmp_path / "data", 2), tmp_path / "out"
+    embed(source, out)
+    with pytest.raises(CacheMismatchError, match="fingerprint 'finger-a', but this run has fingerprint 'finger-b'"):
+        embed(source, out, made_by=description(fingerprint="finger-b"))
+    shutil.rmtree(out)
+    embed(source, out, part=(0, 2))
+    with pytest.raises(MissingCaptionError, match=r"do not fit 1 of 2 shards: 1\.parquet has none"):
+        SourceSidecars(out, ShardedSource(source).shards).check(["caption"])
+    embed(source, tmp_path / "b", made_by=description(fingerprint="finger-b"), part=(1, 2))
+    for path in (tmp_path / "b").iterdir():
+        shutil.copy(path, out)
+    with pytest.raises(CacheMismatchError, match=r"has fingerprint 'finger-b', but the sidecar of 0\.parquet has"):
+        SourceSidecars(out, ShardedSource(source).shards).check(["caption"])
+
+
+def test_damage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = write_shards(tmp_path / "data", 1), tmp_path / "out"
+    embed(source, out)
+    path = out / "0.parquet.emb.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    sidecars = SourceSidecars(out, ShardedSource(source).shards)
+    monkeypatch.setattr("llm2clip.embedding.sidecars.SAMPLED", 1)
+    with pytest.raises(CacheDamagedError, match="is not what its manifest describes: delete it and run"):
+        sidecars.open(0)
+    monkeypatch.undo()
+    compared = []
+    for epoch in range(64):
+        try:
+            SourceSidecars(out, sidecars.shards).open(0, epoch)
+        except CacheDamagedError:
+            compared.append(epoch)
+    assert 1 <= len(compared) <= 12
+    path.write_bytes(content[:-2])
+    with pytest.raises(CacheDamagedError, match="is truncated"):
+        Sidecar(path, SidecarManifest.read(out / "0.parquet.emb.json"))
+    fields = json.loads((out / "0.parquet.emb.json").read_text())
+    (out / "0.parquet.emb.json").write_text(json.dumps({**fields, "format_version": 2}))
+    with pytest.raises(ValueError, match="not the manifest of a sidecar of version 1"):
+        sidecars.check(["caption"])
+
+
+def test_a_shard_that_cannot_be_embedded_does_not_stop_the_others(tmp_path: Path) -> None:
+    source, out = write_shards(tmp_path / "data", 3), tmp_path / "out"
+
+    def broken(texts: list[str]) -> tuple[torch.Tensor, int]:
+        rows = encoder.embed(texts)
+        if "dog 1" in texts:
+            rows[0] = float("nan")
+        return rows, 0
+
+    counts = ShardEmbedder(broken, description()).run([source], str(out), show_progress_bar=False)
+    assert len(counts.failed) == 1
+    assert "1.parquet: The embedding of the caption 'everywhere' is not finite" in counts.failed[0]
+    assert sorted(path.name for path in out.glob("*.json")) == ["0.parquet.emb.json", "2.parquet.emb.json"]
+    assert not list(out.glob(".*"))
+
+
+def test_two_shards_of_one_name_are_refused(tmp_path: Path) -> None:
+    sources = [write_shards(tmp_path / name, 1) for name in ("a", "b")]
+    shards = ShardEmbedder(Counting(), description())
+    with pytest.raises(ValueError, match=r"two shards would have the sidecar .*0\.parquet\.emb\.safetensors"):
+        shards.run(sources, str(tmp_path / "out"), show_progress_bar=False)
+    assert shards.run(sources, None, show_progress_bar=False).shards == 2
+    assert SidecarFolder(tmp_path / "a").rows_path(shard_of(sources[0], 0)).is_file()
+
+
+@pytest.mark.parametrize("text", ["8/8", "1", "a/b", "-1/2", "1/0"])
+def test_a_slice_is_checked(text: str) -> None:
+    assert parse_part("7/8") == (7, 8)
+    with pytest.raises(ValueError, match=r"shard_slice must be i/n with 0 <= i < n, such as 0/8"):
+        parse_part(text)

@@ -1,0 +1,149 @@
+"""Stage 2 on a stream whose embeddings lie in sidecars: the same training as from a cache."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm2clip.data import CaptionSource, SkippedSample, StreamingCaptionImageDataset
+from llm2clip.data.shards import ShardedSource
+from llm2clip.embedding import EmbeddingCache, MissingCaptionError, embed
+from llm2clip.embedding.cache_files import CacheMismatchError
+from llm2clip.embedding.sidecars import SourceSidecars
+from llm2clip.trainers import run_stage2
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils.settings import build_config
+from tests.llm2clip import tiny
+from tests.llm2clip.conftest import Inputs
+from tests.llm2clip.trainers.test_stage2 import losses, weights
+
+TARS, PER_TAR = 3, 24
+
+
+def write_tars(folder: Path) -> str:
+    """The first rows of the bundled images as webdataset shards."""
+    folder.mkdir()
+    table = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split="train")
+    table = table.cast_column("image", datasets.Image(decode=False))
+    for shard in range(TARS):
+        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+            for row in table.select(range(shard * PER_TAR, (shard + 1) * PER_TAR)):
+                texts = {name: row[name] for name in ("caption", "keywords")}
+                for suffix, data in (("webp", row["image"]["bytes"]), ("json", json.dumps(texts).encode())):
+                    entry = tarfile.TarInfo(f"{row['key']}.{suffix}")
+                    entry.size = len(data)
+                    archive.addfile(entry, io.BytesIO(data))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tars(tmp_path_factory.mktemp("stream") / "tars")
+
+
+def source(tars: str, **fields: Any) -> dict[str, Any]:
+    return {"path": tars, "streaming": True, "caption_columns": ["json.caption", "json.keywords"], **fields}
+
+
+def embedded(inputs: Inputs, folder: Path, *sources: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    settings = {"text_model_name_or_path": inputs.text, "output_dir": str(folder), "sources": list(sources), **fields}
+    return embed.run(build_config(embed.EmbedConfig, settings))
+
+
+def train(folder: Path, inputs: Inputs, cache: Path, tars: str, **changes: Any) -> None:
+    fields = tiny.stage2_fields(folder, inputs.vision, inputs.text, str(cache)) | {"eval_sources": {}}
+    fields |= {"sources": [source(tars)], "shuffle_buffer": 16, "save_strategy": "no"}
+    run_stage2.run(build_config(Stage2Config, fields | changes))
+
+
+def test_sidecars_train_as_the_cache_does(inputs: Inputs, tars: str, tmp_path: Path) -> None:
+    found = embedded(inputs, tmp_path / "sidecars", source(tars))
+    assert (found["num_shards"], found["num_shards_done_before"]) == (TARS, 0)
+    assert embedded(inputs, tmp_path / "cache", source(tars), store="cache")["num_captions"] <= found["num_captions"]
+    for name in ("cache", "sidecars"):
+        train(tmp_path / name / "run", inputs, tmp_path / name, tars)
+    assert losses(tmp_path / "sidecars" / "run") == losses(tmp_path / "cache" / "run")
+    expected = weights(tmp_path / "cache" / "run")
+    for name, value in weights(tmp_path / "sidecars" / "run").items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
+
+
+def test_retrieval_sets_are_measured_from_a_cache(inputs: Inputs, tars: str, tmp_path: Path) -> None:
+    embedded(inputs, tmp_path / "sidecars", source(tars))
+    sets = {"eval_sources": {"validation": tiny.concepts("validation", caption_columns=["caption"], max_samples=40)}}
+    with pytest.raises(ValueError, match="set eval_embedding_cache to it"):
+        train(tmp_path / "run", inputs, tmp_path / "sidecars", tars, **sets)
+    changes = {**sets, "eval_embedding_cache": inputs.cache, "max_steps": 1}
+    train(tmp_path / "run", inputs, tmp_path / "sidecars", tars, **changes)
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_validation_text_to_image_mean_rank" in entry for entry in history)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_sample_has_the_embedding_of_its_caption(
+    workers: int, inputs: Inputs, tars: str, tmp_path: Path
+) -> None:
+    embedded(inputs, tmp_path / "sidecars", source(tars))
+    embedded(inputs, tmp_path / "cache", source(tars), store="cache")
+    cache = EmbeddingCache.open(tmp_path / "cache")
+    stream = CaptionSource.from_dict(source(tars))
+    sidecars = SourceSidecars(tmp_path / "sidecars", ShardedSource(stream).shards)
+    keys: list[str] = []
+    world = 1 if workers else TARS
+    for rank in range(world):
+        rows = StreamingCaptionImageDataset(
+            stream, None, rank=rank, world_size=world, shuffle_buffer=8, embeddings=sidecars
+        )
+        rows.set_epoch(3)
+        for sample in torch.utils.data.DataLoader(rows, batch_size=None, num_workers=workers):
+            keys.append(sample["key"])
+            assert sample["llm_embeds"].equal(cache.lookup([sample["caption"]], dtype=None)[0])
+    assert len(keys) == len(set(keys)) == TARS * PER_TAR
+
+
+def test_a_caption_without_embedding_is_a_skipped_sample(inputs: Inputs, tars: str, tmp_path: Path) -> None:
+    embedded(inputs, tmp_path / "sidecars", source(tars))
+    path = tmp_path / "sidecars" / "1.tar.emb.safetensors"
+    rows = load_file(path)
+    rows["keys"][0] += 1
+    save_file(rows, path)
+    stream = CaptionSource.from_dict(source(tars))
+    opened = ShardedSource(stream)
+    lost = next(iter(opened.captions(opened.shards[1])))[0][0]
+    sidecars = SourceSidecars(tmp_path / "sidecars", opened.shards)
+    samples = list(StreamingCaptionImageDataset(stream, None, training=False, embeddings=sidecars))
+    plain = list(StreamingCaptionImageDataset(stream, None, training=False))
+    skipped = {sample.key: sample.reason for sample in samples if isinstance(sample, SkippedSample)}
+    assert skipped == {
+        sample["key"]: "its caption has no embedding in the sidecar of its file"
+        for number, sample in enumerate(plain)
+        if sample["caption"] == lost and number // PER_TAR == 1
+    }
+    assert skipped
+
+
+def test_sidecars_that_do_not_fit_are_refused_before_training(inputs: Inputs, tars: str, tmp_path: Path) -> None:
+    embedded(inputs, tmp_path / "part", source(tars), shard_slice="0/2")
+    with pytest.raises(MissingCaptionError, match=r"do not fit 1 of 3 shards: 1\.tar has none"):
+        train(tmp_path / "run", inputs, tmp_path / "part", tars)
+    embedded(inputs, tmp_path / "one", source(tars, caption_columns=["json.caption"]))
+    with pytest.raises(MissingCaptionError, match=r"that of 0\.tar lacks the column json\.keywords"):
+        train(tmp_path / "run", inputs, tmp_path / "one", tars)
+    drawn = {"sources": [source(tars, caption_weights=[1, 0])]}
+    train(tmp_path / "drawn", inputs, tmp_path / "one", tars, max_steps=1, **drawn)
+    with pytest.raises(ValueError, match="a single source with streaming: true reads"):
+        train(tmp_path / "run", inputs, tmp_path / "one", tars, sources=[tiny.concepts()])
+    for path in sorted((tmp_path / "one").glob("*.json")):
+        fields = json.loads(path.read_text())
+        fields["encoder"]["fingerprint"] = "2-" + 64 * "0"
+        path.write_text(json.dumps(fields))
+    with pytest.raises(CacheMismatchError, match="but the text encoder in use has fingerprint"):
+        train(tmp_path / "run", inputs, tmp_path / "one", tars, **drawn)
