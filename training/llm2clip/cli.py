@@ -63,6 +63,8 @@ COMMANDS = {
                       "llm2clip.trainers.run_stage1", "Stage1Config", resumes=True, writes_log=True),
     "embed": Command("embed all captions with the LLM into a cache (resumable)",
                      "llm2clip.embedding.embed", "EmbedConfig", writes_log=True),
+    "verify": Command("re-read stored embeddings, compare them with their checksums, and say what is missing",
+                      "llm2clip.embedding.verify", "VerifyConfig", ("folder",)),
     "stage2": Command("train the vision tower and adapter on cached embeddings",
                       "llm2clip.trainers.run_stage2", "Stage2Config", resumes=True, writes_log=True),
     "evaluate": Command("measure a model on published benchmarks, or on your own images and captions",

@@ -82,13 +82,30 @@ def test_a_sidecar_has_the_distinct_captions_of_its_shard(tmp_path: Path) -> Non
             torch.testing.assert_close(found.float(), encoder.embed([text])[0], atol=2e-3, rtol=2e-3)
         assert opened.lookup(f"dog {number + 1}") is None
     path = tmp_path / "data" / "2.parquet"
-    manifest = SidecarManifest.read(tmp_path / "data" / "2.parquet.emb.json")
-    rows = tmp_path / "data" / "2.parquet.emb.safetensors"
+    manifest = SidecarManifest.read(tmp_path / "data" / "2.emb.manifest")
+    rows = tmp_path / "data" / "2.emb.safetensors"
     assert (manifest.rows, manifest.captions, manifest.truncated) == (3, 3, 1)
     assert (manifest.source_bytes, manifest.source_checksum) == (path.stat().st_size, f"sha256:{sha256(path)}")
     assert (manifest.bytes, manifest.checksum) == (rows.stat().st_size, sha256(rows))
     assert is_sidecar_folder(tmp_path)
     assert stored_encoder(tmp_path).fingerprint == "finger-a"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json"])
+def test_sidecars_in_the_folder_of_a_source_are_not_its_data(kind: str, tmp_path: Path) -> None:
+    for number in range(2):
+        rows = datasets.Dataset.from_dict({"caption": [f"dog {number}"]})
+        getattr(rows, f"to_{kind}")(tmp_path / f"{number}.{kind}")
+    source = CaptionSource(str(tmp_path), streaming=True)
+    assert embed(source, None).done_before == 0
+    assert embed(source, None) == ShardCounts(2, 2, 0, 0, 0, [])
+    (tmp_path / "0.tar").write_bytes((tmp_path / f"0.{kind}").read_bytes())
+    namesake = CaptionSource(str(tmp_path / "0.tar"), streaming=True)
+    shard = SourceShard(0, namesake.path, "0.tar")
+    with pytest.raises(
+        CacheMismatchError, match=r"0\.emb\.manifest belongs to 0\.\w+, and 0\.tar would have the same"
+    ):
+        SidecarFolder(tmp_path).is_embedded(shard, description(), ["caption"])
 
 
 def test_only_shards_without_a_valid_sidecar_are_embedded(tmp_path: Path) -> None:
@@ -98,9 +115,9 @@ def test_only_shards_without_a_valid_sidecar_are_embedded(tmp_path: Path) -> Non
     calls = Counting()
     assert embed(source, out, calls).done_before == 4
     assert not calls.texts
-    (out / "0.parquet.emb.json").unlink()  # killed between the sidecar and its manifest
-    (out / "1.parquet.emb.json").write_text("{")
-    with (out / "2.parquet.emb.safetensors").open("ab") as file:
+    (out / "0.emb.manifest").unlink()  # killed between the sidecar and its manifest
+    (out / "1.emb.manifest").write_text("{")
+    with (out / "2.emb.safetensors").open("ab") as file:
         file.truncate(100)
     write_shards(tmp_path / "data", 5)  # the data has grown
     counts = embed(source, out, calls)
@@ -112,7 +129,7 @@ def test_only_shards_without_a_valid_sidecar_are_embedded(tmp_path: Path) -> Non
     datasets.Dataset.from_dict({"caption": ["changed"], "other": [None]}).to_parquet(tmp_path / "data" / "3.parquet")
     assert embed(source, out).done_before == 4
     assert Sidecar(
-        out / "3.parquet.emb.safetensors", SidecarManifest.read(out / "3.parquet.emb.json")
+        out / "3.emb.safetensors", SidecarManifest.read(out / "3.emb.manifest")
     ).lookup("changed") is not None  # fmt: skip
 
 
@@ -181,7 +198,7 @@ def test_sidecars_of_another_encoder_are_refused(tmp_path: Path) -> None:
 def test_damage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = write_shards(tmp_path / "data", 1), tmp_path / "out"
     embed(source, out)
-    path = out / "0.parquet.emb.safetensors"
+    path = out / "0.emb.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -199,9 +216,9 @@ def test_damage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert 1 <= len(compared) <= 12
     path.write_bytes(content[:-2])
     with pytest.raises(CacheDamagedError, match="is truncated"):
-        Sidecar(path, SidecarManifest.read(out / "0.parquet.emb.json"))
-    fields = json.loads((out / "0.parquet.emb.json").read_text())
-    (out / "0.parquet.emb.json").write_text(json.dumps({**fields, "format_version": 2}))
+        Sidecar(path, SidecarManifest.read(out / "0.emb.manifest"))
+    fields = json.loads((out / "0.emb.manifest").read_text())
+    (out / "0.emb.manifest").write_text(json.dumps({**fields, "format_version": 2}))
     with pytest.raises(ValueError, match="not the manifest of a sidecar of version 1"):
         sidecars.check(["caption"])
 
@@ -218,14 +235,14 @@ def test_a_shard_that_cannot_be_embedded_does_not_stop_the_others(tmp_path: Path
     counts = ShardEmbedder(broken, description()).run([source], str(out), show_progress_bar=False)
     assert len(counts.failed) == 1
     assert "1.parquet: The embedding of the caption 'everywhere' is not finite" in counts.failed[0]
-    assert sorted(path.name for path in out.glob("*.json")) == ["0.parquet.emb.json", "2.parquet.emb.json"]
+    assert sorted(path.name for path in out.glob("*.manifest")) == ["0.emb.manifest", "2.emb.manifest"]
     assert not list(out.glob(".*"))
 
 
 def test_two_shards_of_one_name_are_refused(tmp_path: Path) -> None:
     sources = [write_shards(tmp_path / name, 1) for name in ("a", "b")]
     shards = ShardEmbedder(Counting(), description())
-    with pytest.raises(ValueError, match=r"two shards would have the sidecar .*0\.parquet\.emb\.safetensors"):
+    with pytest.raises(ValueError, match=r"two shards would have the sidecar .*0\.emb\.safetensors"):
         shards.run(sources, str(tmp_path / "out"), show_progress_bar=False)
     assert shards.run(sources, None, show_progress_bar=False).shards == 2
     assert SidecarFolder(tmp_path / "a").rows_path(shard_of(sources[0], 0)).is_file()

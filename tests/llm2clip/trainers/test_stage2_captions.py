@@ -76,6 +76,15 @@ def test_sidecars_train_as_the_cache_does(inputs: Inputs, tars: str, tmp_path: P
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
 
 
+def test_sidecars_beside_the_shards_are_found_there(inputs: Inputs, tmp_path: Path) -> None:
+    tars = write_tars(tmp_path / "tars")
+    assert embedded(inputs, Path(), source(tars), output_dir="")["num_shards"] == TARS
+    assert len(list((tmp_path / "tars").iterdir())) == 3 * TARS
+    # The folder of the source now contains other files too.
+    assert embedded(inputs, Path(), source(tars), output_dir="")["num_shards_done_before"] == TARS
+    train(tmp_path / "run", inputs, tmp_path / "tars", tars, max_steps=1)
+
+
 def test_retrieval_sets_are_measured_from_a_cache(inputs: Inputs, tars: str, tmp_path: Path) -> None:
     embedded(inputs, tmp_path / "sidecars", source(tars))
     sets = {"eval_sources": {"validation": tiny.concepts("validation", caption_columns=["caption"], max_samples=40)}}
@@ -111,7 +120,7 @@ def test_every_sample_has_the_embedding_of_its_caption(
 
 def test_a_caption_without_embedding_is_a_skipped_sample(inputs: Inputs, tars: str, tmp_path: Path) -> None:
     embedded(inputs, tmp_path / "sidecars", source(tars))
-    path = tmp_path / "sidecars" / "1.tar.emb.safetensors"
+    path = tmp_path / "sidecars" / "1.emb.safetensors"
     rows = load_file(path)
     rows["keys"][0] += 1
     save_file(rows, path)
@@ -141,7 +150,7 @@ def test_sidecars_that_do_not_fit_are_refused_before_training(inputs: Inputs, ta
     train(tmp_path / "drawn", inputs, tmp_path / "one", tars, max_steps=1, **drawn)
     with pytest.raises(ValueError, match="a single source with streaming: true reads"):
         train(tmp_path / "run", inputs, tmp_path / "one", tars, sources=[tiny.concepts()])
-    for path in sorted((tmp_path / "one").glob("*.json")):
+    for path in sorted((tmp_path / "one").glob("*.manifest")):
         fields = json.loads(path.read_text())
         fields["encoder"]["fingerprint"] = "2-" + 64 * "0"
         path.write_text(json.dumps(fields))

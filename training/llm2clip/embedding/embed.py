@@ -99,7 +99,7 @@ def run(config: EmbedConfig) -> dict[str, Any]:
     Raises:
         ValueError: Settings do not fit each other, or shards could not be embedded.
     """
-    require(config, ["text_model_name_or_path", "sources"] + ["output_dir"] * (not config.writes_sidecars))
+    require(config, ["text_model_name_or_path", "sources"], output_dir=not config.writes_sidecars)
     if config.writes_sidecars:
         # Without a lock: several runs may share a folder, and each sidecar appears whole.
         return _embed_into_sidecars(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import posixpath
 import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -146,7 +147,7 @@ class ShardEmbedder:
             apply_umask(temporary)
         manifest = SidecarManifest(
             encoder=_encoder_fields(self.encoder),
-            source=Path(shard.name).name,
+            source=posixpath.basename(shard.name),
             source_bytes=size,
             source_checksum=checksum,
             caption_columns=list(opened.source.caption_columns),

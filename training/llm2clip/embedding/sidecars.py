@@ -1,13 +1,14 @@
 """Embeddings beside their shards: for each file of a streamed source, a file of embeddings and its manifest.
 
-`00000.tar` has `00000.tar.emb.safetensors`, with the tensors `embeddings` and `keys` of a shard of the cache (see
-`cache_files`), and `00000.tar.emb.json`, which is written last: a shard is embedded when its manifest is valid. No
-list of all captions exists anywhere.
+`00000.tar` has `00000.emb.safetensors`, with the tensors `embeddings` and `keys` of a shard of the cache (see
+`cache_files`), and `00000.emb.manifest`, in JSON, which is written last: a shard is embedded when its manifest is
+valid. No list of all captions exists anywhere.
 """
 
 from __future__ import annotations
 
 import hashlib
+import posixpath
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +22,7 @@ import torch
 from llm2clip.data.records import caption_keys
 from llm2clip.data.sampling import stable_seed
 from llm2clip.data.shards import SourceShard
+from llm2clip.data.sources import COMPRESSIONS
 from llm2clip.embedding.cache_files import (
     MANIFEST,
     CacheDamagedError,
@@ -35,7 +37,8 @@ from llm2clip.utils.files import READ_SIZE, read_json, write_json
 
 FORMAT = "llm2clip-embedding-sidecar"
 FORMAT_VERSION = 1
-ROWS_SUFFIX, MANIFEST_SUFFIX = ".emb.safetensors", ".emb.json"
+# Neither name contains the ending of a shard, by which `datasets` would take it for data.
+ROWS_SUFFIX, MANIFEST_SUFFIX = ".emb.safetensors", ".emb.manifest"
 # Sidecars that a reader keeps open, and the share of those it opens whose checksum it compares: one in so many.
 KEPT_OPEN = 64
 SAMPLED = 16
@@ -130,11 +133,11 @@ class SidecarFolder:
 
     def rows_path(self, shard: SourceShard) -> Path:
         """Return the path of the sidecar of a shard."""
-        return self.folder / f"{shard.name}{ROWS_SUFFIX}"
+        return self.folder / f"{shard_stem(shard.name)}{ROWS_SUFFIX}"
 
     def manifest_path(self, shard: SourceShard) -> Path:
         """Return the path of the manifest of a shard's sidecar."""
-        return self.folder / f"{shard.name}{MANIFEST_SUFFIX}"
+        return self.folder / f"{shard_stem(shard.name)}{MANIFEST_SUFFIX}"
 
     def is_embedded(self, shard: SourceShard, encoder: CacheManifest, columns: Sequence[str]) -> bool:
         """Tell whether a shard has a whole sidecar with the captions of these columns.
@@ -147,6 +150,11 @@ class SidecarFolder:
             whole = self.rows_path(shard).stat().st_size == manifest.bytes
         except (FileNotFoundError, CacheDamagedError):
             return False
+        if manifest.source != posixpath.basename(shard.name):
+            raise CacheMismatchError(
+                f"{self.manifest_path(shard)} belongs to {manifest.source}, and {shard.name} would have the same. Set "
+                "another output_dir."
+            )
         for name, value in encoder.identity().items():
             if manifest.encoder.get(name) != value:
                 raise CacheMismatchError(
@@ -236,6 +244,8 @@ class SourceSidecars:
 
 def _misfit(manifest: SidecarManifest, shard: SourceShard, columns: Sequence[str]) -> str | None:
     """Return what does not fit between a sidecar and its shard, in words."""
+    if manifest.source != posixpath.basename(shard.name):
+        return f"that of {shard.name} belongs to {manifest.source}"
     if manifest.source_bytes != (size := source_size(shard.path)):
         return f"{shard.name} has {size} bytes, {manifest.source_bytes} when it was embedded"
     absent = [name for name in columns if name not in manifest.caption_columns]
@@ -252,6 +262,12 @@ def stored_encoder(folder: str | Path) -> CacheManifest:
     if not is_sidecar_folder(folder):
         return CacheManifest.read(Path(folder))
     return SidecarManifest.read(next(manifest_paths(Path(folder)))).cache_manifest()
+
+
+def shard_stem(name: str) -> str:
+    """Return the name of a shard without its ending."""
+    stem, suffix = posixpath.splitext(name)
+    return posixpath.splitext(stem)[0] if suffix in COMPRESSIONS else stem
 
 
 def is_sidecar_folder(folder: str | Path) -> bool:

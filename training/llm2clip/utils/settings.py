@@ -237,9 +237,13 @@ def _default(field: dataclasses.Field[Any]) -> str:
     return str(value).replace("%", "%%")
 
 
-def require(config: Any, names: Sequence[str]) -> None:
-    """Raise ValueError if `output_dir` or some of the settings `names` are empty; the message lists all of them."""
-    missing = [name for name in ("output_dir", *names) if not getattr(config, name)]
+def require(config: Any, names: Sequence[str], output_dir: bool = True) -> None:
+    """Raise ValueError if some of the settings `names` are empty; the message lists all of them.
+
+    Args:
+        output_dir: Whether `output_dir` is one of them.
+    """
+    missing = [name for name in (*["output_dir"] * output_dir, *names) if not getattr(config, name)]
     if missing:
         raise ValueError(f"{type(config).__name__} needs {', '.join(missing)}; set them in the recipe or as options.")
 
