@@ -113,13 +113,13 @@ README = {
     ),
     TRAIN_LLM: Run(needs=(LLAMA, *PAIRS), small=STAGE1, makes=("runs/stage1/model.safetensors",)),
     EMBED_CAPTIONS: Run(
-        needs=(TRAIN_LLM, "data/cc3m"), small=EMBED, makes=("runs/cache/manifest.json",), prints="num_captions: "
+        needs=(TRAIN_LLM, "data/cc3m"), small=EMBED, makes=("runs/cache/0.emb.manifest",), prints="num_captions: "
     ),
     "llm2clip embed --dtype float16": Run(
         needs=(TRAIN_LLM, "data/cc3m"),
         meant={"embed": "embed embed_paper"},
         small=EMBED,
-        makes=("runs/cache/manifest.json",),
+        makes=("runs/cache/0.emb.manifest",),
     ),
     TRAIN_VISION: Run(
         needs=(EMBED_CAPTIONS, TOWER),
@@ -226,11 +226,15 @@ SCALING = {
     "torchrun --nproc_per_node 8 -m llm2clip embed embed_paper --output_dir runs/cache": Run(
         needs=(TRAIN_LLM, "data/cc3m"),
         meant={"8": "2"},
-        small=f"{EMBED} --shard-size 8",
-        makes=("runs/cache/manifest.json",),
+        small=EMBED,
+        makes=("runs/cache/0.emb.manifest",),
         prints="num_captions: ",
         slow=True,
     ),
+    "llm2clip embed embed_paper --output_dir runs/cache --shard_slice 0/8": Run(
+        needs=(TRAIN_LLM, "data/cc3m"), small=EMBED, makes=("runs/cache/0.emb.manifest",), prints="num_shards: 1"
+    ),
+    "llm2clip verify runs/cache": Run(needs=(EMBED_CAPTIONS,), prints="num_captions: "),
     "torchrun --nproc_per_node 8 -m llm2clip stage2 stage2_paper": Run(
         needs=(EMBED_CAPTIONS, TOWER),
         meant={"8": "2"},

@@ -61,7 +61,7 @@ COMMANDS = {
                     "llm2clip.trainers.run_mntp", "MNTPConfig", resumes=True, writes_log=True),
     "stage1": Command("fine-tune the LLM on caption pairs with a contrastive loss",
                       "llm2clip.trainers.run_stage1", "Stage1Config", resumes=True, writes_log=True),
-    "embed": Command("embed all captions with the LLM into a cache (resumable)",
+    "embed": Command("embed all captions with the LLM, into a cache or beside their shards (resumable)",
                      "llm2clip.embedding.embed", "EmbedConfig", writes_log=True),
     "verify": Command("re-read stored embeddings, compare them with their checksums, and say what is missing",
                       "llm2clip.embedding.verify", "VerifyConfig", ("folder",)),
