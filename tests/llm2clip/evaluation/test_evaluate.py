@@ -175,6 +175,7 @@ def errors(place: Path) -> dict[str, tuple[list[str], str]]:
         "default": ([model, "--benchmark", strange], "--data benchmarks is no folder"),
         # A folder that is no model: counts are checked before a model is loaded.
         "counts": ([str(place), "--benchmark", str(place / "odd.py"), *data], "Odd has 11 images instead of 12"),
+        "output": ([str(place), "--benchmark", strange, *data, "--output", strange], f"because {strange} is a file"),
         "no_model": (["--benchmark", strange, *data], "evaluate needs model"),
         "format": ([model, "--benchmark", strange, *data, "--text-format", "upper"], "text format 'upper' is unknown"),
         "own": ([model, "--benchmark", strange, *data, "--split", "train"], "--split is for your own data, not with"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -135,6 +138,11 @@ def test_without_lengths_there_is_no_plot_of_them(tmp_path: Path) -> None:
     assert "lengths" not in (tmp_path / "table.md").read_text()
 
 
+def changed(**fields: Any) -> str:
+    """The content of a file of a result, with other fields."""
+    return json.dumps({**asdict(retrieval("a")), **fields})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -142,10 +150,20 @@ def test_without_lengths_there_is_no_plot_of_them(tmp_path: Path) -> None:
         ("[]", "does not contain a JSON object"),
         (json.dumps({"schema_version": 99}), "schema version 1: it has version 99"),
         (json.dumps({"model": "runs/a", "task": "retrieval"}), "schema version 1: it has no version"),
-        (json.dumps({"schema_version": 1, "benchmark": "a"}), "is not a result of schema version 1"),
+        (json.dumps({"schema_version": 1, "benchmark": "a"}), "schema version 1: it lacks title, model, protocol, "),
+        (changed(more=1), "schema version 1: it has the unknown fields more"),
+        (changed(scores=None), "schema version 1: its scores are None"),
+        (changed(scores={"accuracy": True}), "schema version 1: its scores are {'accuracy': True}"),
+        (changed(scores={}), "schema version 1: it has no score"),
+        (changed(scores={"accuracy": math.nan}), "schema version 1: its accuracy is nan"),
+        (changed(counts={"images": "many"}), "schema version 1: its counts are {'images': 'many'}"),
+        (changed(intervals={"accuracy": [0, "1"]}), "schema version 1: its intervals are "),
+        (changed(groups={"length": {"0-16": 1}}), "schema version 1: its groups are "),
+        (changed(model={"given": "a"}), "schema version 1: its model has no fingerprint"),
+        (changed(model={}), "schema version 1: its model has no given and no fingerprint"),
     ],
 )
-def test_a_file_that_is_no_result(
+def test_a_file_that_is_no_result_is_one_error(
     content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "result.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import time
@@ -13,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from llm2clip.evaluation import suite
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages, RetrievalData
@@ -154,9 +156,9 @@ def test_the_seconds_of_reading_count_though_the_files_were_read_before(data: Pa
         return read(folder)
 
     found = find_benchmarks([replace(BENCHMARK, read=slowly)], data)
-    suite = Suite(tmp_path / "out")
-    suite.check(found)
-    [result] = suite.run(found, session())
+    slow = Suite(tmp_path / "out")
+    slow.check(found)
+    [result] = slow.run(found, session())
     assert result.seconds["read"] >= 0.2
 
 
@@ -183,7 +185,7 @@ def test_results_of_other_schema_versions_are_refused(tmp_path: Path) -> None:
     assert path.name == "open_clip--ViT-B-32--laion400m.tiny.raw.json"
     assert result_path(tmp_path, "./runs/stage2/", "tiny", "raw").name == "runs--stage2.tiny.raw.json"
     for fields, message in (({}, "has no version"), ({"schema_version": 7}, "has version 7"),
-                            ({"schema_version": 1, "benchmark": "a"}, "missing")):  # fmt: skip
+                            ({"schema_version": 1, "benchmark": "a"}, "it lacks title, model")):  # fmt: skip
         write_json(path, fields)
         with pytest.raises(ValueError, match=message):
             read_result(path)
@@ -198,6 +200,30 @@ def test_a_plot_is_drawn_for_captions_of_several_lengths(data: Path, tmp_path: P
     [plot] = (tmp_path / "long").glob("*.png")
     assert plot.name == "models--tiny--one.tiny.raw.png"
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_result_that_cannot_be_written_is_not_finished(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "plot.png")
+
+    monkeypatch.setattr(suite, "write_length_plot", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(data, tmp_path / "out")
+    # Otherwise it would be found as finished, and its plot never drawn.
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_damaged_result_says_how_it_is_replaced(data: Path, tmp_path: Path) -> None:
+    first = run(data, tmp_path / "out")
+    [path] = (tmp_path / "out").glob("*.json")
+    path.write_text(path.read_text()[:300])
+    with pytest.raises(
+        ValueError, match=r"raw\.json is not valid JSON: .* --overwrite measures again and replaces it"
+    ):
+        run(data, tmp_path / "out")
+    assert run(data, tmp_path / "out", overwrite=True).scores == first.scores
 
 
 def test_protocols_have_tables_of_their_own(data: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm2clip.utils import files
+from tests.processes import run_python
 
 
 def test_file_keeps_its_old_content_when_writing_fails(tmp_path: Path) -> None:
@@ -20,10 +21,48 @@ def test_file_keeps_its_old_content_when_writing_fails(tmp_path: Path) -> None:
             file.write("half of the new con")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
         write()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["settings.json"]
+
+
+def test_an_error_of_another_file_keeps_its_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"No such file .*'source'$"), files.atomic_path(tmp_path / "copy"):
+        open("source")  # noqa: SIM115
+
+
+def test_tensors_that_do_not_fit_on_the_disk_are_an_error_of_the_system(tmp_path: Path) -> None:
+    script = f"""
+import resource, signal, torch
+from safetensors.torch import save_file
+from llm2clip.utils.files import atomic_path
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    with atomic_path({str(tmp_path / "rows")!r}) as temporary:
+        save_file({{"rows": torch.zeros(1000)}}, temporary)
+except OSError as error:
+    print(error)
+"""
+    shown = run_python(["-c", script]).stdout
+    assert shown.startswith(f"{tmp_path / 'rows'} cannot be written: ")
+    assert "File too large" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.require_writable(tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=rf"new cannot be a folder, because {tmp_path / 'file'} is a file"):
+        files.require_writable(tmp_path / "file" / "new")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(
+        PermissionError, match=rf"^{tmp_path} is read-only, so that nothing can be written to .*new\.$"
+    ):
+        files.require_writable(tmp_path / "new")
 
 
 def test_file_is_complete_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from llm2clip.evaluation.results_table import print_results
 from llm2clip.evaluation.session import EvaluationSession
 from llm2clip.evaluation.suite import Suite, find_benchmarks
 from llm2clip.evaluation.text_formats import choose_text_format
-from llm2clip.utils.files import write_json
+from llm2clip.utils.files import require_writable, write_json
 from llm2clip.utils.processes import process_state, worker_count
 
 DATA_FOLDER, RESULTS_FOLDER = "benchmarks", "results"
@@ -71,6 +71,7 @@ def run_benchmarks(config: EvaluateConfig) -> list[Result]:
     Raises:
         ValueError: A benchmark is unknown, its files are missing or not what was published, or a finished result is of
             something else.
+        OSError: Results cannot be written.
     """
     data, output = _benchmark_folder(config), Path(config.output or RESULTS_FOLDER)
     text_format = choose_text_format(config.text_format)
@@ -78,10 +79,13 @@ def run_benchmarks(config: EvaluateConfig) -> list[Result]:
     found = find_benchmarks(chosen, data)
     suite = Suite(output, config.text_format, config.allow_counts, config.overwrite)
     suite.check(found)
+    store = Path(config.embeddings) if config.embeddings else output / "embeddings"
+    for folder in (output, store):
+        require_writable(folder)
     encoder = open_encoder(config.model, config.revision, config.dtype, process_state().device)
     session = EvaluationSession(
         encoder,
-        Path(config.embeddings) if config.embeddings else output / "embeddings",
+        store,
         text_format,
         config.batch_size,
         worker_count(config.num_workers),

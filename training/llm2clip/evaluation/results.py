@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy
 import torch
@@ -62,8 +63,8 @@ class Result:
 
     def write(self, path: Path) -> None:
         """Write the JSON file, complete or not at all."""
-        fields = asdict(self)
-        write_json(path, {"schema_version": fields.pop("schema_version"), **fields})
+        content = asdict(self)
+        write_json(path, {"schema_version": content.pop("schema_version"), **content})
 
 
 def read_result(path: Path) -> Result:
@@ -72,15 +73,51 @@ def read_result(path: Path) -> Result:
     Raises:
         ValueError: The file is no such file, or of another version of the schema.
     """
-    fields = read_json(path)
-    version = fields.get("schema_version")
+    content = read_json(path)
+    version = content.get("schema_version")
     if version != SCHEMA_VERSION:
         given = "no version" if version is None else f"version {version}"
         raise ValueError(f"{path} is not a result of schema version {SCHEMA_VERSION}: it has {given}.")
-    try:
-        return Result(**fields)
-    except TypeError as error:
-        raise ValueError(f"{path} is not a result of schema version {SCHEMA_VERSION}: {error}.") from error
+    fault = _fault(content)
+    if fault:
+        raise ValueError(f"{path} is not a result of schema version {SCHEMA_VERSION}: {fault}.")
+    return Result(**content)
+
+
+def _fault(content: Mapping[str, Any]) -> str:
+    """Say what keeps the content of a file from being a result; empty if nothing does."""
+    hints = get_type_hints(Result)
+    optional = {one.name for one in fields(Result) if one.default_factory is not MISSING or one.default is not MISSING}
+    lacking = [name for name in hints if name not in content and name not in optional]
+    if lacking:
+        return f"it lacks {', '.join(lacking)}"
+    unknown = [name for name in content if name not in hints]
+    if unknown:
+        return f"it has the unknown fields {', '.join(unknown)}"
+    wrong = [name for name, value in content.items() if not _fits(value, hints[name])]
+    if wrong:
+        return f"its {wrong[0]} are {content[wrong[0]]!r:.80}"
+    nameless = [name for name in ("given", "fingerprint") if name not in content["model"]]
+    if nameless:
+        return f"its model has no {' and no '.join(nameless)}"
+    if not content["scores"]:
+        return "it has no score"
+    broken = [name for name, score in content["scores"].items() if not math.isfinite(score)]
+    return f"its {broken[0]} is {content['scores'][broken[0]]}" if broken else ""
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a type, such as `dict[str, list[float]]`."""
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return True
+    if kind in (int, float):
+        return type(value) in (int, kind)
+    if not isinstance(value, kind):
+        return False
+    if kind is dict:
+        return all(_fits(item, arguments[1]) for item in value.values())
+    return kind is not list or all(_fits(item, arguments[0]) for item in value)
 
 
 def result_path(output: Path, model: str, benchmark: str, text_format: str, variant: str = "") -> Path:

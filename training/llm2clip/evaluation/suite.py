@@ -103,7 +103,7 @@ class Suite:
         variant = getattr(benchmark.protocol, "variant", "")
         path = result_path(self.output, session.encoder.name, benchmark.name, self.text_format, variant)
         if on_main_process(path.is_file) and not self.overwrite:
-            finished = read_result(path)
+            finished = read_finished(path)
             require_same(path, finished, model, checksum, setup)
             logger.info("    %s is finished", path)
             return finished
@@ -127,8 +127,9 @@ class Suite:
             processes=process_state().num_processes,
         )
         if process_state().is_main_process:
-            result.write(path)
+            # The result comes last: it is the mark of what is finished.
             write_length_plot(path.with_suffix(".png"), result)
+            result.write(path)
         return result
 
     def setup(self, benchmark: Benchmark) -> str:
@@ -163,6 +164,18 @@ def missing_files(benchmark: Benchmark, data: Path) -> str:
     if not any(next(folder.glob(marker), None) for marker in forms):
         missing.insert(0, " or ".join(forms))
     return f"{benchmark.name} lacks {', '.join(missing)} in {folder}. (Source: {benchmark.source.rstrip('.')}.)"
+
+
+def read_finished(path: Path) -> Result:
+    """Read the result of an earlier run.
+
+    Raises:
+        ValueError: The file is damaged, or of another version.
+    """
+    try:
+        return read_result(path)
+    except ValueError as error:
+        raise ValueError(f"{error} --overwrite measures again and replaces it.") from error
 
 
 def describe_model(encoder: Encoder) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,16 +12,20 @@ from importlib.metadata import files as distribution_files
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 READ_SIZE = 1 << 22
+# Errors of writing to an open file, which say nothing of which.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path whose file replaces `path` when the block ends, and is removed when the block raises.
 
-    The content and the rename reach the disk before the call returns, so that a crash leaves either the old file or
-    the new one. The temporary name contains the process id: two processes that write the same file do not mix.
-    Temporary files of a killed process match `.*.tmp`. The folder of `path` is created.
+    The error of a full disk names the file. The content and the rename reach the disk before the call returns, so that
+    a crash leaves either the old file or the new one. The temporary name contains the process id: two processes that
+    write the same file do not mix. A killed process leaves files `.*.tmp`. The folder of `path` is created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,9 +34,30 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         flush_file(temporary)
         temporary.replace(path)
+    except SafetensorError as error:
+        # safetensors hides the system's errors.
+        raise OSError(f"{path} cannot be written: {error}") from error
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     flush_folder(path.parent)
+
+
+def require_writable(folder: Path) -> None:
+    """Check that a folder can be written or made, before what is to be written costs hours; nothing is made.
+
+    Raises:
+        NotADirectoryError: A file is in its place, or in that of a folder above it.
+        PermissionError: It is read-only.
+    """
+    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be a folder, because {there} is a file.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{there} is read-only, so that nothing can be written to {folder}.")
 
 
 def flush_file(path: Path) -> None:

@@ -25,6 +25,7 @@ LOCK = ".lock"
 OWNER = ".lock-owner.json"
 # Seconds to wait for the DataLoader workers of a killed run, which notice its end after a few seconds.
 PATIENCE = 15.0
+HOUR = 3600.0
 # Folders that the present thread has locked: a command holds that of its run before its trainer does.
 _held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
 # Errors of network file systems that have no locks.
@@ -100,7 +101,8 @@ def _acquire(lock: FileLock, folder: Path, patience: float) -> None:
     except Timeout:
         if patience <= 0:
             raise
-        logger.info("another run is using %s%s; waiting %.0f seconds.", folder, _owner(folder), patience)
+        limit = f"{patience:.0f} seconds" if patience < HOUR else f"{patience / HOUR:.0f} hours"
+        logger.info("another run is using %s%s; waiting for its end, at most %s.", folder, _owner(folder), limit)
         lock.acquire(timeout=patience)
 
 
