@@ -126,7 +126,8 @@ def _measured(width: int, image: float) -> list[str]:
         f"| it holds the distinct ones | {overhead:,.0f} bytes and the text | {held:,.0f} GB in every process |",
         f"| stage 2 checks the cache (`verify_cache`), a share in every process | "
         f"{measured['cache_bytes_checked_per_second'] / 1e9:.2f} GB/s | {check:,.0f} minutes for the 8B LLM's |",
-        f"| stage 2 finds captions in the open cache | {rows:,.0f} captions/s | {index:.1f} GB of index in every process |",
+        f"| stage 2 finds captions in the open cache | {rows:,.0f} captions/s | "
+        f"{index:.1f} GB of index in every process |",
         f"| it decodes and resizes JPEGs of 500 to 1,500 pixels to 336 x 336, `exact` | {exact:,.0f} images/s | "
         f"{rate / exact:.1f} cores for each GPU that trains EVA02-L/14-336 ({rate:,.0f} images/s) |",
         f"| the same, `fast` | {fast:,.0f} images/s | {rate / fast:.1f} cores for each GPU |",

@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from llm2clip.utils.towers import describe_text_tower, open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.llm2clip.conftest import Inputs
 from tests.modeling_llm2clip import tiny
+from tests.processes import ENVIRONMENT, run_python
 
 
 def test_cache_contains_the_embeddings_of_encode_and_counts_truncated_captions(inputs: Inputs, tmp_path: Path) -> None:
@@ -118,3 +122,28 @@ def test_weights_and_embeddings_have_the_mode_of_the_umask(inputs: Inputs, tmp_p
     files = sorted(tmp_path.rglob("*.safetensors"))
     assert [path.parent.name for path in files] == ["a", "b", "c", "d"]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
+
+
+def test_a_killed_run_into_sidecars_goes_on_with_what_is_missing(inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for number in range(40):
+        rows = [json.dumps({"caption": f"a dog {number} {row}"}) for row in range(20)]
+        (tmp_path / "data" / f"{number:02}.jsonl").write_text("\n".join(rows))
+    source = json.dumps([{"path": str(tmp_path / "data"), "streaming": True}])
+    arguments = ["-m", "llm2clip", "embed", "--text-model-name-or-path", inputs.text, "--sources", source]
+    killed = [*arguments, "--output-dir", str(tmp_path / "killed")]
+    process = subprocess.Popen([sys.executable, *killed], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "killed").glob("*.manifest")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*.manifest")}
+    assert 0 < len(done) < 40
+    run_python(killed)
+    assert all(path.stat().st_mtime_ns == time_written for path, time_written in done.items())
+    run_python([*arguments, "--output-dir", str(tmp_path / "whole")], processes=2)
+    names = sorted(path.name for path in (tmp_path / "whole").glob("*.emb.*"))
+    assert len(names) == 80
+    for name in names:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
