@@ -55,6 +55,13 @@ def test_titles_name_what_has_no_usual_value_though_no_column_differs() -> None:
     ]
 
 
+def test_results_with_other_scores_to_compare_share_no_column() -> None:
+    one_way = retrieval("b", intervals={}, scores={RECALLS[1]: 0.6})
+    comparison = compared(retrieval("a"), one_way)
+    assert [column.scores for column in comparison.columns] == [RECALLS, (RECALLS[1],)]
+    assert [list(row.cells) for row in comparison.rows] == [[0], [1]]
+
+
 def test_models_of_one_name_are_told_apart() -> None:
     other = {"given": "a", "library": "transformers", "fingerprint": "e" * 16}
     comparison = compared(retrieval("a"), retrieval("a", model=other), retrieval("b"))
@@ -120,6 +127,12 @@ def test_published_rows_stand_beside_what_they_may_be_compared_with() -> None:
     assert one.cells == {number: {RECALLS[0]: 0.1, RECALLS[1]: 0.2} for number in (0, 3, 4)}
     assert one.unstated == ["what"]
     assert sorted(three.cells) == [0, 1, 4]
+
+
+def test_published_rows_of_one_source_stand_together() -> None:
+    comparison = compared(retrieval("a"))
+    add_published(comparison, [published("one"), published("two", source="Another paper"), published("three")])
+    assert [row.label for row in comparison.rows] == ["a", "one", "three", "two"]
 
 
 def test_of_a_set_with_other_templates_nothing_was_published() -> None:

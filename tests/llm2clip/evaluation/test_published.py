@@ -61,5 +61,7 @@ def test_a_row_that_does_not_fit_its_table(row: str, message: str) -> None:
     table = {"source": "a", "sets": ["x", "y | z"], "scores": ["i", "t"], "rows": {"CLIP": row}}
     with pytest.raises(ValueError, match=message):
         list(read_table(table))
-    table["rows"] = {"CLIP": "1/2 -"}
-    assert list(read_table(table)) == [PublishedRow("CLIP", ("x",), {"i": 0.01, "t": 0.02}, {}, "a")]
+    table |= {"rows": {"CLIP": "- 1/2"}, "table": "3", "unstated": "the prompts"}
+    assert list(read_table(table)) == [
+        PublishedRow("CLIP", ("y", "z"), {"i": 0.01, "t": 0.02}, {}, "a", "3", "the prompts")
+    ]

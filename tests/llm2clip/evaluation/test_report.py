@@ -13,10 +13,18 @@ from PIL import Image
 
 from llm2clip import cli
 from llm2clip.evaluation import report
-from llm2clip.evaluation.comparison import compare
+from llm2clip.evaluation.comparison import Comparison, Row, add_published, compare
 from llm2clip.evaluation.published import PublishedRow
+from llm2clip.evaluation.report_page import as_markdown
 from llm2clip.evaluation.report_plots import draw_lengths, draw_models
+from llm2clip.evaluation.results import Result
 from tests.llm2clip.evaluation.made_results import RETRIEVAL, classification, retrieval, written
+
+SIDES = ("image_to_text_recall@1", "text_to_image_recall@1")
+
+
+def compared(*results: Result) -> Comparison:
+    return compare([(Path(str(number)), result) for number, result in enumerate(results)])
 
 
 @pytest.fixture
@@ -88,18 +96,72 @@ def test_the_page_and_its_plots(two_models: list[str], tmp_path: Path) -> None:
     assert "| a\\|b |" in page
     assert "| language, T2I R@1 | a\\|b |\n| --- | ---: |\n| de | 12.5 |\n| en | 50.0 |" in page
     assert "tench" not in page
+    assert "By length" not in page
     for plot in ("my table-models.png", "my table-lengths.png"):
         assert f"({plot.replace(' ', '%20')})" in page
         assert Image.open(output.parent / plot).width > 100
     assert sorted(path.name for path in output.parent.iterdir() if path.suffix != ".png") == ["my table.md"]
 
 
+def test_sources_have_the_same_numbers_in_every_table() -> None:
+    comparison = compared(retrieval("a"))
+    facts = [("one", "A paper", "the crop"), ("two", "Another paper", "the prompts"), ("three", "Another paper", "")]
+    facts += [("four", "Another paper", "the prompts")]
+    scores = dict.fromkeys(SIDES, 0.5)
+    add_published(
+        comparison, [PublishedRow(name, ("urban1k",), scores, {}, source, "", what) for name, source, what in facts]
+    )
+    page = as_markdown(comparison, comparison.baseline("one"))
+    assert (
+        "| model | Urban1k<br>I2T / T2I R@1 |\n| --- | ---: |\n| a | 25.0 / 50.0 |\n| one [1] | 50.0 / 50.0 |" in page
+    )
+    assert "| a | -25.0 / +0.0 |\n| two [2] | +0.0 / +0.0 |" in page
+    assert "- [1] A paper; does not state the crop\n- [2] Another paper; does not state the prompts\n" in page
+
+
+def test_a_page_has_the_counts_and_parts_of_every_result() -> None:
+    english, german = (
+        {name: {SIDES[0]: i2t, SIDES[1]: t2i}} for name, i2t, t2i in (("en", 0.1, 0.2), ("de", 0.3, 0.4))
+    )
+    recall = {"title": "CRA", "scores": {"recall@1": 0.5}, "intervals": {}, "groups": {}}
+    page = as_markdown(
+        compared(
+            retrieval("a", counts={"images": 1000}, groups={}),
+            retrieval("b", counts={"texts": 5}, groups={"language": english}),
+            retrieval("c", counts={}, groups={"language": german}, scores=dict.fromkeys(SIDES, 0.5)),
+            retrieval("d", "cra", **recall),
+        ),
+        None,
+    )
+    rows = [line for line in page.split("## Urban1k")[1].split("###")[0].splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| model", "| ---", "| a", "| b", "| c"]
+    assert [row.split(" | ")[-2:] for row in rows] == [
+        ["images", "texts |"], ["---:", "---: |"], ["1,000", " |"], ["", "5 |"], ["", " |"],
+    ]  # fmt: skip
+    assert "| language, I2T R@1 / T2I R@1 | b | c |" in page
+    assert "| en | 10.0 / 20.0 |  |\n| de |  | 30.0 / 40.0 |" in page
+    assert "CRA<br>R@1 |" in page
+
+
+def test_sets_of_strangers_come_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = written(tmp_path / "with [brackets]", retrieval("a", "a-museum"), retrieval("a"), classification("a"))
+    output = tmp_path / "page.md"
+    assert cli.main(["report", str(Path(paths[0]).parent), "--output", str(output)]) == 0
+    assert [line for line in output.read_text().splitlines() if line.startswith("## ")] == [
+        "## Urban1k", "## ImageNet-1k (openai-80)", "## a-museum",
+    ]  # fmt: skip
+
+
 def test_bars_and_lines_show_the_scores() -> None:
     results = [retrieval("a", t2i=0.5), retrieval("b", t2i=0.6), retrieval("b", "docci", t2i=0.7), classification("a")]
-    comparison = compare([(Path(str(number)), result) for number, result in enumerate(results)])
+    comparison = compared(*results)
     _, text_to_image, top1 = draw_models(comparison).axes
     bars = {bars.get_label(): [round(bar.get_height(), 6) for bar in bars] for bars in text_to_image.containers[1::2]}
     assert bars == {"a": [50.0], "b": [60.0, 70.0]}
+    (first,), (second, _) = text_to_image.containers[1::2]
+    assert first.get_x() + first.get_width() == pytest.approx(second.get_x()), "beside each other"
+    (whisker,) = text_to_image.containers[0].lines[2][0].get_segments()
+    assert whisker[:, 1].tolist() == pytest.approx([47.0, 52.0])
     assert [label.get_text() for label in text_to_image.get_xticklabels()] == ["Urban1k", "DOCCI"]
     assert [label.get_text() for label in top1.get_xticklabels()] == ["ImageNet-1k (openai-80)"]
     figure = draw_lengths(comparison)
@@ -111,11 +173,20 @@ def test_bars_and_lines_show_the_scores() -> None:
     assert docci.get_title() == "DOCCI"
 
 
+def test_of_many_models_the_measured_ones_alone_are_drawn() -> None:
+    comparison = compared(retrieval("a"), retrieval("b"))
+    comparison.rows += [Row(f"p{number}", comparison.rows[0].cells, source="A paper") for number in range(10)]
+    assert len(draw_models(comparison).axes[0].containers[1::2]) == 12
+    comparison.rows.append(Row("one more", comparison.rows[0].cells, source="A paper"))
+    bars = draw_models(comparison).axes[0].containers[1::2]
+    assert [bar.get_label() for bar in bars] == ["a", "b"]
+
+
 def test_long_titles_stay_inside_the_figures_and_do_not_overlap() -> None:
     differences = ["20 images instead of 1,000", "100 texts instead of 5,000"]
     results = [retrieval("a", name, title=name, differences=differences) for name in ("docci", "urban1k", "iiw")]
     results += [classification("a", differences=differences), retrieval("b")]
-    comparison = compare([(Path(str(number)), result) for number, result in enumerate(results)])
+    comparison = compared(*results)
     for figure in (draw_models(comparison), draw_lengths(comparison)):
         assert figure is not None
         figure.canvas.draw()

@@ -83,7 +83,7 @@ class Comparison:
             cells = {
                 number: {name: value - baseline.cells[number][name] for name, value in scores.items()}
                 for number, scores in row.cells.items()
-                if number in baseline.cells and scores.keys() <= baseline.cells[number].keys()
+                if number in baseline.cells
             }
             if row is not baseline and cells:
                 rows.append(Row(row.label, cells, source=row.source, unstated=row.unstated))
@@ -142,8 +142,7 @@ def add_published(comparison: Comparison, published: Iterable[PublishedRow]) -> 
                 continue
             row = rows.setdefault((line.model, line.source), Row(line.model, source=line.source))
             row.cells[number] = {name: line.scores[name] for name in column.scores}
-            if line.unstated and line.unstated not in row.unstated:
-                row.unstated.append(line.unstated)
+            row.unstated += filter(None, [line.unstated])
     sources = _numbered(row.source for row in rows.values())
     comparison.rows += sorted(rows.values(), key=lambda row: sources[row.source])
     return len(rows)

@@ -89,7 +89,7 @@ def as_markdown(comparison: Comparison, baseline: Row | None, plots: Sequence[st
 
 def _details(column: Column, results: Sequence[tuple[str, Result]]) -> list[str]:
     """Write all that was measured in a column: scores with their intervals, counts, and scores of parts."""
-    names = list(column.first.scores)
+    names = list(dict.fromkeys(name for _, result in results for name in result.scores))
     counts = list(dict.fromkeys(name for _, result in results for name in result.counts))
     titles = [MODEL, *map(short_name, names), *(name.replace("_", " ") for name in counts)]
     rows = [
@@ -111,12 +111,15 @@ def _groups(kind: str, column: Column, results: Sequence[tuple[str, Result]]) ->
     ]
     rows = []
     for part in parts:
-        cells = ([groups.get(part, {}).get(name) for name in names] for _, groups in known)
-        rows.append([part, *(" / ".join("" if v is None else f"{100 * v:.1f}" for v in cell) for cell in cells)])
+        found = (groups.get(part, {}) for _, groups in known)
+        cells = ({name: scores[name] for name in names if name in scores} for scores in found)
+        rows.append([part, *(_cell(cell, "{:.1f}") for cell in cells)])
     return [f"{kind}, {' / '.join(map(short_name, names))}", *(label for label, _ in known)], rows
 
 
 def _with_interval(result: Result, name: str) -> str:
+    if name not in result.scores:
+        return ""
     score, interval = f"{100 * result.scores[name]:.1f}", result.intervals.get(name)
     return score if interval is None else f"{score} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
 

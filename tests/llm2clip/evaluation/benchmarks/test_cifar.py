@@ -43,6 +43,9 @@ def test_cifar10(tmp_path: Path) -> None:
     (folder / "test_batch.bin").write_bytes(row([2], 10)[:-1])
     with pytest.raises(BenchmarkError, match=r"has 3,072 bytes, no multiple of 3,073"):
         benchmark.read(folder)
+    (folder / "test_batch.bin").write_bytes(b"")
+    with pytest.raises(BenchmarkError, match="has 0 bytes"):
+        benchmark.read(folder)
 
 
 def test_fine_labels_of_cifar100_and_names_with_blanks(tmp_path: Path) -> None:

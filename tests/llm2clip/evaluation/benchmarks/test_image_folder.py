@@ -38,6 +38,9 @@ def test_folders_with_numbers_are_sorted_by_value(tmp_path: Path) -> None:
         write_picture(tmp_path / f"test/{number}/image.png", number)
     data = all_benchmarks()["imagefolder"].read(tmp_path)
     assert (shades(data.images), data.classnames) == ([1, 2, 10], ["1", "2", "10"])
+    write_picture(tmp_path / "test/cat/image.png", 3)
+    data = all_benchmarks()["imagefolder"].read(tmp_path)
+    assert (shades(data.images), data.classnames) == ([1, 10, 2, 3], ["1", "10", "2", "cat"]), "not all are numbers"
 
 
 def test_own_names_templates_train_and_validation_images_are_read(tmp_path: Path) -> None:
@@ -52,9 +55,10 @@ def test_own_names_templates_train_and_validation_images_are_read(tmp_path: Path
     assert data.classnames == data.train.classnames == ["Äpfel", "Birnen"]
     assert data.templates == ["ein Foto: {c}", "{c}"]
     assert [shades(part.images) for part in (data, data.train, data.validation)] == [[1, 1], [2, 2], [3, 3]]
-    (tmp_path / "classnames.txt").write_text("Äpfel\n", encoding="utf-8")
-    with pytest.raises(BenchmarkError, match="has 1 names for 2 classes"):
-        probe.read(tmp_path)
+    for count in (1, 3):
+        (tmp_path / "classnames.txt").write_text("Äpfel\n" * count, encoding="utf-8")
+        with pytest.raises(BenchmarkError, match=f"has {count} names for 2 classes"):
+            probe.read(tmp_path)
 
 
 def test_all_found_takes_folders_of_classes_but_not_tars(tmp_path: Path) -> None:

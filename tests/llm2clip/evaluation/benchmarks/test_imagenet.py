@@ -47,6 +47,9 @@ def write_devkit(path: Path, truth: list[int]) -> None:
 
 def write_tar(path: Path, files: Iterable[tuple[str, bytes]], mode: str = "w") -> None:
     with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
         for name, content in files:
             member = tarfile.TarInfo(name)
             member.size = len(content)
@@ -90,9 +93,10 @@ def test_flat_images_with_the_files_of_labels(tmp_path: Path) -> None:
     data = read("imagenet-1k", tmp_path)
     assert [WNIDS[label] for label in data.labels.tolist()] == ["n02100735", "n02119789", "n02119789"]
     assert shades(data.images) == [1, 2, 3]
-    (tmp_path / TRUTH).write_text("2\n1\n")
-    with pytest.raises(BenchmarkError, match="has 2 labels for 3 images"):
-        read("imagenet-1k", tmp_path)
+    for count in (2, 4):
+        (tmp_path / TRUTH).write_text("1\n" * count)
+        with pytest.raises(BenchmarkError, match=f"has {count} labels for 3 images"):
+            read("imagenet-1k", tmp_path)
     (tmp_path / TRUTH).write_text("2\n1\n9\n")
     with pytest.raises(BenchmarkError, match="no class of ImageNet-1k: 9"):
         read("imagenet-1k", tmp_path)
@@ -102,6 +106,17 @@ def test_flat_images_with_the_id_in_their_names(tmp_path: Path) -> None:
     write_picture(tmp_path / "val/ILSVRC2012_val_00000002_n01440764.JPEG")
     write_picture(tmp_path / "val/ILSVRC2012_val_00000001_n01484850.JPEG")
     assert read("imagenet-1k", tmp_path).labels.tolist() == [2, 0]
+    write_picture(tmp_path / "val" / file_name(3))
+    with pytest.raises(BenchmarkError, match="have no labels"):
+        read("imagenet-1k", tmp_path)
+
+
+def test_flat_images_with_devkit(tmp_path: Path) -> None:
+    for number in (2, 1):
+        write_picture(tmp_path / "val" / file_name(number), number)
+    write_devkit(tmp_path / DEVKIT, [2, 3])
+    data = read("imagenet-1k", tmp_path)
+    assert [WNIDS[label] for label in data.labels.tolist()] == ["n02100735", "n01440764"]
 
 
 def test_tar_with_devkit(tmp_path: Path) -> None:
@@ -113,7 +128,7 @@ def test_tar_with_devkit(tmp_path: Path) -> None:
     data = read("imagenet-1k", tmp_path)
     assert [WNIDS[label] for label in data.labels.tolist()] == ["n02100735", "n02119789", "n01440764"]
     assert shades(data.images) == [1, 2, 3]
-    assert data.images.key(1) == file_name(2)
+    assert [data.images.key(row) for row in range(3)] == [file_name(number) for number in (1, 2, 3)]
 
 
 def test_labels_of_v2_are_the_numbers_of_its_folders(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from modeling_llm2clip.image_decoding_llm2clip import decode_image
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three folders, of which ImageNet knows two; by label their order is another than by folder."""
+    """Three folders, of which ImageNet knows two; their order is another by label, and in the file, than by folder."""
     root = tmp_path / "objectnet-1.0"
     (root / "mappings").mkdir(parents=True)
-    labels = {"alarm_clock": "Zz Clock", "bath_towel": "Bath towel", "cd_case": "CD case"}
+    labels = {"cd_case": "CD case", "bath_towel": "Bath towel", "alarm_clock": "Zz Clock"}
     (root / "mappings/folder_to_objectnet_label.json").write_text(json.dumps(labels))
     shared = {"Bath towel": "bath towel", "Zz Clock": "analog clock; digital clock"}
     (root / "mappings/objectnet_to_imagenet_1k.json").write_text(json.dumps(shared))

@@ -64,6 +64,16 @@ def test_labels_and_images_are_read_in_the_order_of_the_tars(classes: Path) -> N
     assert benchmark.read(classes).templates == ["a {c}", "the {c}."]
 
 
+def test_files_of_one_folder_and_name_up_to_the_first_dot_are_a_sample(classes: Path) -> None:
+    """Of several images the one that CLIP_benchmark would take; suffixes in any case."""
+    one = [("a/s.PNG", picture(1)), ("a/s.meta.json", b"{}"), ("a/s.cls", b"0")]
+    other = [("b/s.jpg", picture(2)), ("b/s.webp", picture(3, "webp")), ("b/s.png", picture(4)), ("b/s.CLS", b"2")]
+    write_split(classes / "test", [[*one, *other]])
+    data = read_classification(classes)
+    assert (shades(data.images), data.labels.tolist()) == ([1, 3], [0, 2])
+    assert [data.images.key(row) for row in range(2)] == ["0.tar/a/s", "0.tar/b/s"]
+
+
 def test_images_stay_in_the_tars_until_they_are_asked_for(classes: Path) -> None:
     """A set of gigabytes is listed, not loaded: after its tar is cut, only the images behind the cut are gone."""
     data = read_classification(classes)
@@ -150,11 +160,15 @@ def test_files_of_a_tar_are_found_by_their_place(tmp_path: Path) -> None:
     assert found[0][1] == FilePart(tmp_path / "a.tar", 512, 5)
 
 
-def test_sets_are_known_by_their_folders_and_compare_the_mean_of_classes_where_it_is_usual(classes: Path) -> None:
+def test_sets_are_known_by_their_folders_and_compare_the_mean_of_classes_where_it_is_usual(
+    classes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known = all_benchmarks()
     pets = classes.rename(classes.parent / "wds_vtab-pets")
     assert known["pets"].find(pets) == known["pets"].find(pets.parent) == pets
     assert known["food101"].find(pets) is None
+    monkeypatch.chdir(pets)
+    assert known["pets"].find(Path()) == Path()
     assert known["pets"].read(pets).mean_per_class
     assert not known["webdataset"].read(pets).mean_per_class
     assert [row[1] for row in SETS if row[4]] == ["FGVC Aircraft", "Oxford Pets", "Caltech-101", "Oxford Flowers"]

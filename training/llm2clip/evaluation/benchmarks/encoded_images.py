@@ -41,7 +41,7 @@ class EncodedImages(Sequence[bytes]):
     def __getitem__(self, row: int | slice) -> bytes | list[bytes]:
         if isinstance(row, slice):
             return [self.encoded(number) for number in range(len(self))[row]]
-        return self.encoded(range(len(self))[row])
+        return self.encoded(row)
 
     def __iter__(self) -> Iterator[bytes]:
         return (self.encoded(row) for row in range(len(self)))
