@@ -18,9 +18,9 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from torch.utils.data import DataLoader
 
 from llm2clip import Stage2Config, Stage2Trainer
-from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
+from llm2clip.data import CaptionSource, StreamingCaptionImageDataset, load_source
 from llm2clip.data.sources import SourceError
-from llm2clip.data.streams import share_of_files, shuffled
+from llm2clip.data.streams import StreamReader, share_of_files, share_of_rows, shuffled
 from llm2clip.utils.processes import leave_process_group, process_state
 from tests.modeling_llm2clip import tiny
 from tests.processes import run_python
@@ -127,6 +127,30 @@ def test_fewer_tars_than_readers_are_an_error_before_training(tmp_path: Path) ->
     three = StreamingCaptionImageDataset(stream.source, None, rank=0, world_size=4)
     with pytest.raises(SourceError, match=r"3 files, which is fewer than 4 readers \(4 processes\)"):
         next(iter(three))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_equal_shares_of_rows_are_complete_in_every_epoch(world: int, workers: int, tmp_path: Path) -> None:
+    """Nine files do not divide by any of these numbers of readers."""
+    source = write_tars(tmp_path, 9)
+    reader = StreamReader(load_source(source, with_images=False), False, [PER_TAR] * 9)
+    readers = world * workers
+    for epoch in range(2):
+        shares = [list(reader.rows(readers, number, epoch, shuffle_buffer=4)) for number in range(readers)]
+        read = [(row.file, row.number) for share in shares for row in share]
+        assert sorted(read) == [(file, number) for file in range(9) for number in range(PER_TAR)]
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_shares_of_rows_begin_and_end_within_files() -> None:
+    counts, order = [5, 0, 3, 8], [3, 1, 0, 2]
+    assert share_of_rows(counts, order, 1, 0) == [(3, 0, 8), (0, 0, 5), (2, 0, 3)]
+    assert [share_of_rows(counts, order, 3, reader) for reader in range(3)] == [
+        [(3, 0, 5)],
+        [(3, 5, 8), (0, 0, 2)],
+        [(0, 2, 5), (2, 0, 3)],
+    ]
 
 
 def test_a_buffer_shuffles_without_loss() -> None:

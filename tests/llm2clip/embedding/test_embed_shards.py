@@ -73,7 +73,8 @@ def test_a_sidecar_has_the_distinct_captions_of_its_shard(tmp_path: Path) -> Non
         4 * ["everywhere"] + [f"{a}dog {n}" for n in range(4) for a in ("", "a long ")]
     )
     sidecars = SourceSidecars(tmp_path / "data", ShardedSource(source).shards)
-    assert sidecars.check(["caption", "other"]).identity() == description().identity()
+    checked = sidecars.check(["caption", "other"])
+    assert (checked.encoder.identity(), checked.row_counts) == (description().identity(), [3, 3, 3, 3])
     for number in range(4):
         opened = sidecars.open(number)
         for text in ("everywhere", f"dog {number}", f"a long dog {number}"):

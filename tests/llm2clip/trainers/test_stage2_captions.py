@@ -96,17 +96,17 @@ def test_retrieval_sets_are_measured_from_a_cache(inputs: Inputs, tars: str, tmp
     assert any("eval_validation_text_to_image_mean_rank" in entry for entry in history)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_every_sample_has_the_embedding_of_its_caption(
-    workers: int, inputs: Inputs, tars: str, tmp_path: Path
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (4, 0), (8, 0), (2, 2)])
+def test_every_sample_has_the_embedding_of_its_caption_and_comes_once(
+    world: int, workers: int, inputs: Inputs, tars: str, tmp_path: Path
 ) -> None:
+    """Also with more readers than files."""
     embedded(inputs, tmp_path / "sidecars", source(tars))
     embedded(inputs, tmp_path / "cache", source(tars), store="cache")
     cache = EmbeddingCache.open(tmp_path / "cache")
     stream = CaptionSource.from_dict(source(tars))
-    sidecars = SourceSidecars(tmp_path / "sidecars", ShardedSource(stream).shards)
+    sidecars = SourceSidecars(tmp_path / "sidecars", ShardedSource(stream).shards, [PER_TAR] * TARS)
     keys: list[str] = []
-    world = 1 if workers else TARS
     for rank in range(world):
         rows = StreamingCaptionImageDataset(
             stream, None, rank=rank, world_size=world, shuffle_buffer=8, embeddings=sidecars

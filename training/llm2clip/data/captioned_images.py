@@ -150,7 +150,13 @@ class CaptionEmbeddings(Protocol):
 
 
 class ShardEmbeddings(Protocol):
-    """The stored embeddings of the files of a source."""
+    """The stored embeddings of the files of a source.
+
+    Attributes:
+        row_counts: Rows of each file, if they are known.
+    """
+
+    row_counts: Sequence[int] | None
 
     def open(self, number: int, epoch: int) -> CaptionEmbeddings:
         """Open those of a file by its number."""
@@ -160,7 +166,8 @@ class StreamingCaptionImageDataset(StreamedRows):
     """Iterable data set of captioned images, read as a shuffled stream.
 
     Samples are those of [`CaptionImageDataset`]; caption and crop are functions of seed, epoch and key. Files are
-    distributed over ranks and DataLoader workers: each is read once per epoch, whatever their numbers. Only with
+    distributed over ranks and DataLoader workers: each is read once per epoch, whatever their numbers. With
+    `embeddings`, whose manifests count the rows, each reader has an equal share of the rows instead. Only with
     `max_samples`, everyone reads all rows and keeps its share. Since the data set shards itself, accelerate must not
     shard or dispatch its loader. Without a key column, the key of a row is its number in its file, preceded by the
     number of the file and `-` if there are several. See [`CaptionImageDataset`] for the other arguments.
@@ -198,7 +205,8 @@ class StreamingCaptionImageDataset(StreamedRows):
     ) -> None:
         maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
         with_images, order = eval_transform is not None, (training, seed, shuffle_buffer)
-        super().__init__(source, maker, with_images, *order, rank, world_size, repeat)
+        row_counts = None if embeddings is None else embeddings.row_counts
+        super().__init__(source, maker, with_images, *order, rank, world_size, repeat, row_counts)
         if embeddings is not None and self.reader.whole:
             raise ValueError(f"max_samples of {source.path} cannot be combined with embeddings beside its files.")
         self.embeddings = embeddings

@@ -82,6 +82,7 @@ class StreamedRows(IterableDataset):
         rank: int = 0,
         world_size: int = 1,
         repeat: bool = False,
+        row_counts: Sequence[int] | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be between 0 and world_size - 1, but is {rank} of {world_size}.")
@@ -91,7 +92,7 @@ class StreamedRows(IterableDataset):
         self.make_sample = make_sample
         self.table = load_source(source, with_images)
         self.columns = source_columns(source, self.table, with_images)
-        self.reader = StreamReader(self.table, whole=source.max_samples is not None)
+        self.reader = StreamReader(self.table, source.max_samples is not None, row_counts)
         self.training, self.seed, self.repeat = training, seed, repeat
         self.shuffle_buffer = shuffle_buffer if training else 0
         self.rank, self.world_size = rank, world_size
@@ -108,12 +109,19 @@ class StreamedRows(IterableDataset):
         self._epoch.fill_(epoch)
 
     def require_files(self, num_workers: int) -> None:
-        """Check before training that every DataLoader worker of every process has a file to read.
+        """Check before training that every DataLoader worker of every process has something to read.
 
         Raises:
-            SourceError: If there are fewer files than workers.
+            SourceError: If there are fewer files than workers, or fewer rows if their number is known.
         """
         workers = max(1, num_workers)
+        if self.reader.row_counts is not None:
+            if sum(self.reader.row_counts) < self.world_size * workers:
+                raise SourceError(
+                    f"the stream {self.source.path} has {sum(self.reader.row_counts)} rows, fewer than "
+                    f"{self.world_size * workers} readers."
+                )
+            return
         if not self.reader.whole and self.reader.num_files < self.world_size * workers:
             each = f" with {workers} DataLoader workers each" if workers > 1 else ""
             raise SourceError(

@@ -1,10 +1,10 @@
-"""How the readers of a stream share its files, and how they shuffle: no file is read twice in an epoch."""
+"""How the readers of a stream share its files, and how they shuffle: no row is yielded twice in an epoch."""
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import datasets
@@ -50,6 +50,33 @@ def share_of_files(num_files: int, num_readers: int, reader: int, epoch: int = 0
     return range(first, num_files, num_readers)
 
 
+class RowRange(NamedTuple):
+    """Consecutive rows of a file, from `start` up to `stop`, or to its end if that is None."""
+
+    file: int
+    start: int = 0
+    stop: int | None = None
+
+
+def share_of_rows(row_counts: Sequence[int], order: Sequence[int], num_readers: int, reader: int) -> list[RowRange]:
+    """Return the rows that a reader reads, if it is known how many each file has.
+
+    The rows of the files in their order are cut into shares that differ by one row at most. A file at a cut is read by
+    two readers, one of which skips its first rows.
+
+    Args:
+        row_counts: Rows of each file.
+        order: The files, in the order of the epoch.
+    """
+    bounds = np.cumsum([0, *(row_counts[file] for file in order)]).tolist()
+    first, last = (bounds[-1] * number // num_readers for number in (reader, reader + 1))
+    shares = [
+        RowRange(int(file), max(first - begin, 0), min(last, end) - begin)
+        for file, (begin, end) in zip(order, itertools.pairwise(bounds), strict=True)
+    ]
+    return [share for share in shares if share.stop is not None and share.start < share.stop]
+
+
 class StreamReader:
     """Reads one reader's share of a stream, file by file.
 
@@ -57,10 +84,12 @@ class StreamReader:
         table: The stream.
         whole: Read the whole stream and keep every n-th row of it: for the first rows of a source (`max_samples`),
             since the files before a row decide whether it is one of them.
+        row_counts: Rows of each file, if they are known. Readers then have equal shares of the rows instead of the
+            files.
     """
 
-    def __init__(self, table: datasets.IterableDataset, whole: bool) -> None:
-        self.table, self.whole = table, whole
+    def __init__(self, table: datasets.IterableDataset, whole: bool, row_counts: Sequence[int] | None = None) -> None:
+        self.table, self.whole, self.row_counts = table, whole, row_counts
         self.num_files: int = 1 if whole else table.num_shards
 
     def rows(
@@ -80,25 +109,29 @@ class StreamReader:
             attach: Called with the rows of each file in their order, before the shuffle; not with `whole`.
 
         Raises:
-            ValueError: If there are fewer files than readers.
+            ValueError: If there are fewer files than readers, and the numbers of their rows are not known.
         """
         if self.whole:
-            kept = itertools.islice(self._file(0), reader, None, num_readers)
+            kept = itertools.islice(self._file(RowRange(0)), reader, None, num_readers)
             return shuffled(kept, shuffle_buffer, stable_seed(seed, "rows", epoch, reader))
         order = np.arange(self.num_files)
         if shuffle_buffer:
             order = np.random.default_rng(stable_seed(seed, "files", epoch)).permutation(order)
-        share = share_of_files(self.num_files, num_readers, reader, epoch)
-        files = (lambda number=int(order[position]): self._file(number, attach) for position in share)
+        if self.row_counts is None:
+            positions = share_of_files(self.num_files, num_readers, reader, epoch)
+            share = [RowRange(int(order[position])) for position in positions]
+        else:
+            share = share_of_rows(self.row_counts, order.tolist(), num_readers, reader)
+        files = (lambda part=part: self._file(part, attach) for part in share)
         found = interleaved(files, OPEN_FILES if shuffle_buffer else 1)
         return shuffled(found, shuffle_buffer, stable_seed(seed, "rows", epoch, reader))
 
-    def _file(self, file: int, attach: Attach | None = None) -> Iterator[StreamRow]:
-        compute = None if attach is None else attach(file)
-        table = self.table if self.num_files == 1 else self.table.shard(self.num_files, file)
+    def _file(self, part: RowRange, attach: Attach | None = None) -> Iterator[StreamRow]:
+        compute = None if attach is None else attach(part.file)
+        table = self.table if self.num_files == 1 else self.table.shard(self.num_files, part.file)
         # Unlike the iterator of the table, its method does not split the rows by DataLoader worker once more.
-        for number, batch in enumerate(table.iter(1)):
-            row = StreamRow(file, number, {name: values[0] for name, values in batch.items()})
+        for number, batch in itertools.islice(enumerate(table.iter(1)), part.start, part.stop):
+            row = StreamRow(part.file, number, {name: values[0] for name, values in batch.items()})
             yield row if compute is None else row._replace(attached=compute(row))
 
 

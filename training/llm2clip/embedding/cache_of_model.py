@@ -62,11 +62,10 @@ def open_sidecars_of_model(
     Raises:
         CacheError, MissingCaptionError: See [`SourceSidecars.check`].
     """
-    sidecars = SourceSidecars(folder, shards)
-    encoder = on_main_process(partial(sidecars.check, columns))
+    encoder, row_counts = on_main_process(partial(SourceSidecars(folder, shards).check, columns))
     expected = check_encoder(folder, encoder, config, is_trained)
     refuse_other_encoder(Path(folder), encoder, expected, tokenizer_fingerprint(tokenizer))
-    return sidecars
+    return SourceSidecars(folder, shards, row_counts)
 
 
 def check_encoder(path: str | Path, manifest: CacheManifest, config: LLM2CLIPConfig, is_trained: bool) -> str | None:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -169,27 +169,34 @@ class SidecarFolder:
         )
 
 
+class CheckedSidecars(NamedTuple):
+    """What the manifests of all shards of a source say: the encoder, as the manifest of a cache, and rows by shard."""
+
+    encoder: CacheManifest
+    row_counts: list[int]
+
+
 class SourceSidecars:
     """The sidecars of all shards of a source, for reading beside them.
 
     Args:
         folder: Folder of the sidecars.
         shards: The shards, in their order.
+        row_counts: Rows of each shard, from [`SourceSidecars.check`]; None leaves it to readers to count files.
     """
 
-    def __init__(self, folder: str | Path, shards: Sequence[SourceShard]) -> None:
-        self.folder, self.shards = SidecarFolder(folder), list(shards)
+    def __init__(
+        self, folder: str | Path, shards: Sequence[SourceShard], row_counts: Sequence[int] | None = None
+    ) -> None:
+        self.folder, self.shards, self.row_counts = SidecarFolder(folder), list(shards), row_counts
         self._open: OrderedDict[int, Sidecar] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process maps the files itself.
-        return {"folder": self.folder, "shards": self.shards, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict()}
 
-    def check(self, columns: Sequence[str]) -> CacheManifest:
+    def check(self, columns: Sequence[str]) -> CheckedSidecars:
         """Check that all shards have sidecars of one encoder with the captions of these columns.
-
-        Returns:
-            The encoder, as the manifest of a cache.
 
         Raises:
             MissingCaptionError: A shard has no sidecar, or one without a column.
@@ -197,7 +204,7 @@ class SourceSidecars:
             CacheDamagedError: A manifest is damaged.
         """
         first: SidecarManifest | None = None
-        missing = []
+        missing, row_counts = [], []
         for shard in self.shards:
             try:
                 manifest = SidecarManifest.read(self.folder.manifest_path(shard))
@@ -206,6 +213,7 @@ class SourceSidecars:
                 continue
             fault = _misfit(manifest, shard, columns)
             missing += [fault] if fault else []
+            row_counts.append(manifest.rows)
             first = first or manifest
             if manifest.encoder != first.encoder:
                 one, other = first.encoder, manifest.encoder
@@ -220,7 +228,7 @@ class SourceSidecars:
                 f"the sidecars in {self.folder.folder} do not fit {len(missing)} of {len(self.shards)} shards: "
                 f"{shown}. {REMEDY[0].upper()}{REMEDY[1:]}."
             )
-        return first.cache_manifest()
+        return CheckedSidecars(first.cache_manifest(), row_counts)
 
     def open(self, number: int, epoch: int = 0) -> Sidecar:
         """Open the sidecar of a shard; the last ones stay open. One of sixteen is compared with its checksum.
