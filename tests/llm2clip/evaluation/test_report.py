@@ -119,27 +119,30 @@ def test_sources_have_the_same_numbers_in_every_table() -> None:
     assert "- [1] A paper; does not state the crop\n- [2] Another paper; does not state the prompts\n" in page
 
 
-def test_a_page_has_the_counts_and_parts_of_every_result() -> None:
+def test_a_page_has_the_scores_counts_and_parts_of_every_result() -> None:
+    """The first one has recall@1 alone."""
     english, german = (
         {name: {SIDES[0]: i2t, SIDES[1]: t2i}} for name, i2t, t2i in (("en", 0.1, 0.2), ("de", 0.3, 0.4))
     )
     recall = {"title": "CRA", "scores": {"recall@1": 0.5}, "intervals": {}, "groups": {}}
     page = as_markdown(
         compared(
+            retrieval("c", counts={}, groups={"language": german}, scores=dict.fromkeys(SIDES, 0.5), intervals={}),
             retrieval("a", counts={"images": 1000}, groups={}),
             retrieval("b", counts={"texts": 5}, groups={"language": english}),
-            retrieval("c", counts={}, groups={"language": german}, scores=dict.fromkeys(SIDES, 0.5)),
             retrieval("d", "cra", **recall),
         ),
         None,
     )
     rows = [line for line in page.split("## Urban1k")[1].split("###")[0].splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0] for row in rows] == ["| model", "| ---", "| a", "| b", "| c"]
+    assert [row.split(" | ")[0] for row in rows] == ["| model", "| ---", "| c", "| a", "| b"]
     assert [row.split(" | ")[-2:] for row in rows] == [
-        ["images", "texts |"], ["---:", "---: |"], ["1,000", " |"], ["", "5 |"], ["", " |"],
+        ["images", "texts |"], ["---:", "---: |"], ["", " |"], ["1,000", " |"], ["", "5 |"],
     ]  # fmt: skip
-    assert "| language, I2T R@1 / T2I R@1 | b | c |" in page
-    assert "| en | 10.0 / 20.0 |  |\n| de |  | 30.0 / 40.0 |" in page
+    assert rows[0].count("R@") == 6
+    assert rows[2].startswith("| c | 50.0 | 50.0 |  |  |  |  |")
+    assert "| language, I2T R@1 / T2I R@1 | c | b |" in page
+    assert "| de | 30.0 / 40.0 |  |\n| en |  | 10.0 / 20.0 |" in page
     assert "CRA<br>R@1 |" in page
 
 

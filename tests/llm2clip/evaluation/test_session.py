@@ -185,6 +185,7 @@ def test_two_processes_get_the_rows_of_one(model: Path, tmp_path: Path) -> None:
     images = pictures(*range(7))
     one = session(model, None)
     expected = {"images": one.embed_images(images), "texts": one.embed_texts(TEXTS)}
+    expected["features"] = one.embed_features(pictures(0))
     for rank in range(2):
         for kind in ("memory", "stored", "again"):
             found = torch.load(tmp_path / f"{kind}-{rank}.pt", weights_only=True)
@@ -200,6 +201,7 @@ def main(model: Path, folder: Path) -> None:
             one = session(model, store)
             counted = Counted(one.encoder, monkeypatch)
             rows = {"images": one.embed_images(pictures(*range(7))), "texts": one.embed_texts(TEXTS)}
+            rows["features"] = one.embed_features(pictures(0))  # one row for two processes
             rank = torch.distributed.get_rank()
             torch.save({**rows, "computed": counted.images}, folder / f"{kind}-{rank}.pt")
 

@@ -45,8 +45,8 @@ class ImageTextRetrieval:
         image_processor: Prepares the images.
         on_error: `raise` the error of an image that cannot be read, or `skip` the image and log it.
         max_pixels: Largest width x height of an image that is decoded.
-        positives: `distinct`: equal captions are one query, which is right for all images that have it (texts are
-            compared without regard to case). `rows`, the rule of published benchmarks: each caption of each row is a
+        positives: `distinct`: equal captions are one query, which is right for all images that have it, in whatever
+            case and white space. `rows`, the rule of published benchmarks: each caption of each row is a
             query, repeats included, and the image of its row alone is right.
 
     Attributes:
