@@ -138,6 +138,7 @@ def test_a_broken_or_missing_file_stops_a_run(tiny: Path) -> None:
     ("arguments", "message"),
     [
         (["--benchmark", "urban1k"], "benchmark needs data"),
+        (["--benchmark", "urban1k", "--data", "nowhere"], "--data nowhere is no folder"),
         (["--data", "somewhere"], "name them with --benchmark"),
         (["mine", "--benchmark", "urban1k", "--data", "."], "not both"),
         (["--benchmark", "urban1k", "--data", ".", "--split", "test"], "split is for a SOURCE"),

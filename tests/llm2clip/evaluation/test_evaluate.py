@@ -176,6 +176,8 @@ def errors(place: Path) -> dict[str, tuple[list[str], str]]:
         # A folder that is no model: counts are checked before a model is loaded.
         "counts": ([str(place), "--benchmark", str(place / "odd.py"), *data], "Odd has 11 images instead of 12"),
         "output": ([str(place), "--benchmark", strange, *data, "--output", strange], f"because {strange} is a file"),
+        "own_output": ([model, *data, "--output", str(place)], "output is the folder "),
+        "own_file": ([model, *data, "--output", f"{strange}/own.json"], f"because {strange} is a file"),
         "no_model": (["--benchmark", strange, *data], "evaluate needs model"),
         "format": ([model, "--benchmark", strange, *data, "--text-format", "upper"], "text format 'upper' is unknown"),
         "own": ([model, "--benchmark", strange, *data, "--split", "train"], "--split is for your own data, not with"),

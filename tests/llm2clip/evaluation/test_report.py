@@ -261,6 +261,8 @@ def test_mistakes_end_in_one_error(two_models: list[str], tmp_path: Path, capsys
     assert "no result file" in error_of(str(tmp_path / "empty"))
     assert "did you mean 'openai/clip'" in error_of(*two_models, "--baseline", "openai/clap")
     assert "ends in .md" in error_of(*two_models, "--output", str(tmp_path / "table.html"))
+    (tmp_path / "file").touch()
+    assert "cannot be a folder" in error_of(*two_models, "--output", str(tmp_path / "file" / "table.md"))
     twice = written(tmp_path / "twice", retrieval("openai/clip", t2i=0.557))
     assert "but differ" in error_of(*two_models, *twice)
 

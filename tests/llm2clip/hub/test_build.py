@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoProcessor
 from llm2clip import cli
 from llm2clip.convert.published import FOLDER, parameters, published_models
 from llm2clip.hub import build, new_process, source_model
-from llm2clip.hub.build_card import read_results
+from llm2clip.hub.build_card import read_results, results_of_one_model
 from llm2clip.hub.cards.card import CARD, read_card
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.towers import save_text_tower
@@ -92,6 +92,19 @@ def test_results_of_published_sets_go_onto_the_card(tmp_path: Path) -> None:
     Path(path).write_text('{"schema_version": 7}')
     with pytest.raises(ValueError, match="schema version"):
         read_results(Path(path))
+
+
+def test_results_of_another_model_do_not_go_onto_the_card(tmp_path: Path) -> None:
+    def files(**models: dict[str, str]) -> list[Path]:
+        results = [retrieval(name, model={"given": name, **model}) for name, model in models.items()]
+        return [Path(path) for path in written(tmp_path, *results)]
+
+    mine = {"library": "llm2clip 0.1.0", "fingerprint": "1", "dtype": "float32"}
+    assert len(results_of_one_model(files(mine=mine, again={**mine, "dtype": "float16"}))) == 2
+    with pytest.raises(ValueError, match=r"json is of clip, a model of transformers 5\.2\.0: leave it out"):
+        results_of_one_model(files(mine=mine, clip={**mine, "library": "transformers 5.2.0"}))
+    with pytest.raises(ValueError, match=r"is of mine and .* of older, with other weights or preprocessing"):
+        results_of_one_model(files(mine=mine, older={**mine, "fingerprint": "2"}))
 
 
 def test_example_image_is_rotated_by_its_exif_orientation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,13 +82,15 @@ def run(config: CheckConfig) -> None:
     Raises:
         DataFaultsError: There is what stops a run; the report is printed and written before.
         FileNotFoundError, SourceError: The data cannot be read.
-        ValueError: There is no such benchmark.
+        ValueError: There is no such benchmark, or no such folder.
     """
     if not config.benchmark:
         check_data.run(config)
         return
     assert config.data is not None
     folder = Path(config.data)
+    if not folder.is_dir():
+        raise ValueError(f"--data {folder} is no folder.")
     benchmarks = choose_benchmarks(config.benchmark, folder)
     tokenizers = [CountingTokenizer(name) for name in config.tokenizer]
     reports = {

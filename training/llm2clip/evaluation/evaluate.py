@@ -34,7 +34,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         Benchmarks print tables, and the list prints itself.
 
     Raises:
-        ValueError: A required setting is missing.
+        ValueError: A required setting is missing, or the output is of the wrong kind.
+        OSError: The output cannot be written.
     """
     if config.list:
         print(describe_list(config))
@@ -45,6 +46,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.benchmark:
         run_benchmarks(config)
         return {}
+    if config.output:
+        if Path(config.output).is_dir():
+            raise ValueError(f"output is the folder {config.output}, but results on your own data are a JSON file.")
+        require_writable(Path(config.output).parent)
     metrics = measure_retrieval(config) if config.task == "retrieval" else measure_caption_retrieval(config)
     if config.output and process_state().is_main_process:
         write_json(config.output, described(config, metrics))

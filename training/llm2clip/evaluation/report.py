@@ -18,7 +18,7 @@ from llm2clip.evaluation.comparison import Comparison, Row, add_published, compa
 from llm2clip.evaluation.published import published_rows
 from llm2clip.evaluation.report_page import as_markdown, difference_table, score_table, sources_of
 from llm2clip.evaluation.results import Result, read_result
-from llm2clip.utils.files import write_text
+from llm2clip.utils.files import require_writable, write_text
 from llm2clip.utils.settings import setting
 from llm2clip.utils.tables import print_table
 
@@ -59,6 +59,8 @@ def run(config: ReportConfig) -> dict[str, Any]:
     if config.paper and not add_published(comparison, published_rows()):
         logger.warning("no published scores are of these sets and protocols.")
     baseline = None if config.baseline is None else comparison.baseline(config.baseline)
+    if config.output is not None:
+        require_writable(Path(config.output).parent)
     print_report(comparison, baseline)
     if config.output is None:
         return {}

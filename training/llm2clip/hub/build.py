@@ -14,7 +14,7 @@ from llm2clip.hub.build_card import (
     LICENSE_FIELDS,
     copy_curves,
     keep_example,
-    read_results,
+    results_of_one_model,
     source_card,
     source_folder,
     write_built_card,
@@ -114,7 +114,7 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     destination = Path(config.destination)
     refuse_nested(config.model, destination)
     refuse_existing(destination, "build", config.overwrite)
-    results = [*(evaluations or []), *(read_results(Path(path)) for path in config.results)]
+    results = [*(evaluations or []), *results_of_one_model([Path(path) for path in config.results])]
     repo = inspect_repo(config.model, config.revision).require(*OURS)
     folder_of_source = source_folder(config)
     config, card = keep_example(config, folder_of_source, source_card(config, folder_of_source))

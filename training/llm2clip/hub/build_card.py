@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HISTORY = "trainer_state.json"
+# With which the name of the library begins in results of a model of this package.
+LIBRARY = "llm2clip"
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 TASK_TITLES = {"retrieval": "image-text retrieval", "caption_retrieval": "caption retrieval"}
 
@@ -43,6 +46,26 @@ def read_results(path: Path) -> Evaluation:
     if not isinstance(fields.get("data"), dict) or "task" not in fields:
         raise ValueError(f"{path} does not contain results of `llm2clip evaluate --output`.")
     return evaluation_of(fields)
+
+
+def results_of_one_model(paths: Sequence[Path]) -> list[Evaluation]:
+    """Read the files of results for the card of a model.
+
+    Raises:
+        ValueError: A file does not contain results, or those of published sets are of several models, or of one that
+            is not of this package: a folder of results also has those of other models beside it.
+    """
+    evaluations = [read_results(path) for path in paths]
+    published = [(path, read_result(path).model) for path in paths if "schema_version" in read_json(path)]
+    for path, model in published:
+        if not str(model.get("library")).startswith(LIBRARY):
+            raise ValueError(f"{path} is of {model['given']}, a model of {model.get('library')}: leave it out.")
+        if model["fingerprint"] != published[0][1]["fingerprint"]:
+            raise ValueError(
+                f"{published[0][0]} is of {published[0][1]['given']} and {path} of {model['given']}, with other "
+                "weights or preprocessing: give the results of one model."
+            )
+    return evaluations
 
 
 def evaluation_of(fields: dict[str, Any]) -> Evaluation:

@@ -200,7 +200,9 @@ def _unusual(what: str, of_what: str, numbers: Iterable[tuple[str, int]], usual:
     odd = [f"{name} ({number})" for name, number in numbers if (number != usual if exactly else number < usual)]
     if exactly:
         return _listed(f"{what} with another number of {of_what} than {usual}", odd)
-    return _listed(f"{what} without {of_what}" if usual == 1 else f"{what} with fewer than {usual} {of_what}", odd)
+    if usual > 1:
+        return _listed(f"{what} with fewer than {usual} {of_what}", odd)
+    return _listed(f"{what} without {of_what}", [name.removesuffix(" (0)") for name in odd])
 
 
 def _gaps(names: Sequence[str], expected: int) -> list[str]:
