@@ -9,9 +9,10 @@ Images are found by their position, or by content or key:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -120,6 +121,21 @@ class FakeSession:
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         self.embedded.append(list(texts))
         return self.encoder.embed_texts([self.text_format(text) for text in texts])
+
+    def embed_text_parts(self, texts: Sequence[str], size: int) -> Iterator[Tensor]:
+        yield from self.embed_texts(texts).split(size)
+
+    def count_in_images(
+        self,
+        kind: str,
+        texts: Sequence[str],
+        keys: np.ndarray,
+        width: int,
+        count: Callable[[Sequence[int]], Iterator[Tensor]],
+        title: str,
+    ) -> Tensor:
+        assert keys.shape[1] == 2
+        return torch.stack([*count(range(len(keys)))]).view(len(keys), width)
 
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         return self.encoder.text_lengths([self.text_format(text) for text in texts])

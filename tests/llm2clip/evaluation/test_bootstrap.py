@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm2clip.evaluation.bootstrap import bootstrap_interval, bootstrap_intervals
+from llm2clip.evaluation.bootstrap import bootstrap_interval, bootstrap_intervals, bootstrap_ratios
 
 
 def naive_interval(values: Tensor, strata: Tensor | None = None, resamples: int = 4000) -> list[float]:
@@ -54,3 +54,43 @@ def test_many_distinct_values_are_drawn_in_blocks(monkeypatch: pytest.MonkeyPatc
     whole = bootstrap_interval(values)
     monkeypatch.setattr("llm2clip.evaluation.bootstrap.BLOCK", 900)
     assert bootstrap_interval(values) == whole
+
+
+def ratios(sums: Tensor) -> dict[str, Tensor]:
+    """The mean of two ratios of sums; NaN where a sum is zero."""
+    return {"mean": (sums[..., :2] / sums[..., 2:]).nanmean(dim=-1), "first": sums[..., 0] / sums[..., 2]}
+
+
+def naive_ratios(counts: Tensor, resamples: int = 4000) -> dict[str, list[float]]:
+    """Draw the images themselves, one resample after another."""
+    generator = np.random.default_rng(7)
+    drawn = [counts.numpy()[generator.integers(0, len(counts), len(counts))].sum(axis=0) for _ in range(resamples)]
+    scores = ratios(torch.from_numpy(np.stack(drawn)).double())
+    return {name: np.nanquantile(score.numpy(), [0.025, 0.975]).tolist() for name, score in scores.items()}
+
+
+def some_counts(images: int) -> Tensor:
+    """Of images of very different sizes, of which the larger are better: hits of two classes, and their pixels."""
+    torch.manual_seed(2)
+    pixels = torch.randint(10, 10**6, (images, 2)) ** 2 // 10**6
+    return torch.cat([(pixels * torch.rand(images, 2) * pixels / 10**6).long(), pixels], dim=1)
+
+
+def test_the_interval_of_a_ratio_of_sums_is_that_of_drawn_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = some_counts(150)
+    found, expected = bootstrap_ratios(counts, ratios), naive_ratios(counts)
+    for name in ("mean", "first"):
+        assert found[name] == pytest.approx(expected[name], abs=0.006)
+        assert found[name][0] < ratios(counts.sum(dim=0).double())[name] < found[name][1]
+    # A mean of the images' own ratios would weigh small images as much as large ones.
+    own = bootstrap_interval(counts[:, 0] / counts[:, 2].clamp(min=1))
+    assert own != pytest.approx(found["first"], abs=0.02)
+    monkeypatch.setattr("llm2clip.evaluation.bootstrap.BLOCK", 450)
+    assert bootstrap_ratios(counts, ratios) == found
+    assert bootstrap_ratios(counts, ratios, seed=1) != found
+
+
+def test_resamples_without_a_score_are_left_out() -> None:
+    """One image of three has pixels of the first class: 8 of 27 resamples have none."""
+    counts = torch.tensor([[5, 1, 10, 2], [0, 1, 0, 2], [0, 1, 0, 2]])
+    assert bootstrap_ratios(counts, ratios)["first"] == [0.5, 0.5]

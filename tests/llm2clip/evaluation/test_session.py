@@ -139,6 +139,47 @@ def test_a_killed_evaluation_goes_on_whatever_was_evaluated_since(
     assert counted.images == 6
 
 
+# Above 2**24, float32 has no odd numbers.
+LARGE = 2**24 + 1
+
+
+def count(positions: Any) -> Any:
+    """Two counts of an image: its position, and a number that float32 cannot hold."""
+    for position in positions:
+        yield torch.tensor([position, LARGE + position])
+
+
+def counts_of(one: EvaluationSession, images: BenchmarkImages) -> Tensor:
+    return one.count_in_images("positions", [], images.content_keys(), 2, count, "Counting")
+
+
+def test_counts_are_exact_and_stored(model: Path, tmp_path: Path) -> None:
+    images = pictures(*range(5))
+    expected = torch.tensor([[row, LARGE + row] for row in range(5)])
+    for store in (None, tmp_path, tmp_path):
+        assert counts_of(session(model, store), images).equal(expected)
+    # Found by content, whatever the position is now.
+    assert counts_of(session(model, tmp_path), pictures(4, 1)).equal(expected[[4, 1]])
+
+
+def test_texts_come_in_parts_and_are_computed_together(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = session(model, None).embed_texts(TEXTS)
+    found = session(model, tmp_path)
+    counted = Counted(found.encoder, monkeypatch)
+    parts = found.embed_text_parts(TEXTS, 2)
+    first = next(parts)
+    assert counted.texts == 4
+    assert [len(part) for part in (first, *parts)] == [2, 2, 1]
+    whole = torch.cat([*found.embed_text_parts(TEXTS, 2)])
+    assert whole.equal(found.embed_texts(TEXTS))
+    torch.testing.assert_close(whole, expected, atol=1e-6, rtol=0)
+    monkeypatch.setattr("llm2clip.evaluation.session.TEXTS", 2)
+    lengths, is_cut = found.text_lengths(TEXTS)
+    assert (lengths.tolist(), is_cut.tolist()) == tuple(value.tolist() for value in found.encoder.text_lengths(TEXTS))
+
+
 def test_another_model_has_its_own_rows(model: Path, tmp_path: Path) -> None:
     images = pictures(0, 1)
     before = session(model, tmp_path / "store").embed_images(images)
@@ -191,6 +232,7 @@ def test_two_processes_get_the_rows_of_one(model: Path, tmp_path: Path) -> None:
             found = torch.load(tmp_path / f"{kind}-{rank}.pt", weights_only=True)
             for name, rows in expected.items():
                 torch.testing.assert_close(found[name], rows, atol=1e-6, rtol=0)
+            assert found["counts"].equal(torch.tensor([[row, LARGE + row] for row in range(7)]))
             assert found["computed"] == {"memory": [3, 4][rank], "stored": [4, 3][rank], "again": 0}[kind]
 
 
@@ -202,6 +244,7 @@ def main(model: Path, folder: Path) -> None:
             counted = Counted(one.encoder, monkeypatch)
             rows = {"images": one.embed_images(pictures(*range(7))), "texts": one.embed_texts(TEXTS)}
             rows["features"] = one.embed_features(pictures(0))  # one row for two processes
+            rows["counts"] = counts_of(one, pictures(*range(7)))
             rank = torch.distributed.get_rank()
             torch.save({**rows, "computed": counted.images}, folder / f"{kind}-{rank}.pt")
 

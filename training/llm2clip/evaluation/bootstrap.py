@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
+import torch
 from torch import Tensor
 
 RESAMPLES = 2000
@@ -40,6 +41,33 @@ def bootstrap_interval(values: Tensor, strata: Tensor | None = None, seed: int =
     means = sum(_resampled_means(part.double().numpy(), generator) for part in parts) / len(parts)
     tail = (1 - LEVEL) / 2
     return np.quantile(means, [tail, 1 - tail]).tolist()
+
+
+def bootstrap_ratios(
+    counts: Tensor, scores: Callable[[Tensor], Mapping[str, Tensor]], seed: int = SEED
+) -> dict[str, list[float]]:
+    """Compute the 95% percentile bootstrap intervals of scores of sums over images, such as a mean IoU.
+
+    Images are drawn with replacement and their counts added up; a resample without a score is left out.
+
+    Args:
+        counts: `(images, columns)` int64.
+        scores: Computes scores by name, `(resamples,)`, from sums `(resamples, columns)` float64.
+
+    Returns:
+        Lower and upper end by score.
+    """
+    generator, rows = np.random.default_rng(seed), max(1, BLOCK // max(counts.shape))
+    images, summands = len(counts), counts.double()
+    blocks = []
+    for start in range(0, RESAMPLES, rows):
+        draws = generator.multinomial(images, np.full(images, 1 / images), size=min(rows, RESAMPLES - start))
+        blocks.append(scores(torch.from_numpy(draws).double() @ summands))
+    tail = (1 - LEVEL) / 2
+    return {
+        name: np.nanquantile(torch.cat([block[name] for block in blocks]).numpy(), [tail, 1 - tail]).tolist()
+        for name in blocks[0]
+    }
 
 
 def _split(values: Tensor, strata: Tensor) -> list[Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,9 +97,47 @@ class Session(Protocol):
         """Embed texts, in the text format of the session: unit rows, float32 `(texts, width)`, repeats included."""
         ...
 
+    def embed_text_parts(self, texts: Sequence[str], size: int) -> Iterator[Tensor]:
+        """Embed texts as `embed_texts` does, and yield `(size, width)` at a time, so that not all are in memory."""
+        ...
+
+    def count_in_images(
+        self,
+        kind: str,
+        texts: Sequence[str],
+        keys: np.ndarray,
+        width: int,
+        count: Callable[[Sequence[int]], Iterator[Tensor]],
+        title: str,
+    ) -> Tensor:
+        """Count something in every image, `(images, width)` int64; counts are stored as embeddings are.
+
+        Args:
+            kind: A name for what is counted and for all that it depends on besides the model, the images and `texts`.
+            texts: Texts that it depends on, as they are before the text format.
+            keys: `(images, 2)` int64, which identify the images and whatever belongs to them.
+            count: Yields the counts of images at some positions, `(width,)` int64 below 2**31, one after the other.
+            title: Title of the progress bar.
+        """
+        ...
+
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The same as that of [`Encoder`], for texts in the text format of the session."""
         ...
+
+
+@dataclass
+class SummedCounts:
+    """Scores that are ratios of sums over images, such as a mean IoU, for bootstrap intervals.
+
+    Attributes:
+        counts: Of each image, `(images, columns)` int64.
+        scores: Computes the scores by name, `(...)` float64, from sums of counts `(..., columns)` float64; NaN where
+            there is nothing to measure.
+    """
+
+    counts: Tensor
+    scores: Callable[[Tensor], dict[str, Tensor]]
 
 
 @dataclass
@@ -111,6 +150,7 @@ class Measurement:
         values: The value of each query, `(queries,)`, whose mean is the score of that name, for bootstrap intervals.
         strata: The part that each value belongs to, `(queries,)` int64, if the score is the mean over parts of their
             means, as over languages or classes; the bootstrap then draws within parts.
+        summed: What the scores without `values` are computed from, if they are ratios of sums.
         counts: Numbers of images, texts, queries, tied queries, truncated texts and the like.
         groups: Scores of parts by kind and part, such as `{"language": {"de": {"text_to_image_recall@1": 0.5}}}`.
     """
@@ -119,6 +159,7 @@ class Measurement:
     scores: dict[str, float]
     values: dict[str, Tensor] = field(default_factory=dict)
     strata: dict[str, Tensor] = field(default_factory=dict)
+    summed: SummedCounts | None = None
     counts: dict[str, int] = field(default_factory=dict)
     groups: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 

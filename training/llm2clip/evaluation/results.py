@@ -14,7 +14,7 @@ import numpy
 import torch
 import transformers
 
-from llm2clip.evaluation.bootstrap import bootstrap_intervals
+from llm2clip.evaluation.bootstrap import bootstrap_intervals, bootstrap_ratios
 from llm2clip.evaluation.contracts import Measurement
 from llm2clip.utils.files import read_json, write_json
 from modeling_llm2clip import __version__
@@ -138,17 +138,22 @@ def package_versions() -> dict[str, str]:
 
 
 def intervals_of(measurement: Measurement) -> dict[str, list[float]]:
-    """Compute the intervals of the scores whose values are known; see [`bootstrap_intervals`].
+    """Compute the intervals of the scores whose values or counts are known; see [`bootstrap_intervals`].
 
     Raises:
         ValueError: The values of a score do not average to it, which is an error of the protocol.
     """
-    for name, values in measurement.values.items():
-        mean = _mean(values, measurement.strata.get(name))
-        if abs(mean - measurement.scores.get(name, torch.nan)) < ROUNDING:
-            continue
-        raise ValueError(f"the values of {name} average to {mean}, but its score is {measurement.scores.get(name)}.")
-    return bootstrap_intervals(measurement.values, measurement.strata)
+    means = {name: _mean(values, measurement.strata.get(name)) for name, values in measurement.values.items()}
+    summed = measurement.summed
+    if summed is not None:
+        means |= {name: score.item() for name, score in summed.scores(summed.counts.sum(dim=0).double()).items()}
+    for name, mean in means.items():
+        if not abs(mean - measurement.scores.get(name, torch.nan)) < ROUNDING:
+            raise ValueError(
+                f"the values of {name} average to {mean}, but its score is {measurement.scores.get(name)}."
+            )
+    intervals = bootstrap_intervals(measurement.values, measurement.strata)
+    return intervals if summed is None else intervals | bootstrap_ratios(summed.counts, summed.scores)
 
 
 def _mean(values: torch.Tensor, strata: torch.Tensor | None) -> float:

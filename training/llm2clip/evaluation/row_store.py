@@ -34,7 +34,7 @@ class EvaluationManifest(StoreManifest):
     Attributes:
         model_name: Name of the model in messages.
         model_dtype: The dtype that it computed in.
-        kind: `images`, `features`, `projected` or `texts`.
+        kind: `images`, `features`, `projected`, `texts`, or what a protocol counts in images.
         kwargs: See [`StoreManifest`]. Rows are float32: scores from stored rows equal those from fresh ones.
     """
 
@@ -74,10 +74,14 @@ class RowStore:
         folder: Where the folders are; None keeps rows in memory.
         manifest: Identity and format of the rows; a `hidden_size` of 0 is set when the first row is computed.
         device: On which the processes exchange rows that are in memory.
+        shard_size: Rows that are lost at most by a kill.
     """
 
-    def __init__(self, folder: Path | None, manifest: EvaluationManifest, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path | None, manifest: EvaluationManifest, device: torch.device, shard_size: int | None = None
+    ) -> None:
         self.folder, self.manifest, self.device = folder, manifest, device
+        self.shard_size = shard_size or SHARD_SIZE
         self.parts: list[Any] = []
         self.opened: set[str] = set()
 
@@ -89,12 +93,20 @@ class RowStore:
             compute: Computes the rows of some positions in `keys`.
             title: Title of the progress bar.
         """
+        self.complete(keys, compute, title)
+        return self.read(keys)
+
+    def complete(self, keys: np.ndarray, compute: Compute, title: str) -> None:
+        """Compute and store the rows that are missing; see [`rows`]."""
         with self._locked():
             self._open()
             first = np.sort(np.unique(keys, axis=0, return_index=True)[1])
             missing = first[self._locate(keys[first])[0] < 0]
             if len(missing):
                 self._add(keys, missing, compute, title)
+
+    def read(self, keys: np.ndarray) -> Tensor:
+        """Return rows that are stored, float32 `(keys, width)`."""
         place, rows = self._locate(keys)
         result = torch.empty(len(keys), self.manifest.hidden_size)
         for number, part in enumerate(self.parts):
@@ -157,7 +169,7 @@ class RowStore:
             return
         state = process_state()
         # Processes share the work by shards.
-        self.manifest.shard_size = min(SHARD_SIZE, math.ceil(len(own) / state.num_processes))
+        self.manifest.shard_size = min(self.shard_size, math.ceil(len(own) / state.num_processes))
         folder = self.folder / hashlib.blake2b(own.tobytes(), digest_size=8).hexdigest()
         options: dict[str, Any] = {"rank": state.process_index, "world_size": state.num_processes, "title": title}
         stored = build_rows(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from llm2clip.utils.progress import ProgressBar
 
 # Texts that are sorted by length together.
 TEXTS = 1024
+# Images in which something is counted (a second or more each) between two writes.
+COUNTED = 32
 
 
 class EvaluationSession:
@@ -70,6 +73,13 @@ class EvaluationSession:
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Embed texts, in the text format of the session: unit rows, float32 `(texts, width)`, repeats included."""
+        return torch.cat([*self.embed_text_parts(texts, max(1, len(texts)))] or [torch.empty(0, self.encoder.width)])
+
+    def embed_text_parts(self, texts: Sequence[str], size: int) -> Iterator[Tensor]:
+        """Embed texts as [`embed_texts`] does, and yield `(size, width)` at a time, so that not all are in memory.
+
+        Those that are missing are computed first, all of them, so that their batches are of similar lengths.
+        """
         texts = [self.text_format(text) for text in texts]
 
         def compute(positions: Sequence[int], bar: ProgressBar) -> Tensor:
@@ -82,11 +92,49 @@ class EvaluationSession:
                 bar.update(advance=len(chosen))
             return torch.cat(rows)
 
-        return self._rows_of("texts").rows(caption_keys(texts), compute, "Embedding texts")
+        store, keys = self._rows_of("texts"), caption_keys(texts)
+        store.complete(keys, compute, "Embedding texts")
+        for start in range(0, len(texts), size):
+            yield store.read(keys[start : start + size])
 
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens of each text in the text format of the session, `(texts,)` int64, and whether it is cut, bool."""
-        return self.encoder.text_lengths([self.text_format(text) for text in texts])
+        parts = [
+            self.encoder.text_lengths([self.text_format(text) for text in texts[start : start + TEXTS]])
+            for start in range(0, max(1, len(texts)), TEXTS)
+        ]
+        lengths, is_cut = (torch.cat(column) for column in zip(*parts, strict=True))
+        return lengths, is_cut
+
+    def count_in_images(
+        self,
+        kind: str,
+        texts: Sequence[str],
+        keys: np.ndarray,
+        width: int,
+        count: Callable[[Sequence[int]], Iterator[Tensor]],
+        title: str,
+    ) -> Tensor:
+        """Count something in every image: `(images, width)` int64. Counts are stored as embeddings are.
+
+        Args:
+            kind: A name for what is counted and for all that it depends on besides the model, the images and `texts`.
+            texts: Texts that it depends on, as they are before the text format.
+            keys: `(images, 2)` int64, which identify the images and whatever belongs to them.
+            count: Yields the counts of images at some positions, `(width,)` int64 below 2**31, one after the other.
+            title: Title of the progress bar.
+        """
+
+        def compute(positions: Sequence[int], bar: ProgressBar) -> Tensor:
+            rows = []
+            for row in count(positions):
+                rows.append(row[None].to(torch.int32))
+                bar.update(advance=1)
+            # A float32 is exact up to 2**24 only, but it has the 32 bits of an integer.
+            return torch.cat(rows).view(torch.float32)
+
+        kind = f"{kind}-{digest_json([self.text_format(text) for text in texts])}"
+        return self._rows_of(kind, width, COUNTED).rows(keys, compute, title).view(torch.int32).long()
 
     def _images(
         self, kind: str, images: ContentSet, forward: Callable[[dict[str, Tensor]], Tensor], title: str
@@ -103,18 +151,18 @@ class EvaluationSession:
 
         return self._rows_of(kind).rows(images.content_keys(), compute, title)
 
-    def _rows_of(self, kind: str) -> RowStore:
+    def _rows_of(self, kind: str, width: int = 0, shard_size: int | None = None) -> RowStore:
         if kind not in self._stores:
             dtype = self.encoder.identity()["dtype"]
             fingerprint = "" if self.store is None else self.encoder.fingerprint()
             manifest = EvaluationManifest(
                 fingerprint=fingerprint,
-                hidden_size=self.encoder.width if kind in ("images", "texts") else 0,
+                hidden_size=self.encoder.width if kind in ("images", "texts") else width,
                 dtype="float32",
                 model_name=self.encoder.name,
                 model_dtype=dtype,
                 kind=kind,
             )
             folder = None if self.store is None else self.store / digest_json([fingerprint, dtype]) / kind
-            self._stores[kind] = RowStore(folder, manifest, self.encoder.device)
+            self._stores[kind] = RowStore(folder, manifest, self.encoder.device, shard_size)
         return self._stores[kind]

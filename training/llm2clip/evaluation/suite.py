@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from llm2clip.embedding.image_batches import ContentSet
@@ -207,6 +208,23 @@ class TimedSession:
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         return self._timed("texts", self.session.embed_texts, texts)
+
+    def embed_text_parts(self, texts: Sequence[str], size: int) -> Iterator[Tensor]:
+        parts = self.session.embed_text_parts(texts, size)
+        while (part := self._timed("texts", partial(next, parts), None)) is not None:
+            yield part
+
+    def count_in_images(
+        self,
+        kind: str,
+        texts: Sequence[str],
+        keys: np.ndarray,
+        width: int,
+        count: Callable[[Sequence[int]], Iterator[Tensor]],
+        title: str,
+    ) -> Tensor:
+        with self.measure("images"):
+            return self.session.count_in_images(kind, texts, keys, width, count, title)
 
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         return self._timed("texts", self.session.text_lengths, texts)

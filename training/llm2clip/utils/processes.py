@@ -61,11 +61,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def process_rank() -> int:
-    """Return the rank of this process; 0 without a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
 def sum_over_processes(values: Tensor) -> Tensor:
     """Add up a tensor over the processes; each gets the sum, on the device of its own tensor."""
     if world_size() == 1:

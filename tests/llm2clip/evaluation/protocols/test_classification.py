@@ -19,6 +19,7 @@ from llm2clip.evaluation.benchmarks.data import BenchmarkImages, ClassificationD
 from llm2clip.evaluation.contracts import Measurement
 from llm2clip.evaluation.metrics import ROUNDING
 from llm2clip.evaluation.prompts import prompts
+from llm2clip.evaluation.protocols import classification
 from llm2clip.evaluation.protocols.classification import (
     ZeroShotClassification,
     class_embeddings,
@@ -66,14 +67,36 @@ def test_prompts_are_scaled_averaged_and_scaled_again() -> None:
     assert found.scores == {"top1": 1.0, "mean_per_class": 1.0}
     texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
     half = 0.5**0.5
-    torch.testing.assert_close(class_embeddings(texts, 2), torch.tensor([[half, half], [0.0, 1.0]]))
+    torch.testing.assert_close(class_embeddings(texts.split(2), 2), torch.tensor([[half, half], [0.0, 1.0]]))
     assert session.embedded == [["dog", "a dog", "cat", "a cat"], 2]
+
+
+@pytest.mark.parametrize("prompts_at_once", [1, 7, 10**6])
+def test_classes_are_averaged_a_few_at_a_time(prompts_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of whole classes in each part, and the numbers of all at once."""
+    images, data, table, embeds = random_set()
+    session, sizes = FakeSession(images, table), list[int]()
+    monkeypatch.setattr(classification, "PROMPTS", prompts_at_once)
+    whole = session.embed_text_parts
+
+    def parts(texts: Any, size: int) -> Any:
+        for part in whole(texts, size):
+            sizes.append(len(part))
+            yield part
+
+    monkeypatch.setattr(session, "embed_text_parts", parts)
+    found = ZeroShotClassification().measure(session, data)
+    assert sizes == {1: [3] * 7, 7: [6, 6, 6, 3], 10**6: [21]}[prompts_at_once]
+    monkeypatch.undo()
+    assert found.scores == measure(images, data, table).scores
+    texts = normalize(embeds, dim=-1).flatten(0, 1)
+    assert class_embeddings(texts.split(6), 3).equal(class_embeddings([texts], 3))
 
 
 def test_classifier_logits_and_accuracies_equal_the_original_code() -> None:
     golden = load_golden("zero_shot_a")
     texts = golden["in/class_template_embeddings"] @ golden["in/text_projection"]
-    classes = class_embeddings(normalize(texts, dim=-1).flatten(0, 1), len(texts))
+    classes = class_embeddings([normalize(texts, dim=-1).flatten(0, 1)], texts.shape[1])
     golden.close(classes.T, "out/classifier")
     golden.close(100 * normalize(golden["in/images"], dim=-1) @ classes.T, "out/logits")
     names, templates = [f"class {row}" for row in range(len(texts))], [f"{{c}} {row}" for row in range(texts.shape[1])]

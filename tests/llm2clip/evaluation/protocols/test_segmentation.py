@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from llm2clip.evaluation import session as evaluation_session
 from llm2clip.evaluation.benchmarks.ade20k import ADE20K
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages
@@ -26,17 +27,19 @@ from llm2clip.evaluation.protocols.segmentation import (
     SLIDING,
     MaskCLIPSegmentation,
     maskclip_templates,
-    measured_confusion,
+    measured_counts,
+    pixel_counts,
     predict,
     resized_size,
     sliding,
     whole_or_windows,
 )
+from llm2clip.evaluation.results import intervals_of
 from llm2clip.evaluation.session import EvaluationSession
 from llm2clip.evaluation.suite import FoundBenchmark, Suite
 from llm2clip.utils.non_finite import NonFiniteError
 from tests.llm2clip.evaluation.encoders.models import save_transformers
-from tests.llm2clip.evaluation.fake_session import FakeSession
+from tests.llm2clip.evaluation.fake_session import FakeEncoder, FakeSession
 
 PATCH = 4
 NAMES = ["sky", "sea", "sand", "tree", "unseen"]
@@ -191,28 +194,19 @@ def test_of_several_names_the_closest_counts_and_the_first_of_equal_classes_wins
 
 
 def test_a_class_without_pixels_is_no_part_of_the_mean_and_one_only_predicted_counts_as_zero() -> None:
-    confusion = torch.tensor([[6, 2, 0, 0], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
-    found = measured_confusion(confusion, ["a", "b", "c", "d"])
+    labels = torch.tensor([0] * 8 + [1] * 4 + [IGNORED] * 2)
+    predicted = torch.tensor([0] * 6 + [1] * 2 + [0] + [1] * 3 + [3] * 2)
+    names = ["a", "b", "c", "d"]
+    counts = pixel_counts(labels, predicted, 4)
+    assert counts.view(3, 4).tolist() == [[6, 3, 0, 0], [8, 4, 0, 0], [7, 5, 0, 0]]
+    found = measured_counts(counts[None], names)
     assert found.scores == pytest.approx({"miou": (6 / 9 + 3 / 6) / 2, "mean_accuracy": 0.75, "pixel_accuracy": 0.75})
     assert found.groups["class"] == {"a": {"iou": 6 / 9, "pixels": 8}, "b": {"iou": 0.5, "pixels": 4}}
     assert found.counts == {"classes": 4, "classes_in_mean": 2, "pixels": 12}
-    confusion[0, 2] = 3
-    found = measured_confusion(confusion, ["a", "b", "c", "d"])
+    other = pixel_counts(torch.tensor([0, 0, 0]), torch.tensor([2, 2, 2]), 4)
+    found = measured_counts(torch.stack([counts, other]), names)
     assert found.scores["miou"] == pytest.approx((6 / 12 + 3 / 6 + 0) / 3)
     assert found.groups["class"]["c"] == {"iou": 0.0, "pixels": 0}
-
-
-def test_processes_share_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, session = folder_of(tmp_path, [(21, 30), (40, 17), (24, 24)]), FakeSession([], TEXTS, patches=colours)
-    alone = protocol().measure(session, data)
-    shares: list[Tensor] = []
-    monkeypatch.setattr(segmentation, "sum_over_processes", lambda values: shares.append(values) or values)
-    monkeypatch.setattr(segmentation, "world_size", lambda: 2)
-    for rank in range(2):
-        monkeypatch.setattr(segmentation, "process_rank", lambda rank=rank: rank)
-        protocol().measure(session, data)
-    assert all(0 < share.sum() < alone.counts["pixels"] for share in shares)
-    assert measured_confusion(sum(shares).view(5, 5), NAMES).scores == alone.scores
 
 
 def test_prompts_are_the_85_of_maskclip(tmp_path: Path) -> None:
@@ -252,6 +246,8 @@ def test_a_model_runs_through_the_suite(num_workers: int, tmp_path: Path) -> Non
         scores = (patches @ F.normalize(texts, dim=1).T).permute(0, 3, 1, 2)
         maps.append(F.interpolate(scores, pixels.shape[2:], mode="bilinear")[0].argmax(dim=0))
     assert result.scores == pytest.approx(by_loops(data, maps)[0], abs=1e-12)
+    assert set(result.intervals) == set(result.scores)
+    assert {"texts", "images"} <= set(result.seconds)
     assert result.differences == ["2 images instead of 2,000", "5 classes instead of 150"]
     assert json.loads(next((tmp_path / "results").rglob("*.json")).read_text())["counts"]["truncated_texts"] == 0
 
@@ -261,6 +257,80 @@ def test_a_label_map_of_another_size_is_an_error(tmp_path: Path) -> None:
     Image.new("L", (24, 23)).save(data.label_maps[0])
     with pytest.raises(BenchmarkError, match=r"0-labels\.png has 24 x 23 pixels, but its image .*0\.png 24 x 24"):
         protocol().measure(FakeSession([], TEXTS, patches=colours), data)
+
+
+def stored_session(place: Path, kill_after: int | None = None) -> tuple[EvaluationSession, list[int]]:
+    """A session with a store, the numbers of images that it segments, and a kill."""
+    encoder = FakeEncoder(TEXTS)
+    segmented: list[int] = []
+
+    def patches(inputs: dict[str, Tensor]) -> Tensor:
+        if len(segmented) == kill_after:
+            raise KeyboardInterrupt
+        segmented.append(1)
+        return colours(inputs)
+
+    encoder.patches = patches
+    return EvaluationSession(encoder, place), segmented
+
+
+def test_a_killed_segmentation_goes_on_and_has_the_same_integers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_session, "COUNTED", 2)
+    data = folder_of(tmp_path, [(21, 30), (40, 17), (24, 24), (24, 50), (33, 21), (24, 31), (26, 24)])
+    whole = protocol().measure(FakeSession([], TEXTS, patches=colours), data)
+    killed, segmented = stored_session(tmp_path / "store", kill_after=5)
+    with pytest.raises(KeyboardInterrupt):
+        protocol().measure(killed, data)
+    resumed, segmented = stored_session(tmp_path / "store")
+    found = protocol().measure(resumed, data)
+    assert len(segmented) == 3
+    assert found.summed is not None
+    assert whole.summed is not None
+    assert found.summed.counts.equal(whole.summed.counts)
+    assert (found.scores, found.counts) == (whole.scores, whole.counts)
+    again, segmented = stored_session(tmp_path / "store")
+    assert protocol().measure(again, data).scores == whole.scores
+    assert not segmented
+
+
+def test_counts_are_not_found_again_by_other_images_labels_texts_or_options(tmp_path: Path) -> None:
+    data = folder_of(tmp_path, [(21, 30), (40, 17)])
+
+    def segmented_by(changed: MaskCLIPSegmentation, **options: Any) -> int:
+        session, segmented = stored_session(tmp_path / "store")
+        for name, value in options.items():
+            setattr(session, name, value)
+        changed.measure(session, data)
+        return len(segmented)
+
+    assert segmented_by(protocol()) == 2
+    assert segmented_by(protocol(scale=(60, 24))) == 2
+    assert segmented_by(protocol(crop=64, stride=6)) == 2
+    assert segmented_by(protocol(templates=("{c}", "{c}"))) == 2
+    assert segmented_by(protocol(), text_format=dict(zip(NAMES, NAMES[::-1], strict=True)).__getitem__) == 2
+    assert segmented_by(protocol()) == 0
+    labels = np.array(Image.open(data.label_maps[1]))
+    Image.fromarray(np.flipud(labels)).save(data.label_maps[1])
+    assert segmented_by(protocol()) == 1
+    image = Image.open(data.images.images[0])
+    image.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(data.images.images[0])
+    assert segmented_by(protocol()) == 1
+    data.class_of = class_table({0: 1, 1: 0, 2: 2, 3: 3})
+    assert segmented_by(protocol()) == 2
+
+
+def test_intervals_are_of_images(tmp_path: Path) -> None:
+    sizes = [(20 + 3 * number, 60 - 2 * number) for number in range(12)]
+    found = protocol().measure(FakeSession([], TEXTS, patches=colours), folder_of(tmp_path, sizes))
+    intervals = intervals_of(found)
+    assert set(intervals) == set(found.scores)
+    for name, (low, high) in intervals.items():
+        assert low < found.scores[name] < high
+    assert found.summed is not None
+    assert len(found.summed.counts) == 12
+    assert intervals == intervals_of(found)
 
 
 def test_label_maps_without_any_class_are_an_error(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from llm2clip.utils.files import digest_json
 KS = (1, 5)
 # Images whose scores of all classes are in memory at once.
 TILE = 4096
+# Embeddings of prompts that are in memory at once.
+PROMPTS = 4096
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class ZeroShotClassification:
         if len(classnames) != len(data.classnames):
             raise BenchmarkError(f"{len(classnames):,} names are given for {len(data.classnames):,} classes.")
         texts = prompts(classnames, templates)
-        classes = class_embeddings(session.embed_texts(texts), len(classnames))
+        classes = embed_classes(session, texts, len(templates))
         _, is_cut = session.text_lengths(texts)
         images = session.embed_images(data.images)
         parts = [
@@ -75,16 +77,27 @@ class ZeroShotClassification:
         return measured_ranks(ranks, replace(data, classnames=classnames), protocol, counts)
 
 
-def class_embeddings(texts: Tensor, classes: int) -> Tensor:
+def embed_classes(session: Session, texts: Sequence[str], templates: int) -> Tensor:
+    """Embed classes by their prompts, a few classes at a time: unit rows `(classes, width)`.
+
+    Args:
+        texts: The prompts of the first class, then those of the next; `templates` each.
+    """
+    return class_embeddings(session.embed_text_parts(texts, templates * max(1, PROMPTS // templates)), templates)
+
+
+def class_embeddings(parts: Iterable[Tensor], templates: int) -> Tensor:
     """Average the embeddings of the prompts of each class.
 
     Args:
-        texts: Unit rows `(classes * templates, width)`, the prompts of the first class first.
+        parts: Unit rows `(prompts, width)` of some classes each, the prompts of the first class first.
+        templates: Number of prompts of a class.
 
     Returns:
         Unit rows `(classes, width)`.
     """
-    return normalize(texts.view(classes, -1, texts.shape[-1]).mean(dim=1), dim=-1)
+    means = [part.view(-1, templates, part.shape[-1]).mean(dim=1) for part in parts]
+    return normalize(torch.cat(means), dim=-1)
 
 
 def label_ranks(scores: Tensor, labels: Tensor, rounding: float = 0.0) -> QueryRanks:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,19 +15,21 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
+from llm2clip.data.image_keys import content_keys
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.label_maps import IGNORED, SegmentationData, scene_templates
-from llm2clip.evaluation.contracts import Encoder, Measurement, Session
+from llm2clip.evaluation.contracts import Encoder, Measurement, Session, SummedCounts
 from llm2clip.evaluation.prompts import name_of_templates, prompts, template_set
-from llm2clip.evaluation.protocols.classification import class_embeddings
+from llm2clip.evaluation.protocols.classification import embed_classes
+from llm2clip.utils.files import digest_json
 from llm2clip.utils.non_finite import require_finite_rows
-from llm2clip.utils.processes import process_rank, sum_over_processes, world_size
-from llm2clip.utils.progress import track
 from modeling_llm2clip.image_decoding_llm2clip import decode_image
 
 # Scores of classes at pixels that are in memory at once: 64 MiB, and as much again while they are resized.
 CHUNK = 2**24
 TEMPLATES = "maskclip-85"
+# Of the rule by which pixels are counted: counts that an earlier rule has stored are not found again.
+RULE = 1
 # Top, left, height and width of a part of an image.
 Window = tuple[int, int, int, int]
 
@@ -36,7 +40,7 @@ class MaskCLIPSegmentation:
 
     As in its code (mmsegmentation): an image is resized bilinearly to `scale` with its ratio kept; scores are resized
     bilinearly from patches to the resized image and then to the label map; the highest wins. The mean IoU is over the
-    classes that occur in labels or predictions, from one confusion matrix over all images. Unlike there, pixels are
+    classes that occur in labels or predictions, from the pixels of all images. Unlike there, pixels are
     normalised as the model's own are.
 
     Args:
@@ -62,11 +66,10 @@ class MaskCLIPSegmentation:
         templates = list(self.templates or maskclip_templates())
         names = [name for several in data.classes.values() for name in several]
         texts = prompts(names, templates)
-        embeds = class_embeddings(session.embed_texts(texts), len(names))
+        embeds = embed_classes(session, texts, len(templates))
         _, is_cut = session.text_lengths(texts)
-        owners = torch.tensor([number for number, several in enumerate(data.classes.values()) for _ in several])
-        confusion = self._confusion(session, data, embeds, owners)
-        if not confusion.any():
+        counted = self._count(session, data, texts, embeds)
+        if not counted.any():
             raise BenchmarkError(f"no pixel of {data.title} has a class.")
         protocol = {
             "name": "MaskCLIP segmentation",
@@ -74,32 +77,41 @@ class MaskCLIPSegmentation:
             "scale": list(self.scale),
             "templates": TEMPLATES if self.templates is None else name_of_templates(templates),
         }
-        measurement = measured_confusion(confusion, list(data.classes))
+        measurement = measured_counts(counted, list(data.classes))
         counts = {"images": len(data.images), **measurement.counts}
         counts |= {"texts": len(texts), "truncated_texts": int(is_cut.sum())}
         return replace(measurement, protocol=protocol, counts=counts)
 
-    def _confusion(self, session: Session, data: SegmentationData, embeds: Tensor, owners: Tensor) -> Tensor:
-        """Count pixels by class and predicted class, `(classes, classes)` int64; processes share the images."""
+    def _count(self, session: Session, data: SegmentationData, texts: list[str], embeds: Tensor) -> Tensor:
+        """Count the pixels of each image, `(images, 3 * classes)` int64; see [`pixel_counts`]."""
         encoder, classes = session.encoder, len(data.classes)
-        embeds, owners = embeds.to(encoder.device), owners.to(encoder.device)
-        rows = range(process_rank(), len(data.images), world_size())
-        prepared = _PreparedImages(encoder, data, rows, self.scale)
-        loader = DataLoader(prepared, batch_size=None, num_workers=session.num_workers)
-        confusion = torch.zeros(classes * classes, dtype=torch.int64)
-        images = track(loader, f"Segmenting {data.title}", len(rows), "image")
-        for row, (pixels, labels) in zip(rows, images, strict=True):
-            height, width = pixels.shape[-2:]
-            windows = whole_or_windows(height, width, self.crop, self.stride)
-            parts = torch.stack([pixels[:, top : top + h, left : left + w] for top, left, h, w in windows])
-            patches = encoder.forward_patches({"pixel_values": parts}).to(encoder.device)
-            require_finite_rows(patches[None].flatten(1), [data.images.key(row)].__getitem__, "images")
-            scores = class_scores(patches, embeds, owners, classes)
-            predicted = predict(scores, windows, (height, width), tuple(labels.shape)).cpu()
-            counted = labels != IGNORED
-            pairs = labels[counted] * classes + predicted[counted]
-            confusion += torch.bincount(pairs, minlength=classes * classes)
-        return sum_over_processes(confusion).view(classes, classes)
+        embeds = embeds.to(encoder.device)
+        owners = [number for number, names in enumerate(data.classes.values()) for _ in names]
+        numbers = torch.tensor(owners, device=encoder.device)
+
+        def count(rows: Sequence[int]) -> Iterator[Tensor]:
+            prepared = _PreparedImages(encoder, data, rows, self.scale)
+            loader = DataLoader(prepared, batch_size=None, num_workers=session.num_workers)
+            for row, (pixels, labels) in zip(rows, loader, strict=True):
+                height, width = pixels.shape[-2:]
+                windows = whole_or_windows(height, width, self.crop, self.stride)
+                parts = torch.stack([pixels[:, top : top + h, left : left + w] for top, left, h, w in windows])
+                patches = encoder.forward_patches({"pixel_values": parts}).to(encoder.device)
+                require_finite_rows(patches[None].flatten(1), [data.images.key(row)].__getitem__, "images")
+                scores = class_scores(patches, embeds, numbers, classes)
+                predicted = predict(scores, windows, (height, width), tuple(labels.shape))
+                yield pixel_counts(labels, predicted.cpu(), classes)
+
+        options = [RULE, owners, self.scale, self.crop, self.stride, data.class_of.tolist()]
+        kind = f"segmentation-{digest_json(options)}"
+        return session.count_in_images(kind, texts, pair_keys(data), 3 * classes, count, f"Segmenting {data.title}")
+
+
+def pair_keys(data: SegmentationData) -> np.ndarray:
+    """Identify images with their label maps by the bytes of both files, `(images, 2)` int64."""
+    pairs = np.concatenate([data.images.content_keys(), content_keys(data.label_maps)], axis=1)
+    digests = b"".join(hashlib.blake2b(pair.astype("<i8").tobytes(), digest_size=16).digest() for pair in pairs)
+    return np.frombuffer(digests, dtype="<i8").reshape(-1, 2).astype(np.int64, copy=False)
 
 
 def maskclip_templates() -> list[str]:
@@ -199,27 +211,45 @@ def _pixel_scores(scores: Tensor, windows: Sequence[Window], size: tuple[int, in
     return total / count
 
 
-def measured_confusion(confusion: Tensor, names: Sequence[str]) -> Measurement:
-    """Summarise a confusion matrix `(classes, classes)` of pixels, right class by predicted class.
+def pixel_counts(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """Count the pixels of an image that have a class, `(3 * classes,)` int64.
+
+    By class, those that are predicted rightly, those that are labelled so, and those that are predicted so.
+    """
+    counted = labels != IGNORED
+    labels, predicted = labels[counted], predicted[counted]
+    parts = (labels[labels == predicted], labels, predicted)
+    return torch.cat([torch.bincount(part, minlength=classes) for part in parts])
+
+
+def segmentation_scores(counts: Tensor) -> dict[str, Tensor]:
+    """Compute the scores from sums of [`pixel_counts`], `(..., 3 * classes)` float64; NaN without any pixel."""
+    right, labelled, predicted = counts.unflatten(-1, (3, -1)).unbind(-2)
+    return {
+        "miou": (right / (labelled + predicted - right)).nanmean(dim=-1),
+        "mean_accuracy": (right / labelled).nanmean(dim=-1),
+        "pixel_accuracy": right.sum(dim=-1) / labelled.sum(dim=-1),
+    }
+
+
+def measured_counts(counts: Tensor, names: Sequence[str]) -> Measurement:
+    """Summarise the pixels of images, `(images, 3 * classes)` int64 of [`pixel_counts`].
 
     A class that occurs neither in labels nor in predictions has no IoU, and is not part of the mean; one that occurs
     in predictions alone has 0. The mean accuracy is over the classes that occur in labels.
     """
-    right, labelled = confusion.diagonal().double(), confusion.sum(dim=1)
-    union = labelled + confusion.sum(dim=0) - confusion.diagonal()
-    iou, accuracy = right / union, right / labelled
+    total = counts.sum(dim=0)
+    right, labelled, predicted = total.double().view(3, -1)
+    union = labelled + predicted - right
     by_class = {
-        name: {"iou": iou[number].item(), "pixels": int(labelled[number])}
+        name: {"iou": (right[number] / union[number]).item(), "pixels": int(labelled[number])}
         for number, name in enumerate(names)
         if union[number] > 0
     }
     return Measurement(
         protocol={},
-        scores={
-            "miou": iou[union > 0].mean().item(),
-            "mean_accuracy": accuracy[labelled > 0].mean().item(),
-            "pixel_accuracy": (right.sum() / labelled.sum()).item(),
-        },
+        scores={name: score.item() for name, score in segmentation_scores(total.double()).items()},
+        summed=SummedCounts(counts, segmentation_scores),
         counts={
             "classes": len(names),
             "classes_in_mean": int((union > 0).sum()),
