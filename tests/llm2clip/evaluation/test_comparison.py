@@ -24,6 +24,9 @@ def test_models_and_sets() -> None:
     assert [row.label for row in comparison.rows] == ["a", "b"]
     assert comparison.rows[0].cells == {0: {RECALLS[0]: 0.25, RECALLS[1]: 0.5}}
     assert [comparison.rows[1].cells[number][RECALLS[1]] for number in (0, 1)] == [0.6, 0.7]
+    assert {number: result.benchmark for number, result in comparison.rows[1].results.items()} == {
+        0: "urban1k", 1: "docci",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
