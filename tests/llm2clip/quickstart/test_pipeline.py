@@ -17,8 +17,6 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer
 from llm2clip import cli
 from llm2clip.data import decode_image
 from llm2clip.hub.cards.card import read_card, validate_card
-from llm2clip.quickstart.arms import choose_arms
-from llm2clip.quickstart.config import QuickstartConfig
 from llm2clip.quickstart.data import LANGUAGES, OTHER_LANGUAGES, QuickstartData
 from llm2clip.quickstart.text_steps import TextSteps
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
@@ -272,8 +270,11 @@ def test_an_embedding_model_needs_no_stage_1(
     validation = read_card(tmp_path / "run" / "llm2clip")[0]["model-index"][0]["results"][-1]
     assert validation["dataset"]["split"] == "validation"
     assert (tmp_path / "run" / "report.html").is_file()
-    tuned = choose_arms(QuickstartConfig(llm=str(changes["llm"]), tune_text_encoder=True))
-    assert [(arm.name, arm.title) for arm in tuned] == [("ready", "bert"), ("stage1", "bert after stage 1")]
+    assert cli.main([*own, "--tune-text-encoder", "true"]) == 0
+    tuned = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert tuned["text_encoders"] == ["bert", "bert after stage 1"]
+    assert tuned["image_retrieval"]["bert"] == results["image_retrieval"]["bert"]
+    assert "stage1" in tuned["seconds"]
 
 
 def test_missing_splits_are_held_out_and_a_single_caption_column_gives_no_pairs(tmp_path: Path) -> None:

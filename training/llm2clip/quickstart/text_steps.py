@@ -94,6 +94,9 @@ class TextSteps:
         folder = run.folder / "stage1"
         recipe = {key: value for key, value in run.profile["stage1"].items() if key not in run.prompt()}
         is_plain = any(arm.kind == "raw" for arm in run.arms)
+        if not is_plain:
+            # Embedding models are of architectures with other names of layers than the default ones.
+            recipe.setdefault("lora_target_modules", ["all-linear"])
         recipe |= {
             "model_name_or_path": str(run.folder / "raw") if is_plain else run.weights["llm"],
             "output_dir": str(folder),
