@@ -85,8 +85,10 @@ def run_benchmarks(config: EvaluateConfig) -> list[Result]:
     suite = Suite(output, config.text_format, config.allow_counts, config.overwrite)
     suite.check(found)
     store = Path(config.embeddings) if config.embeddings else output / "embeddings"
-    for folder in (output, store):
-        require_writable(folder)
+    # Finished results are also shown from a folder that is read-only.
+    if config.overwrite or not all(suite.path(one.benchmark, config.model).is_file() for one in found):
+        for folder in (output, store):
+            require_writable(folder)
     encoder = open_encoder(config.model, config.revision, config.dtype, process_state().device)
     session = EvaluationSession(
         encoder,

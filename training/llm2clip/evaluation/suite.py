@@ -101,8 +101,7 @@ class Suite:
             checksum = data_checksum(data)
         watch.seconds["read"] = round(watch.seconds["read"] + seconds, 3)
         setup, model = self.setup(benchmark), describe_model(session.encoder)
-        variant = getattr(benchmark.protocol, "variant", "")
-        path = result_path(self.output, session.encoder.name, benchmark.name, self.text_format, variant)
+        path = self.path(benchmark, session.encoder.name)
         if on_main_process(path.is_file) and not self.overwrite:
             finished = read_finished(path)
             require_same(path, finished, model, checksum, setup)
@@ -132,6 +131,11 @@ class Suite:
             write_length_plot(path.with_suffix(".png"), result)
             result.write(path)
         return result
+
+    def path(self, benchmark: Benchmark, model: str) -> Path:
+        """Return the file of the result of a model."""
+        variant = getattr(benchmark.protocol, "variant", "")
+        return result_path(self.output, model, benchmark.name, self.text_format, variant)
 
     def setup(self, benchmark: Benchmark) -> str:
         """Describe the protocol of a benchmark before it measures."""
