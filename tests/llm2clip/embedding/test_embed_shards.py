@@ -13,6 +13,7 @@ import torch
 
 from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource, SourceShard
+from llm2clip.data.sources import SourceError
 from llm2clip.embedding import CacheManifest, EmbeddingCache
 from llm2clip.embedding.cache_files import CacheDamagedError, CacheMismatchError, MissingCaptionError
 from llm2clip.embedding.embed_shards import ShardCounts, ShardEmbedder, parse_part
@@ -25,6 +26,7 @@ from llm2clip.embedding.sidecars import (
     sha256,
     stored_encoder,
 )
+from tests.llm2clip.data.test_streams import write_tars
 from tests.llm2clip.embedding import encoder
 
 
@@ -238,6 +240,24 @@ def test_a_shard_that_cannot_be_embedded_does_not_stop_the_others(tmp_path: Path
     assert "1.parquet: The embedding of the caption 'everywhere' is not finite" in counts.failed[0]
     assert sorted(path.name for path in out.glob("*.manifest")) == ["0.emb.manifest", "2.emb.manifest"]
     assert not list(out.glob(".*"))
+
+
+def test_a_tar_that_is_cut_short_is_no_shard(tmp_path: Path) -> None:
+    """What is left of it can be read: a file less, or only the mark of its end."""
+    source = write_tars(tmp_path / "tars", 3)
+    for number, size in ((1, 2048), (2, 3072)):
+        with (tmp_path / "tars" / f"{number:05}.tar").open("rb+") as file:
+            file.truncate(size)
+    counts = embed(source, tmp_path / "out")
+    assert [fault.rpartition("/")[2] for fault in counts.failed] == [
+        "00001.tar is cut short after s1r1.txt.",
+        "00002.tar is cut short after s2r2.txt.",
+    ]
+    assert [path.name for path in (tmp_path / "out").glob("*.manifest")] == ["00000.emb.manifest"]
+    with (tmp_path / "tars" / "00000.tar").open("rb+") as file:
+        file.truncate(2560)
+    with pytest.raises(SourceError, match=r"Reading .* failed: ReadError: unexpected end of data"):
+        embed(source, tmp_path / "out")
 
 
 def test_two_shards_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import difflib
 import glob
 import os
 import re
+import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -288,7 +289,7 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         raise FileNotFoundError(
             f"{path!r} is not a local file or folder, and the Hub cannot be reached to look for it ({error})."
         ) from error
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError, tarfile.TarError) as error:
         cause = error.__cause__ or error
         raise SourceError(f"Reading {path} failed: {type(cause).__name__}: {cause}") from error
     return OpenedTable(

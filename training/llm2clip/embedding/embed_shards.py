@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource, SourceShard
+from llm2clip.data.tars import list_tar
 from llm2clip.embedding.cache import EmbeddingCache
 from llm2clip.embedding.cache_builder import Embed, rows_to_store
 from llm2clip.embedding.cache_files import CacheManifest, CacheMismatchError
@@ -131,6 +132,7 @@ class ShardEmbedder:
 
     def embed_shard(self, opened: ShardedSource, shard: SourceShard, target: SidecarFolder) -> SidecarManifest:
         """Embed the distinct captions of a shard, and write its sidecar and then its manifest."""
+        _refuse_cut_tar(shard.path)
         size, checksum = source_size(shard.path), source_checksum(shard.path)
         texts: dict[str, None] = {}
         rows = 0
@@ -176,6 +178,13 @@ class ShardEmbedder:
             rows[torch.from_numpy(places)] = rows_to_store(vectors, texts, self.encoder)
             truncated += cut
         return rows, truncated, len(known)
+
+
+def _refuse_cut_tar(path: str) -> None:
+    """Raise an error if a local tar is cut short, whose rest tarfile would read as if it were whole."""
+    if path.endswith(".tar") and "://" not in path:
+        for _ in list_tar(Path(path)):
+            pass
 
 
 def parse_part(text: str | None) -> tuple[int, int]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image
 
-from llm2clip.data import decode_image
+from llm2clip.data import decode_image, tars
+from llm2clip.data.sources import SourceError
+from llm2clip.data.tars import FilePart
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
@@ -47,51 +47,12 @@ class EncodedImages(Sequence[bytes]):
         return (self.encoded(row) for row in range(len(self)))
 
 
-class FilePart(NamedTuple):
-    """A file within an uncompressed archive.
-
-    Attributes:
-        path: The archive.
-        start, size: Its bytes in it.
-    """
-
-    path: Path
-    start: int
-    size: int
-
-    def read(self) -> bytes:
-        """Read it.
-
-        Raises:
-            BenchmarkError: The archive is shorter than it was when it was listed.
-        """
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            content = file.read(self.size)
-        if len(content) != self.size:
-            raise BenchmarkError(f"{self.path} ends before byte {self.start + self.size:,}.")
-        return content
-
-
 def list_tar(path: Path) -> Iterator[tuple[str, FilePart]]:
-    """List the files of an uncompressed tar in their order: names, and where their bytes are.
-
-    Raises:
-        BenchmarkError: It is not an uncompressed tar, or is cut short.
-    """
-    last, end = "its beginning", 0
+    """List the files of a tar, see [`llm2clip.data.tars.list_tar`]; its errors are a `BenchmarkError`."""
     try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                last = member.name
-                if member.isfile():
-                    yield member.name, FilePart(path, member.offset_data, member.size)
-                    end = member.offset_data + math.ceil(member.size / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    except (tarfile.TarError, EOFError) as error:
-        raise BenchmarkError(f"{path} is not an uncompressed tar, or is damaged in {last}: {error}.") from error
-    # A block of zeros ends a tar. tarfile accepts one that stops before it, or within a header.
-    if path.stat().st_size < end + tarfile.BLOCKSIZE or any(FilePart(path, end, tarfile.BLOCKSIZE).read()):
-        raise BenchmarkError(f"{path} is cut short after {last}.")
+        yield from tars.list_tar(path)
+    except SourceError as error:
+        raise BenchmarkError(str(error)) from error
 
 
 class ArchivedImages(EncodedImages):
