@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modeling_llm2clip.modeling_llm2clip_features import ATTENTION_ROWS
 
+PLAIN_TRANSFORMERS = {"timm.models.eva.Eva", "timm.models.vision_transformer.VisionTransformer"}
 # With any other pooling, such as the first principal component, a patch alone is no image.
 POOLINGS = ("token", "avg", "map")
 
@@ -22,12 +23,10 @@ def timm_tower(visual: Any) -> nn.Module:
         ValueError: It is no transformer whose every token is one patch: a convolutional or hierarchical tower mixes
             and merges patches outside its attention, so that MaskCLIP's change of the last attention is not defined.
     """
-    from timm.layers import PatchEmbed
-    from timm.models.eva import Eva
-    from timm.models.vision_transformer import VisionTransformer
-
     trunk = visual.trunk
-    plain = isinstance(trunk, (VisionTransformer, Eva)) and type(trunk.patch_embed) is PatchEmbed
+    # By name, since heat maps of other models do without timm.
+    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(trunk).__mro__}
+    plain = bool(kinds & PLAIN_TRANSFORMERS) and type(trunk.patch_embed).__qualname__ == "PatchEmbed"
     if not plain or trunk.global_pool not in POOLINGS or not hasattr(trunk.blocks[-1], "attn"):
         raise ValueError(
             f"the patches of the {type(trunk).__name__} of timm in this model of open_clip are not known: MaskCLIP is "
