@@ -236,6 +236,7 @@ def test_a_second_run_reuses_all_steps_and_a_changed_one_those_before_the_change
     arguments: list[str], folder: Path, results: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(arguments) == 0
+    assert "protocol distinct: equal captions are one query" in " ".join(capsys.readouterr().out.split())
     again = json.loads((folder / "results.json").read_text())
     steps = list(results["seconds"])[1:]
     assert again["reused_steps"] == steps

@@ -38,6 +38,8 @@ def print_tables(results: dict[str, Any]) -> None:
     for sentence in results["reading"]:
         console.print(sentence, highlight=False)
     settings, machine = results["settings"], results["machine"]
+    # Its first sentence, up to the remark in brackets; results.json has the whole.
+    console.print(f"protocol {results['protocol']['queries'].partition(' (')[0]}", style="dim", highlight=False)
     console.print(
         f"profile {settings['profile']}, seed {settings['seed']}; LLM {settings['llm']}; vision tower "
         f"{settings['vision_model']}; {machine['threads']} threads of {machine['processor']}",
