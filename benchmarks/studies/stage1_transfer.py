@@ -56,7 +56,8 @@ class Study:
         self.run, self.output, self.seed = run, output, seed
         self.profile = load_recipe(find_recipe("quickstart_default"))
         self.data = QuickstartData.find(None, COLUMNS)
-        self.domains = DomainSplit(self.data, "source", "openclipart", output / "data")
+        every_column = QuickstartData.find(None, [*COLUMNS, *LANGUAGES[1:]])
+        self.domains = DomainSplit(every_column, "source", "openclipart", output / "data")
         self.tuning = output / "data" / "tuning.parquet"
         if not self.tuning.exists():
             self.domains.write()
