@@ -22,6 +22,8 @@ from llm2clip.utils.settings import check_choices, require, setting
 from llm2clip.utils.text_identity import tokenizer_fingerprint
 from llm2clip.utils.towers import open_text_tower
 
+REQUIRED = ["text_model_name_or_path", "sources"]
+
 
 @dataclass
 class EmbedConfig:
@@ -99,7 +101,6 @@ def run(config: EmbedConfig) -> dict[str, Any]:
     Raises:
         ValueError: Settings do not fit each other, or shards could not be embedded.
     """
-    require(config, ["text_model_name_or_path", "sources"], output_dir=not config.writes_sidecars)
     if config.writes_sidecars:
         # Without a lock: several runs may share a folder, and each sidecar appears whole.
         return _embed_into_sidecars(config)
@@ -110,6 +111,7 @@ def run(config: EmbedConfig) -> dict[str, Any]:
 
 @exclusive
 def _embed_into_cache(config: EmbedConfig) -> dict[str, Any]:
+    require(config, REQUIRED)
     embedder, name, state = _open_encoder(config)
     captions = distinct_captions([CaptionSource.from_dict(source) for source in config.sources])
     manifest = embed_into_cache(captions, embedder, config.output_dir, name, config, state)
@@ -117,6 +119,7 @@ def _embed_into_cache(config: EmbedConfig) -> dict[str, Any]:
 
 
 def _embed_into_sidecars(config: EmbedConfig) -> dict[str, Any]:
+    require(config, REQUIRED, output_dir=False)
     part = parse_part(config.shard_slice)
     sources = [CaptionSource.from_dict(source) for source in config.sources]
     embedder, name, state = _open_encoder(config)

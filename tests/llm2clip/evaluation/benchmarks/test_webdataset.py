@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from llm2clip.data.sources import SourceError
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, FilePart, list_tar
@@ -81,7 +82,7 @@ def test_images_stay_in_the_tars_until_they_are_asked_for(classes: Path) -> None
     path = classes / "test/3.tar"
     path.write_bytes(path.read_bytes()[:520])
     assert data.images.images[2].startswith(b"\x89PNG")
-    with pytest.raises(BenchmarkError, match=r"3.tar ends before byte"):
+    with pytest.raises(SourceError, match=r"3.tar ends before byte"):
         data.images.images[3]
 
 
