@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +123,24 @@ def test_weights_and_embeddings_have_the_mode_of_the_umask(inputs: Inputs, tmp_p
     files = sorted(tmp_path.rglob("*.safetensors"))
     assert [path.parent.name for path in files] == ["a", "b", "c", "d"]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
+
+
+@pytest.mark.parametrize(
+    ("store", "sources", "expected"),
+    [
+        ("auto", [{"streaming": True}], True),
+        ("auto", [{"streaming": True}, {}], False),
+        ("auto", [{"streaming": True, "max_samples": 3}], False),
+        ("auto", [], False),
+        ("cache", [{"streaming": True}], False),
+        ("sidecars", [{}], True),
+    ],
+)
+def test_the_source_decides_between_cache_and_sidecars(
+    store: Any, sources: list[dict[str, Any]], expected: bool
+) -> None:
+    config = EmbedConfig(sources=[{"path": "x", **source} for source in sources], store=store)
+    assert config.writes_sidecars is expected
 
 
 def test_a_killed_run_into_sidecars_goes_on_with_what_is_missing(inputs: Inputs, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ class ShardedSource:
         if not opened.files or table.num_shards != len(opened.files):
             raise SourceError(
                 f"{source.path} (split {source.split}) is not a list of files, which embeddings could lie beside. Use "
-                "webdataset tars or parquet, json or csv files, and one split."
+                "webdataset tars or parquet, json or csv files, and one split; or embed into a cache (store: cache)."
             )
         self.source, self._table = source, table
         self.shards = name_shards(source.path, opened.files)

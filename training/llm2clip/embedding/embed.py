@@ -43,7 +43,7 @@ class EmbedConfig:
         "auto",
         "cache: one folder that finds each caption by its text, for up to a few million; sidecars: a file of "
         "embeddings for each file of a streamed source, for data of any size, since no process holds more than one "
-        "shard; auto: sidecars if all sources have streaming: true, otherwise the cache.",
+        "shard; auto: sidecars if all sources have streaming: true and no max_samples, otherwise the cache.",
     )
     shard_slice: str | None = setting(
         None, "Embed only the i-th of n parts of the shards: i/n, such as 0/8, for the jobs of an array. For sidecars."
@@ -86,8 +86,9 @@ class EmbedConfig:
     @property
     def writes_sidecars(self) -> bool:
         """Whether embeddings lie in a sidecar for each shard; see `store`."""
-        streamed = [CaptionSource.from_dict(source).streaming for source in self.sources]
-        return self.store == "sidecars" or (self.store == "auto" and bool(streamed) and all(streamed))
+        sources = [CaptionSource.from_dict(source) for source in self.sources]
+        streamed = bool(sources) and all(source.streaming and source.max_samples is None for source in sources)
+        return self.store == "sidecars" or (self.store == "auto" and streamed)
 
 
 def run(config: EmbedConfig) -> dict[str, Any]:
