@@ -224,6 +224,9 @@ def test_damage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (out / "0.emb.manifest").write_text(json.dumps({**fields, "format_version": 2}))
     with pytest.raises(ValueError, match="not the manifest of a sidecar of version 1"):
         sidecars.check(["caption"])
+    (out / "0.emb.manifest").write_text(json.dumps({**fields, "encoder": {"pooling": "mean"}}))
+    with pytest.raises(CacheDamagedError, match="does not describe an encoder"):
+        sidecars.check(["caption"])
 
 
 def test_a_shard_that_cannot_be_embedded_does_not_stop_the_others(tmp_path: Path) -> None:

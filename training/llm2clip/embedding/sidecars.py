@@ -98,7 +98,14 @@ class SidecarManifest:
             )
         if missing := {field.name for field in fields(cls)} - set(values):
             raise CacheDamagedError(f"{path} lacks {', '.join(sorted(missing))}; delete it and {REMEDY}.")
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+        manifest = cls(**{field.name: values[field.name] for field in fields(cls)})
+        try:
+            manifest.cache_manifest()
+        except TypeError as error:
+            raise CacheDamagedError(
+                f"{path} does not describe an encoder ({error}); delete it and {REMEDY}."
+            ) from None
+        return manifest
 
     def cache_manifest(self) -> CacheManifest:
         """Return the manifest of a complete cache with this shard alone."""
