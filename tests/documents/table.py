@@ -76,6 +76,10 @@ INDEX = "llm2clip index examples/data/concepts --split test --model runs/quickst
 TRAIN_LLM = "llm2clip stage1 stage1_paper --output-dir runs/stage1"
 EMBED_CAPTIONS = "llm2clip embed embed_paper"
 TRAIN_VISION = "llm2clip stage2 stage2_paper --learning-rate 2e-5"
+EMBED_MINE = (
+    "llm2clip embed --text-model-name-or-path runs/stage1 --output-dir runs/mine_cache "
+    "--sources '[{path: data/mine, split: train+validation, caption_columns: [caption]}]'"
+)
 BUILD = "llm2clip build runs/stage2 my-model --license apache-2.0"
 MERGE = (
     "llm2clip merge openai/clip-vit-large-patch14-336 runs/stage2 runs/merged --alpha 0 0.25 0.5 0.75 1 "
@@ -115,6 +119,7 @@ README = {
     EMBED_CAPTIONS: Run(
         needs=(TRAIN_LLM, "data/cc3m"), small=EMBED, makes=("runs/cache/0.emb.manifest",), prints="num_captions: "
     ),
+    EMBED_MINE: Run(needs=(TRAIN_LLM, "data/mine"), makes=("runs/mine_cache/manifest.json",), prints="num_captions: "),
     "llm2clip embed --dtype float16": Run(
         needs=(TRAIN_LLM, "data/cc3m"),
         meant={"embed": "embed embed_paper"},
@@ -171,7 +176,7 @@ README = {
         makes=("runs/mntp/model.safetensors",),
     ),
     "torchrun --nproc_per_node N -m llm2clip stage2 RECIPE": Run(
-        needs=(TRAIN_VISION, "data/mine"),
+        needs=(TRAIN_VISION, EMBED_MINE),
         meant={"N": "2", "RECIPE": "stage2_small_gpu"},
         small=TUNE,
         makes=("runs/mine/model.safetensors",),
@@ -261,7 +266,7 @@ SCALING = {
         slow=True,
     ),
     f"{LAUNCH}/cpu_2.yaml -m llm2clip stage2 RECIPE": Run(
-        needs=(TRAIN_VISION, "data/mine", "training"),
+        needs=(TRAIN_VISION, EMBED_MINE, "training"),
         meant={"RECIPE": "stage2_small_gpu"},
         small=TUNE,
         makes=("runs/mine/model.safetensors",),
