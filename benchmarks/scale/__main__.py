@@ -1,0 +1,53 @@
+"""Measure how costs grow with a data set: `python -m benchmarks.scale embed --captions 1000000`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from benchmarks import results
+from benchmarks.environments import versions_of
+from benchmarks.scale.embedding import ENGINES, Trial, embed
+
+RESULTS = Path(__file__).parent.with_suffix(".jsonl")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, and append what was measured to scale.jsonl."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
+    parser.add_argument("step", choices=("embed",))
+    parser.add_argument("--captions", type=int, default=100_000, help="size of the data set; 10M need 36 GB of disk")
+    parser.add_argument("--processes", type=int, default=2, help="processes, or actors of Ray")
+    parser.add_argument("--engine", choices=ENGINES, default="processes")
+    parser.add_argument("--kills", type=int, default=0, help="how often all processes are killed on the way")
+    parser.add_argument("--folder", type=Path, default=Path("runs/scale"), help="folder of the data, deleted at the end")
+    parser.add_argument("--keep", action="store_true", help="keep the folder, for the next run")
+    parser.add_argument("--record", type=Path, default=RESULTS, help="file that the figures are appended to")
+    options = parser.parse_args(arguments)
+    folder = options.folder.absolute()
+    try:
+        figures = embed(folder, Trial(options.captions, options.processes, options.engine, options.kills))
+    finally:
+        if not options.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    entry = {
+        "step": options.step,
+        **figures,
+        "machine": results.machine("cpu"),
+        "load": round(os.getloadavg()[1], 2),
+        "date": datetime.date.today().isoformat(),
+        "commit": results.commit(),
+        "versions": versions_of(None),
+    }
+    with options.record.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+    print(json.dumps(figures, indent=2), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
