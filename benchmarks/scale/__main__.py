@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2, help="processes, or actors of Ray")
     parser.add_argument("--engine", choices=ENGINES, default="processes")
     parser.add_argument("--kills", type=int, default=0, help="how often all processes are killed on the way")
-    parser.add_argument("--folder", type=Path, default=Path("runs/scale"), help="folder of the data, deleted at the end")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/scale"), help="folder of the data, deleted at the end"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the folder, for the next run")
     parser.add_argument("--record", type=Path, default=RESULTS, help="file that the figures are appended to")
     options = parser.parse_args(arguments)

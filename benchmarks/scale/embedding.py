@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,11 @@ def embed(folder: Path, trial: Trial) -> dict[str, Any]:
     runs = []
     for number in range(1, trial.kills + 1):
         least = shards * number // (trial.kills + 1)
-        runs.append(run_watched(arguments, log, lambda least=least: _count(sidecars) >= least))
-    runs.append(run_watched(arguments, log))
+        runs.append(run_watched(arguments, log, partial(_count, sidecars), least))
+    runs.append(run_watched(arguments, log, partial(_count, sidecars)))
     verified = run_watched(["-m", "llm2clip", "verify", str(sidecars), "--sources", "false"], log)
     manifests = [json.loads(path.read_text(encoding="utf-8")) for path in sidecars.glob(MANIFESTS)]
+    seconds, units = map(sum, zip(*(run.cpu_per_unit for run in runs), strict=True))
     rows = sum(manifest["rows"] for manifest in manifests)
     if (len(manifests), rows) != (shards, shards * CAPTIONS_PER_TAR):
         raise RuntimeError(f"{len(manifests)} of {shards} shards with {rows:,} rows have embeddings.")
@@ -66,6 +68,7 @@ def embed(folder: Path, trial: Trial) -> dict[str, Any]:
         "tars_written": written,
         "seconds": round(sum(run.seconds for run in runs), 1),
         "rows_per_second": round(_rate(sidecars, runs), 1),
+        "cpu_microseconds_per_row": round(seconds / (units * CAPTIONS_PER_TAR) * 1e6, 1),
         "peak_bytes": max(run.peak for run in runs),
         "distinct": sum(manifest["captions"] for manifest in manifests),
         "bytes": sum(path.stat().st_size for path in sidecars.iterdir()),

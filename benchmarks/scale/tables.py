@@ -1,0 +1,109 @@
+"""The measured tables of docs/scaling.md and their plot, from scale.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import Record
+
+RESULTS = Path(__file__).parent.with_suffix(".jsonl")
+PLOT = Path(__file__).with_name("growth.png")
+ENGINE_NAMES = {"processes": "torchrun", "ray": "Ray Data"}
+
+
+def newest(lines: Iterable[str]) -> list[Record]:
+    """Return the newest record of each measurement, in the order of their sizes."""
+    found: dict[tuple[Any, ...], Record] = {}
+    for line in lines:
+        if line.strip():
+            entry = json.loads(line)
+            found[_what(entry)] = entry
+    return [found[key] for key in sorted(found, key=str)]
+
+
+def _what(entry: Record) -> tuple[Any, ...]:
+    names = ("step", "engine", "processes", "workers", "captions", "kills")
+    return tuple(f"{entry[name]:>12}" if isinstance(entry.get(name), int) else entry.get(name) for name in names)
+
+
+def tables(entries: list[Record]) -> str:
+    """Return the tables in Markdown: of embedding, and of reading for stage 2."""
+    lines: list[str] = []
+    embedded = [entry for entry in entries if entry["step"] == "embed"]
+    if embedded:
+        lines += [
+            f"| `embed`, width 512 ({_place(embedded)}) | processes | killed | rows/s | CPU per row | "
+            "whole run | largest process | on disk | `verify` |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        lines += [
+            f"| {entry['captions']:,} captions, {ENGINE_NAMES[entry['engine']]} | {entry['processes']} | "
+            f"{entry['kills'] or 'never'} | {entry['rows_per_second']:,.0f} | "
+            f"{entry['cpu_microseconds_per_row']:,.0f} µs | {_time(entry['seconds'])} | "
+            f"{entry['peak_bytes'] / 1e9:.2f} GB | {entry['bytes'] / 1e9:.2f} GB | {_time(entry['verify_seconds'])} |"
+            for entry in embedded
+        ]
+    read = [entry for entry in entries if entry["step"] == "read"]
+    if read:
+        lines += [
+            *([""] if lines else []),
+            f"| stage 2 reads tars and sidecars ({_place(read)}) | processes | workers each | rows/s | "
+            "largest process | first batch | first batch of a resume in the middle | rows read again |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        lines += [
+            f"| {entry['captions']:,} captions | {entry['processes']} | {entry['workers']} | "
+            f"{entry['rows_per_second']:,.0f} | {entry['peak_bytes'] / 1e9:.2f} GB | "
+            f"{_time(entry['first_seconds'])} | {_time(entry['resume_seconds'])} | {entry['rows_read_again']:,} |"
+            for entry in read
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _place(entries: list[Record]) -> str:
+    machines = sorted({entry["machine"] for entry in entries})
+    dates = sorted({entry["date"] for entry in entries})
+    return f"{'; '.join(machines)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
+def draw(entries: list[Record], path: Path = PLOT) -> None:
+    """Plot rows per second and peak memory against the number of captions."""
+    from matplotlib.figure import Figure
+
+    from benchmarks.curves.plots import STYLES
+
+    lines: dict[str, list[Record]] = {}
+    for entry in entries:
+        if entry["step"] == "embed":
+            name = f"{ENGINE_NAMES[entry['engine']]}, {entry['processes']} processes"
+        else:
+            name = f"reading, {entry['processes']} x {entry['workers']} workers"
+        lines.setdefault(name, []).append(entry)
+    lines = {name: sorted(found, key=lambda entry: entry["captions"]) for name, found in lines.items()}
+    figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
+    panels = (
+        ("Rows per second", "rows_per_second", 1.0),
+        ("Peak memory of the largest process (GB)", "peak_bytes", 1e9),
+    )
+    for number, (title, name, unit) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, 2, number)
+        for place, (label, found) in enumerate(lines.items()):
+            colour, marker = STYLES[place % len(STYLES)]
+            values = [entry[name] / unit for entry in found]
+            axes.plot([entry["captions"] for entry in found], values, color=colour, marker=marker, label=label)
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("captions")
+        axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
+        axes.grid(color="#dddddd", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False, fontsize=9)
+    figure.supxlabel(_place(entries), fontsize=8, color="#555555", x=0.01, ha="left")
+    figure.savefig(path)
