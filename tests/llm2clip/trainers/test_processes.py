@@ -255,23 +255,6 @@ def test_stage2_under_accelerate_launch_equals_one_process(inputs: Inputs, tmp_p
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
-def test_stage1_under_fsdp_equals_one_process(inputs: Inputs, tmp_path: Path) -> None:
-    fields = {**tiny.stage1_fields(tmp_path / "one", inputs.llm), "save_strategy": "no", "max_steps": 2}
-    llm2clip("stage1", {**fields, "per_device_train_batch_size": 16})
-    accelerate_launch("stage1", {**fields, "output_dir": str(tmp_path / "two")}, launch_configuration("fsdp.yaml"))
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
-
-
-def test_stage2_under_fsdp_equals_one_process(inputs: Inputs, tmp_path: Path) -> None:
-    fields = tiny.stage2_fields(tmp_path / "one", inputs.vision, inputs.text, inputs.cache)
-    fields |= {"save_strategy": "no", "max_steps": 2}
-    llm2clip("stage2", {**fields, "per_device_train_batch_size": 32})
-    accelerate_launch("stage2", {**fields, "output_dir": str(tmp_path / "two")}, launch_configuration("fsdp.yaml"))
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
-    name = "eval_validation_text_to_image_mean_rank"
-    assert metric(tmp_path / "two", name) == pytest.approx(metric(tmp_path / "one", name), abs=0.1)
-
-
 def test_an_error_in_a_worker_process_is_one_line(inputs: Inputs, tmp_path: Path) -> None:
     fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, inputs.text, inputs.cache)
     fields |= {"sources": [tiny.concepts(max_samples=300)], "dataloader_num_workers": 1, "eval_sources": {}}

@@ -12,6 +12,7 @@ from typing import Any
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.checkpoints import refuse_damaged, resume_point
 from llm2clip.trainers.run_settings import check_settings, write_settings
+from llm2clip.trainers.sharding import refuse_unsharded
 from llm2clip.utils.locks import run_lock
 from llm2clip.utils.settings import require
 
@@ -29,9 +30,10 @@ def run_folder(args: StageConfig, choose: Callable[[], str | None], streams: boo
         streams: Whether the training data is a stream.
 
     Raises:
-        ValueError: Another run uses the folder, the checkpoint is damaged, or the settings differ; see
-            [`check_settings`].
+        ValueError: Another run uses the folder, the checkpoint is damaged, the settings differ (see
+            [`check_settings`]), or the run would not be sharded as it asks (see [`refuse_unsharded`]).
     """
+    refuse_unsharded(args)
     with run_lock(args.output_dir):
         checkpoint = choose()
         if checkpoint is not None:
