@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import io
+import json
+import os
+import tarfile
 from pathlib import Path
 
+import datasets
 import pytest
 
-from llm2clip.data import CaptionSource
+from llm2clip.data import CaptionSource, load_source
+from llm2clip.data.records import column_texts
 from llm2clip.data.shards import ShardedSource, name_shards
 from llm2clip.data.sources import SourceError
+from llm2clip.utils.files import sha256
 from tests.llm2clip.data.test_streams import PER_TAR, write_tars
 
 
@@ -34,9 +43,73 @@ def test_each_shard_has_the_captions_of_its_file(tmp_path: Path) -> None:
     opened = ShardedSource(write_tars(tmp_path, 3))
     assert [shard.name for shard in opened.shards] == ["00000.tar", "00001.tar", "00002.tar"]
     for shard in reversed(opened.shards):
-        rows = [captions for batch in opened.captions(shard) for captions in batch]
-        assert rows == [[f"caption {shard.number} {row}"] for row in range(PER_TAR)]
+        text = opened.read(shard)
+        assert list(text.captions) == [f"caption {shard.number} {row}" for row in range(PER_TAR)]
+        assert (text.rows, text.size) == (PER_TAR, os.path.getsize(shard.path))
+        assert text.checksum == f"sha256:{sha256(Path(shard.path))}"
     assert ShardedSource(write_tars(tmp_path / "one", 1)).shards[0].name == "00000.tar"
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mtime = len(content), 0.5  # a fraction has a header of its own
+    archive.addfile(entry, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
+def test_captions_of_a_tar_are_those_that_training_reads(mode: str, tmp_path: Path) -> None:
+    ending = mode[1:].replace(":", ".")
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar{ending}", mode) as archive:  # type: ignore[call-overload]
+            for row in range(8):
+                key = f"folder/{'long' * 40 * (row == 3)}{row}"
+                add(archive, f"{key}.jpg", b"no picture " * 200)
+                if row != 6:
+                    add(archive, f"{key}.txt", f" dog {number} {row} é".encode())
+                # The first rows make the caption a text, and leave no field for a later one.
+                fields = {"caption": [f"a {row}", None, ""]} if row != 7 else {"caption": [7.5], "other": 1}
+                add(archive, f"{key}.json", json.dumps(fields).encode())
+                add(archive, f"{key}.alt.txt.gz", gzip.compress(b"alt %d" % row))
+                add(archive, f"{key}.unused.json.gz", gzip.compress(b"{}"))
+                add(archive, f"folder/.{row}.txt", b"hidden")
+            archive.addfile(tarfile.TarInfo("empty"))
+    columns = ["txt", "json.caption", "alt.txt.gz"]
+    source = CaptionSource(str(tmp_path / f"*.tar{ending}"), caption_columns=columns, streaming=True)
+    opened, table = ShardedSource(source), load_source(source)
+    for shard in opened.shards:
+        rows = list(table.shard(2, shard.number))
+        trained = [text for row in rows for column in columns for text in column_texts(row, column)]
+        text = opened.read(shard)
+        assert text.rows == len(rows) == 8
+        assert list(text.captions) == list(dict.fromkeys(trained))
+        assert {f"dog {shard.number} 3 é", "a 5", "alt 2", "7.5"} <= set(text.captions)
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "json.gz", "parquet"])
+def test_a_damaged_file_cannot_be_read(kind: str, tmp_path: Path) -> None:
+    for name in "ab":
+        path = tmp_path / f"{name}.{kind}"
+        texts = [f"caption {row} {hashlib.sha256(bytes([row])).hexdigest()}" for row in range(200)]
+        if "tar" in kind:
+            with tarfile.open(path, "w:gz" if kind.endswith("gz") else "w") as archive:
+                for row, text in enumerate(texts):
+                    add(archive, f"{row}.txt", text.encode())
+        elif kind == "parquet":
+            datasets.Dataset.from_dict({"txt": texts}).to_parquet(path)
+        else:
+            path.write_bytes(gzip.compress("\n".join(json.dumps({"txt": text}) for text in texts).encode()))
+    source = CaptionSource(str(tmp_path / f"*.{kind}"), caption_columns=["txt"], streaming=True)
+    opened = ShardedSource(source)
+    path, whole = Path(opened.shards[1].path), (tmp_path / f"b.{kind}").read_bytes()
+    # The header in the middle of a tar, since a file within one has no checksum.
+    flipped = len(whole) // 2 // 1536 * 1536 if kind == "tar" else len(whole) // 2
+    damaged = [whole[: len(whole) // 2], whole[:flipped] + bytes(64) + whole[flipped + 64 :]]
+    for content in [*damaged, *([] if kind == "json.gz" else [b""])]:
+        path.write_bytes(content)
+        with pytest.raises(SourceError, match=rf"b\.{kind}"):
+            opened.read(opened.shards[1])
+    path.write_bytes(whole)
+    assert opened.read(opened.shards[1]).rows == 200
 
 
 def test_other_sources_are_refused(tmp_path: Path) -> None:

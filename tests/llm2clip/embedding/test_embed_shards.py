@@ -23,9 +23,9 @@ from llm2clip.embedding.sidecars import (
     SidecarManifest,
     SourceSidecars,
     is_sidecar_folder,
-    sha256,
     stored_encoder,
 )
+from llm2clip.utils.files import sha256
 from tests.llm2clip.data.test_streams import write_tars
 from tests.llm2clip.embedding import encoder
 

@@ -126,7 +126,7 @@ def test_a_caption_without_embedding_is_a_skipped_sample(inputs: Inputs, tars: s
     save_file(rows, path)
     stream = CaptionSource.from_dict(source(tars))
     opened = ShardedSource(stream)
-    lost = next(iter(opened.captions(opened.shards[1])))[0][0]
+    lost = next(iter(opened.read(opened.shards[1]).captions))
     sidecars = SourceSidecars(tmp_path / "sidecars", opened.shards)
     samples = list(StreamingCaptionImageDataset(stream, None, training=False, embeddings=sidecars))
     plain = list(StreamingCaptionImageDataset(stream, None, training=False))

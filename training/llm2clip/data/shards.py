@@ -5,15 +5,24 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+import tarfile
+import zlib
+from dataclasses import dataclass, field
+from lzma import LZMAError
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
+import fsspec
 
 from llm2clip.data.captioned_images import captions_by_row
-from llm2clip.data.sources import CaptionSource, SourceError, open_table, select_captions
+from llm2clip.data.records import column_texts
+from llm2clip.data.sources import CaptionSource, SourceError, file_format, open_table, select_captions
+from llm2clip.data.tar_rows import HashedReader, tar_rows
+from llm2clip.utils.files import sha256
 
+# What reading a damaged file raises.
+UNREADABLE = (OSError, ValueError, TypeError, EOFError, tarfile.TarError, zlib.error, LZMAError)
 MAGIC = re.compile(r"[*?\[]")
 
 
@@ -29,6 +38,28 @@ class SourceShard(NamedTuple):
     number: int
     path: str
     name: str
+
+
+@dataclass
+class ShardText:
+    """The captions of a shard.
+
+    Attributes:
+        captions: The distinct ones, in order of first appearance by row, column and list entry.
+        rows: Number of rows.
+        size, checksum: Bytes of the file, and its `sha256:`. Of a remote file that is not read to its end, what its
+            file system states, or None.
+    """
+
+    captions: dict[str, None] = field(default_factory=dict)
+    rows: int = 0
+    size: int = 0
+    checksum: str | None = None
+
+    def add(self, texts: list[str]) -> None:
+        """Add the captions of a row."""
+        self.rows += 1
+        self.captions.update(dict.fromkeys(texts))
 
 
 class ShardedSource:
@@ -52,13 +83,70 @@ class ShardedSource:
                 f"{source.path} (split {source.split}) is not a list of files, which embeddings could lie beside. Use "
                 "webdataset tars or parquet, json or csv files, and one split; or embed into a cache (store: cache)."
             )
-        self.source, self._table = source, table
+        self.source, self._table, self._is_webdataset = source, table, opened.is_webdataset
         self.shards = name_shards(source.path, opened.files)
 
-    def captions(self, shard: SourceShard) -> Iterator[list[list[str]]]:
-        """Yield the captions of each row of a shard, by column and list entry, a thousand rows at a time."""
-        table = self._table if len(self.shards) == 1 else self._table.shard(len(self.shards), shard.number)
-        return captions_by_row(table, self.source.caption_columns)
+    def read(self, shard: SourceShard) -> ShardText:
+        """Read the captions of a shard: those that training sees. A tar is read once, with its checksum.
+
+        Raises:
+            SourceError: The file cannot be read, is cut short, or a caption is not text.
+        """
+        text = ShardText()
+        try:
+            if self._is_webdataset and file_format(shard.path) == ".tar":
+                self._read_tar(shard, text)
+            else:
+                text.size, text.checksum = source_size(shard.path), source_checksum(shard.path)
+                table = self._table if len(self.shards) == 1 else self._table.shard(len(self.shards), shard.number)
+                for rows in captions_by_row(table, self.source.caption_columns):
+                    for texts in rows:
+                        text.add(texts)
+        except SourceError:
+            raise
+        except UNREADABLE as error:
+            raise SourceError(f"{shard.path} cannot be read: {error or type(error).__name__}") from error
+        return text
+
+    def _read_tar(self, shard: SourceShard, text: ShardText) -> None:
+        features = self._table.features
+        assert features is not None  # `datasets` takes those of a tar from its first rows
+        columns = list(features)
+        with open_once(shard.path) as file:
+            hashed = HashedReader(file)
+            for values in tar_rows(shard.path, hashed, columns):
+                row = features.encode_example({name: values.get(name) for name in columns})
+                text.add([found for column in self.source.caption_columns for found in column_texts(row, column)])
+            text.checksum = f"sha256:{hashed.checksum()}"
+        text.size = hashed.size
+
+
+def open_once(path: str) -> Any:
+    """Open a local or remote file for one reading from its beginning to its end."""
+    files, name = fsspec.core.url_to_fs(path)
+    # These then stream one answer instead of asking for each block.
+    streamed = {"block_size": 0} if {"http", "https", "hf"} & set(_protocols(files)) else {}
+    return files.open(name, "rb", **streamed)
+
+
+def source_size(path: str) -> int:
+    """Return the size of a local or remote file in bytes."""
+    files, name = fsspec.core.url_to_fs(path)
+    return int(files.size(name))
+
+
+def source_checksum(path: str) -> str | None:
+    """Return the SHA-256 of a local file; of a remote one what its file system states without reading it, or None."""
+    files, name = fsspec.core.url_to_fs(path)
+    if "file" in _protocols(files):
+        return f"sha256:{sha256(Path(name))}"
+    entry = files.info(name)
+    stated = next((entry[field] for field in ("ETag", "etag", "md5", "sha256") if entry.get(field)), None)
+    return None if stated is None else f"stated:{stated}"
+
+
+def _protocols(files: Any) -> tuple[str, ...]:
+    return (files.protocol,) if isinstance(files.protocol, str) else tuple(files.protocol)
 
 
 def name_shards(source: str, files: list[str]) -> list[SourceShard]:

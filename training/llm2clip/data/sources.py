@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from llm2clip.utils.settings import build_config
 
@@ -233,6 +234,7 @@ class OpenedTable:
         files: The data files of the split, in the order of the rows; none of a table that `save_to_disk` wrote.
         hint: Advice for the error message if a column does not exist.
         arguments: Arguments of `datasets.load_dataset_builder`, for streamed parquet.
+        is_webdataset: Whether the files are webdataset shards.
     """
 
     table: Table
@@ -240,6 +242,7 @@ class OpenedTable:
     hint: str = ""
     arguments: dict[str, Any] | None = None
     split: str = "train"
+    is_webdataset: bool = False
 
     @property
     def folders(self) -> list[str]:
@@ -298,6 +301,7 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         hint=IMAGE_FOLDER_HINT if isinstance(builder, ImageFolder) else "",
         arguments=arguments if streaming and isinstance(builder, Parquet) else None,
         split=split,
+        is_webdataset=isinstance(builder, WebDataset),
     )
 
 
@@ -315,14 +319,14 @@ def _builder_arguments(path: str, place: Path, split: str) -> dict[str, Any]:
         files = sorted(file for file in glob.glob(str(place), recursive=True) if os.path.isfile(file))
         if not files:
             raise FileNotFoundError(f"No file matches {path!r} (in {os.getcwd()}).")
-    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and _suffix(path) not in FORMATS:
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and file_format(path) not in FORMATS:
         return {"path": path}
     else:
         raise FileNotFoundError(
             f"There is no file or folder {path!r} (in {os.getcwd()}), and it is not the id of a data set on the Hub, "
             "which has the form owner/name."
         )
-    suffixes = {_suffix(file) for file in files}
+    suffixes = {file_format(file) for file in files}
     if len(suffixes) != 1 or not suffixes <= set(FORMATS):
         endings = ", ".join(sorted(map(repr, suffixes)))
         raise SourceError(f"The files of {path} must have one format out of {', '.join(FORMATS)}, not {endings}.")
@@ -330,7 +334,8 @@ def _builder_arguments(path: str, place: Path, split: str) -> dict[str, Any]:
     return {"path": builder, "data_files": dict.fromkeys(split_names(split), files), **options}
 
 
-def _suffix(file: str) -> str:
+def file_format(file: str) -> str:
+    """Return the ending of a file's name that says its format, without that of a compression."""
     stem, suffix = os.path.splitext(file.split("?")[0].lower())
     return os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix
 

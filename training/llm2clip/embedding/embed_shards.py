@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import posixpath
-import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from llm2clip.data import CaptionSource
+from llm2clip.data.records import caption_keys
 from llm2clip.data.shards import ShardedSource, SourceShard
-from llm2clip.data.tars import list_tar
 from llm2clip.embedding.cache import EmbeddingCache
 from llm2clip.embedding.cache_builder import Embed, rows_to_store
 from llm2clip.embedding.cache_files import CacheManifest, CacheMismatchError
-from llm2clip.embedding.sidecars import (
-    SidecarFolder,
-    SidecarManifest,
-    distinct_keys,
-    sha256,
-    source_checksum,
-    source_size,
-)
+from llm2clip.embedding.row_writer import RowWriter
+from llm2clip.embedding.sidecars import SidecarFolder, SidecarManifest
 from llm2clip.utils.files import atomic_path
 from llm2clip.utils.progress import progress_bar
-from modeling_llm2clip.modeling_llm2clip_utils import apply_umask
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +115,7 @@ class ShardEmbedder:
     def _count(self, counts: ShardCounts, opened: ShardedSource, shard: SourceShard, target: SidecarFolder) -> None:
         try:
             manifest = self.embed_shard(opened, shard, target)
-        except (ValueError, TypeError, EOFError, tarfile.TarError) as error:  # of this shard; a full disk ends the run
+        except ValueError as error:  # of this shard; a full disk ends the run
             logger.error("%s cannot be embedded: %s", shard.path, error)
             counts.failed.append(f"{shard.path}: {error}")
             return
@@ -131,60 +124,67 @@ class ShardEmbedder:
         counts.reused += manifest.reused
 
     def embed_shard(self, opened: ShardedSource, shard: SourceShard, target: SidecarFolder) -> SidecarManifest:
-        """Embed the distinct captions of a shard, and write its sidecar and then its manifest."""
-        _refuse_cut_tar(shard.path)
-        size, checksum = source_size(shard.path), source_checksum(shard.path)
-        texts: dict[str, None] = {}
-        rows = 0
-        for found in opened.captions(shard):
-            rows += len(found)
-            texts.update(dict.fromkeys(text for captions in found for text in captions))
-        captions, keys = distinct_keys(list(texts))
-        embeddings, truncated, reused = self._rows(captions, keys)
+        """Embed the distinct captions of a shard, and write its sidecar and then its manifest.
+
+        Raises:
+            ValueError: The shard cannot be read, or an embedding cannot be stored.
+            OSError: The sidecar cannot be written.
+        """
+        text = opened.read(shard)
+        captions = list(text.captions)
+        keys = caption_keys(captions)
+        truncated = reused = 0
         rows_path, manifest_path = target.rows_path(shard), target.manifest_path(shard)
-        # Until the new manifest is written, the shard counts as missing.
-        manifest_path.unlink(missing_ok=True)
         with atomic_path(rows_path) as temporary:
-            save_file({"embeddings": embeddings, "keys": torch.from_numpy(keys.copy())}, temporary)
-            apply_umask(temporary)
+            with temporary.open("wb") as file:
+                writer = RowWriter(file, keys, self.encoder.hidden_size, self.encoder.dtype)
+                for part in self._rows(captions, keys):
+                    writer.write(part.rows)
+                    truncated += part.truncated
+                    reused += part.reused
+            # Until the new manifest is written, the shard counts as missing.
+            manifest_path.unlink(missing_ok=True)
         manifest = SidecarManifest(
             encoder=_encoder_fields(self.encoder),
             source=posixpath.basename(shard.name),
-            source_bytes=size,
-            source_checksum=checksum,
+            source_bytes=text.size,
+            source_checksum=text.checksum,
             caption_columns=list(opened.source.caption_columns),
-            rows=rows,
+            rows=text.rows,
             captions=len(captions),
             truncated=truncated,
             reused=reused,
-            bytes=rows_path.stat().st_size,
-            checksum=sha256(rows_path),
+            bytes=writer.size,
+            checksum=writer.finish(),
         )
         manifest.write(manifest_path)
         return manifest
 
-    def _rows(self, captions: list[str], keys: np.ndarray) -> tuple[torch.Tensor, int, int]:
-        """Return the embeddings of captions in the stored dtype, how many were cut, and how many were copied."""
+    def _rows(self, captions: list[str], keys: np.ndarray) -> Iterator[_Rows]:
+        """Yield the embeddings of captions in their order and the stored dtype, some at a time."""
         found = np.full(len(captions), -1) if self.reused is None else self.reused.find(keys)
-        rows = torch.empty((len(captions), self.encoder.hidden_size), dtype=getattr(torch, self.encoder.dtype))
-        known = np.flatnonzero(found >= 0)
-        if self.reused is not None and len(known):
-            rows[torch.from_numpy(known)] = self.reused.read(found[known])
-        truncated, missing = 0, np.flatnonzero(found < 0)
-        for start in range(0, len(missing), EMBED_SIZE):
-            places = missing[start : start + EMBED_SIZE]
-            texts = [captions[place] for place in places]
-            vectors, cut = self.embed(texts)
-            rows[torch.from_numpy(places)] = rows_to_store(vectors, texts, self.encoder)
-            truncated += cut
-        return rows, truncated, len(known)
+        # Each part has as many captions to embed as the encoder is given at once.
+        ends = [*np.flatnonzero(found < 0)[EMBED_SIZE::EMBED_SIZE].tolist(), len(captions)]
+        for start, end in itertools.pairwise([0, *ends]):
+            places = found[start:end]
+            rows = torch.empty((end - start, self.encoder.hidden_size), dtype=getattr(torch, self.encoder.dtype))
+            known, missing = np.flatnonzero(places >= 0), np.flatnonzero(places < 0)
+            truncated = 0
+            if self.reused is not None and len(known):
+                rows[torch.from_numpy(known)] = self.reused.read(places[known])
+            if len(missing):
+                texts = [captions[start + place] for place in missing]
+                vectors, truncated = self.embed(texts)
+                rows[torch.from_numpy(missing)] = rows_to_store(vectors, texts, self.encoder)
+            yield _Rows(rows, truncated, len(known))
 
 
-def _refuse_cut_tar(path: str) -> None:
-    """Raise an error if a local tar is cut short, whose rest tarfile would read as if it were whole."""
-    if path.endswith(".tar") and "://" not in path:
-        for _ in list_tar(Path(path)):
-            pass
+class _Rows(NamedTuple):
+    """Embeddings in the stored dtype, how many captions were truncated, and how many embeddings were copied."""
+
+    rows: torch.Tensor
+    truncated: int
+    reused: int
 
 
 def parse_part(text: str | None) -> tuple[int, int]:

@@ -7,7 +7,6 @@ valid. No list of all captions exists anywhere.
 
 from __future__ import annotations
 
-import hashlib
 import posixpath
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -15,13 +14,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
-import numpy as np
 import torch
 
 from llm2clip.data.records import caption_keys
 from llm2clip.data.sampling import stable_seed
-from llm2clip.data.shards import SourceShard
+from llm2clip.data.shards import SourceShard, source_size
 from llm2clip.data.sources import COMPRESSIONS
 from llm2clip.embedding.cache_files import (
     MANIFEST,
@@ -33,7 +30,7 @@ from llm2clip.embedding.cache_files import (
     read_shard,
 )
 from llm2clip.embedding.keyed_rows import KeyedRows
-from llm2clip.utils.files import READ_SIZE, read_json, write_json
+from llm2clip.utils.files import read_json, sha256, write_json
 
 FORMAT = "llm2clip-embedding-sidecar"
 FORMAT_VERSION = 1
@@ -293,34 +290,3 @@ def is_sidecar_folder(folder: str | Path) -> bool:
 def manifest_paths(folder: Path) -> Iterator[Path]:
     """Yield the manifests of the sidecars below a folder."""
     return folder.rglob(f"*{MANIFEST_SUFFIX}")
-
-
-def source_size(path: str) -> int:
-    """Return the size of a local or remote file in bytes."""
-    files, name = fsspec.core.url_to_fs(path)
-    return int(files.size(name))
-
-
-def source_checksum(path: str) -> str | None:
-    """Return the SHA-256 of a local file; of a remote one what its file system states without reading it, or None."""
-    files, name = fsspec.core.url_to_fs(path)
-    if "file" in files.protocol:
-        return f"sha256:{sha256(Path(name))}"
-    entry = files.info(name)
-    stated = next((entry[field] for field in ("ETag", "etag", "md5", "sha256") if entry.get(field)), None)
-    return None if stated is None else f"stated:{stated}"
-
-
-def sha256(path: Path) -> str:
-    """Compute the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(READ_SIZE):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def distinct_keys(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Return distinct texts, in order of first appearance, and their keys, (n, 2) int64."""
-    distinct = list(dict.fromkeys(texts))
-    return distinct, caption_keys(distinct)

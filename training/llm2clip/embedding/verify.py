@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm2clip.data.shards import source_checksum
 from llm2clip.embedding.cache import EmbeddingCache
 from llm2clip.embedding.cache_files import MANIFEST, CacheError
 from llm2clip.embedding.sidecars import (
@@ -17,10 +18,9 @@ from llm2clip.embedding.sidecars import (
     Sidecar,
     SidecarManifest,
     manifest_paths,
-    sha256,
     shard_stem,
-    source_checksum,
 )
+from llm2clip.utils.files import sha256
 from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.settings import setting
 

@@ -121,6 +121,15 @@ def digest_files(files: Iterable[Path]) -> Any:
     return digest
 
 
+def sha256(path: Path) -> str:
+    """Compute the SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(READ_SIZE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def digest_json(value: Any) -> str:
     """Hash a JSON value; returns 16 hexadecimal digits, which do not depend on the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
