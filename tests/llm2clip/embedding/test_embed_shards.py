@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from llm2clip.data.shards import ShardedSource, SourceShard
 from llm2clip.data.sources import SourceError
 from llm2clip.embedding import CacheManifest, EmbeddingCache
 from llm2clip.embedding.cache_files import CacheDamagedError, CacheMismatchError, MissingCaptionError
-from llm2clip.embedding.embed_shards import ShardCounts, ShardEmbedder, parse_part
+from llm2clip.embedding.embed_shards import ShardCounts, ShardEmbedder, list_jobs, parse_part
 from llm2clip.embedding.sidecars import (
     Sidecar,
     SidecarFolder,
@@ -28,6 +29,7 @@ from llm2clip.embedding.sidecars import (
 from llm2clip.utils.files import sha256
 from tests.llm2clip.data.test_streams import write_tars
 from tests.llm2clip.embedding import encoder
+from tests.processes import run_python
 
 
 class Counting:
@@ -60,7 +62,9 @@ def write_shards(folder: Path, count: int = 4) -> CaptionSource:
 
 def embed(source: CaptionSource, folder: Path | None, calls: Counting | None = None, **options: Any) -> ShardCounts:
     shards = ShardEmbedder(calls or Counting(), options.pop("made_by", description()), options.pop("reused", None))
-    return shards.run([source], folder and str(folder), show_progress_bar=False, **options)
+    rank, world_size = options.pop("rank", 0), options.pop("world_size", 1)
+    jobs = list_jobs([source], folder and str(folder), **options)
+    return shards.run(jobs[rank::world_size], show_progress_bar=False)
 
 
 def shard_of(source: CaptionSource, number: int) -> SourceShard:
@@ -238,7 +242,7 @@ def test_a_shard_that_cannot_be_embedded_does_not_stop_the_others(tmp_path: Path
             rows[0] = float("nan")
         return rows, 0
 
-    counts = ShardEmbedder(broken, description()).run([source], str(out), show_progress_bar=False)
+    counts = ShardEmbedder(broken, description()).run(list_jobs([source], str(out)), show_progress_bar=False)
     assert len(counts.failed) == 1
     assert "1.parquet: The embedding of the caption 'everywhere' is not finite" in counts.failed[0]
     assert sorted(path.name for path in out.glob("*.manifest")) == ["0.emb.manifest", "2.emb.manifest"]
@@ -267,9 +271,67 @@ def test_two_shards_of_one_name_are_refused(tmp_path: Path) -> None:
     sources = [write_shards(tmp_path / name, 1) for name in ("a", "b")]
     shards = ShardEmbedder(Counting(), description())
     with pytest.raises(ValueError, match=r"two shards would have the sidecar .*0\.emb\.safetensors"):
-        shards.run(sources, str(tmp_path / "out"), show_progress_bar=False)
-    assert shards.run(sources, None, show_progress_bar=False).shards == 2
+        list_jobs(sources, str(tmp_path / "out"))
+    assert shards.run(list_jobs(sources, None), show_progress_bar=False).shards == 2
     assert SidecarFolder(tmp_path / "a").rows_path(shard_of(sources[0], 0)).is_file()
+
+
+def test_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
+    source, out = write_shards(tmp_path / "data", 2), tmp_path / "out"
+    script = """
+import os, sys
+from pathlib import Path
+from llm2clip.utils.files import temporary_path
+for name in ("0.emb.safetensors", "1.emb.manifest", "2.emb.manifest"):
+    with temporary_path(Path(sys.argv[1], name)) as path:
+        pass
+    path.write_bytes(b"half")
+os.kill(os.getpid(), 9)
+"""
+    assert run_python(["-c", script, str(out)], check=False).returncode == -9
+    left = sorted(out.iterdir())
+    assert [path.suffix for path in left] == 3 * [".tmp"]
+    host, living = left[0].name.split(".")[-3], os.getppid()
+    kept = [left[2], out / f".0.emb.manifest.{host}.{living}.tmp", out / f".0.emb.manifest.other-{host}.1.tmp"]
+    for path in kept[1:]:
+        path.touch()
+    embed(source, out)
+    assert sorted(path for path in out.iterdir() if path.suffix == ".tmp") == sorted(kept)
+
+
+def test_runs_over_the_same_shards_leave_one_whole_sidecar_of_each(tmp_path: Path) -> None:
+    """The encoders of the two runs differ in their last bits, as on a GPU: checksums of the one fit no other."""
+    source, out = write_shards(tmp_path / "data", 2), tmp_path / "out"
+    other = [embed(source, tmp_path / "other"), SidecarFolder(tmp_path / "other")][1]
+
+    class Overtaken(SidecarFolder):
+        """Another run replaces the sidecar between the two files of this run, and goes on to its manifest or not."""
+
+        overtaken = 0
+
+        def publish(self, shard: SourceShard, temporary: Path, manifest: SidecarManifest) -> bool:
+            write = SidecarManifest.write
+
+            def overtaken(own: SidecarManifest, path: Path) -> None:
+                if Overtaken.overtaken < 2:
+                    Overtaken.overtaken += 1
+                    shutil.copy(other.rows_path(shard), self.rows_path(shard))
+                write(own, path)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(SidecarManifest, "write", overtaken)
+                return super().publish(shard, temporary, manifest)
+
+    def slightly(texts: list[str]) -> tuple[torch.Tensor, int]:
+        return encoder.embed(texts) * 1.01, 0
+
+    jobs = [job._replace(target=Overtaken(out)) for job in list_jobs([source], str(out))]
+    counts = ShardEmbedder(slightly, description()).run(jobs, show_progress_bar=False)
+    assert Overtaken.overtaken == 2
+    assert (counts.shards, counts.captions, counts.failed) == (2, 6, [])
+    for number in range(2):
+        manifest = SidecarManifest.read(out / f"{number}.emb.manifest")
+        assert manifest.checksum == sha256(out / f"{number}.emb.safetensors")
 
 
 @pytest.mark.parametrize("text", ["8/8", "1", "a/b", "-1/2", "1/0"])

@@ -61,5 +61,7 @@ def test_all_faults_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "5 faults in the 4 sidecars",
     ):
         assert fault in shown
+    (tmp_path / ".4.emb.safetensors.host.1.tmp").touch()
     assert cli.main(["verify", str(tmp_path), "--sources", "false"]) == 1
-    assert "4 faults in the 4 sidecars" in capsys.readouterr().err
+    assert ".4.emb.safetensors.host.1.tmp is what a run has not finished" in (shown := capsys.readouterr().err)
+    assert "4 faults in the 4 sidecars" in shown

@@ -15,7 +15,15 @@ from llm2clip.embedding.cache import EmbeddingCache
 from llm2clip.embedding.cache_builder import build_embedding_cache
 from llm2clip.embedding.cache_files import CacheDtype, CacheManifest
 from llm2clip.embedding.caption_embedder import CaptionEmbedder
-from llm2clip.embedding.embed_shards import ShardEmbedder, parse_part
+from llm2clip.embedding.embed_shards import (
+    ShardCounts,
+    ShardEmbedder,
+    ShardJob,
+    count_outcomes,
+    list_jobs,
+    parse_part,
+)
+from llm2clip.embedding.ray_engine import RayOptions, embed_with_ray
 from llm2clip.utils.locks import exclusive
 from llm2clip.utils.processes import process_state, sum_over_processes
 from llm2clip.utils.settings import check_choices, require, setting
@@ -47,6 +55,21 @@ class EmbedConfig:
     )
     shard_slice: str | None = setting(
         None, "Embed only the i-th of n parts of the shards: i/n, such as 0/8, for the jobs of an array. For sidecars."
+    )
+    engine: Literal["processes", "ray"] = setting(
+        "processes",
+        "Who embeds the shards: the processes of this launch (one, or those of torchrun), or actors on a Ray cluster, "
+        "which Ray restarts when they or their nodes die. For sidecars.",
+    )
+    ray_address: str | None = setting(
+        None, "Address of a running Ray cluster, such as auto or 10.0.0.1:6379; unset: Ray is started on this machine."
+    )
+    ray_actors: int | None = setting(
+        None,
+        "Largest number of Ray actors; unset: as many as the cluster has room for, also on nodes that join later.",
+    )
+    ray_gpus_per_actor: float | None = setting(
+        None, "GPUs of a Ray actor, besides one core; unset: 1 on a cluster that has GPUs, otherwise 0."
     )
     reuse_cache: str | None = setting(
         None, "Embedding cache of the same text tower, whose embeddings are copied into sidecars instead of computed."
@@ -82,6 +105,8 @@ class EmbedConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.ray_actors is not None and self.ray_actors < 1:
+            raise ValueError(f"ray_actors must be at least 1, not {self.ray_actors}.")
 
     @property
     def writes_sidecars(self) -> bool:
@@ -105,8 +130,10 @@ def run(config: EmbedConfig) -> dict[str, Any]:
     if config.writes_sidecars:
         # Without a lock: several runs may share a folder, and each sidecar appears whole.
         return _embed_into_sidecars(config)
-    if config.shard_slice is not None or config.reuse_cache is not None:
-        raise ValueError("shard_slice and reuse_cache are for sidecars; set store: sidecars, or leave them unset.")
+    if config.shard_slice is not None or config.reuse_cache is not None or config.engine != "processes":
+        raise ValueError(
+            "shard_slice, reuse_cache and engine: ray are for sidecars; set store: sidecars, or leave them unset."
+        )
     return _embed_into_cache(config)
 
 
@@ -121,15 +148,9 @@ def _embed_into_cache(config: EmbedConfig) -> dict[str, Any]:
 
 def _embed_into_sidecars(config: EmbedConfig) -> dict[str, Any]:
     require(config, REQUIRED, output_dir=False)
-    part = parse_part(config.shard_slice)
     sources = [CaptionSource.from_dict(source) for source in config.sources]
-    embedder, name, state = _open_encoder(config)
-    shards = ShardEmbedder(
-        partial(_embed_and_count, embedder, config),
-        describe_encoder(embedder, name, config),
-        None if config.reuse_cache is None else EmbeddingCache.open(config.reuse_cache, verify=False),
-    )
-    counts = shards.run(sources, config.output_dir or None, part, state.process_index, state.num_processes)
+    jobs = list_jobs(sources, config.output_dir or None, parse_part(config.shard_slice))
+    counts = _embed_on_ray(config, jobs) if config.engine == "ray" else _embed_in_processes(config, jobs)
     # All processes have ended before one of them reports.
     total = sum_over_processes(
         torch.tensor([counts.shards, counts.done_before, counts.captions, counts.truncated, counts.reused])
@@ -142,9 +163,40 @@ def _embed_into_sidecars(config: EmbedConfig) -> dict[str, Any]:
     return dict(zip(names, total, strict=True))
 
 
-def _open_encoder(config: EmbedConfig) -> tuple[CaptionEmbedder, str, PartialState]:
+def _embed_in_processes(config: EmbedConfig, jobs: list[ShardJob]) -> ShardCounts:
+    state = _long_lived_processes()
+    mine = jobs[state.process_index :: state.num_processes]
+    return open_shard_embedder(config).run(mine, show_progress_bar=state.is_main_process)
+
+
+def _embed_on_ray(config: EmbedConfig, jobs: list[ShardJob]) -> ShardCounts:
+    if process_state().num_processes > 1:
+        raise ValueError("engine: ray is started as one process, which gives the work to Ray; leave torchrun out.")
+    options = RayOptions(config.ray_address, config.ray_actors, config.ray_gpus_per_actor)
+    return count_outcomes(embed_with_ray(jobs, partial(open_shard_embedder, config), options), len(jobs))
+
+
+def open_shard_embedder(config: EmbedConfig) -> ShardEmbedder:
+    """Open the text tower of a run, and the cache whose embeddings it copies.
+
+    Raises:
+        CacheMismatchError: Another encoder made that cache.
+    """
+    embedder, name, _ = _open_encoder(config)
+    return ShardEmbedder(
+        partial(_embed_and_count, embedder, config),
+        describe_encoder(embedder, name, config),
+        None if config.reuse_cache is None else EmbeddingCache.open(config.reuse_cache, verify=False),
+    )
+
+
+def _long_lived_processes() -> PartialState:
     # Processes only synchronise at the start and the end, and one may finish hours before another.
-    state = process_state(timeout=timedelta(days=7))
+    return process_state(timeout=timedelta(days=7))
+
+
+def _open_encoder(config: EmbedConfig) -> tuple[CaptionEmbedder, str, PartialState]:
+    state = _long_lived_processes()
     model: Any
     in_float16 = config.dtype == "float16"
     model, tokenizer = open_text_tower(

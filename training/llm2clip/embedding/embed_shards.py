@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 import posixpath
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,13 +22,39 @@ from llm2clip.embedding.cache_builder import Embed, rows_to_store
 from llm2clip.embedding.cache_files import CacheManifest, CacheMismatchError
 from llm2clip.embedding.row_writer import RowWriter
 from llm2clip.embedding.sidecars import SidecarFolder, SidecarManifest
-from llm2clip.utils.files import atomic_path
-from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.files import remove_leftovers
+from llm2clip.utils.progress import format_rate, progress_bar
 
 logger = logging.getLogger(__name__)
 
 # Captions per call of the encoder, which can sort them by length.
 EMBED_SIZE = 1024
+
+
+class ShardJob(NamedTuple):
+    """A shard to embed: its source, and the folder of its sidecar."""
+
+    opened: ShardedSource
+    shard: SourceShard
+    target: SidecarFolder
+
+
+@dataclass(frozen=True)
+class ShardOutcome:
+    """What was done of a shard.
+
+    Attributes:
+        done_before: It had a valid sidecar.
+        captions: Distinct captions that were embedded.
+        truncated, reused: Captions among these that were cut, and whose embeddings were copied.
+        failure: Why it could not be embedded.
+    """
+
+    done_before: bool = False
+    captions: int = 0
+    truncated: int = 0
+    reused: int = 0
+    failure: str = ""
 
 
 @dataclass
@@ -42,12 +69,62 @@ class ShardCounts:
         failed: Shards that could not be embedded, with the reason.
     """
 
-    shards: int
-    done_before: int
-    captions: int
-    truncated: int
-    reused: int
-    failed: list[str]
+    shards: int = 0
+    done_before: int = 0
+    captions: int = 0
+    truncated: int = 0
+    reused: int = 0
+    failed: list[str] = field(default_factory=list)
+
+    def add(self, outcome: ShardOutcome) -> None:
+        """Count a shard, and log why it could not be embedded."""
+        self.shards += 1
+        self.done_before += outcome.done_before
+        self.captions += outcome.captions
+        self.truncated += outcome.truncated
+        self.reused += outcome.reused
+        if outcome.failure:
+            logger.error("cannot be embedded: %s", outcome.failure)
+            self.failed.append(outcome.failure)
+
+
+def count_outcomes(outcomes: Iterable[ShardOutcome], total: int, show_progress_bar: bool = True) -> ShardCounts:
+    """Count what is done of shards while it happens, with a progress bar."""
+    counts = ShardCounts()
+    with progress_bar("Embedding shards", total, "shard", show_progress_bar) as bar:
+        for outcome in outcomes:
+            counts.add(outcome)
+            captions = counts.captions / max(time.monotonic() - bar.started, 1e-9)
+            bar.update(advance=1, status=format_rate(captions, "caption") if counts.captions else None)
+    return counts
+
+
+def list_jobs(sources: Sequence[CaptionSource], folder: str | None, part: tuple[int, int] = (0, 1)) -> list[ShardJob]:
+    """List the shards of sources.
+
+    Args:
+        sources: Streamed sources.
+        folder: Where the sidecars go, under the names of the shards; None: beside the shards, which are local.
+        part: The i-th of n parts of all shards, which other runs embed at the same time.
+
+    Raises:
+        FileNotFoundError, SourceError: A source cannot be read.
+        ValueError: Sidecars of two shards would have one name, or a remote source has no `folder`.
+    """
+    jobs = [
+        ShardJob(opened, shard, _folder_of(shard, folder))
+        for opened in map(ShardedSource, sources)
+        for shard in opened.shards
+    ]
+    _refuse_equal_names([job.target.rows_path(job.shard) for job in jobs])
+    return jobs[part[0] :: part[1]]
+
+
+def remove_leftovers_of(jobs: Sequence[ShardJob]) -> None:
+    """Remove what killed processes of this machine left of the sidecars of shards."""
+    paths = (path for job in jobs for path in job.target.paths(job.shard))
+    if removed := remove_leftovers(paths):
+        logger.info("Removed %d unfinished files of killed runs, such as %s.", len(removed), removed[0])
 
 
 class ShardEmbedder:
@@ -73,58 +150,33 @@ class ShardEmbedder:
                         "of the same text encoder and format."
                     )
 
-    def run(
-        self,
-        sources: Sequence[CaptionSource],
-        folder: str | None,
-        part: tuple[int, int] = (0, 1),
-        rank: int = 0,
-        world_size: int = 1,
-        show_progress_bar: bool = True,
-    ) -> ShardCounts:
+    def run(self, jobs: Sequence[ShardJob], show_progress_bar: bool = True) -> ShardCounts:
         """Embed the shards that have no valid sidecar.
 
-        Args:
-            sources: Streamed sources.
-            folder: Where the sidecars go, under the names of the shards; None: beside the shards, which are local.
-            part: The i-th of n parts of all shards, which other runs embed at the same time.
-            rank, world_size: Processes that share this part.
-
         Raises:
-            FileNotFoundError, SourceError: A source cannot be read.
-            ValueError: Sidecars of two shards would have one name, or a remote source has no `folder`.
             CacheMismatchError: Another encoder made the sidecar of a shard.
+            OSError: A sidecar cannot be written.
         """
-        jobs = [
-            (opened, shard, _folder_of(shard, folder))
-            for opened in map(ShardedSource, sources)
-            for shard in opened.shards
-        ]
-        _refuse_equal_names([target.rows_path(shard) for _, shard, target in jobs], folder)
-        jobs = jobs[part[0] :: part[1]][rank::world_size]
-        counts = ShardCounts(len(jobs), 0, 0, 0, 0, [])
-        with progress_bar("Embedding shards", len(jobs), "shard", show_progress_bar and rank == 0) as bar:
-            for opened, shard, target in jobs:
-                if target.is_embedded(shard, self.encoder, opened.source.caption_columns):
-                    counts.done_before += 1
-                else:
-                    self._count(counts, opened, shard, target)
-                bar.update(advance=1)
-        return counts
+        remove_leftovers_of(jobs)
+        return count_outcomes(map(self.embed_job, jobs), len(jobs), show_progress_bar)
 
-    def _count(self, counts: ShardCounts, opened: ShardedSource, shard: SourceShard, target: SidecarFolder) -> None:
-        try:
-            manifest = self.embed_shard(opened, shard, target)
-        except ValueError as error:  # of this shard; a full disk ends the run
-            logger.error("%s cannot be embedded: %s", shard.path, error)
-            counts.failed.append(f"{shard.path}: {error}")
-            return
-        counts.captions += manifest.captions
-        counts.truncated += manifest.truncated
-        counts.reused += manifest.reused
+    def embed_job(self, job: ShardJob) -> ShardOutcome:
+        """Embed a shard if it has no valid sidecar; see [`ShardEmbedder.run`]."""
+        while not job.target.is_embedded(job.shard, self.encoder, job.opened.source.caption_columns):
+            try:
+                manifest = self.embed_shard(*job)
+            except ValueError as error:  # of this shard; a full disk ends the run
+                return ShardOutcome(failure=_with_path(job.shard.path, error))
+            if manifest is not None:
+                return ShardOutcome(False, manifest.captions, manifest.truncated, manifest.reused)
+            logger.warning("another run embeds %s at the same time.", job.shard.path)
+        return ShardOutcome(done_before=True)
 
-    def embed_shard(self, opened: ShardedSource, shard: SourceShard, target: SidecarFolder) -> SidecarManifest:
+    def embed_shard(self, opened: ShardedSource, shard: SourceShard, target: SidecarFolder) -> SidecarManifest | None:
         """Embed the distinct captions of a shard, and write its sidecar and then its manifest.
+
+        Returns:
+            The manifest, or None if another run got in between.
 
         Raises:
             ValueError: The shard cannot be read, or an embedding cannot be stored.
@@ -134,31 +186,27 @@ class ShardEmbedder:
         captions = list(text.captions)
         keys = caption_keys(captions)
         truncated = reused = 0
-        rows_path, manifest_path = target.rows_path(shard), target.manifest_path(shard)
-        with atomic_path(rows_path) as temporary:
+        with target.temporary(shard) as temporary:
             with temporary.open("wb") as file:
                 writer = RowWriter(file, keys, self.encoder.hidden_size, self.encoder.dtype)
                 for part in self._rows(captions, keys):
                     writer.write(part.rows)
                     truncated += part.truncated
                     reused += part.reused
-            # Until the new manifest is written, the shard counts as missing.
-            manifest_path.unlink(missing_ok=True)
-        manifest = SidecarManifest(
-            encoder=_encoder_fields(self.encoder),
-            source=posixpath.basename(shard.name),
-            source_bytes=text.size,
-            source_checksum=text.checksum,
-            caption_columns=list(opened.source.caption_columns),
-            rows=text.rows,
-            captions=len(captions),
-            truncated=truncated,
-            reused=reused,
-            bytes=writer.size,
-            checksum=writer.finish(),
-        )
-        manifest.write(manifest_path)
-        return manifest
+            manifest = SidecarManifest(
+                encoder=_encoder_fields(self.encoder),
+                source=posixpath.basename(shard.name),
+                source_bytes=text.size,
+                source_checksum=text.checksum,
+                caption_columns=list(opened.source.caption_columns),
+                rows=text.rows,
+                captions=len(captions),
+                truncated=truncated,
+                reused=reused,
+                bytes=writer.size,
+                checksum=writer.finish(),
+            )
+            return manifest if target.publish(shard, temporary, manifest) else None
 
     def _rows(self, captions: list[str], keys: np.ndarray) -> Iterator[_Rows]:
         """Yield the embeddings of captions in their order and the stored dtype, some at a time."""
@@ -209,7 +257,11 @@ def _folder_of(shard: SourceShard, folder: str | None) -> SidecarFolder:
     return SidecarFolder(shard.path.removesuffix(shard.name) or ".")
 
 
-def _refuse_equal_names(paths: list[Path], folder: str | None) -> None:
+def _with_path(path: str, error: ValueError) -> str:
+    return str(error) if path in str(error) else f"{path}: {error}"
+
+
+def _refuse_equal_names(paths: list[Path]) -> None:
     seen: set[Path] = set()
     for path in paths:
         if path in seen:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import posixpath
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from llm2clip.embedding.cache_files import (
     read_shard,
 )
 from llm2clip.embedding.keyed_rows import KeyedRows
-from llm2clip.utils.files import read_json, sha256, write_json
+from llm2clip.utils.files import read_json, replace, sha256, temporary_path, write_json
 
 FORMAT = "llm2clip-embedding-sidecar"
 FORMAT_VERSION = 1
@@ -142,6 +143,37 @@ class SidecarFolder:
     def manifest_path(self, shard: SourceShard) -> Path:
         """Return the path of the manifest of a shard's sidecar."""
         return self.folder / f"{shard_stem(shard.name)}{MANIFEST_SUFFIX}"
+
+    def paths(self, shard: SourceShard) -> list[Path]:
+        """Return the paths of all files of a shard."""
+        return [self.rows_path(shard), self.manifest_path(shard)]
+
+    @contextmanager
+    def temporary(self, shard: SourceShard) -> Iterator[Path]:
+        """Yield the path of a new file, for the sidecar of a shard; see [`SidecarFolder.publish`]."""
+        with temporary_path(self.rows_path(shard)) as temporary:
+            yield temporary
+
+    def publish(self, shard: SourceShard, temporary: Path, manifest: SidecarManifest) -> bool:
+        """Let a sidecar that is written appear, and then its manifest, without which a shard counts as missing.
+
+        Returns:
+            Whether they belong together. They do not if another run has replaced the sidecar meanwhile; then there is
+            no manifest.
+        """
+        rows, described = self.rows_path(shard), self.manifest_path(shard)
+        own = temporary.stat()
+        described.unlink(missing_ok=True)
+        replace(temporary, rows)
+        manifest.write(described)
+        try:
+            found = rows.stat()
+        except FileNotFoundError:
+            found = None
+        if found is not None and (found.st_ino, found.st_mtime_ns) == (own.st_ino, own.st_mtime_ns):
+            return True
+        described.unlink(missing_ok=True)
+        return False
 
     def is_embedded(self, shard: SourceShard, encoder: CacheManifest, columns: Sequence[str]) -> bool:
         """Tell whether a shard has a whole sidecar with the captions of these columns.

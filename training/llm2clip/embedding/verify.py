@@ -27,6 +27,8 @@ from llm2clip.utils.settings import setting
 logger = logging.getLogger(__name__)
 
 SHOWN = 20
+# Of the names of sidecars and their manifests.
+SUFFIX_START = ".emb."
 
 
 class DamagedError(ValueError):
@@ -73,6 +75,8 @@ def run(config: VerifyConfig) -> dict[str, Any]:
                 faults.append(str(error))
             bar.update(advance=1)
     faults += _without_manifest(folder)
+    for path in sorted(folder.rglob(f".*{SUFFIX_START}*.tmp")):
+        logger.warning("%s is what a run has not finished: it still writes it, or was killed.", path)
     for fault in faults[:SHOWN]:
         logger.error(fault)
     if faults:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import re
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import files as distribution_files
@@ -15,6 +18,8 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 READ_SIZE = 1 << 22
+# The name of a temporary file.
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)\.(?P<process>\d+)\.tmp")
 # Errors of writing to an open file, which say nothing of which.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -24,16 +29,25 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path whose file replaces `path` when the block ends, and is removed when the block raises.
 
     The error of a full disk names the file. The content and the rename reach the disk before the call returns, so that
-    a crash leaves either the old file or the new one. The temporary name contains the process id: two processes that
-    write the same file do not mix. A killed process leaves files `.*.tmp`. The folder of `path` is created.
+    a crash leaves either the old file or the new one. A killed process leaves files `.*.tmp`; see
+    [`remove_leftovers`]. The folder of `path` is created.
     """
     path = Path(path)
+    with temporary_path(path) as temporary:
+        yield temporary
+        replace(temporary, path)
+
+
+@contextmanager
+def temporary_path(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path`, whose folder is created; at the end of the block, what is left there is removed.
+
+    Its name contains host and process: two processes that write the same file do not mix.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
     try:
         yield temporary
-        flush_file(temporary)
-        temporary.replace(path)
     except SafetensorError as error:
         # safetensors hides the system's errors.
         raise OSError(f"{path} cannot be written: {error}") from error
@@ -43,7 +57,49 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Rename a file to `path`, which it replaces, when its content is on the disk; the name is there at the end."""
+    flush_file(temporary)
+    temporary.replace(path)
     flush_folder(path.parent)
+
+
+def remove_leftovers(paths: Iterable[Path]) -> list[Path]:
+    """Remove what killed processes of this machine left while they wrote `paths`; return the files.
+
+    Nothing is removed where the system cannot tell whether a process lives.
+    """
+    removed: list[Path] = []
+    if os.name != "posix":
+        return removed
+    names: dict[Path, set[str]] = {}
+    for path in paths:
+        names.setdefault(path.parent, set()).add(path.name)
+    for folder, written in names.items():
+        found = os.scandir(folder) if folder.is_dir() else contextlib.nullcontext([])
+        with found as entries:
+            parts = [(entry, LEFTOVER.fullmatch(entry.name)) for entry in entries if entry.name.endswith(".tmp")]
+        for entry, part in parts:
+            if part and part["name"] in written and part["host"] == _host() and not _is_alive(int(part["process"])):
+                Path(entry.path).unlink(missing_ok=True)
+                removed.append(Path(entry.path))
+    return removed
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def require_writable(folder: Path) -> None:

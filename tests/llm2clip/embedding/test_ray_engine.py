@@ -1,0 +1,148 @@
+"""Ray as the engine of `llm2clip embed`: the same sidecars as from processes, whatever dies on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2clip import cli
+from llm2clip.embedding.embed import EmbedConfig, run
+from llm2clip.embedding.embed_shards import ShardEmbedder, ShardJob, list_jobs
+from llm2clip.embedding.ray_engine import RayOptions, embed_with_ray
+from tests.llm2clip.conftest import Inputs
+from tests.llm2clip.embedding.test_embed_shards import Counting, description, embed, write_shards
+
+pytest.importorskip("ray.data")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("log.txt", "error.log")}
+
+
+@pytest.fixture
+def cluster() -> Any:
+    """Two processes of Ray, which the tests share with the runs that they start."""
+    import ray
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Workers find the modules of the tests by the paths of this process.
+    paths = os.pathsep.join(sys.path)
+    ray.init(
+        "local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
+    )  # fmt: skip
+    yield ray
+    ray.shutdown()
+
+
+class DiesOnce(ShardEmbedder):
+    """Its process ends within the first shard that has this caption, and does not end a second time."""
+
+    caption = "dog 3"
+
+    def __init__(self, marker: Path) -> None:
+        super().__init__(self.dying, description())
+        self.marker = marker
+
+    def dying(self, texts: list[str]) -> Any:
+        if self.caption in texts and not self.marker.exists():
+            self.marker.touch()
+            os._exit(1)
+        return Counting()(texts)
+
+
+class DiesAlways(DiesOnce):
+    def dying(self, texts: list[str]) -> Any:
+        if self.caption in texts:
+            os._exit(1)
+        return Counting()(texts)
+
+
+class IsFull(ShardEmbedder):
+    def __init__(self) -> None:
+        super().__init__(Counting(), description())
+
+    def embed_job(self, job: ShardJob) -> Any:
+        raise OSError(28, "No space left on device", "/somewhere")
+
+
+@pytest.mark.slow
+def test_every_shard_is_done_once_whatever_dies(cluster: Any, tmp_path: Path) -> None:
+    source = write_shards(tmp_path / "data", 9)
+    embed(source, tmp_path / "processes")
+    jobs = list_jobs([source], str(tmp_path / "ray"))
+    died = tmp_path / "died"
+    outcomes = list(embed_with_ray(jobs, lambda: DiesOnce(died), RayOptions(actors=2)))
+    assert died.exists()
+    assert len(outcomes) == 9
+    assert not any(outcome.failure or outcome.done_before for outcome in outcomes)
+    assert sum(outcome.captions for outcome in outcomes) == 27
+    assert contents(tmp_path / "ray") == contents(tmp_path / "processes")
+    assert len(contents(tmp_path / "ray")) == 18
+    again = list(embed_with_ray(jobs, lambda: DiesOnce(died), RayOptions(actors=2)))
+    assert [outcome.done_before for outcome in again] == 9 * [True]
+
+    # A shard that ends every process is given up, and named.
+    jobs = list_jobs([source], str(tmp_path / "fatal"))
+    outcomes = list(embed_with_ray(jobs, lambda: DiesAlways(died), RayOptions(actors=2)))
+    (failure,) = (outcome.failure for outcome in outcomes if outcome.failure)
+    assert "3.parquet: its process died 4 times" in failure
+    assert len(outcomes) == 9
+    assert len(contents(tmp_path / "fatal")) == 16
+    with pytest.raises(ValueError, match="No space left on device: '/somewhere'"):
+        list(embed_with_ray(jobs, IsFull, RayOptions(actors=2)))
+    with pytest.raises(ValueError, match="has room for an actor with 1 CPU and 2 GPUs: 2 CPUs, 0 GPUs"):
+        list(embed_with_ray(jobs, IsFull, RayOptions(gpus_per_actor=2)))
+
+
+@pytest.mark.slow
+def test_the_command_starts_ray_and_writes_the_sidecars_of_processes(inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for number in range(5):
+        rows = [json.dumps({"caption": f"a dog {number} {row}"}) for row in range(20)]
+        (tmp_path / "data" / f"{number}.jsonl").write_text("\n".join(rows))
+    (tmp_path / "data" / "5.jsonl").write_text("{")
+    settings: dict[str, Any] = {
+        "text_model_name_or_path": inputs.text,
+        "sources": [{"path": str(tmp_path / "data"), "streaming": True}],
+    }
+    for engine in ("ray", "processes"):
+        config = EmbedConfig(**settings, output_dir=str(tmp_path / engine), engine=engine, ray_actors=2)
+        with pytest.raises(ValueError, match=r"1 of 6 shards could not be embedded, .*5\.jsonl"):
+            run(config)
+    (tmp_path / "data" / "5.jsonl").unlink()
+    assert contents(tmp_path / "ray") == contents(tmp_path / "processes")
+    assert len(contents(tmp_path / "ray")) == 10
+    config = EmbedConfig(**settings, output_dir=str(tmp_path / "ray"), engine="ray")
+    assert run(config)["num_shards_done_before"] == 5
+    path = tmp_path / "ray" / "0.emb.manifest"
+    fields = json.loads(path.read_text())
+    fields["encoder"]["max_length"] = 5
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="max_length 5, but this run has max_length"):
+        run(config)
+
+
+def test_ray_that_is_missing_or_unreachable_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = {"path": str(tmp_path / "data"), "streaming": True}
+    write_shards(tmp_path / "data", 1)
+    arguments = [
+        "embed", "--text-model-name-or-path", "nothing", "--sources", json.dumps([source]),
+        "--output-dir", str(tmp_path / "out"), "--engine", "ray",
+    ]  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert cli.main(arguments) == 2
+    assert "engine: ray needs Ray" in (error := capsys.readouterr().err)
+    assert "pip install 'llm2clip[ray]'" in error
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="ray_actors must be at least 1, not 0"):
+        EmbedConfig(ray_actors=0)
+    with pytest.raises(ValueError, match="engine: ray are for sidecars"):
+        run(EmbedConfig(engine="ray", store="cache"))

@@ -1,0 +1,184 @@
+"""Embedding shards on Ray: actors hold the encoder; Ray Data gives them shards, and restarts what died."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from llm2clip.embedding.embed_shards import ShardEmbedder, ShardJob, ShardOutcome, remove_leftovers_of
+
+logger = logging.getLogger(__name__)
+
+# Of a Ray that is started here: the results of shards, some numbers each, are all that it stores.
+OBJECT_STORE_BYTES = 200 * 2**20
+# A shard whose process dies so often is given up: it may be what kills them.
+RETRIES = 3
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """The part of a cluster that a run uses.
+
+    Attributes:
+        address: Address of a running cluster, or None: Ray is started on this machine, and ends with the run.
+        actors: Largest number of actors; None takes all that the cluster has room for, also on nodes that join later.
+        gpus_per_actor: GPUs of an actor; None is 1 on a cluster that has GPUs, otherwise 0.
+    """
+
+    address: str | None = None
+    actors: int | None = None
+    gpus_per_actor: float | None = None
+
+
+def embed_with_ray(
+    jobs: Sequence[ShardJob], make_embedder: Callable[[], ShardEmbedder], options: RayOptions
+) -> Iterator[ShardOutcome]:
+    """Embed shards on a cluster; yield what was done of each, in the order in which they end.
+
+    Each actor writes the sidecars of its shards, which all nodes reach by the same paths. When an actor or its node
+    dies, its shard goes to another one.
+
+    Args:
+        make_embedder: Called in each actor.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: There is no such cluster, it has no room for an actor, a sidecar cannot be written, or another
+            encoder made that of a shard.
+    """
+    if not jobs:
+        return
+    # Ray reads it when it starts.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    try:
+        import ray
+        import ray.data
+        from ray.exceptions import RayError
+    except ModuleNotFoundError as error:
+        raise ImportError(f"engine: ray needs Ray ({error}): pip install 'llm2clip[ray]'.") from error
+    with _cluster(ray, options):
+        missing = set(range(len(jobs)))
+        try:
+            for row in _outcomes(ray, jobs, make_embedder, options).iter_rows():
+                number = row.pop("number")
+                if fatal := row.pop("fatal"):
+                    raise ValueError(fatal)
+                # A shard whose outcome was lost with a node is looked at again.
+                if number in missing:
+                    missing.remove(number)
+                    yield ShardOutcome(**row)
+        except RayError as error:
+            raise ValueError(f"Ray ended the run: {_last_line(error)}") from error
+        remove_leftovers_of([jobs[number] for number in missing])
+        for number in sorted(missing):
+            yield ShardOutcome(failure=f"{jobs[number].shard.path}: its process died {RETRIES + 1} times")
+
+
+def _outcomes(
+    ray: Any, jobs: Sequence[ShardJob], make_embedder: Callable[[], ShardEmbedder], options: RayOptions
+) -> Any:
+    gpus = options.gpus_per_actor
+    if gpus is None:
+        gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
+    room = _room(ray, gpus)
+    most = min(options.actors or len(jobs), len(jobs))
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # One shard that cannot be done must not end the others.
+    context.max_errored_blocks = -1
+    # An actor has one shard at a time; by default Ray only adds actors where more wait for each.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+    # A block for each shard, so that a shard is what is lost and tried again.
+    shards = ray.data.from_items([{"number": number} for number in range(len(jobs))], override_num_blocks=len(jobs))
+    return shards.map_batches(
+        _Actor,
+        fn_constructor_args=(ray.put(list(jobs)), make_embedder),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=most, initial_size=min(room, most), max_tasks_in_flight_per_actor=1
+        ),
+        num_cpus=1,
+        num_gpus=gpus,
+        max_restarts=-1,
+        max_task_retries=RETRIES,
+    )
+
+
+class _Actor:
+    """Holds the encoder on a node of the cluster.
+
+    Args:
+        jobs: All shards, in the object store.
+        make_embedder: Opens the encoder.
+    """
+
+    def __init__(self, jobs: Any, make_embedder: Callable[[], ShardEmbedder]) -> None:
+        import ray
+
+        self.jobs: list[ShardJob] = ray.get(jobs)
+        self.embedder = make_embedder()
+        remove_leftovers_of(self.jobs)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        number, fatal = int(batch["number"][0]), ""
+        try:
+            outcome = self.embedder.embed_job(self.jobs[number])
+        except (OSError, ValueError) as error:  # a full disk, or sidecars of another encoder: it ends the run
+            outcome, fatal = ShardOutcome(), str(error)
+        values = {"number": number, "fatal": fatal, **asdict(outcome)}
+        return {name: [value] for name, value in values.items()}
+
+
+@contextmanager
+def _cluster(ray: Any, options: RayOptions) -> Iterator[None]:
+    """Connect to a cluster, or start one that ends with the block; one that is already connected stays."""
+    if ray.is_initialized():
+        yield
+        return
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
+    try:
+        if options.address is None:
+            ray.init(
+                "local",
+                num_cpus=max(options.actors or 0, os.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quiet,
+            )
+        else:
+            ray.init(options.address, **quiet)
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        raise ValueError(
+            f"Ray cannot be reached at {options.address or 'this machine'}: {_last_line(error)} `ray start --head` "
+            "starts a cluster and prints its address."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _room(ray: Any, gpus: float) -> int:
+    """Return how many actors the cluster has room for.
+
+    Raises:
+        ValueError: There is none, for which Ray would wait for ever.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(int(min(node.get("CPU", 0), node.get("GPU", 0) / gpus if gpus else math.inf)) for node in nodes)
+    if not room:
+        has = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+        raise ValueError(f"no node of the Ray cluster has room for an actor with 1 CPU and {gpus:g} GPUs: {has}.")
+    return room
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
