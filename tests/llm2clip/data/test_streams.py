@@ -19,8 +19,11 @@ from torch.utils.data import DataLoader
 
 from llm2clip import Stage2Config, Stage2Trainer
 from llm2clip.data import CaptionSource, StreamingCaptionImageDataset, load_source
+from llm2clip.data.shard_rows import ShardRows
+from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sources import SourceError
-from llm2clip.data.streams import StreamReader, share_of_files, share_of_rows, shuffled
+from llm2clip.data.stream_plan import Part, RowPlan, share_of_rows
+from llm2clip.data.streams import StreamReader, share_of_files, shuffled
 from llm2clip.utils.processes import leave_process_group, process_state
 from tests.modeling_llm2clip import tiny
 from tests.processes import run_python
@@ -134,22 +137,25 @@ def test_fewer_tars_than_readers_are_an_error_before_training(tmp_path: Path) ->
 def test_equal_shares_of_rows_are_complete_in_every_epoch(world: int, workers: int, tmp_path: Path) -> None:
     """Nine files do not divide by any of these numbers of readers."""
     source = write_tars(tmp_path, 9)
-    reader = StreamReader(load_source(source, with_images=False), False, [PER_TAR] * 9)
+    shards = ShardRows(
+        load_source(source, with_images=False), ["txt"], [shard.path for shard in ShardedSource(source).shards]
+    )
+    reader, plan = StreamReader(shards, False, [PER_TAR] * 9), RowPlan([PER_TAR] * 9, 0)
     readers = world * workers
     for epoch in range(2):
-        shares = [list(reader.rows(readers, number, epoch, shuffle_buffer=4)) for number in range(readers)]
+        shares = [list(reader.planned(plan.order(epoch, readers, number, 4))) for number in range(readers)]
         read = [(row.file, row.number) for share in shares for row in share]
         assert sorted(read) == [(file, number) for file in range(9) for number in range(PER_TAR)]
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_shares_of_rows_begin_and_end_within_files() -> None:
-    counts, order = [5, 0, 3, 8], [3, 1, 0, 2]
-    assert share_of_rows(counts, order, 1, 0) == [(3, 0, 8), (0, 0, 5), (2, 0, 3)]
-    assert [share_of_rows(counts, order, 3, reader) for reader in range(3)] == [
-        [(3, 0, 5)],
-        [(3, 5, 8), (0, 0, 2)],
-        [(0, 2, 5), (2, 0, 3)],
+    parts = [Part(file, range(rows)) for file, rows in ((3, 8), (1, 0), (0, 5), (2, 3))]
+    assert share_of_rows(parts, 1, 0) == [(3, range(8)), (0, range(5)), (2, range(3))]
+    assert [share_of_rows(parts, 3, reader) for reader in range(3)] == [
+        [(3, range(5))],
+        [(3, range(5, 8)), (0, range(2))],
+        [(0, range(2, 5)), (2, range(3))],
     ]
 
 

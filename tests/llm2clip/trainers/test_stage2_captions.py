@@ -58,10 +58,10 @@ def embedded(inputs: Inputs, folder: Path, *sources: dict[str, Any], **fields: A
     return embed.run(build_config(embed.EmbedConfig, settings))
 
 
-def train(folder: Path, inputs: Inputs, cache: Path, tars: str, **changes: Any) -> None:
+def train(folder: Path, inputs: Inputs, cache: Path, tars: str, resume: bool = False, **changes: Any) -> None:
     fields = tiny.stage2_fields(folder, inputs.vision, inputs.text, str(cache)) | {"eval_sources": {}}
     fields |= {"sources": [source(tars)], "shuffle_buffer": 16, "save_strategy": "no"}
-    run_stage2.run(build_config(Stage2Config, fields | changes))
+    run_stage2.run(build_config(Stage2Config, fields | changes), resume)
 
 
 def test_sidecars_train_as_the_cache_does(inputs: Inputs, tars: str, tmp_path: Path) -> None:

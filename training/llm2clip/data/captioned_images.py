@@ -21,6 +21,7 @@ from llm2clip.data.sampling import stable_seed
 from llm2clip.data.sources import (
     CaptionSource,
     Columns,
+    OpenedTable,
     Table,
     load_source,
     row_batches,
@@ -180,6 +181,8 @@ class StreamingCaptionImageDataset(StreamedRows):
             number of steps.
         embeddings: Stored embeddings of the captions, read beside each file; samples then have `llm_embeds`. A row
             whose caption has none is a `SkippedSample`.
+        row_counts: Rows of each file, if they are known; `embeddings` know them.
+        opened: The table of the source, if it is open.
 
     Raises:
         FileNotFoundError, SourceError: If the source cannot be read, or (when iterating) has fewer files than readers.
@@ -202,12 +205,18 @@ class StreamingCaptionImageDataset(StreamedRows):
         on_error: OnError = "raise",
         max_pixels: int = DEFAULT_MAX_PIXELS,
         embeddings: ShardEmbeddings | None = None,
+        row_counts: Sequence[int] | None = None,
+        opened: OpenedTable | None = None,
     ) -> None:
         maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
         with_images, order = eval_transform is not None, (training, seed, shuffle_buffer)
-        row_counts = None if embeddings is None else embeddings.row_counts
-        super().__init__(source, maker, with_images, *order, rank, world_size, repeat, row_counts)
-        if embeddings is not None and self.reader.whole:
+        if embeddings is not None:
+            row_counts = embeddings.row_counts
+        whole = source.max_samples is not None
+        super().__init__(
+            source, maker, with_images, *order, rank, world_size, repeat, None if whole else row_counts, opened
+        )
+        if embeddings is not None and whole:
             raise ValueError(f"max_samples of {source.path} cannot be combined with embeddings beside its files.")
         self.embeddings = embeddings
 

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
-import fsspec.asyn
-import torch
-from torch.utils.data import IterableDataset, get_worker_info
-
-from llm2clip.data.sampling import ConcatenatedTables, SampleIndex
-from llm2clip.data.sources import CaptionSource, Columns, SourceError, load_source, source_columns
+from llm2clip.data.sample_stream import ReaderPlace, SampleStream
+from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
+from llm2clip.data.shard_rows import ShardRows
+from llm2clip.data.sources import (
+    CaptionSource,
+    Columns,
+    OpenedTable,
+    SourceError,
+    load_source,
+    open_source,
+    select_source,
+    source_columns,
+    used_columns,
+)
+from llm2clip.data.stream_plan import RowPlan
 from llm2clip.data.streams import Attach, StreamReader, StreamRow
+from llm2clip.utils.files import digest_json
 
 # Makes a sample of a row, its key, the columns of its source, and what the random parts depend on besides the seed
 # (None: nothing is random).
@@ -59,12 +70,13 @@ class CaptionRows(ConcatenatedTables):
         return self.make_sample(row, self._key(number, offset, row), self.columns[number], salt)
 
 
-class StreamedRows(IterableDataset):
+class StreamedRows(SampleStream):
     """Iterable data set of what `make_sample` makes of the rows of a stream; see [`StreamingCaptionImageDataset`].
 
     Args:
         make_sample: The function, called in the worker processes too.
         with_images: Read the images.
+        opened: The table of the source, if it is open.
 
     Raises:
         FileNotFoundError, SourceError: If the source cannot be read, or (when iterating) has fewer files than readers.
@@ -83,51 +95,53 @@ class StreamedRows(IterableDataset):
         world_size: int = 1,
         repeat: bool = False,
         row_counts: Sequence[int] | None = None,
+        opened: OpenedTable | None = None,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be between 0 and world_size - 1, but is {rank} of {world_size}.")
         if not source.streaming:
             raise ValueError(f"{source.path} is not set to streaming; use CaptionImageDataset or streaming: true.")
-        self.source = source
-        self.make_sample = make_sample
-        self.table = load_source(source, with_images)
-        self.columns = source_columns(source, self.table, with_images)
-        self.reader = StreamReader(self.table, source.max_samples is not None, row_counts)
-        self.training, self.seed, self.repeat = training, seed, repeat
         self.shuffle_buffer = shuffle_buffer if training else 0
-        self.rank, self.world_size = rank, world_size
-        # In shared memory, so that persistent workers see a new epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        super().__init__([self], [self.shuffle_buffer], seed, rank, world_size, repeat)
+        self.source, self.name = source, source.path
+        self.make_sample = make_sample
+        opened = opened or open_source(source)
+        self.table = select_source(source, opened, with_images)
+        self.columns = source_columns(source, self.table, with_images)
+        shards = ShardRows(self.table, used_columns(self.columns, opened.table), opened.files)
+        self.reader = StreamReader(shards, source.max_samples is not None, row_counts)
+        self.training = training
+        # Whether row numbers name the rows of several sources.
+        self.is_one_of_several = False
 
     @property
-    def epoch(self) -> int:
-        """The epoch of the next pass."""
-        return int(self._epoch)
+    def num_rows(self) -> int | None:
+        return None if self.reader.row_counts is None else sum(self.reader.row_counts)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next pass."""
-        self._epoch.fill_(epoch)
+    def plan(self, first_epoch: int) -> RowPlan | None:
+        if self.reader.row_counts is None:
+            return None
+        return RowPlan(self.reader.row_counts, self.seed, self.shuffle_buffer > 0, first_epoch)
 
-    def require_files(self, num_workers: int) -> None:
-        """Check before training that every DataLoader worker of every process has something to read.
+    def fingerprint(self) -> str | None:
+        if self.reader.row_counts is None:
+            return None
+        return digest_json([[*map(os.path.basename, self.reader.shards.files)], self.reader.row_counts])
 
-        Raises:
-            SourceError: If there are fewer files than workers, or fewer rows if their number is known.
-        """
-        workers = max(1, num_workers)
-        if self.reader.row_counts is not None:
-            if sum(self.reader.row_counts) < self.world_size * workers:
+    def join(self, number: int) -> None:
+        self.is_one_of_several, self.seed = True, stable_seed(self.seed, "source", number)
+
+    def require_readers(self, num_readers: int, world_size: int) -> None:
+        if self.num_rows is not None:
+            if self.num_rows < num_readers:
                 raise SourceError(
-                    f"the stream {self.source.path} has {sum(self.reader.row_counts)} rows, fewer than "
-                    f"{self.world_size * workers} readers."
+                    f"the stream {self.name} has {self.num_rows} rows, fewer than {num_readers} readers."
                 )
-            return
-        if not self.reader.whole and self.reader.num_files < self.world_size * workers:
+        elif not self.reader.whole and self.reader.num_files < num_readers:
+            workers = num_readers // world_size
             each = f" with {workers} DataLoader workers each" if workers > 1 else ""
             raise SourceError(
-                f"the stream {self.source.path} has {self.reader.num_files} files, which is fewer than "
-                f"{self.world_size * workers} readers ({self.world_size} processes{each}). Split the data into more "
-                "files, lower dataloader_num_workers, or set streaming: false."
+                f"the stream {self.name} has {self.reader.num_files} files, which is fewer than {num_readers} readers "
+                f"({world_size} processes{each}). Split the data into more files, lower dataloader_num_workers, or "
+                "set streaming: false."
             )
 
     def _attach(self, epoch: int) -> Attach | None:
@@ -146,21 +160,33 @@ class StreamedRows(IterableDataset):
         key = None if self.columns.key is None else row.values[self.columns.key]
         if key is not None:
             return str(key)
-        return str(row.number) if self.reader.num_files == 1 else f"{row.file}-{row.number}"
+        number = str(row.number) if self.reader.num_files == 1 else f"{row.file}-{row.number}"
+        return f"{self.name}:{number}" if self.is_one_of_several else number
 
-    def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        self.require_files(workers)
-        if worker is not None:
-            fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
-        # Ranks first, so that the readers with a file more are on different ranks.
-        reader, num_readers = number * self.world_size + self.rank, workers * self.world_size
-        for epoch in itertools.count(self.epoch):
+    def samples(self, place: ReaderPlace, first_epoch: int, repeat: bool) -> Iterator[Any]:
+        read = self._unplanned if place.plan is None else self._planned
+        return (self._make(row, epoch) for epoch, row in read(place, first_epoch, repeat))
+
+    def _planned(self, place: ReaderPlace, first_epoch: int, repeat: bool) -> Iterator[tuple[int, StreamRow]]:
+        plan, readers = cast(RowPlan, place.plan), (place.num_readers, place.reader)
+        start, done = plan.locate(place.delivered, *readers)
+        for epoch in itertools.count(start):
+            if epoch > first_epoch and not repeat:
+                return
+            order = plan.order(epoch, *readers, place.buffer)
+            for row in self.reader.planned(order, done, self._attach(epoch)):
+                yield epoch, row
+            done = 0
+
+    def _unplanned(self, place: ReaderPlace, first_epoch: int, repeat: bool) -> Iterator[tuple[int, StreamRow]]:
+        passed = 0
+        for epoch in itertools.count(first_epoch):
             empty = True
             attach = self._attach(epoch)
-            for row in self.reader.rows(num_readers, reader, epoch, self.seed, self.shuffle_buffer, attach):
+            for row in self.reader.unplanned(*place[:2], epoch, self.seed, place.buffer, attach):
                 empty = False
-                yield self._make(row, epoch)
-            if empty or not self.repeat:
+                passed += 1
+                if passed > place.delivered:
+                    yield epoch, row
+            if empty or not repeat:
                 return

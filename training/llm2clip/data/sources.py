@@ -147,14 +147,28 @@ def load_source(source: CaptionSource, with_images: bool = True) -> Table:
         FileNotFoundError: If the path does not exist.
         SourceError: If a column or the split does not exist, or the data cannot be read.
     """
-    opened = open_table(source.path, source.name, source.split, source.revision, source.streaming)
+    return select_source(source, open_source(source), with_images)
+
+
+def open_source(source: CaptionSource) -> OpenedTable:
+    """Open the table of a source with all its columns; see [`load_source`] for errors."""
+    return open_table(source.path, source.name, source.split, source.revision, source.streaming)
+
+
+def select_source(source: CaptionSource, opened: OpenedTable, with_images: bool = True) -> Table:
+    """Return an opened table as [`load_source`] does."""
     columns = source_columns(source, opened.table, with_images, opened.hint)
-    used = [column for column in (columns.key, columns.image) if column is not None]
-    used += [top_level(opened.table, column) for column in columns.captions]
-    table = opened.select(list(dict.fromkeys(used)))
+    table = opened.select(used_columns(columns, opened.table))
     if columns.image is not None:
         table = keep_encoded(table, columns.image, opened.folders, source.path)
     return first_rows(table, source.max_samples)
+
+
+def used_columns(columns: Columns, table: Table) -> list[str]:
+    """Return the names of the columns of a table that contain those of a source."""
+    used = [column for column in (columns.key, columns.image) if column is not None]
+    used += [top_level(table, column) for column in columns.captions]
+    return list(dict.fromkeys(used))
 
 
 def select_captions(source: CaptionSource, opened: OpenedTable) -> Table:

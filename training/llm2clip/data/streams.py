@@ -1,28 +1,27 @@
-"""How the readers of a stream share its files, and how they shuffle: no row is yielded twice in an epoch."""
+"""How the readers of a stream read their shares, and go on in them: no row is yielded twice in an epoch."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import datasets
 import numpy as np
 
 from llm2clip.data.sampling import stable_seed
+from llm2clip.data.shard_rows import ShardRows
+from llm2clip.data.stream_plan import OPEN_FILES, ReaderOrder
 
 T = TypeVar("T")
-
-# Files that fill the shuffle buffer at the same time.
-OPEN_FILES = 10
 
 
 class StreamRow(NamedTuple):
     """A row of a stream, with the number of its file and its number there: the same in every order and split.
 
     Attributes:
-        attached: What [`StreamReader.rows`] was given to attach to it.
+        attached: What [`StreamReader.planned`] was given to attach to it.
     """
 
     file: int
@@ -50,88 +49,110 @@ def share_of_files(num_files: int, num_readers: int, reader: int, epoch: int = 0
     return range(first, num_files, num_readers)
 
 
-class RowRange(NamedTuple):
-    """Consecutive rows of a file, from `start` up to `stop`, or to its end if that is None."""
-
-    file: int
-    start: int = 0
-    stop: int | None = None
-
-
-def share_of_rows(row_counts: Sequence[int], order: Sequence[int], num_readers: int, reader: int) -> list[RowRange]:
-    """Return the rows that a reader reads, if it is known how many each file has.
-
-    The rows of the files in their order are cut into shares that differ by one row at most. A file at a cut is read by
-    two readers, one of which skips its first rows.
-
-    Args:
-        row_counts: Rows of each file.
-        order: The files, in the order of the epoch.
-    """
-    bounds = np.cumsum([0, *(row_counts[file] for file in order)]).tolist()
-    first, last = (bounds[-1] * number // num_readers for number in (reader, reader + 1))
-    shares = [
-        RowRange(int(file), max(first - begin, 0), min(last, end) - begin)
-        for file, (begin, end) in zip(order, itertools.pairwise(bounds), strict=True)
-    ]
-    return [share for share in shares if share.stop is not None and share.start < share.stop]
-
-
 class StreamReader:
     """Reads one reader's share of a stream, file by file.
 
+    If the numbers of rows are known, readers have equal shares of the rows, and a place in the stream is found without
+    reading what comes before it. Otherwise they have equal shares of the files, and rows are passed over.
+
     Args:
-        table: The stream.
+        shards: The files of the stream.
         whole: Read the whole stream and keep every n-th row of it: for the first rows of a source (`max_samples`),
             since the files before a row decide whether it is one of them.
-        row_counts: Rows of each file, if they are known. Readers then have equal shares of the rows instead of the
-            files.
+        row_counts: Rows of each file, if they are known.
     """
 
-    def __init__(self, table: datasets.IterableDataset, whole: bool, row_counts: Sequence[int] | None = None) -> None:
-        self.table, self.whole, self.row_counts = table, whole, row_counts
-        self.num_files: int = 1 if whole else table.num_shards
+    def __init__(self, shards: ShardRows, whole: bool = False, row_counts: Sequence[int] | None = None) -> None:
+        self.shards, self.whole = shards, whole
+        self.row_counts = None if row_counts is None else list(row_counts)
+        self.num_files: int = 1 if whole else shards.num_files
+        if self.row_counts is not None and len(self.row_counts) != self.num_files:
+            raise ValueError(f"row_counts has {len(self.row_counts)} entries for {self.num_files} files.")
 
-    def rows(
+    def planned(self, order: ReaderOrder, done: int = 0, attach: Attach | None = None) -> Iterator[StreamRow]:
+        """Yield the rows of an order that is known, after the first `done` ones.
+
+        Args:
+            attach: Called with the rows of each file in ascending order, before the shuffle.
+
+        Raises:
+            SourceError: A file has fewer rows than the order expects.
+        """
+        if done >= order.num_rows:
+            return
+        turns, held, step = order.start(done)
+        first, opened = dict(turns.rest()), dict[int, Iterator[StreamRow]]()
+        buffer: list[StreamRow | None] = [None] * order.size
+        places: dict[int, list[tuple[int, int]]] = {}
+        for place, found in enumerate(held):
+            if found is not None:
+                places.setdefault(found[0], []).append((found[1], place))
+        for number, wanted in places.items():
+            part, wanted = order.parts[number], sorted(wanted)
+            rows: Any = part.rows[first.get(number, len(part.rows)) :]
+            before = [part.rows[at] for at, _ in wanted]
+            opened[number] = self._read(part.file, itertools.chain(before, rows), attach)
+            for _, place in wanted:
+                buffer[place] = next(opened[number])
+            if number not in first:
+                opened.pop(number)
+        places_drawn = order.places(step)
+        while (turn := turns.next()) is not None:
+            number, at = turn
+            place = next(places_drawn)
+            row = buffer[place]
+            assert row is not None
+            yield row
+            part = order.parts[number]
+            if number not in opened:
+                opened[number] = self._read(part.file, part.rows[at:], attach)
+            buffer[place] = next(opened[number])
+            if at + 1 == len(part.rows):
+                opened.pop(number)
+        for place in order.last_places():
+            if (row := buffer[place]) is not None:
+                yield row
+
+    def unplanned(
         self,
         num_readers: int,
         reader: int,
-        epoch: int = 0,
-        seed: int = 0,
-        shuffle_buffer: int = 0,
+        epoch: int,
+        seed: int,
+        shuffle_buffer: int,
         attach: Attach | None = None,
     ) -> Iterator[StreamRow]:
-        """Yield the rows of a reader's share in an epoch.
+        """Yield the rows of a reader's share of an epoch, if the numbers of rows are unknown.
 
         Args:
-            seed: Seed of the order.
-            shuffle_buffer: Number of rows to draw the next one from; 0 keeps rows and files in order.
-            attach: Called with the rows of each file in their order, before the shuffle; not with `whole`.
+            attach: See [`StreamReader.planned`]; not with `whole`.
 
         Raises:
-            ValueError: If there are fewer files than readers, and the numbers of their rows are not known.
+            ValueError: If there are fewer files than readers.
         """
         if self.whole:
-            kept = itertools.islice(self._file(RowRange(0)), reader, None, num_readers)
+            kept = itertools.islice(self._all(None), reader, None, num_readers)
             return shuffled(kept, shuffle_buffer, stable_seed(seed, "rows", epoch, reader))
         order = np.arange(self.num_files)
         if shuffle_buffer:
             order = np.random.default_rng(stable_seed(seed, "files", epoch)).permutation(order)
-        if self.row_counts is None:
-            positions = share_of_files(self.num_files, num_readers, reader, epoch)
-            share = [RowRange(int(order[position])) for position in positions]
-        else:
-            share = share_of_rows(self.row_counts, order.tolist(), num_readers, reader)
-        files = (lambda part=part: self._file(part, attach) for part in share)
+        positions = share_of_files(self.num_files, num_readers, reader, epoch)
+        files = (functools.partial(self._all, int(order[position]), attach) for position in positions)
         found = interleaved(files, OPEN_FILES if shuffle_buffer else 1)
         return shuffled(found, shuffle_buffer, stable_seed(seed, "rows", epoch, reader))
 
-    def _file(self, part: RowRange, attach: Attach | None = None) -> Iterator[StreamRow]:
-        compute = None if attach is None else attach(part.file)
-        table = self.table if self.num_files == 1 else self.table.shard(self.num_files, part.file)
-        # Unlike the iterator of the table, its method does not split the rows by DataLoader worker once more.
-        for number, batch in itertools.islice(enumerate(table.iter(1)), part.start, part.stop):
-            row = StreamRow(part.file, number, {name: values[0] for name, values in batch.items()})
+    def _all(self, file: int | None, attach: Attach | None = None) -> Iterator[StreamRow]:
+        return self._rows(file or 0, self.shards.read_all(file), attach)
+
+    def _read(self, file: int, wanted: Iterable[int], attach: Attach | None) -> Iterator[StreamRow]:
+        return self._rows(file, self.shards.read(file, wanted), attach)
+
+    def _rows(
+        self, file: int, found: Iterable[tuple[int, dict[str, Any]]], attach: Attach | None
+    ) -> Iterator[StreamRow]:
+        compute = None if attach is None else attach(file)
+        for number, values in found:
+            row = StreamRow(file, number, values)
             yield row if compute is None else row._replace(attached=compute(row))
 
 

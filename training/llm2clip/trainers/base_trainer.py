@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llm2clip.data import SampleIndexBatchSampler, StreamingCaptionImageDataset
+from llm2clip.data import SampleIndexBatchSampler
+from llm2clip.data.sample_stream import SampleStream
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, named_checkpoint
@@ -25,6 +26,7 @@ from llm2clip.trainers.model_card import DataRevisions, write_model_card
 from llm2clip.trainers.progress import TrainingProgress
 from llm2clip.trainers.pushing import PushingTrainer, copy_files
 from llm2clip.trainers.run_folder import run_folder
+from llm2clip.trainers.stream_resume import StreamResume
 from llm2clip.trainers.weight_average import WeightAverage
 from llm2clip.utils.non_finite import BROKEN_MODEL, NonFiniteError, on_any_process
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
@@ -101,6 +103,10 @@ class StageTrainer(PushingTrainer):
         self.average = None if half_life is None else WeightAverage(self, half_life)
         if self.average is not None:
             self.add_callback(self.average)
+        is_endless = isinstance(train_dataset, SampleStream) and train_dataset.repeat
+        self.stream = StreamResume(train_dataset, self.args) if is_endless else None
+        if self.stream is not None:
+            self.add_callback(self.stream)
         self.progress = TrainingProgress(self.title)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -164,7 +170,11 @@ class StageTrainer(PushingTrainer):
         """
         choose = partial(named_checkpoint, self.args, resume_from_checkpoint)
         try:
-            with run_folder(self.args, choose, isinstance(self.train_dataset, IterableDataset)) as checkpoint:
+            with contextlib.ExitStack() as stack:
+                streams = isinstance(self.train_dataset, IterableDataset)
+                checkpoint = stack.enter_context(run_folder(self.args, choose, streams))
+                if self.stream is not None:
+                    stack.enter_context(self.stream.resumed(checkpoint))
                 return super().train(checkpoint, *args, **kwargs)
         finally:
             self.progress.close()
@@ -191,6 +201,8 @@ class StageTrainer(PushingTrainer):
             self.args.save_total_limit = limit
         if self.average is not None and self.args.should_save:
             self.average.save(folder)
+        if self.stream is not None and self.args.should_save:
+            self.stream.save(folder, self.state.global_step)
         # The other processes have written their states of random numbers.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -253,10 +265,12 @@ class StageTrainer(PushingTrainer):
             "persistent_workers": self.args.dataloader_persistent_workers and workers > 0,
             "prefetch_factor": self.args.dataloader_prefetch_factor if workers > 0 else None,
         }
-        if isinstance(dataset, StreamingCaptionImageDataset):
+        if isinstance(dataset, SampleStream):
             # It is split by process already, so accelerate must not split it again.
             dataset.require_files(workers)
-            return DataLoader(dataset, batch_size=self.args.per_device_train_batch_size, drop_last=True, **options)
+            # A resumed run draws as many random numbers of torch's own generator as an unbroken one: none here.
+            options |= {"batch_size": self.args.per_device_train_batch_size, "generator": torch.Generator()}
+            return DataLoader(dataset, drop_last=True, **options)
         if isinstance(dataset, EpochDataset):
             sampler: Any = self.batch_sampler()
             num_batches, batch_size = len(sampler), sampler.global_batch_size

@@ -19,6 +19,7 @@ from llm2clip.data import (
     StreamingCaptionImageDataset,
     TrainTransform,
 )
+from llm2clip.data.sources import open_source
 from llm2clip.data.transforms import output_size
 from llm2clip.embedding.cache_of_model import describe_text_tower_of_cache
 from llm2clip.embedding.sidecars import SourceSidecars
@@ -28,6 +29,7 @@ from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.trainers.frozen_states import FrozenStatesDataset
 from llm2clip.trainers.frozen_towers import open_stored_pairs
 from llm2clip.trainers.pushing import check_pushing
+from llm2clip.trainers.row_counts import count_stream
 from llm2clip.trainers.run_folder import stage_command
 from llm2clip.trainers.stage2_captions import open_captions
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Config
@@ -123,7 +125,11 @@ def build_dataset(
         if len(sources) > 1 or config.frozen_states_dir:
             raise ValueError("a streamed source must be the only one, and cannot be combined with frozen_states_dir.")
         options |= {"rank": config.process_index, "world_size": config.world_size, "repeat": True}
-        options |= {"shuffle_buffer": config.shuffle_buffer, "embeddings": sidecars}
+        opened = open_source(sources[0])
+        if sidecars is None and sources[0].max_samples is None:
+            place = config.process_index, config.world_size
+            options["row_counts"] = count_stream(sources[0].path, opened.files, *place)
+        options |= {"shuffle_buffer": config.shuffle_buffer, "embeddings": sidecars, "opened": opened}
         return StreamingCaptionImageDataset(sources[0], evaluation, training, **options), frozen
     if not config.frozen_states_dir:
         return CaptionImageDataset(sources, evaluation, training, **options), frozen

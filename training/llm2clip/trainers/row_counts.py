@@ -1,0 +1,39 @@
+"""The numbers of rows of a stream's files, where no sidecar states them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from accelerate.utils import gather_object
+
+from llm2clip.data.shard_rows import can_count, count_rows
+from llm2clip.data.sources import SourceError
+from llm2clip.utils.progress import progress_bar
+
+
+def count_stream(name: str, files: Sequence[str], rank: int, world_size: int) -> list[int] | None:
+    """Count the rows of the files of a stream, a share of them in every process; None if that would read them whole.
+
+    Args:
+        name: Path of the source, for messages.
+        files: Path or URL of each file.
+
+    Raises:
+        SourceError: A file is damaged; in every process.
+    """
+    if not files or not all(map(can_count, files)):
+        return None
+    share, counts, fault = files[rank::world_size], [], None
+    with progress_bar(f"Rows of {name}", len(share), "file", rank == 0) as bar:
+        for file in share:
+            try:
+                counts.append(count_rows(file))
+            except SourceError as error:  # the other processes must not wait
+                fault = str(error)
+                break
+            bar.update(advance=1)
+    found = gather_object([(counts, fault)])
+    for _, message in found:
+        if message is not None:
+            raise SourceError(message)
+    return [found[number % world_size][0][number // world_size] for number in range(len(files))]
