@@ -7,100 +7,71 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.units import UNITS
+from llm2clip.convert.published import published_models
+from llm2clip.planning.costs import (
+    ENCODING_USE,
+    PEAK,
+    TOKENS_PER_CAPTION,
+    TRAINING_USE,
+    embedding_bytes,
+    hours,
+    image_flops,
+    token_flops,
+)
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 BEGIN, END = "<!-- tables: made by python -m benchmarks.scaling -->\n", "<!-- /tables -->\n"
 
 # Numbers of images of CC3M, of CC3M + CC12M, and of the paper's set of 60M.
 DATA_SETS = {"CC3M": 2_873_538, "15M": 12_873_763, "60M": 60_000_000}
-# Assumed: embedded captions per image, their mean length including the prompt, epochs of stage 2.
-CAPTIONS_PER_IMAGE, TOKENS_PER_CAPTION, EPOCHS = 3, 60, 4
+# Assumed: embedded captions per image, epochs of stage 2.
+CAPTIONS_PER_IMAGE, EPOCHS = 3, 4
 CHARACTERS_PER_TOKEN = 4
-# Published: dense 16-bit FLOP/s of the GPU.
-PEAK = {"A100": 312e12, "H100": 989e12}
-# Assumed: share of the peak that encoding and training reach; scaling efficiency of eight GPUs.
-ENCODING_USE, TRAINING_USE, EIGHT = 0.40, 0.35, 0.95
 # The backward pass of a training step costs two forward passes.
 FORWARDS_PER_STEP = 3
-KEY_BYTES = 16
 # Index of an open cache: the sorted key and its row.
 INDEX_BYTES = 20
 LLMS = {"1B": "LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned", "8B": "LLM2CLIP-Llama-3.1-8B-Instruct-CC"}
 TOWERS = {"B/16-224": "LLM2CLIP-EVA02-B-16", "L/14-336": "LLM2CLIP-EVA02-L-14-336"}
+COLUMNS = [(card, gpus) for card in ("H100", "A100") for gpus in (1, 8)]
 # The paper's table of costs: hours of stage 2 from offline features on 16 A100.
 PAPER_HOURS, PAPER_GPUS = 1.3, 16
 L14_224 = "LLM2CLIP-EVA02-L-14-224"
-
-
-def image_flops(name: str) -> float:
-    """Count the floating-point operations of the forward pass of a published vision tower for one image."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from llm2clip.convert.published import published_models
-    from modeling_llm2clip import EVA02VisionModel
-
-    config = published_models()[name].config.vision_config
-    with torch.device("meta"):
-        model = EVA02VisionModel(config).eval()
-        pixels = torch.empty(1, 3, config.image_size, config.image_size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(pixels)
-    return counter.get_total_flops()
-
-
-def token_flops(name: str) -> tuple[float, int]:
-    """Estimate the floating-point operations of a published LLM per token (forward pass); return its width too.
-
-    Two operations per weight, without the token embeddings; the products within attention are below 2% at this length.
-    """
-    import torch
-
-    from llm2clip.convert.published import published_models
-    from modeling_llm2clip import LLM2CLIPTextModel
-
-    config = published_models()[name].config
-    with torch.device("meta"):
-        model = LLM2CLIPTextModel(config)
-    table = config.decoder_config.vocab_size * config.hidden_size
-    return 2 * (sum(parameter.numel() for parameter in model.parameters()) - table), config.hidden_size
-
-
-def hours(flops: float, use: float, gpus: int, card: str) -> float:
-    """Convert floating-point operations to hours."""
-    scale = gpus * (EIGHT if gpus > 1 else 1)
-    return flops / (PEAK[card] * use * scale) / 3600
 
 
 def tables() -> str:
     """Return the tables of the page in Markdown."""
     lines = ["| data | images | captions | LLM | cache on disk | embed: 1 H100 | 8 H100 | 1 A100 | 8 A100 |"]
     lines.append("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
-    units = {llm: token_flops(name) for llm, name in LLMS.items()}
+    configs = {name: published.config for name, published in published_models().items()}
+    units = {llm: (token_flops(configs[name]), configs[name].hidden_size) for llm, name in LLMS.items()}
     for data, images in DATA_SETS.items():
         for llm, (flops, width) in units.items():
             captions = images * CAPTIONS_PER_IMAGE
             work = captions * TOKENS_PER_CAPTION * flops
-            size = captions * (2 * width + KEY_BYTES) / 1e9
-            cells = [_hours(hours(work, ENCODING_USE, gpus, card)) for card in ("H100", "A100") for gpus in (1, 8)]
+            size = embedding_bytes(captions, width) / 1e9
+            cells = [_hours(hours(work, ENCODING_USE, gpus, PEAK[card])) for card, gpus in COLUMNS]
             counts = f"{images / 1e6:.1f}M | {captions / 1e6:.1f}M"
             lines.append(f"| {data} | {counts} | {llm} | {size:,.0f} GB | {' | '.join(cells)} |")
     lines += ["", f"| data | vision tower | {EPOCHS} epochs: 1 H100 | 8 H100 | 1 A100 | 8 A100 |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
-    forward = {tower: image_flops(name) for tower, name in TOWERS.items()}
+    forward = {tower: image_flops(configs[name].vision_config) for tower, name in TOWERS.items()}
     for data, images in DATA_SETS.items():
         for tower, flops in forward.items():
             work = images * EPOCHS * FORWARDS_PER_STEP * flops
-            cells = [_hours(hours(work, TRAINING_USE, gpus, card)) for card in ("H100", "A100") for gpus in (1, 8)]
+            cells = [_hours(hours(work, TRAINING_USE, gpus, PEAK[card])) for card, gpus in COLUMNS]
             lines.append(f"| {data} | EVA02-{tower} | {' | '.join(cells)} |")
     lines += ["", "| unit of work | count |", "| --- | ---: |"]
     lines += [f"| EVA02-{tower}, forward, one image | {flops / 1e9:,.0f} GFLOP |" for tower, flops in forward.items()]
     lines += [f"| Llama {llm}, forward, one token | {flops / 1e9:,.1f} GFLOP |" for llm, (flops, _) in units.items()]
-    lines += [f"| cached caption, {llm} | {2 * width + KEY_BYTES:,} bytes |" for llm, (_, width) in units.items()]
+    lines += [f"| cached caption, {llm} | {embedding_bytes(1, width):,} bytes |" for llm, (_, width) in units.items()]
     lines += ["", *_measured(units["8B"][1], forward["L/14-336"])]
     lines += ["", "| if the paper's 1.3 h is 4 epochs of CC3M with | share of 16 A100's peak |", "| --- | ---: |"]
     available = PEAK["A100"] * PAPER_GPUS * PAPER_HOURS * 3600
-    for tower, flops in {"L/14-224": image_flops(L14_224), "L/14-336": forward["L/14-336"]}.items():
+    for tower, flops in {
+        "L/14-224": image_flops(configs[L14_224].vision_config),
+        "L/14-336": forward["L/14-336"],
+    }.items():
         share = DATA_SETS["CC3M"] * EPOCHS * FORWARDS_PER_STEP * flops / available
         lines.append(f"| EVA02-{tower} | {share:.0%} |")
     return "\n".join(lines) + "\n"

@@ -22,6 +22,7 @@ ROOMS = [
     "hub",
     "trainers",
     "convert",
+    "planning",
     "search",
     "demo",
     "quickstart",

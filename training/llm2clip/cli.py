@@ -7,14 +7,21 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.utils.logs import LogFile, command_logs, quiet_libraries
 from llm2clip.utils.progress import close_bars, is_main_process
-from llm2clip.utils.settings import add_fields, bracket_numbers, build_config, complete_flags, given_fields, nearest
+from llm2clip.utils.settings import (
+    add_fields,
+    bracket_numbers,
+    build_config,
+    complete_flags,
+    given_fields,
+    unknown_option,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +43,7 @@ class Command:
         optional: The positional arguments that may be omitted.
         writes_log: Whether it writes `log.txt`, and after an error `error.log`, in its `output_dir`.
         extra: The extra of this package that installs its libraries.
+        passes_on: The field that gets the arguments which are no settings of the command.
     """
 
     help: str
@@ -46,11 +54,12 @@ class Command:
     resumes: bool = False
     writes_log: bool = False
     extra: str = "train"
+    passes_on: str = ""
 
     @property
     def reads_recipe(self) -> bool:
         """Whether its settings come from a recipe."""
-        return self.positional == ("recipe",)
+        return self.positional == ("recipe",) and not self.passes_on
 
 
 # fmt: off
@@ -67,6 +76,8 @@ COMMANDS = {
                       "llm2clip.embedding.verify", "VerifyConfig", ("folder",)),
     "stage2": Command("train the vision tower and adapter on cached embeddings",
                       "llm2clip.trainers.run_stage2", "Stage2Config", resumes=True, writes_log=True),
+    "plan": Command("say what a recipe takes before it is started: memory of a GPU, hours, disk",
+                    "llm2clip.planning.plan", "PlanConfig", ("recipe",), passes_on="overrides"),
     "evaluate": Command("measure a model on published benchmarks, or on your own images and captions",
                         "llm2clip.evaluation.evaluate", "EvaluateConfig", ("model",), optional=("model",),
                         extra="evaluation"),
@@ -143,9 +154,11 @@ def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
     namespace, unknown = _parser(name, config_class).parse_known_intermixed_args(
         bracket_numbers(complete_flags(arguments, config_class), config_class)
     )
-    if unknown:
-        raise ValueError(_unknown_argument(unknown[0], config_class))
+    if unknown and not command.passes_on:
+        raise ValueError(unknown_option(unknown[0], [config_class]))
     values, origin = given_fields(namespace, config_class), f"llm2clip {name}"
+    if unknown:
+        values[command.passes_on] = unknown
     if command.reads_recipe and namespace.recipe is not None:
         path = find_recipe(namespace.recipe)
         values, origin = {**load_recipe(path), **values}, str(path)
@@ -177,13 +190,6 @@ def _parser(name: str, config_class: Any) -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     add_fields(parser, config_class, skip=command.positional)
     return parser
-
-
-def _unknown_argument(argument: str, config_class: Any) -> str:
-    if not argument.startswith("-"):
-        return f"the argument {argument!r} is one too many; put quotes around a text of several words."
-    option = argument.split("=")[0].lstrip("-").replace("-", "_")
-    return f"there is no option {argument}{nearest(option, [field.name for field in fields(config_class)])}"
 
 
 def _message(error: Exception, name: str) -> str:

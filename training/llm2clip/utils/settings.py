@@ -87,6 +87,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else "."
 
 
+def unknown_option(argument: str, config_classes: Sequence[type]) -> str:
+    """The error message for an argument that no field of the settings classes has."""
+    if not argument.startswith("-"):
+        return f"the argument {argument!r} is one too many; put quotes around a text of several words."
+    option = argument.split("=")[0].lstrip("-").replace("-", "_")
+    known = [field.name for config_class in config_classes for field in dataclasses.fields(config_class)]
+    return f"there is no option {argument}{nearest(option, known)}"
+
+
 def convert(value: Any, hint: Any) -> Any:
     """Convert a value from YAML (`1e-4` is a string) or a command line (all are), or raise one of `MISFITS`."""
     kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
