@@ -68,8 +68,8 @@ def with_fake_weights(model: ModelT) -> ModelT:
     """
     made: dict[int, Tensor] = {}
     for module in model.modules():
-        tensors: dict[str, Any]
-        for tensors in (module._parameters, module._buffers):
+        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in places:
             for name, tensor in tensors.items():
                 if tensor is None or not tensor.is_meta:
                     continue
