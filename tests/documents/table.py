@@ -98,6 +98,9 @@ README = {
     INDEX: Run(needs=("examples", MODEL), makes=("runs/index/concepts",), prints="embedded: 695"),
     'llm2clip search runs/index/concepts "someone riding a bicycle" "a vehicle that carries heavy goods" '
     "--top 6 --picture results.png": Run(needs=(INDEX,), makes=("results.png",)),
+    'llm2clip search runs/index/concepts "someone riding a bicycle" --where "caption LIKE \'%bicycle%\'"': Run(
+        needs=(INDEX,), prints="bicycle"
+    ),
     "llm2clip demo": Run(needs=(MODEL,), serves=True, slow=True),
     "llm2clip export-onnx MODEL": Run(
         needs=(MODEL,),

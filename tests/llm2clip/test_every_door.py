@@ -24,7 +24,7 @@ from transformers import AutoProcessor, CLIPImageProcessor
 from llm2clip import cli
 from llm2clip.demo.gallery import Gallery
 from llm2clip.embedding import embed
-from llm2clip.search.image_sets import FolderImages
+from llm2clip.search.folder_images import FolderImages
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.settings import build_config

@@ -22,9 +22,9 @@ from llm2clip.demo.gallery import Gallery
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.evaluation.clip_benchmark import CLIPBenchmarkTransform
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
-from llm2clip.search.image_sets import TableImages
 from llm2clip.search.index import IndexConfig
 from llm2clip.search.index import run as run_index
+from llm2clip.search.table_images import TableImages
 from modeling_llm2clip import LLM2CLIPModel
 from tests.modeling_llm2clip import awkward_images, tiny
 

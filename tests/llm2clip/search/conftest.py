@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index import IndexConfig, run
 from modeling_llm2clip import LLM2CLIPModel
 from tests.modeling_llm2clip import tiny
@@ -47,8 +49,17 @@ def index(folder: Path | str, model: Path, output: Path, **settings: Any) -> tup
     return tuple(result[name] for name in COUNTS)
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "state.json"}
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of an index with their embeddings, in the order of the table."""
+    opened = ImageIndex.open(folder).rows
+    batches = opened.scan([*opened.columns, "vector"])
+    return [row for batch in batches for row in batch.drop_columns(["_rowid"]).to_pylist()]
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """All that an index says, apart from versions."""
+    failures = json.loads((folder / "failures.json").read_text())
+    return {"rows": rows(folder), "failures": failures, "manifest": ImageIndex.open(folder).manifest.content()}
 
 
 def save_broken(folder: Path, part: str) -> Path:

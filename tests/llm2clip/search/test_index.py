@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import datasets
-import faiss
+import lancedb
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -24,39 +26,44 @@ from llm2clip.search.index import IndexConfig, run
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.modeling_llm2clip import tiny
 
-from .conftest import content, encoded, header_bomb, index, picture, save_broken
+from .conftest import content, encoded, header_bomb, index, picture, rows, save_broken
 
 Model = tuple[Path, LLM2CLIPModel]
 
 
 def embeddings(output: Path) -> dict[str, np.ndarray]:
-    rows = datasets.load_from_disk(str(output)).with_format("numpy", dtype=np.float16)
-    return dict(zip(rows["key"], rows["embedding"], strict=True))
+    return {row["key"]: np.asarray(row["vector"], dtype=np.float16) for row in rows(output)}
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    """Modification times of the files of an index, apart from its lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock"))
+    return {str(path): path.stat().st_mtime_ns for path in files}
 
 
 def test_a_folder_is_indexed_as_unit_embeddings_by_relative_path(pictures: Path, model: Model, tmp_path: Path) -> None:
     (pictures / ".hidden.png").write_bytes(encoded(picture(1)))
     assert index(pictures, model[0], tmp_path / "index", dtype="float32") == (12, 0, 0, 0, 12)
-    rows = datasets.load_from_disk(str(tmp_path / "index"))
-    assert rows.features["embedding"] == datasets.List(datasets.Value("float32"), length=24)
-    files = [pictures / key for key in rows["key"]]
+    found = rows(tmp_path / "index")
+    files = [pictures / row["key"] for row in found]
     assert sorted(files) == sorted(pictures.rglob("[0-9]*.png"))
-    assert rows["size"][:] == [file.stat().st_size for file in files]
-    assert rows["mtime_ns"][:] == [file.stat().st_mtime_ns for file in files]
+    for row, file in zip(found, files, strict=True):
+        place = file.parent.relative_to(pictures).as_posix()
+        assert (row["folder"], row["extension"]) == (place, "png")
+        assert (row["size"], row["mtime_ns"]) == (file.stat().st_size, file.stat().st_mtime_ns)
     expected = model[1].encode_image([str(file) for file in files], tiny.processor())
-    actual = torch.tensor(rows["embedding"][:])
+    actual = torch.tensor([row["vector"] for row in found])
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
     assert (manifest["model"], manifest["width"], manifest["images"]) == (str(model[0]), 24, 12)
-    assert not (tmp_path / "index.unfinished").exists()
 
 
-def test_datasets_can_load_and_search_the_index(pictures: Path, model: Model, tmp_path: Path) -> None:
+def test_the_index_is_a_lancedb_table(pictures: Path, model: Model, tmp_path: Path) -> None:
     index(pictures, model[0], tmp_path / "index")
-    rows = datasets.load_from_disk(str(tmp_path / "index"))
-    rows.load_faiss_index("embedding", str(tmp_path / "index" / "index.faiss"))
-    query = np.asarray(rows[7]["embedding"], dtype=np.float32)
-    assert rows.get_nearest_examples("embedding", query, k=1).examples["key"] == [rows[7]["key"]]
+    table = lancedb.connect(str(tmp_path / "index")).open_table("images")
+    assert table.schema.field("vector").type == pa.list_(pa.float16(), 24)
+    found = table.search().where("key = 'a/07.png'").to_list()[0]
+    assert table.search(np.asarray(found["vector"], np.float32)).limit(1).to_list()[0]["key"] == "a/07.png"
 
 
 def test_worker_processes_do_not_change_the_index(pictures: Path, model: Model, tmp_path: Path) -> None:
@@ -103,9 +110,9 @@ def test_only_new_and_changed_images_are_embedded(pictures: Path, model: Model, 
 
 def test_a_run_without_changes_does_not_rewrite_the_index(pictures: Path, model: Model, tmp_path: Path) -> None:
     index(pictures, model[0], tmp_path / "index")
-    written = (tmp_path / "index" / "index.faiss").stat().st_mtime_ns
-    index(pictures, model[0], tmp_path / "index")
-    assert (tmp_path / "index" / "index.faiss").stat().st_mtime_ns == written
+    before = snapshot(tmp_path / "index")
+    assert index(pictures, model[0], tmp_path / "index") == (0, 12, 0, 0, 12)
+    assert snapshot(tmp_path / "index") == before
 
 
 def test_unusable_files_are_skipped_and_listed_with_the_reason(
@@ -164,10 +171,10 @@ def test_a_killed_run_is_resumed_with_an_equal_result(
         patch.setattr(ImageEmbedder, "_forward", killed)
         with pytest.raises(KeyboardInterrupt):
             index(pictures, model[0], tmp_path / "index", part_size=4)
-    assert not (tmp_path / "index").exists()
-    assert len(list((tmp_path / "index.unfinished").glob("part-*"))) == 2
+    with pytest.raises(FileNotFoundError, match="it is not finished; run the same llm2clip index again"):
+        ImageIndex.open(tmp_path / "index")
     # Half of a part, as a process killed while writing leaves it.
-    (tmp_path / "index.unfinished" / "part-000002.tmp").write_bytes(b"half")
+    (tmp_path / "index" / "images.lance" / "data" / "part.lance").write_bytes(b"half")
     again: list[int] = []
 
     def counted(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -178,7 +185,6 @@ def test_a_killed_run_is_resumed_with_an_equal_result(
     assert index(pictures, model[0], tmp_path / "index", part_size=4) == (12, 0, 0, 1, 12)
     assert sum(embedded) + sum(again) == 12
     assert content(tmp_path / "index") == content(tmp_path / "whole")
-    assert not (tmp_path / "index.unfinished").exists()
 
 
 def test_a_failed_update_leaves_the_index_unchanged(
@@ -191,20 +197,27 @@ def test_a_failed_update_leaves_the_index_unchanged(
     def full(*arguments: Any) -> None:
         raise OSError("no space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(faiss, "write_index", full)
-        with pytest.raises(OSError, match="no space"):
-            index(pictures, model[0], tmp_path / "index")
-    assert content(tmp_path / "index") == before
+    for name in ("write_json", "write_manifest"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"llm2clip.search.lance_store.{name}", full)
+            with pytest.raises(OSError, match="no space"):
+                index(pictures, model[0], tmp_path / "index")
+        assert content(tmp_path / "index") == before
     assert index(pictures, model[0], tmp_path / "index") == (1, 12, 0, 0, 13)
+
+
+def save_table(path: Path, seeds: list[int], **columns: list[Any]) -> Path:
+    """Write a parquet file of pictures."""
+    table = datasets.Dataset.from_dict({"image": [{"bytes": encoded(picture(seed)), "path": None} for seed in seeds]})
+    for name, values in columns.items():
+        table = table.add_column(name, values)
+    table.cast_column("image", datasets.Image()).to_parquet(path)
+    return path
 
 
 def test_rows_of_a_data_set_are_identified_by_content(model: Model, tmp_path: Path) -> None:
     def save(seeds: list[int]) -> None:
-        rows = {"image": [{"bytes": encoded(picture(seed)), "path": None} for seed in seeds]}
-        rows["caption"] = [f"number {seed}" for seed in seeds]
-        features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data.parquet")
+        save_table(tmp_path / "data.parquet", seeds, caption=[f"number {seed}" for seed in seeds])
 
     save([1, 2, 3, 4, 5, 5])
     output = tmp_path / "index"
@@ -212,10 +225,10 @@ def test_rows_of_a_data_set_are_identified_by_content(model: Model, tmp_path: Pa
     # Moved, removed, added.
     save([9, 5, 4, 3, 1])
     assert index(tmp_path / "data.parquet", model[0], output) == (1, 4, 1, 0, 5)
-    rows = datasets.load_from_disk(str(output))
-    assert (rows["row"][:], rows["caption"][1]) == ([0, 1, 2, 3, 4], "number 5")
+    found = sorted(rows(output), key=lambda row: row["row"])
+    assert [row["caption"] for row in found] == [f"number {seed}" for seed in (9, 5, 4, 3, 1)]
     expected = model[1].encode_image([picture(seed) for seed in (9, 5, 4, 3, 1)], tiny.processor())
-    torch.testing.assert_close(torch.tensor(rows["embedding"][:]), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.tensor([row["vector"] for row in found]), expected, atol=1e-3, rtol=0)
 
 
 def test_webdataset_shards_and_saved_data_sets_are_indexed(
@@ -235,8 +248,8 @@ def test_webdataset_shards_and_saved_data_sets_are_indexed(
     assert manifest["source"]["path"] == str(shards / "*.tar")
     with pytest.raises(ValueError, match="needs a folder"):
         run(IndexConfig(folder="*.tar", model=str(model[0])))
-    rows = datasets.load_from_disk(str(tmp_path / "of_shards"))
-    assert (rows["key"][4], rows["caption"][4]) == ("1-1", "a caption")
+    found = rows(tmp_path / "of_shards")
+    assert (found[4]["key"], found[4]["caption"]) == ("1-1", "a caption")
     assert index(shards, model[0], tmp_path / "of_folder")[0] == 6
     saved = {"image": [picture(seed) for seed in range(4)]}
     datasets.Dataset.from_dict(saved).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
@@ -244,28 +257,98 @@ def test_webdataset_shards_and_saved_data_sets_are_indexed(
 
 
 @pytest.mark.parametrize(
-    ("settings", "kind"),
+    "settings",
     [
-        ({"index_type": "ivf", "ivf_cells": 3, "ivf_probes": 2}, faiss.IndexIVFFlat),
-        ({"index_type": "hnsw", "hnsw_links": 8, "hnsw_search": 20}, faiss.IndexHNSWFlat),
+        {"index_type": "ivf_rq"},
+        {"index_type": "ivf_rq", "cells": 2, "probes": 2, "refine": 3},
+        {"index_type": "faiss"},
+        {"index_type": "faiss", "cells": 3, "probes": 3},
     ],
 )
 def test_approximate_indexes_reuse_the_embeddings(
-    settings: dict[str, Any], kind: type, pictures: Path, model: Model, tmp_path: Path
+    settings: dict[str, Any], pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("llm2clip.search.lance_rows.EXACT_MATCHES", 0)
     output = tmp_path / "index"
     index(pictures, model[0], output)
-    # The embeddings are kept; only the faiss index is built again.
+    # The embeddings are kept; only the vector index is built again.
     assert index(pictures, model[0], output, **settings) == (0, 12, 0, 0, 12)
     opened = ImageIndex.open(output)
-    vectors = faiss.downcast_index(opened.vectors)
-    assert isinstance(vectors, kind)
-    assert vectors.nprobe == 2 if kind is faiss.IndexIVFFlat else vectors.hnsw.efSearch == 20
+    stored = opened.manifest.index
+    assert {"index_type": stored["type"], **stored}.items() >= settings.items()
     for key, embed in embeddings(output).items():
-        assert opened.search(embed[None].astype(np.float32), top=1)[0][0][1]["key"] == key
-    if kind is faiss.IndexIVFFlat:
-        with pytest.raises(ValueError, match="99 cells needs at least 99 images, but there are 12"):
-            index(pictures, model[0], output, index_type="ivf", ivf_cells=99)
+        queries = embed[None].astype(np.float32)
+        assert opened.search(queries, top=1)[0][0][1]["key"] == key
+        found = opened.search(queries, top=20, where="folder = 'a'")[0]
+        assert {row["key"] for _, row in found} == {"a/01.png", "a/04.png", "a/07.png", "a/10.png"}
+        assert found[0][0] >= found[-1][0]
+    # It is brought up to date as the rows are, and goes with a change of the type.
+    (pictures / "new.png").write_bytes(encoded(picture(50)))
+    assert index(pictures, model[0], output, **settings) == (1, 12, 0, 0, 13)
+    opened = ImageIndex.open(output)
+    new = embeddings(output)["new.png"].astype(np.float32)
+    assert opened.search(new[None], top=1)[0][0][1]["key"] == "new.png"
+    assert index(pictures, model[0], output, index_type="flat") == (0, 13, 0, 0, 13)
+    table = lancedb.connect(str(output)).open_table("images")
+    assert {index.columns[0] for index in table.list_indices()} == {"folder", "extension"}
+
+
+def test_more_cells_than_images_are_refused(pictures: Path, model: Model, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="99 cells needs at least 99 images, but there are 12"):
+        index(pictures, model[0], tmp_path / "index", index_type="ivf_rq", cells=99)
+
+
+def test_metadata_columns_are_stored_and_filtered(model: Model, tmp_path: Path) -> None:
+    columns = {"source": ["noto", "other", "noto", "other"], "id": [5, 6, 7, 8]}
+    path = save_table(tmp_path / "data.parquet", [1, 2, 3, 4], **columns)
+    settings = {"metadata_columns": ["source", "id"]}
+    assert index(path, model[0], tmp_path / "index", **settings)[0] == 4
+    opened = ImageIndex.open(tmp_path / "index")
+    query = np.ones((1, 24), np.float32) / 24**0.5
+    for where, keys in (("source = 'noto'", {"0", "2"}), ("source = 'noto' AND id > 5", {"2"})):
+        found = opened.search(query, 10, where)[0]
+        assert {row["key"] for _, row in found} == keys
+    table = lancedb.connect(str(tmp_path / "index")).open_table("images")
+    assert {(index.columns[0], index.index_type) for index in table.list_indices()} == {
+        ("source", "Bitmap"),
+        ("id", "Bitmap"),
+    }
+    # A row whose metadata changed keeps its embedding.
+    save_table(path, [1, 2, 3, 4], source=["noto"] * 4, id=columns["id"])
+    assert index(path, model[0], tmp_path / "index", **settings) == (0, 4, 0, 0, 4)
+    assert len(ImageIndex.open(tmp_path / "index").search(query, 10, "source = 'noto'")[0]) == 4
+    with pytest.raises(ValueError, match="was built with metadata_columns source, id, not source"):
+        index(path, model[0], tmp_path / "index", metadata_columns=["source"])
+
+
+def test_metadata_columns_that_cannot_be_stored_are_refused(pictures: Path, model: Model, tmp_path: Path) -> None:
+    path = save_table(tmp_path / "data.parquet", [1], tags=[["a", "b"]], row=[1])
+    with pytest.raises(ValueError, match=r"the metadata column tags of .* holds list"):
+        index(path, model[0], tmp_path / "index", metadata_columns=["tags"])
+    with pytest.raises(ValueError, match=r"the metadata column row of .* has a name that the index needs"):
+        index(path, model[0], tmp_path / "index", metadata_columns=["row"])
+    with pytest.raises(ValueError, match="licence"):
+        index(path, model[0], tmp_path / "index", metadata_columns=["licence"])
+    with pytest.raises(ValueError, match=r"metadata_columns is licence, but .* is a folder of image files"):
+        index(pictures, model[0], tmp_path / "index", metadata_columns=["licence"])
+
+
+def test_equal_images_of_a_data_set_are_embedded_once(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, embedded = ImageEmbedder._forward, []
+
+    def counted(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        embedded.append(len(inputs["pixel_values"]))
+        return forward(self, inputs)
+
+    monkeypatch.setattr(ImageEmbedder, "_forward", counted)
+    path = save_table(tmp_path / "data.parquet", [1, 2, 1, 3, 2, 1, 4, 5, 6, 1])
+    assert index(path, model[0], tmp_path / "index", part_size=4) == (10, 0, 0, 0, 10)
+    assert sum(embedded) == 6
+    vectors = embeddings(tmp_path / "index")
+    assert (vectors["0"] == vectors["9"]).all()
+    assert (vectors["0"] != vectors["1"]).any()
 
 
 def test_the_vision_half_updates_an_index_of_the_whole_model(pictures: Path, model: Model, tmp_path: Path) -> None:
@@ -291,7 +374,6 @@ def test_other_models_and_folders_are_refused(pictures: Path, model: Model, tmp_
         index(pictures / "a", model[0], output)
     with pytest.raises(ValueError, match="was built with dtype float16, not float32"):
         index(pictures, model[0], output, dtype="float32")
-    assert not (tmp_path / "index.unfinished").exists()
     assert index(pictures, tmp_path / "other", output, overwrite=True)[0] == 12
 
 
@@ -308,7 +390,6 @@ def test_a_source_without_images_is_an_error(make: Any, message: str, model: Mod
     with pytest.raises((ValueError, OSError), match=message):
         index(tmp_path / "source", model[0], tmp_path / "index")
     assert not (tmp_path / "index").exists()
-    assert not (tmp_path / "index.unfinished").exists()
 
 
 def test_a_folder_of_other_files_is_not_replaced(pictures: Path, model: Model, tmp_path: Path) -> None:
@@ -329,8 +410,9 @@ def test_a_second_concurrent_run_is_refused(
     pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def second(*arguments: Any) -> Any:
-        with pytest.raises(ValueError, match="another process is updating the index"):
-            index(pictures, model[0], tmp_path / "index")
+        # A thread of its own: the thread that holds a lock may enter it again.
+        with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="another run is using"):
+            pool.submit(index, pictures, model[0], tmp_path / "index").result()
         raise KeyboardInterrupt
 
     forward = ImageEmbedder._forward
@@ -366,4 +448,3 @@ def test_a_model_with_broken_embeddings_ends_with_one_error_and_skips_nothing(
     assert "3 of 3 images are NaN or infinite: 03.png, 06.png, 09.png. A model gives such values" in message
     assert "skipped" not in message
     assert not (tmp_path / "index").exists()
-    assert not (tmp_path / "index.unfinished").exists()

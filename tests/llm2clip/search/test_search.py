@@ -217,12 +217,29 @@ def test_missing_or_invalid_inputs_are_named_in_the_error(
     assert "the model in /moved/away, which no longer exists" in error(capsys, indexed, TEXT)
 
 
-@pytest.mark.parametrize("damage", ["index.faiss", "data-00000-of-00001.arrow", "manifest.json"])
-def test_a_damaged_index_is_an_error(damage: str, indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = indexed / damage
-    path.write_bytes(path.read_bytes()[:40])
+@pytest.mark.parametrize("damage", ["images.lance/data/*.lance", "images.lance/_versions/*", "manifest.json"])
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_damaged_index_is_an_error(
+    damage: str, deleted: bool, indexed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in list(indexed.glob(damage)):
+        path.unlink() if deleted else path.write_bytes(path.read_bytes()[:40])
     message = error(capsys, indexed, TEXT)
-    assert "anew" in message or "again" in message
+    assert "build it again: add --overwrite" in message or "run the same llm2clip index again" in message
+
+
+def test_where_restricts_the_results(indexed: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    everything = as_json(capsys, indexed, TEXT, "--top", 12)[0]["results"]
+    (found,) = as_json(capsys, indexed, TEXT, "--where", "folder = 'a' AND size > 0")
+    expected = [result["key"] for result in everything if result["key"].startswith("a/")]
+    assert [result["key"] for result in found["results"]] == expected
+    assert len(expected) == 4
+    (found,) = as_json(capsys, indexed, "--image", pictures / "a" / "07.png", "--where", "folder = 'b/c'", "--top", 2)
+    assert {str(Path(result["key"]).parent) for result in found["results"]} == {"b/c"}
+    assert as_json(capsys, indexed, TEXT, "--where", "extension = 'jpg'")[0]["results"] == []
+    for where in ("source = 'noto'", "folder = = 'a'", "folder"):
+        message = error(capsys, indexed, TEXT, "--where", where)
+        assert f"where is {where!r}, which is no condition on the columns key, folder, extension, size" in message
 
 
 @pytest.mark.parametrize(("part", "query"), [("visual_projection", "--image"), ("text_adapter.proj", "a dog")])

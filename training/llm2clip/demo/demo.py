@@ -9,8 +9,10 @@ from typing import Any
 
 from llm2clip.demo.gallery import Gallery
 from llm2clip.demo.space import WHOLE_MODEL, write_space
-from llm2clip.search.image_sets import FolderImages, IndexedImages, TableImages, is_dataset
-from llm2clip.search.vector_index import require_faiss
+from llm2clip.search.folder_images import FolderImages
+from llm2clip.search.image_sets import IndexedImages
+from llm2clip.search.lance_store import require_lancedb
+from llm2clip.search.table_images import TableImages, is_dataset
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.settings import setting
 
@@ -44,7 +46,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     Raises:
         FileExistsError: The folder of the Space exists.
         FileNotFoundError: No model was given, and the quickstart has not produced one yet.
-        ImportError: gradio or faiss is not installed.
+        ImportError: gradio or LanceDB is not installed.
         OSError: The model does not exist.
         ValueError: There are no images, or a model is not an LLM2CLIP model with its LLM.
     """
@@ -58,7 +60,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     # Here, so that missing libraries are reported before a large model is loaded, which takes minutes.
     from llm2clip.demo.interface import CSS, THEME, build_interface
 
-    require_faiss()
+    require_lancedb()
     cache_dir = Path(config.cache_dir)
     names = [name for name in (config.model, config.compare) if name]
     for name in names:

@@ -16,9 +16,11 @@ from transformers import AutoProcessor
 from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
 from llm2clip.search.image_index import ImageIndex
-from llm2clip.search.image_sets import IndexedImages, TableImages
+from llm2clip.search.image_sets import IndexedImages
 from llm2clip.search.index_update import UpdateSettings, update_index
+from llm2clip.search.lance_store import LanceStore
 from llm2clip.search.results import ResultImages, SearchResult
+from llm2clip.search.table_images import TableImages
 from llm2clip.utils.processes import process_state
 from modeling_llm2clip import LLM2CLIPModel
 
@@ -55,7 +57,7 @@ class Gallery:
         self.processor = processor
         self._embedder = ImageEmbedder(model, processor.image_processor, model.name_or_path or "")
         folder = cache_dir / f"index-{self._key(images)}"
-        update_index(folder, images, self._embedder, UpdateSettings(dtype="float32"))
+        update_index(LanceStore(folder), images, self._embedder, UpdateSettings(dtype="float32"))
         self.index = ImageIndex.open(folder)
         self._images = ResultImages(self.index.manifest, images if isinstance(images, TableImages) else None)
 
@@ -66,15 +68,15 @@ class Gallery:
         return cls(model, AutoProcessor.from_pretrained(name), images, cache_dir)
 
     def __len__(self) -> int:
-        return len(self.index.rows)
+        return len(self.index)
 
     def find(self, name: str) -> Image.Image | None:
         """Return the first image with this caption."""
-        captions = self.index.rows["caption"] if "caption" in self.index.rows.column_names else []
-        row = next((row for row, caption in enumerate(captions) if caption == name), None)
-        if row is None:
+        if "caption" not in self.index.rows.columns:
             return None
-        return self._images.load(SearchResult.from_row(self.index.rows[row], 1.0, self.index.manifest))
+        quoted = name.replace("'", "''")
+        row = self.index.first(f"caption = '{quoted}'")
+        return None if row is None else self._images.load(SearchResult.from_row(row, 1.0, self.index.manifest))
 
     def search(self, query: str | Image.Image, top: int = 12) -> list[ShownImage]:
         """Find the images most similar to a caption or to another image, best first.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import glob
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, ImageBackend
 from llm2clip.embedding.image_embedder import ImageEmbedder
-from llm2clip.search.image_sets import FolderImages, IndexedImages, TableImages, is_dataset
-from llm2clip.search.index_update import UpdateSettings, unfinished_folder, update_index
-from llm2clip.search.vector_index import require_faiss
-from llm2clip.utils.folders import refuse_existing
+from llm2clip.search.faiss_vectors import require_faiss
+from llm2clip.search.folder_images import FolderImages
+from llm2clip.search.image_sets import IndexedImages
+from llm2clip.search.index_update import UpdateSettings, update_index
+from llm2clip.search.lance_store import LanceStore, require_lancedb
+from llm2clip.search.table_images import TableImages, is_dataset
 from llm2clip.utils.settings import setting
 
 
@@ -40,6 +42,13 @@ class IndexConfig(UpdateSettings):
     caption_column: str | None = setting(
         None, "Data set: column of the text shown with a result; by default caption, txt or text, if any."
     )
+    metadata_columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Data set: further columns to store, for search --where: strings, numbers, truth values, dates. "
+            "An index of a folder has the columns key, folder, extension, size and mtime_ns."
+        },
+    )
     max_pixels: int = setting(DEFAULT_MAX_PIXELS, "Largest image to decode, width x height; others are skipped.")
     image_backend: ImageBackend = setting(
         "exact",
@@ -62,35 +71,39 @@ def run(config: IndexConfig) -> dict[str, Any]:
         NonFiniteError: The model's embedding of an image is NaN or infinite.
         ValueError: The existing index belongs to another model or source, or no image can be embedded.
     """
-    require_faiss()  # before a large model is loaded
-    output = _output(config)
-    images = _open_images(config, (output, unfinished_folder(output)))
+    # Before a large model is loaded.
+    require_lancedb()
+    if config.index_type == "faiss":
+        require_faiss()
+    store = LanceStore(_output(config))
+    store.require_own()
+    images = _open_images(config, (store.folder,))
     embedder = ImageEmbedder.load(config.model, config.model_revision, config.image_backend)
-    return update_index(output, images, embedder, config)
+    return update_index(store, images, embedder, config)
 
 
 def _output(config: IndexConfig) -> Path:
-    """Return the folder of the index, after checking that nothing else is in it."""
     name = Path(config.folder).resolve().name
     if config.output_dir is None and (not name or glob.has_magic(name)):
         raise ValueError(f"the index of {config.folder} needs a folder: add --output-dir FOLDER")
-    output = Path(config.output_dir or f"runs/index/{name}")
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"{output} is a file; give the folder of the index: --output-dir FOLDER")
-    refuse_existing(output, "index", overwrite=True)
-    return output
+    return Path(config.output_dir or f"runs/index/{name}")
 
 
 def _open_images(config: IndexConfig, exclude: tuple[Path, ...]) -> IndexedImages:
     if config.kind == "folder" or (config.kind == "auto" and not is_dataset(config.folder)):
+        if config.metadata_columns:
+            raise ValueError(
+                f"metadata_columns is {', '.join(config.metadata_columns)}, but {config.folder} is a folder of image "
+                "files, whose index has the columns key, folder, extension, size and mtime_ns."
+            )
         folder = FolderImages(config.folder, exclude, config.max_pixels)
-        if not folder.keys and not folder.failures:
+        if not len(folder) and not folder.failures:
             raise FileNotFoundError(f"there are no files in {config.folder}.")
         return folder
     table = TableImages(
         config.folder, config.name, config.split, config.revision, config.image_column, config.caption_column,
-        config.max_pixels,
+        config.metadata_columns, config.max_pixels,
     )  # fmt: skip
-    if not table.keys:
+    if not len(table):
         raise FileNotFoundError(f"there are no rows in {config.folder} (split {config.split}).")
     return table

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
-from collections.abc import Hashable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
 from llm2clip.embedding.image_embedder import ImageEmbedder
-from llm2clip.search.embedding_store import EMBEDDING, EmbeddingStore, read_part, write_part
-from llm2clip.search.image_index import FAILURES, ImageIndex, IndexManifest, read_rows, write_index
-from llm2clip.search.image_sets import FolderImages, IndexedImages
-from llm2clip.search.vector_index import VectorIndexSettings
-from llm2clip.utils.folders import atomic_folder
+from llm2clip.search.image_sets import IndexedImages
+from llm2clip.search.index_manifest import IndexManifest
+from llm2clip.search.index_rows import ID, KEY, NUMBER, REASON, VECTOR, IndexRows, IndexStore, UnfinishedRows
+from llm2clip.search.row_digests import KnownDigests, digest_array
+from llm2clip.search.vector_settings import VectorSettings
 from llm2clip.utils.processes import worker_count
+from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.settings import setting
-from modeling_llm2clip.identity_llm2clip import is_earlier_rule
 
 logger = logging.getLogger(__name__)
 
 MAX_NAMED = 20
-PARTS = "part-*.arrow"
+# Parts whose images are described in memory before they are embedded.
+PARTS_AT_ONCE = 16
 
 
 @dataclass
-class UpdateSettings(VectorIndexSettings):
+class UpdateSettings(VectorSettings):
     """How an index is built and updated."""
 
     dtype: Literal["float16", "float32"] = setting("float16", "Data type of the stored embeddings.")
@@ -42,49 +39,57 @@ class UpdateSettings(VectorIndexSettings):
     overwrite: bool = setting(False, "Build an existing index again from scratch.")
 
 
-def unfinished_folder(folder: Path) -> Path:
-    """Return where the parts of an unfinished run of an index are saved."""
-    return folder.with_name(f"{folder.name}.unfinished")
-
-
 def update_index(
-    folder: Path, images: IndexedImages, embedder: ImageEmbedder, settings: UpdateSettings
+    store: IndexStore, images: IndexedImages, embedder: ImageEmbedder, settings: UpdateSettings
 ) -> dict[str, Any]:
     """Build an index, or bring an existing one up to date.
 
-    Embeddings are saved in parts, in a folder `FOLDER.unfinished`. If the run is killed, the next one resumes there,
-    and its result equals that of an uninterrupted run. The index itself is written or replaced atomically at the end.
+    Embeddings are stored in parts, which searches do not see. If the run is killed, the next one goes on with them,
+    and its result equals that of an uninterrupted run. The new index replaces the old one in one step at the end. The
+    memory holds 50 bytes for each image that the index has at the start, and descriptions of at most 16 parts.
 
     Returns:
         Counts: images `embedded` in this run (including the killed run that it resumes), `kept` from and `removed`
-        from the existing index, and `failed`; `images` in the index; and its folder `index`.
+        from the existing index, and `failed`; `images` in the index; and its place `index`.
 
     Raises:
-        FileExistsError: The folder contains something else than an index.
+        FileExistsError: The place contains something else than an index.
         NonFiniteError: The model's embedding of an image is NaN or infinite.
         ValueError: The existing index belongs to another model or source, or no image can be embedded.
     """
-    unfinished = unfinished_folder(folder)
-    unfinished.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(unfinished / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"another process is updating the index {folder}; wait until it has finished.") from None
-    with lock:
+    store.require_own()
+    with store.lock():
         try:
-            return _Update(folder, images, embedder, settings).run()
+            return _Update(store, images, embedder, settings).run()
         finally:
-            # The next run resumes from the parts, if there are any.
-            if not any(unfinished.glob(PARTS)):
-                shutil.rmtree(unfinished)
+            store.remove_empty()
+
+
+class _Known:
+    """Which rows an index has, and which of them the images of this run have too."""
+
+    def __init__(self, images: IndexedImages, rows: IndexRows | None = None) -> None:
+        self.images = images
+        ids, contents, numbers = [], [], []
+        for batch in rows.scan([ID, *images.content_columns()]) if rows is not None else ():
+            ids.append(digest_array(batch[ID]))
+            contents.append(images.contents(batch))
+            numbers.append(batch[NUMBER].to_numpy().astype(np.int64))
+        self.ids, self.contents = KnownDigests(ids, numbers), KnownDigests(contents, numbers)
+
+    def count_kept(self, batch: pa.Table) -> int:
+        """Count images of a batch that have not changed."""
+        ids, contents = self.ids.find(digest_array(batch[ID])), self.contents.find(self.images.contents(batch))
+        return int(((contents if self.images.reuses_content else ids) >= 0).sum())
 
 
 class _Update:
-    """One run: the embeddings that exist, those that are missing, and the index of both."""
+    """One run: rows that are there, rows that are missing, rows that are left over."""
 
-    def __init__(self, folder: Path, images: IndexedImages, embedder: ImageEmbedder, settings: UpdateSettings) -> None:
-        self.folder = folder
+    def __init__(
+        self, store: IndexStore, images: IndexedImages, embedder: ImageEmbedder, settings: UpdateSettings
+    ) -> None:
+        self.store = store
         self.images = images
         self.embedder = embedder
         self.settings = settings
@@ -96,131 +101,144 @@ class _Update:
             width=embedder.width,
             dtype=settings.dtype,
             source=images.source,
-            index=settings.of_type(),
+            index={},
+            metadata_columns=images.metadata_columns,
             image_backend=embedder.transform.backend,
             max_pixels=images.max_pixels,
         )
-        self.unfinished = unfinished_folder(folder)
-        self.store = EmbeddingStore(images.identity)
-        self.previous: pa.Table | None = None
-        self.previous_identities: list[Any] = []
-        self.new: set[Hashable] = set()
+        self.complete = None if settings.overwrite else store.manifest()
 
     def run(self) -> dict[str, Any]:
-        self._read_previous()
-        self._read_parts()
-        identities = self.images.identities()
-        self._embed(identities)
-        failures = [{"key": key, "reason": reason} for key, reason in self.images.failures.items()]
-        rows = []
-        for row, identity in enumerate(identities):
-            if identity in self.store:
-                rows.append(row)
-            else:
-                failures.append({"key": self.images.keys[row], "reason": self.store.failures[identity]})
+        rows = self._open()
+        known = _Known(self.images, rows)
+        # Counted is against the index that this one replaces.
+        replaced = None if self.complete is None else self.store.rows(self.complete)
+        before = known if rows.is_published else _Known(self.images, replaced)
+        kept = self._add_missing(rows, known, before)
+        rows.delete(known.ids.unseen())
+        failures = self._failures(rows)
         self._report(failures)
-        if not rows:
-            self._delete_parts()
-            source = self.manifest.source["path"]
-            raise ValueError(f"none of the {len(failures)} files or rows of {source} can be embedded.")
-        self.manifest.images, self.manifest.failed = len(rows), len(failures)
-        self._write(rows, identities, failures)
-        self._delete_parts()
-        embedded = sum(identities[row] in self.new for row in rows)
+        self.manifest.images, self.manifest.failed = rows.count(f"{REASON} IS NULL"), len(failures)
+        if not self.manifest.images:
+            self._undo(rows)
+            place = self.images.source["path"]
+            raise ValueError(f"none of the {len(failures)} files or rows of {place} can be embedded.")
+        self.manifest.index = self.settings.index_of(self.manifest.images, self.embedder.width)
+        if not self._is_current(rows, failures):
+            rows.publish(self.manifest, failures)
         return {
-            "embedded": embedded,
-            "kept": len(rows) - embedded,
-            "removed": self._count_removed(identities),
+            "embedded": self.manifest.images - kept,
+            "kept": kept,
+            "removed": self._count_removed(before),
             "failed": len(failures),
-            "images": len(rows),
-            "index": str(self.folder),
+            "images": self.manifest.images,
+            "index": self.store.place,
         }
 
-    def _read_previous(self) -> None:
-        if self.settings.overwrite or not self.folder.exists() or not any(self.folder.iterdir()):
-            return
-        self._require_same(self.folder)
-        self.previous = read_rows(self.folder).data.table
-        self.previous_identities = self.store.add(self.previous)
-
-    def _read_parts(self) -> None:
-        if self.settings.overwrite:
-            self._delete_parts()
-        parts = sorted(self.unfinished.glob(PARTS))
-        if parts:
-            self._require_same(self.unfinished)
-            for part in parts:
-                self.new |= set(self.store.add(read_part(part)))
-            logger.info("resuming an unfinished run, which has embedded %d images.", len(self.new))
-        self.manifest.write(self.unfinished)
-
-    def _delete_parts(self) -> None:
-        for part in self.unfinished.glob(PARTS):
-            part.unlink()
-
-    def _require_same(self, folder: Path) -> None:
-        """Raise ValueError if the model, the source, the data type or the decoding differs from that of an index."""
-        manifest = IndexManifest.read(folder)
-        manifest.require_model(folder, self.embedder, self.fingerprint)
-        if is_earlier_rule(manifest.vision_fingerprint):
-            # Of the embeddings that are kept, no more is known than before.
-            self.manifest.vision_fingerprint = manifest.vision_fingerprint
-        for name in ("source", "dtype", "image_backend"):
-            there, here = getattr(manifest, name), getattr(self.manifest, name)
-            if there != here:
-                raise ValueError(
-                    f"the index {folder} was built with {name} {_printable(there)}, not {_printable(here)}; choose "
-                    "another --output-dir, or add --overwrite to build it again."
-                )
-
-    def _embed(self, identities: list[Hashable]) -> None:
-        """Embed each distinct image once, unless its embedding exists or it is known to fail."""
-        first = {identity: row for row, identity in reversed(list(enumerate(identities)))}
-        known = self.store.failures
-        todo = sorted(row for identity, row in first.items() if identity not in self.store and identity not in known)
-        if not todo:
-            return
-        batch = self.settings.batch_size
-        # Parts of whole batches: a resumed run then forms the same batches as an uninterrupted one.
-        part_size = max(1, self.settings.part_size // batch) * batch
-        workers = worker_count(self.settings.num_workers)
-        # A broken model is not a damaged image: all of its embeddings are in doubt.
-        options: dict[str, Any] = {"part_size": part_size, "on_not_finite": "raise"}
-        parts = self.embedder.embed_rows(self.images, todo, batch, min(workers, len(todo)), **options)
-        for number, part in enumerate(parts, len(list(self.unfinished.glob(PARTS)))):
-            path = self.unfinished / f"part-{number:06d}.arrow"
-            columns = self.images.columns(part.rows).select(list(self.images.identity))
-            write_part(path, columns, part.embeds.astype(self.settings.dtype), part.reasons)
-            self.new |= set(self.store.add(read_part(path)))
-
-    def _write(self, rows: list[int], identities: list[Hashable], failures: list[dict[str, Any]]) -> None:
-        described = self.images.columns(rows)
-        if self._is_current(described, failures):
-            return
-        embeds = self.store.gather([identities[row] for row in rows])
-        # Frees memory for faiss, which copies the embeddings.
-        del self.store, self.previous
-        with atomic_folder(self.folder, "index", overwrite=True) as folder:
-            write_index(folder, self.manifest, self.settings, described, embeds, failures)
-
-    def _is_current(self, described: pa.Table, failures: list[dict[str, Any]]) -> bool:
-        """Return whether the existing index is undamaged and has the same content."""
-        if self.previous is None or not self.previous.drop_columns([EMBEDDING]).equals(described):
-            return False
+    def _open(self) -> UnfinishedRows:
+        """Open the rows to add to: those of a killed run, of the complete index, or none."""
+        if self.complete is not None:
+            self._require_same(self.complete)
+        found = None if self.settings.overwrite else self.store.unfinished()
+        if found is None:
+            return self.store.create(self.manifest, self._schema())
+        begun, rows = found
         try:
-            there = asdict(ImageIndex.open(self.folder).manifest) | {"versions": None}
-            written_failures = json.loads((self.folder / FAILURES).read_text(encoding="utf-8"))
-        except (ValueError, OSError):
-            logger.info("%s is damaged; it is written again.", self.folder)
-            return False
-        return there == asdict(self.manifest) | {"versions": None} and written_failures == failures
+            self._require_same(begun)
+        except ValueError:
+            if self.complete is None:
+                raise
+            logger.info("what an unfinished run of other settings has stored is dropped.")
+            return self.store.revert()
+        if not rows.is_published:
+            logger.info("resuming an unfinished run; there are %d rows.", rows.count())
+        return rows
 
-    def _count_removed(self, identities: list[Hashable]) -> int:
+    def _schema(self) -> pa.Schema:
+        kind = pa.list_(pa.type_for_alias(self.settings.dtype), self.embedder.width)
+        return pa.schema([*self.images.columns.items(), (REASON, pa.string()), (VECTOR, kind)])
+
+    def _require_same(self, manifest: IndexManifest) -> None:
+        """Raise ValueError if the model, the source, the data type or the decoding differs from that of an index."""
+        manifest.require_model(self.store.place, self.embedder, self.fingerprint)
+        manifest.require_same(self.store.place, self.manifest)
+
+    def _add_missing(self, rows: UnfinishedRows, known: _Known, before: _Known) -> int:
+        """Add the images that have no row; return how many of all have not changed since `before`."""
+        kept, todo, count = 0, [], 0
+        limit = PARTS_AT_ONCE * self._part_size
+        with ProgressBar("Indexing images", len(self.images), "image") as bar:
+            for batch in self.images.batches():
+                kept += before.count_kept(batch)
+                missing = batch.filter(pa.array(known.ids.find(digest_array(batch[ID])) < 0))
+                numbers = known.contents.find(self.images.contents(missing))
+                is_moved = (numbers >= 0) & self.images.reuses_content
+                if is_moved.any():
+                    stored = rows.take(numbers[is_moved], [VECTOR, REASON])
+                    rows.append(_with_columns(missing.filter(pa.array(is_moved)), stored))
+                todo.append(missing.filter(pa.array(~is_moved)))
+                count += len(todo[-1])
+                bar.update(advance=len(batch) - len(todo[-1]))
+                if count >= limit:
+                    described = pa.concat_tables(todo)
+                    self._embed(rows, described[:limit], bar)
+                    todo, count = [described[limit:]], count - limit
+            if count:
+                self._embed(rows, pa.concat_tables(todo), bar)
+        return kept
+
+    @property
+    def _part_size(self) -> int:
+        """Images in a part: whole batches, so that a resumed run forms the same batches as an uninterrupted one."""
+        batch = self.settings.batch_size
+        return max(1, self.settings.part_size // batch) * batch
+
+    def _embed(self, rows: UnfinishedRows, todo: pa.Table, bar: ProgressBar) -> None:
+        """Embed images, equal ones once, and add their rows part by part."""
+        owners = np.arange(len(todo))
+        if self.images.reuses_content:
+            _, firsts, numbers = np.unique(self.images.contents(todo), return_index=True, return_inverse=True)
+            owners = firsts[numbers]
+        chosen = np.unique(owners)
+        workers = min(worker_count(self.settings.num_workers), len(chosen))
+        parts = self.embedder.embed_rows(
+            self.images.choose(todo), chosen.tolist(), self.settings.batch_size, workers, self._part_size,
+            # A broken model is not a damaged image: all of its embeddings are in doubt.
+            on_not_finite="raise", show_progress_bar=False,
+        )  # fmt: skip
+        for part in parts:
+            places = np.flatnonzero(np.isin(owners, part.rows))
+            sources = np.searchsorted(part.rows, owners[places])
+            embeds = part.embeds[sources].astype(self.settings.dtype)
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), embeds.shape[1])
+            reasons = pa.array([part.reasons[source] for source in sources], pa.string())
+            described = todo.take(pa.array(places))
+            rows.append(_with_columns(described, pa.table({VECTOR: vectors, REASON: reasons})))
+            bar.update(advance=len(places))
+
+    def _failures(self, rows: IndexRows) -> list[dict[str, Any]]:
+        failures = [{"key": key, "reason": reason} for key, reason in self.images.failures.items()]
+        for batch in rows.scan([KEY, REASON], f"{REASON} IS NOT NULL"):
+            failures += [{"key": row[KEY], "reason": row[REASON]} for row in batch.to_pylist()]
+        return failures
+
+    def _undo(self, rows: UnfinishedRows) -> None:
+        if self.complete is not None:
+            self.store.revert()
+        else:
+            rows.delete(np.concatenate([batch[NUMBER].to_numpy() for batch in rows.scan([KEY])]))
+
+    def _is_current(self, rows: UnfinishedRows, failures: list[dict[str, Any]]) -> bool:
+        """Return whether the existing index has the same content."""
+        if self.complete is None or not rows.is_published:
+            return False
+        return self.complete.content() == self.manifest.content() and self.store.failures() == failures
+
+    def _count_removed(self, before: _Known) -> int:
         """Count images of the previous index that no longer exist: paths of a folder, content of a data set."""
-        present, before = set(identities), self.previous_identities
-        if isinstance(self.images, FolderImages):
-            present, before = {*self.images.keys, *self.images.failures}, [key for key, *_ in before]
-        return sum(one not in present for one in before)
+        if self.images.failures:  # what cannot be read exists
+            before.contents.find(self.images.contents(pa.table({KEY: list(self.images.failures)})))
+        return len(before.contents.unseen())
 
     def _report(self, failures: list[dict[str, Any]]) -> None:
         if failures:
@@ -228,8 +246,10 @@ class _Update:
         for failure in failures[:MAX_NAMED]:
             logger.warning("  %s: %s", failure["key"], failure["reason"])
         if len(failures) > MAX_NAMED:
-            logger.warning("  and %d more, in %s", len(failures) - MAX_NAMED, self.folder / FAILURES)
+            logger.warning("  and %d more; the index lists all", len(failures) - MAX_NAMED)
 
 
-def _printable(value: Any) -> str:
-    return ", ".join(f"{key} {entry}" for key, entry in value.items() if entry) if isinstance(value, dict) else value
+def _with_columns(rows: pa.Table, others: pa.Table) -> pa.Table:
+    for name in others.column_names:
+        rows = rows.append_column(name, others[name])
+    return rows

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from llm2clip.data import SampleError, decode_image
-from llm2clip.search.image_index import IndexManifest
-from llm2clip.search.image_sets import TableImages
+from llm2clip.search.index_manifest import IndexManifest
+from llm2clip.search.table_images import TableImages
 
 
 @dataclass

@@ -34,6 +34,12 @@ class SearchConfig:
         metadata={"help": "Texts to search for, each in quotes; all are searched with one start."},
     )
     image: str | None = setting(None, "Image file to search for similar images; this needs no LLM.")
+    where: str | None = setting(
+        None,
+        "Only images that fulfil this condition in SQL on columns of the index, such as \"source = 'noto'\"; an index "
+        "of a folder has key, folder, extension, size and mtime_ns, one of a data set key, row, hash, caption and its "
+        "metadata_columns.",
+    )
     top: int = setting(10, "Number of images shown per query.")
     model: str | None = setting(None, "Hub id or folder of the model; by default the model that made the index.")
     model_revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
@@ -58,7 +64,7 @@ def run(config: SearchConfig) -> None:
     Raises:
         FileNotFoundError: The index, model or image file does not exist.
         NonFiniteError: The model's embedding of a query is NaN or infinite.
-        ValueError: Another model made the index, or the image cannot be read.
+        ValueError: Another model made the index, the image cannot be read, or `where` is no condition on its columns.
     """
     index = ImageIndex.open(config.index)
     if config.image and not Path(config.image).is_file():
@@ -66,7 +72,7 @@ def run(config: SearchConfig) -> None:
     image = decode_image(config.image, config.image) if config.image else None
     name, revision = _model_of(config, index)
     embedder = ImageEmbedder.load(name, revision, with_llm=bool(config.query))
-    index.manifest.require_model(index.folder, embedder, embedder.fingerprint())
+    index.manifest.require_model(index.place, embedder, embedder.fingerprint())
     queries: list[tuple[str, Image.Image | None]] = [(text, None) for text in config.query]
     embeds = []
     if queries:
@@ -78,7 +84,7 @@ def run(config: SearchConfig) -> None:
         queries.append((config.image, image))
         embeds.append(embedder.embed(image, config.image))
     found = []
-    for query, rows in zip(queries, index.search(np.stack(embeds), config.top), strict=True):
+    for query, rows in zip(queries, index.search(np.stack(embeds), config.top, config.where), strict=True):
         results = [SearchResult.from_row(row, score, index.manifest) for score, row in rows]
         found.append(QueryResults(*query, results))
     if config.json:

@@ -1,0 +1,123 @@
+"""The rows of an index in one version of a LanceDB table: reading, and searching."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from llm2clip.search.faiss_vectors import read_faiss, search_faiss
+from llm2clip.search.index_manifest import REBUILD, IndexManifest
+from llm2clip.search.index_rows import INTERNAL, NUMBER, VECTOR, Found
+
+SCAN_ROWS = 8192
+# Rows that fulfil a condition, up to which comparing all of them costs less than looking through cells.
+EXACT_MATCHES = 4_000
+# With fewer rows that fulfil a condition, more cells are searched, since each holds fewer of them.
+MATCHES_FOR_PROBES = 40_000
+DISTANCE = "_distance"
+
+
+class LanceRows:
+    """The rows of one version of a table; see [`IndexRows`].
+
+    Args:
+        folder: Folder of the index.
+        table: An open table. It is pinned to its version by whoever opens it.
+    """
+
+    def __init__(self, folder: Path, table: Any, manifest: IndexManifest) -> None:
+        self.folder = folder
+        self.table = table
+        self.manifest = manifest
+
+    def count(self, where: str | None = None) -> int:
+        with self._readable(where):
+            return int(self.table.count_rows(where))
+
+    def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
+        with self._readable(where):
+            query = self.table.search().select(list(columns)).with_row_id(True)
+            query = query.where(where) if where else query
+            yield from query.to_batches(batch_size=SCAN_ROWS)
+
+    def take(self, numbers: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        wanted, places = np.unique(numbers, return_inverse=True)
+        with self._readable():
+            query = self.table.take_row_ids(wanted.tolist()).select(list(columns)).with_row_id()
+            found = query.to_arrow()
+        order = np.argsort(found[NUMBER].to_numpy())
+        return found.take(pa.array(order[places])).drop_columns([NUMBER])
+
+    def search(self, queries: np.ndarray, top: int, where: str | None = None) -> Found:
+        matches = self.count(where) if where else self.manifest.images
+        if not matches:
+            return [[] for _ in queries]
+        if self.manifest.index["type"] == "faiss":
+            return self._search_faiss(queries, min(top, matches), where)
+        with self._readable(where):
+            return [self._nearest(query, top, where, matches) for query in queries]
+
+    def _nearest(self, query: np.ndarray, top: int, where: str | None, matches: int) -> list[tuple[float, Any]]:
+        search = self.table.search(np.asarray(query, dtype=np.float32), vector_column_name=VECTOR)
+        search = search.distance_type("cosine").limit(top).select([*self.columns, DISTANCE])
+        search = search.where(where, prefilter=True) if where else search
+        index = self.manifest.index
+        if index["type"] == "flat" or matches <= EXACT_MATCHES:
+            search = search.bypass_vector_index()
+        else:
+            probes = index["probes"] * max(1, MATCHES_FOR_PROBES // matches)
+            search = search.nprobes(probes).refine_factor(index["refine"])
+        return [(1 - row.pop(DISTANCE), row) for row in search.to_arrow().to_pylist()]
+
+    def _search_faiss(self, queries: np.ndarray, top: int, where: str | None) -> Found:
+        allowed = None
+        if where:
+            numbers = [batch[NUMBER].to_numpy() for batch in self.scan([], where)]
+            allowed = np.isin(self._numbers, np.concatenate(numbers))
+        scores, places = search_faiss(self._faiss, queries, top, allowed)
+        flat = places[places >= 0]
+        rows = iter(self.take(self._numbers[flat], self.columns).to_pylist() if len(flat) else [])
+        return [
+            [(float(score), next(rows)) for score, place in zip(*found, strict=True) if place >= 0]
+            for found in zip(scores, places, strict=True)
+        ]
+
+    @cached_property
+    def _faiss(self) -> Any:
+        try:
+            built = read_faiss(self.folder / self.manifest.stored["faiss"])
+            if built.ntotal != self.manifest.images:
+                raise ValueError(f"its faiss index has {built.ntotal} images, its manifest {self.manifest.images}")
+        except ValueError as error:
+            raise ValueError(f"the index {self.folder} is damaged: {error}; {REBUILD}") from error
+        return built
+
+    @cached_property
+    def _numbers(self) -> np.ndarray:
+        """Row numbers in the order of the table, which is that of the faiss index."""
+        return np.concatenate([batch[NUMBER].to_numpy() for batch in self.scan([])]).astype(np.int64)
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """The columns that describe a row."""
+        return [name for name in self.table.schema.names if name not in INTERNAL]
+
+    @contextlib.contextmanager
+    def _readable(self, where: str | None = None) -> Iterator[None]:
+        """Turn the errors of LanceDB into those of [`IndexRows`]."""
+        try:
+            yield
+        except (RuntimeError, OSError, ValueError) as error:
+            # The first line; the rest is where in its source.
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if where and isinstance(error, ValueError):
+                raise ValueError(
+                    f"where is {where!r}, which is no condition on the columns {', '.join(self.columns)}: {reason}"
+                ) from error
+            raise ValueError(f"the index {self.folder} is damaged ({reason}); {REBUILD}") from error

@@ -1,0 +1,293 @@
+"""An index in a folder: a LanceDB table, and a manifest that names the version of it that is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from llm2clip.search.faiss_vectors import build_faiss
+from llm2clip.search.index_manifest import REBUILD, IndexManifest
+from llm2clip.search.index_rows import KEY, NUMBER, REASON, VECTOR
+from llm2clip.search.lance_rows import LanceRows
+from llm2clip.utils.files import read_json, write_json
+from llm2clip.utils.locks import LOCK, OWNER, folder_lock
+from llm2clip.utils.manifests import FOLDER_MANIFEST, foreign_files, write_manifest
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FAILURES = "failures.json"
+TABLE = "images"
+COMMAND = "index"
+# In the schema of the table: the manifest with which a run began.
+BEGUN = b"llm2clip"
+# Columns that conditions rarely name; the others get an index.
+UNINDEXED = {KEY, "caption", "hash", "mtime_ns", "row", "size"}
+# Versions stay for readers that have them open, and so do files that no version names.
+KEPT = timedelta(days=7)
+VECTOR_INDEX = f"{VECTOR}_idx"
+# Bits per value of an ivf_rq index.
+RQ_BITS = 4
+# An index of the embeddings is trained again when it has grown by this share, or is in as many pieces.
+GROWTH = 0.2
+MAX_PIECES = 8
+# Columns with up to as many distinct values get a bitmap index.
+BITMAP_VALUES = 1000
+DELETE_AT_ONCE = 10_000
+MAX_OPTIMIZE = 8
+
+
+def require_lancedb() -> Any:
+    """Import LanceDB, or raise ImportError with the command that installs it."""
+    try:
+        import lancedb
+    except ImportError as error:
+        raise ImportError(f"{error}; install it with: pip install 'llm2clip[search]'") from error
+    return lancedb
+
+
+class LanceStore:
+    """The index in a folder; see [`IndexStore`]."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.place = str(folder)
+
+    @property
+    def _database(self) -> Any:
+        return require_lancedb().connect(str(self.folder))
+
+    def require_own(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} is a file; give the folder of the index: --output-dir FOLDER")
+        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if there - {LOCK, OWNER} and foreign_files(self.folder, COMMAND) is None:
+            raise FileExistsError(
+                f"{self.folder} is not replaced, because llm2clip {COMMAND} did not write it (no {FOLDER_MANIFEST} "
+                "that says so); choose another --output-dir, or delete the folder yourself."
+            )
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        return folder_lock(self.folder, patience=0)
+
+    def manifest(self) -> IndexManifest | None:
+        path = self.folder / MANIFEST
+        return IndexManifest.from_fields(str(path), _read(path)) if path.is_file() else None
+
+    def require_manifest(self) -> IndexManifest:
+        manifest = self.manifest()
+        if manifest is None:
+            state = "is not finished; run the same llm2clip index again" if self._has_table() else "does not exist"
+            raise FileNotFoundError(
+                f"there is no index in {self.place} (no {MANIFEST}): it {state}. To create one: llm2clip index FOLDER "
+                f"--model MODEL --output-dir {self.place}"
+            )
+        return manifest
+
+    def failures(self) -> list[dict[str, Any]] | None:
+        try:
+            return json.loads((self.folder / FAILURES).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        except (OSError, ValueError):
+            return None
+
+    def rows(self, manifest: IndexManifest) -> LanceRows:
+        table = self._open(manifest.stored.get("version", 0))
+        rows = LanceRows(self.folder, table, manifest)
+        shape = (rows.count(), table.schema.field(VECTOR).type.list_size)
+        if shape != (manifest.images, manifest.width):
+            raise ValueError(
+                f"the index {self.place} is damaged: its manifest lists {manifest.images} images of width "
+                f"{manifest.width}, but its table has {shape[0]} of width {shape[1]}; {REBUILD}"
+            )
+        if manifest.index["type"] == "faiss":
+            rows._faiss  # noqa: B018  # read now, so that damage is found
+        return rows
+
+    def unfinished(self) -> tuple[IndexManifest, WrittenRows] | None:
+        if not self._has_table():
+            return None
+        table = self._open(None)
+        begun = IndexManifest.from_fields(self.place, json.loads((table.schema.metadata or {}).get(BEGUN, b"{}")))
+        return begun, WrittenRows(self, table, begun)
+
+    def create(self, manifest: IndexManifest, schema: pa.Schema) -> WrittenRows:
+        self._clear_unreadable()
+        if not (self.folder / FOLDER_MANIFEST).exists():
+            write_manifest(self.folder, COMMAND)  # from here on the folder is known to be ours
+        schema = schema.with_metadata({BEGUN: json.dumps(manifest.as_fields()).encode()})
+        # A new version of the table, so that readers of the old ones go on.
+        mode = "overwrite" if self._has_table() else "create"
+        table = self._database.create_table(TABLE, schema=schema, mode=mode)
+        return WrittenRows(self, table, manifest)
+
+    def revert(self) -> WrittenRows:
+        manifest = self.manifest()
+        assert manifest is not None
+        table = self._open(manifest.stored["version"])
+        table.restore()  # as a new version
+        manifest.stored["version"] = table.version
+        write_json(self.folder / MANIFEST, manifest.as_fields())
+        return WrittenRows(self, table, manifest)
+
+    def remove_empty(self) -> None:
+        if (self.folder / MANIFEST).exists():
+            return
+        found = self.unfinished()
+        if found is None or not found[1].count():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _has_table(self) -> bool:
+        return (self.folder / f"{TABLE}.lance").is_dir()
+
+    def _clear_unreadable(self) -> None:
+        """Delete the files of an index that nobody can read: of an earlier format, or damaged."""
+        try:
+            manifest = self.manifest()
+            if manifest is not None:
+                self.rows(manifest)
+            self.unfinished()
+        except ValueError:
+            for name in read_json(self.folder / FOLDER_MANIFEST)["files"]:
+                (self.folder / name).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / f"{TABLE}.lance", ignore_errors=True)
+
+    def _open(self, version: int | None) -> Any:
+        """Open the table at a version, or at its last one."""
+        try:
+            table = self._database.open_table(TABLE)
+            if version is not None:
+                table.checkout(version)
+        except (RuntimeError, OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"the table of the index {self.place} cannot be read ({reason}); {REBUILD}") from error
+        return table
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {REBUILD}") from error
+
+
+class WrittenRows(LanceRows):
+    """The rows that a run writes; see [`UnfinishedRows`]. Each call of `append` and `delete` makes a version."""
+
+    def __init__(self, store: LanceStore, table: Any, manifest: IndexManifest) -> None:
+        super().__init__(store.folder, table, manifest)
+        self.store = store
+        self.first_version: int = table.version
+
+    @property
+    def is_published(self) -> bool:
+        manifest = self._previous()
+        return manifest is not None and manifest.stored["version"] == self.table.version
+
+    def append(self, rows: pa.Table) -> None:
+        schema = self.table.schema.remove_metadata()
+        self.table.add(rows.select(schema.names).cast(schema))
+
+    def delete(self, numbers: np.ndarray) -> None:
+        for start in range(0, len(numbers), DELETE_AT_ONCE):
+            some = ",".join(map(str, numbers[start : start + DELETE_AT_ONCE].tolist()))
+            self.table.delete(f"{NUMBER} IN ({some})")
+
+    def publish(self, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
+        previous = self._previous()
+        if self.count(f"{REASON} IS NOT NULL"):
+            self.table.delete(f"{REASON} IS NOT NULL")
+        self._optimize()
+        self._index_columns()
+        manifest.stored = {}
+        if manifest.index["type"] == "ivf_rq":
+            self._index_vectors(manifest, previous)
+        elif self._has_vector_index():
+            self.table.drop_index(VECTOR_INDEX)
+        if manifest.index["type"] == "faiss":
+            self._write_faiss(manifest)
+        self._optimize()
+        manifest.stored["version"] = self.table.version
+        manifest.record_versions(lancedb=require_lancedb().__version__)
+        write_json(self.folder / FAILURES, failures)
+        write_manifest(self.folder, COMMAND)  # brings the files to the disk before the manifest names them
+        write_json(self.folder / MANIFEST, manifest.as_fields())
+        self._clean(manifest, previous)
+
+    def _previous(self) -> IndexManifest | None:
+        """Return the manifest of the index that this one replaces, unless that is damaged."""
+        with contextlib.suppress(ValueError):
+            return self.store.manifest()
+        return None
+
+    def _optimize(self) -> None:
+        """Join the many small parts, and add new rows to the indexes, until nothing is left to do.
+
+        One call leaves something; a later one would make a version that no manifest names.
+        """
+        for _ in range(MAX_OPTIMIZE):
+            version = self.table.version
+            self.table.optimize()
+            if self.table.version == version:
+                return
+
+    def _has_vector_index(self) -> bool:
+        return any(VECTOR in index.columns for index in self.table.list_indices())
+
+    def _index_columns(self) -> None:
+        from lancedb.index import Bitmap, BTree
+
+        have = {name for index in self.table.list_indices() for name in index.columns}
+        for name in set(self.columns) - have - UNINDEXED:
+            self.table.create_index(name, config=Bitmap() if self._has_few_values(name) else BTree())
+
+    def _has_few_values(self, column: str) -> bool:
+        values: set[Any] = set()
+        for batch in self.scan([column]):
+            values |= set(batch[column].unique().to_pylist())
+            if len(values) > BITMAP_VALUES:
+                return False
+        return True
+
+    def _index_vectors(self, manifest: IndexManifest, previous: IndexManifest | None) -> None:
+        """Train an IVF index, or keep one that has been trained on most of the rows."""
+        from lancedb.index import IvfRq
+
+        rows, cells = self.table.count_rows(), manifest.index["cells"]
+        trained = previous.stored.get("trained", 0) if previous else 0
+        # Of an index that an unfinished run built, the settings are not known.
+        is_known = previous is not None and previous.stored["version"] == self.first_version
+        if is_known and self._has_vector_index() and previous and previous.index.get("cells") == cells:
+            pieces = self.table.index_stats(VECTOR_INDEX).num_indices
+            if pieces <= MAX_PIECES and abs(rows - trained) <= GROWTH * trained:
+                manifest.stored["trained"] = trained
+                return
+        logger.info("indexing %d embeddings.", rows)
+        config = IvfRq(distance_type="cosine", num_bits=RQ_BITS, num_partitions=cells)
+        self.table.create_index(VECTOR, config=config, replace=True)
+        manifest.stored["trained"] = rows
+
+    def _write_faiss(self, manifest: IndexManifest) -> None:
+        def embeds() -> Iterator[np.ndarray]:
+            for batch in self.scan([VECTOR]):
+                yield batch[VECTOR].flatten().to_numpy().reshape(-1, manifest.width).astype(np.float32)
+
+        name = f"vectors-{self.table.version}.faiss"
+        build_faiss(self.folder / name, embeds, self.table.count_rows(), manifest.width, manifest.index)
+        manifest.stored["faiss"] = name
+
+    def _clean(self, manifest: IndexManifest, previous: IndexManifest | None) -> None:
+        """Delete versions that no reader can have open any more."""
+        kept = {one.stored.get("faiss") for one in (manifest, previous) if one}
+        for path in self.folder.glob("vectors-*.faiss"):
+            if path.name not in kept:
+                path.unlink()
+        self.table.optimize(cleanup_older_than=KEPT)
