@@ -1,4 +1,4 @@
-"""Measure how costs grow with a data set: `python -m benchmarks.scale embed --captions 1000000`."""
+"""Measure how costs grow with a data set: `python -m benchmarks.scale embed read --captions 1000000`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks import results
 from benchmarks.environments import versions_of
 from benchmarks.scale.embedding import ENGINES, Trial, embed
+from benchmarks.scale.reading import ReadTrial, read
+from benchmarks.scale.tables import RESULTS, draw, newest
 
-RESULTS = Path(__file__).parent.with_suffix(".jsonl")
+STEPS = ("embed", "read")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, and append what was measured to scale.jsonl."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
-    parser.add_argument("step", choices=("embed",))
+    parser.add_argument("steps", nargs="*", choices=STEPS, help="what is measured; none: only draw the plot")
     parser.add_argument("--captions", type=int, default=100_000, help="size of the data set; 10M need 36 GB of disk")
     parser.add_argument("--processes", type=int, default=2, help="processes, or actors of Ray")
     parser.add_argument("--engine", choices=ENGINES, default="processes")
+    parser.add_argument("--workers", type=int, default=0, help="read: DataLoader workers of each process")
     parser.add_argument("--kills", type=int, default=0, help="how often all processes are killed on the way")
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/scale"), help="folder of the data, deleted at the end"
@@ -33,22 +37,31 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     folder = options.folder.absolute()
     try:
-        figures = embed(folder, Trial(options.captions, options.processes, options.engine, options.kills))
+        for step in options.steps:
+            figures = _measure(step, folder, options)
+            print(json.dumps({"step": step, **figures}, indent=2), file=sys.stderr)
+            with options.record.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **figures, **_circumstances()}) + "\n")
     finally:
         if not options.keep:
             shutil.rmtree(folder, ignore_errors=True)
-    entry = {
-        "step": options.step,
-        **figures,
+    draw(newest(options.record.read_text(encoding="utf-8").splitlines()), options.record.with_suffix(".png"))
+
+
+def _measure(step: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    if step == "embed":
+        return embed(folder, Trial(options.captions, options.processes, options.engine, options.kills))
+    return read(folder, ReadTrial(options.captions, options.processes, options.workers))
+
+
+def _circumstances() -> dict[str, Any]:
+    return {
         "machine": results.machine("cpu"),
         "load": round(os.getloadavg()[1], 2),
         "date": datetime.date.today().isoformat(),
         "commit": results.commit(),
         "versions": versions_of(None),
     }
-    with options.record.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
-    print(json.dumps(figures, indent=2), file=sys.stderr)
 
 
 if __name__ == "__main__":

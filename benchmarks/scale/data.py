@@ -51,6 +51,16 @@ def write_tars(folder: Path, captions: int, processes: int = 2) -> int:
     return len(missing)
 
 
+def link_tars(folder: Path, captions: int) -> Path:
+    """Link the tars of a data set into a folder of their own, of the larger one in `folder`; return it."""
+    linked = folder / f"data-{captions}"
+    shutil.rmtree(linked, ignore_errors=True)
+    linked.mkdir()
+    for path in tar_paths(folder / "data", captions):
+        (linked / path.name).symlink_to(path)
+    return linked
+
+
 def captions_of(tar: int) -> Iterator[str]:
     """Yield the captions of a tar by its number."""
     choose = random.Random(tar)

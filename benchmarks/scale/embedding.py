@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.scale.data import CAPTIONS_PER_TAR, write_tars, write_text_tower
+from benchmarks.scale.data import CAPTIONS_PER_TAR, link_tars, write_tars, write_text_tower
 from benchmarks.scale.processes import Watched, run_watched
 
 ENGINES = ("processes", "ray")
@@ -40,7 +40,7 @@ def embed(folder: Path, trial: Trial) -> dict[str, Any]:
     Raises:
         RuntimeError: A command failed, or sidecars are missing.
     """
-    tower, sidecars, log = folder / "tower", folder / "sidecars", folder / "embed.log"
+    tower, sidecars, log = folder / "tower", folder / f"sidecars-{trial.captions}", folder / "embed.log"
     written = write_tars(folder / "data", trial.captions)
     if not tower.exists():
         write_text_tower(tower)
@@ -48,7 +48,7 @@ def embed(folder: Path, trial: Trial) -> dict[str, Any]:
     sidecars.mkdir()
     log.unlink(missing_ok=True)
     shards = -(-trial.captions // CAPTIONS_PER_TAR)
-    arguments = _arguments(folder, trial, shards)
+    arguments = _arguments(folder, trial)
     runs = []
     for number in range(1, trial.kills + 1):
         least = shards * number // (trial.kills + 1)
@@ -77,18 +77,14 @@ def embed(folder: Path, trial: Trial) -> dict[str, Any]:
     }
 
 
-def _arguments(folder: Path, trial: Trial, shards: int) -> list[str]:
-    # A list of the tars, so that a smaller data set is the beginning of a larger one.
-    data = folder / f"data-{trial.captions}"
-    shutil.rmtree(data, ignore_errors=True)
-    data.mkdir()
-    for number in range(shards):
-        (data / f"{number:05}.tar").symlink_to(folder / "data" / f"{number:05}.tar")
+def _arguments(folder: Path, trial: Trial) -> list[str]:
     recipe = folder / "embed.yaml"
     settings: dict[str, Any] = {
         "text_model_name_or_path": str(folder / "tower"),
-        "output_dir": str(folder / "sidecars"),
-        "sources": [{"path": f"{data}/*.tar", "streaming": True, "caption_columns": ["txt"]}],
+        "output_dir": str(folder / f"sidecars-{trial.captions}"),
+        "sources": [
+            {"path": f"{link_tars(folder, trial.captions)}/*.tar", "streaming": True, "caption_columns": ["txt"]}
+        ],
     }
     if trial.engine == "ray":
         settings |= {"engine": "ray", "ray_actors": trial.processes}

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.results import Record
 
 RESULTS = Path(__file__).parent.with_suffix(".jsonl")
-PLOT = Path(__file__).with_name("growth.png")
+PLOT = RESULTS.with_suffix(".png")
 ENGINE_NAMES = {"processes": "torchrun", "ray": "Ray Data"}
 
 
@@ -51,13 +51,13 @@ def tables(entries: list[Record]) -> str:
         lines += [
             *([""] if lines else []),
             f"| stage 2 reads tars and sidecars ({_place(read)}) | processes | workers each | rows/s | "
-            "largest process | first batch | first batch of a resume in the middle | rows read again |",
+            "largest process | first batch | first batch when resumed in the middle | shuffle buffer |",
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         lines += [
             f"| {entry['captions']:,} captions | {entry['processes']} | {entry['workers']} | "
             f"{entry['rows_per_second']:,.0f} | {entry['peak_bytes'] / 1e9:.2f} GB | "
-            f"{_time(entry['first_seconds'])} | {_time(entry['resume_seconds'])} | {entry['rows_read_again']:,} |"
+            f"{_time(entry['first_seconds'])} | {_time(entry['resume_seconds'])} | {entry['buffer']:,} rows |"
             for entry in read
         ]
     return "\n".join(lines) + "\n"
