@@ -7,6 +7,7 @@ import posixpath
 import re
 import tarfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from lzma import LZMAError
 from pathlib import Path
@@ -16,6 +17,7 @@ import datasets
 import fsspec
 
 from llm2clip.data.captioned_images import captions_by_row
+from llm2clip.data.parquet_parts import RowGroups, cut_parquet, part_checksum, rows_of_part
 from llm2clip.data.records import column_texts
 from llm2clip.data.sources import CaptionSource, SourceError, file_format, open_table, select_captions
 from llm2clip.data.tar_rows import HashedReader, tar_rows
@@ -23,6 +25,8 @@ from llm2clip.utils.files import sha256
 
 # What reading a damaged file raises.
 UNREADABLE = (OSError, ValueError, TypeError, EOFError, tarfile.TarError, zlib.error, LZMAError)
+# Footers of parquet files that are read at the same time.
+FOOTERS_AT_ONCE = 16
 MAGIC = re.compile(r"[*?\[]")
 
 
@@ -33,11 +37,13 @@ class SourceShard(NamedTuple):
         number: Its place among the files of the source.
         path: Path or URL.
         name: Path below the folder of the source, with `/`; the same wherever that folder lies.
+        part: The part of the file that is meant, of a large parquet file.
     """
 
     number: int
     path: str
     name: str
+    part: RowGroups | None = None
 
 
 @dataclass
@@ -86,8 +92,21 @@ class ShardedSource:
         self.source, self._table, self._is_webdataset = source, table, opened.is_webdataset
         self.shards = name_shards(source.path, opened.files)
 
+    def cut(self, part_rows: int) -> list[list[SourceShard]]:
+        """Return the shards, and of each parquet file with more than `part_rows` rows its parts.
+
+        A file with a single row group stays whole.
+        """
+
+        def parts(shard: SourceShard) -> list[SourceShard]:
+            found = cut_parquet(shard.path, part_rows) if shard.path.endswith(".parquet") else []
+            return [shard._replace(part=part) for part in found] or [shard]
+
+        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+            return list(pool.map(parts, self.shards))
+
     def read(self, shard: SourceShard) -> ShardText:
-        """Read the captions of a shard: those that training sees. A tar is read once, with its checksum.
+        """Read the captions of a shard or part: those that training sees. A tar is read once, with its checksum.
 
         Raises:
             SourceError: The file cannot be read, is cut short, or a caption is not text.
@@ -96,6 +115,10 @@ class ShardedSource:
         try:
             if self._is_webdataset and file_format(shard.path) == ".tar":
                 self._read_tar(shard, text)
+            elif shard.part is not None:
+                text.size, text.checksum = source_size(shard.path), source_checksum(shard.path, shard.part)
+                for row in rows_of_part(shard.path, shard.part, list(self._table.features or ())):
+                    self._add(row, text)
             else:
                 text.size, text.checksum = source_size(shard.path), source_checksum(shard.path)
                 table = self._table if len(self.shards) == 1 else self._table.shard(len(self.shards), shard.number)
@@ -115,10 +138,12 @@ class ShardedSource:
         with open_once(shard.path) as file:
             hashed = HashedReader(file)
             for values in tar_rows(shard.path, hashed, columns):
-                row = features.encode_example({name: values.get(name) for name in columns})
-                text.add([found for column in self.source.caption_columns for found in column_texts(row, column)])
+                self._add(features.encode_example({name: values.get(name) for name in columns}), text)
             text.checksum = f"sha256:{hashed.checksum()}"
         text.size = hashed.size
+
+    def _add(self, row: dict[str, Any], text: ShardText) -> None:
+        text.add([found for column in self.source.caption_columns for found in column_texts(row, column)])
 
 
 def open_once(path: str) -> Any:
@@ -135,11 +160,15 @@ def source_size(path: str) -> int:
     return int(files.size(name))
 
 
-def source_checksum(path: str) -> str | None:
-    """Return the SHA-256 of a local file; of a remote one what its file system states without reading it, or None."""
+def source_checksum(path: str, part: RowGroups | None = None) -> str | None:
+    """Return the SHA-256 of a local file, or of the bytes of a part of it.
+
+    Of a remote file it is what its file system states without reading it, or None.
+    """
     files, name = fsspec.core.url_to_fs(path)
     if "file" in _protocols(files):
-        return f"sha256:{sha256(Path(name))}"
+        local = Path(name)
+        return f"sha256:{sha256(local) if part is None else part_checksum(local, part.first_byte, part.last_byte)}"
     entry = files.info(name)
     stated = next((entry[field] for field in ("ETag", "etag", "md5", "sha256") if entry.get(field)), None)
     return None if stated is None else f"stated:{stated}"

@@ -16,6 +16,7 @@ from llm2clip.embedding.cache_builder import build_embedding_cache
 from llm2clip.embedding.cache_files import CacheDtype, CacheManifest
 from llm2clip.embedding.caption_embedder import CaptionEmbedder
 from llm2clip.embedding.embed_shards import (
+    PART_ROWS,
     ShardCounts,
     ShardEmbedder,
     ShardJob,
@@ -55,6 +56,11 @@ class EmbedConfig:
     )
     shard_slice: str | None = setting(
         None, "Embed only the i-th of n parts of the shards: i/n, such as 0/8, for the jobs of an array. For sidecars."
+    )
+    part_rows: int = setting(
+        PART_ROWS,
+        "Rows of a parquet file that are embedded as one shard: a file with more is embedded in parts of whole row "
+        "groups, each with a sidecar. For sidecars.",
     )
     engine: Literal["processes", "ray"] = setting(
         "processes",
@@ -105,8 +111,9 @@ class EmbedConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.ray_actors is not None and self.ray_actors < 1:
-            raise ValueError(f"ray_actors must be at least 1, not {self.ray_actors}.")
+        for name in ("ray_actors", "part_rows"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
     @property
     def writes_sidecars(self) -> bool:
@@ -149,7 +156,7 @@ def _embed_into_cache(config: EmbedConfig) -> dict[str, Any]:
 def _embed_into_sidecars(config: EmbedConfig) -> dict[str, Any]:
     require(config, REQUIRED, output_dir=False)
     sources = [CaptionSource.from_dict(source) for source in config.sources]
-    jobs = list_jobs(sources, config.output_dir or None, parse_part(config.shard_slice))
+    jobs = list_jobs(sources, config.output_dir or None, parse_part(config.shard_slice), config.part_rows)
     counts = _embed_on_ray(config, jobs) if config.engine == "ray" else _embed_in_processes(config, jobs)
     # All processes have ended before one of them reports.
     total = sum_over_processes(

@@ -21,7 +21,7 @@ from llm2clip.embedding.cache import EmbeddingCache
 from llm2clip.embedding.cache_builder import Embed, rows_to_store
 from llm2clip.embedding.cache_files import CacheManifest, CacheMismatchError
 from llm2clip.embedding.row_writer import RowWriter
-from llm2clip.embedding.sidecars import SidecarFolder, SidecarManifest
+from llm2clip.embedding.sidecar_files import SidecarFolder, SidecarManifest, part_fields
 from llm2clip.utils.files import remove_leftovers
 from llm2clip.utils.progress import format_rate, progress_bar
 
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # Captions per call of the encoder, which can sort them by length.
 EMBED_SIZE = 1024
+# Rows of a parquet file that are one shard.
+PART_ROWS = 100_000
 
 
 class ShardJob(NamedTuple):
@@ -99,25 +101,46 @@ def count_outcomes(outcomes: Iterable[ShardOutcome], total: int, show_progress_b
     return counts
 
 
-def list_jobs(sources: Sequence[CaptionSource], folder: str | None, part: tuple[int, int] = (0, 1)) -> list[ShardJob]:
+def list_jobs(
+    sources: Sequence[CaptionSource], folder: str | None, part: tuple[int, int] = (0, 1), part_rows: int = PART_ROWS
+) -> list[ShardJob]:
     """List the shards of sources.
 
     Args:
         sources: Streamed sources.
         folder: Where the sidecars go, under the names of the shards; None: beside the shards, which are local.
         part: The i-th of n parts of all shards, which other runs embed at the same time.
+        part_rows: Rows of a parquet file that are one shard; see [`ShardedSource.cut`].
 
     Raises:
         FileNotFoundError, SourceError: A source cannot be read.
-        ValueError: Sidecars of two shards would have one name, or a remote source has no `folder`.
+        ValueError: Sidecars of two shards would have one name, a file was embedded in other parts, or a remote source
+            has no `folder`.
     """
     jobs = [
-        ShardJob(opened, shard, _folder_of(shard, folder))
+        ShardJob(opened, shard, target)
         for opened in map(ShardedSource, sources)
-        for shard in opened.shards
+        for parts in opened.cut(part_rows)
+        for target in [_folder_of(parts[0], folder)]
+        for shard in _as_embedded(parts, target)
     ]
     _refuse_equal_names([job.target.rows_path(job.shard) for job in jobs])
     return jobs[part[0] :: part[1]]
+
+
+def _as_embedded(parts: list[SourceShard], target: SidecarFolder) -> list[SourceShard]:
+    """Return the parts of a file, or the file itself if it was embedded as a whole."""
+    if parts[0].part is None:
+        return parts
+    found = target.parts(parts[0])
+    if any(shard.part is None for shard in found):
+        return found
+    if others := [shard for shard in found if shard not in parts]:
+        raise ValueError(
+            f"{target.manifest_path(others[0])} is of a part that {others[0].path} is not cut into now. Set part_rows "
+            "as it was, or delete the sidecars of that file to start again."
+        )
+    return parts
 
 
 def remove_leftovers_of(jobs: Sequence[ShardJob]) -> None:
@@ -205,6 +228,7 @@ class ShardEmbedder:
                 reused=reused,
                 bytes=writer.size,
                 checksum=writer.finish(),
+                part=part_fields(shard),
             )
             return manifest if target.publish(shard, temporary, manifest) else None
 

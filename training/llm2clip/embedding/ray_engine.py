@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 
 # Of a Ray that is started here: the results of shards, some numbers each, are all that it stores.
 OBJECT_STORE_BYTES = 200 * 2**20
-# A shard whose process dies so often is given up: it may be what kills them.
-RETRIES = 3
+# A shard whose process dies is tried again at once so often. The death of a node can take longer than that, so that
+# what is left is tried in further rounds; then it is given up, since it may be what kills processes.
+RETRIES, ROUNDS = 1, 3
 
 
 @dataclass(frozen=True)
@@ -64,26 +65,30 @@ def embed_with_ray(
     except ModuleNotFoundError as error:
         raise ImportError(f"engine: ray needs Ray ({error}): pip install 'llm2clip[ray]'.") from error
     with _cluster(ray, options):
-        missing = set(range(len(jobs)))
-        try:
-            for row in _outcomes(ray, jobs, make_embedder, options).iter_rows():
-                number = row.pop("number")
-                if fatal := row.pop("fatal"):
-                    raise ValueError(fatal)
-                # A shard whose outcome was lost with a node is looked at again.
-                if number in missing:
-                    missing.remove(number)
-                    yield ShardOutcome(**row)
-        except RayError as error:
-            raise ValueError(f"Ray ended the run: {_last_line(error)}") from error
-        remove_leftovers_of([jobs[number] for number in missing])
-        for number in sorted(missing):
-            yield ShardOutcome(failure=f"{jobs[number].shard.path}: its process died {RETRIES + 1} times")
+        missing = dict(enumerate(jobs))
+        for _ in range(ROUNDS):
+            try:
+                for row in _outcomes(ray, missing, make_embedder, options).iter_rows():
+                    number = row.pop("number")
+                    if fatal := row.pop("fatal"):
+                        raise ValueError(fatal)
+                    # A shard whose outcome was lost with a node is looked at again.
+                    if missing.pop(number, None) is not None:
+                        yield ShardOutcome(**row)
+            except RayError as error:
+                raise ValueError(f"Ray ended the run: {_last_line(error)}") from error
+            if not missing:
+                return
+            logger.warning("The processes of %d shards died.", len(missing))
+        remove_leftovers_of(list(missing.values()))
+        for job in missing.values():
+            yield ShardOutcome(failure=f"{job.shard.path}: each process that embedded it died")
 
 
 def _outcomes(
-    ray: Any, jobs: Sequence[ShardJob], make_embedder: Callable[[], ShardEmbedder], options: RayOptions
+    ray: Any, jobs: Mapping[int, ShardJob], make_embedder: Callable[[], ShardEmbedder], options: RayOptions
 ) -> Any:
+    """Return the outcomes of shards, given by their numbers, as a data set that is computed while it is read."""
     gpus = options.gpus_per_actor
     if gpus is None:
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
@@ -97,10 +102,11 @@ def _outcomes(
     # An actor has one shard at a time; by default Ray only adds actors where more wait for each.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     # A block for each shard, so that a shard is what is lost and tried again.
-    shards = ray.data.from_items([{"number": number} for number in range(len(jobs))], override_num_blocks=len(jobs))
+    shards = ray.data.from_items([{"number": number} for number in jobs], override_num_blocks=len(jobs))
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     return shards.map_batches(
         _Actor,
-        fn_constructor_args=(ray.put(list(jobs)), make_embedder),
+        fn_constructor_args=(ray.put(dict(jobs)), make_embedder),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             min_size=1, max_size=most, initial_size=min(room, most), max_tasks_in_flight_per_actor=1
@@ -116,16 +122,16 @@ class _Actor:
     """Holds the encoder on a node of the cluster.
 
     Args:
-        jobs: All shards, in the object store.
+        jobs: The shards by their numbers, in the object store.
         make_embedder: Opens the encoder.
     """
 
     def __init__(self, jobs: Any, make_embedder: Callable[[], ShardEmbedder]) -> None:
         import ray
 
-        self.jobs: list[ShardJob] = ray.get(jobs)
+        self.jobs: dict[int, ShardJob] = ray.get(jobs)
         self.embedder = make_embedder()
-        remove_leftovers_of(self.jobs)
+        remove_leftovers_of(list(self.jobs.values()))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         number, fatal = int(batch["number"][0]), ""

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm2clip.data.parquet_parts import RowGroups
 from llm2clip.data.shards import source_checksum
 from llm2clip.embedding.cache import EmbeddingCache
 from llm2clip.embedding.cache_files import MANIFEST, CacheError
-from llm2clip.embedding.sidecars import (
+from llm2clip.embedding.sidecar_files import (
     MANIFEST_SUFFIX,
     REMEDY,
     ROWS_SUFFIX,
-    Sidecar,
     SidecarManifest,
     manifest_paths,
     shard_stem,
 )
+from llm2clip.embedding.sidecars import Sidecar, gaps
 from llm2clip.utils.files import sha256
 from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.settings import setting
@@ -66,15 +67,16 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     if not manifests:
         raise FileNotFoundError(f"{folder} contains no embeddings: neither {MANIFEST} nor *{MANIFEST_SUFFIX}.")
     faults: list[str] = []
-    captions = 0
+    read: dict[Path, SidecarManifest] = {}
     with progress_bar("Verifying shards", len(manifests), "shard") as bar:
         for path in manifests:
             try:
-                captions += _verify(path, config.sources)
+                read[path] = SidecarManifest.read(path)
+                _verify(path, read[path], config.sources)
             except (CacheError, OSError) as error:
                 faults.append(str(error))
             bar.update(advance=1)
-    faults += _without_manifest(folder)
+    faults += _without_manifest(folder, read)
     for path in sorted(folder.rglob(f".*{SUFFIX_START}*.tmp")):
         logger.warning("%s is what a run has not finished: it still writes it, or was killed.", path)
     for fault in faults[:SHOWN]:
@@ -85,24 +87,23 @@ def run(config: VerifyConfig) -> dict[str, Any]:
             f"{len(faults)} faults in the {len(manifests)} sidecars of {folder}{more}. Delete the files they name "
             f"and {REMEDY}."
         )
-    return {"num_shards": len(manifests), "num_captions": captions}
+    return {"num_shards": len(manifests), "num_captions": sum(manifest.captions for manifest in read.values())}
 
 
-def _verify(path: Path, with_source: bool) -> int:
-    """Compare a sidecar, and its shard if that lies beside it, with a manifest; return the number of its captions.
+def _verify(path: Path, manifest: SidecarManifest, with_source: bool) -> None:
+    """Compare a sidecar, and its shard if that lies beside it, with a manifest.
 
     Raises:
         CacheError: They differ.
     """
-    manifest = SidecarManifest.read(path)
     rows = path.with_name(path.name.removesuffix(MANIFEST_SUFFIX) + ROWS_SUFFIX)
     sidecar = Sidecar(rows, manifest)
     _compare(rows, "the sidecar", sha256(rows), manifest.checksum)
     sidecar.check_finite()
     source = path.with_name(manifest.source)
     if with_source and source.is_file() and manifest.source_checksum is not None:
-        _compare(source, "the shard", str(source_checksum(str(source))), manifest.source_checksum)
-    return len(sidecar)
+        found = source_checksum(str(source), manifest.row_groups)
+        _compare(source, "the shard", str(found), manifest.source_checksum)
 
 
 def _compare(path: Path, name: str, found: str, expected: str) -> None:
@@ -110,14 +111,24 @@ def _compare(path: Path, name: str, found: str, expected: str) -> None:
         raise CacheError(f"{name} {path} has changed since it was embedded: its checksum is not that of the manifest.")
 
 
-def _without_manifest(folder: Path) -> Iterator[str]:
-    """Name the sidecars without a manifest, and the shards without a sidecar in folders where others have one."""
+def _without_manifest(folder: Path, read: Mapping[Path, SidecarManifest]) -> Iterator[str]:
+    """Name the sidecars without a manifest, and in folders where others have one the shards and parts without.
+
+    Args:
+        read: The manifests that can be read.
+    """
     for parent in sorted({path.parent for path in manifest_paths(folder)}):
         embedded = {path.name.removesuffix(MANIFEST_SUFFIX) for path in parent.glob(f"*{MANIFEST_SUFFIX}")}
-        kinds = {path.suffix for path in parent.iterdir() if shard_stem(path.name) in embedded}
+        parts: dict[str, list[RowGroups | None]] = {}
+        for path, manifest in read.items():
+            if path.parent == parent:
+                parts.setdefault(manifest.source, []).append(manifest.row_groups)
+        for source, found in parts.items():
+            yield from gaps(str(parent / source), sorted(found, key=lambda part: part or ()))
+        kinds = {Path(source).suffix for source in parts}
         for path in sorted(parent.iterdir()):
             if path.name.endswith(ROWS_SUFFIX):
                 if path.name.removesuffix(ROWS_SUFFIX) not in embedded:
                     yield f"{path} has no manifest: it was not finished."
-            elif path.suffix in kinds and shard_stem(path.name) not in embedded:
+            elif path.suffix in kinds and shard_stem(path.name) not in embedded and path.name not in parts:
                 yield f"{path} has no sidecar."

@@ -1,0 +1,224 @@
+"""Files of embeddings beside their shards: for each file of a streamed source, its embeddings and a manifest.
+
+`00000.tar` has `00000.emb.safetensors`, with the tensors `embeddings` and `keys` of a shard of the cache (see
+`cache_files`), and `00000.emb.manifest`, in JSON, which is written last: a shard is embedded when its manifest is
+valid. The parts of a large parquet file have the numbers of their row groups in the name:
+`large.00000-00008.emb.manifest`. No list of all captions exists anywhere.
+"""
+
+from __future__ import annotations
+
+import glob
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from llm2clip.data.parquet_parts import RowGroups
+from llm2clip.data.shards import SourceShard, source_size
+from llm2clip.data.sources import COMPRESSIONS
+from llm2clip.embedding.cache_files import CacheDamagedError, CacheError, CacheManifest, CacheMismatchError
+from llm2clip.utils.files import read_json, replace, temporary_path, write_json
+
+FORMAT = "llm2clip-embedding-sidecar"
+FORMAT_VERSION = 1
+# Fields that only the manifests of parts need.
+LATER = frozenset({"part"})
+# Neither name contains the ending of a shard, by which `datasets` would take it for data.
+ROWS_SUFFIX, MANIFEST_SUFFIX = ".emb.safetensors", ".emb.manifest"
+REMEDY = "run `llm2clip embed` on the source again, which only computes what is missing"
+
+
+@dataclass(frozen=True)
+class SidecarManifest:
+    """The manifest of a sidecar.
+
+    Attributes:
+        encoder: The fields of [`CacheManifest`] that an embedding depends on, and the name of the text encoder.
+        source: File name of the shard.
+        source_bytes, source_checksum: Size of the shard, and its SHA-256; for a remote one what its file system
+            states, or None.
+        caption_columns: Columns whose captions were embedded.
+        rows: Rows of the shard.
+        captions: Distinct captions, the rows of the sidecar.
+        truncated: Captions that were longer than the encoder's `max_length`.
+        reused: Captions whose embeddings were copied from an existing cache.
+        bytes, checksum: Size of the sidecar, and its SHA-256.
+        part: Of a part of a parquet file the fields of [`RowGroups`]; `rows` and `source_checksum` are then those of
+            the part.
+    """
+
+    encoder: dict[str, Any]
+    source: str
+    source_bytes: int
+    source_checksum: str | None
+    caption_columns: list[str]
+    rows: int
+    captions: int
+    truncated: int
+    reused: int
+    bytes: int
+    checksum: str
+    part: dict[str, int] | None = None
+
+    def write(self, path: Path) -> None:
+        """Write the manifest, after its sidecar."""
+        write_json(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
+
+    @classmethod
+    def read(cls, path: Path) -> SidecarManifest:
+        """Read a manifest.
+
+        Raises:
+            FileNotFoundError: There is none.
+            CacheDamagedError: It cannot be read, or lacks a field.
+            CacheError: It has another format or version.
+        """
+        try:
+            values = read_json(path)
+        except ValueError as error:
+            raise CacheDamagedError(f"{str(error).rstrip('.')}; delete it and {REMEDY}.") from error
+        if (values.get("format"), values.get("format_version")) != (FORMAT, FORMAT_VERSION):
+            raise CacheError(
+                f"{path} is not the manifest of a sidecar of version {FORMAT_VERSION}: its format is "
+                f"{values.get('format')!r}, version {values.get('format_version')!r}."
+            )
+        names = {field.name for field in fields(cls)}
+        if missing := names - set(values) - LATER:
+            raise CacheDamagedError(f"{path} lacks {', '.join(sorted(missing))}; delete it and {REMEDY}.")
+        manifest = cls(**{name: values[name] for name in names & set(values)})
+        try:
+            manifest.cache_manifest(), manifest.row_groups
+        except TypeError as error:
+            raise CacheDamagedError(
+                f"{path} does not describe an encoder or a part ({error}); delete it and {REMEDY}."
+            ) from None
+        return manifest
+
+    @property
+    def row_groups(self) -> RowGroups | None:
+        """The part of a parquet file, or None for a whole file."""
+        return None if self.part is None else RowGroups(**self.part)
+
+    def cache_manifest(self) -> CacheManifest:
+        """Return the manifest of a complete cache with this shard alone."""
+        return CacheManifest(**self.encoder, status="complete", shards=[self.captions])
+
+
+class SidecarFolder:
+    """The sidecars of the shards of a source, in the folder of the shards or in one with the same names.
+
+    Args:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def rows_path(self, shard: SourceShard) -> Path:
+        """Return the path of the sidecar of a shard."""
+        return self.folder / f"{stem_of(shard)}{ROWS_SUFFIX}"
+
+    def manifest_path(self, shard: SourceShard) -> Path:
+        """Return the path of the manifest of a shard's sidecar."""
+        return self.folder / f"{stem_of(shard)}{MANIFEST_SUFFIX}"
+
+    def parts(self, shard: SourceShard) -> list[SourceShard]:
+        """Return the parts of a file that have manifests, in their order; the file itself if that has one, or none.
+
+        Raises:
+            CacheError: A manifest is damaged or of another version.
+        """
+        whole = shard._replace(part=None)
+        if self.manifest_path(whole).is_file():
+            return [whole]
+        stem = posixpath.basename(shard_stem(shard.name))
+        found = self.manifest_path(whole).parent.glob(f"{glob.escape(stem)}.*-*{MANIFEST_SUFFIX}")
+        names = re.compile(rf"{re.escape(stem)}\.\d+-\d+{re.escape(MANIFEST_SUFFIX)}")
+        parts = [SidecarManifest.read(path).row_groups for path in found if names.fullmatch(path.name)]
+        return [whole._replace(part=part) for part in sorted(part for part in parts if part)]
+
+    def paths(self, shard: SourceShard) -> list[Path]:
+        """Return the paths of all files of a shard."""
+        return [self.rows_path(shard), self.manifest_path(shard)]
+
+    @contextmanager
+    def temporary(self, shard: SourceShard) -> Iterator[Path]:
+        """Yield the path of a new file, for the sidecar of a shard; see [`SidecarFolder.publish`]."""
+        with temporary_path(self.rows_path(shard)) as temporary:
+            yield temporary
+
+    def publish(self, shard: SourceShard, temporary: Path, manifest: SidecarManifest) -> bool:
+        """Let a sidecar that is written appear, and then its manifest, without which a shard counts as missing.
+
+        Returns:
+            Whether they belong together. They do not if another run has replaced the sidecar meanwhile; then there is
+            no manifest.
+        """
+        rows, described = self.rows_path(shard), self.manifest_path(shard)
+        own = temporary.stat()
+        described.unlink(missing_ok=True)
+        replace(temporary, rows)
+        manifest.write(described)
+        try:
+            found = rows.stat()
+        except FileNotFoundError:
+            found = None
+        if found is not None and (found.st_ino, found.st_mtime_ns) == (own.st_ino, own.st_mtime_ns):
+            return True
+        described.unlink(missing_ok=True)
+        return False
+
+    def is_embedded(self, shard: SourceShard, encoder: CacheManifest, columns: Sequence[str]) -> bool:
+        """Tell whether a shard has a whole sidecar with the captions of these columns.
+
+        Raises:
+            CacheMismatchError: Another encoder made it.
+        """
+        try:
+            manifest = SidecarManifest.read(self.manifest_path(shard))
+            whole = self.rows_path(shard).stat().st_size == manifest.bytes
+        except (FileNotFoundError, CacheDamagedError):
+            return False
+        if manifest.source != posixpath.basename(shard.name):
+            raise CacheMismatchError(
+                f"{self.manifest_path(shard)} belongs to {manifest.source}, and {shard.name} would have the same. Set "
+                "another output_dir."
+            )
+        for name, value in encoder.identity().items():
+            if manifest.encoder.get(name) != value:
+                raise CacheMismatchError(
+                    f"{self.manifest_path(shard)} was made by {manifest.encoder.get('text_model_name')} with {name} "
+                    f"{manifest.encoder.get(name)!r}, but this run has {name} {value!r} ({encoder.encoder}). Choose "
+                    "another output_dir, or delete the sidecars to start again."
+                )
+        return (
+            whole
+            and manifest.part == part_fields(shard)
+            and manifest.source_bytes == source_size(shard.path)
+            and set(columns) <= set(manifest.caption_columns)
+        )
+
+
+def stem_of(shard: SourceShard) -> str:
+    """Return what the names of the files of a shard or part begin with."""
+    return shard_stem(shard.name) + ("" if shard.part is None else shard.part.suffix)
+
+
+def part_fields(shard: SourceShard) -> dict[str, int] | None:
+    """Return what the manifest of a shard says about its part."""
+    return None if shard.part is None else shard.part._asdict()
+
+
+def shard_stem(name: str) -> str:
+    """Return the name of a shard without its ending."""
+    stem, suffix = posixpath.splitext(name)
+    return posixpath.splitext(stem)[0] if suffix in COMPRESSIONS else stem
+
+
+def manifest_paths(folder: Path) -> Iterator[Path]:
+    """Yield the manifests of the sidecars below a folder."""
+    return folder.rglob(f"*{MANIFEST_SUFFIX}")
