@@ -144,7 +144,7 @@ def test_one_and_two_ranks_have_the_same_batches_of_one_source() -> None:
 
 
 def test_a_source_smaller_than_a_global_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Source 2 of 2 has 7 rows, .* of 8, .* Use mixing: all_sources"):
+    with pytest.raises(ValueError, match=r"Source 2 of 2 has 7 rows, .* of 8, .* Use mixing: proportional"):
         OneSourceBatchSampler(Sources(41, 7), 4, num_replicas=2)
     with pytest.raises(ValueError, match="drop_last=False needs a single rank"):
         OneSourceBatchSampler(Sources(41, 7), 4, num_replicas=2, drop_last=False)

@@ -54,6 +54,8 @@ class CaptionRows(ConcatenatedTables):
             if source.streaming:
                 raise ValueError(f"{source.path} is set to streaming; use StreamingCaptionImageDataset.")
         self.make_sample = make_sample
+        # Whether row numbers name the rows of several data sets.
+        self.is_one_of_several = False
         super().__init__([load_source(source, with_images) for source in self.sources])
         self.columns = [source_columns(*pair, with_images) for pair in zip(self.sources, self.tables, strict=True)]
 
@@ -61,7 +63,8 @@ class CaptionRows(ConcatenatedTables):
         column = self.columns[number].key
         if column is not None and row[column] is not None:
             return str(row[column])
-        return str(position) if len(self.sources) == 1 else f"{self.sources[number].path}:{position}"
+        alone = len(self.sources) == 1 and not self.is_one_of_several
+        return str(position) if alone else f"{self.sources[number].path}:{position}"
 
     def __getitem__(self, index: SampleIndex | int) -> Any:
         epoch, position, number, offset = self.locate(index)

@@ -131,6 +131,10 @@ class SampleStream(IterableDataset):
         """
         return OneSource()
 
+    def finished(self, source: int, sample: Any) -> Any:
+        """Return the sample of a source as it is yielded."""
+        return sample
+
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -158,7 +162,7 @@ class SampleStream(IterableDataset):
         for source in schedule.sources(rows):
             if (sample := next(samples[source], self)) is self:
                 return
-            yield sample
+            yield self.finished(source, sample)
 
     def _add_earlier(self, plans: Sequence[RowPlan | None], place: Place) -> None:
         """Tell the plans what was read with earlier layouts."""

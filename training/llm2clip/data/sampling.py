@@ -195,8 +195,8 @@ class OneSourceBatchSampler(EpochBatchSampler):
         if drop_last and min(sizes) < self.global_batch_size:
             raise ValueError(
                 f"Source {sizes.index(min(sizes)) + 1} of {len(sizes)} has {min(sizes)} rows, fewer than one global "
-                f"batch of {self.global_batch_size}, and each batch comes from one source. Use mixing: all_sources or "
-                "a smaller batch size."
+                f"batch of {self.global_batch_size}, and each batch comes from one source. Use mixing: proportional "
+                "or a smaller batch size."
             )
 
     def __len__(self) -> int:

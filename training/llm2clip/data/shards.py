@@ -74,6 +74,9 @@ class ShardedSource:
     Args:
         source: A source with `streaming`, of one split and without `max_samples`.
 
+    Attributes:
+        opened: Its table, with all columns.
+
     Raises:
         FileNotFoundError, SourceError: The source cannot be read, or is not a list of files.
     """
@@ -89,6 +92,7 @@ class ShardedSource:
                 f"{source.path} (split {source.split}) is not a list of files, which embeddings could lie beside. Use "
                 "webdataset tars or parquet, json or csv files, and one split; or embed into a cache (store: cache)."
             )
+        self.opened = opened
         self.source, self._table, self._is_webdataset = source, table, opened.is_webdataset
         self.shards = name_shards(source.path, opened.files)
 

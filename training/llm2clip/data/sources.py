@@ -103,6 +103,10 @@ class CaptionSource(Source):
         key_column: Column that identifies a row in messages. By default `key` or `__key__`, else the row number.
         streaming: Read the data as a stream instead of preparing a local copy.
         max_samples: Use only the first rows.
+        weight: Share of the rows (`mixing: weights`) or steps (`one_source_per_step`) of stage 2, relative to the
+            other sources. Set it for all sources or for none.
+        embedding_cache: Folder of the embeddings of this source in stage 2, a cache or sidecars; by default the
+            `embedding_cache` of the run.
 
     Raises:
         ValueError: If a field has an invalid value.
@@ -113,6 +117,8 @@ class CaptionSource(Source):
     caption_weights: list[float] | None = None
     key_column: str | None = None
     streaming: bool = False
+    weight: float | None = None
+    embedding_cache: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,6 +132,8 @@ class CaptionSource(Source):
             )
         if weights is not None and (min(weights) < 0 or sum(weights) <= 0):
             raise ValueError(f"caption_weights of {self.path} must be non-negative and not all 0, but are {weights}.")
+        if self.weight is not None and self.weight <= 0:
+            raise ValueError(f"The weight of {self.path} must be positive, not {self.weight}.")
 
 
 class Columns(NamedTuple):

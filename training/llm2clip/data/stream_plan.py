@@ -212,7 +212,7 @@ class RowPlan:
     def __init__(self, row_counts: Sequence[int], seed: int, shuffle: bool = True, first_epoch: int = 0) -> None:
         self.row_counts, self.seed, self.shuffle, self.first_epoch = list(row_counts), seed, shuffle, first_epoch
         self.earlier: list[Segment] = []
-        self._parts = functools.lru_cache(maxsize=4)(self._find_parts)
+        self._parts = functools.lru_cache(maxsize=2)(self._find_parts)
 
     def parts(self, epoch: int, depth: int | None = None) -> list[Part]:
         """Return what is left of an epoch after the first `depth` segments, by default all of them."""

@@ -11,28 +11,19 @@ from typing import Any
 from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 
 from llm2clip.data import (
-    CaptionImageDataset,
     CaptionSource,
-    EvalTransform,
     SkipLog,
     Stage2Collator,
-    StreamingCaptionImageDataset,
-    TrainTransform,
 )
-from llm2clip.data.sources import open_source
-from llm2clip.data.transforms import output_size
 from llm2clip.embedding.cache_of_model import describe_text_tower_of_cache
-from llm2clip.embedding.sidecars import SourceSidecars
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.trainers.checkpoints import resume_point
-from llm2clip.trainers.frozen_layers import FrozenLayers
-from llm2clip.trainers.frozen_states import FrozenStatesDataset
 from llm2clip.trainers.frozen_towers import open_stored_pairs
 from llm2clip.trainers.pushing import check_pushing
-from llm2clip.trainers.row_counts import count_stream
 from llm2clip.trainers.run_folder import stage_command
 from llm2clip.trainers.stage2_captions import open_captions
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Config
+from llm2clip.trainers.stage2_data import build_dataset
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from llm2clip.trainers.stored_pairs import collate_stored
 from llm2clip.trainers.warm_start import first_history, run_first_part, second_part
@@ -75,7 +66,7 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
         require(config, ["vision_model_name_or_path", "text_model_name_or_path"])
         image_processor_name = config.vision_model_name_or_path
         text_config, tokenizer = describe_text_tower_of_cache(
-            config.text_model_name_or_path, config.text_model_revision, config.embedding_cache
+            config.text_model_name_or_path, config.text_model_revision, next(iter(config.caches), None)
         )
         model = LLM2CLIPModel.from_vision_text_pretrained(
             config.vision_model_name_or_path,
@@ -101,52 +92,6 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     return model, LLM2CLIPProcessor(image_processor, tokenizer)
 
 
-def build_dataset(
-    config: Stage2Config, model: LLM2CLIPModel, image_processor: Any, sidecars: SourceSidecars | None = None
-) -> tuple[Any, FrozenLayers | None]:
-    """Load the training set, and the frozen layers of the vision tower, if any.
-
-    Args:
-        sidecars: The embeddings of a streamed source, if they lie in sidecars.
-
-    Raises:
-        ValueError: A streamed source is not the only one, or is combined with stored states.
-    """
-    sources = [CaptionSource.from_dict(source) for source in config.sources]
-    evaluation = EvalTransform(image_processor, config.image_backend)
-    training = TrainTransform(image_processor, scale=(config.crop_scale[0], config.crop_scale[1]))
-    options: dict[str, Any] = {
-        "seed": config.sampling_seed, "on_error": config.on_error, "max_pixels": config.max_pixels,
-    }  # fmt: skip
-    frozen = None
-    if config.freeze_vision_layers:
-        frozen = FrozenLayers(model.vision_model, config.freeze_vision_layers, output_size(image_processor))
-    if any(source.streaming for source in sources):
-        if len(sources) > 1 or config.frozen_states_dir:
-            raise ValueError("a streamed source must be the only one, and cannot be combined with frozen_states_dir.")
-        options |= {"rank": config.process_index, "world_size": config.world_size, "repeat": True}
-        opened = open_source(sources[0])
-        if sidecars is None and sources[0].max_samples is None:
-            place = config.process_index, config.world_size
-            options["row_counts"] = count_stream(sources[0].path, opened.files, *place)
-        options |= {"shuffle_buffer": config.shuffle_buffer, "embeddings": sidecars, "opened": opened}
-        return StreamingCaptionImageDataset(sources[0], evaluation, training, **options), frozen
-    if not config.frozen_states_dir:
-        return CaptionImageDataset(sources, evaluation, training, **options), frozen
-    assert frozen is not None
-    model.vision_model.to(config.device)
-    dataset = FrozenStatesDataset(
-        captions=CaptionImageDataset(sources, None, **options),
-        images=CaptionImageDataset(sources, evaluation, **options),
-        frozen=frozen,
-        image_processor=image_processor,
-        folder=config.frozen_states_dir,
-        batch_size=config.per_device_eval_batch_size,
-        num_workers=config.dataloader_num_workers,
-    )
-    return dataset, frozen
-
-
 def run(config: Stage2Config, resume: bool = False) -> dict[str, Any]:
     """Train a model with stage 2, or resume from the newest checkpoint, and save it in `config.output_dir`.
 
@@ -169,7 +114,7 @@ def run(config: Stage2Config, resume: bool = False) -> dict[str, Any]:
 @stage_command("sources")
 def _run(config: Stage2Config, checkpoint: str | None) -> dict[str, Any]:
     """Run one part; return its `metrics` and its log, `history`."""
-    if (config.embedding_cache is not None) == config.online_text_model:
+    if bool(config.caches) == config.online_text_model or None in config.caches:
         raise ValueError("give either embedding_cache (from `llm2clip embed`) or online_text_model: true.")
     check_pushing(config, config.text_model_name_or_path, not config.bundle_text_model, True)
     trainer = build_trainer(config)
@@ -198,7 +143,7 @@ def build_trainer(config: Stage2Config) -> Stage2Trainer:
         dataset: Any = open_stored_pairs(config, model, image_processor, captions.require_cache(), retrieval.values())
         collator, frozen = collate_stored, None
     else:
-        dataset, frozen = build_dataset(config, model, image_processor, captions.sidecars)
+        dataset, frozen = build_dataset(config, model, image_processor, captions)
     return Stage2Trainer(
         model=model,
         args=config,

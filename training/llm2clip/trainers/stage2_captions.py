@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm2clip.data import CaptionSource, caption_batches
 from llm2clip.data.shards import ShardedSource
+from llm2clip.data.sources import OpenedTable
 from llm2clip.embedding import CacheManifest, CaptionEmbedder, EmbeddingCache, MissingCaptionError
 from llm2clip.embedding.cache_of_model import open_cache_of_model, open_sidecars_of_model
 from llm2clip.embedding.sidecars import SourceSidecars, is_sidecar_folder
@@ -20,27 +21,42 @@ from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
 
 @dataclass(frozen=True)
+class SourceCaptions:
+    """The caption embeddings of a source.
+
+    Attributes:
+        lookup: Where its samples look them up one by one; None if they come with its rows, or with whole batches.
+        sidecars: Its sidecars, if it has any.
+        opened: Its table, if it is open.
+    """
+
+    lookup: EmbeddingCache | None = None
+    sidecars: SourceSidecars | None = None
+    opened: OpenedTable | None = None
+
+
+@dataclass(frozen=True)
 class Stage2Captions:
     """The caption embeddings of a run.
 
     Attributes:
         embed: Maps captions of retrieval sets to the embeddings of the LLM.
-        cache: The cache of the training set, if there is one.
-        sidecars: The sidecars of the training set, if there are any.
+        sources: The embeddings of each source.
+        cache: The cache of all sources, if they have one.
     """
 
     embed: Callable[[list[str]], Tensor]
+    sources: Sequence[SourceCaptions]
     cache: EmbeddingCache | None = None
-    sidecars: SourceSidecars | None = None
 
     def require_cache(self) -> EmbeddingCache:
         """Return the cache.
 
         Raises:
-            ValueError: The embeddings are in sidecars.
+            ValueError: The embeddings are in sidecars, or in several caches.
         """
         if self.cache is None:
-            raise ValueError("frozen towers read a random-access cache; embed the captions with store: cache.")
+            raise ValueError("frozen towers read one random-access cache; embed the captions with store: cache.")
         return self.cache
 
 
@@ -55,42 +71,62 @@ def open_captions(
     Raises:
         CacheError: They were made by another encoder, or are incomplete or damaged.
         MissingCaptionError: They lack captions of a retrieval set or of the training set.
+        ValueError: Sidecars are not those of a stream, or the dtypes of several stores differ.
     """
-    if config.embedding_cache is None:
+    sources = [CaptionSource.from_dict(source) for source in config.sources]
+    if not config.caches:
         embedder = CaptionEmbedder(model.text_model, processor)
-        return Stage2Captions(partial(embedder.embed, show_progress_bar=False))
-    if not is_sidecar_folder(config.embedding_cache):
-        cache = _open_cache(config, config.embedding_cache, model, processor, retrieval)
-        if config.verify_cache:
-            cache.check_finite(config.process_index, config.world_size)
-            for source in map(CaptionSource.from_dict, config.sources):
-                if not source.streaming:
-                    _refuse_missing_captions(cache, source, config.process_index, config.world_size)
-        return Stage2Captions(cache.lookup, cache)
-    sidecars = _open_sidecars(config, model, processor)
-    if config.eval_embedding_cache is not None:
-        measured = _open_cache(config, config.eval_embedding_cache, model, processor, retrieval)
-        return Stage2Captions(measured.lookup, sidecars=sidecars)
-    if retrieval:
-        raise ValueError(
-            f"{config.embedding_cache} contains sidecars, which only a stream reads. Embed the captions of "
-            "eval_sources into a cache (`llm2clip embed`, store: cache), and set eval_embedding_cache to it."
-        )
-    return Stage2Captions(_no_retrieval, sidecars=sidecars)
+        online = partial(embedder.embed, show_progress_bar=False)
+        return Stage2Captions(online, [SourceCaptions() for _ in sources])
+    folders = cast(list[str], config.caches)
+    caches: dict[str, EmbeddingCache] = {}
+    for folder in dict.fromkeys(folders):
+        if not is_sidecar_folder(folder):
+            caches[folder] = _open_cache(config, folder, model, processor)
+    stored = [
+        _open_sidecars(config, folder, source, model, processor)
+        if folder not in caches
+        else SourceCaptions(caches[folder])
+        for folder, source in zip(folders, sources, strict=True)
+    ]
+    _refuse_other_dtypes(folders, stored)
+    embed = _open_measured(config, caches, model, processor, retrieval)
+    if config.verify_cache:
+        for folder, cache in caches.items():
+            used = [source for source, own in zip(sources, folders, strict=True) if own == folder]
+            _verify(config, cache, used)
+    if len(caches) == 1 and not any(found.sidecars for found in stored):
+        # One look-up for a whole batch is faster.
+        return Stage2Captions(embed, [SourceCaptions() for _ in sources], next(iter(caches.values())))
+    return Stage2Captions(embed, stored)
 
 
-def _open_cache(
-    config: Stage2Config,
-    path: str,
-    model: LLM2CLIPModel,
-    processor: LLM2CLIPProcessor,
-    retrieval: Mapping[str, ImageTextRetrieval],
-) -> EmbeddingCache:
-    """Open a cache that contains the captions of the retrieval sets."""
+def _open_cache(config: Stage2Config, path: str, model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> EmbeddingCache:
     is_trained = config.model_name_or_path is not None
     model_config = cast(LLM2CLIPConfig, model.config)
     cache = open_cache_of_model(path, model_config, processor.tokenizer, is_trained=is_trained, verify=False)
     _refuse_other_width(path, cache.manifest, model)
+    return cache
+
+
+def _open_measured(
+    config: Stage2Config,
+    caches: Mapping[str, EmbeddingCache],
+    model: LLM2CLIPModel,
+    processor: LLM2CLIPProcessor,
+    retrieval: Mapping[str, ImageTextRetrieval],
+) -> Callable[[list[str]], Tensor]:
+    """Open the cache that contains the captions of the retrieval sets."""
+    path = config.eval_embedding_cache or config.embedding_cache
+    if config.eval_embedding_cache is None and path not in caches:
+        if retrieval:
+            raise ValueError(
+                f"{path or 'the embedding_cache of a source'} contains sidecars or is not for eval_sources. Embed the "
+                "captions of eval_sources into a cache (`llm2clip embed`, store: cache), and set eval_embedding_cache "
+                "to it."
+            )
+        return _no_retrieval
+    cache = caches.get(str(path)) or _open_cache(config, str(path), model, processor)
     for name, measured in retrieval.items():
         missing = (~cache.contains(measured.captions)).sum()
         if missing:
@@ -98,29 +134,51 @@ def _open_cache(
                 f"the cache {path} lacks {missing} of the {len(measured.captions)} captions of eval_sources {name!r}; "
                 "run `llm2clip embed` on that source too."
             )
-    return cache
+    return cache.lookup
 
 
-def _open_sidecars(config: Stage2Config, model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> SourceSidecars:
-    sources = [CaptionSource.from_dict(source) for source in config.sources]
-    if len(sources) != 1 or not sources[0].streaming:
+def _open_sidecars(
+    config: Stage2Config, folder: str, source: CaptionSource, model: LLM2CLIPModel, processor: LLM2CLIPProcessor
+) -> SourceCaptions:
+    if not source.streaming:
         raise ValueError(
-            f"{config.embedding_cache} contains sidecars, which a single source with streaming: true reads. Embed "
-            "other sources with store: cache."
+            f"{folder} contains sidecars, which only a source with streaming: true reads. Embed {source.path} into a "
+            "cache (`llm2clip embed`, store: cache), and set its embedding_cache to that."
         )
-    source = _drawn(sources[0])
-    folder, shards = str(config.embedding_cache), ShardedSource(source).shards
-    model_config = cast(LLM2CLIPConfig, model.config)
+    source = _drawn(source)
+    opened = ShardedSource(source)
     sidecars = open_sidecars_of_model(
         folder,
-        shards,
+        opened.shards,
         source.caption_columns,
-        model_config,
+        cast(LLM2CLIPConfig, model.config),
         processor.tokenizer,
         is_trained=config.model_name_or_path is not None,
     )
     _refuse_other_width(folder, sidecars.open(0).manifest, model)
-    return sidecars
+    return SourceCaptions(sidecars=sidecars, opened=opened.opened)
+
+
+def _refuse_other_dtypes(folders: Sequence[str], stored: Sequence[SourceCaptions]) -> None:
+    """Raise an error if the embeddings of a batch would have several dtypes."""
+    dtypes = {}
+    for folder, found in zip(folders, stored, strict=True):
+        manifest = found.lookup.manifest if found.lookup is not None else None
+        if found.sidecars is not None:
+            manifest = found.sidecars.open(0).manifest
+        assert manifest is not None
+        dtypes[manifest.dtype] = folder
+    if len(dtypes) > 1:
+        shown = ", ".join(f"{folder} has {dtype}" for dtype, folder in dtypes.items())
+        raise ValueError(f"the embeddings of all sources need the same dtype, but {shown}; embed one of them again.")
+
+
+def _verify(config: Stage2Config, cache: EmbeddingCache, sources: Sequence[CaptionSource]) -> None:
+    """Check that a cache is undamaged and contains the captions of the sources that use it; a stream's are skipped."""
+    cache.check_finite(config.process_index, config.world_size)
+    for source in sources:
+        if not source.streaming:
+            _refuse_missing_captions(cache, source, config.process_index, config.world_size)
 
 
 def _refuse_other_width(path: str, manifest: CacheManifest, model: LLM2CLIPModel) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from transformers import SchedulerType
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, ImageBackend, OnError
+from llm2clip.data.mixing import Mixing
 from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig
 from llm2clip.utils.settings import setting
 
@@ -38,12 +39,13 @@ class Stage2Config(ContrastiveConfig, StageConfig):
         None, "Image processor: Hub id or folder; unset: that of the vision tower."
     )
     sources: list[dict[str, Any]] = setting(
-        [], "Training data: a list of CaptionSource mappings. A streamed source must be the only one."
+        [], "Training data: a list of CaptionSource mappings, streams and others together."
     )
-    mixing: Literal["one_source", "all_sources"] = setting(
-        "one_source",
-        "Batches of several sources. one_source: the rows of a step come from one of them, in proportion to their "
-        "sizes, as in the original code; all_sources: from all of them, each other's negatives.",
+    mixing: Mixing = setting(
+        "one_source_per_step",
+        "Batches of several sources. one_source_per_step: the rows of a step come from one of them, in proportion to "
+        "their sizes, as in the original code, or by their weights; proportional: from all of them, each other's "
+        "negatives, every row once in an epoch; weights: from all of them, each row's source drawn by weight.",
     )
     eval_sources: dict[str, Any] = setting(
         {}, "Image-text retrieval sets to evaluate: a mapping from a name to CaptionSource fields."
@@ -51,10 +53,10 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     embedding_cache: str | None = setting(
         None,
         "Folder of precomputed caption embeddings, made by `llm2clip embed`: a cache, or the sidecars of a streamed "
-        "source (its own folder, if they lie beside its shards).",
+        "source (its own folder, if they lie beside its shards). A source may have its own embedding_cache.",
     )
     eval_embedding_cache: str | None = setting(
-        None, "Cache with the captions of eval_sources, if embedding_cache contains sidecars."
+        None, "Cache with the captions of eval_sources; unset: embedding_cache, unless that contains sidecars."
     )
     verify_cache: bool = setting(True, "Check before training that the cache is undamaged and contains every caption.")
     online_text_model: bool = setting(False, "Run the frozen LLM in training instead of reading an embedding cache.")
@@ -163,7 +165,15 @@ class Stage2Config(ContrastiveConfig, StageConfig):
 
     @property
     def streams(self) -> bool:
-        return any(source.get("streaming") for source in self.sources)
+        several = len(self.sources) > 1
+        drawn = self.mixing == "weights" or any(source.get("weight") is not None for source in self.sources)
+        return any(source.get("streaming") for source in self.sources) or (several and drawn)
+
+    @property
+    def caches(self) -> list[str | None]:
+        """The folder of each source's embeddings; empty if there are none."""
+        found = [source.get("embedding_cache") or self.embedding_cache for source in self.sources]
+        return found if any(found) else []
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,6 +188,8 @@ class Stage2Config(ContrastiveConfig, StageConfig):
         if self.warm_start and (self.freeze_vision == "all" or self.online_text_model):
             raise ValueError("warm_start is for a run that trains the vision tower with an embedding_cache.")
         stored = self.freeze_vision == "all" or self.warm_start
+        if stored and len(self.sources) > 1 and any(source.get("weight") is not None for source in self.sources):
+            raise ValueError("freeze_vision: all, and warm_start, mix sources without weights; remove them.")
         if not stored and (self.feature_cache or self.feature_views > 1):
             raise ValueError("feature_cache and feature_views need freeze_vision: all, or warm_start.")
         if self.standardize_features and not stored:

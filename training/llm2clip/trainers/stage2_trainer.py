@@ -93,7 +93,7 @@ class Stage2Trainer(StageTrainer):
 
     def batch_sampler(self) -> EpochBatchSampler:
         several = len(getattr(self.train_dataset, "starts", ())) > 2
-        if several and self.args.mixing == "one_source":
+        if several and self.args.mixing == "one_source_per_step":
             return self.make_sampler(OneSourceBatchSampler)
         return super().batch_sampler()
 

@@ -1,0 +1,98 @@
+"""The training set of stage 2, made of the sources of its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llm2clip.data import (
+    CaptionImageDataset,
+    CaptionSource,
+    EvalTransform,
+    StreamingCaptionImageDataset,
+    TrainTransform,
+)
+from llm2clip.data.mixed_stream import MixedStream, TableLane
+from llm2clip.data.sources import open_source
+from llm2clip.data.transforms import output_size
+from llm2clip.trainers.frozen_layers import FrozenLayers
+from llm2clip.trainers.frozen_states import FrozenStatesDataset
+from llm2clip.trainers.row_counts import count_stream
+from llm2clip.trainers.stage2_captions import SourceCaptions, Stage2Captions
+from llm2clip.trainers.stage2_config import Stage2Config
+from modeling_llm2clip import LLM2CLIPModel
+
+
+def build_dataset(
+    config: Stage2Config, model: LLM2CLIPModel, image_processor: Any, captions: Stage2Captions | None = None
+) -> tuple[Any, FrozenLayers | None]:
+    """Load the training set, and the frozen layers of the vision tower, if any.
+
+    Args:
+        captions: The embeddings of the sources.
+
+    Raises:
+        ValueError: A stream is combined with stored states, or the sources cannot be mixed as set.
+    """
+    sources = [CaptionSource.from_dict(source) for source in config.sources]
+    evaluation = EvalTransform(image_processor, config.image_backend)
+    training = TrainTransform(image_processor, scale=(config.crop_scale[0], config.crop_scale[1]))
+    options: dict[str, Any] = {
+        "seed": config.sampling_seed, "on_error": config.on_error, "max_pixels": config.max_pixels,
+    }  # fmt: skip
+    frozen = None
+    if config.freeze_vision_layers:
+        frozen = FrozenLayers(model.vision_model, config.freeze_vision_layers, output_size(image_processor))
+    if config.streams:
+        if config.frozen_states_dir:
+            raise ValueError("frozen_states_dir is for sources that are read in random order: no streams or weights.")
+        embeddings = [SourceCaptions()] * len(sources) if captions is None else captions.sources
+        return _stream(config, sources, embeddings, (evaluation, training), options), frozen
+    if not config.frozen_states_dir:
+        return CaptionImageDataset(sources, evaluation, training, **options), frozen
+    assert frozen is not None
+    model.vision_model.to(config.device)
+    dataset = FrozenStatesDataset(
+        captions=CaptionImageDataset(sources, None, **options),
+        images=CaptionImageDataset(sources, evaluation, **options),
+        frozen=frozen,
+        image_processor=image_processor,
+        folder=config.frozen_states_dir,
+        batch_size=config.per_device_eval_batch_size,
+        num_workers=config.dataloader_num_workers,
+    )
+    return dataset, frozen
+
+
+def _stream(
+    config: Stage2Config,
+    sources: Sequence[CaptionSource],
+    embeddings: Sequence[SourceCaptions],
+    transforms: tuple[EvalTransform, TrainTransform],
+    options: dict[str, Any],
+) -> StreamingCaptionImageDataset | MixedStream:
+    """Build one stream of all sources."""
+    place = {"rank": config.process_index, "world_size": config.world_size}
+    lanes: list[Any] = []
+    for source, found in zip(sources, embeddings, strict=True):
+        if not source.streaming:
+            lanes.append(TableLane(CaptionImageDataset(source, *transforms, **options), config.sampling_seed))
+            continue
+        opened = found.opened or open_source(source)
+        row_counts = None
+        if found.sidecars is None and source.max_samples is None:
+            row_counts = count_stream(source.path, opened.files, config.process_index, config.world_size)
+        more: dict[str, Any] = {"embeddings": found.sidecars, "row_counts": row_counts, "opened": opened}
+        more |= {"shuffle_buffer": config.shuffle_buffer, "repeat": True, **place}
+        lanes.append(StreamingCaptionImageDataset(source, transforms[0], transforms[1], **{**options, **more}))
+    if len(lanes) == 1:
+        return lanes[0]
+    return MixedStream(
+        lanes,
+        config.mixing,
+        [source.weight for source in sources],
+        [found.lookup for found in embeddings],
+        [config.shuffle_buffer * source.streaming for source in sources],
+        config.sampling_seed,
+        **place,
+    )
