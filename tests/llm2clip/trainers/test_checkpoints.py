@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from transformers import AutoTokenizer
 
 from llm2clip.trainers import checkpoints, run_stage1
 from llm2clip.trainers.checkpoints import finish_checkpoint, last_checkpoint
+from llm2clip.trainers.elastic import keep_global_batch
 from llm2clip.trainers.run_folder import stage_command
 from llm2clip.trainers.run_settings import SETTINGS
 from llm2clip.trainers.stage1_config import Stage1Config
@@ -203,3 +206,28 @@ def test_the_number_of_workers_counts_in_a_command_with_a_streamed_source(tmp_pa
     assert begin(tmp_path / "table", False, 1) is not None
     with pytest.raises(ValueError, match=r"other settings \(dataloader_num_workers: 0 -> 1\)"):
         begin(tmp_path / "stream", True, 1)
+
+
+def test_another_number_of_processes_keeps_the_batch_of_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run that two processes with 8 rows each began goes on alone, and so again."""
+    assert start(settings(tmp_path), resume=False) is None
+    save(tmp_path, 3)
+    stored = json.loads((tmp_path / SETTINGS).read_text())
+    (tmp_path / SETTINGS).write_text(json.dumps({**stored, "number of processes": 2}))
+    for _ in range(2):
+        args = settings(tmp_path)
+        assert args.per_device_train_batch_size == 8
+        with caplog.at_level("INFO"):
+            assert start(args, resume=True) is not None
+        assert args.per_device_train_batch_size == 16
+        assert "2 processes with 8 rows each until now, 1 with 16 from here: a batch has 16 rows" in caplog.text
+        caplog.clear()
+    assert start(settings(tmp_path, per_device_train_batch_size=16), resume=True) is not None
+    with pytest.raises(ValueError, match=r"other settings .*per_device_train_batch_size: 8 -> 4"):
+        start(settings(tmp_path, per_device_train_batch_size=4), resume=True)
+    with pytest.raises(ValueError, match=r"3 processes cannot share batches of 16 rows .* on 1, 2, 4 processes"):
+        keep_global_batch(cast(Any, SimpleNamespace(world_size=3, per_device_train_batch_size=8)), _begun(2, 8))
+
+
+def _begun(processes: int, rows: int) -> dict[str, int]:
+    return {"number of processes": processes, "per_device_train_batch_size": rows}

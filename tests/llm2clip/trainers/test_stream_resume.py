@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,16 @@ import torch
 
 from llm2clip.data import numbered_tar_rows
 from llm2clip.data.captioned_images import SampleMaker
+from llm2clip.trainers import run_stage2
+from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.manifests import FOLDER_MANIFEST
+from llm2clip.utils.processes import leave_process_group
+from llm2clip.utils.settings import build_config
+from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.test_stage2 import losses, weights
 from tests.llm2clip.trainers.test_stage2_captions import PER_TAR, TARS, embedded, source, train, write_tars
+from tests.processes import run_python
 
 STEPS, BATCH, BUFFER = 7, 16, 16
 
@@ -110,3 +117,56 @@ def test_a_checkpoint_without_a_place_starts_the_stream_over(
     with caplog.at_level(logging.WARNING):
         run(folder, inputs, tars, **changes)
     assert "stream.json is missing: training goes on from the first row" in caplog.text
+
+
+def train_noting_keys(path: Path) -> None:
+    """Train, and add the keys of every batch of this process to a file."""
+    fields = json.loads(path.read_text())
+    config = build_config(Stage2Config, fields)
+    trainer = run_stage2.build_trainer(config)
+    collate = trainer.data_collator
+
+    def noting(samples: list[dict[str, Any]]) -> dict[str, Any]:
+        with path.with_name(f"keys-{config.process_index}").open("a") as file:
+            file.writelines(f"{sample['key']}\n" for sample in samples)
+        return collate(samples)
+
+    trainer.data_collator = noting
+    trainer.train(resume_from_checkpoint=fields.get("resume_from_checkpoint"))
+
+
+@pytest.mark.parametrize("streaming", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_one_process_goes_on_where_two_were(streaming: bool, inputs: Inputs, tars: str, tmp_path: Path) -> None:
+    """Of a stream it reads what is left of the epoch; of a table the same batches as one process from the start."""
+    data: dict[str, Any] = {"sources": [source(tars)] if streaming else [tiny.concepts(max_samples=64)]}
+    cache = tars if streaming else inputs.cache
+    fields = tiny.stage2_fields(tmp_path / "run", inputs.vision, inputs.text, cache) | {"eval_sources": {}, **data}
+    fields |= {"per_device_train_batch_size": 8, "max_steps": 4, "save_steps": 2, "shuffle_buffer": 16}
+    recipe = tmp_path / "fields.json"
+    recipe.write_text(json.dumps(fields))
+    module = ["-m", "tests.llm2clip.trainers.test_stream_resume", str(recipe)]
+    run_python(module, 2)
+    begun = broken_after(tmp_path / "run", tmp_path / "alone", 2)
+    first = [(tmp_path / f"keys-{rank}").read_text().split()[:16] for rank in range(2)]
+    for rank in range(2):
+        (tmp_path / f"keys-{rank}").unlink()
+    changes = {"output_dir": str(begun), "resume_from_checkpoint": str(begun / "checkpoint-2")}
+    recipe.write_text(json.dumps(fields | changes))
+    train_noting_keys(recipe)
+    rest = (tmp_path / "keys-0").read_text().split()
+    assert len(rest) == 32, "two steps with the batch of two processes"
+    assert len({*first[0], *first[1], *rest}) == 64
+    state = json.loads((begun / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["epoch"] == pytest.approx(64 / (TARS * PER_TAR if streaming else 64))
+    if not streaming:
+        assert losses_of(begun) == pytest.approx(losses_of(tmp_path / "run"), abs=1e-4)
+
+
+def losses_of(folder: Path) -> list[float]:
+    state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+if __name__ == "__main__":
+    train_noting_keys(Path(sys.argv[1]))
+    leave_process_group()

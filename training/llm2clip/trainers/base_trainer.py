@@ -172,7 +172,10 @@ class StageTrainer(PushingTrainer):
         try:
             with contextlib.ExitStack() as stack:
                 streams = isinstance(self.train_dataset, IterableDataset)
-                checkpoint = stack.enter_context(run_folder(self.args, choose, streams))
+                elastic = not streams or isinstance(self.train_dataset, SampleStream)
+                checkpoint = stack.enter_context(run_folder(self.args, choose, streams, elastic))
+                # Another number of processes may have changed it.
+                self._train_batch_size = self.args.train_batch_size
                 if self.stream is not None:
                     stack.enter_context(self.stream.resumed(checkpoint))
                 return super().train(checkpoint, *args, **kwargs)

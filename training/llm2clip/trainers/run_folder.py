@@ -18,7 +18,9 @@ from llm2clip.utils.settings import require
 
 
 @contextmanager
-def run_folder(args: StageConfig, choose: Callable[[], str | None], streams: bool) -> Iterator[str | None]:
+def run_folder(
+    args: StageConfig, choose: Callable[[], str | None], streams: bool, elastic: bool = True
+) -> Iterator[str | None]:
     """Lock `output_dir`, choose the checkpoint to start from, compare the settings with its run's, and store them.
 
     A command enters it before it loads its models, and its trainer again: that finds the lock held and the settings
@@ -28,6 +30,7 @@ def run_folder(args: StageConfig, choose: Callable[[], str | None], streams: boo
         args: The settings of the run.
         choose: Returns the checkpoint; called with the folder locked.
         streams: Whether the training data is a stream.
+        elastic: Whether the data can be read by another number of processes.
 
     Raises:
         ValueError: Another run uses the folder, the checkpoint is damaged, the settings differ (see
@@ -35,11 +38,11 @@ def run_folder(args: StageConfig, choose: Callable[[], str | None], streams: boo
     """
     refuse_unsharded(args)
     with run_lock(args.output_dir):
-        checkpoint = choose()
+        checkpoint, kept = choose(), {}
         if checkpoint is not None:
             refuse_damaged(checkpoint)
-            check_settings(args, Path(checkpoint).parent, streams)
-        write_settings(args)
+            kept = check_settings(args, Path(checkpoint).parent, streams, elastic)
+        write_settings(args, kept)
         yield checkpoint
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from llm2clip.trainers.base_config import StageConfig
+from llm2clip.trainers.elastic import BATCH_SIZE, FOLLOWING, PROCESSES, keep_global_batch
 from llm2clip.utils.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -31,13 +33,19 @@ FREE_PREFIXES = ("log_", "logging_", "hub_", "save_", "eval_", "do_", "include_"
 MAX_LENGTH = 200
 
 
-def check_settings(args: StageConfig, run_folder: Path, streams: bool) -> None:
+def check_settings(args: StageConfig, run_folder: Path, streams: bool, elastic: bool = True) -> dict[str, Any]:
     """Compare the settings of a resumed run with those it was started with, and print what differs.
+
+    On another number of processes, the batch of each is set so that all together have the batch of the run.
 
     Args:
         args: The present settings.
         run_folder: The folder of the checkpoint's run.
         streams: Whether the training data is a stream.
+        elastic: Whether the data can be read by another number of processes.
+
+    Returns:
+        The settings to store in place of the present ones: a run that other processes go on keeps its own.
 
     Raises:
         ValueError: A setting differs that changes the trained parameters, and `resume_anyway` is off.
@@ -45,8 +53,10 @@ def check_settings(args: StageConfig, run_folder: Path, streams: bool) -> None:
     path = run_folder / SETTINGS
     if not path.is_file():
         logger.warning("%s is missing: the settings of the resumed run cannot be compared with these.", path)
-        return
-    old, new = read_json(path), _settings(args)
+        return {}
+    old = read_json(path)
+    continued = elastic and keep_global_batch(args, old)
+    new = _settings(args)
     # Another version of transformers may have other settings.
     changed = {
         name: f"{name}: {_short(old[name])} -> {_short(new[name])}"
@@ -54,6 +64,8 @@ def check_settings(args: StageConfig, run_folder: Path, streams: bool) -> None:
         if name in old and old[name] != new[name]
     }
     free = FREE - STREAMED if streams else FREE
+    if continued:
+        free = free | FOLLOWING
     breaking = [line for name, line in changed.items() if name not in free and not name.startswith(FREE_PREFIXES)]
     for line in changed.values():
         logger.info("changed since the run was started: %s", line)
@@ -63,19 +75,20 @@ def check_settings(args: StageConfig, run_folder: Path, streams: bool) -> None:
             "end as an uninterrupted one; resume with its settings, or add --resume-anyway "
             "(in Python, resume_anyway=True)."
         )
+    return {name: old[name] for name in (PROCESSES, BATCH_SIZE)} if continued else {}
 
 
-def write_settings(args: StageConfig) -> None:
-    """Store the settings of a run in its folder."""
+def write_settings(args: StageConfig, kept: Mapping[str, Any] | None = None) -> None:
+    """Store the settings of a run in its folder, those of [`check_settings`] in place of the present ones."""
     if args.should_save:
-        write_json(Path(args.output_dir) / SETTINGS, _settings(args))
+        write_json(Path(args.output_dir) / SETTINGS, {**_settings(args), **(kept or {})})
 
 
 def _settings(args: StageConfig) -> dict[str, Any]:
     names = {field.name for field in fields(args) if field.init and field.name != "hub_token"}
     values = {name: value for name, value in args.to_dict().items() if name in names}
     # As JSON has them: tuples are lists, keys are strings.
-    return json.loads(json.dumps({**values, "number of processes": args.world_size}, default=str))
+    return json.loads(json.dumps({**values, PROCESSES: args.world_size}, default=str))
 
 
 def _short(value: Any) -> str:
