@@ -163,7 +163,7 @@ def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
         path = find_recipe(namespace.recipe)
         values, origin = {**load_recipe(path), **values}, str(path)
     config = build_config(config_class, values, origin)
-    if command.writes_log and config.output_dir:
+    if command.writes_log and config.output_dir and "://" not in config.output_dir:
         log_file.error_folder = Path(config.output_dir)
     if log_file.error_folder is not None and is_main_process():
         logger.info("llm2clip %s: %s\nLog: %s", name, command.help, log_file.open(config.output_dir))

@@ -22,6 +22,7 @@ from llm2clip.data.records import column_texts
 from llm2clip.data.sources import CaptionSource, SourceError, file_format, open_table, select_captions
 from llm2clip.data.tar_rows import HashedReader, tar_rows
 from llm2clip.utils.files import sha256
+from llm2clip.utils.remote_path import protocols
 
 # What reading a damaged file raises.
 UNREADABLE = (OSError, ValueError, TypeError, EOFError, tarfile.TarError, zlib.error, LZMAError)
@@ -154,7 +155,7 @@ def open_once(path: str) -> Any:
     """Open a local or remote file for one reading from its beginning to its end."""
     files, name = fsspec.core.url_to_fs(path)
     # These then stream one answer instead of asking for each block.
-    streamed = {"block_size": 0} if {"http", "https", "hf"} & set(_protocols(files)) else {}
+    streamed = {"block_size": 0} if {"http", "https", "hf"} & set(protocols(files)) else {}
     return files.open(name, "rb", **streamed)
 
 
@@ -170,16 +171,12 @@ def source_checksum(path: str, part: RowGroups | None = None) -> str | None:
     Of a remote file it is what its file system states without reading it, or None.
     """
     files, name = fsspec.core.url_to_fs(path)
-    if "file" in _protocols(files):
+    if "file" in protocols(files):
         local = Path(name)
         return f"sha256:{sha256(local) if part is None else part_checksum(local, part.first_byte, part.last_byte)}"
     entry = files.info(name)
     stated = next((entry[field] for field in ("ETag", "etag", "md5", "sha256") if entry.get(field)), None)
     return None if stated is None else f"stated:{stated}"
-
-
-def _protocols(files: Any) -> tuple[str, ...]:
-    return (files.protocol,) if isinstance(files.protocol, str) else tuple(files.protocol)
 
 
 def name_shards(source: str, files: list[str]) -> list[SourceShard]:

@@ -19,6 +19,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
+from llm2clip.utils.remote_path import refuse_pipe
 from llm2clip.utils.settings import build_config
 
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -62,6 +63,7 @@ class Source:
 
     def __post_init__(self) -> None:
         self.path = os.fspath(self.path)
+        refuse_pipe(self.path)
         if isinstance(self.caption_columns, str):
             self.caption_columns = [self.caption_columns]
         if self.max_samples is not None and self.max_samples < 1:

@@ -43,7 +43,8 @@ class EmbedConfig:
     )
     text_model_revision: str | None = setting(None, "Branch, tag or commit of the text tower on the Hub.")
     output_dir: str = setting(
-        "", "Folder of the cache, or of the sidecars; sidecars lie beside their shards if unset."
+        "",
+        "Folder of the cache, or of the sidecars: a URL, such as s3://bucket/folder, or beside their shards if unset.",
     )
     sources: list[dict[str, Any]] = setting(
         [], "Data sets whose captions are embedded: mappings with the fields of CaptionSource."
@@ -141,6 +142,8 @@ def run(config: EmbedConfig) -> dict[str, Any]:
         raise ValueError(
             "shard_slice, reuse_cache and engine: ray are for sidecars; set store: sidecars, or leave them unset."
         )
+    if "://" in config.output_dir:
+        raise ValueError(f"a cache is a local folder, not {config.output_dir}; sidecars may have a URL.")
     return _embed_into_cache(config)
 
 

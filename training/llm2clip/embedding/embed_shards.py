@@ -8,7 +8,6 @@ import posixpath
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ from llm2clip.embedding.row_writer import RowWriter
 from llm2clip.embedding.sidecar_files import SidecarFolder, SidecarManifest, part_fields
 from llm2clip.utils.files import remove_leftovers
 from llm2clip.utils.progress import format_rate, progress_bar
+from llm2clip.utils.remote_path import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,8 @@ def list_jobs(
 
     Args:
         sources: Streamed sources.
-        folder: Where the sidecars go, under the names of the shards; None: beside the shards, which are local.
+        folder: Where the sidecars go, under the names of the shards, local or a URL; None: beside the shards, which
+            are local.
         part: The i-th of n parts of all shards, which other runs embed at the same time.
         part_rows: Rows of a parquet file that are one shard; see [`ShardedSource.cut`].
 
@@ -116,6 +117,7 @@ def list_jobs(
         FileNotFoundError, SourceError: A source cannot be read.
         ValueError: Sidecars of two shards would have one name, a file was embedded in other parts, or a remote source
             has no `folder`.
+        OSError: A folder cannot be written.
     """
     jobs = [
         ShardJob(opened, shard, target)
@@ -124,6 +126,8 @@ def list_jobs(
         for target in [_folder_of(parts[0], folder)]
         for shard in _as_embedded(parts, target)
     ]
+    for place in {job.target.folder: job.target for job in jobs}.values():
+        place.require_writable()
     _refuse_equal_names([job.target.rows_path(job.shard) for job in jobs])
     return jobs[part[0] :: part[1]]
 
@@ -285,8 +289,8 @@ def _with_path(path: str, error: ValueError) -> str:
     return str(error) if path in str(error) else f"{path}: {error}"
 
 
-def _refuse_equal_names(paths: list[Path]) -> None:
-    seen: set[Path] = set()
+def _refuse_equal_names(paths: list[AnyPath]) -> None:
+    seen: set[AnyPath] = set()
     for path in paths:
         if path in seen:
             raise ValueError(

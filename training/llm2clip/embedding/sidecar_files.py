@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import posixpath
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +22,8 @@ from llm2clip.data.parquet_parts import RowGroups
 from llm2clip.data.shards import SourceShard, source_size
 from llm2clip.data.sources import COMPRESSIONS
 from llm2clip.embedding.cache_files import CacheDamagedError, CacheError, CacheManifest, CacheMismatchError
-from llm2clip.utils.files import read_json, replace, temporary_path, write_json
+from llm2clip.utils.files import json_text, read_json, replace, require_writable, temporary_path, write_text
+from llm2clip.utils.remote_path import READ_ONLY, AnyPath, open_path, protocols, size_of
 
 FORMAT = "llm2clip-embedding-sidecar"
 FORMAT_VERSION = 1
@@ -64,12 +66,16 @@ class SidecarManifest:
     checksum: str
     part: dict[str, int] | None = None
 
-    def write(self, path: Path) -> None:
+    def write(self, path: AnyPath) -> None:
         """Write the manifest, after its sidecar."""
-        write_json(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
+        text = json_text({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
+        if isinstance(path, Path):
+            write_text(path, text)
+        else:
+            path.write_text(text)
 
     @classmethod
-    def read(cls, path: Path) -> SidecarManifest:
+    def read(cls, path: AnyPath) -> SidecarManifest:
         """Read a manifest.
 
         Raises:
@@ -112,17 +118,29 @@ class SidecarFolder:
     """The sidecars of the shards of a source, in the folder of the shards or in one with the same names.
 
     Args:
-        folder: The folder.
+        folder: The folder, local or a URL.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | AnyPath) -> None:
+        self.folder = open_path(folder)
 
-    def rows_path(self, shard: SourceShard) -> Path:
+    def require_writable(self) -> None:
+        """Check that files can be written, before they cost hours.
+
+        Raises:
+            ValueError: They cannot, because that file system is read-only.
+            OSError: They cannot, because the folder is read-only, or is none.
+        """
+        if isinstance(self.folder, Path):
+            require_writable(self.folder)
+        elif READ_ONLY & set(protocols(self.folder.files)):
+            raise ValueError(f"{self.folder} cannot be written; set output_dir to a folder or an object store.")
+
+    def rows_path(self, shard: SourceShard) -> AnyPath:
         """Return the path of the sidecar of a shard."""
         return self.folder / f"{stem_of(shard)}{ROWS_SUFFIX}"
 
-    def manifest_path(self, shard: SourceShard) -> Path:
+    def manifest_path(self, shard: SourceShard) -> AnyPath:
         """Return the path of the manifest of a shard's sidecar."""
         return self.folder / f"{stem_of(shard)}{MANIFEST_SUFFIX}"
 
@@ -142,25 +160,34 @@ class SidecarFolder:
         return [whole._replace(part=part) for part in sorted(part for part in parts if part)]
 
     def paths(self, shard: SourceShard) -> list[Path]:
-        """Return the paths of all files of a shard."""
-        return [self.rows_path(shard), self.manifest_path(shard)]
+        """Return the local paths of all files of a shard."""
+        return [path for path in (self.rows_path(shard), self.manifest_path(shard)) if isinstance(path, Path)]
 
     @contextmanager
     def temporary(self, shard: SourceShard) -> Iterator[Path]:
         """Yield the path of a new file, for the sidecar of a shard; see [`SidecarFolder.publish`]."""
-        with temporary_path(self.rows_path(shard)) as temporary:
-            yield temporary
+        rows = self.rows_path(shard)
+        if isinstance(rows, Path):
+            with temporary_path(rows) as temporary:
+                yield temporary
+        else:
+            with tempfile.TemporaryDirectory(prefix="llm2clip-") as folder:
+                yield Path(folder, rows.name)
 
     def publish(self, shard: SourceShard, temporary: Path, manifest: SidecarManifest) -> bool:
         """Let a sidecar that is written appear, and then its manifest, without which a shard counts as missing.
 
         Returns:
             Whether they belong together. They do not if another run has replaced the sidecar meanwhile; then there is
-            no manifest.
+            no manifest. Of remote files this is not known.
         """
         rows, described = self.rows_path(shard), self.manifest_path(shard)
         own = temporary.stat()
         described.unlink(missing_ok=True)
+        if not isinstance(rows, Path):
+            rows.put(temporary)
+            manifest.write(described)
+            return True
         replace(temporary, rows)
         manifest.write(described)
         try:
@@ -180,7 +207,7 @@ class SidecarFolder:
         """
         try:
             manifest = SidecarManifest.read(self.manifest_path(shard))
-            whole = self.rows_path(shard).stat().st_size == manifest.bytes
+            whole = size_of(self.rows_path(shard)) == manifest.bytes
         except (FileNotFoundError, CacheDamagedError):
             return False
         if manifest.source != posixpath.basename(shard.name):
@@ -219,6 +246,6 @@ def shard_stem(name: str) -> str:
     return posixpath.splitext(stem)[0] if suffix in COMPRESSIONS else stem
 
 
-def manifest_paths(folder: Path) -> Iterator[Path]:
+def manifest_paths(folder: AnyPath) -> Iterator[AnyPath]:
     """Yield the manifests of the sidecars below a folder."""
-    return folder.rglob(f"*{MANIFEST_SUFFIX}")
+    return iter(folder.rglob(f"*{MANIFEST_SUFFIX}"))

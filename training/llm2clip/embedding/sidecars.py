@@ -26,6 +26,7 @@ from llm2clip.embedding.cache_files import (
 from llm2clip.embedding.keyed_rows import KeyedRows
 from llm2clip.embedding.sidecar_files import REMEDY, SidecarFolder, SidecarManifest, manifest_paths, stem_of
 from llm2clip.utils.files import sha256
+from llm2clip.utils.remote_path import local_copy, open_path
 
 # Sidecars that a reader keeps open, and the share of those it opens whose checksum it compares: one in so many.
 KEPT_OPEN = 64
@@ -132,9 +133,10 @@ class SourceSidecars:
     def _open_part(self, epoch: int, shard: SourceShard) -> Sidecar:
         path, manifest = self.folder.rows_path(shard), SidecarManifest.read(self.folder.manifest_path(shard))
         sampled = stable_seed("sidecar", epoch, stem_of(shard)) % SAMPLED == 0
-        if sampled and sha256(path) != manifest.checksum:
-            raise CacheDamagedError(f"{path} is not what its manifest describes: delete it and {REMEDY}.")
-        return Sidecar(path, manifest)
+        with local_copy(path) as local:
+            if sampled and sha256(local) != manifest.checksum:
+                raise CacheDamagedError(f"{path} is not what its manifest describes: delete it and {REMEDY}.")
+            return Sidecar(local, manifest)  # which stays mapped, also without the file
 
 
 class PartedSidecar:
@@ -209,9 +211,10 @@ def stored_encoder(folder: str | Path) -> CacheManifest:
     """
     if not is_sidecar_folder(folder):
         return CacheManifest.read(Path(folder))
-    return SidecarManifest.read(next(manifest_paths(Path(folder)))).cache_manifest()
+    return SidecarManifest.read(next(manifest_paths(open_path(folder)))).cache_manifest()
 
 
 def is_sidecar_folder(folder: str | Path) -> bool:
     """Tell whether a folder contains sidecars, at any depth, and is not a cache."""
-    return not (Path(folder) / MANIFEST).is_file() and next(manifest_paths(Path(folder)), None) is not None
+    place = open_path(folder)
+    return not (place / MANIFEST).is_file() and next(manifest_paths(place), None) is not None

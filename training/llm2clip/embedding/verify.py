@@ -23,6 +23,7 @@ from llm2clip.embedding.sidecar_files import (
 from llm2clip.embedding.sidecars import Sidecar, gaps
 from llm2clip.utils.files import sha256
 from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.remote_path import AnyPath, local_copy, open_path
 from llm2clip.utils.settings import setting
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class DamagedError(ValueError):
 class VerifyConfig:
     """Settings of the check."""
 
-    folder: str = setting("", "Folder of an embedding cache, or of sidecars at any depth.")
+    folder: str = setting("", "Folder of an embedding cache, or of sidecars at any depth; of sidecars also a URL.")
     sources: bool = setting(
         True, "Read the shards too that lie beside their sidecars, and compare them with their checksums."
     )
@@ -59,15 +60,15 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         DamagedError: Something is damaged or missing. The message names the files and what mends them; the exit status
             is 1.
     """
-    folder = Path(config.folder)
-    if (folder / MANIFEST).is_file():
+    folder = open_path(config.folder)
+    if isinstance(folder, Path) and (folder / MANIFEST).is_file():
         cache = EmbeddingCache.open(folder)
         return {"num_shards": len(cache.manifest.shards), "num_captions": len(cache)}
     manifests = sorted(manifest_paths(folder))
     if not manifests:
         raise FileNotFoundError(f"{folder} contains no embeddings: neither {MANIFEST} nor *{MANIFEST_SUFFIX}.")
     faults: list[str] = []
-    read: dict[Path, SidecarManifest] = {}
+    read: dict[AnyPath, SidecarManifest] = {}
     with progress_bar("Verifying shards", len(manifests), "shard") as bar:
         for path in manifests:
             try:
@@ -90,28 +91,29 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     return {"num_shards": len(manifests), "num_captions": sum(manifest.captions for manifest in read.values())}
 
 
-def _verify(path: Path, manifest: SidecarManifest, with_source: bool) -> None:
+def _verify(path: AnyPath, manifest: SidecarManifest, with_source: bool) -> None:
     """Compare a sidecar, and its shard if that lies beside it, with a manifest.
 
     Raises:
         CacheError: They differ.
     """
     rows = path.with_name(path.name.removesuffix(MANIFEST_SUFFIX) + ROWS_SUFFIX)
-    sidecar = Sidecar(rows, manifest)
-    _compare(rows, "the sidecar", sha256(rows), manifest.checksum)
-    sidecar.check_finite()
+    with local_copy(rows) as local:
+        sidecar = Sidecar(local, manifest)
+        _compare(rows, "the sidecar", sha256(local), manifest.checksum)
+        sidecar.check_finite()
     source = path.with_name(manifest.source)
-    if with_source and source.is_file() and manifest.source_checksum is not None:
+    if with_source and isinstance(source, Path) and source.is_file() and manifest.source_checksum is not None:
         found = source_checksum(str(source), manifest.row_groups)
         _compare(source, "the shard", str(found), manifest.source_checksum)
 
 
-def _compare(path: Path, name: str, found: str, expected: str) -> None:
+def _compare(path: AnyPath, name: str, found: str, expected: str) -> None:
     if found != expected:
         raise CacheError(f"{name} {path} has changed since it was embedded: its checksum is not that of the manifest.")
 
 
-def _without_manifest(folder: Path, read: Mapping[Path, SidecarManifest]) -> Iterator[str]:
+def _without_manifest(folder: AnyPath, read: Mapping[AnyPath, SidecarManifest]) -> Iterator[str]:
     """Name the sidecars without a manifest, and in folders where others have one the shards and parts without.
 
     Args:

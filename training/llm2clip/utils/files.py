@@ -17,6 +17,8 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
+from llm2clip.utils.remote_path import AnyPath
+
 READ_SIZE = 1 << 22
 # The name of a temporary file.
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)\.(?P<process>\d+)\.tmp")
@@ -148,17 +150,22 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON, see [`atomic_file`]."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def json_text(value: Any) -> str:
+    """Return JSON as files of ours contain it."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_json(path: str | AnyPath) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
         ValueError: The file does not contain a JSON object; the message names the file.
     """
     try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        fields = json.loads((Path(path) if isinstance(path, str) else path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):

@@ -1,0 +1,168 @@
+"""Sidecars of remote shards, and remote sidecars: the same files as local ones, read back the same."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from llm2clip import cli
+from llm2clip.data import CaptionSource
+from llm2clip.data.shards import ShardedSource
+from llm2clip.embedding import verify
+from llm2clip.embedding.embed import EmbedConfig, run
+from llm2clip.embedding.embed_shards import ShardEmbedder, list_jobs
+from llm2clip.embedding.sidecar_files import SidecarManifest
+from llm2clip.embedding.sidecars import SourceSidecars, is_sidecar_folder, stored_encoder
+from llm2clip.utils.remote_path import open_path
+from tests.llm2clip.data.test_streams import write_tars
+from tests.llm2clip.embedding import encoder
+from tests.llm2clip.embedding.test_embed_shards import Counting, description, embed, write_groups, write_shards
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    files = fsspec.filesystem("memory")
+    yield "memory://bucket/sidecars"
+    files.rm("/bucket", recursive=True)
+
+
+def embed_at(source: CaptionSource, folder: str, calls: Counting | None = None, part_rows: int = 100) -> int:
+    """Embed a source; return how many shards were done before."""
+    jobs = list_jobs([source], folder, part_rows=part_rows)
+    return ShardEmbedder(calls or Counting(), description()).run(jobs, show_progress_bar=False).done_before
+
+
+def contents(folder: str | Path) -> dict[str, bytes]:
+    files, root = fsspec.core.url_to_fs(str(folder))
+    return {path.removeprefix(root): files.cat_file(path) for path in files.find(root)}
+
+
+def test_remote_sidecars_are_those_of_a_folder(bucket: str, tmp_path: Path) -> None:
+    source = write_shards(tmp_path / "data" / "inner", 3)
+    source.path = str(tmp_path / "data" / "*" / "*.parquet")
+    embed(source, tmp_path / "local")
+    assert embed_at(source, bucket) == 0
+    assert contents(bucket) == contents(tmp_path / "local")
+    assert sorted(contents(bucket))[:2] == ["/inner/0.emb.manifest", "/inner/0.emb.safetensors"]
+    calls = Counting()
+    fsspec.filesystem("memory").rm("/bucket/sidecars/inner/1.emb.manifest")
+    with pytest.raises(verify.DamagedError, match="1 faults in the 2 sidecars"):
+        verify.run(verify.VerifyConfig(folder=bucket))
+    assert embed_at(source, bucket, calls) == 2
+    assert "dog 1" in calls.texts
+    assert "dog 0" not in calls.texts
+    assert verify.run(verify.VerifyConfig(folder=bucket)) == {"num_shards": 3, "num_captions": 9}
+    assert is_sidecar_folder(bucket)
+    assert stored_encoder(bucket).fingerprint == "finger-a"
+    shards = ShardedSource(source).shards
+    remote, local = (SourceSidecars(folder, shards) for folder in (bucket, tmp_path / "local"))
+    assert remote.check(["caption"]) == local.check(["caption"])
+    opened = [sidecars.open(2) for sidecars in (remote, local)]
+    for text in ("everywhere", "a long dog 2"):
+        one, other = (sidecar.lookup(text) for sidecar in opened)
+        assert one is not None
+        assert one.equal(other)
+
+
+def test_a_manifest_appears_after_its_sidecar(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_shards(tmp_path / "data", 1)
+
+    def fails(self: object, local: str, path: str, **options: object) -> None:
+        raise OSError("the connection is lost")
+
+    embed_at(source, bucket)
+    write_groups(tmp_path / "data" / "0.parquet", [3])
+    source.caption_columns = ["caption"]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(fsspec.filesystem("memory")), "put_file", fails)
+        with pytest.raises(OSError, match="the connection is lost"):
+            embed_at(source, bucket)
+    assert list(contents(bucket)) == ["/0.emb.safetensors"]
+    assert embed_at(source, bucket) == 0
+    assert verify.run(verify.VerifyConfig(folder=bucket)) == {"num_shards": 1, "num_captions": 3}
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves files, also pieces of them."""
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        wanted, path = self.headers.get("Range"), Path(self.translate_path(self.path))
+        if wanted is None or not path.is_file():
+            return super().do_GET()
+        content = path.read_bytes()
+        start, _, stop = wanted.removeprefix("bytes=").partition("-")
+        first = int(start) if start else len(content) - int(stop)
+        last = min(int(stop), len(content) - 1) if start and stop else len(content) - 1
+        self.send_response(206)
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(content[first : last + 1])
+        return None
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """The address of the files below tmp_path / "web"."""
+    (tmp_path / "web").mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "web"))) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{web.server_port}"
+        web.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_remote_shards_are_embedded_and_resumed(kind: str, server: str, tmp_path: Path) -> None:
+    """Parquet in parts, of which only the row groups are fetched."""
+    web, out = tmp_path / "web", tmp_path / "out"
+    if kind == "tar":
+        write_tars(web, 1)
+        name, column = "00000.tar", "txt"
+    else:
+        write_groups(web / "large.parquet", [3, 3, 3])
+        name, column = "large.parquet", "caption"
+    remote, local = (
+        CaptionSource(f"{place}/{name}", caption_columns=[column], streaming=True) for place in (server, str(web))
+    )
+    assert embed_at(remote, str(out), part_rows=3) == 0
+    embed_at(local, str(tmp_path / "local"), part_rows=3)
+    rows = [path for path in contents(out) if path.endswith(".safetensors")]
+    assert len(rows) == (1 if kind == "tar" else 3)
+    assert [contents(out)[path] for path in rows] == [contents(tmp_path / "local")[path] for path in rows]
+    assert embed_at(remote, str(out), part_rows=3) == len(rows)
+    assert verify.run(verify.VerifyConfig(folder=str(out)))["num_shards"] == len(rows)
+    manifest = SidecarManifest.read(next(out.glob("*.manifest")))
+    assert manifest.source_bytes == (web / name).stat().st_size
+    if kind == "tar":
+        assert manifest.source_checksum == ShardedSource(local).read(ShardedSource(local).shards[0]).checksum
+    found = SourceSidecars(out, ShardedSource(remote).shards).open(0)
+    for text in ["caption 0 0"] if kind == "tar" else ["cat 1", "cat 7", "everywhere"]:
+        embedding = found.lookup(text)
+        assert embedding is not None
+        assert embedding.equal(encoder.embed([text])[0].half())
+    with pytest.raises(ValueError, match="is remote; set output_dir"):
+        list_jobs([remote], None)
+    with pytest.raises(ValueError, match="cannot be written; set output_dir to a folder or an object store"):
+        list_jobs([remote], server)
+
+
+def test_commands_are_refused_as_places(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="'pipe:curl x' is a command, which is never run"):
+        CaptionSource("pipe:curl x", streaming=True)
+    with pytest.raises(ValueError, match="is a command, which is never run"):
+        open_path("pipe:rm x")
+    settings = ["--text-model-name-or-path", "x", "--sources", '[{"path": "pipe:curl x", "streaming": true}]']
+    assert cli.main(["embed", "--output-dir", "memory://x", *settings]) == 2
+    assert "is a command, which is never run" in capsys.readouterr().err
+    assert not Path("memory:").exists()
+    with pytest.raises(ValueError, match="a cache is a local folder"):
+        run(EmbedConfig(output_dir="memory://x", sources=[{"path": "x"}], text_model_name_or_path="x"))
