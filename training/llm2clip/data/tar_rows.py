@@ -61,7 +61,7 @@ def tar_rows(path: str, file: _Readable, columns: Collection[str]) -> Iterator[d
 
 def _members(path: str, file: _Readable, columns: Collection[str]) -> Iterator[tuple[str, IO[bytes]]]:
     """Yield the files of a tar as `datasets` does, empty ones in place of those that are not needed."""
-    entries = type("Entries", (_Entry,), {"at_end": False})
+    entries: type[_Entry] = type("Entries", (_Entry,), {"at_end": False})
     last = "its beginning"
     with tarfile.open(fileobj=file, mode="r|*", tarinfo=entries) as archive:  # type: ignore[call-overload]
         for member in archive:
@@ -70,7 +70,7 @@ def _members(path: str, file: _Readable, columns: Collection[str]) -> Iterator[t
                 content = archive.extractfile(member) if _is_needed(member.name, columns) else io.BytesIO()
                 assert content is not None
                 yield member.name, content
-            archive.members = []  # type: ignore[attr-defined]  # it would keep all of them
+            archive.members = []  # it would keep all of them
     if not entries.at_end:
         raise SourceError(f"{path} is cut short after {last}.")
 
@@ -88,7 +88,7 @@ class _Entry(tarfile.TarInfo):
     at_end = False
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]

@@ -64,7 +64,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     if isinstance(folder, Path) and (folder / MANIFEST).is_file():
         cache = EmbeddingCache.open(folder)
         return {"num_shards": len(cache.manifest.shards), "num_captions": len(cache)}
-    manifests = sorted(manifest_paths(folder))
+    manifests = sorted(manifest_paths(folder), key=str)
     if not manifests:
         raise FileNotFoundError(f"{folder} contains no embeddings: neither {MANIFEST} nor *{MANIFEST_SUFFIX}.")
     faults: list[str] = []
@@ -78,8 +78,8 @@ def run(config: VerifyConfig) -> dict[str, Any]:
                 faults.append(str(error))
             bar.update(advance=1)
     faults += _without_manifest(folder, read)
-    for path in sorted(folder.rglob(f".*{SUFFIX_START}*.tmp")):
-        logger.warning("%s is what a run has not finished: it still writes it, or was killed.", path)
+    for unfinished in sorted(map(str, folder.rglob(f".*{SUFFIX_START}*.tmp"))):
+        logger.warning("%s is what a run has not finished: it still writes it, or was killed.", unfinished)
     for fault in faults[:SHOWN]:
         logger.error(fault)
     if faults:
@@ -119,7 +119,7 @@ def _without_manifest(folder: AnyPath, read: Mapping[AnyPath, SidecarManifest]) 
     Args:
         read: The manifests that can be read.
     """
-    for parent in sorted({path.parent for path in manifest_paths(folder)}):
+    for parent in sorted({path.parent for path in manifest_paths(folder)}, key=str):
         embedded = {path.name.removesuffix(MANIFEST_SUFFIX) for path in parent.glob(f"*{MANIFEST_SUFFIX}")}
         parts: dict[str, list[RowGroups | None]] = {}
         for path, manifest in read.items():
@@ -128,7 +128,8 @@ def _without_manifest(folder: AnyPath, read: Mapping[AnyPath, SidecarManifest]) 
         for source, found in parts.items():
             yield from gaps(str(parent / source), sorted(found, key=lambda part: part or ()))
         kinds = {Path(source).suffix for source in parts}
-        for path in sorted(parent.iterdir()):
+        inside: list[AnyPath] = sorted(parent.iterdir(), key=str)
+        for path in inside:
             if path.name.endswith(ROWS_SUFFIX):
                 if path.name.removesuffix(ROWS_SUFFIX) not in embedded:
                     yield f"{path} has no manifest: it was not finished."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -80,13 +79,12 @@ def remove_leftovers(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         names.setdefault(path.parent, set()).add(path.name)
     for folder, written in names.items():
-        found = os.scandir(folder) if folder.is_dir() else contextlib.nullcontext([])
-        with found as entries:
-            parts = [(entry, LEFTOVER.fullmatch(entry.name)) for entry in entries if entry.name.endswith(".tmp")]
-        for entry, part in parts:
+        found = [name for name in os.listdir(folder) if name.endswith(".tmp")] if folder.is_dir() else []
+        for name in found:
+            part = LEFTOVER.fullmatch(name)
             if part and part["name"] in written and part["host"] == _host() and not _is_alive(int(part["process"])):
-                Path(entry.path).unlink(missing_ok=True)
-                removed.append(Path(entry.path))
+                (folder / name).unlink(missing_ok=True)
+                removed.append(folder / name)
     return removed
 
 
