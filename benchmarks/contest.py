@@ -18,7 +18,8 @@ from benchmarks.environments import python_of
 from benchmarks.row import OURS, Contest
 
 ROOT = Path(__file__).resolve().parents[1]
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+LIBRARIES = ("OMP", "MKL", "OPENBLAS", "NUMEXPR")
+THREAD_VARIABLES = (*(f"{library}_NUM_THREADS" for library in LIBRARIES), "LANCE_CPU_THREADS")
 
 Measurements = dict[str, list[dict[str, float]]]
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -299,25 +300,34 @@ def test_more_cells_than_images_are_refused(pictures: Path, model: Model, tmp_pa
 
 
 def test_metadata_columns_are_stored_and_filtered(model: Model, tmp_path: Path) -> None:
-    columns = {"source": ["noto", "other", "noto", "other"], "id": [5, 6, 7, 8]}
+    columns = {"source": ["noto", "other", "noto", "other"], "id": [5, 6, 7, 8], "weight": [0.5, 1.5, 2.5, 3.5]}
+    columns |= {"day": [date(2026, 1, 1 + number) for number in range(4)], "is_new": [True, False, True, True]}
     path = save_table(tmp_path / "data.parquet", [1, 2, 3, 4], **columns)
-    settings = {"metadata_columns": ["source", "id"]}
+    settings = {"metadata_columns": list(columns)}
     assert index(path, model[0], tmp_path / "index", **settings)[0] == 4
     opened = ImageIndex.open(tmp_path / "index")
     query = np.ones((1, 24), np.float32) / 24**0.5
-    for where, keys in (("source = 'noto'", {"0", "2"}), ("source = 'noto' AND id > 5", {"2"})):
+    for where, keys in (
+        ("source = 'noto'", {"0", "2"}),
+        ("source = 'noto' AND id > 5", {"2"}),
+        ("day < date '2026-01-03'", {"0", "1"}),
+        ("is_new AND weight < 3", {"0", "2"}),
+    ):
         found = opened.search(query, 10, where)[0]
         assert {row["key"] for _, row in found} == keys
     table = lancedb.connect(str(tmp_path / "index")).open_table("images")
     assert {(index.columns[0], index.index_type) for index in table.list_indices()} == {
         ("source", "Bitmap"),
         ("id", "Bitmap"),
+        ("is_new", "Bitmap"),
+        ("day", "BTree"),
+        ("weight", "BTree"),
     }
     # A row whose metadata changed keeps its embedding.
-    save_table(path, [1, 2, 3, 4], source=["noto"] * 4, id=columns["id"])
+    save_table(path, [1, 2, 3, 4], **(columns | {"source": ["noto"] * 4}))
     assert index(path, model[0], tmp_path / "index", **settings) == (0, 4, 0, 0, 4)
     assert len(ImageIndex.open(tmp_path / "index").search(query, 10, "source = 'noto'")[0]) == 4
-    with pytest.raises(ValueError, match="was built with metadata_columns source, id, not source"):
+    with pytest.raises(ValueError, match="built with metadata_columns source, id, weight, day, is_new, not source"):
         index(path, model[0], tmp_path / "index", metadata_columns=["source"])
 
 
@@ -399,6 +409,11 @@ def test_a_folder_of_other_files_is_not_replaced(pictures: Path, model: Model, t
     with pytest.raises(NotADirectoryError, match="is a file"):
         index(pictures, model[0], pictures / "00.png")
     assert len(list(pictures.rglob("*.png"))) == 12
+
+
+def test_a_url_is_no_folder_of_an_index(pictures: Path, model: Model) -> None:
+    with pytest.raises(ValueError, match="output_dir is s3://bucket/index, but an index is a folder on this machine"):
+        run(IndexConfig(folder=str(pictures), model=str(model[0]), output_dir="s3://bucket/index"))
 
 
 def test_an_index_inside_the_image_folder_is_excluded(pictures: Path, model: Model) -> None:

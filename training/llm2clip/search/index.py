@@ -29,7 +29,9 @@ class IndexConfig(UpdateSettings):
     )
     model: str = setting("", "Hub id or folder of an LLM2CLIP model or of its vision half.")
     model_revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
-    output_dir: str | None = setting(None, "Folder of the index; by default runs/index/NAME_OF_THE_IMAGE_FOLDER.")
+    output_dir: str | None = setting(
+        None, "Folder of the index on this machine; by default runs/index/NAME_OF_THE_IMAGE_FOLDER."
+    )
     kind: Literal["auto", "folder", "dataset"] = setting(
         "auto", "Whether FOLDER is a folder of image files or a data set; auto detects it."
     )
@@ -86,6 +88,8 @@ def _output(config: IndexConfig) -> Path:
     name = Path(config.folder).resolve().name
     if config.output_dir is None and (not name or glob.has_magic(name)):
         raise ValueError(f"the index of {config.folder} needs a folder: add --output-dir FOLDER")
+    if config.output_dir and "://" in config.output_dir:
+        raise ValueError(f"output_dir is {config.output_dir}, but an index is a folder on this machine.")
     return Path(config.output_dir or f"runs/index/{name}")
 
 

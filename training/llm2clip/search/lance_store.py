@@ -247,7 +247,9 @@ class WrittenRows(LanceRows):
 
         have = {name for index in self.table.list_indices() for name in index.columns}
         for name in set(self.columns) - have - UNINDEXED:
-            self.table.create_index(name, config=Bitmap() if self._has_few_values(name) else BTree())
+            kind = self.table.schema.field(name).type
+            has_bitmap = pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+            self.table.create_index(name, config=Bitmap() if has_bitmap and self._has_few_values(name) else BTree())
 
     def _has_few_values(self, column: str) -> bool:
         values: set[Any] = set()
