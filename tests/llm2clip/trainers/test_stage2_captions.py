@@ -60,7 +60,7 @@ def embedded(inputs: Inputs, folder: Path, *sources: dict[str, Any], **fields: A
 
 def train(folder: Path, inputs: Inputs, cache: Path, tars: str, resume: bool = False, **changes: Any) -> None:
     fields = tiny.stage2_fields(folder, inputs.vision, inputs.text, str(cache)) | {"eval_sources": {}}
-    fields |= {"sources": [source(tars)], "shuffle_buffer": 16, "save_strategy": "no"}
+    fields |= {"sources": [source(tars)], "shuffle_buffer_mb": 0.1, "save_strategy": "no"}
     run_stage2.run(build_config(Stage2Config, fields | changes), resume)
 
 

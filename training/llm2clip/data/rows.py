@@ -115,6 +115,10 @@ class StreamedRows(SampleStream):
         # Whether row numbers name the rows of several sources.
         self.is_one_of_several = False
 
+    def set_buffer(self, rows: int) -> None:
+        """Set the number of rows in the shuffle buffer of a reader; 0 keeps rows and files in order."""
+        self.shuffle_buffer, self.buffers = rows, [rows]
+
     @property
     def num_rows(self) -> int | None:
         return None if self.reader.row_counts is None else sum(self.reader.row_counts)

@@ -147,7 +147,11 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     max_pixels: int = setting(
         DEFAULT_MAX_PIXELS, "Largest image to decode, in pixels; a larger one counts as damaged."
     )
-    shuffle_buffer: int = setting(10_000, "Samples in the shuffle buffer of a streamed source. Larger: better mixed.")
+    shuffle_buffer_mb: float = setting(
+        2048,
+        "Memory for the shuffle buffers of all processes and DataLoader workers of a machine, in MB of encoded images "
+        "and embeddings. Larger: streamed sources are better mixed. 0: files and rows in order.",
+    )
     bundle_text_model: bool = setting(
         False, "Save the LLM's weights with the model; otherwise its config refers to the LLM's repo."
     )
@@ -183,6 +187,8 @@ class Stage2Config(ContrastiveConfig, StageConfig):
             )
         if self.freeze_vision == "all" and self.online_text_model:
             raise ValueError("freeze_vision: all needs embedding_cache, so that both towers are computed once.")
+        if self.shuffle_buffer_mb < 0:
+            raise ValueError(f"shuffle_buffer_mb must be at least 0, but is {self.shuffle_buffer_mb}.")
         if self.feature_views < 1:
             raise ValueError(f"feature_views must be at least 1, but is {self.feature_views}.")
         if self.warm_start and (self.freeze_vision == "all" or self.online_text_model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,9 @@ from llm2clip.data import (
     StreamingCaptionImageDataset,
     TrainTransform,
 )
+from llm2clip.data.buffer_size import buffer_rows, row_bytes
 from llm2clip.data.mixed_stream import MixedStream, TableLane
+from llm2clip.data.sample_stream import SampleStream
 from llm2clip.data.sources import open_source
 from llm2clip.data.transforms import output_size
 from llm2clip.trainers.frozen_layers import FrozenLayers
@@ -20,7 +23,13 @@ from llm2clip.trainers.frozen_states import FrozenStatesDataset
 from llm2clip.trainers.row_counts import count_stream
 from llm2clip.trainers.stage2_captions import SourceCaptions, Stage2Captions
 from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils.processes import on_main_process, processes_per_machine
 from modeling_llm2clip import LLM2CLIPModel
+
+logger = logging.getLogger(__name__)
+
+# Bytes of a number of an embedding.
+EMBEDDED_BYTES = 2
 
 
 def build_dataset(
@@ -47,7 +56,9 @@ def build_dataset(
         if config.frozen_states_dir:
             raise ValueError("frozen_states_dir is for sources that are read in random order: no streams or weights.")
         embeddings = [SourceCaptions()] * len(sources) if captions is None else captions.sources
-        return _stream(config, sources, embeddings, (evaluation, training), options), frozen
+        stream = _stream(config, sources, embeddings, (evaluation, training), options)
+        _set_buffers(config, stream, model.config.text_config.hidden_size)
+        return stream, frozen
     if not config.frozen_states_dir:
         return CaptionImageDataset(sources, evaluation, training, **options), frozen
     assert frozen is not None
@@ -83,7 +94,7 @@ def _stream(
         if found.sidecars is None and source.max_samples is None:
             row_counts = count_stream(source.path, opened.files, config.process_index, config.world_size)
         more: dict[str, Any] = {"embeddings": found.sidecars, "row_counts": row_counts, "opened": opened}
-        more |= {"shuffle_buffer": config.shuffle_buffer, "repeat": True, **place}
+        more |= {"repeat": True, **place}
         lanes.append(StreamingCaptionImageDataset(source, transforms[0], transforms[1], **{**options, **more}))
     if len(lanes) == 1:
         return lanes[0]
@@ -92,7 +103,23 @@ def _stream(
         config.mixing,
         [source.weight for source in sources],
         [found.lookup for found in embeddings],
-        [config.shuffle_buffer * source.streaming for source in sources],
-        config.sampling_seed,
+        seed=config.sampling_seed,
         **place,
     )
+
+
+def _set_buffers(config: Stage2Config, dataset: SampleStream, width: int) -> None:
+    """Give each stream its part of the memory for shuffle buffers; the same in all processes."""
+    readers = processes_per_machine() * max(1, config.dataloader_num_workers)
+    streams = [lane for lane in dataset.lanes if isinstance(lane, StreamingCaptionImageDataset)]
+
+    def compute() -> list[int]:
+        # Embeddings are counted wherever they come from, so that this does not change the order.
+        shards = [(stream.reader.shards, stream.reader.row_counts) for stream in streams]
+        sizes = [row_bytes(*found) + EMBEDDED_BYTES * width for found in shards]
+        return buffer_rows(config.shuffle_buffer_mb, sizes, [stream.num_rows for stream in streams], readers)
+
+    for stream, rows in zip(streams, on_main_process(compute), strict=True):
+        stream.set_buffer(rows)
+        logger.info("%d rows of %s in the shuffle buffer of each of %d readers.", rows, stream.name, readers)
+    dataset.buffers = [getattr(lane, "shuffle_buffer", 0) for lane in dataset.lanes]
