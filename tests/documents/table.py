@@ -91,6 +91,9 @@ PAIRS = ("data/dreamlip", "data/text_pairs")
 TOWER = "openai/clip-vit-large-patch14-336"
 LAUNCH = "accelerate launch --config_file training/llm2clip/recipes/accelerate"
 CI = ".ci/run runs it"
+DATABASE = "postgresql://me@localhost/images"
+NO_SERVER = "the documents' tests have no database"
+IN_POSTGRES = "tests/llm2clip/search/test_postgres_store.py::test_postgres_and_lancedb_find_the_same"
 NO_SETS = "published sets are not downloaded"
 MEASURED = "tests/llm2clip/evaluation/test_evaluate.py::test_a_strangers_benchmark_is_measured_printed_and_found_again"
 
@@ -101,6 +104,9 @@ README = {
     'llm2clip search runs/index/concepts "someone riding a bicycle" --where "caption LIKE \'%bicycle%\'"': Run(
         needs=(INDEX,), prints="bicycle"
     ),
+    f"{INDEX} --postgres {DATABASE}": NotRun(NO_SERVER, run_by=IN_POSTGRES),
+    f'llm2clip search concepts "someone riding a bicycle" --postgres {DATABASE} '
+    "--where \"caption LIKE '%bicycle%'\"": NotRun(NO_SERVER, run_by=IN_POSTGRES),
     "llm2clip demo": Run(needs=(MODEL,), serves=True, slow=True),
     "llm2clip export-onnx MODEL": Run(
         needs=(MODEL,),
