@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +123,18 @@ def test_remote_tars_are_read(made: Path) -> None:
         file.write(path.read_bytes())
     expected = list(numbered_tar_rows(str(path), ["json", "png", "__key__"], [1, 2]))
     assert list(numbered_tar_rows("memory://remote/00001.tar", ["json", "png", "__key__"], [1, 2])) == expected
+
+
+def test_a_web_server_without_ranges_is_read_from_the_beginning(tmp_path: Path) -> None:
+    """More than a block of fsspec, 5 MiB."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for row in range(4):
+            entry = tarfile.TarInfo(f"{row}.jpg")
+            entry.size = 3 << 20
+            archive.addfile(entry, io.BytesIO(bytes([row]) * entry.size))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = numbered_tar_rows(f"http://127.0.0.1:{server.server_port}/a.tar", ["jpg"], [1, 3])
+        assert [(number, row["jpg"][:2]) for number, row in found] == [(1, b"\x01\x01"), (3, b"\x03\x03")]
+        server.shutdown()
