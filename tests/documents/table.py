@@ -237,7 +237,12 @@ CONTRIBUTING = {
     ".ci/run": NotRun("it is what runs these tests"),
 }
 SCALING = {
-    "torchrun --nproc_per_node 8 -m llm2clip embed embed_paper --output_dir runs/cache": Run(
+    "llm2clip plan stage1_paper --gpus 8 --gpu-memory 80 --model-name-or-path LLM2CLIP-Llama-3.1-8B-Instruct-CC "
+    "--rows 12900000": Run(prints="parameters: 41.9M trained, 7,504.9M frozen"),
+    "python -m benchmarks.scale": NotRun(
+        "it writes into docs", run_by="tests/benchmarks/test_scale_page.py::test_the_page_contains_the_tables"
+    ),
+    "torchrun --nproc_per_node 8 -m llm2clip embed embed_paper": Run(
         needs=(TRAIN_LLM, "data/cc3m"),
         meant={"8": "2"},
         small=EMBED,
@@ -245,13 +250,32 @@ SCALING = {
         prints="num_captions: ",
         slow=True,
     ),
-    "llm2clip embed embed_paper --output_dir runs/cache --shard_slice 0/8": Run(
+    "llm2clip embed embed_paper --shard-slice 0/64": Run(
         needs=(TRAIN_LLM, "data/cc3m"), small=EMBED, makes=("runs/cache/0.emb.manifest",), prints="num_shards: 1"
+    ),
+    "llm2clip embed embed_paper --engine ray --ray-address auto": Run(
+        needs=(TRAIN_LLM, "data/cc3m"),
+        meant={"--ray-address auto": "--ray-actors 1"},
+        small=EMBED,
+        makes=("runs/cache/0.emb.manifest",),
+        prints="num_captions: ",
+        slow=True,
     ),
     "llm2clip verify runs/cache": Run(needs=(EMBED_CAPTIONS,), prints="num_captions: "),
     "torchrun --nproc_per_node 8 -m llm2clip stage2 stage2_paper": Run(
         needs=(EMBED_CAPTIONS, TOWER),
         meant={"8": "2"},
+        small=STAGE2,
+        makes=("runs/stage2/model.safetensors",),
+        slow=True,
+    ),
+    "llm2clip stage2 stage2_paper": Run(
+        needs=(EMBED_CAPTIONS, TOWER), small=STAGE2, makes=("runs/stage2/model.safetensors",), slow=True
+    ),
+    "torchrun --nnodes 8 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m llm2clip stage2 "
+    "stage2_paper": Run(
+        needs=(EMBED_CAPTIONS, TOWER),
+        meant={"--nnodes 8 --nproc_per_node 8": "--nnodes 1 --nproc_per_node 2", "HOST:29500": "localhost:0"},
         small=STAGE2,
         makes=("runs/stage2/model.safetensors",),
         slow=True,
