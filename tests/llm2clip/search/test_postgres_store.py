@@ -364,6 +364,22 @@ def test_hnsw_finds_what_comparing_all_finds_also_where_a_condition_rejects_near
     assert len(ImageIndex.open(TABLE, short).search(query, 40)[0]) == 33
 
 
+@pytest.mark.parametrize(
+    ("where", "effort"),
+    [(None, 100), ("key = 'a/07.png'", None), ("folder = 'a'", 300), ("CASE WHEN size > 0 THEN true END", 200)],
+)
+def test_a_condition_is_searched_harder_the_more_it_rejects_and_exactly_where_it_fits_few(
+    where: str | None, effort: int | None, pictures: Path, model: Model, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres_rows, "EXACT_MATCHES", 3)
+    index(pictures, model[0], url, index_type="hnsw", ef_search=100)
+    rows = ImageIndex.open(TABLE, url).rows
+    assert isinstance(rows, postgres_rows.PostgresRows)
+    with rows._reading(where) as connection:
+        assert rows._effort(connection, 10, where) == effort, "of 12 rows 12, 1, 4 and, by the server's guess, 6 fit"
+        assert rows._effort(connection, 5000, where) == (effort and 1000)
+
+
 def test_no_image_leaves_no_table(model: Model, url: str, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("words")
