@@ -68,7 +68,8 @@ def _merged_state(layer: Any, state: Mapping[str, Tensor] | None = None) -> dict
     """Return the merged weights of a layer in float32; `state` replaces the layer's own weights."""
     exact = copy.deepcopy(layer)
     if state is not None:
-        exact.load_state_dict(state)
+        # Assigned, since a sharded layer cannot take values of whole tensors.
+        exact.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
     if next(exact.parameters()).device.type == "mps":  # which has no float64
         exact.cpu()
     with torch.no_grad():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from llm2clip.losses import clip_loss
 from llm2clip.trainers import run_stage1, run_stage2
@@ -20,6 +23,7 @@ from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.test_processes import llm2clip, losses
 from tests.modeling_llm2clip import tiny as tiny_models
+from tests.processes import run_python
 
 
 def embed(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor]:
@@ -144,3 +148,66 @@ def test_chunk_sizes_below_one_are_refused(name: str, inputs: Inputs, tmp_path: 
     for stage in ("stage1", "stage2"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, but is 0"):
             run(stage, fields_of(stage, tmp_path, inputs) | {name: 0})
+
+
+SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from llm2clip.losses import clip_loss
+from llm2clip.trainers.grad_cache import in_chunks
+from llm2clip.utils.processes import leave_process_group
+from tests.llm2clip.trainers.test_grad_cache import embed, whole_batch
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model, pixels, texts = whole_batch()
+own = slice(10 * rank, 10 * rank + 10)
+for block in model.blocks:
+    fully_shard(block)
+fully_shard(model)
+(images,) = in_chunks(embed, model, {"pixel_values": pixels[own]}, 4)
+clip_loss(images, texts[own], 10.0).backward()
+gradients = {name: x.grad.full_tensor() for name, x in model.named_parameters() if x.grad is not None}
+if rank == 0:
+    torch.save(gradients, sys.argv[1])
+leave_process_group()
+"""
+
+
+def whole_batch() -> tuple[EVA02VisionModel, Tensor, Tensor]:
+    """A tower without random layers, 20 images, and as many embeddings of captions."""
+    torch.manual_seed(0)
+    model = EVA02VisionModel(tiny_models.vision_config(initializer_range=0.1)).train()
+    return (
+        model,
+        torch.randn(20, 3, 28, 28),
+        nn.functional.normalize(torch.randn(20, model.config.hidden_size), dim=-1),
+    )
+
+
+def test_shards_in_chunks_have_the_gradients_of_one_process(tmp_path: Path) -> None:
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    run_python([str(tmp_path / "sharded.py"), str(tmp_path / "gradients.pt")], 2, PYTHONPATH=os.pathsep.join(sys.path))
+    model, pixels, texts = whole_batch()
+    clip_loss(embed(model, {"pixel_values": pixels})[0], texts, 10.0).backward()
+    found = torch.load(tmp_path / "gradients.pt")
+    expected = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=2e-6, rtol=1e-5, msg=name)
+
+
+def test_the_first_version_of_fsdp_is_refused() -> None:
+    model = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(model)
+    with pytest.raises(ValueError, match=r"does not work with version 1 of FSDP.*set fsdp_version: 2"):
+        in_chunks(embed, model, {"pixel_values": torch.zeros(4, 3, 28, 28)}, 2)
+
+
+def test_parameters_that_zero_divides_are_refused() -> None:
+    model = random_tower()
+    model.blocks[0].mlp.w1.weight.ds_id = 0
+    with pytest.raises(ValueError, match="does not work with DeepSpeed's ZeRO-3"):
+        in_chunks(embed, model, {"pixel_values": torch.zeros(4, 3, 28, 28)}, 2)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from llm2clip.data.sampling import SampleIndex
-from llm2clip.trainers import run_mntp, run_stage1
+from llm2clip.trainers import mntp_trainer, run_mntp, run_stage1
 from llm2clip.trainers.mntp_config import MNTPConfig
 from llm2clip.trainers.mntp_data import MaskCollator, TokenBlocks
 from llm2clip.trainers.stage1_config import Stage1Config
@@ -106,3 +106,14 @@ def test_invalid_settings_raise_a_clear_error(
 def test_a_text_tower_is_refused_since_it_has_no_language_modelling_head(inputs: Inputs, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="without the language-modelling head"):
         run(tmp_path, inputs.text)
+
+
+def test_a_trained_head_is_refused_where_its_embedding_is_divided(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mntp_trainer, "is_divided", lambda trainer: True)
+    model, args = LLM2CLIPTextModel.from_pretrained(inputs.text), MNTPConfig(output_dir=str(tmp_path))
+    head = torch.nn.Linear(model.config.hidden_size, 8, bias=False)
+    with pytest.raises(ValueError, match="divide the token embedding"):
+        mntp_trainer.MNTPTrainer(model=model, args=args, head=head)
+    mntp_trainer.MNTPTrainer(model=model, args=args, head=head.requires_grad_(False))

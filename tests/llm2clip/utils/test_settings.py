@@ -155,7 +155,10 @@ def test_numbers_do_not_consume_what_follows_them(given: list[str], meant: list[
     assert bracket_numbers(given, Numbers) == meant
 
 
-@pytest.mark.parametrize("name", ["ddp_8gpu", "fsdp", "deepspeed_zero2", "cpu_2"])
+ZERO = ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+
+
+@pytest.mark.parametrize("name", ["ddp_8gpu", "fsdp", *ZERO, "cpu_2"])
 def test_accelerate_reads_the_launch_configurations(name: str) -> None:
     path = str(resources.files("llm2clip.recipes") / "accelerate" / f"{name}.yaml")
     config = load_config_from_file(path)
@@ -165,4 +168,6 @@ def test_accelerate_reads_the_launch_configurations(name: str) -> None:
     options = {action.dest for action in launch_command_parser()._actions}
     strategy = {**(config.fsdp_config or {}), **(config.deepspeed_config or {})}
     assert set(strategy) <= options
-    assert bool(strategy) == (name in ("fsdp", "deepspeed_zero2"))
+    assert bool(strategy) == (name in ("fsdp", *ZERO))
+    if config.fsdp_config:
+        assert config.fsdp_config["fsdp_version"] == 2

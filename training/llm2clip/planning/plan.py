@@ -138,7 +138,7 @@ def make_plan(config: PlanConfig, stage: Stage, settings: StageConfig | EmbedCon
     needs = [need(strategy, step, config.gpus, states, half, averaged) for strategy in strategies_of_stage]
     strategies: dict[str, dict[str, Any]] = {}
     for found in needs:
-        refused = step.stand_ins and found.strategy.startswith("ZeRO")
+        refused = step.stand_ins and found.strategy == "ZeRO-3"
         fits = "refused" if refused else "yes" if found.total <= limit else "no"
         strategies[found.strategy] = {**dataclasses.asdict(found), "total": found.total, "fits": fits}
     return {

@@ -24,7 +24,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     title = f"{plan['stage']}: memory of each of {plan['gpus']} GPUs, {usable:,.0f} of {memory:,.0f} GiB usable"
     print_table(console, title, COLUMNS, rows, text_columns=(0, len(COLUMNS) - 1))
     if any(found["fits"] == "refused" for found in plan["strategies"].values()):
-        console.print("refused: tower_chunk_size does not work with DeepSpeed")
+        console.print("refused: tower_chunk_size does not work with ZeRO-3")
     for line in [f"models: {plan['model']}", *_lines(plan)]:
         console.print(line, soft_wrap=True)
 

@@ -72,7 +72,7 @@ def need(strategy: Strategy, step: Step, gpus: int, state_bytes: int, half: bool
     size = 2 if half else FLOAT
     weights = float(size * count + (min(frozen, size * step.count(trained=False)) if half else frozen))
     gradients, states = float(size * count), (MASTER + state_bytes) * count / gpus
-    buffers = float(size * min(BUCKET, count))
+    buffers = float(size * min(BUCKET, count)) + (size * count if step.stand_ins else 0)
     if strategy != "ZeRO-1":
         gradients /= gpus
     if strategy == "ZeRO-3":

@@ -26,6 +26,7 @@ from llm2clip.trainers.model_card import DataRevisions, write_model_card
 from llm2clip.trainers.progress import TrainingProgress
 from llm2clip.trainers.pushing import PushingTrainer, copy_files
 from llm2clip.trainers.run_folder import run_folder
+from llm2clip.trainers.sharding import gathered, undivided, with_scalars
 from llm2clip.trainers.stream_resume import StreamResume
 from llm2clip.trainers.weight_average import WeightAverage
 from llm2clip.utils.non_finite import BROKEN_MODEL, NonFiniteError, on_any_process
@@ -191,6 +192,14 @@ class StageTrainer(PushingTrainer):
             make_readable_by_version_4(output_dir or str(self.args.output_dir))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        own = self.model
+        self.model = undivided(cast(nn.Module, own))
+        try:
+            super()._save(output_dir, None if state_dict is None else with_scalars(state_dict))
+        finally:
+            self.model = own
 
     # transformers (5.2 to 5.23) has no callback between the last file of a checkpoint and the deletion of old ones.
 
@@ -368,11 +377,12 @@ class StageTrainer(PushingTrainer):
         if eval_dataset is not None or not self.retrieval:
             return metrics
         model = self.accelerator.unwrap_model(self.model).eval()
-        found = {
-            f"{metric_key_prefix}_{name}_{key}": value
-            for name, retrieval in self.retrieval.items()
-            for key, value in self.measure(model, retrieval).items()
-        }
+        with gathered(self):
+            found = {
+                f"{metric_key_prefix}_{name}_{key}": value
+                for name, retrieval in self.retrieval.items()
+                for key, value in self.measure(model, retrieval).items()
+            }
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return metrics | found

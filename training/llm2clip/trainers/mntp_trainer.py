@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from llm2clip.losses.gather import exchange_counts
 from llm2clip.trainers.mntp_config import MNTPConfig
 from llm2clip.trainers.mntp_data import MaskCollator
+from llm2clip.trainers.sharding import is_divided
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 
 # Label of a token that is not masked.
@@ -36,6 +37,9 @@ class MNTPTrainer(TextTowerTrainer):
     Args:
         head: The LLM's output embedding, `hidden_size` to vocabulary.
         kwargs: See [`StageTrainer`].
+
+    Raises:
+        ValueError: The head is the trained token embedding, which FSDP or ZeRO-3 would divide.
     """
 
     title = "MNTP"
@@ -45,6 +49,11 @@ class MNTPTrainer(TextTowerTrainer):
     def __init__(self, *args: Any, head: nn.Module, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.head = head.to(self.args.device)
+        if is_divided(self) and any(parameter.requires_grad for parameter in head.parameters()):
+            raise ValueError(
+                "FSDP and ZeRO-3 divide the token embedding, with which this LLM's head is tied and which this run "
+                "trains, so that the head would keep its first values; train with LoRA (lora_rank), or with ZeRO-2."
+            )
 
     def default_collator(self, model: Any, args: Any, processing_class: Any) -> MaskCollator | None:
         return None if processing_class is None else MaskCollator(copy.deepcopy(processing_class), args)

@@ -21,6 +21,7 @@ from llm2clip.trainers.checkpoints import resume_point
 from llm2clip.trainers.frozen_towers import open_stored_pairs
 from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.run_folder import stage_command
+from llm2clip.trainers.sharding import undivided_building
 from llm2clip.trainers.stage2_captions import open_captions
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Config
 from llm2clip.trainers.stage2_data import build_dataset
@@ -129,7 +130,8 @@ def build_trainer(config: Stage2Config) -> Stage2Trainer:
         ValueError: Settings do not fit the model or the data.
     """
     set_seed(config.seed)
-    model, processor = load_model(config)
+    with undivided_building(config):
+        model, processor = load_model(config)
     # A model that was trained before names its LLM in its config.
     check_pushing(config, model.config.text_model_name_or_path, not config.bundle_text_model, True)
     image_processor = processor.image_processor

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from llm2clip.trainers.base_config import StageConfig
 
+if TYPE_CHECKING:
+    from llm2clip.trainers.base_trainer import StageTrainer
+
+SCALARS = ("logit_scale", "logit_bias")
 NEEDS = {
     "FSDP": "FSDP needs several processes on GPUs.",
     "DeepSpeed": "DeepSpeed needs `accelerate launch` or the deepspeed launcher, and ACCELERATE_USE_CPU unset.",
@@ -45,3 +56,87 @@ def refuse_unsharded(args: StageConfig) -> None:
                 f"here are {processes} on {device.type.upper()}. {NEEDS[name]} Launch there, or train data parallel "
                 "with torchrun or the launch configuration ddp_8gpu.yaml."
             )
+
+
+def is_divided(trainer: StageTrainer) -> bool:
+    """Whether no process has the whole weights in its model: FSDP, and stage 3 of DeepSpeed's ZeRO."""
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+
+def whole_weights(trainer: StageTrainer) -> dict[str, Tensor]:
+    """Gather the weights of a divided model; called in all processes, of which the main one gets them on the CPU."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return with_scalars({} if state is None else state)
+
+
+def undivided(model: nn.Module) -> Any:
+    """Return a view of a model, with all its parts, whose class is that from before FSDP: the class to save."""
+    if not isinstance(model, FSDPModule):
+        return model
+    own: Any = type(model).__bases__[1]
+    view = own.__new__(own)
+    view.__dict__.update(model.__dict__)
+    return view
+
+
+@contextmanager
+def undivided_building(args: StageConfig) -> Iterator[None]:
+    """Within this context, models are built whole, also with ZeRO-3, for which transformers divides them at once.
+
+    That takes all processes, and parameters that have a dimension.
+    """
+    plugin: Any = args.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(getattr(args, "hf_deepspeed_config", None) or plugin.dschf)
+
+
+@contextmanager
+def gathered(trainer: StageTrainer) -> Iterator[None]:
+    """Within this context, each process has the whole weights of a model that FSDP divides.
+
+    Evaluation needs it: it calls parts of the model, and processes have different numbers of batches, whereas FSDP
+    gathers weights by communicating in each forward pass.
+    """
+    modules = [module for module in trainer.model_wrapped.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.reshard()
+            module.set_reshard_after_forward(_reshards(trainer), recurse=False)
+
+
+def _reshards(trainer: StageTrainer) -> bool:
+    return bool(trainer.accelerator.state.fsdp_plugin.reshard_after_forward)
+
+
+def give_scalars_a_dimension(model: nn.Module) -> None:
+    """Make a model's scalar parameters vectors of one element, which is what FSDP and DeepSpeed can divide.
+
+    Folders keep them as scalars; see [`with_scalars`].
+    """
+    for name in SCALARS:
+        scalar = getattr(model, name, None)
+        if scalar is not None and scalar.ndim == 0:
+            setattr(model, name, nn.Parameter(scalar.detach().reshape(1), scalar.requires_grad))
+
+
+def with_scalars(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undo [`give_scalars_a_dimension`] in the weights of a model."""
+    return {name: value.reshape(()) if name in SCALARS else value for name, value in state.items()}
+
+
+def value_of(parameter: Any) -> float:
+    """Read a parameter of one element, wherever it lies; called in all processes."""
+    parameter = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return float(parameter.detach().reshape(()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -25,6 +26,7 @@ from llm2clip.trainers.bundling import bundle_text_model
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
 from llm2clip.trainers.grad_cache import embed_captions, in_chunks
 from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
+from llm2clip.trainers.sharding import give_scalars_a_dimension, undivided, value_of, whole_weights
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.processes import work_alone
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
@@ -87,6 +89,8 @@ class Stage2Trainer(StageTrainer):
         if model.text_model is not None:
             model.text_model.requires_grad_(False)
         self.add_callback(ClampLogitScale())
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            give_scalars_a_dimension(model)
 
     def default_collator(self, model: Any, args: Any, processing_class: Any) -> Stage2Collator:
         return Stage2Collator(processor=processing_class)
@@ -182,9 +186,9 @@ class Stage2Trainer(StageTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             model = self.accelerator.unwrap_model(self.model)
-            logs["logit_scale"] = model.logit_scale.exp().item()
+            logs["logit_scale"] = math.exp(value_of(model.logit_scale))
             if model.logit_bias is not None:
-                logs["logit_bias"] = model.logit_bias.item()
+                logs["logit_bias"] = value_of(model.logit_bias)
         self._skipped_keys.update(gather_object(self.skip_log.take_new() if self.skip_log is not None else []))
         if self._skipped_keys:
             logs["skipped_samples"] = len(self._skipped_keys)
@@ -202,9 +206,11 @@ class Stage2Trainer(StageTrainer):
 
     def save_result(self, output_dir: str | Path) -> None:
         model = self.accelerator.unwrap_model(self.model)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        weights = whole_weights(self) if sharded else None
         if self.args.should_save:
             # With the LLM only if no repository has its weights; `complete_result` adds it to the saved model.
-            model.save_pretrained(output_dir)
+            undivided(model).save_pretrained(output_dir, state_dict=weights)
             cast(LLM2CLIPProcessor, self.processing_class).save_pretrained(output_dir)
             write_sentence_transformers_files(output_dir)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2clip.utils.prompts import original_prompt
@@ -90,9 +91,14 @@ def open_text_tower(
     return LLM2CLIPTextModel.from_decoder(decoder or name, decoder_kwargs=options, **fields), tokenizer
 
 
-def save_text_tower(model: LLM2CLIPTextModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Save a text tower and its tokenizer in the layout of a Hub repository."""
-    model.save_pretrained(folder)
+def save_text_tower(
+    model: LLM2CLIPTextModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Save a text tower, by default with its own weights, and its tokenizer in the layout of a Hub repository."""
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     make_readable_by_version_4(folder)
 
