@@ -96,7 +96,7 @@ def build_index(folder: Path, path: Path, vectors: Mixture, **settings: Any) -> 
             rows.append(pa.table(arrays, schema))
             start += len(some)
         manifest.images = start
-        manifest.index = VectorSettings(**settings).index_of(start, WIDTH)
+        manifest.index = VectorSettings(**settings).index_of(start, WIDTH, "float16", store.index_types)
         rows.publish(manifest, [])
     return ImageIndex.of_store(store)
 

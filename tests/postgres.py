@@ -7,6 +7,7 @@ import pwd
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,8 @@ def _programs() -> Path | None:
 
 
 @contextmanager
-def postgres_server(folder: Path) -> Iterator[str]:
-    """Run a server with its data in an empty folder; yield the URL of its database.
+def postgres_server() -> Iterator[str]:
+    """Run a server; yield the URL of its database.
 
     The server refuses to run as root, so that root runs it as the user postgres. The test is skipped where there is no
     server with pgvector.
@@ -34,28 +35,26 @@ def postgres_server(folder: Path) -> Iterator[str]:
     programs = _programs()
     if programs is None:
         pytest.skip("there is no PostgreSQL with pgvector; install Debian's postgresql-N-pgvector.")
-    command: list[str] = []
-    if os.getuid() == 0:
-        owner = pwd.getpwnam("postgres")
-        command = ["setpriv", f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups"]
-        shutil.chown(folder, owner.pw_uid, owner.pw_gid)
-        for parent in folder.parents:
-            # The owner of the data has to reach it.
-            if parent.stat().st_uid == 0 and not parent.stat().st_mode & 0o001:
-                parent.chmod(parent.stat().st_mode | 0o011)
-    data = folder / "data"
-    options = ["--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-sync", f"--pgdata={data}"]
-    _run([*command, str(programs / "initdb"), *options], folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
-    control = [*command, str(programs / "pg_ctl"), f"--pgdata={data}", "--wait"]
-    _run([*control, f"--log={folder / 'log'}", f"--options={settings}", "start"], folder)
-    try:
-        yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
-    finally:
-        _run([*control, "--mode=immediate", "stop"], folder)
+    # Not in pytest's own folder, which only its owner can enter.
+    with tempfile.TemporaryDirectory(prefix="llm2clip-postgres-") as name:
+        folder, command = Path(name), []
+        if os.getuid() == 0:
+            owner = pwd.getpwnam("postgres")
+            command = ["setpriv", f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups"]
+            shutil.chown(folder, owner.pw_uid, owner.pw_gid)
+        data = folder / "data"
+        options = ["--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-sync", f"--pgdata={data}"]
+        _run([*command, str(programs / "initdb"), *options], folder)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
+        control = [*command, str(programs / "pg_ctl"), f"--pgdata={data}", "--wait"]
+        _run([*control, f"--log={folder / 'log'}", f"--options={settings}", "start"], folder)
+        try:
+            yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+        finally:
+            _run([*control, "--mode=immediate", "stop"], folder)
 
 
 def _run(command: list[str], folder: Path) -> None:

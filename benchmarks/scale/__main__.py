@@ -6,35 +6,43 @@ import argparse
 import datetime
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks import results
 from benchmarks.environments import versions_of
+from benchmarks.scale import page
+from benchmarks.scale.data import clean
 from benchmarks.scale.embedding import ENGINES, Trial, embed
 from benchmarks.scale.reading import ReadTrial, read
-from benchmarks.scale.tables import RESULTS, draw, newest
+from benchmarks.scale.tables import RESULTS
 
 STEPS = ("embed", "read")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, and append what was measured to scale.jsonl."""
+    """Measure, append what was measured to scale.jsonl, and write the tables of docs/scaling.md."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
-    parser.add_argument("steps", nargs="*", choices=STEPS, help="what is measured; none: only draw the plot")
+    parser.add_argument(
+        "steps",
+        nargs="*",
+        metavar="STEP",
+        help=f"what is measured: {', '.join(STEPS)}; without any, only the tables of docs/scaling.md are written",
+    )
     parser.add_argument("--captions", type=int, default=100_000, help="size of the data set; 10M need 36 GB of disk")
     parser.add_argument("--processes", type=int, default=2, help="processes, or actors of Ray")
     parser.add_argument("--engine", choices=ENGINES, default="processes")
     parser.add_argument("--workers", type=int, default=0, help="read: DataLoader workers of each process")
     parser.add_argument("--kills", type=int, default=0, help="how often all processes are killed on the way")
     parser.add_argument(
-        "--folder", type=Path, default=Path("runs/scale"), help="folder of the data, deleted at the end"
+        "--folder", type=Path, default=Path("runs/scale"), help="folder of the data, which is deleted at the end"
     )
     parser.add_argument("--keep", action="store_true", help="keep the folder, for the next run")
-    parser.add_argument("--record", type=Path, default=RESULTS, help="file that the figures are appended to")
+    parser.add_argument("--record", type=Path, default=RESULTS, help="another file for the figures; the page stays")
     options = parser.parse_args(arguments)
+    if unknown := set(options.steps) - set(STEPS):
+        parser.error(f"there is no step {', '.join(sorted(unknown))}; choose from {', '.join(STEPS)}.")
     folder = options.folder.absolute()
     try:
         for step in options.steps:
@@ -44,8 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
                 file.write(json.dumps({"step": step, **figures, **_circumstances()}) + "\n")
     finally:
         if not options.keep:
-            shutil.rmtree(folder, ignore_errors=True)
-    draw(newest(options.record.read_text(encoding="utf-8").splitlines()), options.record.with_suffix(".png"))
+            clean(folder)
+    if options.record == RESULTS:
+        page.write()
 
 
 def _measure(step: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:

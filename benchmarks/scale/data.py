@@ -20,8 +20,22 @@ REPEATED, REPEATED_SHARE = [f"w{number} w{number + 1}" for number in range(100)]
 PICTURES, PICTURE_SIZE = 64, 8
 # Of a picture and its caption in a tar, and of a caption in a sidecar.
 TAR_BYTES, SIDECAR_BYTES = 2_560, 2 * WIDTH + 24
+# What the steps write into their folder.
+WRITTEN = ("data", "data-*", "sidecars-*", "tower", "vision", "*.log", "embed.yaml", "read.json", "read-*.json")
 # Left free on the disk.
 SPARE_BYTES = 2 * 10**9
+
+
+def clean(folder: Path) -> None:
+    """Delete what the steps have written into a folder, and the folder if nothing else is there."""
+    for pattern in WRITTEN:
+        for path in folder.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def tar_paths(folder: Path, captions: int) -> list[Path]:

@@ -74,7 +74,7 @@ def _time(seconds: float) -> str:
 
 
 def draw(entries: list[Record], path: Path = PLOT) -> None:
-    """Plot rows per second and peak memory against the number of captions."""
+    """Plot CPU time per row, of embedding, and peak memory against the number of captions."""
     from matplotlib.figure import Figure
 
     from benchmarks.curves.plots import STYLES
@@ -84,26 +84,27 @@ def draw(entries: list[Record], path: Path = PLOT) -> None:
         if entry["step"] == "embed":
             name = f"{ENGINE_NAMES[entry['engine']]}, {entry['processes']} processes"
         else:
-            name = f"reading, {entry['processes']} x {entry['workers']} workers"
+            name = f"stage 2 reads, {entry['processes']} processes x {entry['workers']} workers"
         lines.setdefault(name, []).append(entry)
     lines = {name: sorted(found, key=lambda entry: entry["captions"]) for name, found in lines.items()}
     figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
     panels = (
-        ("Rows per second", "rows_per_second", 1.0),
+        ("CPU time of embedding per row (µs)", "cpu_microseconds_per_row", 1.0),
         ("Peak memory of the largest process (GB)", "peak_bytes", 1e9),
     )
     for number, (title, name, unit) in enumerate(panels, 1):
         axes = figure.add_subplot(1, 2, number)
         for place, (label, found) in enumerate(lines.items()):
             colour, marker = STYLES[place % len(STYLES)]
-            values = [entry[name] / unit for entry in found]
-            axes.plot([entry["captions"] for entry in found], values, color=colour, marker=marker, label=label)
+            measured = [entry for entry in found if name in entry]
+            values = [entry[name] / unit for entry in measured]
+            axes.plot([entry["captions"] for entry in measured], values, color=colour, marker=marker, label=label)
         axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
         axes.set_xlabel("captions")
         axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
         axes.grid(color="#dddddd", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=9)
+    figure.axes[1].legend(frameon=False, fontsize=9)
     figure.supxlabel(_place(entries), fontsize=8, color="#555555", x=0.01, ha="left")
     figure.savefig(path)

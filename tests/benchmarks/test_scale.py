@@ -15,6 +15,7 @@ from PIL import Image
 from benchmarks.scale import data, tables
 from benchmarks.scale.embedding import Trial, embed
 from benchmarks.scale.processes import run_watched
+from benchmarks.scale.reading import ReadTrial, read
 from llm2clip.data.tars import list_tar
 
 EMBEDDED: dict[str, Any] = {
@@ -53,6 +54,20 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, monke
     with pytest.raises(OSError, match="10,000,000 captions need 38 GB"):
         data.write_tars(tmp_path, 10_000_000)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_else_is_in_the_folder_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CAPTIONS_PER_TAR", 5)
+    folder = tmp_path / "scale"
+    data.write_tars(folder / "data", 10, processes=1)
+    linked = data.link_tars(folder, 5)
+    assert [path.name for path in linked.iterdir()] == ["00000.tar"]
+    (folder / "thesis.txt").write_text("mine")
+    data.clean(folder)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    (folder / "thesis.txt").unlink()
+    data.clean(folder)
+    assert not folder.exists()
 
 
 def test_a_watched_command_is_killed_with_all_its_processes(tmp_path: Path) -> None:
@@ -103,3 +118,6 @@ def test_a_data_set_is_embedded_by_processes_that_are_killed_on_the_way(tmp_path
     figures = embed(tmp_path, Trial(captions=40_000, processes=2, kills=1))
     assert (figures["captions"], figures["kills"], figures["left_over"]) == (40_000, 1, [])
     assert figures["peak_bytes"] < 1.5e9
+    found = read(tmp_path, ReadTrial(captions=40_000, processes=2, workers=1))
+    assert (found["rows"], found["resumed_at"]) == (19_968, 39)
+    assert found["rows_per_second"] > 0

@@ -15,6 +15,7 @@ OUTPUTS = (
     "Caption retrieval, R@1 / 5 / 10 in %",
     "docci  DOCCI",
     "runs/quickstart/llm2clip, in %",
+    "stage1: memory of each of 8 GPUs",
 )
 
 

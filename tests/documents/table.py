@@ -91,6 +91,9 @@ PAIRS = ("data/dreamlip", "data/text_pairs")
 TOWER = "openai/clip-vit-large-patch14-336"
 LAUNCH = "accelerate launch --config_file training/llm2clip/recipes/accelerate"
 CI = ".ci/run runs it"
+DATABASE = "postgresql://me@localhost/images"
+NO_SERVER = "the documents' tests have no database"
+IN_POSTGRES = "tests/llm2clip/search/test_postgres_store.py::test_postgres_and_lancedb_find_the_same"
 NO_SETS = "published sets are not downloaded"
 MEASURED = "tests/llm2clip/evaluation/test_evaluate.py::test_a_strangers_benchmark_is_measured_printed_and_found_again"
 
@@ -101,6 +104,9 @@ README = {
     'llm2clip search runs/index/concepts "someone riding a bicycle" --where "caption LIKE \'%bicycle%\'"': Run(
         needs=(INDEX,), prints="bicycle"
     ),
+    f"{INDEX} --postgres {DATABASE}": NotRun(NO_SERVER, run_by=IN_POSTGRES),
+    f'llm2clip search concepts "someone riding a bicycle" --postgres {DATABASE} '
+    "--where \"caption LIKE '%bicycle%'\"": NotRun(NO_SERVER, run_by=IN_POSTGRES),
     "llm2clip demo": Run(needs=(MODEL,), serves=True, slow=True),
     "llm2clip export-onnx MODEL": Run(
         needs=(MODEL,),
@@ -231,7 +237,12 @@ CONTRIBUTING = {
     ".ci/run": NotRun("it is what runs these tests"),
 }
 SCALING = {
-    "torchrun --nproc_per_node 8 -m llm2clip embed embed_paper --output_dir runs/cache": Run(
+    "llm2clip plan stage1_paper --gpus 8 --gpu-memory 80 --model-name-or-path LLM2CLIP-Llama-3.1-8B-Instruct-CC "
+    "--rows 12900000": Run(prints="parameters: 41.9M trained, 7,504.9M frozen"),
+    "python -m benchmarks.scale": NotRun(
+        "it writes into docs", run_by="tests/benchmarks/test_scale_page.py::test_the_page_contains_the_tables"
+    ),
+    "torchrun --nproc_per_node 8 -m llm2clip embed embed_paper": Run(
         needs=(TRAIN_LLM, "data/cc3m"),
         meant={"8": "2"},
         small=EMBED,
@@ -239,13 +250,32 @@ SCALING = {
         prints="num_captions: ",
         slow=True,
     ),
-    "llm2clip embed embed_paper --output_dir runs/cache --shard_slice 0/8": Run(
+    "llm2clip embed embed_paper --shard-slice 0/64": Run(
         needs=(TRAIN_LLM, "data/cc3m"), small=EMBED, makes=("runs/cache/0.emb.manifest",), prints="num_shards: 1"
+    ),
+    "llm2clip embed embed_paper --engine ray --ray-address auto": Run(
+        needs=(TRAIN_LLM, "data/cc3m"),
+        meant={"--ray-address auto": "--ray-actors 1"},
+        small=EMBED,
+        makes=("runs/cache/0.emb.manifest",),
+        prints="num_captions: ",
+        slow=True,
     ),
     "llm2clip verify runs/cache": Run(needs=(EMBED_CAPTIONS,), prints="num_captions: "),
     "torchrun --nproc_per_node 8 -m llm2clip stage2 stage2_paper": Run(
         needs=(EMBED_CAPTIONS, TOWER),
         meant={"8": "2"},
+        small=STAGE2,
+        makes=("runs/stage2/model.safetensors",),
+        slow=True,
+    ),
+    "llm2clip stage2 stage2_paper": Run(
+        needs=(EMBED_CAPTIONS, TOWER), small=STAGE2, makes=("runs/stage2/model.safetensors",), slow=True
+    ),
+    "torchrun --nnodes 8 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m llm2clip stage2 "
+    "stage2_paper": Run(
+        needs=(EMBED_CAPTIONS, TOWER),
+        meant={"--nnodes 8 --nproc_per_node 8": "--nnodes 1 --nproc_per_node 2", "HOST:29500": "localhost:0"},
         small=STAGE2,
         makes=("runs/stage2/model.safetensors",),
         slow=True,

@@ -55,7 +55,7 @@ def test_command_runs(line: str, reader: Reader, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", NOT_RUN)
-def test_command_that_is_not_run_exists(line: str) -> None:
+def test_command_that_is_not_run_exists(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     program, *arguments = shlex.split(line)
     if program == "make":
         recipe(line)
@@ -73,6 +73,9 @@ def test_command_that_is_not_run_exists(line: str) -> None:
         assert importlib.util.find_spec(arguments[1])
     elif program == "accelerate":
         load_config_from_file(str(ROOT / arguments[arguments.index("--config_file") + 1]))
+    elif program == "llm2clip" and "--benchmark" not in arguments:
+        monkeypatch.setattr(import_module(cli.COMMANDS[arguments[0]].module), "run", lambda config: {})
+        assert cli.main(arguments) == 0, "its settings are accepted"
     elif program == "llm2clip":
         names = itertools.takewhile(lambda word: word[:2] != "--", arguments[arguments.index("--benchmark") + 1 :])
         assert choose_benchmarks(names, ROOT)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import datasets
 import fsspec
 import pytest
 
-from llm2clip.data import CaptionSource
+from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
 from llm2clip.data.numbered_tar_rows import numbered_tar_rows
 from llm2clip.data.shard_rows import ShardRows, can_count, count_rows
 from llm2clip.data.sources import SourceError, open_source, select_source, source_columns, used_columns
@@ -120,3 +123,31 @@ def test_remote_tars_are_read(made: Path) -> None:
         file.write(path.read_bytes())
     expected = list(numbered_tar_rows(str(path), ["json", "png", "__key__"], [1, 2]))
     assert list(numbered_tar_rows("memory://remote/00001.tar", ["json", "png", "__key__"], [1, 2])) == expected
+
+
+def test_a_web_server_without_ranges_is_read_from_the_beginning(tmp_path: Path) -> None:
+    """More than a block of fsspec, 5 MiB."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for row in range(4):
+            entry = tarfile.TarInfo(f"{row}.jpg")
+            entry.size = 3 << 20
+            archive.addfile(entry, io.BytesIO(bytes([row]) * entry.size))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = numbered_tar_rows(f"http://127.0.0.1:{server.server_port}/a.tar", ["jpg"], [1, 3])
+        assert [(number, row["jpg"][:2]) for number, row in found] == [(1, b"\x01\x01"), (3, b"\x03\x03")]
+        server.shutdown()
+
+
+def test_numbers_are_texts_where_the_first_rows_have_texts(tmp_path: Path) -> None:
+    """As `embed` reads them."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for row, caption in enumerate(['"a"', '"b"', '"c"', '"d"', '"e"', "7"]):
+            data = f'{{"caption": {caption}}}'.encode()
+            entry = tarfile.TarInfo(f"{row}.json")
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    source = CaptionSource(str(tmp_path), caption_columns=["json.caption"], streaming=True)
+    stream = StreamingCaptionImageDataset(source, None, training=False, row_counts=[6])
+    assert [sample["caption"] for sample in stream] == ["a", "b", "c", "d", "e", "7"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psycopg
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +19,7 @@ from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index import IndexConfig, run
 from modeling_llm2clip import LLM2CLIPModel
 from tests.modeling_llm2clip import tiny
+from tests.postgres import postgres_server
 
 
 def picture(seed: int) -> Image.Image:
@@ -87,3 +90,19 @@ def pictures(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded(picture(number)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    with postgres_server() as url:
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("CREATE EXTENSION vector")
+        yield url
+
+
+@pytest.fixture
+def url(server: str) -> str:
+    """A database with pgvector and nothing else."""
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA IF EXISTS llm2clip CASCADE")
+    return server

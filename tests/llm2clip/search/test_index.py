@@ -412,7 +412,7 @@ def test_a_folder_of_other_files_is_not_replaced(pictures: Path, model: Model, t
 
 
 def test_a_url_is_no_folder_of_an_index(pictures: Path, model: Model) -> None:
-    with pytest.raises(ValueError, match="output_dir is s3://bucket/index, but an index is a folder on this machine"):
+    with pytest.raises(ValueError, match="an index is a folder on this machine, not s3://bucket/index"):
         run(IndexConfig(folder=str(pictures), model=str(model[0]), output_dir="s3://bucket/index"))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -156,3 +158,28 @@ def test_sidecars_that_do_not_fit_are_refused_before_training(inputs: Inputs, ta
         path.write_text(json.dumps(fields))
     with pytest.raises(CacheMismatchError, match="but the text encoder in use has fingerprint"):
         train(tmp_path / "run", inputs, tmp_path / "one", tars, **drawn)
+
+
+def test_remote_shards_and_sidecars_train_as_local_ones(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also resumed, where rows are entered within a file."""
+    tars = write_tars(tmp_path / "tars")
+    embedded(inputs, Path(), source(tars), output_dir="")
+    files = fsspec.filesystem("memory")
+    files.put(tars, "/remote/tars", recursive=True)
+    try:
+        changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        train(tmp_path / "local", inputs, Path(tars), tars, **changes)
+        remote = {"sources": [source("memory://remote/tars/*.tar")], "embedding_cache": "memory://remote/tars"}
+        train(tmp_path / "remote", inputs, Path(tars), tars, **remote, **changes)
+        assert losses(tmp_path / "remote") == losses(tmp_path / "local")
+        builders: list[str] = []
+        load = datasets.load_dataset_builder
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda **a: (builders.append(a["path"]), load(**a))[1])
+        shutil.rmtree(tmp_path / "remote" / "checkpoint-4")
+        train(tmp_path / "remote", inputs, Path(tars), tars, resume=True, **remote, **changes)
+        assert losses(tmp_path / "remote") == losses(tmp_path / "local")
+        assert builders == ["webdataset"], "the stream is opened once"
+    finally:
+        files.rm("/remote", recursive=True)

@@ -50,14 +50,22 @@ class SampleMaker:
         check_choices(self)
 
     def __call__(
-        self, row: Mapping[str, Any], key: str, columns: Columns, salt: tuple[int | str, ...] | None
+        self,
+        row: Mapping[str, Any],
+        key: str,
+        columns: Columns,
+        salt: tuple[int | str, ...] | None,
+        drawn: tuple[RowCaptions, str] | None = None,
     ) -> dict[str, Any] | SkippedSample:
         """Make the sample of a row, or a `SkippedSample` if it cannot be used and `on_error` is `skip`.
 
         Seed and `salt` determine caption and crop; None takes the first caption and the evaluation transform.
+
+        Args:
+            drawn: What [`SampleMaker.draw`] returns, if it was called before.
         """
         try:
-            captions, caption = self.draw(row, key, columns, salt)
+            captions, caption = drawn or self.draw(row, key, columns, salt)
             sample: dict[str, Any] = {
                 "key": key,
                 "caption": caption,
@@ -225,26 +233,29 @@ class StreamingCaptionImageDataset(StreamedRows):
 
     def _reader_of_embeddings(
         self, embeddings: ShardEmbeddings, epoch: int, file: int
-    ) -> Callable[[StreamRow], Tensor | None]:
+    ) -> Callable[[StreamRow], tuple[tuple[RowCaptions, str], Tensor | None] | None]:
         opened = embeddings.open(file, epoch)
 
-        def embedding(row: StreamRow) -> Tensor | None:
+        def embedding(row: StreamRow) -> tuple[tuple[RowCaptions, str], Tensor | None] | None:
             key = self._key(row)
             try:
-                _, caption = self.make_sample.draw(row.values, key, self.columns, self._salt(epoch, key))
+                drawn = self.make_sample.draw(row.values, key, self.columns, self._salt(epoch, key))
             except SampleError:
                 return None  # reported when the sample is made
-            return opened.lookup(caption)
+            return drawn, opened.lookup(drawn[1])
 
         return embedding
 
     def _make(self, row: StreamRow, epoch: int) -> Any:
-        sample = super()._make(row, epoch)
-        if self.embeddings is None or isinstance(sample, SkippedSample):
-            return sample
         if row.attached is None:
-            return SkippedSample(sample["key"], "its caption has no embedding in the sidecar of its file")
-        return {**sample, "llm_embeds": row.attached}
+            return super()._make(row, epoch)
+        (drawn, embedding), key = row.attached, self._key(row)
+        sample = self.make_sample(row.values, key, self.columns, self._salt(epoch, key), drawn)
+        if isinstance(sample, SkippedSample):
+            return sample
+        if embedding is None:
+            return SkippedSample(key, "its caption has no embedding in the sidecar of its file")
+        return {**sample, "llm_embeds": embedding}
 
 
 def caption_batches(

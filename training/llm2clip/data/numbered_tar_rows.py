@@ -8,10 +8,10 @@ import tarfile
 from collections.abc import Collection, Iterable, Iterator
 from typing import IO, Any, cast
 
-import fsspec
 from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 
 from llm2clip.data.sources import SourceError
+from llm2clip.utils.remote_path import open_once
 
 
 def numbered_tar_rows(
@@ -51,7 +51,7 @@ def count_tar_rows(path: str) -> int:
 
 
 def _opened(path: str) -> Any:
-    return fsspec.open(path, "rb") if "://" in path else open(path, "rb")
+    return open_once(path) if "://" in path else open(path, "rb")
 
 
 def _grouped(
@@ -60,7 +60,7 @@ def _grouped(
     """Yield the key of each row and, of wanted rows, the names and contents of its members in `columns`."""
     row, key, members = -1, None, list[tuple[str, bytes]]()
     try:
-        with tarfile.open(fileobj=file, mode="r:*") as archive:
+        with tarfile.open(fileobj=file, mode="r:*" if _seeks(file) else "r|*") as archive:
             while (member := archive.next()) is not None:
                 # Otherwise tarfile keeps all of them.
                 cast(Any, archive).members.clear()
@@ -81,6 +81,14 @@ def _grouped(
         raise SourceError(f"{path} is not a tar, or is damaged {after}: {type(error).__name__}: {error}") from error
     if key is not None:
         yield key, members
+
+
+def _seeks(file: IO[bytes]) -> bool:
+    """Tell whether a file can be read from any place, which the answer of a web server cannot, whatever it says."""
+    try:
+        return bool(file.seek(1)) and file.seek(0) == 0
+    except (OSError, ValueError):
+        return False
 
 
 def _decoded(path: str, key: str, members: list[tuple[str, bytes]], columns: Collection[str]) -> dict[str, Any]:

@@ -109,7 +109,8 @@ class StreamedRows(SampleStream):
         opened = opened or open_source(source)
         self.table = select_source(source, opened, with_images)
         self.columns = source_columns(source, self.table, with_images)
-        shards = ShardRows(self.table, used_columns(self.columns, opened.table), opened.files)
+        columns = used_columns(self.columns, opened.table)
+        shards = ShardRows(self.table, columns, opened.files, source.caption_columns)
         self.reader = StreamReader(shards, source.max_samples is not None, row_counts)
         self.training = training
         # Whether row numbers name the rows of several sources.

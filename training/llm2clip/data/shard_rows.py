@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2clip.data.numbered_tar_rows import count_tar_rows, numbered_tar_rows
+from llm2clip.data.records import column_value
 from llm2clip.data.sources import SourceError, file_format
 
 # Rows of a parquet file that are decoded at once.
@@ -26,12 +27,17 @@ class ShardRows:
         table: The stream, with the columns to read.
         columns: Their names.
         files: Path or URL of each file; unknown files are read through `datasets`, from their beginning.
+        captions: The columns of captions, where `a.b` is field `b` of record `a`.
     """
 
     def __init__(
-        self, table: datasets.IterableDataset, columns: Sequence[str] = (), files: Sequence[str] = ()
+        self,
+        table: datasets.IterableDataset,
+        columns: Sequence[str] = (),
+        files: Sequence[str] = (),
+        captions: Sequence[str] = (),
     ) -> None:
-        self.table, self.columns = table, list(columns)
+        self.table, self.columns, self.captions = table, list(columns), list(captions)
         self.num_files: int = table.num_shards
         self.files = list(files) if len(files) == self.num_files else []
 
@@ -39,11 +45,15 @@ class ShardRows:
         """Yield the rows of a file that have these numbers, which ascend, with their numbers."""
         if self.files and file_format(self.files[file]) == ".tar":
             rows = numbered_tar_rows(self.files[file], self.columns, wanted)
-            features = self.table.features
-            return rows if features is None else ((number, features.encode_example(row)) for number, row in rows)
+            return ((number, self._declared(row)) for number, row in rows)
         if self.files and is_plain(self.files[file], ".parquet") and not self._contains_paths:
             return parquet_rows(self.files[file], self.columns, wanted)
         return picked(self.read_all(file), wanted, f"file {file} of the stream")
+
+    @functools.cached_property
+    def _features(self) -> datasets.Features | None:
+        # `datasets` copies them for each reader of the attribute.
+        return self.table.features
 
     @functools.cached_property
     def _contains_paths(self) -> bool:
@@ -54,6 +64,12 @@ class ShardRows:
         kinds = [schema.field(name).type for name in images]
         return any(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds)
 
+    def _declared(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a row of a tar as `datasets` does, which makes texts of numbers where the first rows have texts."""
+        if self._features is None or all(_is_text(column_value(row, name)) for name in self.captions):
+            return row
+        return self._features.encode_example(row)
+
     def read_all(self, file: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield all rows of a file with their numbers; None stands for all files, one after another."""
         whole = file is None or self.num_files == 1
@@ -61,6 +77,12 @@ class ShardRows:
         # Unlike the iterator of the table, its method does not split the rows by DataLoader worker once more.
         for number, batch in enumerate(table.iter(1)):
             yield number, {name: values[0] for name, values in batch.items()}
+
+
+def _is_text(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(entry, str) for entry in value)
+    return value is None or isinstance(value, str)
 
 
 def is_plain(path: str, ending: str) -> bool:

@@ -22,7 +22,7 @@ from llm2clip.data.records import column_texts
 from llm2clip.data.sources import CaptionSource, SourceError, file_format, open_table, select_captions
 from llm2clip.data.tar_rows import HashedReader, tar_rows
 from llm2clip.utils.files import sha256
-from llm2clip.utils.remote_path import protocols
+from llm2clip.utils.remote_path import open_once, protocols
 
 # What reading a damaged file raises.
 UNREADABLE = (OSError, ValueError, TypeError, EOFError, tarfile.TarError, zlib.error, LZMAError)
@@ -149,14 +149,6 @@ class ShardedSource:
 
     def _add(self, row: dict[str, Any], text: ShardText) -> None:
         text.add([found for column in self.source.caption_columns for found in column_texts(row, column)])
-
-
-def open_once(path: str) -> Any:
-    """Open a local or remote file for one reading from its beginning to its end."""
-    files, name = fsspec.core.url_to_fs(path)
-    # These then stream one answer instead of asking for each block.
-    streamed = {"block_size": 0} if {"http", "https", "hf"} & set(protocols(files)) else {}
-    return files.open(name, "rb", **streamed)
 
 
 def source_size(path: str) -> int:

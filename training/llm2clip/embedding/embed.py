@@ -11,7 +11,6 @@ import torch
 from accelerate import PartialState
 
 from llm2clip.data import CaptionSource, distinct_captions
-from llm2clip.embedding.cache import EmbeddingCache
 from llm2clip.embedding.cache_builder import build_embedding_cache
 from llm2clip.embedding.cache_files import CacheDtype, CacheManifest
 from llm2clip.embedding.caption_embedder import CaptionEmbedder
@@ -25,6 +24,7 @@ from llm2clip.embedding.embed_shards import (
     parse_part,
 )
 from llm2clip.embedding.ray_engine import RayOptions, embed_with_ray
+from llm2clip.embedding.sidecar_store import open_reused
 from llm2clip.utils.locks import exclusive
 from llm2clip.utils.processes import process_state, sum_over_processes
 from llm2clip.utils.settings import check_choices, require, setting
@@ -79,7 +79,9 @@ class EmbedConfig:
         None, "GPUs of a Ray actor, besides one core; unset: 1 on a cluster that has GPUs, otherwise 0."
     )
     reuse_cache: str | None = setting(
-        None, "Embedding cache of the same text tower, whose embeddings are copied into sidecars instead of computed."
+        None,
+        "Embedding cache or folder of sidecars of the same text tower, whose embeddings are copied into sidecars "
+        "instead of computed.",
     )
     prompt_prefix: str | None = setting(
         None,
@@ -187,16 +189,16 @@ def _embed_on_ray(config: EmbedConfig, jobs: list[ShardJob]) -> ShardCounts:
 
 
 def open_shard_embedder(config: EmbedConfig) -> ShardEmbedder:
-    """Open the text tower of a run, and the cache whose embeddings it copies.
+    """Open the text tower of a run, and the embeddings that it copies.
 
     Raises:
-        CacheMismatchError: Another encoder made that cache.
+        CacheMismatchError: Another encoder made these.
     """
     embedder, name, _ = _open_encoder(config)
     return ShardEmbedder(
         partial(_embed_and_count, embedder, config),
         describe_encoder(embedder, name, config),
-        None if config.reuse_cache is None else EmbeddingCache.open(config.reuse_cache, verify=False),
+        None if config.reuse_cache is None else open_reused(config.reuse_cache),
     )
 
 

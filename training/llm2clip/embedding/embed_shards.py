@@ -21,6 +21,7 @@ from llm2clip.embedding.cache_builder import Embed, rows_to_store
 from llm2clip.embedding.cache_files import CacheManifest, CacheMismatchError
 from llm2clip.embedding.row_writer import RowWriter
 from llm2clip.embedding.sidecar_files import SidecarFolder, SidecarManifest, part_fields
+from llm2clip.embedding.sidecar_store import SidecarStore
 from llm2clip.utils.files import remove_leftovers
 from llm2clip.utils.progress import format_rate, progress_bar
 from llm2clip.utils.remote_path import AnyPath
@@ -160,20 +161,22 @@ class ShardEmbedder:
     Args:
         embed: Maps captions to their embeddings and the number of those that were truncated.
         encoder: The text encoder and the format, as the manifest of a cache.
-        reused: A cache of the same encoder, whose embeddings are copied instead of being computed.
+        reused: A cache or sidecars of the same encoder, whose embeddings are copied instead of being computed.
 
     Raises:
         CacheMismatchError: Another encoder made `reused`.
     """
 
-    def __init__(self, embed: Embed, encoder: CacheManifest, reused: EmbeddingCache | None = None) -> None:
+    def __init__(
+        self, embed: Embed, encoder: CacheManifest, reused: EmbeddingCache | SidecarStore | None = None
+    ) -> None:
         self.embed, self.encoder, self.reused = embed, encoder, reused
         if reused is not None:
             other = reused.manifest.identity()
             for name, value in encoder.identity().items():
                 if other[name] != value:
                     raise CacheMismatchError(
-                        f"the cache {reused.path} has {name} {other[name]!r}, but this run has {value!r}; reuse one "
+                        f"{reused.path} has {name} {other[name]!r}, but this run has {value!r}; reuse one "
                         "of the same text encoder and format."
                     )
 

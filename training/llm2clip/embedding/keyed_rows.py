@@ -34,6 +34,18 @@ class KeyIndex:
         self._high = keys[order, 0]
         self._low = keys[order, 1]
 
+    @classmethod
+    def of_sorted(cls, high: np.ndarray, low: np.ndarray, rows: np.ndarray) -> KeyIndex:
+        """Return the index of keys that are sorted by their first halves, which may be mapped into memory.
+
+        Args:
+            high, low: (n,) int64, the halves of the keys; those that repeat are found at their first place.
+            rows: (n,), what [`KeyIndex.find`] returns.
+        """
+        index = cls.__new__(cls)
+        index._high, index._low, index._order = high, low, rows
+        return index
+
     def __len__(self) -> int:
         return len(self._high)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ from llm2clip.utils.remote_path import local_copy, open_path
 # Sidecars that a reader keeps open, and the share of those it opens whose checksum it compares: one in so many.
 KEPT_OPEN = 64
 SAMPLED = 16
+# Manifests that are read at the same time, since remote ones take a while each.
+MANIFESTS_AT_ONCE = 16
 # Of the parts of a file.
 PARTS_OPEN = 8
 
@@ -88,10 +91,15 @@ class SourceSidecars:
         first: SidecarManifest | None = None
         missing: list[str] = []
         row_counts = []
-        for shard in self.shards:
+
+        def described(shard: SourceShard) -> tuple[list[SourceShard], list[SidecarManifest], list[str]]:
             parts = self.folder.parts(shard)
             manifests = [SidecarManifest.read(self.folder.manifest_path(part)) for part in parts]
-            faults = [fault for manifest in manifests if (fault := _misfit(manifest, shard, columns))]
+            return parts, manifests, [fault for found in manifests if (fault := _misfit(found, shard, columns))]
+
+        with ThreadPoolExecutor(MANIFESTS_AT_ONCE) as pool:
+            all_described = list(pool.map(described, self.shards))
+        for shard, (parts, manifests, faults) in zip(self.shards, all_described, strict=True):
             missing += (faults or gaps(shard.name, [part.part for part in parts]))[:1]
             row_counts.append(sum(manifest.rows for manifest in manifests))
             for part, manifest in zip(parts, manifests, strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_rows import Found, IndexRows, IndexStore
-from llm2clip.search.lance_store import LanceStore
+from llm2clip.search.stores import open_store
 
 
 @dataclass
@@ -18,7 +18,7 @@ class ImageIndex:
     """An index that is open for searching. Updates by other processes do not change it; open it again to see them.
 
     Attributes:
-        place: Its folder.
+        place: Its folder, or its table and database.
         rows: One row per image: `key`, the columns of the images, and the embedding.
     """
 
@@ -27,14 +27,19 @@ class ImageIndex:
     rows: IndexRows
 
     @classmethod
-    def open(cls, place: str | Path) -> ImageIndex:
+    def open(cls, place: str | Path, postgres: str | None = None) -> ImageIndex:
         """Open an index.
 
+        Args:
+            place: Its folder; in a database, its table.
+            postgres: URL of the database.
+
         Raises:
+            ConnectionError: The database cannot be reached.
             FileNotFoundError: There is no complete index.
             ValueError: The index is damaged.
         """
-        return cls.of_store(LanceStore(place))
+        return cls.of_store(open_store(place, postgres))
 
     @classmethod
     def of_store(cls, store: IndexStore) -> ImageIndex:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +14,13 @@ from llm2clip.search.faiss_vectors import require_faiss
 from llm2clip.search.folder_images import FolderImages
 from llm2clip.search.image_sets import IndexedImages
 from llm2clip.search.index_update import UpdateSettings, update_index
-from llm2clip.search.lance_store import LanceStore, require_lancedb
+from llm2clip.search.lance_store import require_lancedb
+from llm2clip.search.stores import open_store
 from llm2clip.search.table_images import TableImages, is_dataset
 from llm2clip.utils.settings import setting
+
+# Characters of the name of a table.
+MAX_NAME = 48
 
 
 @dataclass
@@ -31,6 +36,20 @@ class IndexConfig(UpdateSettings):
     model_revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
     output_dir: str | None = setting(
         None, "Folder of the index on this machine; by default runs/index/NAME_OF_THE_IMAGE_FOLDER."
+    )
+    postgres: str | None = field(
+        default=None,
+        repr=False,  # it may have a password in it
+        metadata={
+            "help": "Write the index into this PostgreSQL database with pgvector instead of a folder: "
+            "postgresql://USER@HOST:5432/DATABASE. Leave the password to ~/.pgpass or PGPASSWORD, since other users "
+            "of the machine see the arguments of a command."
+        },
+    )
+    table: str | None = setting(
+        None,
+        "With --postgres: the table of the index, NAME or SCHEMA.NAME; by default the name of the image folder, in "
+        "the schema llm2clip. NAME_llm2clip, beside it, has the description of the index.",
     )
     kind: Literal["auto", "folder", "dataset"] = setting(
         "auto", "Whether FOLDER is a folder of image files or a data set; auto detects it."
@@ -63,34 +82,58 @@ class IndexConfig(UpdateSettings):
         for name, folder in (("folder", "FOLDER"), ("model", self.folder)):
             if not getattr(self, name):
                 raise ValueError(f"the {name} is missing: llm2clip index {folder} --model MODEL")
+        self._check_place()
+
+    def _check_place(self) -> None:
+        if self.postgres is None and self.table is not None:
+            raise ValueError(f"table is {self.table}, but no database is given: add --postgres URL")
+        if self.postgres is not None and self.output_dir is not None:
+            raise ValueError(
+                f"output_dir is {self.output_dir}, but an index in PostgreSQL has a table instead: leave it out, or "
+                "leave out --postgres."
+            )
+        types = ("flat", "hnsw") if self.postgres is not None else ("flat", "ivf_rq", "faiss")
+        if self.index_type not in ("auto", *types):
+            place = "PostgreSQL" if self.postgres is not None else "a folder"
+            raise ValueError(
+                f"index_type is {self.index_type}, but an index in {place} has one of auto, {', '.join(types)}."
+            )
 
 
 def run(config: IndexConfig) -> dict[str, Any]:
     """Build or update an index; see [`update_index`] for the result.
 
     Raises:
+        ConnectionError: The database cannot be reached.
+        FileExistsError: The place of the index contains something else.
         FileNotFoundError: The folder, data set or model does not exist, or there are no images.
         NonFiniteError: The model's embedding of an image is NaN or infinite.
         ValueError: The existing index belongs to another model or source, or no image can be embedded.
     """
+    place = _place(config)
+    store = open_store(place, config.postgres)
     # Before a large model is loaded.
-    require_lancedb()
+    if config.postgres is None:
+        require_lancedb()
     if config.index_type == "faiss":
         require_faiss()
-    store = LanceStore(_output(config))
     store.require_own()
-    images = _open_images(config, (store.folder,))
+    images = _open_images(config, () if config.postgres is not None else (Path(place),))
     embedder = ImageEmbedder.load(config.model, config.model_revision, config.image_backend)
     return update_index(store, images, embedder, config)
 
 
-def _output(config: IndexConfig) -> Path:
+def _place(config: IndexConfig) -> str:
+    """Return the folder or the table of the index."""
+    in_database = config.postgres is not None
+    given = config.table if in_database else config.output_dir
+    if given is not None:
+        return given
     name = Path(config.folder).resolve().name
-    if config.output_dir is None and (not name or glob.has_magic(name)):
-        raise ValueError(f"the index of {config.folder} needs a folder: add --output-dir FOLDER")
-    if config.output_dir and "://" in config.output_dir:
-        raise ValueError(f"output_dir is {config.output_dir}, but an index is a folder on this machine.")
-    return Path(config.output_dir or f"runs/index/{name}")
+    if not name or glob.has_magic(name):
+        needs = "table: add --table NAME" if in_database else "folder: add --output-dir FOLDER"
+        raise ValueError(f"the index of {config.folder} needs a {needs}")
+    return re.sub(r"^(?=\d)|[^a-z0-9_]+", "_", name.lower())[:MAX_NAME] if in_database else f"runs/index/{name}"
 
 
 def _open_images(config: IndexConfig, exclude: tuple[Path, ...]) -> IndexedImages:

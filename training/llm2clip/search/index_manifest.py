@@ -90,7 +90,8 @@ class IndexManifest:
                 f"{self.vision_fingerprint}), but the model is {name} (width {embedder.width}, fingerprint "
                 f"{fingerprint}): other weights, other settings of the vision tower or another preprocessing, and "
                 f"embeddings of different models cannot be compared. Use {self.model} as it was, or make an index "
-                f"with {name}: llm2clip index {self.source['path']} --model {name} --output-dir OTHER_FOLDER"
+                f"with {name}: llm2clip index {self.source['path']} --model {name} --output-dir OTHER_FOLDER "
+                "(or --table OTHER)."
             )
 
     def require_same(self, place: str, other: IndexManifest) -> None:
@@ -100,7 +101,7 @@ class IndexManifest:
             if there != here:
                 raise ValueError(
                     f"the index {place} was built with {name} {_printable(there)}, not {_printable(here)}; choose "
-                    "another --output-dir, or add --overwrite to build it again."
+                    "another --output-dir or --table, or add --overwrite to build it again."
                 )
 
 

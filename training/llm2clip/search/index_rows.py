@@ -25,13 +25,12 @@ Found = list[list[tuple[float, dict[str, Any]]]]
 
 
 class IndexRows(Protocol):
-    """The rows of one version of an index. What other processes write does not change them.
+    """The rows of one version of an index. What other processes write does not change them."""
 
-    Attributes:
-        columns: Columns that describe a row: all but `INTERNAL`.
-    """
-
-    columns: list[str]
+    @property
+    def columns(self) -> list[str]:
+        """Columns that describe a row: all but `INTERNAL`."""
+        ...
 
     def count(self, where: str | None = None) -> int:
         """Count the rows that fulfil a condition in SQL; ValueError if it is none."""
@@ -89,10 +88,12 @@ class IndexStore(Protocol):
     """The place of an index: a folder, or a database.
 
     Attributes:
-        place: Its name in messages, which `llm2clip search` accepts.
+        place: Its name in messages.
+        index_types: Types of vector index that it has: flat, the one for many images, and others.
     """
 
     place: str
+    index_types: tuple[str, ...]
 
     def require_own(self) -> None:
         """Raise FileExistsError if something else than an index is there."""

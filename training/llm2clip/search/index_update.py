@@ -93,6 +93,7 @@ class _Update:
         self.images = images
         self.embedder = embedder
         self.settings = settings
+        settings.require_width(embedder.width, settings.dtype)  # before anything is embedded
         self.fingerprint = embedder.fingerprint()
         self.manifest = IndexManifest(
             model=embedder.name,
@@ -123,7 +124,8 @@ class _Update:
             self._undo(rows)
             place = self.images.source["path"]
             raise ValueError(f"none of the {len(failures)} files or rows of {place} can be embedded.")
-        self.manifest.index = self.settings.index_of(self.manifest.images, self.embedder.width)
+        size, width = self.manifest.images, self.embedder.width
+        self.manifest.index = self.settings.index_of(size, width, self.settings.dtype, self.store.index_types)
         if not self._is_current(rows, failures):
             rows.publish(self.manifest, failures)
         return {

@@ -58,6 +58,8 @@ def require_lancedb() -> Any:
 class LanceStore:
     """The index in a folder; see [`IndexStore`]."""
 
+    index_types: tuple[str, ...] = ("flat", "ivf_rq", "faiss")
+
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.place = str(folder)

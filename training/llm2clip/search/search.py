@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class SearchConfig:
     """Settings of `llm2clip search`."""
 
-    index: str = setting("", "Folder of an index, written by llm2clip index.")
+    index: str = setting("", "Folder of an index, written by llm2clip index; with --postgres, its table.")
     query: list[str] = field(
         default_factory=list,
         metadata={"help": "Texts to search for, each in quotes; all are searched with one start."},
@@ -44,6 +44,11 @@ class SearchConfig:
     model: str | None = setting(None, "Hub id or folder of the model; by default the model that made the index.")
     model_revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
     json: bool = setting(False, "Print JSON instead of tables.")
+    postgres: str | None = field(
+        default=None,
+        repr=False,
+        metadata={"help": "URL of the PostgreSQL database that the index is in, as for llm2clip index."},
+    )
     html: str | None = setting(None, "Also write the results to this self-contained HTML file, with thumbnails.")
     picture: str | None = setting(None, "Also draw the thumbnails of each query into this PNG file.")
 
@@ -66,7 +71,7 @@ def run(config: SearchConfig) -> None:
         NonFiniteError: The model's embedding of a query is NaN or infinite.
         ValueError: Another model made the index, the image cannot be read, or `where` is no condition on its columns.
     """
-    index = ImageIndex.open(config.index)
+    index = ImageIndex.open(config.index, config.postgres)
     if config.image and not Path(config.image).is_file():
         raise FileNotFoundError(f"there is no image file {config.image}.")
     image = decode_image(config.image, config.image) if config.image else None

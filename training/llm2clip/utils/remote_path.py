@@ -133,6 +133,14 @@ def refuse_pipe(path: str) -> None:
         raise ValueError(f"{path!r} is a command, which is never run; give the URL that it reads, such as s3://...")
 
 
+def open_once(path: str) -> Any:
+    """Open a local or remote file for one reading from its beginning to its end."""
+    files, name = fsspec.core.url_to_fs(path)
+    # These then stream one answer instead of asking for each block.
+    streamed = {"block_size": 0} if {"http", "https", "hf"} & set(protocols(files)) else {}
+    return files.open(name, "rb", **streamed)
+
+
 def protocols(files: Any) -> tuple[str, ...]:
     """Return the names of a file system of fsspec."""
     return (files.protocol,) if isinstance(files.protocol, str) else tuple(files.protocol)

@@ -1,9 +1,8 @@
-"""Estimate the cost of large data sets: `python -m benchmarks.scaling` writes the tables of docs/scaling.md."""
+"""The estimated tables of docs/scaling.md: hours and disk space of large data sets, computed from counts."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from benchmarks.units import UNITS
@@ -18,9 +17,6 @@ from llm2clip.planning.costs import (
     image_flops,
     token_flops,
 )
-
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
-BEGIN, END = "<!-- tables: made by python -m benchmarks.scaling -->\n", "<!-- /tables -->\n"
 
 # Numbers of images of CC3M, of CC3M + CC12M, and of the paper's set of 60M.
 DATA_SETS = {"CC3M": 2_873_538, "15M": 12_873_763, "60M": 60_000_000}
@@ -40,7 +36,7 @@ L14_224 = "LLM2CLIP-EVA02-L-14-224"
 
 
 def tables() -> str:
-    """Return the tables of the page in Markdown."""
+    """Return the tables in Markdown."""
     lines = ["| data | images | captions | LLM | cache on disk | embed: 1 H100 | 8 H100 | 1 A100 | 8 A100 |"]
     lines.append("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     configs = {name: published.config for name, published in published_models().items()}
@@ -108,14 +104,3 @@ def _measured(width: int, image: float) -> list[str]:
 
 def _hours(value: float) -> str:
     return f"{value:,.1f} h" if value < 100 else f"{value:,.0f} h"
-
-
-def fill(page: str) -> str:
-    """Replace the tables of the page."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
-
-
-if __name__ == "__main__":
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
