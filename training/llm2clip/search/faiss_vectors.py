@@ -69,8 +69,8 @@ def search_faiss(
     faiss = require_faiss()
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     if allowed is None:
-        return built.search(queries, top)  # type: ignore[no-any-return]
+        return built.search(queries, top)
     packed = np.packbits(allowed, bitorder="little")
     selector = faiss.IDSelectorBitmap(packed)
     parameters = faiss.SearchParametersIVF(nprobe=built.nprobe, sel=selector)
-    return built.search(queries, top, params=parameters)  # type: ignore[no-any-return]
+    return built.search(queries, top, params=parameters)

@@ -35,6 +35,7 @@ class LanceRows:
         self.folder = folder
         self.table = table
         self.manifest = manifest
+        self._counted: dict[str, int] = {}
 
     def count(self, where: str | None = None) -> int:
         with self._readable(where):
@@ -55,13 +56,19 @@ class LanceRows:
         return found.take(pa.array(order[places])).drop_columns([NUMBER])
 
     def search(self, queries: np.ndarray, top: int, where: str | None = None) -> Found:
-        matches = self.count(where) if where else self.manifest.images
+        matches = self._matches(where) if where else self.manifest.images
         if not matches:
             return [[] for _ in queries]
         if self.manifest.index["type"] == "faiss":
             return self._search_faiss(queries, min(top, matches), where)
         with self._readable(where):
             return [self._nearest(query, top, where, matches) for query in queries]
+
+    def _matches(self, where: str) -> int:
+        """Count as `count` does, once for each condition: these rows do not change."""
+        if where not in self._counted:
+            self._counted[where] = self.count(where)
+        return self._counted[where]
 
     def _nearest(self, query: np.ndarray, top: int, where: str | None, matches: int) -> list[tuple[float, Any]]:
         search = self.table.search(np.asarray(query, dtype=np.float32), vector_column_name=VECTOR)

@@ -97,7 +97,7 @@ class LanceStore:
 
     def failures(self) -> list[dict[str, Any]] | None:
         try:
-            return json.loads((self.folder / FAILURES).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+            return json.loads((self.folder / FAILURES).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 

@@ -99,8 +99,8 @@ class TableImages:
         self.key_column = next((column for column in AUTOMATIC_KEY_COLUMNS if column in have), None)
         self.caption_column = caption_column or next((column for column in CAPTION_COLUMNS if column in have), None)
         self.metadata_columns = list(metadata_columns)
-        wanted = [self.image_column, self.key_column, self.caption_column, *self.metadata_columns]
-        wanted = list(dict.fromkeys(column for column in wanted if column is not None))
+        named = [self.image_column, self.key_column, self.caption_column, *self.metadata_columns]
+        wanted = list(dict.fromkeys(column for column in named if column is not None))
         require_columns(path, wanted, have, opened.hint)
         table = keep_encoded(opened.select(wanted), self.image_column, opened.folders, path)
         assert isinstance(table, datasets.Dataset)
@@ -140,7 +140,7 @@ class TableImages:
 
     def _describe(self, start: int, stop: int) -> pa.Table:
         rows = range(start, stop)
-        read = self._described[start:stop] if self._described.column_names else None
+        read: Any = self._described[start:stop] if self._described.column_names else None
         columns: dict[str, Any] = {KEY: list(map(str, rows)), "row": rows, "hash": []}
         if self.key_column:
             columns[KEY] = list(map(str, read[self.key_column].to_pylist()))
