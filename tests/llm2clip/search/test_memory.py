@@ -111,16 +111,16 @@ def test_large_batches_stay_below_128_open_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_indexing_100000_images_stays_below_two_gib(tmp_path: Path) -> None:
+def test_indexing_40000_images_stays_below_one_gib(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model", projection_dim=WIDTH)
-    folder = save_pictures(tmp_path / "pictures", 100_000)
-    pretend_embedded(folder, tmp_path / "model", tmp_path / "index", 96 * PART)
+    folder = save_pictures(tmp_path / "pictures", 40_000)
+    pretend_embedded(folder, tmp_path / "model", tmp_path / "index", 38 * PART)
     first = peak_memory(folder, tmp_path / "model", tmp_path / "index")
     Image.new("RGB", (9, 9)).save(folder / "000" / "new.png")
     update = peak_memory(folder, tmp_path / "model", tmp_path / "index")
-    assert json.loads((tmp_path / "index" / "manifest.json").read_text())["images"] == 100_001
+    assert json.loads((tmp_path / "index" / "manifest.json").read_text())["images"] == 40_001
     print(f"{first / 2**20:.0f} MiB, {update / 2**20:.0f} MiB for an update")
-    assert max(first, update) < 2 * GIB
+    assert max(first, update) < GIB
 
 
 @pytest.mark.slow
