@@ -183,3 +183,8 @@ def test_remote_shards_and_sidecars_train_as_local_ones(
         assert builders == ["webdataset"], "the stream is opened once"
     finally:
         files.rm("/remote", recursive=True)
+
+
+def test_the_steps_of_a_stream_are_computed_where_they_are_missing(inputs: Inputs, tars: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_steps is -1: 3 epochs of 72 rows are max_steps: 14"):
+        train(tmp_path / "run", inputs, Path(inputs.cache), tars, max_steps=-1, num_train_epochs=3, verify_cache=False)

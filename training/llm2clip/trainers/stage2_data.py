@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,7 @@ def build_dataset(
             raise ValueError("frozen_states_dir is for sources that are read in random order: no streams or weights.")
         embeddings = [SourceCaptions()] * len(sources) if captions is None else captions.sources
         stream = _stream(config, sources, embeddings, (evaluation, training), options)
+        _require_steps(config, stream.num_rows)
         _set_buffers(config, stream, model.config.text_config.hidden_size)
         return stream, frozen
     if not config.frozen_states_dir:
@@ -106,6 +108,18 @@ def _stream(
         seed=config.sampling_seed,
         **place,
     )
+
+
+def _require_steps(config: Stage2Config, num_rows: int | None) -> None:
+    """Raise an error, with the number of steps if it can be computed, unless they are set: a stream has no length."""
+    if config.max_steps > 0:
+        return
+    advice = "set it"
+    if num_rows is not None:
+        batch = config.per_device_train_batch_size * config.world_size * config.gradient_accumulation_steps
+        steps = math.ceil(config.num_train_epochs * num_rows / batch)
+        advice = f"{config.num_train_epochs:g} epochs of {num_rows} rows are max_steps: {steps}"
+    raise ValueError(f"a stream is trained for a number of steps, but max_steps is {config.max_steps}: {advice}.")
 
 
 def _set_buffers(config: Stage2Config, dataset: SampleStream, width: int) -> None:
