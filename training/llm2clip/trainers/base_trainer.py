@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -25,9 +25,8 @@ from llm2clip.trainers.finite_steps import FiniteSteps, Observed, describe, requ
 from llm2clip.trainers.model_card import DataRevisions, write_model_card
 from llm2clip.trainers.progress import TrainingProgress
 from llm2clip.trainers.pushing import PushingTrainer, copy_files
-from llm2clip.trainers.run_folder import run_folder
 from llm2clip.trainers.sharding import gathered, undivided, with_scalars
-from llm2clip.trainers.stream_resume import StreamResume
+from llm2clip.trainers.stream_resume import StreamResume, begun, stream_loader
 from llm2clip.trainers.weight_average import WeightAverage
 from llm2clip.utils.non_finite import BROKEN_MODEL, NonFiniteError, on_any_process
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
@@ -171,14 +170,7 @@ class StageTrainer(PushingTrainer):
         """
         choose = partial(named_checkpoint, self.args, resume_from_checkpoint)
         try:
-            with contextlib.ExitStack() as stack:
-                streams = isinstance(self.train_dataset, IterableDataset)
-                elastic = not streams or isinstance(self.train_dataset, SampleStream)
-                checkpoint = stack.enter_context(run_folder(self.args, choose, streams, elastic))
-                # Another number of processes may have changed it.
-                self._train_batch_size = self.args.train_batch_size
-                if self.stream is not None:
-                    stack.enter_context(self.stream.resumed(checkpoint))
+            with begun(self, choose) as checkpoint:
                 return super().train(checkpoint, *args, **kwargs)
         finally:
             self.progress.close()
@@ -278,11 +270,7 @@ class StageTrainer(PushingTrainer):
             "prefetch_factor": self.args.dataloader_prefetch_factor if workers > 0 else None,
         }
         if isinstance(dataset, SampleStream):
-            # It is split by process already, so accelerate must not split it again.
-            dataset.require_files(workers)
-            # A resumed run draws as many random numbers of torch's own generator as an unbroken one: none here.
-            options |= {"batch_size": self.args.per_device_train_batch_size, "generator": torch.Generator()}
-            return DataLoader(dataset, drop_last=True, **options)
+            return stream_loader(dataset, self.args.per_device_train_batch_size, options)
         if isinstance(dataset, EpochDataset):
             sampler: Any = self.batch_sampler()
             num_batches, batch_size = len(sampler), sampler.global_batch_size

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llm2clip.data.sample_stream import SampleStream
 from llm2clip.data.stream_place import Layout, Place
 from llm2clip.trainers.base_config import StageConfig
+from llm2clip.trainers.run_folder import run_folder
 from llm2clip.utils.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from llm2clip.trainers.base_trainer import StageTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -127,3 +133,34 @@ def _rows_of_step(layout: Layout) -> int:
 
 def _readers(layout: Layout) -> str:
     return f"{layout.world_size} processes with {layout.workers} DataLoader workers each"
+
+
+@contextmanager
+def begun(trainer: StageTrainer, choose: Callable[[], str | None]) -> Iterator[str | None]:
+    """Enter the folder of a trainer's run (see [`run_folder`]); yield the checkpoint, at whose place its stream is.
+
+    Args:
+        choose: Returns the checkpoint; called with the folder locked.
+    """
+    data = trainer.train_dataset
+    is_stream = isinstance(data, IterableDataset)
+    with run_folder(trainer.args, choose, is_stream, not is_stream or isinstance(data, SampleStream)) as checkpoint:
+        # Another number of processes may have changed it.
+        trainer._train_batch_size = trainer.args.train_batch_size
+        with nullcontext() if trainer.stream is None else trainer.stream.resumed(checkpoint):
+            yield checkpoint
+
+
+def stream_loader(stream: SampleStream, batch_size: int, options: dict[str, Any]) -> DataLoader:
+    """Make the loader of a stream, which is split by process already: accelerate must not split it again.
+
+    Args:
+        batch_size: Rows in a batch of a process.
+        options: Further arguments of the loader.
+
+    Raises:
+        SourceError: There is nothing to read for some of the workers.
+    """
+    stream.require_files(options["num_workers"])
+    # A resumed run draws as many random numbers of torch's own generator as an unbroken one: none here.
+    return DataLoader(stream, batch_size, drop_last=True, generator=torch.Generator(), **options)
