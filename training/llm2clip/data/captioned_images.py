@@ -66,11 +66,12 @@ class SampleMaker:
         """
         try:
             captions, caption = drawn or self.draw(row, key, columns, salt)
+            ids = list(map(caption_id, captions.texts))
             sample: dict[str, Any] = {
                 "key": key,
                 "caption": caption,
-                "caption_id": caption_id(caption),
-                "image_caption_ids": list(dict.fromkeys(map(caption_id, captions.texts))),
+                "caption_id": ids[captions.texts.index(caption)],
+                "image_caption_ids": list(dict.fromkeys(ids)),
             }
             if columns.image is not None and self.eval_transform is not None:
                 image = self.eval_transform.decode(row[columns.image], key, self.max_pixels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -62,6 +63,12 @@ def caption_keys(captions: Iterable[str]) -> np.ndarray:
     """Compute the keys of the embedding cache, (captions, 2) int64: the 128-bit BLAKE2b hash of each exact text."""
     digests = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in captions)
     return np.frombuffer(digests, dtype="<i8").reshape(-1, 2).astype(np.int64, copy=False)
+
+
+def caption_key(caption: str) -> tuple[int, int]:
+    """Compute the halves of a key of [`caption_keys`]."""
+    first, second = struct.unpack("<qq", hashlib.blake2b(caption.encode(), digest_size=16).digest())
+    return first, second
 
 
 def column_value(row: Mapping[str, Any], column: str) -> Any:
@@ -129,6 +136,9 @@ class RowCaptions(NamedTuple):
 
     def draw(self, seed: int) -> str:
         """Draw a caption by weight, as a function of `seed`."""
+        drawable = [text for text, weight in zip(self.texts, self.weights, strict=True) if weight]
+        if len(drawable) == 1:
+            return drawable[0]
         bounds = np.cumsum(self.weights)
         point = np.random.default_rng(seed).random()
         return self.texts[int(np.searchsorted(bounds / bounds[-1], point, side="right"))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -63,6 +64,15 @@ class KeyIndex:
             position[pending] += 1
         return rows
 
+    def find_one(self, high: int, low: int) -> int:
+        """Return the row of a key, given by its halves, or -1; for one key, several times faster than `find`."""
+        position = int(self._high.searchsorted(high))
+        while position < len(self) and self._high[position] == high:
+            if self._low[position] == low:
+                return int(self._order[position])
+            position += 1
+        return -1
+
 
 class KeyedRows(Generic[ManifestT]):
     """The rows of a complete cache, which are in one order over all its shards."""
@@ -107,6 +117,10 @@ class KeyedRows(Generic[ManifestT]):
         """Return the numbers of the rows with the given keys, (n,) int64; -1 for an unknown key."""
         return self._index.find(keys)
 
+    def find_one(self, high: int, low: int) -> int:
+        """Return the number of the row with a key, given by its halves; -1 for an unknown key."""
+        return self._index.find_one(high, low)
+
     def read(self, rows: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return rows by their numbers, (n, hidden); by default in the dtype of the cache.
 
@@ -124,7 +138,7 @@ class KeyedRows(Generic[ManifestT]):
                 bits[places] = self._bits[number][rows[places] - self._starts[number]]
         result = torch.from_numpy(bits).view(getattr(torch, self.manifest.dtype))
         # A single value that is not finite makes the sum not finite; only then is it located.
-        if not torch.isfinite(result.sum(dtype=torch.float32)):
+        if not math.isfinite(result.sum(dtype=torch.float32).item()):
             self._check_rows(result, rows)
         return result if dtype is None else result.to(dtype)
 

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from llm2clip.data.parquet_parts import RowGroups
-from llm2clip.data.records import caption_keys
+from llm2clip.data.records import caption_key
 from llm2clip.data.sampling import stable_seed
 from llm2clip.data.shards import SourceShard, source_size
 from llm2clip.embedding.cache_files import (
@@ -50,8 +51,8 @@ class Sidecar(KeyedRows[CacheManifest]):
 
     def lookup(self, caption: str) -> torch.Tensor | None:
         """Return the embedding of a caption, (hidden,) in the stored dtype, or None if there is none."""
-        row = self.find(caption_keys([caption]))
-        return None if row[0] < 0 else self.read(row)[0]
+        row = self.find_one(*caption_key(caption))
+        return None if row < 0 else self.read(np.array([row]))[0]
 
 
 class CheckedSidecars(NamedTuple):

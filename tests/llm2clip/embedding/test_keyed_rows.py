@@ -1,0 +1,24 @@
+"""Finding the rows of keys, many and one at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llm2clip.data.records import caption_key, caption_keys
+from llm2clip.embedding.keyed_rows import KeyIndex
+
+
+def test_one_key_is_found_where_many_are() -> None:
+    texts = [f"caption {number}" for number in range(200)]
+    index = KeyIndex(caption_keys(texts[:150]))
+    rows = index.find(caption_keys(texts))
+    assert rows.tolist() == [*range(150), *[-1] * 50]
+    assert [index.find_one(*caption_key(text)) for text in texts] == rows.tolist()
+
+
+def test_keys_with_equal_first_halves_are_told_apart() -> None:
+    keys = np.array([[7, 2], [5, 1], [7, 1], [7, -3]])
+    index = KeyIndex(keys)
+    assert [index.find_one(*key) for key in keys.tolist()] == [0, 1, 2, 3]
+    assert index.find(keys).tolist() == [0, 1, 2, 3]
+    assert [index.find_one(7, 9), index.find_one(6, 1), index.find_one(8, 1)] == [-1, -1, -1]
