@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 # Of a Ray that is started here: the results of shards, some numbers each, are all that it stores.
 OBJECT_STORE_BYTES = 200 * 2**20
 # A shard whose process dies is tried again at once so often. The death of a node can take longer than that, so that
-# what is left is tried in further rounds; then it is given up, since it may be what kills processes.
-RETRIES, ROUNDS = 1, 3
+# what is left is tried in another round; then it is given up, since it may be what kills processes.
+RETRIES, ROUNDS = 1, 2
 
 
 @dataclass(frozen=True)
