@@ -26,7 +26,7 @@ test: $(VENV)/.test  ## the tests
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 test-all: $(VENV)/.test  ## the slow tests
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow --numprocesses $(WORKERS) --dist loadfile --timeout 1800 $(ARGS)
 
 compat: $(VENV)/.test  ## saved folders under other transformers versions; VERSIONS="4.57.6" for some of them
 	$(BIN)/python -m tests.compatibility.matrix $(VERSIONS)
