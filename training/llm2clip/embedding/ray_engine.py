@@ -113,7 +113,8 @@ def _outcomes(
         ),
         num_cpus=1,
         num_gpus=gpus,
-        max_restarts=-1,
+        # Without a limit, Ray goes on restarting actors of rounds that have ended, and these keep their cores.
+        max_restarts=RETRIES,
         max_task_retries=RETRIES,
     )
 
