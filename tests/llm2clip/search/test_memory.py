@@ -198,7 +198,8 @@ def test_an_update_killed_at_any_moment_leaves_the_old_index(tmp_path: Path) -> 
         rows = store.create(manifest, new_rows(0, 1).schema)
         for seed in range(8):
             rows.append(new_rows(seed, 1000))
-        manifest.images, manifest.index = 8000, VectorSettings("ivf_rq").index_of(8000, 64, "float16", store.index_types)
+        manifest.images = 8000
+        manifest.index = VectorSettings("ivf_rq").index_of(8000, 64, "float16", store.index_types)
         rows.publish(manifest, [])
     queries = np.array(new_rows(3, 20)[VECTOR].to_pylist(), dtype=np.float32)
     expected, killed = ImageIndex.open(store.folder).search(queries, 10), 0
