@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,30 @@ def test_digest_depends_on_names_and_contents(tmp_path: Path) -> None:
     changed = files.digest_files([first, second]).hexdigest()
     second.rename(tmp_path / "c")
     assert len({digest, changed, files.digest_files([first, tmp_path / "c"]).hexdigest()}) == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_process_that_has_ended_or_ends_in_time_leaves_nothing(tmp_path: Path) -> None:
+    """The first is not waited for by its parent, so that the system keeps its number."""
+    script = """
+import os, sys, time
+from pathlib import Path
+from llm2clip.utils.files import temporary_path
+with temporary_path(Path(sys.argv[1])) as path:
+    path.touch()
+    time.sleep(float(sys.argv[2]))
+    os._exit(1)
+"""
+    ended, ending = tmp_path / "ended", tmp_path / "ending"
+    with (
+        subprocess.Popen([sys.executable, "-c", script, str(ended), "0"]) as first,
+        subprocess.Popen([sys.executable, "-c", script, str(ending), "1"]) as second,
+    ):
+        os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
+        while not list(tmp_path.glob(".ending.*.tmp")):
+            assert second.poll() is None
+        removed = files.remove_leftovers([ended, ending])
+        assert [path.name.split(".")[1] for path in removed] == ["ended"]
+        removed = files.remove_leftovers([ended, ending], patience=30)
+        assert [path.name.split(".")[1] for path in removed] == ["ending"]
+    assert not list(tmp_path.iterdir())

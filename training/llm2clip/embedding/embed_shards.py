@@ -148,10 +148,10 @@ def _as_embedded(parts: list[SourceShard], target: SidecarFolder) -> list[Source
     return parts
 
 
-def remove_leftovers_of(jobs: Sequence[ShardJob]) -> None:
-    """Remove what killed processes of this machine left of the sidecars of shards."""
+def remove_leftovers_of(jobs: Sequence[ShardJob], patience: float = 0.0) -> None:
+    """Remove what killed processes of this machine left of the sidecars of shards; see [`remove_leftovers`]."""
     paths = (path for job in jobs for path in job.target.paths(job.shard))
-    if removed := remove_leftovers(paths):
+    if removed := remove_leftovers(paths, patience):
         logger.info("Removed %d unfinished files of killed runs, such as %s.", len(removed), removed[0])
 
 

@@ -21,6 +21,8 @@ OBJECT_STORE_BYTES = 200 * 2**20
 # A shard whose process dies is tried again at once so often. The death of a node can take longer than that, so that
 # what is left is tried in another round; then it is given up, since it may be what kills processes.
 RETRIES, ROUNDS = 1, 2
+# Ray notices the death of a process before the system has ended it.
+ENDING_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def embed_with_ray(
             if not missing:
                 return
             logger.warning("The processes of %d shards died.", len(missing))
-        remove_leftovers_of(list(missing.values()))
+        remove_leftovers_of(list(missing.values()), ENDING_SECONDS)
         for job in missing.values():
             yield ShardOutcome(failure=f"{job.shard.path}: each process that embedded it died")
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import files as distribution_files
@@ -67,11 +68,15 @@ def replace(temporary: Path, path: Path) -> None:
     flush_folder(path.parent)
 
 
-def remove_leftovers(paths: Iterable[Path]) -> list[Path]:
+def remove_leftovers(paths: Iterable[Path], patience: float = 0.0) -> list[Path]:
     """Remove what killed processes of this machine left while they wrote `paths`; return the files.
 
     Nothing is removed where the system cannot tell whether a process lives.
+
+    Args:
+        patience: Seconds in which a process that still lives may end.
     """
+    deadline = time.monotonic() + patience
     removed: list[Path] = []
     if os.name != "posix":
         return removed
@@ -82,7 +87,11 @@ def remove_leftovers(paths: Iterable[Path]) -> list[Path]:
         found = [name for name in os.listdir(folder) if name.endswith(".tmp")] if folder.is_dir() else []
         for name in found:
             part = LEFTOVER.fullmatch(name)
-            if part and part["name"] in written and part["host"] == _host() and not _is_alive(int(part["process"])):
+            if not part or part["name"] not in written or part["host"] != _host():
+                continue
+            while (alive := _is_alive(int(part["process"]))) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if not alive:
                 (folder / name).unlink(missing_ok=True)
                 removed.append(folder / name)
     return removed
@@ -99,7 +108,16 @@ def _is_alive(process: int) -> bool:
         return False
     except OSError:  # another user's
         return True
-    return True
+    return not _has_ended(process)
+
+
+def _has_ended(process: int) -> bool:
+    """Whether a process only waits for its parent to ask how it ended; where the system cannot tell, it has not."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state in ("Z", "X")
 
 
 def require_writable(folder: Path) -> None:
