@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+import torch
 
 from llm2clip.data.records import caption_key, caption_keys
-from llm2clip.embedding.keyed_rows import KeyIndex
+from llm2clip.embedding.cache_files import DTYPES
+from llm2clip.embedding.keyed_rows import EXPONENTS, INTEGERS, KeyIndex
 
 
 def test_one_key_is_found_where_many_are() -> None:
@@ -22,3 +25,13 @@ def test_keys_with_equal_first_halves_are_told_apart() -> None:
     assert [index.find_one(*key) for key in keys.tolist()] == [0, 1, 2, 3]
     assert index.find(keys).tolist() == [0, 1, 2, 3]
     assert [index.find_one(7, 9), index.find_one(6, 1), index.find_one(8, 1)] == [-1, -1, -1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_rows_that_are_not_finite_are_found_by_their_bits(dtype: torch.dtype) -> None:
+    integer, mask = INTEGERS[dtype.itemsize], EXPONENTS[str(dtype).removeprefix("torch.")]
+    limits = torch.finfo(dtype)
+    finite = torch.tensor([0.0, -0.0, limits.max, limits.min, limits.tiny, -limits.smallest_normal / 2], dtype=dtype)
+    assert not ((finite.view(integer).numpy() & mask) == mask).any()
+    others = torch.tensor([float("inf"), -float("inf"), float("nan"), -float("nan")], dtype=dtype)
+    assert ((others.view(integer).numpy() & mask) == mask).all()

@@ -283,6 +283,13 @@ def test_approximate_indexes_reuse_the_embeddings(
         found = opened.search(queries, top=20, where="folder = 'a'")[0]
         assert {row["key"] for _, row in found} == {"a/01.png", "a/04.png", "a/07.png", "a/10.png"}
         assert found[0][0] >= found[-1][0]
+    # Asked for more often, the rows of the condition are held in memory.
+    queries = np.stack(list(embeddings(output).values())).astype(np.float32)
+    once = [opened.search(query[None], 3, "folder = 'a'")[0] for query in queries[:2]]
+    many = opened.search(queries, 3, "folder = 'a'")[:2]
+    assert [[row["key"] for _, row in found] for found in once] == [[row["key"] for _, row in found] for found in many]
+    scores = [np.array([[score for score, _ in found] for found in each]) for each in (once, many)]
+    np.testing.assert_allclose(*scores, atol=1e-2 if settings["index_type"] == "faiss" else 1e-5)
     # It is brought up to date as the rows are, and goes with a change of the type.
     (pictures / "new.png").write_bytes(encoded(picture(50)))
     assert index(pictures, model[0], output, **settings) == (1, 12, 0, 0, 13)

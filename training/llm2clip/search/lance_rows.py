@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from llm2clip.search.faiss_vectors import read_faiss, search_faiss
+from llm2clip.search.held_rows import HeldRows
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
 from llm2clip.search.index_rows import INTERNAL, NUMBER, VECTOR, Found
 
@@ -36,6 +37,7 @@ class LanceRows:
         self.table = table
         self.manifest = manifest
         self._counted: dict[str, int] = {}
+        self._held = HeldRows(self._read_embeds)
 
     def count(self, where: str | None = None) -> int:
         with self._readable(where):
@@ -61,6 +63,8 @@ class LanceRows:
             return [[] for _ in queries]
         if self.manifest.index["type"] == "faiss":
             return self._search_faiss(queries, min(top, matches), where)
+        if where and (found := self._held.search(queries, top, where, matches)):
+            return self._describe(*found)
         with self._readable(where):
             return [self._nearest(query, top, where, matches) for query in queries]
 
@@ -88,12 +92,23 @@ class LanceRows:
             numbers = [batch[NUMBER].to_numpy() for batch in self.scan([], where)]
             allowed = np.isin(self._numbers, np.concatenate(numbers))
         scores, places = search_faiss(self._faiss, queries, top, allowed)
-        flat = places[places >= 0]
-        rows = iter(self.take(self._numbers[flat], self.columns).to_pylist() if len(flat) else [])
+        return self._describe(scores, np.where(places < 0, -1, self._numbers[places]))
+
+    def _describe(self, scores: np.ndarray, numbers: np.ndarray) -> Found:
+        """Return scores with the rows of these numbers, both `(q, top)`; -1 is no row."""
+        wanted = numbers[numbers >= 0]
+        rows = iter(self.take(wanted, self.columns).to_pylist() if len(wanted) else [])
         return [
-            [(float(score), next(rows)) for score, place in zip(*found, strict=True) if place >= 0]
-            for found in zip(scores, places, strict=True)
+            [(float(score), next(rows)) for score, number in zip(*found, strict=True) if number >= 0]
+            for found in zip(scores, numbers, strict=True)
         ]
+
+    def _read_embeds(self, where: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the numbers `(n,)` and embeddings `(n, width)` of the rows that fulfil a condition."""
+        batches = list(self.scan([VECTOR], where))
+        numbers = np.concatenate([batch[NUMBER].to_numpy() for batch in batches]).astype(np.int64)
+        embeds = np.concatenate([batch[VECTOR].flatten().to_numpy() for batch in batches])
+        return numbers, embeds.reshape(len(numbers), self.manifest.width)
 
     @cached_property
     def _faiss(self) -> Any:
