@@ -112,8 +112,8 @@ def contests(device: str) -> list[Contest]:
     note = (
         f"The index of R15, with {PROBES} probes, one query at a time, including the rows' keys. *missed* is the "
         "share of the exact ten best that is not found; allowed are 10 ms and 0.05. A condition is on a column with a "
-        "bitmap index that 10% or 1% of the rows fulfil; the same one in all searches, so that ours reads the 10,000 "
-        "embeddings of the second into memory after eight of them. The indexes of faiss are in memory, ours is on disk."
+        "bitmap index that 10% or 1% of the rows fulfil, the same one in all searches, so that ours reads the 10,000 "
+        "embeddings of the second into memory after eight of them. The indexes of faiss are in memory, ours on disk."
     )
     title = f"{COUNT:,} embeddings, {QUERIES} held-out queries"
     # Few rows fulfil the last condition, in cells far from the query.

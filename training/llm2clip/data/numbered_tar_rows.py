@@ -74,13 +74,24 @@ def _grouped(
                         yield key, members
                     row, key, members = row + 1, found, []
                 if field in columns and is_wanted(row):
-                    content = cast(IO[bytes], archive.extractfile(member)).read()
-                    members.append((member.name, content))
+                    members.append((member.name, _content(archive, member)))
     except (tarfile.TarError, EOFError, OSError) as error:
         after = "at its beginning" if key is None else f"after {key}"
         raise SourceError(f"{path} is not a tar, or is damaged {after}: {type(error).__name__}: {error}") from error
     if key is not None:
         yield key, members
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.issparse():
+        return cast(IO[bytes], archive.extractfile(member)).read()
+    # Of a plain file this takes a third of the time.
+    file = cast(Any, archive).fileobj
+    file.seek(member.offset_data)
+    content = cast(bytes, file.read(member.size))
+    if len(content) < member.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return content
 
 
 def _seeks(file: IO[bytes]) -> bool:

@@ -82,7 +82,8 @@ class KeyedRows(Generic[ManifestT]):
         self.path = path
         self.manifest = manifest
         self._shards = [shard.embeddings() for shard in shards]
-        self._integer = INTEGERS[getattr(torch, manifest.dtype).itemsize]
+        self._dtype: torch.dtype = getattr(torch, manifest.dtype)
+        self._integer = INTEGERS[self._dtype.itemsize]
         self._exponent = EXPONENTS[manifest.dtype]
         self._bits = [shard.view(self._integer).numpy() for shard in self._shards]
         self._index = KeyIndex(np.concatenate([np.empty((0, 2), np.int64), *(shard.keys() for shard in shards)]))
@@ -138,7 +139,7 @@ class KeyedRows(Generic[ManifestT]):
             for number in np.unique(numbers):
                 places = np.flatnonzero(numbers == number)
                 bits[places] = self._bits[number][rows[places] - self._starts[number]]
-        result = torch.from_numpy(bits).view(getattr(torch, self.manifest.dtype))
+        result = torch.from_numpy(bits).view(self._dtype)
         if bits.size and (bits & self._exponent).max() == self._exponent:
             self._check_rows(result, rows)
         return result if dtype is None else result.to(dtype)

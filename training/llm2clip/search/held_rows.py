@@ -49,12 +49,15 @@ class HeldRows:
             if self._asked[where] <= QUERIES_BEFORE:
                 return None
             del self._asked[where]
-            numbers, embeds = self.read(where)
-            # Rounding to 16 bits has changed their length.
-            held = numbers, torch.nn.functional.normalize(torch.from_numpy(embeds).float(), dim=1)
+            held = _unit(*self.read(where))
         self._held[where] = held
         while sum(embeds.nbytes for _, embeds in self._held.values()) > MAX_BYTES:
             del self._held[next(iter(self._held))]
         numbers, embeds = held
         scores, places = top_k(torch.from_numpy(np.asarray(queries, dtype=np.float32)), embeds, top)
         return scores.numpy(), numbers[places.numpy()]
+
+
+def _unit(numbers: np.ndarray, embeds: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+    """Scale embeddings to unit length again, which rounding to 16 bits has changed."""
+    return numbers, torch.nn.functional.normalize(torch.from_numpy(embeds).float(), dim=1)
