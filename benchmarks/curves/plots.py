@@ -13,7 +13,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from benchmarks.curves.points import CAPTIONS
 
 # The colour-blind safe palette of Okabe and Ito; markers distinguish the lines too.
-STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D")]
+STYLES = [
+    ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"),
+]  # fmt: skip
 Points = dict[str, list[tuple[float, dict[str, float]]]]
 
 

@@ -73,6 +73,10 @@ def _time(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
 
 
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit}{'es' * (number > 1)}"
+
+
 def draw(entries: list[Record], path: Path = PLOT) -> None:
     """Plot CPU time per row, of embedding, and peak memory against the number of captions."""
     from matplotlib.figure import Figure
@@ -82,9 +86,10 @@ def draw(entries: list[Record], path: Path = PLOT) -> None:
     lines: dict[str, list[Record]] = {}
     for entry in entries:
         if entry["step"] == "embed":
-            name = f"{ENGINE_NAMES[entry['engine']]}, {entry['processes']} processes"
+            name = f"embed: {ENGINE_NAMES[entry['engine']]}, {_count(entry['processes'], 'process')}"
         else:
-            name = f"stage 2 reads, {entry['processes']} processes x {entry['workers']} workers"
+            workers = f" with {entry['workers']} workers each" if entry["workers"] else ""
+            name = f"stage 2 reads: {_count(entry['processes'], 'process')}{workers}"
         lines.setdefault(name, []).append(entry)
     lines = {name: sorted(found, key=lambda entry: entry["captions"]) for name, found in lines.items()}
     figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
@@ -105,6 +110,6 @@ def draw(entries: list[Record], path: Path = PLOT) -> None:
         axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
         axes.grid(color="#dddddd", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[1].legend(frameon=False, fontsize=9)
-    figure.supxlabel(_place(entries), fontsize=8, color="#555555", x=0.01, ha="left")
+    figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(_place(entries), fontsize=8, color="#555555", x=0.99, ha="right")
     figure.savefig(path)

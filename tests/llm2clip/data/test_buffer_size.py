@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
-from llm2clip.data.buffer_size import OVERHEAD, buffer_rows, row_bytes
+from llm2clip.data.buffer_size import MAX_ROWS, OVERHEAD, buffer_rows, row_bytes
 
 
 def test_memory_is_divided_among_readers_and_by_the_sizes_of_streams() -> None:
@@ -20,6 +20,8 @@ def test_memory_is_divided_among_readers_and_by_the_sizes_of_streams() -> None:
     assert rows == [3276, 3276]
     assert sum(count * size for count, size in zip(rows, (10 * kib, 20 * kib), strict=True)) <= 96 * kib**2
     assert buffer_rows(1, [16 * kib], [1000], 1000) == [1]
+    assert buffer_rows(10**6, [kib], [10**9], 4) == [MAX_ROWS]
+    assert buffer_rows(10**6, [kib, 2 * kib], [3000, 1000], 4) == [3 * MAX_ROWS // 4, MAX_ROWS // 4]
     assert buffer_rows(0, [16 * kib, kib], [1000, None], 4) == [0, 0]
 
 

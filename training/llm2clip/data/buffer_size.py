@@ -15,6 +15,9 @@ from llm2clip.data.shard_rows import ShardRows
 OVERHEAD = 1024
 # Rows whose sizes are averaged where a file does not tell them.
 MEASURED = 32
+# Rows in the buffers of a reader, which are read before its first batch, and read again when a run is resumed. More
+# rows hardly mix better, and would keep small ones waiting.
+MAX_ROWS = 20_000
 
 
 def row_bytes(shards: ShardRows, row_counts: Sequence[int] | None) -> float:
@@ -49,13 +52,13 @@ def buffer_rows(megabytes: float, sizes: Sequence[float], counts: Sequence[int |
         readers: Number of readers of the machine.
 
     Returns:
-        For each stream the number of rows in the buffer of a reader, at least 1 unless there is none.
+        For each stream the number of rows in the buffer of a reader, at least 1 unless there is none; together at
+        most `MAX_ROWS`.
     """
     known = [count for count in counts if count is not None]
     typical = sum(known) / len(known) if known else 1.0
     weights = [size * (typical if count is None else count) for size, count in zip(sizes, counts, strict=True)]
     memory = megabytes * 2**20 / readers
-    return [
-        max(1, math.floor(memory * weight / sum(weights) / size)) if megabytes else 0
-        for size, weight in zip(sizes, weights, strict=True)
-    ]
+    rows = [memory * weight / sum(weights) / size for size, weight in zip(sizes, weights, strict=True)]
+    share = min(1.0, MAX_ROWS / sum(rows)) if megabytes else 0.0
+    return [max(1, math.floor(number * share)) if megabytes else 0 for number in rows]

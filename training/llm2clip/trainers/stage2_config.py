@@ -150,7 +150,8 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     shuffle_buffer_mb: float = setting(
         2048,
         "Memory for the shuffle buffers of all processes and DataLoader workers of a machine, in MB of encoded images "
-        "and embeddings. Larger: streamed sources are better mixed. 0: files and rows in order.",
+        "and embeddings; at most 20,000 rows in each. Larger: streamed sources are better mixed. 0: files and rows in "
+        "order.",
     )
     bundle_text_model: bool = setting(
         False, "Save the LLM's weights with the model; otherwise its config refers to the LLM's repo."
