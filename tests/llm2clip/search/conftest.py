@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import psycopg
 import pytest
@@ -59,10 +60,24 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [row for batch in batches for row in batch.drop_columns(["_rowid"]).to_pylist()]
 
 
+def embeddings(output: Path) -> dict[str, np.ndarray]:
+    """The embeddings of an index by key."""
+    return {row["key"]: np.asarray(row["vector"], dtype=np.float16) for row in rows(output)}
+
+
 def content(folder: Path) -> dict[str, Any]:
     """All that an index says, apart from versions."""
     failures = json.loads((folder / "failures.json").read_text())
     return {"rows": rows(folder), "failures": failures, "manifest": ImageIndex.open(folder).manifest.content()}
+
+
+def save_table(path: Path, seeds: list[int], **columns: list[Any]) -> Path:
+    """Write a parquet file of pictures."""
+    table = datasets.Dataset.from_dict({"image": [{"bytes": encoded(picture(seed)), "path": None} for seed in seeds]})
+    for name, values in columns.items():
+        table = table.add_column(name, values)
+    table.cast_column("image", datasets.Image()).to_parquet(path)
+    return path
 
 
 def save_broken(folder: Path, part: str) -> Path:

@@ -28,9 +28,8 @@ from modeling_llm2clip import LLM2CLIPModel
 from tests.modeling_llm2clip import tiny
 from tests.processes import run_python
 
-from .conftest import COUNTS, encoded, picture
+from .conftest import COUNTS, encoded, picture, save_table
 from .conftest import index as index_in_folder
-from .test_index import save_table
 
 Model = tuple[Path, LLM2CLIPModel]
 TABLE = "pictures"

@@ -1,0 +1,215 @@
+"""Bringing an index up to date: only what is new is embedded, also after a killed run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import pytest
+import torch
+
+from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.search.image_index import ImageIndex
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
+from tests.modeling_llm2clip import tiny
+
+from .conftest import content, embeddings, encoded, index, picture, rows, save_table
+
+Model = tuple[Path, LLM2CLIPModel]
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    """Modification times of the files of an index, apart from its lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock"))
+    return {str(path): path.stat().st_mtime_ns for path in files}
+
+
+def test_only_new_and_changed_images_are_embedded(pictures: Path, model: Model, tmp_path: Path) -> None:
+    output = tmp_path / "index"
+    index(pictures, model[0], output)
+    before = embeddings(output)
+    assert index(pictures, model[0], output) == (0, 12, 0, 0, 12)
+    (pictures / "new.png").write_bytes(encoded(picture(50)))
+    assert index(pictures, model[0], output) == (1, 12, 0, 0, 13)
+    (pictures / "new.png").write_bytes(encoded(picture(51)))
+    os.utime(pictures / "new.png", ns=(1, 1))
+    (pictures / "00.png").unlink()
+    assert index(pictures, model[0], output) == (1, 11, 1, 0, 12)
+    after = embeddings(output)
+    assert set(after) == (set(before) | {"new.png"}) - {"00.png"}
+    assert all((after[key] == before[key]).all() for key in after if key != "new.png")
+    shutil.rmtree(tmp_path / "fresh", ignore_errors=True)
+    index(pictures, model[0], tmp_path / "fresh")
+    np.testing.assert_allclose(after["new.png"], embeddings(tmp_path / "fresh")["new.png"], atol=1e-3)
+    opened = ImageIndex.open(output)
+    found = opened.search(after["new.png"][None].astype(np.float32), top=1)
+    assert found[0][0][1]["key"] == "new.png"
+
+
+def test_a_run_without_changes_does_not_rewrite_the_index(pictures: Path, model: Model, tmp_path: Path) -> None:
+    index(pictures, model[0], tmp_path / "index")
+    before = snapshot(tmp_path / "index")
+    assert index(pictures, model[0], tmp_path / "index") == (0, 12, 0, 0, 12)
+    assert snapshot(tmp_path / "index") == before
+
+
+def test_a_killed_run_is_resumed_with_an_equal_result(
+    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pictures / "02 broken.png").write_bytes(b"broken")
+    index(pictures, model[0], tmp_path / "whole", part_size=4)
+    embedded: list[int] = []
+    forward = ImageEmbedder._forward
+
+    def killed(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if len(embedded) == 2:
+            raise KeyboardInterrupt
+        embedded.append(len(inputs["pixel_values"]))
+        return forward(self, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageEmbedder, "_forward", killed)
+        with pytest.raises(KeyboardInterrupt):
+            index(pictures, model[0], tmp_path / "index", part_size=4)
+    with pytest.raises(FileNotFoundError, match="it is not finished; run the same llm2clip index again"):
+        ImageIndex.open(tmp_path / "index")
+    # Half of a part, as a process killed while writing leaves it.
+    (tmp_path / "index" / "images.lance" / "data" / "part.lance").write_bytes(b"half")
+    again: list[int] = []
+
+    def counted(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        again.append(len(inputs["pixel_values"]))
+        return forward(self, inputs)
+
+    monkeypatch.setattr(ImageEmbedder, "_forward", counted)
+    assert index(pictures, model[0], tmp_path / "index", part_size=4) == (12, 0, 0, 1, 12)
+    assert sum(embedded) + sum(again) == 12
+    assert content(tmp_path / "index") == content(tmp_path / "whole")
+
+
+def test_a_failed_update_leaves_the_index_unchanged(
+    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index(pictures, model[0], tmp_path / "index")
+    before = content(tmp_path / "index")
+    (pictures / "new.png").write_bytes(encoded(picture(50)))
+
+    def full(*arguments: Any) -> None:
+        raise OSError("no space left on device")
+
+    for name in ("write_json", "write_manifest"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"llm2clip.search.lance_store.{name}", full)
+            with pytest.raises(OSError, match="no space"):
+                index(pictures, model[0], tmp_path / "index")
+        assert content(tmp_path / "index") == before
+    assert index(pictures, model[0], tmp_path / "index") == (1, 12, 0, 0, 13)
+
+
+def test_rows_of_a_data_set_are_identified_by_content(model: Model, tmp_path: Path) -> None:
+    def save(seeds: list[int]) -> None:
+        save_table(tmp_path / "data.parquet", seeds, caption=[f"number {seed}" for seed in seeds])
+
+    save([1, 2, 3, 4, 5, 5])
+    output = tmp_path / "index"
+    assert index(tmp_path / "data.parquet", model[0], output) == (6, 0, 0, 0, 6)
+    # Moved, removed, added.
+    save([9, 5, 4, 3, 1])
+    assert index(tmp_path / "data.parquet", model[0], output) == (1, 4, 1, 0, 5)
+    found = sorted(rows(output), key=lambda row: row["row"])
+    assert [row["caption"] for row in found] == [f"number {seed}" for seed in (9, 5, 4, 3, 1)]
+    expected = model[1].encode_image([picture(seed) for seed in (9, 5, 4, 3, 1)], tiny.processor())
+    torch.testing.assert_close(torch.tensor([row["vector"] for row in found]), expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"index_type": "ivf_rq"},
+        {"index_type": "ivf_rq", "cells": 2, "probes": 2, "refine": 3},
+        {"index_type": "faiss"},
+        {"index_type": "faiss", "cells": 3, "probes": 3},
+    ],
+)
+def test_approximate_indexes_reuse_the_embeddings(
+    settings: dict[str, Any], pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm2clip.search.lance_rows.EXACT_MATCHES", 0)
+    output = tmp_path / "index"
+    index(pictures, model[0], output)
+    # The embeddings are kept; only the vector index is built again.
+    assert index(pictures, model[0], output, **settings) == (0, 12, 0, 0, 12)
+    opened = ImageIndex.open(output)
+    stored = opened.manifest.index
+    assert {"index_type": stored["type"], **stored}.items() >= settings.items()
+    for key, embed in embeddings(output).items():
+        queries = embed[None].astype(np.float32)
+        assert opened.search(queries, top=1)[0][0][1]["key"] == key
+        found = opened.search(queries, top=20, where="folder = 'a'")[0]
+        assert {row["key"] for _, row in found} == {"a/01.png", "a/04.png", "a/07.png", "a/10.png"}
+        assert found[0][0] >= found[-1][0]
+    # Asked for more often, the rows of the condition are held in memory.
+    queries = np.stack(list(embeddings(output).values())).astype(np.float32)
+    once = [opened.search(query[None], 3, "folder = 'a'")[0] for query in queries[:2]]
+    many = opened.search(queries, 3, "folder = 'a'")[:2]
+    assert [[row["key"] for _, row in found] for found in once] == [[row["key"] for _, row in found] for found in many]
+    scores = [np.array([[score for score, _ in found] for found in each]) for each in (once, many)]
+    np.testing.assert_allclose(*scores, atol=1e-2 if settings["index_type"] == "faiss" else 1e-5)
+    # It is brought up to date as the rows are, and goes with a change of the type.
+    (pictures / "new.png").write_bytes(encoded(picture(50)))
+    assert index(pictures, model[0], output, **settings) == (1, 12, 0, 0, 13)
+    opened = ImageIndex.open(output)
+    new = embeddings(output)["new.png"].astype(np.float32)
+    assert opened.search(new[None], top=1)[0][0][1]["key"] == "new.png"
+    assert index(pictures, model[0], output, index_type="flat") == (0, 13, 0, 0, 13)
+    table = lancedb.connect(str(output)).open_table("images")
+    assert {index.columns[0] for index in table.list_indices()} == {"folder", "extension"}
+
+
+def test_equal_images_of_a_data_set_are_embedded_once(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, embedded = ImageEmbedder._forward, []
+
+    def counted(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        embedded.append(len(inputs["pixel_values"]))
+        return forward(self, inputs)
+
+    monkeypatch.setattr(ImageEmbedder, "_forward", counted)
+    path = save_table(tmp_path / "data.parquet", [1, 2, 1, 3, 2, 1, 4, 5, 6, 1])
+    assert index(path, model[0], tmp_path / "index", part_size=4) == (10, 0, 0, 0, 10)
+    assert sum(embedded) == 6
+    vectors = embeddings(tmp_path / "index")
+    assert (vectors["0"] == vectors["9"]).all()
+    assert (vectors["0"] != vectors["1"]).any()
+
+
+def test_the_vision_half_updates_an_index_of_the_whole_model(pictures: Path, model: Model, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    LLM2CLIPVisionModelWithProjection.from_pretrained(model[0]).save_pretrained(half)
+    tiny.processor().image_processor.save_pretrained(half)
+    index(pictures, model[0], tmp_path / "whole")
+    # Built with one and updated with the other.
+    assert index(pictures, half, tmp_path / "whole")[:2] == (0, 12)
+
+
+def test_a_second_concurrent_run_is_refused(
+    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second(*arguments: Any) -> Any:
+        # A thread of its own: the thread that holds a lock may enter it again.
+        with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="another run is using"):
+            pool.submit(index, pictures, model[0], tmp_path / "index").result()
+        raise KeyboardInterrupt
+
+    forward = ImageEmbedder._forward
+    monkeypatch.setattr(ImageEmbedder, "_forward", second)
+    with pytest.raises(KeyboardInterrupt):
+        index(pictures, model[0], tmp_path / "index")
+    monkeypatch.setattr(ImageEmbedder, "_forward", forward)
+    assert index(pictures, model[0], tmp_path / "index")[0] == 12
