@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import datasets
 import pytest
 from PIL import Image
 from transformers import CLIPImageProcessorPil
+
+from tests.tars import write_tar
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "data"
 CONCEPTS = str(EXAMPLES / "concepts")
@@ -75,16 +76,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     metadata = [{"file_name": name, "caption": captions(row)} for row, name in enumerate(names)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, metadata)))
 
-    folder = root / "webdataset"
-    folder.mkdir()
     for shard in range(2):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
-            for row in range(shard * 3, shard * 3 + 3):
-                record = json.dumps({"caption": captions(row)[0], "nested": {"long": captions(row)[1]}})
-                for suffix, data in (("png", png(row)), ("json", record.encode())):
-                    entry = tarfile.TarInfo(f"sample{row}.{suffix}")
-                    entry.size = len(data)
-                    archive.addfile(entry, io.BytesIO(data))
+        files = []
+        for row in range(shard * 3, shard * 3 + 3):
+            record = json.dumps({"caption": captions(row)[0], "nested": {"long": captions(row)[1]}})
+            files += [(f"sample{row}.png", png(row)), (f"sample{row}.json", record.encode())]
+        write_tar(root / "webdataset" / f"{shard:05d}.tar", files)
 
     table = datasets.Dataset.from_dict(
         {"image": [png(row) for row in range(ROWS)], "caption": [captions(row) for row in range(ROWS)]}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
 import pytest
 
 from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
 from llm2clip.data.buffer_size import MAX_ROWS, OVERHEAD, buffer_rows, row_bytes
+from tests.tars import write_tar
 
 
 def test_memory_is_divided_among_readers_and_by_the_sizes_of_streams() -> None:
@@ -28,12 +27,8 @@ def test_memory_is_divided_among_readers_and_by_the_sizes_of_streams() -> None:
 @pytest.mark.parametrize("counted", [True, False])
 def test_rows_are_measured_as_they_are_stored(counted: bool, tmp_path: Path) -> None:
     images = 40_000
-    with tarfile.open(tmp_path / "0.tar", "w") as archive:
-        for row in range(20):
-            for ending, data in (("jpg", b"x" * images), ("txt", b"a caption")):
-                entry = tarfile.TarInfo(f"{row}.{ending}")
-                entry.size = len(data)
-                archive.addfile(entry, io.BytesIO(data))
+    contents = {"jpg": b"x" * images, "txt": b"a caption"}
+    write_tar(tmp_path / "0.tar", [(f"{row}.{ending}", contents[ending]) for row in range(20) for ending in contents])
     source = CaptionSource(str(tmp_path), caption_columns=["txt"], image_column="jpg", streaming=True)
     stream = StreamingCaptionImageDataset(source, lambda image, key: image)  # type: ignore[arg-type]
     found = row_bytes(stream.reader.shards, [20] if counted else None)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from llm2clip import cli
 from llm2clip.data import CaptionSource
 from llm2clip.data.check_data import check_data
 from llm2clip.data.checks import distribution
+from tests.tars import write_tar
 
 from .conftest import CONCEPTS, png
 
@@ -88,14 +87,12 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("awkward_tars")
     # `datasets` refuses tars that lack a file in one of the first five rows.
     for shard, rows in enumerate((ROWS[:6], ROWS[6:])):
-        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
-            for key, image, captions in rows:
-                record = json.dumps({"captions": captions}).encode()
-                for suffix, data in (("png", image), ("json", record)):
-                    if data is not None:
-                        entry = tarfile.TarInfo(f"{key}.{suffix}")
-                        entry.size = len(data)
-                        archive.addfile(entry, io.BytesIO(data))
+        files = []
+        for key, image, captions in rows:
+            record = json.dumps({"captions": captions}).encode()
+            contents = {"png": image, "json": record}
+            files += [(f"{key}.{suffix}", data) for suffix, data in contents.items() if data is not None]
+        write_tar(folder / f"{shard}.tar", files)
     return str(folder)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from llm2clip.data import CaptionSource, StreamingCaptionImageDataset, numbered_tar_rows
+from llm2clip.data import CaptionSource, StreamingCaptionImageDataset, tar_rows
 from llm2clip.data.captioned_images import SampleMaker
 from llm2clip.data.sample_stream import SampleStream
 from llm2clip.data.sources import SourceError
@@ -69,11 +69,9 @@ def test_a_resumed_loader_goes_on_where_it_was(workers: int, buffer: int, source
 def test_a_resume_reads_no_more_than_a_buffer_again(source: CaptionSource, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     read: list[str] = []
-    make, decoded = SampleMaker.__call__, numbered_tar_rows._decoded
+    make, decoded = SampleMaker.__call__, tar_rows._decoded
     monkeypatch.setattr(SampleMaker, "__call__", lambda self, *a: (made.append(a[1]), make(self, *a))[1])
-    monkeypatch.setattr(
-        numbered_tar_rows, "_decoded", lambda path, key, *a: (read.append(key), decoded(path, key, *a))[1]
-    )
+    monkeypatch.setattr(tar_rows, "_decoded", lambda path, key, *a: (read.append(key), decoded(path, key, *a))[1])
     stream = opened(source, 0, 1)
     place = Place((layout(stream, 0),), 10)
     next(batches(stream, 0, place))

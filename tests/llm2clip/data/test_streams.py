@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
 import sys
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,19 +25,15 @@ from llm2clip.data.streams import StreamReader, share_of_files, shuffled
 from llm2clip.utils.processes import leave_process_group, process_state
 from tests.modeling_llm2clip import tiny
 from tests.processes import run_python
+from tests.tars import write_tar
 
 PER_TAR = 3
 
 
 def write_tars(folder: Path, count: int) -> CaptionSource:
-    folder.mkdir(parents=True, exist_ok=True)
     for shard in range(count):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
-            for row in range(PER_TAR):
-                data = f"caption {shard} {row}".encode()
-                entry = tarfile.TarInfo(f"s{shard}r{row}.txt")
-                entry.size = len(data)
-                archive.addfile(entry, io.BytesIO(data))
+        files = [(f"s{shard}r{row}.txt", f"caption {shard} {row}".encode()) for row in range(PER_TAR)]
+        write_tar(folder / f"{shard:05d}.tar", files)
     return CaptionSource(str(folder), caption_columns=["txt"], streaming=True)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from llm2clip.utils.settings import build_config
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.test_stage2 import losses, weights
+from tests.tars import write_tar
 
 TARS, PER_TAR = 3, 24
 
@@ -36,13 +35,14 @@ def write_tars(folder: Path, tars: int = TARS) -> str:
     table = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/train.parquet", split="train")
     table = table.cast_column("image", datasets.Image(decode=False))
     for shard in range(tars):
-        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
-            for row in table.select(range(shard * PER_TAR, (shard + 1) * PER_TAR)):
-                texts = {name: row[name] for name in ("caption", "keywords")}
-                for suffix, data in (("webp", row["image"]["bytes"]), ("json", json.dumps(texts).encode())):
-                    entry = tarfile.TarInfo(f"{row['key']}.{suffix}")
-                    entry.size = len(data)
-                    archive.addfile(entry, io.BytesIO(data))
+        files = []
+        for row in table.select(range(shard * PER_TAR, (shard + 1) * PER_TAR)):
+            texts = {name: row[name] for name in ("caption", "keywords")}
+            files += [
+                (f"{row['key']}.webp", row["image"]["bytes"]),
+                (f"{row['key']}.json", json.dumps(texts).encode()),
+            ]
+        write_tar(folder / f"{shard}.tar", files)
     return str(folder)
 
 

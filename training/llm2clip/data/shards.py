@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import posixpath
 import re
-import tarfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from lzma import LZMAError
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +18,39 @@ from llm2clip.data.captioned_images import captions_by_row
 from llm2clip.data.parquet_parts import RowGroups, cut_parquet, part_checksum, rows_of_part
 from llm2clip.data.records import column_texts
 from llm2clip.data.sources import CaptionSource, SourceError, file_format, open_table, select_captions
-from llm2clip.data.tar_rows import HashedReader, tar_rows
-from llm2clip.utils.files import sha256
+from llm2clip.data.tar_rows import DAMAGED, Readable, tar_rows
+from llm2clip.utils.files import READ_SIZE, sha256
 from llm2clip.utils.remote_path import open_once, protocols
 
 # What reading a damaged file raises.
-UNREADABLE = (OSError, ValueError, TypeError, EOFError, tarfile.TarError, zlib.error, LZMAError)
+UNREADABLE = (ValueError, TypeError, *DAMAGED)
 # Footers of parquet files that are read at the same time.
 FOOTERS_AT_ONCE = 16
 MAGIC = re.compile(r"[*?\[]")
+
+
+class HashedReader:
+    """Reads a file to its end, and computes the SHA-256 of its bytes.
+
+    Attributes:
+        size: Number of bytes that were read.
+    """
+
+    def __init__(self, file: Readable) -> None:
+        self._file, self._digest, self.size = file, hashlib.sha256(), 0
+
+    def read(self, size: int) -> bytes:
+        """Read at most `size` bytes."""
+        block = self._file.read(size)
+        self._digest.update(block)
+        self.size += len(block)
+        return block
+
+    def checksum(self) -> str:
+        """Read the rest, and return the SHA-256 of the file in hexadecimal digits."""
+        while self.read(READ_SIZE):
+            pass
+        return self._digest.hexdigest()
 
 
 class SourceShard(NamedTuple):
@@ -143,7 +165,7 @@ class ShardedSource:
         with open_once(shard.path) as file:
             hashed = HashedReader(file)
             for values in tar_rows(shard.path, hashed, columns):
-                self._add(features.encode_example({name: values.get(name) for name in columns}), text)
+                self._add(features.encode_example(values), text)
             text.checksum = f"sha256:{hashed.checksum()}"
         text.size = hashed.size
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,7 @@ from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, FilePa
 from llm2clip.evaluation.benchmarks.webdataset import SETS, read_classification, read_retrieval
 from llm2clip.evaluation.prompts import template_set
 from tests.llm2clip.evaluation.benchmarks.pictures import picture, shades
-
-
-def write_tar(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, content in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
+from tests.tars import write_tar
 
 
 def write_split(folder: Path, tars: Sequence[Sequence[tuple[str, bytes]]]) -> None:

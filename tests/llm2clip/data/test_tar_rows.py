@@ -1,0 +1,183 @@
+"""Rows of tars: by number without reading the others, and never fewer because a tar is damaged."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import random
+import tarfile
+import threading
+from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
+from llm2clip.data.sources import SourceError
+from llm2clip.data.tar_rows import count_tar_rows, numbered_tar_rows, tar_rows
+from llm2clip.data.tars import list_tar
+from tests.tars import write_tar
+
+# Blocks of a file in `numbers`: its header and its content.
+FILE = 2 * tarfile.BLOCKSIZE
+
+
+def numbers(path: Path, mode: str = "w") -> Path:
+    """A tar of five rows."""
+    return write_tar(path, [(f"{row}.txt", b"%d" % row) for row in range(5)], mode)
+
+
+def read_all(path: Path) -> list[dict[str, Any]]:
+    with path.open("rb") as file:
+        return list(tar_rows(str(path), file, ["txt"]))
+
+
+def read_by_number(path: Path) -> list[dict[str, Any]]:
+    return [row for _, row in numbered_tar_rows(str(path), ["txt"], range(5))]
+
+
+def read_stream(path: Path) -> list[dict[str, Any]]:
+    """By number, from a file that can only be read from its beginning to its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llm2clip.data.tar_rows._mode", lambda file: "r|*")
+        return read_by_number(path)
+
+
+READERS: list[Callable[[Path], Any]] = [
+    read_all,
+    read_by_number,
+    read_stream,
+    lambda path: [None] * count_tar_rows(str(path)),
+]
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize(
+    ("size", "fault"),
+    [
+        (2 * FILE, r"cut\.tar is cut short after 1\.txt\."),
+        (2 * FILE + 100, r"cut\.tar is cut short after 1\.txt\."),
+        (3 * FILE - 100, r"cut\.tar is cut short in 2\.txt\."),
+        (5 * FILE, r"cut\.tar is cut short after 4\.txt\."),
+        (100, r"cut\.tar is not a tar, or is damaged at its beginning: "),
+    ],
+)
+def test_a_tar_that_is_cut_short_has_no_end(
+    read: Callable[[Path], Any], size: int, fault: str, tmp_path: Path
+) -> None:
+    path = numbers(tmp_path / "cut.tar")
+    assert len(read(path)) == 5
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(SourceError, match=fault) as raised:
+        read(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("read", [*READERS, lambda path: list(list_tar(path))])
+@pytest.mark.parametrize("row", [2, 4])
+def test_a_damaged_header_is_no_end(read: Callable[[Path], Any], row: int, tmp_path: Path) -> None:
+    path = numbers(tmp_path / "a.tar")
+    content = bytearray(path.read_bytes())
+    content[row * FILE] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=rf"a\.tar is damaged after {row - 1}\.txt: a header is damaged"):
+        read(path)
+
+
+@pytest.mark.parametrize("read", [*READERS, lambda path: list(list_tar(path))])
+def test_zeros_in_the_middle_are_no_end(read: Callable[[Path], Any], tmp_path: Path) -> None:
+    """As a page that was never written, or a tar that another one was appended to."""
+    path = numbers(tmp_path / "a.tar")
+    content = path.read_bytes()
+    path.write_bytes(content[: 2 * FILE] + bytes(FILE) + content[3 * FILE :])
+    with pytest.raises(
+        SourceError, match=r"a\.tar is damaged after 1\.txt: a block of zeros ends it, but more follows"
+    ):
+        read(path)
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_cut_or_damaged_compressed_tar_is_named(read: Callable[[Path], Any], tmp_path: Path) -> None:
+    """Large enough that the damage lies beyond what is read at once."""
+    noise = [random.Random(row).randbytes(50_000).hex().encode() for row in range(5)]
+    path = write_tar(tmp_path / "a.tar.gz", [(f"{row}.txt", data) for row, data in enumerate(noise)], "w:gz")
+    whole = path.read_bytes()
+    assert len(read(path)) == 5
+    middle = len(whole) // 2
+    for content in (whole[:middle], whole[:middle] + bytes(64) + whole[middle + 64 :]):
+        path.write_bytes(content)
+        with pytest.raises(SourceError, match=r"a\.tar\.gz (is cut short|is damaged|cannot be read) "):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("1.json", b"{half", "Expecting property name"),
+        ("1.json.gz", gzip.compress(b"{}" * 99)[:20], "Compressed file"),
+    ],
+)
+def test_a_row_that_cannot_be_decoded_is_named(name: str, content: bytes, fault: str, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("0.txt", b"a"), (name, content)])
+    with pytest.raises(SourceError, match=rf"the row 1 of .*a\.tar cannot be read: {fault}"):
+        list(numbered_tar_rows(str(path), ["txt", name[2:]], range(2)))
+
+
+def test_a_tar_with_fewer_rows_than_were_counted_is_named(tmp_path: Path) -> None:
+    path = numbers(tmp_path / "a.tar")
+    with pytest.raises(SourceError, match=r"a\.tar has no row 5: it has fewer rows than were counted"):
+        list(numbered_tar_rows(str(path), ["txt"], range(6)))
+
+
+class Counted(io.BytesIO):
+    """A file that knows how many bytes were read of it."""
+
+    read_bytes = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        found = super().read(size)
+        Counted.read_bytes += len(found)
+        return found
+
+
+def test_the_bytes_of_rows_before_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, rows = b"x" * 50_000, 20
+    content = write_tar(tmp_path / "a.tar", [(f"{row}.jpg", data) for row in range(rows)]).read_bytes()
+    monkeypatch.setattr("llm2clip.data.tar_rows._opened", lambda path: Counted(content))
+    found = dict(numbered_tar_rows("a.tar", ["jpg"], [rows - 2, rows - 1]))
+    assert found == {number: {"jpg": data} for number in (rows - 2, rows - 1)}
+    assert Counted.read_bytes < 3 * len(data)
+
+
+def test_remote_tars_are_read(made: Path) -> None:
+    path = made / "webdataset" / "00001.tar"
+    with fsspec.open("memory://remote/00001.tar", "wb") as file:
+        file.write(path.read_bytes())
+    expected = list(numbered_tar_rows(str(path), ["json", "png", "__key__"], [1, 2]))
+    assert list(numbered_tar_rows("memory://remote/00001.tar", ["json", "png", "__key__"], [1, 2])) == expected
+
+
+def test_a_web_server_without_ranges_is_read_from_the_beginning(tmp_path: Path) -> None:
+    """More than a block of fsspec, 5 MiB."""
+    write_tar(tmp_path / "a.tar", [(f"{row}.jpg", bytes([row]) * (3 << 20)) for row in range(4)])
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = numbered_tar_rows(f"http://127.0.0.1:{server.server_port}/a.tar", ["jpg"], [1, 3])
+        assert [(number, row["jpg"][:2]) for number, row in found] == [(1, b"\x01\x01"), (3, b"\x03\x03")]
+        server.shutdown()
+
+
+def test_numbers_are_texts_where_the_first_rows_have_texts(tmp_path: Path) -> None:
+    """As `embed` reads them."""
+    captions = ['"a"', '"b"', '"c"', '"d"', '"e"', "7"]
+    write_tar(
+        tmp_path / "a.tar", [(f"{row}.json", f'{{"caption": {text}}}'.encode()) for row, text in enumerate(captions)]
+    )
+    source = CaptionSource(str(tmp_path), caption_columns=["json.caption"], streaming=True)
+    stream = StreamingCaptionImageDataset(source, None, training=False, row_counts=[6])
+    assert [sample["caption"] for sample in stream] == ["a", "b", "c", "d", "e", "7"]
