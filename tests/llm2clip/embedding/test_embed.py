@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -141,6 +142,26 @@ def test_the_source_decides_between_cache_and_sidecars(
 ) -> None:
     config = EmbedConfig(sources=[{"path": "x", **source} for source in sources], store=store)
     assert config.writes_sidecars is expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shard_size": 10}, "shard_size is 10, but a run that writes sidecars (engine: processes) does not use it"),
+        ({"ray_actors": 2}, "ray_actors is 2, but a run that writes sidecars (engine: processes) does not use it"),
+        ({"engine": "ray", "shard_size": 10}, "shard_size is 10, but a run that writes sidecars (engine: ray) does"),
+        (
+            {"store": "cache", "shard_slice": "0/2"},
+            "shard_slice is 0/2, but a run that writes a cache does not use it",
+        ),
+        ({"store": "cache", "part_rows": 5}, "part_rows is 5, but a run that writes a cache does not use it"),
+        ({"store": "cache", "ray_address": "auto"}, "ray_address is auto, but a run that writes a cache does not"),
+        ({"store": "cache", "engine": "ray"}, "engine is ray, but a run that writes a cache does not use it"),
+    ],
+)
+def test_settings_that_a_run_does_not_use_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(EmbedConfig("tower", output_dir="out", sources=[{"path": "x", "streaming": True}], **settings))
 
 
 def test_a_killed_run_into_sidecars_goes_on_with_what_is_missing(inputs: Inputs, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from llm2clip.embedding.embed import EmbedConfig, run
 from llm2clip.embedding.embed_shards import ShardEmbedder, ShardJob, list_jobs
 from llm2clip.embedding.ray_engine import RayOptions, embed_with_ray
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.embedding.test_embed_shards import Counting, description, embed, write_shards
+from tests.llm2clip.embedding.shards import Counting, description, embed, write_shards
 
 pytest.importorskip("ray.data")
 
@@ -150,5 +150,5 @@ def test_ray_that_is_missing_or_unreachable_is_one_clear_line(
     monkeypatch.undo()
     with pytest.raises(ValueError, match="ray_actors must be at least 1, not 0"):
         EmbedConfig(ray_actors=0)
-    with pytest.raises(ValueError, match="engine: ray are for sidecars"):
+    with pytest.raises(ValueError, match="engine is ray, but a run that writes a cache does not use it"):
         run(EmbedConfig(engine="ray", store="cache"))

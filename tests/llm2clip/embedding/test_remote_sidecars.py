@@ -22,7 +22,7 @@ from llm2clip.embedding.sidecars import SourceSidecars, is_sidecar_folder, store
 from llm2clip.utils.remote_path import open_path
 from tests.llm2clip.data.test_streams import write_tars
 from tests.llm2clip.embedding import encoder
-from tests.llm2clip.embedding.test_embed_shards import Counting, description, embed, write_groups, write_shards
+from tests.llm2clip.embedding.shards import Counting, description, embed, write_groups, write_shards
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from llm2clip.embedding.embed_shards import ShardEmbedder, list_jobs
 from llm2clip.embedding.sidecar_store import SidecarStore, open_reused
 from llm2clip.embedding.sidecars import SourceSidecars
 from tests.llm2clip.embedding import encoder
-from tests.llm2clip.embedding.test_embed_shards import Counting, description, embed, write_shards
+from tests.llm2clip.embedding.shards import Counting, description, embed, write_shards
 
 
 @pytest.fixture(autouse=True)

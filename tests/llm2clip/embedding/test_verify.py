@@ -9,7 +9,7 @@ import pytest
 from llm2clip import cli
 from llm2clip.embedding.verify import DamagedError, VerifyConfig, run
 from tests.llm2clip.embedding import encoder
-from tests.llm2clip.embedding.test_embed_shards import embed, write_shards
+from tests.llm2clip.embedding.shards import embed, write_shards
 
 
 def verify(folder: Path) -> dict[str, int]:

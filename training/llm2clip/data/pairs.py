@@ -25,6 +25,7 @@ from llm2clip.data.sources import (
     first_rows,
     open_table,
     require_columns,
+    require_weight,
     table_columns,
     top_level,
 )
@@ -95,8 +96,7 @@ class PairSource(Source):
         if self.instruction_table and self.instruction is not None:
             raise ValueError(f"The pair source {self.path} needs either instruction or instruction_table.")
         self.find_instruction()
-        if self.weight is not None and self.weight <= 0:
-            raise ValueError(f"The weight of {self.path} must be positive, not {self.weight}.")
+        require_weight(self.path, self.weight)
 
     @property
     def base_label(self) -> str:

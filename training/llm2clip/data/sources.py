@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import math
 import os
 import re
 import tarfile
@@ -134,8 +135,13 @@ class CaptionSource(Source):
             )
         if weights is not None and (min(weights) < 0 or sum(weights) <= 0):
             raise ValueError(f"caption_weights of {self.path} must be non-negative and not all 0, but are {weights}.")
-        if self.weight is not None and self.weight <= 0:
-            raise ValueError(f"The weight of {self.path} must be positive, not {self.weight}.")
+        require_weight(self.path, self.weight)
+
+
+def require_weight(path: str, weight: float | None) -> None:
+    """Raise ValueError if the weight of a source is given and is not positive and finite."""
+    if weight is not None and not 0 < weight < math.inf:
+        raise ValueError(f"The weight of {path} must be positive and finite, not {weight}.")
 
 
 class Columns(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -32,6 +33,10 @@ from llm2clip.utils.text_identity import tokenizer_fingerprint
 from llm2clip.utils.towers import open_text_tower
 
 REQUIRED = ["text_model_name_or_path", "sources"]
+# Settings that a run has no use for, if it writes the other kind of store or has another engine.
+FOR_CACHES = ("shard_size",)
+FOR_SIDECARS = ("shard_slice", "reuse_cache", "engine", "part_rows")
+FOR_RAY = ("ray_address", "ray_actors", "ray_gpus_per_actor")
 
 
 @dataclass
@@ -110,7 +115,7 @@ class EmbedConfig:
         "dtype of the stored embeddings; bfloat16 if they exceed the range of float16; float32 is exact.",
     )
     normalize: bool = setting(False, "Store embeddings of unit length.")
-    shard_size: int = setting(8192, "Captions per file; a killed run loses at most one file.")
+    shard_size: int = setting(8192, "Captions per file of a cache; a killed run loses at most one file.")
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -138,15 +143,25 @@ def run(config: EmbedConfig) -> dict[str, Any]:
         ValueError: Settings do not fit each other, or shards could not be embedded.
     """
     if config.writes_sidecars:
+        _refuse_ignored(config, [*FOR_CACHES, *(FOR_RAY if config.engine != "ray" else ())])
         # Without a lock: several runs may share a folder, and each sidecar appears whole.
         return _embed_into_sidecars(config)
-    if config.shard_slice is not None or config.reuse_cache is not None or config.engine != "processes":
-        raise ValueError(
-            "shard_slice, reuse_cache and engine: ray are for sidecars; set store: sidecars, or leave them unset."
-        )
+    _refuse_ignored(config, [*FOR_SIDECARS, *FOR_RAY])
     if "://" in config.output_dir:
         raise ValueError(f"a cache is a local folder, not {config.output_dir}; sidecars may have a URL.")
     return _embed_into_cache(config)
+
+
+def _refuse_ignored(config: EmbedConfig, names: Sequence[str]) -> None:
+    """Raise ValueError if one of these settings, which this run does not use, is given."""
+    defaults = EmbedConfig()
+    given = [name for name in names if getattr(config, name) != getattr(defaults, name)]
+    if given:
+        kind = f"sidecars (engine: {config.engine})" if config.writes_sidecars else "a cache"
+        raise ValueError(
+            f"{given[0]} is {getattr(config, given[0])}, but a run that writes {kind} does not use it; leave it "
+            "unset, or change store or engine."
+        )
 
 
 @exclusive

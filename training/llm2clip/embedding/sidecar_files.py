@@ -9,17 +9,18 @@ valid. The parts of a large parquet file have the numbers of their row groups in
 from __future__ import annotations
 
 import glob
+import os
 import posixpath
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from llm2clip.data.parquet_parts import RowGroups
-from llm2clip.data.shards import SourceShard, source_size
+from llm2clip.data.shards import SourceShard, source_checksum, source_size
 from llm2clip.data.sources import COMPRESSIONS
 from llm2clip.embedding.cache_files import CacheDamagedError, CacheError, CacheManifest, CacheMismatchError
 from llm2clip.utils.files import json_text, read_json, replace, require_writable, temporary_path, write_text
@@ -200,7 +201,7 @@ class SidecarFolder:
         return False
 
     def is_embedded(self, shard: SourceShard, encoder: CacheManifest, columns: Sequence[str]) -> bool:
-        """Tell whether a shard has a whole sidecar with the captions of these columns.
+        """Tell whether a shard, as it is now, has a whole sidecar with the captions of these columns.
 
         Raises:
             CacheMismatchError: Another encoder made it.
@@ -227,7 +228,24 @@ class SidecarFolder:
             and manifest.part == part_fields(shard)
             and manifest.source_bytes == source_size(shard.path)
             and set(columns) <= set(manifest.caption_columns)
+            and self._is_unchanged(shard, manifest)
         )
+
+    def _is_unchanged(self, shard: SourceShard, manifest: SidecarManifest) -> bool:
+        """Tell whether a shard of the same size is what was embedded: a tar with other captions often has it.
+
+        A local one that is newer than its manifest is read for that, once if the manifest can be touched.
+        """
+        described, source = self.manifest_path(shard), open_path(shard.path)
+        if not (isinstance(described, Path) and isinstance(source, Path)):
+            return True
+        if source.stat().st_mtime_ns <= described.stat().st_mtime_ns:
+            return True
+        if source_checksum(shard.path, shard.part) != manifest.source_checksum:
+            return False
+        with suppress(OSError):
+            os.utime(described)
+        return True
 
 
 def stem_of(shard: SourceShard) -> str:

@@ -1,0 +1,68 @@
+"""Large parquet files are embedded in parts of whole row groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llm2clip.data import CaptionSource
+from llm2clip.data.shards import ShardedSource
+from llm2clip.embedding import verify
+from llm2clip.embedding.cache_files import MissingCaptionError
+from llm2clip.embedding.sidecar_files import SidecarManifest
+from llm2clip.embedding.sidecars import SourceSidecars
+from tests.llm2clip.embedding.shards import Counting, embed, write_groups
+
+
+def test_a_large_parquet_file_is_embedded_in_parts(tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    captions = write_groups(data / "large.parquet", [3, 3, 3, 9, 2])
+    write_groups(data / "small.parquet", [2, 2])
+    write_groups(data / "single.parquet", [9])
+    source = CaptionSource(str(data), streaming=True)
+    embed(source, out, part_rows=6)
+    names = sorted(path.name.removesuffix(".emb.manifest") for path in out.glob("*.manifest"))
+    parts = ["large.00000-00002", "large.00002-00003", "large.00003-00004", "large.00004-00005"]
+    assert names == [*parts, "single", "small"]
+    assert embed(source, out, part_rows=6).done_before == 6
+    shards = ShardedSource(source).shards
+    sidecars = SourceSidecars(out, shards)
+    assert sidecars.check(["caption"]).row_counts == [20, 9, 4]
+    opened = sidecars.open(0)
+    embed(source, tmp_path / "whole", part_rows=100)
+    whole = SourceSidecars(tmp_path / "whole", shards).open(0)
+    for text in [*captions, *reversed(captions)]:
+        assert opened.lookup(text).equal(whole.lookup(text))
+    assert opened.lookup("none") is None
+    # Each part has its own bytes of the file, and all of these one part.
+    manifests = [SidecarManifest.read(out / f"{part}.emb.manifest") for part in parts]
+    ranges = [(found.first_byte, found.last_byte) for found in (manifest.row_groups for manifest in manifests)]
+    assert [start for start, _ in ranges] + [(data / "large.parquet").stat().st_size] == [
+        0, *(stop for _, stop in ranges)
+    ]  # fmt: skip
+    assert all(start < stop for start, stop in ranges)
+    # A lost part is embedded again, alone, and meanwhile missed.
+    (out / f"{parts[1]}.emb.manifest").unlink()
+    with pytest.raises(MissingCaptionError, match=r"large\.parquet lacks row groups 2 to 2"):
+        sidecars.check(["caption"])
+    calls = Counting()
+    assert embed(source, out, calls, part_rows=6).done_before == 5
+    assert calls.texts == list(dict.fromkeys(captions[6:9]))
+    with pytest.raises(ValueError, match=r"large\.00000-00002.* is of a part that .* is not cut into now"):
+        embed(source, out, part_rows=9)
+    # What was embedded whole stays whole.
+    assert embed(source, tmp_path / "whole", part_rows=6).done_before == 3
+
+
+def test_verify_knows_the_parts_of_a_file(tmp_path: Path) -> None:
+    write_groups(tmp_path / "large.parquet", [3, 3, 3])
+    embed(CaptionSource(str(tmp_path), streaming=True), None, part_rows=3)
+    assert verify.run(verify.VerifyConfig(folder=str(tmp_path))) == {"num_shards": 3, "num_captions": 9}
+    path = tmp_path / "large.parquet"
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(content)
+    (tmp_path / "large.00001-00002.emb.manifest").unlink()
+    with pytest.raises(verify.DamagedError, match="3 faults in the 2 sidecars"):
+        verify.run(verify.VerifyConfig(folder=str(tmp_path)))
