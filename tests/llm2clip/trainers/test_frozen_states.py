@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -104,3 +106,19 @@ def test_all_processes_follow_the_first_one(inputs: Inputs, tmp_path: Path, monk
     sample = other[SampleIndex(0, 3)]
     assert not isinstance(sample, SkippedSample)
     assert sample["vision_states"].equal(torch.from_numpy(np.array(first.states[3])))
+
+
+def test_a_full_disk_is_an_error_before_anything_is_computed(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match=rf"No space left on device: '.*{STATES}'"):
+            build(inputs, tmp_path)
+    assert not stored(tmp_path)
+    states = build(inputs, tmp_path)
+    assert np.isfinite(states.states).all()
+    assert states.states.any()

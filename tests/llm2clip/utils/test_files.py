@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from llm2clip.utils import files
 from tests.processes import run_python
@@ -52,6 +53,41 @@ except OSError as error:
     assert shown.startswith(f"{tmp_path / 'rows'} cannot be written: ")
     assert "File too large" in shown
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_what_torch_cannot_save_is_an_error_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="checkpoint cannot be written: "), files.naming(tmp_path / "checkpoint"):
+        torch.save({"step": torch.zeros(1 << 20)}, "/dev/full")
+    with pytest.raises(RuntimeError, match="shapes"), files.naming(tmp_path / "checkpoint"):
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+def test_space_is_allocated_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "states"
+    path.write_bytes(b"head")
+    files.allocate(path, 1 << 20)
+    assert path.stat().st_size == 1 << 20
+    assert path.stat().st_blocks * 512 >= 1 << 20
+    assert path.read_bytes()[:5] == b"head\0"
+    monkeypatch.delattr(os, "posix_fallocate")
+    path.write_bytes(b"head")
+    files.allocate(path, 5 << 20)
+    assert path.read_bytes() == b"head".ljust(5 << 20, b"\0")
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
+        files.allocate(path, 6 << 20)
+
+
+def test_what_safetensors_has_not_finished_is_removed(tmp_path: Path) -> None:
+    for name in (".tmpA1b2C3", ".tmp", ".tmp-notes", "model.safetensors"):
+        (tmp_path / name).touch()
+    files.remove_unfinished_tensors(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".tmp", ".tmp-notes", "model.safetensors"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

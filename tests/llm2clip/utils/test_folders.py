@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from llm2clip.utils.files import temporary_name
 from llm2clip.utils.folders import atomic_folder, refuse_nested
 from llm2clip.utils.manifests import FOLDER_MANIFEST, damage, write_manifest
 
@@ -107,17 +110,45 @@ def test_neither_folder_is_deleted_when_renaming_fails(
     rename = Path.rename
 
     def broken(self: Path, target: Path) -> Path:
-        if self.parent.name.startswith(".model-") and self.name in failing:
+        if self.parent.name.startswith(".model.") and self.name in failing:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", broken)
     with pytest.raises(OSError, match="The new folder is complete and kept as") as error:
         write(tmp_path / "model", "new")
-    (scratch,) = tmp_path.glob(".model-*")
+    (scratch,) = tmp_path.glob(".model.*")
     old = tmp_path / "model" if failing == ("model",) else scratch / "replaced"
     assert str(old) in str(error.value)
     assert (content(old), content(scratch / "model")) == ("old", "new")
+
+
+def killed_process(folder: Path) -> Path:
+    """The temporary folder of a process that has ended, which was writing `folder`."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    mine = temporary_name(folder)
+    left = mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{ended.pid}."))
+    write(left / folder.name, "half")
+    return left
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs the numbers of processes")
+def test_what_killed_runs_have_left_is_removed_and_a_replaced_folder_is_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = killed_process(tmp_path / "model")
+    mine = temporary_name(tmp_path / "model")  # in a container, processes have the same number
+    write(mine / "model", "half")
+    write(tmp_path / "model", "new", overwrite=False)
+    assert os.listdir(tmp_path) == ["model"]
+    left = killed_process(tmp_path / "model")
+    (tmp_path / "model").rename(left / "replaced")
+    with pytest.raises(FileExistsError, match="add --overwrite"):
+        write(tmp_path / "model", "newer", overwrite=False)
+    assert "is back, which a killed run was about to replace" in caplog.text
+    assert content(tmp_path / "model") == "new"
+    assert os.listdir(tmp_path) == ["model"]
 
 
 @pytest.mark.parametrize(

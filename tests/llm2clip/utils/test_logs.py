@@ -40,6 +40,21 @@ def test_a_second_run_appends_to_the_log(tmp_path: Path) -> None:
     assert [line.rpartition(": ")[2] for line in (tmp_path / LOG_FILE).read_text().splitlines()] == ["run 0", "run 1"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_a_log_that_cannot_be_written_ends_with_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / LOG_FILE).symlink_to("/dev/full")
+    with command_logs() as file:
+        file.open(tmp_path)
+        for number in range(3):
+            OURS.info("step %d", number)
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    assert shown.count(f"{LOG_FILE} cannot be written: No space left on device.") == 1
+    assert "step 2" in shown
+
+
 def test_without_a_file_warnings_of_libraries_are_shown_but_not_those_for_their_developers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

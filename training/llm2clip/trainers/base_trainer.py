@@ -28,6 +28,7 @@ from llm2clip.trainers.pushing import PushingTrainer, copy_files
 from llm2clip.trainers.sharding import gathered, undivided, with_scalars
 from llm2clip.trainers.stream_resume import StreamResume, begun, stream_loader
 from llm2clip.trainers.weight_average import WeightAverage
+from llm2clip.utils.files import naming
 from llm2clip.utils.non_finite import BROKEN_MODEL, NonFiniteError, on_any_process
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
@@ -200,7 +201,8 @@ class StageTrainer(PushingTrainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with naming(folder):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         if self.average is not None and self.args.should_save:
@@ -385,13 +387,14 @@ class StageTrainer(PushingTrainer):
         # Before the evaluation, so that a failing one loses nothing.
         self.accelerator.wait_for_everyone()
         require_finite_weights(self.model, self.state.global_step, self.is_fsdp_enabled)
-        self.save_result(str(self.args.output_dir))
-        self.accelerator.wait_for_everyone()
-        if self.retrieval or self._has_eval_rows:
-            metrics |= self.evaluate()
-        self.save_state()
-        self.create_model_card()
-        self.complete_result(str(self.args.output_dir))
+        with naming(Path(str(self.args.output_dir))):
+            self.save_result(str(self.args.output_dir))
+            self.accelerator.wait_for_everyone()
+            if self.retrieval or self._has_eval_rows:
+                metrics |= self.evaluate()
+            self.save_state()
+            self.create_model_card()
+            self.complete_result(str(self.args.output_dir))
         if self.args.push_to_hub:
             self.push_result()
         return metrics

@@ -18,7 +18,7 @@ from llm2clip.data import CaptionImageDataset, SampleIndex, SkippedSample
 from llm2clip.data.sampling import EpochDataset
 from llm2clip.embedding.image_batches import forward_images
 from llm2clip.trainers.frozen_layers import FrozenLayers
-from llm2clip.utils.files import digest_json, read_json, write_json
+from llm2clip.utils.files import allocate, digest_json, naming, read_json, replace, write_json
 from llm2clip.utils.locks import folder_lock
 from llm2clip.utils.processes import process_state
 
@@ -93,7 +93,10 @@ class FrozenStatesDataset(EpochDataset):
         state = process_state()
         if state.is_main_process:
             shape = (len(images), *frozen.state_shape)
-            np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
+            with naming(unfinished):
+                np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
+            # The file is sparse until then, and a full disk would end the process at a write into the mapping.
+            allocate(unfinished, unfinished.stat().st_size)
         state.wait_for_everyone()
         states = np.lib.format.open_memmap(unfinished, mode="r+")
         start, stop = (len(images) * (state.process_index + i) // state.num_processes for i in (0, 1))
@@ -118,7 +121,7 @@ class FrozenStatesDataset(EpochDataset):
             raise ValueError(f"none of the {len(images)} images can be read.")
         if state.is_main_process:
             self.folder.mkdir(exist_ok=True)
-            unfinished.replace(self.folder / STATES)
+            replace(unfinished, self.folder / STATES)
             # Written last: states without a manifest are incomplete.
             write_json(self.folder / MANIFEST, {"skipped": skipped})
         state.wait_for_everyone()

@@ -22,8 +22,13 @@ from llm2clip.utils.remote_path import AnyPath
 READ_SIZE = 1 << 22
 # The name of a temporary file.
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)\.(?P<process>\d+)\.tmp")
+# The name of a file that safetensors has not finished.
+UNFINISHED_TENSORS = re.compile(r"\.tmp\w{6}")
 # Errors of writing to an open file, which say nothing of which.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+# Errors of torch.save: it cannot open or write its file.
+TORCH_WRITES = re.compile(r"PytorchStreamWriter|inline_container|cannot be opened")
 
 
 @contextmanager
@@ -47,18 +52,49 @@ def temporary_path(path: Path) -> Iterator[Path]:
     Its name contains host and process: two processes that write the same file do not mix.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return the path beside `path` that this process writes before it renames it; see [`leftovers`]."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the errors of writing in the block be errors of the system that name what is written, a file or a folder.
+
+    The system does not say which file it could not write to, and safetensors and torch hide its errors.
+    """
+    try:
+        yield
     except SafetensorError as error:
-        # safetensors hides the system's errors.
         raise OSError(f"{path} cannot be written: {error}") from error
     except OSError as error:
         if error.errno in FULL and error.filename is None:
             error.filename = os.fspath(path)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    except RuntimeError as error:
+        if not TORCH_WRITES.search(str(error)):
+            raise
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+
+
+def allocate(path: Path, size: int) -> None:
+    """Let a file take up `size` bytes of the disk, so that a full one is an error now, and not a bus error (SIGBUS)
+    when its mapping is written."""
+    with naming(path), path.open("r+b") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        file.seek(0, os.SEEK_END)
+        for start in range(file.tell(), size, READ_SIZE):
+            file.write(bytes(min(READ_SIZE, size - start)))
 
 
 def replace(temporary: Path, path: Path) -> None:
@@ -69,17 +105,25 @@ def replace(temporary: Path, path: Path) -> None:
 
 
 def remove_leftovers(paths: Iterable[Path], patience: float = 0.0) -> list[Path]:
-    """Remove what killed processes of this machine left while they wrote `paths`; return the files.
+    """Remove the files that killed processes left while they wrote `paths`, and return them; see [`leftovers`]."""
+    removed = []
+    for path in leftovers(paths, patience):
+        path.unlink(missing_ok=True)
+        removed.append(path)
+    return removed
 
-    Nothing is removed where the system cannot tell whether a process lives.
+
+def leftovers(paths: Iterable[Path], patience: float = 0.0) -> Iterator[Path]:
+    """Find what killed processes of this machine left while they wrote `paths`, by its temporary name.
+
+    Nothing is found where the system cannot tell whether a process lives.
 
     Args:
         patience: Seconds in which a process that still lives may end.
     """
     deadline = time.monotonic() + patience
-    removed: list[Path] = []
     if os.name != "posix":
-        return removed
+        return
     names: dict[Path, set[str]] = {}
     for path in paths:
         names.setdefault(path.parent, set()).add(path.name)
@@ -92,9 +136,14 @@ def remove_leftovers(paths: Iterable[Path], patience: float = 0.0) -> list[Path]
             while (alive := _is_alive(int(part["process"]))) and time.monotonic() < deadline:
                 time.sleep(0.05)
             if not alive:
-                (folder / name).unlink(missing_ok=True)
-                removed.append(folder / name)
-    return removed
+                yield folder / name
+
+
+def remove_unfinished_tensors(folder: Path) -> None:
+    """Remove what killed processes left while safetensors wrote into a folder, which nobody writes into now."""
+    for path in folder.glob(".tmp*"):
+        if UNFINISHED_TENSORS.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _host() -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llm2clip.utils.files import leftovers, temporary_name
 from llm2clip.utils.manifests import FOLDER_MANIFEST, foreign_files, write_manifest
 
 logger = logging.getLogger(__name__)
 
 MAX_NAMED = 3
+# In a temporary folder: the folder that the new one replaces.
+REPLACED = "replaced"
 
 
 @contextmanager
@@ -21,7 +23,8 @@ def atomic_folder(destination: Path, command: str, overwrite: bool = False) -> I
     """Create a folder that becomes `destination` when the block ends, and is removed when the block raises.
 
     Its files reach the disk before an existing folder is replaced. A destination that is a link stays one: the folder
-    that it leads to is created or replaced.
+    that it leads to is created or replaced. What a killed process has left is removed, and a folder that it was about
+    to replace gets its name back.
 
     Args:
         command: The command that writes it, which the manifest of the folder names.
@@ -32,13 +35,13 @@ def atomic_folder(destination: Path, command: str, overwrite: bool = False) -> I
         OSError: The folder cannot get its name. An existing one is back in its place, or where the message says, and
             the new one is kept too.
     """
-    refuse_existing(destination, command, overwrite)
     destination = destination.resolve()
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    _recover(destination)
+    refuse_existing(destination, command, overwrite)
+    scratch = temporary_name(destination)
     folder = scratch / destination.name
+    folder.mkdir(parents=True)
     try:
-        folder.mkdir()
         yield folder
         write_manifest(folder, command)
         # Another process may have created it meanwhile.
@@ -46,10 +49,20 @@ def atomic_folder(destination: Path, command: str, overwrite: bool = False) -> I
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    _swap(folder, destination, scratch / "replaced")
+    _swap(folder, destination, scratch / REPLACED)
     shutil.rmtree(scratch, ignore_errors=True)
     if scratch.exists():
         logger.warning("%s, which was replaced, could not be deleted; it can be deleted by hand.", scratch)
+
+
+def _recover(destination: Path) -> None:
+    """Remove what killed processes have left; the folder that one was about to replace gets its name back."""
+    # In a container, one of them may have had the number of this process.
+    for scratch in (*leftovers([destination]), temporary_name(destination)):
+        if (scratch / REPLACED).exists() and not destination.exists():
+            (scratch / REPLACED).rename(destination)
+            logger.warning("%s is back, which a killed run was about to replace.", destination)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _swap(folder: Path, destination: Path, replaced: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -39,7 +40,7 @@ class LogFile(MemoryHandler):
         """Append all records, also the earlier ones, to `log.txt` in `folder`; returns its path."""
         path = Path(folder) / LOG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = _File(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.setTarget(file)
         self.flush()
@@ -74,6 +75,28 @@ class LogFile(MemoryHandler):
         if self.target is not None:
             self.target.close()
         super().close()
+
+
+class _File(logging.FileHandler):
+    """A log that ends where the disk is full, with one warning: the command goes on."""
+
+    is_ended = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.is_ended:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self.is_ended = True
+        print(f"llm2clip: the log {self.baseFilename} cannot be written: {error.strerror}.", file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of what has not been written
+            super().close()
 
 
 class TerminalHandler(logging.StreamHandler):
