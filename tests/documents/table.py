@@ -73,6 +73,7 @@ STAGE2 = f"{CPU} --dataloader-num-workers 0 --projection-dim 16"
 EMBED = "--attn-implementation sdpa"
 
 INDEX = "llm2clip index examples/data/concepts --split test --model runs/quickstart/llm2clip"
+INDEX_CAPTIONS = f"{INDEX} --embed caption --caption-columns caption keywords"
 TRAIN_LLM = "llm2clip stage1 stage1_paper --output-dir runs/stage1"
 EMBED_CAPTIONS = "llm2clip embed embed_paper"
 TRAIN_VISION = "llm2clip stage2 stage2_paper --learning-rate 2e-5"
@@ -103,6 +104,10 @@ README = {
     "--top 6 --picture results.png": Run(needs=(INDEX,), makes=("results.png",)),
     'llm2clip search runs/index/concepts "someone riding a bicycle" --where "caption LIKE \'%bicycle%\'"': Run(
         needs=(INDEX,), prints="bicycle"
+    ),
+    INDEX_CAPTIONS: Run(needs=("examples", MODEL), makes=("runs/index/concepts_captions",), prints="captions: 1"),
+    'llm2clip search runs/index/concepts_captions "someone riding a bicycle" --image photo.jpg --html page.html': Run(
+        needs=(INDEX_CAPTIONS, "photo.jpg"), makes=("page.html",), prints="caption"
     ),
     f"{INDEX} --postgres {DATABASE}": NotRun(NO_SERVER, run_by=IN_POSTGRES),
     f'llm2clip search concepts "someone riding a bicycle" --postgres {DATABASE} '

@@ -97,7 +97,7 @@ COMMANDS = {
                     "llm2clip.hub.push", "PushConfig", ("folder", "repo_id")),
     "export-onnx": Command("export the vision and text graphs to ONNX and compare them with torch",
                            "llm2clip.hub.export_onnx", "ExportOnnxConfig", ("model",), extra="onnx"),
-    "index": Command("index the images of a folder or data set for search; a second run embeds only what has changed",
+    "index": Command("index images or captions for search; a second run embeds only what has changed",
                      "llm2clip.search.index", "IndexConfig", ("folder",), extra="search"),
     "search": Command("search an index with a text or an image",
                       "llm2clip.search.search", "SearchConfig", ("index", "query"), extra="search"),

@@ -10,11 +10,15 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from llm2clip.embedding.opening import open_embedder
+from llm2clip.utils.files import digest_json
+from llm2clip.utils.model_identity import weights_checksum
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.repos import RepoKind, inspect_repo
+from llm2clip.utils.text_identity import tokenizer_fingerprint
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
+from modeling_llm2clip.identity_llm2clip import RULE
 from modeling_llm2clip.modeling_llm2clip_utils import encode_tokens, execution_device, unit_features
 from modeling_llm2clip.tokenization_llm2clip import CaptionTokens, tokenize_captions
 
@@ -60,6 +64,26 @@ class CaptionEmbedder:
         else:
             model, tokenizer = open_text_tower(name, revision=revision, **options)
         return cls(model.to(device or process_state().device).eval(), tokenizer)
+
+    def identity(self) -> dict[str, Any]:
+        """Describe in JSON what the embeddings depend on: LLM, tokenizer and, of an LLM2CLIP model, the adapter.
+
+        Raises:
+            ValueError: A weight is offloaded or quantised, and the fingerprint of the LLM is not recorded.
+        """
+        tower = self.model.text_model if self.is_joint else self.model
+        found = {"text": tower.identity(), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        if found["text"] is None:
+            name = self.model.name_or_path
+            raise ValueError(f"the LLM of {name} cannot be identified: it is quantised, offloaded or float16.")
+        if self.is_joint:
+            adapter = [weights_checksum(self.model.text_adapter), self.model.config.adapter_normalize]
+            return {**found, "adapter": adapter}
+        return found
+
+    def fingerprint(self) -> str:
+        """Hash the [`identity`](CaptionEmbedder.identity)."""
+        return RULE + digest_json(self.identity())
 
     def embed(
         self,

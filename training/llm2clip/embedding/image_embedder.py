@@ -29,8 +29,8 @@ MAX_NAMED = 20
 NOT_FINITE = "the model's embedding of it is not finite"
 
 
-class EmbeddedImages(NamedTuple):
-    """Embeddings of `rows` of an [`ImageSet`].
+class EmbeddedRows(NamedTuple):
+    """Embeddings of `rows` of an [`ImageSet`], or of captions.
 
     Attributes:
         embeds: `(rows, width)` float32 unit rows; zeros where there is a reason.
@@ -128,7 +128,7 @@ class ImageEmbedder:
         on_error: OnError = "skip",
         on_not_finite: OnError | None = None,
         show_progress_bar: bool | None = None,
-    ) -> Iterator[EmbeddedImages]:
+    ) -> Iterator[EmbeddedRows]:
         """Embed rows in order, a part at a time: no more than a part is in memory.
 
         Args:
@@ -158,13 +158,13 @@ class ImageEmbedder:
                 reasons[position - first] = NOT_FINITE
             done = batch.start + len(batch.skipped)
             if done == len(rows) or (part_size and done % part_size == 0):
-                yield EmbeddedImages(list(rows[first:done]), np.concatenate(embeds), reasons)
+                yield EmbeddedRows(list(rows[first:done]), np.concatenate(embeds), reasons)
                 first, embeds, reasons = done, [], []
 
-    def embed_all(self, images: ImageSet, rows: Sequence[int], **options: Any) -> EmbeddedImages:
+    def embed_all(self, images: ImageSet, rows: Sequence[int], **options: Any) -> EmbeddedRows:
         """Embed rows in order; the arguments are those of [`ImageEmbedder.embed_rows`]."""
         parts = list(self.embed_rows(images, rows, **options))
-        return parts[0] if parts else EmbeddedImages([], np.zeros((0, self.width), dtype=np.float32), [])
+        return parts[0] if parts else EmbeddedRows([], np.zeros((0, self.width), dtype=np.float32), [])
 
     def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
         return next(encode_pixels(self.model, [inputs]))

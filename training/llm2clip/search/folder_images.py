@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, DamagedImageError, decode_image
 from llm2clip.data.transforms import Decoder
+from llm2clip.search.index_manifest import Embed
 from llm2clip.search.index_rows import ID, KEY
 from llm2clip.search.row_digests import BINARY, DTYPE, digest, row_digests
 
@@ -81,6 +82,7 @@ class FolderImages:
         FileNotFoundError: The folder does not exist.
     """
 
+    embed: Embed = "image"
     # A file that moved is embedded again.
     reuses_content = False
 
@@ -98,6 +100,10 @@ class FolderImages:
     def __len__(self) -> int:
         """Count the files; walks through the folder."""
         return sum(1 for _ in self._files())
+
+    def total(self) -> int:
+        """Count the files; walks through the folder."""
+        return len(self)
 
     def batches(self) -> Iterator[pa.Table]:
         """Walk through the folder in a fixed order; return the columns that describe the files, some at a time."""

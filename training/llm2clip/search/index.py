@@ -1,4 +1,4 @@
-"""The command `llm2clip index`: embed the images of a folder or data set into a search index, or update one."""
+"""The command `llm2clip index`: embed images, or the captions of a data set, into a search index, or update one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any, Literal
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, ImageBackend
 from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.search.caption_vectors import CaptionVectors
 from llm2clip.search.faiss_vectors import require_faiss
 from llm2clip.search.folder_images import FolderImages
-from llm2clip.search.image_sets import IndexedImages
+from llm2clip.search.image_sets import IndexedItems
+from llm2clip.search.index_manifest import Embed
 from llm2clip.search.index_update import UpdateSettings, update_index
 from llm2clip.search.lance_store import require_lancedb
 from llm2clip.search.stores import open_store
+from llm2clip.search.table_captions import TableCaptions
 from llm2clip.search.table_images import TableImages, is_dataset
 from llm2clip.utils.settings import setting
 
@@ -32,10 +35,19 @@ class IndexConfig(UpdateSettings):
         "Folder of images, searched with its subfolders (links to folders are not followed); or a data set: Hub id, "
         "parquet file, webdataset shards ('shards/*.tar'), a folder of those, or the output of save_to_disk.",
     )
-    model: str = setting("", "Hub id or folder of an LLM2CLIP model or of its vision half.")
+    model: str = setting(
+        "", "Hub id or folder of an LLM2CLIP model, or for images of its vision half; captions need the whole model."
+    )
     model_revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
+    embed: Embed = setting(
+        "image",
+        "What a search finds: images by their embeddings; or caption: the captions of a data set by theirs, a row for "
+        "each caption. Both are searched with texts and with images.",
+    )
     output_dir: str | None = setting(
-        None, "Folder of the index on this machine; by default runs/index/NAME_OF_THE_IMAGE_FOLDER."
+        None,
+        "Folder of the index on this machine; by default runs/index/NAME_OF_THE_IMAGE_FOLDER, of captions "
+        "runs/index/NAME_captions.",
     )
     postgres: str | None = field(
         default=None,
@@ -48,8 +60,8 @@ class IndexConfig(UpdateSettings):
     )
     table: str | None = setting(
         None,
-        "With --postgres: the table of the index, NAME or SCHEMA.NAME; by default the name of the image folder, in "
-        "the schema llm2clip. NAME_llm2clip, beside it, has the description of the index.",
+        "With --postgres: the table of the index, NAME or SCHEMA.NAME; by default the name of the image folder, of "
+        "captions NAME_captions, in the schema llm2clip. NAME_llm2clip, beside it, has the description of the index.",
     )
     kind: Literal["auto", "folder", "dataset"] = setting(
         "auto", "Whether FOLDER is a folder of image files or a data set; auto detects it."
@@ -62,6 +74,13 @@ class IndexConfig(UpdateSettings):
     )
     caption_column: str | None = setting(
         None, "Data set: column of the text shown with a result; by default caption, txt or text, if any."
+    )
+    caption_columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "With --embed caption: columns of the captions, texts or lists of texts; a.b is field b of record "
+            "a. By default caption_column."
+        },
     )
     metadata_columns: list[str] = field(
         default_factory=list,
@@ -83,6 +102,23 @@ class IndexConfig(UpdateSettings):
             if not getattr(self, name):
                 raise ValueError(f"the {name} is missing: llm2clip index {folder} --model MODEL")
         self._check_place()
+        self._check_captions()
+
+    def _check_captions(self) -> None:
+        if self.embed == "image" and self.caption_columns:
+            raise ValueError(
+                f"caption_columns is {', '.join(self.caption_columns)}, but images are embedded: add --embed caption, "
+                "or name one column that is shown with them by --caption-column."
+            )
+        if self.embed == "caption" and self.kind == "folder":
+            raise ValueError(
+                "kind is folder, but captions are those of a data set: leave it out. The captions of an image folder "
+                "are read from its metadata.jsonl, .csv or .parquet."
+            )
+        if self.embed == "caption" and self.image_backend != "exact":
+            raise ValueError(f"image_backend is {self.image_backend}, but captions are embedded: leave it out.")
+        if self.caption_column and self.caption_columns:
+            raise ValueError("caption_column and caption_columns are both given: leave out caption_column.")
 
     def _check_place(self) -> None:
         if self.postgres is None and self.table is not None:
@@ -106,9 +142,9 @@ def run(config: IndexConfig) -> dict[str, Any]:
     Raises:
         ConnectionError: The database cannot be reached.
         FileExistsError: The place of the index contains something else.
-        FileNotFoundError: The folder, data set or model does not exist, or there are no images.
-        NonFiniteError: The model's embedding of an image is NaN or infinite.
-        ValueError: The existing index belongs to another model or source, or no image can be embedded.
+        FileNotFoundError: The folder, data set or model does not exist, or there are no images or rows.
+        NonFiniteError: The model's embedding of an image or caption is NaN or infinite.
+        ValueError: The existing index belongs to another model or source, or no image or caption can be embedded.
     """
     place = _place(config)
     store = open_store(place, config.postgres)
@@ -118,9 +154,13 @@ def run(config: IndexConfig) -> dict[str, Any]:
     if config.index_type == "faiss":
         require_faiss()
     store.require_own()
-    images = _open_images(config, () if config.postgres is not None else (Path(place),))
-    embedder = ImageEmbedder.load(config.model, config.model_revision, config.image_backend)
-    return update_index(store, images, embedder, config)
+    items = _open_items(config, () if config.postgres is not None else (Path(place),))
+    embedder: ImageEmbedder | CaptionVectors
+    if config.embed == "caption":
+        embedder = CaptionVectors.load(config.model, config.model_revision)
+    else:
+        embedder = ImageEmbedder.load(config.model, config.model_revision, config.image_backend)
+    return update_index(store, items, embedder, config)
 
 
 def _place(config: IndexConfig) -> str:
@@ -133,11 +173,15 @@ def _place(config: IndexConfig) -> str:
     if not name or glob.has_magic(name):
         needs = "table: add --table NAME" if in_database else "folder: add --output-dir FOLDER"
         raise ValueError(f"the index of {config.folder} needs a {needs}")
-    return re.sub(r"^(?=\d)|[^a-z0-9_]+", "_", name.lower())[:MAX_NAME] if in_database else f"runs/index/{name}"
+    suffix = "_captions" if config.embed == "caption" else ""
+    if not in_database:
+        return f"runs/index/{name}{suffix}"
+    return re.sub(r"^(?=\d)|[^a-z0-9_]+", "_", name.lower())[: MAX_NAME - len(suffix)] + suffix
 
 
-def _open_images(config: IndexConfig, exclude: tuple[Path, ...]) -> IndexedImages:
-    if config.kind == "folder" or (config.kind == "auto" and not is_dataset(config.folder)):
+def _open_items(config: IndexConfig, exclude: tuple[Path, ...]) -> IndexedItems:
+    is_folder = config.kind == "folder" or (config.kind == "auto" and not is_dataset(config.folder))
+    if is_folder and config.embed == "image":
         if config.metadata_columns:
             raise ValueError(
                 f"metadata_columns is {', '.join(config.metadata_columns)}, but {config.folder} is a folder of image "
@@ -147,10 +191,13 @@ def _open_images(config: IndexConfig, exclude: tuple[Path, ...]) -> IndexedImage
         if not len(folder) and not folder.failures:
             raise FileNotFoundError(f"there are no files in {config.folder}.")
         return folder
-    table = TableImages(
-        config.folder, config.name, config.split, config.revision, config.image_column, config.caption_column,
-        config.metadata_columns, config.max_pixels,
-    )  # fmt: skip
+    where = config.folder, config.name, config.split, config.revision, config.image_column
+    table: TableImages | TableCaptions
+    if config.embed == "caption":
+        captions = config.caption_columns or ([config.caption_column] if config.caption_column else [])
+        table = TableCaptions(*where, captions, config.metadata_columns, config.max_pixels)
+    else:
+        table = TableImages(*where, config.caption_column, config.metadata_columns, config.max_pixels)
     if not len(table):
         raise FileNotFoundError(f"there are no rows in {config.folder} (split {config.split}).")
     return table

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal, Protocol, TypeAlias
 
 from llm2clip.data import DEFAULT_MAX_PIXELS
-from llm2clip.embedding.image_embedder import ImageEmbedder
 from modeling_llm2clip import __version__
 
 FORMAT_VERSION = 2
 REBUILD = "build it again: add --overwrite to llm2clip index."
 LIBRARIES = ("torch", "transformers", "datasets", "pillow")
 # What must be equal for a run to continue an index.
-SAME = ("source", "dtype", "image_backend", "metadata_columns")
+SAME = ("embed", "source", "dtype", "image_backend", "metadata_columns")
+
+
+Embed: TypeAlias = Literal["image", "caption"]
+
+
+class MadeBy(Protocol):
+    """What embeds the rows of an index: an `ImageEmbedder` or `CaptionVectors`."""
+
+    name: str
+    width: int
 
 
 @dataclass
@@ -24,11 +33,14 @@ class IndexManifest:
     Attributes:
         model: Hub id or absolute folder of the model.
         vision_fingerprint: Identity of its vision tower, projection and preprocessing; see [`vision_fingerprint`].
+        embed: What is embedded, image or caption.
+        text_fingerprint: In an index of captions, identity of the model's LLM, tokenizer and adapter; see
+            [`CaptionEmbedder.fingerprint`].
         source: Where the images are.
         index: Type and parameters of the vector index.
         metadata_columns: Columns of the data set that are stored with each row.
         max_pixels: Largest image that was decoded, width x height.
-        images: Number of images.
+        images: Number of images or captions.
         failed: Number of files or rows that could not be embedded.
         stored: What the store needs in order to find the rows.
         versions: Versions of the libraries that wrote the index.
@@ -48,6 +60,8 @@ class IndexManifest:
     failed: int = 0
     stored: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] | None = None
+    embed: Embed = "image"
+    text_fingerprint: str | None = None
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -72,27 +86,38 @@ class IndexManifest:
         """Write down the versions of this package, of the libraries, and of those in `own`."""
         self.versions = {"llm2clip": __version__, **own, **{library: version(library) for library in LIBRARIES}}
 
+    @property
+    def has_images(self) -> bool:
+        """Whether the rows have images: all but captions of a source without."""
+        return self.source["kind"] == "folder" or self.source.get("image_column") is not None
+
     def content(self) -> dict[str, Any]:
         """Everything but what changes whenever an index is written."""
         return self.as_fields() | {"versions": None, "stored": None}
 
-    def require_model(self, place: str, embedder: ImageEmbedder, fingerprint: str) -> None:
+    def require_model(
+        self, place: str, embedder: MadeBy, fingerprint: str, text_fingerprint: str | None = None
+    ) -> None:
         """Raise ValueError, with both models in the message, unless this is the model that wrote the index.
 
         Args:
             place: Name of the index in the message.
-            fingerprint: That of the embedder.
+            fingerprint, text_fingerprint: Those of the embedder; None where its texts are not compared.
         """
+        name = embedder.name
         if (self.vision_fingerprint, self.width) != (fingerprint, embedder.width):
-            name = embedder.name
-            raise ValueError(
-                f"the index {place} was made by {self.model} (width {self.width}, fingerprint "
-                f"{self.vision_fingerprint}), but the model is {name} (width {embedder.width}, fingerprint "
-                f"{fingerprint}): other weights, other settings of the vision tower or another preprocessing, and "
-                f"embeddings of different models cannot be compared. Use {self.model} as it was, or make an index "
-                f"with {name}: llm2clip index {self.source['path']} --model {name} --output-dir OTHER_FOLDER "
-                "(or --table OTHER)."
-            )
+            prints: tuple[str | None, ...] = (self.vision_fingerprint, fingerprint)
+            parts = "other settings of the vision tower or another preprocessing"
+        elif None not in (self.text_fingerprint, text_fingerprint) and self.text_fingerprint != text_fingerprint:
+            prints, parts = (self.text_fingerprint, text_fingerprint), "another LLM, tokenizer or adapter"
+        else:
+            return
+        raise ValueError(
+            f"the index {place} was made by {self.model} (width {self.width}, fingerprint {prints[0]}), but the model "
+            f"is {name} (width {embedder.width}, fingerprint {prints[1]}): other weights, {parts}, and embeddings of "
+            f"different models cannot be compared. Use {self.model} as it was, or make an index with {name}: llm2clip "
+            f"index {self.source['path']} --model {name} --output-dir OTHER_FOLDER (or --table OTHER)."
+        )
 
     def require_same(self, place: str, other: IndexManifest) -> None:
         """Raise ValueError if the source, the data type, the decoding or the columns of another manifest differ."""
@@ -107,5 +132,5 @@ class IndexManifest:
 
 def _printable(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {entry}" for key, entry in value.items() if entry)
+        return ", ".join(f"{key} {_printable(entry)}" for key, entry in value.items() if entry)
     return (", ".join(value) or "none") if isinstance(value, list) else value

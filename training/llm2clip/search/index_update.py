@@ -1,16 +1,18 @@
-"""Building an index and bringing it up to date: only new and changed images are embedded."""
+"""Building an index and bringing it up to date: only new and changed images or captions are embedded."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from llm2clip.embedding.image_embedder import ImageEmbedder
-from llm2clip.search.image_sets import IndexedImages
+from llm2clip.embedding.image_embedder import EmbeddedRows, ImageEmbedder
+from llm2clip.search.caption_vectors import CaptionVectors
+from llm2clip.search.image_sets import IndexedItems
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_rows import ID, KEY, NUMBER, REASON, VECTOR, IndexRows, IndexStore, UnfinishedRows
 from llm2clip.search.row_digests import KnownDigests, digest_array
@@ -22,6 +24,8 @@ from llm2clip.utils.settings import setting
 logger = logging.getLogger(__name__)
 
 MAX_NAMED = 20
+# Images per forward pass, by default.
+IMAGES_AT_ONCE = 64
 # Parts whose images are described in memory before they are embedded.
 PARTS_AT_ONCE = 16
 
@@ -31,16 +35,21 @@ class UpdateSettings(VectorSettings):
     """How an index is built and updated."""
 
     dtype: Literal["float16", "float32"] = setting("float16", "Data type of the stored embeddings.")
-    batch_size: int = setting(64, "Images per forward pass.")
+    batch_size: int | None = setting(
+        None,
+        "Images per forward pass, by default 64; captions, which are grouped by length, by default as many as 512 "
+        "tokens on a CPU and 16,384 elsewhere allow.",
+    )
     num_workers: int | None = setting(None, "Processes that decode images; by default one per core, at most 8.")
     part_size: int = setting(
-        4096, "Images between two saves of an unfinished run; a killed run repeats fewer images than this."
+        4096,
+        "Images or captions between two saves of an unfinished run; a killed run repeats fewer of them than this.",
     )
     overwrite: bool = setting(False, "Build an existing index again from scratch.")
 
 
 def update_index(
-    store: IndexStore, images: IndexedImages, embedder: ImageEmbedder, settings: UpdateSettings
+    store: IndexStore, items: IndexedItems, embedder: ImageEmbedder | CaptionVectors, settings: UpdateSettings
 ) -> dict[str, Any]:
     """Build an index, or bring an existing one up to date.
 
@@ -48,73 +57,88 @@ def update_index(
     and its result equals that of an uninterrupted run. The new index replaces the old one in one step at the end. The
     memory holds 50 bytes for each image that the index has at the start, and descriptions of at most 16 parts.
 
+    Args:
+        items: The images or captions.
+        embedder: Embeds them: images by an `ImageEmbedder`, captions by `CaptionVectors`.
+
     Returns:
-        Counts: images `embedded` in this run (including the killed run that it resumes), `kept` from and `removed`
-        from the existing index, and `failed`; `images` in the index; and its place `index`.
+        Counts: images or captions `embedded` in this run (including the killed run that it resumes), `kept` from and
+        `removed` from the existing index, and `failed`; `images` or `captions` in the index; and its place `index`.
 
     Raises:
         FileExistsError: The place contains something else than an index.
-        NonFiniteError: The model's embedding of an image is NaN or infinite.
-        ValueError: The existing index belongs to another model or source, or no image can be embedded.
+        NonFiniteError: The model's embedding of an image or caption is NaN or infinite.
+        ValueError: The existing index belongs to another model or source, or no image or caption can be embedded.
     """
     store.require_own()
     with store.lock():
         try:
-            return _Update(store, images, embedder, settings).run()
+            return _Update(store, items, embedder, settings).run()
         finally:
             store.remove_empty()
 
 
 class _Known:
-    """Which rows an index has, and which of them the images of this run have too."""
+    """Which rows an index has, and which of them the images or captions of this run have too."""
 
-    def __init__(self, images: IndexedImages, rows: IndexRows | None = None) -> None:
-        self.images = images
+    def __init__(self, items: IndexedItems, rows: IndexRows | None = None) -> None:
+        self.items = items
         ids, contents, numbers = [], [], []
-        for batch in rows.scan([ID, *images.content_columns()]) if rows is not None else ():
+        for batch in rows.scan([ID, *items.content_columns()]) if rows is not None else ():
             ids.append(digest_array(batch[ID]))
-            contents.append(images.contents(batch))
+            contents.append(items.contents(batch))
             numbers.append(batch[NUMBER].to_numpy().astype(np.int64))
         self.ids, self.contents = KnownDigests(ids, numbers), KnownDigests(contents, numbers)
 
     def count_kept(self, batch: pa.Table) -> int:
-        """Count images of a batch that have not changed."""
-        ids, contents = self.ids.find(digest_array(batch[ID])), self.contents.find(self.images.contents(batch))
-        return int(((contents if self.images.reuses_content else ids) >= 0).sum())
+        """Count rows of a batch that have not changed."""
+        ids, contents = self.ids.find(digest_array(batch[ID])), self.contents.find(self.items.contents(batch))
+        return int(((contents if self.items.reuses_content else ids) >= 0).sum())
 
 
 class _Update:
     """One run: rows that are there, rows that are missing, rows that are left over."""
 
     def __init__(
-        self, store: IndexStore, images: IndexedImages, embedder: ImageEmbedder, settings: UpdateSettings
+        self,
+        store: IndexStore,
+        items: IndexedItems,
+        embedder: ImageEmbedder | CaptionVectors,
+        settings: UpdateSettings,
     ) -> None:
         self.store = store
-        self.images = images
+        self.items = items
         self.embedder = embedder
         self.settings = settings
         settings.require_width(embedder.width, settings.dtype)  # before anything is embedded
         self.fingerprint = embedder.fingerprint()
+        image_backend, text_fingerprint = "exact", None
+        if isinstance(embedder, CaptionVectors):
+            text_fingerprint = embedder.text_fingerprint()
+        else:
+            image_backend = embedder.transform.backend
         self.manifest = IndexManifest(
             model=embedder.name,
             revision=embedder.revision,
             vision_fingerprint=self.fingerprint,
             width=embedder.width,
             dtype=settings.dtype,
-            source=images.source,
+            source=items.source,
             index={},
-            metadata_columns=images.metadata_columns,
-            image_backend=embedder.transform.backend,
-            max_pixels=images.max_pixels,
+            metadata_columns=items.metadata_columns,
+            image_backend=image_backend,
+            max_pixels=items.max_pixels,
+            embed=items.embed,
+            text_fingerprint=text_fingerprint,
         )
         self.complete = None if settings.overwrite else store.manifest()
 
     def run(self) -> dict[str, Any]:
         rows = self._open()
-        known = _Known(self.images, rows)
+        known = _Known(self.items, rows)
         # Counted is against the index that this one replaces.
         replaced = None if self.complete is None else self.store.rows(self.complete)
-        before = known if rows.is_published else _Known(self.images, replaced)
+        before = known if rows.is_published else _Known(self.items, replaced)
         kept = self._add_missing(rows, known, before)
         rows.delete(known.ids.unseen())
         failures = self._failures(rows)
@@ -122,7 +146,7 @@ class _Update:
         self.manifest.images, self.manifest.failed = rows.count(f"{REASON} IS NULL"), len(failures)
         if not self.manifest.images:
             self._undo(rows)
-            place = self.images.source["path"]
+            place = self.items.source["path"]
             raise ValueError(f"none of the {len(failures)} files or rows of {place} can be embedded.")
         size, width = self.manifest.images, self.embedder.width
         self.manifest.index = self.settings.index_of(size, width, self.settings.dtype, self.store.index_types)
@@ -133,7 +157,7 @@ class _Update:
             "kept": kept,
             "removed": self._count_removed(before),
             "failed": len(failures),
-            "images": self.manifest.images,
+            f"{self.items.embed}s": self.manifest.images,
             "index": self.store.place,
         }
 
@@ -158,23 +182,24 @@ class _Update:
 
     def _schema(self) -> pa.Schema:
         kind = pa.list_(pa.type_for_alias(self.settings.dtype), self.embedder.width)
-        return pa.schema([*self.images.columns.items(), (REASON, pa.string()), (VECTOR, kind)])
+        return pa.schema([*self.items.columns.items(), (REASON, pa.string()), (VECTOR, kind)])
 
     def _require_same(self, manifest: IndexManifest) -> None:
         """Raise ValueError if the model, the source, the data type or the decoding differs from that of an index."""
-        manifest.require_model(self.store.place, self.embedder, self.fingerprint)
+        text = self.manifest.text_fingerprint
+        manifest.require_model(self.store.place, self.embedder, self.fingerprint, text)
         manifest.require_same(self.store.place, self.manifest)
 
     def _add_missing(self, rows: UnfinishedRows, known: _Known, before: _Known) -> int:
-        """Add the images that have no row; return how many of all have not changed since `before`."""
+        """Add what has no row; return how many rows of all have not changed since `before`."""
         kept, todo, count = 0, [], 0
         limit = PARTS_AT_ONCE * self._part_size
-        with ProgressBar("Indexing images", len(self.images), "image") as bar:
-            for batch in self.images.batches():
+        with ProgressBar(f"Indexing {self.items.embed}s", self.items.total(), self.items.embed) as bar:
+            for batch in self.items.batches():
                 kept += before.count_kept(batch)
                 missing = batch.filter(pa.array(known.ids.find(digest_array(batch[ID])) < 0))
-                numbers = known.contents.find(self.images.contents(missing))
-                is_moved = (numbers >= 0) & self.images.reuses_content
+                numbers = known.contents.find(self.items.contents(missing))
+                is_moved = (numbers >= 0) & self.items.reuses_content
                 if is_moved.any():
                     stored = rows.take(numbers[is_moved], [VECTOR, REASON])
                     rows.append(_with_columns(missing.filter(pa.array(is_moved)), stored))
@@ -191,24 +216,17 @@ class _Update:
 
     @property
     def _part_size(self) -> int:
-        """Images in a part: whole batches, so that a resumed run forms the same batches as an uninterrupted one."""
-        batch = self.settings.batch_size
+        """Rows in a part: whole batches, so that a resumed run forms the same batches as an uninterrupted one."""
+        batch = self.settings.batch_size or IMAGES_AT_ONCE
         return max(1, self.settings.part_size // batch) * batch
 
     def _embed(self, rows: UnfinishedRows, todo: pa.Table, bar: ProgressBar) -> None:
-        """Embed images, equal ones once, and add their rows part by part."""
+        """Embed images or captions, equal ones once, and add their rows part by part."""
         owners = np.arange(len(todo))
-        if self.images.reuses_content:
-            _, firsts, numbers = np.unique(self.images.contents(todo), return_index=True, return_inverse=True)
+        if self.items.reuses_content:
+            _, firsts, numbers = np.unique(self.items.contents(todo), return_index=True, return_inverse=True)
             owners = firsts[numbers]
-        chosen = np.unique(owners)
-        workers = min(worker_count(self.settings.num_workers), len(chosen))
-        parts = self.embedder.embed_rows(
-            self.images.choose(todo), chosen.tolist(), self.settings.batch_size, workers, self._part_size,
-            # A broken model is not a damaged image: all of its embeddings are in doubt.
-            on_not_finite="raise", show_progress_bar=False,
-        )  # fmt: skip
-        for part in parts:
+        for part in self._vectors(todo, np.unique(owners).tolist()):
             places = np.flatnonzero(np.isin(owners, part.rows))
             sources = np.searchsorted(part.rows, owners[places])
             embeds = part.embeds[sources].astype(self.settings.dtype)
@@ -218,8 +236,20 @@ class _Update:
             rows.append(_with_columns(described, pa.table({VECTOR: vectors, REASON: reasons})))
             bar.update(advance=len(places))
 
+    def _vectors(self, todo: pa.Table, chosen: list[int]) -> Iterator[EmbeddedRows]:
+        items: Any = self.items.choose(todo)
+        batch_size, part_size = self.settings.batch_size, self._part_size
+        if isinstance(self.embedder, CaptionVectors):
+            return self.embedder.embed_rows(items, chosen, batch_size, part_size)
+        workers = min(worker_count(self.settings.num_workers), len(chosen))
+        return self.embedder.embed_rows(
+            items, chosen, batch_size or IMAGES_AT_ONCE, workers, part_size,
+            # A broken model is not a damaged image: all of its embeddings are in doubt.
+            on_not_finite="raise", show_progress_bar=False,
+        )  # fmt: skip
+
     def _failures(self, rows: IndexRows) -> list[dict[str, Any]]:
-        failures = [{"key": key, "reason": reason} for key, reason in self.images.failures.items()]
+        failures = [{"key": key, "reason": reason} for key, reason in self.items.failures.items()]
         for batch in rows.scan([KEY, REASON], f"{REASON} IS NOT NULL"):
             failures += [{"key": row[KEY], "reason": row[REASON]} for row in batch.to_pylist()]
         return failures
@@ -228,7 +258,8 @@ class _Update:
         if self.complete is not None:
             self.store.revert()
         else:
-            rows.delete(np.concatenate([batch[NUMBER].to_numpy() for batch in rows.scan([KEY])]))
+            for batch in list(rows.scan([KEY])):
+                rows.delete(batch[NUMBER].to_numpy())
 
     def _is_current(self, rows: UnfinishedRows, failures: list[dict[str, Any]]) -> bool:
         """Return whether the existing index has the same content."""
@@ -237,9 +268,9 @@ class _Update:
         return self.complete.content() == self.manifest.content() and self.store.failures() == failures
 
     def _count_removed(self, before: _Known) -> int:
-        """Count images of the previous index that no longer exist: paths of a folder, content of a data set."""
-        if self.images.failures:  # what cannot be read exists
-            before.contents.find(self.images.contents(pa.table({KEY: list(self.images.failures)})))
+        """Count rows of the previous index that no longer exist: paths of a folder, content of a data set."""
+        if self.items.failures and not self.items.reuses_content:  # a path that cannot be read exists
+            before.contents.find(self.items.contents(pa.table({KEY: list(self.items.failures)})))
         return len(before.contents.unseen())
 
     def _report(self, failures: list[dict[str, Any]]) -> None:

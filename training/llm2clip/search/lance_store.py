@@ -107,7 +107,7 @@ class LanceStore:
         shape = (rows.count(), table.schema.field(VECTOR).type.list_size)
         if shape != (manifest.images, manifest.width):
             raise ValueError(
-                f"the index {self.place} is damaged: its manifest lists {manifest.images} images of width "
+                f"the index {self.place} is damaged: its manifest lists {manifest.images} {manifest.embed}s of width "
                 f"{manifest.width}, but its table has {shape[0]} of width {shape[1]}; {REBUILD}"
             )
         if manifest.index["type"] == "faiss":

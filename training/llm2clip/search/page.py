@@ -53,9 +53,10 @@ def write_page(path: Path, found: list[QueryResults], images: ResultImages) -> N
 def _result(rank: int, result: SearchResult, images: ResultImages) -> str:
     image = images.load(result)
     shown = "no longer available" if image is None else _image(image, result.caption or result.key)
+    frame = f"<div class='frame'>{shown}</div>" if images.exist else ""
     caption = f"<div class='caption'>{html.escape(result.caption)}</div>" if result.caption else ""
     return (
-        f"<li><div class='frame'>{shown}</div><div class='text'>"
+        f"<li>{frame}<div class='text'>"
         f"<div class='line'><span>{rank}</span><span class='score'>{result.score:.3f}</span></div>{caption}"
         f"<div class='place'>{html.escape(result.place)}</div></div></li>"
     )

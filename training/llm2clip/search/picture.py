@@ -22,6 +22,8 @@ WIDTH = 1000
 DPI = 100
 LINE, SPACE, LABEL, GAP, MARGIN = 26, 14, 26, 14, 24
 TITLE_SIZE = 14
+# Captions that were found are drawn below their images.
+CAPTION_SIZE, CAPTION_LINE, CAPTION_LINES = 9, 16, 4
 MOST_IN_A_ROW = 8
 
 
@@ -29,28 +31,35 @@ def draw_picture(path: Path, found: list[QueryResults], images: ResultImages) ->
     """Draw a PNG 1000 pixels wide, with rows of at most eight results below each query.
 
     Characters that matplotlib's default font lacks are drawn in other installed fonts; characters that no font has are
-    logged.
+    logged. Captions that were found are below their images, up to four lines of each.
     """
     titles = [f"“{entry.text}”" if entry.image is None else entry.title for entry in found]
-    font = FontProperties(family=font_families("".join(titles)), size=TITLE_SIZE)
+    texts = [result.caption or "" for entry in found for result in entry.results] if _has_captions(images) else []
+    font = FontProperties(family=font_families("".join([*titles, *texts])), size=TITLE_SIZE)
     with warnings.catch_warnings(), atomic_file(path) as file:
         # `font_families` has logged the missing characters once.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         _figure(titles, font, found, images).savefig(file, format="png", dpi=DPI)
 
 
-def _figure(titles: list[str], font: FontProperties, found: list[QueryResults], images: ResultImages) -> Figure:
+def _has_captions(images: ResultImages) -> bool:
+    return images.embed == "caption"
+
+
+def _measure(font: FontProperties) -> Callable[[str], float]:
     renderer = RendererAgg(WIDTH, LINE, DPI)
+    return lambda text: renderer.get_text_width_height_descent(text, font, ismath=False)[0]
 
-    def measure(text: str) -> float:
-        return renderer.get_text_width_height_descent(text, font, ismath=False)[0]
 
+def _figure(titles: list[str], font: FontProperties, found: list[QueryResults], images: ResultImages) -> Figure:
+    measure = _measure(font)
     wrapped = [wrap(title, WIDTH - 2 * MARGIN, measure) for title in titles]
-    most = max(len(entry.results) for entry in found)
+    most = max(1, *(len(entry.results) for entry in found))
     rows = math.ceil(most / MOST_IN_A_ROW)
     columns = math.ceil(most / rows)
     side = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) / columns
-    blocks = [len(lines) * LINE + SPACE + rows * (side + LABEL) for lines in wrapped]
+    label = LABEL + CAPTION_LINES * CAPTION_LINE * _has_captions(images)
+    blocks = [len(lines) * LINE + SPACE + rows * (side + label) for lines in wrapped]
     height = 2 * MARGIN + sum(blocks) + (len(found) - 1) * GAP
     figure = Figure((WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
@@ -62,7 +71,7 @@ def _figure(titles: list[str], font: FontProperties, found: list[QueryResults], 
         first = top - len(lines) * LINE - SPACE
         for number, result in enumerate(entry.results):
             row, column = divmod(number, columns)
-            left, bottom = MARGIN + column * (side + GAP), first - row * (side + LABEL) - side
+            left, bottom = MARGIN + column * (side + GAP), first - row * (side + label) - side
             frame = figure.add_axes((left / WIDTH, bottom / height, side / WIDTH, side / height), xticks=[], yticks=[])
             frame.spines[:].set_color("#dde2ea")
             image = images.load(result)
@@ -72,8 +81,23 @@ def _figure(titles: list[str], font: FontProperties, found: list[QueryResults], 
                 frame.set_adjustable("datalim")
                 frame.set_anchor("C")
             frame.set_xlabel(f"{result.score:.2f}", fontsize=10, color="#5a6678", labelpad=4)
+            if _has_captions(images):
+                _draw_caption(figure, font, result.caption or "", left, bottom - LABEL, side)
         top -= block + GAP
     return figure
+
+
+def _draw_caption(figure: Figure, font: FontProperties, text: str, left: float, top: float, width: float) -> None:
+    """Draw the first lines of a caption below a place of the figure, in pixels."""
+    small = font.copy()
+    small.set_size(CAPTION_SIZE)
+    lines = wrap(text, width, _measure(small))
+    if len(lines) > CAPTION_LINES:
+        lines = [*lines[: CAPTION_LINES - 1], f"{lines[CAPTION_LINES - 1]}…"]
+    height = figure.get_figheight() * DPI
+    for number, line in enumerate(lines):
+        at = (left / WIDTH, (top - number * CAPTION_LINE) / height)
+        figure.text(*at, line, font=small, va="top", color="#1d2430", parse_math=False)
 
 
 def font_families(text: str) -> list[str]:

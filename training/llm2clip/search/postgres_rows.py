@@ -23,7 +23,7 @@ EXACT_MATCHES = 20_000
 # pgvector's own limit; it goes on in steps of as many until it has `top` rows.
 MAX_EF_SEARCH = 1000
 # What a row must agree on with the index that was opened.
-SAME = ("vision_fingerprint", "width", "dtype", "source")
+SAME = ("vision_fingerprint", "text_fingerprint", "width", "dtype", "source")
 ARROW = {
     "text": pa.string(),
     "boolean": pa.bool_(),

@@ -11,19 +11,22 @@ from PIL import Image
 
 from llm2clip.data import SampleError, decode_image
 from llm2clip.search.index_manifest import IndexManifest
+from llm2clip.search.table_captions import TableCaptions
 from llm2clip.search.table_images import TableImages
 
 
 @dataclass
 class SearchResult:
-    """One image of an index.
+    """One image or caption of an index.
 
     Attributes:
         score: Cosine similarity with the query.
         key: Its path relative to the folder, or its key in the data set.
         path: Its file, in an index of a folder.
         row: Its row when the data set was indexed, in an index of a data set.
-        hash: Hash of its bytes in the data set.
+        hash: Hash of its bytes in the data set, or of the caption.
+        caption: The caption that was found, or that of the image.
+        caption_column, caption_number: In an index of captions, its column, and its place in a list there.
     """
 
     score: float
@@ -32,12 +35,17 @@ class SearchResult:
     row: int | None = None
     hash: str | None = None
     caption: str | None = None
+    caption_column: str | None = None
+    caption_number: int | None = None
 
     @classmethod
     def from_row(cls, row: dict[str, Any], score: float, manifest: IndexManifest) -> SearchResult:
         """Build a result from a row of an index."""
         path = str(Path(manifest.source["path"]) / row["key"]) if manifest.source["kind"] == "folder" else None
-        return cls(score, row["key"], path, row.get("row"), row.get("hash"), row.get("caption"))
+        names = ["row", "hash", "caption"]
+        if manifest.embed == "caption":  # an index of images may have metadata of these names
+            names += ["caption_column", "caption_number"]
+        return cls(score, row["key"], path, **{name: row.get(name) for name in names})
 
     @property
     def place(self) -> str:
@@ -76,24 +84,30 @@ class QueryResults:
 
 
 class ResultImages:
-    """The images of search results, read from where they were indexed.
+    """The images of search results, read from where they were indexed; those of captions, if they have images.
 
     Args:
         table: The indexed data set, if it is already open.
+
+    Attributes:
+        embed: What the index is of, image or caption.
+        exist: Whether the rows have images.
     """
 
-    def __init__(self, manifest: IndexManifest, table: TableImages | None = None) -> None:
+    def __init__(self, manifest: IndexManifest, table: TableImages | TableCaptions | None = None) -> None:
         self.max_pixels = manifest.max_pixels
+        self.embed, self.exist = manifest.embed, manifest.has_images
         self.table = table
         if table is None and manifest.source["kind"] == "dataset":
             options = {name: value for name, value in manifest.source.items() if name != "kind"}
-            self.table = TableImages(**options, max_pixels=self.max_pixels)
+            kind: type[TableImages | TableCaptions] = TableCaptions if self.embed == "caption" else TableImages
+            self.table = kind(**options, max_pixels=self.max_pixels)
 
     def load(self, result: SearchResult) -> Image.Image | None:
-        """Decode the image of a result; None if it has been removed, damaged, or (in a data set) replaced."""
+        """Decode the image of a result; None if it or its caption has been removed, damaged, or replaced."""
         with contextlib.suppress(SampleError):
             if self.table is None:
                 return decode_image(result.path, result.key, self.max_pixels)
-            if result.row is not None and self.table.has_image(result.row, result.hash):
+            if self.exist and result.row is not None and self.table.has(result.row, result.hash):
                 return self.table.decode(result.row)
         return None

@@ -1,4 +1,4 @@
-"""The command `llm2clip search`: find the images of an index that match a text or another image."""
+"""The command `llm2clip search`: find the images or captions of an index that match a text or an image."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from llm2clip.data import decode_image
+from llm2clip.embedding.caption_embedder import CaptionEmbedder
 from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.page import write_page
@@ -33,14 +34,16 @@ class SearchConfig:
         default_factory=list,
         metadata={"help": "Texts to search for, each in quotes; all are searched with one start."},
     )
-    image: str | None = setting(None, "Image file to search for similar images; this needs no LLM.")
+    image: str | None = setting(
+        None, "Image file to search for similar images, or for captions that fit it; this needs no LLM."
+    )
     where: str | None = setting(
         None,
-        "Only images that fulfil this condition in SQL on columns of the index, such as \"source = 'noto'\"; an index "
+        "Only rows that fulfil this condition in SQL on columns of the index, such as \"source = 'noto'\"; an index "
         "of a folder has key, folder, extension, size and mtime_ns, one of a data set key, row, hash, caption and its "
-        "metadata_columns.",
+        "metadata_columns, and one of captions caption_column and caption_number too.",
     )
-    top: int = setting(10, "Number of images shown per query.")
+    top: int = setting(10, "Number of images or captions shown per query.")
     model: str | None = setting(None, "Hub id or folder of the model; by default the model that made the index.")
     model_revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub.")
     json: bool = setting(False, "Print JSON instead of tables.")
@@ -69,20 +72,28 @@ def run(config: SearchConfig) -> None:
     Raises:
         FileNotFoundError: The index, model or image file does not exist.
         NonFiniteError: The model's embedding of a query is NaN or infinite.
-        ValueError: Another model made the index, the image cannot be read, or `where` is no condition on its columns.
+        ValueError: Another model made the index, the image cannot be read, `where` is no condition on its columns, or
+            a picture of captions without images is asked for.
     """
     index = ImageIndex.open(config.index, config.postgres)
+    if config.picture and not index.manifest.has_images:
+        raise ValueError(
+            f"picture is {config.picture}, but the captions of the index {index.place} have no images; leave it out, "
+            "or write a page of them: --html FILE"
+        )
     if config.image and not Path(config.image).is_file():
         raise FileNotFoundError(f"there is no image file {config.image}.")
     image = decode_image(config.image, config.image) if config.image else None
     name, revision = _model_of(config, index)
     embedder = ImageEmbedder.load(name, revision, with_llm=bool(config.query))
-    index.manifest.require_model(index.place, embedder, embedder.fingerprint())
+    captions = None
+    if config.query:
+        captions = CaptionEmbedder(embedder.model, AutoTokenizer.from_pretrained(name, revision=revision))
+    _require_model(index, embedder, captions)
     queries: list[tuple[str, Image.Image | None]] = [(text, None) for text in config.query]
     embeds = []
-    if queries:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        texts = embedder.model.encode_text(config.query, tokenizer)
+    if captions is not None:
+        texts = captions.embed(config.query, show_progress_bar=False)
         require_finite_rows(texts, config.query.__getitem__, "queries")
         embeds += list(texts.numpy())
     if config.image and image is not None:
@@ -96,10 +107,12 @@ def run(config: SearchConfig) -> None:
         result = {"index": config.index, "model": name, "queries": [entry.as_dict() for entry in found]}
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        _print_tables(found)
-    if not config.html and not config.picture:
-        return
-    images = ResultImages(index.manifest)
+        _print_tables(found, index.manifest.embed)
+    if config.html or config.picture:
+        _write_files(config, found, ResultImages(index.manifest))
+
+
+def _write_files(config: SearchConfig, found: list[QueryResults], images: ResultImages) -> None:
     if config.html:
         write_page(Path(config.html), found, images)
         logger.info("wrote %s", config.html)
@@ -108,6 +121,14 @@ def run(config: SearchConfig) -> None:
 
         draw_picture(Path(config.picture), found, images)
         logger.info("wrote %s", config.picture)
+
+
+def _require_model(index: ImageIndex, images: ImageEmbedder, captions: CaptionEmbedder | None) -> None:
+    """Raise ValueError unless the model made the index: its side of images, and of texts where both have them."""
+    text_fingerprint = None
+    if captions is not None and index.manifest.text_fingerprint is not None:  # reading all weights takes seconds
+        text_fingerprint = captions.fingerprint()
+    index.manifest.require_model(index.place, images, images.fingerprint(), text_fingerprint)
 
 
 def _model_of(config: SearchConfig, index: ImageIndex) -> tuple[str, str | None]:
@@ -122,18 +143,19 @@ def _model_of(config: SearchConfig, index: ImageIndex) -> tuple[str, str | None]
     return name, config.model_revision or index.manifest.revision
 
 
-def _print_tables(found: list[QueryResults]) -> None:
+def _print_tables(found: list[QueryResults], embed: str) -> None:
     # Queries and captions are not markup: "[bold]" and ":dog:" are printed as they are.
     console = Console(markup=False, emoji=False)
     for entry in found:
         table = Table(title=entry.title, title_justify="left", title_style="bold")
         table.add_column("rank", justify="right")
         table.add_column("score", justify="right")
-        table.add_column("image", overflow="fold")
         captioned = any(result.caption for result in entry.results)
-        if captioned:
-            table.add_column("caption")
+        # What was found comes first.
+        names = ["caption", "row"] if embed == "caption" else ["image", *["caption"] * captioned]
+        for name in names:
+            table.add_column(name, overflow="ellipsis" if name == "caption" else "fold")
         for rank, result in enumerate(entry.results, 1):
-            cells = [str(rank), f"{result.score:.3f}", result.place]
-            table.add_row(*cells, *([result.caption or ""] if captioned else []))
+            shown = {"image": result.place, "row": result.key, "caption": result.caption or ""}
+            table.add_row(str(rank), f"{result.score:.3f}", *(shown[name] for name in names))
         console.print(table)

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, decode_image
-from llm2clip.data.sources import (
-    AUTOMATIC_KEY_COLUMNS,
-    WEBDATASET_IMAGE_COLUMNS,
-    keep_encoded,
-    open_table,
-    require_columns,
-    table_columns,
-)
+from llm2clip.data.records import column_value
+from llm2clip.data.sources import open_table, table_columns, top_level
 from llm2clip.data.transforms import Decoder
-from llm2clip.search.index_rows import ID, INTERNAL, KEY
-from llm2clip.search.row_digests import BINARY, DTYPE, SIZE, row_digests
+from llm2clip.search.index_manifest import Embed
+from llm2clip.search.index_rows import KEY
+from llm2clip.search.indexed_table import (
+    CAPTION,
+    CAPTION_COLUMNS,
+    HASH,
+    IMAGE_COLUMNS,
+    READ_ROWS,
+    ROW,
+    IndexedTable,
+)
+from llm2clip.search.row_digests import SIZE, row_digests
 
-CAPTION_COLUMNS = ("caption", "txt", "text")
 DATA_SUFFIXES = {".parquet", ".tar", ".arrow"}
 SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")
-OWN = {KEY: pa.string(), "row": pa.int64(), "hash": pa.string()}
-CAPTION = "caption"
-READ_ROWS = 256
-BATCHES_AT_ONCE = 16
+OWN = {KEY: pa.string(), ROW: pa.int64(), HASH: pa.string()}
 
 
 class TableRows:
@@ -55,8 +52,8 @@ class TableRows:
         return self.images.decode(self.rows[row], decode)
 
 
-class TableImages:
-    """The rows of a data set. An image counts as unchanged if its bytes are the same, in whichever row.
+class TableImages(IndexedTable):
+    """The images of a data set. An image counts as unchanged if its bytes are the same, in whichever row.
 
     Args:
         path: See `CaptionSource.path`.
@@ -68,8 +65,6 @@ class TableImages:
         max_pixels: Largest image to decode, width x height.
 
     Attributes:
-        source: Where the images are, for the manifest.
-        columns: Columns that describe a row, with their types.
         failures: Empty; a row always has an image, if a damaged one.
 
     Raises:
@@ -78,8 +73,7 @@ class TableImages:
         ValueError: A metadata column has another type, or a name that the index needs.
     """
 
-    # A row that moved keeps its embedding.
-    reuses_content = True
+    embed: Embed = "image"
 
     def __init__(
         self,
@@ -94,96 +88,39 @@ class TableImages:
     ) -> None:
         opened = open_table(path, name, split, revision)
         have = table_columns(opened.table)
-        found = [column for column in ("image", *WEBDATASET_IMAGE_COLUMNS) if column in have]
-        self.image_column = image_column or (found[0] if found else "image")
-        self.key_column = next((column for column in AUTOMATIC_KEY_COLUMNS if column in have), None)
+        image_column = image_column or next((column for column in IMAGE_COLUMNS if column in have), "image")
         self.caption_column = caption_column or next((column for column in CAPTION_COLUMNS if column in have), None)
-        self.metadata_columns = list(metadata_columns)
-        named = [self.image_column, self.key_column, self.caption_column, *self.metadata_columns]
-        wanted = list(dict.fromkeys(column for column in named if column is not None))
-        require_columns(path, wanted, have, opened.hint)
-        table = keep_encoded(opened.select(wanted), self.image_column, opened.folders, path)
-        assert isinstance(table, datasets.Dataset)
-        is_local = os.path.exists(path) or (glob.has_magic(path) and "://" not in path)
-        self.source = {"kind": "dataset", "path": os.path.abspath(path) if is_local else path, "name": name}
-        self.source |= {"split": split, "revision": revision, "image_column": self.image_column}
-        self.table = table.select_columns([self.image_column])
-        self._described = table.remove_columns(self.image_column).with_format("arrow")
-        self.columns = self._columns(path)
-        self.max_pixels = max_pixels
-        self.failures: dict[str, str] = {}
+        captions = [self.caption_column] if self.caption_column else []
+        super().__init__(path, name, split, revision, opened, image_column, captions, metadata_columns, max_pixels)
+        self._set_columns(path, OWN | ({CAPTION: pa.string()} if self.caption_column else {}))
 
-    def _columns(self, path: str) -> dict[str, pa.DataType]:
-        columns = OWN | ({CAPTION: pa.string()} if self.caption_column else {})
-        for name in self.metadata_columns:
-            kind = self._described.data.schema.field(name).type
-            if name in columns or name in INTERNAL:
-                raise ValueError(
-                    f"the metadata column {name} of {path} has a name that the index needs; rename it in the data set."
-                )
-            if not _is_plain(kind):
-                raise ValueError(
-                    f"the metadata column {name} of {path} holds {kind}, but an index stores strings, numbers, truth "
-                    "values and dates."
-                )
-            columns |= {name: pa.string() if pa.types.is_large_string(kind) else kind}
-        return columns | {ID: BINARY}
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def batches(self) -> Iterator[pa.Table]:
-        """Read the data set in order; return the columns that describe the rows, some at a time."""
-        size = READ_ROWS * BATCHES_AT_ONCE
-        for start in range(0, len(self), size):
-            yield self._describe(start, min(len(self), start + size))
+    def total(self) -> int:
+        """Count the images."""
+        return len(self)
 
     def _describe(self, start: int, stop: int) -> pa.Table:
+        assert self.images is not None
         rows = range(start, stop)
         read: Any = self._described[start:stop] if self._described.column_names else None
-        columns: dict[str, Any] = {KEY: list(map(str, rows)), "row": rows, "hash": []}
+        columns: dict[str, Any] = {KEY: list(map(str, rows)), ROW: rows, HASH: []}
         if self.key_column:
             columns[KEY] = list(map(str, read[self.key_column].to_pylist()))
         for first in range(start, stop, READ_ROWS):
-            images = self.table[first : min(stop, first + READ_ROWS)][self.image_column]
-            columns["hash"] += [_hash(value) for value in images]
+            images = self.images[first : min(stop, first + READ_ROWS)][self.image_column]
+            columns[HASH] += [_hash(value) for value in images]
         if self.caption_column:
-            columns[CAPTION] = [_text(value) for value in read[self.caption_column].to_pylist()]
+            shown = read.select([top_level(self._described, self.caption_column)]).to_pylist()
+            columns[CAPTION] = [_text(column_value(row, self.caption_column)) for row in shown]
         columns |= {name: read[name].to_pylist() for name in self.metadata_columns}
         arrays = [pa.array(values, self.columns[name]) for name, values in columns.items()]
         return pa.table([*arrays, row_digests(list(columns.values()))], list(self.columns))
 
     def choose(self, rows: pa.Table) -> TableRows:
         """Return some rows as images."""
-        return TableRows(self, rows["row"].to_pylist())
+        return TableRows(self, rows[ROW].to_pylist())
 
-    @staticmethod
-    def contents(rows: pa.Table | pa.RecordBatch) -> np.ndarray:
-        """Return digests of what a row is counted by: the image."""
-        return np.array([bytes.fromhex(value) for value in rows["hash"].to_pylist()], DTYPE)
-
-    @staticmethod
-    def content_columns() -> list[str]:
-        """Return the columns that `contents` reads."""
-        return ["hash"]
-
-    def key(self, row: int) -> str:
-        """Return the name of a row."""
-        return str(self._described[row][self.key_column][0].as_py()) if self.key_column else str(row)
-
-    def has_image(self, row: int, digest: str | None) -> bool:
-        """Return whether the image of a row has this hash; reads that row only."""
-        return row < len(self) and _hash(self.table[row][self.image_column]) == digest
-
-    def decode(self, row: int, decode: Decoder = decode_image) -> Any:
-        """Decode the image of a row; see `FolderFiles.decode`."""
-        return decode(self.table[row][self.image_column], self.key(row), self.max_pixels)
-
-
-def _is_plain(kind: pa.DataType) -> bool:
-    types = pa.types
-    tests = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
-    return any(test(kind) for test in (*tests, types.is_date, types.is_timestamp))
+    def has(self, row: int, hashed: str | None) -> bool:
+        return self.images is not None and row < len(self) and _hash(self.images[row][self.image_column]) == hashed
 
 
 def _text(value: Any) -> str | None:

@@ -15,10 +15,9 @@ from llm2clip.embedding.caption_embedder import CaptionEmbedder
 from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.evaluation.encoders.base import TowerEncoder, compared_lengths, processor_statistics
 from llm2clip.utils.files import digest_json
-from llm2clip.utils.model_identity import hub_commit, weights_checksum
+from llm2clip.utils.model_identity import hub_commit
 from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.repos import Repo, RepoKind
-from llm2clip.utils.text_identity import tokenizer_fingerprint
 from modeling_llm2clip import __version__
 from modeling_llm2clip.identity_llm2clip import RULE
 from modeling_llm2clip.modeling_llm2clip_utils import execution_device
@@ -65,16 +64,7 @@ class LLM2CLIPTowers(TowerEncoder):
         if self._images is not None:
             found["vision"] = self._images.fingerprint()
         if self._captions is not None:
-            joint = self._captions.is_joint
-            tower = self.model.text_model if joint else self.model
-            found |= {"text": tower.identity(), "tokenizer": tokenizer_fingerprint(self._captions.tokenizer)}
-            if found["text"] is None:
-                raise ValueError(
-                    f"the LLM of {self.name} cannot be identified: it is quantised, offloaded or float16."
-                )
-            if joint:
-                config = self.model.config
-                found["adapter"] = [weights_checksum(self.model.text_adapter), config.adapter_normalize]
+            found |= self._captions.identity()
         return found
 
     def fingerprint(self) -> str:
