@@ -347,11 +347,16 @@ def test_a_model_with_broken_embeddings_ends_with_one_error(
     assert not (tmp_path / "index").exists()
 
 
-def test_long_captions_are_cut_and_counted(model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_captions_are_cut_and_counted_once(
+    model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm2clip.search.index_update.PARTS_AT_ONCE", 1)
     path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(json.dumps({"text": text}) for text in ("a dog", "a dog and a cat " * 40)))
-    index(path, model[0], tmp_path / "index")
-    assert "1 of 2 captions were cut at 64 tokens." in caplog.text
+    path.write_text("\n".join(json.dumps({"text": text}) for text in ("a dog", "a dog and a cat " * 40, "a cat")))
+    index(path, model[0], tmp_path / "index", part_size=1, batch_size=1)
+    assert [record.getMessage() for record in caplog.records if "were cut" in record.getMessage()] == [
+        "1 of 3 distinct captions were cut at 64 tokens."
+    ]
 
 
 @pytest.mark.parametrize(

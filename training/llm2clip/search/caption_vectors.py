@@ -31,6 +31,7 @@ class CaptionVectors:
         self.images = images
         self.captions = CaptionEmbedder(images.model, tokenizer)
         self.name, self.revision, self.width = images.name, images.revision, images.width
+        self._embedded = self._cut = 0
 
     @classmethod
     def load(cls, name: str, revision: str | None = None) -> CaptionVectors:
@@ -69,14 +70,18 @@ class CaptionVectors:
         Raises:
             NonFiniteError: Embeddings are NaN or infinite.
         """
-        num_cut, step = 0, part_size or max(1, len(rows))
+        step = part_size or max(1, len(rows))
         for start in range(0, len(rows), step):
             some = list(rows[start : start + step])
             texts = [captions.texts[row] for row in some]
             embeds, cut = self.captions.embed_and_count(texts, batch_size, show_progress_bar=False)
             require_finite_rows(embeds, [captions.keys[row] for row in some].__getitem__, "captions")
-            num_cut += cut
+            self._embedded += len(some)
+            self._cut += cut
             yield EmbeddedRows(some, embeds.numpy(), [None] * len(some))
-        if num_cut:
+
+    def report(self) -> None:
+        """Log how many of the embedded captions were cut at the model's maximum length."""
+        if self._cut:
             limit = self.captions.tokenizer.model_max_length
-            logger.warning("%d of %d captions were cut at %d tokens.", num_cut, len(rows), limit)
+            logger.warning("%d of %d distinct captions were cut at %d tokens.", self._cut, self._embedded, limit)

@@ -212,6 +212,8 @@ class _Update:
                     todo, count = [described[limit:]], count - limit
             if count:
                 self._embed(rows, pa.concat_tables(todo), bar)
+        if isinstance(self.embedder, CaptionVectors):
+            self.embedder.report()
         return kept
 
     @property
