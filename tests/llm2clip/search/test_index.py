@@ -209,6 +209,7 @@ def test_other_models_and_folders_are_refused(pictures: Path, model: Model, tmp_
         (lambda folder: folder.mkdir(), "there are no files in"),
         (lambda folder: None, "There is no file or folder"),
         (lambda folder: (folder.mkdir(), (folder / "a.txt").write_text("words")), "none of the 1 files or rows"),
+        (lambda folder: (folder.mkdir(), (folder / "a.png").touch()), "none of the 1 files or rows"),
     ],
 )
 def test_a_source_without_images_is_an_error(make: Any, message: str, model: Model, tmp_path: Path) -> None:
