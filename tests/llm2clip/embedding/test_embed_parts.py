@@ -33,8 +33,11 @@ def test_a_large_parquet_file_is_embedded_in_parts(tmp_path: Path) -> None:
     embed(source, tmp_path / "whole", part_rows=100)
     whole = SourceSidecars(tmp_path / "whole", shards).open(0)
     for text in [*captions, *reversed(captions)]:
-        assert opened.lookup(text).equal(whole.lookup(text))
-    assert opened.lookup("none") is None
+        assert opened.lookup([text], dtype=None).equal(whole.lookup([text], dtype=None))
+    assert opened.lookup(captions).equal(whole.lookup(captions))
+    for each in (opened, whole):
+        with pytest.raises(MissingCaptionError, match="'none'"):
+            each.lookup(["none"])
     # Each part has its own bytes of the file, and all of these one part.
     manifests = [SidecarManifest.read(out / f"{part}.emb.manifest") for part in parts]
     ranges = [(found.first_byte, found.last_byte) for found in (manifest.row_groups for manifest in manifests)]

@@ -8,13 +8,14 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
+from llm2clip.data.embedding_lookup import ShardEmbeddings
 from llm2clip.data.records import OnError, RowCaptions, SkippedSample, caption_id, caption_keys, column_texts
 from llm2clip.data.rows import CaptionRows, StreamedRows
 from llm2clip.data.sampling import stable_seed
@@ -152,26 +153,6 @@ class CaptionImageDataset(CaptionRows):
                     yield SkippedSample(key, str(error.reason))
 
 
-class CaptionEmbeddings(Protocol):
-    """The stored embeddings of the captions of one file."""
-
-    def lookup(self, caption: str) -> Tensor | None:
-        """Return the embedding of a caption, (hidden,), or None if there is none."""
-
-
-class ShardEmbeddings(Protocol):
-    """The stored embeddings of the files of a source.
-
-    Attributes:
-        row_counts: Rows of each file, if they are known.
-    """
-
-    row_counts: Sequence[int] | None
-
-    def open(self, number: int, epoch: int) -> CaptionEmbeddings:
-        """Open those of a file by its number."""
-
-
 class StreamingCaptionImageDataset(StreamedRows):
     """Iterable data set of captioned images, read as a shuffled stream.
 
@@ -243,7 +224,10 @@ class StreamingCaptionImageDataset(StreamedRows):
                 drawn = self.make_sample.draw(row.values, key, self.columns, self._salt(epoch, key))
             except SampleError:
                 return None  # reported when the sample is made
-            return drawn, opened.lookup(drawn[1])
+            try:
+                return drawn, opened.lookup([drawn[1]], dtype=None)[0]
+            except KeyError:
+                return drawn, None
 
         return embedding
 

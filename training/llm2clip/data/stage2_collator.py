@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from llm2clip.data.embedding_lookup import EmbeddingLookup
 from llm2clip.data.records import RowCaptions, SkippedSample
 from modeling_llm2clip.image_decoding_llm2clip import decode_image
 
 TOKEN_FIELDS = ("input_ids", "attention_mask", "pooling_mask")
-
-
-class EmbeddingLookup(Protocol):
-    """Stored caption embeddings, such as an [`EmbeddingCache`]."""
-
-    def lookup(self, captions: Sequence[str], dtype: torch.dtype | None = torch.float32) -> Tensor:
-        """Look up the embeddings of captions, `(captions, hidden_size)`; `dtype=None` keeps the stored dtype."""
 
 
 class Stage2Collator:

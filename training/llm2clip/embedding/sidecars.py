@@ -6,17 +6,17 @@ import posixpath
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from llm2clip.data.parquet_parts import RowGroups
-from llm2clip.data.records import caption_key
 from llm2clip.data.sampling import stable_seed
 from llm2clip.data.shards import SourceShard, source_size
+from llm2clip.embedding.cache import CaptionEmbeddings
 from llm2clip.embedding.cache_files import (
     MANIFEST,
     CacheDamagedError,
@@ -25,7 +25,6 @@ from llm2clip.embedding.cache_files import (
     MissingCaptionError,
     read_shard,
 )
-from llm2clip.embedding.keyed_rows import KeyedRows
 from llm2clip.embedding.sidecar_files import REMEDY, SidecarFolder, SidecarManifest, manifest_paths, stem_of
 from llm2clip.utils.files import sha256
 from llm2clip.utils.remote_path import local_copy, open_path
@@ -39,7 +38,7 @@ MANIFESTS_AT_ONCE = 16
 PARTS_OPEN = 8
 
 
-class Sidecar(KeyedRows[CacheManifest]):
+class Sidecar(CaptionEmbeddings):
     """The embeddings of the captions of one shard, mapped into memory."""
 
     def __init__(self, path: Path, manifest: SidecarManifest) -> None:
@@ -48,11 +47,6 @@ class Sidecar(KeyedRows[CacheManifest]):
 
     def shard_path(self, number: int) -> Path:
         return self.path
-
-    def lookup(self, caption: str) -> torch.Tensor | None:
-        """Return the embedding of a caption, (hidden,) in the stored dtype, or None if there is none."""
-        row = self.find_one(*caption_key(caption))
-        return None if row < 0 else self.read(np.array([row]))[0]
 
 
 class CheckedSidecars(NamedTuple):
@@ -166,15 +160,19 @@ class PartedSidecar:
         """The encoder, as the manifest of a cache with the first part alone."""
         return self._part(0).manifest
 
-    def lookup(self, caption: str) -> torch.Tensor | None:
-        """Return the embedding of a caption, (hidden,) in the stored dtype, or None if there is none."""
+    def lookup(self, captions: Sequence[str], dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        """Return the embeddings of captions; see [`CaptionEmbeddings.lookup`]."""
+        return torch.stack([self._find(caption, dtype) for caption in captions])
+
+    def _find(self, caption: str, dtype: torch.dtype | None) -> torch.Tensor:
         # Rows come in their order, so that it is in the part of the last one, or the next.
         for step in range(len(self._parts)):
             number = (self._current + step) % len(self._parts)
-            if (found := self._part(number).lookup(caption)) is not None:
+            with suppress(MissingCaptionError):
+                found = self._part(number).lookup([caption], dtype)[0]
                 self._current = number
                 return found
-        return None
+        raise MissingCaptionError(f"No sidecar of a part of {self._parts[0].path} has the caption {caption[:80]!r}.")
 
     def _part(self, number: int) -> Sidecar:
         opened = self._opened.pop(number, None)
