@@ -95,6 +95,8 @@ CI = ".ci/run runs it"
 DATABASE = "postgresql://me@localhost/images"
 NO_SERVER = "the documents' tests have no database"
 IN_POSTGRES = "tests/llm2clip/search/test_postgres_store.py::test_postgres_and_lancedb_find_the_same"
+NO_STORE = "the documents' tests have no object store"
+IN_S3 = "tests/llm2clip/search/test_s3_index.py::test_a_run_killed_by_a_signal_leaves_the_index_in_s3_and_is_resumed"
 NO_SETS = "published sets are not downloaded"
 MEASURED = "tests/llm2clip/evaluation/test_evaluate.py::test_a_strangers_benchmark_is_measured_printed_and_found_again"
 
@@ -112,6 +114,8 @@ README = {
     f"{INDEX} --postgres {DATABASE}": NotRun(NO_SERVER, run_by=IN_POSTGRES),
     f'llm2clip search concepts "someone riding a bicycle" --postgres {DATABASE} '
     "--where \"caption LIKE '%bicycle%'\"": NotRun(NO_SERVER, run_by=IN_POSTGRES),
+    f"{INDEX} --output-dir s3://my-bucket/concepts": NotRun(NO_STORE, run_by=IN_S3),
+    'llm2clip search s3://my-bucket/concepts "someone riding a bicycle"': NotRun(NO_STORE, run_by=IN_S3),
     "llm2clip demo": Run(needs=(MODEL,), serves=True, slow=True),
     "llm2clip export-onnx MODEL": Run(
         needs=(MODEL,),

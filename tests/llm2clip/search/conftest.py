@@ -18,6 +18,7 @@ from PIL import Image
 
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index import IndexConfig, run
+from llm2clip.utils.remote_path import open_path
 from modeling_llm2clip import LLM2CLIPModel
 from tests.modeling_llm2clip import tiny
 from tests.postgres import postgres_server
@@ -46,14 +47,14 @@ def header_bomb() -> bytes:
 COUNTS = ("embedded", "kept", "removed", "failed", "images")
 
 
-def index(folder: Path | str, model: Path, output: Path, **settings: Any) -> tuple[int, ...]:
+def index(folder: Path | str, model: Path, output: Path | str, **settings: Any) -> tuple[int, ...]:
     """Run `llm2clip index`; return its counts."""
     settings = {"num_workers": 0, "batch_size": 4, **settings}
     result = run(IndexConfig(folder=str(folder), model=str(model), output_dir=str(output), **settings))
     return tuple(result[name] for name in COUNTS)
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
+def rows(folder: Path | str) -> list[dict[str, Any]]:
     """The rows of an index with their embeddings, in the order of the table."""
     opened = ImageIndex.open(folder).rows
     batches = opened.scan([*opened.columns, "vector"])
@@ -65,9 +66,9 @@ def embeddings(output: Path) -> dict[str, np.ndarray]:
     return {row["key"]: np.asarray(row["vector"], dtype=np.float16) for row in rows(output)}
 
 
-def content(folder: Path) -> dict[str, Any]:
+def content(folder: Path | str) -> dict[str, Any]:
     """All that an index says, apart from versions."""
-    failures = json.loads((folder / "failures.json").read_text())
+    failures = json.loads((open_path(folder) / "failures.json").read_text())
     return {"rows": rows(folder), "failures": failures, "manifest": ImageIndex.open(folder).manifest.content()}
 
 

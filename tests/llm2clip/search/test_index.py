@@ -228,11 +228,6 @@ def test_a_folder_of_other_files_is_not_replaced(pictures: Path, model: Model, t
     assert len(list(pictures.rglob("*.png"))) == 12
 
 
-def test_a_url_is_no_folder_of_an_index(pictures: Path, model: Model) -> None:
-    with pytest.raises(ValueError, match="an index is a folder on this machine, not s3://bucket/index"):
-        run(IndexConfig(folder=str(pictures), model=str(model[0]), output_dir="s3://bucket/index"))
-
-
 def test_an_index_inside_the_image_folder_is_excluded(pictures: Path, model: Model) -> None:
     assert index(pictures, model[0], pictures / "index") == (12, 0, 0, 0, 12)
     assert index(pictures, model[0], pictures / "index") == (0, 12, 0, 0, 12)

@@ -23,7 +23,7 @@ from llm2clip.data.parquet_parts import RowGroups
 from llm2clip.data.shards import SourceShard, source_checksum, source_size
 from llm2clip.data.sources import COMPRESSIONS
 from llm2clip.embedding.cache_files import CacheDamagedError, CacheError, CacheManifest, CacheMismatchError
-from llm2clip.utils.files import json_text, read_json, replace, require_writable, temporary_path, write_text
+from llm2clip.utils.files import read_json, replace, require_writable, temporary_path, write_json
 from llm2clip.utils.remote_path import READ_ONLY, AnyPath, open_path, protocols, size_of
 
 FORMAT = "llm2clip-embedding-sidecar"
@@ -69,11 +69,7 @@ class SidecarManifest:
 
     def write(self, path: AnyPath) -> None:
         """Write the manifest, after its sidecar."""
-        text = json_text({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
-        if isinstance(path, Path):
-            write_text(path, text)
-        else:
-            path.write_text(text)
+        write_json(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
 
     @classmethod
     def read(cls, path: AnyPath) -> SidecarManifest:

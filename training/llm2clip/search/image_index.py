@@ -18,7 +18,7 @@ class ImageIndex:
     """An index that is open for searching. Updates by other processes do not change it; open it again to see them.
 
     Attributes:
-        place: Its folder, or its table and database.
+        place: Its folder or URL, or its table and database.
         rows: One row per image: `key`, the columns of the images, and the embedding.
     """
 
@@ -31,12 +31,13 @@ class ImageIndex:
         """Open an index.
 
         Args:
-            place: Its folder; in a database, its table.
+            place: Its folder or URL; in a database, its table.
             postgres: URL of the database.
 
         Raises:
-            ConnectionError: The database cannot be reached.
+            ConnectionError: The database or object store cannot be reached.
             FileNotFoundError: There is no complete index.
+            ImportError: The library of the object store is not installed.
             ValueError: The index is damaged.
         """
         return cls.of_store(open_store(place, postgres))

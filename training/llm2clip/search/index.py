@@ -46,8 +46,8 @@ class IndexConfig(UpdateSettings):
     )
     output_dir: str | None = setting(
         None,
-        "Folder of the index on this machine; by default runs/index/NAME_OF_THE_IMAGE_FOLDER, of captions "
-        "runs/index/NAME_captions.",
+        "Folder of the index, or its URL in an object store: s3://BUCKET/INDEX, gs:// or az:// (needs s3fs, gcsfs or "
+        "adlfs); by default runs/index/NAME_OF_THE_IMAGE_FOLDER, of captions runs/index/NAME_captions.",
     )
     postgres: str | None = field(
         default=None,
@@ -140,7 +140,7 @@ def run(config: IndexConfig) -> dict[str, Any]:
     """Build or update an index; see [`update_index`] for the result.
 
     Raises:
-        ConnectionError: The database cannot be reached.
+        ConnectionError: The database or object store cannot be reached.
         FileExistsError: The place of the index contains something else.
         FileNotFoundError: The folder, data set or model does not exist, or there are no images or rows.
         NonFiniteError: The model's embedding of an image or caption is NaN or infinite.
@@ -154,7 +154,8 @@ def run(config: IndexConfig) -> dict[str, Any]:
     if config.index_type == "faiss":
         require_faiss()
     store.require_own()
-    items = _open_items(config, () if config.postgres is not None else (Path(place),))
+    is_folder = config.postgres is None and "://" not in place
+    items = _open_items(config, (Path(place),) if is_folder else ())
     embedder: ImageEmbedder | CaptionVectors
     if config.embed == "caption":
         embedder = CaptionVectors.load(config.model, config.model_revision)

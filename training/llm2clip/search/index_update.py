@@ -140,7 +140,7 @@ class _Update:
         replaced = None if self.complete is None else self.store.rows(self.complete)
         before = known if rows.is_published else _Known(self.items, replaced)
         kept = self._add_missing(rows, known, before)
-        rows.delete(known.ids.unseen())
+        rows.delete(np.union1d(known.ids.unseen(), known.ids.repeated()))
         failures = self._failures(rows)
         self._report(failures)
         self.manifest.images, self.manifest.failed = rows.count(f"{REASON} IS NULL"), len(failures)

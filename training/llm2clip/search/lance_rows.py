@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from llm2clip.search.faiss_vectors import read_faiss, search_faiss
 from llm2clip.search.held_rows import HeldRows
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
 from llm2clip.search.index_rows import INTERNAL, NUMBER, VECTOR, Found
+from llm2clip.utils.remote_path import AnyPath, RemotePath, local_copy
 
 SCAN_ROWS = 8192
 # Rows that fulfil a condition, up to which comparing all of them costs less than looking through cells.
@@ -28,11 +28,11 @@ class LanceRows:
     """The rows of one version of a table; see [`IndexRows`].
 
     Args:
-        folder: Folder of the index.
+        folder: Folder of the index, local or remote.
         table: An open table. It is pinned to its version by whoever opens it.
     """
 
-    def __init__(self, folder: Path, table: Any, manifest: IndexManifest) -> None:
+    def __init__(self, folder: AnyPath, table: Any, manifest: IndexManifest) -> None:
         self.folder = folder
         self.table = table
         self.manifest = manifest
@@ -113,10 +113,11 @@ class LanceRows:
     @cached_property
     def _faiss(self) -> Any:
         try:
-            built = read_faiss(self.folder / self.manifest.stored["faiss"])
+            with local_copy(self.folder / self.manifest.stored["faiss"]) as file:
+                built = read_faiss(file)
             if built.ntotal != self.manifest.images:
                 raise ValueError(f"its faiss index has {built.ntotal} images, its manifest {self.manifest.images}")
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"the index {self.folder} is damaged: {error}; {REBUILD}") from error
         return built
 
@@ -136,10 +137,24 @@ class LanceRows:
         try:
             yield
         except (RuntimeError, OSError, ValueError) as error:
-            # The first line; the rest is where in its source.
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if where and isinstance(error, ValueError):
                 raise ValueError(
-                    f"where is {where!r}, which is no condition on the columns {', '.join(self.columns)}: {reason}"
+                    f"where is {where!r}, which is no condition on the columns {', '.join(self.columns)}: "
+                    f"{_reason(error)}"
                 ) from error
-            raise ValueError(f"the index {self.folder} is damaged ({reason}); {REBUILD}") from error
+            raise unreadable(self.folder, error) from error
+
+
+def unreadable(folder: AnyPath, error: Exception) -> Exception:
+    """Return what to raise for an error of LanceDB: ValueError; of a URL OSError, since it may be the connection."""
+    if isinstance(folder, RemotePath):
+        return OSError(
+            f"the index {folder} cannot be read ({_reason(error)}). If that is no matter of the connection, it is "
+            "damaged: delete it and build it again."
+        )
+    return ValueError(f"the index {folder} is damaged ({_reason(error)}); {REBUILD}")
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of a message of LanceDB; the rest is where in its source."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

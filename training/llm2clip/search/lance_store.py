@@ -1,15 +1,18 @@
-"""An index in a folder: a LanceDB table, and a manifest that names the version of it that is complete."""
+"""An index in a folder, local or of an object store: a LanceDB table, and a manifest that names its complete version.
+
+A version of the table appears in one step, as one file that names others; so does the manifest, which is written last.
+In an object store no lock keeps a second run out: it is noticed by the versions that it adds.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +20,11 @@ import pyarrow as pa
 from llm2clip.search.faiss_vectors import build_faiss
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
 from llm2clip.search.index_rows import KEY, NUMBER, REASON, VECTOR
-from llm2clip.search.lance_rows import LanceRows
+from llm2clip.search.lance_rows import LanceRows, unreadable
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.locks import LOCK, OWNER, folder_lock
-from llm2clip.utils.manifests import FOLDER_MANIFEST, foreign_files, write_manifest
+from llm2clip.utils.manifests import FOLDER_MANIFEST, own_files, write_manifest
+from llm2clip.utils.remote_path import AnyPath, local_file, open_path, reaching, remove_tree
 
 logger = logging.getLogger(__name__)
 
@@ -56,34 +60,44 @@ def require_lancedb() -> Any:
 
 
 class LanceStore:
-    """The index in a folder; see [`IndexStore`]."""
+    """The index in a folder, local or a URL; see [`IndexStore`]."""
 
     index_types: tuple[str, ...] = ("flat", "ivf_rq", "faiss")
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = open_path(folder)
         self.place = str(folder)
+        # Whether no other run has been noticed.
+        self.is_alone = True
 
     @property
     def _database(self) -> Any:
-        return require_lancedb().connect(str(self.folder))
+        # LanceDB and fsspec have other names for some URLs: each gets the one that was given.
+        return require_lancedb().connect(str(self.folder) if isinstance(self.folder, Path) else self.place)
 
     def require_own(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"{self.folder} is a file; give the folder of the index: --output-dir FOLDER")
-        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        if there - {LOCK, OWNER} and foreign_files(self.folder, COMMAND) is None:
+        with reaching(self.folder):
+            if self.folder.is_file():
+                raise NotADirectoryError(f"{self.folder} is a file; give the folder of the index: --output-dir FOLDER")
+            there = {path.name for path in self.folder.glob("*")}
+        if there - {LOCK, OWNER} and own_files(self.folder, COMMAND) is None:
             raise FileExistsError(
                 f"{self.folder} is not replaced, because llm2clip {COMMAND} did not write it (no {FOLDER_MANIFEST} "
                 "that says so); choose another --output-dir, or delete the folder yourself."
             )
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
-        return folder_lock(self.folder, patience=0)
+        # At a URL, another run is noticed when it writes; see `WrittenRows`.
+        return folder_lock(self.folder, patience=0) if isinstance(self.folder, Path) else contextlib.nullcontext()
 
     def manifest(self) -> IndexManifest | None:
         path = self.folder / MANIFEST
-        return IndexManifest.from_fields(str(path), _read(path)) if path.is_file() else None
+        try:
+            with reaching(path):
+                fields = _read(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return IndexManifest.from_fields(str(path), fields)
 
     def require_manifest(self) -> IndexManifest:
         manifest = self.manifest()
@@ -123,7 +137,7 @@ class LanceStore:
 
     def create(self, manifest: IndexManifest, schema: pa.Schema) -> WrittenRows:
         self._clear_unreadable()
-        if not (self.folder / FOLDER_MANIFEST).exists():
+        if own_files(self.folder, COMMAND) is None:
             write_manifest(self.folder, COMMAND)  # from here on the folder is known to be ours
         schema = schema.with_metadata({BEGUN: json.dumps(manifest.as_fields()).encode()})
         # A new version of the table, so that readers of the old ones go on.
@@ -141,11 +155,11 @@ class LanceStore:
         return WrittenRows(self, table, manifest)
 
     def remove_empty(self) -> None:
-        if (self.folder / MANIFEST).exists():
+        if not self.is_alone or (self.folder / MANIFEST).is_file():
             return
         found = self.unfinished()
         if found is None or not found[1].count():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_tree(self.folder)
 
     def _has_table(self) -> bool:
         return (self.folder / f"{TABLE}.lance").is_dir()
@@ -158,9 +172,9 @@ class LanceStore:
                 self.rows(manifest)
             self.unfinished()
         except ValueError:
-            for name in read_json(self.folder / FOLDER_MANIFEST)["files"]:
+            for name in own_files(self.folder, COMMAND) or ():
                 (self.folder / name).unlink(missing_ok=True)
-            shutil.rmtree(self.folder / f"{TABLE}.lance", ignore_errors=True)
+            remove_tree(self.folder / f"{TABLE}.lance")
 
     def _open(self, version: int | None) -> Any:
         """Open the table at a version, or at its last one."""
@@ -169,12 +183,11 @@ class LanceStore:
             if version is not None:
                 table.checkout(version)
         except (RuntimeError, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"the table of the index {self.place} cannot be read ({reason}); {REBUILD}") from error
+            raise unreadable(self.folder, error) from error
         return table
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: AnyPath) -> dict[str, Any]:
     try:
         return read_json(path)
     except ValueError as error:
@@ -182,12 +195,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class WrittenRows(LanceRows):
-    """The rows that a run writes; see [`UnfinishedRows`]. Each call of `append` and `delete` makes a version."""
+    """The rows that a run writes; see [`UnfinishedRows`]. Each call of `append` and `delete` makes a version.
+
+    Where no lock keeps other runs out, these methods and `publish` raise ValueError if another run has made a version.
+    Two that write in the same moment both do so; rows that are then there twice are deleted by the next run.
+    """
 
     def __init__(self, store: LanceStore, table: Any, manifest: IndexManifest) -> None:
         super().__init__(store.folder, table, manifest)
         self.store = store
         self.first_version: int = table.version
+        self._version = self.first_version
 
     @property
     def is_published(self) -> bool:
@@ -196,14 +214,17 @@ class WrittenRows(LanceRows):
 
     def append(self, rows: pa.Table) -> None:
         schema = self.table.schema.remove_metadata()
-        self.table.add(rows.select(schema.names).cast(schema))
+        with self._alone():
+            self.table.add(rows.select(schema.names).cast(schema))
 
     def delete(self, numbers: np.ndarray) -> None:
         for start in range(0, len(numbers), DELETE_AT_ONCE):
             some = ",".join(map(str, numbers[start : start + DELETE_AT_ONCE].tolist()))
-            self.table.delete(f"{NUMBER} IN ({some})")
+            with self._alone():
+                self.table.delete(f"{NUMBER} IN ({some})")
 
     def publish(self, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
+        self._require_version(self._version)
         previous = self._previous()
         if self.count(f"{REASON} IS NOT NULL"):
             self.table.delete(f"{REASON} IS NOT NULL")
@@ -221,8 +242,32 @@ class WrittenRows(LanceRows):
         manifest.record_versions(lancedb=require_lancedb().__version__)
         write_json(self.folder / FAILURES, failures)
         write_manifest(self.folder, COMMAND)  # brings the files to the disk before the manifest names them
+        self._require_version(manifest.stored["version"])
+        if self.count() != manifest.images:
+            self._stop()
         write_json(self.folder / MANIFEST, manifest.as_fields())
         self._clean(manifest, previous)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Raise ValueError unless the block makes the only version since the last one of this run."""
+        self._require_version(self._version)
+        yield
+        if self.table.version > self._version + 1:
+            self._stop()
+        self._version = self.table.version
+
+    def _require_version(self, version: int) -> None:
+        self.table.checkout_latest()
+        if self.table.version != version:
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        self.store.is_alone = False
+        raise ValueError(
+            f"another run writes to the index {self.store.place}, and this one has stopped; nothing that is stored is "
+            "lost. When the other has ended, run the same llm2clip index again."
+        )
 
     def _previous(self) -> IndexManifest | None:
         """Return the manifest of the index that this one replaces, unless that is damaged."""
@@ -285,7 +330,8 @@ class WrittenRows(LanceRows):
                 yield batch[VECTOR].flatten().to_numpy().reshape(-1, manifest.width).astype(np.float32)
 
         name = f"vectors-{self.table.version}.faiss"
-        build_faiss(self.folder / name, embeds, self.table.count_rows(), manifest.width, manifest.index)
+        with local_file(self.folder / name) as file:
+            build_faiss(file, embeds, self.table.count_rows(), manifest.width, manifest.index)
         manifest.stored["faiss"] = name
 
     def _clean(self, manifest: IndexManifest, previous: IndexManifest | None) -> None:

@@ -60,3 +60,7 @@ class KnownDigests:
         """Return the numbers of the rows whose digest no call of `find` has found."""
         firsts = np.searchsorted(self._digests, self._digests)  # equal digests are seen together
         return np.sort(self._numbers[~self._seen[firsts]])
+
+    def repeated(self) -> np.ndarray:
+        """Return the numbers of all rows but one of each digest."""
+        return self._numbers[1:][self._digests[1:] == self._digests[:-1]]

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class SearchConfig:
     """Settings of `llm2clip search`."""
 
-    index: str = setting("", "Folder of an index, written by llm2clip index; with --postgres, its table.")
+    index: str = setting("", "Folder or URL of an index, written by llm2clip index; with --postgres, its table.")
     query: list[str] = field(
         default_factory=list,
         metadata={"help": "Texts to search for, each in quotes; all are searched with one start."},

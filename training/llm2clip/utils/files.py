@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from llm2clip.utils.remote_path import AnyPath
+from llm2clip.utils.remote_path import AnyPath, RemotePath
 
 READ_SIZE = 1 << 22
 # The name of a temporary file.
@@ -207,20 +207,18 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
         yield file
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in UTF-8, see [`atomic_file`]."""
+def write_text(path: str | AnyPath, text: str) -> None:
+    """Write a text file in UTF-8: see [`atomic_file`]; an object store replaces a file in one step too."""
+    if isinstance(path, RemotePath):
+        path.write_text(text)
+        return
     with atomic_file(path, "w", encoding="utf-8") as file:
         file.write(text)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON, see [`atomic_file`]."""
-    write_text(path, json_text(value))
-
-
-def json_text(value: Any) -> str:
-    """Return JSON as files of ours contain it."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def write_json(path: str | AnyPath, value: Any) -> None:
+    """Write JSON, see [`write_text`]."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | AnyPath) -> dict[str, Any]:

@@ -6,28 +6,41 @@ import os
 from pathlib import Path
 
 from llm2clip.utils.files import flush_file, flush_folder, read_json, write_json
+from llm2clip.utils.remote_path import AnyPath
 
 # Its name starts with a dot, so that `llm2clip push` leaves it here.
 FOLDER_MANIFEST = ".llm2clip.json"
 
 
-def write_manifest(folder: Path, command: str) -> None:
+def write_manifest(folder: AnyPath, command: str) -> None:
     """List the files of a folder with their sizes, after they have reached the disk.
 
     Args:
         command: The command that wrote the folder, such as `build`.
     """
+    sizes = _flushed(folder) if isinstance(folder, Path) else folder.sizes()
+    sizes.pop(FOLDER_MANIFEST, None)
+    write_json(folder / FOLDER_MANIFEST, {"written_by": f"llm2clip {command}", "files": sizes})
+
+
+def _flushed(folder: Path) -> dict[str, int]:
+    """Bring the files of a folder to the disk, and return their sizes."""
     paths = [folder / name for name in _files(folder)]
     for path in paths:
         flush_file(path)
     for parent in {path.parent for path in paths}:
         flush_folder(parent)
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
-    write_json(folder / FOLDER_MANIFEST, {"written_by": f"llm2clip {command}", "files": sizes})
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
 def foreign_files(folder: Path, command: str) -> list[str] | None:
     """Return the files of a folder that its manifest does not list, or None if `command` did not write the folder."""
+    known = own_files(folder, command)
+    return None if known is None else [name for name in _files(folder) if name not in known]
+
+
+def own_files(folder: AnyPath, command: str) -> dict[str, int] | None:
+    """Return the files that the manifest of a folder lists, with sizes; None if `command` did not write the folder."""
     try:
         manifest = read_json(folder / FOLDER_MANIFEST)
     except (OSError, ValueError):
@@ -35,7 +48,7 @@ def foreign_files(folder: Path, command: str) -> list[str] | None:
     known = manifest.get("files")
     if manifest.get("written_by") != f"llm2clip {command}" or not isinstance(known, dict):
         return None
-    return [name for name in _files(folder) if name not in known]
+    return known
 
 
 def damage(folder: Path) -> str | None:

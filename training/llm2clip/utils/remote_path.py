@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import posixpath
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import fsspec
+from fsspec.registry import known_implementations
 
 READ_ONLY = {"http", "https"}
 
@@ -67,6 +69,11 @@ class RemotePath:
         """Tell whether there is such a file."""
         return bool(self.files.isfile(self.path))
 
+    def is_dir(self) -> bool:
+        """Tell whether there is such a folder, or files whose paths begin with its path, now."""
+        self.files.invalidate_cache()
+        return bool(self.files.isdir(self.path))
+
     def read_text(self, encoding: str = "utf-8") -> str:
         """Read the file."""
         return self.files.cat_file(self.path).decode(encoding)
@@ -92,7 +99,9 @@ class RemotePath:
         """Yield what is in the folder, as it is now."""
         self.files.invalidate_cache()
         for path in self.files.ls(self.path, detail=False):
-            yield RemotePath(self.files, path)
+            # An object store may have an empty file for the folder itself.
+            if path.rstrip("/") != self.path:
+                yield RemotePath(self.files, path)
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         """Yield the files in the folder whose name has this pattern."""
@@ -108,6 +117,12 @@ class RemotePath:
             if fnmatch.fnmatchcase(posixpath.basename(path), pattern):
                 yield RemotePath(self.files, path)
 
+    def sizes(self) -> dict[str, int]:
+        """Return the sizes in bytes of the files below the folder, as they are now, by their paths in it."""
+        self.files.invalidate_cache()
+        found = self.files.find(self.path, detail=True)
+        return {path.removeprefix(f"{self.path}/"): int(entry["size"]) for path, entry in found.items()}
+
 
 AnyPath: TypeAlias = Path | RemotePath
 
@@ -116,6 +131,7 @@ def open_path(path: str | Path | RemotePath) -> AnyPath:
     """Return the path of a file or folder, which is remote if it is a URL.
 
     Raises:
+        ImportError: The library of such URLs is not installed; the message has the command that installs it.
         ValueError: It is a command (`pipe:`), or a URL of an unknown kind.
     """
     if isinstance(path, (Path, RemotePath)):
@@ -123,7 +139,12 @@ def open_path(path: str | Path | RemotePath) -> AnyPath:
     refuse_pipe(path)
     if "://" not in path:
         return Path(path)
-    files, name = fsspec.core.url_to_fs(path)
+    try:
+        files, name = fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        kind = known_implementations.get(path.partition("://")[0])
+        command = f": pip install {kind['class'].partition('.')[0]}" if kind else ""
+        raise ImportError(f"{path} cannot be opened: {error}{command}") from error
     return Path(name) if "file" in protocols(files) else RemotePath(files, name)
 
 
@@ -165,3 +186,40 @@ def local_copy(path: AnyPath) -> Iterator[Path]:
         copy = Path(folder, path.name)
         path.files.get_file(path.path, str(copy))
         yield copy
+
+
+@contextmanager
+def local_file(path: AnyPath) -> Iterator[Path]:
+    """Yield the path of a local file that the block writes, and upload it at the end if `path` is remote."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="llm2clip-") as folder:
+        file = Path(folder, path.name)
+        yield file
+        path.put(file)
+
+
+def remove_tree(path: AnyPath) -> None:
+    """Delete a folder, if there is one; of a remote one the files, and not the bucket that they may be in."""
+    if isinstance(path, Path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    path.files.invalidate_cache()
+    if found := path.files.find(path.path):
+        path.files.rm(found)
+
+
+@contextmanager
+def reaching(path: AnyPath) -> Iterator[None]:
+    """Turn what the library of a remote file system raises when that cannot be reached into ConnectionError.
+
+    Missing files stay FileNotFoundError or NotADirectoryError.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Each library has its own kinds, which are no OSError.
+        if isinstance(path, Path) or isinstance(error, (FileNotFoundError, NotADirectoryError, ValueError)):
+            raise
+        raise ConnectionError(f"{path} cannot be reached: {error or type(error).__name__}") from error
