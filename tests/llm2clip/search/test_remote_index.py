@@ -206,7 +206,7 @@ def test_what_cannot_be_read_at_a_url_is_not_deleted(place: str, pictures: Path,
         path.write_bytes(b"")
     before = files(tmp_path / "store")
     for overwrite in (False, True):
-        with pytest.raises(OSError, match=r"cannot be read \(.*delete it and build it again"):
+        with pytest.raises(ConnectionError, match=r"cannot be read \(.*delete it and build it again"):
             index(pictures, model[0], place, overwrite=overwrite)
     assert files(tmp_path / "store") == before
     (tmp_path / "store" / "manifest.json").write_text('{"format_version": 1}')

@@ -146,9 +146,9 @@ class LanceRows:
 
 
 def unreadable(folder: AnyPath, error: Exception) -> Exception:
-    """Return what to raise for an error of LanceDB: ValueError; of a URL OSError, since it may be the connection."""
+    """Return what to raise for an error of LanceDB: ValueError; of a URL ConnectionError, which it may be."""
     if isinstance(folder, RemotePath):
-        return OSError(
+        return ConnectionError(
             f"the index {folder} cannot be read ({_reason(error)}). If that is no matter of the connection, it is "
             "damaged: delete it and build it again."
         )

@@ -142,7 +142,8 @@ class LanceStore:
         schema = schema.with_metadata({BEGUN: json.dumps(manifest.as_fields()).encode()})
         # A new version of the table, so that readers of the old ones go on.
         mode = "overwrite" if self._has_table() else "create"
-        table = self._database.create_table(TABLE, schema=schema, mode=mode)
+        with reaching(self.folder):
+            table = self._database.create_table(TABLE, schema=schema, mode=mode)
         return WrittenRows(self, table, manifest)
 
     def revert(self) -> WrittenRows:
@@ -162,7 +163,8 @@ class LanceStore:
             remove_tree(self.folder)
 
     def _has_table(self) -> bool:
-        return (self.folder / f"{TABLE}.lance").is_dir()
+        with reaching(self.folder):
+            return (self.folder / f"{TABLE}.lance").is_dir()
 
     def _clear_unreadable(self) -> None:
         """Delete the files of an index that nobody can read: of an earlier format, or damaged."""
@@ -224,6 +226,10 @@ class WrittenRows(LanceRows):
                 self.table.delete(f"{NUMBER} IN ({some})")
 
     def publish(self, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
+        with reaching(self.folder):
+            self._publish(manifest, failures)
+
+    def _publish(self, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
         self._require_version(self._version)
         previous = self._previous()
         if self.count(f"{REASON} IS NOT NULL"):
@@ -252,13 +258,15 @@ class WrittenRows(LanceRows):
     def _alone(self) -> Iterator[None]:
         """Raise ValueError unless the block makes the only version since the last one of this run."""
         self._require_version(self._version)
-        yield
+        with reaching(self.folder):
+            yield
         if self.table.version > self._version + 1:
             self._stop()
         self._version = self.table.version
 
     def _require_version(self, version: int) -> None:
-        self.table.checkout_latest()
+        with reaching(self.folder):
+            self.table.checkout_latest()
         if self.table.version != version:
             self._stop()
 

@@ -80,7 +80,10 @@ class RemotePath:
 
     def write_text(self, text: str) -> None:
         """Write the file in one piece, in UTF-8."""
-        self.files.pipe_file(self.path, text.encode())
+        try:
+            self.files.pipe_file(self.path, text.encode())
+        except FileNotFoundError as error:  # its bucket
+            raise FileNotFoundError(f"{self} cannot be written: {error}") from error
 
     def put(self, local: Path) -> None:
         """Upload a local file in its place."""
@@ -120,7 +123,10 @@ class RemotePath:
     def sizes(self) -> dict[str, int]:
         """Return the sizes in bytes of the files below the folder, as they are now, by their paths in it."""
         self.files.invalidate_cache()
-        found = self.files.find(self.path, detail=True)
+        try:
+            found = self.files.find(self.path, detail=True)
+        except FileNotFoundError:
+            return {}
         return {path.removeprefix(f"{self.path}/"): int(entry["size"]) for path, entry in found.items()}
 
 
@@ -205,21 +211,23 @@ def remove_tree(path: AnyPath) -> None:
     if isinstance(path, Path):
         shutil.rmtree(path, ignore_errors=True)
         return
-    path.files.invalidate_cache()
-    if found := path.files.find(path.path):
-        path.files.rm(found)
+    if found := path.sizes():
+        path.files.rm([f"{path.path}/{name}" for name in found])
 
 
 @contextmanager
 def reaching(path: AnyPath) -> Iterator[None]:
-    """Turn what the library of a remote file system raises when that cannot be reached into ConnectionError.
+    """Turn what libraries raise when the store of a remote path cannot be reached into ConnectionError.
 
-    Missing files stay FileNotFoundError or NotADirectoryError.
+    FileNotFoundError, NotADirectoryError and ValueError stay what they are.
     """
     try:
         yield
+    except (FileNotFoundError, NotADirectoryError, ConnectionError, ValueError):
+        raise
     except Exception as error:
-        # Each library has its own kinds, which are no OSError.
-        if isinstance(path, Path) or isinstance(error, (FileNotFoundError, NotADirectoryError, ValueError)):
+        # Each library has its own kinds.
+        if isinstance(path, Path):
             raise
-        raise ConnectionError(f"{path} cannot be reached: {error or type(error).__name__}") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConnectionError(f"{path} cannot be reached: {reason}") from error
