@@ -43,9 +43,9 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
 
     The test is skipped where moto or s3fs is not installed.
     """
-    missing = [name for name in ("moto", "flask", "s3fs") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("moto", "flask_cors", "s3fs") if importlib.util.find_spec(name) is None]
     if missing:
-        pytest.skip(f"there is no S3 server: {', '.join(missing)} missing; pip install 'moto[s3,server]' s3fs")
+        pytest.skip(f"there is no S3 server: {', '.join(missing)} missing; pip install 'moto[s3]' flask flask-cors s3fs")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"

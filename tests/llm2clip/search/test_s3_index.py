@@ -100,7 +100,7 @@ def test_a_run_killed_by_a_signal_leaves_the_index_in_s3_and_is_resumed(
 
 
 def test_an_update_in_s3_killed_at_any_moment_leaves_the_old_index(place: str) -> None:
-    assert kill_updates(place, (0, 0.1, 0.3, 0.6, 1.0)) >= 2
+    assert kill_updates(place, (0, 0.3, 1.0)) >= 2
 
 
 def test_of_two_runs_at_once_in_s3_one_stops_and_nothing_is_mixed(
