@@ -45,7 +45,8 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
     """
     missing = [name for name in ("moto", "flask_cors", "s3fs") if importlib.util.find_spec(name) is None]
     if missing:
-        pytest.skip(f"there is no S3 server: {', '.join(missing)} missing; pip install 'moto[s3]' flask flask-cors s3fs")
+        needed = "pip install 'moto[s3]' flask flask-cors s3fs"
+        pytest.skip(f"there is no S3 server, since {', '.join(missing)} cannot be imported; {needed}")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"
