@@ -28,6 +28,8 @@ TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+# Formats that Pillow gives to Ghostscript, a program that runs them.
+PROGRAMS = ("EPS",)
 # A string of this length that names no file may be the image itself, in base64.
 SHORTEST_BASE64 = 60
 
@@ -124,6 +126,8 @@ def decoding_errors(value: Any, key: str) -> Iterator[None]:
 def open_image(value: Any, max_pixels: int = DEFAULT_MAX_PIXELS, timeout: float | None = None) -> Image.Image:
     """Open an image, reading no more than its header, and check its size; inside [`decoding_errors`]."""
     image = _open(value, timeout)
+    if image.format in PROGRAMS:
+        raise _UnusableError(f"a file of the format {image.format} is a program, which is not run")
     width, height = image.size
     if width < 1 or height < 1:
         raise _UnusableError(f"its size is {width} x {height} pixels")

@@ -34,6 +34,7 @@ from .modeling_llm2clip_utils import (
     encode_pixels,
     encode_tokens,
     execution_device,
+    require_finite,
     unit_features,
 )
 from .modeling_llm2clip_vision import load_vision_tower, read_logit_scale
@@ -322,6 +323,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         Raises:
             DamagedImageError: An image cannot be decoded.
             FileNotFoundError: A string is not the name of a file, such as a caption.
+            ValueError: An embedding is NaN or infinite.
         """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         for image in images:
@@ -333,7 +335,8 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
             prepare(images=decode_images(images[start : start + batch_size]), return_tensors="pt")
             for start in logging.tqdm(starts, desc="Encoding images", disable=not show_progress_bar)
         )
-        return torch.cat([torch.empty(0, self.config.projection_dim), *encode_pixels(self, batches)])
+        rows = torch.cat([torch.empty(0, self.config.projection_dim), *encode_pixels(self, batches)])
+        return require_finite(rows, "images")
 
     def forward(
         self,

@@ -143,6 +143,7 @@ def encode_tokens(
     width: int,
     batch_size: int | None = None,
     show_progress_bar: bool = False,
+    finite: bool = True,
 ) -> Tensor:
     """Encode tokenised captions in batches of similar length, and repeated captions only once.
 
@@ -151,6 +152,7 @@ def encode_tokens(
         encode: Maps a batch on the device to `(batch, width)`.
         device: Device of the model; it determines the size of the batches.
         batch_size: Largest number of captions in a batch; None for as many as their tokens allow.
+        finite: Check the result; see [`require_finite`].
 
     Returns:
         float32 `(len(tokens.ids), width)` on the CPU, in the order of the input.
@@ -171,7 +173,19 @@ def encode_tokens(
             inputs["pooling_mask"] = pooling_mask(inputs["attention_mask"], [starts[row] for row in batch])
         with torch.inference_mode():
             result[batch] = encode(inputs.to(device)).float().cpu()
-    return result if len(distinct) == len(rows) else result[rows]
+    result = result if len(distinct) == len(rows) else result[rows]
+    return require_finite(result, "captions") if finite else result
+
+
+def require_finite(rows: Tensor, what: str) -> Tensor:
+    """Return embeddings, `(n, width)`; ValueError if one is NaN or infinite."""
+    broken = (~rows.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+    if broken:
+        raise ValueError(
+            f"the embeddings of {len(broken)} of {len(rows)} {what} are NaN or infinite, first that of item "
+            f"{broken[0]}: the weights are damaged or of a training that diverged, or the dtype is too narrow."
+        )
+    return rows
 
 
 def unit_features(features: Any) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -22,6 +23,8 @@ PROMPT_SUFFIX_PIECE = "<llm2clip_suffix>"
 # What str.strip() removes; the regex class does not include U+001C to U+001F.
 WHITE_SPACE = r"[\s\x1c-\x1f\x85]"
 OUTER_WHITE_SPACE = rf"\A{WHITE_SPACE}+|{WHITE_SPACE}+\z"
+# Half a character, which no encoding has: of bytes that were not UTF-8, or of a pair that was cut.
+SURROGATE = re.compile("[\\ud800-\\udfff]")
 # Captions that show how a tokenizer joins a prompt with what follows: letters, a digit, inner white space.
 PROBES = ("a", "B\nb", "1  b", "\u00e9 c")
 
@@ -188,6 +191,8 @@ def clean_captions(texts: Sequence[Any]) -> list[str]:
             )
         if not text.strip():
             raise ValueError(f"caption {index} is empty; remove it or replace it.")
+        if not text.isascii() and (half := SURROGATE.search(text)) is not None:
+            raise ValueError(f"caption {index}, {text!r:.80}, has half a character (U+{ord(half[0]):04X}).")
     return [text.strip() for text in texts]
 
 

@@ -183,7 +183,7 @@ README = {
     "llm2clip push my-model OWNER/my-model": Run(
         needs=(BUILD,),
         meant={"OWNER": "tester"},
-        small="--validate false",  # `build` has just loaded it in a new process
+        small="--no-check",  # `build` has just loaded it in a new process
         makes=("tester/my-model",),
         prints="/tester/my-model",
     ),

@@ -30,7 +30,14 @@ RUN = {line: case for line, case in COMMANDS.items() if isinstance(case, Run)}
 NOT_RUN = {line: case for line, case in COMMANDS.items() if isinstance(case, NotRun)}
 NOT_RUN |= {line: NotRun("it downloads") for line in sorted(SHOWN) if line.startswith("pip ")}
 # Code spans that stand for any option, and options of accelerate and torchrun.
-OTHER_OPTIONS = {"--field value", "--num_machines", "--machine_rank", "--main_process_ip", "--nnodes"}
+OTHER_OPTIONS = {
+    "--field value",
+    "--num_machines",
+    "--machine_rank",
+    "--main_process_ip",
+    "--nnodes",
+    "--kill-on-bad-exit=1",  # of srun
+}
 
 
 def uncovered(lines: set[str]) -> list[str]:
@@ -115,7 +122,7 @@ def test_every_option_in_the_text_exists(document: str) -> None:
     options = {"--resume", "--traceback", "--help"}
     for command in cli.COMMANDS.values():
         names = [field.name for field in fields(getattr(import_module(command.module), command.config))]
-        options |= {f"--{form}" for name in names for form in (name, name.replace("_", "-"))}
+        options |= {f"--{form}" for name in names for form in (name, name.replace("_", "-"), f"no-{name}")}
     spans = [span for span in code_spans(document) if span.startswith("--") and span not in OTHER_OPTIONS]
     assert not [span for span in spans if span.split()[0] not in options]
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +18,7 @@ from torch import distributed as dist
 from llm2clip import cli
 from llm2clip.evaluation import evaluate as job
 from llm2clip.utils.identity import data_revision
+from llm2clip.utils.stopping import StoppedError
 from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip import tiny
 from tests.modeling_llm2clip import tiny as tiny_models
@@ -171,3 +175,41 @@ def test_a_command_leaves_the_process_group_of_its_launcher(
     assert cli.main(["evaluate", "model", "--data", "data"]) == 0
     assert capsys.readouterr().out == "recall: 0.5000\n"
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "llm2clip index: stopped by Ctrl-C; the same command goes on where it was.\n"),
+        (StoppedError(), 143, "llm2clip index: stopped by SIGTERM; the same command goes on where it was.\n"),
+    ],
+)
+def test_a_command_that_is_stopped_says_how_to_go_on(
+    error: BaseException,
+    status: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stopped(config: object) -> None:
+        raise error
+
+    monkeypatch.setattr("llm2clip.search.index.run", stopped)
+    assert cli.main(["index", "pictures", "--model", "m"]) == status
+    assert capsys.readouterr().err == message
+
+
+def test_sigterm_ends_a_command_in_order(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    ended = []
+
+    def killed(config: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr("llm2clip.evaluation.evaluate.run", killed)
+    assert cli.main(["evaluate", "x", "--data", "y"]) == 143
+    assert ended
+    assert capsys.readouterr().err == "llm2clip evaluate: stopped by SIGTERM; the same command starts it again.\n"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from llm2clip.embedding import embed_captions
 from modeling_llm2clip import with_prompt
 from modeling_llm2clip.modeling_llm2clip_utils import CPU_BATCH_TOKENS, token_batches
 from tests.modeling_llm2clip import tiny
@@ -106,3 +107,19 @@ print(without, fresh_pages())
     # 20 times 4 blocks of 684 pages.
     assert without > 10_000
     assert kept < 1_000
+
+
+def test_embeddings_that_are_not_finite_are_an_error() -> None:
+    model = tiny.joint_model().eval()
+    torch.nn.init.constant_(model.text_adapter.proj.weight, float("nan"))
+    torch.nn.init.constant_(model.visual_projection.weight, float("inf"))
+    processor = tiny.processor()
+    with pytest.raises(ValueError, match=r"embeddings of 3 of 3 captions are NaN or infinite, first that of item 0: "):
+        model.encode_text(["a dog", "a cat", "a dog"], processor)
+    with pytest.raises(ValueError, match=r"embeddings of \d of \d images are NaN or infinite"):
+        model.encode_image(tiny.IMAGES, processor)
+    torch.nn.init.constant_(model.text_model.decoder.norm.weight, float("nan"))
+    with pytest.raises(ValueError, match="embeddings of 1 of 1 captions are NaN or infinite"):
+        model.text_model.encode("a dog", processor.tokenizer)
+    with pytest.raises(ValueError, match=r"1 of 1 captions are NaN or infinite: a dog\."):
+        embed_captions("a dog", model.text_model, processor)

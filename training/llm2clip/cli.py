@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.recipes import find_recipe, load_recipe
+from llm2clip.utils.library_errors import explain
 from llm2clip.utils.logs import LogFile, command_logs, quiet_libraries
 from llm2clip.utils.progress import close_bars, is_main_process
 from llm2clip.utils.settings import (
@@ -22,6 +24,8 @@ from llm2clip.utils.settings import (
     given_fields,
     unknown_option,
 )
+from llm2clip.utils.stopping import INTERRUPTED, TERMINATED, StoppedError, on_sigterm, stop_now
+from llm2clip.utils.terminal import printable
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,7 @@ class Command:
             any number of arguments.
         optional: The positional arguments that may be omitted.
         writes_log: Whether it writes `log.txt`, and after an error `error.log`, in its `output_dir`.
+        goes_on: Whether the same command goes on where it was stopped.
         extra: The extra of this package that installs its libraries.
         passes_on: The field that gets the arguments which are no settings of the command.
     """
@@ -53,6 +58,7 @@ class Command:
     optional: tuple[str, ...] = ()
     resumes: bool = False
     writes_log: bool = False
+    goes_on: bool = False
     extra: str = "train"
     passes_on: str = ""
 
@@ -65,13 +71,14 @@ class Command:
 # fmt: off
 COMMANDS = {
     "quickstart": Command("run both stages, evaluation and export on the bundled data",
-                          "llm2clip.quickstart.pipeline", "QuickstartConfig", (), writes_log=True, extra="quickstart"),
+                          "llm2clip.quickstart.pipeline", "QuickstartConfig", (), writes_log=True, goes_on=True,
+                          extra="quickstart"),
     "mntp": Command("train masked next token prediction (optional, before stage 1)",
                     "llm2clip.trainers.run_mntp", "MNTPConfig", resumes=True, writes_log=True),
     "stage1": Command("fine-tune the LLM on caption pairs with a contrastive loss",
                       "llm2clip.trainers.run_stage1", "Stage1Config", resumes=True, writes_log=True),
     "embed": Command("embed all captions with the LLM, into a cache or beside their shards (resumable)",
-                     "llm2clip.embedding.embed", "EmbedConfig", writes_log=True),
+                     "llm2clip.embedding.embed", "EmbedConfig", writes_log=True, goes_on=True),
     "verify": Command("re-read stored embeddings, compare them with their checksums, and say what is missing",
                       "llm2clip.embedding.verify", "VerifyConfig", ("folder",)),
     "stage2": Command("train the vision tower and adapter on cached embeddings",
@@ -94,11 +101,11 @@ COMMANDS = {
     "build": Command("build a self-contained folder for the Hub, with code, model card and license",
                      "llm2clip.hub.build", "BuildConfig", ("model", "destination"), optional=("destination",)),
     "push": Command("check a built folder and upload it to the Hub",
-                    "llm2clip.hub.push", "PushConfig", ("folder", "repo_id")),
+                    "llm2clip.hub.push", "PushConfig", ("folder", "repo_id"), goes_on=True),
     "export-onnx": Command("export the vision and text graphs to ONNX and compare them with torch",
                            "llm2clip.hub.export_onnx", "ExportOnnxConfig", ("model",), extra="onnx"),
     "index": Command("index images or captions for search; a second run embeds only what has changed",
-                     "llm2clip.search.index", "IndexConfig", ("folder",), extra="search"),
+                     "llm2clip.search.index", "IndexConfig", ("folder",), goes_on=True, extra="search"),
     "search": Command("search an index with a text or an image",
                       "llm2clip.search.search", "SearchConfig", ("index", "query"), extra="search"),
     "demo": Command("open a demo in the browser: search, classification, heat maps, comparison of two models",
@@ -120,32 +127,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subparsers.add_parser(name, help=command.help, add_help=False)
     name = parser.parse_args(arguments[:1]).command
     rest = [argument for argument in arguments[1:] if argument != "--traceback"]
-    with command_logs() as log_file:
+    with command_logs() as log_file, on_sigterm(stop_now):
         try:
             result = _run(name, rest, log_file)
+        except (KeyboardInterrupt, StoppedError) as stop:
+            return _stopped(name, stop, log_file)
         except Exception as error:
             logger.debug("llm2clip %s failed", name, exc_info=True)
             error_file = log_file.write_error(name, error)
-            if not isinstance(error, USER_ERRORS) or "--traceback" in arguments or type(error) is KeyError:
+            known = isinstance(error, USER_ERRORS) and type(error) is not KeyError
+            if "--traceback" in arguments or not (known or explain(error)):
                 raise
             close_bars()
             # An error with a status of its own is the result of the command, which needs no traceback.
             status = getattr(error, "exit_status", None)
             where = "--traceback shows where" if error_file is None else f"where: {error_file}"
             ending = f"\n({where})" if status is None else ""
-            print(f"llm2clip {name}: error: {_message(error, name)}{ending}", file=sys.stderr)
+            print(printable(f"llm2clip {name}: error: {_message(error, name)}{ending}"), file=sys.stderr)
             return status or 2
     # Imported here, because it imports torch, which --help must not wait for.
     from llm2clip.utils.processes import leave_process_group, process_state
 
     if process_state().is_main_process:
         for key, value in result.items():
-            print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+            print(f"{key}: {value:.4f}" if isinstance(value, float) else printable(f"{key}: {value}"))
     leave_process_group()
     return 0
 
 
 def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"the argument {argument!r} is not valid UTF-8; use a terminal, and file names, in UTF-8."
+            ) from None
     command = COMMANDS[name]
     module: Any = importlib.import_module(command.module)
     quiet_libraries()
@@ -172,6 +189,31 @@ def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
     return (module.run(config, resume=namespace.resume) if command.resumes else module.run(config)) or {}
 
 
+def _stopped(name: str, stop: KeyboardInterrupt | StoppedError, log_file: LogFile) -> int:
+    """Say how to go on after Ctrl-C or SIGTERM; returns the exit code."""
+    logger.debug("llm2clip %s was stopped", name, exc_info=True)
+    close_bars()
+    status, cause = (INTERRUPTED, "Ctrl-C") if isinstance(stop, KeyboardInterrupt) else (TERMINATED, "SIGTERM")
+    if is_main_process():
+        print(f"llm2clip {name}: stopped by {cause}; {_way_on(name, log_file)}", file=sys.stderr, flush=True)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        # The other processes may be in the middle of a collective operation, for which an orderly end would wait.
+        logging.shutdown()
+        os._exit(status)
+    return status
+
+
+def _way_on(name: str, log_file: LogFile) -> str:
+    command, folder = COMMANDS[name], log_file.error_folder
+    if command.resumes and folder is not None:
+        from llm2clip.trainers.checkpoints import last_checkpoint
+
+        found = last_checkpoint(folder) or last_checkpoint(folder / "warm_start")
+        return "it has no checkpoint yet." if found is None else f"add --resume to go on from {found}."
+    return f"the same command {'goes on where it was' if command.goes_on else 'starts it again'}."
+
+
 def _parser(name: str, config_class: Any) -> argparse.ArgumentParser:
     command = COMMANDS[name]
     parser = argparse.ArgumentParser(prog=f"llm2clip {name}", description=command.help, allow_abbrev=False)
@@ -194,7 +236,7 @@ def _parser(name: str, config_class: Any) -> argparse.ArgumentParser:
 
 def _message(error: Exception, name: str) -> str:
     """Return the message of an error; a DataLoader's worker hides it at the end of a traceback."""
-    text = str(error)
+    text = explain(error) or str(error)
     if "Original Traceback (most recent call last)" in text:
         text = text.strip().splitlines()[-1].partition(": ")[2]
     if text.startswith("Repo id must "):

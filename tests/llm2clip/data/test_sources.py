@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import io
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import pytest
 
-from llm2clip.data import CaptionSource, PairSource, load_source
+from llm2clip.data import CaptionSource, PairSource, distinct_captions, load_source
+from llm2clip.data.check_data import check_data
 from llm2clip.data.records import column_texts
+from llm2clip.data.shard_rows import count_rows
+from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sources import SourceError
 from llm2clip.data.transforms import decode_image
+from llm2clip.search.table_images import TableImages
 
 from .conftest import CONCEPTS, ROWS, captions
 
@@ -161,3 +168,66 @@ def test_error_for_an_unknown_field_suggests_the_nearest_one() -> None:
 def test_invalid_field_values_are_rejected(fields: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="somewhere"):
         CaptionSource("somewhere", **fields)
+
+
+def write_tar(path: Path, rows: int = 8) -> list[tarfile.TarInfo]:
+    with tarfile.open(path, "w") as archive:
+        for row in range(rows):
+            for name, content in ((f"{row}.jpg", b"a picture"), (f"{row}.txt", f"caption {row}".encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    with tarfile.open(path) as archive:
+        return archive.getmembers()
+
+
+def cut_in_a_file(content: bytes, member: tarfile.TarInfo) -> bytes:
+    return content[: member.offset_data + 3]
+
+
+def cut_in_a_header(content: bytes, member: tarfile.TarInfo) -> bytes:
+    return content[: member.offset + 100]
+
+
+def cut_between_files(content: bytes, member: tarfile.TarInfo) -> bytes:
+    return content[: member.offset]
+
+
+def damaged_header(content: bytes, member: tarfile.TarInfo) -> bytes:
+    return content[: member.offset] + b"x" * 200 + content[member.offset + 200 :]
+
+
+def zero_header(content: bytes, member: tarfile.TarInfo) -> bytes:
+    return content[: member.offset] + bytes(512) + content[member.offset + 512 :]
+
+
+DOORS: dict[str, Callable[[str], object]] = {
+    "table": lambda path: load_source(CaptionSource(path, caption_columns=["txt"])),
+    "captions of a stream": lambda path: distinct_captions(
+        CaptionSource(path, caption_columns=["txt"], streaming=True)
+    ),
+    "rows of a stream": lambda path: count_rows(path),
+    "shard": lambda path: ShardedSource(CaptionSource(path, caption_columns=["txt"], streaming=True)).read(
+        ShardedSource(CaptionSource(path, caption_columns=["txt"], streaming=True)).shards[0]
+    ),
+    "index": lambda path: TableImages(path),
+    "check-data": lambda path: check_data(CaptionSource(path, caption_columns=["txt"]), with_images=False),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    "damage",
+    [cut_in_a_file, cut_in_a_header, cut_between_files, damaged_header, zero_header],
+    ids=lambda x: x.__name__,
+)
+def test_a_damaged_tar_is_an_error_at_every_door(
+    damage: Callable[[bytes, tarfile.TarInfo], bytes], door: str, tmp_path: Path
+) -> None:
+    """`datasets` takes what comes before the damage for the whole."""
+    path = tmp_path / "00000.tar"
+    members = write_tar(path)
+    DOORS[door](str(path))
+    path.write_bytes(damage(path.read_bytes(), members[11]))
+    with pytest.raises(SourceError, match=r"00000\.tar .*(cut short|damaged|unexpected end)"):
+        DOORS[door](str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,46 @@ def test_folders_with_and_without_captions_are_opened(tmp_path: Path) -> None:
     assert isinstance(captioned, TableImages)
     assert next(captioned.batches())["caption"].to_pylist() == ["a caption"]
     assert isinstance(open_images(DemoConfig()), TableImages)
+
+
+@pytest.mark.parametrize("damage", ["manifest", "table", "cut", "emptied"])
+def test_a_damaged_cache_is_built_again(
+    damage: str, model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Gallery.open(str(model_folder), bundled_images(8), tmp_path)
+    expected = [shown.score for shown in first.search("a camera", top=8)]
+    (folder,) = tmp_path.glob("index-*")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    assert len(files) > 3
+    for path in files:
+        if damage == "manifest" and path.name == "manifest.json":
+            path.write_text("{")
+        if damage == "table" and path.suffix == ".lance":
+            path.unlink()
+        if damage == "cut" and path.suffix == ".lance":
+            os.truncate(path, path.stat().st_size // 2)
+        if damage == "emptied":
+            path.write_bytes(b"")
+    again = Gallery.open(str(model_folder), bundled_images(8), tmp_path)
+    assert [shown.score for shown in again.search("a camera", top=8)] == pytest.approx(expected)
+    assert f"the index {folder} cannot be used and is built again: " in caplog.text
+
+
+def test_most_images_of_a_folder_may_be_removed_between_two_starts(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(4):
+        IMAGES[number].save(folder / f"{number}.png")
+    assert len(Gallery.open(str(model_folder), FolderImages(folder), tmp_path / "cache")) == 4
+    for number in range(3):
+        (folder / f"{number}.png").unlink()
+    assert len(Gallery.open(str(model_folder), FolderImages(folder), tmp_path / "cache")) == 1
+
+
+def test_what_a_visitor_sends_is_limited(gallery: Gallery) -> None:
+    with pytest.raises(ValueError, match=r"The caption has 10,001 characters; write at most 10,000\."):
+        gallery.search("a" * 10_001)
+    with pytest.raises(ValueError, match=r"These are 1,001 labels; give at most 1,000\."):
+        gallery.classify(IMAGES[0], [str(number) for number in range(1001)])
+    with pytest.raises(ValueError, match="The caption has"):
+        gallery.classify(IMAGES[0], LABELS, "{}" + "a" * 10_000)

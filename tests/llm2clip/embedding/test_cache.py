@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 from collections.abc import Callable
@@ -197,3 +198,16 @@ def test_index_distinguishes_keys_with_equal_halves() -> None:
     assert index.find(keys).tolist() == [0, 1, 2, 3, 4]
     assert index.find(np.array([[5, 4], [9, 2], [10, 1], [-8, 1], [9, 1]], dtype=np.int64)).tolist() == [-1] * 4 + [4]
     assert KeyIndex(np.empty((0, 2), np.int64)).find(keys).tolist() == [-1] * 5
+
+
+@pytest.mark.parametrize("shard_size", [10, 100])
+def test_a_shard_that_is_cut_short_while_open_is_an_error(shard_size: int, tmp_path: Path) -> None:
+    """The system would end the process (SIGBUS)."""
+    build(tmp_path, TEXTS, shard_size=shard_size)
+    cache = EmbeddingCache.open(tmp_path, verify=False)
+    number = 36 // shard_size
+    os.truncate(cache.shard_path(number), 100)
+    with pytest.raises(CacheDamagedError, match=rf"shard-0000{number}\.safetensors was cut short while it was open"):
+        cache.lookup(TEXTS[36:])
+    with pytest.raises(CacheDamagedError, match="was cut short"):
+        cache.check_finite()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from llm2clip.embedding import EmbeddingCache, embed
@@ -86,6 +87,27 @@ def test_weights_are_read_only_where_the_record_differs(
     stale.text_model_fingerprint = f"2-{'0' * 32}"
     with pytest.raises(CacheMismatchError, match="the text encoder in use has fingerprint 2-0000"):
         open_cache_of_model(inputs.cache, stale, tokenizer, is_trained=True)
+    assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True))
+    monkeypatch.setattr(opening, "read_fingerprints", None)
+    assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True))
+
+
+def test_weights_that_were_replaced_under_their_config_are_noticed(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(inputs.text, tmp_path / "text")
+    weights = tmp_path / "text" / "model.safetensors"
+    tensors, saved = load_file(weights), weights.read_bytes()
+    name = next(name for name in tensors if tensors[name].ndim == 2)
+    save_file({**tensors, name: tensors[name].flip(0).contiguous()}, weights, {"format": "pt"})
+    _, tokenizer = describe_text_tower(inputs.text)
+    config = config_of(str(tmp_path / "text"))
+    for is_trained in (True, False):
+        with pytest.raises(CacheMismatchError, match=r"text has other weights than its config\.json records"):
+            open_cache_of_model(inputs.cache, config, tokenizer, is_trained=is_trained)
+    weights.write_bytes(saved)
+    assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True))
+    # Files that stay the same are read once.
     monkeypatch.setattr(opening, "read_fingerprints", None)
     assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import datasets
@@ -11,7 +12,7 @@ import torch
 from llm2clip.data import CaptionSource
 from llm2clip.data.records import caption_keys
 from llm2clip.data.shards import ShardedSource
-from llm2clip.embedding.cache_files import CacheMismatchError
+from llm2clip.embedding.cache_files import CacheDamagedError, CacheMismatchError
 from llm2clip.embedding.embed_shards import ShardEmbedder, list_jobs
 from llm2clip.embedding.sidecar_store import SidecarStore, open_reused
 from llm2clip.embedding.sidecars import SourceSidecars
@@ -69,3 +70,13 @@ def test_keys_on_disk_are_found_as_in_memory(count: int, tmp_path: Path) -> None
     ]
     if count:
         assert torch.equal(store.read(places[:-1][::-1].copy()), encoder.embed(texts[::-1]).half())
+
+
+def test_a_sidecar_that_is_cut_short_while_open_is_an_error(tmp_path: Path) -> None:
+    embed(write_shards(tmp_path / "data", 2), tmp_path / "out")
+    store = SidecarStore.open(str(tmp_path / "out"))
+    places = store.find(caption_keys(["dog 1"]))
+    (cut,) = [path for path in (tmp_path / "out").rglob("*.safetensors") if path.name.startswith("1.")]
+    os.truncate(cut, 100)
+    with pytest.raises(CacheDamagedError, match="was cut short while it was open; run `llm2clip embed`"):
+        store.read(places)

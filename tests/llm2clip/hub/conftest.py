@@ -65,7 +65,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def upload(hub: LoopbackHub, folder: Path, token: str | bool = TOKEN, **settings: Any) -> dict[str, Any]:
     """Push a folder to the loopback hub without loading it first."""
-    config = push.PushConfig(**{"folder": str(folder), "repo_id": REPO, "validate": False, **settings})
+    config = push.PushConfig(**{"folder": str(folder), "repo_id": REPO, "check": False, **settings})
     return push.run(config, HfApi(endpoint=hub.url, token=token))
 
 

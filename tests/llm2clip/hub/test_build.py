@@ -324,6 +324,16 @@ def test_overwrite_deletes_nothing_but_an_earlier_build(
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
+def test_a_model_with_outputs_that_are_not_finite_is_not_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.save(tmp_path / "model")
+    torch.nn.init.constant_(model.visual_projection.weight, float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    refused(capsys, "samples are NaN or infinite: image 0", tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_are_freed_before_the_new_process_loads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.save(tmp_path / "model")
     load, loaded, compare, places = SourceModel.load, [], source_model.compare_with_new_process, []

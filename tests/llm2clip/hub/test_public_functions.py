@@ -28,7 +28,7 @@ def test_checkpoint_is_converted_built_and_pushed_by_functions_alone(
     assert converted["written"] == str(tmp_path / "converted")
     built = llm2clip.build_folder(tmp_path / "converted", tmp_path / "built", license="mit")
     assert built["written"] == str(tmp_path / "built")
-    pushed = llm2clip.push_folder(tmp_path / "built", "tester/tiny", validate=False)
+    pushed = llm2clip.push_folder(tmp_path / "built", "tester/tiny", check=False)
     assert pushed["repo"] == f"{hub.url}/tester/tiny"
     arrived = hub.repo("tester/tiny").files()
     assert arrived["model.safetensors"] == (tmp_path / "built" / "model.safetensors").read_bytes()

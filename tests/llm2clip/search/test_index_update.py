@@ -213,3 +213,39 @@ def test_a_second_concurrent_run_is_refused(
         index(pictures, model[0], tmp_path / "index")
     monkeypatch.setattr(ImageEmbedder, "_forward", forward)
     assert index(pictures, model[0], tmp_path / "index")[0] == 12
+
+
+def test_an_index_of_which_most_images_are_gone_stays_as_it_is(pictures: Path, model: Model, tmp_path: Path) -> None:
+    """As when a disk is not mounted: the folder is there, and almost nothing in it."""
+    output = tmp_path / "index"
+    index(pictures, model[0], output)
+    before = content(output)
+    files = sorted(pictures.rglob("[0-9]*.png"))
+    for file in files[:7]:
+        file.rename(tmp_path / file.name)
+    with pytest.raises(
+        ValueError, match=r"7 of the 12 images or captions of the index .* are gone .*--allow-removals"
+    ):
+        index(pictures, model[0], output)
+    assert content(output) == before
+    files[6].write_bytes((tmp_path / files[6].name).read_bytes())
+    # Half of them may go.
+    assert index(pictures, model[0], output)[2:] == (6, 0, 6)
+    for file in files[6:11]:
+        file.unlink()
+    assert index(pictures, model[0], output, allow_removals=True) == (0, 1, 5, 0, 1)
+
+
+def test_images_that_are_missing_for_a_while_are_not_embedded_again(
+    pictures: Path, model: Model, tmp_path: Path
+) -> None:
+    output = tmp_path / "index"
+    index(pictures, model[0], output)
+    pictures.rename(tmp_path / "mounted")
+    pictures.mkdir()
+    (pictures / "new.png").write_bytes(encoded(picture(50)))
+    with pytest.raises(ValueError, match="12 of the 12 images or captions"):
+        index(pictures, model[0], output)
+    shutil.rmtree(pictures)
+    (tmp_path / "mounted").rename(pictures)
+    assert index(pictures, model[0], output) == (0, 12, 0, 0, 12)

@@ -20,6 +20,7 @@ from llm2clip import cli
 from llm2clip.data import decode_image
 from llm2clip.search.index import IndexConfig
 from llm2clip.search.index import run as index
+from llm2clip.utils.terminal import OBEYED
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from tests.modeling_llm2clip import tiny
 
@@ -100,6 +101,29 @@ def test_markup_in_queries_is_printed_literally(indexed: Path, capsys: pytest.Ca
         assert [found["text"] for found in as_json(capsys, indexed, query)] == [query]
         assert cli.main(["search", str(indexed), query]) == 0
         assert capsys.readouterr().out.splitlines()[0].strip() == query
+
+
+def test_escape_sequences_do_not_reach_the_terminal(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = "\x1b[2J\x1b]0;title\x07 red \x9b31m \u202ereversed"
+    data = datasets.Dataset.from_dict(
+        {"image": [{"bytes": encoded(picture(0)), "path": None}], "caption": [hostile]},
+        features=datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")}),
+    )
+    data.to_parquet(tmp_path / "data.parquet")
+    folder = str(tmp_path / "index")
+    settings = {"model": str(model[0]), "output_dir": folder, "num_workers": 0}
+    index(IndexConfig(folder=str(tmp_path / "data.parquet"), **settings))
+    capsys.readouterr()
+    assert cli.main(["search", folder, f"query {hostile}"]) == 0
+    shown = capsys.readouterr()
+    assert not OBEYED.search(shown.out + shown.err)
+    assert shown.out.count("\\u001b") == 4
+    (found,) = as_json(capsys, folder, hostile)
+    assert (found["text"], found["results"][0]["caption"]) == (hostile, hostile)
+    assert cli.main(["search", folder, hostile, "--json"]) == 0
+    assert not OBEYED.search(capsys.readouterr().out)
 
 
 def test_the_page_embeds_thumbnails_and_escapes_texts(

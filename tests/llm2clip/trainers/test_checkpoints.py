@@ -75,6 +75,16 @@ def test_a_damaged_checkpoint_is_passed_over(
         start(settings(tmp_path, resume_from_checkpoint=str(damaged)), resume=False)
 
 
+def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path, 9)
+    files = (tmp_path / ".tmpAbC123", checkpoint / ".tmpAbC123", tmp_path / "notes.tmp")
+    for path in files:
+        path.touch()
+    start(settings(tmp_path), resume=True)
+    assert [path.exists() for path in files] == [False, False, True]
+    assert last_checkpoint(tmp_path) == checkpoint
+
+
 def test_old_checkpoints_are_deleted_only_for_whole_ones(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         save(tmp_path, step, limit=2)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel
 
@@ -23,8 +24,8 @@ from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 
 
-def build(inputs: Inputs, folder: Path, **options: Any) -> FrozenStatesDataset:
-    source = CaptionSource.from_dict(tiny.concepts(max_samples=16))
+def build(inputs: Inputs, folder: Path, fields: dict[str, Any] | None = None, **options: Any) -> FrozenStatesDataset:
+    source = CaptionSource.from_dict(fields or tiny.concepts(max_samples=16))
     processor = AutoImageProcessor.from_pretrained(inputs.vision)
     tower = AutoModel.from_pretrained(inputs.vision)
     return FrozenStatesDataset(
@@ -122,3 +123,35 @@ def test_a_full_disk_is_an_error_before_anything_is_computed(
     states = build(inputs, tmp_path)
     assert np.isfinite(states.states).all()
     assert states.states.any()
+
+
+def test_states_of_other_pictures_behind_the_same_table_are_computed(inputs: Inputs, tmp_path: Path) -> None:
+    for number in range(4):
+        Image.new("RGB", (28, 28), (number, 0, 0)).save(tmp_path / f"{number}.bmp")
+    table = tmp_path / "table.csv"
+    table.write_text("image,caption\n" + "".join(f"{number}.bmp,picture {number}\n" for number in range(4)))
+    source = {"path": str(table), "caption_columns": ["caption"]}
+
+    def build_again() -> FrozenStatesDataset:
+        return build(inputs, tmp_path / "states", source)
+
+    first = build_again()
+    assert build_again().folder == first.folder
+    picture = tmp_path / "2.bmp"
+    status = picture.stat()
+    Image.new("RGB", (28, 28), (0, 255, 0)).save(picture)
+    second = build_again()
+    assert second.folder != first.folder
+    assert [bool((second.states[row] != first.states[row]).any()) for row in range(4)] == [False, False, True, False]
+    # Size and time may be equal all the same.
+    Image.new("RGB", (28, 28), (0, 0, 255)).save(picture)
+    os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert picture.stat().st_size == status.st_size
+    assert build_again().folder not in (first.folder, second.folder)
+
+
+def test_states_that_are_cut_short_while_open_are_an_error(inputs: Inputs, tmp_path: Path) -> None:
+    dataset = build(inputs, tmp_path)
+    os.truncate(dataset.folder / STATES, 200)
+    with pytest.raises(ValueError, match=r"states\.npy was cut short while it was open"):
+        dataset[SampleIndex(0, 15)]

@@ -170,3 +170,19 @@ with temporary_path(Path(sys.argv[1])) as path:
         removed = files.remove_leftovers([ended, ending], patience=30)
         assert [path.name.split(".")[1] for path in removed] == ["ending"]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mapped_file_that_is_cut_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_bytes(bytes(100))
+    mapped = files.MappedFile(path)
+    with path.open("ab") as file:
+        file.write(b"more")
+    assert not mapped.is_cut()
+    os.truncate(path, 99)
+    assert mapped.is_cut()
+    (tmp_path / "new").write_bytes(b"replaced")
+    (tmp_path / "new").replace(path)
+    assert not mapped.is_cut()
+    path.unlink()
+    assert not mapped.is_cut()

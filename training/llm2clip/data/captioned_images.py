@@ -23,13 +23,17 @@ from llm2clip.data.sources import (
     CaptionSource,
     Columns,
     OpenedTable,
+    SourceError,
     Table,
-    load_source,
+    open_source,
     row_batches,
+    select_source,
     top_level,
 )
 from llm2clip.data.streams import Attach, StreamRow
+from llm2clip.data.tar_rows import refuse_damaged_tars
 from llm2clip.data.transforms import EvalTransform, TrainTransform
+from llm2clip.utils.files import DAMAGED
 from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.settings import check_choices
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
@@ -247,14 +251,17 @@ def caption_batches(
     source: CaptionSource, rank: int = 0, world_size: int = 1, show_progress: bool = True
 ) -> Iterator[list[str]]:
     """Yield the captions of this rank's share of a source by row, column and list entry, a thousand rows at a time."""
-    table = load_source(source, with_images=False)
+    opened = open_source(source)
+    if source.streaming and opened.is_webdataset and rank == 0:
+        refuse_damaged_tars(opened.files)
+    table = select_source(source, opened, with_images=False)
     table = table.select_columns(list(dict.fromkeys(top_level(table, name) for name in source.caption_columns)))
     if world_size > 1:
         table = split_dataset_by_node(table, rank, world_size)
     total = len(table) if isinstance(table, datasets.Dataset) else None
     num_empty = 0
     with progress_bar(f"Captions of {source.path}", total, "row", show_progress and rank == 0) as bar:
-        for found in captions_by_row(table, source.caption_columns):
+        for found in _with_place(captions_by_row(table, source.caption_columns), source.path):
             num_empty += found.count([])
             yield [text for texts in found for text in texts]
             bar.update(advance=len(found))
@@ -266,6 +273,16 @@ def captions_by_row(table: Table, columns: Sequence[str]) -> Iterator[list[list[
     """Yield the captions of each row of a table, by column and list entry, a thousand rows at a time."""
     for rows in row_batches(table):
         yield [[text for column in columns for text in column_texts(row, column)] for row in rows]
+
+
+def _with_place(found: Iterator[list[list[str]]], path: str) -> Iterator[list[list[str]]]:
+    """Name the source where a caption is not text, or a file is damaged."""
+    try:
+        yield from found
+    except TypeError as error:
+        raise SourceError(f"{path}: {error}") from error
+    except DAMAGED as error:
+        raise SourceError(f"{path} cannot be read: {error or type(error).__name__}") from error
 
 
 def distinct_captions(sources: CaptionSource | Sequence[CaptionSource], show_progress: bool = True) -> list[str]:

@@ -19,6 +19,9 @@ from llm2clip.utils.progress import progress_bar
 # Of the function that makes a key.
 VERSION = 1
 BATCH = 256
+NO_IMAGE: dict[str, Any] = {"bytes": None, "path": None}
+# Images of a table whose bytes tell whether all are the same.
+SAMPLED = 64
 
 
 def image_keys(table: datasets.Dataset, column: str) -> np.ndarray:
@@ -34,7 +37,7 @@ def image_keys(table: datasets.Dataset, column: str) -> np.ndarray:
         with path.open("wb") as file, progress_bar("Hashing images", len(images), "image", len(images) > BATCH) as bar:
             for start in range(0, len(images), BATCH):
                 values = images[start : start + BATCH][column]
-                file.write(b"".join(_digest(value or {"bytes": None, "path": None}) for value in values))
+                file.write(b"".join(_digest(value or NO_IMAGE) for value in values))
                 bar.update(advance=len(values))
 
     path = shared_file("image-keys", identity, write)
@@ -49,6 +52,17 @@ def content_keys(images: Iterable[bytes | str | os.PathLike[str]]) -> np.ndarray
     """
     digests = b"".join(_digest(_record(image)) for image in images)
     return np.frombuffer(digests, dtype="<i8").reshape(-1, 2).astype(np.int64, copy=False)
+
+
+def images_state(table: datasets.Dataset, column: str) -> str:
+    """Identify the images of a column of `Image(decode=False)` without reading all of them.
+
+    The hash is of the paths, sizes and times of images that are files, and of the bytes of some images.
+    """
+    images = table.select_columns([column])
+    rows = np.unique(np.linspace(0, len(images) - 1, SAMPLED).astype(int)) if len(images) else np.empty(0, int)
+    sampled = images.select(rows)[column] if len(rows) else []
+    return digest_json([_files(images, column), [_digest(value or NO_IMAGE).hex() for value in sampled]])
 
 
 def _record(image: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from modeling_llm2clip.image_decoding_llm2clip import SampleError
+from modeling_llm2clip.tokenization_llm2clip import SURROGATE
 
 # What to do with a damaged image or a row without caption.
 OnError = Literal["raise", "skip"]
@@ -31,9 +32,11 @@ def clean_caption(text: Any) -> str | None:
     """Strip surrounding white space; returns None for an empty or missing text.
 
     Raises:
-        TypeError: If `text` is something else than text.
+        TypeError: If `text` is something else than text, or has a lone surrogate, which no encoding has.
     """
     if isinstance(text, str):
+        if not text.isascii() and (half := SURROGATE.search(text)) is not None:
+            raise TypeError(f"a caption must be text, but {text!r:.80} has half a character (U+{ord(half[0]):04X})")
         return text.strip() or None
     if text is None or (isinstance(text, float) and np.isnan(text)):
         return None

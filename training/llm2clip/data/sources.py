@@ -7,7 +7,6 @@ import glob
 import math
 import os
 import re
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
+from llm2clip.utils.files import DAMAGED
 from llm2clip.utils.remote_path import refuse_pipe
 from llm2clip.utils.settings import build_config
 
@@ -312,6 +312,10 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         if streaming:
             table: Table = builder.as_streaming_dataset(split)
         else:
+            if isinstance(builder, WebDataset):
+                from llm2clip.data.tar_rows import refuse_damaged_tars  # which imports this module
+
+                refuse_damaged_tars(file for part in split_names(split) for file in files.get(part, []))
             builder.download_and_prepare()
             table = builder.as_dataset(split)
     except SourceError:
@@ -322,7 +326,7 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         raise FileNotFoundError(
             f"{path!r} is not a local file or folder, and the Hub cannot be reached to look for it ({error})."
         ) from error
-    except (OSError, ValueError, DatasetsError, tarfile.TarError) as error:
+    except (*DAMAGED, ValueError, DatasetsError) as error:
         cause = error.__cause__ or error
         raise SourceError(f"Reading {path} failed: {type(cause).__name__}: {cause}") from error
     return OpenedTable(

@@ -19,6 +19,10 @@ from llm2clip.utils.settings import setting
 QUICKSTART_MODEL = "runs/quickstart/llm2clip"
 
 
+# Requests that wait for the model; further ones are told to come back later.
+MAX_WAITING = 32
+
+
 @dataclass
 class DemoConfig:
     """Settings of `llm2clip demo`."""
@@ -36,8 +40,13 @@ class DemoConfig:
     cache_dir: str = setting("runs/demo", "Folder of the search indexes, which the next start uses again.")
     host: str | None = setting(None, "Address to listen on, e.g. 0.0.0.0; by default only this machine can connect.")
     port: int | None = setting(None, "Port; by default the first free port from 7860 on.")
+    max_upload_mb: int = setting(20, "Largest picture that can be uploaded, in megabytes.")
     write_space: str | None = setting(None, "Write the demo into this folder as a Space for the Hub; do not serve it.")
     overwrite: bool = setting(False, "Replace a folder that --write-space wrote and that holds nothing else.")
+
+    def __post_init__(self) -> None:
+        if self.max_upload_mb < 1:
+            raise ValueError(f"max_upload_mb must be at least 1, not {self.max_upload_mb}.")
 
 
 def run(config: DemoConfig) -> dict[str, Any]:
@@ -68,7 +77,9 @@ def run(config: DemoConfig) -> dict[str, Any]:
     images = open_images(config)
     galleries = [(name, Gallery.open(name, images, cache_dir)) for name in names]
     page = build_interface(galleries, config.data is None, cache_dir / "examples")
+    page.queue(max_size=MAX_WAITING)
     _, address, _ = page.launch(
+        max_file_size=config.max_upload_mb * 10**6,
         server_name=config.host, server_port=config.port, share=False, theme=THEME, css=CSS, footer_links=[],
         ssr_mode=False, pwa=False, quiet=True, prevent_thread_lock=True,
     )  # fmt: skip

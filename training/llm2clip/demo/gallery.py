@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +23,15 @@ from llm2clip.search.index_update import UpdateSettings, update_index
 from llm2clip.search.lance_store import LanceStore
 from llm2clip.search.results import ResultImages, SearchResult
 from llm2clip.search.table_images import TableImages
+from llm2clip.utils.non_finite import NonFiniteError
 from llm2clip.utils.processes import process_state
 from modeling_llm2clip import LLM2CLIPModel
 
+logger = logging.getLogger(__name__)
+
 MAP_WIDTH = 448
+# Of what a visitor may send: each label is a pass through the LLM.
+MAX_CHARACTERS, MAX_LABELS = 10_000, 1_000
 # Name of an uploaded picture in error messages.
 QUERY = "query"
 
@@ -57,9 +64,23 @@ class Gallery:
         self.processor = processor
         self._embedder = ImageEmbedder(model, processor.image_processor, model.name_or_path or "")
         folder = cache_dir / f"index-{self._key(images)}"
-        update_index(LanceStore(folder), images, self._embedder, UpdateSettings(dtype="float32"))
-        self.index = ImageIndex.open(folder)
+        self.index = self._updated_index(folder, images)
         self._images = ResultImages(self.index.manifest, images if isinstance(images, TableImages) else None)
+
+    def _updated_index(self, folder: Path, images: IndexedImages) -> ImageIndex:
+        """Bring an index up to date; one that cannot be read is built again, because all of it can be."""
+        settings = UpdateSettings(dtype="float32", allow_removals=True)
+        try:
+            update_index(LanceStore(folder), images, self._embedder, settings)
+            return ImageIndex.open(folder)
+        except NonFiniteError:
+            raise
+        except (OSError, ValueError) as error:
+            if not folder.exists():
+                raise
+            logger.warning("the index %s cannot be used and is built again: %s", folder, error)
+        update_index(LanceStore(folder), images, self._embedder, replace(settings, overwrite=True))
+        return ImageIndex.open(folder)
 
     @classmethod
     def open(cls, name: str, images: IndexedImages, cache_dir: Path) -> Gallery:
@@ -104,14 +125,16 @@ class Gallery:
             template: A caption with `{}` in place of the label.
 
         Raises:
-            ValueError: There are fewer than two labels, or the template lacks `{}`.
+            ValueError: There are fewer than two labels or too many, or the template lacks `{}`.
         """
         names = list(dict.fromkeys(label.strip() for label in labels if label.strip()))
         if len(names) < 2:
             raise ValueError("Give at least two different labels: their probabilities are relative to each other.")
+        if len(names) > MAX_LABELS:
+            raise ValueError(f"These are {len(names):,} labels; give at most {MAX_LABELS:,}.")
         if "{}" not in template:
             raise ValueError(f"The template {template!r} needs {{}} in place of the label.")
-        captions = [template.replace("{}", name) for name in names]
+        captions = [_short(template.replace("{}", name)) for name in names]
         cosines = self.model.encode_text(captions, self.processor) @ self._embed(image)
         scale = self.model.logit_scale.detach().float().cpu().exp()
         return dict(zip(names, (scale * cosines).softmax(dim=0).tolist(), strict=True))
@@ -133,10 +156,17 @@ class Gallery:
         if isinstance(query, str):
             if not query.strip():
                 raise ValueError("There is no caption yet: describe what the picture should show.")
-            return self.model.encode_text([query], self.processor)[0]
+            return self.model.encode_text([_short(query)], self.processor)[0]
         return torch.from_numpy(self._embedder.embed(query, QUERY))
 
     def _key(self, images: IndexedImages) -> str:
         """Identify the images and the model with its preprocessing."""
         parts = [images.source, self._embedder.fingerprint()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _short(caption: str) -> str:
+    """Return a caption; raise ValueError if tokenizing it would keep other visitors waiting."""
+    if len(caption) > MAX_CHARACTERS:
+        raise ValueError(f"The caption has {len(caption):,} characters; write at most {MAX_CHARACTERS:,}.")
+    return caption

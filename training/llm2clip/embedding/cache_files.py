@@ -20,6 +20,7 @@ import torch
 import transformers
 
 from llm2clip.utils.files import read_json, write_json
+from llm2clip.utils.settings import build_config
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,10 @@ class StoreManifest:
         if missing := names - set(values) - cls.LATER:
             message = f"{path} lacks {', '.join(sorted(missing))}; delete the folder and {cls.REMEDY}."
             raise CacheDamagedError(message)
-        return cls(**{name: values[name] for name in names & set(values)})
+        try:
+            return build_config(cls, {name: values[name] for name in names & set(values)}, str(path))
+        except ValueError as error:
+            raise CacheDamagedError(f"{str(error).rstrip('.')}; delete the folder and {cls.REMEDY}.") from error
 
 
 @dataclass(kw_only=True)
@@ -265,6 +269,9 @@ def read_shard(path: Path, rows: int, hidden_size: int, advice: str) -> Shard:
         start, end = 8 + length, 8 + length + max(end, keys_end)
         shape, keys_shape = tuple(embeddings["shape"]), tuple(keys["shape"])
         dtype, metadata = DTYPES[embeddings["dtype"]], header.get("__metadata__", {})
+        sizes = math.prod(shape) * dtype.itemsize, math.prod(keys_shape) * 8
+        if sizes != (embeddings["data_offsets"][1] - offset, keys_end - keys_offset):
+            raise ValueError("its shapes do not fit its sizes")
     except (ValueError, KeyError, TypeError) as error:
         raise CacheDamagedError(f"The shard {path} ({size} bytes) has no valid header ({error}); {advice}.") from error
     if size != end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -10,16 +11,22 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from llm2clip.data.shards import SourceShard
+from llm2clip.data.shared_files import shared_file
 from llm2clip.embedding.cache import EmbeddingCache, refuse_other_encoder
-from llm2clip.embedding.cache_files import ACCEPTED_EARLIER, CacheManifest
+from llm2clip.embedding.cache_files import ACCEPTED_EARLIER, CacheManifest, CacheMismatchError
 from llm2clip.embedding.sidecars import SourceSidecars, stored_encoder
+from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.processes import on_main_process
+from llm2clip.utils.repos import inspect_repo
 from llm2clip.utils.text_identity import read_fingerprints, tokenizer_fingerprint
 from llm2clip.utils.towers import describe_text_tower, is_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 from modeling_llm2clip.identity_llm2clip import is_earlier_rule
 
 logger = logging.getLogger(__name__)
+
+# Of the fingerprints that are kept.
+VERSION = 1
 
 
 def open_cache_of_model(
@@ -32,8 +39,10 @@ def open_cache_of_model(
 ) -> EmbeddingCache:
     """Open the embedding cache of a model, whose config records the fingerprint of its text tower.
 
-    The record is compared first. Only where it differs does one process read the weights of the tower: an earlier
-    release or an adapter on weights of another dtype may have recorded another one. The config is updated.
+    The record is compared first. Where it differs, one process reads the weights of the tower: an earlier release or
+    an adapter on weights of another dtype may have recorded another one. The config is updated. Where it fits, the
+    weights of a local tower are read once per machine, as long as its files stay the same: they may have been replaced
+    since the record.
 
     Args:
         is_trained: Whether the model's adapter was trained with the recorded tower, and fits no other.
@@ -69,10 +78,22 @@ def open_sidecars_of_model(
 
 
 def check_encoder(path: str | Path, manifest: CacheManifest, config: LLM2CLIPConfig, is_trained: bool) -> str | None:
-    """Return the fingerprint that embeddings must have for a model, or None if they fit; see `open_cache_of_model`."""
+    """Return the fingerprint that embeddings must have for a model, or None if they fit; see `open_cache_of_model`.
+
+    Raises:
+        CacheMismatchError: They fit the record of the text tower, but its weights are others.
+    """
     made_by = manifest.fingerprint
     recorded = config.text_model_fingerprint
     fits = recorded in (None, made_by)
+    if fits and recorded is not None:
+        found = on_main_process(partial(_read_once, config))
+        if found != [None, None] and recorded not in found:
+            raise CacheMismatchError(
+                f"{config.text_model_name_or_path} has other weights than its config.json records (fingerprint "
+                f"{found[0]}, recorded {recorded}), and {path} was made by the recorded ones: restore them, or "
+                "embed the captions with these."
+            )
     if not fits:
         present, earlier = on_main_process(partial(_read, config))
         if not is_trained or recorded in (present, earlier):
@@ -104,6 +125,22 @@ def describe_text_tower_of_cache(
         return described
     logger.info("Prompt of %s, from the embedding cache: %r caption %r.", name, *prompt.values())
     return own
+
+
+def _read_once(config: LLM2CLIPConfig) -> list[str | None]:
+    """Read the fingerprints of a local text tower, or those that were read of the same files before; see `_read`.
+
+    An adapter is left out: its fingerprint depends on the dtype that it was merged in.
+    """
+    name = config.text_model_name_or_path
+    if name is None or not Path(name).is_dir() or inspect_repo(name).is_adapter:
+        return [None, None]
+    files = sorted(path for path in Path(name).resolve().iterdir() if path.suffix in (".safetensors", ".json"))
+    states = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    described = json.loads(json.dumps(config.text_config.to_dict(), default=str))
+    identity = {"version": VERSION, "files": states, "config": described}
+    found = shared_file("text-fingerprint", identity, lambda path: write_json(path, {"found": _read(config)}))
+    return list(read_json(found)["found"])
 
 
 def _read(config: LLM2CLIPConfig) -> tuple[str | None, str | None]:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from llm2clip.embedding.opening import open_embedder
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.model_identity import weights_checksum
+from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.repos import RepoKind, inspect_repo
@@ -141,9 +142,9 @@ class CaptionEmbedder:
                 bar.update(advance=len(output.pooler_output))
                 return unit_features(output) if self.is_joint else output.pooler_output
 
-            return encode_tokens(
-                tokens, self.tokenizer, forward, device=device, width=self.width, batch_size=batch_size
-            )
+            options: dict[str, Any] = {"device": device, "width": self.width, "batch_size": batch_size}
+            # The callers name the captions of embeddings that are not finite.
+            return encode_tokens(tokens, self.tokenizer, forward, **options, finite=False)
 
 
 def embed_captions(
@@ -174,8 +175,12 @@ def embed_captions(
         space that captions share with images; of a text tower its own embeddings `(len(captions), hidden_size)`.
 
     Raises:
+        NonFiniteError: An embedding is NaN or infinite.
         ValueError: A caption is empty, the repository is another kind of model, or a loaded model comes without its
             processor.
     """
     embedder = open_embedder(CaptionEmbedder, model, processor, device)
-    return embedder.embed(captions, batch_size, show_progress_bar, instruction)
+    rows = embedder.embed(captions, batch_size, show_progress_bar, instruction)
+    texts = [captions] if isinstance(captions, str) else captions
+    require_finite_rows(rows, texts.__getitem__, "captions")
+    return rows

@@ -17,6 +17,7 @@ from llm2clip.embedding.cache_files import (
     open_shard,
     shard_name,
 )
+from llm2clip.utils.files import MappedFile
 
 ManifestT = TypeVar("ManifestT", bound=StoreManifest)
 
@@ -82,6 +83,7 @@ class KeyedRows(Generic[ManifestT]):
         self.path = path
         self.manifest = manifest
         self._shards = [shard.embeddings() for shard in shards]
+        self._files = [MappedFile(shard.path) for shard in shards]
         self._dtype: torch.dtype = getattr(torch, manifest.dtype)
         self._integer = INTEGERS[self._dtype.itemsize]
         self._exponent = EXPONENTS[manifest.dtype]
@@ -128,15 +130,17 @@ class KeyedRows(Generic[ManifestT]):
         """Return rows by their numbers, (n, hidden); by default in the dtype of the cache.
 
         Raises:
-            CacheDamagedError: A row is not finite.
+            CacheDamagedError: A row is not finite, or its shard has been cut short.
         """
         # As integers, because numpy has no bfloat16; numpy copies single rows faster than torch.
         if len(self._bits) == 1:
+            self._require_whole(0)
             bits = self._bits[0][rows]
         else:
             bits = torch.empty((len(rows), self.hidden_size), dtype=self._integer).numpy()
             numbers = np.searchsorted(self._starts, rows, side="right") - 1
             for number in np.unique(numbers):
+                self._require_whole(number)
                 places = np.flatnonzero(numbers == number)
                 bits[places] = self._bits[number][rows[places] - self._starts[number]]
         result = torch.from_numpy(bits).view(self._dtype)
@@ -148,13 +152,21 @@ class KeyedRows(Generic[ManifestT]):
         """Read every row once and check that it is finite; several processes share the shards.
 
         Raises:
-            CacheDamagedError: A row is not finite.
+            CacheDamagedError: A row is not finite, or its shard has been cut short.
         """
         for number in range(rank, len(self._shards), world_size):
             shard = self._shards[number]
             for start in range(0, len(shard), SCAN_ROWS):
+                self._require_whole(number)
                 first = int(self._starts[number]) + start
                 self._check_rows(shard[start : start + SCAN_ROWS], range(first, first + SCAN_ROWS))
+
+    def _require_whole(self, number: int) -> None:
+        if self._files[number].is_cut():
+            raise CacheDamagedError(
+                f"The shard {self.shard_path(number)} was cut short while it was open; delete the file and "
+                f"{self.manifest.REMEDY}, which only computes what is missing."
+            )
 
     def _check_rows(self, embeddings: torch.Tensor, rows: Sequence[int] | np.ndarray) -> None:
         """Raise an error that names the shard of the first of `rows` whose values are not finite."""

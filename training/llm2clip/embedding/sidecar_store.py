@@ -15,6 +15,7 @@ from llm2clip.embedding.cache_files import CacheDamagedError, CacheManifest, Cac
 from llm2clip.embedding.keyed_rows import KeyIndex
 from llm2clip.embedding.sidecar_files import MANIFEST_SUFFIX, REMEDY, ROWS_SUFFIX, SidecarManifest, manifest_paths
 from llm2clip.embedding.sidecars import is_sidecar_folder
+from llm2clip.utils.files import MappedFile, allocate
 
 # Of the index file.
 VERSION = 1
@@ -37,6 +38,7 @@ class SidecarStore:
         self.path, self.manifest = path, encoder
         self._index, self._shards = index, shards
         self._embeddings = [shard.embeddings() for shard in shards]
+        self._files = [MappedFile(shard.path) for shard in shards]
 
     @classmethod
     def open(cls, folder: str | Path) -> SidecarStore:
@@ -67,12 +69,14 @@ class SidecarStore:
         """Return rows by their places, (n, hidden) in the stored dtype.
 
         Raises:
-            CacheDamagedError: A row is not finite.
+            CacheDamagedError: A row is not finite, or its sidecar has been cut short.
         """
         rows = torch.empty((len(places), self.manifest.hidden_size), dtype=getattr(torch, self.manifest.dtype))
         numbers = places >> 32
         for number in np.unique(numbers):
             here = np.flatnonzero(numbers == number)
+            if self._files[number].is_cut():
+                raise CacheDamagedError(f"{self._files[number].path} was cut short while it was open; {REMEDY}.")
             found = self._embeddings[number][torch.from_numpy(places[here] & 0xFFFFFFFF)]
             if not torch.isfinite(found).all():
                 raise CacheDamagedError(
@@ -100,6 +104,8 @@ def _write_index(path: Path, shards: Sequence[Shard]) -> None:
         columns = np.memmap(path, dtype="<i8", mode="w+", shape=(3, total)) if total else np.empty((3, 0))
         if not total:
             path.touch()
+        else:
+            allocate(path, path.stat().st_size)
         start = 0
         for entries in _sorted_buckets(Path(folder)):
             for column, name in enumerate(("high", "low", "place")):

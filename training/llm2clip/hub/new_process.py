@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,12 +17,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+# Names of environment variables that the code in a folder does not get to see.
+SECRET = re.compile(r"TOKEN|SECRET|PASS|KEY|CREDENTIAL|AUTH", re.IGNORECASE)
 TOLERANCE = 1e-5
 CAPTIONS = ("a photo of a dog", "two children play football in a green park behind a red brick church")
 
 # The new process cannot import this package, although it is installed on the machine that builds the folder.
 SCRIPT = """
 import json, sys
+
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo",
+                 "socket.gethostbyname", "socket.gethostbyaddr", "subprocess.Popen", "os.system", "os.exec",
+                 "os.posix_spawn", "os.spawn"):
+        raise PermissionError(f"code of the folder tries {event}; a model opens no connection and starts no program")
+
+sys.addaudithook(refuse)
 
 class Hide:
     def find_spec(self, name, path=None, target=None):
@@ -66,6 +77,9 @@ def outputs_of_new_process(
 ) -> dict[str, Tensor]:
     """Load a folder in a new process and compute its outputs.
 
+    This runs the Python code in the folder, as everybody does who loads it with `trust_remote_code`. Python refuses it
+    connections and other programs, and its environment has no tokens. That stops mistakes; native code would get by.
+
     Args:
         folder: A saved model with its processor or tokenizer.
         image: An image, for a model with a vision tower.
@@ -88,7 +102,10 @@ def outputs_of_new_process(
         if llm_embeds is not None:
             task["llm_embeds"] = str(Path(scratch) / "llm_embeds.safetensors")
             save_file({"embeds": llm_embeds}, task["llm_embeds"])
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
+        environment = {name: value for name, value in os.environ.items() if not SECRET.search(name)}
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
+        # The file of the token that the user is logged in with.
+        environment |= {"HF_TOKEN_PATH": str(Path(scratch) / "no token"), "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
         command = [sys.executable, "-c", SCRIPT, json.dumps(task)]
         options: dict[str, Any] = {"env": environment, "cwd": scratch, "capture_output": True, "text": True}
         done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False, **options)

@@ -13,12 +13,15 @@ from safetensors import SafetensorError, safe_open
 from llm2clip.hub.cards.card import validate_card
 from llm2clip.hub.source_model import validate_folder
 from llm2clip.hub.upload import Uploader
+from llm2clip.hub.upload_files import model_files
 from llm2clip.utils.files import read_json
 from llm2clip.utils.repos import OURS, Repo, RepoKind, inspect_repo, is_hub_id
 from llm2clip.utils.settings import build_config, setting
 
 logger = logging.getLogger(__name__)
 
+# Files that a message names.
+MAX_NAMED = 10
 BUILD_FIRST = "build it first: llm2clip build MODEL FOLDER"
 
 
@@ -34,7 +37,14 @@ class PushConfig:
     )
     create_pr: bool = setting(False, "Open a pull request instead of committing.")
     commit_message: str = setting("Upload model", "Message of the commit.")
-    validate: bool = setting(True, "Before the upload, load the folder in a new process without this package.")
+    check: bool = setting(
+        True,
+        "Before the upload, load the folder in a new process without this package, which runs the Python code in it "
+        "(without network and without tokens in its environment); --no-check leaves that out.",
+    )
+    include: list[str] = setting(
+        [], "Further files to upload, as patterns such as 'results/*'; by default only what a model folder holds."
+    )
 
 
 def push_folder(folder: str | Path, repo_id: str, **settings: Any) -> dict[str, Any]:
@@ -74,15 +84,19 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
         raise ValueError(
             f"--create-pr opens a pull request against main; omit --revision {config.revision}, or --create-pr."
         )
-    if config.validate and any("--" in target for target in repo.config["auto_map"].values()):
+    if others := model_files(folder, config.include).others:
+        more = f" and {len(others) - MAX_NAMED} more" if len(others) > MAX_NAMED else ""
+        named = ", ".join(others[:MAX_NAMED])
+        logger.warning("not uploaded, as no model needs them: %s%s; --include PATTERN uploads them", named, more)
+    if config.check and any("--" in target for target in repo.config["auto_map"].values()):
         logger.info("the code of %s is in another repo, so the folder is not loaded before the upload", folder)
-    elif config.validate:
-        logger.info("loading %s here and in a new process", folder)
+    elif config.check:
+        logger.info("loading %s here and in a new process, which runs the code in it (--no-check: not)", folder)
         validate_folder(folder)
     uploader = Uploader(config.repo_id, revision=config.revision, create_pr=config.create_pr, api=api)
     # None leaves the visibility of a new repo to the default of its owner.
     url = uploader.create_repo(private=config.private or None)
-    return {"repo": str(url), **uploader.upload(folder, config.commit_message)}
+    return {"repo": str(url), **uploader.upload(folder, config.commit_message, config.include)}
 
 
 def check_folder(folder: Path) -> Repo:

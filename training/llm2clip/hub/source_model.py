@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, VISION_TASK
 from llm2clip.hub.new_process import CAPTIONS, compare_with_new_process, sample_llm_embeds, sample_picture
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
+from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.repos import OURS, Repo, RepoKind, hub_ids, inspect_repo
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection, with_pillow
@@ -100,6 +101,7 @@ class SourceModel:
             The largest difference, relative to the largest entry.
 
         Raises:
+            NonFiniteError: An output of this model is NaN or infinite.
             RuntimeError: The folder does not load there, or its outputs differ.
         """
         model, expected, loading = self.model, dict[str, Tensor](), dict[str, Any]()
@@ -120,6 +122,8 @@ class SourceModel:
                 embeds = sample_llm_embeds(model.config.text_config.hidden_size)
                 expected["text"] = model.get_text_features(llm_embeds=embeds).pooler_output
                 loading["text_model"] = False
+        for name, rows in expected.items():
+            require_finite_rows(rows, [f"{name} {row}" for row in range(len(rows))].__getitem__, "samples")
         model.to("meta")
         return compare_with_new_process(folder, expected, picture if has_vision else None, texts, embeds, **loading)
 

@@ -5,9 +5,9 @@ An upload keeps what others store in the repo, and the edits that people made to
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from llm2clip.hub.cards.card import CARD, merge_cards, split_card, with_repo
 from llm2clip.hub.cards.facts import EXAMPLE
 from llm2clip.hub.hub_errors import explained, http_status
+from llm2clip.hub.upload_files import model_files
 from llm2clip.utils.files import read_json
 from llm2clip.utils.repos import inspect_repo
 
@@ -32,11 +33,6 @@ REPLACED = re.compile(
 )
 # Files that a repo may contain before the first push.
 FRESH = {".gitattributes", CARD, "LICENSE"}
-# Files of a training run that are not needed to load the model.
-IGNORED = (
-    "checkpoint-*", ".*", "_*", "*.bin", "*.pt", "*.pth", "skipped-*.jsonl", "trainer_state.json", "runs", "log.txt",
-    "error.log", "settings.json",
-)  # fmt: skip
 # Fields of a card that are merged with those on the Hub, or that differ in an address only.
 RENEWED = ("tags", "base_model", "datasets", "model-index", "widget")
 
@@ -111,17 +107,20 @@ class Uploader:
         with explained(self.repo_id):
             return self._read_card(self._snapshot())
 
-    def upload(self, folder: Path, message: str) -> dict[str, Any]:
-        """Upload a saved model with its card in one commit. The repo has to exist.
+    def upload(self, folder: Path, message: str, include: Sequence[str] = ()) -> dict[str, Any]:
+        """Upload the files of a saved model, with its card, in one commit. The repo has to exist.
+
+        `include` are patterns of further files; see [`model_files`].
 
         Returns:
             `commit`, `files`, `megabytes`, and `pull_request` if one was opened.
 
         Raises:
-            ValueError: The repo contains another type of model, or files but no model.
+            ValueError: The repo contains another type of model, or files but no model, or a file is a link out of the
+                folder.
         """
         model_type = str(inspect_repo(folder).model_type)
-        local = _local_files(folder)
+        local = model_files(folder, include).uploaded
         megabytes = round(sum(path.stat().st_size for path in local.values()) / 1e6, 1)
         logger.info("uploading %d files, %.1f MB, to %s", len(local), megabytes, self.repo_id)
         with explained(self.repo_id):
@@ -233,9 +232,3 @@ class Uploader:
         if kept := [key for key, value in ours.items() if result[key] != value and key not in RENEWED]:
             logger.warning("the card on the Hub keeps its own %s; change it there", ", ".join(kept))
         return merged
-
-
-def _local_files(folder: Path) -> dict[str, Path]:
-    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    ignored = {name for name in files for part in name.parts for kind in IGNORED if fnmatch.fnmatch(part, kind)}
-    return {name.as_posix(): path for name, path in files.items() if name not in ignored}

@@ -38,8 +38,8 @@ def load_recipe(path: Path) -> dict[str, Any]:
         ValueError: The file is not a YAML mapping.
     """
     try:
-        fields = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} has to be a mapping of `field: value` lines, but is a {type(fields).__name__}.")

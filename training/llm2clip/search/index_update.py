@@ -46,6 +46,9 @@ class UpdateSettings(VectorSettings):
         "Images or captions between two saves of an unfinished run; a killed run repeats fewer of them than this.",
     )
     overwrite: bool = setting(False, "Build an existing index again from scratch.")
+    allow_removals: bool = setting(
+        False, "Update the index although more than half of its images are gone, as they are when a disk is missing."
+    )
 
 
 def update_index(
@@ -68,7 +71,8 @@ def update_index(
     Raises:
         FileExistsError: The place contains something else than an index.
         NonFiniteError: The model's embedding of an image or caption is NaN or infinite.
-        ValueError: The existing index belongs to another model or source, or no image or caption can be embedded.
+        ValueError: The existing index belongs to another model or source, no image or caption can be embedded, or more
+            than half of the existing ones are gone and `allow_removals` is off.
     """
     store.require_own()
     with store.lock():
@@ -140,6 +144,7 @@ class _Update:
         replaced = None if self.complete is None else self.store.rows(self.complete)
         before = known if rows.is_published else _Known(self.items, replaced)
         kept = self._add_missing(rows, known, before)
+        removed = self._count_removed(before)
         rows.delete(np.union1d(known.ids.unseen(), known.ids.repeated()))
         failures = self._failures(rows)
         self._report(failures)
@@ -155,7 +160,7 @@ class _Update:
         return {
             "embedded": self.manifest.images - kept,
             "kept": kept,
-            "removed": self._count_removed(before),
+            "removed": removed,
             "failed": len(failures),
             f"{self.items.embed}s": self.manifest.images,
             "index": self.store.place,
@@ -270,10 +275,21 @@ class _Update:
         return self.complete.content() == self.manifest.content() and self.store.failures() == failures
 
     def _count_removed(self, before: _Known) -> int:
-        """Count rows of the previous index that no longer exist: paths of a folder, content of a data set."""
+        """Count rows of the previous index that no longer exist: paths of a folder, content of a data set.
+
+        Raises:
+            ValueError: They are more than half, and `allow_removals` is off.
+        """
         if self.items.failures and not self.items.reuses_content:  # a path that cannot be read exists
             before.contents.find(self.items.contents(pa.table({KEY: list(self.items.failures)})))
-        return len(before.contents.unseen())
+        removed, total = len(before.contents.unseen()), len(before.contents)
+        if 2 * removed > total and not self.settings.allow_removals:
+            raise ValueError(
+                f"{removed:,} of the {total:,} images or captions of the index {self.store.place} are gone from "
+                f"{self.items.source['path']}: is a disk not mounted? The index stays as it is. If they were removed "
+                "on purpose, add --allow-removals."
+            )
+        return removed
 
     def _report(self, failures: list[dict[str, Any]]) -> None:
         if failures:

@@ -45,6 +45,9 @@ class KnownDigests:
         self._digests, self._numbers = joined[order], joined_numbers[order]
         self._seen = np.zeros(len(order), dtype=bool)
 
+    def __len__(self) -> int:
+        return len(self._digests)
+
     def find(self, digests: np.ndarray) -> np.ndarray:
         """Return the row number of each digest, `(n,)` int64, -1 where there is none, and mark it as seen."""
         numbers = np.full(len(digests), -1, dtype=np.int64)

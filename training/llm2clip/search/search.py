@@ -21,6 +21,7 @@ from llm2clip.search.page import write_page
 from llm2clip.search.results import QueryResults, ResultImages, SearchResult
 from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.settings import setting
+from llm2clip.utils.terminal import printable
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def run(config: SearchConfig) -> None:
         found.append(QueryResults(*query, results))
     if config.json:
         result = {"index": config.index, "model": name, "queries": [entry.as_dict() for entry in found]}
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(printable(json.dumps(result, indent=2, ensure_ascii=False)))
     else:
         _print_tables(found, index.manifest.embed)
     if config.html or config.picture:
@@ -147,7 +148,7 @@ def _print_tables(found: list[QueryResults], embed: str) -> None:
     # Queries and captions are not markup: "[bold]" and ":dog:" are printed as they are.
     console = Console(markup=False, emoji=False)
     for entry in found:
-        table = Table(title=entry.title, title_justify="left", title_style="bold")
+        table = Table(title=printable(entry.title), title_justify="left", title_style="bold")
         table.add_column("rank", justify="right")
         table.add_column("score", justify="right")
         captioned = any(result.caption for result in entry.results)
@@ -157,5 +158,6 @@ def _print_tables(found: list[QueryResults], embed: str) -> None:
             table.add_column(name, overflow="ellipsis" if name == "caption" else "fold")
         for rank, result in enumerate(entry.results, 1):
             shown = {"image": result.place, "row": result.key, "caption": result.caption or ""}
-            table.add_row(str(rank), f"{result.score:.3f}", *(shown[name] for name in names))
+            cells = [str(rank), f"{result.score:.3f}", *(shown[name] for name in names)]
+            table.add_row(*map(printable, cells))
         console.print(table)

@@ -54,6 +54,11 @@ class StageConfig(TrainingArguments):
         0,
         "How many steps with NaN or infinite embeddings, loss or gradients to leave out; the next one ends the run.",
     )
+    grace_seconds: float = setting(
+        30.0,
+        "How long a run may take after SIGTERM to save a checkpoint; it then exits with 143. Slurm, Kubernetes and "
+        "torchrun wait 30 seconds before they kill; set it to a little less than yours.",
+    )
     ema_half_life: float | None = setting(
         None,
         "Average the trained weights over the optimizer steps (EMA), with this half-life in steps; evaluation and the "
@@ -64,6 +69,11 @@ class StageConfig(TrainingArguments):
         check_choices(self)
         if self.ema_half_life is not None and not 0 < self.ema_half_life < math.inf:
             raise ValueError(f"ema_half_life must be a number of steps above 0, but is {self.ema_half_life}.")
+        if not 0 < self.grace_seconds < math.inf:
+            raise ValueError(f"grace_seconds must be a number of seconds above 0, but is {self.grace_seconds}.")
+        # transformers 5.2 may not have it.
+        if getattr(self, "enable_jit_checkpoint", False):
+            raise ValueError("leave enable_jit_checkpoint off: SIGTERM saves a checkpoint, see grace_seconds.")
         if self.skip_bad_steps < 0:
             raise ValueError(f"skip_bad_steps must be at least 0, but is {self.skip_bad_steps}.")
         # transformers 5.2 has only gradient_checkpointing, which later versions rename and warn about.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from llm2clip.data import CaptionImageDataset, SampleIndex, SkippedSample
+from llm2clip.data.image_keys import images_state
 from llm2clip.data.sampling import EpochDataset
+from llm2clip.data.shared_files import table_identity
 from llm2clip.embedding.image_batches import forward_images
 from llm2clip.trainers.frozen_layers import FrozenLayers
-from llm2clip.utils.files import allocate, digest_json, naming, read_json, replace, write_json
+from llm2clip.utils.files import MappedFile, allocate, digest_json, naming, read_json, replace, write_json
 from llm2clip.utils.locks import folder_lock
-from llm2clip.utils.processes import process_state
+from llm2clip.utils.processes import on_main_process, process_state
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class FrozenStatesDataset(EpochDataset):
         num_workers: Worker processes that read images.
 
     Raises:
+        OSError: There is no space for the states.
         ValueError: No image can be read, the states exceed float16, or the tower uses patch dropout, which is
             impossible with stored states.
     """
@@ -85,19 +89,14 @@ class FrozenStatesDataset(EpochDataset):
         manifest = read_json(self.folder / MANIFEST)
         self.skipped: dict[int, tuple[str, str]] = {row: (key, reason) for row, key, reason in manifest["skipped"]}
         self.states: np.ndarray = np.load(self.folder / STATES, mmap_mode="r")
+        self._file = MappedFile(self.folder / STATES)
 
     def _build(
         self, images: CaptionImageDataset, frozen: FrozenLayers, batch_size: int, num_workers: int, unfinished: Path
     ) -> None:
         """Compute the states in the file `unfinished` and move it into the folder when it is complete."""
         state = process_state()
-        if state.is_main_process:
-            shape = (len(images), *frozen.state_shape)
-            with naming(unfinished):
-                np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
-            # The file is sparse until then, and a full disk would end the process at a write into the mapping.
-            allocate(unfinished, unfinished.stat().st_size)
-        state.wait_for_everyone()
+        on_main_process(partial(_create, unfinished, (len(images), *frozen.state_shape)))
         states = np.lib.format.open_memmap(unfinished, mode="r+")
         start, stop = (len(images) * (state.process_index + i) // state.num_processes for i in (0, 1))
         frozen.tower.eval()
@@ -139,8 +138,17 @@ class FrozenStatesDataset(EpochDataset):
             return SkippedSample(*self.skipped[index.index])
         sample = self.captions[index]
         if isinstance(sample, dict):
+            if self._file.is_cut():
+                raise ValueError(f"{self._file.path} was cut short while it was open; delete its folder.")
             sample["vision_states"] = torch.from_numpy(np.array(self.states[index.index]))
         return sample
+
+
+def _create(path: Path, shape: tuple[int, ...]) -> None:
+    with naming(path):
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    # The file is sparse until then, and a full disk would end the process at a write into the mapping.
+    allocate(path, path.stat().st_size)
 
 
 def _identity(images: CaptionImageDataset, frozen: FrozenLayers, image_processor: Any) -> dict[str, Any]:
@@ -153,7 +161,11 @@ def _identity(images: CaptionImageDataset, frozen: FrozenLayers, image_processor
         "weights": frozen.fingerprint(),
         "tower": {key: value for key, value in config.items() if key not in NOT_COMPUTED},
         "state_shape": frozen.state_shape,
-        "data": [table._fingerprint for table in images.tables],
+        "data": [table_identity(table) for table in images.tables],
+        "images": [
+            images_state(table, str(columns.image))
+            for table, columns in zip(images.tables, images.columns, strict=True)
+        ],
         "columns": [columns._asdict() for columns in images.columns],
         "image_processor": image_processor.to_dict(),
         "image_backend": sample.eval_transform.backend if sample.eval_transform is not None else None,

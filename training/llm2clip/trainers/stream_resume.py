@@ -17,6 +17,7 @@ from llm2clip.data.sample_stream import SampleStream
 from llm2clip.data.stream_place import Layout, Place
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.run_folder import run_folder
+from llm2clip.trainers.stop_on_sigterm import stopped_by_sigterm
 from llm2clip.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ def _readers(layout: Layout) -> str:
 def begun(trainer: StageTrainer, choose: Callable[[], str | None]) -> Iterator[str | None]:
     """Enter the folder of a trainer's run (see [`run_folder`]); yield the checkpoint, at whose place its stream is.
 
+    SIGTERM ends it with a checkpoint; see [`StopOnSigterm`].
+
     Args:
         choose: Returns the checkpoint; called with the folder locked.
     """
@@ -147,7 +150,8 @@ def begun(trainer: StageTrainer, choose: Callable[[], str | None]) -> Iterator[s
     with run_folder(trainer.args, choose, is_stream, not is_stream or isinstance(data, SampleStream)) as checkpoint:
         # Another number of processes may have changed it.
         trainer._train_batch_size = trainer.args.train_batch_size
-        with nullcontext() if trainer.stream is None else trainer.stream.resumed(checkpoint):
+        place = nullcontext() if trainer.stream is None else trainer.stream.resumed(checkpoint)
+        with place, stopped_by_sigterm(trainer):
             yield checkpoint
 
 

@@ -8,10 +8,13 @@ import json
 import os
 import re
 import socket
+import tarfile
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import files as distribution_files
+from lzma import LZMAError
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +23,8 @@ from safetensors import SafetensorError
 from llm2clip.utils.remote_path import AnyPath, RemotePath
 
 READ_SIZE = 1 << 22
+# What reading a damaged file raises, compressed or not.
+DAMAGED = (OSError, EOFError, tarfile.TarError, zlib.error, LZMAError)
 # The name of a temporary file.
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)\.(?P<process>\d+)\.tmp")
 # The name of a file that safetensors has not finished.
@@ -200,6 +205,23 @@ def flush_folder(path: Path) -> None:
             os.close(descriptor)
 
 
+class MappedFile:
+    """A file whose content is mapped into memory: reading what has been cut off since ends the process (SIGBUS)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        status = path.stat()
+        self._size, self._inode = status.st_size, status.st_ino
+
+    def is_cut(self) -> bool:
+        """Whether the file has been shortened. One that was deleted or replaced stays as it was mapped."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return False
+        return status.st_size < self._size and status.st_ino == self._inode
+
+
 @contextmanager
 def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
     """[`atomic_path`] as an open file; `options` are those of `open`, such as `encoding`."""
@@ -229,7 +251,7 @@ def read_json(path: str | AnyPath) -> dict[str, Any]:
     """
     try:
         fields = json.loads((Path(path) if isinstance(path, str) else path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} does not contain a JSON object.")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.utils.progress import close_bars, is_main_process
+from llm2clip.utils.terminal import PrintableFormatter, printable
 
 LOG_FILE = "log.txt"
 ERROR_FILE = "error.log"
@@ -41,7 +42,7 @@ class LogFile(MemoryHandler):
         path = Path(folder) / LOG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _File(path, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        file.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.setTarget(file)
         self.flush()
         return path
@@ -66,7 +67,7 @@ class LogFile(MemoryHandler):
             path.parent.mkdir(parents=True, exist_ok=True)
             # In one write, since all processes of a run append to this file.
             with path.open("a", encoding="utf-8") as file:
-                file.write("".join([*lines, "\n"]))
+                file.write(printable("".join([*lines, "\n"])))
         except OSError:
             return None
         return path
@@ -109,6 +110,7 @@ class TerminalHandler(logging.StreamHandler):
     def __init__(self, file: LogFile) -> None:
         super().__init__()
         self._log_file = file
+        self.setFormatter(PrintableFormatter())
         self.addFilter(self._shows)
 
     def _shows(self, record: logging.LogRecord) -> bool:

@@ -186,12 +186,19 @@ def add_fields(parser: argparse.ArgumentParser, config_class: type, skip: Sequen
 
 
 def complete_flags(arguments: Sequence[str], config_class: type) -> list[str]:
-    """Replace each `--flag` without a value by `--flag=true`, so that it does not consume the next argument."""
+    """Replace each `--flag` without a value by `--flag=true`, so that it does not consume the next argument.
+
+    `--no-flag` becomes `--flag=false`.
+    """
     hints = typing.get_type_hints(config_class)
     flags = {f"__{field.name}" for field in dataclasses.fields(config_class) if hints[field.name] is bool}
     completed = []
     for argument, follower in itertools.pairwise([*arguments, ""]):
-        is_bare = argument.replace("-", "_") in flags and follower.lower() not in TRUTH_VALUES
+        name = argument.replace("-", "_")
+        if name.startswith("__no_") and name not in flags and f"__{name[5:]}" in flags:
+            completed.append(f"--{name[5:]}=false")
+            continue
+        is_bare = name in flags and follower.lower() not in TRUTH_VALUES
         completed.append(f"{argument}=true" if is_bare else argument)
     return completed
 

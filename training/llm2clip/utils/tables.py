@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from llm2clip.utils.terminal import printable
+
 RECALLS = ("recall@1", "recall@5", "recall@10")
 
 
@@ -18,12 +20,15 @@ def print_table(
     rows: Sequence[Sequence[str]],
     text_columns: Sequence[int] = (0,),
 ) -> None:
-    """Print a table; the columns at the positions `text_columns` are aligned left, those of numbers right."""
-    table = Table(title=title, title_justify="left")
+    """Print a table; the columns at the positions `text_columns` are aligned left, those of numbers right.
+
+    Texts may be of others; see [`printable`].
+    """
+    table = Table(title=printable(title), title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number in text_columns else "right", overflow="fold")
+        table.add_column(printable(column), justify="left" if number in text_columns else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     console.print(table)
 
 

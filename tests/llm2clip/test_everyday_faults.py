@@ -1,0 +1,181 @@
+"""Faults that happen every day end in one line that says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from llm2clip import cli
+from llm2clip.utils.library_errors import explain
+from modeling_llm2clip import LLM2CLIPTextModel
+from tests.llm2clip import tiny
+from tests.llm2clip.conftest import Inputs
+from tests.modeling_llm2clip import tiny as tiny_models
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Run a command that fails; return its error, which is one line and the place of the traceback."""
+    capsys.readouterr()
+    assert cli.main([*map(str, arguments)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    start = next(number for number, line in enumerate(lines) if f"llm2clip {arguments[0]}: error: " in line)
+    assert len(lines) - start <= 2, lines
+    assert not any("Traceback" in line for line in lines)
+    return lines[start]
+
+
+def cut(folder: Path, name: str = "model.safetensors") -> Path:
+    path = folder / name
+    os.truncate(path, path.stat().st_size // 2)
+    return path
+
+
+COMMANDS: dict[str, Callable[[Path, Path, Path], tuple[Path, list[str]]]] = {
+    # A command with the folder of a joint model, one of a text tower, and one of the user; the damaged folder first.
+    "evaluate": lambda joint, text, new: (joint, ["evaluate", str(joint), "--data", json.dumps(tiny.concepts())]),
+    "build": lambda joint, text, new: (joint, ["build", str(joint), str(new)]),
+    "push": lambda joint, text, new: (joint, ["push", str(joint), "owner/name"]),
+    "index": lambda joint, text, new: (joint, ["index", tiny.CONCEPTS, "--model", str(joint),
+                                               "--output-dir", str(new)]),
+    "merge": lambda joint, text, new: (joint, ["merge", str(joint), str(joint), str(new), "--alpha", "0.5"]),
+    "export-onnx": lambda joint, text, new: (joint, ["export-onnx", str(joint), "--output-dir", str(new)]),
+    "demo": lambda joint, text, new: (joint, ["demo", "--model", str(joint), "--cache-dir", str(new)]),
+    "embed": lambda joint, text, new: (text, ["embed", "--text-model-name-or-path", str(text),
+                                              "--output-dir", str(new), "--sources", json.dumps([tiny.concepts()])]),
+    "stage1": lambda joint, text, new: (text, ["stage1", "--model-name-or-path", str(text), "--output-dir",
+                                               str(new), "--sources", json.dumps(tiny.pair_sources())]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_damaged_weights_are_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    joint, text = tmp_path / "joint", tmp_path / "text"
+    tiny_models.save(joint)
+    if command == "push":
+        assert cli.main(["build", str(joint), str(tmp_path / "built")]) == 0
+        joint = tmp_path / "built"
+    tiny.save_llm(text)
+    folder, arguments = COMMANDS[command](joint, text, tmp_path / "new")
+    path = cut(folder)
+    error = error_of(capsys, *arguments)
+    assert f"{path} is damaged or" in error
+    assert "again" in error
+    assert not (tmp_path / "new" / "model.safetensors").exists()
+
+
+def test_a_damaged_vision_tower_is_named(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(inputs.vision, tmp_path / "vision")
+    path = cut(tmp_path / "vision")
+    recipe = tmp_path / "recipe.yaml"
+    fields = tiny.stage2_fields(tmp_path / "run", str(tmp_path / "vision"), inputs.text, inputs.cache)
+    recipe.write_text(json.dumps(fields))
+    assert f"{path} is damaged or cut short" in error_of(capsys, "stage2", recipe)
+
+
+def test_a_damaged_text_tower_is_named(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(inputs.text, tmp_path / "text")
+    path = cut(tmp_path / "text")
+    convert = ["convert", tmp_path / "text", tmp_path / "new", "--text-model", tmp_path / "text"]
+    for arguments in (["build", tmp_path / "text", tmp_path / "new"], convert[:3]):
+        assert str(path) in error_of(capsys, *arguments) or arguments[0] == "convert"
+    with pytest.raises(Exception) as error:  # noqa: PT011
+        LLM2CLIPTextModel.from_pretrained(tmp_path / "text")
+    assert str(path) in str(explain(error.value))
+
+
+CAPTIONS = {
+    "short": [f"caption {number}" for number in range(200)],
+    "long": [f"text {number}" for number in range(200)],
+}
+
+
+def write_lines(path: Path, columns: dict[str, list[object]]) -> bytes:
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    content = gzip.compress("\n".join(json.dumps(row) for row in rows).encode())
+    path.write_bytes(content)
+    return content
+
+
+def readers(path: Path, llm: str, new: Path, streaming: bool) -> dict[str, list[str]]:
+    """The commands that read captions."""
+    source = {"path": str(path), "caption_columns": ["short"]}
+    streamed = {**source, "streaming": streaming}
+    pairs = {"path": str(path), "anchor_column": "short", "positive_column": "long"}
+    text = ["--text-model-name-or-path", llm, "--sources", json.dumps([streamed])]
+    stage1 = ["--model-name-or-path", llm, "--sources", json.dumps([pairs]), "--max-steps", "1", "--use-cpu"]
+    return {
+        "embed": [*text, "--output-dir", str(new / "cache"), "--store", "cache"],
+        "check-data": [json.dumps(source), "--no-images"],
+        "stage1": [*stage1, "--output-dir", str(new / "stage1")],
+        "mntp": ["--model-name-or-path", llm, "--sources", json.dumps([streamed]), "--max-steps", "1", "--use-cpu",
+                 "--output-dir", str(new / "mntp")],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["embed", "check-data", "stage1", "mntp"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
+def test_a_compressed_file_that_is_cut_short_is_named(
+    command: str, streaming: bool, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "captions.jsonl.gz"
+    content = write_lines(path, CAPTIONS)
+    path.write_bytes(content[: len(content) // 2])
+    error = error_of(capsys, command, *readers(path, inputs.llm, tmp_path, streaming)[command])
+    assert str(path) in error
+
+
+@pytest.mark.parametrize("command", ["embed", "stage1", "mntp"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
+def test_captions_that_are_numbers_are_named(
+    command: str, streaming: bool, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "captions.jsonl.gz"
+    write_lines(path, {**CAPTIONS, "short": [*range(200)]})
+    error = error_of(capsys, command, *readers(path, inputs.llm, tmp_path, streaming)[command])
+    assert str(path) in error
+    assert "short" in error
+
+
+def test_arguments_that_are_not_utf8_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a shell in Latin-1 passes them."""
+    for command in ("search", "embed", "build"):
+        error = error_of(capsys, command, "a", "caf\udce9")
+        assert r"the argument 'caf\udce9' is not valid UTF-8" in error
+
+
+def test_captions_with_half_a_character_are_an_error(inputs: Inputs, tmp_path: Path) -> None:
+    model = tiny_models.save(tmp_path)
+    with pytest.raises(ValueError, match=r"caption 1, 'caf\\ud83d', has half a character \(U\+D83D\)"):
+        model.encode_text(["a", "caf\ud83d"], tiny_models.processor())
+
+
+class Killed(Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(1)
+
+
+def test_a_killed_worker_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("llm2clip.evaluation.evaluate.run", lambda config: [*DataLoader(Killed(), num_workers=1)])
+    error = error_of(capsys, "evaluate", "x", "--data", "y")
+    assert "a process that reads data was killed (signal: Killed), most often because the memory is full" in error
+    assert "lower dataloader_num_workers" in error
+
+
+def test_what_is_not_known_keeps_its_traceback() -> None:
+    for error in (RuntimeError("shape mismatch"), ConnectionResetError(104, "reset"), EOFError(), KeyError("x")):
+        assert explain(error) is None
+    assert "the memory of the accelerator is full" in str(explain(torch.OutOfMemoryError("tried to allocate\n2 GiB")))
