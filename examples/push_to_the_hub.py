@@ -28,7 +28,7 @@ def main() -> None:
             f"built {folder.name}: {built['megabytes']} MB; outputs in a new process differ by {built['difference']}"
         )
         # The build has loaded the folder in a process without this package.
-        pushed = push_folder(folder, arguments.repo_id, private=arguments.private, validate=False)
+        pushed = push_folder(folder, arguments.repo_id, private=arguments.private, check=False)
         print(f"pushed: {pushed['repo']}")
 
 

@@ -21,6 +21,7 @@ def test_memory_is_divided_among_readers_and_by_the_sizes_of_streams() -> None:
     assert buffer_rows(1, [16 * kib], [1000], 1000) == [1]
     assert buffer_rows(10**6, [kib], [10**9], 4) == [MAX_ROWS]
     assert buffer_rows(10**6, [kib, 2 * kib], [3000, 1000], 4) == [3 * MAX_ROWS // 4, MAX_ROWS // 4]
+    assert buffer_rows(64, [], [], 1) == []
     assert buffer_rows(0, [16 * kib, kib], [1000, None], 4) == [0, 0]
 
 

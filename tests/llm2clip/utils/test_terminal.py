@@ -30,8 +30,10 @@ def test_json_stays_the_same_json() -> None:
 
 
 def test_tables_and_logs_are_printable(
-    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What pytest captures goes to another process, which takes no lone surrogates.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     folder = tmp_path_factory.mktemp("run")
     out = io.StringIO()
     print_table(Console(file=out, width=300), HOSTILE, ["", HOSTILE], [(HOSTILE, "1")])

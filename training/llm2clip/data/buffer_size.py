@@ -55,10 +55,12 @@ def buffer_rows(megabytes: float, sizes: Sequence[float], counts: Sequence[int |
         For each stream the number of rows in the buffer of a reader, at least 1 unless there is none; together at
         most `MAX_ROWS`.
     """
+    if not sizes or not megabytes:
+        return [0] * len(sizes)
     known = [count for count in counts if count is not None]
     typical = sum(known) / len(known) if known else 1.0
     weights = [size * (typical if count is None else count) for size, count in zip(sizes, counts, strict=True)]
     memory = megabytes * 2**20 / readers
     rows = [memory * weight / sum(weights) / size for size, weight in zip(sizes, weights, strict=True)]
-    share = min(1.0, MAX_ROWS / sum(rows)) if megabytes else 0.0
-    return [max(1, math.floor(number * share)) if megabytes else 0 for number in rows]
+    share = min(1.0, MAX_ROWS / sum(rows))
+    return [max(1, math.floor(number * share)) for number in rows]
