@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -171,7 +172,10 @@ class Killed(Dataset):
 def test_a_killed_worker_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("llm2clip.evaluation.evaluate.run", lambda config: [*DataLoader(Killed(), num_workers=1)])
     error = error_of(capsys, "evaluate", "x", "--data", "y")
-    assert "a process that reads data was killed (signal: Killed), most often because the memory is full" in error
+    # What is noticed first differs: the signal, or that the connection to the process has ended.
+    assert re.search(
+        r"a process that reads data (was killed \(signal: Killed\)|has ended), most often because the memory", error
+    )
     assert "lower dataloader_num_workers" in error
 
 

@@ -32,7 +32,9 @@ def explain(error: BaseException) -> str | None:
             f"a process that reads data {how}, most often because the memory is full: lower dataloader_num_workers "
             "(num_workers), or, where it says so, give /dev/shm more space."
         )
-    if isinstance(error, (ConnectionError, EOFError)) and _comes_through(error, "multiprocessing"):
+    # The last is of the socket that the process had.
+    ended = (ConnectionError, EOFError, FileNotFoundError)
+    if isinstance(error, ended) and _comes_through(error, "multiprocessing/connection"):
         return (
             "a process that reads data has ended, most often because the memory is full: lower "
             "dataloader_num_workers (num_workers)."
