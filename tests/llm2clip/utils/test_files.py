@@ -83,11 +83,17 @@ def test_space_is_allocated_or_refused(tmp_path: Path, monkeypatch: pytest.Monke
         files.allocate(path, 6 << 20)
 
 
-def test_what_safetensors_has_not_finished_is_removed(tmp_path: Path) -> None:
-    for name in (".tmpA1b2C3", ".tmp", ".tmp-notes", "model.safetensors"):
+def test_what_killed_processes_left_in_a_folder_is_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    mine = files.temporary_name(tmp_path / "config.json").name
+    for name in (".tmpA1b2C3", mine.replace(f".{os.getpid()}.", f".{ended.pid}.")):
         (tmp_path / name).touch()
-    files.remove_unfinished_tensors(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".tmp", ".tmp-notes", "model.safetensors"]
+    kept = [".config.json.elsewhere.1.tmp", mine, ".tmp", ".tmp-notes", "model.safetensors"]
+    for name in kept:
+        (tmp_path / name).touch()
+    files.remove_unfinished(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from llm2clip.utils.files import temporary_name
 from llm2clip.utils.folders import atomic_folder, refuse_nested
@@ -32,6 +33,15 @@ def test_folder_does_not_appear_when_its_creation_fails(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError):
         build()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_disk_names_the_folder(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=rf"{tmp_path / 'model'} cannot be written: full"),
+        atomic_folder(tmp_path / "model", "build"),
+    ):
+        raise SafetensorError("full")
     assert list(tmp_path.iterdir()) == []
 
 

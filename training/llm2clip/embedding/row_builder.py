@@ -26,7 +26,7 @@ from llm2clip.embedding.cache_files import (
     shard_name,
 )
 from llm2clip.embedding.keyed_rows import KeyIndex
-from llm2clip.utils.files import atomic_path, remove_unfinished_tensors
+from llm2clip.utils.files import atomic_path, remove_unfinished
 from llm2clip.utils.locks import folder_lock
 from llm2clip.utils.progress import ProgressBar, in_section, progress_bar
 from modeling_llm2clip.identity_llm2clip import is_earlier_rule
@@ -217,4 +217,4 @@ def _finish(folder: Path, manifest: StoreManifest) -> None:
     manifest.write(folder)
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink()
-    remove_unfinished_tensors(folder)
+    remove_unfinished(folder)

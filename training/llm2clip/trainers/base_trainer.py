@@ -24,7 +24,8 @@ from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, n
 from llm2clip.trainers.finite_steps import FiniteSteps, Observed, describe, require_finite_weights
 from llm2clip.trainers.model_card import DataRevisions, write_model_card
 from llm2clip.trainers.progress import TrainingProgress
-from llm2clip.trainers.pushing import PushingTrainer, copy_files
+from llm2clip.trainers.pushing import copy_files
+from llm2clip.trainers.resuming import ResumingTrainer
 from llm2clip.trainers.sharding import gathered, undivided, with_scalars
 from llm2clip.trainers.stream_resume import StreamResume, begun, stream_loader
 from llm2clip.trainers.weight_average import WeightAverage
@@ -35,7 +36,7 @@ from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
 
 
-class StageTrainer(PushingTrainer):
+class StageTrainer(ResumingTrainer):
     """A [`~transformers.Trainer`] for the stages of LLM2CLIP.
 
     It trains on any map-style or iterable data set of rows that the stage's collator accepts, with the Trainer's own
@@ -97,8 +98,7 @@ class StageTrainer(PushingTrainer):
             compute_metrics=compute_metrics or self.retrieval_scores,
             **kwargs,
         )
-        sources = getattr(self.args, "eval_sources", {}) if self.is_world_process_zero() else {}
-        self.eval_revisions = DataRevisions(sources)
+        self.eval_revisions = DataRevisions(getattr(args, "eval_sources", {}) if self.is_world_process_zero() else {})
         self.finite_steps = FiniteSteps(self, self.args.skip_bad_steps)
         self.add_callback(self.finite_steps)
         half_life = self.args.ema_half_life

@@ -21,7 +21,16 @@ from llm2clip.data.sampling import EpochDataset
 from llm2clip.data.shared_files import table_identity
 from llm2clip.embedding.image_batches import forward_images
 from llm2clip.trainers.frozen_layers import FrozenLayers
-from llm2clip.utils.files import MappedFile, allocate, digest_json, naming, read_json, replace, write_json
+from llm2clip.utils.files import (
+    MappedFile,
+    allocate,
+    digest_json,
+    naming,
+    read_json,
+    remove_unfinished,
+    replace,
+    write_json,
+)
 from llm2clip.utils.locks import folder_lock
 from llm2clip.utils.processes import on_main_process, process_state
 
@@ -120,6 +129,7 @@ class FrozenStatesDataset(EpochDataset):
             raise ValueError(f"none of the {len(images)} images can be read.")
         if state.is_main_process:
             self.folder.mkdir(exist_ok=True)
+            remove_unfinished(self.folder)
             replace(unfinished, self.folder / STATES)
             # Written last: states without a manifest are incomplete.
             write_json(self.folder / MANIFEST, {"skipped": skipped})

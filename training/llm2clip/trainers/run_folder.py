@@ -15,7 +15,7 @@ from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.checkpoints import refuse_damaged, resume_point
 from llm2clip.trainers.run_settings import check_settings, write_settings
 from llm2clip.trainers.sharding import refuse_unsharded
-from llm2clip.utils.files import remove_unfinished_tensors
+from llm2clip.utils.files import remove_unfinished
 from llm2clip.utils.locks import run_lock
 from llm2clip.utils.settings import require
 
@@ -43,7 +43,7 @@ def run_folder(
     with run_lock(args.output_dir):
         if args.should_save:
             for folder in (Path(args.output_dir), *Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-                remove_unfinished_tensors(folder)
+                remove_unfinished(folder)
         checkpoint, kept = choose(), {}
         if checkpoint is not None:
             refuse_damaged(checkpoint)

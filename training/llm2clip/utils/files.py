@@ -33,7 +33,7 @@ UNFINISHED_TENSORS = re.compile(r"\.tmp\w{6}")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 # Errors of torch.save: it cannot open or write its file.
-TORCH_WRITES = re.compile(r"PytorchStreamWriter|inline_container|cannot be opened")
+TORCH_WRITES = re.compile(r"PytorchStreamWriter|inline_container|cannot be opened|iostream error")
 
 
 @contextmanager
@@ -144,9 +144,12 @@ def leftovers(paths: Iterable[Path], patience: float = 0.0) -> Iterator[Path]:
                 yield folder / name
 
 
-def remove_unfinished_tensors(folder: Path) -> None:
-    """Remove what killed processes left while safetensors wrote into a folder, which nobody writes into now."""
-    for path in folder.glob(".tmp*"):
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes of this machine left in a folder that nobody else writes into now."""
+    found = list(folder.glob(".*tmp*"))
+    names = (part["name"] for path in found if (part := LEFTOVER.fullmatch(path.name)))
+    remove_leftovers(folder / name for name in names)
+    for path in found:
         if UNFINISHED_TENSORS.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
