@@ -180,6 +180,8 @@ README = {
         prints="alpha: ",
     ),
     BUILD: Run(needs=(TRAIN_VISION,), makes=("my-model/model.safetensors", "my-model/modeling_llm2clip.py")),
+    "llm2clip verify runs": Run(needs=(TRAIN_VISION,), prints="num_files: "),
+    "llm2clip verify my-model": Run(needs=(BUILD,), prints="num_files: "),
     "llm2clip push my-model OWNER/my-model": Run(
         needs=(BUILD,),
         meant={"OWNER": "tester"},

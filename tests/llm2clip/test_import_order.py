@@ -24,6 +24,7 @@ ROOMS = [
     "convert",
     "planning",
     "search",
+    "verification",
     "demo",
     "quickstart",
     "cli",

@@ -16,6 +16,8 @@ from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.embedding import EmbeddingCache, MissingCaptionError
 from llm2clip.embedding.cache_files import CacheDamagedError, CacheError, CacheIncompleteError, CacheMismatchError
 from llm2clip.embedding.keyed_rows import KeyIndex
+from llm2clip.utils.manifests import SEAL
+from tests.damage import flip
 from tests.llm2clip.data.conftest import CONCEPTS
 
 from .encoder import WIDTH, build, embed
@@ -123,6 +125,31 @@ def test_damaged_shard_is_named_and_can_be_computed_again(
     EmbeddingCache.open(cache_folder)
 
 
+@pytest.mark.parametrize("place", [100, 400, -1])
+def test_a_flipped_bit_is_found_and_mended_by_embedding_again(
+    cache_folder: Path, place: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard = cache_folder / "shard-00001.safetensors"
+    whole = shard.read_bytes()
+    with flip(shard, place):
+        with pytest.raises(CacheDamagedError, match=r"shard-00001\.safetensors"):
+            EmbeddingCache.open(cache_folder)
+        build(cache_folder, TEXTS)
+        assert shard.read_bytes() == whole
+        EmbeddingCache.open(cache_folder)
+    assert sorted(path.name for path in cache_folder.glob("[!.]*")) == [
+        "manifest.json",
+        *(f"shard-0000{number}.safetensors" for number in range(4)),
+    ]
+
+
+def test_a_changed_manifest_is_an_error(cache_folder: Path) -> None:
+    path = cache_folder / "manifest.json"
+    path.write_text(path.read_text().replace('"num_truncated": 0', '"num_truncated": 1'))
+    with pytest.raises(CacheDamagedError, match="has changed since it was written; delete the folder"):
+        EmbeddingCache.open(cache_folder)
+
+
 def test_lookup_checks_rows_of_an_unverified_cache(cache_folder: Path) -> None:
     _not_finite(cache_folder / "shard-00001.safetensors")
     cache = EmbeddingCache.open(cache_folder, verify=False)
@@ -131,17 +158,16 @@ def test_lookup_checks_rows_of_an_unverified_cache(cache_folder: Path) -> None:
         cache.lookup([TEXTS[0], TEXTS[16]])
 
 
-def test_check_finite_is_distributed_over_ranks(cache_folder: Path) -> None:
+def test_check_shards_is_distributed_over_ranks(cache_folder: Path) -> None:
     _not_finite(cache_folder / "shard-00001.safetensors")
     cache = EmbeddingCache.open(cache_folder, verify=False)
-    cache.check_finite(rank=0, world_size=2)
+    cache.check_shards(rank=0, world_size=2)
     with pytest.raises(CacheDamagedError, match=r"Row 6 of the shard .*00001"):
-        cache.check_finite(rank=1, world_size=2)
+        cache.check_shards(rank=1, world_size=2)
 
 
 def _edit(folder: Path, **fields: object) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest.update(fields)
+    manifest = {**json.loads((folder / "manifest.json").read_text()), SEAL: None, **fields}
     (folder / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from llm2clip.embedding import EmbeddingCache, row_builder
 from llm2clip.embedding.cache_files import CacheIncompleteError, CacheMismatchError
 from llm2clip.utils import locks
+from tests.damage import flip
 from tests.llm2clip.utils.test_locks import another_run
 
 from .encoder import build, embed
@@ -82,6 +84,32 @@ def test_resumed_build_equals_an_uninterrupted_one(tmp_path: Path, calls: int) -
     build(tmp_path / "broken", TEXTS, counting, **truncated)
     assert asked == TEXTS[10 * len(kept) :]
     assert _contents(tmp_path / "broken") == _contents(tmp_path / "unbroken")
+
+
+def test_a_flipped_bit_in_a_shard_of_an_interrupted_build_is_not_kept(tmp_path: Path) -> None:
+    build(tmp_path / "unbroken", TEXTS)
+    with pytest.raises(KilledError):
+        build(tmp_path / "broken", TEXTS, _killed_after(7))
+    with flip(tmp_path / "broken" / "shard-00001.safetensors", -1):
+        with pytest.raises(CacheMismatchError, match="lacks 3 of the 4 shards"):
+            build(tmp_path / "broken", MORE)
+        build(tmp_path / "broken", TEXTS)
+        assert _contents(tmp_path / "broken") == _contents(tmp_path / "unbroken")
+
+
+def test_several_processes_set_changed_shards_aside(tmp_path: Path) -> None:
+    build(tmp_path / "unbroken", TEXTS)
+    build(tmp_path / "broken", TEXTS)
+    broken = tmp_path / "broken"
+    with flip(broken / "shard-00001.safetensors", -1), flip(broken / "shard-00002.safetensors", -1):
+        barrier = threading.Barrier(2)
+
+        def rank(number: int) -> None:
+            build(broken, TEXTS, rank=number, world_size=2, barrier=barrier.wait)
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(rank, range(2)))
+        assert _contents(broken) == _contents(tmp_path / "unbroken")
 
 
 def test_complete_cache_is_not_written_again(tmp_path: Path) -> None:

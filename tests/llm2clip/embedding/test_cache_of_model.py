@@ -19,6 +19,7 @@ from llm2clip.embedding.cache_of_model import open_cache_of_model
 from llm2clip.trainers import run_stage1, run_stage2
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils.manifests import SEAL
 from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import describe_text_tower, open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextModel
@@ -35,7 +36,7 @@ def config_of(text: str, **fields: Any) -> LLM2CLIPConfig:
 def edited(cache: str, folder: Path, **fields: Any) -> Path:
     """Copy a cache, and change its manifest; None removes a field."""
     shutil.copytree(cache, folder)
-    manifest = {**json.loads((folder / "manifest.json").read_text()), **fields}
+    manifest = {**json.loads((folder / "manifest.json").read_text()), SEAL: None, **fields}
     kept = {name: value for name, value in manifest.items() if value is not None}
     (folder / "manifest.json").write_text(json.dumps(kept))
     return folder

@@ -14,12 +14,12 @@ import pytest
 from llm2clip import cli
 from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource
-from llm2clip.embedding import verify
 from llm2clip.embedding.embed import EmbedConfig, run
 from llm2clip.embedding.embed_shards import ShardEmbedder, list_jobs
 from llm2clip.embedding.sidecar_files import SidecarManifest
 from llm2clip.embedding.sidecars import SourceSidecars, is_sidecar_folder, stored_encoder
 from llm2clip.utils.remote_path import open_path
+from llm2clip.verification import verify
 from tests.llm2clip.data.test_streams import write_tars
 from tests.llm2clip.embedding import encoder
 from tests.llm2clip.embedding.shards import Counting, description, embed, write_groups, write_shards
@@ -52,7 +52,7 @@ def test_remote_sidecars_are_those_of_a_folder(bucket: str, tmp_path: Path) -> N
     assert sorted(contents(bucket))[:2] == ["/inner/0.emb.manifest", "/inner/0.emb.safetensors"]
     calls = Counting()
     fsspec.filesystem("memory").rm("/bucket/sidecars/inner/1.emb.manifest")
-    with pytest.raises(verify.DamagedError, match="1 faults in the 2 sidecars"):
+    with pytest.raises(verify.DamagedError, match="1 faults in "):
         verify.run(verify.VerifyConfig(folder=bucket))
     assert embed_at(source, bucket, calls) == 2
     assert "dog 1" in calls.texts

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from llm2clip import cli
 from llm2clip.hub.cards.card import CARD, split_card
+from llm2clip.utils.files import read_json
+from llm2clip.utils.manifests import MODEL_MANIFEST
 from modeling_llm2clip import LLM2CLIPModel
+from tests.damage import flip
 from tests.llm2clip.hub.conftest import REPO, consume, content, push_by_command, upload
 from tests.loopback_hub import READ_TOKEN, TOKEN, LoopbackHub
 from tests.modeling_llm2clip import tiny
@@ -123,6 +126,41 @@ def test_incomplete_folder_is_refused_before_the_upload(
         shutil.rmtree(copy)
     tiny.save_apart(tmp_path)
     refused(tmp_path / "clip", "which others cannot load; `llm2clip build` bundles it")
+
+
+def test_folder_that_is_not_what_was_built_is_refused(hub: LoopbackHub, built: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(built, copy)
+    listed = read_json(built / MODEL_MANIFEST)["files"]
+    assert set(listed) == {
+        name
+        for path in built.rglob("*")
+        if path.is_file() and (name := path.relative_to(built).as_posix())[0] != "."
+        if name not in (CARD, "LICENSE", "example.png", MODEL_MANIFEST)
+    }
+    assert {"model.safetensors", "modeling_llm2clip.py", "config.json", "1_Normalize/config.json"} <= set(listed)
+    (copy / CARD).write_text((copy / CARD).read_text() + "\nWhat its author adds.\n")
+    for stays_here in (True, False):
+        for name in ("model.safetensors", "processing_llm2clip.py", "tokenizer_config.json", MODEL_MANIFEST):
+            if name == MODEL_MANIFEST and not stays_here:
+                continue
+            with flip(copy / name), pytest.raises(ValueError, match=r"is not what was written|damaged"):
+                upload(hub, copy)
+            assert not hub.repos
+        (copy / ".llm2clip.json").unlink(missing_ok=True)
+    upload(hub, copy)
+    assert hub.repo(REPO).files()[MODEL_MANIFEST] == (built / MODEL_MANIFEST).read_bytes()
+    arrived = tmp_path / "arrived"
+    for name, content_of_file in hub.repo(REPO).files().items():
+        (arrived / name).parent.mkdir(parents=True, exist_ok=True)
+        (arrived / name).write_bytes(content_of_file)
+    assert cli.main(["verify", str(arrived)]) == 0
+    with flip(arrived / "model.safetensors"):
+        assert cli.main(["verify", str(arrived)]) == 2
+    # A folder without one does not leave that of other weights there.
+    (copy / MODEL_MANIFEST).unlink()
+    upload(hub, copy)
+    assert MODEL_MANIFEST not in hub.repo(REPO).files()
 
 
 def test_pushed_model_works_in_auto_classes_pipelines_and_sentence_transformers(

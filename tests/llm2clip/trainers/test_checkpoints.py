@@ -21,11 +21,12 @@ from llm2clip.trainers.run_settings import SETTINGS
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage1_trainer import Stage1Trainer
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.utils import locks
-from llm2clip.utils.files import read_json
+from llm2clip.utils import locks, manifests
+from llm2clip.utils.files import read_json, sha256
 from llm2clip.utils.manifests import damage
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPTextModel
+from tests.damage import flip
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.test_plain_datasets import IterableRows, MapRows
@@ -83,6 +84,32 @@ def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     start(settings(tmp_path), resume=True)
     assert [path.exists() for path in files] == [False, False, True]
     assert last_checkpoint(tmp_path) == checkpoint
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoint_with_a_flipped_bit_is_passed_over(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, damaged = save(tmp_path, 9), save(tmp_path, 12)
+    assert last_checkpoint(tmp_path) == damaged
+    with flip(damaged / name):
+        assert last_checkpoint(tmp_path) == whole
+        assert f"{damaged} is incomplete or damaged ({name} has changed: its checksum is not that" in caplog.text
+        with pytest.raises(ValueError, match=f"is damaged \\({name} has changed"):
+            start(settings(tmp_path, resume_from_checkpoint=str(damaged)), resume=False)
+        assert start(settings(tmp_path), resume=True) == str(whole)
+    assert start(settings(tmp_path), resume=True) == str(damaged)
+
+
+def test_the_command_and_its_trainer_read_a_checkpoint_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 3)
+    read: list[str] = []
+    monkeypatch.setattr(manifests, "sha256", lambda path: read.append(path.name) or sha256(path))
+    for _ in range(2):
+        start(settings(tmp_path), resume=True)
+    assert sorted(read) == sorted(FILES)
+    start(settings(tmp_path / "other"), resume=False)  # nothing is read where nothing is resumed
+    assert sorted(read) == sorted(FILES)
 
 
 def test_old_checkpoints_are_deleted_only_for_whole_ones(tmp_path: Path) -> None:

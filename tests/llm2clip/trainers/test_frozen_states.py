@@ -19,7 +19,8 @@ from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform, Sam
 from llm2clip.data.transforms import output_size
 from llm2clip.trainers import frozen_states
 from llm2clip.trainers.frozen_layers import FrozenLayers
-from llm2clip.trainers.frozen_states import STATES, FrozenStatesDataset
+from llm2clip.trainers.frozen_states import STATES, FrozenStatesDataset, changed_parts, open_states
+from tests.damage import flip
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 
@@ -94,6 +95,20 @@ def test_an_interrupted_computation_leaves_no_states_and_is_repeated(
     dataset = build(inputs, tmp_path)
     assert sorted(path.name for path in dataset.folder.iterdir()) == ["manifest.json", STATES]
     assert np.abs(dataset.states).sum(axis=(1, 2)).all()
+
+
+def test_damage_is_found_when_the_states_are_opened_or_read(inputs: Inputs, tmp_path: Path) -> None:
+    first = build(inputs, tmp_path)
+    manifest, states = open_states(first.folder)
+    assert (manifest["shape"], manifest["parts"][0][:2]) == (list(states.shape), [0, 16])
+    assert changed_parts(manifest, states) == []
+    for name, place in (("manifest.json", 80), (STATES, 70)):
+        with flip(first.folder / name, place), pytest.raises(ValueError, match="the next run computes"):
+            build(inputs, tmp_path)
+    with flip(first.folder / STATES, 4000):
+        assert changed_parts(*open_states(first.folder)) == [(0, 16)]
+    (first.folder / "manifest.json").write_text('{"skipped": []}')  # of an earlier release
+    assert np.array_equal(build(inputs, tmp_path).states, states)
 
 
 def test_all_processes_follow_the_first_one(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

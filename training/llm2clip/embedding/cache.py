@@ -74,7 +74,7 @@ class EmbeddingCache(CaptionEmbeddings):
         Args:
             path: The folder.
             fingerprint: Identity of the text encoder that must have made the cache. None accepts any.
-            verify: Read every embedding once, see `check_finite`. Turn it off for large caches: rows are also checked
+            verify: Read every shard once, see `check_shards`. Turn it off for large caches: rows are also checked
                 when they are looked up.
             tokenizer_fingerprint: Identity of the tokenizer that must have made the cache. None accepts any.
 
@@ -82,7 +82,7 @@ class EmbeddingCache(CaptionEmbeddings):
             FileNotFoundError: There is no cache.
             CacheMismatchError: Another encoder or tokenizer made it.
             CacheIncompleteError: It was not built to the end.
-            CacheDamagedError: A shard is missing, truncated or contains a row that is not finite.
+            CacheDamagedError: A shard is missing, truncated or changed, or contains a row that is not finite.
             CacheError: It has another format version.
         """
         folder = Path(path)
@@ -90,7 +90,7 @@ class EmbeddingCache(CaptionEmbeddings):
         refuse_other_encoder(folder, manifest, fingerprint, tokenizer_fingerprint)
         cache = cls(folder, manifest, cls.open_shards(folder, manifest))
         if verify:
-            cache.check_finite()
+            cache.check_shards()
         return cache
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import transformers
 
-from llm2clip.utils.files import read_json, write_json
+from llm2clip.utils.files import read_json, sha256, write_json
+from llm2clip.utils.manifests import is_intact, sealed
 from llm2clip.utils.settings import build_config
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ MANIFEST = "manifest.json"
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 CacheDtype = Literal["float16", "bfloat16", "float32"]
 ManifestT = TypeVar("ManifestT", bound="StoreManifest")
+# Bytes of half a key.
+KEY_SIZE = 8
 
 TWO_RULES = (
     " The one without `2-` was recorded by an earlier release of llm2clip, so the two say nothing about each other."
@@ -74,6 +77,7 @@ class StoreManifest:
         shard_size: Rows per shard; the last shard of each build may be shorter.
         plan_digest: Hash over all keys, in order.
         shards: Rows of each shard.
+        checksums: SHA-256 of each shard by its file name, once the cache is complete.
     """
 
     FORMAT: ClassVar[str]
@@ -84,7 +88,7 @@ class StoreManifest:
     # What a row depends on: a cache is only continued by a build that agrees in all of these.
     IDENTITY: ClassVar[tuple[str, ...]]
     # Fields that caches of earlier releases lack.
-    LATER: ClassVar[frozenset[str]] = frozenset()
+    LATER: ClassVar[frozenset[str]] = frozenset({"checksums"})
 
     fingerprint: str
     hidden_size: int
@@ -94,6 +98,7 @@ class StoreManifest:
     status: Literal["building", "complete"] = "building"
     plan_digest: str = ""
     shards: list[int] = field(default_factory=list)
+    checksums: dict[str, str] = field(default_factory=dict)
 
     @property
     def encoder(self) -> str:
@@ -115,7 +120,7 @@ class StoreManifest:
     def write(self, folder: Path) -> None:
         """Write the manifest of a cache."""
         head = {"format": self.FORMAT, "format_version": FORMAT_VERSION, f"num_{self.UNIT}s": self.num_rows}
-        write_json(folder / MANIFEST, {**head, **asdict(self)})
+        write_json(folder / MANIFEST, sealed({**head, **asdict(self)}))
 
     @classmethod
     def read(cls: type[ManifestT], folder: Path) -> ManifestT:
@@ -123,7 +128,7 @@ class StoreManifest:
 
         Raises:
             FileNotFoundError: There is no manifest.
-            CacheDamagedError: It cannot be read, or lacks a field.
+            CacheDamagedError: It cannot be read, lacks a field, or has changed.
             CacheError: It has another format or version.
         """
         path = folder / MANIFEST
@@ -145,9 +150,13 @@ class StoreManifest:
             message = f"{path} lacks {', '.join(sorted(missing))}; delete the folder and {cls.REMEDY}."
             raise CacheDamagedError(message)
         try:
-            return build_config(cls, {name: values[name] for name in names & set(values)}, str(path))
+            manifest = build_config(cls, {name: values[name] for name in names & set(values)}, str(path))
         except ValueError as error:
             raise CacheDamagedError(f"{str(error).rstrip('.')}; delete the folder and {cls.REMEDY}.") from error
+        if not is_intact(values):
+            message = f"{path} has changed since it was written; delete the folder and {cls.REMEDY}."
+            raise CacheDamagedError(message)
+        return manifest
 
 
 @dataclass(kw_only=True)
@@ -181,7 +190,7 @@ class CacheManifest(StoreManifest):
         "dtype",
         "normalize",
     )
-    LATER = frozenset({"tokenizer_fingerprint"})
+    LATER = StoreManifest.LATER | {"tokenizer_fingerprint"}
 
     text_model_name: str
     pooling: str
@@ -236,6 +245,34 @@ class Shard(NamedTuple):
         return np.fromfile(self.path, dtype="<i8", count=rows * 2, offset=self.keys_offset).reshape(rows, 2)
 
 
+def checksum_path(folder: Path, number: int) -> Path:
+    """Return the path of the file with the checksum of a shard, as long as the manifest does not have it."""
+    return folder / f".shard-{number:05d}.sha256"
+
+
+def recorded_checksum(folder: Path, manifest: StoreManifest, number: int) -> str | None:
+    """Return the SHA-256 that a shard had when it was written; None for shards of earlier releases."""
+    try:
+        return checksum_path(folder, number).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return manifest.checksums.get(shard_name(number))
+
+
+def has_changed(folder: Path, manifest: StoreManifest, number: int) -> bool:
+    """Read a shard and tell whether it is another file than the one that was written."""
+    expected = recorded_checksum(folder, manifest, number)
+    return expected is not None and sha256(folder / shard_name(number)) != expected
+
+
+def require_unchanged(folder: Path, manifest: StoreManifest, number: int) -> None:
+    """Raise a `CacheDamagedError` if a shard is another file than the one that was written."""
+    if has_changed(folder, manifest, number):
+        raise CacheDamagedError(
+            f"The shard {folder / shard_name(number)} has changed since it was written: its checksum is not that of "
+            f"the manifest; {manifest.REMEDY}, which only computes that shard again."
+        )
+
+
 def open_shard(folder: Path, manifest: StoreManifest, number: int) -> Shard:
     """Read and check the header of a shard of a cache; see [`read_shard`]."""
     advice = f"delete it and {manifest.REMEDY}, which only computes what is missing"
@@ -265,12 +302,12 @@ def read_shard(path: Path, rows: int, hidden_size: int, advice: str) -> Shard:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
         embeddings, keys = header["embeddings"], header["keys"]
-        (offset, end), (keys_offset, keys_end) = embeddings["data_offsets"], keys["data_offsets"]
-        start, end = 8 + length, 8 + length + max(end, keys_end)
+        (offset, embeddings_end), (keys_offset, keys_end) = embeddings["data_offsets"], keys["data_offsets"]
+        start, end = 8 + length, 8 + length + max(embeddings_end, keys_end)
         shape, keys_shape = tuple(embeddings["shape"]), tuple(keys["shape"])
         dtype, metadata = DTYPES[embeddings["dtype"]], header.get("__metadata__", {})
-        sizes = math.prod(shape) * dtype.itemsize, math.prod(keys_shape) * 8
-        if sizes != (embeddings["data_offsets"][1] - offset, keys_end - keys_offset):
+        sizes = math.prod(shape) * dtype.itemsize, math.prod(keys_shape) * KEY_SIZE
+        if sizes != (embeddings_end - offset, keys_end - keys_offset):
             raise ValueError("its shapes do not fit its sizes")
     except (ValueError, KeyError, TypeError) as error:
         raise CacheDamagedError(f"The shard {path} ({size} bytes) has no valid header ({error}); {advice}.") from error

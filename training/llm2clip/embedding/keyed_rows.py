@@ -15,6 +15,7 @@ from llm2clip.embedding.cache_files import (
     Shard,
     StoreManifest,
     open_shard,
+    require_unchanged,
     shard_name,
 )
 from llm2clip.utils.files import MappedFile
@@ -160,6 +161,16 @@ class KeyedRows(Generic[ManifestT]):
                 self._require_whole(number)
                 first = int(self._starts[number]) + start
                 self._check_rows(shard[start : start + SCAN_ROWS], range(first, first + SCAN_ROWS))
+
+    def check_shards(self, rank: int = 0, world_size: int = 1) -> None:
+        """Check that every row is finite and every shard the file that was written; processes share the shards.
+
+        Raises:
+            CacheDamagedError: A row is not finite, or a shard does not have the checksum of the manifest.
+        """
+        self.check_finite(rank, world_size)
+        for number in range(rank, len(self._shards), world_size):
+            require_unchanged(self.path, self.manifest, number)
 
     def _require_whole(self, number: int) -> None:
         if self._files[number].is_cut():

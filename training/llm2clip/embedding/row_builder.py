@@ -22,17 +22,23 @@ from llm2clip.embedding.cache_files import (
     CacheDtype,
     CacheMismatchError,
     StoreManifest,
+    checksum_path,
+    has_changed,
     open_shard,
+    recorded_checksum,
     shard_name,
 )
 from llm2clip.embedding.keyed_rows import KeyIndex
-from llm2clip.utils.files import atomic_path, remove_unfinished
+from llm2clip.utils.files import atomic_path, remove_unfinished, sha256, write_text
 from llm2clip.utils.locks import folder_lock
 from llm2clip.utils.progress import ProgressBar, in_section, progress_bar
 from modeling_llm2clip.identity_llm2clip import is_earlier_rule
 from modeling_llm2clip.modeling_llm2clip_utils import apply_umask
 
 logger = logging.getLogger(__name__)
+
+# The name of a changed shard ends so until it is computed again.
+DAMAGED = ".damaged"
 
 ManifestT = TypeVar("ManifestT", bound=StoreManifest)
 # Computes the rows of some keys, given by their positions: (n, hidden) in the dtype of the cache, and what the shard
@@ -56,8 +62,9 @@ def build_rows(
     """Compute the rows of a cache; resume an interrupted build, or append to a complete cache what it lacks.
 
     The keys are cut into shards in the given order. A shard is written under a temporary name, flushed to disk and
-    renamed: it is complete or absent. Existing shards are kept, and the result equals that of an uninterrupted build.
-    The missing shards are distributed over the ranks. Rank 0 locks the folder: one build at a time.
+    renamed: it is complete or absent, and its checksum is stored beside it until the manifest has it. Existing shards
+    are kept unless they have changed, and the result equals that of an uninterrupted build. The missing shards are
+    distributed over the ranks. Rank 0 locks the folder: one build at a time.
 
     Args:
         path: The folder, created if it does not exist.
@@ -82,8 +89,13 @@ def build_rows(
     folder = Path(path)
     with folder_lock(folder) if rank == 0 else contextlib.nullcontext():
         wait()  # no rank reads the folder before rank 0 has it to itself
-        manifest, work = _plan(folder, replace(manifest, shards=[]), keys, earlier_fingerprint)
-        _start(folder, manifest, bool(work), rank, wait)
+        manifest = replace(manifest, shards=[], checksums={})
+        if (folder / MANIFEST).is_file():
+            manifest = _manifest_to_continue(folder, manifest, earlier_fingerprint)
+            _set_changed_aside(folder, manifest, rank, world_size)
+        wait()
+        manifest, work = _plan(folder, manifest, keys)
+        _start(folder, manifest, work, rank, wait)
         mine = dict(list(work.items())[rank::world_size])
         total = sum(map(len, mine.values()))
         shown = show_progress_bar and rank == 0 and total > 0
@@ -91,9 +103,12 @@ def build_rows(
             for number, positions in mine.items():
                 rows, metadata = compute(positions, bar)
                 tensors = {"embeddings": rows, "keys": torch.from_numpy(keys[positions])}
+                checksum_path(folder, number).unlink(missing_ok=True)
                 with atomic_path(folder / shard_name(number)) as temporary:
                     save_file(tensors, temporary, metadata)
                     apply_umask(temporary)
+                    checksum = sha256(temporary)
+                write_text(checksum_path(folder, number), f"{checksum}\n")
         wait()
         if rank == 0 and (work or manifest.status != "complete"):
             _finish(folder, manifest)
@@ -126,16 +141,20 @@ def refuse_rows(bad: torch.Tensor, name: Callable[[int], str], fault: str) -> No
         raise ValueError(f"The embedding of {name(int(rows[0]))} {fault}.")
 
 
-def _start(folder: Path, manifest: StoreManifest, has_work: bool, rank: int, wait: Callable[[], None]) -> None:
+def _start(
+    folder: Path, manifest: StoreManifest, work: dict[int, np.ndarray], rank: int, wait: Callable[[], None]
+) -> None:
     """Write the manifest of an unfinished build, and check that all ranks have the same keys."""
     wait()  # every rank has read the folder before rank 0 changes it
-    if rank == 0 and has_work:
+    if rank == 0 and work:
         manifest.status = "building"
+        for number in work:
+            manifest.checksums.pop(shard_name(number), None)
         manifest.write(folder)
     wait()
     if type(manifest).read(folder).plan_digest != manifest.plan_digest:
         raise CacheMismatchError(f"Rank {rank} was given other {manifest.UNIT}s than rank 0 for {folder}.")
-    if not has_work:
+    if not work:
         level = logging.DEBUG if in_section() else logging.INFO
         logger.log(level, "The %s %s already contains all these %ss.", manifest.NAME, folder, manifest.UNIT)
 
@@ -144,18 +163,20 @@ def _digest(keys: list[np.ndarray]) -> str:
     return hashlib.blake2b(np.concatenate(keys).astype("<i8").tobytes(), digest_size=16).hexdigest()
 
 
-def _plan(
-    folder: Path,
-    manifest: ManifestT,
-    keys: np.ndarray,
-    earlier_fingerprint: Callable[[], str | None] | None,
-) -> tuple[ManifestT, dict[int, np.ndarray]]:
+def _set_changed_aside(folder: Path, manifest: StoreManifest, rank: int, world_size: int) -> None:
+    """Rename the shards that are not the files that were written, so that they are computed again."""
+    for number in range(rank, len(manifest.shards), world_size):
+        path = folder / shard_name(number)
+        if path.is_file() and has_changed(folder, manifest, number):
+            logger.warning("%s has changed since it was written. It is computed again.", path)
+            path.replace(f"{path}{DAMAGED}")
+
+
+def _plan(folder: Path, manifest: ManifestT, keys: np.ndarray) -> tuple[ManifestT, dict[int, np.ndarray]]:
     """Return the manifest to follow, and the captions (positions in `keys`) of each shard to compute."""
     if manifest.dtype not in get_args(CacheDtype):
         choices = " or ".join(map(repr, get_args(CacheDtype)))
         raise ValueError(f"The dtype of a cache must be {choices}, not {manifest.dtype!r}.")
-    if (folder / MANIFEST).is_file():
-        manifest = _manifest_to_continue(folder, manifest, earlier_fingerprint)
     there = _existing_keys(folder, manifest)
     known = KeyIndex(np.concatenate([np.empty((0, 2), np.int64), *there.values()]))
     missing = np.flatnonzero(known.find(keys) < 0)
@@ -214,7 +235,12 @@ def _finish(folder: Path, manifest: StoreManifest) -> None:
     shards = [open_shard(folder, manifest, number) for number in range(len(manifest.shards))]
     manifest.finish([shard.metadata for shard in shards])
     manifest.status = "complete"
+    manifest.checksums = {
+        shard.path.name: recorded_checksum(folder, manifest, number) or sha256(shard.path)
+        for number, shard in enumerate(shards)
+    }
     manifest.write(folder)
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()
+    for pattern in (".*.tmp", ".shard-*.sha256", f"shard-*{DAMAGED}"):
+        for leftover in folder.glob(pattern):
+            leftover.unlink()
     remove_unfinished(folder)

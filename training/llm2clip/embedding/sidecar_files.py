@@ -24,6 +24,7 @@ from llm2clip.data.shards import SourceShard, source_checksum, source_size
 from llm2clip.data.sources import COMPRESSIONS
 from llm2clip.embedding.cache_files import CacheDamagedError, CacheError, CacheManifest, CacheMismatchError
 from llm2clip.utils.files import read_json, replace, require_writable, temporary_path, write_json
+from llm2clip.utils.manifests import is_intact, sealed
 from llm2clip.utils.remote_path import READ_ONLY, AnyPath, open_path, protocols, size_of
 
 FORMAT = "llm2clip-embedding-sidecar"
@@ -69,7 +70,7 @@ class SidecarManifest:
 
     def write(self, path: AnyPath) -> None:
         """Write the manifest, after its sidecar."""
-        write_json(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
+        write_json(path, sealed({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}))
 
     @classmethod
     def read(cls, path: AnyPath) -> SidecarManifest:
@@ -77,7 +78,7 @@ class SidecarManifest:
 
         Raises:
             FileNotFoundError: There is none.
-            CacheDamagedError: It cannot be read, or lacks a field.
+            CacheDamagedError: It cannot be read, lacks a field, or has changed.
             CacheError: It has another format or version.
         """
         try:
@@ -99,6 +100,8 @@ class SidecarManifest:
             raise CacheDamagedError(
                 f"{path} does not describe an encoder or a part ({error}); delete it and {REMEDY}."
             ) from None
+        if not is_intact(values):
+            raise CacheDamagedError(f"{path} has changed since it was written; delete it and {REMEDY}.")
         return manifest
 
     @property

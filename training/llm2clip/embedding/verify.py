@@ -1,17 +1,23 @@
-"""The `llm2clip verify` command: whether stored embeddings are what was written, and what is missing."""
+"""Verification of stored embeddings: whether they are what was written, and what is missing."""
 
 from __future__ import annotations
 
-import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from llm2clip.data.parquet_parts import RowGroups
 from llm2clip.data.shards import source_checksum
-from llm2clip.embedding.cache import EmbeddingCache
-from llm2clip.embedding.cache_files import MANIFEST, CacheError
+from llm2clip.embedding.cache_files import (
+    CacheError,
+    StoreManifest,
+    open_shard,
+    recorded_checksum,
+    require_unchanged,
+    shard_name,
+)
+from llm2clip.embedding.keyed_rows import KeyedRows
 from llm2clip.embedding.sidecar_files import (
     MANIFEST_SUFFIX,
     REMEDY,
@@ -23,76 +29,88 @@ from llm2clip.embedding.sidecar_files import (
 from llm2clip.embedding.sidecars import Sidecar, gaps
 from llm2clip.utils.files import sha256
 from llm2clip.utils.progress import progress_bar
-from llm2clip.utils.remote_path import AnyPath, local_copy, open_path
-from llm2clip.utils.settings import setting
+from llm2clip.utils.remote_path import AnyPath, local_copy
+from llm2clip.utils.verified import Fault, Verified
 
-logger = logging.getLogger(__name__)
-
-SHOWN = 20
 # Of the names of sidecars and their manifests.
 SUFFIX_START = ".emb."
+CHANGED = "{} has changed since it was embedded: its checksum is not that of the manifest"
 
 
-class DamagedError(ValueError):
-    """Stored embeddings are damaged or incomplete."""
+class _CacheShard(KeyedRows[StoreManifest]):
+    """The rows of one shard of a cache."""
 
-    exit_status = 1
+    def __init__(self, folder: Path, manifest: StoreManifest, number: int) -> None:
+        self._file = folder / shard_name(number)
+        own = replace(manifest, shards=[manifest.shards[number]])
+        super().__init__(folder, own, [open_shard(folder, manifest, number)])
 
-
-@dataclass
-class VerifyConfig:
-    """Settings of the check."""
-
-    folder: str = setting("", "Folder of an embedding cache, or of sidecars at any depth; of sidecars also a URL.")
-    sources: bool = setting(
-        True, "Read the shards too that lie beside their sidecars, and compare them with their checksums."
-    )
+    def shard_path(self, number: int) -> Path:
+        return self._file
 
 
-def run(config: VerifyConfig) -> dict[str, Any]:
-    """Read all stored embeddings of a folder, and compare them with their checksums.
+def verify_cache(folder: Path, kind: type[StoreManifest]) -> Verified:
+    """Read all shards of a cache, and compare them with their checksums.
 
-    Returns:
-        The numbers of files and captions.
-
-    Raises:
-        FileNotFoundError: The folder contains no embeddings.
-        DamagedError: Something is damaged or missing. The message names the files and what mends them; the exit status
-            is 1.
+    Args:
+        kind: The class of its manifest.
     """
-    folder = open_path(config.folder)
-    if isinstance(folder, Path) and (folder / MANIFEST).is_file():
-        cache = EmbeddingCache.open(folder)
-        return {"num_shards": len(cache.manifest.shards), "num_captions": len(cache)}
+    found = Verified()
+    try:
+        manifest = kind.read(folder)
+    except (CacheError, OSError) as error:
+        found.faults.append(Fault(str(error), f"delete {folder} and {kind.REMEDY}"))
+        return found
+    if manifest.status != "complete":
+        found.faults.append(Fault(f"the build of {folder} was interrupted", f"{kind.REMEDY}, which goes on with it"))
+        return found
+    found.counts = Counter({"num_shards": len(manifest.shards), f"num_{kind.UNIT}s": manifest.num_rows})
+    numbers = range(len(manifest.shards))
+    if without := sum(recorded_checksum(folder, manifest, number) is None for number in numbers):
+        found.remarks.append(f"{without} shards of {folder} have no checksum, since an earlier release wrote them.")
+    with progress_bar("Verifying shards", len(numbers), "shard") as bar:
+        for number in numbers:
+            try:
+                _CacheShard(folder, manifest, number).check_finite()
+                require_unchanged(folder, manifest, number)
+            except (CacheError, OSError) as error:
+                mend = f"delete {folder / shard_name(number)} and {kind.REMEDY}, which only computes what is missing"
+                found.faults.append(Fault(str(error).partition(";")[0], mend))
+            bar.update(advance=1)
+    return found
+
+
+def verify_sidecars(folder: AnyPath, sources: bool = True) -> Verified:
+    """Read all sidecars below a folder, and compare them with their checksums.
+
+    Args:
+        folder: Local, or a URL.
+        sources: Read the shards too that lie beside their sidecars, and compare them with their checksums.
+    """
     manifests = sorted(manifest_paths(folder), key=str)
-    if not manifests:
-        raise FileNotFoundError(f"{folder} contains no embeddings: neither {MANIFEST} nor *{MANIFEST_SUFFIX}.")
-    faults: list[str] = []
+    found = Verified()
     read: dict[AnyPath, SidecarManifest] = {}
     with progress_bar("Verifying shards", len(manifests), "shard") as bar:
         for path in manifests:
+            embed_again = f"delete {path} and {REMEDY}"
             try:
                 read[path] = SidecarManifest.read(path)
-                _verify(path, read[path], config.sources)
+                _verify(path, read[path])
             except (CacheError, OSError) as error:
-                faults.append(str(error))
+                found.faults.append(Fault(str(error).partition("; delete")[0], embed_again))
+            if sources and path in read and (changed := _changed_source(path, read[path])):
+                found.faults.append(Fault(changed, f"restore that shard, or {embed_again}"))
             bar.update(advance=1)
-    faults += _without_manifest(folder, read)
+    found.faults += [Fault(missing, REMEDY) for missing in _without_manifest(folder, read)]
     for unfinished in sorted(map(str, folder.rglob(f".*{SUFFIX_START}*.tmp"))):
-        logger.warning("%s is what a run has not finished: it still writes it, or was killed.", unfinished)
-    for fault in faults[:SHOWN]:
-        logger.error(fault)
-    if faults:
-        more = f", the first {SHOWN} of which are above" if len(faults) > SHOWN else ""
-        raise DamagedError(
-            f"{len(faults)} faults in the {len(manifests)} sidecars of {folder}{more}. Delete the files they name "
-            f"and {REMEDY}."
-        )
-    return {"num_shards": len(manifests), "num_captions": sum(manifest.captions for manifest in read.values())}
+        found.remarks.append(f"{unfinished} is what a run has not finished: it still writes it, or was killed.")
+    captions = sum(manifest.captions for manifest in read.values())
+    found.counts = Counter({"num_shards": len(manifests), "num_captions": captions})
+    return found
 
 
-def _verify(path: AnyPath, manifest: SidecarManifest, with_source: bool) -> None:
-    """Compare a sidecar, and its shard if that lies beside it, with a manifest.
+def _verify(path: AnyPath, manifest: SidecarManifest) -> None:
+    """Compare a sidecar with its manifest.
 
     Raises:
         CacheError: They differ.
@@ -100,17 +118,21 @@ def _verify(path: AnyPath, manifest: SidecarManifest, with_source: bool) -> None
     rows = path.with_name(path.name.removesuffix(MANIFEST_SUFFIX) + ROWS_SUFFIX)
     with local_copy(rows) as local:
         sidecar = Sidecar(local, manifest)
-        _compare(rows, "the sidecar", sha256(local), manifest.checksum)
+        if sha256(local) != manifest.checksum:
+            raise CacheError(CHANGED.format(f"the sidecar {rows}"))
         sidecar.check_finite()
+
+
+def _changed_source(path: AnyPath, manifest: SidecarManifest) -> str | None:
+    """Compare the shard that lies beside a sidecar with its manifest; return what differs, in words."""
     source = path.with_name(manifest.source)
-    if with_source and isinstance(source, Path) and source.is_file() and manifest.source_checksum is not None:
+    if not isinstance(source, Path) or not source.is_file() or manifest.source_checksum is None:
+        return None
+    try:
         found = source_checksum(str(source), manifest.row_groups)
-        _compare(source, "the shard", str(found), manifest.source_checksum)
-
-
-def _compare(path: AnyPath, name: str, found: str, expected: str) -> None:
-    if found != expected:
-        raise CacheError(f"{name} {path} has changed since it was embedded: its checksum is not that of the manifest.")
+    except (OSError, ValueError) as error:
+        return f"the shard {source} cannot be read: {error}"
+    return None if str(found) == manifest.source_checksum else CHANGED.format(f"the shard {source}")
 
 
 def _without_manifest(folder: AnyPath, read: Mapping[AnyPath, SidecarManifest]) -> Iterator[str]:

@@ -23,8 +23,10 @@ from llm2clip.hub.cards.facts import EXAMPLE, Evaluation
 from llm2clip.hub.cards.metadata import check_metadata
 from llm2clip.hub.new_process import CAPTIONS, sample_picture
 from llm2clip.hub.source_model import SourceModel
+from llm2clip.hub.upload_files import PICTURES, model_files
 from llm2clip.utils.files import read_json, write_json, write_license
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
+from llm2clip.utils.manifests import refuse_damaged, write_model_manifest
 from llm2clip.utils.repos import OURS, RepoKind, inspect_repo, is_hub_id
 from llm2clip.utils.settings import build_config, setting
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
@@ -100,7 +102,7 @@ def build_folder(model: str | Path, destination: str | Path, **settings: Any) ->
     Raises:
         FileExistsError: The destination exists and `overwrite` is off, or it holds what a build did not write.
         RuntimeError: The folder does not load in the new process, or its outputs differ; nothing is written.
-        ValueError: A setting is wrong, or `model` is not a model of this package.
+        ValueError: A setting is wrong, or `model` is not a model of this package, or is damaged.
     """
     return run(build_config(BuildConfig, {"model": model, "destination": destination, **settings}, "BuildConfig"))
 
@@ -115,7 +117,10 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     refuse_nested(config.model, destination)
     refuse_existing(destination, "build", config.overwrite)
     results = [*(evaluations or []), *results_of_one_model([Path(path) for path in config.results])]
+    refuse_damaged(config.model)
     repo = inspect_repo(config.model, config.revision).require(*OURS)
+    if config.text_model is None and (llm := repo.config.get("text_model_name_or_path")):
+        refuse_damaged(llm)
     folder_of_source = source_folder(config)
     config, card = keep_example(config, folder_of_source, source_card(config, folder_of_source))
     example = _open_picture(config.example_image)
@@ -129,6 +134,9 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
         write_license(folder)
         if config.code_repo is not None:
             _refer_to_code(folder, config.code_repo)
+        # Which pictures are uploaded depends on the card, which people edit.
+        uploaded = model_files(folder).uploaded
+        write_model_manifest(folder, [name for name in uploaded if Path(name).suffix.lower() not in PICTURES])
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {"written": str(destination), "megabytes": round(size / 1e6, 1), "difference": f"{difference:.1e}"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,8 @@ from llm2clip.hub.mixture import Mixture, mix_joint, mix_text_towers, mix_vision
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import write_license
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
-from llm2clip.utils.processes import process_state
+from llm2clip.utils.manifests import refuse_damaged
+from llm2clip.utils.processes import on_main_process, process_state
 from llm2clip.utils.repos import RepoKind, hub_ids, inspect_repo
 from llm2clip.utils.settings import build_config, check_choices, setting
 from llm2clip.utils.tables import print_table, recalls_in_percent
@@ -117,6 +119,7 @@ def run(config: MergeConfig) -> dict[str, Any]:
     destination = Path(config.destination)
     for source in (config.first, config.second):
         refuse_nested(source, destination)
+        on_main_process(partial(refuse_damaged, source))
     refuse_existing(destination, "merge", config.overwrite)
     mixture = _open(config)
     evaluation = _evaluation(config, mixture)

@@ -15,6 +15,7 @@ from llm2clip.hub.source_model import validate_folder
 from llm2clip.hub.upload import Uploader
 from llm2clip.hub.upload_files import model_files
 from llm2clip.utils.files import read_json
+from llm2clip.utils.manifests import refuse_damaged
 from llm2clip.utils.repos import OURS, Repo, RepoKind, inspect_repo, is_hub_id
 from llm2clip.utils.settings import build_config, setting
 
@@ -105,7 +106,7 @@ def check_folder(folder: Path) -> Repo:
     Raises:
         FileNotFoundError: The folder does not exist, or has no config, weights, card, code, tokenizer or image
             processor.
-        ValueError: The folder refers to another local folder, or a file is damaged.
+        ValueError: The folder refers to another local folder, or a file is damaged, or is not what was built.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; `llm2clip build MODEL {folder}` creates it.")
@@ -129,6 +130,7 @@ def check_folder(folder: Path) -> Repo:
             "--text-model, refers to its Hub id."
         )
     validate_card(folder)
+    refuse_damaged(folder)
     return repo
 
 

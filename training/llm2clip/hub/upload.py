@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 # How many commits are tried while others commit to the same branch.
 ATTEMPTS = 4
 # Files that this package and its Trainers write. Those of an earlier push are deleted: they would be loaded instead of
-# the new weights, or together with them.
+# the new weights, or together with them, or list other weights.
 REPLACED = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|adapter_config\.json|"
-    r"adapter_model\.safetensors|training_args\.bin"
+    r"adapter_model\.safetensors|training_args\.bin|manifest\.json"
 )
 # Files that a repo may contain before the first push.
 FRESH = {".gitattributes", CARD, "LICENSE"}

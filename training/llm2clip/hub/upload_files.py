@@ -10,10 +10,11 @@ from typing import NamedTuple
 import modeling_llm2clip
 from llm2clip.hub.cards.card import CARD
 from llm2clip.utils.files import read_json
+from llm2clip.utils.manifests import MODEL_MANIFEST
 
 # What a model folder holds, beside its code and the pictures of its card.
 ALLOWED = (
-    *(CARD, "LICENSE*", "NOTICE*", "config.json", "generation_config.json", "processor_config.json"),
+    *(CARD, "LICENSE*", "NOTICE*", MODEL_MANIFEST, "config.json", "generation_config.json", "processor_config.json"),
     *("preprocessor_config.json", "modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "adapter_config.json"),
     *("adapter_model*.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*"),

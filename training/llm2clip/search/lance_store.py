@@ -23,7 +23,7 @@ from llm2clip.search.index_rows import KEY, NUMBER, REASON, VECTOR
 from llm2clip.search.lance_rows import LanceRows, unreadable
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.locks import LOCK, OWNER, folder_lock
-from llm2clip.utils.manifests import FOLDER_MANIFEST, own_files, write_manifest
+from llm2clip.utils.manifests import FOLDER_MANIFEST, faults, own_files, stated_files, write_manifest
 from llm2clip.utils.remote_path import AnyPath, local_file, open_path, reaching, remove_tree
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FAILURES = "failures.json"
 TABLE = "images"
+# The only file that LanceDB writes again: where to look first, in which nothing depends on what is there.
+HINT = f"{TABLE}.lance/_versions/latest_version_hint.json"
 COMMAND = "index"
 # In the schema of the table: the manifest with which a run began.
 BEGUN = b"llm2clip"
@@ -152,8 +154,26 @@ class LanceStore:
         table = self._open(manifest.stored["version"])
         table.restore()  # as a new version
         manifest.stored["version"] = table.version
+        self.list_files(without=(MANIFEST,))
         write_json(self.folder / MANIFEST, manifest.as_fields())
+        self.list_files()
         return WrittenRows(self, table, manifest)
+
+    def list_files(self, without: tuple[str, ...] = (), rewritten: tuple[str, ...] = ()) -> None:
+        """Bring the files of the index to the disk, and list them with checksums.
+
+        Args:
+            without: Files that are about to be replaced, so that the list would be of others.
+            rewritten: Files of an earlier list that this run has written. LanceDB writes each of its own once.
+        """
+        unlisted = {*without, HINT, LOCK, OWNER}
+        write_manifest(self.folder, COMMAND, unlisted=unlisted, rewritten={MANIFEST, FAILURES, *rewritten})
+
+    def faults(self) -> Iterator[str]:
+        """Yield what differs between the files of the index and their list, in words."""
+        # That of earlier releases has no checksums, and was of the manifest before the last; nor has a remote one.
+        if isinstance(self.folder, Path) and any(listed.checksum for listed in stated_files(self.folder).values()):
+            yield from faults(self.folder)
 
     def remove_empty(self) -> None:
         if not self.is_alone or (self.folder / MANIFEST).is_file():
@@ -172,11 +192,14 @@ class LanceStore:
             manifest = self.manifest()
             if manifest is not None:
                 self.rows(manifest)
+                if fault := next(self.faults(), None):
+                    raise ValueError(fault)
             self.unfinished()
         except ValueError:
             for name in own_files(self.folder, COMMAND) or ():
                 (self.folder / name).unlink(missing_ok=True)
             remove_tree(self.folder / f"{TABLE}.lance")
+            self.list_files()  # the names come again, for other files
 
     def _open(self, version: int | None) -> Any:
         """Open the table at a version, or at its last one."""
@@ -247,12 +270,14 @@ class WrittenRows(LanceRows):
         manifest.stored["version"] = self.table.version
         manifest.record_versions(lancedb=require_lancedb().__version__)
         write_json(self.folder / FAILURES, failures)
-        write_manifest(self.folder, COMMAND)  # brings the files to the disk before the manifest names them
+        written = tuple(filter(None, [manifest.stored.get("faiss")]))
+        self.store.list_files(without=(MANIFEST,), rewritten=written)  # before the manifest names them
         self._require_version(manifest.stored["version"])
         if self.count() != manifest.images:
             self._stop()
         write_json(self.folder / MANIFEST, manifest.as_fields())
         self._clean(manifest, previous)
+        self.store.list_files()
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from llm2clip.hub.upload_files import model_files
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.utils.manifests import FOLDER_MANIFEST, damage, write_manifest
+from llm2clip.utils.processes import on_main_process
 
 logger = logging.getLogger(__name__)
 
+COMMAND = "training"
 RESULT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
@@ -23,13 +29,42 @@ def _by_step(output_dir: str | Path) -> dict[int, Path]:
     return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int, reverse=True)}
 
 
-def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """Find the newest whole checkpoint of a run; a damaged or half-written one is passed over with a warning."""
+def last_checkpoint(output_dir: str | Path, contents: bool = True) -> Path | None:
+    """Find the newest whole checkpoint of a run; a damaged or half-written one is passed over with a warning.
+
+    Args:
+        contents: Compare checksums, which the main process does for all; otherwise only sizes.
+    """
+    if contents:
+        return on_main_process(partial(_last_whole, output_dir, _changes))
+    return _last_whole(output_dir, damage)
+
+
+def _last_whole(output_dir: str | Path, fault_of: Callable[[Path], str | None]) -> Path | None:
     for checkpoint in _by_step(output_dir).values():
-        if (fault := damage(checkpoint)) is None:
+        if (fault := fault_of(checkpoint)) is None:
             return checkpoint
         logger.warning("%s is incomplete or damaged (%s) and is passed over.", checkpoint, fault)
     return None
+
+
+def _changes(checkpoint: Path) -> str | None:
+    """Return what differs between a checkpoint and its manifest, in words, or None if it is whole."""
+    if (fault := damage(checkpoint)) is not None:
+        return fault
+    found = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    return _changed_content(checkpoint, tuple((path, *_state(path)) for path in found))
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    state = path.stat()
+    return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+# The command of a stage reads a checkpoint, and so does its trainer, minutes later.
+@lru_cache(maxsize=4)
+def _changed_content(checkpoint: Path, files: tuple[tuple[Path, int, int, int], ...]) -> str | None:
+    return damage(checkpoint, contents=True)
 
 
 def begin_checkpoint(checkpoint: Path) -> None:
@@ -44,7 +79,7 @@ def finish_checkpoint(checkpoint: Path, limit: int | None, best: str | None) -> 
         limit: Number of whole checkpoints to keep; None or 0 keeps all.
         best: A checkpoint that is kept in any case.
     """
-    write_manifest(checkpoint, "training")
+    write_manifest(checkpoint, COMMAND)
     if not limit or limit < 0:
         return
     manifests = [path / FOLDER_MANIFEST for path in _by_step(checkpoint.parent).values()]
@@ -54,6 +89,21 @@ def finish_checkpoint(checkpoint: Path, limit: int | None, best: str | None) -> 
     others = [path.parent for path in written if path.parent.name not in kept]
     for old in others[: max(0, len(others) + len(kept) - limit)]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def unlist_result(args: StageConfig) -> None:
+    """Delete the list of an earlier result, which the run replaces."""
+    if args.should_save:
+        Path(args.output_dir, FOLDER_MANIFEST).unlink(missing_ok=True)
+
+
+def list_result(args: StageConfig) -> None:
+    """List the saved model of a finished run with checksums, which `llm2clip build` and `push` compare."""
+    if args.should_save:
+        folder = Path(args.output_dir)
+        names = [name for name in model_files(folder).uploaded if "/" not in name]
+        state = [TRAINER_STATE_NAME] if (folder / TRAINER_STATE_NAME).is_file() else []
+        write_manifest(folder, COMMAND, [*names, *state])
 
 
 def resume_point(args: StageConfig, resume: bool) -> str | None:
@@ -68,7 +118,7 @@ def resume_point(args: StageConfig, resume: bool) -> str | None:
     """
     if args.resume_from_checkpoint:
         return args.resume_from_checkpoint
-    found = last_checkpoint(args.output_dir)
+    found = last_checkpoint(args.output_dir, contents=resume)
     if resume:
         if found is None:
             logger.info("no checkpoint to resume from in %s: starting from the beginning.", args.output_dir)
@@ -98,5 +148,9 @@ def named_checkpoint(args: StageConfig, resume_from_checkpoint: str | bool | Non
 
 def refuse_damaged(checkpoint: str) -> None:
     """Raise a `ValueError` if a checkpoint is damaged. One that another Trainer wrote has no manifest."""
-    if (Path(checkpoint) / FOLDER_MANIFEST).exists() and (fault := damage(Path(checkpoint))) is not None:
+
+    def fault_of(folder: Path) -> str | None:
+        return _changes(folder) if (folder / FOLDER_MANIFEST).exists() else None
+
+    if (fault := on_main_process(partial(fault_of, Path(checkpoint)))) is not None:
         raise ValueError(f"{checkpoint} is damaged ({fault}); name another checkpoint, or --resume to find one.")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 from functools import partial
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -32,10 +34,12 @@ from llm2clip.utils.files import (
     write_json,
 )
 from llm2clip.utils.locks import folder_lock
+from llm2clip.utils.manifests import is_intact, sealed
 from llm2clip.utils.processes import on_main_process, process_state
 
 logger = logging.getLogger(__name__)
 
+FORMAT = "llm2clip-frozen-states"
 MANIFEST = "manifest.json"
 STATES = "states.npy"
 # Fields of a tower's config that say where it is from and how it trains, not what it computes in evaluation.
@@ -43,6 +47,8 @@ NOT_COMPUTED = ("_name_or_path", "transformers_version", "patch_dropout", "initi
 # Seconds to wait for another run that computes the same states: a week, or 20 minutes with several processes, of which
 # the others wait in a collective operation, which ends after 30 minutes by default.
 PATIENCE, PATIENCE_OF_SEVERAL = 7 * 24 * 3600.0, 20 * 60.0
+# Rows that are hashed at once.
+ROWS_AT_ONCE = 64
 
 
 class FrozenStatesDataset(EpochDataset):
@@ -95,9 +101,8 @@ class FrozenStatesDataset(EpochDataset):
                 logger.info("reusing the outputs of the frozen layers in %s.", self.folder)
             else:
                 self._build(images, frozen, batch_size, num_workers, unfinished / STATES)
-        manifest = read_json(self.folder / MANIFEST)
+        manifest, self.states = open_states(self.folder)
         self.skipped: dict[int, tuple[str, str]] = {row: (key, reason) for row, key, reason in manifest["skipped"]}
-        self.states: np.ndarray = np.load(self.folder / STATES, mmap_mode="r")
         self._file = MappedFile(self.folder / STATES)
 
     def _build(
@@ -109,7 +114,7 @@ class FrozenStatesDataset(EpochDataset):
         states = np.lib.format.open_memmap(unfinished, mode="r+")
         start, stop = (len(images) * (state.process_index + i) // state.num_processes for i in (0, 1))
         frozen.tower.eval()
-        device = next(frozen.tower.parameters()).device
+        device, digest = next(frozen.tower.parameters()).device, hashlib.sha256()
 
         def forward(inputs: dict[str, Tensor]) -> Tensor:
             output = frozen.compute(inputs["pixel_values"].to(device)).half()
@@ -123,8 +128,9 @@ class FrozenStatesDataset(EpochDataset):
             skipped += [(row, *sample) for row, sample in enumerate(batch.skipped, first) if sample is not None]
             if batch.output is not None:
                 states[[first + index for index in batch.good]] = batch.output.numpy()
+            digest.update(states[first : first + len(batch.skipped)].data)
         states.flush()
-        skipped = gather_object(skipped)
+        skipped, parts = gather_object(skipped), gather_object([[start, stop, digest.hexdigest()]])
         if len(skipped) == len(images):
             raise ValueError(f"none of the {len(images)} images can be read.")
         if state.is_main_process:
@@ -132,7 +138,9 @@ class FrozenStatesDataset(EpochDataset):
             remove_unfinished(self.folder)
             replace(unfinished, self.folder / STATES)
             # Written last: states without a manifest are incomplete.
-            write_json(self.folder / MANIFEST, {"skipped": skipped})
+            header = _header(self.folder / STATES, states.offset)
+            fields = {"format": FORMAT, "shape": states.shape, "header": header, "skipped": skipped, "parts": parts}
+            write_json(self.folder / MANIFEST, sealed(json.loads(json.dumps(fields))))
         state.wait_for_everyone()
 
     @property
@@ -159,6 +167,52 @@ def _create(path: Path, shape: tuple[int, ...]) -> None:
         np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
     # The file is sparse until then, and a full disk would end the process at a write into the mapping.
     allocate(path, path.stat().st_size)
+
+
+def open_states(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """Open stored states, mapped into memory.
+
+    Returns:
+        Their manifest, and (images, ...) float16. `parts` of the manifest has the first row of each process, the row
+        after its last one, and the SHA-256 of the bytes of its rows; earlier releases did not record it.
+
+    Raises:
+        ValueError: A file is damaged; see [`changed_parts`] for what is not read here.
+    """
+    path, again = folder / STATES, f"delete {folder}; the next run computes the states again."
+    try:
+        manifest = read_json(folder / MANIFEST)
+        if "parts" not in manifest:
+            return manifest, np.load(path, mmap_mode="r")
+        if not is_intact(manifest):
+            raise ValueError(f"{folder / MANIFEST} has changed")
+        offset, content = manifest["header"]
+        # Not from the header, which numpy reads as Python.
+        states = np.memmap(path, np.float16, "r", offset, tuple(manifest["shape"]))
+        if path.stat().st_size != offset + states.nbytes or _header(path, offset) != [offset, content]:
+            raise ValueError("its size or its header is not that of the manifest")
+    except (OSError, ValueError, TypeError, KeyError, SyntaxError, TokenError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {again}") from error
+    return manifest, states
+
+
+def _header(path: Path, offset: int) -> list[Any]:
+    """Return the size of the header of a numpy file, and its SHA-256."""
+    with path.open("rb") as file:
+        return [offset, hashlib.sha256(file.read(offset)).hexdigest()]
+
+
+def changed_parts(manifest: dict[str, Any], states: np.ndarray) -> list[tuple[int, int]]:
+    """Read stored states and return the parts, first row and the one after the last, that are not what was written."""
+    parts = manifest.get("parts", [])
+    return [(start, stop) for start, stop, checksum in parts if _checksum(states[start:stop]) != checksum]
+
+
+def _checksum(rows: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        digest.update(rows[start : start + ROWS_AT_ONCE].data)
+    return digest.hexdigest()
 
 
 def _identity(images: CaptionImageDataset, frozen: FrozenLayers, image_processor: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2clip.trainers.base_config import StageConfig
-from llm2clip.trainers.checkpoints import refuse_damaged, resume_point
+from llm2clip.trainers.checkpoints import list_result, refuse_damaged, resume_point
 from llm2clip.trainers.run_settings import check_settings, write_settings
 from llm2clip.trainers.sharding import refuse_unsharded
 from llm2clip.utils.files import remove_unfinished
@@ -64,7 +64,9 @@ def stage_command(*required: str) -> Callable[[Callable[[Any, str | None], Any]]
         def run(config: StageConfig, resume: bool = False) -> Any:
             require(config, required)
             with run_folder(config, partial(resume_point, config, resume), config.streams) as checkpoint:
-                return work(config, checkpoint)
+                result = work(config, checkpoint)
+                list_result(config)
+                return result
 
         return run
 

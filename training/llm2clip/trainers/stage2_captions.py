@@ -175,7 +175,7 @@ def _refuse_other_dtypes(folders: Sequence[str], stored: Sequence[SourceCaptions
 
 def _verify(config: Stage2Config, cache: EmbeddingCache, sources: Sequence[CaptionSource]) -> None:
     """Check that a cache is undamaged and contains the captions of the sources that use it; a stream's are skipped."""
-    cache.check_finite(config.process_index, config.world_size)
+    cache.check_shards(config.process_index, config.world_size)
     for source in sources:
         if not source.streaming:
             _refuse_missing_captions(cache, source, config.process_index, config.world_size)

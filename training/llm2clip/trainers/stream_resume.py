@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from llm2clip.data.sample_stream import SampleStream
 from llm2clip.data.stream_place import Layout, Place
 from llm2clip.trainers.base_config import StageConfig
+from llm2clip.trainers.checkpoints import unlist_result
 from llm2clip.trainers.run_folder import run_folder
 from llm2clip.trainers.stop_on_sigterm import stopped_by_sigterm
 from llm2clip.utils.files import read_json, write_json
@@ -150,6 +151,7 @@ def begun(trainer: StageTrainer, choose: Callable[[], str | None]) -> Iterator[s
     with run_folder(trainer.args, choose, is_stream, not is_stream or isinstance(data, SampleStream)) as checkpoint:
         # Another number of processes may have changed it.
         trainer._train_batch_size = trainer.args.train_batch_size
+        unlist_result(trainer.args)
         place = nullcontext() if trainer.stream is None else trainer.stream.resumed(checkpoint)
         with place, stopped_by_sigterm(trainer):
             yield checkpoint

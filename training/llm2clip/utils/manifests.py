@@ -1,79 +1,216 @@
-"""The list of the files that a command wrote into a folder: what belongs to it, and whether it is whole."""
+"""The list of the files that a command wrote into a folder: what belongs to it, and whether it is whole.
+
+Two lists share the work. `.llm2clip.json` stays on this machine: the command, and all files with their sizes. The
+`manifest.json` of a built model (see [`write_model_manifest`]) travels with it: the SHA-256 of what loading it reads.
+A checksum is in one of them only.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
-from llm2clip.utils.files import flush_file, flush_folder, read_json, write_json
+from llm2clip.utils.files import digest_json, flush_file, flush_folder, read_json, sha256, write_json
 from llm2clip.utils.remote_path import AnyPath
 
 # Its name starts with a dot, so that `llm2clip push` leaves it here.
 FOLDER_MANIFEST = ".llm2clip.json"
+MODEL_MANIFEST = "manifest.json"
+MODEL_FORMAT, MODEL_FORMAT_VERSION = "llm2clip-model", 1
+# Text that people edit, and `llm2clip push` too; nothing computes from it.
+EDITED = frozenset({"README.md", "LICENSE"})
+# Of manifests that no other file lists: the checksum of their other fields.
+SEAL = "manifest_checksum"
 
 
-def write_manifest(folder: AnyPath, command: str) -> None:
-    """List the files of a folder with their sizes, after they have reached the disk.
+class Listed(NamedTuple):
+    """A file of a manifest: its bytes and SHA-256, as far as they are recorded, and the manifest that has it."""
+
+    size: int | None
+    checksum: str | None
+    manifest: str
+
+
+def sealed(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a manifest with their checksum."""
+    return {**fields, SEAL: digest_json(fields)}
+
+
+def is_intact(fields: dict[str, Any]) -> bool:
+    """Whether the fields of a manifest fit their checksum; those of earlier releases have none."""
+    return SEAL not in fields or fields[SEAL] == digest_json({name: fields[name] for name in fields if name != SEAL})
+
+
+def write_manifest(
+    folder: AnyPath,
+    command: str,
+    names: Iterable[str] | None = None,
+    unlisted: Collection[str] = (),
+    rewritten: Collection[str] | None = None,
+) -> None:
+    """List the files of a folder with sizes and checksums, after they have reached the disk.
+
+    Those of a remote folder have sizes alone, since a checksum would read all of them over the network.
 
     Args:
         command: The command that wrote the folder, such as `build`.
+        names: The files; by default everything below the folder.
+        unlisted: Files that are left out.
+        rewritten: Files that may have changed since an earlier list; by default all. Others keep what that says.
     """
-    sizes = _flushed(folder) if isinstance(folder, Path) else folder.sizes()
-    sizes.pop(FOLDER_MANIFEST, None)
-    write_json(folder / FOLDER_MANIFEST, {"written_by": f"llm2clip {command}", "files": sizes})
-
-
-def _flushed(folder: Path) -> dict[str, int]:
-    """Bring the files of a folder to the disk, and return their sizes."""
-    paths = [folder / name for name in _files(folder)]
+    if not isinstance(folder, Path):
+        sizes = {name: size for name, size in folder.sizes().items() if name not in {*unlisted, FOLDER_MANIFEST}}
+        write_json(folder / FOLDER_MANIFEST, {"written_by": f"llm2clip {command}", "files": sizes})
+        return
+    chosen = folder_files(folder) if names is None else names
+    paths = [folder / name for name in chosen if name not in unlisted]
     for path in paths:
         flush_file(path)
     for parent in {path.parent for path in paths}:
         flush_folder(parent)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    sizes: dict[str, int] = {}
+    checksums: dict[str, str] = {}
+    earlier, elsewhere = {}, {}
+    with contextlib.suppress(OSError, ValueError):  # what is missing or damaged is written anew
+        earlier = {} if rewritten is None else stated_files(folder)
+        elsewhere = _model_checksums(folder)
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        known = earlier.get(name) if rewritten is not None and name not in rewritten else None
+        sizes[name] = path.stat().st_size if known is None or known.size is None else known.size
+        if name not in EDITED and name not in elsewhere:
+            checksums[name] = sha256(path) if known is None or known.checksum is None else known.checksum
+    write_json(folder / FOLDER_MANIFEST, {"written_by": f"llm2clip {command}", "files": sizes, "sha256": checksums})
+
+
+def write_model_manifest(folder: Path, names: Iterable[str]) -> None:
+    """Write `manifest.json` into the folder of a model: the SHA-256 of what loading it reads.
+
+    It is for whoever copies the model. The card and the license are not in it: people edit them.
+    """
+    checksums = {name: sha256(folder / name) for name in names if name not in {*EDITED, MODEL_MANIFEST}}
+    head = {"format": MODEL_FORMAT, "format_version": MODEL_FORMAT_VERSION}
+    write_json(folder / MODEL_MANIFEST, {**head, "files": checksums})
+
+
+def written_by(folder: AnyPath) -> str | None:
+    """Return the command that wrote a folder, such as `build`; None if its manifest does not say so."""
+    try:
+        command = read_json(folder / FOLDER_MANIFEST).get("written_by")
+    except (OSError, ValueError):
+        return None
+    return command.removeprefix("llm2clip ") if isinstance(command, str) else None
 
 
 def foreign_files(folder: Path, command: str) -> list[str] | None:
     """Return the files of a folder that its manifest does not list, or None if `command` did not write the folder."""
     known = own_files(folder, command)
-    return None if known is None else [name for name in _files(folder) if name not in known]
+    return None if known is None else [name for name in folder_files(folder) if name not in known]
 
 
-def own_files(folder: AnyPath, command: str) -> dict[str, int] | None:
-    """Return the files that the manifest of a folder lists, with sizes; None if `command` did not write the folder."""
+def own_files(folder: AnyPath, command: str) -> dict[str, Listed] | None:
+    """Return the files that the manifest of a folder lists, or None if `command` did not write the folder."""
     try:
-        manifest = read_json(folder / FOLDER_MANIFEST)
+        known = stated_files(folder)
     except (OSError, ValueError):
         return None
-    known = manifest.get("files")
-    if manifest.get("written_by") != f"llm2clip {command}" or not isinstance(known, dict):
-        return None
+    return known if written_by(folder) == command else None
+
+
+def listed_files(folder: Path) -> dict[str, Listed]:
+    """Return the files that the manifests of a folder list; none if it has no manifest.
+
+    Raises:
+        ValueError: A manifest is damaged.
+    """
+    known = stated_files(folder) if (folder / FOLDER_MANIFEST).is_file() else {}
+    for name, checksum in _model_checksums(folder).items():
+        known[name] = Listed(known[name].size if name in known else None, checksum, MODEL_MANIFEST)
     return known
 
 
-def damage(folder: Path) -> str | None:
-    """Return what differs between a folder and its manifest, in words, or None if the folder is whole."""
-    path = folder / FOLDER_MANIFEST
-    if not path.is_file():
-        return f"no {FOLDER_MANIFEST}, which is written last"
+def faults(folder: Path, contents: bool = True) -> Iterator[str]:
+    """Yield what differs between a folder and its manifests, in words: the name of each file, and what is wrong.
+
+    Args:
+        contents: Compare checksums, which reads the files, and not only sizes.
+    """
     try:
-        known = read_json(path).get("files")
+        known = listed_files(folder)
     except ValueError as error:
-        return str(error)
-    if not isinstance(known, dict):
-        return f"no list of files in {FOLDER_MANIFEST}"
-    for name, size in known.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if (found := (folder / name).stat().st_size) != size:
-            return f"{name} has {found} bytes instead of {size}"
-    return None
+        yield str(error).rstrip(".")
+        return
+    for name, listed in known.items():
+        path = folder / name
+        if path.name in EDITED:
+            continue
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif listed.size is not None and (found := path.stat().st_size) != listed.size:
+            yield f"{name} has {found} bytes instead of {listed.size}"
+        elif contents and listed.checksum is not None and sha256(path) != listed.checksum:
+            yield f"{name} has changed: its checksum is not that in {listed.manifest}"
 
 
-def _files(folder: Path) -> list[str]:
-    """List everything below a folder except folders and the manifest; a link to a folder counts as a file."""
+def damage(folder: Path, contents: bool = False) -> str | None:
+    """Return the first difference between a folder and its manifest, or None if there is none; see [`faults`]."""
+    if not (folder / FOLDER_MANIFEST).is_file():
+        return f"no {FOLDER_MANIFEST}, which is written last"
+    return next(faults(folder, contents), None)
+
+
+def refuse_damaged(folder: str | Path) -> None:
+    """Raise a `ValueError` if a local folder differs from its manifests. One without them, or none, passes."""
+    if Path(folder).is_dir() and (fault := next(faults(Path(folder)), None)) is not None:
+        found = [name for name in (MODEL_MANIFEST, FOLDER_MANIFEST) if (Path(folder) / name).is_file()]
+        raise ValueError(
+            f"{folder} is not what was written ({fault}). Write or copy it again, or, if you changed it yourself, "
+            f"delete {' and '.join(found)} in it."
+        )
+
+
+def folder_files(folder: Path) -> list[str]:
+    """List everything below a folder except folders and its manifest; a link to a folder counts as a file."""
     found = []
     for parent, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         found += [os.path.relpath(os.path.join(parent, name), folder) for name in [*names, *links]]
     return sorted(Path(name).as_posix() for name in found if name != FOLDER_MANIFEST)
+
+
+def stated_files(folder: AnyPath) -> dict[str, Listed]:
+    """Return the files in `.llm2clip.json` of a folder; that of earlier releases had no checksums.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged.
+    """
+    path = folder / FOLDER_MANIFEST
+    fields = read_json(path)
+    sizes, checksums = fields.get("files"), fields.get("sha256", {})
+    if not isinstance(sizes, dict) or not isinstance(checksums, dict):
+        raise ValueError(f"no list of files in {FOLDER_MANIFEST}")
+    _refuse_outside(path, sizes)
+    return {name: Listed(size, checksums.get(name), FOLDER_MANIFEST) for name, size in sizes.items()}
+
+
+def _model_checksums(folder: Path) -> dict[str, str]:
+    """Read the list that travels with a model; other folders have another file of this name, or none."""
+    path = folder / MODEL_MANIFEST
+    fields = read_json(path) if path.is_file() else {}
+    if fields.get("format") != MODEL_FORMAT:
+        return {}
+    if fields.get("format_version") != MODEL_FORMAT_VERSION or not isinstance(fields.get("files"), dict):
+        raise ValueError(f"{path} is not a list of files of version {MODEL_FORMAT_VERSION}")
+    _refuse_outside(path, fields["files"])
+    return fields["files"]
+
+
+def _refuse_outside(path: AnyPath, names: Iterable[str]) -> None:
+    """Raise a `ValueError` if a list names a file that is not below its folder."""
+    for name in names:
+        if PurePosixPath(name).is_absolute() or Path(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{path} names {name}, which is outside of the folder")

@@ -1,0 +1,127 @@
+"""Verification of an index in a folder: a flip in every file, and no false alarm after updates and kills."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2clip import cli
+from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.search.lance_store import HINT
+from llm2clip.search.verify_index import verify_index
+from llm2clip.utils.manifests import FOLDER_MANIFEST
+from modeling_llm2clip import LLM2CLIPModel
+from tests.damage import flip
+
+from .conftest import encoded, index, picture
+
+Model = tuple[Path, LLM2CLIPModel]
+
+
+def files(folder: Path) -> list[Path]:
+    unlisted = {folder / name for name in (".lock", FOLDER_MANIFEST, HINT)}
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path not in unlisted)
+
+
+@pytest.mark.parametrize("index_type", ["flat", "ivf_rq", "faiss"])
+def test_a_flip_in_every_file_of_an_index_is_found(
+    index_type: str, pictures: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "index"
+    index(pictures, model[0], output, index_type=index_type)
+    assert cli.main(["verify", str(output)]) == 0
+    assert "num_images: 12" in capsys.readouterr().out
+    for path in files(output):
+        with flip(path):
+            assert cli.main(["verify", str(output)]) == 2
+            shown = capsys.readouterr().err
+            assert f"{path} has changed" in shown or f"{path} is not valid JSON" in shown
+            assert f"--output-dir {output} --overwrite" in shown
+        path.rename(tmp_path / "moved")
+        assert cli.main(["verify", str(output)]) == 2
+        assert f"{path} is missing" in capsys.readouterr().err
+        (tmp_path / "moved").rename(path)
+    for place in range((output / HINT).stat().st_size):
+        with flip(output / HINT, place):
+            assert cli.main(["verify", str(output)]) == 0
+            assert cli.main(["search", str(output), "a dog"]) == 0
+
+
+def test_a_damaged_index_is_mended_as_verify_says(pictures: Path, model: Model, tmp_path: Path) -> None:
+    output = tmp_path / "index"
+    index(pictures, model[0], output)
+    (data,) = (output / "images.lance" / "data").iterdir()
+    with flip(data):
+        assert verify_index(output).faults
+        assert index(pictures, model[0], output, overwrite=True)[0] == 12
+        assert not verify_index(output).faults
+
+
+def test_updates_and_kills_raise_no_false_alarm(
+    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "index"
+    index(pictures, model[0], output)
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    def change(number: int) -> None:
+        (pictures / f"new {number}.png").write_bytes(encoded(picture(50 + number)))
+        (pictures / f"{number:02d}.png").unlink(missing_ok=True)
+
+    for number, step in enumerate(("_optimize", "_index_columns", "_clean")):
+        change(number)
+        with monkeypatch.context() as patch:
+            patch.setattr(f"llm2clip.search.lance_store.WrittenRows.{step}", killed)
+            with pytest.raises(KeyboardInterrupt):
+                index(pictures, model[0], output)
+        assert verify_index(output).faults == []
+        index(pictures, model[0], output)
+        assert verify_index(output).faults == []
+    monkeypatch.setattr("llm2clip.search.lance_store.KEPT", timedelta(0))
+    change(9)
+    index(pictures, model[0], output)
+    found = verify_index(output)
+    assert (found.faults, found.remarks) == ([], [])
+
+
+def test_an_index_of_an_earlier_release_is_read_and_its_list_is_not_trusted(
+    pictures: Path, model: Model, tmp_path: Path
+) -> None:
+    output = tmp_path / "index"
+    index(pictures, model[0], output)
+    fields = json.loads((output / FOLDER_MANIFEST).read_text())
+    del fields["sha256"]
+    fields["files"]["manifest.json"] += 7
+    (output / FOLDER_MANIFEST).write_text(json.dumps(fields))
+    found = verify_index(output)
+    assert found.faults == []
+    assert found.remarks == [f"{output} has no checksums of its files, since an earlier release wrote it."]
+    assert found.counts["num_images"] == 12
+    (pictures / "new.png").write_bytes(encoded(picture(99)))
+    index(pictures, model[0], output)
+    assert verify_index(output).remarks == []
+
+
+def test_embeddings_that_are_no_unit_vectors_are_a_fault(
+    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "index"
+    embed = ImageEmbedder.embed_rows
+
+    def doubled(*arguments: Any, **settings: Any) -> Iterator[Any]:
+        for part in embed(*arguments, **settings):
+            yield part._replace(embeds=2 * part.embeds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageEmbedder, "embed_rows", doubled)
+        index(pictures, model[0], output)
+    assert [fault.what for fault in verify_index(output).faults] == [
+        f"12 embeddings of the index {output} are no unit vectors"
+    ]

@@ -1,0 +1,115 @@
+"""The lists of a folder's files: what has changed, what earlier releases wrote, and who has which checksum."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llm2clip.utils.files import read_json, sha256
+from llm2clip.utils.manifests import (
+    FOLDER_MANIFEST,
+    MODEL_MANIFEST,
+    damage,
+    faults,
+    folder_files,
+    foreign_files,
+    is_intact,
+    listed_files,
+    refuse_damaged,
+    sealed,
+    write_manifest,
+    write_model_manifest,
+)
+from tests.damage import flip
+
+
+def model(folder: Path) -> Path:
+    for name in ("model.safetensors", "modeling.py", "config.json", "README.md", "LICENSE", "1_Normalize/config.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"content of {name}")
+    return folder
+
+
+def test_a_flipped_bit_of_any_file_is_found_and_named(tmp_path: Path) -> None:
+    write_manifest(model(tmp_path), "merge")
+    assert damage(tmp_path, contents=True) is None
+    for name in ("model.safetensors", "modeling.py", "config.json", "1_Normalize/config.json"):
+        with flip(tmp_path / name):
+            assert damage(tmp_path) is None  # its size is the same
+            assert list(faults(tmp_path)) == [f"{name} has changed: its checksum is not that in {FOLDER_MANIFEST}"]
+            with pytest.raises(
+                ValueError, match=f"is not what was written .{name} has changed.*delete .llm2clip.json"
+            ):
+                refuse_damaged(tmp_path)
+    refuse_damaged(tmp_path)
+    refuse_damaged("someone/model")
+    (tmp_path / "README.md").write_text("what people write")
+    (tmp_path / "LICENSE").unlink()
+    assert list(faults(tmp_path)) == []
+
+
+def test_a_list_of_an_earlier_release_has_sizes_alone(tmp_path: Path) -> None:
+    write_manifest(model(tmp_path), "build")
+    fields = read_json(tmp_path / FOLDER_MANIFEST)
+    del fields["sha256"]
+    (tmp_path / FOLDER_MANIFEST).write_text(json.dumps(fields))
+    with flip(tmp_path / "config.json"):
+        assert damage(tmp_path, contents=True) is None
+    (tmp_path / "config.json").write_text("cut")
+    assert damage(tmp_path, contents=True) == "config.json has 3 bytes instead of 22"
+    assert foreign_files(tmp_path, "build") == []
+
+
+def test_a_checksum_is_in_one_of_two_lists(tmp_path: Path) -> None:
+    write_model_manifest(model(tmp_path), folder_files(tmp_path))
+    write_manifest(tmp_path, "build")
+    travels, stays = (read_json(tmp_path / name) for name in (MODEL_MANIFEST, FOLDER_MANIFEST))
+    assert travels["files"] == {
+        name: sha256(tmp_path / name)
+        for name in ("1_Normalize/config.json", "config.json", "model.safetensors", "modeling.py")
+    }
+    assert set(stays["sha256"]) == {MODEL_MANIFEST}
+    assert set(stays["files"]) == {*travels["files"], MODEL_MANIFEST, "README.md", "LICENSE"}
+    assert {listed.checksum for listed in listed_files(tmp_path).values()} == {
+        *travels["files"].values(),
+        sha256(tmp_path / MODEL_MANIFEST),
+        None,
+    }
+    with flip(tmp_path / MODEL_MANIFEST):
+        assert list(faults(tmp_path))
+    (tmp_path / FOLDER_MANIFEST).unlink()  # as on another machine
+    assert list(faults(tmp_path)) == []
+    with flip(tmp_path / "modeling.py"):
+        assert list(faults(tmp_path)) == [f"modeling.py has changed: its checksum is not that in {MODEL_MANIFEST}"]
+
+
+def test_what_was_not_written_again_keeps_its_checksum(tmp_path: Path) -> None:
+    write_manifest(model(tmp_path), "index")
+    changed = tmp_path / "config.json"
+    for name in ("config.json", "modeling.py"):
+        (tmp_path / name).write_text("other")
+    write_manifest(tmp_path, "index", rewritten={"config.json"})
+    assert listed_files(tmp_path)["config.json"].checksum == sha256(changed)
+    assert list(faults(tmp_path)) == ["modeling.py has 5 bytes instead of 22"]
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "part/../../outside"])
+@pytest.mark.parametrize("manifest", [FOLDER_MANIFEST, MODEL_MANIFEST])
+def test_a_list_that_leaves_its_folder_is_refused(name: str, manifest: str, tmp_path: Path) -> None:
+    write_model_manifest(model(tmp_path), folder_files(tmp_path))
+    write_manifest(tmp_path, "build")
+    fields = read_json(tmp_path / manifest)
+    fields["files"][name] = 1
+    (tmp_path / manifest).write_text(json.dumps(fields))
+    assert "is outside of the folder" in next(faults(tmp_path))
+
+
+def test_the_fields_of_a_manifest_are_sealed() -> None:
+    fields = {"name": "über", "shards": [1, 2], "share": 0.1}
+    written = json.loads(json.dumps(sealed(fields)))
+    assert is_intact(written)
+    assert is_intact(fields)  # of an earlier release
+    assert not is_intact({**written, "share": 0.2})
+    assert not is_intact({**written, "more": 1})

@@ -1,0 +1,182 @@
+"""Verification of everything that is written: every flipped bit, and everything that is missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2clip import cli
+from llm2clip.embedding import EmbeddingCache
+from llm2clip.embedding.cache_files import CacheDamagedError
+from llm2clip.hub import build
+from llm2clip.hub.source_model import SourceModel
+from llm2clip.trainers import run_stage2
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils.files import read_json
+from llm2clip.utils.manifests import SEAL
+from llm2clip.utils.settings import build_config
+from llm2clip.verification.verify import DamagedError, VerifyConfig, run
+from tests.damage import flip
+from tests.llm2clip import tiny
+from tests.llm2clip.conftest import Inputs
+from tests.llm2clip.embedding import encoder
+from tests.llm2clip.embedding.shards import embed, write_shards
+from tests.llm2clip.trainers.test_frozen_states import build as freeze
+
+
+def verify(folder: Path) -> dict[str, int]:
+    return run(VerifyConfig(folder=str(folder)))
+
+
+def found(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says of a damaged folder."""
+    capsys.readouterr()
+    assert cli.main(["verify", str(folder)]) == 2
+    return capsys.readouterr().err
+
+
+def test_whole_sidecars_and_caches_pass(tmp_path: Path) -> None:
+    source = write_shards(tmp_path / "data" / "part")
+    embed(source, None)
+    embed(source, tmp_path / "out")
+    assert verify(tmp_path / "data") == verify(tmp_path / "out") == {"num_shards": 4, "num_captions": 12}
+    encoder.build(tmp_path / "cache", ["a", "b", "c"], shard_size=2)
+    assert verify(tmp_path / "cache") == {"num_shards": 2, "num_captions": 3}
+    assert verify(tmp_path) == {"num_shards": 10, "num_captions": 27}
+    for nothing in ("nothing", "data/nothing"):
+        with pytest.raises(FileNotFoundError, match="contains nothing that can be verified"):
+            verify(tmp_path / nothing)
+
+
+@pytest.mark.parametrize("name", ["0.emb.safetensors", "0.emb.manifest"])
+def test_every_flipped_bit_of_a_sidecar_is_found(name: str, tmp_path: Path) -> None:
+    embed(write_shards(tmp_path, 1), None)
+    content = (tmp_path / name).read_bytes()
+    seal = content.find(SEAL.encode())  # without its name, a manifest is one of an earlier release
+    for place in range(0, len(content), 7):
+        if not seal <= place < seal + len(SEAL):
+            with flip(tmp_path / name, place), pytest.raises(DamagedError, match="1 faults in "):
+                verify(tmp_path)
+    assert verify(tmp_path)["num_captions"] == 3
+
+
+def test_all_faults_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(tmp_path, 5)
+    embed(write_shards(tmp_path, 5), None)
+    (tmp_path / "0.emb.manifest").unlink()
+    (tmp_path / "1.emb.safetensors").unlink()
+    (tmp_path / "2.emb.manifest").write_text("{}")
+    content = bytearray((tmp_path / "3.parquet").read_bytes())
+    content[10] ^= 1
+    (tmp_path / "3.parquet").write_bytes(content)
+    shown = found(tmp_path, capsys)
+    for fault in (
+        "0.emb.safetensors has no manifest",
+        "0.parquet has no sidecar",
+        "1.emb.safetensors is missing",
+        "2.emb.manifest is not the manifest of a sidecar",
+        f"the shard {tmp_path}/3.parquet has changed since it was embedded",
+        f"restore that shard, or delete {tmp_path}/3.emb.manifest and run `llm2clip embed`",
+        "5 faults in ",
+    ):
+        assert fault in shown
+    (tmp_path / ".4.emb.safetensors.host.1.tmp").touch()
+    assert cli.main(["verify", str(tmp_path), "--sources", "false"]) == 2
+    assert ".4.emb.safetensors.host.1.tmp is what a run has not finished" in (shown := capsys.readouterr().err)
+    assert "4 faults in " in shown
+
+
+def test_a_cache_is_mended_as_verify_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [f"caption {number}" for number in range(10)]
+    encoder.build(tmp_path, texts, shard_size=4)
+    shard = tmp_path / "shard-00001.safetensors"
+    whole = shard.read_bytes()
+    for place in range(0, len(whole), 11):
+        with flip(shard, place), pytest.raises(DamagedError, match="1 faults in"):
+            verify(tmp_path)
+    with flip(shard, len(whole) - 3), flip(tmp_path / "shard-00002.safetensors", -1):
+        shown = found(tmp_path, capsys)
+        for number in (1, 2):
+            assert f"shard-0000{number}.safetensors has changed since it was written" in shown
+            assert f"delete {tmp_path}/shard-0000{number}.safetensors and run `llm2clip embed` again" in shown
+        # Rows are looked up where the bit is not, but who reads all finds it.
+        with pytest.raises(CacheDamagedError, match=r"shard-00001\.safetensors has changed"):
+            EmbeddingCache.open(tmp_path)
+    content = (tmp_path / "manifest.json").read_bytes()
+    seal = content.find(SEAL.encode())
+    for place in range(0, len(content), 5):
+        if not seal <= place < seal + len(SEAL):
+            with flip(tmp_path / "manifest.json", place), pytest.raises(DamagedError, match="1 faults in"):
+                verify(tmp_path)
+    assert verify(tmp_path) == {"num_shards": 3, "num_captions": 10}
+
+
+def test_caches_of_earlier_releases_have_no_checksums(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encoder.build(tmp_path, ["a", "b", "c"], shard_size=2)
+    fields = read_json(tmp_path / "manifest.json")
+    del fields["checksums"], fields[SEAL]
+    (tmp_path / "manifest.json").write_text(json.dumps(fields))
+    assert verify(tmp_path)["num_captions"] == 3
+    assert "2 shards of" in caplog.text
+    assert "have no checksum" in caplog.text
+    encoder.build(tmp_path, ["a", "b", "c", "d"], shard_size=2)
+    assert set(read_json(tmp_path / "manifest.json")["checksums"]) == {f"shard-0000{n}.safetensors" for n in range(3)}
+
+
+def test_states_of_frozen_layers(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = freeze(inputs, tmp_path).folder
+    assert verify(tmp_path) == {"num_images": 16}
+    states = folder / "states.npy"
+    for place in (*range(6, 128), 128, 5000, states.stat().st_size - 1):
+        with flip(states, place):
+            assert f"delete {folder}; the next run computes the states again" in found(tmp_path, capsys)
+    with flip(folder / "manifest.json", 40):
+        assert "delete" in found(tmp_path, capsys)
+    assert verify(tmp_path) == {"num_images": 16}
+
+
+def test_a_run_with_its_checkpoints_and_what_is_built_from_it(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, optimizer, scheduler, random numbers, the state of the Trainer, code, configs."""
+    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
+    out = tmp_path / "run"
+    run_stage2.run(build_config(Stage2Config, tiny.stage2_fields(out, inputs.vision, inputs.text, inputs.cache)))
+    assert verify(tmp_path)["num_files"] > 20
+    checkpoint = out / "checkpoint-3"
+    for path in sorted(checkpoint.iterdir()):
+        if path.name.startswith(".") or path.name in ("README.md", "LICENSE"):
+            continue
+        with flip(path):
+            shown = found(tmp_path, capsys)
+            assert f"{checkpoint}: {path.name} has changed" in shown
+            assert f"delete {checkpoint}; --resume takes an older checkpoint" in shown
+    for name in ("model.safetensors", "config.json", "modeling_llm2clip.py", "tokenizer.json", "trainer_state.json"):
+        with flip(out / name):
+            assert f"{out}: {name} has changed" in found(out, capsys)
+            assert cli.main(["build", str(out), str(tmp_path / "built")]) == 2
+            assert f"{out} is not what was written ({name} has changed" in capsys.readouterr().err
+    build.build_folder(out, tmp_path / "built")
+    assert verify(tmp_path / "built")["num_files"] > 10
+    shutil.copytree(checkpoint, out / "checkpoint-9")
+    (out / "checkpoint-9" / ".llm2clip.json").unlink()
+    assert cli.main(["verify", str(out)]) == 0
+    assert "checkpoint-9 has no .llm2clip.json, which is written last" in capsys.readouterr().err
+
+
+def test_manifests_of_others_are_left_alone(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"name": "my extension", "version": 1}
+    encoder.build(tmp_path / "cache", ["a"], shard_size=2)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps(fields))
+    assert verify(tmp_path) == {"num_shards": 1, "num_captions": 1}
+    (tmp_path / "two" / "manifest.json").write_text("{")
+    assert verify(tmp_path) == {"num_shards": 1, "num_captions": 1}
+    (tmp_path / "cache" / "manifest.json").write_text("{")
+    with pytest.raises(DamagedError, match="1 faults"):
+        verify(tmp_path)

@@ -1,0 +1,44 @@
+"""Verification of an index in a folder: its files, and that its rows are what its manifest describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from llm2clip.search.index_rows import VECTOR
+from llm2clip.search.lance_store import LanceStore
+from llm2clip.utils.manifests import listed_files
+from llm2clip.utils.verified import Fault, Verified
+
+# Of the length of an embedding, which is rounded to 16 bits.
+TOLERANCE = 1e-2
+
+
+def verify_index(folder: Path) -> Verified:
+    """Compare the files of an index with their checksums, and read all rows of the version that its manifest names.
+
+    Raises:
+        ImportError: LanceDB is not installed.
+    """
+    mend = f"build it again: llm2clip index IMAGES --model MODEL --output-dir {folder} --overwrite"
+    store = LanceStore(folder)
+    found = Verified()
+    try:
+        listed = listed_files(folder)
+        if not any(file.checksum for file in listed.values()):
+            found.remarks.append(f"{folder} has no checksums of its files, since an earlier release wrote it.")
+        found.faults = [Fault(f"{folder / fault}", mend) for fault in store.faults()]
+        found.counts["num_files"] = len(listed)
+        manifest = store.require_manifest()
+        rows = store.rows(manifest)
+        for batch in rows.scan([VECTOR]):
+            embeds = batch[VECTOR].flatten().to_numpy().astype(np.float32).reshape(len(batch), manifest.width)
+            lengths = np.linalg.norm(embeds, axis=1)
+            found.counts["num_images"] += len(batch)
+            if bad := int((~(np.abs(lengths - 1) <= TOLERANCE)).sum()):
+                found.faults.append(Fault(f"{bad} embeddings of the index {folder} are no unit vectors", mend))
+                break
+    except (FileNotFoundError, ValueError) as error:
+        found.faults.append(Fault(str(error), mend))
+    return found

@@ -1,0 +1,1 @@
+"""`llm2clip verify`: are the files in a folder those that llm2clip wrote?"""

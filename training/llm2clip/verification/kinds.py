@@ -1,0 +1,153 @@
+"""The kinds of folder that llm2clip writes, how each is recognized, and how it is checked."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from llm2clip.embedding.cache_files import MANIFEST, CacheManifest, StoreManifest
+from llm2clip.embedding.image_features import FeatureManifest
+from llm2clip.embedding.verify import verify_cache
+from llm2clip.evaluation.row_store import EvaluationManifest
+from llm2clip.search.lance_store import COMMAND as INDEX
+from llm2clip.search.verify_index import verify_index
+from llm2clip.trainers.checkpoints import COMMAND as TRAINING
+from llm2clip.trainers.frozen_states import FORMAT as FROZEN_STATES
+from llm2clip.trainers.frozen_states import STATES, changed_parts, open_states
+from llm2clip.utils.files import read_json
+from llm2clip.utils.manifests import (
+    FOLDER_MANIFEST,
+    MODEL_FORMAT,
+    SEAL,
+    faults,
+    listed_files,
+    written_by,
+)
+from llm2clip.utils.verified import Fault, Verified
+
+# One of these is in every folder of ours with such a manifest.
+OURS = ("shard-*.safetensors", STATES, "modeling_llm2clip*.py", "config.json")
+# How folders are written again that are not replaced with --overwrite.
+AGAIN = {
+    "quickstart": "delete {folder}; the next quickstart fetches it again",
+    None: "write it again, or copy it from where it came",
+}
+
+
+class Kind(NamedTuple):
+    """A kind of folder.
+
+    Attributes:
+        name: Its name, for messages.
+        has: Whether a folder is of this kind, by the fields of its `manifest.json`, which may be none.
+        verify: Checks one.
+    """
+
+    name: str
+    has: Callable[[Path, dict[str, Any]], bool]
+    verify: Callable[[Path], Verified]
+
+
+def verify_frozen_states(folder: Path) -> Verified:
+    """Compare stored states of frozen layers with their checksums."""
+    found, mend = Verified(), f"delete {folder}; the next run computes the states again"
+    try:
+        manifest, states = open_states(folder)
+    except (OSError, ValueError) as error:
+        found.faults.append(Fault(str(error).partition(";")[0], mend))
+        return found
+    if "parts" not in manifest:
+        found.remarks.append(f"{folder / STATES} has no checksum, since an earlier release wrote it.")
+    found.counts = Counter({"num_images": len(states)})
+    for start, stop in changed_parts(manifest, states):
+        rows = f"rows {start} to {stop - 1} of {folder / STATES} have changed since they were written"
+        found.faults.append(Fault(f"{rows}: their checksum is not that in {MANIFEST}", mend))
+    return found
+
+
+def verify_listed(folder: Path) -> Verified:
+    """Compare the files of a checkpoint, a saved model or another result of a command with their list."""
+    found, command = Verified(), written_by(folder)
+    mend = AGAIN.get(command, f"write it again: the same llm2clip {command} with --overwrite").format(folder=folder)
+    if command == TRAINING:
+        mend = "the same command with --resume, which trains again from a whole checkpoint"
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            mend = f"delete {folder}; --resume takes an older checkpoint, as it does if you leave it"
+    found.faults = [Fault(f"{folder}: {fault}", mend) for fault in faults(folder)]
+    try:
+        listed = listed_files(folder)
+    except ValueError:  # which is a fault already
+        return found
+    found.counts = Counter({"num_files": len(listed)})
+    if not any(file.checksum for file in listed.values()):
+        found.remarks.append(f"{folder} has sizes but no checksums, since an earlier release wrote it.")
+    return found
+
+
+def verify_unlisted_checkpoint(folder: Path) -> Verified:
+    """Say that a checkpoint has no list of its files."""
+    what = "was not finished, or another program wrote it; --resume takes an older checkpoint"
+    return Verified(remarks=[f"{folder} has no {FOLDER_MANIFEST}, which is written last: it {what}."])
+
+
+def _store(kind: type[StoreManifest]) -> Kind:
+    def has(folder: Path, fields: dict[str, Any]) -> bool:
+        return fields.get("format") == kind.FORMAT
+
+    return Kind(kind.NAME, has, partial(verify_cache, kind=kind))
+
+
+def _is_frozen_states(folder: Path, fields: dict[str, Any]) -> bool:
+    # Those of earlier releases have no format.
+    return fields.get("format") == FROZEN_STATES or ("skipped" in fields and (folder / STATES).is_file())
+
+
+def _is_index(folder: Path, fields: dict[str, Any]) -> bool:
+    return written_by(folder) == INDEX
+
+
+def _is_listed(folder: Path, fields: dict[str, Any]) -> bool:
+    return (folder / FOLDER_MANIFEST).is_file() or fields.get("format") == MODEL_FORMAT
+
+
+def _is_unlisted_checkpoint(folder: Path, fields: dict[str, Any]) -> bool:
+    is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name) is not None
+    return is_checkpoint and not (folder / FOLDER_MANIFEST).is_file()
+
+
+KINDS = (
+    _store(CacheManifest),
+    _store(FeatureManifest),
+    _store(EvaluationManifest),
+    Kind("states of frozen layers", _is_frozen_states, verify_frozen_states),
+    Kind("search index", _is_index, verify_index),
+    Kind("unfinished checkpoint", _is_unlisted_checkpoint, verify_unlisted_checkpoint),
+    Kind("checkpoint, model, or another result of a command", _is_listed, verify_listed),
+)
+
+
+def verify_folder(folder: Path) -> Verified:
+    """Check the files of one folder, not those of the folders in it that are kinds of their own."""
+    path, fields = folder / MANIFEST, dict[str, Any]()
+    found = Verified()
+    try:
+        fields = read_json(path) if path.is_file() else {}
+    except ValueError as error:
+        # A list of files names it too, and others have files of this name.
+        if any(next(folder.glob(name), None) for name in OURS) and not (folder / FOLDER_MANIFEST).is_file():
+            found.faults.append(Fault(str(error), f"delete {folder}, and write it again by the command that did"))
+            return found
+    for kind in KINDS:
+        if kind.has(folder, fields):
+            return kind.verify(folder)
+    if SEAL in fields:
+        found.faults.append(
+            Fault(f"{path} has changed since it was written", f"delete {folder}, and write it again as before")
+        )
+    return found

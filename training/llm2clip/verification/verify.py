@@ -1,0 +1,81 @@
+"""The `llm2clip verify` command: whether the files in a folder are those that llm2clip wrote, and what is missing."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2clip.embedding.sidecar_files import MANIFEST_SUFFIX, manifest_paths
+from llm2clip.embedding.verify import verify_sidecars
+from llm2clip.utils.remote_path import open_path
+from llm2clip.utils.settings import setting
+from llm2clip.utils.verified import Verified
+from llm2clip.verification.kinds import KINDS, verify_folder
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 20
+
+
+class DamagedError(ValueError):
+    """Files are damaged or missing."""
+
+    exit_status = 2
+
+
+@dataclass
+class VerifyConfig:
+    """Settings of the check."""
+
+    folder: str = setting(
+        "",
+        "Folder of anything that llm2clip wrote, at any depth: caches, sidecars, checkpoints, models, indexes. Of "
+        "sidecars also a URL.",
+    )
+    sources: bool = setting(
+        True, "Read the shards too that lie beside their sidecars, and compare them with their checksums."
+    )
+
+
+def run(config: VerifyConfig) -> dict[str, Any]:
+    """Read everything in a folder that llm2clip wrote, and compare it with its checksums.
+
+    Returns:
+        The numbers of what was read: `num_files`, and of embeddings `num_shards` and `num_captions`, `num_images` or
+        `num_rows`.
+
+    Raises:
+        FileNotFoundError: The folder contains nothing of the kind.
+        DamagedError: Something is damaged or missing; each fault is logged with its file and what mends it. The exit
+            status is 2.
+    """
+    folder = open_path(config.folder)
+    found = Verified()
+    if next(manifest_paths(folder), None) is not None:
+        found.add(verify_sidecars(folder, config.sources))
+    for local in _folders(folder) if isinstance(folder, Path) else ():
+        found.add(verify_folder(local))
+    for remark in found.remarks:
+        logger.warning(remark)
+    for fault in found.faults[:SHOWN]:
+        logger.error("%s", fault)
+    if found.faults:
+        more = f", the first {SHOWN} of which are above" if len(found.faults) > SHOWN else ""
+        raise DamagedError(f"{len(found.faults)} faults in {folder}{more}; each says what mends it.")
+    if not found.counts:
+        names = ", ".join(kind.name for kind in KINDS)
+        raise FileNotFoundError(
+            f"{folder} contains nothing that can be verified: sidecars (*{MANIFEST_SUFFIX}), {names}."
+        )
+    return dict(found.counts)
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """Yield a folder and those below it, without hidden ones, which are unfinished."""
+    for parent, folders, _ in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(parent)
