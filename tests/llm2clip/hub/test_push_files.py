@@ -12,6 +12,7 @@ import pytest
 from llm2clip import cli
 from llm2clip.hub import new_process
 from llm2clip.hub.upload_files import model_files
+from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST
 from tests.llm2clip.hub.conftest import REPO, upload
 from tests.loopback_hub import LoopbackHub
 
@@ -121,6 +122,8 @@ def test_the_code_of_a_folder_has_no_network_and_no_token(
     text = code.read_text()
     place = text.index("\nimport torch")
     code.write_text(text[:place] + PROBE % str(tmp_path / "found.json") + text[place:])
+    for name in (FOLDER_MANIFEST, MODEL_MANIFEST):  # as whoever changes the code can
+        (folder / name).unlink()
     with caplog.at_level(logging.INFO):
         upload(hub, folder, check=True)
     assert f"loading {folder} here and in a new process, which runs the code in it (--no-check: not)" in caplog.text

@@ -99,7 +99,7 @@ def test_a_failed_update_leaves_the_index_unchanged(
     before = content(tmp_path / "index")
     (pictures / "new.png").write_bytes(encoded(picture(50)))
 
-    def full(*arguments: Any) -> None:
+    def full(*arguments: Any, **settings: Any) -> None:
         raise OSError("no space left on device")
 
     for name in ("write_json", "write_manifest"):

@@ -18,7 +18,7 @@ from llm2clip import cli
 from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.search import stores
 from llm2clip.search.image_index import ImageIndex
-from llm2clip.search.lance_store import LanceStore, WrittenRows
+from llm2clip.search.lance_store import HINT, LanceStore, WrittenRows
 from modeling_llm2clip import LLM2CLIPModel
 from tests.object_store import KIND, LocalObjects
 
@@ -50,7 +50,7 @@ def test_an_index_at_a_url_is_that_of_a_folder(
     assert content(place) == content(tmp_path / "index")
     written = files(tmp_path / "store")
     listed = json.loads((tmp_path / "store" / ".llm2clip.json").read_text())["files"]
-    assert set(listed) | {".llm2clip.json", "manifest.json"} == set(written)  # the manifest is written last
+    assert set(listed) | {".llm2clip.json", HINT} == set(written)
     assert all((tmp_path / "store" / name).stat().st_size == size for name, size in listed.items() if name[0] == "i")
     assert index(pictures, model[0], place, index_type=index_type) == (0, 12, 0, 0, 12)
     assert files(tmp_path / "store") == written

@@ -120,7 +120,10 @@ class LanceStore:
     def rows(self, manifest: IndexManifest) -> LanceRows:
         table = self._open(manifest.stored.get("version", 0))
         rows = LanceRows(self.folder, table, manifest)
-        shape = (rows.count(), table.schema.field(VECTOR).type.list_size)
+        try:
+            shape = (rows.count(), table.schema.field(VECTOR).type.list_size)
+        except (KeyError, AttributeError):  # a flipped bit in the name or the type of a column
+            raise ValueError(f"the index {self.place} is damaged: its table has no {VECTOR}s; {REBUILD}") from None
         if shape != (manifest.images, manifest.width):
             raise ValueError(
                 f"the index {self.place} is damaged: its manifest lists {manifest.images} {manifest.embed}s of width "

@@ -62,8 +62,8 @@ def write_manifest(
         rewritten: Files that may have changed since an earlier list; by default all. Others keep what that says.
     """
     if not isinstance(folder, Path):
-        sizes = {name: size for name, size in folder.sizes().items() if name not in {*unlisted, FOLDER_MANIFEST}}
-        write_json(folder / FOLDER_MANIFEST, {"written_by": f"llm2clip {command}", "files": sizes})
+        found = {name: size for name, size in folder.sizes().items() if name not in {*unlisted, FOLDER_MANIFEST}}
+        write_json(folder / FOLDER_MANIFEST, {"written_by": f"llm2clip {command}", "files": found})
         return
     chosen = folder_files(folder) if names is None else names
     paths = [folder / name for name in chosen if name not in unlisted]
