@@ -136,13 +136,20 @@ class LanceRows:
         """Turn the errors of LanceDB into those of [`IndexRows`]."""
         try:
             yield
-        except (RuntimeError, OSError, ValueError) as error:
+        except Exception as error:
+            if not is_of_lance(error):
+                raise
             if where and isinstance(error, ValueError):
                 raise ValueError(
                     f"where is {where!r}, which is no condition on the columns {', '.join(self.columns)}: "
                     f"{_reason(error)}"
                 ) from error
             raise unreadable(self.folder, error) from error
+
+
+def is_of_lance(error: Exception) -> bool:
+    """Tell whether LanceDB raises such errors; of damaged files its panic too, whose class cannot be imported."""
+    return isinstance(error, (RuntimeError, OSError, ValueError)) or type(error).__name__ == "RustPanic"
 
 
 def unreadable(folder: AnyPath, error: Exception) -> Exception:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from llm2clip.search.faiss_vectors import build_faiss
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
 from llm2clip.search.index_rows import KEY, NUMBER, REASON, VECTOR
-from llm2clip.search.lance_rows import LanceRows, unreadable
+from llm2clip.search.lance_rows import LanceRows, is_of_lance, unreadable
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.locks import LOCK, OWNER, folder_lock
 from llm2clip.utils.manifests import FOLDER_MANIFEST, faults, own_files, stated_files, write_manifest
@@ -210,7 +210,9 @@ class LanceStore:
             table = self._database.open_table(TABLE)
             if version is not None:
                 table.checkout(version)
-        except (RuntimeError, OSError, ValueError) as error:
+        except Exception as error:
+            if not is_of_lance(error):
+                raise
             raise unreadable(self.folder, error) from error
         return table
 
