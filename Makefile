@@ -14,7 +14,7 @@ PEERS := clip-benchmark==1.6.2
 WORKERS := 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all compat bench bench-gpu lint docs format clean
+.PHONY: help quickstart test test-all test-faults compat bench bench-gpu lint docs format clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ test: $(VENV)/.test  ## the tests
 
 test-all: $(VENV)/.test  ## the slow tests
 	$(BIN)/python -m pytest -m slow --numprocesses $(WORKERS) --dist loadfile --timeout 1800 $(ARGS)
+
+test-faults: $(VENV)/.test  ## kills, full disks and damaged files: the record of docs/reliability.md
+	$(BIN)/python -m tests.faults --workers $(WORKERS) $(ARGS)
 
 compat: $(VENV)/.test  ## saved folders under other transformers versions; VERSIONS="4.57.6" for some of them
 	$(BIN)/python -m tests.compatibility.matrix $(VERSIONS)

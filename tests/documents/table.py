@@ -247,6 +247,11 @@ CONTRIBUTING = {
     ),
     ".ci/run": NotRun("it is what runs these tests"),
 }
+RELIABILITY = {
+    "make test-faults": NotRun("a quarter of an hour", run_by="tests/faults/test_harness.py"),
+    'make test-faults ARGS="--profile nightly"': NotRun("an hour", run_by="tests/faults/test_harness.py"),
+    'make test-faults ARGS="--record"': NotRun("it writes into docs", run_by="tests/faults/test_harness.py"),
+}
 SCALING = {
     "llm2clip plan stage1_paper --gpus 8 --gpu-memory 80 --model-name-or-path LLM2CLIP-Llama-3.1-8B-Instruct-CC "
     "--rows 12900000": Run(prints="parameters: 41.9M trained, 7,504.9M frozen"),
@@ -383,4 +388,5 @@ MODELS = {
 }
 COMMANDS: dict[str, Run | NotRun] = {
     **README, **CONTRIBUTING, **SCALING, **EXAMPLES, **HUB_CONFIGS, **MODELS, **SPACE,
+    **RELIABILITY,
 }  # fmt: skip

@@ -1,0 +1,66 @@
+"""What the commands are given: tiny models and data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.documents import stand_ins
+from tests.faults.commands import OUT, WORK
+from tests.golden import load_golden
+from tests.llm2clip import tiny
+from tests.llm2clip.convert import checkpoints
+from tests.llm2clip.evaluation.test_evaluate import STRANGE
+from tests.modeling_llm2clip import tiny as tiny_models
+
+GOLDEN = "customclip_a"
+STEPS = {"max_steps": 4, "save_steps": 2, "disable_tqdm": True}
+
+
+def write_inputs(folder: Path) -> None:
+    """Write models, data and recipes; the recipes of a stage read what the stages before it have made in `made`."""
+    llm = tiny.save_llm(folder / "llm")
+    vision = tiny.save_vision_tower(folder / "vision")
+    _write_data(folder)
+    text, cache = (str(folder / "made" / name / OUT) for name in ("stage1", "embed"))
+    stage1 = {**tiny.stage1_fields(Path(OUT), llm), **STEPS}
+    concepts = [tiny.concepts(max_samples=64), tiny.concepts("validation", max_samples=20)]
+    mntp_source = {"path": tiny.GLOSSES, "caption_columns": ["gloss"], "max_samples": 100}
+    shards = {"path": str(folder / "shards/*.tar"), "caption_columns": ["json.shortSV_captions"], "streaming": True}
+    embed = {"text_model_name_or_path": text, "output_dir": OUT}
+    recipes: dict[str, dict[str, Any]] = {
+        "stage1": stage1,
+        "mntp": {**stage1, "sources": [mntp_source], "block_size": 32},
+        "embed": {**embed, "sources": concepts, "shard_size": 40},
+        "sidecars": {**embed, "sources": [shards], "store": "sidecars"},
+        "stage2": {
+            **tiny.stage2_fields(Path(OUT), vision, text, cache),
+            **STEPS,
+            "sources": [concepts[0]],
+            "eval_sources": {},
+            "freeze_vision_layers": 1,
+            "frozen_states_dir": f"{WORK}/frozen",
+        },
+    }
+    for name, fields in recipes.items():
+        # Every JSON file is a YAML file.
+        (folder / f"{name}.yaml").write_text(json.dumps(fields))
+
+
+def _write_data(folder: Path) -> None:
+    (folder / "shards").mkdir()
+    stand_ins.shards(folder / "shards")
+    (folder / "pictures").mkdir()
+    for number, row in enumerate(stand_ins.rows()):
+        row["image"].convert("RGB").resize((32, 32)).save(folder / "pictures" / f"{number:02d}.png")
+    golden = load_golden(GOLDEN)
+    checkpoints.original_pt(golden, folder / "original.pt")
+    checkpoints.model_config(golden, folder)
+    checkpoints.llm_of(golden, folder / "golden_llm")
+    tiny_models.save(folder / "model")
+    (folder / "strange.py").write_text(STRANGE)
+    images = folder / "benchmarks/Strange"
+    images.mkdir(parents=True)
+    for number in range(11):
+        tiny_models.IMAGES[number % 2].rotate(33 * number, expand=True).save(images / f"{number}.png")
