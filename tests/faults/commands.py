@@ -105,6 +105,6 @@ ATTACKED: dict[str, Attacked] = {
         f"export-onnx {{inputs}}/model --parts vision --output-dir {OUT}", 2, 3, _exists, repeats=False
     ),
     "push": Attacked(
-        "push {inputs}/made/build/work/out {repo} --validate false", 3, 3, _exists, sockets=True, needs=("build",)
+        "push {inputs}/made/build/work/out {repo} --check false", 3, 3, _exists, sockets=True, needs=("build",)
     ),
 }
