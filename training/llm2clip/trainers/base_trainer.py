@@ -31,7 +31,7 @@ from llm2clip.trainers.stream_resume import StreamResume, begun, stream_loader
 from llm2clip.trainers.weight_average import WeightAverage
 from llm2clip.utils.files import naming
 from llm2clip.utils.non_finite import BROKEN_MODEL, NonFiniteError, on_any_process
-from llm2clip.utils.stopping import outlive_sigterm
+from llm2clip.utils.stopping import worker_init
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
 
@@ -268,7 +268,7 @@ class StageTrainer(ResumingTrainer):
         options: dict[str, Any] = {
             "collate_fn": self.data_collator,
             "num_workers": workers,
-            "worker_init_fn": outlive_sigterm if workers > 0 else None,
+            "worker_init_fn": worker_init(workers),
             "pin_memory": self.args.dataloader_pin_memory and self.args.device.type != "cpu",
             "persistent_workers": self.args.dataloader_persistent_workers and workers > 0,
             "prefetch_factor": self.args.dataloader_prefetch_factor if workers > 0 else None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import threading
@@ -55,10 +57,32 @@ def outlive_sigterm(worker: int) -> None:
     """Let a DataLoader's worker ignore one SIGTERM; its `worker_init_fn`.
 
     Slurm sends the signal to all processes of a job. A worker that ended by it would end the run before its checkpoint
-    is saved. By the next one, or by the end of its parent, it ends.
+    is saved. By the next one, or by the end of its parent, it ends; see [`worker_init`].
     """
 
     def handle(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, handle)
+
+
+def worker_init(workers: int) -> Callable[[int], None] | None:
+    """Return the `worker_init_fn` of a DataLoader: its workers outlive one SIGTERM, but not this process.
+
+    At its end, a process sends a SIGTERM to its workers and waits for them, so that they have to be killed before.
+    """
+    if not workers:
+        return None
+    # Of the functions that are called at the end, the last that was registered is the first.
+    atexit.unregister(_kill_workers)
+    atexit.register(_kill_workers)
+    return outlive_sigterm
+
+
+def _kill_workers() -> None:
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        # torch takes the death of a worker for an error.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
