@@ -24,7 +24,7 @@ from llm2clip.utils.settings import (
     given_fields,
     unknown_option,
 )
-from llm2clip.utils.stopping import INTERRUPTED, TERMINATED, StoppedError, on_sigterm, stop_now
+from llm2clip.utils.stopping import INTERRUPTED, TERMINATED, StoppedError, expect_ended_workers, on_sigterm, stop_now
 from llm2clip.utils.terminal import printable
 
 logger = logging.getLogger(__name__)
@@ -133,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (KeyboardInterrupt, StoppedError) as stop:
             return _stopped(name, stop, log_file)
         except Exception as error:
+            expect_ended_workers()
             logger.debug("llm2clip %s failed", name, exc_info=True)
             error_file = log_file.write_error(name, error)
             known = isinstance(error, USER_ERRORS) and type(error) is not KeyError

@@ -20,6 +20,7 @@ from llm2clip.embedding.cache_files import CacheMismatchError
 from llm2clip.embedding.sidecars import SourceSidecars
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils.manifests import SEAL, sealed
 from llm2clip.utils.settings import build_config
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
@@ -155,7 +156,8 @@ def test_sidecars_that_do_not_fit_are_refused_before_training(inputs: Inputs, ta
     for path in sorted((tmp_path / "one").glob("*.manifest")):
         fields = json.loads(path.read_text())
         fields["encoder"]["fingerprint"] = "2-" + 64 * "0"
-        path.write_text(json.dumps(fields))
+        del fields[SEAL]
+        path.write_text(json.dumps(sealed(fields)))
     with pytest.raises(CacheMismatchError, match="but the text encoder in use has fingerprint"):
         train(tmp_path / "run", inputs, tmp_path / "one", tars, **drawn)
 

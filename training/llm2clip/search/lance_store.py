@@ -121,7 +121,8 @@ class LanceStore:
         table = self._open(manifest.stored.get("version", 0))
         rows = LanceRows(self.folder, table, manifest)
         try:
-            shape = (rows.count(), table.schema.field(VECTOR).type.list_size)
+            with rows._readable():
+                shape = (rows.count(), table.schema.field(VECTOR).type.list_size)
         except (KeyError, AttributeError):  # a flipped bit in the name or the type of a column
             raise ValueError(f"the index {self.place} is damaged: its table has no {VECTOR}s; {REBUILD}") from None
         if shape != (manifest.images, manifest.width):
@@ -194,9 +195,10 @@ class LanceStore:
         try:
             manifest = self.manifest()
             if manifest is not None:
-                self.rows(manifest)
+                # First, since LanceDB may panic over a damaged table, or wait for ever.
                 if fault := next(self.faults(), None):
                     raise ValueError(fault)
+                self.rows(manifest)
             self.unfinished()
         except ValueError:
             for name in own_files(self.folder, COMMAND) or ():

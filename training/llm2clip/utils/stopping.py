@@ -79,10 +79,14 @@ def worker_init(workers: int) -> Callable[[int], None] | None:
     return outlive_sigterm
 
 
-def _kill_workers() -> None:
+def expect_ended_workers() -> None:
+    """Let the deaths of workers be no error any more, which torch raises wherever the main thread then is."""
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
-        # torch takes the death of a worker for an error.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _kill_workers() -> None:
+    expect_ended_workers()
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
