@@ -88,7 +88,7 @@ def strangers() -> dict[str, bytes]:
         "vector.svg": b'<svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9"/></svg>',
         "object.json": b'{"error": "not found"}',
         "archive.png": archive.getvalue(),
-        "compressed.jpg": gzip.compress(encoded(picture(), "JPEG")),
+        "compressed.jpg": gzip.compress(encoded(picture(), "JPEG"), mtime=0),
         "video.jpg": b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom" + bytes(400),
         "document.png": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n<<>>\nendobj\n",
         "pickle.png": b"\x80\x04\x95\x10\0\0\0\0\0\0\0\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
