@@ -78,11 +78,13 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     checkpoint = save(tmp_path, 9)
-    files = (tmp_path / ".tmpAbC123", checkpoint / ".tmpAbC123", tmp_path / "notes.tmp")
+    module = tmp_path / "1_Normalize"
+    module.mkdir()
+    files = (tmp_path / ".tmpAbC123", checkpoint / ".tmpAbC123", module / ".tmpAbC123", tmp_path / "notes.tmp")
     for path in files:
         path.touch()
     start(settings(tmp_path), resume=True)
-    assert [path.exists() for path in files] == [False, False, True]
+    assert [path.exists() for path in files] == [False, False, False, True]
     assert last_checkpoint(tmp_path) == checkpoint
 
 

@@ -138,8 +138,7 @@ class _Update:
         self.complete = None if settings.overwrite else store.manifest()
 
     def run(self) -> dict[str, Any]:
-        rows = self._open()
-        known = _Known(self.items, rows)
+        rows, known = self._open_readable()
         # Counted is against the index that this one replaces.
         replaced = None if self.complete is None else self.store.rows(self.complete)
         before = known if rows.is_published else _Known(self.items, replaced)
@@ -165,6 +164,18 @@ class _Update:
             f"{self.items.embed}s": self.manifest.images,
             "index": self.store.place,
         }
+
+    def _open_readable(self) -> tuple[UnfinishedRows, _Known]:
+        """Open the rows to add to, without those of a killed run whose files are damaged."""
+        rows = self._open()
+        try:
+            return rows, _Known(self.items, rows)
+        except ValueError as error:
+            if rows.is_published:
+                raise
+            logger.warning("what an unfinished run has stored is dropped: %s", error)
+        rows = self.store.create(self.manifest, self._schema()) if self.complete is None else self.store.revert()
+        return rows, _Known(self.items, rows)
 
     def _open(self) -> UnfinishedRows:
         """Open the rows to add to: those of a killed run, of the complete index, or none."""

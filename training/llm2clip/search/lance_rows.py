@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from llm2clip.search.faiss_vectors import read_faiss, search_faiss
 from llm2clip.search.held_rows import HeldRows
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
 from llm2clip.search.index_rows import INTERNAL, NUMBER, VECTOR, Found
-from llm2clip.utils.remote_path import AnyPath, RemotePath, local_copy
+from llm2clip.utils.remote_path import AnyPath, RemotePath, local_copy, reaching
 
 SCAN_ROWS = 8192
 # Rows that fulfil a condition, up to which comparing all of them costs less than looking through cells.
@@ -22,6 +24,9 @@ EXACT_MATCHES = 4_000
 # With fewer rows that fulfil a condition, more cells are searched, since each holds fewer of them.
 MATCHES_FOR_PROBES = 40_000
 DISTANCE = "_distance"
+# How LanceDB says that the system could not write a file, and the words of the system in it.
+DISK = re.compile(r"LanceError\(IO\)|\(os error \d+\)")
+SYSTEM_ERROR = re.compile(r"[A-Z][\w /-]+ \(os error \d+\)")
 
 
 class LanceRows:
@@ -160,6 +165,26 @@ def unreadable(folder: AnyPath, error: Exception) -> Exception:
             "damaged: delete it and build it again."
         )
     return ValueError(f"the index {folder} is damaged ({_reason(error)}); {REBUILD}")
+
+
+@contextlib.contextmanager
+def writing(folder: AnyPath) -> Iterator[None]:
+    """Turn the errors of LanceDB when it writes: those of a disk into OSError, those of a URL into ConnectionError."""
+    with reaching(folder):
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            if not isinstance(folder, Path) or not DISK.search(str(error)):
+                raise
+            raise OSError(
+                f"the index {folder} cannot be written ({_disk_reason(error)}); what it had stays. When the disk is "
+                "well, run the same llm2clip index again."
+            ) from error
+
+
+def _disk_reason(error: Exception) -> str:
+    found = SYSTEM_ERROR.findall(str(error))
+    return found[-1] if found else _reason(error)
 
 
 def _reason(error: Exception) -> str:

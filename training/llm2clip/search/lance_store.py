@@ -20,8 +20,8 @@ import pyarrow as pa
 from llm2clip.search.faiss_vectors import build_faiss
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
 from llm2clip.search.index_rows import KEY, NUMBER, REASON, VECTOR
-from llm2clip.search.lance_rows import LanceRows, is_of_lance, unreadable
-from llm2clip.utils.files import read_json, write_json
+from llm2clip.search.lance_rows import LanceRows, is_of_lance, unreadable, writing
+from llm2clip.utils.files import read_json, remove_unfinished, write_json
 from llm2clip.utils.locks import LOCK, OWNER, folder_lock
 from llm2clip.utils.manifests import FOLDER_MANIFEST, faults, own_files, stated_files, write_manifest
 from llm2clip.utils.remote_path import AnyPath, local_file, open_path, reaching, remove_tree
@@ -88,9 +88,15 @@ class LanceStore:
                 "that says so); choose another --output-dir, or delete the folder yourself."
             )
 
-    def lock(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
         # At a URL, another run is noticed when it writes; see `WrittenRows`.
-        return folder_lock(self.folder, patience=0) if isinstance(self.folder, Path) else contextlib.nullcontext()
+        if not isinstance(self.folder, Path):
+            yield
+            return
+        with folder_lock(self.folder, patience=0):
+            remove_unfinished(self.folder)
+            yield
 
     def manifest(self) -> IndexManifest | None:
         path = self.folder / MANIFEST
@@ -137,7 +143,13 @@ class LanceStore:
     def unfinished(self) -> tuple[IndexManifest, WrittenRows] | None:
         if not self._has_table():
             return None
-        table = self._open(None)
+        try:
+            table = self._open(None)
+        except ValueError:
+            if self.manifest() is not None:
+                raise
+            logger.warning("what an unfinished run has left in %s cannot be read; it is dropped.", self.place)
+            return None
         begun = IndexManifest.from_fields(self.place, json.loads((table.schema.metadata or {}).get(BEGUN, b"{}")))
         return begun, WrittenRows(self, table, begun)
 
@@ -148,7 +160,7 @@ class LanceStore:
         schema = schema.with_metadata({BEGUN: json.dumps(manifest.as_fields()).encode()})
         # A new version of the table, so that readers of the old ones go on.
         mode = "overwrite" if self._has_table() else "create"
-        with reaching(self.folder):
+        with writing(self.folder):
             table = self._database.create_table(TABLE, schema=schema, mode=mode)
         return WrittenRows(self, table, manifest)
 
@@ -156,7 +168,8 @@ class LanceStore:
         manifest = self.manifest()
         assert manifest is not None
         table = self._open(manifest.stored["version"])
-        table.restore()  # as a new version
+        with writing(self.folder):
+            table.restore()  # as a new version
         manifest.stored["version"] = table.version
         self.list_files(without=(MANIFEST,))
         write_json(self.folder / MANIFEST, manifest.as_fields())
@@ -191,20 +204,18 @@ class LanceStore:
             return (self.folder / f"{TABLE}.lance").is_dir()
 
     def _clear_unreadable(self) -> None:
-        """Delete the files of an index that nobody can read: of an earlier format, or damaged."""
-        try:
+        """Delete the files of an index that nobody can read: not finished, of an earlier format, or damaged."""
+        with contextlib.suppress(ValueError):
             manifest = self.manifest()
-            if manifest is not None:
-                # First, since LanceDB may panic over a damaged table, or wait for ever.
-                if fault := next(self.faults(), None):
-                    raise ValueError(fault)
+            # First, since LanceDB may panic over a damaged table, or wait for ever.
+            if manifest is not None and not any(self.faults()):
                 self.rows(manifest)
-            self.unfinished()
-        except ValueError:
-            for name in own_files(self.folder, COMMAND) or ():
-                (self.folder / name).unlink(missing_ok=True)
-            remove_tree(self.folder / f"{TABLE}.lance")
-            self.list_files()  # the names come again, for other files
+                self.unfinished()
+                return
+        for name in own_files(self.folder, COMMAND) or ():
+            (self.folder / name).unlink(missing_ok=True)
+        remove_tree(self.folder / f"{TABLE}.lance")
+        self.list_files()  # the names come again, for other files
 
     def _open(self, version: int | None) -> Any:
         """Open the table at a version, or at its last one."""
@@ -256,7 +267,7 @@ class WrittenRows(LanceRows):
                 self.table.delete(f"{NUMBER} IN ({some})")
 
     def publish(self, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
-        with reaching(self.folder):
+        with writing(self.folder):
             self._publish(manifest, failures)
 
     def _publish(self, manifest: IndexManifest, failures: list[dict[str, Any]]) -> None:
@@ -290,7 +301,7 @@ class WrittenRows(LanceRows):
     def _alone(self) -> Iterator[None]:
         """Raise ValueError unless the block makes the only version since the last one of this run."""
         self._require_version(self._version)
-        with reaching(self.folder):
+        with writing(self.folder):
             yield
         if self.table.version > self._version + 1:
             self._stop()

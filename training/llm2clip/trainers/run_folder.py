@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from llm2clip.hub.sentence_transformers import NORMALIZE_FOLDER
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.checkpoints import list_result, refuse_damaged, resume_point
 from llm2clip.trainers.run_settings import check_settings, write_settings
@@ -42,8 +43,9 @@ def run_folder(
     refuse_unsharded(args)
     with run_lock(args.output_dir):
         if args.should_save:
-            for folder in (Path(args.output_dir), *Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-                remove_unfinished(folder)
+            folder = Path(args.output_dir)
+            for written in (folder, *folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), folder / NORMALIZE_FOLDER):
+                remove_unfinished(written)
         checkpoint, kept = choose(), {}
         if checkpoint is not None:
             refuse_damaged(checkpoint)
