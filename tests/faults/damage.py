@@ -52,21 +52,25 @@ class Damage:
 
 
 def make_damages(command: str, folder: Path) -> list[Damage]:
-    """Choose one file of each type of a result, and all kinds of damage for it.
+    """Choose one file of each type of a result and of each folder that is verified, and all kinds of damage for it.
 
     Args:
         folder: The folder of the unbroken run.
     """
     if ATTACKED[command].sockets:
         return []
-    chosen: dict[str, str] = {}
+    chosen: dict[tuple[str, str], str] = {}
     for path in sorted((folder / WORK).rglob("*")):
         if path.is_file() and path.stat().st_size and path.name not in IGNORED:
             name = path.relative_to(folder / WORK).as_posix()
-            # Names that differ in numbers alone, such as those of shards, are of one type.
-            chosen.setdefault(re.sub(r"[0-9a-f-]{8,}|\d+", "N", name), name)
+            chosen.setdefault((file_type(str(checked_folder(name))), file_type(path.name)), name)
     pairs = [(path, kind) for path in chosen.values() for kind in DAMAGES]
     return [Damage(command, number, kind, path) for number, (path, kind) in enumerate(pairs, start=1)]
+
+
+def file_type(name: str) -> str:
+    """Return the type of a file: names that differ in numbers alone, as those of shards do, are of one; so is code."""
+    return "code" if name.endswith(".py") else re.sub(r"[0-9a-f-]{8,}|\d+", "N", name)
 
 
 def judge_damage(bench: Bench, shell: Shell, damage: Damage, baseline: Baseline, seed: int) -> Verdict:

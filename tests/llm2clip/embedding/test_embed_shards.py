@@ -69,6 +69,27 @@ def test_a_shard_that_changed_is_embedded_again_also_where_its_size_did_not(
         monkeypatch.setattr("llm2clip.embedding.sidecar_files.source_checksum", None)
 
 
+def test_shards_of_two_sources_with_equal_names_do_not_share_a_sidecar(tmp_path: Path) -> None:
+    """Nor where their sizes are equal and the second is older than the sidecar of the first."""
+    out, calls, paths = tmp_path / "out", Counting(), [tmp_path / name / "0.tar" for name in ("cats", "dogs")]
+    for path in reversed(paths):
+        path.parent.mkdir()
+        write_tar(path, [("0.txt", f"one of {path.parent.name}".encode())])
+    embed(texts(paths[0]), out)
+    before = (out / "0.emb.safetensors").read_bytes()
+    with pytest.raises(CacheMismatchError, match=r"0\.emb\.manifest belongs to .*cats/0\.tar, and .*dogs/0\.tar"):
+        embed(texts(paths[1]), out)
+    assert (out / "0.emb.safetensors").read_bytes() == before
+    paths[0].parent.rename(tmp_path / "moved")  # which keeps its sidecars
+    assert embed(texts(tmp_path / "moved" / "0.tar"), out, calls).done_before == 1
+    assert SidecarManifest.read(out / "0.emb.manifest").source_path == str(tmp_path / "moved" / "0.tar")
+    assert not calls.texts
+
+
+def texts(path: Path) -> CaptionSource:
+    return CaptionSource(str(path), caption_columns=["txt"], streaming=True)
+
+
 def test_an_added_column_is_embedded(tmp_path: Path) -> None:
     source, out = write_shards(tmp_path / "data", 1), tmp_path / "out"
     source.caption_columns = ["caption"]

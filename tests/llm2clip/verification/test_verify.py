@@ -155,7 +155,8 @@ def test_a_run_with_its_checkpoints_and_what_is_built_from_it(
             shown = found(tmp_path, capsys)
             assert f"{checkpoint}: {path.name} has changed" in shown
             assert f"delete {checkpoint}; --resume takes an older checkpoint" in shown
-    for name in ("model.safetensors", "config.json", "modeling_llm2clip.py", "tokenizer.json", "trainer_state.json"):
+    files = ("model.safetensors", "config.json", "modeling_llm2clip.py", "tokenizer.json", "trainer_state.json")
+    for name in (*files, "settings.json", "1_Normalize/config.json"):
         with flip(out / name):
             assert f"{out}: {name} has changed" in found(out, capsys)
             assert cli.main(["build", str(out), str(tmp_path / "built")]) == 2

@@ -236,6 +236,7 @@ class ShardEmbedder:
                 bytes=writer.size,
                 checksum=writer.finish(),
                 part=part_fields(shard),
+                source_path=target.source_path(shard),
             )
             return manifest if target.publish(shard, temporary, manifest) else None
 

@@ -9,13 +9,13 @@ valid. The parts of a large parquet file have the numbers of their row groups in
 from __future__ import annotations
 
 import glob
-import os
 import posixpath
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from llm2clip.utils.remote_path import READ_ONLY, AnyPath, open_path, protocols,
 
 FORMAT = "llm2clip-embedding-sidecar"
 FORMAT_VERSION = 1
-# Fields that only the manifests of parts need.
-LATER = frozenset({"part"})
+# Fields that earlier releases did not write.
+LATER = frozenset({"part", "source_path"})
 # Neither name contains the ending of a shard, by which `datasets` would take it for data.
 ROWS_SUFFIX, MANIFEST_SUFFIX = ".emb.safetensors", ".emb.manifest"
 REMEDY = "run `llm2clip embed` on the source again, which only computes what is missing"
@@ -53,6 +53,8 @@ class SidecarManifest:
         bytes, checksum: Size of the sidecar, and its SHA-256.
         part: Of a part of a parquet file the fields of [`RowGroups`]; `rows` and `source_checksum` are then those of
             the part.
+        source_path: Path or URL of the shard if the sidecar is in another folder, where another source could have a
+            shard of the same name.
     """
 
     encoder: dict[str, Any]
@@ -67,6 +69,7 @@ class SidecarManifest:
     bytes: int
     checksum: str
     part: dict[str, int] | None = None
+    source_path: str | None = None
 
     def write(self, path: AnyPath) -> None:
         """Write the manifest, after its sidecar."""
@@ -222,29 +225,54 @@ class SidecarFolder:
                     f"{manifest.encoder.get(name)!r}, but this run has {name} {value!r} ({encoder.encoder}). Choose "
                     "another output_dir, or delete the sidecars to start again."
                 )
-        return (
-            whole
-            and manifest.part == part_fields(shard)
-            and manifest.source_bytes == source_size(shard.path)
-            and set(columns) <= set(manifest.caption_columns)
-            and self._is_unchanged(shard, manifest)
-        )
+        if manifest.part != part_fields(shard) or not self._is_of(shard, manifest):
+            self._refuse_another(shard, manifest)
+            return False
+        return whole and set(columns) <= set(manifest.caption_columns)
 
-    def _is_unchanged(self, shard: SourceShard, manifest: SidecarManifest) -> bool:
-        """Tell whether a shard of the same size is what was embedded: a tar with other captions often has it.
+    def source_path(self, shard: SourceShard) -> str | None:
+        """Return what the manifest of a shard has as `source_path`."""
+        path = open_path(shard.path)
+        if isinstance(path, Path):
+            path = path.absolute()
+        return None if path.parent == self.rows_path(shard).parent else str(path)
 
-        A local one that is newer than its manifest is read for that, once if the manifest can be touched.
+    def _is_of(self, shard: SourceShard, manifest: SidecarManifest) -> bool:
+        """Tell whether a shard is what was embedded: tars with other captions often have the same size.
+
+        A local one that is newer than its manifest, or in another place, is read for that, once if the manifest can be
+        written.
         """
-        described, source = self.manifest_path(shard), open_path(shard.path)
-        if not (isinstance(described, Path) and isinstance(source, Path)):
-            return True
-        if source.stat().st_mtime_ns <= described.stat().st_mtime_ns:
+        if manifest.source_bytes != source_size(shard.path):
+            return False
+        described, source, place = self.manifest_path(shard), open_path(shard.path), self.source_path(shard)
+        is_moved = manifest.source_path is not None and manifest.source_path != place
+        if not isinstance(source, Path):
+            stated = source_checksum(shard.path, shard.part) if is_moved else manifest.source_checksum
+            return stated == manifest.source_checksum
+        is_newer = isinstance(described, Path) and source.stat().st_mtime_ns > described.stat().st_mtime_ns
+        if not (is_moved or is_newer):
             return True
         if source_checksum(shard.path, shard.part) != manifest.source_checksum:
             return False
         with suppress(OSError):
-            os.utime(described)
+            replace_fields(manifest, source_path=place).write(described)
         return True
+
+    def _refuse_another(self, shard: SourceShard, manifest: SidecarManifest) -> None:
+        """Raise CacheMismatchError if the sidecar belongs to a shard of the same name that is there too."""
+        other = manifest.source_path
+        if other is None or other == self.source_path(shard):
+            return
+        try:
+            is_there = source_size(other) == manifest.source_bytes
+        except (OSError, ValueError):
+            is_there = False
+        if is_there:
+            raise CacheMismatchError(
+                f"{self.manifest_path(shard)} belongs to {other}, and {shard.path} would have the same. Set another "
+                "output_dir, or delete that manifest if the other is an earlier version of this data."
+            )
 
 
 def stem_of(shard: SourceShard) -> str:

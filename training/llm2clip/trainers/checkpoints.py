@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from llm2clip.hub.sentence_transformers import NORMALIZE_FOLDER
 from llm2clip.hub.upload_files import model_files
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.utils.manifests import FOLDER_MANIFEST, damage, write_manifest
@@ -19,6 +20,7 @@ from llm2clip.utils.processes import on_main_process
 logger = logging.getLogger(__name__)
 
 COMMAND = "training"
+SETTINGS = "settings.json"
 RESULT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
@@ -101,8 +103,8 @@ def list_result(args: StageConfig) -> None:
     """List the saved model of a finished run with checksums, which `llm2clip build` and `push` compare."""
     if args.should_save:
         folder = Path(args.output_dir)
-        names = [name for name in model_files(folder).uploaded if "/" not in name]
-        state = [TRAINER_STATE_NAME] if (folder / TRAINER_STATE_NAME).is_file() else []
+        names = [name for name in model_files(folder).uploaded if Path(name).parts[0] in (name, NORMALIZE_FOLDER)]
+        state = [name for name in (TRAINER_STATE_NAME, SETTINGS) if (folder / name).is_file()]
         write_manifest(folder, COMMAND, [*names, *state])
 
 

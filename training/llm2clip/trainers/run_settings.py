@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping
@@ -10,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.trainers.base_config import StageConfig
+from llm2clip.trainers.checkpoints import SETTINGS, unlist_result
 from llm2clip.trainers.elastic import BATCH_SIZE, FOLLOWING, PROCESSES, keep_global_batch
 from llm2clip.utils.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = "settings.json"
 # Settings that do not change the trained parameters. All others break the promise that a resumed run ends as an
 # uninterrupted one.
 FREE = {
@@ -80,8 +81,14 @@ def check_settings(args: StageConfig, run_folder: Path, streams: bool, elastic: 
 
 def write_settings(args: StageConfig, kept: Mapping[str, Any] | None = None) -> None:
     """Store the settings of a run in its folder, those of [`check_settings`] in place of the present ones."""
-    if args.should_save:
-        write_json(Path(args.output_dir) / SETTINGS, {**_settings(args), **(kept or {})})
+    if not args.should_save:
+        return
+    path, settings = Path(args.output_dir) / SETTINGS, {**_settings(args), **(kept or {})}
+    with contextlib.suppress(OSError, ValueError):
+        if read_json(path) == settings:
+            return
+    unlist_result(args)  # the list of a finished run has these settings' checksum
+    write_json(path, settings)
 
 
 def _settings(args: StageConfig) -> dict[str, Any]:
