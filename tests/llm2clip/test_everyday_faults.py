@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import Dataset
+from transformers import AutoTokenizer
 
 from llm2clip import cli
 from llm2clip.utils.library_errors import explain
@@ -190,6 +191,17 @@ sys.exit(cli.main(["evaluate", "x", "--data", "y"]))
         r"a process that reads data (was killed \(signal: Killed\)|has ended), most often because the memory", error
     )
     assert "lower dataloader_num_workers" in error
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_a_tokenizer_on_a_full_disk_is_named(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny.save_llm(tmp_path / "llm"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(Exception, match="No space left on device") as error:
+        tokenizer.save_pretrained(tmp_path / "out")
+    path = tmp_path / "out" / "tokenizer.json"
+    assert explain(error.value) == f"{path} cannot be read or written: No space left on device (os error 28)."
 
 
 def test_what_is_not_known_keeps_its_traceback() -> None:

@@ -16,6 +16,7 @@ from llm2clip.search.faiss_vectors import read_faiss, search_faiss
 from llm2clip.search.held_rows import HeldRows
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
 from llm2clip.search.index_rows import INTERNAL, NUMBER, VECTOR, Found
+from llm2clip.utils.library_errors import SYSTEM
 from llm2clip.utils.remote_path import AnyPath, RemotePath, local_copy, reaching
 
 SCAN_ROWS = 8192
@@ -24,9 +25,8 @@ EXACT_MATCHES = 4_000
 # With fewer rows that fulfil a condition, more cells are searched, since each holds fewer of them.
 MATCHES_FOR_PROBES = 40_000
 DISTANCE = "_distance"
-# How LanceDB says that the system could not write a file, and the words of the system in it.
+# How LanceDB says that the system could not write a file.
 DISK = re.compile(r"LanceError\(IO\)|\(os error \d+\)")
-SYSTEM_ERROR = re.compile(r"[A-Z][\w /-]+ \(os error \d+\)")
 
 
 class LanceRows:
@@ -183,7 +183,7 @@ def writing(folder: AnyPath) -> Iterator[None]:
 
 
 def _disk_reason(error: Exception) -> str:
-    found = SYSTEM_ERROR.findall(str(error))
+    found = SYSTEM.findall(str(error))
     return found[-1] if found else _reason(error)
 
 

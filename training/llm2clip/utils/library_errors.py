@@ -14,6 +14,8 @@ PEER = re.compile(
     re.IGNORECASE,
 )
 WORKER = re.compile(r"DataLoader worker .*?(exited unexpectedly|killed by signal: (?P<signal>[^.]*))", re.DOTALL)
+# How libraries in Rust word an error of the system.
+SYSTEM = re.compile(r"[A-Z][\w /-]+ \(os error \d+\)")
 OUT_OF_MEMORY = (
     "the memory of the accelerator is full: lower the batch size, or set tower_chunk_size or activation_checkpointing"
 )
@@ -41,6 +43,9 @@ def explain(error: BaseException) -> str | None:
         )
     if kind.startswith("torch.") and "OutOfMemoryError" in kind:
         return f"{OUT_OF_MEMORY}. ({text.splitlines()[0]})"
+    if type(error) is Exception and (found := SYSTEM.search(text)):  # of the tokenizers library, on a full disk
+        path = next(iter(_paths(error, ".json")), None)
+        return f"{'a file' if path is None else path} cannot be read or written: {found[0]}."
     if isinstance(error, MemoryError):
         return "the memory of the machine is full."
     if isinstance(error, RuntimeError) and PEER.search(text) and _comes_through(error, "distributed"):
@@ -50,17 +55,17 @@ def explain(error: BaseException) -> str | None:
 
 def _damaged_weights(error: BaseException) -> str:
     """Name the file that the safetensors library could not read, which its error does not."""
-    path = next((path for path in _paths(error) if path.is_file()), None)
+    path = next((path for path in _paths(error, "tensors") if path.is_file()), None)
     where = "a file of weights" if path is None else str(path)
     return f"{where} is damaged or cut short ({error}); copy, download or build it again."
 
 
-def _paths(error: BaseException) -> list[Path]:
-    """Return the paths of safetensors files in the calls that the error went through, the innermost first."""
+def _paths(error: BaseException, ending: str) -> list[Path]:
+    """Return the paths with this ending in the calls that the error went through, the innermost first."""
     found: list[Path] = []
     for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
         values: list[Any] = [*frame.f_locals.values()]
-        found += [Path(value) for value in values if isinstance(value, (str, Path)) and str(value).endswith("tensors")]
+        found += [Path(value) for value in values if isinstance(value, (str, Path)) and str(value).endswith(ending)]
     return found
 
 
