@@ -72,7 +72,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("fields", [{}, tiny.FROZEN_TOWER], ids=["default", "frozen tower"])
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param({}, id="default"), pytest.param(tiny.FROZEN_TOWER, id="frozen tower", marks=pytest.mark.slow)],
+)
 def test_process_without_this_package_gets_the_embeddings_of_the_model(
     fields: dict[str, Any], pictures: Path, tmp_path: Path
 ) -> None:

@@ -126,6 +126,7 @@ def test_evaluate_on_several_processes_equals_one(processes: int, inputs: Inputs
     assert metrics[1] == metrics[0]
 
 
+@pytest.mark.slow
 def test_two_processes_train_dinov2_with_checkpointing(inputs: Inputs, tmp_path: Path) -> None:
     """DDP must not wait for the unused mask token; both processes compute the frozen states."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
@@ -216,7 +217,7 @@ leave_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", ["MapRows", "IterableRows"])
+@pytest.mark.parametrize("kind", ["MapRows", pytest.param("IterableRows", marks=pytest.mark.slow)])
 def test_plain_data_sets_on_two_processes_equal_one(kind: str, inputs: Inputs, tmp_path: Path) -> None:
     model = joint_model(inputs, tmp_path / "model")
     (tmp_path / "plain.py").write_text(PLAIN)
