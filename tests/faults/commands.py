@@ -29,6 +29,7 @@ class Attacked:
         sockets: Whether it writes to the Hub rather than to a folder.
         needs: Commands whose result it reads.
         repeats: Whether the finished command, run again, uses what is there.
+        damaged: Whether files of its result are damaged; not where all of them are of other commands.
     """
 
     arguments: str
@@ -40,6 +41,7 @@ class Attacked:
     sockets: bool = False
     needs: tuple[str, ...] = ()
     repeats: bool = True
+    damaged: bool = True
 
 
 def _has(*names: str) -> Callable[[Path], bool]:
@@ -105,6 +107,22 @@ ATTACKED: dict[str, Attacked] = {
         f"export-onnx {{inputs}}/model --parts vision --output-dir {OUT}", 2, 3, _exists, repeats=False
     ),
     "push": Attacked(
-        "push {inputs}/made/build/work/out {repo} --check false", 3, 3, _exists, sockets=True, needs=("build",)
+        "push {inputs}/made/build/work/out {repo} --check false",
+        3,
+        3,
+        _exists,
+        sockets=True,
+        needs=("build",),
+        damaged=False,
+    ),
+    "quickstart": Attacked(
+        f"quickstart --profile {{inputs}}/quickstart.yaml --output_dir {OUT} --llm {{inputs}}/llm "
+        "--vision_model {inputs}/vision --embedding-model {inputs}/bert --data {inputs}/captioned "
+        "--image_column picture",
+        2,
+        2,
+        _has("results.json"),
+        result=("results.json",),
+        damaged=False,
     ),
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm2clip.utils.manifests import EDITED
 from tests.documents.shell import Shell
 from tests.faults.bench import Bench, is_clear, last_words
 from tests.faults.commands import ATTACKED, OUT, WORK
@@ -57,11 +58,11 @@ def make_damages(command: str, folder: Path) -> list[Damage]:
     Args:
         folder: The folder of the unbroken run.
     """
-    if ATTACKED[command].sockets:
+    if not ATTACKED[command].damaged:
         return []
     chosen: dict[tuple[str, str], str] = {}
     for path in sorted((folder / WORK).rglob("*")):
-        if path.is_file() and path.stat().st_size and path.name not in IGNORED:
+        if path.is_file() and path.stat().st_size and path.name not in {*IGNORED, *EDITED}:
             name = path.relative_to(folder / WORK).as_posix()
             chosen.setdefault((file_type(str(checked_folder(name))), file_type(path.name)), name)
     pairs = [(path, kind) for path in chosen.values() for kind in DAMAGES]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import faulthandler
 import json
 import os
 import resource
@@ -38,7 +39,7 @@ class Plan:
         error: The number of the system's error.
         sockets: Whether data that is sent counts as a change.
         file_size: Largest file in bytes that the process can write.
-        seconds: Time after which the process is ended.
+        seconds: Time after which the process shows where it hangs and ends.
     """
 
     root: str
@@ -52,7 +53,8 @@ class Plan:
 
     def arm(self) -> None:
         """Let it happen to this process from now on."""
-        signal.alarm(self.seconds)
+        faulthandler.dump_traceback_later(self.seconds, exit=True)
+        signal.alarm(self.seconds + 10)
         if self.file_size is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_size, self.file_size))
         shim = ctypes.CDLL(None)

@@ -12,6 +12,8 @@ from tests.golden import load_golden
 from tests.llm2clip import tiny
 from tests.llm2clip.convert import checkpoints
 from tests.llm2clip.evaluation.test_evaluate import STRANGE
+from tests.llm2clip.quickstart.test_pipeline import PROFILE, save_data
+from tests.modeling_llm2clip import embedding_models
 from tests.modeling_llm2clip import tiny as tiny_models
 
 GOLDEN = "customclip_a"
@@ -33,6 +35,7 @@ def write_inputs(folder: Path) -> None:
         "stage1": stage1,
         "mntp": {**stage1, "sources": [mntp_source], "block_size": 32},
         "embed": {**embed, "sources": concepts, "shard_size": 40},
+        "quickstart": {**PROFILE, "seeds": 1},
         "sidecars": {**embed, "sources": [shards], "store": "sidecars"},
         "stage2": {
             **tiny.stage2_fields(Path(OUT), vision, text, cache),
@@ -59,6 +62,8 @@ def _write_data(folder: Path) -> None:
     checkpoints.model_config(golden, folder)
     checkpoints.llm_of(golden, folder / "golden_llm")
     tiny_models.save(folder / "model")
+    embedding_models.save(folder / "bert", "bert")
+    save_data(folder / "captioned", {"train": 32, "validation": 16, "test": 16})
     (folder / "strange.py").write_text(STRANGE)
     images = folder / "benchmarks/Strange"
     images.mkdir(parents=True)

@@ -11,6 +11,7 @@ from llm2clip.utils.files import read_json, sha256
 from llm2clip.utils.manifests import (
     FOLDER_MANIFEST,
     MODEL_MANIFEST,
+    SEAL,
     damage,
     faults,
     folder_files,
@@ -53,7 +54,7 @@ def test_a_flipped_bit_of_any_file_is_found_and_named(tmp_path: Path) -> None:
 def test_a_list_of_an_earlier_release_has_sizes_alone(tmp_path: Path) -> None:
     write_manifest(model(tmp_path), "build")
     fields = read_json(tmp_path / FOLDER_MANIFEST)
-    del fields["sha256"]
+    del fields["sha256"], fields[SEAL]
     (tmp_path / FOLDER_MANIFEST).write_text(json.dumps(fields))
     with flip(tmp_path / "config.json"):
         assert damage(tmp_path, contents=True) is None
@@ -102,8 +103,17 @@ def test_a_list_that_leaves_its_folder_is_refused(name: str, manifest: str, tmp_
     write_manifest(tmp_path, "build")
     fields = read_json(tmp_path / manifest)
     fields["files"][name] = 1
+    fields.pop(SEAL, None)  # which whoever writes such a list can compute
     (tmp_path / manifest).write_text(json.dumps(fields))
     assert "is outside of the folder" in next(faults(tmp_path))
+
+
+def test_a_changed_list_is_blamed_and_not_the_files(tmp_path: Path) -> None:
+    write_manifest(model(tmp_path), "build")
+    path = tmp_path / FOLDER_MANIFEST
+    checksum = read_json(path)["sha256"]["config.json"]
+    path.write_text(path.read_text().replace(checksum, checksum[::-1]))
+    assert list(faults(tmp_path)) == [f"{FOLDER_MANIFEST} has changed since it was written"]
 
 
 def test_the_fields_of_a_manifest_are_sealed() -> None:

@@ -105,6 +105,8 @@ class Suite:
         if on_main_process(path.is_file) and not self.overwrite:
             finished = read_finished(path)
             require_same(path, finished, model, checksum, setup)
+            if process_state().is_main_process:
+                write_length_plot(path.with_suffix(".png"), finished)  # which has no checksum
             logger.info("    %s is finished", path)
             return finished
         with watch.measure("measure"):

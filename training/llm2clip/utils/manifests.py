@@ -63,7 +63,7 @@ def write_manifest(
     """
     if not isinstance(folder, Path):
         found = {name: size for name, size in folder.sizes().items() if name not in {*unlisted, FOLDER_MANIFEST}}
-        write_json(folder / FOLDER_MANIFEST, {"written_by": f"llm2clip {command}", "files": found})
+        write_json(folder / FOLDER_MANIFEST, sealed({"written_by": f"llm2clip {command}", "files": found}))
         return
     chosen = folder_files(folder) if names is None else names
     paths = [folder / name for name in chosen if name not in unlisted]
@@ -83,7 +83,8 @@ def write_manifest(
         sizes[name] = path.stat().st_size if known is None or known.size is None else known.size
         if name not in EDITED and name not in elsewhere:
             checksums[name] = sha256(path) if known is None or known.checksum is None else known.checksum
-    write_json(folder / FOLDER_MANIFEST, {"written_by": f"llm2clip {command}", "files": sizes, "sha256": checksums})
+    fields = {"written_by": f"llm2clip {command}", "files": sizes, "sha256": checksums}
+    write_json(folder / FOLDER_MANIFEST, sealed(fields))
 
 
 def write_model_manifest(folder: Path, names: Iterable[str]) -> None:
@@ -193,6 +194,8 @@ def stated_files(folder: AnyPath) -> dict[str, Listed]:
     sizes, checksums = fields.get("files"), fields.get("sha256", {})
     if not isinstance(sizes, dict) or not isinstance(checksums, dict):
         raise ValueError(f"no list of files in {FOLDER_MANIFEST}")
+    if not is_intact(fields):
+        raise ValueError(f"{FOLDER_MANIFEST} has changed since it was written")
     _refuse_outside(path, sizes)
     return {name: Listed(size, checksums.get(name), FOLDER_MANIFEST) for name, size in sizes.items()}
 
