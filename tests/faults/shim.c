@@ -255,9 +255,14 @@ int posix_fallocate64(int fd, off64_t offset, off64_t size) { ALLOCATE(posix_fal
 
 /* Something is sent: for commands that write to the Hub. */
 
-static int on_socket(void) { return active() && plan.sockets ? decide("send", "socket") : GO_ON; }
+/* A connection that is reset has no answer either. */
+static int on_socket(int fd) {
+    int verdict = active() && plan.sockets ? decide("send", "socket") : GO_ON;
+    if (verdict > 0) shutdown(fd, SHUT_RDWR);
+    return verdict;
+}
 
-ssize_t send(int fd, const void *data, size_t size, int flags) { CALL(send, on_socket(), fd, data, size, flags); }
+ssize_t send(int fd, const void *data, size_t size, int flags) { CALL(send, on_socket(fd), fd, data, size, flags); }
 ssize_t sendto(int fd, const void *data, size_t size, int flags, const struct sockaddr *to, socklen_t length) {
-    CALL(sendto, on_socket(), fd, data, size, flags, to, length);
+    CALL(sendto, on_socket(fd), fd, data, size, flags, to, length);
 }
