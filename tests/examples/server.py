@@ -18,6 +18,15 @@ START_SECONDS = 240
 
 @contextmanager
 def serving(script: Path | str, *arguments: str | Path, folder: Path, path: Path | None = None) -> Iterator[str]:
+    """As [`served`], but yields the page's address alone."""
+    with served(script, *arguments, folder=folder, path=path) as (address, _):
+        yield address
+
+
+@contextmanager
+def served(
+    script: Path | str, *arguments: str | Path, folder: Path, path: Path | None = None
+) -> Iterator[tuple[str, int]]:
     """Start a script that serves the demo, wait until it answers, and stop it afterwards.
 
     Args:
@@ -27,7 +36,7 @@ def serving(script: Path | str, *arguments: str | Path, folder: Path, path: Path
         path: Where Python looks for packages first.
 
     Yields:
-        The page's address.
+        The page's address, and the process.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -43,7 +52,7 @@ def serving(script: Path | str, *arguments: str | Path, folder: Path, path: Path
     address = f"http://127.0.0.1:{port}/"
     try:
         _wait(address, process, log)
-        yield address
+        yield address, process.pid
     finally:
         process.terminate()
         process.wait(timeout=30)

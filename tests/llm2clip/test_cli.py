@@ -18,6 +18,7 @@ from torch import distributed as dist
 from llm2clip import cli
 from llm2clip.evaluation import evaluate as job
 from llm2clip.utils.identity import data_revision
+from llm2clip.utils.logs import LogFile
 from llm2clip.utils.stopping import StoppedError
 from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip import tiny
@@ -213,3 +214,34 @@ def test_sigterm_ends_a_command_in_order(monkeypatch: pytest.MonkeyPatch, capsys
     assert cli.main(["evaluate", "x", "--data", "y"]) == 143
     assert ended
     assert capsys.readouterr().err == "llm2clip evaluate: stopped by SIGTERM; the same command starts it again.\n"
+
+
+def test_sigterm_within_the_report_of_an_error_does_not_replace_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun sends it to the rank at fault too, if one that has only lost the connection to it has ended first."""
+    write_error = LogFile.write_error
+
+    def meanwhile(self: LogFile, command: str, error: BaseException) -> Path | None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write_error(self, command, error)
+
+    def failing(config: object) -> None:
+        raise ValueError("the image 7 is damaged.")
+
+    monkeypatch.setattr(LogFile, "write_error", meanwhile)
+    monkeypatch.setattr("llm2clip.evaluation.evaluate.run", failing)
+    assert cli.main(["evaluate", "x", "--data", "y"]) == 2
+    assert "llm2clip evaluate: error: the image 7 is damaged." in capsys.readouterr().err
+
+
+def test_sigterm_of_a_launcher_is_said_to_come_from_the_end_of_another_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(config: object) -> None:
+        raise StoppedError
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("llm2clip.search.index.run", stopped)
+    assert cli.main(["index", "pictures", "--model", "m"]) == 143
+    assert "unless you have sent it, another process of this run has ended; " in capsys.readouterr().err

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.recipes import find_recipe, load_recipe
-from llm2clip.utils.library_errors import explain
+from llm2clip.utils.library_errors import PEER_ENDED, explain
 from llm2clip.utils.logs import LogFile, command_logs, quiet_libraries
 from llm2clip.utils.progress import close_bars, is_main_process
 from llm2clip.utils.settings import (
@@ -133,19 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (KeyboardInterrupt, StoppedError) as stop:
             return _stopped(name, stop, log_file)
         except Exception as error:
-            expect_ended_workers()
-            logger.debug("llm2clip %s failed", name, exc_info=True)
-            error_file = log_file.write_error(name, error)
-            known = isinstance(error, USER_ERRORS) and type(error) is not KeyError
-            if "--traceback" in arguments or not (known or explain(error)):
-                raise
-            close_bars()
-            # An error with a status of its own is the result of the command, which needs no traceback.
-            status = getattr(error, "exit_status", None)
-            where = "--traceback shows where" if error_file is None else f"where: {error_file}"
-            ending = f"\n({where})" if status is None else ""
-            print(printable(f"llm2clip {name}: error: {_message(error, name)}{ending}"), file=sys.stderr)
-            return status or 2
+            # A launcher ends the others as soon as one process has ended, perhaps one that has only lost this one.
+            with on_sigterm(lambda: None):
+                return _failed(name, error, log_file, "--traceback" in arguments)
     # Imported here, because it imports torch, which --help must not wait for.
     from llm2clip.utils.processes import leave_process_group, process_state
 
@@ -190,11 +180,30 @@ def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
     return (module.run(config, resume=namespace.resume) if command.resumes else module.run(config)) or {}
 
 
+def _failed(name: str, error: Exception, log_file: LogFile, raises: bool) -> int:
+    """Report an error; returns the exit code. An error that is a bug is raised again, and with `raises` every one."""
+    expect_ended_workers()
+    logger.debug("llm2clip %s failed", name, exc_info=error)
+    error_file = log_file.write_error(name, error)
+    known = isinstance(error, USER_ERRORS) and type(error) is not KeyError
+    if raises or not (known or explain(error)):
+        raise error
+    close_bars()
+    # An error with a status of its own is the result of the command, which needs no traceback.
+    status = getattr(error, "exit_status", None)
+    where = "--traceback shows where" if error_file is None else f"where: {error_file}"
+    ending = f"\n({where})" if status is None else ""
+    print(printable(f"llm2clip {name}: error: {_message(error, name)}{ending}"), file=sys.stderr)
+    return status or 2
+
+
 def _stopped(name: str, stop: KeyboardInterrupt | StoppedError, log_file: LogFile) -> int:
     """Say how to go on after Ctrl-C or SIGTERM; returns the exit code."""
     logger.debug("llm2clip %s was stopped", name, exc_info=True)
     close_bars()
     status, cause = (INTERRUPTED, "Ctrl-C") if isinstance(stop, KeyboardInterrupt) else (TERMINATED, "SIGTERM")
+    if status == TERMINATED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        cause += f" (unless you have sent it, {PEER_ENDED})"
     if is_main_process():
         print(f"llm2clip {name}: stopped by {cause}; {_way_on(name, log_file)}", file=sys.stderr, flush=True)
     distributed = sys.modules.get("torch.distributed")

@@ -297,6 +297,12 @@ def test_ranks_read_disjoint_parts_of_the_captions() -> None:
     assert abs(len(parts[0]) - len(parts[1])) <= 1
 
 
+def test_ranks_beyond_the_rows_read_no_captions(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"caption": ["a", "b"]}).to_parquet(tmp_path / "rows.parquet")
+    source = CaptionSource(str(tmp_path / "rows.parquet"), caption_columns=["caption"])
+    assert [[*caption_batches(source, rank, 4)] for rank in range(4)] == [[["a"]], [["b"]], [], []]
+
+
 def test_rows_without_a_caption_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = datasets.Dataset.from_dict({"caption": ["a", None, " ", "b"], "long": ["c", None, "d", None]})
     rows.to_parquet(tmp_path / "rows.parquet")

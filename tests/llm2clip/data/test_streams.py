@@ -126,6 +126,26 @@ def test_fewer_tars_than_readers_are_an_error_before_training(tmp_path: Path) ->
         next(iter(three))
 
 
+def test_fewer_first_rows_than_readers_are_an_error_on_every_rank(tmp_path: Path) -> None:
+    source = write_tars(tmp_path, 3)
+    source.max_samples = 3
+    for rank in range(2):
+        stream = StreamingCaptionImageDataset(source, None, rank=rank, world_size=2)
+        with pytest.raises(SourceError, match="has 3 rows, fewer than 4 readers"):
+            stream.require_files(2)
+
+
+def test_a_reader_without_rows_is_an_error_where_a_stream_is_repeated(tmp_path: Path) -> None:
+    source = write_tars(tmp_path, 1)
+    source.max_samples = 100  # more than there are
+    ranks = [
+        StreamingCaptionImageDataset(source, None, rank=rank, world_size=4, repeat=True, seed=1) for rank in range(4)
+    ]
+    assert [next(iter(stream))["caption"] for stream in ranks[:3]] == every_caption(1)
+    with pytest.raises(SourceError, match="reader 4 of 4 finds no row in the stream"):
+        next(iter(ranks[3]))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_equal_shares_of_rows_are_complete_in_every_epoch(world: int, workers: int, tmp_path: Path) -> None:

@@ -57,3 +57,15 @@ def test_memory_is_bounded_and_the_condition_used_longest_ago_goes(monkeypatch: 
     assert rows.read == ["a", "b", "a"]
     monkeypatch.setattr(held_rows, "MAX_ROWS", 29)
     assert held.search(queries, 4, "a", 30) is None
+
+
+def test_conditions_that_do_not_come_again_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held_rows, "MAX_CONDITIONS", 3)
+    once = HeldRows(Rows())
+    for number in range(10):
+        assert once.search(unit(1, 2), 4, f"condition {number}", 30) is None
+    assert list(once._asked) == ["condition 7", "condition 8", "condition 9"]
+    often = HeldRows(lambda where: (np.arange(1), unit(1, 0)))
+    for number in range(10):
+        assert often.search(unit(9, 2), 4, f"condition {number}", 1) is not None
+    assert list(often._held) == ["condition 7", "condition 8", "condition 9"]

@@ -257,6 +257,8 @@ def caption_batches(
     table = select_source(source, opened, with_images=False)
     table = table.select_columns(list(dict.fromkeys(top_level(table, name) for name in source.caption_columns)))
     if world_size > 1:
+        if isinstance(table, datasets.Dataset) and rank >= len(table):
+            return  # an empty part is an error of datasets
         table = split_dataset_by_node(table, rank, world_size)
     total = len(table) if isinstance(table, datasets.Dataset) else None
     num_empty = 0

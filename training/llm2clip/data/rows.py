@@ -138,11 +138,11 @@ class StreamedRows(SampleStream):
         self.is_one_of_several, self.seed = True, stable_seed(self.seed, "source", number)
 
     def require_readers(self, num_readers: int, world_size: int) -> None:
-        if self.num_rows is not None:
-            if self.num_rows < num_readers:
-                raise SourceError(
-                    f"the stream {self.name} has {self.num_rows} rows, fewer than {num_readers} readers."
-                )
+        # Of a stream with max_samples all readers read the same files.
+        rows = self.source.max_samples if self.num_rows is None else self.num_rows
+        if rows is not None:
+            if rows < num_readers:
+                raise SourceError(f"the stream {self.name} has {rows} rows, fewer than {num_readers} readers.")
         elif not self.reader.whole and self.reader.num_files < num_readers:
             workers = num_readers // world_size
             each = f" with {workers} DataLoader workers each" if workers > 1 else ""
@@ -196,5 +196,11 @@ class StreamedRows(SampleStream):
                 passed += 1
                 if passed > place.delivered:
                     yield epoch, row
-            if empty or not repeat:
+            if not repeat:
                 return
+            if empty:
+                # Without an error this rank would end its training, and the others would wait for it.
+                raise SourceError(
+                    f"reader {place.reader + 1} of {place.num_readers} finds no row in the stream {self.name}; use "
+                    "fewer processes or DataLoader workers, or more data."
+                )

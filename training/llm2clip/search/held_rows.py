@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from llm2clip.search.top_k import top_k
+
+ValueT = TypeVar("ValueT")
 
 # Reading the rows of a condition costs as much as about so many searches without them.
 QUERIES_BEFORE = 8
@@ -16,6 +19,8 @@ QUERIES_BEFORE = 8
 MAX_ROWS = 30_000
 # Of all conditions together.
 MAX_BYTES = 128 * 2**20
+# Conditions that something is remembered of: a server may get another one with every query.
+MAX_CONDITIONS = 1000
 
 
 @dataclass
@@ -45,17 +50,24 @@ class HeldRows:
             return None
         held = self._held.pop(where, None)
         if held is None:
-            self._asked[where] = self._asked.get(where, 0) + len(queries)
+            remember(self._asked, where, self._asked.pop(where, 0) + len(queries))
             if self._asked[where] <= QUERIES_BEFORE:
                 return None
             del self._asked[where]
             held = _unit(*self.read(where))
-        self._held[where] = held
+        remember(self._held, where, held)
         while sum(embeds.nbytes for _, embeds in self._held.values()) > MAX_BYTES:
             del self._held[next(iter(self._held))]
         numbers, embeds = held
         scores, places = top_k(torch.from_numpy(np.asarray(queries, dtype=np.float32)), embeds, top)
         return scores.numpy(), numbers[places.numpy()]
+
+
+def remember(values: dict[str, ValueT], where: str, value: ValueT) -> None:
+    """Add the value of a condition; of too many, the one that was added first is forgotten."""
+    values[where] = value
+    while len(values) > MAX_CONDITIONS:
+        del values[next(iter(values))]
 
 
 def _unit(numbers: np.ndarray, embeds: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:

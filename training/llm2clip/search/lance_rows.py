@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from llm2clip.search.faiss_vectors import read_faiss, search_faiss
-from llm2clip.search.held_rows import HeldRows
+from llm2clip.search.held_rows import HeldRows, remember
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
 from llm2clip.search.index_rows import INTERNAL, NUMBER, VECTOR, Found
 from llm2clip.utils.library_errors import SYSTEM
@@ -76,7 +76,7 @@ class LanceRows:
     def _matches(self, where: str) -> int:
         """Count as `count` does, once for each condition: these rows do not change."""
         if where not in self._counted:
-            self._counted[where] = self.count(where)
+            remember(self._counted, where, self.count(where))
         return self._counted[where]
 
     def _nearest(self, query: np.ndarray, top: int, where: str | None, matches: int) -> list[tuple[float, Any]]:

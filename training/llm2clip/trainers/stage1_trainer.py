@@ -14,6 +14,7 @@ from llm2clip.losses import hard_negative_info_nce
 from llm2clip.trainers.grad_cache import embed_captions, in_chunks
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
+from llm2clip.utils.processes import sum_over_processes
 
 
 class Stage1Trainer(TextTowerTrainer):
@@ -62,6 +63,6 @@ class Stage1Trainer(TextTowerTrainer):
         return loss, embeds
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.cut_captions:
-            logs["cut_captions"] = self.cut_captions
+        if cut := int(sum_over_processes(torch.tensor(self.cut_captions))):
+            logs["cut_captions"] = cut
         super().log(logs, start_time)

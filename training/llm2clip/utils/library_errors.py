@@ -13,6 +13,7 @@ PEER = re.compile(
     r"failed to (recv|send)|connection was likely closed|watchdog",
     re.IGNORECASE,
 )
+PEER_ENDED = "another process of this run has ended; its own message says why"
 WORKER = re.compile(r"DataLoader worker .*?(exited unexpectedly|killed by signal: (?P<signal>[^.]*))", re.DOTALL)
 # How libraries in Rust word an error of the system.
 SYSTEM = re.compile(r"[A-Z][\w /-]+ \(os error \d+\)")
@@ -49,7 +50,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, MemoryError):
         return "the memory of the machine is full."
     if isinstance(error, RuntimeError) and PEER.search(text) and _comes_through(error, "distributed"):
-        return "another process of this run has ended; its own message says why. This one cannot go on alone."
+        return f"{PEER_ENDED}. This one cannot go on alone."
     return None
 
 

@@ -1,0 +1,57 @@
+"""`python -m tests.processes.uneven FOLDER` runs what is listed in `FOLDER/cases.json`, one after the other.
+
+It is for torchrun: a process group that lasts takes less than a start for each case.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from llm2clip.embedding import embed
+from llm2clip.evaluation import evaluate
+from llm2clip.evaluation.evaluate_config import EvaluateConfig
+from llm2clip.trainers import run_mntp, run_stage1, run_stage2
+from llm2clip.trainers.mntp_config import MNTPConfig
+from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils.processes import leave_process_group, process_state
+from llm2clip.utils.settings import build_config
+
+# After these a case hangs.
+SECONDS = 60
+COMMANDS: dict[str, Any] = {
+    "stage1": (run_stage1, Stage1Config),
+    "mntp": (run_mntp, MNTPConfig),
+    "stage2": (run_stage2, Stage2Config),
+    "embed": (embed, embed.EmbedConfig),
+    "evaluate": (evaluate, EvaluateConfig),
+}
+
+
+def outcome(command: str, fields: dict[str, Any]) -> Any:
+    """Run a command; returns its result, or the text of its error."""
+    module, config = COMMANDS[command]
+    try:
+        return module.run(build_config(config, fields))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def main() -> None:
+    """Write the outcomes that this rank sees to `FOLDER/rank-N.json`."""
+    folder, rank = Path(sys.argv[1]), process_state().process_index
+    found = {}
+    for name, (command, fields) in json.loads((folder / "cases.json").read_text()).items():
+        print(f"case {name}, rank {rank}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        found[name] = outcome(command, fields)
+    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+    leave_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""`python -m tests.soak.programs NAME ARGUMENTS` does something very often, and prints the levels of its process."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from llm2clip import LLM2CLIPModel
+from llm2clip.search.image_index import ImageIndex
+from llm2clip.trainers import run_stage2
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils.settings import build_config
+from tests.soak.measure import Soak
+
+CALLS, WARM_UP = 2000, 300
+# An hour of training at a second a step, about what a step with 4,096 images on 8 GPUs takes; here a step has few.
+STEPS, STEPS_WARM_UP = 3600, 400
+WORDS = ["a", "small", "dog", "children", "play", "football", "seen", "from", "the", "green", "park", "bridge"]
+
+
+def encode_text(model_folder: str) -> Soak:
+    """1 to 16 captions of 1 to 60 words at a time."""
+    model, processor = _opened(model_folder)
+    draw = random.Random(0)
+    batches = [
+        [" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for _ in range(draw.randint(1, 16))] for _ in range(97)
+    ]
+    return Soak.of(lambda number: model.encode_text(batches[number % 97], processor), CALLS, WARM_UP)
+
+
+def encode_image(model_folder: str) -> Soak:
+    """1 to 8 images of 20 to 300 pixels at a time."""
+    model, processor = _opened(model_folder)
+    draw = random.Random(0)
+
+    def picture() -> Image.Image:
+        return Image.new("RGB", (draw.randint(20, 300), draw.randint(20, 300)), draw.choice(["red", "blue", "white"]))
+
+    batches = [[picture() for _ in range(draw.randint(1, 8))] for _ in range(97)]
+    return Soak.of(lambda number: model.encode_image(batches[number % 97], processor), CALLS, WARM_UP)
+
+
+def leaking(model_folder: str) -> Soak:
+    """As encode_text, but the process keeps what it gets."""
+    model, processor = _opened(model_folder)
+    kept: list[torch.Tensor] = []
+    return Soak.of(lambda number: kept.append(model.encode_text("a dog", processor)), 200, 20)
+
+
+def search(index: str) -> Soak:
+    """1 to 5 queries at a time in an index that stays open, every third under a condition of its own."""
+    opened = ImageIndex.open(index)
+    generator = np.random.default_rng(0)
+    queries = generator.standard_normal((97, 5, 24)).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=-1, keepdims=True)
+
+    def once(number: int) -> None:
+        where = f"key like '%{number}%' or size > {number % 11}" if number % 3 == 0 else None
+        opened.search(queries[number % 97, : 1 + number % 5], 1 + number % 7, where)
+
+    return Soak.of(once, CALLS, WARM_UP)
+
+
+def loader(recipe: str) -> Soak:
+    """The batches that the steps of stage 2 get, epoch after epoch."""
+    config = build_config(Stage2Config, json.loads(Path(recipe).read_text()))
+    batches = _batches(run_stage2.build_trainer(config))
+    return Soak.of(lambda number: next(batches), STEPS, STEPS_WARM_UP)
+
+
+def _batches(trainer: Any) -> Iterator[Any]:
+    loader, epoch = trainer.get_train_dataloader(), 0
+    while True:
+        # As the Trainer does it at the beginning of an epoch.
+        setter = loader if hasattr(loader, "set_epoch") else loader.dataset
+        setter.set_epoch(epoch)
+        yield from loader
+        epoch += 1
+
+
+def _opened(folder: str) -> tuple[Any, Any]:
+    return LLM2CLIPModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+
+
+PROGRAMS = {program.__name__: program for program in (encode_text, encode_image, leaking, search, loader)}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    name, *arguments = sys.argv[1:]
+    print(json.dumps(PROGRAMS[name](*arguments).to_json()))
