@@ -250,6 +250,8 @@ CONTRIBUTING = {
 RELIABILITY = {
     "make test-faults": NotRun("a quarter of an hour", run_by="tests/faults/test_harness.py"),
     'make test-faults ARGS="--profile nightly"': NotRun("an hour", run_by="tests/faults/test_harness.py"),
+    'make test-all ARGS="tests/processes"': NotRun("minutes", run_by="tests/processes/test_killed_and_slow.py"),
+    'make test-all ARGS="-rP tests/soak"': NotRun("minutes", run_by="tests/soak/test_soak.py"),
     'make test-faults ARGS="--record"': NotRun("it writes into docs", run_by="tests/faults/test_harness.py"),
 }
 SCALING = {

@@ -28,24 +28,24 @@ WORDS = ["a", "small", "dog", "children", "play", "football", "seen", "from", "t
 
 
 def encode_text(model_folder: str) -> Soak:
-    """1 to 16 captions of 1 to 60 words at a time."""
+    """1 to 8 captions of 1 to 60 words at a time."""
     model, processor = _opened(model_folder)
     draw = random.Random(0)
     batches = [
-        [" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for _ in range(draw.randint(1, 16))] for _ in range(97)
+        [" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for _ in range(draw.randint(1, 8))] for _ in range(97)
     ]
     return Soak.of(lambda number: model.encode_text(batches[number % 97], processor), CALLS, WARM_UP)
 
 
 def encode_image(model_folder: str) -> Soak:
-    """1 to 8 images of 20 to 300 pixels at a time."""
+    """1 to 4 images of 20 to 300 pixels at a time."""
     model, processor = _opened(model_folder)
     draw = random.Random(0)
 
     def picture() -> Image.Image:
         return Image.new("RGB", (draw.randint(20, 300), draw.randint(20, 300)), draw.choice(["red", "blue", "white"]))
 
-    batches = [[picture() for _ in range(draw.randint(1, 8))] for _ in range(97)]
+    batches = [[picture() for _ in range(draw.randint(1, 4))] for _ in range(97)]
     return Soak.of(lambda number: model.encode_image(batches[number % 97], processor), CALLS, WARM_UP)
 
 
