@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from importlib.resources import files
@@ -24,7 +23,7 @@ from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.test_plain_datasets import joint_model
-from tests.processes import ENVIRONMENT, run_python
+from tests.processes import run_python, start_python
 
 CLI = ["-m", "llm2clip"]
 # Four processes take a minute each to start on two cores.
@@ -275,16 +274,14 @@ def test_a_killed_and_resumed_stage2_ends_with_the_same_parameters(inputs: Input
     broken = tmp_path / "broken"
     recipe = tmp_path / "broken.yaml"
     recipe.write_text(yaml.safe_dump({**fields, "output_dir": str(broken)}))
-    process = subprocess.Popen(
-        [sys.executable, *CLI, "stage2", str(recipe)], env=ENVIRONMENT, stderr=subprocess.DEVNULL
-    )
+    process = start_python([*CLI, "stage2", str(recipe)])
     deadline = time.monotonic() + 120
     while not (broken / "checkpoint-10" / "trainer_state.json").exists():
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (broken / "model.safetensors").exists()
     llm2clip("stage2", {**fields, "output_dir": str(broken)}, 1, "--resume")
     folders = (tmp_path / "unbroken", broken)

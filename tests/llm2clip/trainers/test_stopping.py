@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
-from tests.processes import ENVIRONMENT, LAUNCHER
+from tests.processes import start_python
 
 
 class AtStep(TrainerCallback):
@@ -118,9 +117,7 @@ def begin(fields: dict[str, Any], processes: int = 1) -> subprocess.Popen[str]:
     """Start stage 2 in a group of processes of its own."""
     recipe = Path(fields["output_dir"]).with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(fields))
-    launcher = [*LAUNCHER, str(processes)] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "llm2clip", "stage2", str(recipe)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return start_python(["-m", "llm2clip", "stage2", str(recipe)], processes)
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
