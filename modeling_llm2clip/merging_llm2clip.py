@@ -40,7 +40,10 @@ def merge_layers(decoder: Any) -> Any:
             layer.merged_adapters.extend(name for name in layer.active_adapters if name not in layer.merged_adapters)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All adapters are already merged")
-        return decoder.merge_and_unload()
+        merged = decoder.merge_and_unload()
+    # PEFT 0.18 leaves it, by which an adapter would still be seen.
+    vars(merged).pop("peft_config", None)
+    return merged
 
 
 def merged_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

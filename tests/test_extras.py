@@ -22,7 +22,10 @@ OWN = {"llm2clip": ROOT / "training" / "llm2clip", "modeling_llm2clip": ROOT / "
 # The example: the extra that it needs beside what `make quickstart` installs; see examples/README.md.
 EXAMPLES = {"app.py": "demo", "langchain_llamaindex.py": "sentence-transformers"}
 # The extra of a library that a command imports only where a setting asks for it; the error then names that extra.
-ON_DEMAND = {"faiss": "search", "lancedb": "search", "pgvector": "postgres", "psycopg": "postgres", "ray": "ray"}
+ON_DEMAND = {
+    "faiss": "search", "lancedb": "search", "model_signing": "signing", "pgvector": "postgres", "psycopg": "postgres",
+    "ray": "ray",
+}  # fmt: skip
 
 
 def imports(source: Path, package: str) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import configparser
+import hashlib
 import os
 import shutil
 import subprocess
@@ -9,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+from tests.compatibility.lowest import lowest
 from tests.documents.reading import ROOT, blocks
 from tests.documents.stand_ins import FOLDERS, MODEL
 
@@ -33,13 +37,15 @@ print(find_recipe("quickstart_default"), find_recipe("stage1_paper"))
 """
 
 
+IGNORED = shutil.ignore_patterns(
+    ".git", ".venv*", "runs", "build", "dist", "tests", "*.egg-info", ".*_cache", "__pycache__"
+)
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns(
-        ".git", ".venv", "runs", "build", "tests", "*.egg-info", ".*_cache", "__pycache__"
-    )
-    shutil.copytree(ROOT, folder / "source", ignore=ignored)
+    shutil.copytree(ROOT, folder / "source", ignore=IGNORED)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     offline = ["--no-deps", "--no-index", "--quiet"]
     subprocess.run(
@@ -105,3 +111,65 @@ def test_wheel_works_in_a_virtual_environment(installed: Path, tmp_path: Path) -
     ask = "import llm2clip; print(llm2clip.__file__); llm2clip.Stage2Trainer"
     shown = subprocess.run([python, "-c", ask], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert shown.stdout.startswith(str(packages)), shown.stderr
+
+
+def copied(source: Path, target: Path, umask: int, order: int) -> Path:
+    """Copy a tree as another checkout: its files are made in another order, at another time, under another umask."""
+    before = os.umask(umask)
+    try:
+        for path in sorted((path for path in source.rglob("*") if path.is_file()), reverse=order < 0):
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+            os.utime(copy, (10**9 + umask, 10**9 + umask))
+    finally:
+        os.umask(before)
+    return target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epoch", [None, "1700000000"])
+def test_two_builds_are_equal_byte_by_byte(epoch: str | None, tmp_path: Path) -> None:
+    """By `python -m build` as in `make dist`; without SOURCE_DATE_EPOCH, all times are those of setup.py."""
+    shutil.copytree(ROOT, tmp_path / "source", ignore=IGNORED)
+    trees = [
+        copied(tmp_path / "source", tmp_path / "one" / "llm2clip", 0o022, 1),
+        copied(tmp_path / "source", tmp_path / "two" / "deeper" / "checkout", 0o077, -1),
+    ]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("SOURCE_DATE_EPOCH", "PYTHONPATH")
+    }
+    results = []
+    for tree, umask in zip(trees, (0o022, 0o077), strict=True):
+        command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tree / "dist"), str(tree)]
+        variables = environment | ({"SOURCE_DATE_EPOCH": epoch} if epoch else {})
+        done = subprocess.run(command, env=variables, umask=umask, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        results.append(
+            {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tree / "dist").iterdir()}
+        )
+    assert sorted(Path(name).suffix for name in results[0]) == [".gz", ".whl"]
+    assert results[0] == results[1]
+
+
+def test_every_library_has_one_lower_bound() -> None:
+    """`make test-min` installs these versions; one without a bound would be the newest there too."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    named = {Requirement(line).name for text in lines for line in text.splitlines() if line and line != "types-PyYAML"}
+    versions = lowest()
+    assert set(versions) == {name.lower() for name in named}
+    assert versions["ray"] == "2.44"
+    for line in (line for text in lines for line in text.splitlines() if line):
+        requirement = Requirement(line)
+        if requirement.name != "types-PyYAML":
+            assert requirement.specifier.contains(versions[requirement.name.lower()]), line
+
+
+def test_two_lower_bounds_of_one_library_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "setup.cfg").write_text(
+        "[options]\ninstall_requires =\n    torch>=2.6\n[options.extras_require]\none =\n    Torch>=2.7,<3\n"
+    )
+    with pytest.raises(ValueError, match=r"two lower bounds for torch: 2\.6 and 2\.7"):
+        lowest(tmp_path / "setup.cfg")

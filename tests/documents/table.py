@@ -182,6 +182,12 @@ README = {
     BUILD: Run(needs=(TRAIN_VISION,), makes=("my-model/model.safetensors", "my-model/modeling_llm2clip.py")),
     "llm2clip verify runs": Run(needs=(TRAIN_VISION,), prints="num_files: "),
     "llm2clip verify my-model": Run(needs=(BUILD,), prints="num_files: "),
+    "llm2clip build runs/stage2 signed-model --license apache-2.0 --signed --signing-key key.pem": NotRun(
+        "it needs a key", run_by="tests/llm2clip/hub/test_signing.py::test_build_signs_a_folder_with_all_its_files"
+    ),
+    "llm2clip verify signed-model --public-key key.pub": NotRun(
+        "it needs a key", run_by="tests/llm2clip/hub/test_signing.py::test_a_signed_model_is_that_of_its_author"
+    ),
     "llm2clip push my-model OWNER/my-model": Run(
         needs=(BUILD,),
         meant={"OWNER": "tester"},
@@ -237,6 +243,9 @@ README = {
 }
 CONTRIBUTING = {
     "make lint": NotRun(CI),
+    "make test-min": NotRun("gigabytes of the oldest libraries", run_by="tests/test_packaging.py"),
+    "make audit": NotRun("it asks PyPI for advisories"),
+    "make dist": NotRun("the repository is no stand-in", run_by="tests/test_packaging.py"),
     "make compat": NotRun(CI),
     "make format": NotRun("it rewrites the code; `make lint` runs the same tools"),
     "make bench-gpu": NotRun("there is no GPU"),

@@ -193,6 +193,8 @@ class FlashOnCPU:
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> FlashOnCPU:
+    if hasattr(flash_utils, "_process_flash_kwargs_fn"):
+        pytest.skip("before 5.19, transformers calls flash-attn in a form that the stand-in does not have")
     functions = FlashOnCPU()
     process = flash_utils._lazy_define_process_function(functions.varlen)
     pads = (flash_utils._pad_input, flash_utils._unpad_input)

@@ -142,7 +142,7 @@ def _write_processor(plan: JointPlan, checkpoint: Checkpoint, folder: Path) -> N
 
 def _image_processor(plan: JointPlan, checkpoint: Checkpoint) -> CLIPImageProcessor:
     size = plan.vision_config.image_size
-    statistics = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    statistics: dict[str, Any] = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
     saved = checkpoint.folder / "preprocessor_config.json" if checkpoint.folder else None
     if saved is not None and saved.is_file():
         fields = read_json(saved)

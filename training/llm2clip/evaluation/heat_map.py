@@ -52,6 +52,6 @@ def draw_heat_map(picture: Image.Image, similarity: Tensor, width: int) -> Image
     smooth = F.interpolate(similarity[None, None], size=size[::-1], mode="bicubic")[0, 0]
     low, high = similarity.min(), similarity.max()
     scaled = ((smooth - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).numpy()
-    colours = Image.fromarray(np.uint8(255 * colormaps[COLOURS](scaled)[:, :, :3]))
+    colours = Image.fromarray((255 * colormaps[COLOURS](scaled)[:, :, :3]).astype(np.uint8))
     grey = picture.convert("L").convert("RGB").resize(size, Image.Resampling.LANCZOS)
     return Image.blend(grey, colours, OPACITY)

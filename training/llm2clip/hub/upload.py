@@ -29,7 +29,7 @@ ATTEMPTS = 4
 # the new weights, or together with them, or list other weights.
 REPLACED = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|adapter_config\.json|"
-    r"adapter_model\.safetensors|training_args\.bin|manifest\.json"
+    r"adapter_model\.safetensors|training_args\.bin|manifest\.json|model\.sig"
 )
 # Files that a repo may contain before the first push.
 FRESH = {".gitattributes", CARD, "LICENSE"}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import modeling_llm2clip
 from llm2clip.hub.cards.card import CARD
 from llm2clip.utils.files import read_json
-from llm2clip.utils.manifests import MODEL_MANIFEST
+from llm2clip.utils.manifests import MODEL_MANIFEST, MODEL_SIGNATURE
 
 # What a model folder holds, beside its code and the pictures of its card.
 ALLOWED = (
@@ -20,6 +20,7 @@ ALLOWED = (
     *("adapter_model*.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*"),
     *("special_tokens_map.json", "added_tokens.json", "merges.txt", "spiece.model", "sentencepiece*.model"),
     *("*.tiktoken", "chat_template*", "[0-9]_*/config.json", "[0-9]_*/model.safetensors", "onnx/*_model.onnx*"),
+    MODEL_SIGNATURE,
 )
 # Files of a training run, which are left out without a word.
 RUN = (

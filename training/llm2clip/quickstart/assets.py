@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModel, AutoTokenizer, CLIPImageProcessor, Dinov2Config, Dinov2Model, GgufConfig
+import transformers
+from transformers import AutoModel, AutoTokenizer, CLIPImageProcessor, Dinov2Config, Dinov2Model
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from llm2clip.utils.folders import atomic_folder
@@ -97,7 +98,10 @@ def smollm2_folder(cache_dir: str | Path) -> Path:
         weights = SMOLLM2_WHEEL.locate()
         tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
         # A quantised model cannot be saved as safetensors.
-        options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+        options: dict[str, Any] = {"dtype": torch.float32}
+        # Earlier versions have no other way than to dequantize.
+        if hasattr(transformers, "GgufConfig"):
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model = AutoModel.from_pretrained(weights.parent, gguf_file=weights.name, **options)
         # A GGUF file has no maximum length for its tokenizer, which would never truncate.
         tokenizer.model_max_length = model.config.max_position_embeddings
@@ -137,8 +141,12 @@ def vit_small_folder(cache_dir: str | Path, num_layers: int = 11) -> Path:
         if report["missing_keys"] or report["unexpected_keys"]:
             raise RuntimeError(f"{VIT_SMALL_WHEEL.requirement} does not fit Dinov2Model: {report}")
         model.save_pretrained(folder)
-        sizes = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
-        processor = CLIPImageProcessor(**sizes, image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
+        processor = CLIPImageProcessor(
+            size={"shortest_edge": IMAGE_SIZE},
+            crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+            image_mean=IMAGENET_DEFAULT_MEAN,
+            image_std=IMAGENET_DEFAULT_STD,
+        )
         processor.save_pretrained(folder)
 
     return build_once(Path(cache_dir) / f"vit-small-14-{num_layers}-layers", build)

@@ -19,6 +19,8 @@ from llm2clip.utils.remote_path import AnyPath
 # Its name starts with a dot, so that `llm2clip push` leaves it here.
 FOLDER_MANIFEST = ".llm2clip.json"
 MODEL_MANIFEST = "manifest.json"
+# Of `llm2clip build --signed`; the name that model-signing's own command expects.
+MODEL_SIGNATURE = "model.sig"
 MODEL_FORMAT, MODEL_FORMAT_VERSION = "llm2clip-model", 1
 # Text that people edit, and `llm2clip push` too; nothing computes from it.
 EDITED = frozenset({"README.md", "LICENSE"})

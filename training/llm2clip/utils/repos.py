@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPVision
 from modeling_llm2clip.sentence_transformers_llm2clip import is_embedding_model
 
 
-class RepoKind(str, Enum):
+class RepoKind(StrEnum):
     """The kinds of model repository that this package distinguishes."""
 
     JOINT = "LLM2CLIP model"

@@ -15,6 +15,7 @@ from llm2clip.embedding.cache_files import MANIFEST, CacheManifest, StoreManifes
 from llm2clip.embedding.image_features import FeatureManifest
 from llm2clip.embedding.verify import verify_cache
 from llm2clip.evaluation.row_store import EvaluationManifest
+from llm2clip.hub.signing import signature_fault
 from llm2clip.search.lance_store import COMMAND as INDEX
 from llm2clip.search.verify_index import verify_index
 from llm2clip.trainers.checkpoints import COMMAND as TRAINING
@@ -31,6 +32,7 @@ from llm2clip.utils.manifests import (
 )
 from llm2clip.utils.verified import Fault, Verified
 
+SIGNATURES = "num_signatures"
 # One of these is in every folder of ours with such a manifest.
 OURS = ("shard-*.safetensors", STATES, "modeling_llm2clip*.py", "config.json")
 # How folders are written again that are not replaced with --overwrite.
@@ -87,6 +89,18 @@ def verify_listed(folder: Path) -> Verified:
     found.counts = Counter({"num_files": len(listed)})
     if not any(file.checksum for file in listed.values()):
         found.remarks.append(f"{folder} has sizes but no checksums, since an earlier release wrote it.")
+    return found
+
+
+def verify_signature(folder: Path, public_key: str | None) -> Verified:
+    """Compare a signed model with its signature, if there is a key to do so."""
+    if public_key is None:
+        remark = f"{folder} is signed; --public-key KEY.pub compares it with the key of its author"
+        return Verified(remarks=[f"{remark}, which only the author can tell you."])
+    found = Verified(counts=Counter({SIGNATURES: 1}))
+    if fault := signature_fault(folder, Path(public_key)):
+        mend = f"load nothing from {folder}, and get the model or the key again from its author"
+        found.faults.append(Fault(f"{folder}: {fault}", mend))
     return found
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from llm2clip.embedding.sidecar_files import MANIFEST_SUFFIX, manifest_paths
 from llm2clip.embedding.verify import verify_sidecars
+from llm2clip.utils.manifests import MODEL_SIGNATURE
 from llm2clip.utils.remote_path import open_path
 from llm2clip.utils.settings import setting
 from llm2clip.utils.verified import Verified
-from llm2clip.verification.kinds import KINDS, verify_folder
+from llm2clip.verification.kinds import KINDS, SIGNATURES, verify_folder, verify_signature
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +40,20 @@ class VerifyConfig:
     sources: bool = setting(
         True, "Read the shards too that lie beside their sidecars, and compare them with their checksums."
     )
+    public_key: str | None = setting(
+        None, "Public key (PEM file) of whoever signed the models in the folder with `llm2clip build --signed`."
+    )
 
 
 def run(config: VerifyConfig) -> dict[str, Any]:
     """Read everything in a folder that llm2clip wrote, and compare it with its checksums.
 
     Returns:
-        The numbers of what was read: `num_files`, and of embeddings `num_shards` and `num_captions`, `num_images` or
-        `num_rows`.
+        The numbers of what was read: `num_files`, `num_signatures`, and of embeddings `num_shards` and
+        `num_captions`, `num_images` or `num_rows`.
 
     Raises:
-        FileNotFoundError: The folder contains nothing of the kind.
+        FileNotFoundError: The folder contains nothing of the kind, or a public key is given and no model is signed.
         DamagedError: Something is damaged or missing; each fault is logged with its file and what mends it. The exit
             status is 2.
     """
@@ -59,6 +63,8 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         found.add(verify_sidecars(folder, config.sources))
     for local in _folders(folder) if isinstance(folder, Path) else ():
         found.add(verify_folder(local))
+        if (local / MODEL_SIGNATURE).is_file():
+            found.add(verify_signature(local, config.public_key))
     for remark in found.remarks:
         logger.warning(remark)
     for fault in found.faults[:SHOWN]:
@@ -70,6 +76,11 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         names = ", ".join(kind.name for kind in KINDS)
         raise FileNotFoundError(
             f"{folder} contains nothing that can be verified: sidecars (*{MANIFEST_SUFFIX}), {names}."
+        )
+    if config.public_key is not None and not found.counts[SIGNATURES]:
+        raise FileNotFoundError(
+            f"{folder} is not signed: it has no {MODEL_SIGNATURE}, which `llm2clip build --signed` writes. Do not "
+            f"take it for a model of the owner of {config.public_key}."
         )
     return dict(found.counts)
 
