@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from torch import nn
 
 from llm2clip.utils.files import read_json, write_text
 from llm2clip.utils.tables import markdown_table
+from llm2clip.utils.yaml_text import load_yaml
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 
 FOLDER = Path(str(files("llm2clip.hub_configs"))).resolve()
@@ -53,7 +53,7 @@ def published_models() -> dict[str, Published]:
         joint = fields["model_type"] == LLM2CLIPConfig.model_type
         config = (LLM2CLIPConfig if joint else LLM2CLIPTextConfig).from_dict(fields)
         card = (path.parent / "README.md").read_text(encoding="utf-8").split("---\n")[1]
-        models[path.parent.name] = Published(path.parent.name, config, yaml.safe_load(card))
+        models[path.parent.name] = Published(path.parent.name, config, load_yaml(card))
     return models
 
 

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
+from llm2clip.utils.yaml_text import MAX_CHARACTERS, load_yaml
 
 
 def find_recipe(name: str) -> Path:
@@ -38,8 +38,9 @@ def load_recipe(path: Path) -> dict[str, Any]:
         ValueError: The file is not a YAML mapping.
     """
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        with path.open(encoding="utf-8") as file:
+            fields = load_yaml(file.read(MAX_CHARACTERS + 1))
+    except ValueError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} has to be a mapping of `field: value` lines, but is a {type(fields).__name__}.")

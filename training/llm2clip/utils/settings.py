@@ -18,7 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
+from llm2clip.utils.yaml_text import load_yaml
 
 ConfigT = TypeVar("ConfigT")
 ValueT = TypeVar("ValueT")
@@ -30,7 +30,8 @@ NAMES = {
     int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list", dict: "a mapping",
 }  # fmt: skip
 PLURALS = {int: "integers", float: "numbers", str: "strings"}
-MISFITS = (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError)
+MAX_SHOWN = 500  # characters of a wrong value in a message
+MISFITS = (AttributeError, KeyError, TypeError, ValueError)
 
 
 def setting(default: ValueT, help: str) -> ValueT:
@@ -77,8 +78,14 @@ def _converted(config_class: type, fields: Mapping[str, Any], origin: str) -> di
         try:
             values[name] = convert(value, hints[name])
         except MISFITS:
-            raise ValueError(f"{origin}: {name} is {value!r}, but it has to be {describe(hints[name])}.") from None
+            wanted = describe(hints[name])
+            raise ValueError(f"{origin}: {name} is {_shown(value)}, but it has to be {wanted}.") from None
     return values
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -129,7 +136,7 @@ def _convert_union(value: Any, options: Sequence[Any]) -> Any:
 
 def _convert_collection(value: Any, hint: Any, kind: Any) -> Any:
     if isinstance(value, str):
-        value = [value] if hint == list[str] else yaml.safe_load(value)
+        value = [value] if hint == list[str] else load_yaml(value)
         value = [value] if kind is list and not isinstance(value, list) else value
     if not isinstance(value, kind):
         raise ValueError(value)

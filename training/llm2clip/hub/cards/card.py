@@ -20,6 +20,7 @@ from llm2clip.hub.cards.facts import EXAMPLE, VISION_TASK, CardFacts, Evaluation
 from llm2clip.hub.cards.metadata import as_list, check_metadata
 from llm2clip.hub.cards.sections import PAPER, sections
 from llm2clip.utils.files import write_text
+from llm2clip.utils.yaml_text import load_yaml
 
 CARD = "README.md"
 PEFT_TEMPLATE = "# Model Card for Model ID"
@@ -56,8 +57,8 @@ def split_card(content: str) -> tuple[dict[str, Any], str]:
     if match is None:
         return {}, content
     try:
-        data = yaml.safe_load(match[1]) or {}
-    except yaml.YAMLError as error:
+        data = load_yaml(match[1]) or {}
+    except ValueError as error:
         raise ValueError(f"the front matter of README.md is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ValueError("the front matter of README.md is not a YAML mapping.")

@@ -1,0 +1,100 @@
+"""YAML of others: plain values only, and nothing that grows without bound."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm2clip import cli
+from llm2clip.hub.cards.card import split_card
+from llm2clip.recipes import load_recipe
+from llm2clip.utils.yaml_text import MAX_CHARACTERS, MAX_DEPTH, load_yaml
+
+
+def repeated(first: str, each: str) -> str:
+    """A document whose every line holds what the line before it holds, ten times."""
+    lines = (each.format(n=n, ten=", ".join([f"*a{n - 1}"] * 10)) for n in range(1, 12))
+    return "\n".join([first, *lines]) + "\n"
+
+
+LAUGHS = repeated("a0: &a0 [x, x, x, x, x]", "a{n}: &a{n} [{ten}]")
+MERGES = repeated("a0: &a0 {x: 1}", "a{n}: &a{n} {{<<: [{ten}]}}")
+BOMBS = {
+    "laughs": (LAUGHS, "comes to more than 100,000 values"),
+    "merges": (MERGES, "comes to more than 100,000 values"),
+    "itself": ("a: &a [*a]\n", "stands for nothing that is complete before it"),
+    "itself by merging": ("a: &a {<<: *a}\n", "stands for nothing that is complete before it"),
+    "deep lists": ("a: " + "[" * 100_000, "levels deep|nesting depth"),
+    "deep mappings": ("".join(f"{' ' * n}a:\n" for n in range(500)), f"more than {MAX_DEPTH} levels deep"),
+    "long": (f"a: {'x' * MAX_CHARACTERS}\n", "characters, and at most"),
+    "many": ("a: [" + "1," * 120_000 + "]\n", "comes to more than 100,000 values"),
+    "integer": (f"a: {'9' * 100_000}\n", "4300"),
+}
+PAYLOADS = {
+    "apply": "a: !!python/object/apply:os.system ['touch PLACE']\n",
+    "new": "a: !!python/object/new:subprocess.Popen [['touch', 'PLACE']]\n",
+    "module": "a: !!python/module:antigravity\n",
+    "name": "a: !!python/name:os.system\n",
+    "key": "? !!python/object/apply:os.system ['touch PLACE']\n: 1\n",
+    "tuple": "a: !!python/tuple [1]\n",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_grows_without_bound_is_refused_at_once(name: str) -> None:
+    text, message = BOMBS[name]
+    with pytest.raises(ValueError, match=message):
+        load_yaml(text)
+
+
+@pytest.mark.parametrize("text", ["a: !!bool maybe", "a: !!timestamp soon", "a: !!int ''", "a: !!float x", "a: *b"])
+def test_a_value_that_does_not_fit_its_tag_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        load_yaml(text)
+
+
+def test_aliases_and_merges_of_a_right_document_are_read() -> None:
+    assert load_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]\n") == {
+        "a": {"x": 1},
+        "b": {"x": 1, "y": 2},
+        "c": [{"x": 1}, {"x": 1}],
+    }
+    assert load_yaml("") is None
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_no_code_of_a_document_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a recipe, in a setting of the command line, and in the head of a card."""
+    place = tmp_path / "touched"
+    text = PAYLOADS[name].replace("PLACE", str(place))
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match="could not determine a constructor"):
+        load_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        split_card(f"---\n{text}---\nText\n")
+    assert cli.main(["embed", "embed_paper", "--sources", f"[{{{text.strip()}}}]"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not place.exists()
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_recipe_that_is_a_bomb_ends_in_one_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(BOMBS[name][0])
+    assert cli.main(["embed", str(tmp_path / "recipe.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "recipe.yaml is not valid YAML: " in error
+    assert "Traceback" not in error
+    assert len(error) < 1500
+
+
+def test_a_wrong_value_is_shown_in_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"output_dir: [{'abcdefgh, ' * 1000}]\n")
+    assert cli.main(["embed", str(tmp_path / "recipe.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "output_dir is ['abcdefgh', " in error
+    assert len(error) < 1500
