@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import modeling_llm2clip
+from llm2clip.hub.build import build_folder
 from tests import stranger
 from tests.modeling_llm2clip import tiny
 
@@ -61,6 +62,63 @@ def test_saved_folder_gives_equal_logits_without_this_package(fields: dict[str, 
     expected = model(**inputs).logits_per_image
     torch.testing.assert_close(torch.tensor(found["logits"]), expected.detach(), atol=1e-5, rtol=0)
     assert found["best"] == captions[int(expected.argmax())]
+
+
+AUDITED = """
+import json, os, sys
+folder, picture = sys.argv[1:]
+places = [os.path.realpath(place) for place in (folder, os.getcwd(), sys.prefix, sys.base_prefix, *sys.path)]
+places += ["/dev/", "/proc/", "/sys/", "/usr/", "/lib", "/etc/"]
+seen = []
+
+def look(event, arguments):
+    if event == "open" and isinstance(arguments[0], (str, bytes)):
+        path = os.path.realpath(os.fsdecode(arguments[0]))
+        if not path.startswith(tuple(place for place in places if place)):
+            seen.append(f"opens {path}")
+    elif event.startswith(("socket.connect", "socket.bind", "socket.send", "socket.getaddrinfo", "os.system", "os.exec",
+                           "os.posix_spawn", "os.spawn", "subprocess.", "pickle.find_class", "ctypes.dlopen")):
+        if event != "ctypes.dlopen" or "llm2clip" in str(arguments):
+            seen.append(f"{event} {arguments!r}"[:300])
+
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, pipeline
+import transformers.models.clip, transformers.models.llama
+sys.addaudithook(look)
+image, captions = Image.open(picture), ["a small dog"]
+AutoConfig.from_pretrained(folder, trust_remote_code=True)
+AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(captions)
+AutoImageProcessor.from_pretrained(folder, trust_remote_code=True, backend="pil")(image, return_tensors="pt")
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model(**processor(text=captions, images=[image], return_tensors="pt"))
+pipeline("zero-shot-image-classification", model=folder, trust_remote_code=True)(image, candidate_labels=captions)
+encoder = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+encoder.encode(captions), encoder.encode([image])
+found = list(seen)
+try:
+    open(MISSING)
+except OSError:
+    pass
+print(json.dumps({"seen": found, "hook": [event for event in seen if event not in found]}))
+"""
+
+
+@pytest.mark.slow
+def test_code_of_a_folder_opens_its_own_folder_and_no_connection(tmp_path: Path) -> None:
+    """Config, tokenizer, processors, model, pipeline and SentenceTransformer, under Python's audit hook."""
+    home, outside = tmp_path / "home", tmp_path / "outside"
+    home.mkdir()
+    tiny.save(tmp_path / "model")
+    build_folder(tmp_path / "model", tmp_path / "built")
+    Image.effect_noise((40, 30), 80).convert("RGB").save(home / "noise.png")
+    code = AUDITED.replace("MISSING", repr(str(outside)))
+    found = stranger.answer(code, tmp_path / "built", home / "noise.png", home=home)
+    assert found["seen"] == []
+    # The hook does see what it looks for.
+    assert found["hook"] == [f"opens {outside}"]
 
 
 ENTRIES = (
