@@ -11,7 +11,7 @@ from llm2clip.hub import build
 from tests.llm2clip import tiny
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.modeling_llm2clip import tiny as tiny_models
-from tests.test_hostile_files import run
+from tests.test_hostile_files import picture, run
 
 # In the file of `hf auth login`; TOKEN is in the environment.
 IN_FILE = "hf_MarkedTokenOfTheFile"
@@ -21,6 +21,9 @@ IN_FILE = "hf_MarkedTokenOfTheFile"
 @pytest.mark.parametrize("token", [TOKEN, None], ids=["in the environment", "in the file"])
 def test_no_token_reaches_a_file_or_the_output(token: str | None, tmp_path: Path) -> None:
     tiny_models.save(tmp_path / "model")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "a.png").write_bytes(picture())
     llm = tiny.save_llm(tmp_path / "llm")
     build.build_folder(tmp_path / "model", tmp_path / "built")
     concepts = json.dumps([tiny.concepts(max_samples=8)])
@@ -43,18 +46,7 @@ def test_no_token_reaches_a_file_or_the_output(token: str | None, tmp_path: Path
             concepts,
             "--traceback",
         ],
-        [
-            "index",
-            tiny.CONCEPTS,
-            "--model",
-            model,
-            "--output-dir",
-            "index",
-            "--num-workers",
-            "0",
-            "--max-samples",
-            "8",
-        ],
+        ["index", str(pictures), "--model", model, "--output-dir", "index", "--num-workers", "0"],
         ["search", "index", "a dog", "--html", "page.html"],
         ["evaluate", model, "--data", json.dumps(tiny.concepts(max_samples=8)), "--output", "result.json"],
         ["convert", "tester/none", "converted", "--traceback"],

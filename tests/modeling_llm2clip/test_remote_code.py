@@ -69,6 +69,8 @@ import json, os, sys
 folder, picture = sys.argv[1:]
 places = [os.path.realpath(place) for place in (folder, os.getcwd(), sys.prefix, sys.base_prefix, *sys.path)]
 places += ["/dev/", "/proc/", "/sys/", "/usr/", "/lib", "/etc/"]
+FORBIDDEN = ("socket.connect", "socket.bind", "socket.send", "socket.getaddrinfo", "os.system", "os.exec", "os.posix_spawn",
+             "os.spawn", "subprocess.", "pickle.find_class", "ctypes.dlopen")
 seen = []
 
 def look(event, arguments):
@@ -76,8 +78,7 @@ def look(event, arguments):
         path = os.path.realpath(os.fsdecode(arguments[0]))
         if not path.startswith(tuple(place for place in places if place)):
             seen.append(f"opens {path}")
-    elif event.startswith(("socket.connect", "socket.bind", "socket.send", "socket.getaddrinfo", "os.system", "os.exec",
-                           "os.posix_spawn", "os.spawn", "subprocess.", "pickle.find_class", "ctypes.dlopen")):
+    elif event.startswith(FORBIDDEN):
         if event != "ctypes.dlopen" or "llm2clip" in str(arguments):
             seen.append(f"{event} {arguments!r}"[:300])
 

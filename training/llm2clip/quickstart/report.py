@@ -155,7 +155,7 @@ def _patch_maps(model: LLM2CLIPModel, processor: Any, run: RunContext, cache: Em
     for column, (image, caption, heat) in enumerate(zip(images, captions, maps, strict=True)):
         picture = seen_part(image, processor.image_processor)
         axes[0, column].imshow(picture)
-        axes[0, column].set_title(caption[:22], fontsize=9)
+        axes[0, column].set_title(caption[:22], fontsize=9, parse_math=False)
         axes[1, column].imshow(draw_heat_map(picture, heat, MAP_WIDTH))
     for axis in axes.flat:
         axis.axis("off")

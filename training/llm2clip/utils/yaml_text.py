@@ -65,4 +65,5 @@ def _refuse_bombs(text: str) -> None:
 
 
 def _where(event: yaml.Event) -> str:
-    return f" (line {event.start_mark.line + 1})"
+    mark = event.start_mark
+    return "" if mark is None else f" (line {mark.line + 1})"
