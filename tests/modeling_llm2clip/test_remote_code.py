@@ -69,8 +69,8 @@ import json, os, sys
 folder, picture = sys.argv[1:]
 places = [os.path.realpath(place) for place in (folder, os.getcwd(), sys.prefix, sys.base_prefix, *sys.path)]
 places += ["/dev/", "/proc/", "/sys/", "/usr/", "/lib", "/etc/"]
-FORBIDDEN = ("socket.connect", "socket.bind", "socket.send", "socket.getaddrinfo", "os.system", "os.exec", "os.posix_spawn",
-             "os.spawn", "subprocess.", "pickle.find_class", "ctypes.dlopen")
+FORBIDDEN = ("socket.connect", "socket.bind", "socket.send", "socket.getaddrinfo", "os.system", "os.exec",
+             "os.posix_spawn", "os.spawn", "subprocess.", "pickle.find_class", "ctypes.dlopen")
 seen = []
 
 def look(event, arguments):

@@ -7,10 +7,9 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from huggingface_hub import snapshot_download
 
 from llm2clip import cli
@@ -22,8 +21,13 @@ from tests.damage import flip
 from tests.llm2clip.hub.conftest import REPO, upload
 from tests.loopback_hub import LoopbackHub
 
+pytest.importorskip("model_signing", reason="the extra `signing` is not installed: pip install -e '.[test]'")
+serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
+ec = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ec")
+ed25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519")
 
-def write_keys(folder: Path, key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> tuple[Path, Path]:
+
+def write_keys(folder: Path, key: Any) -> tuple[Path, Path]:
     """Write a private key and its public key."""
     folder.mkdir()
     private, public = folder / "key.pem", folder / "key.pub"
