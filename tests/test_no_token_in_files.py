@@ -28,7 +28,7 @@ def test_no_token_reaches_a_file_or_the_output(token: str | None, tmp_path: Path
     build.build_folder(tmp_path / "model", tmp_path / "built")
     concepts = json.dumps([tiny.concepts(max_samples=8)])
     fields = tiny.stage1_fields(tmp_path / "run", llm) | {"max_steps": 2, "save_steps": 1}
-    fields |= {"push_to_hub": True, "hub_model_id": "tester/llm"}
+    fields |= {"push_to_hub": True, "hub_model_id": "tester/llm", "hub_strategy": "end"}
     (tmp_path / "stage1.json").write_text(json.dumps(fields))
     model = str(tmp_path / "model")
     commands = [
