@@ -55,7 +55,7 @@ class Strike:
         """Return when it happened, in seconds since the epoch, by what a run has written to standard error."""
         if self.kind == "disk":
             return Path(self.plan["log"]).stat().st_mtime
-        [moment] = re.findall(rf"^{STRUCK}{self.kind} (.+)$", errors, re.MULTILINE)
+        [moment] = re.findall(rf"{STRUCK}{self.kind} ([\d.]+)", errors)
         return float(moment)
 
     def _count(self) -> Callable[..., None]:
