@@ -51,9 +51,8 @@ lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p modeling_llm2clip -p llm2clip
 
-# It asks PyPI's JSON API (pypi.org/pypi/NAME/VERSION/json) for advisories. A package that it cannot ask about is an
-# error: without --strict, an audit that reached nothing would pass.
-audit: $(VENV)/.dev  ## known vulnerabilities of what is installed in .venv; asks PyPI
+# A package about which the index cannot be asked is an error: without --strict, an audit that reached nothing would pass.
+audit: $(VENV)/.dev  ## known vulnerabilities of what is installed in .venv; asks the package index
 	$(BIN)/python -m pip freeze --exclude-editable > $(VENV)/installed.txt
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement $(VENV)/installed.txt
 
