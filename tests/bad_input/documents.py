@@ -8,6 +8,8 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from tests.damage import mutated
+
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 0.5, -1.0, 2**63, 10**30, float("nan"), float("inf")),
     *("", " ", "x", "1", "-1", "null", "\x00", "é", "👍", "../..", "/", "a" * 5000, "[1, 2", "{a: b}"),
@@ -47,28 +49,11 @@ def changed(document: Any, seed: int) -> Any:
     return result
 
 
-def broken(content: bytes, seed: int) -> bytes:
-    """Cut a file, overwrite a part of it, or flip bits."""
-    generator = random.Random(seed)
-    place = generator.randrange(len(content)) if content else 0
-    kind = generator.randrange(4)
-    if kind == 0:
-        return content[:place]
-    if kind == 1:
-        return content[:place] + bytes(16) + content[place + 16 :]
-    if kind == 2:
-        return content[:place] + generator.randbytes(8) + content[place:]
-    flipped = bytearray(content)
-    for _ in range(min(3, len(flipped))):
-        flipped[generator.randrange(len(flipped))] ^= 1 << generator.randrange(8)
-    return bytes(flipped)
-
-
 def variants(document: Any, count: int) -> Iterator[bytes]:
     """Wrong files: documents with other values, and damaged ones."""
     content = json.dumps(document, indent=2).encode()
     for seed in range(count):
         if seed % 2:
-            yield broken(content, seed)
+            yield mutated(content, random.Random(seed))
         else:
             yield json.dumps(changed(document, seed)).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from llm2clip.utils.files import read_json
 from llm2clip.utils.folders import refuse_existing
 from llm2clip.utils.manifests import FOLDER_MANIFEST, damage
 from llm2clip.utils.settings import build_config
-from tests.bad_input.documents import broken, changed, variants
+from tests.bad_input.documents import changed, variants
+from tests.damage import mutated
 from tests.llm2clip.embedding.encoder import build
 
 COUNT = 300
@@ -59,7 +61,7 @@ def test_wrong_recipes_are_refused(name: str, tmp_path: Path) -> None:
         if seed % 3:
             path.write_text(yaml.safe_dump(changed(recipe, seed)))
         else:
-            path.write_bytes(broken(yaml.safe_dump(recipe).encode(), seed))
+            path.write_bytes(mutated(yaml.safe_dump(recipe).encode(), random.Random(seed)))
         refused += refusals(lambda: build_config(RECIPES[name], load_recipe(path), str(path)))
     assert refused > COUNT // 3
 
@@ -87,7 +89,7 @@ def test_damaged_shards_of_a_cache_are_refused(tmp_path: Path) -> None:
     shard = tmp_path / shard_name(1)
     content, rows = shard.read_bytes(), EmbeddingCache.open(tmp_path).lookup(["caption 13"])
     for seed in range(COUNT):
-        shard.write_bytes(broken(content, seed))
+        shard.write_bytes(mutated(content, random.Random(seed)))
         try:
             found = EmbeddingCache.open(tmp_path).lookup(["caption 13"])
         except (*OURS, LookupError):
