@@ -22,4 +22,3 @@ def fault(error: BaseException, names: Iterable[str]) -> str | None:
     if not any(name in message for name in names):
         return f"its message does not say what is wrong where: {type(error).__name__}: {message}"
     return None
-

@@ -15,8 +15,8 @@ import datasets
 import yaml
 
 from llm2clip.data import CaptionSource, decode_image, distinct_captions
+from llm2clip.data.check_data import check_data
 from llm2clip.data.shard_rows import count_rows, parquet_rows
-from llm2clip.data.sources import load_source
 from llm2clip.data.tar_rows import count_tar_rows, numbered_tar_rows, tar_rows
 from llm2clip.data.tars import list_tar
 from llm2clip.data.transforms import decode_tensor
@@ -129,8 +129,7 @@ def read_table(folder: Path) -> Doors:
         distinct_captions(CaptionSource(str(path), caption_columns=[column], streaming=streaming), False)
 
     def images() -> None:
-        for _ in load_source(CaptionSource(str(path), caption_columns=[column])):
-            pass
+        check_data(CaptionSource(str(path), caption_columns=[column]), num_workers=0)
 
     def by_number() -> None:
         list(parquet_rows(str(path), ["caption", "image"], range(count_rows(str(path)))))

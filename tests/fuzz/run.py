@@ -104,16 +104,16 @@ def _make_seeds(door: Door, folder: Path) -> None:
 
 
 def _fuzz(door: Door, seconds: float, folder: Path, failures: Path, first: int, found: Found) -> None:
-    deadline, number = time.monotonic() + seconds, first
+    deadline, following = time.monotonic() + seconds, first
     before = len(found.failures)
     while time.monotonic() < deadline and len(found.failures) - before < ENOUGH:
-        for number, outcome, reason in _outcomes(door, folder, number, deadline):
+        for number, outcome, reason in _outcomes(door, folder, following, deadline):
             found.tried[door.name] += 1
             found.refused[door.name] += outcome == "refused"
             if outcome == "failed":
                 place = _store(door, number, folder / INPUT, failures, reason)
                 found.failures[place] = reason
-        number += 1
+            following = number + 1
 
 
 def _store(door: Door, number: int, source: Path, failures: Path, reason: str) -> Path:

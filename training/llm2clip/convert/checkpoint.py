@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm2clip.utils.files import read_json
+from llm2clip.utils.library_errors import reading
 from llm2clip.utils.repos import is_hub_id
 
 # Keys under which training code stores the weights in a checkpoint.
@@ -99,7 +100,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         return Checkpoint(pickles[0], path, pickles)
     for name in INDEX_FILES:
         if (path / name).is_file():
-            files = sorted(set(read_json(path / name).get("weight_map", {}).values()))
+            with reading(path / name):
+                files = sorted(set(read_json(path / name).get("weight_map", {}).values()))
             missing = [file for file in files if not (path / file).is_file()]
             if missing or not files:
                 listed = ", ".join(missing) or "it lists none"
@@ -135,8 +137,8 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
                 "only its state_dict, on a machine where you trust the file."
             ) from error
         raise ValueError(f"{file} is not a torch checkpoint, or it is damaged; download it again.") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # torch raises whatever broken bytes lead to, KeyError and AttributeError too
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{file} is damaged or truncated ({reason}); download it again.") from error
     while isinstance(content, dict) and any(isinstance(content.get(key), dict) for key in STATE_KEYS):
         content = next(content[key] for key in STATE_KEYS if isinstance(content.get(key), dict))

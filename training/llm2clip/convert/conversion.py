@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from llm2clip.hub.cards.card import license_of, write_card
 from llm2clip.hub.cards.facts import JOINT_TASK, VISION_TASK, CardFacts
 from llm2clip.utils.files import atomic_file, read_json
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
+from llm2clip.utils.library_errors import reading
 from llm2clip.utils.repos import RepoKind, hub_ids, inspect_repo
 from llm2clip.utils.settings import build_config, setting
 from llm2clip.utils.towers import describe_text_tower
@@ -106,9 +108,10 @@ def run(config: ConvertConfig) -> dict[str, Any]:
 
 
 def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) -> dict[str, Any]:
-    plan = plan_joint(checkpoint, config)
-    print_report(plan)
-    model = plan.build(config.seed)
+    with reading(checkpoint.path):
+        plan = plan_joint(checkpoint, config)
+        print_report(plan)
+        model = plan.build(config.seed)
     model.save_pretrained(folder)
     _write_processor(plan, checkpoint, folder)
     facts = CardFacts(
@@ -120,7 +123,7 @@ def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) 
         **license_of(checkpoint.folder),
     )
     write_card(folder, facts)
-    _verify(folder, plan)
+    _verify(folder, plan, checkpoint.path)
     return {"recognized": plan.recognized, "tensors": len(plan.tensors)}
 
 
@@ -147,22 +150,30 @@ def _image_processor(plan: JointPlan, checkpoint: Checkpoint) -> CLIPImageProces
     if saved is not None and saved.is_file():
         fields = read_json(saved)
         statistics = {key: fields.get(key, value) for key, value in statistics.items()}
+        for key, values in statistics.items():
+            if not (isinstance(values, list) and len(values) == 3 and all(map(_is_number, values))):
+                raise ValueError(f"{saved}: {key} is {values!r:.80}, but it has to be three numbers.")
     crop = {"height": size, "width": size}
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size=crop, **statistics)
 
 
-def _verify(folder: Path, plan: JointPlan) -> None:
-    """Load the written folder and compare its weights with the plan."""
-    model = plan.model_class.from_pretrained(folder, **plan.loading)
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _verify(folder: Path, plan: JointPlan, source: Path) -> None:
+    """Load the written folder and compare its weights with the plan; `source` is for messages."""
+    with reading(source):
+        model = plan.model_class.from_pretrained(folder, **plan.loading)
     state = model.state_dict()
     for name, tensor in plan.tensors.items():
         if not torch.equal(state[name].float(), tensor.float()):
             raise RuntimeError(f"{name} changed when it was saved; please report this.")
     size = plan.vision_config.image_size
-    with torch.inference_mode():
+    with reading(source), torch.inference_mode():
         output = model(pixel_values=torch.zeros(1, 3, size, size, dtype=model.dtype)).pooler_output
     if not output.isfinite().all():
-        raise ValueError("the outputs of the converted model for a gray image are not finite.")
+        raise ValueError(f"{source}: the outputs of the converted model for a gray image are not finite.")
 
 
 def _to_original(config: ConvertConfig, destination: Path) -> dict[str, Any]:

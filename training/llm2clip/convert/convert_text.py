@@ -20,6 +20,7 @@ from llm2clip.convert.checkpoint import Checkpoint, open_checkpoint
 from llm2clip.hub.cards.card import license_of, write_card
 from llm2clip.hub.cards.facts import TEXT_TASK, CardFacts
 from llm2clip.utils.files import write_json
+from llm2clip.utils.library_errors import reading
 from llm2clip.utils.progress import track
 from llm2clip.utils.prompts import original_prompt
 from llm2clip.utils.repos import hub_ids
@@ -66,12 +67,14 @@ def convert_text_tower(
     files = len(checkpoint.files)
     print(f"recognized: an LLM of type {fields['model_type']}, {len(checkpoint)} tensors, {files} file(s)")
     print(f"prompt of {name!r}: " + (f"{prefix!r} caption {suffix!r}" if prefix or suffix else "none"))
-    tokenizer, prompt = prompted(
-        AutoTokenizer.from_pretrained(checkpoint.folder), {"prompt_prefix": prefix, "prompt_suffix": suffix}
-    )
     fields.pop("auto_map", None)
-    decoder_config = CONFIG_MAPPING[fields.pop("model_type")].from_dict(fields)
-    config = LLM2CLIPTextConfig(decoder_config=decoder_config, **prompt)
+    with reading(checkpoint.folder / "config.json"):
+        decoder_config = CONFIG_MAPPING[fields.pop("model_type")].from_dict(fields)
+    with reading(checkpoint.folder):
+        tokenizer, prompt = prompted(
+            AutoTokenizer.from_pretrained(checkpoint.folder), {"prompt_prefix": prefix, "prompt_suffix": suffix}
+        )
+        config = LLM2CLIPTextConfig(decoder_config=decoder_config, **prompt)
     if adapters:
         _merge(checkpoint, config, tokenizer, adapters, folder)
     else:
@@ -92,11 +95,13 @@ def convert_text_tower(
 def _stream(
     checkpoint: Checkpoint, config: LLM2CLIPTextConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    with torch.device("meta"):
+    assert checkpoint.folder is not None
+    with reading(checkpoint.folder / "config.json"), torch.device("meta"):
         model = LLM2CLIPTextModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     names, dropped = _names(checkpoint)
-    _compare(expected, {ours: checkpoint.shapes[theirs] for theirs, ours in names.items()})
+    with reading(checkpoint.path):
+        _compare(expected, {ours: checkpoint.shapes[theirs] for theirs, ours in names.items()})
     print(f"renamed ({len(names)}): {_prefix(checkpoint)}* -> {DECODER}*")
     for theirs, reason in dropped:
         print(f"dropped: {theirs}: {reason}")
@@ -127,7 +132,8 @@ def _stream(
     tokenizer.save_pretrained(folder)
     make_readable_by_version_4(folder)
     _compare(expected, written.shapes)
-    config.verified_attention = _probe(folder)
+    with reading(checkpoint.folder):
+        config.verified_attention = _probe(folder)
     config.save_pretrained(folder)
 
 

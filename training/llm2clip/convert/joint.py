@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
@@ -15,6 +14,7 @@ from llm2clip.convert.original import joint_config
 from llm2clip.convert.renaming import Layout, Rule, linears, unchanged
 from llm2clip.convert.vision_towers import TowerKind, config_of_shapes, find_tower
 from llm2clip.utils.files import read_json
+from llm2clip.utils.library_errors import reading
 from modeling_llm2clip import EVA02VisionConfig, EVA02VisionModel, LLM2CLIPConfig, LLM2CLIPModel
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ def plan_joint(checkpoint: Checkpoint, settings: ConvertConfig) -> JointPlan:
         ValueError: The checkpoint is not recognized, or tensors are missing, unexpected or not finite; the message
             names the first few.
     """
-    model_config = _read_model_config(settings.model_config)
+    known = _read_model_config(settings.model_config)
     is_own = checkpoint.config.get("model_type") == LLM2CLIPConfig.model_type
-    plan = _own_plan(checkpoint) if is_own else _foreign_plan(checkpoint, settings, model_config)
+    plan = _own_plan(checkpoint) if is_own else _foreign_plan(checkpoint, settings, known)
     if isinstance(plan.config, LLM2CLIPConfig):
         plan.config.initializer = settings.initializer
     if settings.reset_heads:
@@ -51,14 +51,15 @@ def plan_joint(checkpoint: Checkpoint, settings: ConvertConfig) -> JointPlan:
     return plan
 
 
-def _read_model_config(path: str | None) -> dict[str, Any] | None:
+def _read_model_config(path: str | None) -> LLM2CLIPConfig | None:
     if path is None:
         return None
     fields = read_json(path)
     missing = [key for key in ("embed_dim", "vision_cfg") if key not in fields]
     if missing:
         raise ValueError(f"{path} is not a model_configs JSON of the original code: it lacks {', '.join(missing)}.")
-    return fields
+    with reading(path):
+        return joint_config({"quick_gelu": True, **fields})
 
 
 def _own_plan(checkpoint: Checkpoint) -> JointPlan:
@@ -67,9 +68,7 @@ def _own_plan(checkpoint: Checkpoint) -> JointPlan:
     return JointPlan("an LLM2CLIP model of this package", config, LLM2CLIPModel, dict(checkpoint), renames, [])
 
 
-def _foreign_plan(
-    checkpoint: Checkpoint, settings: ConvertConfig, model_config: Mapping[str, Any] | None
-) -> JointPlan:
+def _foreign_plan(checkpoint: Checkpoint, settings: ConvertConfig, known: LLM2CLIPConfig | None) -> JointPlan:
     found = find_tower(checkpoint.shapes)
     if found is None:
         shown = ", ".join(list(checkpoint.shapes)[:5])
@@ -83,7 +82,11 @@ def _foreign_plan(
             f"{checkpoint.path} was recognized as {kind.name}, but {len(renamed.unknown)} of its tensors do not "
             f"belong to it: {listed(renamed.unknown, checkpoint.shapes)}. It is another model, or from modified code."
         )
-    config, known = _vision_config(kind, prefix, checkpoint, model_config, settings.quick_gelu)
+    config = known.vision_config if known is not None else _vision_config(kind, prefix, checkpoint)
+    if settings.quick_gelu is not None:
+        if config.model_type != "clip_vision_model":
+            raise ValueError(f"quick_gelu applies to OpenAI towers; this one has type {config.model_type}.")
+        config.hidden_act = "quick_gelu" if settings.quick_gelu else "gelu"
     model_class = EVA02VisionModel if config.model_type == EVA02VisionConfig.model_type else AutoModel
     plan = JointPlan("", config, model_class, renamed.tensors, renamed.renames, renamed.dropped)
     if any(name.startswith(ADAPTER_PART) for name in plan.tensors):
@@ -123,26 +126,10 @@ def _joint_layout(kind: TowerKind, prefix: str, checkpoint: Checkpoint) -> Layou
     )
 
 
-def _vision_config(
-    kind: TowerKind,
-    prefix: str,
-    checkpoint: Checkpoint,
-    model_config: Mapping[str, Any] | None,
-    quick_gelu: bool | None,
-) -> tuple[PretrainedConfig, LLM2CLIPConfig | None]:
-    """The config of the tower, and the joint config if the original's JSON is given."""
+def _vision_config(kind: TowerKind, prefix: str, checkpoint: Checkpoint) -> PretrainedConfig:
+    """The config of the tower, from the config of the checkpoint if it has one, and from shapes."""
     shapes = {name.removeprefix(prefix): shape for name, shape in checkpoint.shapes.items() if name.startswith(prefix)}
-    known = None
-    if model_config is not None:
-        known = joint_config({"quick_gelu": True, **model_config})
-        config = known.vision_config
-    elif kind.layout is None and checkpoint.config.get("vision_config") is not None:
+    if kind.layout is None and checkpoint.config.get("vision_config") is not None:
         whole = AutoConfig.for_model(checkpoint.config["model_type"]).from_dict(checkpoint.config)
-        config = config_of_shapes(kind, shapes, whole.vision_config.to_dict())
-    else:
-        config = config_of_shapes(kind, shapes)
-    if quick_gelu is not None:
-        if config.model_type != "clip_vision_model":
-            raise ValueError(f"quick_gelu applies to OpenAI towers; this one has type {config.model_type}.")
-        config.hidden_act = "quick_gelu" if quick_gelu else "gelu"
-    return config, known
+        return config_of_shapes(kind, shapes, whole.vision_config.to_dict())
+    return config_of_shapes(kind, shapes)

@@ -33,7 +33,7 @@ from llm2clip.data.sources import (
 from llm2clip.data.streams import Attach, StreamRow
 from llm2clip.data.tar_rows import refuse_damaged_tars
 from llm2clip.data.transforms import EvalTransform, TrainTransform
-from llm2clip.utils.files import DAMAGED
+from llm2clip.utils.library_errors import reading
 from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.settings import check_choices
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
@@ -279,12 +279,11 @@ def captions_by_row(table: Table, columns: Sequence[str]) -> Iterator[list[list[
 
 def _with_place(found: Iterator[list[list[str]]], path: str) -> Iterator[list[list[str]]]:
     """Name the source where a caption is not text, or a file is damaged."""
-    try:
-        yield from found
-    except TypeError as error:
-        raise SourceError(f"{path}: {error}") from error
-    except DAMAGED as error:
-        raise SourceError(f"{path} cannot be read: {error or type(error).__name__}") from error
+    with reading(path, SourceError):
+        try:
+            yield from found
+        except TypeError as error:
+            raise SourceError(f"{path}: {error}") from error
 
 
 def distinct_captions(sources: CaptionSource | Sequence[CaptionSource], show_progress: bool = True) -> list[str]:

@@ -24,6 +24,7 @@ from llm2clip.data.sources import (
 from llm2clip.data.stream_plan import RowPlan
 from llm2clip.data.streams import Attach, StreamReader, StreamRow
 from llm2clip.utils.files import digest_json
+from llm2clip.utils.library_errors import reading
 
 # Makes a sample of a row, its key, the columns of its source, and what the random parts depend on besides the seed
 # (None: nothing is random).
@@ -68,7 +69,8 @@ class CaptionRows(ConcatenatedTables):
 
     def __getitem__(self, index: SampleIndex | int) -> Any:
         epoch, position, number, offset = self.locate(index)
-        row = self.tables[number][offset]
+        with reading(self.sources[number].path, SourceError):
+            row = self.tables[number][offset]
         salt = None if epoch is None else (epoch, position)
         return self.make_sample(row, self._key(number, offset, row), self.columns[number], salt)
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from llm2clip.data.records import column_value
 from llm2clip.data.sources import SourceError, file_format
 from llm2clip.data.tar_rows import count_tar_rows, numbered_tar_rows
-from llm2clip.utils.files import DAMAGED
+from llm2clip.utils.library_errors import reading
 
 # Rows of a parquet file that are decoded at once.
 BATCH = 64
@@ -76,12 +76,10 @@ class ShardRows:
         whole = file is None or self.num_files == 1
         table = self.table if whole else self.table.shard(self.num_files, file)
         # Unlike the iterator of the table, its method does not split the rows by DataLoader worker once more.
-        try:
+        name = self.files[file] if file is not None and self.files else "a file of the stream"
+        with reading(name, SourceError):
             for number, batch in enumerate(table.iter(1)):
                 yield number, {name: values[0] for name, values in batch.items()}
-        except DAMAGED as error:
-            name = self.files[file] if file is not None and self.files else "a file of the stream"
-            raise SourceError(f"{name} cannot be read: {error or type(error).__name__}") from error
 
 
 def _is_text(value: Any) -> bool:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import datasets
-from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
-from llm2clip.utils.files import DAMAGED
+from llm2clip.utils.library_errors import reading
 from llm2clip.utils.remote_path import refuse_pipe
 from llm2clip.utils.settings import build_config
 
@@ -173,7 +172,8 @@ def open_source(source: CaptionSource) -> OpenedTable:
 
 def select_source(source: CaptionSource, opened: OpenedTable, with_images: bool = True) -> Table:
     """Return an opened table as [`load_source`] does."""
-    columns = source_columns(source, opened.table, with_images, opened.hint)
+    with reading(source.path, SourceError):  # of some streams the first rows say which columns there are
+        columns = source_columns(source, opened.table, with_images, opened.hint)
     table = opened.select(used_columns(columns, opened.table))
     if columns.image is not None:
         table = keep_encoded(table, columns.image, opened.folders, source.path)
@@ -193,7 +193,8 @@ def select_captions(source: CaptionSource, opened: OpenedTable) -> Table:
     Raises:
         SourceError: If one does not exist.
     """
-    columns = source_columns(source, opened.table, False, opened.hint).captions
+    with reading(source.path, SourceError):
+        columns = source_columns(source, opened.table, False, opened.hint).captions
     return opened.select(list(dict.fromkeys(top_level(opened.table, column) for column in columns)))
 
 
@@ -326,7 +327,9 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         raise FileNotFoundError(
             f"{path!r} is not a local file or folder, and the Hub cannot be reached to look for it ({error})."
         ) from error
-    except (*DAMAGED, ValueError, DatasetsError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # `datasets` and pandas raise whatever broken bytes lead to, TypeError too
         cause = error.__cause__ or error
         raise SourceError(f"Reading {path} failed: {type(cause).__name__}: {cause}") from error
     return OpenedTable(
@@ -375,7 +378,8 @@ def file_format(file: str) -> str:
 
 
 def _from_disk(folder: Path, split: str, streaming: bool) -> OpenedTable:
-    loaded = datasets.load_from_disk(str(folder))
+    with reading(folder, SourceError):
+        loaded = datasets.load_from_disk(str(folder))
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise SourceError(f"{folder} has no split {split!r}; it has {', '.join(map(str, loaded))}.")

@@ -19,11 +19,12 @@ from transformers import BaseImageProcessor
 
 from llm2clip.data import EvalTransform, ImageBackend, OnError, SampleError, SkippedSample, TrainTransform
 from llm2clip.data.sampling import stable_seed
-from llm2clip.embedding.cache_files import StoreManifest
+from llm2clip.embedding.cache_files import CacheDamagedError, StoreManifest
 from llm2clip.embedding.image_batches import TableImages, forward_images
 from llm2clip.embedding.keyed_rows import KeyedRows
 from llm2clip.embedding.row_builder import build_rows, stored_rows
 from llm2clip.utils.files import digest_json
+from llm2clip.utils.library_errors import reading
 from llm2clip.utils.locks import folder_lock
 from llm2clip.utils.progress import ProgressBar
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
@@ -92,8 +93,9 @@ class ImageFeatures(KeyedRows[FeatureManifest]):
         super().__init__(path, manifest, shards)
         self.skipped: dict[int, SkippedSample] = {}
         for start, shard in zip(self._starts.tolist(), shards, strict=False):
-            for row, key, reason in json.loads(shard.metadata["skipped"]):
-                self.skipped[start + row] = SkippedSample(key, reason)
+            with reading(shard.path, CacheDamagedError):
+                for row, key, reason in json.loads(shard.metadata["skipped"]):
+                    self.skipped[start + row] = SkippedSample(key, reason)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the files itself; the folder may grow meanwhile.

@@ -26,6 +26,7 @@ from llm2clip.embedding.cache_files import CacheDamagedError, CacheError, CacheM
 from llm2clip.utils.files import read_json, replace, require_writable, temporary_path, write_json
 from llm2clip.utils.manifests import is_intact, sealed
 from llm2clip.utils.remote_path import READ_ONLY, AnyPath, open_path, protocols, size_of
+from llm2clip.utils.settings import build_config
 
 FORMAT = "llm2clip-embedding-sidecar"
 FORMAT_VERSION = 1
@@ -96,12 +97,15 @@ class SidecarManifest:
         names = {field.name for field in fields(cls)}
         if missing := names - set(values) - LATER:
             raise CacheDamagedError(f"{path} lacks {', '.join(sorted(missing))}; delete it and {REMEDY}.")
-        manifest = cls(**{name: values[name] for name in names & set(values)})
         try:
+            manifest = build_config(cls, {name: values[name] for name in names & set(values)}, str(path))
             manifest.cache_manifest(), manifest.row_groups
-        except TypeError as error:
+            if not manifest.source or posixpath.basename(manifest.source) != manifest.source:
+                raise ValueError(f"source is {manifest.source!r}, and not the name of a file")
+        except (TypeError, ValueError) as error:
             raise CacheDamagedError(
-                f"{path} does not describe an encoder or a part ({error}); delete it and {REMEDY}."
+                f"{path} does not describe a shard, an encoder or a part ({str(error).rstrip('.')}); delete it and "
+                f"{REMEDY}."
             ) from None
         if not is_intact(values):
             raise CacheDamagedError(f"{path} has changed since it was written; delete it and {REMEDY}.")
@@ -114,7 +118,8 @@ class SidecarManifest:
 
     def cache_manifest(self) -> CacheManifest:
         """Return the manifest of a complete cache with this shard alone."""
-        return CacheManifest(**self.encoder, status="complete", shards=[self.captions])
+        fields = {**self.encoder, "status": "complete", "shards": [self.captions]}
+        return build_config(CacheManifest, fields, "the encoder")
 
 
 class SidecarFolder:

@@ -101,10 +101,10 @@ class SourceSidecars:
                 first = first or manifest
                 if manifest.encoder != first.encoder:
                     one, other = first.encoder, manifest.encoder
-                    name = next(name for name in one if one[name] != other.get(name))
+                    name = next(name for name in (*one, *other) if one.get(name) != other.get(name))
                     raise CacheMismatchError(
                         f"{self.folder.manifest_path(part)} has {name} {other.get(name)!r}, but the sidecar of "
-                        f"{first.source} has {one[name]!r}. Embed the source again, into one folder."
+                        f"{first.source} has {one.get(name)!r}. Embed the source again, into one folder."
                     )
         if missing or first is None:
             shown = "; ".join(missing[:3]) or "there are no shards"

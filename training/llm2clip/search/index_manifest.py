@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any, Literal, Protocol, TypeAlias
 
 from llm2clip.data import DEFAULT_MAX_PIXELS
+from llm2clip.utils.settings import build_config
 from modeling_llm2clip import __version__
 
 FORMAT_VERSION = 2
@@ -17,6 +18,10 @@ SAME = ("embed", "source", "dtype", "image_backend", "metadata_columns")
 
 
 Embed: TypeAlias = Literal["image", "caption"]
+
+
+# Types of what stores record.
+STORED: dict[str, type] = {"version": int, "trained": int, "faiss": str, "columns": dict}
 
 
 class MadeBy(Protocol):
@@ -74,7 +79,12 @@ class IndexManifest:
         try:
             if fields["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"its format is {fields['format_version']}, and this version reads {FORMAT_VERSION}")
-            return cls(**fields)
+            manifest = build_config(cls, fields, "it")
+            _require_entries("source", manifest.source, {"kind": str, "path": str})
+            _require_entries("index", manifest.index, dict.fromkeys(manifest.index, int) | {"type": str})
+            found = manifest.stored
+            _require_entries("stored", found, {name: kind for name, kind in STORED.items() if name in found})
+            return manifest
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{place} is not the manifest of an index ({error}); {REBUILD}") from error
 
@@ -128,6 +138,12 @@ class IndexManifest:
                     f"the index {place} was built with {name} {_printable(there)}, not {_printable(here)}; choose "
                     "another --output-dir or --table, or add --overwrite to build it again."
                 )
+
+
+def _require_entries(name: str, fields: dict[str, Any], kinds: dict[str, type]) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(fields.get(key), kind):
+            raise ValueError(f"{name} has {key} {fields.get(key)!r:.80}")
 
 
 def _printable(value: Any) -> str:

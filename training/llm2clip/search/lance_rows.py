@@ -144,12 +144,22 @@ class LanceRows:
         except Exception as error:
             if not is_of_lance(error):
                 raise
-            if where and isinstance(error, ValueError):
+            if where and isinstance(error, ValueError) and not self._is_condition(where):
                 raise ValueError(
                     f"where is {where!r}, which is no condition on the columns {', '.join(self.columns)}: "
                     f"{_reason(error)}"
                 ) from error
             raise unreadable(self.folder, error) from error
+
+    def _is_condition(self, where: str) -> bool:
+        """Tell whether a condition can be planned, which reads no rows. LanceDB blames it for damaged files too."""
+        try:
+            self.table.search().where(where).explain_plan()
+        except Exception as error:
+            if not is_of_lance(error):
+                raise
+            return False
+        return True
 
 
 def is_of_lance(error: Exception) -> bool:

@@ -182,6 +182,7 @@ def open_states(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
     path, again = folder / STATES, f"delete {folder}; the next run computes the states again."
     try:
         manifest = read_json(folder / MANIFEST)
+        _require_form(manifest)
         if "parts" not in manifest:
             return manifest, np.load(path, mmap_mode="r")
         if not is_intact(manifest):
@@ -191,9 +192,18 @@ def open_states(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
         states = np.memmap(path, np.float16, "r", offset, tuple(manifest["shape"]))
         if path.stat().st_size != offset + states.nbytes or _header(path, offset) != [offset, content]:
             raise ValueError("its size or its header is not that of the manifest")
-    except (OSError, ValueError, TypeError, KeyError, SyntaxError, TokenError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, SyntaxError, TokenError) as error:
         raise ValueError(f"{path} is damaged ({error}); {again}") from error
     return manifest, states
+
+
+def _require_form(manifest: dict[str, Any]) -> None:
+    """Raise an error unless the lists of a manifest have entries of the right types."""
+    forms = {"skipped": (int, str, str), "parts": (int, int, str)}
+    for name, form in forms.items():
+        for entry in manifest[name] if name == "skipped" else manifest.get(name, []):
+            if len(entry) != len(form) or not all(map(isinstance, entry, form)):
+                raise ValueError(f"its {name} has the entry {entry!r:.80}")
 
 
 def _header(path: Path, offset: int) -> list[Any]:

@@ -8,13 +8,10 @@ import json
 import os
 import re
 import socket
-import tarfile
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import files as distribution_files
-from lzma import LZMAError
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,8 +20,6 @@ from safetensors import SafetensorError
 from llm2clip.utils.remote_path import AnyPath, RemotePath
 
 READ_SIZE = 1 << 22
-# What reading a damaged file raises, compressed or not.
-DAMAGED = (OSError, EOFError, tarfile.TarError, zlib.error, LZMAError)
 # The name of a temporary file.
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)\.(?P<process>\d+)\.tmp")
 # The name of a file that safetensors has not finished.

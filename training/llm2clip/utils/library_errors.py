@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,31 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and PEER.search(text) and _comes_through(error, "distributed"):
         return f"{PEER_ENDED}. This one cannot go on alone."
     return None
+
+
+@contextmanager
+def reading(path: object, kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """Let every error of the block be one that names what is read.
+
+    Libraries raise whatever broken bytes or wrong fields lead to, KeyError and AttributeError too. An error that names
+    the path stays as it is, as do those of the system about another file, of a missing library and of a full memory.
+
+    Args:
+        path: A file, folder or URL.
+        kind: The class of the error.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        names_another = isinstance(error, OSError) and error.filename is not None
+        if names_another or (isinstance(error, (OSError, ValueError)) and str(path) in str(error)):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        if not isinstance(error, (OSError, ValueError)) or not reason:
+            reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
+        raise kind(f"{path} cannot be read: {reason.rstrip('.')}.") from error
 
 
 def _damaged_weights(error: BaseException) -> str:

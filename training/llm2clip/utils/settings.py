@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import itertools
 import types
 import typing
@@ -70,7 +71,7 @@ def change_config(config: ConfigT, fields: Mapping[str, Any], origin: str = "the
 
 def _converted(config_class: type, fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
     known = [field.name for field in dataclasses.fields(config_class) if field.init]
-    hints = typing.get_type_hints(config_class)
+    hints = _hints(config_class)
     values = {}
     for name, value in fields.items():
         if name not in known:
@@ -86,6 +87,10 @@ def _converted(config_class: type, fields: Mapping[str, Any], origin: str) -> di
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+# Manifests are read by the thousand.
+_hints = functools.cache(typing.get_type_hints)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -126,6 +131,9 @@ def _convert_union(value: Any, options: Sequence[Any]) -> Any:
         if type(None) in options:
             return None
         raise ValueError(value)
+    # An enumeration that is a string too, as those of transformers' Trainer, knows its own values.
+    if any(map(_is_enum, options)):
+        options = [option for option in options if option is not str]
     # Every value fits `str`, so that narrower types go first.
     for option in sorted(options, key=lambda option: option is str):
         if option is not type(None):
@@ -141,7 +149,11 @@ def _convert_collection(value: Any, hint: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
         raise ValueError(value)
     arguments = typing.get_args(hint)
-    return [convert(item, arguments[0]) for item in value] if kind is list and arguments else value
+    if not arguments:
+        return value
+    if kind is list:
+        return [convert(item, arguments[0]) for item in value]
+    return {key: convert(item, arguments[1]) for key, item in value.items()}
 
 
 def _is_enum(hint: Any) -> bool:

@@ -76,7 +76,8 @@ def verify_frozen_states(folder: Path) -> Verified:
 def verify_listed(folder: Path) -> Verified:
     """Compare the files of a checkpoint, a saved model or another result of a command with their list."""
     found, command = Verified(), written_by(folder)
-    mend = AGAIN.get(command, f"write it again: the same llm2clip {command} with --overwrite").format(folder=folder)
+    again = f"write it again: the same llm2clip {command} with --overwrite"
+    mend = AGAIN[command].format(folder=folder) if command in AGAIN else again
     if command == TRAINING:
         mend = "the same command with --resume, which trains again from a whole checkpoint"
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
