@@ -8,9 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
-    os.environ[name] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
 
 from tests.fuzz.run import DOORS, replay, report, run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import json
@@ -32,6 +33,7 @@ from tests.tars import write_tar
 RECIPES: dict[str, type] = {
     "mntp": MNTPConfig, "stage1_paper": Stage1Config, "embed_paper": EmbedConfig, "stage2_small_gpu": Stage2Config,
 }  # fmt: skip
+SETTINGS = tuple({field.name for settings in RECIPES.values() for field in dataclasses.fields(settings)})
 # Calls of readers.
 Doors = tuple[Callable[[], Any], ...]
 CAPTIONS = [f"a picture of thing {number}" for number in range(12)]

@@ -18,6 +18,7 @@ class Door(NamedTuple):
         share: Its share of the time.
         limit: Seconds for an input.
         unchanged: Patterns of the names of files that are not damaged.
+        names: What a message may name besides the files.
     """
 
     name: str
@@ -26,13 +27,14 @@ class Door(NamedTuple):
     share: float = 1.0
     limit: float = 20.0
     unchanged: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 DOORS = (
     Door("images", data.make_images, data.read_image),
     Door("tars", data.make_tars, data.read_tar),
     Door("tables", data.make_tables, data.read_table, share=2, limit=60),
-    Door("recipes", data.make_recipes, data.read_recipe),
+    Door("recipes", data.make_recipes, data.read_recipe, names=data.SETTINGS),
     Door("lists", stores.make_lists, stores.read_lists),
     Door("caches", stores.make_caches, stores.read_cache),
     Door("sidecars", stores.make_sidecars, stores.read_sidecars, unchanged=("*.parquet",)),

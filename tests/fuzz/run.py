@@ -50,7 +50,7 @@ def open_input(door: Door, folder: Path) -> tuple[str, str]:
 
     An input is refused if no reader of the door accepts it.
     """
-    names = [folder.name, *(path.name for path in folder.rglob("*"))]
+    names = [folder.name, *(path.name for path in folder.rglob("*")), *door.names]
     readers = door.read(folder)
     refusals = 0
     for read in readers:

@@ -108,9 +108,9 @@ def run(config: ConvertConfig) -> dict[str, Any]:
 
 
 def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) -> dict[str, Any]:
+    plan = plan_joint(checkpoint, config)
+    print_report(plan)
     with reading(checkpoint.path):
-        plan = plan_joint(checkpoint, config)
-        print_report(plan)
         model = plan.build(config.seed)
     model.save_pretrained(folder)
     _write_processor(plan, checkpoint, folder)

@@ -39,6 +39,11 @@ def plan_joint(checkpoint: Checkpoint, settings: ConvertConfig) -> JointPlan:
             names the first few.
     """
     known = _read_model_config(settings.model_config)
+    with reading(checkpoint.path):
+        return _checked_plan(checkpoint, settings, known)
+
+
+def _checked_plan(checkpoint: Checkpoint, settings: ConvertConfig, known: LLM2CLIPConfig | None) -> JointPlan:
     is_own = checkpoint.config.get("model_type") == LLM2CLIPConfig.model_type
     plan = _own_plan(checkpoint) if is_own else _foreign_plan(checkpoint, settings, known)
     if isinstance(plan.config, LLM2CLIPConfig):

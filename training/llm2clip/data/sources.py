@@ -18,9 +18,12 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
+from llm2clip.data.json_lines import guard_json
 from llm2clip.utils.library_errors import reading
 from llm2clip.utils.remote_path import refuse_pipe
 from llm2clip.utils.settings import build_config
+
+guard_json()
 
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 SourceT = TypeVar("SourceT", bound="Source")

@@ -142,8 +142,9 @@ class IndexManifest:
 
 def _require_entries(name: str, fields: dict[str, Any], kinds: dict[str, type]) -> None:
     for key, kind in kinds.items():
-        if not isinstance(fields.get(key), kind):
-            raise ValueError(f"{name} has {key} {fields.get(key)!r:.80}")
+        value = fields.get(key)
+        if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
+            raise ValueError(f"{name} has {key} {value!r:.80}")
 
 
 def _printable(value: Any) -> str:
