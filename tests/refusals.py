@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from llm2clip.cli import USER_ERRORS
 from llm2clip.utils.library_errors import explain
@@ -21,4 +22,14 @@ def fault(error: BaseException, names: Iterable[str]) -> str | None:
             return f"{type(error).__name__} is not an error of ours: {message}"
     if not any(name in message for name in names):
         return f"its message does not say what is wrong where: {type(error).__name__}: {message}"
+    return None
+
+
+def accepted(door: Callable[[], Any], *names: str) -> Any:
+    """Return what a door returns, or None if it refuses what it is given; any error that is not ours is a failure."""
+    try:
+        return door()
+    except Exception as error:
+        if (reason := fault(error, names)) is not None:
+            raise AssertionError(reason) from error
     return None

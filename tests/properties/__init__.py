@@ -1,0 +1,1 @@
+"""Properties that hold for every input, on inputs that hypothesis makes."""

@@ -128,7 +128,7 @@ class CaptionSource(Source):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.caption_columns:
-            raise ValueError(f"The source {self.path} needs at least one caption column.")
+            raise ValueError(f"caption_columns of {self.path} is empty; name at least one column.")
         weights = self.caption_weights
         if weights is not None and len(weights) != len(self.caption_columns):
             raise ValueError(

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from llm2clip.losses import DEFAULT_TILE_SIZE
+from llm2clip.utils.library_errors import reading
 from llm2clip.utils.settings import check_choices, setting
 
 
@@ -82,6 +84,7 @@ class StageConfig(TrainingArguments):
         self.gradient_checkpointing = self.activation_checkpointing
         # The Trainer refuses bf16 without an accelerator unless use_cpu is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self._read_accelerator_config()
         super().__post_init__()
         # Otherwise accelerate cuts the batches of an iterable data set itself, which only works on tensors.
         accelerator_config: Any = self.accelerator_config
@@ -90,6 +93,16 @@ class StageConfig(TrainingArguments):
         for name in ("tower_chunk_size", "loss_chunk_size"):
             if (size := getattr(self, name, None)) is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, but is {size}.")
+
+    def _read_accelerator_config(self) -> None:
+        """Read the one setting whose errors in `TrainingArguments` do not name it."""
+        given: Any = self.accelerator_config
+        with reading(f"accelerator_config ({given!r:.80})"):
+            if isinstance(given, dict):
+                given = AcceleratorConfig(**given)
+            elif isinstance(given, str):
+                given = AcceleratorConfig.from_json_file(given)
+        self.accelerator_config = given
 
     def __getstate__(self) -> dict[str, Any]:
         # The Trainer pickles its arguments into the folder that it pushes.
