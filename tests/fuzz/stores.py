@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +103,12 @@ def read_cache(folder: Path) -> Doors:
 
     def rows() -> None:
         manifest = EvaluationManifest.read(folder)
-        KeyedRows(folder, manifest, KeyedRows.open_shards(folder, manifest)).read(numbers)
+        opened = KeyedRows(folder, manifest, KeyedRows.open_shards(folder, manifest))
+        opened.read(numbers[: len(opened)])
 
     def features() -> None:
         opened = ImageFeatures(folder, FeatureManifest.read(folder))
-        opened.read_views(numbers), opened.statistics(numbers)
+        opened.read_views(numbers[: len(opened)]), opened.statistics(numbers[: len(opened)])
 
     return (lambda: verify_folder(folder), captions, lambda: EmbeddingCache.open(folder), rows, features)
 
@@ -157,7 +159,7 @@ def read_states(folder: Path) -> Doors:
     return (states, lambda: verify_folder(folder))
 
 
-def make_indexes(folder: Path) -> None:
+def make_indexes(folder: Path, kinds: Sequence[str] = ("flat", "faiss")) -> None:
     tiny_models.save(folder.with_name("model"))
     pictures = folder.with_name("pictures")
     pictures.mkdir()
@@ -165,7 +167,7 @@ def make_indexes(folder: Path) -> None:
         pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((32, 32)).save(pictures / f"{number}.png")
     settings: dict[str, Any] = {"model": str(folder.with_name("model")), "folder": str(pictures), "num_workers": 0}
-    for kind in ("flat", "faiss"):
+    for kind in kinds:
         build_index(IndexConfig(**settings, output_dir=str(folder / kind), index_type=kind))
 
 

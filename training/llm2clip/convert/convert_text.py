@@ -37,7 +37,8 @@ HEAD = "lm_head."
 
 def contains_decoder(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is that of an LLM."""
-    return _prefix(checkpoint) is not None and checkpoint.config.get("model_type") in CONFIG_MAPPING
+    kind = checkpoint.config.get("model_type")
+    return _prefix(checkpoint) is not None and isinstance(kind, str) and kind in CONFIG_MAPPING
 
 
 def _prefix(checkpoint: Checkpoint) -> str | None:

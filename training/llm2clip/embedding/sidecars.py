@@ -101,7 +101,11 @@ class SourceSidecars:
                 first = first or manifest
                 if manifest.encoder != first.encoder:
                     one, other = first.encoder, manifest.encoder
-                    name = next(name for name in (*one, *other) if one.get(name) != other.get(name))
+                    name = next(
+                        name
+                        for name in (*one, *other)
+                        if (name in one, one.get(name)) != (name in other, other.get(name))
+                    )
                     raise CacheMismatchError(
                         f"{self.folder.manifest_path(part)} has {name} {other.get(name)!r}, but the sidecar of "
                         f"{first.source} has {one.get(name)!r}. Embed the source again, into one folder."

@@ -11,7 +11,6 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from llm2clip.losses import DEFAULT_TILE_SIZE
-from llm2clip.utils.library_errors import reading
 from llm2clip.utils.settings import check_choices, setting
 
 
@@ -97,12 +96,13 @@ class StageConfig(TrainingArguments):
     def _read_accelerator_config(self) -> None:
         """Read the one setting whose errors in `TrainingArguments` do not name it."""
         given: Any = self.accelerator_config
-        with reading(f"accelerator_config ({given!r:.80})"):
+        try:
             if isinstance(given, dict):
-                given = AcceleratorConfig(**given)
+                self.accelerator_config = AcceleratorConfig(**given)  # type: ignore[assignment]
             elif isinstance(given, str):
-                given = AcceleratorConfig.from_json_file(given)
-        self.accelerator_config = given
+                self.accelerator_config = AcceleratorConfig.from_json_file(given)
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"accelerator_config is {given!r:.80}, which cannot be used: {error}.") from error
 
     def __getstate__(self) -> dict[str, Any]:
         # The Trainer pickles its arguments into the folder that it pushes.

@@ -75,7 +75,7 @@ def _converted(config_class: type, fields: Mapping[str, Any], origin: str) -> di
     values = {}
     for name, value in fields.items():
         if name not in known:
-            raise ValueError(f"{origin} has no field {name!r}{nearest(name, known)}")
+            raise ValueError(f"{origin} has no field {name!r}{nearest(str(name), known)}")
         try:
             values[name] = convert(value, hints[name])
         except MISFITS:

@@ -1,0 +1,275 @@
+"""What the fuzz run and the property tests have found, in its smallest form."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llm2clip.convert.conversion import convert_checkpoint
+from llm2clip.data import CaptionSource, distinct_captions
+from llm2clip.data.shards import ShardedSource
+from llm2clip.data.sources import SourceError
+from llm2clip.embedding.cache_files import CacheDamagedError
+from llm2clip.embedding.image_features import FeatureManifest, ImageFeatures
+from llm2clip.embedding.row_builder import build_rows
+from llm2clip.embedding.sidecar_files import SidecarManifest
+from llm2clip.embedding.sidecars import CacheMismatchError, SourceSidecars
+from llm2clip.search.image_index import ImageIndex
+from llm2clip.search.index_manifest import IndexManifest
+from llm2clip.trainers.frozen_states import open_states
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils.files import read_json, write_json
+from llm2clip.utils.manifests import FOLDER_MANIFEST, SEAL, sealed, write_manifest
+from llm2clip.utils.settings import build_config
+from llm2clip.verification.kinds import verify_folder
+from tests.fuzz import stores
+from tests.llm2clip.convert import checkpoints
+from tests.llm2clip.convert.checkpoints import EVA
+from tests.llm2clip.embedding import shards
+
+INDEX: dict[str, Any] = {
+    "model": "m", "revision": None, "vision_fingerprint": "2-a", "width": 24, "dtype": "float16",
+    "source": {"kind": "folder", "path": "x"}, "index": {"type": "flat"}, "stored": {"version": 3},
+    "format_version": 2,
+}  # fmt: skip
+
+
+def seal_again(path: Path, **fields: Any) -> None:
+    """Change fields of a manifest, and its checksum with them."""
+    write_json(path, sealed({name: value for name, value in (read_json(path) | fields).items() if name != SEAL}))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv.gz", gzip.compress(b"caption\n" + b"a dog\n" * 99, mtime=0)[:-12]),
+        ("a.csv.gz", gzip.compress(b"caption\na dog\n", mtime=0)[:2] + b"\0" * 20),
+        ("a.csv", b"caption\n\xff\xfe\n"),
+        ("a.jsonl", b'{"caption": "a dog"}\n{"caption": "a'),
+        ("a.json", b"[true, 1]"),
+        ("a.json", b'[{"caption" "a dog"}]'),
+        ("a.arrow", b"ARROW1"),
+    ],
+)
+def test_a_damaged_table_is_named(name: str, content: bytes, streaming: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=name):
+        distinct_captions(CaptionSource(str(tmp_path / name), streaming=streaming), False)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_of_json_that_is_null_does_not_end_the_process(streaming: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"caption": "a dog"}\nnull\n{"caption": null}\n')
+    with pytest.raises(SourceError, match=r"a\.jsonl"):
+        distinct_captions(CaptionSource(str(path), streaming=streaming), False)
+    path.write_text('{"caption": "a dog"}\n{"caption": null}\n')
+    assert distinct_captions(CaptionSource(str(path), streaming=streaming), False) == ["a dog"]
+
+
+@pytest.mark.parametrize("content", ["[]", '{"_data_files": 1}', "{"])
+def test_a_damaged_saved_table_is_named(content: str, tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"caption": ["a dog"]}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved/state.json").write_text(content)
+    with pytest.raises(SourceError, match="saved cannot be read"):
+        distinct_captions(CaptionSource(str(tmp_path / "saved")), False)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"captions": "x"},
+        {"rows": None},
+        {"caption_columns": None},
+        {"source": ""},
+        {"source": "../0.parquet"},
+        {"source": False},
+        {"encoder": {"hidden_size": []}},
+        *({"part": {"start": start, "stop": 1, "total": 2, "first_row": 0, "first_byte": 0, "last_byte": 1}}
+          for start in ("x", [], None)),
+    ],
+)  # fmt: skip
+def test_a_sidecar_whose_manifest_has_other_types_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    shards.embed(shards.write_shards(tmp_path, 1), None)
+    seal_again(tmp_path / "0.emb.manifest", **fields)
+    with pytest.raises(CacheDamagedError, match=r"0\.emb\.manifest"):
+        SidecarManifest.read(tmp_path / "0.emb.manifest")
+
+
+def test_a_sidecar_with_one_more_field_of_its_encoder_is_of_another(tmp_path: Path) -> None:
+    source = shards.write_shards(tmp_path, 2)
+    shards.embed(source, None)
+    path = tmp_path / "1.emb.manifest"
+    seal_again(path, encoder={**read_json(path)["encoder"], "num_truncated": 3})
+    with pytest.raises(CacheMismatchError, match=r"1\.emb\.manifest has num_truncated 3, but .* has None"):
+        SourceSidecars(tmp_path, ShardedSource(source).shards).check(["caption"])
+    encoder = read_json(path)["encoder"]
+    del encoder["num_truncated"], encoder["tokenizer_fingerprint"]
+    seal_again(path, encoder=encoder)
+    with pytest.raises(CacheMismatchError, match=r"1\.emb\.manifest has tokenizer_fingerprint None"):
+        SourceSidecars(tmp_path, ShardedSource(source).shards).check(["caption"])
+
+
+@pytest.mark.parametrize("metadata", [{}, {"skipped": "[[1]]"}, {"skipped": "1"}, {"skipped": "["}])
+def test_features_that_do_not_say_what_was_skipped_are_refused(metadata: dict[str, str], tmp_path: Path) -> None:
+    manifest = FeatureManifest(
+        fingerprint="a", hidden_size=2, vision_model_name="x", pooling="cls", image_backend="exact", max_pixels=9
+    )
+    keys = np.arange(4).reshape(2, 2)
+    good = {"skipped": "[]"}
+    build_rows(tmp_path, keys, lambda *_: (torch.ones(2, 2).half(), good), manifest, title="", show_progress_bar=False)
+    save_file({"embeddings": torch.ones(2, 2).half(), "keys": torch.from_numpy(keys)},
+              tmp_path / "shard-00000.safetensors", metadata)  # fmt: skip
+    with pytest.raises(CacheDamagedError, match=r"shard-00000\.safetensors cannot be read"):
+        ImageFeatures(tmp_path, FeatureManifest.read(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"skipped": [[1]]},
+        {"skipped": True},
+        {"skipped": [], "parts": [1], "shape": [1, 2], "header": [80, "x"]},
+        {"skipped": [], "parts": [], "shape": [float("inf"), 2], "header": [80, "x"]},
+    ],
+)
+def test_frozen_states_with_a_damaged_manifest_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    np.save(tmp_path / "states.npy", np.ones((1, 2), np.float16))
+    write_json(tmp_path / "manifest.json", fields)
+    with pytest.raises(ValueError, match=r"is damaged .*the next run computes the states again"):
+        open_states(tmp_path)
+
+
+def test_a_command_with_braces_is_no_format(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    write_manifest(tmp_path, "{a: b}")
+    (tmp_path / "config.json").write_text("{")
+    (fault,) = verify_folder(tmp_path).faults
+    assert "{a: b}" in str(fault)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"width": "x"}, {"source": []}, {"source": {"path": "x"}}, {"index": {}}, {"index": {"type": 3}}),
+        *({"index": {"type": "ivf_rq", "cells": None}}, {"stored": {"version": -1}}, {"stored": {"version": "x"}}),
+        {"stored": {"faiss": 1}},
+    ],
+)
+def test_an_index_whose_manifest_has_other_types_is_refused(fields: dict[str, Any]) -> None:
+    assert IndexManifest.from_fields("place", INDEX).stored == {"version": 3}
+    with pytest.raises(ValueError, match=r"place is not the manifest of an index .*build it again"):
+        IndexManifest.from_fields("place", {**INDEX, **fields})
+
+
+def test_a_damaged_column_of_an_index_is_not_blamed_on_the_condition(tmp_path: Path) -> None:
+    stores.make_indexes(tmp_path / "seeds", ["flat"])
+    folder = tmp_path / "seeds/flat"
+    query = np.ones((1, ImageIndex.open(folder).manifest.width), np.float32)
+    for path in folder.glob("images.lance/_indices/*/*.lance"):
+        path.write_bytes(path.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(ValueError, match=r"the index .* is damaged"):
+        ImageIndex.open(folder).search(query, 3, "extension = 'png'")
+
+
+def _model(folder: Path) -> Path:
+    return Path(checkpoints.microsoft_openai_folder(folder))
+
+
+def _broken_card(folder: Path) -> Path:
+    (_model(folder) / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
+    return folder / "README.md"
+
+
+def _broken_processor(folder: Path) -> Path:
+    write_json(_model(folder) / "preprocessor_config.json", {"image_mean": ["a", None]})
+    return folder / "preprocessor_config.json"
+
+
+def _broken_config(folder: Path) -> Path:
+    path = _model(folder) / "config.json"
+    write_json(path, read_json(path) | {"vision_config": {"model_type": "clip_vision_model", "image_size": "x"}})
+    return folder
+
+
+@pytest.mark.parametrize("make", [_broken_card, _broken_processor, _broken_config])
+def test_a_folder_of_a_checkpoint_with_a_damaged_file_is_named(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    named = make(tmp_path / "in")
+    llm = checkpoints.llm_of(checkpoints.OPENAI, tmp_path / "llm")
+    with pytest.raises(ValueError, match=named.name):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out", text_model=llm)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda fields: fields.update(vision_cfg="x"),
+        lambda fields: fields.update(text_cfg=True),
+        lambda fields: fields["vision_cfg"].pop("patch_size"),
+        lambda fields: fields["vision_cfg"].update(image_size=-1),
+        lambda fields: fields["vision_cfg"].update(width="x"),
+    ],
+)
+def test_a_model_config_with_other_types_is_named(change: Callable[[Any], Any], tmp_path: Path) -> None:
+    source = checkpoints.original_pt(EVA, tmp_path / "model.pt")
+    path = Path(checkpoints.model_config(EVA, tmp_path))
+    fields = read_json(path)
+    change(fields)
+    write_json(path, fields)
+    llm = checkpoints.llm_of(EVA, tmp_path / "llm")
+    with pytest.raises(ValueError, match=path.name):
+        convert_checkpoint(source, tmp_path / "out", model_config=str(path), text_model=llm)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", lambda fields: fields.update(eos_token_id="x")),
+        ("config.json", lambda fields: fields.update(model_type={})),
+        ("tokenizer.json", lambda fields: fields.update(post_processor={"type": "x"})),
+        ("tokenizer_config.json", lambda fields: fields.update(__class__=3)),
+    ],
+)
+def test_a_language_model_with_a_damaged_file_is_named(
+    name: str, change: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    folder = Path(checkpoints.llm_folder(tmp_path / "llm", 24))
+    fields = json.loads((folder / name).read_text())
+    change(fields)
+    write_json(folder / name, fields)
+    with pytest.raises(ValueError, match="llm"):
+        convert_checkpoint(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("save_strategy", "epoc"), ("accelerator_config", {"x": 1}), ("accelerator_config", "absent.json")],
+)
+def test_settings_of_the_trainer_are_refused_by_name(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        (ValueError, OSError), match=name if isinstance(value, dict) or name == "save_strategy" else value
+    ):
+        build_config(Stage2Config, {"output_dir": str(tmp_path), "use_cpu": True, name: value})
+
+
+def test_the_manifest_of_a_folder_may_have_any_name_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / FOLDER_MANIFEST).write_text(json.dumps({"written_by": "llm2clip build", "files": {"a\0b": 1}}))
+    (fault,) = verify_folder(tmp_path).faults
+    assert "is missing" in str(fault)
+
+
+@pytest.mark.parametrize("name", [None, 3])
+def test_a_field_of_a_recipe_is_named_by_a_text(name: Any) -> None:
+    with pytest.raises(ValueError, match=f"the recipe has no field {name}"):
+        build_config(Stage2Config, {name: 1})
