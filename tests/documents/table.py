@@ -261,6 +261,10 @@ RELIABILITY = {
     'make test-faults ARGS="--profile nightly"': NotRun("an hour", run_by="tests/faults/test_harness.py"),
     'make test-all ARGS="tests/processes"': NotRun("minutes", run_by="tests/processes/test_killed_and_slow.py"),
     'make test-all ARGS="-rP tests/soak"': NotRun("minutes", run_by="tests/soak/test_soak.py"),
+    "python -m tests.fuzz --seconds 600": NotRun("ten minutes", run_by="tests/fuzz/test_fuzz.py"),
+    "python -m tests.fuzz --replay build/fuzz/tables-536": NotRun(
+        "it reads a failure that a run has stored", run_by="tests/fuzz/test_fuzz.py"
+    ),
     'make test-faults ARGS="--record"': NotRun("it writes into docs", run_by="tests/faults/test_harness.py"),
 }
 SCALING = {

@@ -257,9 +257,7 @@ def test_a_language_model_with_a_damaged_file_is_named(
     [("save_strategy", "epoc"), ("accelerator_config", {"x": 1}), ("accelerator_config", "absent.json")],
 )
 def test_settings_of_the_trainer_are_refused_by_name(name: str, value: Any, tmp_path: Path) -> None:
-    with pytest.raises(
-        (ValueError, OSError), match=name if isinstance(value, dict) or name == "save_strategy" else value
-    ):
+    with pytest.raises(ValueError, match=name):
         build_config(Stage2Config, {"output_dir": str(tmp_path), "use_cpu": True, name: value})
 
 
