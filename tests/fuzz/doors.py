@@ -19,6 +19,7 @@ class Door(NamedTuple):
         limit: Seconds for an input.
         unchanged: Patterns of the names of files that are not damaged.
         names: What a message may name besides the files.
+        several: Whether some readers are for some samples; otherwise all of them read the good files.
     """
 
     name: str
@@ -28,15 +29,16 @@ class Door(NamedTuple):
     limit: float = 20.0
     unchanged: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    several: bool = False
 
 
 DOORS = (
     Door("images", data.make_images, data.read_image),
-    Door("tars", data.make_tars, data.read_tar),
+    Door("tars", data.make_tars, data.read_tar, several=True),
     Door("tables", data.make_tables, data.read_table, share=2, limit=60),
     Door("recipes", data.make_recipes, data.read_recipe, names=data.SETTINGS),
-    Door("lists", stores.make_lists, stores.read_lists),
-    Door("caches", stores.make_caches, stores.read_cache),
+    Door("lists", stores.make_lists, stores.read_lists, several=True),
+    Door("caches", stores.make_caches, stores.read_cache, several=True),
     Door("sidecars", stores.make_sidecars, stores.read_sidecars, unchanged=("*.parquet",)),
     Door("states", stores.make_states, stores.read_states),
     Door("indexes", stores.make_indexes, stores.read_index, share=2, limit=60),

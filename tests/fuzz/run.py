@@ -45,10 +45,10 @@ class Found:
     failures: dict[Path, str] = field(default_factory=dict)
 
 
-def open_input(door: Door, folder: Path) -> tuple[str, str]:
+def open_input(door: Door, folder: Path, every: bool = False) -> tuple[str, str]:
     """Let a door read an input; returns `accepted`, `refused` or `failed`, and for the last one what was wrong.
 
-    An input is refused if no reader of the door accepts it.
+    An input is refused if no reader of the door accepts it; with `every`, if one does not.
     """
     names = [folder.name, *(path.name for path in folder.rglob("*")), *door.names]
     readers = door.read(folder)
@@ -60,7 +60,7 @@ def open_input(door: Door, folder: Path) -> tuple[str, str]:
             if (reason := fault(error, names)) is not None:
                 return "failed", f"{reason}\n\n{traceback.format_exc()}"
             refusals += 1
-    return ("refused" if refusals == len(readers) else "accepted"), ""
+    return ("refused" if refusals >= (1 if every else len(readers)) else "accepted"), ""
 
 
 def run(seconds: float, work: Path, failures: Path, first: int = 0, names: list[str] | None = None) -> Found:
@@ -97,7 +97,7 @@ def _make_seeds(door: Door, folder: Path) -> None:
     for sample in (folder / "seeds").iterdir():
         shutil.copytree(sample, folder / INPUT)
         with contextlib.redirect_stdout(io.StringIO()):
-            outcome, reason = open_input(door, folder / INPUT)
+            outcome, reason = open_input(door, folder / INPUT, not door.several)
         if outcome != "accepted":
             raise ValueError(f"the good files {sample} are {outcome}, so that they test nothing: {reason}")
         shutil.rmtree(folder / INPUT)

@@ -163,12 +163,13 @@ def test_a_command_with_braces_is_no_format(tmp_path: Path) -> None:
     "fields",
     [
         *({"width": "x"}, {"source": []}, {"source": {"path": "x"}}, {"index": {}}, {"index": {"type": 3}}),
-        *({"index": {"type": "ivf_rq", "cells": None}}, {"stored": {"version": -1}}, {"stored": {"version": "x"}}),
+        *({"index": {"type": "ivf_rq", "cells": "x"}}, {"stored": {"version": -1}}, {"stored": {"version": "x"}}),
         {"stored": {"faiss": 1}},
     ],
 )
 def test_an_index_whose_manifest_has_other_types_is_refused(fields: dict[str, Any]) -> None:
-    assert IndexManifest.from_fields("place", INDEX).stored == {"version": 3}
+    for index in ({"type": "flat"}, {"type": "faiss", "cells": None, "probes": 16}):
+        assert IndexManifest.from_fields("place", {**INDEX, "index": index}).index == index
     with pytest.raises(ValueError, match=r"place is not the manifest of an index .*build it again"):
         IndexManifest.from_fields("place", {**INDEX, **fields})
 

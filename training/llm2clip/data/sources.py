@@ -330,7 +330,7 @@ def open_table(path: str, name: str | None, split: str, revision: str | None, st
         raise FileNotFoundError(
             f"{path!r} is not a local file or folder, and the Hub cannot be reached to look for it ({error})."
         ) from error
-    except ImportError:
+    except (ImportError, MemoryError):
         raise
     except Exception as error:  # `datasets` and pandas raise whatever broken bytes lead to, TypeError too
         cause = error.__cause__ or error
