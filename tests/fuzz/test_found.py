@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -182,6 +183,21 @@ def test_a_damaged_column_of_an_index_is_not_blamed_on_the_condition(tmp_path: P
         path.write_bytes(path.read_bytes()[:-8] + bytes(8))
     with pytest.raises(ValueError, match=r"the index .* is damaged"):
         ImageIndex.open(folder).search(query, 3, "extension = 'png'")
+
+
+def test_a_faiss_index_with_numbers_of_other_rows_is_refused(tmp_path: Path) -> None:
+    stores.make_indexes(tmp_path / "seeds", ["faiss"])
+    folder = tmp_path / "seeds/faiss"
+    (path,) = folder.glob("*.faiss")
+    built = faiss.read_index(str(path))
+    built.replace_invlists(faiss.ArrayInvertedLists(built.nlist, built.code_size))
+    codes = np.zeros((built.ntotal, built.code_size), np.uint8)
+    numbers = np.arange(built.ntotal, dtype=np.int64) + 1000
+    built.invlists.add_entries(0, built.ntotal, faiss.swig_ptr(numbers), faiss.swig_ptr(codes))
+    faiss.write_index(built, str(path))
+    index = ImageIndex.open(folder)
+    with pytest.raises(ValueError, match="its faiss index has rows that do not exist; build it again"):
+        index.search(np.ones((1, index.manifest.width), np.float32), 3)
 
 
 def _model(folder: Path) -> Path:

@@ -104,8 +104,7 @@ class SidecarManifest:
                 raise ValueError(f"source is {manifest.source!r}, and not the name of a file")
         except (TypeError, ValueError) as error:
             raise CacheDamagedError(
-                f"{path} does not describe a shard, an encoder or a part ({str(error).rstrip('.')}); delete it and "
-                f"{REMEDY}."
+                f"{path} does not describe an encoder or a part ({str(error).rstrip('.')}); delete it and {REMEDY}."
             ) from None
         if not is_intact(values):
             raise CacheDamagedError(f"{path} has changed since it was written; delete it and {REMEDY}.")

@@ -70,8 +70,11 @@ class IndexManifest:
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def from_fields(cls, place: str, fields: dict[str, Any]) -> IndexManifest:
+    def from_fields(cls, place: str, fields: dict[str, Any], begun: bool = False) -> IndexManifest:
         """Build a manifest from JSON.
+
+        Args:
+            begun: It is that of an unfinished run, which has no vector index yet.
 
         Raises:
             ValueError: It has another format, or is damaged; the message names `place`.
@@ -82,7 +85,7 @@ class IndexManifest:
             manifest = build_config(cls, fields, "it")
             _require_entries("source", manifest.source, {"kind": str, "path": str})
             numbers = [name for name, value in manifest.index.items() if value is not None]
-            _require_entries("index", manifest.index, dict.fromkeys(numbers, int) | {"type": str})
+            _require_entries("index", manifest.index, dict.fromkeys(numbers, int) | ({} if begun else {"type": str}))
             found = manifest.stored
             _require_entries("stored", found, {name: kind for name, kind in STORED.items() if name in found})
             return manifest

@@ -97,6 +97,10 @@ class LanceRows:
             numbers = [batch[NUMBER].to_numpy() for batch in self.scan([], where)]
             allowed = np.isin(self._numbers, np.concatenate(numbers))
         scores, places = search_faiss(self._faiss, queries, top, allowed)
+        if ((places < -1) | (places >= len(self._numbers))).any():
+            raise ValueError(
+                f"the index {self.folder} is damaged: its faiss index has rows that do not exist; {REBUILD}"
+            )
         return self._describe(scores, np.where(places < 0, -1, self._numbers[places]))
 
     def _describe(self, scores: np.ndarray, numbers: np.ndarray) -> Found:

@@ -150,7 +150,8 @@ class LanceStore:
                 raise
             logger.warning("what an unfinished run has left in %s cannot be read; it is dropped.", self.place)
             return None
-        begun = IndexManifest.from_fields(self.place, json.loads((table.schema.metadata or {}).get(BEGUN, b"{}")))
+        fields = json.loads((table.schema.metadata or {}).get(BEGUN, b"{}"))
+        begun = IndexManifest.from_fields(self.place, fields, begun=True)
         return begun, WrittenRows(self, table, begun)
 
     def create(self, manifest: IndexManifest, schema: pa.Schema) -> WrittenRows:

@@ -108,7 +108,7 @@ class PostgresStore:
     def unfinished(self) -> tuple[IndexManifest, WrittenTable] | None:
         begun = self._read_state(UNFINISHED, "manifest")
         if begun is not None:
-            manifest = IndexManifest.from_fields(self.place, begun)
+            manifest = IndexManifest.from_fields(self.place, begun, begun=True)
             is_whole = bool(self._read_state(UNFINISHED, "is_whole"))
             return manifest, WrittenTable(self, manifest, is_whole)
         complete = self.manifest()
