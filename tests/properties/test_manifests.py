@@ -176,6 +176,8 @@ def test_a_list_of_files_with_any_value_is_read_or_refused(manifest: str, value:
             inner = parent[list(parent)[number % len(parent)]]
             parent = inner if isinstance(inner, dict) else parent
         parent[list(parent)[place_of[-1] % len(parent)]] = value
+        if SEAL in fields:
+            fields = sealed({name: value for name, value in fields.items() if name != SEAL})
         write_json(checkpoint / manifest, fields)
         for door in (
             lambda: listed_files(checkpoint),

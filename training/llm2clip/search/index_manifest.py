@@ -84,8 +84,9 @@ class IndexManifest:
                 raise ValueError(f"its format is {fields['format_version']}, and this version reads {FORMAT_VERSION}")
             manifest = build_config(cls, fields, "it")
             _require_entries("source", manifest.source, {"kind": str, "path": str})
-            numbers = [name for name, value in manifest.index.items() if value is not None]
-            _require_entries("index", manifest.index, dict.fromkeys(numbers, int) | ({} if begun else {"type": str}))
+            kinds: dict[str, type] = {} if begun and "type" not in manifest.index else {"type": str}
+            kinds |= {name: int for name, value in manifest.index.items() if name != "type" and value is not None}
+            _require_entries("index", manifest.index, kinds)
             found = manifest.stored
             _require_entries("stored", found, {name: kind for name, kind in STORED.items() if name in found})
             return manifest
