@@ -29,7 +29,7 @@ def test_space_serves_the_demo(tmp_path: Path) -> None:
     )  # fmt: skip
     assert where.stdout.startswith(str(space))
     with serving(space / "app.py", folder=space, path=space) as address:
-        client = Client(address, verbose=False)
+        client = Client(address, download_files=space.parent / "answers", verbose=False)
         found = client.predict("a camera", api_name="/search")["value"]
         assert len(found) == 12
         picture = handle_file(found[3]["image"])

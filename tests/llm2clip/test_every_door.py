@@ -205,7 +205,7 @@ def test_the_served_demo_answers_with_them(known: Known, tmp_path: Path) -> None
     client = pytest.importorskip("gradio_client")
     arguments = ("demo", "--model", known.folder, "--data", known.pictures[0].parent, "--split", "train")
     with serving("-m", "llm2clip", *arguments, folder=tmp_path) as address:
-        page = client.Client(address, verbose=False)
+        page = client.Client(address, download_files=tmp_path / "answers", verbose=False)
         for caption, cosines in zip(CAPTIONS, known.text @ known.image.T, strict=True):
             found = page.predict(caption, api_name="/search")["value"]
             best = cosines.sort(descending=True).values.tolist()

@@ -31,7 +31,7 @@ def test_five_hundred_requests_hold_nothing(tmp_path: Path) -> None:
     (pictures[0].parent / "metadata.jsonl").write_text("\n".join(lines))
     arguments = ("demo", "--model", tmp_path / "model", "--data", pictures[0].parent, "--split", "train")
     with served("-m", "llm2clip", *arguments, folder=tmp_path) as (address, process):
-        page = gradio_client.Client(address, verbose=False)
+        page = gradio_client.Client(address, download_files=tmp_path / "answers", verbose=False)
         files = [gradio_client.handle_file(str(path)) for path in pictures]
 
         def request(number: int) -> Any:
