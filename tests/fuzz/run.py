@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import multiprocessing
 import os
@@ -158,6 +159,7 @@ def _receive(pipe: Connection, patience: float) -> Any:
 
 
 def _read_all(door: Door, folder: Path, number: int, pipe: Connection) -> None:
+    faulthandler.disable()  # its report of a crash would be taken for one of the tests
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 1)
