@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from llm2clip.utils.files import atomic_path
+from llm2clip.utils.files import atomic_file
 
 # Panels in a row.
 MOST_COLUMNS = 3
@@ -35,9 +36,13 @@ def panels(count: int, height: float = 3.4) -> tuple[Figure, Any]:
 
 
 def write_figure(path: Path, figure: Figure) -> None:
-    """Write a PNG file; see [`atomic_path`]."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    """Write a PNG file, unless it is there with the same bytes; see [`atomic_file`]."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
+    if path.is_file() and path.read_bytes() == drawn.getvalue():
+        return
+    with atomic_file(path) as file:
+        file.write(drawn.getvalue())
 
 
 def wrapped(text: str, width: int) -> str:
