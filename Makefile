@@ -14,7 +14,7 @@ PEERS := clip-benchmark==1.6.2
 WORKERS := 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-min test-all test-faults compat bench bench-gpu lint audit docs dist format clean
+.PHONY: help quickstart test test-min test-all test-nightly test-faults compat bench bench-gpu lint audit docs dist format clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,8 +31,11 @@ test-min:  ## the tests with the lowest versions that setup.cfg allows, in .venv
 	$(PYTHON) tests/compatibility/lowest.py > build/lowest.txt
 	$(MAKE) test VENV=.venv-min PIP_OPTIONS="--constraint build/lowest.txt"
 
-test-all: $(VENV)/.test  ## the slow tests
-	$(BIN)/python -m pytest -m slow --numprocesses $(WORKERS) --dist loadfile --timeout 1800 $(ARGS)
+test-all: $(VENV)/.test  ## the slow tests of .ci/run
+	$(BIN)/python -m pytest -m "slow and not nightly" --numprocesses $(WORKERS) --dist loadfile --timeout 1800 $(ARGS)
+
+test-nightly: $(VENV)/.test  ## the slow tests that .ci/run has no time for: several ranks, hours in fast-forward
+	$(BIN)/python -m pytest -m nightly --numprocesses $(WORKERS) --dist loadfile --timeout 1800 $(ARGS)
 
 test-faults: $(VENV)/.test  ## kills, full disks and damaged files: the record of docs/reliability.md
 	$(BIN)/python -m tests.faults --workers $(WORKERS) $(ARGS)

@@ -184,7 +184,7 @@ def test_no_pickle_is_read_and_nothing_leaves_its_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", [None, "evil"])
+@pytest.mark.parametrize("model_type", [pytest.param(None, marks=pytest.mark.nightly), "evil"])
 def test_code_in_a_folder_does_not_run_unasked(model_type: str | None, tmp_path: Path) -> None:
     touched, model = tmp_path / "touched", tmp_path / "model"
     model_with_code_of_its_own(model, touched, model_type)

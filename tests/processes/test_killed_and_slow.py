@@ -24,13 +24,17 @@ KILLED = {
     "sidecars": (Strike(2, "kill", "call", 1), 4),
     "evaluate": (Strike(1, "kill", "call", 2), 2),
 }
+# Of these, those that `.ci/run` has time for.
+OFTEN = ("stage2", "sidecars")
 # The first rank computes when the launcher stops it; elsewhere the others wait for the one that is killed.
 BUSY = {"cache": [Strike(0, "sleep", "call", 2, seconds=100)]}
 # Who is slow then, if not the one that was killed: the first rank gets the only shard that is missing.
 SLOW = {"evaluate": 0}
 
 
-@pytest.mark.parametrize("name", KILLED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.nightly) for name in KILLED]
+)
 def test_a_killed_rank_ends_the_run_and_the_command_again_with_a_slow_rank_equals_an_unbroken_one(
     name: str, jobs: Jobs, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from tests.processes.jobs import OUT, Jobs
 from tests.processes.strike import Strike
 
 pytestmark = pytest.mark.slow
+NIGHTLY = pytest.mark.nightly
 
 ERROR = re.compile(r"^llm2clip \S+: (error|stopped by).*", re.MULTILINE)
 
@@ -25,7 +26,9 @@ def one_message(errors: str) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", ["stage1", "cache", "sidecars", "evaluate"])
+@pytest.mark.parametrize(
+    "name", ["stage1", *(pytest.param(name, marks=NIGHTLY) for name in ("cache", "sidecars", "evaluate"))]
+)
 def test_a_full_disk_of_one_rank_ends_the_run_with_its_message(name: str, jobs: Jobs, tmp_path: Path) -> None:
     full = Strike(1, "disk", plan={"mode": "from", "at": 1, "error": errno.ENOSPC}).below(tmp_path / OUT)
     failed = jobs.run(name, tmp_path, full, check=False)
@@ -36,7 +39,9 @@ def test_a_full_disk_of_one_rank_ends_the_run_with_its_message(name: str, jobs: 
     assert not jobs.is_whole(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["stage2-damaged", "frozen-damaged", "evaluate-damaged"])
+@pytest.mark.parametrize(
+    "name", ["stage2-damaged", *(pytest.param(name, marks=NIGHTLY) for name in ("frozen-damaged", "evaluate-damaged"))]
+)
 def test_a_damaged_image_of_one_rank_ends_the_run_with_its_key(name: str, jobs: Jobs, tmp_path: Path) -> None:
     failed = jobs.run(name, tmp_path, check=False)
     assert failed.returncode != 0

@@ -80,7 +80,7 @@ def run_cases(folder: Path, found: dict[str, Any], ranks: int, jobs: Jobs) -> li
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_uneven_data_gives_the_result_of_one_rank_or_one_error_up_front(
     ranks: int, jobs: Jobs, inputs: Inputs, tmp_path: Path
 ) -> None:

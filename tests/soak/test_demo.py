@@ -13,7 +13,7 @@ from tests.examples.server import served
 from tests.modeling_llm2clip import tiny
 from tests.soak.measure import Soak, cycle
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 REQUESTS, WARM_UP = 500, 100
 CAPTIONS = [f"picture {number} of a dog" for number in range(7)]

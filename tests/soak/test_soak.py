@@ -37,13 +37,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["encode_text", "encode_image"])
+@pytest.mark.parametrize("name", ["encode_text", pytest.param("encode_image", marks=pytest.mark.nightly)])
 def test_embedding_holds_nothing(name: str, model: Path) -> None:
     found = soaked(name, model)
     print(found.report(name))
     assert found.faults() == []
 
 
+@pytest.mark.nightly
 def test_an_open_index_holds_nothing(model: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -56,6 +57,7 @@ def test_an_open_index_holds_nothing(model: Path, tmp_path: Path) -> None:
     assert found.faults() == []
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["maps", "streams"])
 def test_an_hour_of_steps_holds_nothing(kind: str, workers: int, inputs: Inputs, tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ def test_settings_that_a_run_does_not_use_are_refused(settings: dict[str, Any], 
         run(EmbedConfig("tower", output_dir="out", sources=[{"path": "x", "streaming": True}], **settings))
 
 
+@pytest.mark.slow
 def test_a_killed_run_into_sidecars_goes_on_with_what_is_missing(inputs: Inputs, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for number in range(40):

@@ -250,6 +250,7 @@ def test_a_second_run_reuses_all_steps_and_a_changed_one_those_before_the_change
     assert again["reused_steps"] == [name for name in steps if name not in redone]
 
 
+@pytest.mark.slow
 def test_an_embedding_model_needs_no_stage_1(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

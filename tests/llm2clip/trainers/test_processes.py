@@ -97,6 +97,7 @@ def test_embed_and_stage2_on_several_processes_equal_one(processes: int, inputs:
         torch.testing.assert_close(two[key], value, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_warm_start_on_two_processes_equals_one(inputs: Inputs, tmp_path: Path) -> None:
     fields = tiny.stage2_fields(tmp_path / "one", inputs.vision, inputs.text, inputs.cache) | {"save_strategy": "no"}
     fields |= {"standardize_features": True, "vision_pooling": "cls_mean", "freeze_vision_layers": -1}
@@ -179,6 +180,7 @@ leave_process_group()
 """
 
 
+@pytest.mark.slow
 def test_evaluation_losses_on_two_processes_equal_one(inputs: Inputs, tmp_path: Path) -> None:
     """Of 21 rows, a last batch of 16 has 5; accelerate fills it for both processes."""
     (tmp_path / "evaluated.py").write_text(EVALUATED)
@@ -216,7 +218,8 @@ leave_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", ["MapRows", pytest.param("IterableRows", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["MapRows", "IterableRows"])
 def test_plain_data_sets_on_two_processes_equal_one(kind: str, inputs: Inputs, tmp_path: Path) -> None:
     model = joint_model(inputs, tmp_path / "model")
     (tmp_path / "plain.py").write_text(PLAIN)
@@ -267,6 +270,7 @@ def test_an_error_in_a_worker_process_is_one_line(inputs: Inputs, tmp_path: Path
     assert "llm2clip stage2: error: The embedding cache" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_stage2_ends_with_the_same_parameters(inputs: Inputs, tmp_path: Path) -> None:
     fields = tiny.stage2_fields(tmp_path / "unbroken", inputs.vision, inputs.text, inputs.cache)
     fields |= {"max_steps": 40, "save_steps": 5, "save_total_limit": 2, "eval_sources": {}}

@@ -231,6 +231,7 @@ def run_in_process(folder: Path, batch: int) -> None:
     save_file(trained_of(trainer), folder / f"{trainer.args.process_index}.safetensors")
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_average_of_one(tmp_path: Path) -> None:
     module = ["-m", "tests.llm2clip.trainers.test_weight_average"]
     for name, processes, batch in [("one", 1, 16), ("two", 2, 8)]:
