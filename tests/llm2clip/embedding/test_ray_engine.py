@@ -118,8 +118,8 @@ def test_the_command_starts_ray_and_writes_the_sidecars_of_processes(inputs: Inp
         "text_model_name_or_path": inputs.text,
         "sources": [{"path": str(tmp_path / "data"), "streaming": True}],
     }
-    for engine in ("ray", "processes"):
-        config = EmbedConfig(**settings, output_dir=str(tmp_path / engine), engine=engine, ray_actors=2)
+    for engine, options in {"ray": {"ray_actors": 2}, "processes": {}}.items():
+        config = EmbedConfig(**settings, output_dir=str(tmp_path / engine), engine=engine, **options)
         with pytest.raises(ValueError, match=r"1 of 6 shards could not be embedded, .*5\.jsonl"):
             run(config)
     (tmp_path / "data" / "5.jsonl").unlink()
