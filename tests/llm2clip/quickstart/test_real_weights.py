@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,9 @@ with torch.no_grad():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # On one thread, as all tests: more of them wait for each other while other tests run beside them.
     folder = tmp_path_factory.mktemp("quickstart")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    try:
-        assert cli.main(["quickstart", "--traceback", "--output-dir", str(folder)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert cli.main(["quickstart", "--traceback", "--output-dir", str(folder)]) == 0
     return folder
 
 
