@@ -26,7 +26,8 @@ TENSORS = {".pt", ".pth"}
 # The Trainer's mean loss and the number of cut captions are those since the run was resumed. A tokenizer is saved with
 # the padding of its last call, and a run without a step makes none.
 VOLATILE = re.compile(
-    r".*_runtime|.*_per_second|train_loss|cut_captions|padding|truncation|mtime_ns|date|seconds|versions|stored"
+    r".*_runtime|.*_per_second|train_loss|cut_captions|padding|truncation|mtime_ns|date|seconds|versions|stored|"
+    r"reused_steps"
 )
 INDEX = "images.lance"
 UNREADABLE = "unreadable: "
