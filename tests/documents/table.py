@@ -244,7 +244,8 @@ README = {
 CONTRIBUTING = {
     "make lint": NotRun(CI),
     "make test-min": NotRun("gigabytes of the oldest libraries", run_by="tests/test_packaging.py"),
-    "make audit": NotRun("it asks PyPI for advisories"),
+    "make audit": NotRun("it asks for advisories"),
+    "make test-nightly": NotRun("many minutes", run_by="tests/processes/test_killed_and_slow.py"),
     "make dist": NotRun("the repository is no stand-in", run_by="tests/test_packaging.py"),
     "make compat": NotRun(CI),
     "make format": NotRun("it rewrites the code; `make lint` runs the same tools"),
