@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from llm2clip.convert.conversion import convert_checkpoint
 from llm2clip.data import CaptionSource, distinct_captions
+from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shards import ShardedSource
-from llm2clip.data.sources import SourceError
 from llm2clip.embedding.cache_files import CacheDamagedError
 from llm2clip.embedding.image_features import FeatureManifest, ImageFeatures
 from llm2clip.embedding.row_builder import build_rows

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from llm2clip.data import CaptionImageDataset, CaptionSource, StreamingCaptionImageDataset
 from llm2clip.data.mixed_stream import MixedStream, TableLane
 from llm2clip.data.mixing import Mixing
-from llm2clip.data.sources import SourceError
+from llm2clip.data.opened_table import SourceError
 from llm2clip.data.stream_place import Layout, Place
 from tests.llm2clip.data.test_streams import PER_TAR, write_tars
 

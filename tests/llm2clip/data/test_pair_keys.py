@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from llm2clip.data import PairDataset, PairSource, caption_id, records
+from llm2clip.data.opened_table import SourceError
 from llm2clip.data.pair_keys import BATCH_ROWS, KeyColumns, pair_keys
 from llm2clip.data.records import caption_ids, column_texts, column_value
 from llm2clip.data.sampling import stable_seed
-from llm2clip.data.sources import SourceError
 
 from .test_pairs import table_source
 

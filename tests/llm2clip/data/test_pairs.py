@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from llm2clip.data import PairDataset, PairSource, SampleIndex, caption_id
-from llm2clip.data.sources import SourceError
+from llm2clip.data.opened_table import SourceError
 
 from .conftest import CONCEPTS, GLOSSES
 

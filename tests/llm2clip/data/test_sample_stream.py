@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from llm2clip.data import CaptionSource, StreamingCaptionImageDataset, tar_rows
 from llm2clip.data.captioned_images import SampleMaker
+from llm2clip.data.opened_table import SourceError
 from llm2clip.data.sample_stream import SampleStream
-from llm2clip.data.sources import SourceError
 from llm2clip.data.stream_place import Layout, Place
 from tests.llm2clip.data.test_streams import PER_TAR, every_caption, write_tars
 

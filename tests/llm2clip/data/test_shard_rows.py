@@ -9,8 +9,9 @@ import datasets
 import pytest
 
 from llm2clip.data import CaptionSource
+from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shard_rows import ShardRows, can_count, count_rows
-from llm2clip.data.sources import SourceError, open_source, select_source, source_columns, used_columns
+from llm2clip.data.sources import open_source, select_source, source_columns, used_columns
 from tests.llm2clip.data.conftest import ROWS
 
 

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from llm2clip import Stage2Config, Stage2Trainer
 from llm2clip.data import CaptionSource, StreamingCaptionImageDataset, load_source
+from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.shards import ShardedSource
-from llm2clip.data.sources import SourceError
 from llm2clip.data.stream_plan import Part, RowPlan, share_of_rows
 from llm2clip.data.streams import StreamReader, share_of_files, shuffled
 from llm2clip.utils.processes import leave_process_group, process_state

@@ -17,7 +17,7 @@ import fsspec
 import pytest
 
 from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
-from llm2clip.data.sources import SourceError
+from llm2clip.data.opened_table import SourceError
 from llm2clip.data.tar_rows import count_tar_rows, numbered_tar_rows, tar_rows
 from llm2clip.data.tars import list_tar
 from tests.tars import write_tar

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from llm2clip.data import CaptionSource
+from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shards import ShardedSource
-from llm2clip.data.sources import SourceError
 from llm2clip.embedding import EmbeddingCache
 from llm2clip.embedding.cache_files import CacheMismatchError, MissingCaptionError
 from llm2clip.embedding.embed_shards import ShardEmbedder, list_jobs, parse_part

@@ -49,28 +49,29 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_an_unfinished_run_whose_data_is_cut_is_dropped(
-    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    index(pictures, model[0], tmp_path / "whole")
-    for path in killed_run(pictures, model, tmp_path / "index", monkeypatch):
-        cut(path)
-    caplog.clear()
-    assert index(pictures, model[0], tmp_path / "index") == (12, 0, 0, 0, 12)
-    assert "what an unfinished run has stored is dropped: the index" in caplog.text
-    assert content(tmp_path / "index") == content(tmp_path / "whole")
-
-
-def test_an_unfinished_run_whose_table_is_cut_is_dropped(
-    pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("files", "warning"),
+    [
+        ("data/*", "what an unfinished run has stored is dropped: the index"),
+        ("_versions/*.manifest", "cannot be read; it is dropped."),
+    ],
+)
+def test_an_unfinished_run_whose_files_are_cut_is_dropped(
+    files: str,
+    warning: str,
+    pictures: Path,
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     index(pictures, model[0], tmp_path / "whole")
     killed_run(pictures, model, tmp_path / "index", monkeypatch)
-    for path in (tmp_path / "index").glob("images.lance/_versions/*.manifest"):
+    for path in (tmp_path / "index" / "images.lance").glob(files):
         cut(path)
     caplog.clear()
     assert index(pictures, model[0], tmp_path / "index") == (12, 0, 0, 0, 12)
-    assert "cannot be read; it is dropped." in caplog.text
+    assert warning in caplog.text
     assert content(tmp_path / "index") == content(tmp_path / "whole")
 
 

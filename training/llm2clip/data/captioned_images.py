@@ -16,20 +16,11 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from llm2clip.data.embedding_lookup import ShardEmbeddings
+from llm2clip.data.opened_table import OpenedTable, SourceError, Table
 from llm2clip.data.records import OnError, RowCaptions, SkippedSample, caption_id, caption_keys, column_texts
 from llm2clip.data.rows import CaptionRows, StreamedRows
 from llm2clip.data.sampling import stable_seed
-from llm2clip.data.sources import (
-    CaptionSource,
-    Columns,
-    OpenedTable,
-    SourceError,
-    Table,
-    open_source,
-    row_batches,
-    select_source,
-    top_level,
-)
+from llm2clip.data.sources import CaptionSource, Columns, open_source, row_batches, select_source, top_level
 from llm2clip.data.streams import Attach, StreamRow
 from llm2clip.data.tar_rows import refuse_damaged_tars
 from llm2clip.data.transforms import EvalTransform, TrainTransform

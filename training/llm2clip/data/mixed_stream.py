@@ -9,9 +9,9 @@ from typing import Any, cast
 from llm2clip.data.captioned_images import CaptionImageDataset
 from llm2clip.data.embedding_lookup import EmbeddingLookup
 from llm2clip.data.mixing import BatchesInProportion, Mixing, Proportional, Schedule, Weighted
+from llm2clip.data.opened_table import SourceError
 from llm2clip.data.sample_stream import Lane, ReaderPlace, SampleStream
 from llm2clip.data.sampling import SampleIndex, stable_seed
-from llm2clip.data.sources import SourceError
 from llm2clip.data.stream_place import Layout
 from llm2clip.data.stream_plan import RowPlan, TablePlan
 from llm2clip.utils.files import digest_json

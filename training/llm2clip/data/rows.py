@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
+from llm2clip.data.opened_table import OpenedTable, SourceError
 from llm2clip.data.sample_stream import ReaderPlace, SampleStream
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
 from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.sources import (
     CaptionSource,
     Columns,
-    OpenedTable,
-    SourceError,
     load_source,
     open_source,
     select_source,

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from llm2clip.data.mixing import OneSource, Schedule
-from llm2clip.data.sources import SourceError
+from llm2clip.data.opened_table import SourceError
 from llm2clip.data.stream_place import Layout, Place
 from llm2clip.data.stream_plan import RowPlan, Segment
 

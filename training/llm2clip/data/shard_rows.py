@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llm2clip.data.opened_table import SourceError, file_format
 from llm2clip.data.records import column_value
-from llm2clip.data.sources import SourceError, file_format
 from llm2clip.data.tar_rows import count_tar_rows, numbered_tar_rows
 from llm2clip.utils.library_errors import reading
 

@@ -15,9 +15,10 @@ import datasets
 import fsspec
 
 from llm2clip.data.captioned_images import captions_by_row
+from llm2clip.data.opened_table import SourceError, file_format, open_table
 from llm2clip.data.parquet_parts import RowGroups, cut_parquet, part_checksum, rows_of_part
 from llm2clip.data.records import column_texts
-from llm2clip.data.sources import CaptionSource, SourceError, file_format, open_table, select_captions
+from llm2clip.data.sources import CaptionSource, select_captions
 from llm2clip.data.tar_rows import DAMAGED, Readable, tar_rows
 from llm2clip.utils.files import READ_SIZE, sha256
 from llm2clip.utils.remote_path import open_once, protocols

@@ -3,54 +3,24 @@
 from __future__ import annotations
 
 import difflib
-import glob
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
-from datasets.packaged_modules.csv.csv import Csv
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from datasets.packaged_modules.parquet.parquet import Parquet
-from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
-from llm2clip.data.json_lines import guard_json
+from llm2clip.data.opened_table import OpenedTable, SourceError, Table, open_table
 from llm2clip.utils.library_errors import reading
 from llm2clip.utils.remote_path import refuse_pipe
 from llm2clip.utils.settings import build_config
 
-guard_json()
-
-Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 SourceT = TypeVar("SourceT", bound="Source")
 
 WEBDATASET_IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp")
 AUTOMATIC_KEY_COLUMNS = ("key", "__key__")
-FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".parquet": ("parquet", {}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".tar": ("webdataset", {}),
-    ".arrow": ("arrow", {}),
-}
-COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
-# By default, pandas reads "nan", "None" and "NA" as missing cells, but these can be captions ("nan" is a bread).
-CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
 PATH_TYPES = ("string", "large_string")
-# Parts of a table on disk that is read as a stream, one or more for each reader.
-STREAM_SHARDS = 1024
-IMAGE_FOLDER_HINT = " In an image folder, metadata.jsonl, .csv or .parquet must contain the captions, by file_name."
-
-
-class SourceError(ValueError):
-    """A source that cannot be read as described."""
 
 
 @dataclass
@@ -258,138 +228,6 @@ def _record_columns(record: Mapping[str, Any], prefix: str = "") -> list[str]:
         if isinstance(value, Mapping) and set(value) != {"bytes", "path"}:
             names += _record_columns(value, f"{prefix}{name}.")
     return names
-
-
-@dataclass
-class OpenedTable:
-    """A table with all its columns, and information about its files.
-
-    Attributes:
-        files: The data files of the split, in the order of the rows; none of a table that `save_to_disk` wrote.
-        hint: Advice for the error message if a column does not exist.
-        arguments: Arguments of `datasets.load_dataset_builder`, for streamed parquet.
-        is_webdataset: Whether the files are webdataset shards.
-    """
-
-    table: Table
-    files: list[str] = field(default_factory=list)
-    hint: str = ""
-    arguments: dict[str, Any] | None = None
-    split: str = "train"
-    is_webdataset: bool = False
-
-    @property
-    def folders(self) -> list[str]:
-        """The folders of the data files."""
-        return sorted(set(map(os.path.dirname, self.files)))
-
-    def select(self, columns: list[str]) -> Table:
-        """Return the table with these columns only; a parquet stream does not read the others."""
-        if self.arguments is not None:
-            builder = datasets.load_dataset_builder(**self.arguments, columns=columns)
-            return builder.as_streaming_dataset(self.split)
-        return self.table.select_columns(columns)
-
-
-def open_table(path: str, name: str | None, split: str, revision: str | None, streaming: bool = False) -> OpenedTable:
-    """Open a table by path, glob pattern, URL or Hub id; see [`CaptionSource`].
-
-    Raises:
-        FileNotFoundError: If the path does not exist.
-        SourceError: If the split does not exist or the data cannot be read.
-    """
-    place = Path(path).expanduser()
-    if (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():
-        return _from_disk(place, split, streaming)
-    arguments = _builder_arguments(path, place, split)
-    arguments |= {key: value for key, value in (("name", name), ("revision", revision)) if value is not None}
-    try:
-        builder = datasets.load_dataset_builder(**arguments)
-        if isinstance(builder, Csv):
-            arguments |= CSV_OPTIONS
-            builder = datasets.load_dataset_builder(**arguments)
-        files = builder.config.data_files or {}
-        known = list(files) or list(builder.info.splits or {})
-        missing = [part for part in split_names(split) if part not in known and part != "all"]
-        if known and missing:
-            raise SourceError(f"{path} has no split {missing[0]!r}; it has {', '.join(map(str, known))}.")
-        if streaming:
-            table: Table = builder.as_streaming_dataset(split)
-        else:
-            if isinstance(builder, WebDataset):
-                from llm2clip.data.tar_rows import refuse_damaged_tars  # which imports this module
-
-                refuse_damaged_tars(file for part in split_names(split) for file in files.get(part, []))
-            builder.download_and_prepare()
-            table = builder.as_dataset(split)
-    except SourceError:
-        raise
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"No data at {path!r}: {error}") from error
-    except ConnectionError as error:
-        raise FileNotFoundError(
-            f"{path!r} is not a local file or folder, and the Hub cannot be reached to look for it ({error})."
-        ) from error
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:  # `datasets` and pandas raise whatever broken bytes lead to, TypeError too
-        cause = error.__cause__ or error
-        raise SourceError(f"Reading {path} failed: {type(cause).__name__}: {cause}") from error
-    return OpenedTable(
-        table=table,
-        files=[file for name in split_names(split) for file in files.get(name, [])],
-        hint=IMAGE_FOLDER_HINT if isinstance(builder, ImageFolder) else "",
-        arguments=arguments if streaming and isinstance(builder, Parquet) else None,
-        split=split,
-        is_webdataset=isinstance(builder, WebDataset),
-    )
-
-
-def split_names(split: str) -> list[str]:
-    """Return the split names in an expression such as `train[:10%]+test`."""
-    return [re.split(r"[\[(]", part.strip())[0] for part in split.split("+")]
-
-
-def _builder_arguments(path: str, place: Path, split: str) -> dict[str, Any]:
-    if place.is_dir():
-        return {"path": str(place)}
-    if "://" in path or place.is_file():
-        files = [path if "://" in path else str(place)]
-    elif glob.has_magic(path):
-        files = sorted(file for file in glob.glob(str(place), recursive=True) if os.path.isfile(file))
-        if not files:
-            raise FileNotFoundError(f"No file matches {path!r} (in {os.getcwd()}).")
-    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and file_format(path) not in FORMATS:
-        return {"path": path}
-    else:
-        raise FileNotFoundError(
-            f"There is no file or folder {path!r} (in {os.getcwd()}), and it is not the id of a data set on the Hub, "
-            "which has the form owner/name."
-        )
-    suffixes = {file_format(file) for file in files}
-    if len(suffixes) != 1 or not suffixes <= set(FORMATS):
-        endings = ", ".join(sorted(map(repr, suffixes)))
-        raise SourceError(f"The files of {path} must have one format out of {', '.join(FORMATS)}, not {endings}.")
-    builder, options = FORMATS[suffixes.pop()]
-    return {"path": builder, "data_files": dict.fromkeys(split_names(split), files), **options}
-
-
-def file_format(file: str) -> str:
-    """Return the ending of a file's name that says its format, without that of a compression."""
-    stem, suffix = os.path.splitext(file.split("?")[0].lower())
-    return os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix
-
-
-def _from_disk(folder: Path, split: str, streaming: bool) -> OpenedTable:
-    with reading(folder, SourceError):
-        loaded = datasets.load_from_disk(str(folder))
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise SourceError(f"{folder} has no split {split!r}; it has {', '.join(map(str, loaded))}.")
-        loaded = loaded[split]
-    if streaming:
-        loaded = loaded.to_iterable_dataset(num_shards=max(1, min(STREAM_SHARDS, len(loaded))))
-    return OpenedTable(loaded)
 
 
 def keep_encoded(table: Table, column: str, folders: list[str], path: str) -> Table:

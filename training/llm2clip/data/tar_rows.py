@@ -12,7 +12,7 @@ from typing import IO, Any, Protocol, cast
 
 from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 
-from llm2clip.data.sources import SourceError, file_format
+from llm2clip.data.opened_table import SourceError, file_format
 from llm2clip.data.tars import UNEXPECTED_END, open_tar, tar_fault
 from llm2clip.utils.remote_path import open_once
 

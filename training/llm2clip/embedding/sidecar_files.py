@@ -19,9 +19,9 @@ from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
+from llm2clip.data.opened_table import COMPRESSIONS
 from llm2clip.data.parquet_parts import RowGroups
 from llm2clip.data.shards import SourceShard, source_checksum, source_size
-from llm2clip.data.sources import COMPRESSIONS
 from llm2clip.embedding.cache_files import CacheDamagedError, CacheError, CacheManifest, CacheMismatchError
 from llm2clip.utils.files import read_json, replace, require_writable, temporary_path, write_json
 from llm2clip.utils.manifests import is_intact, sealed

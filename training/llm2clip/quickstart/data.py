@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.data import CaptionSource, PairSource, caption_id, distinct_captions, load_source
-from llm2clip.data.sources import SourceError
+from llm2clip.data.opened_table import SourceError
 from llm2clip.evaluation import CaptionRetrieval
 from llm2clip.utils.files import digest_json
 

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from llm2clip.data import CaptionSource, load_source
-from llm2clip.data.sources import open_table
+from llm2clip.data.opened_table import open_table
 from llm2clip.quickstart.data import QuickstartData
 
 logger = logging.getLogger(__name__)

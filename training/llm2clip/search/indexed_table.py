@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from llm2clip.data import decode_image
+from llm2clip.data.opened_table import OpenedTable
 from llm2clip.data.sources import (
     AUTOMATIC_KEY_COLUMNS,
     WEBDATASET_IMAGE_COLUMNS,
-    OpenedTable,
     keep_encoded,
     require_columns,
     table_columns,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from accelerate.utils import gather_object
 
+from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shard_rows import can_count, count_rows
-from llm2clip.data.sources import SourceError
 from llm2clip.utils.progress import progress_bar
 
 

@@ -10,8 +10,8 @@ from typing import cast
 from torch import Tensor
 
 from llm2clip.data import CaptionSource, caption_batches
+from llm2clip.data.opened_table import OpenedTable
 from llm2clip.data.shards import ShardedSource
-from llm2clip.data.sources import OpenedTable
 from llm2clip.embedding import CacheManifest, CaptionEmbedder, EmbeddingCache, MissingCaptionError
 from llm2clip.embedding.cache_of_model import open_cache_of_model, open_sidecars_of_model
 from llm2clip.embedding.sidecars import SourceSidecars, is_sidecar_folder

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm2clip.data.sources import SourceError
+from llm2clip.data.opened_table import SourceError
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.encoded_images import ArchivedImages, FilePart, list_tar

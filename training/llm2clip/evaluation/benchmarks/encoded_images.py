@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from llm2clip.data import decode_image, tars
-from llm2clip.data.sources import SourceError
+from llm2clip.data.opened_table import SourceError
 from llm2clip.data.tars import FilePart
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 

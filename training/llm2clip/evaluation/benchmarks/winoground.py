@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 
-from llm2clip.data.sources import open_table
+from llm2clip.data.opened_table import open_table
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages, PairData
 from llm2clip.evaluation.benchmarks.files import read_json_lines, text_field
