@@ -23,11 +23,9 @@ IGNORED = {LOCK, OWNER, LOG_FILE, ERROR_FILE}
 # Of these only the presence counts: pickled settings, and text for people with times in it.
 PRESENT = {".bin", ".md", ".html", ".txt"}
 TENSORS = {".pt", ".pth"}
-# The Trainer's mean loss and the number of cut captions are those since the run was resumed. A tokenizer is saved with
-# the padding of its last call, and a run without a step makes none.
+# A tokenizer is saved with the padding of its last call, and a run without a step makes none.
 VOLATILE = re.compile(
-    r".*_runtime|.*_per_second|train_loss|cut_captions|padding|truncation|mtime_ns|date|seconds|versions|stored|"
-    r"reused_steps"
+    r".*_runtime|.*_per_second|padding|truncation|mtime_ns|date|seconds|versions|stored|reused_steps"
 )
 INDEX = "images.lance"
 UNREADABLE = "unreadable: "

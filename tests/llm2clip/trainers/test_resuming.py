@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -29,3 +30,20 @@ def test_a_run_that_was_killed_while_it_saved_its_result_makes_no_further_step(i
     state = read_json(tmp_path / "trainer_state.json")
     assert state["global_step"] == 2
     assert state["log_history"][-1]["total_flos"] == 0.0
+
+
+def test_a_resumed_run_logs_the_losses_of_an_unbroken_one(inputs: Inputs, tmp_path: Path) -> None:
+    # The checkpoint is between two entries of the log, and some captions are longer than 20 tokens.
+    changes = {"max_steps": 5, "save_steps": 3, "logging_steps": 2, "save_total_limit": 2, "max_text_length": 20}
+    config = build_config(Stage1Config, {**tiny.stage1_fields(tmp_path, inputs.llm), **changes})
+    expected = run_stage1.run(config)
+    history = read_json(tmp_path / "trainer_state.json")["log_history"]
+    shutil.rmtree(tmp_path / "checkpoint-5")
+    found = run_stage1.run(config, resume=True)
+    resumed = read_json(tmp_path / "trainer_state.json")["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [2, 4]
+    assert found["train_loss"] == expected["train_loss"]
+    for name in ("loss", "train_loss", "cut_captions"):
+        values = [entry[name] for entry in history if name in entry]
+        assert [entry[name] for entry in resumed if name in entry] == values
+        assert values

@@ -8,11 +8,16 @@ from importlib import import_module
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 # The Hub client lets the connection errors of its HTTP library through and has no public class for them: httpx in
 # huggingface_hub 1, httpx2 in huggingface_hub 2.
 HTTPError: Any = import_module("httpx" if huggingface_hub.__version__.startswith("1.") else "httpx2").HTTPError
+
+# Seconds to connect, to wait for an answer, to send a piece, and to wait for a free connection. The Hub may take
+# minutes over a commit of many files, but by default its client waits for ever.
+PATIENCE = (30.0, 600.0, 600.0, 600.0)
 
 NEXT_STEPS = {
     400: "the Hub rejects this request: correct what it names (branch, file or the card's metadata) and push again",
@@ -30,7 +35,13 @@ NEXT_STEPS = {
 
 @contextmanager
 def explained(repo_id: str) -> Iterator[None]:
-    """Raise errors of the Hub and of the connection as a ValueError that names the next step; others pass through."""
+    """Raise errors of the Hub and of the connection as a ValueError that names the next step; others pass through.
+
+    A Hub that does not answer is such an error after some minutes.
+    """
+    client = get_session()
+    if client.timeout.read is None:
+        client.timeout = PATIENCE
     try:
         yield
     except (OSError, HTTPError, HFValidationError, RuntimeError) as error:

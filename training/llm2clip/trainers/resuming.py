@@ -1,13 +1,15 @@
-"""Resuming a run whose steps are all done: it was ended while its result was saved."""
+"""Resuming a run as if it had not ended: its totals go on, and no step is made beyond the last one."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from llm2clip.trainers.pushing import PushingTrainer
+from llm2clip.trainers.run_totals import RunTotals
 
 
 class _NoStepIsLeft(Exception):  # noqa: N818
@@ -23,21 +25,47 @@ class _Watch(TrainerCallback):
 
 
 class ResumingTrainer(PushingTrainer):
-    """A Trainer that makes no step beyond the last one when it resumes from the checkpoint of that."""
+    """A Trainer whose resumed runs log the losses of uninterrupted ones, and end where those end."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.totals = RunTotals()
+        self.add_callback(self.totals)
         self.add_callback(_Watch())
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; see [`~transformers.Trainer.train`]."""
+        """Train; see [`~transformers.Trainer.train`]. `train_loss` is the mean over all steps of the run."""
         try:
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
         except _NoStepIsLeft:
-            metrics = {"total_flos": self.state.total_flos}
-            self.log(dict(metrics))
+            # A checkpoint of an earlier version has no totals.
+            metrics = {"total_flos": self.state.total_flos} | ({"train_loss": 0.0} if self.totals.steps else {})
+            self.log(metrics)
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 self._load_best_model()
             self.is_in_train = False
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-            return TrainOutput(self.state.global_step, 0.0, metrics)
+            output = TrainOutput(self.state.global_step, 0.0, metrics)
+        return output._replace(training_loss=output.metrics.get("train_loss", 0.0))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Make a step; see [`~transformers.Trainer.training_step`]."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.totals.add(loss, inputs.get("num_truncated", 0))
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; see [`~transformers.Trainer.log`]. The losses are those of an uninterrupted run."""
+        if "loss" in logs or "train_loss" in logs:
+            self.totals.gather()
+            if self.totals.cut_captions:
+                logs["cut_captions"] = self.totals.cut_captions
+        if "loss" in logs:
+            logs["loss"] = self.totals.take_loss()
+        if "train_loss" in logs:
+            logs["train_loss"] = self.totals.mean_loss()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.totals.gather()
+        super()._save_checkpoint(model, trial)

@@ -14,7 +14,6 @@ from llm2clip.losses import hard_negative_info_nce
 from llm2clip.trainers.grad_cache import embed_captions, in_chunks
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
-from llm2clip.utils.processes import sum_over_processes
 
 
 class Stage1Trainer(TextTowerTrainer):
@@ -34,7 +33,6 @@ class Stage1Trainer(TextTowerTrainer):
     title = "Stage 1"
     sampler_class = PairBatchSampler
     args: Stage1Config
-    cut_captions = 0
 
     def default_collator(self, model: Any, args: Any, processing_class: Any) -> PairCollator | None:
         if processing_class is None:
@@ -48,7 +46,6 @@ class Stage1Trainer(TextTowerTrainer):
         return caption_retrieval_metrics(anchors, positives)
 
     def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        self.cut_captions += inputs.get("num_truncated", 0)
         embeds: dict[str, Tensor] = {
             role: in_chunks(embed_captions, model, inputs[role], self.args.tower_chunk_size)[0]
             for role in ("anchor", "positive", "negative")
@@ -61,8 +58,3 @@ class Stage1Trainer(TextTowerTrainer):
         if self.args.symmetric_loss:
             loss = (loss + hard_negative_info_nce(positives, anchors, **options)) / 2
         return loss, embeds
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if cut := int(sum_over_processes(torch.tensor(self.cut_captions))):
-            logs["cut_captions"] = cut
-        super().log(logs, start_time)
