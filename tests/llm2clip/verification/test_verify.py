@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llm2clip import cli
+from llm2clip.data import CaptionSource
 from llm2clip.embedding import EmbeddingCache
 from llm2clip.embedding.cache_files import CacheDamagedError
 from llm2clip.hub import build
@@ -88,6 +89,38 @@ def test_all_faults_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["verify", str(tmp_path), "--sources", "false"]) == 2
     assert ".4.emb.safetensors.host.1.tmp is what a run has not finished" in (shown := capsys.readouterr().err)
     assert "4 faults in " in shown
+
+
+def test_shards_without_sidecars_are_missing_also_where_these_lie_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write_shards(tmp_path / "data" / "part", 5), tmp_path / "out"
+    embed(source, out)
+    for name in ("1", "3"):
+        (out / f"{name}.emb.manifest").unlink()
+        (out / f"{name}.emb.safetensors").unlink()
+    assert f"data/part/1.parquet has no sidecar in {out} (2 shards of 5 in that folder)" in found(out, capsys)
+    embed(source, out)
+    assert verify(out)["num_shards"] == 5
+    (tmp_path / "data" / "part").rename(tmp_path / "moved")
+    assert verify(out)["num_shards"] == 5
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_another_split_in_the_folder_is_not_missing(
+    beside: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    write_shards(data, 3)
+    for number, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")):
+        (data / f"{number}.parquet").rename(data / f"{name}.parquet")
+    embed(CaptionSource(str(data), caption_columns=["caption"], streaming=True), None if beside else tmp_path / "out")
+    place = data if beside else tmp_path / "out"
+    assert cli.main(["verify", str(place)]) == 0
+    assert ("test-00000-of-00001.parquet has no sidecar; since" in capsys.readouterr().err) == beside
+    for suffix in ("manifest", "safetensors"):
+        (place / f"train-00001-of-00002.emb.{suffix}").unlink()
+    assert "train-00001-of-00002.parquet has no sidecar" in found(place, capsys)
 
 
 def test_a_cache_is_mended_as_verify_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

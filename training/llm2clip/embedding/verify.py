@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def verify_sidecars(folder: AnyPath, sources: bool = True) -> Verified:
             if sources and path in read and (changed := _changed_source(path, read[path])):
                 found.faults.append(Fault(changed, f"restore that shard, or {embed_again}"))
             bar.update(advance=1)
-    found.faults += [Fault(missing, REMEDY) for missing in _without_manifest(folder, read)]
+    found.faults += [Fault(missing, REMEDY) for missing in _without_manifest(folder, read, found)]
     for unfinished in sorted(map(str, folder.rglob(f".*{SUFFIX_START}*.tmp"))):
         found.remarks.append(f"{unfinished} is what a run has not finished: it still writes it, or was killed.")
     captions = sum(manifest.captions for manifest in read.values())
@@ -135,25 +136,66 @@ def _changed_source(path: AnyPath, manifest: SidecarManifest) -> str | None:
     return None if str(found) == manifest.source_checksum else CHANGED.format(f"the shard {source}")
 
 
-def _without_manifest(folder: AnyPath, read: Mapping[AnyPath, SidecarManifest]) -> Iterator[str]:
-    """Name the sidecars without a manifest, and in folders where others have one the shards and parts without.
+def _without_manifest(folder: AnyPath, read: Mapping[AnyPath, SidecarManifest], found: Verified) -> Iterator[str]:
+    """Name the sidecars without a manifest, and the shards and parts that have none while others of their source do.
 
     Args:
         read: The manifests that can be read.
+        found: Takes a remark on shards that may belong to another source.
     """
     for parent in sorted({path.parent for path in manifest_paths(folder)}, key=str):
         embedded = {path.name.removesuffix(MANIFEST_SUFFIX) for path in parent.glob(f"*{MANIFEST_SUFFIX}")}
+        here = [manifest for path, manifest in read.items() if path.parent == parent]
         parts: dict[str, list[RowGroups | None]] = {}
-        for path, manifest in read.items():
-            if path.parent == parent:
-                parts.setdefault(manifest.source, []).append(manifest.row_groups)
-        for source, found in parts.items():
-            yield from gaps(str(parent / source), sorted(found, key=lambda part: part or ()))
-        kinds = {Path(source).suffix for source in parts}
+        for manifest in here:
+            parts.setdefault(manifest.source, []).append(manifest.row_groups)
+        for source, groups in parts.items():
+            yield from gaps(str(parent / source), sorted(groups, key=lambda part: part or ()))
+        kinds, series, others = {Path(source).suffix for source in parts}, set(map(_series, parts)), list[AnyPath]()
         inside: list[AnyPath] = sorted(parent.iterdir(), key=str)
         for path in inside:
             if path.name.endswith(ROWS_SUFFIX):
                 if path.name.removesuffix(ROWS_SUFFIX) not in embedded:
                     yield f"{path} has no manifest: it was not finished."
             elif path.suffix in kinds and shard_stem(path.name) not in embedded and path.name not in parts:
-                yield f"{path} has no sidecar."
+                if _series(path.name) in series:
+                    yield f"{path} has no sidecar."
+                else:
+                    others.append(path)
+        if others:
+            more = f", nor do {len(others) - 1} more" if len(others) > 1 else ""
+            found.remarks.append(
+                f"{others[0]} has no sidecar{more}; since the names of the shards that do are of another kind, it may "
+                "be of another split or source."
+            )
+        named = {path.name.removesuffix(ROWS_SUFFIX) for path in inside}
+        yield from _not_embedded_elsewhere(parent, here, embedded | named)
+
+
+def _series(name: str) -> str:
+    """Return a name without the numbers by which the shards of a source differ."""
+    return re.sub(r"[0-9]+", "0", name)
+
+
+def _not_embedded_elsewhere(
+    parent: AnyPath, manifests: Sequence[SidecarManifest], known: Container[str]
+) -> Iterator[str]:
+    """Name the shards without a sidecar in local folders of shards whose sidecars lie in `parent`.
+
+    Args:
+        known: Names without endings of shards that have one, or are named already.
+    """
+    places: dict[Path, set[str]] = {}
+    for manifest in manifests:
+        if manifest.source_path is not None and "://" not in manifest.source_path:
+            places.setdefault(Path(manifest.source_path).parent, set()).add(manifest.source)
+    for place, sources in sorted(places.items()):
+        series = set(map(_series, sources))
+        try:
+            names = sorted(path.name for path in place.iterdir() if _series(path.name) in series and path.is_file())
+        except OSError:  # the data has been moved
+            continue
+        missing = [name for name in names if name not in sources and shard_stem(name) not in known]
+        if missing:
+            count = "1 shard" if len(missing) == 1 else f"{len(missing)} shards"
+            yield f"{place / missing[0]} has no sidecar in {parent} ({count} of {len(names)} in that folder)."
