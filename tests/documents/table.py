@@ -305,7 +305,7 @@ SCALING = {
         needs=(EMBED_CAPTIONS, TOWER), small=STAGE2, makes=("runs/stage2/model.safetensors",), slow=True
     ),
     "torchrun --nnodes 8 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m llm2clip stage2 "
-    "stage2_paper": Run(
+    "stage2_paper --per-device-train-batch-size 64": Run(
         needs=(EMBED_CAPTIONS, TOWER),
         meant={"--nnodes 8 --nproc_per_node 8": "--nnodes 1 --nproc_per_node 2", "HOST:29500": "localhost:0"},
         small=STAGE2,
