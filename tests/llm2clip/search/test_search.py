@@ -18,6 +18,7 @@ from PIL import Image
 
 from llm2clip import cli
 from llm2clip.data import decode_image
+from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index import IndexConfig
 from llm2clip.search.index import run as index
 from llm2clip.utils.terminal import OBEYED
@@ -261,9 +262,23 @@ def test_where_restricts_the_results(indexed: Path, pictures: Path, capsys: pyte
     (found,) = as_json(capsys, indexed, "--image", pictures / "a" / "07.png", "--where", "folder = 'b/c'", "--top", 2)
     assert {str(Path(result["key"]).parent) for result in found["results"]} == {"b/c"}
     assert as_json(capsys, indexed, TEXT, "--where", "extension = 'jpg'")[0]["results"] == []
-    for where in ("source = 'noto'", "folder = = 'a'", "folder"):
+    assert len(as_json(capsys, indexed, TEXT, "--where", "folder = 'a'", "--top", 10**30)[0]["results"]) == 4
+    # Conditions, names and strings may hold anything; what LanceDB would leave out without a word may not follow.
+    ignored = [f"folder = 'a'{rest}" for rest in ("; DROP TABLE images", " LIMIT 1", " ORDER BY size", " garbage")]
+    for where in ("source = 'noto'", "folder = = 'a'", "folder", *ignored, "1 / 0 = 1", "cast(folder AS int) = 1"):
         message = error(capsys, indexed, TEXT, "--where", where)
         assert f"where is {where!r}, which is no condition on the columns key, folder, extension, size" in message
+        assert ".rs:" not in message
+    assert as_json(capsys, indexed, TEXT, "--where", "key = '; LIMIT 1 -- \x00)' OR (false)")[0]["results"] == []
+    assert "where is empty" in error(capsys, indexed, TEXT, "--where", "")
+
+
+def test_any_number_of_results_can_be_asked_for(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(as_json(capsys, indexed, TEXT, "--top", 10**30)[0]["results"]) == 12
+    opened = ImageIndex.open(indexed)
+    for top in (0, -1):
+        with pytest.raises(ValueError, match="top must be at least 1"):
+            opened.search(np.ones((1, opened.manifest.width), np.float32), top)
 
 
 @pytest.mark.parametrize(("part", "query"), [("visual_projection", "--image"), ("text_adapter.proj", "a dog")])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,12 +19,15 @@ from llm2clip.search.lance_store import require_lancedb
 from llm2clip.search.table_images import TableImages, is_dataset
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.settings import setting
+from llm2clip.utils.terminal import printable_streams
 
 QUICKSTART_MODEL = "runs/quickstart/llm2clip"
 
 
 # Requests that wait for the model; further ones are told to come back later.
 MAX_WAITING = 32
+# The variable by which gradio is told where to keep what visitors upload and are shown.
+VISITORS_FILES = "GRADIO_TEMP_DIR"
 
 
 @dataclass
@@ -67,16 +74,24 @@ def run(config: DemoConfig) -> dict[str, Any]:
         write_space(Path(config.write_space), config.model, config.overwrite)
         return {"space": config.write_space}
     # Here, so that missing libraries are reported before a large model is loaded, which takes minutes.
-    from llm2clip.demo.interface import CSS, THEME, build_interface
+    import llm2clip.demo.interface  # noqa: F401
 
     require_lancedb()
-    cache_dir = Path(config.cache_dir)
     names = [name for name in (config.model, config.compare) if name]
     for name in names:
         inspect_repo(name).require(RepoKind.JOINT, hint=WHOLE_MODEL)
     images = open_images(config)
-    galleries = [(name, Gallery.open(name, images, cache_dir)) for name in names]
-    page = build_interface(galleries, config.data is None, cache_dir / "examples")
+    galleries = [(name, Gallery.open(name, images, Path(config.cache_dir))) for name in names]
+    # What visitors send can be quoted in a traceback.
+    with _visitors_files(), printable_streams():
+        _serve(galleries, config)
+    return {}
+
+
+def _serve(galleries: list[tuple[str, Gallery]], config: DemoConfig) -> None:
+    from llm2clip.demo.interface import CSS, THEME, build_interface
+
+    page = build_interface(galleries, config.data is None, Path(config.cache_dir) / "examples")
     page.queue(max_size=MAX_WAITING)
     _, address, _ = page.launch(
         max_file_size=config.max_upload_mb * 10**6,
@@ -84,8 +99,27 @@ def run(config: DemoConfig) -> dict[str, Any]:
         ssr_mode=False, pwa=False, quiet=True, prevent_thread_lock=True,
     )  # fmt: skip
     print(f"The demo is at {address} (Ctrl-C ends it)", flush=True)
-    page.block_thread()
-    return {}
+    try:
+        page.block_thread()
+    finally:
+        page.close(verbose=False)
+
+
+@contextlib.contextmanager
+def _visitors_files() -> Iterator[None]:
+    """Keep the pictures of visitors in a folder that only this user reads, and that ends with the demo.
+
+    By default gradio keeps them for good, in a folder of all its programs and users on the machine.
+    """
+    if os.environ.get(VISITORS_FILES):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="llm2clip-demo-", ignore_cleanup_errors=True) as folder:
+        os.environ[VISITORS_FILES] = str(Path(folder).resolve())
+        try:
+            yield
+        finally:
+            del os.environ[VISITORS_FILES]
 
 
 def open_images(config: DemoConfig) -> IndexedImages:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import gradio as gr
+from gradio_client.utils import is_http_url_like
 from PIL import Image
 
 from llm2clip.data import decode_image
@@ -16,6 +17,11 @@ from llm2clip.demo.gallery import Gallery, ShownImage
 from modeling_llm2clip import LLM2CLIPModel
 
 TITLE = "LLM2CLIP"
+# The pictures of visitors are deleted after a day; seconds between two looks, and their age.
+DELETE_EVERY_AFTER = (3600, 86400)
+ONLY_UPLOADS = "Upload the picture itself: addresses are not fetched."
+# The method by which a component of gradio gets a file that it was sent the path or address of.
+FETCH = "async_move_resource_to_block_cache"
 QUERIES = {
     "English": ["someone riding a bicycle up a hill", "a monkey covering its mouth", "a woman in a police uniform"],
     "Deutsch": ["ein Surfer auf einer Welle", "Ein Mountainbiker in den Bergen", "Eine Pizza"],
@@ -65,7 +71,9 @@ def build_interface(galleries: Sequence[tuple[str, Gallery]], examples: bool, ex
     """
     name, gallery = galleries[0]
     pictures = _save_examples(gallery, example_dir) if examples else []
-    with gr.Blocks(title=f"{TITLE} demo", analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(
+        title=f"{TITLE} demo", analytics_enabled=False, fill_width=True, delete_cache=DELETE_EVERY_AFTER
+    ) as page:
         gr.HTML(_head(name, gallery), elem_id="head")
         with gr.Tab("Search", id="search"):
             start = _search_tab(gallery, examples)
@@ -78,7 +86,21 @@ def build_interface(galleries: Sequence[tuple[str, Gallery]], examples: bool, ex
         if examples:
             gr.Markdown(CREDITS, elem_classes="note")
             page.load(*start, api_visibility="private")
+    _take_only_uploads(page)
     return page
+
+
+def _take_only_uploads(page: gr.Blocks) -> None:
+    """Let no field take the address of a file, which gradio would fetch for any visitor, however large it is."""
+    for block in page.blocks.values():
+        if isinstance(block, gr.components.Component):
+            setattr(block, FETCH, functools.partial(_only_upload, getattr(block, FETCH)))
+
+
+async def _only_upload(move: Callable[[Any], Awaitable[str | None]], place: Any) -> str | None:
+    if is_http_url_like(str(place)):
+        raise gr.Error(ONLY_UPLOADS, title="", print_exception=False)
+    return await move(place)
 
 
 def _head(name: str, gallery: Gallery) -> str:
@@ -257,7 +279,9 @@ def _results(found: Sequence[ShownImage]) -> Any:
 def _decode(picture: Picture) -> Image.Image:
     if picture is None:
         raise ValueError("There is no picture yet: upload one, or choose an example.")
-    path = picture if isinstance(picture, str) else picture["path"]
+    path = picture if isinstance(picture, str) else picture.get("path")
+    if path is None:
+        raise ValueError(ONLY_UPLOADS)
     return decode_image(path, Path(path).name)
 
 

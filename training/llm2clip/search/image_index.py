@@ -12,6 +12,9 @@ from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_rows import Found, IndexRows, IndexStore
 from llm2clip.search.stores import open_store
 
+# The largest number that databases take.
+MOST_FOUND = 2**63 - 1
+
 
 @dataclass
 class ImageIndex:
@@ -52,8 +55,14 @@ class ImageIndex:
         return self.manifest.images
 
     def search(self, queries: np.ndarray, top: int, where: str | None = None) -> Found:
-        """Find the images that are nearest to each query; see [`IndexRows.search`]."""
-        return self.rows.search(queries, top, where)
+        """Find the images that are nearest to each query; see [`IndexRows.search`].
+
+        Raises:
+            ValueError: As there, or `top` is less than 1.
+        """
+        if top < 1:
+            raise ValueError(f"top must be at least 1, not {top}.")
+        return self.rows.search(queries, min(top, MOST_FOUND), where)
 
     def first(self, where: str) -> dict[str, Any] | None:
         """Return a row that fulfils a condition, or None."""

@@ -27,6 +27,10 @@ MATCHES_FOR_PROBES = 40_000
 DISTANCE = "_distance"
 # How LanceDB says that the system could not write a file.
 DISK = re.compile(r"LanceError\(IO\)|\(os error \d+\)")
+# How it says that a condition has no value for some row, such as 1 / 0; the row itself has been read.
+NO_VALUE = re.compile(r".*Error applying filter expression to batch: ", re.DOTALL)
+# Where in its source an error was raised.
+ORIGIN = re.compile(r",? /\S+\.rs:\d+:\d+")
 
 
 class LanceRows:
@@ -46,12 +50,12 @@ class LanceRows:
 
     def count(self, where: str | None = None) -> int:
         with self._readable(where):
-            return int(self.table.count_rows(where))
+            return int(self.table.count_rows(_condition(where)))
 
     def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
         with self._readable(where):
             query = self.table.search().select(list(columns)).with_row_id(True)
-            query = query.where(where) if where else query
+            query = query.where(_condition(where)) if where else query
             yield from query.to_batches(batch_size=SCAN_ROWS)
 
     def take(self, numbers: np.ndarray, columns: Sequence[str]) -> pa.Table:
@@ -66,8 +70,9 @@ class LanceRows:
         matches = self._matches(where) if where else self.manifest.images
         if not matches:
             return [[] for _ in queries]
+        top = min(top, matches)
         if self.manifest.index["type"] == "faiss":
-            return self._search_faiss(queries, min(top, matches), where)
+            return self._search_faiss(queries, top, where)
         if where and (found := self._held.search(queries, top, where, matches)):
             return self._describe(*found)
         with self._readable(where):
@@ -82,7 +87,7 @@ class LanceRows:
     def _nearest(self, query: np.ndarray, top: int, where: str | None, matches: int) -> list[tuple[float, Any]]:
         search = self.table.search(np.asarray(query, dtype=np.float32), vector_column_name=VECTOR)
         search = search.distance_type("cosine").limit(top).select([*self.columns, DISTANCE])
-        search = search.where(where, prefilter=True) if where else search
+        search = search.where(_condition(where), prefilter=True) if where else search
         index = self.manifest.index
         if index["type"] == "flat" or matches <= EXACT_MATCHES:
             search = search.bypass_vector_index()
@@ -148,22 +153,29 @@ class LanceRows:
         except Exception as error:
             if not is_of_lance(error):
                 raise
-            if where and isinstance(error, ValueError) and not self._is_condition(where):
+            if where and (NO_VALUE.match(str(error)) or not self._is_condition(error, where)):
                 raise ValueError(
                     f"where is {where!r}, which is no condition on the columns {', '.join(self.columns)}: "
                     f"{_reason(error)}"
                 ) from error
             raise unreadable(self.folder, error) from error
 
-    def _is_condition(self, where: str) -> bool:
+    def _is_condition(self, error: Exception, where: str) -> bool:
         """Tell whether a condition can be planned, which reads no rows. LanceDB blames it for damaged files too."""
+        if not isinstance(error, ValueError):
+            return True
         try:
-            self.table.search().where(where).explain_plan()
-        except Exception as error:
-            if not is_of_lance(error):
+            self.table.search().where(_condition(where)).explain_plan()
+        except Exception as fault:
+            if not is_of_lance(fault):
                 raise
             return False
         return True
+
+
+def _condition(where: str | None) -> str | None:
+    """Put a condition into parentheses: without them, LanceDB ignores what follows it, such as `; ...` or `LIMIT 1`."""
+    return f"({where})" if where else None
 
 
 def is_of_lance(error: Exception) -> bool:
@@ -203,4 +215,5 @@ def _disk_reason(error: Exception) -> str:
 
 def _reason(error: Exception) -> str:
     """Return the first line of a message of LanceDB; the rest is where in its source."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = ORIGIN.sub("", NO_VALUE.sub("", str(error)))
+    return text.splitlines()[0] if text else type(error).__name__

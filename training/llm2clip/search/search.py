@@ -63,6 +63,8 @@ class SearchConfig:
             raise ValueError(f'the query is missing: llm2clip search {self.index} "a text", or --image FILE')
         if any(not text.strip() for text in self.query):
             raise ValueError("a query is empty; leave it out or write a text.")
+        if self.where is not None and not self.where.strip():
+            raise ValueError('where is empty; leave it out, or write a condition: --where "size > 1000"')
         if self.top < 1:
             raise ValueError(f"top must be at least 1, not {self.top}.")
 
