@@ -174,7 +174,7 @@ class LanceRows:
 
 
 def _condition(where: str | None) -> str | None:
-    """Put a condition into parentheses: without them, LanceDB ignores what follows it, such as `; ...` or `LIMIT 1`."""
+    """Put a condition into parentheses: without them, LanceDB ignores what follows it, such as `LIMIT 1`."""
     return f"({where})" if where else None
 
 
