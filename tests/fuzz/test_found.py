@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,20 @@ def test_a_damaged_table_is_named(name: str, content: bytes, streaming: bool, tm
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError, match=name):
         distinct_captions(CaptionSource(str(tmp_path / name), streaming=streaming), False)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}"), ('{"a":\n[', "]}")])
+def test_deeply_nested_json_does_not_end_the_process(
+    opening: str, closing: str, streaming: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"caption": "a dog"}}\n{{"caption": {opening * 100_000}1{closing * 100_000}}}\n')
+    with pytest.raises(SourceError, match=re.escape(str(path))):
+        distinct_captions(CaptionSource(str(path), streaming=streaming), False)
+    captions = [":[ {" * 2000 + '"', *("]" * 2000, "[" * 2000)]
+    path.write_text("".join(json.dumps({"caption": text, "more": [[1]] * 2000}) + "\n" for text in captions))
+    assert distinct_captions(CaptionSource(str(path), streaming=streaming), False) == captions
 
 
 @pytest.mark.parametrize("streaming", [False, True])

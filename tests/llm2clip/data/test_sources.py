@@ -137,6 +137,24 @@ def test_errors_for_unreadable_and_unsupported_files_name_them(tmp_path: Path) -
         load_source(CaptionSource(str(tmp_path / "notes.docx")))
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "stream"])
+def test_a_name_like_a_pattern_is_the_name_of_one_file(streaming: bool, tmp_path: Path) -> None:
+    for name in ("a[1].csv", "a1.csv", "b*.csv", "bc.csv", "[2] d/e.csv", "2 d/e.csv"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"caption\n{name}\n")
+
+    def read(name: str) -> list[str]:
+        return distinct_captions(CaptionSource(str(tmp_path / name), streaming=streaming), False)
+
+    for name in ("a[1].csv", "b*.csv", "[2] d/e.csv"):
+        assert read(name) == [name]
+    assert read("[[]2] d/*.csv") == ["[2] d/e.csv"]
+    assert read("[ab]*.csv") == ["a1.csv", "a[1].csv", "b*.csv", "bc.csv"]
+    with pytest.raises(SourceError, match="takes for a pattern; rename it"):
+        read("[2] d")
+
+
 def test_captions_that_pandas_reads_as_missing_are_kept(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("image,caption\na.png,nan\nb.png,None\nc.png,\n")
     for path in ("data.csv", ""):

@@ -135,6 +135,12 @@ def split_names(split: str) -> list[str]:
 
 def _builder_arguments(path: str, place: Path, split: str) -> dict[str, Any]:
     if place.is_dir():
+        if glob.has_magic(str(place)):
+            # `datasets` would read other folders that the name fits as a pattern, such as "2 a" for "[2] a".
+            raise SourceError(
+                f"the folder {path} has one of *?[ in its name, which `datasets` takes for a pattern; rename it, or "
+                "give its files: 'FOLDER/*.parquet', with each such character in brackets of its own, as [[]."
+            )
         return {"path": str(place)}
     if "://" in path or place.is_file():
         files = [path if "://" in path else str(place)]
@@ -154,6 +160,8 @@ def _builder_arguments(path: str, place: Path, split: str) -> dict[str, Any]:
         endings = ", ".join(sorted(map(repr, suffixes)))
         raise SourceError(f"The files of {path} must have one format out of {', '.join(FORMATS)}, not {endings}.")
     builder, options = FORMATS[suffixes.pop()]
+    if "://" not in path:  # these are names, which `datasets` takes for patterns
+        files = list(map(glob.escape, files))
     return {"path": builder, "data_files": dict.fromkeys(split_names(split), files), **options}
 
 
