@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from selenium import webdriver
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor
 
@@ -69,3 +71,22 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture(scope="session")
+def chromium() -> tuple[str, str]:
+    """Paths of the browser and its driver."""
+    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if browser is None or driver is None:
+        pytest.skip("there is no chromium with its driver; on Debian: apt-get install chromium chromium-driver")
+    return browser, driver
+
+
+def open_browser(browser: str, driver: str) -> webdriver.Chrome:
+    """Start the browser without a window; its log has the addresses that it asks for."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1240,960"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))

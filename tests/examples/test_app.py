@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from llm2clip.demo.demo import DemoConfig, open_images
 from llm2clip.demo.gallery import Gallery
 from modeling_llm2clip import LLM2CLIPModel
+from tests.examples.conftest import open_browser
 from tests.examples.server import serving
 from tests.llm2clip import tiny as training
 from tests.modeling_llm2clip import tiny
@@ -36,15 +36,6 @@ WAIT_SECONDS = 60
 @pytest.fixture(scope="module")
 def table() -> datasets.Dataset:
     return datasets.load_dataset("parquet", data_files=f"{training.CONCEPTS}/test.parquet", split="train")
-
-
-@pytest.fixture(scope="module")
-def chromium() -> tuple[str, str]:
-    """Paths of the browser and its driver."""
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if browser is None or driver is None:
-        pytest.skip("there is no chromium with its driver; on Debian: apt-get install chromium chromium-driver")
-    return browser, driver
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +90,7 @@ def address(model: Path, opposite: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def browser(address: str, chromium: tuple[str, str]) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location, driver = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1240,960"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser = open_browser(*chromium)
     try:
         browser.get(address)
         wait(browser, lambda: len(captions(browser, "found")) == 12)  # the results of the first example

@@ -34,7 +34,10 @@ class _GuardedJson:
             row = content.count(b"\n", 0, found.start())
             raise pa.ArrowInvalid(f"JSON parse error: a row is null, and not an object, in row {row}")
         # Only values that nest, or strings, have more of these than rows.
-        if content.count(b"{") + content.count(b"[") - content.count(b"\n") > MAX_DEPTH and _depth(content) > MAX_DEPTH:
+        if (
+            content.count(b"{") + content.count(b"[") - content.count(b"\n") > MAX_DEPTH
+            and _depth(content) > MAX_DEPTH
+        ):
             raise pa.ArrowInvalid(f"JSON parse error: a value is nested more than {MAX_DEPTH:,} deep")
         return pyarrow.json.read_json(pa.BufferReader(content), **options)
 
