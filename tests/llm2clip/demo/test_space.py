@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,27 @@ def test_a_space_contains_card_entry_point_packages_data_and_model(model_folder:
     assert (space / "model" / "model.safetensors").is_file()
     assert [path.name for path in space.rglob("*.parquet")] == ["test.parquet"]
     assert not list(space.rglob("__pycache__"))
+
+
+def test_a_space_takes_nothing_but_the_model(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    for name in ("id_rsa", ".env", ".git/config", "checkpoint-3/optimizer.pt", "data/train.csv"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("mine")
+    (model / "up").symlink_to("..")
+    arguments = ["demo", "--model", str(model), "--write-space", str(tmp_path / "space")]
+    assert cli.main(arguments) == 0
+    assert "not copied, as no model needs them: data/train.csv, id_rsa" in capsys.readouterr().err
+    space = tmp_path / "space" / "model"
+    copied = {path.relative_to(space).as_posix() for path in space.rglob("*")}
+    assert copied == {path.relative_to(model_folder).as_posix() for path in model_folder.rglob("*")}
+    (tmp_path / "secret").write_text("secret")
+    (model / "LICENSE").unlink(missing_ok=True)
+    (model / "LICENSE").symlink_to(tmp_path / "secret")
+    assert cli.main([*arguments, "--overwrite"]) == 2
+    assert "is a link out of the folder" in capsys.readouterr().err
 
 
 def test_a_space_refers_to_a_model_on_the_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,6 +90,106 @@ def test_a_link_within_the_folder_is_uploaded(hub: LoopbackHub, folder: Path) ->
     assert hub.repo(REPO).files()["LICENSE"] == (folder / "LICENSE.txt").read_bytes()
 
 
+def without_lists(folder: Path) -> None:
+    for name in (FOLDER_MANIFEST, MODEL_MANIFEST):  # as whoever changes a file can
+        (folder / name).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name", [".env", ".git/config", "runs/.netrc"])
+def test_hidden_files_are_uploaded_only_if_a_pattern_names_them(name: str, folder: Path) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("secret")
+    files = model_files(folder, ["*", "*/*"]).uploaded
+    assert name not in files
+    assert FOLDER_MANIFEST not in files
+    assert {"id_rsa", "data/train.csv"} <= set(files)
+    assert name in model_files(folder, [name]).uploaded
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("config.json", "hf_" + "aB3" * 12),
+        ("README.md", "hf_write"),  # the token of the test
+        ("tokenizer_config.json", "AKIA" + "Q7" * 8),
+        ("notes.txt", "-----BEGIN OPENSSH PRIVATE KEY-----"),
+    ],
+)
+def test_a_token_in_a_file_is_not_published(name: str, secret: str, hub: LoopbackHub, folder: Path) -> None:
+    without_lists(folder)
+    text = (folder / name).read_text()
+    (folder / name).write_text(f'{{"x": "{secret}", {text[1:]}' if name.endswith(".json") else text + secret)
+    with pytest.raises(ValueError, match=f"{name} contains what looks like an access token or private key") as caught:
+        upload(hub, folder, include=["notes.txt"])
+    assert secret not in str(caught.value)
+    assert not hub.repo(REPO).files()
+
+
+def test_a_file_that_was_not_built_but_would_be_loaded_is_refused(
+    hub: LoopbackHub, built: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(built, tmp_path / "model"))
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"contains adapter_config.json, which was not built but would be loaded"):
+        upload(hub, folder)
+    assert not hub.repos
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files are bytes")
+def test_a_name_that_is_not_utf_8_is_refused(hub: LoopbackHub, folder: Path) -> None:
+    without_lists(folder)
+    with open(os.fsencode(folder) + b"/LICENSE\xff", "w"):
+        pass
+    with pytest.raises(ValueError, match="is not UTF-8, as those on the Hub are; rename it"):
+        upload(hub, folder)
+    assert not hub.repos
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        ("config.json", {"auto_map": "x"}, "auto_map and custom_pipelines have to be objects"),
+        ("config.json", {"auto_map": {"AutoModel": None}}, "refers to code by what is no name"),
+        ("config.json", {"custom_pipelines": {"x": {}}}, "refers to code by what is no name"),
+        ("config.json", {"custom_pipelines": [1]}, "auto_map and custom_pipelines have to be objects"),
+        ("config.json", {"text_model_name_or_path": 3}, "is in 3, which others cannot load"),
+        ("model.safetensors.index.json", {}, "weight_map does not name a file for each weight"),
+        ("model.safetensors.index.json", {"weight_map": {"a": 3}}, "weight_map does not name a file for each weight"),
+    ],
+)
+def test_fields_of_another_type_are_refused(
+    file: str, fields: dict[str, Any], message: str, hub: LoopbackHub, folder: Path
+) -> None:
+    without_lists(folder)
+    path = folder / file
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**before, **fields}))
+    with pytest.raises(ValueError, match=message):
+        upload(hub, folder)
+    assert not hub.repos
+
+
+@pytest.mark.parametrize("name", ["chat_template.txt", "README.md", "model.safetensors"])
+def test_what_changes_after_the_check_is_not_uploaded(
+    name: str, hub: LoopbackHub, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the code in the folder could do, or a run that writes there."""
+    folder = Path(shutil.copytree(built, tmp_path / "model"))
+
+    def spoil(folder: Path) -> float:
+        path = folder / name
+        times = path.stat() if path.is_file() else None
+        path.write_bytes(path.read_bytes()[:-1] + b"?" if times else b"what it found on this machine")
+        if times:
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        return 0.0
+
+    monkeypatch.setattr("llm2clip.hub.push.validate_folder", spoil)
+    with pytest.raises(ValueError, match=rf"has changed since it was checked for the upload \({name}\)"):
+        upload(hub, folder, check=True)
+    assert not hub.repo(REPO).files()
+
+
 PROBE = """
 import json, os
 def found():
@@ -122,8 +224,7 @@ def test_the_code_of_a_folder_has_no_network_and_no_token(
     text = code.read_text()
     place = text.index("\nimport torch")
     code.write_text(text[:place] + PROBE % str(tmp_path / "found.json") + text[place:])
-    for name in (FOLDER_MANIFEST, MODEL_MANIFEST):  # as whoever changes the code can
-        (folder / name).unlink()
+    without_lists(folder)
     with caplog.at_level(logging.INFO):
         upload(hub, folder, check=True)
     assert f"loading {folder} here and in a new process, which runs the code in it (--no-check: not)" in caplog.text

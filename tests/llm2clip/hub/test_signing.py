@@ -116,6 +116,17 @@ def test_without_or_with_a_damaged_signature_it_is_not_taken_for_signed(
     assert "is not signed" in refused(model, signed[1], capsys)
 
 
+@pytest.mark.parametrize("place", ["beside", "above"])
+def test_a_signed_model_does_not_vouch_for_others(
+    place: str, built: Path, signed: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(signed[0], tmp_path / "all" / "signed")
+    assert "num_signatures: 1" in verified(tmp_path / "all", signed[1], capsys)
+    other = tmp_path / "all" / "other" if place == "beside" else tmp_path / "all"
+    shutil.copytree(built, other, dirs_exist_ok=True)
+    assert f"{other} is a model, or has code, that is not signed" in refused(tmp_path / "all", signed[1], capsys)
+
+
 def test_the_signature_is_pushed_and_fits_what_others_download(
     signed: tuple[Path, Path], hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from llm2clip.hub.source_model import SourceModel
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.files import read_json
-from llm2clip.utils.manifests import SEAL
+from llm2clip.utils.manifests import SEAL, folder_files
 from llm2clip.utils.settings import build_config
 from llm2clip.verification.verify import DamagedError, VerifyConfig, run
 from tests.damage import flip
@@ -196,10 +197,43 @@ def test_a_run_with_its_checkpoints_and_what_is_built_from_it(
             assert f"{out} is not what was written ({name} has changed" in capsys.readouterr().err
     build.build_folder(out, tmp_path / "built")
     assert verify(tmp_path / "built")["num_files"] > 10
+    for name in ("adapter_config.json", "model.safetensors.index.json", "added_tokens.json"):
+        (tmp_path / "built" / name).write_text("{}")
+        assert f"{name} was not written with the model, but would be loaded" in found(tmp_path / "built", capsys)
+        (tmp_path / "built" / name).unlink()
+    (tmp_path / "built" / "onnx").mkdir()
+    for name in ("NOTICE", "curve.png", "onnx/vision_model.onnx"):
+        (tmp_path / "built" / name).write_text("")
+    assert verify(tmp_path / "built")["num_files"] > 10
     shutil.copytree(checkpoint, out / "checkpoint-9")
     (out / "checkpoint-9" / ".llm2clip.json").unlink()
     assert cli.main(["verify", str(out)]) == 0
     assert "checkpoint-9 has no .llm2clip.json, which is written last" in capsys.readouterr().err
+
+
+def test_what_is_not_looked_into_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encoder.build(tmp_path / "elsewhere", ["a"], shard_size=2)
+    encoder.build(tmp_path / "all" / "cache", ["a"], shard_size=2)
+    (tmp_path / "all" / "link").symlink_to(tmp_path / "elsewhere")
+    assert verify(tmp_path / "all") == {"num_shards": 1, "num_captions": 1}
+    assert f"{tmp_path / 'all' / 'link'} is a link to a folder, whose content was not checked" in caplog.text
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder.build(tmp_path / "cache", ["a"], shard_size=2)
+    (tmp_path / "closed").mkdir()
+    listed = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="closed"):
+        verify(tmp_path)
+    with pytest.raises(PermissionError, match="closed"):
+        folder_files(tmp_path)
 
 
 def test_manifests_of_others_are_left_alone(tmp_path: Path) -> None:

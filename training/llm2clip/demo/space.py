@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from importlib import resources
 from pathlib import Path
 
 from transformers import AutoConfig
 
+from llm2clip.hub.upload_files import model_files, shortened
 from llm2clip.utils.files import write_text
 from llm2clip.utils.folders import atomic_folder, refuse_nested
+from llm2clip.utils.manifests import refuse_damaged
 from llm2clip.utils.repos import RepoKind, inspect_repo
+
+logger = logging.getLogger(__name__)
 
 FILES = ("README.md", "requirements.txt", "app.py")
 PACKAGES = ("modeling_llm2clip", "llm2clip")
@@ -23,14 +28,16 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
 
     Args:
         destination: The folder.
-        model: Hub id, or a folder, which is copied.
+        model: Hub id, or a folder, of which the files of the model are copied.
 
     Raises:
         FileExistsError: The destination exists, and `overwrite` is off or it holds what this function did not write.
-        ValueError: The folder does not contain an LLM2CLIP model, or its LLM is in another folder.
+        ValueError: The folder does not contain an LLM2CLIP model, or its LLM is in another folder, or a file of it is
+            damaged or a link out of it.
     """
     bundled = Path(model).is_dir()
     if bundled:
+        refuse_damaged(model)
         inspect_repo(model).require(RepoKind.JOINT, hint=WHOLE_MODEL)
         llm = AutoConfig.from_pretrained(model).text_model_name_or_path
         if llm is not None and Path(llm).is_dir():
@@ -39,6 +46,10 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
                 "with its LLM, or push both to the Hub and give the Hub id of the model."
             )
     refuse_nested(model, destination)
+    # As with a push: what lies beside the model may not be meant for the public.
+    files = model_files(Path(model)) if bundled else None
+    if files is not None and files.others:
+        logger.warning("not copied, as no model needs them: %s", shortened(files.others))
     with atomic_folder(destination, "demo", overwrite) as folder:
         for name in FILES:
             template = _packaged("llm2clip.hub_configs") / "space" / name
@@ -51,8 +62,9 @@ def write_space(destination: Path, model: str, overwrite: bool = False) -> None:
             target = folder / "llm2clip" / "example_data" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(_packaged("llm2clip.example_data") / name, target)
-        if bundled:
-            shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
+        for name, path in {} if files is None else files.uploaded.items():
+            (folder / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / "model" / name)
 
 
 def _packaged(package: str) -> Path:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import get_session
+from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 # The Hub client lets the connection errors of its HTTP library through and has no public class for them: httpx in
@@ -18,6 +21,9 @@ HTTPError: Any = import_module("httpx" if huggingface_hub.__version__.startswith
 # Seconds to connect, to wait for an answer, to send a piece, and to wait for a free connection. The Hub may take
 # minutes over a commit of many files, but by default its client waits for ever.
 PATIENCE = (30.0, 600.0, 600.0, 600.0)
+
+# What the client of the Hub raises about an answer of another form than it expects.
+NO_ANSWER = (json.JSONDecodeError, KeyError, TypeError, AttributeError, IndexError)
 
 NEXT_STEPS = {
     400: "the Hub rejects this request: correct what it names (branch, file or the card's metadata) and push again",
@@ -44,7 +50,7 @@ def explained(repo_id: str) -> Iterator[None]:
         client.timeout = PATIENCE
     try:
         yield
-    except (OSError, HTTPError, HFValidationError, RuntimeError) as error:
+    except Exception as error:
         if message := explanation(error, repo_id):
             raise ValueError(message) from error
         raise
@@ -67,7 +73,20 @@ def explanation(error: BaseException, repo_id: str) -> str | None:
     if isinstance(error, (HTTPError, ConnectionError)):
         reason = str(error) or type(error).__name__
         return f"{repo_id}: the connection broke ({reason}); push again: files that were uploaded are not sent twice."
+    if isinstance(error, NO_ANSWER) and _is_of_client(error):
+        reason = f"{type(error).__name__}: {error}"
+        return (
+            f"{repo_id}: {constants.ENDPOINT} does not answer as a Hub does ({reason}): correct HF_ENDPOINT, log in "
+            "to the network that the machine is in, or push again later."
+        )
     return None
+
+
+def _is_of_client(error: BaseException) -> bool:
+    """Whether an error was raised while the client of the Hub read an answer."""
+    calls = traceback.extract_tb(error.__traceback__)
+    ours = [number for number, call in enumerate(calls) if "llm2clip" in Path(call.filename).parts]
+    return any("huggingface_hub" in Path(call.filename).parts for call in calls[max(ours, default=-1) + 1 :])
 
 
 def http_status(error: HfHubHTTPError) -> int:

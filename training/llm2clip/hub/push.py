@@ -13,16 +13,14 @@ from safetensors import SafetensorError, safe_open
 from llm2clip.hub.cards.card import validate_card
 from llm2clip.hub.source_model import validate_folder
 from llm2clip.hub.upload import Uploader
-from llm2clip.hub.upload_files import model_files
+from llm2clip.hub.upload_files import added_files, code_targets, model_files, shortened, stamps
 from llm2clip.utils.files import read_json
-from llm2clip.utils.manifests import refuse_damaged
+from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, refuse_damaged
 from llm2clip.utils.repos import OURS, Repo, RepoKind, inspect_repo, is_hub_id
 from llm2clip.utils.settings import build_config, setting
 
 logger = logging.getLogger(__name__)
 
-# Files that a message names.
-MAX_NAMED = 10
 BUILD_FIRST = "build it first: llm2clip build MODEL FOLDER"
 
 
@@ -76,7 +74,8 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
     if not config.folder or not config.repo_id:
         raise ValueError("give a folder and a repo: llm2clip push FOLDER OWNER/NAME")
     folder = Path(config.folder)
-    repo = check_folder(folder)
+    before = stamps(folder)
+    check_folder(folder)
     if not is_hub_id(config.repo_id):
         raise ValueError(
             f"{config.repo_id!r} is not a repo name: write OWNER/NAME with letters, digits, '-', '_' and '.'."
@@ -86,10 +85,8 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
             f"--create-pr opens a pull request against main; omit --revision {config.revision}, or --create-pr."
         )
     if others := model_files(folder, config.include).others:
-        more = f" and {len(others) - MAX_NAMED} more" if len(others) > MAX_NAMED else ""
-        named = ", ".join(others[:MAX_NAMED])
-        logger.warning("not uploaded, as no model needs them: %s%s; --include PATTERN uploads them", named, more)
-    if config.check and any("--" in target for target in repo.config["auto_map"].values()):
+        logger.warning("not uploaded, as no model needs them: %s; --include PATTERN uploads them", shortened(others))
+    if config.check and any("--" in target for target in code_targets(folder)):
         logger.info("the code of %s is in another repo, so the folder is not loaded before the upload", folder)
     elif config.check:
         logger.info("loading %s here and in a new process, which runs the code in it (--no-check: not)", folder)
@@ -97,7 +94,7 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
     uploader = Uploader(config.repo_id, revision=config.revision, create_pr=config.create_pr, api=api)
     # None leaves the visibility of a new repo to the default of its owner.
     url = uploader.create_repo(private=config.private or None)
-    return {"repo": str(url), **uploader.upload(folder, config.commit_message, config.include)}
+    return {"repo": str(url), **uploader.upload(folder, config.commit_message, config.include, before)}
 
 
 def check_folder(folder: Path) -> Repo:
@@ -114,9 +111,9 @@ def check_folder(folder: Path) -> Repo:
         raise FileNotFoundError(f"{folder} has no config.json; {BUILD_FIRST}")
     repo = inspect_repo(folder).require(*OURS, hint="Build it first: llm2clip build MODEL FOLDER")
     _check_weights(folder)
-    targets = [*(repo.config.get("auto_map") or {"AutoModel": "its auto_map.X"}).values()]
-    targets += [pipeline["impl"] for pipeline in repo.config.get("custom_pipelines", {}).values()]
-    for target in targets:
+    if not repo.config.get("auto_map"):
+        raise FileNotFoundError(f"{folder} lacks the code of its model (no auto_map in config.json); {BUILD_FIRST}")
+    for target in code_targets(folder):
         module = target.split("--")[-1].split(".")[0]
         if "--" not in target and not (folder / f"{module}.py").is_file():
             raise FileNotFoundError(f"{folder} lacks the code of {target}; {BUILD_FIRST}")
@@ -124,13 +121,18 @@ def check_folder(folder: Path) -> Repo:
         if not any((folder / name).is_file() for name in names):
             raise FileNotFoundError(f"{folder} lacks {' or '.join(names)}; {BUILD_FIRST}")
     llm = repo.config.get("text_model_name_or_path")
-    if llm is not None and not is_hub_id(llm):
+    if llm is not None and not (isinstance(llm, str) and is_hub_id(llm)):
         raise ValueError(
             f"the LLM of {folder} is in {llm}, which others cannot load; `llm2clip build` bundles it or, with "
             "--text-model, refers to its Hub id."
         )
     validate_card(folder)
     refuse_damaged(folder)
+    if added := added_files(folder):
+        raise ValueError(
+            f"{folder} contains {added[0]}, which was not built but would be loaded with the model; delete it, or, if "
+            f"it belongs to the model, delete {MODEL_MANIFEST} and {FOLDER_MANIFEST}, which do not list it."
+        )
     return repo
 
 
@@ -146,7 +148,10 @@ def _check_weights(folder: Path) -> None:
             raise ValueError(f"{path} is damaged or truncated: {error}; build the folder again.") from error
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(read_json(index)["weight_map"].values())
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index} is damaged: weight_map does not name a file for each weight.")
+        shards = set(weight_map.values())
         if missing := sorted(shards - {path.name for path in weights}):
             raise FileNotFoundError(f"{folder} lacks {len(missing)} of its shards: {', '.join(missing[:3])}.")
 

@@ -5,20 +5,31 @@ An upload keeps what others store in the repo, and the edits that people made to
 
 from __future__ import annotations
 
+import glob
 import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi, RepoUrl, hf_hub_download
+from huggingface_hub import (
+    CommitOperation,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    RepoUrl,
+    get_token,
+    hf_hub_download,
+)
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from llm2clip.hub.cards.card import CARD, merge_cards, split_card, with_repo
 from llm2clip.hub.cards.facts import EXAMPLE
 from llm2clip.hub.hub_errors import explained, http_status
-from llm2clip.hub.upload_files import model_files
+from llm2clip.hub.secrets import refuse_secrets
+from llm2clip.hub.upload_files import Stamps, model_files, refuse_changed, refuse_links, stamps
 from llm2clip.utils.files import read_json
+from llm2clip.utils.manifests import FOLDER_MANIFEST, stated_files
 from llm2clip.utils.repos import inspect_repo
 
 logger = logging.getLogger(__name__)
@@ -31,6 +42,8 @@ REPLACED = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|adapter_config\.json|"
     r"adapter_model\.safetensors|training_args\.bin|manifest\.json|model\.sig"
 )
+# Bytes; what is smaller is read once, and kept in memory until the commit.
+SMALL = 1 << 24
 # Files that a repo may contain before the first push.
 FRESH = {".gitattributes", CARD, "LICENSE"}
 # Fields of a card that are merged with those on the Hub, or that differ in an address only.
@@ -107,47 +120,66 @@ class Uploader:
         with explained(self.repo_id):
             return self._read_card(self._snapshot())
 
-    def upload(self, folder: Path, message: str, include: Sequence[str] = ()) -> dict[str, Any]:
+    def upload(
+        self, folder: Path, message: str, include: Sequence[str] = (), before: Stamps | None = None
+    ) -> dict[str, Any]:
         """Upload the files of a saved model, with its card, in one commit. The repo has to exist.
 
-        `include` are patterns of further files; see [`model_files`].
+        Args:
+            folder: The model.
+            message: That of the commit.
+            include: Patterns of further files; see [`model_files`].
+            before: The stamps of the files when they were checked; by default those of now.
 
         Returns:
             `commit`, `files`, `megabytes`, and `pull_request` if one was opened.
 
         Raises:
-            ValueError: The repo contains another type of model, or files but no model, or a file is a link out of the
-                folder.
+            ValueError: The repo contains another type of model, or files but no model; or a file is a link out of the
+                folder, holds an access token, or is not what `before` says.
         """
+        before = stamps(folder) if before is None else before
         model_type = str(inspect_repo(folder).model_type)
         local = model_files(folder, include).uploaded
         megabytes = round(sum(path.stat().st_size for path in local.values()) / 1e6, 1)
         logger.info("uploading %d files, %.1f MB, to %s", len(local), megabytes, self.repo_id)
         with explained(self.repo_id):
-            commit = self._commit(folder, local, model_type, message)
+            commit = self._commit(folder, local, before, model_type, message)
         result = {"commit": commit.oid, "files": len(local), "megabytes": megabytes}
         return {**result, "pull_request": commit.pr_url} if commit.pr_url else result
 
     def upload_checkpoint(self, folder: Path, name: str, message: str) -> None:
-        """Upload a checkpoint with its training state as the folder `name`, for resuming elsewhere."""
+        """Upload a checkpoint with its training state as the folder `name`, for resuming elsewhere.
+
+        Raises:
+            ValueError: A file of it is a link out of the folder.
+        """
+        # Not what lies beside them, perhaps by mistake.
+        names = [*stated_files(folder), FOLDER_MANIFEST]
+        refuse_links(folder, {file: folder / file for file in names})
         with explained(self.repo_id):
             self.api.upload_folder(
                 repo_id=self.repo_id,
                 folder_path=folder,
                 path_in_repo=name,
+                allow_patterns=[glob.escape(file) for file in names],
                 commit_message=message,
                 revision=self.revision,
             )
 
-    def _commit(self, folder: Path, local: dict[str, Path], model_type: str, message: str) -> Any:
+    def _commit(self, folder: Path, local: dict[str, Path], before: Stamps, model_type: str, message: str) -> Any:
+        # The client reads small files again when it commits, and knows only large ones by their checksums.
+        contents = {name: path.read_bytes() if path.stat().st_size < SMALL else path for name, path in local.items()}
+        refuse_secrets(folder, contents, self._token())
         for attempt in range(1, ATTEMPTS + 1):
             snapshot = self._open_branch(model_type)
-            files: dict[str, Path | bytes] = {**local, CARD: self._merged_card(folder, snapshot).encode()}
+            files: dict[str, Path | bytes] = {**contents, CARD: self._merged_card(folder, snapshot).encode()}
             stale = [name for name in snapshot.files if REPLACED.fullmatch(name) and name not in local]
             operations: list[CommitOperation] = [
                 *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()),
                 *(CommitOperationDelete(path_in_repo=name) for name in stale),
             ]
+            refuse_changed(folder, local, before)
             try:
                 return self.api.create_commit(
                     self.repo_id,
@@ -163,6 +195,10 @@ class Uploader:
                     raise
                 logger.info("%s changed during the upload; repeating the commit on top of the change", self.repo_id)
         raise AssertionError("the last attempt returns or raises")
+
+    def _token(self) -> str | None:
+        token = self.api.token
+        return token if isinstance(token, str) else None if token is False else get_token()
 
     def _snapshot(self) -> Snapshot:
         is_new = False
@@ -216,7 +252,12 @@ class Uploader:
 
     def _read_card(self, snapshot: Snapshot) -> str | None:
         path = self._download(snapshot, CARD)
-        return None if path is None else path.read_text(encoding="utf-8")
+        try:
+            return None if path is None else path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"the card of {self.repo_id} on the Hub is not UTF-8 ({error}); correct it there."
+            ) from error
 
     def _merged_card(self, folder: Path, snapshot: Snapshot) -> str:
         """The folder's card for this repo, with the edits that people made to the card on the Hub."""

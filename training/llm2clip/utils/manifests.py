@@ -176,9 +176,17 @@ def refuse_damaged(folder: str | Path) -> None:
 
 
 def folder_files(folder: Path) -> list[str]:
-    """List everything below a folder except folders and its manifest; a link to a folder counts as a file."""
+    """List everything below a folder except folders and its manifest; a link to a folder counts as a file.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     found = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         found += [os.path.relpath(os.path.join(parent, name), folder) for name in [*names, *links]]
     return sorted(Path(name).as_posix() for name in found if name != FOLDER_MANIFEST)

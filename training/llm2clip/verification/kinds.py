@@ -16,6 +16,7 @@ from llm2clip.embedding.image_features import FeatureManifest
 from llm2clip.embedding.verify import verify_cache
 from llm2clip.evaluation.row_store import EvaluationManifest
 from llm2clip.hub.signing import signature_fault
+from llm2clip.hub.upload_files import added_files
 from llm2clip.search.lance_store import COMMAND as INDEX
 from llm2clip.search.verify_index import verify_index
 from llm2clip.trainers.checkpoints import COMMAND as TRAINING
@@ -85,8 +86,17 @@ def verify_listed(folder: Path) -> Verified:
     found.faults = [Fault(f"{folder}: {fault}", mend) for fault in faults(folder)]
     try:
         listed = listed_files(folder)
-    except ValueError:  # which is a fault already
+        added = added_files(folder)
+    except ValueError as error:
+        # One of a list is a fault already.
+        if not found.faults:
+            found.faults.append(Fault(str(error), mend))
         return found
+    remove = "delete it, unless you have put it there and trust it"
+    found.faults += [
+        Fault(f"{folder}: {name} was not written with the model, but would be loaded with it", remove)
+        for name in added
+    ]
     found.counts = Counter({"num_files": len(listed)})
     if not any(file.checksum for file in listed.values()):
         found.remarks.append(f"{folder} has sizes but no checksums, since an earlier release wrote it.")

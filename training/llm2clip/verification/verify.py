@@ -14,12 +14,14 @@ from llm2clip.embedding.verify import verify_sidecars
 from llm2clip.utils.manifests import MODEL_SIGNATURE
 from llm2clip.utils.remote_path import open_path
 from llm2clip.utils.settings import setting
-from llm2clip.utils.verified import Verified
+from llm2clip.utils.verified import Fault, Verified
 from llm2clip.verification.kinds import KINDS, SIGNATURES, verify_folder, verify_signature
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 20
+# What is loaded as a model, or run.
+LOADED = ("config.json", "adapter_config.json", "modules.json", "*.py", "*.onnx")
 
 
 class DamagedError(ValueError):
@@ -61,10 +63,8 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     found = Verified()
     if next(manifest_paths(folder), None) is not None:
         found.add(verify_sidecars(folder, config.sources))
-    for local in _folders(folder) if isinstance(folder, Path) else ():
-        found.add(verify_folder(local))
-        if (local / MODEL_SIGNATURE).is_file():
-            found.add(verify_signature(local, config.public_key))
+    if isinstance(folder, Path):
+        found.add(_verify_local(folder, config.public_key))
     for remark in found.remarks:
         logger.warning(remark)
     for fault in found.faults[:SHOWN]:
@@ -85,8 +85,35 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     return dict(found.counts)
 
 
-def _folders(folder: Path) -> Iterator[Path]:
-    """Yield a folder and those below it, without hidden ones, which are unfinished."""
-    for parent, folders, _ in os.walk(folder):
+def _verify_local(folder: Path, public_key: str | None) -> Verified:
+    """Check a folder and those below it. With a key, everything in them that is a model has to be signed."""
+    found, signed = Verified(), list[Path]()
+    for local in _folders(folder, found):
+        found.add(verify_folder(local))
+        if (local / MODEL_SIGNATURE).is_file():
+            found.add(verify_signature(local, public_key))
+            signed.append(local)
+        # A signature covers the folders below its own.
+        is_covered = any(local.is_relative_to(other) for other in signed)
+        if public_key is not None and not is_covered and any(any(local.glob(name)) for name in LOADED):
+            what = f"{local} is a model, or has code, that is not signed: it has no {MODEL_SIGNATURE}"
+            found.faults.append(Fault(what, f"load nothing from it as of the owner of {public_key}"))
+    return found
+
+
+def _folders(folder: Path, found: Verified) -> Iterator[Path]:
+    """Yield a folder and those below it, without hidden ones, which are unfinished; links to others are remarks.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for parent, folders, _ in os.walk(folder, onerror=refuse if folder.is_dir() else None):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            if (link := Path(parent) / name).is_symlink():
+                found.remarks.append(f"{link} is a link to a folder, whose content was not checked.")
         yield Path(parent)
