@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from llm2clip import cli
+from llm2clip.utils.manifests import write_manifest
+from tests.damage import flip
 from tests.llm2clip.convert import checkpoints
 from tests.llm2clip.convert.checkpoints import EVA
 from tests.modeling_llm2clip import tiny
@@ -215,8 +217,22 @@ def test_the_original_format_replaces_neither_a_folder_nor_a_file_of_the_model(t
     file.write_text("mine")
     assert cli.main(["convert", str(tmp_path / "model"), str(file), "--to", "original"]) == 2
     assert "add --overwrite" in capsys.readouterr().err
+    assert cli.main(["convert", str(tmp_path / "model"), str(file), "--to", "original", "--overwrite"]) == 2
+    assert "is not replaced, because no conversion wrote it" in " ".join(capsys.readouterr().err.split())
     assert file.read_text() == "mine"
+    torch.save({"x": torch.zeros(1)}, file)
+    earlier = file.read_bytes()
     tiny.save(tmp_path / "frozen", vision_pooling="mean", center_text=True)
     assert cli.main(["convert", str(tmp_path / "frozen"), str(file), "--to", "original", "--overwrite"]) == 2
     assert "the original code knows no vision_pooling 'mean', center_text True" in capsys.readouterr().err
-    assert file.read_text() == "mine"
+    assert file.read_bytes() == earlier
+    (tmp_path / "link.pt").symlink_to(file)
+    link = tmp_path / "link.pt"
+    assert cli.main(["convert", str(tmp_path / "model"), str(link), "--to", "original", "--overwrite"]) == 0
+    assert (tmp_path / "link.pt").is_symlink()
+    assert file.read_bytes() != earlier
+    with flip(weights):
+        assert cli.main(["convert", str(tmp_path / "model"), str(tmp_path / "other.pt"), "--to", "original"]) == 0
+        write_manifest(tmp_path / "model", "build")
+    assert cli.main(["convert", str(tmp_path / "model"), str(tmp_path / "more.pt"), "--to", "original"]) == 2
+    assert "is not what was written (model.safetensors has changed" in capsys.readouterr().err

@@ -18,6 +18,8 @@ from llm2clip.hub import build, new_process, source_model
 from llm2clip.hub.build_card import read_results, results_of_one_model
 from llm2clip.hub.cards.card import CARD, read_card
 from llm2clip.hub.source_model import SourceModel
+from llm2clip.utils.files import read_json
+from llm2clip.utils.manifests import write_manifest
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from tests.llm2clip.evaluation.made_results import classification, retrieval, written
@@ -322,6 +324,13 @@ def test_overwrite_deletes_nothing_but_an_earlier_build(
     (tmp_path / "out" / "notes.txt").write_text("mine")
     refused(capsys, "(notes.txt); move them away", run_folder, tmp_path / "out", "--overwrite")
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_the_llm_of_a_model_is_not_replaced_by_its_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.save_apart(tmp_path)
+    write_manifest(tmp_path / "llm", "build")  # as if an earlier build had written it
+    refused(capsys, "contains the source", tmp_path / "clip", tmp_path / "llm", "--overwrite")
+    assert read_json(tmp_path / "llm" / "config.json")["model_type"] == "llm2clip_text_model"
 
 
 def test_a_model_with_outputs_that_are_not_finite_is_not_built(

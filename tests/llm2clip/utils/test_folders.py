@@ -193,3 +193,27 @@ def test_damage_is_found_by_the_sizes_in_the_manifest(tmp_path: Path) -> None:
     assert damage(tmp_path) == "part/weights is missing"
     (tmp_path / FOLDER_MANIFEST).write_bytes(b"")
     assert "is not valid JSON" in str(damage(tmp_path))
+
+
+def test_one_folder_under_two_paths_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a bind mount, which `resolve` does not see: the two have one device and inode."""
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "mounted").symlink_to(tmp_path / "run")
+    monkeypatch.setattr(Path, "resolve", lambda path, strict=False: path.absolute())
+    for source, destination, message in (
+        ("mounted", "run", "contains the source"),
+        ("mounted/model", "run", "contains the source"),
+        ("run", "mounted/built", "is inside the source"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refuse_nested(tmp_path / source, tmp_path / destination)
+
+
+def test_a_link_to_itself_and_a_mounted_disk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="loop"):
+        write(tmp_path / "loop", "new", overwrite=True)
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+    with pytest.raises(FileExistsError, match="is where a disk is mounted, and cannot be replaced"):
+        write(tmp_path / "disk", "new", overwrite=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import CLIPImageProcessor
 
-from llm2clip.convert.checkpoint import Checkpoint, open_checkpoint
+from llm2clip.convert.checkpoint import Checkpoint, is_torch_file, open_checkpoint
 from llm2clip.convert.convert_text import contains_decoder, convert_text_tower
 from llm2clip.convert.joint import plan_joint
 from llm2clip.convert.joint_plan import JointPlan, print_report
@@ -19,8 +19,9 @@ from llm2clip.convert.original import to_original
 from llm2clip.hub.cards.card import license_of, write_card
 from llm2clip.hub.cards.facts import JOINT_TASK, VISION_TASK, CardFacts
 from llm2clip.utils.files import atomic_file, read_json
-from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
+from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested, resolved
 from llm2clip.utils.library_errors import reading
+from llm2clip.utils.manifests import refuse_damaged
 from llm2clip.utils.repos import RepoKind, hub_ids, inspect_repo
 from llm2clip.utils.settings import build_config, setting
 from llm2clip.utils.towers import describe_text_tower
@@ -96,7 +97,9 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     destination = Path(config.destination)
     if config.to == "original":
         return _to_original(config, destination)
-    refuse_nested(config.source, destination)
+    for needed in (config.source, config.text_model, config.model_config, *config.adapters):
+        if needed is not None:
+            refuse_nested(needed, destination)
     refuse_existing(destination, "convert", config.overwrite)
     checkpoint = open_checkpoint(config.source)
     with atomic_folder(destination, "convert", config.overwrite) as folder:
@@ -186,9 +189,15 @@ def _to_original(config: ConvertConfig, destination: Path) -> dict[str, Any]:
         refuse_nested(config.source, destination)
         if not config.overwrite:
             raise FileExistsError(f"{destination} exists; add --overwrite to replace it, or choose another file.")
+        if not is_torch_file(destination):
+            raise FileExistsError(
+                f"{destination} is not replaced, because no conversion wrote it: it is no checkpoint of torch; "
+                "choose another file, or delete it yourself."
+            )
+    refuse_damaged(config.source)
     inspect_repo(config.source).require(RepoKind.JOINT, hint="Only such a model has the parts of the original.")
     model = LLM2CLIPModel.from_pretrained(config.source, text_model=False)
     state = to_original(model.config, model.state_dict())
-    with atomic_file(destination) as file:
+    with atomic_file(resolved(destination)) as file:
         torch.save(state, file)
     return {"written": str(destination), "tensors": len(state)}

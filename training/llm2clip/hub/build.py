@@ -28,7 +28,7 @@ from llm2clip.hub.upload_files import PICTURES, model_files
 from llm2clip.utils.files import read_json, write_json, write_license
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.manifests import refuse_damaged, write_model_manifest
-from llm2clip.utils.repos import OURS, RepoKind, inspect_repo, is_hub_id
+from llm2clip.utils.repos import OURS, RepoKind, inspect_repo, is_hub_id, referred_folders
 from llm2clip.utils.settings import build_config, setting
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 
@@ -131,6 +131,8 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     results = [*(evaluations or []), *results_of_one_model([Path(path) for path in config.results])]
     refuse_damaged(config.model)
     repo = inspect_repo(config.model, config.revision).require(*OURS)
+    for needed in referred_folders(config.model):
+        refuse_nested(needed, destination)
     if config.text_model is None and (llm := repo.config.get("text_model_name_or_path")):
         refuse_damaged(llm)
     folder_of_source = source_folder(config)

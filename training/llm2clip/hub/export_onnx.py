@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor
 
 from llm2clip.utils.folders import atomic_folder, refuse_existing
+from llm2clip.utils.manifests import refuse_damaged
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.settings import setting
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
@@ -117,6 +118,7 @@ def run(config: ExportOnnxConfig) -> dict[str, Any]:
     destination = Path(config.output_dir or Path(config.model) / "onnx")
     refuse_existing(destination, COMMAND, config.overwrite)
     _require_libraries()
+    refuse_damaged(config.model)
     parts = _parts(config)
     model = _load(config, "text" in parts)
     result: dict[str, Any] = {}

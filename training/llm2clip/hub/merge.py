@@ -25,7 +25,7 @@ from llm2clip.utils.files import write_license
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.manifests import refuse_damaged
 from llm2clip.utils.processes import on_main_process, process_state
-from llm2clip.utils.repos import RepoKind, hub_ids, inspect_repo
+from llm2clip.utils.repos import RepoKind, hub_ids, inspect_repo, referred_folders
 from llm2clip.utils.settings import build_config, check_choices, setting
 from llm2clip.utils.tables import print_table, recalls_in_percent
 
@@ -120,6 +120,8 @@ def run(config: MergeConfig) -> dict[str, Any]:
     for source in (config.first, config.second):
         refuse_nested(source, destination)
         on_main_process(partial(refuse_damaged, source))
+        for needed in referred_folders(source):
+            refuse_nested(needed, destination)
     refuse_existing(destination, "merge", config.overwrite)
     mixture = _open(config)
     evaluation = _evaluation(config, mixture)

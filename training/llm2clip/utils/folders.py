@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +37,7 @@ def atomic_folder(destination: Path, command: str, overwrite: bool = False) -> I
         OSError: The folder cannot get its name. An existing one is back in its place, or where the message says, and
             the new one is kept too.
     """
-    destination = destination.resolve()
+    destination = resolved(destination)
     _recover(destination)
     refuse_existing(destination, command, overwrite)
     scratch = temporary_name(destination)
@@ -90,12 +92,16 @@ def refuse_existing(destination: Path, command: str, overwrite: bool) -> None:
 
     With `overwrite`, a folder is replaced if it is empty, or if `command` wrote it and it holds nothing else.
     """
-    if not destination.exists():
+    if not resolved(destination).exists():
         return
     if not overwrite:
         raise FileExistsError(f"{destination} exists; add --overwrite to replace it, or choose another destination.")
     if not destination.is_dir():
         raise FileExistsError(f"{destination} is a file, and is not replaced by a folder; choose another destination.")
+    if os.path.ismount(destination):
+        raise FileExistsError(
+            f"{destination} is where a disk is mounted, and cannot be replaced; choose a folder in it."
+        )
     if not any(destination.iterdir()):
         return
     foreign = foreign_files(destination, command)
@@ -113,11 +119,30 @@ def refuse_existing(destination: Path, command: str, overwrite: bool) -> None:
 
 
 def refuse_nested(source: str | Path, destination: Path) -> None:
-    """Raise ValueError if a local source and a destination are the same, or one of them is inside the other."""
+    """Raise ValueError if a local source and a destination are the same, or one of them is inside the other.
+
+    Also where the two have different paths, as with links and bind mounts.
+    """
     if not Path(source).exists():
         return
-    inner, outer = Path(source).resolve(), destination.resolve()
-    if inner == outer or outer in inner.parents:
+    inner, outer = Path(source).resolve(), resolved(destination)
+    if any(_is_same(outer, parent) for parent in (inner, *inner.parents)):
         raise ValueError(f"{destination} contains the source {source}; choose a destination outside of it.")
-    if inner in outer.parents:
+    if any(_is_same(inner, parent) for parent in outer.parents):
         raise ValueError(f"{destination} is inside the source {source}; choose a destination outside of it.")
+
+
+def resolved(path: Path) -> Path:
+    """Follow the links of a path.
+
+    Raises:
+        OSError: A link leads to itself.
+    """
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # before Python 3.13
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one == other or (one.exists() and other.exists() and one.samefile(other))

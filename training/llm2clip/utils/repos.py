@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
-from transformers.utils import find_adapter_config_file
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_config_file
 
+from llm2clip.utils.files import read_json
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPVisionModelWithProjection
 from modeling_llm2clip.sentence_transformers_llm2clip import is_embedding_model
 
@@ -98,6 +99,24 @@ def _kind(config: dict[str, Any], is_adapter: bool) -> RepoKind:
         is_half = config.get("architectures") == [LLM2CLIPVisionModelWithProjection.__name__]
         return RepoKind.VISION_HALF if is_half else RepoKind.JOINT
     return RepoKind.ADAPTER if is_adapter else RepoKind.OTHER
+
+
+def referred_folders(name: str | Path) -> list[Path]:
+    """Return the local folders that a local model needs beside its own: its LLM, and what an adapter is for.
+
+    Raises:
+        ValueError: A config file is damaged.
+    """
+    found: list[Path] = []
+    waiting = [Path(name)]
+    while waiting:
+        folder = waiting.pop()
+        for file, key in ((CONFIG_NAME, "text_model_name_or_path"), (ADAPTER_CONFIG_NAME, "base_model_name_or_path")):
+            other = read_json(folder / file).get(key) if (folder / file).is_file() else None
+            if isinstance(other, str) and other and Path(other).is_dir() and Path(other) not in found:
+                found.append(Path(other))
+                waiting.append(Path(other))
+    return found
 
 
 def is_hub_id(name: str) -> bool:
