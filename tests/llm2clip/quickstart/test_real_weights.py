@@ -1,4 +1,4 @@
-"""The quickstart with its defaults: pretrained weights, bundled data, and goals of its tables that hold easily."""
+"""The quickstart on pretrained weights and bundled data, and goals of its tables that hold easily."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from llm2clip import cli
 from llm2clip.quickstart.arms import E5_TITLE
+from llm2clip.recipes import find_recipe, load_recipe
 from tests import stranger
 from tests.llm2clip import tiny
 
@@ -29,12 +31,24 @@ with torch.no_grad():
 """
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # On one thread, as all tests: more of them wait for each other while other tests run beside them.
+@pytest.fixture(scope="module", params=["short", pytest.param("default", marks=pytest.mark.nightly)])
+def arguments(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of the quickstart: its defaults, which train for half an hour here, or less of each training."""
     folder = tmp_path_factory.mktemp("quickstart")
-    assert cli.main(["quickstart", "--traceback", "--output-dir", str(folder)]) == 0
-    return folder
+    profile = request.param
+    if profile == "short":
+        recipe = load_recipe(find_recipe("quickstart_default"))
+        recipe["stage1"]["max_steps"], recipe["frozen"]["num_train_epochs"] = 60, 12
+        profile = str(folder / "short.yaml")
+        Path(profile).write_text(yaml.safe_dump(recipe))
+    return ["quickstart", "--output-dir", str(folder / "run"), "--profile", profile]
+
+
+@pytest.fixture(scope="module")
+def run(arguments: list[str]) -> Path:
+    # On one thread, as all tests: more of them wait for each other while other tests run beside them.
+    assert cli.main([*arguments, "--traceback"]) == 0
+    return Path(arguments[2])
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +88,6 @@ def test_the_final_model_gives_the_recorded_logits_in_a_process_without_this_pac
     torch.testing.assert_close(torch.tensor(logits), torch.tensor(sample["logits_per_image"]), atol=1e-5, rtol=0)
 
 
-def test_a_second_run_reuses_every_step(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["quickstart", "--output-dir", str(run)]) == 0
+def test_a_second_run_reuses_every_step(run: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 0
     assert "reused from an earlier run: weights, raw, raw-causal, stage1" in capsys.readouterr().out.replace("\n", " ")
