@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from llm2clip.data import SkipLog
 
 
@@ -21,3 +23,26 @@ def test_skip_log_lists_each_key_once(tmp_path: Path) -> None:
     assert (resumed.take_new(), resumed.take_new()) == (["a", "ü", "b"], [])
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert lines == [{"key": "a", "reason": "torn"}, {"key": "ü", "reason": "leer"}, {"key": "b", "reason": "x"}]
+
+
+def test_a_log_is_rewound_to_a_size(tmp_path: Path) -> None:
+    path = tmp_path / "skipped.jsonl"
+    log = SkipLog(path)
+    log.rewind(10)
+    log.add([("a", "torn")])
+    size = log.size
+    log.add([("b", "torn")])
+    log.rewind(size)
+    assert (log.take_new(), log.count, log.size) == (["a"], 1, size)
+    log.rewind(0)
+    assert (log.count, path.read_bytes()) == (0, b"")
+
+
+def test_a_damaged_log_is_named_unless_it_is_of_another_run(tmp_path: Path) -> None:
+    path = tmp_path / "skipped.jsonl"
+    path.write_bytes(bytes(20) + b"\n")
+    with pytest.raises(ValueError, match=r"skipped\.jsonl cannot be read"):
+        SkipLog(path).take_new()
+    log = SkipLog(path)
+    log.rewind(0)
+    assert log.take_new() == []

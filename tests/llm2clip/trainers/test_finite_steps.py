@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from llm2clip import LLM2CLIPModel, Stage2Config, Stage2Trainer
 from llm2clip.data import SkipLog
 from llm2clip.trainers.finite_steps import describe
+from llm2clip.trainers.skipped_samples import SkippedSamples
 from llm2clip.utils.non_finite import NonFiniteError
 from llm2clip.utils.processes import leave_process_group
 from tests.llm2clip.trainers.test_plain_datasets import MapRows, Rows
@@ -186,14 +187,22 @@ def test_a_negative_number_is_refused() -> None:
         Stage2Config(output_dir="x", skip_bad_steps=-1)
 
 
+class SkipOne(TrainerCallback):
+    def __init__(self, skipped: SkippedSamples) -> None:
+        self.skipped = skipped
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.skipped.add([("torn", "it is damaged")])
+
+
 def run_in_process(folder: Path) -> None:
     """Train on one of several processes; the main one writes the log."""
     # Row 20 of a global batch of 16: step 2, row 4 of the first process.
     trainer = trainer_of(folder, rows(64, 20), max_steps=4, skip_bad_steps=2)
     trainer.broken_loss = (1, 2)
     # Both processes have met this row, in different epochs.
-    trainer.skip_log = SkipLog(folder / f"skipped-{trainer.args.process_index}.jsonl")
-    trainer.skip_log.add([("torn", "it is damaged")])
+    trainer.skipped.skip_log = SkipLog(folder / f"skipped-{trainer.args.process_index}.jsonl")
+    trainer.add_callback(SkipOne(trainer.skipped))
     trainer.train()
     ranked = {"weights": trainer.model.visual_projection.weight.tolist(), "skipped": trainer.finite_steps.skipped}
     (folder / f"{trainer.args.process_index}.json").write_text(json.dumps(ranked))

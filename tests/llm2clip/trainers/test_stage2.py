@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,24 @@ def test_damaged_images_are_refused_or_skipped_and_listed(inputs: Inputs, tmp_pa
     assert len(listed) == 2
     history = json.loads((tmp_path / "skip" / "trainer_state.json").read_text())["log_history"]
     assert history[-2].get("skipped_samples") == 2
+
+
+def test_a_run_counts_the_skipped_samples_of_its_own_steps(inputs: Inputs, tmp_path: Path) -> None:
+    """Those of another run, and of the steps after the checkpoint, are in the file that a run finds."""
+    log, folder = tmp_path / "run" / "skipped-0.jsonl", tmp_path / "run"
+    folder.mkdir()
+    log.write_text('{"key": "of another run", "reason": "it is damaged"}\n')
+    changes = {"sources": [damaged_source(tmp_path)], "on_error": "skip", "eval_sources": {}, "save_steps": 2}
+    run(folder, inputs, **changes)
+    history, listed = (json.loads((folder / "trainer_state.json").read_text())["log_history"], log.read_text())
+    counts = [entry.get("skipped_samples", 0) for entry in history]
+    assert (counts[-1], counts[1]) == (2, 1), "one of the two is met after step 2"
+    for step in (4, 6):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    run(folder, inputs, resume=True, **changes)
+    resumed = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert [entry.get("skipped_samples", 0) for entry in resumed] == counts
+    assert log.read_text() == listed
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,9 @@ class TableLane:
     def fingerprint(self) -> str:
         return digest_json(len(self.dataset))
 
+    def files_digest(self) -> str:
+        return self.dataset.content_digest()
+
     def join(self, number: int) -> None:
         self.dataset.is_one_of_several, self.seed = True, stable_seed(self.seed, "source", number)
 

@@ -20,8 +20,9 @@ from llm2clip.data.opened_table import open_table
 from llm2clip.data.pair_keys import KeyColumns, pair_keys
 from llm2clip.data.records import caption_id, column_texts
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
-from llm2clip.data.shared_files import shared_file, table_identity
+from llm2clip.data.shared_files import rows_digest, shared_file, table_identity
 from llm2clip.data.sources import Source, first_rows, require_columns, require_weight, table_columns, top_level
+from llm2clip.utils.files import digest_json
 
 logger = logging.getLogger(__name__)
 # Rows that are drawn before a source counts as one without a random negative.
@@ -252,6 +253,9 @@ class PairDataset(ConcatenatedTables):
             label = next(name for name in numbered if name not in tables)
             tables[label] = PairTable(source, _load(source), label)
         super().__init__(list(tables.values()))
+
+    def content_digest(self) -> str:
+        return digest_json([rows_digest(table.table) for table in self.tables])
 
     @property
     def num_dropped(self) -> int:

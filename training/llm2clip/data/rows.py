@@ -7,10 +7,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
+from llm2clip.data.image_keys import sampled_keys
 from llm2clip.data.opened_table import OpenedTable, SourceError
 from llm2clip.data.sample_stream import ReaderPlace, SampleStream
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
 from llm2clip.data.shard_rows import ShardRows
+from llm2clip.data.shared_files import rows_digest, sampled_files_digest
 from llm2clip.data.sources import (
     CaptionSource,
     Columns,
@@ -18,6 +20,7 @@ from llm2clip.data.sources import (
     open_source,
     select_source,
     source_columns,
+    top_level,
     used_columns,
 )
 from llm2clip.data.stream_plan import RowPlan
@@ -58,6 +61,15 @@ class CaptionRows(ConcatenatedTables):
         self.is_one_of_several = False
         super().__init__([load_source(source, with_images) for source in self.sources])
         self.columns = [source_columns(*pair, with_images) for pair in zip(self.sources, self.tables, strict=True)]
+
+    def content_digest(self) -> str:
+        """See [`EpochDataset.content_digest`]. Of images, some are hashed."""
+        found: list[Any] = []
+        for table, columns in zip(self.tables, self.columns, strict=True):
+            texts = table.select_columns(list(dict.fromkeys(top_level(table, name) for name in columns.captions)))
+            images = [] if columns.image is None else sampled_keys(table, columns.image)
+            found.append([rows_digest(texts), images])
+        return digest_json(found)
 
     def _key(self, number: int, position: int, row: Mapping[str, Any]) -> str:
         column = self.columns[number].key
@@ -134,6 +146,9 @@ class StreamedRows(SampleStream):
         if self.reader.row_counts is None:
             return None
         return digest_json([[*map(os.path.basename, self.reader.shards.files)], self.reader.row_counts])
+
+    def files_digest(self) -> str:
+        return sampled_files_digest(self.reader.shards.files)
 
     def join(self, number: int) -> None:
         self.is_one_of_several, self.seed = True, stable_seed(self.seed, "source", number)

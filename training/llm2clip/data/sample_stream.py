@@ -13,6 +13,7 @@ from llm2clip.data.mixing import OneSource, Schedule
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.stream_place import Layout, Place
 from llm2clip.data.stream_plan import RowPlan, Segment
+from llm2clip.utils.files import digest_json
 
 
 class ReaderPlace(NamedTuple):
@@ -56,6 +57,9 @@ class Lane(Protocol):
 
     def require_readers(self, num_readers: int, world_size: int) -> None:
         """Raise a [`SourceError`] if there is nothing to read for some of the readers."""
+
+    def files_digest(self) -> str:
+        """Hash the content of the source, of large files a sample."""
 
     def samples(self, place: ReaderPlace, first_epoch: int, repeat: bool) -> Iterator[Any]:
         """Yield the samples of a reader from a place on; those of one epoch, or with `repeat` without end."""
@@ -119,6 +123,10 @@ class SampleStream(IterableDataset):
     def fingerprints(self) -> list[tuple[str, str | None]]:
         """Return the name of each source, and a hash of its files and numbers of rows if these are known."""
         return [(lane.name, lane.fingerprint()) for lane in self.lanes]
+
+    def content_digest(self) -> str:
+        """Hash the content of the sources, of large files a sample."""
+        return digest_json([lane.files_digest() for lane in self.lanes])
 
     def schedule(self, plans: Sequence[RowPlan | None], layout: Layout, reader: int, depth: int) -> Schedule:
         """Return of which source each row of a reader is.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
+
+from llm2clip.utils.library_errors import reading
 
 logger = logging.getLogger(__name__)
 
@@ -19,35 +22,57 @@ class SkipLog:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._keys: set[str] = set()
+        self._known: set[str] | None = None
         self._unreported: list[str] = []
-        if self.path.exists():
-            content = self.path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):  # the last line is incomplete: the run was killed
-                self.path.write_bytes(whole)
-            self._unreported = [json.loads(line)["key"] for line in whole.splitlines()]
-            self._keys.update(self._unreported)
+
+    @property
+    def _keys(self) -> set[str]:
+        # On first use, since a run that starts anew does not read the file of another one.
+        if self._known is None:
+            self._known = set(self._read())
+        return self._known
+
+    def _read(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):  # the last line is incomplete: the run was killed
+            self.path.write_bytes(whole)
+        with reading(self.path, ValueError):
+            self._unreported = [str(json.loads(line)["key"]) for line in whole.splitlines()]
+        return self._unreported
 
     @property
     def count(self) -> int:
         """Number of distinct rows in the log."""
         return len(self._keys)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def rewind(self, size: int) -> None:
+        """Forget what was added since the file had `size` bytes."""
+        if self.size > size:
+            os.truncate(self.path, size)
+        self._known, self._unreported = None, []
+
     def add(self, skipped: Iterable[tuple[str, str]]) -> int:
         """Append the (key, reason) pairs with a new key; returns their number."""
-        new: dict[str, str] = {}
+        keys, new = self._keys, dict[str, str]()
         for key, reason in skipped:
-            if key not in self._keys:
+            if key not in keys:
                 new.setdefault(key, reason)
         if new:
-            if not self._keys:
+            if not keys:
                 logger.warning("Skipping rows that cannot be used; they are listed in %s.", self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 for key, reason in new.items():
                     file.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
-            self._keys.update(new)
+            keys.update(new)
             self._unreported += new
         return len(new)
 
@@ -57,5 +82,6 @@ class SkipLog:
         Another process reads a row in another epoch, and lists it in its own file: only the keys of all processes
         together say how many rows there are.
         """
+        _ = self._keys
         taken, self._unreported = self._unreported, []
         return taken

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -68,9 +69,10 @@ class StageConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        self._refuse_numbers()
         if self.ema_half_life is not None and not 0 < self.ema_half_life < math.inf:
             raise ValueError(f"ema_half_life must be a number of steps above 0, but is {self.ema_half_life}.")
-        if not 0 < self.grace_seconds < math.inf:
+        if not 0 < self.grace_seconds <= threading.TIMEOUT_MAX:
             raise ValueError(f"grace_seconds must be a number of seconds above 0, but is {self.grace_seconds}.")
         # transformers 5.2 may not have it.
         if getattr(self, "enable_jit_checkpoint", False):
@@ -89,9 +91,19 @@ class StageConfig(TrainingArguments):
         accelerator_config: Any = self.accelerator_config
         if accelerator_config.dispatch_batches is None:
             accelerator_config.dispatch_batches = False
-        for name in ("tower_chunk_size", "loss_chunk_size"):
+
+    def _refuse_numbers(self) -> None:
+        """Refuse numbers with which a run would end long after its start, or train something else without a word."""
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            unlimited = name == "max_grad_norm" and value == math.inf
+            if isinstance(value, float) and not math.isfinite(value) and not unlimited:
+                raise ValueError(f"{name} is {value}, but it has to be a finite number.")
+        for name in ("tower_chunk_size", "loss_chunk_size", "gradient_accumulation_steps"):
             if (size := getattr(self, name, None)) is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, but is {size}.")
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0; set it to a number of steps, or to -1 for num_train_epochs.")
 
     def _read_accelerator_config(self) -> None:
         """Read the one setting whose errors in `TrainingArguments` do not name it."""

@@ -26,6 +26,8 @@ from llm2clip.trainers.model_card import DataRevisions, write_model_card
 from llm2clip.trainers.progress import TrainingProgress
 from llm2clip.trainers.pushing import copy_files
 from llm2clip.trainers.resuming import ResumingTrainer
+from llm2clip.trainers.run_inputs import RunInputs
+from llm2clip.trainers.run_settings import copy_settings
 from llm2clip.trainers.sharding import gathered, undivided, with_scalars
 from llm2clip.trainers.stream_resume import StreamResume, begun, stream_loader
 from llm2clip.trainers.weight_average import WeightAverage
@@ -99,6 +101,7 @@ class StageTrainer(ResumingTrainer):
             **kwargs,
         )
         self.eval_revisions = DataRevisions(getattr(args, "eval_sources", {}) if self.is_world_process_zero() else {})
+        self.inputs = RunInputs(self)
         self.finite_steps = FiniteSteps(self, self.args.skip_bad_steps)
         self.add_callback(self.finite_steps)
         half_life = self.args.ema_half_life
@@ -159,6 +162,10 @@ class StageTrainer(ResumingTrainer):
         """Compute retrieval metrics from the embeddings of `eval_dataset` and their [`eval_labels`]."""
         raise NotImplementedError
 
+    def frozen_inputs(self) -> dict[str, str | None]:
+        """Identify the weights that a run reads and that its checkpoints do not contain, by name in words."""
+        return {}
+
     def eval_labels(self, inputs: dict[str, Any], num_rows: int) -> Any:
         """Which rows of a batch belong together: labels for `compute_metrics`. By default, each with itself."""
         return torch.zeros(num_rows, device=self.args.device)
@@ -210,6 +217,9 @@ class StageTrainer(ResumingTrainer):
             self.average.save(folder)
         if self.stream is not None and self.args.should_save:
             self.stream.save(folder, self.state.global_step)
+        if self.args.should_save:
+            self.inputs.save(folder)
+            copy_settings(self.args, folder)
         # The other processes have written their states of random numbers.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

@@ -82,7 +82,7 @@ class FrozenStatesDataset(EpochDataset):
     ) -> None:
         if getattr(frozen.tower.config, "patch_dropout", 0):
             raise ValueError("patch_dropout does not work with frozen_states_dir; set it to 0.")
-        self.captions = captions
+        self.captions, self._images = captions, images
         state = process_state()
         # The first process decides for all, which may see the folder at different times.
         found: list[Any] = [None, None]
@@ -147,6 +147,9 @@ class FrozenStatesDataset(EpochDataset):
     def starts(self) -> np.ndarray:
         """See [`ConcatenatedTables`]."""
         return self.captions.starts
+
+    def content_digest(self) -> str:
+        return self._images.content_digest()
 
     def __len__(self) -> int:
         return len(self.captions)

@@ -27,3 +27,12 @@ class MNTPConfig(TextTowerConfig):
     random_replace_prob: float = setting(0.1, "Share of the masked tokens that become a random token; the rest stays.")
     num_train_epochs: float = setting(1.0, "Passes over the training data.")
     per_device_train_batch_size: int = setting(32, "Blocks per device and step.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size < 2:
+            raise ValueError(
+                f"block_size must be at least 2, since a token is predicted from others, not {self.block_size}."
+            )
+        if not 0 < self.mlm_probability <= 1:
+            raise ValueError(f"mlm_probability must be above 0 and at most 1, but is {self.mlm_probability}.")

@@ -38,6 +38,9 @@ class TokenBlocks(EpochDataset):
             raise ValueError(f"the texts have {len(tokens)} tokens and do not fill one block of {block_size}.")
         self.blocks = tokens[: count * block_size].reshape(count, block_size)
 
+    def content_digest(self) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.blocks).data).hexdigest()[:16]
+
     def __len__(self) -> int:
         return len(self.blocks)
 

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 
 from llm2clip.hub.hub_errors import explanation
 from llm2clip.hub.upload import Uploader
+from llm2clip.trainers.checkpoints import SETTINGS
 from llm2clip.trainers.weight_average import AVERAGE_FILE
 from llm2clip.utils.files import atomic_path, write_license
 from llm2clip.utils.manifests import FOLDER_MANIFEST
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 # Files of a checkpoint that are for resuming only.
 TRAINING_STATE = (
     *("*.pt", "*.pth", "*.bin", "trainer_state.json", "*fsdp*", "optimizer*", AVERAGE_FILE, "README.md"),
-    FOLDER_MANIFEST,
+    *(FOLDER_MANIFEST, SETTINGS, "inputs.json", "stream.json"),
 )
 
 

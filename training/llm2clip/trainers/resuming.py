@@ -17,7 +17,13 @@ class _NoStepIsLeft(Exception):  # noqa: N818
 
 
 class _Watch(TrainerCallback):
-    """Ends training before its first step if none is left; the Trainer would make one more."""
+    """Keeps a resumed run to its settings, and ends it before its first step if none is left.
+
+    The Trainer would make one more, and go on with the `logging_steps`, `eval_steps`, `save_steps` of the checkpoint.
+    """
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps > 0:

@@ -188,6 +188,9 @@ class Stage2Config(ContrastiveConfig, StageConfig):
             )
         if self.freeze_vision == "all" and self.online_text_model:
             raise ValueError("freeze_vision: all needs embedding_cache, so that both towers are computed once.")
+        for name in ("projection_dim", "adapter_expansion"):
+            if (width := getattr(self, name)) is not None and width < 1:
+                raise ValueError(f"{name} must be at least 1, but is {width}.")
         if self.shuffle_buffer_mb < 0:
             raise ValueError(f"shuffle_buffer_mb must be at least 0, but is {self.shuffle_buffer_mb}.")
         if self.feature_views < 1:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -27,6 +26,7 @@ from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
 from llm2clip.trainers.grad_cache import embed_captions, in_chunks
 from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, warmup_cosine_schedule
 from llm2clip.trainers.sharding import give_scalars_a_dimension, undivided, value_of, whole_weights
+from llm2clip.trainers.skipped_samples import SkippedSamples
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.processes import work_alone
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
@@ -81,9 +81,10 @@ class Stage2Trainer(StageTrainer):
         skip_log: SkipLog | None = None,
         **kwargs: Any,
     ) -> None:
-        self.frozen, self.embed, self.skip_log = frozen, embed, skip_log
-        self._skipped_keys: set[str] = set()
+        self.frozen, self.embed = frozen, embed
+        self.skipped = SkippedSamples(skip_log)
         super().__init__(*args, **kwargs)
+        self.add_callback(self.skipped)
         model = cast(LLM2CLIPModel, self.model)
         freeze_unused(model.vision_model)
         if model.text_model is not None:
@@ -100,6 +101,9 @@ class Stage2Trainer(StageTrainer):
         if several and self.args.mixing == "one_source_per_step":
             return self.make_sampler(OneSourceBatchSampler)
         return super().batch_sampler()
+
+    def frozen_inputs(self) -> dict[str, str | None]:
+        return {"text encoder": cast(LLM2CLIPModel, self.model).config.text_model_fingerprint}
 
     def eval_labels(self, inputs: dict[str, Any], num_rows: int) -> Any:
         if "caption_ids" not in inputs:
@@ -141,9 +145,7 @@ class Stage2Trainer(StageTrainer):
 
     def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = dict(inputs)
-        skipped = inputs.pop("skipped", [])
-        if skipped and self.skip_log is not None:
-            self.skip_log.add(skipped)
+        self.skipped.add(inputs.pop("skipped", []))
         ids = {name: inputs.pop(name, None) for name in ("caption_ids", "image_caption_ids")}
         if self.args.shared_captions == "separate":
             ids = {}
@@ -189,10 +191,13 @@ class Stage2Trainer(StageTrainer):
             logs["logit_scale"] = math.exp(value_of(model.logit_scale))
             if model.logit_bias is not None:
                 logs["logit_bias"] = value_of(model.logit_bias)
-        self._skipped_keys.update(gather_object(self.skip_log.take_new() if self.skip_log is not None else []))
-        if self._skipped_keys:
-            logs["skipped_samples"] = len(self._skipped_keys)
+        if skipped := self.skipped.count():
+            logs["skipped_samples"] = skipped
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.skipped.gather()
+        super()._save_checkpoint(model, trial)
 
     def measure(self, model: LLM2CLIPModel, retrieval: ImageTextRetrieval) -> dict[str, float | int]:
         batch_size, num_workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers

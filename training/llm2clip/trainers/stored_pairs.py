@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,6 +71,12 @@ class StoredPairsDataset(EpochDataset):
 
     def __len__(self) -> int:
         return len(self.image_rows)
+
+    def content_digest(self) -> str:
+        digest = hashlib.sha256(self.features.manifest.fingerprint.encode())
+        for values in (self.image_rows, self._ends, self._caption_ids, self._bounds):
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()[:16]
 
     def used_rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the rows of the images, and the rows and the weights of the captions, that training draws from."""

@@ -94,8 +94,8 @@ class StreamResume(TrainerCallback):
             if before != now:
                 raise ValueError(
                     f"the files of {name}, or their numbers of rows, are not those of the run that {path} is of, so "
-                    "that its place in them is lost. Restore them, or add --ignore-data-skip to start over with the "
-                    "rows as they are now, with the trained weights."
+                    "that its place in them is lost. Restore them, or add --ignore-data-skip --resume-anyway "
+                    "to start over with the rows as they are now, with the trained weights."
                 )
         if values["seed"] != self.stream.seed:
             raise ValueError(f"{path} is of data_seed {values['seed']}, not {self.stream.seed}; resume with that.")
@@ -154,6 +154,7 @@ def begun(trainer: StageTrainer, choose: Callable[[], str | None]) -> Iterator[s
         unlist_result(trainer.args)
         place = nullcontext() if trainer.stream is None else trainer.stream.resumed(checkpoint)
         with place, stopped_by_sigterm(trainer):
+            trainer.inputs.compare(checkpoint)
             yield checkpoint
 
 

@@ -14,6 +14,7 @@ from llm2clip.evaluation import CaptionRetrieval
 from llm2clip.hub.cards.facts import TEXT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.trainers.base_trainer import StageTrainer
+from llm2clip.trainers.run_inputs import sampled_digest
 from llm2clip.trainers.sharding import is_divided, undivided, undivided_building, whole_weights
 from llm2clip.trainers.text_tower_config import TextTowerConfig
 from llm2clip.utils.towers import save_text_tower
@@ -30,6 +31,12 @@ class TextTowerTrainer(StageTrainer):
     evaluation_title = "caption retrieval"
     model: LLM2CLIPTextModel
     args: TextTowerConfig
+
+    def frozen_inputs(self) -> dict[str, str | None]:
+        if not self.model.has_adapter:
+            return {}
+        frozen = [(name, weight) for name, weight in self.model.named_parameters() if not weight.requires_grad]
+        return {"frozen weights": sampled_digest(frozen)}
 
     def measure(self, model: LLM2CLIPTextModel, retrieval: CaptionRetrieval) -> dict[str, float | int]:
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)

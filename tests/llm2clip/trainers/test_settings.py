@@ -1,0 +1,47 @@
+"""Numbers that a stage cannot be trained with are refused when its settings are read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from llm2clip.trainers.mntp_config import MNTPConfig
+from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils.settings import build_config
+
+
+@pytest.mark.parametrize("config", [MNTPConfig, Stage1Config, Stage2Config])
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "save_steps"])
+def test_a_number_has_to_be_finite(config: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is nan, but it has to be a finite number"):
+        build_config(config, {"use_cpu": True, name: math.nan})
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "message"),
+    [
+        (Stage1Config, {"learning_rate": math.inf}, "learning_rate is inf, but it has to be a finite number"),
+        (Stage1Config, {"lora_dropout": math.nan}, "lora_dropout is nan"),
+        (Stage1Config, {"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, but is 0"),
+        (Stage1Config, {"gradient_accumulation_steps": -1}, "gradient_accumulation_steps must be at least 1"),
+        (Stage1Config, {"max_steps": 0}, "max_steps is 0; set it to a number of steps, or to -1"),
+        (Stage1Config, {"grace_seconds": 1e300}, "grace_seconds must be"),
+        (Stage2Config, {"vision_layer_decay": math.inf}, "vision_layer_decay is inf"),
+        (Stage2Config, {"projection_dim": 0}, "projection_dim must be at least 1, but is 0"),
+        (Stage2Config, {"projection_dim": -1}, "projection_dim must be at least 1"),
+        (Stage2Config, {"adapter_expansion": 0}, "adapter_expansion must be at least 1"),
+        (MNTPConfig, {"block_size": 0}, "block_size must be at least 2"),
+        (MNTPConfig, {"block_size": 1}, "block_size must be at least 2"),
+        (MNTPConfig, {"mlm_probability": 0.0}, "mlm_probability must be above 0 and at most 1"),
+    ],
+)
+def test_a_number_out_of_range_is_named(config: Any, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_config(config, {"use_cpu": True, **fields})
+
+
+def test_gradients_may_be_unlimited() -> None:
+    assert build_config(Stage1Config, {"use_cpu": True, "max_grad_norm": math.inf}).max_grad_norm == math.inf
