@@ -62,8 +62,6 @@ class StageTrainer(ResumingTrainer):
     card_task: ClassVar[str] = ""
     evaluation_title: ClassVar[str] = ""
     title: ClassVar[str] = "Training"
-    # Arguments of `from_pretrained` for a checkpoint of the model.
-    load_options: ClassVar[dict[str, Any]] = {}
     # Batch sampler of this package's map-style data sets.
     sampler_class: ClassVar[Callable[..., EpochBatchSampler]] = SampleIndexBatchSampler
     # Evaluation of `eval_dataset` gives the loss alone, without metrics from the outputs.
@@ -233,25 +231,6 @@ class StageTrainer(ResumingTrainer):
             self.accelerator.unwrap_model(self.model).save_pretrained(scratch)
             make_readable_by_version_4(scratch)
             copy_files(Path(scratch), Path(str(self.args.output_dir)))
-
-    # transformers (5.2 to 5.23) has no public method for loading a checkpoint's weights: it reads the files by the
-    # names of the parameters, which `from_pretrained` and `save_pretrained` may change.
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load weights through `from_pretrained`."""
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        target: Any = self.accelerator.unwrap_model(model or self.model)
-        saved = type(target).from_pretrained(resume_from_checkpoint, **self.load_options)
-        missing, unexpected = target.load_state_dict(saved.state_dict(), strict=False)
-        # The frozen LLM is already loaded.
-        missing = [name for name in missing if not name.startswith("text_model.")]
-        if missing or unexpected:
-            raise ValueError(
-                f"{resume_from_checkpoint} does not fit: missing {missing[:5]}, unexpected {unexpected[:5]}; "
-                "resume with the settings of the original run."
-            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

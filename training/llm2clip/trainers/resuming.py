@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -32,6 +32,9 @@ class _Watch(TrainerCallback):
 
 class ResumingTrainer(PushingTrainer):
     """A Trainer whose resumed runs log the losses of uninterrupted ones, and end where those end."""
+
+    # Arguments of `from_pretrained` for a checkpoint of the model.
+    load_options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -75,3 +78,22 @@ class ResumingTrainer(PushingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.totals.gather()
         super()._save_checkpoint(model, trial)
+
+    # transformers (5.2 to 5.23) has no public method for loading a checkpoint's weights: it reads the files by the
+    # names of the parameters, which `from_pretrained` and `save_pretrained` may change.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load weights through `from_pretrained`."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        target: Any = self.accelerator.unwrap_model(model or self.model)
+        saved = type(target).from_pretrained(resume_from_checkpoint, **self.load_options)
+        missing, unexpected = target.load_state_dict(saved.state_dict(), strict=False)
+        # The frozen LLM is already loaded.
+        missing = [name for name in missing if not name.startswith("text_model.")]
+        if missing or unexpected:
+            raise ValueError(
+                f"{resume_from_checkpoint} does not fit: missing {missing[:5]}, unexpected {unexpected[:5]}; "
+                "resume with the settings of the original run."
+            )
