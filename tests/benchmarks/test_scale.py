@@ -114,6 +114,7 @@ def test_the_newest_figures_are_in_the_table_and_in_the_plot(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_data_set_is_embedded_by_processes_that_are_killed_on_the_way(tmp_path: Path) -> None:
     figures = embed(tmp_path, Trial(captions=40_000, processes=2, kills=1))
     assert (figures["captions"], figures["kills"], figures["left_over"]) == (40_000, 1, [])

@@ -22,7 +22,7 @@ SECONDS = "LLM2CLIP_FUZZ_SECONDS"
 def main() -> int:
     """Run the command; the exit status is 1 if something failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
-    parser.add_argument("--seconds", type=float, default=float(os.environ.get(SECONDS, 90)), help=f"or {SECONDS}")
+    parser.add_argument("--seconds", type=float, default=float(os.environ.get(SECONDS, 30)), help=f"or {SECONDS}")
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
     parser.add_argument("--doors", nargs="*", choices=[door.name for door in DOORS], help="default: all of them")
     parser.add_argument("--failures", type=Path, default=Path("build/fuzz"), help="where failing inputs are stored")

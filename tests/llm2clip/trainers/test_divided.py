@@ -33,8 +33,12 @@ NEEDS_DEEPSPEED = pytest.mark.skipif(
 )
 CONFIGURATIONS = [
     "fsdp.yaml",
-    *(pytest.param(f"deepspeed_zero{stage}.yaml", marks=NEEDS_DEEPSPEED) for stage in (1, 2, 3)),
+    *(
+        pytest.param(f"deepspeed_zero{stage}.yaml", marks=[NEEDS_DEEPSPEED, pytest.mark.nightly])
+        for stage in (1, 2, 3)
+    ),
 ]
+STAGES = [pytest.param("stage1", marks=pytest.mark.nightly), "stage2"]
 
 
 def fields_of(stage: str, folder: Path, inputs: Inputs) -> dict[str, Any]:
@@ -86,7 +90,7 @@ def test_two_processes_with_a_part_of_the_model_each_equal_one_with_all_of_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_of_shards_is_a_whole_model_and_resumes(stage: str, inputs: Inputs, tmp_path: Path) -> None:
     fields = fields_of(stage, tmp_path / "one", inputs)
     llm2clip(stage, {**fields, "per_device_train_batch_size": 2 * fields["per_device_train_batch_size"]})
@@ -101,7 +105,7 @@ def test_a_checkpoint_of_shards_is_a_whole_model_and_resumes(stage: str, inputs:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("configuration", [CONFIGURATIONS[0], CONFIGURATIONS[2]])
 def test_chunks_and_accumulation_of_a_divided_model_equal_whole_batches(
     configuration: str, stage: str, inputs: Inputs, tmp_path: Path

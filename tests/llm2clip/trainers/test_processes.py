@@ -27,7 +27,7 @@ from tests.processes import run_python, start_python
 
 CLI = ["-m", "llm2clip"]
 # Four processes take a minute each to start on two cores.
-PROCESSES = [2, pytest.param(4, marks=pytest.mark.slow)]
+PROCESSES = [2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.nightly])]
 
 
 def llm2clip(command: str, fields: dict[str, Any], processes: int = 1, *options: str) -> None:
@@ -111,7 +111,7 @@ def test_a_warm_start_on_two_processes_equals_one(inputs: Inputs, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", PROCESSES)
 def test_evaluate_on_several_processes_equals_one(processes: int, inputs: Inputs, tmp_path: Path) -> None:
     fields = tiny.stage2_fields(tmp_path / "run", inputs.vision, inputs.text, inputs.cache)
     llm2clip("stage2", fields | {"max_steps": 1, "save_strategy": "no", "eval_sources": {}})
@@ -127,6 +127,7 @@ def test_evaluate_on_several_processes_equals_one(processes: int, inputs: Inputs
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_train_dinov2_with_checkpointing(inputs: Inputs, tmp_path: Path) -> None:
     """DDP must not wait for the unused mask token; both processes compute the frozen states."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
@@ -219,7 +220,7 @@ leave_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["MapRows", "IterableRows"])
+@pytest.mark.parametrize("kind", ["MapRows", pytest.param("IterableRows", marks=pytest.mark.nightly)])
 def test_plain_data_sets_on_two_processes_equal_one(kind: str, inputs: Inputs, tmp_path: Path) -> None:
     model = joint_model(inputs, tmp_path / "model")
     (tmp_path / "plain.py").write_text(PLAIN)
