@@ -204,6 +204,7 @@ print("PEAK", 1024 * (status("VmHWM") - before))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the process's memory from /proc")
+@pytest.mark.slow
 def test_a_half_reads_only_its_own_tensors(tmp_path: Path) -> None:
     text = tiny.text_config()
     text.decoder_config.vocab_size = 2_000_000

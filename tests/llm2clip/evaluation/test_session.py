@@ -221,6 +221,7 @@ def test_broken_images_and_embeddings_are_named(model: Path, monkeypatch: pytest
         found.embed_images(pictures(0, 1))
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_rows_of_one(model: Path, tmp_path: Path) -> None:
     run_python(["-m", "tests.llm2clip.evaluation.test_session", str(model), str(tmp_path)], processes=2)
     images = pictures(*range(7))

@@ -251,6 +251,7 @@ def launch_configuration(name: str) -> dict[str, Any]:
     return yaml.safe_load((files("llm2clip.recipes") / "accelerate" / name).read_text())
 
 
+@pytest.mark.slow
 def test_stage2_under_accelerate_launch_equals_one_process(inputs: Inputs, tmp_path: Path) -> None:
     fields = tiny.stage2_fields(tmp_path / "one", inputs.vision, inputs.text, inputs.cache)
     fields |= {"save_strategy": "no", "max_steps": 2, "eval_sources": {}}

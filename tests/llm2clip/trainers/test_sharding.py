@@ -66,6 +66,7 @@ def test_a_run_that_asks_for_nothing_is_not_refused(inputs: Inputs, tmp_path: Pa
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_on_the_cpu_are_told_in_one_line_that_fsdp_needs_gpus(inputs: Inputs, tmp_path: Path) -> None:
     launch, recipe = tmp_path / "launch.yaml", tmp_path / "recipe.yaml"
     launch.write_text(yaml.safe_dump({**launch_configuration("fsdp.yaml"), "num_processes": 2, "use_cpu": True}))
