@@ -224,7 +224,7 @@ def test_sharded_weights_are_refused(name: str) -> None:
 @pytest.mark.parametrize("half_life", [0, -1.0, float("inf")])
 def test_half_life_must_be_a_number_above_zero(half_life: float) -> None:
     with pytest.raises(
-        ValueError, match="ema_half_life (must be a number of steps above 0|is inf, but it has to be a finite number)"
+        ValueError, match=r"ema_half_life (must be a number of steps above 0|is inf, but it has to be a finite number)"
     ):
         Stage2Config(output_dir="x", ema_half_life=half_life)
 
