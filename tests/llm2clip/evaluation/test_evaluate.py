@@ -182,6 +182,7 @@ def errors(place: Path) -> dict[str, tuple[list[str], str]]:
         "output": ([str(place), "--benchmark", strange, *data, "--output", strange], f"because {strange} is a file"),
         "own_output": ([model, *data, "--output", str(place)], "output is the folder "),
         "own_file": ([model, *data, "--output", f"{strange}/own.json"], f"because {strange} is a file"),
+        "other_file": ([model, *data, "--output", strange], "strange.py exists and is no result of evaluate"),
         "no_model": (["--benchmark", strange, *data], "evaluate needs model"),
         "format": ([model, "--benchmark", strange, *data, "--text-format", "upper"], "text format 'upper' is unknown"),
         "own": ([model, "--benchmark", strange, *data, "--split", "train"], "--split is for your own data, not with"),

@@ -85,7 +85,23 @@ def test_a_result_says_all_that_is_needed_to_compare_it(data: Path, tmp_path: Pa
     assert set(found["versions"]) == {"llm2clip", "python", "torch", "transformers", "numpy"}
     assert set(found["seconds"]) == {"read", "images", "texts", "measure", "intervals"}
     assert (found["processes"], found["differences"]) == (1, [])
+    del found["manifest_checksum"]
     assert read_result(path) == Result(**found)
+
+
+def test_a_changed_score_is_refused(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "out")
+    path = tmp_path / "out" / "models--tiny--one.tiny.raw.json"
+    found = json.loads(path.read_text())
+    found["scores"]["text_to_image_recall@1"] = 0.5
+    write_json(path, found)
+    with pytest.raises(
+        ValueError, match=r"has changed since it was written.*delete its manifest_checksum.*--overwrite"
+    ):
+        run(data, tmp_path / "out")
+    del found["manifest_checksum"]
+    write_json(path, found)
+    assert read_result(path).scores["text_to_image_recall@1"] == 0.5
 
 
 def test_a_finished_result_is_found_again_and_overwritten_on_demand(data: Path, tmp_path: Path) -> None:

@@ -223,3 +223,11 @@ def test_curves_are_drawn_only_if_the_history_contains_any(tmp_path: Path) -> No
     history += [{"step": step, "eval_validation_text_to_image_recall@10": step / 9} for step in (4, 8)]
     assert write_curves(tmp_path, history)
     assert Image.open(tmp_path / CURVES).width > alone[0]
+
+
+def test_curves_do_not_depend_on_the_order_of_the_metrics(tmp_path: Path) -> None:
+    names = [f"eval_validation_{direction}_recall@10" for direction in ("text_to_image", "image_to_text")]
+    for folder, ordered in (("new", names), ("stored", sorted(names))):
+        (tmp_path / folder).mkdir()
+        assert write_curves(tmp_path / folder, [{"step": 1, **{name: names.index(name) / 2 for name in ordered}}])
+    assert (tmp_path / "new" / CURVES).read_bytes() == (tmp_path / "stored" / CURVES).read_bytes()

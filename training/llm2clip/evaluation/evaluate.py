@@ -20,7 +20,8 @@ from llm2clip.evaluation.results_table import print_results
 from llm2clip.evaluation.session import EvaluationSession
 from llm2clip.evaluation.suite import Suite, find_benchmarks
 from llm2clip.evaluation.text_formats import choose_text_format
-from llm2clip.utils.files import require_writable, write_json
+from llm2clip.utils.files import read_json, require_writable, write_json
+from llm2clip.utils.manifests import sealed
 from llm2clip.utils.processes import process_state, worker_count
 
 DATA_FOLDER, RESULTS_FOLDER = "benchmarks", "results"
@@ -35,7 +36,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
     Raises:
         ValueError: A required setting is missing, or the output is of the wrong kind.
-        OSError: The output cannot be written.
+        OSError: The output cannot be written, or is a file that is no result.
     """
     if config.list:
         print(describe_list(config))
@@ -49,11 +50,23 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.output:
         if Path(config.output).is_dir():
             raise ValueError(f"output is the folder {config.output}, but results on your own data are a JSON file.")
+        _refuse_other_file(Path(config.output))
         require_writable(Path(config.output).parent)
     metrics = measure_retrieval(config) if config.task == "retrieval" else measure_caption_retrieval(config)
     if config.output and process_state().is_main_process:
-        write_json(config.output, described(config, metrics))
+        write_json(config.output, sealed(described(config, metrics)))
     return {"protocol": config.protocol or OWN_DATA, **metrics}
+
+
+def _refuse_other_file(path: Path) -> None:
+    if not path.exists():
+        return
+    try:
+        is_result = "task" in read_json(path)
+    except ValueError:
+        is_result = False
+    if not is_result:
+        raise FileExistsError(f"{path} exists and is no result of evaluate, so it is not replaced; name another file.")
 
 
 def describe_list(config: EvaluateConfig) -> str:

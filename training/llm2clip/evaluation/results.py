@@ -16,7 +16,8 @@ import transformers
 
 from llm2clip.evaluation.bootstrap import bootstrap_intervals, bootstrap_ratios
 from llm2clip.evaluation.contracts import Measurement
-from llm2clip.utils.files import read_json, write_json
+from llm2clip.utils.files import write_json
+from llm2clip.utils.manifests import read_intact, sealed
 from modeling_llm2clip import __version__
 
 SCHEMA_VERSION = 1
@@ -62,18 +63,18 @@ class Result:
     schema_version: int = SCHEMA_VERSION
 
     def write(self, path: Path) -> None:
-        """Write the JSON file, complete or not at all."""
+        """Write the JSON file with its checksum, complete or not at all."""
         content = asdict(self)
-        write_json(path, {"schema_version": content.pop("schema_version"), **content})
+        write_json(path, sealed({"schema_version": content.pop("schema_version"), **content}))
 
 
 def read_result(path: Path) -> Result:
     """Read a file of results.
 
     Raises:
-        ValueError: The file is no such file, or of another version of the schema.
+        ValueError: The file is no such file, is damaged, or is of another version of the schema.
     """
-    content = read_json(path)
+    content = read_intact(path)
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
         given = "no version" if version is None else f"version {version}"

@@ -46,6 +46,21 @@ def is_intact(fields: dict[str, Any]) -> bool:
     return SEAL not in fields or fields[SEAL] == digest_json({name: fields[name] for name in fields if name != SEAL})
 
 
+def read_intact(path: AnyPath) -> dict[str, Any]:
+    """Read a JSON file that was [`sealed`], without its checksum.
+
+    Raises:
+        ValueError: It is damaged, or has changed since it was written.
+    """
+    fields = read_json(path)
+    if not is_intact(fields):
+        raise ValueError(
+            f"{path} has changed since it was written: its content does not fit its {SEAL}. Restore it, or write it "
+            f"again; if the change is meant, delete its {SEAL}."
+        )
+    return {name: value for name, value in fields.items() if name != SEAL}
+
+
 def write_manifest(
     folder: AnyPath,
     command: str,

@@ -30,7 +30,8 @@ def write_curves(folder: Path, history: Sequence[Mapping[str, Any]]) -> bool:
         axes[0].plot(*zip(*losses, strict=True), marker="." if len(losses) < 30 else None)
         axes[0].set(title="Training loss", xlabel="step", ylabel="loss")
     if recalls:
-        for name, points in recalls.items():
+        # A log that was stored has its names in another order.
+        for name, points in sorted(recalls.items()):
             axes[-1].plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
         axes[-1].set(title="Validation", xlabel="step", ylabel="recall@10")
         axes[-1].legend()
