@@ -258,7 +258,7 @@ CONTRIBUTING = {
     ".ci/run": NotRun("it is what runs these tests"),
 }
 RELIABILITY = {
-    "make test-faults": NotRun("a quarter of an hour", run_by="tests/faults/test_harness.py"),
+    "make test-faults": NotRun(".ci/run runs it", run_by="tests/faults/test_harness.py"),
     'make test-faults ARGS="--profile nightly"': NotRun("an hour", run_by="tests/faults/test_harness.py"),
     'make test-nightly ARGS="tests/processes"': NotRun("minutes", run_by="tests/processes/test_killed_and_slow.py"),
     'make test-nightly ARGS="-rP tests/soak"': NotRun("minutes", run_by="tests/soak/test_soak.py"),

@@ -197,6 +197,7 @@ def run_in_process(folder: Path) -> None:
     (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_two_processes_read_every_row_once(tmp_path: Path) -> None:
     write_tars(tmp_path / "tars", 5)
     run_python(["-m", "tests.llm2clip.data.test_streams", str(tmp_path)], processes=2)

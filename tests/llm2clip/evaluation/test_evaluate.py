@@ -125,7 +125,8 @@ def test_a_killed_evaluation_goes_on_with_the_same_numbers(place: Path, tmp_path
         assert continued[name] == whole[name]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_several_processes_give_the_same_integers(processes: int, place: Path, tmp_path: Path) -> None:
     run_python(["-m", "llm2clip", *command(place, tmp_path / "several")], processes)
     assert cli.main(command(place, tmp_path / "one")) == 0

@@ -35,7 +35,10 @@ def text_embeds(folder: Path, captions: list[str]) -> Tensor:
     return torch.from_numpy(session(folder, "text").run(["text_embeds"], inputs)[0])
 
 
-@pytest.mark.parametrize("fields", [{}, tiny.FROZEN_TOWER], ids=["default", "frozen tower"])
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param({}, id="default"), pytest.param(tiny.FROZEN_TOWER, id="frozen tower", marks=pytest.mark.slow)],
+)
 def test_graphs_give_the_outputs_of_the_model(fields: dict[str, Any], tmp_path: Path) -> None:
     model = tiny.save(tmp_path, logit_bias_init_value=-2.5, **fields)
     assert cli.main(["export-onnx", str(tmp_path)]) == 0

@@ -163,6 +163,7 @@ def test_folder_that_is_not_what_was_built_is_refused(hub: LoopbackHub, built: P
     assert MODEL_MANIFEST not in hub.repo(REPO).files()
 
 
+@pytest.mark.slow
 def test_pushed_model_works_in_auto_classes_pipelines_and_sentence_transformers(
     hub: LoopbackHub, built: Path, tmp_path: Path
 ) -> None:

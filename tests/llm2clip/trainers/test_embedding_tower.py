@@ -88,6 +88,7 @@ def test_a_joint_model_has_the_config_of_the_embedding_model_and_loads_it(traine
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", ["t5"], indirect=True)
 def test_a_built_folder_has_the_embedding_model_and_exports_to_onnx(trained: Trained, tmp_path: Path) -> None:
     """The build compares it with what a process without this package computes, the export the graph with the model."""

@@ -208,6 +208,7 @@ def run_in_process(folder: Path) -> None:
     (folder / f"{trainer.args.process_index}.json").write_text(json.dumps(ranked))
 
 
+@pytest.mark.slow
 def test_two_processes_skip_the_same_steps(tmp_path: Path) -> None:
     result = run_python(["-m", "tests.llm2clip.trainers.test_finite_steps", str(tmp_path)], processes=2)
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))

@@ -187,6 +187,7 @@ def whole_batch() -> tuple[EVA02VisionModel, Tensor, Tensor]:
     )
 
 
+@pytest.mark.slow
 def test_shards_in_chunks_have_the_gradients_of_one_process(tmp_path: Path) -> None:
     (tmp_path / "sharded.py").write_text(SHARDED)
     run_python([str(tmp_path / "sharded.py"), str(tmp_path / "gradients.pt")], 2, PYTHONPATH=os.pathsep.join(sys.path))

@@ -136,7 +136,8 @@ def train_noting_keys(path: Path) -> None:
     trainer.train(resume_from_checkpoint=fields.get("resume_from_checkpoint"))
 
 
-@pytest.mark.parametrize("streaming", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [True, False])
 def test_one_process_goes_on_where_two_were(streaming: bool, inputs: Inputs, tars: str, tmp_path: Path) -> None:
     """Of a stream it reads what is left of the epoch; of a table the same batches as one process from the start."""
     data: dict[str, Any] = {"sources": [source(tars)] if streaming else [tiny.concepts(max_samples=64)]}
