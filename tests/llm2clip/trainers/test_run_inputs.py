@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import Subset
 from transformers import LlamaForCausalLM
 
@@ -19,7 +20,7 @@ from llm2clip.data.shared_files import sampled_files_digest
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.trainers import run_stage1
 from llm2clip.trainers.mntp_data import TokenBlocks
-from llm2clip.trainers.run_inputs import INPUTS_FILE, RunInputs
+from llm2clip.trainers.run_inputs import INPUTS_FILE, RunInputs, sampled_digest
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.utils.files import read_json
 from llm2clip.utils.settings import build_config
@@ -110,6 +111,15 @@ def test_another_llm_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(llm)
     with pytest.raises(ValueError, match=r"other inputs \(frozen weights: \w+ -> \w+\)"):
         run(tmp_path / "run", data, llm, resume=True)
+
+
+def test_a_digest_of_weights_is_of_the_last_value_of_a_large_one_too() -> None:
+    # The embeddings of SmolLM2-135M have as many; the float32 next to their last place is beyond it.
+    weight = torch.zeros(28_311_552, dtype=torch.int8)
+    before = sampled_digest([("weight", weight)])
+    weight[-1] = 1
+    assert sampled_digest([("weight", weight)]) != before
+    assert sampled_digest([("empty", weight[:0]), ("one", weight[:1])])
 
 
 def test_of_other_data_sets_the_rows_are_counted() -> None:
