@@ -22,7 +22,8 @@ from llm2clip.embedding.image_embedder import NOT_FINITE, ImageEmbedder
 from llm2clip.embedding.image_features import ImageFeatures
 from llm2clip.embedding.sharding import encode_sharded
 from llm2clip.evaluation.metrics import retrieval_metrics
-from llm2clip.utils.non_finite import require_finite_rows, shortened
+from llm2clip.utils.messages import shortened
+from llm2clip.utils.non_finite import require_finite_rows
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.modeling_llm2clip_utils import unit_features
 

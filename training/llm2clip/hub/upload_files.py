@@ -11,6 +11,7 @@ import modeling_llm2clip
 from llm2clip.hub.cards.card import CARD
 from llm2clip.utils.files import read_json
 from llm2clip.utils.manifests import EDITED, MODEL_MANIFEST, MODEL_SIGNATURE, Listed, listed_files, written_by
+from llm2clip.utils.messages import shortened
 
 # What a model folder holds, beside its code and the pictures of its card.
 ALLOWED = (
@@ -33,10 +34,6 @@ PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg"}
 WRITE_MODELS = ("build", "convert", "merge")
 # What is added to a listed model afterwards, by people or by us, and changes nothing that it computes.
 ADDED_LATER = (*EDITED, "LICENSE*", "NOTICE*", MODEL_MANIFEST, MODEL_SIGNATURE, "onnx/*")
-
-
-# Names of files that a message has.
-MAX_NAMED = 10
 
 
 class ModelFiles(NamedTuple):
@@ -81,12 +78,6 @@ def model_files(folder: Path, include: Sequence[str] = (), check_links: bool = T
         _refuse_names(folder, uploaded)
         refuse_links(folder, uploaded)
     return ModelFiles(uploaded, others)
-
-
-def shortened(names: Sequence[str]) -> str:
-    """Enumerate the first names for a message."""
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return f"{', '.join(names[:MAX_NAMED])}{more}"
 
 
 def stamps(folder: Path) -> Stamps:

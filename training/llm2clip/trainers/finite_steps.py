@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerState
 
-from llm2clip.utils.non_finite import NonFiniteError, finite_rows, on_any_process, shortened
+from llm2clip.utils.messages import shortened
+from llm2clip.utils.non_finite import NonFiniteError, finite_rows, on_any_process
 
 if TYPE_CHECKING:
     from llm2clip.trainers.base_trainer import StageTrainer

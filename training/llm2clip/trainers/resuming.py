@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from llm2clip.trainers.pushing import PushingTrainer
-from llm2clip.trainers.run_totals import RunTotals
+from llm2clip.trainers.run_totals import RunCount, RunTotals
 
 
 class _NoStepIsLeft(Exception):  # noqa: N818
@@ -76,7 +76,9 @@ class ResumingTrainer(PushingTrainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.totals.gather()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, RunCount):
+                callback.gather()
         super()._save_checkpoint(model, trial)
 
     # transformers (5.2 to 5.23) has no public method for loading a checkpoint's weights: it reads the files by the

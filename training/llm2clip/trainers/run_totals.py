@@ -1,4 +1,4 @@
-"""What a run counts from its first step on, across resumes: its mean loss and the captions that were cut."""
+"""What a run counts across resumes: its mean loss, and the captions that were cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,20 @@ from transformers.trainer_callback import ExportableState
 from llm2clip.utils.processes import sum_over_processes
 
 
-class RunTotals(TrainerCallback, ExportableState):
+class RunCount(TrainerCallback, ExportableState):
+    """A count that checkpoints contain, so that a resumed run goes on with it."""
+
+    def stored(self, state: TrainerState) -> dict[str, Any]:
+        """Return what the checkpoint contains that a run is resumed from; nothing if it starts anew."""
+        states: Any = state.stateful_callbacks if state.global_step else {}
+        return states.get(type(self).__name__, {}).get("attributes", {})
+
+    def gather(self) -> None:
+        """Gather what all processes count, before a checkpoint; all of them have to call this."""
+        raise NotImplementedError
+
+
+class RunTotals(RunCount):
     """Sums that checkpoints contain, so that a resumed run logs the numbers of an uninterrupted one.
 
     The Trainer's own sums start at the resume: its next logged loss leaves out the steps between the last entry of the
@@ -33,8 +46,7 @@ class RunTotals(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._reset()
-        states: Any = state.stateful_callbacks if state.global_step else {}
-        for name, value in states.get(type(self).__name__, {}).get("attributes", {}).items():
+        for name, value in self.stored(state).items():
             setattr(self, name, value)
         self.unlogged_loss = torch.as_tensor(self.unlogged_loss, device=args.device)
 

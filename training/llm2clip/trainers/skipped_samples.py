@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainerState
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerState
 
 from llm2clip.data import SkipLog
+from llm2clip.trainers.run_totals import RunCount
 
 
-class SkippedSamples(TrainerCallback, ExportableState):
+class SkippedSamples(RunCount):
     """Counts the distinct samples in the logs of all processes, from the first step of a run to the present one.
 
     Checkpoints contain the sizes of the logs. A resumed run cuts off what was added after its checkpoint, and one that
@@ -24,8 +24,7 @@ class SkippedSamples(TrainerCallback, ExportableState):
         self._sizes: list[int] = []
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        states: Any = state.stateful_callbacks if state.global_step else {}
-        stored = states.get(type(self).__name__, {}).get("attributes", {}).get("sizes")
+        stored = self.stored(state).get("sizes")
         # A checkpoint of an earlier version has no sizes: its log is continued as it is.
         if self.skip_log is None or (state.global_step and stored is None):
             return

@@ -195,10 +195,6 @@ class Stage2Trainer(StageTrainer):
             logs["skipped_samples"] = skipped
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.skipped.gather()
-        super()._save_checkpoint(model, trial)
-
     def measure(self, model: LLM2CLIPModel, retrieval: ImageTextRetrieval) -> dict[str, float | int]:
         batch_size, num_workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
         return retrieval(model, self.embed or self._embed_online, batch_size, num_workers)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llm2clip.utils.messages import shortened
 from llm2clip.utils.processes import world_size
 
-MAX_NAMED = 20
 BROKEN_MODEL = (
     "A model gives such values after a training that diverged, from damaged weights, or in a dtype that is too narrow "
     "for it: take an earlier checkpoint, or bfloat16 or float32 instead of float16."
@@ -19,12 +19,6 @@ BROKEN_MODEL = (
 
 class NonFiniteError(ValueError):
     """Embeddings, a loss, gradients or weights are NaN or infinite."""
-
-
-def shortened(names: Sequence[str]) -> str:
-    """List the first names, and how many more there are."""
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def finite_rows(rows: Tensor) -> Tensor:
