@@ -56,6 +56,16 @@ def test_training_is_one_line_on_the_terminal_and_its_values_are_details_of_the_
     assert details[0].startswith("step 2: loss ")
 
 
+def test_a_script_without_logging_sees_the_values_that_transformers_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer(tmp_path).train()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith("{'loss': ") for line in lines] == [True, True, True, False]
+    assert "train_runtime" in lines[-1]
+    assert "total_flos" not in lines[-1]
+
+
 def test_evaluations_within_a_step_of_a_command_are_details(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = make_trainer(tmp_path)
     with caplog.at_level(logging.DEBUG, logger="llm2clip"), section("1/8 A step"):

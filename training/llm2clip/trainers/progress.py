@@ -15,8 +15,9 @@ logger = logging.getLogger(__name__)
 class TrainingProgress(TrainerCallback):
     """Show the step, the rate, the loss and the time left; the logged values go to the log at debug level.
 
-    It takes the place of `ProgressCallback` and `PrinterCallback`. `close` removes the bar after an error, for which
-    the Trainer calls no callback.
+    It takes the place of `ProgressCallback` and `PrinterCallback`; a script that has not set up logging gets their
+    output, the logged values on standard output. `close` removes the bar after an error, for which the Trainer calls
+    no callback.
     """
 
     def __init__(self, description: str = "Training") -> None:
@@ -38,6 +39,8 @@ class TrainingProgress(TrainerCallback):
             return
         values = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in logs.items()}
         values.pop("total_flos", None)
+        if not logger.isEnabledFor(logging.INFO):
+            print(values, flush=True)
         logger.debug("step %d: %s", state.global_step, ", ".join(f"{key} {value}" for key, value in values.items()))
         if self._bar is not None and "loss" in logs:
             self._bar.update(state.global_step, status=f"loss {float(logs['loss']):.4f}")
