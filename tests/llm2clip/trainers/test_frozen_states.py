@@ -17,9 +17,11 @@ from transformers import AutoImageProcessor, AutoModel
 
 from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform, SampleIndex, SkippedSample
 from llm2clip.data.transforms import output_size
-from llm2clip.trainers import frozen_states
+from llm2clip.trainers import frozen_states, run_stage2
 from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.trainers.frozen_states import STATES, FrozenStatesDataset, changed_parts, open_states
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils.settings import build_config
 from tests.damage import flip
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
@@ -170,3 +172,12 @@ def test_states_that_are_cut_short_while_open_are_an_error(inputs: Inputs, tmp_p
     os.truncate(dataset.folder / STATES, 200)
     with pytest.raises(ValueError, match=r"states\.npy was cut short while it was open"):
         dataset[SampleIndex(0, 15)]
+
+
+def test_a_warm_up_without_training_is_refused_before_anything_is_computed(inputs: Inputs, tmp_path: Path) -> None:
+    fields = tiny.stage2_fields(tmp_path / "run", inputs.vision, inputs.text, inputs.cache)
+    states = tmp_path / "states"
+    changes = {"freeze_vision_layers": 1, "frozen_states_dir": str(states), "warmup_steps": 6}
+    with pytest.raises(ValueError, match="has 6 of 6 optimizer steps"):
+        run_stage2.run(build_config(Stage2Config, {**fields, **changes}))
+    assert not states.exists()

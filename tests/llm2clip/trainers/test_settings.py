@@ -45,3 +45,24 @@ def test_a_number_out_of_range_is_named(config: Any, fields: dict[str, Any], mes
 
 def test_gradients_may_be_unlimited() -> None:
     assert build_config(Stage1Config, {"use_cpu": True, "max_grad_norm": math.inf}).max_grad_norm == math.inf
+
+
+def test_a_share_of_the_steps_as_warm_up_leaves_one_after_it() -> None:
+    config = build_config(Stage2Config, {"use_cpu": True, "warmup_steps": 0.3})
+    assert [config.get_warmup_steps(steps) for steps in (1, 2, 3, 16)] == [0, 1, 1, 5]
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_rows", "message"),
+    [
+        ({}, 7, "fewer rows than one batch of 8"),
+        ({"warmup_steps": 5}, 31, "has 5 of 3 optimizer steps; lower warmup_steps"),
+        ({"warmup_steps": 2, "gradient_accumulation_steps": 2}, 31, "has 2 of 2 optimizer steps"),
+        ({"warmup_steps": 5, "max_steps": 4}, 1000, "has 5 of 4 optimizer steps"),
+    ],
+)
+def test_rows_that_are_too_few_for_the_settings(fields: dict[str, Any], num_rows: int, message: str) -> None:
+    common = {"use_cpu": True, "per_device_train_batch_size": 8, "num_train_epochs": 1}
+    config = build_config(Stage2Config, {**common, **fields})
+    with pytest.raises(ValueError, match=message):
+        config.check_length(num_rows)

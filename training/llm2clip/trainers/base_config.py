@@ -8,10 +8,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from llm2clip.losses import DEFAULT_TILE_SIZE
+from llm2clip.trainers.optimizer import check_warmup
 from llm2clip.utils.settings import check_choices, setting
 
 
@@ -120,6 +121,27 @@ class StageConfig(TrainingArguments):
         # The Trainer pickles its arguments into the folder that it pushes.
         return {**self.__dict__, "hub_token": None}
 
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Return the steps of the warm-up; a share of the steps, unlike a number of them, leaves at least one."""
+        steps = super().get_warmup_steps(num_training_steps)
+        return steps if self.warmup_steps >= 1 else min(steps, max(num_training_steps - 1, 0))
+
+    def check_length(self, num_rows: int) -> None:
+        """Refuse what makes a run impossible with so few rows, to be called before anything is computed of them.
+
+        Raises:
+            ValueError: There are fewer rows than a batch has, or a cosine schedule has fewer steps than its warm-up.
+        """
+        if not self.dataloader_drop_last:
+            return
+        batch = self.per_device_train_batch_size * self.world_size
+        require_batch(num_rows // batch, batch)
+        steps = self.max_steps
+        if steps < 0:
+            steps = math.ceil(self.num_train_epochs * math.ceil(num_rows // batch / self.gradient_accumulation_steps))
+        if self.lr_scheduler_type == SchedulerType.COSINE:
+            check_warmup(self.get_warmup_steps(steps), steps)
+
     @property
     def streams(self) -> bool:
         """Whether the training data that the settings name is read as a stream."""
@@ -129,3 +151,12 @@ class StageConfig(TrainingArguments):
     def sampling_seed(self) -> int:
         """Seed of every random choice about the data: order, captions, crops."""
         return self.seed if self.data_seed is None else self.data_seed
+
+
+def require_batch(num_batches: int, batch_size: int) -> None:
+    """Raise a ValueError if there is no batch of `batch_size` rows."""
+    if num_batches == 0:
+        raise ValueError(
+            f"the training data has fewer rows than one batch of {batch_size}; lower per_device_train_batch_size "
+            "or add data."
+        )

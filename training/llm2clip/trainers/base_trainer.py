@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from llm2clip.data import SampleIndexBatchSampler
 from llm2clip.data.sample_stream import SampleStream
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
-from llm2clip.trainers.base_config import StageConfig
+from llm2clip.trainers.base_config import StageConfig, require_batch
 from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, named_checkpoint
 from llm2clip.trainers.finite_steps import FiniteSteps, Observed, describe, require_finite_weights
 from llm2clip.trainers.model_card import DataRevisions, write_model_card
@@ -272,11 +272,7 @@ class StageTrainer(ResumingTrainer):
             loader = super().get_train_dataloader()
             num_batches = len(loader) if hasattr(dataset, "__len__") else 1
             batch_size = self.args.per_device_train_batch_size * self.args.world_size
-        if num_batches == 0:
-            raise ValueError(
-                f"the training data has fewer rows than one batch of {batch_size}; lower per_device_train_batch_size "
-                "or add data."
-            )
+        require_batch(num_batches, batch_size)
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

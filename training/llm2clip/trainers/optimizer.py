@@ -106,10 +106,7 @@ def warmup_cosine_schedule(optimizer: Optimizer, warmup_steps: int, total_steps:
     Raises:
         ValueError: Unless 0 <= warmup_steps < total_steps.
     """
-    if not 0 <= warmup_steps < total_steps:
-        raise ValueError(
-            f"The warm-up must be shorter than the training, but has {warmup_steps} of {total_steps} optimizer steps."
-        )
+    check_warmup(warmup_steps, total_steps)
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -118,6 +115,15 @@ def warmup_cosine_schedule(optimizer: Optimizer, warmup_steps: int, total_steps:
         return (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
     return LambdaLR(optimizer, factor)
+
+
+def check_warmup(warmup_steps: int, total_steps: int) -> None:
+    """Raise a ValueError unless 0 <= warmup_steps < total_steps."""
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f"the warm-up must be shorter than the training, but has {warmup_steps} of {total_steps} optimizer steps; "
+            "lower warmup_steps (below 1, it is a share of all steps) or train longer."
+        )
 
 
 @torch.no_grad()

@@ -64,9 +64,11 @@ def build_dataset(
     if not config.frozen_states_dir:
         return CaptionImageDataset(sources, evaluation, training, **options), frozen
     assert frozen is not None
+    captioned = CaptionImageDataset(sources, None, **options)
+    config.check_length(len(captioned))
     model.vision_model.to(config.device)
     dataset = FrozenStatesDataset(
-        captions=CaptionImageDataset(sources, None, **options),
+        captions=captioned,
         images=CaptionImageDataset(sources, evaluation, **options),
         frozen=frozen,
         image_processor=image_processor,
