@@ -23,9 +23,10 @@ from llm2clip.hub.cards.card import (
     write_card,
 )
 from llm2clip.hub.cards.curves import write_curves
-from llm2clip.hub.cards.facts import CURVES, JOINT_TASK, CardFacts, Evaluation
+from llm2clip.hub.cards.facts import CURVES, JOINT_TASK, CardFacts, Evaluation, summary
 from llm2clip.hub.cards.metadata import check_metadata
 from tests.loopback_hub import LoopbackHub
+from tests.modeling_llm2clip import tiny
 
 METRICS = {f"{side}_recall@{k}": k / 20 for side in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
 FACTS = CardFacts(
@@ -231,3 +232,25 @@ def test_curves_do_not_depend_on_the_order_of_the_metrics(tmp_path: Path) -> Non
         (tmp_path / folder).mkdir()
         assert write_curves(tmp_path / folder, [{"step": 1, **{name: names.index(name) / 2 for name in ordered}}])
     assert (tmp_path / "new" / CURVES).read_bytes() == (tmp_path / "stored" / CURVES).read_bytes()
+
+
+def test_the_result_is_no_point_of_the_curves(tmp_path: Path) -> None:
+    """After the training, the best model is measured at the last step."""
+    name, end = "eval_validation_text_to_image_recall@10", {"step": 8, "train_runtime": 3.0}
+    curve = [{"step": step, name: step / 9} for step in (2, 4, 6, 8)]
+    assert write_curves(tmp_path, curve)
+    expected = (tmp_path / CURVES).read_bytes()
+    assert write_curves(tmp_path, [*curve, end, {"step": 8, name: 0.1}])
+    assert (tmp_path / CURVES).read_bytes() == expected
+    assert write_curves(tmp_path, [end, {"step": 8, name: 0.1}])  # without evaluations before, it is all there is
+
+
+def test_the_image_size_is_that_of_the_image_processor() -> None:
+    model = tiny.joint_model()
+    assert "28 px" in summary(model)
+    for processor in (tiny.processor(14), tiny.processor(14).image_processor):
+        assert "(eva02_vision_model, 14 px)" in summary(model, processor)
+    wide = tiny.processor()
+    wide.image_processor.crop_size = {"height": 14, "width": 28}
+    assert "14 × 28 px" in summary(model, wide)
+    assert "(eva02_vision_model)" in summary(model, tiny.naflex_processor())

@@ -171,7 +171,7 @@ def write_built_card(
         name=config.name or Path(config.destination).name,
         task=source.task,
         repo=config.repo_id or config.destination,
-        summary=summary(source.model),
+        summary=summary(source.model, source.processor),
         base_models=config.base_models or hub_ids(*base_models(source.model.config)),
         datasets=config.datasets,
         languages=config.languages,

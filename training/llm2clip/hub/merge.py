@@ -234,7 +234,7 @@ def _card_facts(config: MergeConfig, mixture: Mixture) -> CardFacts:
         name=config.name or Path(config.destination).name,
         task=mixture.task,
         repo=config.destination,
-        summary=summary(mixture.model),
+        summary=summary(mixture.model, mixture.processor),
         base_models=hub_ids(config.first, config.second),
         datasets=datasets,
         languages=languages,

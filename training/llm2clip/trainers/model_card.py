@@ -78,7 +78,7 @@ def write_model_card(trainer: StageTrainer) -> None:
         name=(args.hub_model_id or folder.name).split("/")[-1],
         task=trainer.card_task,
         repo=trainer.hub_model_id or str(args.output_dir),
-        summary=summary(model),
+        summary=summary(model, trainer.processing_class),
         base_models=hub_ids(*towers, *base_models(model.config)),
         datasets=hub_ids(*sources),
         sources=[Path(source).name for source in sources if not hub_ids(source)],

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llm2clip.data.transforms import output_size
 from llm2clip.utils.repos import hub_ids
 from modeling_llm2clip import LLM2CLIPTextConfig
 
@@ -119,8 +120,8 @@ class CardFacts:
     is_adapter: bool = False
 
 
-def summary(model: Any) -> str:
-    """Describe a model in one or two sentences."""
+def summary(model: Any, processor: Any = None) -> str:
+    """Describe a model in one or two sentences; `processor`, its own or its image processor, knows the image size."""
     config = model.config
     if config.model_type == LLM2CLIPTextConfig.model_type:
         kind = config.decoder_config.model_type
@@ -134,11 +135,23 @@ def summary(model: Any) -> str:
     # The path of a local folder means nothing to others and may be private.
     names = hub_ids(config.text_model_name_or_path)
     llm = names[0] if names else f"a {config.text_config.decoder_config.model_type} language model"
-    size = getattr(vision, "image_size", None)
+    size = _image_size(vision, getattr(processor, "image_processor", processor))
     return (
         f"An LLM2CLIP model: a vision tower ({vision.model_type}{f', {size} px' if size else ''}) and {llm} as the "
         f"caption encoder, with embeddings of {config.projection_dim} dimensions in one space."
     )
+
+
+def _image_size(vision: Any, image_processor: Any) -> str | None:
+    """The size of the images that a tower sees, which may differ from the one that it was pretrained at."""
+    if image_processor is None:
+        size = getattr(vision, "image_size", None)
+        return None if size is None else str(size)
+    try:
+        height, width = output_size(image_processor)
+    except (KeyError, TypeError, ValueError):  # it depends on the image
+        return None
+    return str(height) if height == width else f"{height} × {width}"
 
 
 def base_models(config: Any) -> list[str]:
