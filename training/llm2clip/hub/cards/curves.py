@@ -18,11 +18,7 @@ def write_curves(folder: Path, history: Sequence[Mapping[str, Any]]) -> bool:
         history: `log_history` of the Trainer: entries with `step`, and `loss` or `eval_*` metrics.
     """
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    recalls: dict[str, list[tuple[int, float]]] = {}
-    for entry in history:
-        for name, value in entry.items():
-            if name.startswith("eval_") and "recall@10" in name:
-                recalls.setdefault(name.removeprefix("eval_"), []).append((entry["step"], value))
+    recalls = _recalls(history)
     if not losses and not recalls:
         return False
     figure, axes = panels(bool(losses) + bool(recalls))
@@ -32,11 +28,25 @@ def write_curves(folder: Path, history: Sequence[Mapping[str, Any]]) -> bool:
     if recalls:
         # A log that was stored has its names in another order.
         for name, points in sorted(recalls.items()):
-            axes[-1].plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
+            axes[-1].plot(*zip(*points.items(), strict=True), marker=".", label=name.replace("_", " "))
         axes[-1].set(title="Validation", xlabel="step", ylabel="recall@10")
         axes[-1].legend()
     write_figure(folder / CURVES, figure)
     return True
+
+
+def _recalls(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """Return the recall of each name by step."""
+    curves: dict[str, dict[int, float]] = {}
+    results: dict[str, dict[int, float]] = {}
+    trains = True
+    for entry in history:
+        # What is measured after the training is its result, perhaps the best model of an earlier step.
+        trains = "loss" in entry or (trains and "train_runtime" not in entry)
+        for name, value in entry.items():
+            if name.startswith("eval_") and "recall@10" in name:
+                (curves if trains else results).setdefault(name.removeprefix("eval_"), {})[entry["step"]] = value
+    return results | curves
 
 
 def write_merge_curve(path: Path, curve: Mapping[float, Mapping[str, Any]], chosen: float, title: str) -> None:
