@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Of a tokenizer, settings beside its `tokenizer.json` that change the tokens of a caption.
 TOKENIZER_SETTINGS = ("split_special_tokens", "truncation_side", "model_max_length")
+# Seconds of reading weights after which a message says so.
+PATIENCE = 3.0
 
 
 def read_fingerprints(name: str, revision: str | None, config: LLM2CLIPTextConfig) -> tuple[str | None, str | None]:
@@ -39,7 +43,21 @@ def read_fingerprints(name: str, revision: str | None, config: LLM2CLIPTextConfi
     Returns:
         The fingerprint, and the one that an earlier release would have recorded; see [`text_fingerprint`].
     """
+    notice = threading.Timer(PATIENCE, _say_once, (name,))
+    notice.daemon = True
+    notice.start()
+    try:
+        return _fingerprints(name, revision, config)
+    finally:
+        notice.cancel()
+
+
+@functools.cache
+def _say_once(name: str) -> None:
     logger.info("Reading the weights of %s for its fingerprint.", name)
+
+
+def _fingerprints(name: str, revision: str | None, config: LLM2CLIPTextConfig) -> tuple[str | None, str | None]:
     found = _config_of_weights(name, revision, config)
     files = None if found is None else _find_weights(name, revision, found)
     if found is None or files is None:
