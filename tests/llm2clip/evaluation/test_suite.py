@@ -22,9 +22,10 @@ from llm2clip.evaluation.benchmarks.listing import DETAILS, list_benchmarks, ove
 from llm2clip.evaluation.contracts import Measurement
 from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
 from llm2clip.evaluation.results import Result, intervals_of, read_result, result_path
-from llm2clip.evaluation.results_table import print_results, short_name
+from llm2clip.evaluation.results_table import print_results
 from llm2clip.evaluation.suite import FoundBenchmark, Suite, find_benchmarks
 from llm2clip.utils.files import write_json
+from llm2clip.utils.tables import short_name
 from tests.llm2clip.evaluation.fake_session import FakeEncoder, FakeSession
 
 TEXTS = {"a dog": [1.0, 0.0], "a red cat that sleeps": [0.0, 1.0], "a bird": [1.0, 0.2], "": [0.0, 1.0]}

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from llm2clip.evaluation.comparison import Column, Comparison, Row
 from llm2clip.evaluation.results import Result
-from llm2clip.evaluation.results_table import SHORT, protocol_words, short_name
-from llm2clip.utils.tables import markdown_table
+from llm2clip.evaluation.results_table import protocol_words
+from llm2clip.utils.tables import SHORT, markdown_table, short_name
 
 Table = tuple[list[str], list[list[str]]]
 MODEL = "model"

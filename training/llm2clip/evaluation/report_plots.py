@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from llm2clip.evaluation.comparison import Comparison
-from llm2clip.evaluation.results_table import short_name
 from llm2clip.utils.figures import panels, wrapped, write_figure
+from llm2clip.utils.tables import short_name
 
 BY_LENGTH = "text_to_image_recall@1"
 # Of more models than this, those that were measured are drawn without the published ones.

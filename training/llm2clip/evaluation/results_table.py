@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from llm2clip.evaluation.results import Result
-from llm2clip.utils.tables import print_table
-
-SHORT = {"text_to_image_recall@": "T2I R@", "image_to_text_recall@": "I2T R@", "recall@": "R@"}
+from llm2clip.utils.tables import in_percent, print_table, score_columns
 
 
 def print_results(console: Console, results: Sequence[Result]) -> None:
@@ -49,21 +47,6 @@ def remarks_on(result: Result) -> list[str]:
     return remarks
 
 
-def score_columns(names: Sequence[str]) -> dict[str, list[str]]:
-    """Put recalls at several k into one column.
-
-    Returns:
-        The scores of each column by its head, such as `T2I R@1 / 5 / 10`.
-    """
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(name.partition("@")[0], []).append(name)
-    return {
-        short_name(some[0]) + "".join(f" / {name.partition('@')[2]}" for name in some[1:]): some
-        for some in kinds.values()
-    }
-
-
 def protocol_words(result: Result) -> str:
     """Describe a protocol in words, such as `retrieval, positives rows, ties expected value, text format raw`."""
     options = {name.replace("_", " "): value for name, value in result.protocol.items() if name != "name"}
@@ -71,16 +54,8 @@ def protocol_words(result: Result) -> str:
     return ", ".join([str(result.protocol.get("name", "")), *words])
 
 
-def short_name(score: str) -> str:
-    """Shorten the name of a score for the head of a column, such as `T2I R@1`."""
-    for long, short in SHORT.items():
-        if score.startswith(long):
-            return short + score.removeprefix(long)
-    return score.replace("_", " ")
-
-
 def _row(result: Result, columns: dict[str, list[str]]) -> list[str]:
-    cells = [" / ".join(f"{100 * result.scores[name]:.1f}" for name in names) for names in columns.values()]
+    cells = in_percent(result.scores, columns)
     interval = result.intervals.get(next(iter(result.scores)))
     ends = "" if interval is None else f"{100 * interval[0]:.1f}-{100 * interval[1]:.1f}"
     return [result.title, cells[0], ends, *cells[1:]]

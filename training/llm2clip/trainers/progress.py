@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 
 from llm2clip.utils.progress import ProgressBar, in_section
+from llm2clip.utils.tables import short_name, split_recalls
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +45,16 @@ class TrainingProgress(TrainerCallback):
         logger.debug("step %d: %s", state.global_step, ", ".join(f"{key} {value}" for key, value in values.items()))
         if self._bar is not None and "loss" in logs:
             self._bar.update(state.global_step, status=f"loss {float(logs['loss']):.4f}")
-        recalls = {key: value for key, value in values.items() if key.endswith("recall@1")}
+        recalls, _ = split_recalls(logs)
         # A run that ends with an evaluation measures its result again after saving it.
         if recalls and state.global_step != self._evaluated_step:
             self._evaluated_step = state.global_step
-            scores = ", ".join(f"{key.removeprefix('eval_')} {value}" for key, value in recalls.items())
+            scores = ", ".join(
+                f"{name} {short_name(score)} {100 * value:.1f}%".lstrip()
+                for name, found in recalls.items()
+                for score, value in found.items()
+                if score.endswith("@1")
+            )
             level = logging.DEBUG if in_section() else logging.INFO
             logger.log(level, "Evaluation at step %d: %s", state.global_step, scores)
 

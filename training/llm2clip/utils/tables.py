@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from rich.table import Table
 from llm2clip.utils.terminal import printable
 
 RECALLS = ("recall@1", "recall@5", "recall@10")
+SHORT = {"text_to_image_recall@": "T2I R@", "image_to_text_recall@": "I2T R@", "recall@": "R@"}
+# A recall, possibly of a set: `text_to_image_recall@1`, `eval_validation_text_to_image_recall@1`.
+RECALL = re.compile(r"(?:(.*?)_)??((?:text_to_image_|image_to_text_)?recall@\d+)")
 
 
 def print_table(
@@ -30,6 +34,70 @@ def print_table(
     for row in rows:
         table.add_row(*map(printable, row))
     console.print(table)
+
+
+def short_name(score: str) -> str:
+    """Shorten the name of a score for the head of a column, such as `T2I R@1`."""
+    for long, short in SHORT.items():
+        if score.startswith(long):
+            return short + score.removeprefix(long)
+    return score.replace("_", " ")
+
+
+def score_columns(names: Sequence[str]) -> dict[str, list[str]]:
+    """Put recalls at several k into one column.
+
+    Returns:
+        The scores of each column by its head, such as `T2I R@1 / 5 / 10`.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(name.partition("@")[0], []).append(name)
+    return {
+        short_name(some[0]) + "".join(f" / {name.partition('@')[2]}" for name in some[1:]): some
+        for some in kinds.values()
+    }
+
+
+def in_percent(scores: Mapping[str, float], columns: Mapping[str, Sequence[str]]) -> list[str]:
+    """Format the cells of the columns of [`score_columns`], such as `12.3 / 45.6 / 78.9`."""
+    return [" / ".join(f"{100 * scores[name]:.1f}" for name in names) for names in columns.values()]
+
+
+def split_recalls(values: Mapping[str, Any]) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """Separate the recalls among the values of a run from the rest.
+
+    Returns:
+        The recalls by the name of their set (without `eval_`; empty if there is one set) and their name in it, and the
+        other values.
+    """
+    recalls: dict[str, dict[str, float]] = {}
+    others = {}
+    for name, value in values.items():
+        if found := RECALL.fullmatch(name):
+            recalls.setdefault((found[1] or "").replace("eval_", ""), {})[found[2]] = value
+        else:
+            others[name] = value
+    return recalls, others
+
+
+def print_values(console: Console, values: Mapping[str, Any]) -> None:
+    """Print what a command returns: a line for each value, and a table of recalls in percent with a row for each set.
+
+    Texts may be of others; see [`printable`].
+    """
+    recalls, others = split_recalls(values)
+    for name, value in others.items():
+        text = f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}"
+        console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+    tables: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
+    for name, scores in recalls.items():
+        tables.setdefault(tuple(scores), {})[name] = scores
+    for names, rows in tables.items():
+        columns = score_columns(names)
+        titles, heads = ([[name] for name in rows], ["set"]) if any(rows) else ([[]], [])
+        cells = [title + in_percent(scores, columns) for title, scores in zip(titles, rows.values(), strict=True)]
+        print_table(console, "Recall, in %", [*heads, *columns], cells, range(len(heads)))
 
 
 def markdown_table(
