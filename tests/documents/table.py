@@ -150,7 +150,7 @@ README = {
         makes=("runs/stage2/model.safetensors", "runs/stage2/README.md"),
     ),
     "llm2clip evaluate runs/stage2 --data ./my_images --split test --caption-columns caption": Run(
-        needs=(TRAIN_VISION, "my_images"), prints="text_to_image_recall@10: "
+        needs=(TRAIN_VISION, "my_images"), prints="T2I R@1 / 5 / 10"
     ),
     "llm2clip check-data --benchmark museum.py --data ./benchmarks --tokenizer runs/quickstart/llm2clip": Run(
         needs=(MODEL, "museum.py", "benchmarks"), prints="Captions, length in tokens"

@@ -87,6 +87,16 @@ def test_every_error_of_a_run_leaves_its_traceback_in_output_dir(
     assert "RuntimeError: out of memory" in text
 
 
+def test_a_success_removes_the_errors_of_earlier_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = failing_stage1(OSError("the disk has gone"), tmp_path, monkeypatch)
+    assert cli.main(arguments) == 2
+    assert (tmp_path / "error.log").exists()
+    monkeypatch.setattr("llm2clip.trainers.run_stage1.run", lambda config, resume: {"train_loss": 1.0})
+    assert cli.main(arguments) == 0
+    assert not (tmp_path / "error.log").exists()
+    assert "the disk has gone" in (tmp_path / "log.txt").read_text()
+
+
 def test_an_error_log_that_cannot_be_written_hides_no_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +147,7 @@ def test_evaluate_retrieval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     result = tmp_path / "result.json"
     arguments = ["evaluate", str(tmp_path / "model"), "--data", data, "--caption_columns", "caption"]
     assert cli.main([*arguments, "--output", str(result)]) == 0
-    assert "text_to_image_recall@1: " in capsys.readouterr().out
+    assert "T2I R@1 / 5 / 10" in capsys.readouterr().out
     metrics = json.loads(result.read_text())
     assert metrics["num_images"] == 24
     assert metrics["data"]["revision"] == data_revision(tiny.CONCEPTS)

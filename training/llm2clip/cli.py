@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with command_logs() as log_file, on_sigterm(stop_now):
         try:
             result = _run(name, rest, log_file)
+            log_file.remove_errors()
         except (KeyboardInterrupt, StoppedError) as stop:
             return _stopped(name, stop, log_file)
         except Exception as error:
@@ -138,10 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _failed(name, error, log_file, "--traceback" in arguments)
     # Imported here, because it imports torch, which --help must not wait for.
     from llm2clip.utils.processes import leave_process_group, process_state
+    from llm2clip.utils.tables import print_values
 
     if process_state().is_main_process:
-        for key, value in result.items():
-            print(f"{key}: {value:.4f}" if isinstance(value, float) else printable(f"{key}: {value}"))
+        print_values(result)
     leave_process_group()
     return 0
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
-
-from rich.console import Console
+import pytest
 
 from llm2clip.utils.tables import markdown_table, print_values
 
@@ -17,12 +15,11 @@ def test_a_cell_with_a_bar_or_a_newline_stays_one_cell() -> None:
     ]
 
 
-def test_recalls_of_all_commands_are_one_table_in_percent() -> None:
-    console = Console(file=io.StringIO(), width=80)
+def test_recalls_of_all_commands_are_one_table_in_percent(capsys: pytest.CaptureFixture[str]) -> None:
     sides = {f"{side}_recall@{k}": k / 20 for side in ("text_to_image", "image_to_text") for k in (1, 10)}
     trained = {f"eval_{name}_{score}": value for name in ("a_b", "c") for score, value in sides.items()}
-    print_values(console, {"train_loss": 0.25, **trained, "eval_words_recall@1": 1.0, "number": 7})
-    lines = console.file.getvalue().splitlines()
+    print_values({"train_loss": 0.25, **trained, "eval_words_recall@1": 1.0, "number": 7})
+    lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["train_loss: 0.2500", "number: 7"]
     cells = [[cell.strip() for cell in line.strip("│┃").split("┃" if "┃" in line else "│")] for line in lines]
     assert ["set", "T2I R@1 / 10", "I2T R@1 / 10"] in cells

@@ -72,6 +72,12 @@ class LogFile(MemoryHandler):
             return None
         return path
 
+    def remove_errors(self) -> None:
+        """Remove the `error.log` of earlier tries, after a success; their tracebacks are in `log.txt` too."""
+        if self.error_folder is not None and is_main_process():
+            with contextlib.suppress(OSError):
+                (self.error_folder / ERROR_FILE).unlink()
+
     def close(self) -> None:
         if self.target is not None:
             self.target.close()

@@ -81,11 +81,12 @@ def split_recalls(values: Mapping[str, Any]) -> tuple[dict[str, dict[str, float]
     return recalls, others
 
 
-def print_values(console: Console, values: Mapping[str, Any]) -> None:
+def print_values(values: Mapping[str, Any]) -> None:
     """Print what a command returns: a line for each value, and a table of recalls in percent with a row for each set.
 
     Texts may be of others; see [`printable`].
     """
+    console = Console()
     recalls, others = split_recalls(values)
     for name, value in others.items():
         text = f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}"
