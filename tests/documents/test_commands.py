@@ -119,7 +119,7 @@ def test_unknown_make_target_or_variable_is_an_error() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_option_in_the_text_exists(document: str) -> None:
-    options = {"--resume", "--traceback", "--help"}
+    options = {"--resume", "--traceback", "--help", "--help-all", "--version"}
     for command in cli.COMMANDS.values():
         names = [field.name for field in fields(getattr(import_module(command.module), command.config))]
         options |= {f"--{form}" for name in names for form in (name, name.replace("_", "-"), f"no-{name}")}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import fields
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -36,27 +38,40 @@ def failing_stage1(error: Exception, folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_help_shows_every_field_with_its_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_code:
-        cli.main([command, "--help"])
-    assert exit_code.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+def test_help_shows_every_field_once(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.main([command, "--help-all"]) == 0
+    text = capsys.readouterr().out
     settings = getattr(import_module(cli.COMMANDS[command].module), cli.COMMANDS[command].config)
-    positional = cli.COMMANDS[command].positional
-    shown = [field.name for field in fields(settings) if field.init and field.name not in positional]
-    missing = [name for name in shown if f"--{name}" not in text]
-    assert not missing
-    assert text.count("default: ") == len(shown)
+    shown = re.findall(r"^  --([a-z0-9-]+)", text, re.MULTILINE)
+    names = {field.name for field in fields(settings) if field.init} - set(cli.COMMANDS[command].positional)
+    switches = ["resume"] * cli.COMMANDS[command].resumes + ["traceback", "help"]
+    assert sorted(shown) == sorted([*(name.replace("_", "-") for name in names), *switches])
+    assert max(map(len, text.splitlines())) < 120
 
 
-def test_top_level_help_imports_neither_torch_nor_transformers() -> None:
+@pytest.mark.parametrize("command", ["mntp", "stage1", "stage2"])
+def test_help_of_a_stage_fits_a_reader(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.main([command, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 150
+    assert f"`llm2clip {command} --help-all`" in lines[-1]
+    assert lines.index("most used:") < lines.index("from transformers' Trainer:")
+
+
+def test_version_and_top_level_help_import_neither_torch_nor_transformers() -> None:
     code = (
-        "import runpy, sys; sys.argv = ['llm2clip', '--help']\n"
-        "try: runpy.run_module('llm2clip', run_name='__main__', alter_sys=True)\n"
-        "except SystemExit as end: assert not end.code\n"
+        "import sys; from llm2clip import cli; assert not cli.main(['--help']) and not cli.main(['--version'])\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    shown = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
+    own, torch, transformers = map(version, ("llm2clip", "torch", "transformers"))
+    assert f"llm2clip {own} (torch {torch}, transformers {transformers}, Python " in shown.splitlines()[-1]
 
 
 def test_a_run_writes_its_log_into_output_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,18 +121,22 @@ def test_an_error_log_that_cannot_be_written_hides_no_error(
 
 
 def test_top_level_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
+    assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out.split()
     assert all(name in shown for name in cli.COMMANDS)
+    assert cli.main([]) == 2
+    assert cli.main(["stge1", "recipe"]) == 2
+    assert "there is no command 'stge1'; did you mean 'stage1'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["stage1", "--lora_rnk", "4"], "there is no option --lora_rnk; did you mean 'lora_rank'?"),
+        (["stage1", "--lora_rnk", "4"], "there is no option --lora_rnk; did you mean --lora-rank?"),
+        (["stage2", "--lr", "1"], "there is no option --lr; did you mean --learning-rate?"),
         (["stage1", "no_such_recipe"], "the recipe no_such_recipe does not exist"),
-        (["stage2", "--embedding_cache", "x", "--max_steps", "many"], "max_steps is 'many'"),
+        (["stage2", "--embedding_cache", "x", "--max_steps", "many"], "the command line: max_steps is 'many'"),
+        (["stage2", "--max_steps"], "argument --max-steps: expected one argument"),
         (["evaluate", "x", "--task", "guessing", "--data", "y"], "one of retrieval, caption_retrieval"),
         (["evaluate", "x"], "evaluate needs data"),
         (["evaluate", "x", "--data", "y", "--on_error", "ignore"], "one of raise, skip"),
@@ -131,14 +150,47 @@ def test_top_level_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -
     ],
 )
 def test_a_user_error_is_one_line_without_traceback(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
     with pytest.raises((ValueError, OSError)):
         cli.main([*arguments, "--traceback"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ("lr: 1", [], "{file} (line 2) has no field 'lr'; did you mean 'learning_rate'?"),
+        ("max_steps: many", [], "{file} (line 2): max_steps is 'many'"),
+        ("max_steps: many", ["--max-steps", "all"], "the command line: max_steps is 'all'"),
+        (
+            "feature_views: 0",
+            [],
+            "feature_views must be at least 1, but is 0. (feature_views is set by {file} (line 2))",
+        ),
+        (
+            "feature_cache: x",
+            ["--feature-views", "2"],
+            "(feature_cache is set by {file} (line 2), feature_views is set by the command line)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["stage2", "plan"])
+def test_an_error_of_a_setting_says_where_it_is_set(
+    command: str, recipe: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "stage2.yaml"
+    file.write_text(f"output_dir: {tmp_path / 'run'}\n{recipe}\n")
+    assert cli.main([command, str(file), *options]) == 2
+    assert message.format(file=file) in capsys.readouterr().err
 
 
 def test_evaluate_retrieval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
+import importlib.metadata
 import logging
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip.recipes import find_recipe, load_recipe
+from llm2clip.recipes import field_places, find_recipe, load_recipe
+from llm2clip.utils.help_text import Row, format_help, option_groups
 from llm2clip.utils.library_errors import PEER_ENDED, explain
 from llm2clip.utils.logs import LogFile, command_logs, quiet_libraries
+from llm2clip.utils.options import OptionParser, unknown_option
 from llm2clip.utils.progress import close_bars, is_main_process
-from llm2clip.utils.settings import (
-    add_fields,
-    bracket_numbers,
-    build_config,
-    complete_flags,
-    given_fields,
-    unknown_option,
-)
+from llm2clip.utils.settings import build_config, nearest
 from llm2clip.utils.stopping import INTERRUPTED, TERMINATED, StoppedError, expect_ended_workers, on_sigterm, stop_now
 from llm2clip.utils.terminal import printable
 
@@ -117,15 +115,17 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with its arguments, by default those of the process, and return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        prog="llm2clip",
-        description="LLM2CLIP: a large language model as CLIP's text encoder.",
-        epilog="`llm2clip COMMAND --help` lists all settings of a command with their defaults.",
-    )
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        subparsers.add_parser(name, help=command.help, add_help=False)
-    name = parser.parse_args(arguments[:1]).command
+    name = arguments[0] if arguments else ""
+    if name in ("--help", "-h", ""):
+        print(_overview(), file=sys.stdout if name else sys.stderr)
+        return 0 if name else 2
+    if name == "--version":
+        print(_versions())
+        return 0
+    if name not in COMMANDS:
+        message = f"there is no command {name!r}{nearest(name, COMMANDS)} `llm2clip --help` lists the commands."
+        print(printable(f"llm2clip: error: {message}"), file=sys.stderr)
+        return 2
     rest = [argument for argument in arguments[1:] if argument != "--traceback"]
     with command_logs() as log_file, on_sigterm(stop_now):
         try:
@@ -159,26 +159,29 @@ def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
     module: Any = importlib.import_module(command.module)
     quiet_libraries()
     config_class = getattr(module, command.config)
-    # Intermixed, so that positional arguments may follow an option.
-    namespace, unknown = _parser(name, config_class).parse_known_intermixed_args(
-        bracket_numbers(complete_flags(arguments, config_class), config_class)
-    )
+    if asked := {"--help", "-h", "--help-all"} & set(arguments):
+        print(_help(name, config_class, "--help-all" in asked))
+        return {}
+    values, unknown = _parser(command, config_class).read(arguments)
     if unknown and not command.passes_on:
         raise ValueError(unknown_option(unknown[0], [config_class]))
-    values, origin = given_fields(namespace, config_class), f"llm2clip {name}"
     if unknown:
         values[command.passes_on] = unknown
-    if command.reads_recipe and namespace.recipe is not None:
-        path = find_recipe(namespace.recipe)
-        values, origin = {**load_recipe(path), **values}, str(path)
-    config = build_config(config_class, values, origin)
+    resume, places, origin = values.pop("resume", False), {}, "the command line"
+    recipe = values.pop("recipe", None) if command.reads_recipe else None
+    if recipe is not None:
+        path = find_recipe(recipe)
+        fields = load_recipe(path)
+        places = {**field_places(path), **dict.fromkeys(values, origin)}
+        values, origin = {**fields, **values}, str(path)
+    config = build_config(config_class, values, origin, places)
     if command.writes_log and config.output_dir and "://" not in config.output_dir:
         log_file.error_folder = Path(config.output_dir)
     if log_file.error_folder is not None and is_main_process():
         logger.info("llm2clip %s: %s\nLog: %s", name, command.help, log_file.open(config.output_dir))
     else:
         log_file.discard()
-    return (module.run(config, resume=namespace.resume) if command.resumes else module.run(config)) or {}
+    return (module.run(config, resume=resume) if command.resumes else module.run(config)) or {}
 
 
 def _failed(name: str, error: Exception, log_file: LogFile, raises: bool) -> int:
@@ -225,24 +228,69 @@ def _way_on(name: str, log_file: LogFile) -> str:
     return f"the same command {'goes on where it was' if command.goes_on else 'starts it again'}."
 
 
-def _parser(name: str, config_class: Any) -> argparse.ArgumentParser:
-    command = COMMANDS[name]
-    parser = argparse.ArgumentParser(prog=f"llm2clip {name}", description=command.help, allow_abbrev=False)
+def _parser(command: Command, config_class: Any) -> OptionParser:
+    parser = OptionParser(config_class, skip=command.positional)
     if command.reads_recipe:
-        text = "YAML file of settings, or name of a packaged recipe"
-        parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=text)
+        parser.add_argument("recipe", nargs="?")
     for positional in () if command.reads_recipe else command.positional:
-        field = config_class.__dataclass_fields__[positional]
-        options: dict[str, Any] = {}
-        if field.default_factory is list or positional in command.optional:
-            # An omitted argument keeps the default of its field.
-            options = {"nargs": "*" if field.default_factory is list else "?", "default": argparse.SUPPRESS}
-        parser.add_argument(positional, metavar=positional.upper(), help=field.metadata["help"], **options)
+        # An omitted argument keeps the default of its field.
+        nargs = _repeats(command, config_class, positional)
+        omitted: dict[str, Any] = {"nargs": nargs, "default": argparse.SUPPRESS} if nargs else {}
+        parser.add_argument(positional, **omitted)
     if command.resumes:
-        parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in output_dir")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    add_fields(parser, config_class, skip=command.positional)
+        parser.add_argument("--resume", action="store_true")
     return parser
+
+
+def _repeats(command: Command, config_class: Any, positional: str) -> str | None:
+    """How often a positional argument may be given, as argparse says it."""
+    if config_class.__dataclass_fields__[positional].default_factory is list:
+        return "*"
+    return "?" if positional in command.optional else None
+
+
+def _help(name: str, config_class: Any, everything: bool) -> str:
+    """The help of a command."""
+    command = COMMANDS[name]
+    positional: list[Row] = [("RECIPE", "YAML file of settings, or name of a packaged recipe; options override it.")]
+    usage = f"llm2clip {name} [RECIPE]"
+    if not command.reads_recipe:
+        forms = {None: "{}", "?": "[{}]", "*": "[{} ...]"}
+        words = [forms[_repeats(command, config_class, field)].format(field.upper()) for field in command.positional]
+        usage = " ".join(["llm2clip", name, *words])
+        fields = config_class.__dataclass_fields__
+        positional = [(field.upper(), fields[field].metadata["help"]) for field in command.positional]
+    switches = [("--resume", "Continue from the newest checkpoint in output_dir.")] if command.resumes else []
+    switches += [("--traceback", "Show the traceback of an error."), ("--help", "Show this.")]
+    groups = option_groups(config_class, command.positional, everything)
+    ending = "All other options are those of the recipe's command." if command.passes_on else ""
+    if len(groups) > 1 and not everything:
+        count = sum(field.init for field in dataclasses.fields(config_class))
+        ending = f"`llm2clip {name} --help-all` shows all {count} options, and their whole texts."
+    groups = {"arguments": positional, **groups, "general": switches}
+    return format_help(f"{usage} [OPTIONS]", _sentence(command.help), groups, ending)
+
+
+def _overview() -> str:
+    """The help of the program."""
+    commands = [(name, _sentence(command.help)) for name, command in COMMANDS.items()]
+    switches = [("--version", "Show the versions of llm2clip, torch and transformers."), ("--help", "Show this.")]
+    return format_help(
+        "llm2clip COMMAND [OPTIONS]",
+        "LLM2CLIP: a large language model as CLIP's text encoder.",
+        {"commands": commands, "options": switches},
+        "`llm2clip COMMAND --help` lists the settings of a command with their defaults.",
+    )
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _versions() -> str:
+    """Versions of what runs, without importing it, which takes seconds."""
+    own, torch, transformers = map(importlib.metadata.version, ("llm2clip", "torch", "transformers"))
+    return f"llm2clip {own} (torch {torch}, transformers {transformers}, Python {platform.python_version()})"
 
 
 def _message(error: Exception, name: str) -> str:

@@ -132,8 +132,8 @@ def test_a_model_that_cannot_be_reached_is_one_error_that_says_what_to_give(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--lora_rnak", "4"), "there is no option --lora_rnak; did you mean 'lora_rank'?"),
-        (("--gpus_memory", "4"), "there is no option --gpus_memory; did you mean 'gpu_memory'?"),
+        (("--lora_rnak", "4"), "there is no option --lora_rnak; did you mean --lora-rank?"),
+        (("--gpus_memory", "4"), "there is no option --gpus_memory; did you mean --gpu-memory?"),
         (("--gpus", "0"), "gpus must be above 0, but is 0"),
         (("--optim", "adafactor"), "the plan does not know the states of optim adafactor"),
     ],

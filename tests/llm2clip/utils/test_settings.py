@@ -1,12 +1,10 @@
-"""Settings from recipes and options."""
+"""Settings from recipes."""
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass, field
 from importlib import import_module, resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -18,48 +16,10 @@ from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.warm_start import first_part
-from llm2clip.utils.settings import add_fields, bracket_numbers, build_config, complete_flags, given_fields
+from llm2clip.utils.settings import build_config
+from tests.llm2clip.utils.test_options import Settings
 
 RECIPES = sorted(Path(str(resources.files("llm2clip.recipes"))).glob("*.yaml"))
-
-
-@dataclass
-class Settings:
-    """One field of each supported type."""
-
-    name: str
-    rate: float = field(default=1e-3, metadata={"help": "100% of it"})
-    steps: int = 10
-    on: bool = False
-    columns: list[str] = field(default_factory=lambda: ["caption"])
-    source: dict[str, Any] | None = None
-    mode: Literal["a", "b"] = "a"
-    limit: int | None = None
-    weights: list[float] | None = None
-
-
-def parse(*arguments: str) -> Settings:
-    parser = argparse.ArgumentParser()
-    add_fields(parser, Settings)
-    return build_config(Settings, given_fields(parser.parse_args(arguments), Settings))
-
-
-def test_options_become_their_types() -> None:
-    settings = parse(
-        "--name", "12", "--rate", "1e-5", "--steps", "3", "--on", "--columns", "caption", "keywords",
-        "--source", "{path: x, split: test}", "--mode", "b", "--limit", "7",
-    )  # fmt: skip
-    assert settings == Settings("12", 1e-5, 3, True, ["caption", "keywords"], {"path": "x", "split": "test"}, "b", 7)
-    settings = parse("--name", "x", "--on", "false", "--limit", "null", "--weights", "[1, 2e-1]")
-    assert (settings.on, settings.limit, settings.weights) == (False, None, [1.0, 0.2])
-    assert parse("--name", "x", "--weights", "3").weights == [3.0]
-
-
-@pytest.mark.parametrize("text", ["a", "[a, b]", "[a dog] on grass", "{", "[cat]", "null", "1e-3"])
-def test_strings_are_not_parsed_as_yaml(text: str) -> None:
-    settings = parse("--name", text, "--columns", text)
-    assert (settings.name, settings.columns) == (text, [text])
-    assert build_config(Settings, {"name": "x", "columns": text}).columns == [text]
 
 
 def test_numbers_that_yaml_reads_as_strings_are_converted() -> None:
@@ -118,41 +78,6 @@ def test_every_packaged_recipe_builds_its_settings(path: Path) -> None:
     config_class = getattr(import_module(command.module), command.config)
     extra = {"use_cpu": True} if stage != "embed" else {}
     assert build_config(config_class, {**fields, **extra}, str(path)).output_dir
-
-
-@pytest.mark.parametrize(
-    ("given", "meant"),
-    [
-        (["--on", "a text"], ["--on=true", "a text"]),
-        (["--on", "false", "a text"], ["--on", "false", "a text"]),
-        (["--name", "x", "--on"], ["--name", "x", "--on=true"]),
-        (["--name", "on"], ["--name", "on"]),
-        ([], []),
-    ],
-)
-def test_a_flag_does_not_consume_the_next_argument(given: list[str], meant: list[str]) -> None:
-    assert complete_flags(given, Settings) == meant
-
-
-@dataclass
-class Numbers:
-    """A list of numbers between other fields."""
-
-    place: str = ""
-    some_shares: list[float] = field(default_factory=list)
-
-
-@pytest.mark.parametrize(
-    ("given", "meant"),
-    [
-        (["--some-shares", "0", ".5", "out"], ["--some-shares=[0, .5]", "out"]),
-        (["--some_shares", "-1e-3", "--place", "1"], ["--some_shares=[-1e-3]", "--place", "1"]),
-        (["--some-shares", "[0, 1]", "2"], ["--some-shares", "[0, 1]", "2"]),
-        (["--some-shares"], ["--some-shares"]),
-    ],
-)
-def test_numbers_do_not_consume_what_follows_them(given: list[str], meant: list[str]) -> None:
-    assert bracket_numbers(given, Numbers) == meant
 
 
 ZERO = ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")

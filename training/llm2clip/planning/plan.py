@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -15,21 +14,13 @@ from llm2clip.planning.costs import ENCODING_USE, PEAK, TOKENS_PER_CAPTION, TRAI
 from llm2clip.planning.measure import Lengths, Step, measure
 from llm2clip.planning.show import print_plan
 from llm2clip.planning.strategies import STRATEGIES, need
-from llm2clip.recipes import find_recipe, load_recipe
+from llm2clip.recipes import field_places, find_recipe, load_recipe
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.mntp_config import MNTPConfig
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.utils.settings import (
-    add_fields,
-    bracket_numbers,
-    build_config,
-    check_choices,
-    complete_flags,
-    given_fields,
-    setting,
-    unknown_option,
-)
+from llm2clip.utils.options import OptionParser, unknown_option
+from llm2clip.utils.settings import build_config, check_choices, setting
 
 Stage = Literal["stage1", "stage2", "embed", "mntp"]
 STAGES: dict[Stage, Any] = {"stage1": Stage1Config, "stage2": Stage2Config, "embed": EmbedConfig, "mntp": MNTPConfig}
@@ -93,8 +84,9 @@ def run(config: PlanConfig) -> dict[str, Any]:
     path = find_recipe(config.recipe)
     fields = load_recipe(path)
     stage = config.stage or stage_of(path, fields)
-    values = {**fields, **given_options(config.overrides, STAGES[stage])}
-    plan = make_plan(config, stage, build_config(STAGES[stage], values, str(path)))
+    options = given_options(config.overrides, STAGES[stage])
+    places = {**field_places(path), **dict.fromkeys(options, "the command line")}
+    plan = make_plan(config, stage, build_config(STAGES[stage], {**fields, **options}, str(path), places))
     if config.json:
         print(json.dumps(plan, indent=2))
     else:
@@ -117,13 +109,10 @@ def stage_of(path: Path, fields: Mapping[str, Any]) -> Stage:
 
 def given_options(arguments: Sequence[str], config_class: Any) -> dict[str, Any]:
     """Read options of a stage from a command line."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    add_fields(parser, config_class)
-    arguments = bracket_numbers(complete_flags(arguments, config_class), config_class)
-    namespace, unknown = parser.parse_known_args(arguments)
+    values, unknown = OptionParser(config_class).read(arguments)
     if unknown:
         raise ValueError(unknown_option(unknown[0], [PlanConfig, config_class]))
-    return given_fields(namespace, config_class)
+    return values
 
 
 def make_plan(config: PlanConfig, stage: Stage, settings: StageConfig | EmbedConfig) -> dict[str, Any]:

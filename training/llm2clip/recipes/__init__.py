@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from llm2clip.utils.yaml_text import MAX_CHARACTERS, load_yaml
+from llm2clip.utils.yaml_text import MAX_CHARACTERS, key_lines, load_yaml
 
 
 def find_recipe(name: str) -> Path:
@@ -45,3 +45,8 @@ def load_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} has to be a mapping of `field: value` lines, but is a {type(fields).__name__}.")
     return fields
+
+
+def field_places(path: Path) -> dict[str, str]:
+    """The file and line of each field of a recipe that [`load_recipe`] has read, for error messages."""
+    return {name: f"{path} (line {line})" for name, line in key_lines(path.read_text(encoding="utf-8")).items()}

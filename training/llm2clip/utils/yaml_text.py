@@ -35,6 +35,11 @@ def load_yaml(text: str) -> Any:
         raise ValueError(f"a value does not fit its tag ({type(error).__name__}: {error})") from error
 
 
+def key_lines(text: str) -> dict[str, int]:
+    """The line of each key of a document that [`load_yaml`] has read, a mapping."""
+    return {key.value: key.start_mark.line + 1 for key, _ in yaml.compose(text, Loader=PARSER).value}
+
+
 def _refuse_bombs(text: str) -> None:
     """Raise a `ValueError` for a document that is too deep or comes to too many values."""
     sizes: dict[str, int] = {}

@@ -1,0 +1,124 @@
+"""Options of a command line, and what is said of a wrong one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
+
+import pytest
+
+from llm2clip.embedding.embed import EmbedConfig
+from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils.option_names import MOST_USED, NAMES_ELSEWHERE, OF_THE_TRAINER
+from llm2clip.utils.options import OptionParser, bracket_numbers, complete_flags, unknown_option
+from llm2clip.utils.settings import build_config
+
+
+@dataclass
+class Settings:
+    """One field of each supported type."""
+
+    name: str
+    rate: float = field(default=1e-3, metadata={"help": "100% of it"})
+    steps: int = 10
+    on: bool = False
+    columns: list[str] = field(default_factory=lambda: ["caption"])
+    source: dict[str, Any] | None = None
+    mode: Literal["a", "b"] = "a"
+    limit: int | None = None
+    weights: list[float] | None = None
+
+
+def parse(*arguments: str) -> Settings:
+    values, unknown = OptionParser(Settings).read(arguments)
+    assert not unknown
+    return build_config(Settings, values)
+
+
+def test_options_become_their_types() -> None:
+    settings = parse(
+        "--name", "12", "--rate", "1e-5", "--steps", "3", "--on", "--columns", "caption", "keywords",
+        "--source", "{path: x, split: test}", "--mode", "b", "--limit", "7",
+    )  # fmt: skip
+    assert settings == Settings("12", 1e-5, 3, True, ["caption", "keywords"], {"path": "x", "split": "test"}, "b", 7)
+    settings = parse("--name", "x", "--on", "false", "--limit", "null", "--weights", "[1, 2e-1]")
+    assert (settings.on, settings.limit, settings.weights) == (False, None, [1.0, 0.2])
+    assert parse("--name", "x", "--weights", "3").weights == [3.0]
+
+
+@pytest.mark.parametrize("text", ["a", "[a, b]", "[a dog] on grass", "{", "[cat]", "null", "1e-3"])
+def test_strings_are_not_parsed_as_yaml(text: str) -> None:
+    settings = parse("--name", text, "--columns", text)
+    assert (settings.name, settings.columns) == (text, [text])
+    assert build_config(Settings, {"name": "x", "columns": text}).columns == [text]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--on", "a text"], ["--on=true", "a text"]),
+        (["--on", "false", "a text"], ["--on", "false", "a text"]),
+        (["--name", "x", "--on"], ["--name", "x", "--on=true"]),
+        (["--name", "on"], ["--name", "on"]),
+        ([], []),
+    ],
+)
+def test_a_flag_does_not_consume_the_next_argument(given: list[str], meant: list[str]) -> None:
+    assert complete_flags(given, get_type_hints(Settings)) == meant
+
+
+@dataclass
+class Numbers:
+    """A list of numbers between other fields."""
+
+    place: str = ""
+    some_shares: list[float] = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--some-shares", "0", ".5", "out"], ["--some-shares=[0, .5]", "out"]),
+        (["--some_shares", "-1e-3", "--place", "1"], ["--some-shares=[-1e-3]", "--place", "1"]),
+        (["--some-shares", "[0, 1]", "2"], ["--some-shares", "[0, 1]", "2"]),
+        (["--some-shares"], ["--some-shares"]),
+    ],
+)
+def test_numbers_do_not_consume_what_follows_them(given: list[str], meant: list[str]) -> None:
+    fields = get_type_hints(Numbers)
+    assert bracket_numbers(complete_flags(given, fields), fields) == meant
+
+
+@pytest.mark.parametrize(
+    ("config_class", "given", "meant"),
+    [
+        (Stage1Config, "--lora_rnk", "--lora-rank"),
+        (Stage1Config, "--lora-r=8", "--lora-rank"),
+        (Stage1Config, "--temperature", "--scale"),
+        (Stage2Config, "--text-adapter-depth", "--adapter-num-layers"),
+        (Stage2Config, "--lr=1e-4", "--learning-rate"),
+        (Stage2Config, "--epochs", "--num-train-epochs"),
+        (Stage2Config, "--batch-size", "--per-device-train-batch-size"),
+        (Stage2Config, "--precision", "--bf16"),
+        (Stage2Config, "--train-data", "--sources"),
+        (EmbedConfig, "--precision", "--dtype"),
+        (EmbedConfig, "--llm", "--text-model-name-or-path"),
+    ],
+)
+def test_an_unknown_option_suggests_the_one_that_is_meant(config_class: type, given: str, meant: str) -> None:
+    assert unknown_option(given, [config_class]) == (
+        f"there is no option {given.partition('=')[0]}; did you mean {meant}?"
+    )
+
+
+def test_names_elsewhere_and_names_in_the_help_are_those_of_settings() -> None:
+    fields = {*get_type_hints(Stage1Config), *get_type_hints(Stage2Config)}
+    others = {"batch_size", "num_workers", "block_size", "mask_token", "data"}  # of evaluate, embed and mntp
+    assert {*MOST_USED, *OF_THE_TRAINER} <= fields
+    assert {field for names in NAMES_ELSEWHERE.values() for field in names.split()} <= fields | others
+
+
+def test_a_wrong_use_of_an_option_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="argument --steps: expected one argument"):
+        parse("--name", "x", "--steps")
