@@ -12,6 +12,7 @@ import pytest
 
 from llm2clip import cli
 from llm2clip.data import CaptionSource
+from llm2clip.data.captioned_images import caption_batches
 from llm2clip.data.check_data import check_data
 from llm2clip.data.checks import distribution
 from tests.tars import write_tar
@@ -205,3 +206,17 @@ def test_distribution_is_by_nearest_rank() -> None:
     assert distribution(Counter(range(1, 101))) == {"min": 1, "median": 50, "p95": 95, "max": 100}
     assert distribution(Counter({3: 2, 7: 2})) == {"min": 3, "median": 3, "p95": 7, "max": 7}
     assert distribution(Counter()) is None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_text_of_a_webdataset_is_its_caption(streaming: bool, tmp_path: Path) -> None:
+    members = [
+        (f"{row}.{kind}", content) for row in range(3) for kind, content in (("jpg", png(row)), ("txt", b"a cat"))
+    ]
+    write_tar(tmp_path / "0.tar", members)
+    source = CaptionSource(str(tmp_path), streaming=streaming)
+    report = check_data(source, num_workers=0)
+    assert (report["usable_rows"], list(report["captions"]["columns"])) == (3, ["txt"])
+    assert [
+        text for batch in caption_batches(CaptionSource(str(tmp_path), streaming=streaming)) for text in batch
+    ] == ["a cat"] * 3

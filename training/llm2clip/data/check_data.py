@@ -48,7 +48,7 @@ class CheckDataConfig:
     image_column: str | None = setting(
         None, "Column of the images; by default image, or jpg, png, ... of webdataset shards."
     )
-    caption_columns: list[str] | None = setting(None, "Columns of the captions; by default caption.")
+    caption_columns: list[str] | None = setting(None, "Columns of the captions; by default caption, txt or text.")
     key_column: str | None = setting(
         None, "Column that identifies a row; by default key or __key__, else the row number."
     )
@@ -138,14 +138,15 @@ def check_data(
         OSError, ValueError: There is no such tokenizer.
     """
     token_check = TokenCheck([CountingTokenizer(name) for name in tokenizers])
-    checks: list[Check] = [RowCheck(), CaptionCheck(source.caption_columns), TextFaultCheck(), token_check]
-    if with_images:
-        checks.append(ImageCheck())
     hashes, others = HashCheck(), {split: HashCheck() for split in other_splits}
     workers, reader = worker_count(num_workers), RowReader(max_pixels, PerceptualHash() if others else None)
     for split, other in others.items():
-        feed_rows(replace(source, split=split), [other], reader, with_images, workers)
-    feed_rows(source, [*checks, hashes], reader, with_images, workers)
+        feed_rows(open_rows(replace(source, split=split), reader, with_images), source.path, [other], workers)
+    rows = open_rows(source, reader, with_images)  # says which the columns are
+    checks: list[Check] = [RowCheck(), CaptionCheck(source.caption_columns), TextFaultCheck(), token_check]
+    if with_images:
+        checks.append(ImageCheck())
+    feed_rows(rows, source.path, [*checks, hashes], workers)
     report: dict[str, Any] = {"data": {**vars(source), "revision": data_revision(vars(source))}}
     for check in checks:
         report |= check.summary()
@@ -162,20 +163,22 @@ def _copies(own: HashCheck, other: HashCheck) -> Finding:
     return finding
 
 
-def feed_rows(
-    source: CaptionSource, checks: Sequence[Check], reader: RowReader, with_images: bool, num_workers: int
-) -> None:
-    """Feed all rows of a source to checks; the order of a stream depends on the number of workers."""
-    rows: CaptionRows | StreamedRows
-    total: int | None = None
+def open_rows(source: CaptionSource, reader: RowReader, with_images: bool) -> CaptionRows | StreamedRows:
+    """Open a source; see [`check_data`] for errors."""
     if source.streaming:
-        rows = StreamedRows(source, reader, with_images, training=False)
+        return StreamedRows(source, reader, with_images, training=False)
+    return CaptionRows(source, reader, with_images)
+
+
+def feed_rows(rows: CaptionRows | StreamedRows, name: str, checks: Sequence[Check], num_workers: int) -> None:
+    """Feed all rows of a source to checks; the order of a stream depends on the number of workers."""
+    total: int | None = None
+    if isinstance(rows, StreamedRows):
         num_workers = min(num_workers, rows.reader.num_files)
     else:
-        rows = CaptionRows(source, reader, with_images)
         total = len(rows)
     loader = DataLoader(rows, BATCH, num_workers=num_workers, collate_fn=list)
-    with progress_bar(f"Checking {source.path}", total, "row") as bar:
+    with progress_bar(f"Checking {name}", total, "row") as bar:
         for batch in loader:
             for row in batch:
                 for check in checks:

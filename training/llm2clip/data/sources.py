@@ -19,6 +19,8 @@ from llm2clip.utils.settings import build_config
 SourceT = TypeVar("SourceT", bound="Source")
 
 WEBDATASET_IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp")
+# In this order, where no column is named.
+CAPTION_COLUMNS = ("caption", "txt", "text")
 AUTOMATIC_KEY_COLUMNS = ("key", "__key__")
 PATH_TYPES = ("string", "large_string")
 
@@ -73,7 +75,8 @@ class CaptionSource(Source):
         revision: Branch, tag or commit on the Hub.
         image_column: Column of the images: encoded bytes, or paths relative to the folder of the file. If the default
             `image` does not exist, the first of `jpg`, `jpeg`, `png` and `webp` is used (webdataset).
-        caption_columns: Columns of the captions, texts or lists of texts. `a.b` is field `b` of record `a`.
+        caption_columns: Columns of the captions, texts or lists of texts. `a.b` is field `b` of record `a`. If the
+            default `caption` does not exist, `txt` (webdataset) or `text` is used, and stands here once it is opened.
         caption_weights: Sampling weight of each caption column, shared by the entries of a list. Equal by default.
         key_column: Column that identifies a row in messages. By default `key` or `__key__`, else the row number.
         streaming: Read the data as a stream instead of preparing a local copy.
@@ -179,7 +182,7 @@ def first_rows(table: Table, count: int | None) -> Table:
 
 
 def source_columns(source: CaptionSource, table: Table, with_images: bool = True, hint: str = "") -> Columns:
-    """Find the columns of a source in its table.
+    """Find the columns of a source in its table; default caption columns of the source become those that exist.
 
     Raises:
         SourceError: If columns do not exist; the message lists them and the existing ones.
@@ -188,6 +191,8 @@ def source_columns(source: CaptionSource, table: Table, with_images: bool = True
     image: str | None = source.image_column if with_images else None
     if image == "image" and "image" not in have:
         image = next((column for column in WEBDATASET_IMAGE_COLUMNS if column in have), image)
+    if source.caption_columns == [CAPTION_COLUMNS[0]]:
+        source.caption_columns = [next((column for column in CAPTION_COLUMNS if column in have), CAPTION_COLUMNS[0])]
     key = source.key_column or next((column for column in AUTOMATIC_KEY_COLUMNS if column in have), None)
     wanted = [column for column in (image, *source.caption_columns, key) if column is not None]
     require_columns(source.path, wanted, have, hint)

@@ -25,7 +25,6 @@ from llm2clip.data.transforms import Decoder
 from llm2clip.search.index_rows import ID, INTERNAL
 from llm2clip.search.row_digests import BINARY, DTYPE
 
-CAPTION_COLUMNS = ("caption", "txt", "text")
 IMAGE_COLUMNS = ("image", *WEBDATASET_IMAGE_COLUMNS)
 CAPTION, HASH, ROW = "caption", "hash", "row"
 READ_ROWS = 256

@@ -10,10 +10,10 @@ import pyarrow as pa
 from llm2clip.data import DEFAULT_MAX_PIXELS
 from llm2clip.data.opened_table import open_table
 from llm2clip.data.records import clean_caption, column_value
-from llm2clip.data.sources import table_columns
+from llm2clip.data.sources import CAPTION_COLUMNS, table_columns
 from llm2clip.search.index_manifest import Embed
 from llm2clip.search.index_rows import KEY
-from llm2clip.search.indexed_table import CAPTION, CAPTION_COLUMNS, HASH, IMAGE_COLUMNS, ROW, IndexedTable
+from llm2clip.search.indexed_table import CAPTION, HASH, IMAGE_COLUMNS, ROW, IndexedTable
 from llm2clip.search.row_digests import digest, row_digests
 
 COLUMN, NUMBER_IN_COLUMN = "caption_column", "caption_number"
