@@ -57,9 +57,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_apart(folder)
     IMAGES[0].save(folder / "picture.png")
     captions = ["noise", "a dog"]
-    build.build_folder(
-        folder / "clip", folder / "out", example_image=folder / "picture.png", example_captions=captions
-    )
+    example = {"example_image": folder / "picture.png", "example_captions": captions}
+    build.build_folder(folder / "clip", folder / "out", license="apache-2.0", **example)
     return folder / "out"
 
 

@@ -72,7 +72,8 @@ def test_llm_in_a_local_folder_is_bundled_with_card_curves_and_example(fields: d
     assert (data["license"], data["language"]) == ("mit", ["en"])
     assert "| image-text retrieval | pictures (test) | text → image | 25.0 | 50.0 | 75.0 |" in text
     assert "![Training curves](training_curves.png)" in text
-    assert "Apache License" in (out / "LICENSE").read_text()
+    assert "Apache License" in (out / "LICENSE-CODE").read_text()
+    assert not (out / "LICENSE").exists()
     assert Image.open(out / "training_curves.png").size[0] > 100
     assert Image.open(out / "example.png").size == IMAGES[0].size
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from llm2clip.data import DamagedImageError, decode_image
+from llm2clip.hub.base_licenses import LICENSE_FIELDS, bases_of, license_model, write_license_files
 from llm2clip.hub.build_card import (
-    LICENSE_FIELDS,
     copy_curves,
     keep_example,
     results_of_one_model,
@@ -25,7 +25,7 @@ from llm2clip.hub.new_process import CAPTIONS, sample_picture
 from llm2clip.hub.signing import load_signer, sign_folder
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.hub.upload_files import PICTURES, model_files
-from llm2clip.utils.files import read_json, write_json, write_license
+from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.manifests import refuse_damaged, write_model_manifest
 from llm2clip.utils.repos import OURS, RepoKind, inspect_repo, is_hub_id, referred_folders
@@ -56,10 +56,16 @@ class BuildConfig:
     repo_id: str | None = setting(
         None, "Hub id in the code examples of the card. Default: the folder; push replaces it."
     )
-    license: str | None = setting(None, "License of the weights as the Hub spells it, such as apache-2.0.")
+    license: str | None = setting(
+        None,
+        "License of the weights as the Hub spells it, such as apache-2.0; it has to keep those of the models that it "
+        "was made from. Default: that on the card of the model, else the strictest of those.",
+    )
     license_name: str | None = setting(None, "Name of the license, with --license other.")
     license_link: str | None = setting(None, "URL of the license, or its file in the folder, with --license other.")
-    base_models: list[str] = setting([], "Hub ids of the models that this one was trained from.")
+    base_models: list[str] = setting(
+        [], "Hub ids of the models that this one was trained from. Default: those that its card and config name."
+    )
     datasets: list[str] = setting([], "Hub ids of the training data.")
     languages: list[str] = setting([], "ISO 639 codes of the caption languages.")
     results: list[str] = setting(
@@ -113,7 +119,8 @@ def build_folder(model: str | Path, destination: str | Path, **settings: Any) ->
     Raises:
         FileExistsError: The destination exists and `overwrite` is off, or it holds what a build did not write.
         RuntimeError: The folder does not load in the new process, or its outputs differ; nothing is written.
-        ValueError: A setting is wrong, or `model` is not a model of this package, or is damaged.
+        ValueError: A setting is wrong, or `model` is not a model of this package, or is damaged; or the license or the
+            name is not one that the models that it was made from allow.
     """
     return run(build_config(BuildConfig, {"model": model, "destination": destination, **settings}, "BuildConfig"))
 
@@ -137,6 +144,11 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
         refuse_damaged(llm)
     folder_of_source = source_folder(config)
     config, card = keep_example(config, folder_of_source, source_card(config, folder_of_source))
+    llm = config.text_model or repo.config.get("text_model_name_or_path")
+    bases = bases_of(config.model, config.revision, [*filter(None, [llm]), *config.base_models])
+    given = {name: value for name in LICENSE_FIELDS if (value := getattr(config, name))}
+    names = [config.name or destination.name, *filter(None, [config.repo_id])]
+    licensing = license_model(given, card[0], bases, names)
     example = _open_picture(config.example_image)
     source = SourceModel.load(repo, config.text_model, config.bundle_text_model, config.merge_adapter)
     with atomic_folder(destination, "build", config.overwrite) as folder:
@@ -144,10 +156,11 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
         difference = source.compare(folder, example or sample_picture(), config.example_captions or list(CAPTIONS))
         if example is not None:
             example.save(folder / EXAMPLE)
-        write_built_card(config, source, card, results, copy_curves(folder_of_source, folder), folder)
-        write_license(folder)
+        has_curves = copy_curves(folder_of_source, folder)
+        write_built_card(config, source, card, results, has_curves, folder, licensing)
         if config.code_repo is not None:
             _refer_to_code(folder, config.code_repo)
+        write_license_files(folder, folder_of_source, licensing)
         # Which pictures are uploaded depends on the card, which people edit.
         uploaded = model_files(folder).uploaded
         write_model_manifest(folder, [name for name in uploaded if Path(name).suffix.lower() not in PICTURES])

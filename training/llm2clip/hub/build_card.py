@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from llm2clip.evaluation.comparison import notes_on
 from llm2clip.evaluation.results import Result, read_result
 from llm2clip.evaluation.results_table import protocol_words
+from llm2clip.hub.base_licenses import LICENSE_FIELDS, Licensing
 from llm2clip.hub.cards.card import CARD, read_card, render
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import CURVES, EXAMPLE, MERGE_CURVE, CardFacts, Evaluation, base_models, summary
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 HISTORY = "trainer_state.json"
 # With which the name of the library begins in results of a model of this package.
 LIBRARY = "llm2clip"
-LICENSE_FIELDS = ("license", "license_name", "license_link")
 TASK_TITLES = {"retrieval": "image-text retrieval", "caption_retrieval": "caption retrieval"}
 
 
@@ -100,7 +100,7 @@ def source_folder(config: BuildConfig) -> Path:
     """The folder of the source's card, its pictures and training history; for a Hub id, a snapshot of these files."""
     if Path(config.model).is_dir():
         return Path(config.model)
-    files = [CARD, CURVES, MERGE_CURVE, EXAMPLE, HISTORY]
+    files = [CARD, CURVES, MERGE_CURVE, EXAMPLE, HISTORY, "LICENSE*", "NOTICE"]
     folder = Path(snapshot_download(config.model, revision=config.revision, allow_patterns=files))
     if not (folder / CARD).is_file():
         logger.warning("%s has no %s, so the new card starts empty.", config.model, CARD)
@@ -163,10 +163,15 @@ def write_built_card(
     results: list[Evaluation],
     has_curves: bool,
     folder: Path,
+    licensing: Licensing,
 ) -> None:
-    """Write the card of a built folder; `card` is front matter and text of the source's card."""
+    """Write the card of a built folder; `card` is front matter and text of the source's card.
+
+    Raises:
+        ValueError: People wrote the card, and it does not show what a license demands.
+    """
     data, text = card
-    license_fields: dict[str, Any] = {name: getattr(config, name) or data.get(name) for name in LICENSE_FIELDS}
+    shown = list(dict.fromkeys(terms.shown for terms in licensing.terms if terms.shown))
     facts = CardFacts(
         name=config.name or Path(config.destination).name,
         task=source.task,
@@ -180,7 +185,17 @@ def write_built_card(
         has_example=config.example_image is not None,
         has_curves=has_curves,
         is_adapter=getattr(source.model, "has_adapter", False),
-        **license_fields,
+        license=licensing.stated.get("license"),
+        license_name=licensing.stated.get("license_name"),
+        license_link=licensing.stated.get("license_link"),
+        base_licenses=[str(base) for base in licensing.bases],
+        shown=shown,
     )
     # The section on training was written by the Trainer, which knew the settings.
-    write_text(folder / CARD, render(facts, data, text, keep=["training"]))
+    written = render(facts, data, text, keep=["training"])
+    if missing := [words for words in shown if words not in written]:
+        raise ValueError(
+            f"the card of {config.model} was edited and does not show {missing[0]!r}, which the license of a model "
+            "that it was made from demands; write it there, and build again."
+        )
+    write_text(folder / CARD, written)

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 
 from llm2clip.hub.cards.card import validate_card
+from llm2clip.hub.license_terms import check_terms
 from llm2clip.hub.source_model import validate_folder
 from llm2clip.hub.upload import Uploader
 from llm2clip.hub.upload_files import added_files, code_targets, model_files, stamps
@@ -81,6 +82,7 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
         raise ValueError(
             f"{config.repo_id!r} is not a repo name: write OWNER/NAME with letters, digits, '-', '_' and '.'."
         )
+    check_terms(folder, config.repo_id)
     if config.create_pr and config.revision not in (None, "main"):
         raise ValueError(
             f"--create-pr opens a pull request against main; omit --revision {config.revision}, or --create-pr."

@@ -283,7 +283,16 @@ def digest_json(value: Any) -> str:
 
 def write_license(folder: Path) -> None:
     """Write the license of the code; the license of the weights is stated in the model card."""
+    write_text(folder / "LICENSE", code_license())
+
+
+def code_license() -> str:
+    """The text of the license of the code.
+
+    Raises:
+        FileNotFoundError: This installation lacks it.
+    """
     found = [path for path in distribution_files("llm2clip") or [] if path.name == "LICENSE"]
     if not found:
         raise FileNotFoundError("this installation of llm2clip has no LICENSE file; install it again.")
-    write_text(folder / "LICENSE", found[0].read_text(encoding="utf-8"))
+    return found[0].read_text(encoding="utf-8")

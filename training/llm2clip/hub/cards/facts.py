@@ -87,6 +87,8 @@ class CardFacts:
         license: License of the weights as the Hub spells it.
         license_name: Name of the license, if `license` is `other`.
         license_link: URL of that license, or a file of the repo.
+        base_licenses: The models that it was made from, with their licenses, in words.
+        shown: Words that the licenses of these demand on the card.
         base_models: Hub ids of the models that this one was trained from.
         datasets: Hub ids of the training data.
         languages: ISO 639 codes of the caption languages.
@@ -107,6 +109,8 @@ class CardFacts:
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
+    base_licenses: Sequence[str] = ()
+    shown: Sequence[str] = ()
     base_models: Sequence[str] = ()
     datasets: Sequence[str] = ()
     languages: Sequence[str] = ()

@@ -114,7 +114,7 @@ print(embeddings.shape)
 def sections(facts: CardFacts) -> dict[str, str]:
     """Render all sections by name; a section without content is empty."""
     return {
-        "about": f"# {facts.name}\n\n{facts.summary}",
+        "about": "\n\n".join([f"# {facts.name}", facts.summary, *(f"**{words}**" for words in facts.shown)]),
         "use": _use(facts),
         "results": _results(facts.evaluations),
         "training": _training(facts),
@@ -213,6 +213,8 @@ def _limits(facts: CardFacts) -> str:
         if name
         else "The license of the weights is not stated; see the licenses of the models that it was trained from."
     )
+    if facts.base_licenses:
+        license_text += f" It was made from: {', '.join(facts.base_licenses)}."
     caution = (
         "The model has the biases of its training data and of the models that it was trained from. Evaluate it on "
         "your own data before you use it. Do not use it to identify people or to make decisions about them."

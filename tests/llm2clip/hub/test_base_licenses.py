@@ -1,0 +1,158 @@
+"""The license of a built model follows those of the models that it was made from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from llm2clip import cli
+from llm2clip.hub.base_licenses import Base, bases_of, choose_license
+from llm2clip.hub.cards.card import CARD, read_card
+from llm2clip.hub.license_terms import META
+from llm2clip.hub.source_model import SourceModel
+from llm2clip.utils.files import code_license
+from tests.loopback_hub import File, LoopbackHub, Repo
+from tests.modeling_llm2clip import tiny
+
+NOTICE = f"Llama 3.1 is licensed under the Llama 3.1 Community License, {META}\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a stage 2 whose LLM and vision tower are folders beside it."""
+    monkeypatch.setattr(SourceModel, "compare", lambda *_: 0.0)
+    tiny.save_apart(tmp_path)
+    towers = {"vision": "vision_model_name_or_path", "llm": "text_model_name_or_path"}
+    settings = {field: str(tmp_path / name) for name, field in towers.items()}
+    (tmp_path / "clip" / "settings.json").write_text(json.dumps({**settings, "model_name_or_path": None}))
+    return tmp_path / "clip"
+
+
+def state(folder: Path, license: str, more: str = "") -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / CARD).write_text(f"---\nlicense: {license}\n{more}---\n\nA model.\n")
+
+
+def built(run: Path, name: str, *arguments: str) -> Path:
+    folder = run.parent / name
+    assert cli.main(["build", str(run), str(folder), *arguments]) == 0
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], run: Path, name: str, *arguments: str) -> str:
+    assert cli.main(["build", str(run), str(run.parent / name), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert not (run.parent / name).exists()
+    return error
+
+
+def test_a_model_made_from_llama_is_under_its_license(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = run.parent / "Llama-3.1-8B-Instruct"
+    state(base, "llama3.1")
+    (base / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT")
+    state(run.parent / "vision", "mit")
+    (run.parent / "llm" / "settings.json").write_text(json.dumps({"model_name_or_path": str(base)}))
+    error = refused(capsys, run, "Llama-mine", "--license", "apache-2.0")
+    assert "--license apache-2.0 does not keep the license of Llama-3.1-8B-Instruct (llama3.1), which" in error
+    assert "give --license llama3.1, or --license other with --license-name and --license-link" in error
+    assert str(base) not in error
+    error = refused(capsys, run, "mine")
+    assert "asks for a name that begins with 'Llama', unlike mine: give the folder or --name" in error
+    assert "unlike me/mine" in refused(capsys, run, "Llama-mine", "--repo-id", "me/mine")
+    folder = built(run, "mine", "--name", "Llama-mine")
+    data, text = read_card(folder)
+    assert data["license"] == "llama3.1"
+    assert "**Built with Llama**" in text
+    assert "It was made from: vision (mit), Llama-3.1-8B-Instruct (llama3.1)." in text
+    assert "The model code is licensed under Apache-2.0." in text
+    assert (folder / "NOTICE").read_text() == NOTICE
+    assert (folder / "LICENSE").read_text() == "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT"
+    assert (folder / "LICENSE-CODE").read_text() == code_license()
+    # What is built from the built folder keeps all of it.
+    again = built(folder, "Llama-again")
+    for name in ("NOTICE", "LICENSE", "LICENSE-CODE"):
+        assert (again / name).read_text() == (folder / name).read_text(), name
+    own = ("--license", "other", "--license-name", "both", "--license-link", "LICENSE")
+    other = built(run, "Llama-other", *own)
+    assert read_card(other)[0]["license_name"] == "both"
+    assert (other / "LICENSE-llama3.1").read_text() == (folder / "LICENSE").read_text()
+    assert (other / "NOTICE").read_text() == NOTICE
+
+
+def test_words_that_a_license_demands_are_not_left_out_of_an_edited_card(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state(run.parent / "llm", "llama3.2")
+    state(run, "llama3.2")
+    assert "was edited and does not show 'Built with Llama'" in refused(capsys, run, "Llama-mine")
+
+
+def test_gemma_needs_its_notice_and_no_name(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state(run.parent / "llm", "gemma")
+    with caplog.at_level(logging.WARNING):
+        folder = built(run, "mine")
+    assert read_card(folder)[0]["license"] == "gemma"
+    assert "Gemma Terms of Use found at ai.google.dev/gemma/terms" in (folder / "NOTICE").read_text()
+    assert "put it into the built folder as LICENSE" in caplog.text
+
+
+def test_the_strictest_license_is_the_default_and_none_is_invented(run: Path) -> None:
+    state(run.parent / "llm", "mit")
+    data, text = read_card(built(run, "unknown"))
+    assert "license" not in data
+    assert "is not stated; see the licenses" in text
+    assert "It was made from: llm (mit), vision (license not known)." in text
+    assert not (run.parent / "unknown" / "LICENSE").exists()
+    state(run.parent / "vision", "apache-2.0")
+    folder = built(run, "strict")
+    assert read_card(folder)[0]["license"] == "apache-2.0"
+    assert (folder / "LICENSE").read_text() == code_license()
+    assert not (folder / "LICENSE-CODE").exists()
+    (run.parent / "llm" / "LICENSE").write_text("MIT License")
+    assert (built(run, "chosen", "--license", "mit") / "LICENSE").read_text() == "MIT License"
+
+
+def test_a_license_that_binds_is_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state(run.parent / "llm", "mit")
+    state(run.parent / "vision", "cc-by-nc-4.0")
+    error = refused(capsys, run, "mine", "--license", "mit")
+    assert "--license mit does not keep the license of vision (cc-by-nc-4.0), which the model" in error
+    assert "give --license cc-by-nc-4.0, or --license other" in error
+    assert read_card(built(run, "mine"))[0]["license"] == "cc-by-nc-4.0"
+    state(run.parent / "llm", "gemma")
+    error = refused(capsys, run, "both")
+    assert "llm (gemma) and vision (cc-by-nc-4.0), so that no license is right: give --license other" in error
+    error = refused(capsys, run, "both", "--license", "cc-by-nc-4.0")
+    assert "does not keep the license of llm (gemma), which the model was made from: give --license other" in error
+    state(run, "apache-2.0")
+    error = refused(capsys, run, "both")
+    assert "license: apache-2.0 on its card does not keep the license of llm (gemma) and vision" in error
+
+
+def test_bases_on_the_hub_are_followed_to_the_first(hub: LoopbackHub, tmp_path: Path) -> None:
+    cards = {
+        "tester/tuned": "license: apache-2.0\nbase_model: [tester/base, tester/unsaid]\n",
+        "tester/base": "license: other\nlicense_name: llama3\nlicense_link: LICENSE\n",
+        "tester/own": "license: other\nlicense_name: mine\nlicense_link: LICENSE\n",
+    }
+    for name, fields in cards.items():
+        repo = Repo(name, "model")
+        repo.commit("main", {CARD: File(f"---\n{fields}---\n".encode(), lfs=False)}, "a model")
+        hub.repos["model", name] = repo
+    state(tmp_path / "clip", "mit", "base_model: tester/tuned\n")
+    found = bases_of(str(tmp_path / "clip"), None, ["tester/own", "meta-llama/Llama-3.3-70B-Instruct"])
+    assert list(map(str, found)) == [
+        "tester/own (mine)",
+        "meta-llama/Llama-3.3-70B-Instruct (llama3.3)",
+        "tester/tuned (apache-2.0)",
+        "tester/base (llama3)",
+        "tester/unsaid (license not known)",
+    ]
+    assert choose_license(found[3:]) == {"license": "llama3"}
+    link = "https://huggingface.co/tester/own/blob/main/LICENSE"
+    assert choose_license(found[:1]) == {"license": "other", "license_name": "mine", "license_link": link}
+    assert choose_license([]) == choose_license([Base("a/b", {"license": "unknown"})]) == {}
