@@ -64,6 +64,16 @@ def test_help_of_a_stage_fits_a_reader(
     assert lines.index("most used:") < lines.index("from transformers' Trainer:")
 
 
+def test_a_help_may_be_read_in_part() -> None:
+    code = "import sys; from llm2clip import cli; sys.stdin.read(); sys.exit(cli.main(['verify', '--help']))"
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **options) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert "roken" not in process.stderr.read()
+    assert process.returncode == 0
+
+
 def test_version_and_top_level_help_import_neither_torch_nor_transformers() -> None:
     code = (
         "import sys; from llm2clip import cli; assert not cli.main(['--help']) and not cli.main(['--version'])\n"
@@ -174,12 +184,12 @@ def test_a_user_error_is_one_line_without_traceback(
         (
             "feature_views: 0",
             [],
-            "feature_views must be at least 1, but is 0. (feature_views is set by {file} (line 2))",
+            "feature_views must be at least 1, but is 0. feature_views is set by {file} (line 2).",
         ),
         (
             "feature_cache: x",
             ["--feature-views", "2"],
-            "(feature_cache is set by {file} (line 2), feature_views is set by the command line)",
+            ". feature_cache is set by {file} (line 2), feature_views is set by the command line.",
         ),
     ],
 )

@@ -160,7 +160,7 @@ def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
     quiet_libraries()
     config_class = getattr(module, command.config)
     if asked := {"--help", "-h", "--help-all"} & set(arguments):
-        print(_help(name, config_class, "--help-all" in asked))
+        _show(_help(name, config_class, "--help-all" in asked))
         return {}
     values, unknown = _parser(command, config_class).read(arguments)
     if unknown and not command.passes_on:
@@ -269,6 +269,15 @@ def _help(name: str, config_class: Any, everything: bool) -> str:
         ending = f"`llm2clip {name} --help-all` shows all {count} options, and their whole texts."
     groups = {"arguments": positional, **groups, "general": switches}
     return format_help(f"{usage} [OPTIONS]", _sentence(command.help), groups, ending)
+
+
+def _show(text: str) -> None:
+    """Print a help, of which `head` or a pager may have read enough before its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Otherwise Python reports it once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _overview() -> str:

@@ -75,7 +75,7 @@ def build_config(
         if type(error) is not ValueError or not named:
             raise
         ways = ", ".join(f"{name} is set by {places[name]}" for name in named)
-        raise ValueError(f"{str(error).rstrip(' .')}. ({ways})") from error
+        raise ValueError(f"{str(error).rstrip(' .')}. {ways}.") from error
 
 
 def change_config(config: ConfigT, fields: Mapping[str, Any], origin: str = "the recipe") -> ConfigT:
