@@ -22,7 +22,7 @@ PATH_ENDINGS = ("_dir", "_cache", "_name_or_path")
 MAX_CHOICES = 100  # characters of the choices beside an option; more stand in its text
 UNBROKEN = "\N{NO-BREAK SPACE}"
 MAX_COLUMN = 38
-MAX_WIDTH = 120
+MIN_WIDTH, MAX_WIDTH = 40, 120
 
 
 def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> dict[str, list[Row]]:
@@ -57,7 +57,7 @@ def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> 
 
 def format_help(usage: str, description: str, groups: dict[str, list[Row]], ending: str = "") -> str:
     """Lay out the help of a command, as wide as the terminal."""
-    width = min(shutil.get_terminal_size().columns, MAX_WIDTH) - 1
+    width = max(MIN_WIDTH, min(shutil.get_terminal_size().columns, MAX_WIDTH)) - 1
     rows = [row for group in groups.values() for row in group]
     column = min(max(len(invocation) for invocation, _ in rows) + 4, MAX_COLUMN, width // 2)
     lines = [*textwrap.wrap(f"usage: {usage}", width, subsequent_indent=" " * 7), ""]
