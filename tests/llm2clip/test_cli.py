@@ -64,8 +64,9 @@ def test_help_of_a_stage_fits_a_reader(
     assert lines.index("most used:") < lines.index("from transformers' Trainer:")
 
 
-def test_a_help_may_be_read_in_part() -> None:
-    code = "import sys; from llm2clip import cli; sys.stdin.read(); sys.exit(cli.main(['verify', '--help']))"
+@pytest.mark.parametrize("arguments", [["--help"], ["verify", "--help"]])
+def test_a_help_may_be_read_in_part(arguments: list[str]) -> None:
+    code = f"import sys; from llm2clip import cli; sys.stdin.read(); sys.exit(cli.main({arguments}))"
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], **options) as process:
         process.stdout.close()

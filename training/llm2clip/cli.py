@@ -116,9 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with its arguments, by default those of the process, and return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments else ""
-    if name in ("--help", "-h", ""):
-        print(_overview(), file=sys.stdout if name else sys.stderr)
-        return 0 if name else 2
+    if name in ("--help", "-h"):
+        _show(_overview())
+        return 0
+    if not arguments:
+        print(_overview(), file=sys.stderr)
+        return 2
     if name == "--version":
         print(_versions())
         return 0
