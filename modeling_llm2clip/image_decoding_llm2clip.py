@@ -100,9 +100,19 @@ def decode_images(images: Any, key: str = "image") -> Any:
     return decode_image(images, key)
 
 
-def is_missing_file(name: str) -> bool:
-    """Whether a string is neither a file nor a URL nor possibly an image in base64: a caption, say."""
-    return not ("://" in name or name.startswith("data:") or os.path.isfile(name) or _may_be_base64(name))
+def require_file(image: Any, captions: str) -> None:
+    """Raise FileNotFoundError if an image is a string that is neither a file nor a URL nor possibly base64.
+
+    Args:
+        captions: Where captions go, for the message: the string may be one.
+    """
+    if not isinstance(image, (str, os.PathLike)):
+        return
+    name = os.fspath(image)
+    if not ("://" in name or name.startswith("data:") or os.path.isfile(name) or _may_be_base64(name)):
+        if os.path.isdir(name):
+            raise FileNotFoundError(f"{name!r} is a folder; pass the images in it.")
+        raise FileNotFoundError(f"the file {name!r} does not exist; if it is a caption, pass it to {captions}.")
 
 
 @contextmanager

@@ -19,11 +19,11 @@ from transformers.utils import ModelOutput, logging
 from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
 from .configuration_llm2clip import LLM2CLIPConfig
 from .identity_llm2clip import text_fingerprint  # noqa: F401
-from .image_decoding_llm2clip import decode_images, is_missing_file
+from .image_decoding_llm2clip import decode_images, require_file
 from .merging_llm2clip import merged_weights  # noqa: F401
 from .modeling_eva02 import EVA02VisionModel  # noqa: F401
 from .modeling_llm2clip_backbone import text_fields  # noqa: F401
-from .modeling_llm2clip_features import Float32Buffers, checked_statistics
+from .modeling_llm2clip_features import GATE, Float32Buffers, checked_statistics
 from .modeling_llm2clip_packing import PackedBatch  # noqa: F401
 from .modeling_llm2clip_pairing import LLM2CLIPPairedModel
 from .modeling_llm2clip_probe import verify_decoder  # noqa: F401
@@ -34,6 +34,7 @@ from .modeling_llm2clip_utils import (
     encode_pixels,
     encode_tokens,
     execution_device,
+    own_part,
     require_finite,
     unit_features,
 )
@@ -85,7 +86,10 @@ class LLM2CLIPAdapterBlock(nn.Module):
 
 
 class LLM2CLIPTextAdapter(Float32Buffers):
-    """Map an LLM's caption embedding to the space shared with images (paper, section 3.2)."""
+    """Map an LLM's caption embedding to the space shared with images (paper, section 3.2).
+
+    With `text_head` `linear` there is only `proj`, and with `residual` this adapter is added to a linear map.
+    """
 
     center: Tensor | None
 
@@ -94,22 +98,32 @@ class LLM2CLIPTextAdapter(Float32Buffers):
         width = config.text_config.hidden_size
         self.normalize = config.adapter_normalize
         self.register_buffer("center", torch.zeros(width, dtype=torch.float32) if config.center_text else None)
+        is_linear = config.text_head == "linear"
         self.blocks = nn.Sequential(
-            *(LLM2CLIPAdapterBlock(width, config.adapter_expansion) for _ in range(config.adapter_num_layers))
+            *(
+                LLM2CLIPAdapterBlock(width, config.adapter_expansion)
+                for _ in range(0 if is_linear else config.adapter_num_layers)
+            )
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm: nn.Module = nn.Identity() if is_linear else nn.LayerNorm(width)
         self.proj = nn.Linear(width, config.projection_dim)
+        is_residual = config.text_head == "residual"
+        self.linear = nn.Linear(width, config.projection_dim) if is_residual else None
+        self.gate = nn.Parameter(torch.full((1,), GATE)) if is_residual else None
+
+    def prepare(self, llm_embeds: Tensor) -> Tensor:
+        """Centre and normalise embeddings `(batch, hidden_size)` as the config says; what the layers see."""
+        if self.center is None:
+            return F.normalize(llm_embeds, dim=-1) if self.normalize else llm_embeds
+        # In float32: the difference of two nearby values of 16 bits would be inaccurate.
+        states = llm_embeds.float() - self.center
+        return F.normalize(states, dim=-1) if self.normalize else states
 
     def forward(self, llm_embeds: Tensor) -> Tensor:
         dtype = self.proj.weight.dtype
-        if self.center is not None:
-            # In float32: the difference of two nearby values of 16 bits would be inaccurate.
-            states = llm_embeds.float() - self.center
-            states = (F.normalize(states, dim=-1) if self.normalize else states).to(dtype)
-        else:
-            states = llm_embeds.to(dtype)
-            states = F.normalize(states, dim=-1) if self.normalize else states
-        return self.proj(self.norm(self.blocks(states)))
+        states = self.prepare(llm_embeds if self.center is not None else llm_embeds.to(dtype)).to(dtype)
+        output = self.proj(self.norm(self.blocks(states)))
+        return output if self.linear is None else self.linear(states) + self.gate * output
 
 
 class LLM2CLIPModel(LLM2CLIPPairedModel):
@@ -158,6 +172,8 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         super()._init_weights(module)
         if isinstance(module, LLM2CLIPTextAdapter) and module.center is not None:
             nn.init.zeros_(module.center)
+        if isinstance(module, LLM2CLIPTextAdapter) and module.gate is not None:
+            nn.init.constant_(module.gate, GATE)
         elif isinstance(module, LLM2CLIPModel):
             nn.init.constant_(module.logit_scale, self.config.logit_scale_init_value)
             if module.logit_bias is not None:
@@ -281,7 +297,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
     def encode_text(
         self,
         texts: Sequence[str] | str,
-        processor: Any,
+        processor: Any = None,
         batch_size: int | None = None,
         show_progress_bar: bool = False,
         instruction: str | None = None,
@@ -289,14 +305,17 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         """Embed captions of any length.
 
         Args:
-            processor: This model's processor, or its tokenizer.
+            processor: This model's processor, or its tokenizer; by default it is loaded from where the model was.
             batch_size: Largest number of captions in a batch; see [`LLM2CLIPTextModel.encode`].
             instruction: Text before every caption, as in stage 1; it is context and not pooled.
 
         Returns:
             Unit vectors, float32 `(len(texts), projection_dim)` on the CPU, in input order.
+
+        Raises:
+            ValueError: A caption is empty, or there is no tokenizer.
         """
-        tokenizer = getattr(processor, "tokenizer", processor)
+        tokenizer = own_part(self, processor, "tokenizer")
         return encode_tokens(
             tokenize_captions(texts, tokenizer, self.config.text_config, instruction),
             tokenizer,
@@ -308,28 +327,27 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
         )
 
     def encode_image(
-        self, images: Sequence[Any] | Any, processor: Any, batch_size: int = 64, show_progress_bar: bool = False
+        self, images: Sequence[Any] | Any, processor: Any = None, batch_size: int = 64, show_progress_bar: bool = False
     ) -> Tensor:
         """Embed images.
 
         Args:
             images: Images of any kind that [`decode_image`] reads (PIL images, paths, URLs, bytes), arrays or tensors,
                 or a single one.
-            processor: This model's processor, or its image processor.
+            processor: This model's processor, or its image processor; by default as in `encode_text`.
 
         Returns:
             Unit vectors, float32 `(len(images), projection_dim)` on the CPU, in input order.
 
         Raises:
             DamagedImageError: An image cannot be decoded.
-            FileNotFoundError: A string is not the name of a file, such as a caption.
-            ValueError: An embedding is NaN or infinite.
+            FileNotFoundError: A file does not exist.
+            ValueError: An embedding is NaN or infinite, or there is no image processor.
         """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         for image in images:
-            if isinstance(image, (str, os.PathLike)) and is_missing_file(os.fspath(image)):
-                raise FileNotFoundError(f"{os.fspath(image)!r} is not an image file; captions go to encode_text().")
-        prepare = getattr(processor, "image_processor", processor)
+            require_file(image, "encode_text()")
+        prepare = own_part(self, processor, "image_processor")
         starts = range(0, len(images), batch_size)
         batches = (
             prepare(images=decode_images(images[start : start + batch_size]), return_tensors="pt")

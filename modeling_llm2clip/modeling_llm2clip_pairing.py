@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .identity_llm2clip import is_earlier_rule
 from .modeling_llm2clip_probe import change_attention, verify_decoder
 from .modeling_llm2clip_text import LLM2CLIPTextModel
-from .modeling_llm2clip_utils import HUB_ARGUMENTS, absolute_path, adopt_submodel, execution_device
+from .modeling_llm2clip_utils import HUB_ARGUMENTS, absolute_path, adopt_submodel, execution_device, hub_arguments
 from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -67,6 +67,7 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
     """A model whose `text_model` is the LLM that `text_adapter` was trained with, or None if it is not loaded."""
 
     text_model: Any
+    hub_arguments: dict[str, Any]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -99,6 +100,8 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
         attention = text_attention(own)
         together = text_model and not different
         model, info = cls._load(pretrained_model_name_or_path, *args, text_model=together, **own)
+        # For the processor. A token is left out, since a model may be pickled.
+        model.hub_arguments = {name: value for name, value in hub_arguments(own).items() if name != "token"}
         bundled = model.config.text_model_name_or_path is None
         if text_model and model.text_model is None:
             if attention is not None:

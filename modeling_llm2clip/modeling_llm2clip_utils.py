@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .image_decoding_llm2clip import with_pillow
 from .tokenization_llm2clip import CaptionTokens, pooling_mask
 
 logger = logging.get_logger(__name__)
@@ -57,6 +58,36 @@ def load_complete(load: Callable[..., Any], name: Any, *args: Any, **kwargs: Any
             "config.json)."
         )
     return model, info
+
+
+def own_part(model: PreTrainedModel, processor: Any, name: str) -> Any:
+    """Return the tokenizer or image processor for a model: that of `processor`, or the one saved with the model.
+
+    The latter is loaded once, from the revision that the model was loaded from.
+
+    Args:
+        processor: The processor, the part itself, or None.
+        name: `tokenizer` or `image_processor`.
+
+    Raises:
+        ValueError: There is no processor, and the model was not loaded from where one is.
+    """
+    if processor is not None:
+        return getattr(processor, name, processor)
+    parts = model.__dict__.setdefault("_own_parts", {})
+    if name in parts:
+        return parts[name]
+    origin, words = model.config.name_or_path, name.replace("_", " ")
+    if not origin:
+        raise ValueError(f"this model was built in memory, so that there is no {words} to load; pass processor=.")
+    load = AutoTokenizer if name == "tokenizer" else AutoImageProcessor
+    try:
+        # Without False, it would ask on the terminal whether to run code.
+        found = load.from_pretrained(origin, **getattr(model, "hub_arguments", {}), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no {words} can be loaded from {origin}; pass processor=.") from error
+    parts[name] = with_pillow(found) if name == "image_processor" else found
+    return parts[name]
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -9,7 +9,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from .compatibility_llm2clip import VERSION, make_readable_by_version_4
-from .image_decoding_llm2clip import decode_images, is_missing_file, with_pillow
+from .image_decoding_llm2clip import decode_images, require_file, with_pillow
 from .tokenization_llm2clip import clean_captions, count_cut_captions
 
 logger = logging.get_logger(__name__)
@@ -49,10 +49,10 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
         Raises:
             DamagedImageError: An image cannot be decoded.
+            FileNotFoundError: `images` is a string that names no file.
             TypeError, ValueError: A caption is not a string, or is empty.
         """
-        if isinstance(images, str) and is_missing_file(images):
-            raise TypeError(f"{images[:80]!r} is not an image file; captions go to text=.")
+        require_file(images, "text=")
         images = decode_images(images)
         if text is None:
             return super().__call__(images=images, **kwargs)

@@ -67,6 +67,9 @@ def check_processor(folder: Path, expected: dict[str, torch.Tensor], size: int) 
         assert difference(value, expected[f"in/{name}"]) <= allowed, name
     bare = AutoTokenizer.from_pretrained(folder)(CAPTIONS, padding=True, return_tensors="pt")
     assert bare["input_ids"].equal(expected["in/input_ids"])
+    model = load(folder)
+    assert model.encode_text(CAPTIONS).equal(model.encode_text(CAPTIONS, processor))
+    assert model.encode_image(pictures(size)).equal(model.encode_image(pictures(size), processor))
 
 
 def check_pipelines(folder: Path, expected: dict[str, torch.Tensor], size: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.modeling_llm2clip import tiny
@@ -61,10 +61,48 @@ def test_encode_image_accepts_file_names_and_rejects_captions(tmp_path: Path) ->
     IMAGES[0].save(tmp_path / "a.png")
     from_file = model.encode_image([tmp_path / "a.png"], processor)
     torch.testing.assert_close(from_file, model.encode_image(IMAGES[:1], processor))
-    with pytest.raises(FileNotFoundError, match="'a small dog' is not an image file; captions go to encode_text"):
-        model.encode_image(["a small dog"], processor)
+    with pytest.raises(FileNotFoundError, match=r"the file 'no/such.jpg' does not exist; .* pass it to encode_text"):
+        model.encode_image(["no/such.jpg"], processor)
+    with pytest.raises(FileNotFoundError, match="is a folder; pass the images in it"):
+        model.encode_image(tmp_path, processor)
     with pytest.raises(TypeError, match=r"item 0 is a PIL.Image.Image where a caption \(str\) was expected"):
         model.encode_text(IMAGES, processor)
+
+
+def test_a_loaded_model_encodes_without_a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = tiny.processor()
+    tiny.save(tmp_path)
+    model = LLM2CLIPModel.from_pretrained(tmp_path)
+    assert model.encode_text(CAPTIONS).equal(model.encode_text(CAPTIONS, processor))
+    assert model.encode_image(IMAGES).equal(model.encode_image(IMAGES, processor))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
+    assert len(model.encode_text("a dog")) == 1, "the tokenizer is loaded once"
+
+
+def test_the_processor_is_of_the_revision_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.save(tmp_path)
+    model = LLM2CLIPModel.from_pretrained(tmp_path, revision="v1", cache_dir=tmp_path, token="secret")
+    asked: dict[str, Any] = {}
+    tokenizer = tiny.processor().tokenizer
+
+    def load(name: str, **kwargs: Any) -> Any:
+        asked.update(kwargs, name=str(name))
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    model.encode_text("a dog")
+    assert asked == {"name": str(tmp_path), "revision": "v1", "cache_dir": tmp_path, "trust_remote_code": False}
+
+
+def test_a_model_without_a_processor_asks_for_one(tmp_path: Path) -> None:
+    model = tiny.joint_model()
+    with pytest.raises(ValueError, match="built in memory, so that there is no tokenizer to load; pass processor="):
+        model.encode_text("a dog")
+    with pytest.raises(ValueError, match="there is no image processor to load; pass processor="):
+        model.encode_image(IMAGES)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"no tokenizer can be loaded from {tmp_path}; pass processor="):
+        LLM2CLIPModel.from_pretrained(tmp_path).encode_text("a dog")
 
 
 def test_encode_rejects_a_tokenizer_without_the_prompt() -> None:

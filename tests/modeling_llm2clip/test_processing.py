@@ -124,7 +124,9 @@ def test_invalid_captions_raise_an_error_that_names_them(texts: object, error: t
 
 
 def test_a_caption_passed_as_image_raises_an_error() -> None:
-    with pytest.raises(TypeError, match="'a dog' is not an image file; captions go to text="):
+    with pytest.raises(
+        FileNotFoundError, match="the file 'a dog' does not exist; if it is a caption, pass it to text="
+    ):
         tiny.processor()("a dog")
 
 
