@@ -16,7 +16,7 @@ from llm2clip import build_folder, push_folder
 def main() -> None:
     parser = example_parser(__doc__)
     parser.add_argument("--repo-id", help="Hub repo to upload to: OWNER/NAME")
-    parser.add_argument("--license", default="apache-2.0", help="license of the weights (%(default)s)")
+    parser.add_argument("--license", help="license of the weights (default: that of the models that it was made from)")
     parser.add_argument("--private", action="store_true", help="create the repo as private")
     arguments = parse(parser)
     if arguments.repo_id is None:

@@ -81,7 +81,7 @@ EMBED_MINE = (
     "llm2clip embed --text-model-name-or-path runs/stage1 --output-dir runs/mine_cache "
     "--sources '[{path: data/mine, split: train+validation, caption_columns: [caption]}]'"
 )
-BUILD = "llm2clip build runs/stage2 my-model --license apache-2.0"
+BUILD = "llm2clip build runs/stage2 Llama-my-model"
 MERGE = (
     "llm2clip merge openai/clip-vit-large-patch14-336 runs/stage2 runs/merged --alpha 0 0.25 0.5 0.75 1 "
     "--eval-source ./my_images --caption-columns caption"
@@ -179,21 +179,24 @@ README = {
         makes=("runs/merged/model.safetensors", "runs/merged/curve.png"),
         prints="alpha: ",
     ),
-    BUILD: Run(needs=(TRAIN_VISION,), makes=("my-model/model.safetensors", "my-model/modeling_llm2clip.py")),
+    BUILD: Run(needs=(TRAIN_VISION,), makes=("Llama-my-model/model.safetensors", "Llama-my-model/NOTICE")),
     "llm2clip verify runs": Run(needs=(TRAIN_VISION,), prints="num_files: "),
-    "llm2clip verify my-model": Run(needs=(BUILD,), prints="num_files: "),
-    "llm2clip build runs/stage2 signed-model --license apache-2.0 --signed --signing-key key.pem": NotRun(
+    "llm2clip verify Llama-my-model": Run(needs=(BUILD,), prints="num_files: "),
+    "llm2clip build runs/stage2 Llama-signed --signed --signing-key key.pem": NotRun(
         "it needs a key", run_by="tests/llm2clip/hub/test_signing.py::test_build_signs_a_folder_with_all_its_files"
     ),
-    "llm2clip verify signed-model --public-key key.pub": NotRun(
+    "llm2clip verify Llama-signed --public-key key.pub": NotRun(
         "it needs a key", run_by="tests/llm2clip/hub/test_signing.py::test_a_signed_model_is_that_of_its_author"
     ),
-    "llm2clip push my-model OWNER/my-model": Run(
+    "llm2clip push Llama-my-model OWNER/Llama-my-model --dry-run": Run(
+        needs=(BUILD,), meant={"OWNER": "tester"}, small="--no-check", prints="would_upload_to: tester/Llama-my-model"
+    ),
+    "llm2clip push Llama-my-model OWNER/Llama-my-model": Run(
         needs=(BUILD,),
         meant={"OWNER": "tester"},
         small="--no-check",  # `build` has just loaded it in a new process
-        makes=("tester/my-model",),
-        prints="/tester/my-model",
+        makes=("tester/Llama-my-model",),
+        prints="/tester/Llama-my-model",
     ),
     "llm2clip mntp": Run(
         needs=("meta-llama/Llama-3.2-1B-Instruct", "Salesforce/wikitext", "data/captions"),

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from llm2clip.hub.cards.card import CARD, license_of, read_card
 from llm2clip.hub.cards.metadata import as_list
+from llm2clip.hub.hub_errors import HTTPError
 from llm2clip.hub.license_terms import NOTICE, TERMS, Terms, license_of_name, notice_with, read_notice
 from llm2clip.utils.files import code_license, read_json, write_text
 from llm2clip.utils.repos import hub_ids
@@ -36,6 +36,7 @@ PERMISSIVE = (
     *("cdla-permissive-2.0", "etalab-2.0", "odc-by", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0"),
     *("openmdw-1.0", "ecl-2.0", "apache-2.0"),
 )
+PATIENCE = 10.0  # seconds for an answer of the Hub
 UNKNOWN = "unknown"  # an id of the Hub too
 
 
@@ -138,17 +139,26 @@ def bases_of(source: str, revision: str | None = None, others: Iterable[str] = (
 def _card(name: str, revision: str | None) -> dict[str, Any]:
     if Path(name).is_dir():
         return read_card(Path(name))[0]
-    path = _from_hub(name, CARD, revision)
+    path = _from_hub(name, [CARD], revision)
     return read_card(path.parent)[0] if path is not None else {}
 
 
-def _from_hub(name: str, file: str, revision: str | None = None) -> Path | None:
+def _from_hub(name: str, files: Sequence[str], revision: str | None = None) -> Path | None:
+    """Download the first of some files that a repo has, or find it in the cache; None if there is none."""
     if not hub_ids(name):
         return None
     try:
-        return Path(hf_hub_download(name, file, revision=revision))
-    except (OSError, HFValidationError):  # no such file or repo, no access, no connection
-        return None
+        # Unlike a download, it does not try again and again where there is no network.
+        found = {
+            file.rfilename for file in HfApi().model_info(name, revision=revision, timeout=PATIENCE).siblings or ()
+        }
+        return next((Path(hf_hub_download(name, file, revision=revision)) for file in files if file in found), None)
+    except (OSError, HTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if CARD in files:  # once for each repo
+            logger.warning("%s cannot be read on the Hub (%s): its license is that in the cache, if any", name, reason)
+    cached = (try_to_load_from_cache(name, file, revision=revision) for file in files)
+    return next((Path(path) for path in cached if isinstance(path, str)), None)
 
 
 def _references(folder: Path) -> Iterator[str]:
@@ -279,11 +289,11 @@ def _license_file(license: str, own: str | None) -> str:
 def _license_text(base: Base, source: Path) -> str | None:
     """The text of the license of a base, unless it is the license of the code."""
     names, folder = (LICENSE, "LICENSE.txt", "LICENSE.md"), Path(base.name)
-    paths: Iterable[Path | None] = (
-        (folder / name for name in names) if folder.is_dir() else (_from_hub(base.name, name) for name in names)
-    )
-    for path in itertools.chain([source / f"{LICENSE}-{base.license}"], paths):
-        if path is not None and path.is_file():
+    paths = [source / f"{LICENSE}-{base.license}", *(folder / name for name in names)]
+    if not any(path.is_file() for path in paths) and (downloaded := _from_hub(base.name, names)):
+        paths = [downloaded]
+    for path in paths:
+        if path.is_file():
             text = path.read_text(encoding="utf-8", errors="replace")
             return None if text == code_license() else text
     return None

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 
 from llm2clip.hub.cards.card import validate_card
+from llm2clip.hub.dry_run import show_upload
 from llm2clip.hub.license_terms import check_terms
 from llm2clip.hub.source_model import validate_folder
 from llm2clip.hub.upload import Uploader
@@ -46,6 +47,9 @@ class PushConfig:
     include: list[str] = setting(
         [], "Further files to upload, as patterns such as 'results/*'; by default only what a model folder holds."
     )
+    dry_run: bool = setting(
+        False, "Upload nothing: make all checks of the folder, and list what would be uploaded and what not, and why."
+    )
 
 
 def push_folder(folder: str | Path, repo_id: str, **settings: Any) -> dict[str, Any]:
@@ -60,7 +64,8 @@ def push_folder(folder: str | Path, repo_id: str, **settings: Any) -> dict[str, 
         settings: Other fields of [`PushConfig`].
 
     Returns:
-        `repo`, its address; `commit`; `files` and `megabytes`; `pull_request` if one was opened.
+        `repo`, its address; `commit`; `files` and `megabytes`; `pull_request` if one was opened. With `dry_run`, see
+        [`show_upload`].
 
     Raises:
         FileNotFoundError: The folder is incomplete.
@@ -87,13 +92,16 @@ def run(config: PushConfig, api: HfApi | None = None) -> dict[str, Any]:
         raise ValueError(
             f"--create-pr opens a pull request against main; omit --revision {config.revision}, or --create-pr."
         )
-    if others := model_files(folder, config.include).others:
+    others = model_files(folder, config.include).others
+    if others and not config.dry_run:
         logger.warning("not uploaded, as no model needs them: %s; --include PATTERN uploads them", shortened(others))
     if config.check and any("--" in target for target in code_targets(folder)):
         logger.info("the code of %s is in another repo, so the folder is not loaded before the upload", folder)
     elif config.check:
         logger.info("loading %s here and in a new process, which runs the code in it (--no-check: not)", folder)
         validate_folder(folder)
+    if config.dry_run:
+        return show_upload(folder, config.repo_id, config.include)
     uploader = Uploader(config.repo_id, revision=config.revision, create_pr=config.create_pr, api=api)
     # None leaves the visibility of a new repo to the default of its owner.
     url = uploader.create_repo(private=config.private or None)

@@ -27,7 +27,7 @@ from llm2clip.hub.cards.card import CARD, merge_cards, split_card, with_repo
 from llm2clip.hub.cards.facts import EXAMPLE
 from llm2clip.hub.hub_errors import explained, http_status
 from llm2clip.hub.secrets import refuse_secrets
-from llm2clip.hub.upload_files import Stamps, model_files, refuse_changed, refuse_links, stamps
+from llm2clip.hub.upload_files import Stamps, model_files, read_small, refuse_changed, refuse_links, stamps
 from llm2clip.utils.files import read_json
 from llm2clip.utils.manifests import FOLDER_MANIFEST, stated_files
 from llm2clip.utils.repos import inspect_repo
@@ -42,8 +42,6 @@ REPLACED = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|adapter_config\.json|"
     r"adapter_model\.safetensors|training_args\.bin|manifest\.json|model\.sig"
 )
-# Bytes; what is smaller is read once, and kept in memory until the commit.
-SMALL = 1 << 24
 # Files that a repo may contain before the first push.
 FRESH = {".gitattributes", CARD, "LICENSE"}
 # Fields of a card that are merged with those on the Hub, or that differ in an address only.
@@ -168,8 +166,7 @@ class Uploader:
             )
 
     def _commit(self, folder: Path, local: dict[str, Path], before: Stamps, model_type: str, message: str) -> Any:
-        # The client reads small files again when it commits, and knows only large ones by their checksums.
-        contents = {name: path.read_bytes() if path.stat().st_size < SMALL else path for name, path in local.items()}
+        contents = read_small(local)
         refuse_secrets(folder, contents, self._token())
         for attempt in range(1, ATTEMPTS + 1):
             snapshot = self._open_branch(model_type)

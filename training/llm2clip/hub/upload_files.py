@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeAlias
 
@@ -34,6 +34,10 @@ PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg"}
 WRITE_MODELS = ("build", "convert", "merge")
 # What is added to a listed model afterwards, by people or by us, and changes nothing that it computes.
 ADDED_LATER = (*EDITED, "LICENSE*", "NOTICE*", MODEL_MANIFEST, MODEL_SIGNATURE, "onnx/*")
+
+
+# Bytes; what is smaller is read once, and kept in memory until the commit.
+SMALL = 1 << 24
 
 
 class ModelFiles(NamedTuple):
@@ -78,6 +82,14 @@ def model_files(folder: Path, include: Sequence[str] = (), check_links: bool = T
         _refuse_names(folder, uploaded)
         refuse_links(folder, uploaded)
     return ModelFiles(uploaded, others)
+
+
+def read_small(uploaded: Mapping[str, Path]) -> dict[str, bytes | Path]:
+    """Read the small files of an upload; of large ones, the path is kept.
+
+    The client reads small files again when it commits, and knows only large ones by their checksums.
+    """
+    return {name: path.read_bytes() if path.stat().st_size < SMALL else path for name, path in uploaded.items()}
 
 
 def stamps(folder: Path) -> Stamps:
