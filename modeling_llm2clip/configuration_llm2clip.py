@@ -19,7 +19,8 @@ WHOLE_CAPTION = 2**30
 WINDOW_FIELDS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 INITIALIZERS = ("original", "normal")
 VISION_POOLINGS = ("cls", "mean", "cls_mean")
-VISUAL_HEADS = ("linear", "gated")
+VISUAL_HEADS = ("linear", "gated", "residual")
+TEXT_HEADS = ("adapter", "linear", "residual")
 POOLING_MODES = ("mean", "weighted_mean", "last_token", "eos_token", "bos_token")
 
 
@@ -250,8 +251,11 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
             `mean`: the mean over the patches of its normalised last hidden state; `cls_mean`: both, side by side.
         standardize_vision: Whether the features are standardised with the statistics of the training set.
         center_text: Whether the adapter first subtracts the mean of the training set from the LLM's embedding.
-        visual_head: `linear`, or `gated`: SAIL's head, see [`LLM2CLIPGatedHead`].
+        visual_head: `linear`; `gated`: SAIL's head, see [`LLM2CLIPGatedHead`]; `residual`: a linear map plus a gated
+            head times a learned factor.
         visual_head_expansion: Hidden width of a gated head as a multiple of the width of the features.
+        text_head: `adapter`: the blocks, a LayerNorm and a linear map (paper); `linear`: the linear map alone;
+            `residual`: a linear map plus the adapter times a learned factor.
         feature_dropout: Dropout of the (standardised) features in training.
 
     Raises:
@@ -283,14 +287,18 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
         center_text: bool = False,
         visual_head: str = "linear",
         visual_head_expansion: int = 8,
+        text_head: str = "adapter",
         feature_dropout: float = 0.0,
         **kwargs: Any,
     ) -> None:
         _require_choice("initializer", initializer, INITIALIZERS)
         _require_choice("vision_pooling", vision_pooling, VISION_POOLINGS)
         _require_choice("visual_head", visual_head, VISUAL_HEADS)
-        if visual_head == "gated" and not visual_projection:
-            raise ValueError("visual_head 'gated' is a visual projection; do not set visual_projection to False.")
+        _require_choice("text_head", text_head, TEXT_HEADS)
+        if visual_head != "linear" and not visual_projection:
+            raise ValueError(
+                f"visual_head {visual_head!r} is a visual projection; do not set visual_projection to False."
+            )
         if visual_head_expansion < 1:
             raise ValueError(f"visual_head_expansion must be at least 1, not {visual_head_expansion}.")
         if not 0 <= feature_dropout < 1:
@@ -319,6 +327,7 @@ class LLM2CLIPConfig(_AbsoluteNames, PretrainedConfig):
         self.center_text = center_text
         self.visual_head = visual_head
         self.visual_head_expansion = visual_head_expansion
+        self.text_head = text_head
         self.feature_dropout = feature_dropout
         super().__init__(**kwargs)
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 MASK_INPUTS = ("pixel_attention_mask", "pixel_mask", "spatial_shapes")
 # A standard deviation below this share of the mean (or of 1) is rounding: the feature is constant.
 CONSTANT = 1e-6
+# Initial factor of the trained part of a residual head.
+GATE = 0.1
 # Sequences of one token in an attention layer at once: kernels for GPUs take fewer than 2**16.
 ATTENTION_ROWS = 2**14
 
@@ -70,6 +72,23 @@ class LLM2CLIPGatedHead(nn.Module):
         return self.g(F.relu6(self.f1(features)) * self.f2(features))
 
 
+class LLM2CLIPResidualHead(nn.Module):
+    """A linear map, which a closed form can give, plus what is trained on top of it: `linear(x) + gate * part(x)`.
+
+    The gate is a learned number that starts at `GATE`.
+    """
+
+    def __init__(self, linear: nn.Linear, part: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+        self.part = part
+        # A vector of one element, because FSDP and DeepSpeed do not divide scalars.
+        self.gate = nn.Parameter(torch.full((1,), GATE))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(features) + self.gate * self.part(features)
+
+
 def build_visual_head(config: Any) -> nn.Module:
     """Build the module between the (standardised) vision features and the shared space.
 
@@ -80,10 +99,13 @@ def build_visual_head(config: Any) -> nn.Module:
         ValueError: There is none, and the features have another width than the shared space.
     """
     width, expected = config.vision_width, config.projection_dim
-    if config.visual_projection and config.visual_head == "gated":
-        return LLM2CLIPGatedHead(width, config.visual_head_expansion, expected, config.visual_projection_bias)
     if config.visual_projection:
-        return nn.Linear(width, expected, bias=config.visual_projection_bias)
+        bias = config.visual_projection_bias
+        linear = nn.Linear(width, expected, bias=bias)
+        if config.visual_head == "linear":
+            return linear
+        gated = LLM2CLIPGatedHead(width, config.visual_head_expansion, expected, bias)
+        return gated if config.visual_head == "gated" else LLM2CLIPResidualHead(linear, gated)
     if width != expected:
         raise ValueError(f"without a visual projection the tower's width {width} has to be projection_dim {expected}.")
     return nn.Identity()

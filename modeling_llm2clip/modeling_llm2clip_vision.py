@@ -18,6 +18,8 @@ from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_eva02 import EVA02VisionModel
 from .modeling_llm2clip_features import (
+    GATE,
+    LLM2CLIPResidualHead,
     LLM2CLIPStandardization,
     build_visual_head,
     checked_statistics,
@@ -72,6 +74,8 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
         if isinstance(module, LLM2CLIPStandardization):
             nn.init.zeros_(module.mean)
             nn.init.ones_(module.std)
+        elif isinstance(module, LLM2CLIPResidualHead):
+            nn.init.constant_(module.gate, GATE)
         elif self.config.initializer == "original" and isinstance(module, nn.Linear):
             init_like_the_original(module, self.config.vision_config if module is self.visual_projection else None)
         else:

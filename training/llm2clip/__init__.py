@@ -22,6 +22,7 @@ MODULES = {
         "LLM2CLIPTextModel",
         "LLM2CLIPVisionModelWithProjection",
     ],
+    "llm2clip.trainers.closed_form": ["ClosedFormAlignment", "PairSums", "closed_form_alignment"],
     "llm2clip.trainers.mntp_config": ["MNTPConfig"],
     "llm2clip.trainers.mntp_trainer": ["MNTPTrainer"],
     "llm2clip.trainers.stage1_config": ["Stage1Config"],

@@ -81,6 +81,15 @@ from llm2clip.losses import (
 from llm2clip.search.top_k import (
     top_k as top_k,
 )
+from llm2clip.trainers.closed_form import (
+    ClosedFormAlignment as ClosedFormAlignment,
+)
+from llm2clip.trainers.closed_form import (
+    PairSums as PairSums,
+)
+from llm2clip.trainers.closed_form import (
+    closed_form_alignment as closed_form_alignment,
+)
 from llm2clip.trainers.mntp_config import (
     MNTPConfig as MNTPConfig,
 )

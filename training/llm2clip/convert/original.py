@@ -17,7 +17,7 @@ from modeling_llm2clip import EVA02VisionConfig, LLM2CLIPConfig, LLM2CLIPTextCon
 DEFAULT_LLM_WIDTH = 4096
 ADAPTER_NORM = "text.text_adaptor.4.weight"
 # What a model may do with features and the original does not.
-FEATURE_FIELDS = ("vision_pooling", "standardize_vision", "center_text", "visual_head")
+FEATURE_FIELDS = ("vision_pooling", "standardize_vision", "center_text", "visual_head", "text_head")
 
 
 def original_layout(vision_config: PretrainedConfig) -> Layout:

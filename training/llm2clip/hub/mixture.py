@@ -25,6 +25,7 @@ MAX_NAMED = 4
 HEAD_FIELDS = (
     "projection_dim", "visual_projection", "visual_projection_bias", "adapter_num_layers", "adapter_expansion",
     "adapter_normalize", "vision_pooling", "standardize_vision", "center_text", "visual_head", "visual_head_expansion",
+    "text_head",
 )  # fmt: skip
 # Fields of the config of a vision tower that are about the heads of its model.
 OF_HEADS = ("projection_dim", "logit_scale_init_value")

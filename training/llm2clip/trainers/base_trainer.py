@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llm2clip.data import SampleIndexBatchSampler
 from llm2clip.data.sample_stream import SampleStream
@@ -160,6 +160,15 @@ class StageTrainer(ResumingTrainer):
         """Compute retrieval metrics from the embeddings of `eval_dataset` and their [`eval_labels`]."""
         raise NotImplementedError
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether there is anything to train after [`initialize_weights`]."""
+        return True
+
+    def initialize_weights(self) -> dict[str, float]:
+        """Compute initial weights from the training data, in all processes; returns what to report of them."""
+        return {}
+
     def frozen_inputs(self) -> dict[str, str | None]:
         """Identify the weights that a run reads and that its checkpoints do not contain, by name in words."""
         return {}
@@ -178,7 +187,12 @@ class StageTrainer(ResumingTrainer):
         choose = partial(named_checkpoint, self.args, resume_from_checkpoint)
         try:
             with begun(self, choose) as checkpoint:
-                return super().train(checkpoint, *args, **kwargs)
+                found = {} if checkpoint is not None else self.initialize_weights()
+                if not self.has_steps:
+                    self.log(dict(found))
+                    return TrainOutput(0, 0.0, found)
+                output = super().train(checkpoint, *args, **kwargs)
+                return output._replace(metrics={**output.metrics, **found})
         finally:
             self.progress.close()
 

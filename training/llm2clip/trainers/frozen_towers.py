@@ -60,7 +60,7 @@ def open_stored_pairs(
     rows = features.find(np.concatenate([images.content_keys() for images in training]))
     captions = CaptionImageDataset(sources, None, **options)
     dataset = StoredPairsDataset(captions, features, rows, cache, config.sampling_seed)
-    if config.model_name_or_path is None:
+    if config.model_name_or_path is None and config.alignment == "train":
         _set_statistics(model, dataset)
     return dataset
 
@@ -109,9 +109,9 @@ def _manifest(config: Stage2Config, model: LLM2CLIPModel, image_processor: Any) 
 
 def _set_statistics(model: LLM2CLIPModel, dataset: StoredPairsDataset) -> None:
     """Fit what the model standardises its features and centres its captions by to the training set."""
-    image_rows, caption_rows, weights = dataset.used_rows()
+    samples, caption_rows, weights = dataset.pairs()
     if model.config.standardize_vision:
-        model.set_vision_statistics(*dataset.features.statistics(image_rows))
+        model.set_vision_statistics(*dataset.features.statistics(dataset.image_rows[np.unique(samples)]))
     if model.config.center_text:
         total = torch.zeros(dataset.cache.hidden_size, dtype=torch.float64)
         for start in range(0, len(caption_rows), PART):

@@ -18,6 +18,7 @@ from llm2clip.data import (
 from llm2clip.embedding.cache_of_model import describe_text_tower_of_cache
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.trainers.checkpoints import resume_point
+from llm2clip.trainers.closed_form import DEFAULT_WIDTH
 from llm2clip.trainers.frozen_towers import open_stored_pairs
 from llm2clip.trainers.pushing import check_pushing
 from llm2clip.trainers.run_folder import stage_command
@@ -50,6 +51,10 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     """
     options = loading_options("float32", config.attn_implementation)
     fields = {name: getattr(config, name) for name in NEW_MODEL_FIELDS if getattr(config, name) is not None}
+    if config.alignment != "train":
+        # The bias of a linear map centres the captions; `set_heads` makes the heads when their width is chosen.
+        fields.pop("standardize_features", None)
+        fields |= {"standardize_vision": True, "projection_dim": config.projection_dim or DEFAULT_WIDTH}
     if config.loss == "sigmoid" and config.model_name_or_path is None:
         fields = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": SIGMOID_BIAS, **fields}
     if config.model_name_or_path is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from transformers import SchedulerType
@@ -17,6 +18,16 @@ NEW_MODEL_FIELDS = (
     *("projection_dim", "adapter_num_layers", "adapter_expansion", "adapter_normalize"),
     *("logit_scale_init_value", "logit_bias_init_value", "initializer"),
     *("vision_pooling", "visual_head", "standardize_features"),
+)
+
+Alignment = Literal["train", "closed_form", "closed_form_then_train"]
+# Settings of training, which a closed form alone does not use.
+TRAINING_FIELDS = (
+    *("learning_rate", "vision_learning_rate", "text_learning_rate", "weight_decay", "vision_weight_decay"),
+    *("text_weight_decay", "vision_layer_decay", "num_train_epochs", "max_steps", "warmup_steps", "lr_scheduler_type"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "loss", "shared_captions", "max_grad_norm"),
+    *("feature_dropout", "ema_half_life", "label_smoothing_factor", "adapter_num_layers", "adapter_expansion"),
+    *("eval_strategy", "save_strategy", "load_best_model_at_end"),
 )
 
 
@@ -131,6 +142,17 @@ class Stage2Config(ContrastiveConfig, StageConfig):
         "with its model; in the folder warm_start of output_dir. Its learning_rate is by default ten times that of "
         "this run. Empty: no first part.",
     )
+    alignment: Alignment = setting(
+        "train",
+        "How frozen towers are aligned (freeze_vision: all, or in warm_start). train: projection and adapter, by "
+        "gradient descent; closed_form: linear maps, solved for in one pass without training; closed_form_then_train: "
+        "heads that are trained on top of these maps, which stay.",
+    )
+    ridge: float | None = setting(
+        None,
+        "Regularisation of the closed form, as a share of the mean variance. Unset: the best on eval_sources, or 0.3 "
+        "without them; projection_dim likewise, or 256.",
+    )
     feature_cache: str | None = setting(
         None, "Folder of those features, which several runs can share; unset: vision_features in output_dir."
     )
@@ -204,6 +226,7 @@ class Stage2Config(ContrastiveConfig, StageConfig):
             raise ValueError("feature_cache and feature_views need freeze_vision: all, or warm_start.")
         if self.standardize_features and not stored:
             raise ValueError("standardize_features needs freeze_vision: all, or warm_start, to compute them.")
+        self._check_alignment()
         if self.frozen_states_dir and not self.freeze_vision_layers:
             raise ValueError("frozen_states_dir needs freeze_vision_layers.")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
@@ -218,3 +241,26 @@ class Stage2Config(ContrastiveConfig, StageConfig):
             raise ValueError("logit_bias_init_value is for the sigmoid loss only; set loss: sigmoid.")
         if self.loss == "sigmoid" and self.label_smoothing_factor:
             raise ValueError("the sigmoid loss has no label smoothing; leave label_smoothing_factor unset.")
+
+    def _check_alignment(self) -> None:
+        """Refuse settings that a closed form would not use."""
+        if self.ridge is not None and not 0 <= self.ridge < math.inf:
+            raise ValueError(f"ridge must be at least 0, but is {self.ridge}.")
+        if self.alignment == "train":
+            if self.ridge is not None:
+                raise ValueError("ridge is for alignment: closed_form, or closed_form_then_train.")
+            return
+        if self.freeze_vision != "all":
+            raise ValueError(
+                f"alignment: {self.alignment} needs frozen towers; set freeze_vision: all, or give it in warm_start."
+            )
+        if self.model_name_or_path is not None:
+            raise ValueError(f"alignment: {self.alignment} makes new heads; {self.model_name_or_path} has its own.")
+        for name in ("visual_head", "standardize_features"):
+            if (value := getattr(self, name)) not in (None, True):
+                raise ValueError(f"alignment: {self.alignment} has its own heads; unset {name}, which is {value}.")
+        if self.alignment == "closed_form":
+            defaults = {field.name: field.default for field in fields(self)}
+            changed = [name for name in TRAINING_FIELDS if getattr(self, name) != defaults[name]]
+            if changed:
+                raise ValueError(f"alignment: closed_form trains nothing; unset {', '.join(changed)}.")

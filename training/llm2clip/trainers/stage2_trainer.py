@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar, cast
 
 import torch
@@ -20,6 +21,7 @@ from llm2clip.evaluation import ImageTextRetrieval, retrieval_metrics
 from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
+from llm2clip.trainers.alignment import align, linear_maps, match_heads
 from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.bundling import bundle_text_model
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
@@ -28,8 +30,9 @@ from llm2clip.trainers.optimizer import clamp_logit_scale, parameter_groups, war
 from llm2clip.trainers.sharding import give_scalars_a_dimension, undivided, value_of, whole_weights
 from llm2clip.trainers.skipped_samples import SkippedSamples
 from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stored_pairs import StoredPairsDataset
 from llm2clip.utils.processes import work_alone
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
 CAPTION_INPUTS = ("input_ids", "attention_mask", "pooling_mask")
 # Settings of the optimizer's parameter groups.
@@ -90,6 +93,8 @@ class Stage2Trainer(StageTrainer):
         if model.text_model is not None:
             model.text_model.requires_grad_(False)
         self.add_callback(ClampLogitScale())
+        if self.args.alignment != "train" and not isinstance(self.train_dataset, StoredPairsDataset):
+            raise ValueError(f"alignment: {self.args.alignment} needs stored features of frozen towers to train on.")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             give_scalars_a_dimension(model)
 
@@ -104,6 +109,37 @@ class Stage2Trainer(StageTrainer):
 
     def frozen_inputs(self) -> dict[str, str | None]:
         return {"text encoder": cast(LLM2CLIPModel, self.model).config.text_model_fingerprint}
+
+    @property
+    def has_steps(self) -> bool:
+        return self.args.alignment != "closed_form"
+
+    def initialize_weights(self) -> dict[str, float]:
+        if self.args.alignment == "train":
+            return {}
+        model = cast(LLM2CLIPModel, self.model)
+        measure = self._mean_recall if self.retrieval else None
+        wanted = self.args.ridge, self.args.projection_dim
+        found = align(model, cast(StoredPairsDataset, self.train_dataset), self.args.alignment, *wanted, measure)
+        self._freeze_maps()
+        return found
+
+    def _mean_recall(self) -> float:
+        """Mean of R@1, 5 and 10 in both directions over the retrieval sets."""
+        model = cast(LLM2CLIPModel, self.model).eval()
+        found = [self.measure(model, retrieval) for retrieval in self.retrieval.values()]
+        return fmean(value for metrics in found for name, value in metrics.items() if "recall@" in name)
+
+    def _freeze_maps(self) -> None:
+        if self.args.alignment == "closed_form_then_train":
+            for layer in linear_maps(cast(LLM2CLIPModel, self.model)):
+                layer.requires_grad_(False)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.args.alignment != "train":
+            match_heads(cast(LLM2CLIPModel, self.model), LLM2CLIPConfig.from_pretrained(resume_from_checkpoint))
+            self._freeze_maps()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def eval_labels(self, inputs: dict[str, Any], num_rows: int) -> Any:
         if "caption_ids" not in inputs:

@@ -78,16 +78,19 @@ class StoredPairsDataset(EpochDataset):
             digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()[:16]
 
-    def used_rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the rows of the images, and the rows and the weights of the captions, that training draws from."""
+    def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return all pairs that training draws from: numbers of samples, rows of their captions, and weights.
+
+        The weights of the captions of a sample have the sum 1.
+        """
         used = np.ones(len(self), dtype=bool)
         used[list(self.skipped)] = False
         of_caption = np.repeat(np.arange(len(self)), np.diff(self._ends))
         shares = np.diff(self._bounds - of_caption, prepend=0.0)
         first = self._ends[:-1][np.diff(self._ends) > 0]
         shares[first] = (self._bounds - of_caption)[first]
-        kept = used[of_caption]
-        return self.image_rows[used], self._caption_rows[kept], shares[kept]
+        kept = used[of_caption] & (shares > 0)
+        return of_caption[kept], self._caption_rows[kept], shares[kept]
 
     def __getitem__(self, index: SampleIndex | int) -> dict[str, Any]:
         return self.__getitems__([index])

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from llm2clip.trainers.run_settings import check_settings
-from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Config
+from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, TRAINING_FIELDS, Stage2Config
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.settings import change_config
 
@@ -41,8 +42,15 @@ def first_part(config: Stage2Config) -> Stage2Config:
         "bundle_text_model": False,
         "warm_start": {},
     }
-    rates = {"learning_rate": RATE * config.learning_rate, "vision_learning_rate": None, "text_learning_rate": None}
+    rates: dict[str, Any] = {
+        "learning_rate": RATE * config.learning_rate,
+        "vision_learning_rate": None,
+        "text_learning_rate": None,
+    }
     own = {name: value for name, value in config.warm_start.items() if name not in fixed}
+    if own.get("alignment") == "closed_form":
+        # Which settings of training do not concern.
+        rates = {field.name: field.default for field in fields(config) if field.name in TRAINING_FIELDS}
     return change_config(config, {**rates, **own, **fixed}, "warm_start")
 
 
@@ -51,6 +59,7 @@ def second_part(config: Stage2Config) -> Stage2Config:
     # `warm_start` stays, so that a resumed run with another one is refused.
     first = str(Path(config.output_dir) / FOLDER)
     changes: dict[str, Any] = {"model_name_or_path": first, "feature_cache": None, "feature_views": 1}
+    changes |= {"alignment": "train", "ridge": None}
     return change_config(config, {**dict.fromkeys(NEW_MODEL_FIELDS), **changes})
 
 

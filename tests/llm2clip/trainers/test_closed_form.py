@@ -1,0 +1,113 @@
+"""Alignment in closed form: the mathematics, Stores, and stage 2 with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cross_decomposition import CCA
+from torch import Tensor
+from torch.nn import functional as F
+
+from llm2clip.embedding import CacheManifest, EmbeddingCache, build_embedding_cache
+from llm2clip.trainers.closed_form import PairSums, closed_form_alignment
+
+
+def correlated(count: int = 600, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of widths 12 and 9 that share five directions, far from zero and on different scales."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(count, 5, generator=generator)
+    images = shared @ torch.randn(5, 12, generator=generator) + 0.5 * torch.randn(count, 12, generator=generator)
+    texts = shared @ torch.randn(5, 9, generator=generator) + 0.5 * torch.randn(count, 9, generator=generator)
+    return images * torch.linspace(0.1, 10, 12) + 3, texts + 4
+
+
+def test_without_a_ridge_it_is_canonical_correlation_analysis() -> None:
+    images, texts = correlated()
+    found = closed_form_alignment(images, texts, ridge=0.0, width=3)
+    units = F.normalize(texts, dim=-1)
+    expected = CCA(n_components=3, scale=True, max_iter=20_000, tol=1e-12).fit(images.numpy(), units.numpy())
+    own = (images.double() - found.image_mean) / found.image_std @ found.image_map
+    theirs = expected.transform(images.numpy())
+    for number in range(3):
+        assert abs(np.corrcoef(own[:, number], theirs[:, number])[0, 1]) > 0.9999
+    correlations = [np.corrcoef(*pair)[0, 1] for pair in zip(*(x.T for x in expected.transform(images, units)))]  # noqa: B905
+    np.testing.assert_allclose(found.correlations, correlations, atol=1e-4)
+    assert found.embed_images(images).shape == found.embed_texts(texts).shape == (600, 3)
+
+
+def test_the_maps_retrieve_the_partner() -> None:
+    images, texts = correlated()
+    found = closed_form_alignment(images[:500], texts[:500], ridge=0.1, width=5)
+    similarity = found.embed_images(images[500:]) @ found.embed_texts(texts[500:]).T
+    ranks = (similarity > similarity.diagonal()[:, None]).sum(dim=1)
+    assert (ranks < 5).double().mean() > 0.8  # by chance 0.05
+
+
+def test_weights_are_repetitions() -> None:
+    images, texts = correlated(60)
+    weights = torch.tensor([1.0, 2.0, 3.0]).repeat(20)
+    found = closed_form_alignment(images, texts, width=4, weights=weights)
+    times = weights.long()
+    expected = closed_form_alignment(images.repeat_interleave(times, 0), texts.repeat_interleave(times, 0), width=4)
+    torch.testing.assert_close(found.embed_images(images), expected.embed_images(images), atol=1e-6, rtol=0)
+
+
+def test_sums_of_parts_add_up_and_stay_accurate_far_from_zero() -> None:
+    images, texts = correlated()
+    images, texts = images + 1000, F.normalize(texts, dim=-1)
+    parts = [PairSums.empty(12, 9) for _ in range(2)]
+    parts[0].add(images[:250], texts[:250])
+    parts[1].add(images[250:], texts[250:])
+    found = (parts[0] + parts[1]).solver()
+    exact = torch.cov(images.double().T, correction=0)
+    torch.testing.assert_close(found.image_std, exact.diagonal().sqrt(), rtol=1e-7, atol=0)
+
+
+def test_stores_are_read_shard_by_shard(tmp_path: Path) -> None:
+    images, texts = correlated()
+    folders = []
+    for name, rows in (("images", images), ("texts", texts)):
+        captions = [f"{name} {row}" for row in range(len(rows))]
+        embeds = dict(zip(captions, rows.half(), strict=True))
+        options: dict[str, Any] = {"pooling": "mean", "prompt_prefix": "", "prompt_suffix": "", "max_length": 8}
+        manifest = CacheManifest(
+            fingerprint="f", hidden_size=rows.shape[1], text_model_name=name, shard_size=70 + len(name), **options
+        )
+        build_embedding_cache(
+            tmp_path / name, captions, lambda part, rows=embeds: (torch.stack([rows[x] for x in part]), 0), manifest
+        )
+        folders.append(tmp_path / name)
+    found = closed_form_alignment(*folders, width=4)
+    expected = closed_form_alignment(images.half().float(), texts.half().float(), width=4)
+    opened = closed_form_alignment(EmbeddingCache.open(folders[0]), texts.half(), width=4)
+    for one in (found, opened):
+        torch.testing.assert_close(one.embed_images(images), expected.embed_images(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 10}, "width is 10, but the embeddings have 12 and 9 dimensions; choose 1 to 9"),
+        ({"ridge": -1.0}, "ridge must be at least 0"),
+        ({"weights": torch.ones(3)}, "600 and 600 and 3 weights"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+    images, texts = correlated()
+    with pytest.raises(ValueError, match=message):
+        closed_form_alignment(images, texts, **{"width": 4, **changes})
+
+
+def test_other_numbers_and_broken_values_are_refused() -> None:
+    images, texts = correlated()
+    with pytest.raises(ValueError, match="there are 600 and 599"):
+        closed_form_alignment(images, texts[1:], width=4)
+    with pytest.raises(ValueError, match="at least two pairs"):
+        closed_form_alignment(images[:1], texts[:1], width=4)
+    images[7, 3] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        closed_form_alignment(images, texts, width=4)

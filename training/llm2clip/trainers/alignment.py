@@ -1,0 +1,142 @@
+"""Stage 2 with frozen towers in closed form: the maps of two towers are solved for, not trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from llm2clip.trainers.closed_form import (
+    DEFAULT_RIDGE,
+    DEFAULT_WIDTH,
+    ClosedFormAlignment,
+    sum_pairs,
+)
+from llm2clip.trainers.stage2_config import Alignment
+from llm2clip.trainers.stored_pairs import StoredPairsDataset
+from llm2clip.utils.processes import on_main_process
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextAdapter
+from modeling_llm2clip.modeling_llm2clip_features import build_visual_head
+
+logger = logging.getLogger(__name__)
+
+# What is tried where a validation set can choose.
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
+WIDTHS = (128, 256, 512)
+# The heads that each alignment needs, and the hidden width of the gated part, which is small beside its linear map.
+HEADS = {"closed_form": "linear", "closed_form_then_train": "residual"}
+EXPANSION = 2
+
+
+def align(
+    model: LLM2CLIPModel,
+    dataset: StoredPairsDataset,
+    alignment: Alignment,
+    ridge: float | None,
+    width: int | None,
+    measure: Callable[[], float] | None,
+) -> dict[str, float]:
+    """Solve for the linear maps of a model and set them; see [`closed_form_alignment`].
+
+    Args:
+        dataset: The pairs. The captions of an image share its weight by the weights of the source.
+        alignment: Which heads the model gets.
+        ridge, width: None: the best of `RIDGES` and `WIDTHS` by `measure`, or the default without it.
+        measure: Measures the model on validation sets.
+
+    Returns:
+        The ridge and the width, and what was measured with them.
+    """
+    samples, caption_rows, weights = dataset.pairs()
+    image_rows = dataset.image_rows[samples]
+    factors = torch.from_numpy(weights)
+
+    def pairs(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        captions = dataset.cache.read(caption_rows[start:stop], torch.float32)
+        # As the model itself prepares them.
+        texts = model.text_adapter.prepare(captions.to(model.text_adapter.proj.weight.device)).cpu()
+        return dataset.features.read_views(image_rows[start:stop]), texts, factors[start:stop]
+
+    solver = sum_pairs(len(caption_rows), pairs).solver()
+    if width is not None and width > solver.max_width:
+        solver.solve(DEFAULT_RIDGE, width)  # refuses it
+    fitting = sorted({min(choice, solver.max_width) for choice in WIDTHS})
+    ridges = RIDGES if ridge is None and measure is not None else (DEFAULT_RIDGE if ridge is None else ridge,)
+    widths = [width] if width is not None else fitting if measure is not None else [min(DEFAULT_WIDTH, max(fitting))]
+    # The largest width first: the maps of the others are its first columns.
+    solved = {choice: solver.solve(choice, max(widths)) for choice in ridges}
+    choices = [(choice, cut) for choice in ridges for cut in widths]
+    scores = [0.0]
+    if measure is not None:
+        scores = []
+        for choice, cut in choices:
+            set_heads(model, "linear", cut)
+            install(model, solved[choice].cut(cut))
+            scores.append(measure())
+    best = on_main_process(lambda: max(range(len(scores)), key=scores.__getitem__))
+    ridge, width = choices[best]
+    set_heads(model, HEADS[alignment], width)
+    install(model, solved[ridge].cut(width))
+    logger.info("Closed form: ridge %g, width %d.", ridge, width)
+    found = {"closed_form_ridge": ridge, "closed_form_width": float(width)}
+    return found if measure is None else {**found, "closed_form_mean_recall": scores[best]}
+
+
+def set_heads(model: LLM2CLIPModel, kind: str, width: int) -> None:
+    """Give a model new heads of a kind, `linear` or `residual`, and a width, unless it has such heads."""
+    config = cast(LLM2CLIPConfig, model.config)
+    wanted: dict[str, Any] = {
+        "projection_dim": width,
+        "visual_projection": True,
+        "visual_projection_bias": True,
+        "visual_head": kind,
+        "text_head": kind,
+    }
+    if kind == "residual":
+        wanted["visual_head_expansion"] = EXPANSION
+    if all(getattr(config, name) == value for name, value in wanted.items()):
+        return
+    for name, value in wanted.items():
+        setattr(config, name, value)
+    weight = model.text_adapter.proj.weight
+    head, adapter = build_visual_head(config), LLM2CLIPTextAdapter(config)
+    for part in (head, adapter):
+        part.apply(model._init_weights)
+        part.to(weight.device, weight.dtype)
+    if (center := model.text_adapter.center) is not None:
+        cast(Tensor, adapter.center).copy_(center)
+    model.visual_projection, model.text_adapter = head, adapter
+
+
+def match_heads(model: LLM2CLIPModel, saved: LLM2CLIPConfig) -> None:
+    """Give a model the heads of a checkpoint of its run."""
+    set_heads(model, saved.visual_head, saved.projection_dim)
+
+
+def linear_maps(model: LLM2CLIPModel) -> tuple[nn.Linear, nn.Linear]:
+    """Return the layers whose weights a closed form gives: of images, of texts."""
+    head: Any = model.visual_projection
+    return getattr(head, "linear", head), model.text_adapter.linear or model.text_adapter.proj
+
+
+@torch.no_grad()
+def install(model: LLM2CLIPModel, alignment: ClosedFormAlignment) -> None:
+    """Set the linear maps of a model, and the statistics of its features if it standardises them."""
+    image, text = linear_maps(model)
+    weight, bias = alignment.image_map, torch.zeros_like(alignment.correlations)
+    if model.visual_standardization is not None:
+        model.set_vision_statistics(alignment.image_mean, alignment.image_std)
+    else:
+        weight = weight / alignment.image_std[:, None]
+        bias = -(alignment.image_mean @ weight)
+    _set(image, weight, bias)
+    _set(text, alignment.text_map, -(alignment.text_mean @ alignment.text_map))
+
+
+def _set(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    layer.weight.copy_(weight.T)
+    layer.bias.copy_(bias)
