@@ -130,6 +130,7 @@ README = {
         makes=(f"{MODEL}/model.safetensors", "runs/quickstart/report.html"),
         prints="LLM after stage 1",
     ),
+    "llm2clip --version": Run(prints="transformers 5"),
     "llm2clip check-data ./my_images --split train --caption-columns caption": Run(
         needs=("my_images",), prints="24, of which 24 can be used"
     ),
