@@ -54,7 +54,7 @@ class Study:
 
     def __init__(self, run: Path, output: Path, seed: int) -> None:
         self.run, self.output, self.seed = run, output, seed
-        self.profile = load_recipe(find_recipe("quickstart_default"))
+        self.profile = load_recipe(find_recipe("quickstart_study"))
         self.data = QuickstartData.find(None, COLUMNS)
         every_column = QuickstartData.find(None, [*COLUMNS, *LANGUAGES[1:]])
         self.domains = DomainSplit(every_column, "source", "openclipart", output / "data")

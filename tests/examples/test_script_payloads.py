@@ -16,10 +16,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from llm2clip import cli
+from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.quickstart import report
-from llm2clip.quickstart.arms import Arm
-from llm2clip.quickstart.config import QuickstartConfig
+from llm2clip.quickstart.config import Arm, QuickstartConfig
 from llm2clip.quickstart.data import QuickstartData
+from llm2clip.quickstart.image_steps import FinalModel
 from modeling_llm2clip import LLM2CLIPModel
 from tests.examples.conftest import open_browser
 from tests.examples.server import serving
@@ -142,9 +143,13 @@ def test_the_report_of_a_quickstart(
     tables = [(payload, ([payload, payload], [[payload, payload]])) for payload in PAYLOADS]
     monkeypatch.setattr(report, "all_tables", lambda results: tables)
     settings = {"profile": NAME, "seed": 0, "llm": NAME, "vision_model": NAME, "data": NAME, "payloads": PAYLOADS}
-    results = {"settings": settings, "seconds": {NAME: 1}, "machine": {NAME: NAME}, "runs": {}}
+    results = {"settings": settings, "seconds": {NAME: 1}, "machine": {"threads": NAME, "processor": NAME}, "runs": {}}
     results |= {"reading": PAYLOADS, "protocol": dict.fromkeys(PAYLOADS, NAME)}
-    report.write_report(tmp_path / "report.html", results, run, arm)
+    found = {"query": PAYLOADS[0], "rows": [0], "right": [True]}
+    results["typed_queries"] = {"queries": 1, "first": 1, "found": 1, "shown": 1, "results": [found]}
+    retrieval = ImageTextRetrieval(run.data.test_source(), tiny.processor().image_processor)
+    final = FinalModel(clip.eval(), tiny.processor(), retrieval, *retrieval.embed_images(clip.eval()))
+    report.write_report(tmp_path / "report.html", results, run, arm, final)
     open_page(browser, tmp_path / "report.html")
     queries = {element.text for element in browser.find_elements(By.CLASS_NAME, "query")}
     assert queries == set(PAYLOADS)

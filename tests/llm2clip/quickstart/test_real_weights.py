@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llm2clip import cli
-from llm2clip.quickstart.arms import E5_TITLE
+from llm2clip.quickstart.config import E5_TITLE
 from tests import stranger
 from tests.llm2clip import tiny
 
@@ -44,25 +44,26 @@ def results(run: Path) -> dict[str, Any]:
 
 def test_stage_1_improves_caption_retrieval_tenfold(results: dict[str, Any]) -> None:
     rows = {name: sets["lemma_to_gloss"]["recall@1"] for name, sets in results["caption_retrieval"].items()}
-    assert rows["LLM after stage 1"] >= 10 * max(rows["raw LLM, causal"], rows["raw LLM, bidirectional"])
+    assert rows["LLM after stage 1"] >= 10 * rows["raw LLM, causal"]
+
+
+def test_stage_1_finds_more_images_than_the_raw_llm(results: dict[str, Any]) -> None:
+    rows = {name: row["text_to_image_recall@10"] for name, row in results["image_retrieval"].items()}
+    assert rows["LLM after stage 1"] > rows["raw LLM, causal"]
 
 
 def test_the_better_model_finds_unseen_concepts_by_their_names(results: dict[str, Any]) -> None:
     last = results["image_retrieval"][results["best_text_encoder"]]
-    assert last["text_to_image_recall@1"] >= 0.18
-    assert last["text_to_image_recall@10"] >= 0.40
+    assert last["text_to_image_recall@1"] >= 0.22
+    assert last["text_to_image_recall@10"] >= 0.46
+    assert results["typed_queries"]["queries"] == 25
+    assert results["typed_queries"]["found"] >= 13
 
 
 def test_an_embedding_model_answers_languages_that_training_never_showed(results: dict[str, Any]) -> None:
     mean = results["image_retrieval"][f"  mean of 6 languages, {E5_TITLE}"]
     assert mean["num_texts"] == 138
-    assert mean["text_to_image_recall@10"] >= 0.18
-
-
-def test_stage_1_transfers_better_than_the_raw_bidirectional_llm(results: dict[str, Any]) -> None:
-    rows = {name: row["transfer"]["text_to_image_recall@10"] for name, row in results["transfer"].items()}
-    assert rows["LLM after stage 1"] > rows["raw LLM, bidirectional"]
-    assert results["transfer"][E5_TITLE]["transfer"]["num_images"] == 390
+    assert mean["text_to_image_recall@10"] >= 0.32
 
 
 def test_the_final_model_gives_the_recorded_logits_in_a_process_without_this_package(

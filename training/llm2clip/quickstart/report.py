@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,25 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoProcessor
 
 from llm2clip.data import EvalTransform
 from llm2clip.embedding import EmbeddingCache
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
-from llm2clip.quickstart.arms import Arm
-from llm2clip.quickstart.curves import draw_curves
-from llm2clip.quickstart.data import QUERY
+from llm2clip.quickstart.config import Arm
+from llm2clip.quickstart.data import QUERY, SHOWN_LANGUAGES
+from llm2clip.quickstart.image_steps import BEST_BY, FinalModel
+from llm2clip.quickstart.results import all_tables
 from llm2clip.quickstart.run_context import RunContext
-from llm2clip.quickstart.tables import all_tables
 from llm2clip.search.top_k import top_k
 from llm2clip.utils.files import write_text
-from modeling_llm2clip import LLM2CLIPModel
 
-NUM_QUERIES, NUM_FOUND, NUM_MAPS, THUMBNAIL, MAP_WIDTH = 12, 6, 6, 96, 224
-# Beside the captions.
-SHOWN_LANGUAGES = ("German", "Chinese")
+NUM_TYPED, NUM_QUERIES, NUM_FOUND, NUM_MAPS, THUMBNAIL, MAP_WIDTH = 4, 12, 6, 6, 96, 224
+CURVES = (
+    ("stage2", "frozen", "Stage 2, frozen towers"),
+    ("stage2", "unfrozen", "Stage 2, vision layers"),
+    ("transfer", "frozen", "Without a domain"),
+)
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1d2430; }
@@ -43,45 +44,59 @@ tbody tr { border-bottom: 1px solid #dde2ea; } td:first-child { white-space: pre
 .found img { width: 96px; height: 96px; border: 3px solid #d9dee6; border-radius: 6px; }
 .found img.right { border-color: #2e9e4f; } .query { font-weight: 600; }
 .note { color: #5a6678; font-size: .9rem; } .plot { max-width: 100%; }
-pre { background: #f3f5f8; padding: 1rem; overflow: auto; font-size: .8rem; }
 """
 
 
-def write_report(path: Path, results: dict[str, Any], run: RunContext, best: Arm) -> None:
+def write_report(path: Path, results: dict[str, Any], run: RunContext, best: Arm, final: FinalModel) -> None:
     """Write the report of a run to the HTML file `path`.
 
     Args:
         results: Content of `results.json`.
         best: The text encoder of the final model.
     """
-    model: Any = LLM2CLIPModel.from_pretrained(run.folder / "llm2clip", text_model=False)
-    model.eval()
-    processor = AutoProcessor.from_pretrained(run.folder / "llm2clip")
     cache = EmbeddingCache.open(run.cache(best.name))
-    settings = results["settings"]
+    settings, machine = results["settings"], results["machine"]
     tables = [part for title, table in all_tables(results) for part in (f"<h2>{_text(title)}</h2>", _table(*table))]
+    minutes = sum(results["seconds"].values()) / 60
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>LLM2CLIP quickstart</title>",
         f"<style>{STYLE}</style></head><body><h1>LLM2CLIP quickstart</h1>",
-        f"<p>Profile {_text(settings['profile'])}, seed {settings['seed']}. LLM: {_text(settings['llm'])}. "
-        f"Vision tower: {_text(settings['vision_model'])}. Data: {_text(settings['data'])}. "
-        f"Text encoder of the final model, chosen on the validation set: {_text(best.title)}.</p>",
+        f"<p>The model finds pictures by text. Its text encoder is {_text(best.title)}, the best on the validation "
+        f"set; it searches {len(final.rows)} pictures of concepts that no picture of the training shows.</p>",
+        *_typed(results["typed_queries"], final),
         *tables,
         *(f"<p>{_text(sentence)}</p>" for sentence in results["reading"]),
         *(f"<p class='note'>{_text(sentence)}</p>" for sentence in results["protocol"].values()),
         "<h2>Training</h2>",
         f"<img class='plot' alt='curves' src='{_figure(draw_curves(results['runs'], run.arms))}'>",
         "<h2>Retrieved images</h2>",
-        _queries(model, processor, run, best, cache),
+        _queries(run, best, cache, final),
         "<h2>Similarity of captions and image patches</h2>",
         "<p class='note'>Cosine similarity between the caption and every patch of its image, from blue (low) to red "
         "(high). Where the vision tower was frozen, no patch was trained to match captions: it says little.</p>",
-        _patch_maps(model, processor, run, cache),
-        "<h2>Settings and durations</h2>",
-        f"<pre>{_text(json.dumps({k: results[k] for k in ('settings', 'seconds', 'machine')}, indent=2))}</pre>",
+        _patch_maps(run, cache, final),
+        f"<p class='note'>Profile {_text(settings['profile'])}, seed {settings['seed']}. "
+        f"LLM: {_text(settings['llm'])}. Vision tower: {_text(settings['vision_model'])}. "
+        f"Data: {_text(settings['data'])}. {minutes:.1f} minutes on {machine['threads']} threads of "
+        f"{_text(machine['processor'])}. results.json has every number and setting.</p>",
         "</body></html>",
     ]
     write_text(path, "\n".join(parts))
+
+
+def _typed(typed: dict[str, Any], final: FinalModel) -> list[str]:
+    """Show what typed queries find: the first ones, which are easy, and how many of all are right."""
+    if not typed:
+        return []
+    shown = [
+        _found(one["query"], [(row, right, "") for row, right in zip(one["rows"], one["right"], strict=True)], final)
+        for one in typed["results"][:NUM_TYPED]
+    ]
+    note = (
+        f"<p>Of {typed['queries']} queries as somebody would type them, the first picture is right for "
+        f"{typed['first']}, and one of the first {typed['shown']} for {typed['found']}.</p>"
+    )
+    return ["<h2>Typed queries</h2>", *shown, note]
 
 
 def _text(value: Any) -> str:
@@ -111,36 +126,43 @@ def _sample(count: int, total: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).choice(total, size=min(count, total), replace=False).tolist())
 
 
-def _queries(model: LLM2CLIPModel, processor: Any, run: RunContext, best: Arm, cache: EmbeddingCache) -> str:
-    """Show what queries of each language find."""
-    columns = run.data.queries(best.kind)
+def _found(query: str, pictures: Sequence[tuple[int, bool, str]], final: FinalModel) -> str:
+    """Show a query and its pictures: rows of the test set, whether they are right, and a note on each."""
+    images = "".join(
+        f"<img class='{'right' if right else ''}' alt='' title='{_text(note)}' "
+        f"src='{_thumbnail(final.retrieval.image(row))}'>"
+        for row, right, note in pictures
+    )
+    return f"<div class='query'>{_text(query)}</div><div class='found'>{images}</div>"
+
+
+def _queries(run: RunContext, best: Arm, cache: EmbeddingCache, final: FinalModel) -> str:
+    """Show what captions of each language find."""
+    columns, rows = run.data.queries(best.kind), final.rows
     names = [name for name in (QUERY, *SHOWN_LANGUAGES) if name in columns]
-    first = ImageTextRetrieval(run.data.test_source(), processor.image_processor)
-    image_embeds, rows = first.embed_images(model)
     parts = [
         f"<p class='note'>Random {_text(', '.join(names))} of the test split, and the first {NUM_FOUND} of "
         f"{len(rows)} images. Correct images have a green frame.</p>"
     ]
     for name in names:
-        retrieval = ImageTextRetrieval(run.data.test_source(columns[name]), processor.image_processor)
-        text_embeds = retrieval.embed_captions(model, cache.lookup)
+        retrieval = ImageTextRetrieval(run.data.test_source(columns[name]), final.processor.image_processor)
+        text_embeds = retrieval.embed_captions(final.model, cache.lookup)
         right = {(int(text), int(image)) for text, image in retrieval.matches(rows)}
         chosen = _sample(NUM_QUERIES // len(names), len(retrieval.captions), run.config.seed)
-        found = top_k(text_embeds[chosen], image_embeds, NUM_FOUND)
+        found = top_k(text_embeds[chosen], final.image_embeds, NUM_FOUND)
         for text, scores, images in zip(chosen, *(column.tolist() for column in found), strict=True):
-            pictures = "".join(
-                f"<img class='{'right' if (text, image) in right else ''}' alt='' title='cosine {score:.2f}' "
-                f"src='{_thumbnail(retrieval.image(rows[image]))}'>"
+            query = retrieval.captions[text] + ("" if name == QUERY else f" ({name})")
+            pictures = [
+                (rows[image], (text, image) in right, f"cosine {score:.2f}")
                 for score, image in zip(scores, images, strict=True)
-            )
-            query = _text(retrieval.captions[text]) + ("" if name == QUERY else f" ({name})")
-            parts.append(f"<div class='query'>{query}</div><div class='found'>{pictures}</div>")
+            ]
+            parts.append(_found(query, pictures, final))
     return "".join(parts)
 
 
 @torch.no_grad()
-def _patch_maps(model: LLM2CLIPModel, processor: Any, run: RunContext, cache: EmbeddingCache) -> str:
-    retrieval = ImageTextRetrieval(run.data.test_source(), processor.image_processor)
+def _patch_maps(run: RunContext, cache: EmbeddingCache, final: FinalModel) -> str:
+    model, processor, retrieval = final.model, final.processor, final.retrieval
     rows = _sample(4 * NUM_MAPS, len(retrieval.images), run.config.seed + 1)
     chosen = [row for row in rows if retrieval.image_captions[row]][:NUM_MAPS]
     images = [retrieval.image(row) for row in chosen]
@@ -160,3 +182,37 @@ def _patch_maps(model: LLM2CLIPModel, processor: Any, run: RunContext, cache: Em
     for axis in axes.flat:
         axis.axis("off")
     return f"<img class='plot' alt='patch similarity' src='{_figure(figure)}'>"
+
+
+def draw_curves(runs: dict[str, Any], arms: Sequence[Arm]) -> Figure:
+    """Draw the loss of every run (first seed) above its R@10 on the validation set.
+
+    Args:
+        runs: The results of stage 1, and of stage 2 with all arms.
+    """
+    shown = [part for part in CURVES if any(part[1] in runs.get(f"{part[0]}-{arm.name}", {}) for arm in arms)]
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, 1 + len(shown), squeeze=False)
+    for (kind, part, title), (upper, lower) in zip(shown, axes.T[1:], strict=True):
+        for arm in arms:
+            log = runs.get(f"{kind}-{arm.name}", {}).get(part, {}).get("history", [])
+            _line(upper, log, "loss", arm.title)
+            _line(lower, log, BEST_BY, arm.title, 100)
+        upper.set(title=f"{title}: loss")
+        lower.set(title="R@10 on validation, %")
+    _line(axes[0, 0], runs.get("stage1", {}).get("history", []), "loss", "stage 1")
+    axes[0, 0].set(title="Stage 1: loss")
+    for axis in axes.flat:
+        axis.set(xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[1, 0].axis("off")
+    handles = axes[0, 1].get_legend_handles_labels() if shown else ([], [])
+    axes[1, 0].legend(*handles, loc="center", fontsize=8)
+    return figure
+
+
+def _line(axis: Any, log: Sequence[dict[str, float]], key: str, label: str, factor: float = 1) -> None:
+    # The first value of each step: after the last one, the best model is measured again.
+    points = {entry["step"]: factor * entry[key] for entry in reversed(log) if key in entry}
+    if points:
+        axis.plot(*zip(*sorted(points.items()), strict=True), label=label, marker="." if len(points) < 30 else None)

@@ -5,13 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llm2clip.quickstart.arms import Arm, choose_arms
-from llm2clip.quickstart.config import QuickstartConfig
+from llm2clip.quickstart.config import Arm, QuickstartConfig, choose_arms
 from llm2clip.quickstart.data import QuickstartData
 from llm2clip.quickstart.domains import DomainSplit
-
-# Without the vision tower's weights and the tokenizer: what a measured model is remembered by.
-RECORDS = ("settings.json", "trainer_state.json", "README.md", "training_curves.png")
 
 
 class RunContext:
@@ -31,8 +27,13 @@ class RunContext:
         self.data = QuickstartData.find(config.data, config.caption_columns, config.image_column)
         folder = self.folder / "transfer-data"
         self.domains = DomainSplit(self.data, config.domain_column, config.held_out_domain, folder)
-        self.arms = choose_arms(config)
+        self.arms = choose_arms(config, self.profile["text_encoders"])
         self.weights: dict[str, str] = {}
+
+    @property
+    def starts_plain(self) -> bool:
+        """Whether the LLM is a plain one, which becomes a text encoder first."""
+        return any(arm.kind == "raw" for arm in self.arms)
 
     def tower(self, arm: Arm) -> str:
         """Return the folder or Hub id of a text encoder."""
@@ -40,18 +41,9 @@ class RunContext:
             return str(self.folder / arm.name)
         return self.weights.get("embedding_model") or self.weights["llm"]
 
-    @property
-    def base(self) -> Arm | None:
-        """The text encoder that stage 1 is compared with: the plain LLM as it was trained, or the embedding model."""
-        return self.arms[0] if any(arm.kind == "tuned" for arm in self.arms) else None
-
     def cache(self, name: str) -> Path:
         """Return the folder of stored embeddings, features or states."""
         return self.folder / "cache" / name
-
-    def seeds(self) -> list[int]:
-        """Return the seeds of the runs of each text encoder."""
-        return [self.config.seed + number for number in range(self.profile["seeds"])]
 
     def prompt(self) -> dict[str, Any]:
         """Return the prompt that the profile gives a plain LLM."""

@@ -11,12 +11,11 @@ from typing import Any
 
 from llm2clip.embedding import CaptionEmbedder, EmbeddingCache
 from llm2clip.embedding.embed import EmbedConfig, embed_into_cache
-from llm2clip.quickstart.arms import Arm
-from llm2clip.quickstart.assets import smollm2_folder, vit_small_folder
-from llm2clip.quickstart.e5 import e5_small_folder
+from llm2clip.quickstart.config import Arm
+from llm2clip.quickstart.ledger import Step
 from llm2clip.quickstart.results import read_history
 from llm2clip.quickstart.run_context import RunContext
-from llm2clip.quickstart.step import Step
+from llm2clip.quickstart.weights import e5_small_folder, smollm2_folder, vit_small_folder
 from llm2clip.trainers import run_stage1
 from llm2clip.trainers.run_text_tower import load_text_tower
 from llm2clip.trainers.stage1_config import Stage1Config
@@ -31,100 +30,97 @@ from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 SHARD = 1024
 
 
-class TextSteps:
-    """The steps that make the text encoders of a run and their embeddings of all captions."""
+def text_steps(run: RunContext) -> list[Step]:
+    """List the steps that make the text encoders of a run and their embeddings of all captions."""
+    config, names = run.config, {arm.name for arm in run.arms}
+    weights = {name: getattr(config, name) for name in ("llm", "vision_model", "embedding_model")}
+    steps = [Step("weights", "Weights of the towers", weights, partial(_weights, run))]
+    if run.starts_plain:
+        prompt, folder = {"prompt": run.prompt()}, run.folder / "raw"
+        steps.append(Step("raw", "The LLM as a text encoder", prompt, partial(_raw, run), ("weights",), folder))
+    if "raw-causal" in names:
+        title, folder = "The LLM with causal attention", run.folder / "raw-causal"
+        steps.append(Step("raw-causal", title, {}, partial(_causal, run), ("raw",), folder))
+    if "stage1" in names:
+        settings = {**run.profile["stage1"], **run.data.settings(), "seed": config.seed}
+        after, folder = ("raw" if run.starts_plain else "weights",), run.folder / "stage1"
+        title = "Stage 1: caption contrastive fine-tuning"
+        steps.append(Step("stage1", title, settings, partial(_stage1, run), after, folder))
+    for arm in run.arms:
+        settings = {**run.data.settings(), "kind": arm.kind}
+        title, work = f"Embedding captions: {arm.title}", partial(_embed, run, arm)
+        steps.append(Step(f"embed-{arm.name}", title, settings, work, (arm.made_by,), run.cache(arm.name)))
+    return steps
 
-    def __init__(self, run: RunContext) -> None:
-        self.run = run
 
-    def plan(self) -> list[Step]:
-        """List the steps in their order."""
-        run, config = self.run, self.run.config
-        weights = {name: getattr(config, name) for name in ("llm", "vision_model", "embedding_model")}
-        steps = [Step("weights", "Weights of the towers", weights, self._weights)]
-        is_plain = any(arm.kind == "raw" for arm in run.arms)
-        if is_plain:
-            prompt, folder = {"prompt": run.prompt()}, run.folder / "raw"
-            steps.append(Step("raw", "The LLM as a text encoder", prompt, self._raw, ("weights",), folder))
-            folder = run.folder / "raw-causal"
-            steps.append(Step("raw-causal", "The same with causal attention", {}, self._causal, ("raw",), folder))
-        if any(arm.kind == "tuned" for arm in run.arms):
-            settings = {**run.profile["stage1"], **run.data.settings(), "seed": config.seed}
-            start = "raw" if is_plain else "weights"
-            title = "Stage 1: caption contrastive fine-tuning"
-            steps.append(Step("stage1", title, settings, self._stage1, (start,), run.folder / "stage1"))
-        for arm in run.arms:
-            settings = {**run.data.settings(), "kind": arm.kind}
-            title, work = f"Embedding captions: {arm.title}", partial(self._embed, arm)
-            steps.append(Step(f"embed-{arm.name}", title, settings, work, (arm.made_by,), run.cache(arm.name)))
-        return steps
+def _weights(run: RunContext, resume: bool) -> dict[str, Any]:
+    config, cache = run.config, run.folder / "weights"
+    found = {
+        "llm": config.llm or str(smollm2_folder(cache)),
+        "vision_model": config.vision_model or str(vit_small_folder(cache)),
+    }
+    if run.starts_plain and any(arm.kind == "ready" for arm in run.arms):
+        found["embedding_model"] = config.embedding_model or str(e5_small_folder(cache))
+    return found
 
-    def _weights(self, resume: bool) -> dict[str, Any]:
-        config, cache = self.run.config, self.run.folder / "weights"
-        found = {
-            "llm": config.llm or str(smollm2_folder(cache)),
-            "vision_model": config.vision_model or str(vit_small_folder(cache)),
-        }
-        if any(arm.kind == "raw" for arm in self.run.arms) and any(arm.kind == "ready" for arm in self.run.arms):
-            found["embedding_model"] = config.embedding_model or str(e5_small_folder(cache))
-        return found
 
-    def _raw(self, resume: bool) -> dict[str, Any]:
-        run, folder = self.run, str(self.run.folder / "raw")
-        # A prompt of the profile replaces that which the original code gives an LLM by its name.
-        settings = TextTowerConfig(
-            output_dir=folder, model_name_or_path=run.weights["llm"], report_to="none", **run.prompt()
-        )
-        model, tokenizer = load_text_tower(settings)
-        save_text_tower(model, tokenizer, folder)
-        return {"parameters": model.num_parameters()}
+def _raw(run: RunContext, resume: bool) -> dict[str, Any]:
+    folder = str(run.folder / "raw")
+    # A prompt of the profile replaces that which the original code gives an LLM by its name.
+    settings = TextTowerConfig(
+        output_dir=folder, model_name_or_path=run.weights["llm"], report_to="none", **run.prompt()
+    )
+    model, tokenizer = load_text_tower(settings)
+    save_text_tower(model, tokenizer, folder)
+    return {"parameters": model.num_parameters()}
 
-    def _causal(self, resume: bool) -> dict[str, Any]:
-        """Make a folder of the same weights, which take no space twice, and another config."""
-        raw, folder = self.run.folder / "raw", self.run.folder / "raw-causal"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(raw, folder, copy_function=_link, ignore=shutil.ignore_patterns("config.json"))
-        fields = LLM2CLIPTextConfig.from_pretrained(raw).to_dict()
-        LLM2CLIPTextConfig(**{**fields, "bidirectional": False, "fingerprint": None}).save_pretrained(folder)
-        make_readable_by_version_4(folder)
-        return {}
 
-    def _stage1(self, resume: bool) -> dict[str, Any]:
-        run = self.run
-        folder = run.folder / "stage1"
-        recipe = {key: value for key, value in run.profile["stage1"].items() if key not in run.prompt()}
-        is_plain = any(arm.kind == "raw" for arm in run.arms)
-        if not is_plain:
-            # Embedding models are of architectures with other names of layers than the default ones.
-            recipe.setdefault("lora_target_modules", ["all-linear"])
-        recipe |= {
-            "model_name_or_path": str(run.folder / "raw") if is_plain else run.weights["llm"],
-            "output_dir": str(folder),
-            "sources": [asdict(source) for source in run.data.pair_sources()],
-            "seed": run.config.seed,
-            "resume_anyway": run.config.resume_anyway,
-        }
-        config = build_config(Stage1Config, recipe, f"stage1 of the profile {run.config.profile}")
-        metrics = run_stage1.run(config, resume=resume)
-        history = read_history(folder)
-        remove_checkpoints(folder)
-        return {"metrics": metrics, "history": history}
+def _causal(run: RunContext, resume: bool) -> dict[str, Any]:
+    """Make a folder of the same weights, which take no space twice, and another config."""
+    raw, folder = run.folder / "raw", run.folder / "raw-causal"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(raw, folder, copy_function=_link, ignore=shutil.ignore_patterns("config.json"))
+    fields = LLM2CLIPTextConfig.from_pretrained(raw).to_dict()
+    LLM2CLIPTextConfig(**{**fields, "bidirectional": False, "fingerprint": None}).save_pretrained(folder)
+    make_readable_by_version_4(folder)
+    return {}
 
-    def _embed(self, arm: Arm, resume: bool) -> dict[str, Any]:
-        """Embed the texts of an arm, and measure the retrieval between captions."""
-        data, tower, folder = self.run.data, self.run.tower(arm), str(self.run.cache(arm.name))
-        model: Any
-        model, tokenizer = open_text_tower(tower, dtype="float32")
-        state = process_state()
-        model.to(state.device).eval()
-        texts, embedder = data.texts(arm.kind), CaptionEmbedder(model, tokenizer)
-        manifest = embed_into_cache(texts, embedder, folder, tower, EmbedConfig(shard_size=SHARD), state)
-        lookup = EmbeddingCache.open(folder).lookup
-        return {
-            "num_captions": manifest.num_captions,
-            "num_truncated": manifest.num_truncated,
-            "caption_retrieval": {name: pairs.measure(lookup) for name, pairs in data.caption_sets.items()},
-        }
+
+def _stage1(run: RunContext, resume: bool) -> dict[str, Any]:
+    folder = run.folder / "stage1"
+    recipe = {key: value for key, value in run.profile["stage1"].items() if key not in run.prompt()}
+    if not run.starts_plain:
+        # Embedding models are of architectures with other names of layers than the default ones.
+        recipe.setdefault("lora_target_modules", ["all-linear"])
+    recipe |= {
+        "model_name_or_path": str(run.folder / "raw") if run.starts_plain else run.weights["llm"],
+        "output_dir": str(folder),
+        "sources": [asdict(source) for source in run.data.pair_sources()],
+        "seed": run.config.seed,
+        "resume_anyway": run.config.resume_anyway,
+    }
+    config = build_config(Stage1Config, recipe, f"stage1 of the profile {run.config.profile}")
+    metrics = run_stage1.run(config, resume=resume)
+    history = read_history(folder)
+    remove_checkpoints(folder)
+    return {"metrics": metrics, "history": history}
+
+
+def _embed(run: RunContext, arm: Arm, resume: bool) -> dict[str, Any]:
+    """Embed the texts of an arm, and measure the retrieval between captions."""
+    data, tower, folder = run.data, run.tower(arm), str(run.cache(arm.name))
+    model: Any
+    model, tokenizer = open_text_tower(tower, dtype="float32")
+    state = process_state()
+    model.to(state.device).eval()
+    texts, embedder = data.texts(arm.kind), CaptionEmbedder(model, tokenizer)
+    manifest = embed_into_cache(texts, embedder, folder, tower, EmbedConfig(shard_size=SHARD), state)
+    lookup = EmbeddingCache.open(folder).lookup
+    return {
+        "num_captions": manifest.num_captions,
+        "num_truncated": manifest.num_truncated,
+        "caption_retrieval": {name: pairs.measure(lookup) for name, pairs in data.caption_sets.items()},
+    }
 
 
 def remove_checkpoints(folder: Path) -> None:

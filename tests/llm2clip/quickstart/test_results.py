@@ -1,12 +1,15 @@
-"""What the quickstart says about its tables."""
+"""What the quickstart says about its tables, and beside them."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
-from llm2clip.quickstart.tables import ONE_RUN, reading
+from llm2clip.quickstart.data import QuickstartData
+from llm2clip.quickstart.results import ONE_RUN, protocol, reading
 
 RECALL = "text_to_image_recall@10"
 
@@ -41,3 +44,27 @@ def test_one_run_allows_none() -> None:
         "Stage 1 changes R@10, text \u2192 image, compared with raw: 40.0 after 30.0 on the trained domains and 20.0 "
         f"after 10.0 on the domain it was trained without. {ONE_RUN}"
     )
+
+
+COLUMNS = ["caption", "keywords"]
+
+
+def test_test_captions_that_training_knows_are_counted(tmp_path: Path) -> None:
+    texts = {
+        "train": (["a dog", "a cat"], ["pet", "A  Bus"]),
+        "validation": (["a tram"], ["x"]),
+        "test": (["a bus", "a bus", "A dog", "a tram", "a bird"], ["pet", "pet", "pet", "pet", "pet"]),
+    }
+    for split, (captions, keywords) in texts.items():
+        rows = {"image": [b""] * len(captions), "caption": captions, "keywords": keywords}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"{split}.parquet")
+    data = QuickstartData.find(str(tmp_path), COLUMNS)
+    assert data.seen_captions() == (2, 4)
+    said = protocol(data, {"seeds": 1, "unfrozen_seeds": 0}, transfer=False)
+    assert said["seen"] == "Of 4 test captions, 2 are also captions of training images."
+    assert said["queries"].startswith("distinct: ")
+
+
+@pytest.mark.parametrize(("columns", "seen"), [(COLUMNS, 1), (COLUMNS[:1], 0)])
+def test_of_the_bundled_data_one_test_caption_is_among_the_keywords_of_training(columns: list[str], seen: int) -> None:
+    assert QuickstartData.find(None, columns).seen_captions()[0] == seen
