@@ -24,7 +24,7 @@ from llm2clip.data.stream_plan import Part, RowPlan, share_of_rows
 from llm2clip.data.streams import StreamReader, share_of_files, shuffled
 from llm2clip.utils.processes import leave_process_group, process_state
 from tests.modeling_llm2clip import tiny
-from tests.processes import run_python
+from tests.processes import run_ranks
 from tests.tars import write_tar
 
 PER_TAR = 3
@@ -200,7 +200,7 @@ def run_in_process(folder: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_read_every_row_once(tmp_path: Path) -> None:
     write_tars(tmp_path / "tars", 5)
-    run_python(["-m", "tests.llm2clip.data.test_streams", str(tmp_path)], processes=2)
+    run_ranks(["-m", "tests.llm2clip.data.test_streams", str(tmp_path)], 2)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert sorted(found[0] + found[1]) == every_caption(5)
     assert {len(found[0]), len(found[1])} == {2 * PER_TAR, 3 * PER_TAR}

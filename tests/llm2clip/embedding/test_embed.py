@@ -25,7 +25,7 @@ from llm2clip.utils.towers import describe_text_tower, open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from tests.llm2clip.conftest import Inputs
 from tests.modeling_llm2clip import tiny
-from tests.processes import ENVIRONMENT, run_python
+from tests.processes import ENVIRONMENT, run_ranks
 
 
 def test_cache_contains_the_embeddings_of_encode_and_counts_truncated_captions(inputs: Inputs, tmp_path: Path) -> None:
@@ -181,9 +181,9 @@ def test_a_killed_run_into_sidecars_goes_on_with_what_is_missing(inputs: Inputs,
     process.wait()
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*.manifest")}
     assert 0 < len(done) < 40
-    run_python(killed)
+    run_ranks(killed)
     assert all(path.stat().st_mtime_ns == time_written for path, time_written in done.items())
-    run_python([*arguments, "--output-dir", str(tmp_path / "whole")], processes=2)
+    run_ranks([*arguments, "--output-dir", str(tmp_path / "whole")], 2)
     names = sorted(path.name for path in (tmp_path / "whole").glob("*.emb.*"))
     assert len(names) == 80
     for name in names:

@@ -19,7 +19,7 @@ from llm2clip.data import CaptionSource
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.evaluation.benchmarks import all_benchmarks
 from tests.modeling_llm2clip import tiny
-from tests.processes import run_python
+from tests.processes import run_python, run_ranks
 
 # A stranger's benchmark: eleven images, thirteen captions of which three are equal and one is empty.
 STRANGE = '''
@@ -128,7 +128,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_numbers(place: Path, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_several_processes_give_the_same_integers(processes: int, place: Path, tmp_path: Path) -> None:
-    run_python(["-m", "llm2clip", *command(place, tmp_path / "several")], processes)
+    run_ranks(["-m", "llm2clip", *command(place, tmp_path / "several")], processes)
     assert cli.main(command(place, tmp_path / "one")) == 0
     several, one = result_of(tmp_path / "several"), result_of(tmp_path / "one")
     assert (several["processes"], one["processes"]) == (processes, 1)

@@ -20,7 +20,7 @@ from llm2clip.evaluation.session import EvaluationSession
 from llm2clip.utils.non_finite import NonFiniteError
 from llm2clip.utils.processes import leave_process_group
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
-from tests.processes import run_python
+from tests.processes import run_ranks
 
 from .encoders.models import save_transformers
 
@@ -223,7 +223,7 @@ def test_broken_images_and_embeddings_are_named(model: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_two_processes_get_the_rows_of_one(model: Path, tmp_path: Path) -> None:
-    run_python(["-m", "tests.llm2clip.evaluation.test_session", str(model), str(tmp_path)], processes=2)
+    run_ranks(["-m", "tests.llm2clip.evaluation.test_session", str(model), str(tmp_path)], 2)
     images = pictures(*range(7))
     one = session(model, None)
     expected = {"images": one.embed_images(images), "texts": one.embed_texts(TEXTS)}

@@ -21,7 +21,7 @@ from llm2clip.utils.non_finite import NonFiniteError
 from llm2clip.utils.processes import leave_process_group
 from tests.llm2clip.trainers.test_plain_datasets import MapRows, Rows
 from tests.modeling_llm2clip import tiny
-from tests.processes import run_python
+from tests.processes import run_ranks
 
 WIDTH = tiny.HIDDEN
 BATCH = 8
@@ -210,7 +210,7 @@ def run_in_process(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_skip_the_same_steps(tmp_path: Path) -> None:
-    result = run_python(["-m", "tests.llm2clip.trainers.test_finite_steps", str(tmp_path)], processes=2)
+    result = run_ranks(["-m", "tests.llm2clip.trainers.test_finite_steps", str(tmp_path)], 2)
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == two
     assert one["skipped"] == 2
@@ -220,7 +220,7 @@ def test_two_processes_skip_the_same_steps(tmp_path: Path) -> None:
         (2, 2),
     ]
     assert {entry["skipped_samples"] for entry in history} == {1}, "a row counts once"
-    assert re.search(r"step 3: the loss is nan\. The samples of this step are k32, .* k47\.", result.stderr)
+    assert re.search(r"step 3: the loss is nan\. The samples of this step are k32, .* k47\.", result.errors)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.test_processes import llm2clip, losses
 from tests.modeling_llm2clip import tiny as tiny_models
-from tests.processes import run_python
+from tests.processes import run_ranks
 
 
 def embed(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor]:
@@ -190,7 +188,7 @@ def whole_batch() -> tuple[EVA02VisionModel, Tensor, Tensor]:
 @pytest.mark.slow
 def test_shards_in_chunks_have_the_gradients_of_one_process(tmp_path: Path) -> None:
     (tmp_path / "sharded.py").write_text(SHARDED)
-    run_python([str(tmp_path / "sharded.py"), str(tmp_path / "gradients.pt")], 2, PYTHONPATH=os.pathsep.join(sys.path))
+    run_ranks([str(tmp_path / "sharded.py"), str(tmp_path / "gradients.pt")], 2)
     model, pixels, texts = whole_batch()
     clip_loss(embed(model, {"pixel_values": pixels})[0], texts, 10.0).backward()
     found = torch.load(tmp_path / "gradients.pt")

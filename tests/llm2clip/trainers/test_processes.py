@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import sys
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +21,7 @@ from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.test_plain_datasets import joint_model
-from tests.processes import run_python, start_python
+from tests.processes import run_python, run_ranks, start_python
 
 CLI = ["-m", "llm2clip"]
 # Four processes take a minute each to start on two cores.
@@ -34,7 +32,7 @@ def llm2clip(command: str, fields: dict[str, Any], processes: int = 1, *options:
     """Run the command on a recipe file."""
     recipe = Path(fields["output_dir"]).with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(fields))
-    run_python([*CLI, command, str(recipe), *options], processes)
+    run_ranks([*CLI, command, str(recipe), *options], processes)
 
 
 def losses(folder: Path) -> list[float]:
@@ -120,7 +118,7 @@ def test_evaluate_on_several_processes_equals_one(processes: int, inputs: Inputs
         output = tmp_path / f"{number}.json"
         options = ["--data", tiny.CONCEPTS, "--split", "validation"]
         source = ["--caption-columns", "caption", "--output", str(output)]
-        run_python([*CLI, "evaluate", str(tmp_path / "run"), *options, *source], number)
+        run_ranks([*CLI, "evaluate", str(tmp_path / "run"), *options, *source], number)
         metrics.append(json.loads(output.read_text()))
     assert metrics[0]["num_images"] > 0
     assert metrics[1] == metrics[0]
@@ -188,7 +186,7 @@ def test_evaluation_losses_on_two_processes_equal_one(inputs: Inputs, tmp_path: 
     found = {}
     for name, processes, batch in [("one", 1, 16), ("two", 2, 8)]:
         script = [str(tmp_path / "evaluated.py"), inputs.llm, inputs.text, str(tmp_path / name), str(batch)]
-        run_python(script, processes, PYTHONPATH=os.pathsep.join(sys.path))
+        run_ranks(script, processes)
         found[name] = json.loads((tmp_path / name / "found.json").read_text())
     assert found["two"] == pytest.approx(found["one"], abs=1e-5)
 
@@ -227,7 +225,7 @@ def test_plain_data_sets_on_two_processes_equal_one(kind: str, inputs: Inputs, t
     found = {}
     for name, processes, batch in [("one", 1, 16), ("two", 2, 8)]:
         script = [str(tmp_path / "plain.py"), model, str(tmp_path / name), str(batch), kind]
-        run_python(script, processes, PYTHONPATH=os.pathsep.join(sys.path))
+        run_ranks(script, processes)
         found[name] = json.loads((tmp_path / name / "found.json").read_text())
     one, two = found["one"], found["two"]
     assert len(one["losses"]) == 4
@@ -266,10 +264,10 @@ def test_an_error_in_a_worker_process_is_one_line(inputs: Inputs, tmp_path: Path
     fields["verify_cache"] = False  # otherwise the main process finds the captions missing first
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(fields))
-    result = run_python([*CLI, "stage2", str(recipe)], check=False)
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert "llm2clip stage2: error: The embedding cache" in result.stderr
+    result = run_ranks([*CLI, "stage2", str(recipe)], check=False)
+    assert result.code == 2
+    assert "Traceback" not in result.errors
+    assert "llm2clip stage2: error: The embedding cache" in result.errors
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.test_stage2 import losses, weights
 from tests.llm2clip.trainers.test_stage2_captions import PER_TAR, TARS, embedded, source, train, write_tars
-from tests.processes import run_python
+from tests.processes import run_ranks
 
 STEPS, BATCH = 7, 16
 
@@ -147,7 +147,7 @@ def test_one_process_goes_on_where_two_were(streaming: bool, inputs: Inputs, tar
     recipe = tmp_path / "fields.json"
     recipe.write_text(json.dumps(fields))
     module = ["-m", "tests.llm2clip.trainers.test_stream_resume", str(recipe)]
-    run_python(module, 2)
+    run_ranks(module, 2)
     begun = broken_after(tmp_path / "run", tmp_path / "alone", 2)
     first = [(tmp_path / f"keys-{rank}").read_text().split()[:16] for rank in range(2)]
     for rank in range(2):

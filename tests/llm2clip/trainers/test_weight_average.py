@@ -26,7 +26,7 @@ from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.trainers.test_finite_steps import BATCH, rows, trainer_of, weights
-from tests.processes import run_python
+from tests.processes import run_ranks
 
 HALF_LIFE = 2.0
 
@@ -243,7 +243,7 @@ def test_two_processes_have_the_average_of_one(tmp_path: Path) -> None:
     module = ["-m", "tests.llm2clip.trainers.test_weight_average"]
     for name, processes, batch in [("one", 1, 16), ("two", 2, 8)]:
         (tmp_path / name).mkdir()
-        run_python([*module, str(tmp_path / name), str(batch)], processes)
+        run_ranks([*module, str(tmp_path / name), str(batch)], processes)
     first, second = (load_file(tmp_path / "two" / f"{rank}.safetensors") for rank in range(2))
     assert_same(second, first)
     assert_same(averages(tmp_path / "two" / "checkpoint-2"), first)

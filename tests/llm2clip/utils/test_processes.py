@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm2clip.utils.processes import on_main_process, sum_over_processes, worker_count
-from tests.processes import run_python
+from tests.processes import run_ranks
 
 SCRIPT = """
 import sys
@@ -38,7 +38,7 @@ leave_process_group()
 def test_result_and_error_of_the_main_process_and_sums_reach_all(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    run_python([str(script), str(tmp_path)], processes=2)
+    run_ranks([str(script), str(tmp_path)], 2)
     # A file per process: what two processes print into one pipe may mix within a line.
     for rank in range(2):
         assert (tmp_path / f"seen-{rank}").read_text() == "result of 0 nothing-0 [2000000000000000, 3]"
