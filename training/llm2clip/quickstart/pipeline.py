@@ -13,7 +13,9 @@ from transformers import AutoProcessor
 
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.hub import build
+from llm2clip.hub.base_licenses import bases_of
 from llm2clip.hub.cards.facts import Evaluation
+from llm2clip.hub.license_terms import TERMS
 from llm2clip.quickstart.config import Arm, QuickstartConfig
 from llm2clip.quickstart.image_steps import image_steps, open_final, step_name
 from llm2clip.quickstart.ledger import Ledger, Step
@@ -38,6 +40,8 @@ from llm2clip.utils.repos import hub_ids
 from modeling_llm2clip import LLM2CLIPModel
 
 logger = logging.getLogger(__name__)
+
+NAME = "llm2clip-quickstart"
 
 
 @exclusive
@@ -109,7 +113,7 @@ def _final(context: RunContext, arm: Arm, evaluations: list[Evaluation], folder:
         model=str(trained),
         destination=str(folder),
         bundle_text_model=True,
-        name="llm2clip-quickstart",
+        name=_name(trained),
         example_image=str(example),
         example_captions=captions[:3],
         overwrite=True,
@@ -123,6 +127,13 @@ def _final(context: RunContext, arm: Arm, evaluations: list[Evaluation], folder:
         "images": "the first four of the test split",
         "logits_per_image": output.logits_per_image.tolist(),
     }
+
+
+def _name(trained: Path) -> str:
+    """Name a model; the licenses of some models ask for theirs at the beginning."""
+    terms = [TERMS[base.license] for base in bases_of(str(trained)) if base.license in TERMS]
+    beginning = max((one.beginning for one in terms), key=len, default="")
+    return f"{beginning} {NAME}".strip().replace(" ", "-")
 
 
 def _evaluations(context: RunContext, arm: Arm, found: dict[str, Any]) -> list[Evaluation]:

