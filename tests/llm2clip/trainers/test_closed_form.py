@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llm2clip.embedding import CacheManifest, EmbeddingCache, build_embedding_cache
+from llm2clip.trainers import closed_form
 from llm2clip.trainers.closed_form import PairSums, closed_form_alignment
 
 
@@ -67,8 +68,44 @@ def test_sums_of_parts_add_up_and_stay_accurate_far_from_zero() -> None:
     torch.testing.assert_close(found.image_std, exact.diagonal().sqrt(), rtol=1e-7, atol=0)
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_parts_of_the_rows_add_up_to_the_whole(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closed_form, "BLOCK", 64)
+    monkeypatch.setattr(closed_form, "TILE", 5)
+    images, texts = correlated()
+    weights = torch.rand(600) if weighted else None
+    parts = [PairSums.of_part(images, texts, part, 7, weights) for part in range(7)]
+    x, y = images.double(), F.normalize(texts, dim=-1).double()
+    w = torch.ones(600).double() if weights is None else weights.double()
+    total = sum(parts, PairSums.empty(12, 9))
+    for found, expected in [
+        (total.weight, w.sum()[None]),
+        (total.image_sum, w @ x),
+        (total.text_sum, w @ y),
+        (total.image_gram, (x.T * w) @ x),
+        (total.text_gram, (y.T * w) @ y),
+        (total.cross, (x.T * w) @ y),
+    ]:
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-9)
+    assert torch.equal(total.text_gram, total.text_gram.T)
+    one, whole = total.solver().solve(0.3, 4), closed_form_alignment(images, texts, 0.3, 4, weights)
+    torch.testing.assert_close(one.embed_images(images), whole.embed_images(images), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="part is 7 of 7; number the parts from 0 to 6"):
+        PairSums.of_part(images, texts, 7, 7)
+
+
 def test_stores_are_read_shard_by_shard(tmp_path: Path) -> None:
     images, texts = correlated()
+    folders = stores(tmp_path, images, texts)
+    found = closed_form_alignment(*folders, width=4)
+    expected = closed_form_alignment(images.half().float(), texts.half().float(), width=4)
+    opened = closed_form_alignment(EmbeddingCache.open(folders[0]), texts.half(), width=4)
+    for one in (found, opened):
+        torch.testing.assert_close(one.embed_images(images), expected.embed_images(images), atol=1e-5, rtol=0)
+
+
+def stores(tmp_path: Path, images: Tensor, texts: Tensor) -> list[Path]:
+    """Write rows as two Stores, `images` and `texts`, whose shards have different sizes."""
     folders = []
     for name, rows in (("images", images), ("texts", texts)):
         captions = [f"{name} {row}" for row in range(len(rows))]
@@ -81,11 +118,7 @@ def test_stores_are_read_shard_by_shard(tmp_path: Path) -> None:
             tmp_path / name, captions, lambda part, rows=embeds: (torch.stack([rows[x] for x in part]), 0), manifest
         )
         folders.append(tmp_path / name)
-    found = closed_form_alignment(*folders, width=4)
-    expected = closed_form_alignment(images.half().float(), texts.half().float(), width=4)
-    opened = closed_form_alignment(EmbeddingCache.open(folders[0]), texts.half(), width=4)
-    for one in (found, opened):
-        torch.testing.assert_close(one.embed_images(images), expected.embed_images(images), atol=1e-5, rtol=0)
+    return folders
 
 
 @pytest.mark.parametrize(

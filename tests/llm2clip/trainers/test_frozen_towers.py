@@ -196,6 +196,18 @@ def test_settings_that_do_not_fit(changes: dict[str, Any], message: str, inputs:
 WARM = {"freeze_vision": "none", "freeze_vision_layers": -1, "warm_start": {"max_steps": 6, "save_steps": 3}}
 
 
+@pytest.mark.parametrize("alignment", ["train", "closed_form_then_train"])
+def test_too_few_rows_are_refused_before_a_feature_is_computed(
+    alignment: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen_towers, "open_features", lambda *_: pytest.fail("features were computed"))
+    fields = {"alignment": alignment, "per_device_train_batch_size": 512, "eval_sources": {}}
+    if alignment != "train":
+        fields |= {"standardize_features": None, "visual_head": None}
+    with pytest.raises(ValueError, match="fewer rows than one batch of 512"):
+        run_stage2.build_trainer(settings(tmp_path, inputs, **fields))
+
+
 def test_a_warm_start_comes_before_the_run(inputs: Inputs, tmp_path: Path) -> None:
     config = settings(tmp_path / "run", inputs, **WARM)
     metrics = run_stage2.run(config)

@@ -24,13 +24,17 @@ from llm2clip.utils.progress import ProgressBar
 from modeling_llm2clip.modeling_llm2clip_features import positive_deviation
 
 DEFAULT_RIDGE, DEFAULT_WIDTH = 0.3, 256
-# Pairs that are multiplied at once.
-BLOCK = 8192
+# Pairs that are multiplied at once, and columns of a symmetric product.
+BLOCK, TILE = 8192, 256
 # Pairs that take no time worth a progress bar.
 SHORT = 100_000
 
+# Row i of one belongs to row i of the other: tensors, or Stores (a folder, or opened).
+Rows = Tensor | str | Path | KeyedRows
 # Reads the rows from a start to a stop.
 Read = Callable[[int, int], Tensor]
+# Likewise images, texts and their weights.
+ReadPairs = Callable[[int, int], tuple[Tensor, Tensor, Tensor | None]]
 
 
 @dataclass
@@ -91,17 +95,38 @@ class PairSums:
         shapes = ((1,), (p,), (q,), (p, p), (q, q), (p, q))
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
+    @classmethod
+    def of_part(
+        cls, images: Rows, texts: Rows, part: int = 0, parts: int = 1, weights: Tensor | None = None
+    ) -> PairSums:
+        """Sum over one of several equal parts of the rows, for an engine of your own: the sums of all parts add up.
+
+        Args:
+            images, texts, weights: See [`closed_form_alignment`].
+            part, parts: Number of the part, from 0, and how many there are.
+
+        Raises:
+            ValueError: There are other numbers of images and texts, fewer than two, or no such part.
+        """
+        if not 0 <= part < parts:
+            raise ValueError(f"part is {part} of {parts}; number the parts from 0 to {parts - 1}.")
+        return _sum_part(*_open_pairs(images, texts, weights), part, parts)
+
     def add(self, images: Tensor, texts: Tensor, weights: Tensor | None = None) -> None:
         """Add pairs: row i of `images` `(n, image width)` belongs to row i of `texts`, with weight i."""
         # Also the products: what differences of float32 would lose differs with the parts that processes read.
         x, y = images.double(), texts.double()
-        w = x.new_ones(len(x)) if weights is None else weights.double()
-        self.weight += w.sum()
-        self.image_sum += w @ x
-        self.text_sum += w @ y
-        wx = w[:, None] * x
-        self.image_gram.addmm_(wx.T, x)
-        self.text_gram.addmm_((w[:, None] * y).T, y)
+        if weights is None:
+            wx, wy = x, y
+            self.weight += len(x)
+        else:
+            w = weights.double()
+            wx, wy = w[:, None] * x, w[:, None] * y
+            self.weight += w.sum()
+        self.image_sum += wx.sum(dim=0)
+        self.text_sum += wy.sum(dim=0)
+        _add_symmetric(self.image_gram, wx, x)
+        _add_symmetric(self.text_gram, wy, y)
         self.cross.addmm_(wx.T, y)
 
     def __add__(self, other: PairSums) -> PairSums:
@@ -176,6 +201,13 @@ class ClosedFormSolver:
         return alignment.cut(width)
 
 
+def _add_symmetric(total: Tensor, wx: Tensor, x: Tensor) -> None:
+    """Add `wx' x`, which is symmetric: only tiles on the diagonal and above are multiplied."""
+    for start in range(0, x.shape[1], TILE):
+        total[start : start + TILE, start:].addmm_(wx[:, start : start + TILE].T, x[:, start:])
+    total.copy_(total.triu() + total.triu(1).T)
+
+
 def _inverse_root(axes: Any, ridge: float) -> Tensor:
     """Return the inverse root of a covariance plus ridge x its mean variance, 0 in directions of no variance."""
     values = axes.eigenvalues.clamp(min=0)
@@ -186,8 +218,8 @@ def _inverse_root(axes: Any, ridge: float) -> Tensor:
 
 
 def closed_form_alignment(
-    images: Tensor | str | Path | KeyedRows,
-    texts: Tensor | str | Path | KeyedRows,
+    images: Rows,
+    texts: Rows,
     ridge: float = DEFAULT_RIDGE,
     width: int = DEFAULT_WIDTH,
     weights: Tensor | None = None,
@@ -211,6 +243,30 @@ def closed_form_alignment(
     Raises:
         ValueError: There are other numbers of images and texts, too few pairs, or values that are not finite.
     """
+    return sum_pairs(*_open_pairs(images, texts, weights)).solver().solve(ridge, width)
+
+
+def sum_pairs(count: int, pairs: ReadPairs) -> PairSums:
+    """Sum over pairs 0 to `count`, of which each process reads its share, in order."""
+    state = process_state()
+    return _sum_part(count, pairs, state.process_index, state.num_processes).over_processes()
+
+
+def _sum_part(count: int, pairs: ReadPairs, part: int, parts: int) -> PairSums:
+    if count < 2:
+        raise ValueError(f"a closed form needs at least two pairs of an image and a text, not {count}.")
+    images, texts, _ = pairs(0, 1)
+    sums = PairSums.empty(images.shape[1], texts.shape[1])
+    first, last = (count * (part + end) // parts for end in (0, 1))
+    with ProgressBar("Sums over pairs", last - first, "pair", show=None if last - first > SHORT else False) as bar:
+        for start in range(first, last, BLOCK):
+            stop = min(start + BLOCK, last)
+            sums.add(*pairs(start, stop))
+            bar.update(advance=stop - start)
+    return sums
+
+
+def _open_pairs(images: Rows, texts: Rows, weights: Tensor | None) -> tuple[int, ReadPairs]:
     (num_images, read_images), (num_texts, read_texts) = _reader(images), _reader(texts)
     if num_images != num_texts or (weights is not None and len(weights) != num_images):
         given = "" if weights is None else f" and {len(weights)} weights"
@@ -222,29 +278,10 @@ def closed_form_alignment(
         texts = F.normalize(read_texts(start, stop).float(), dim=-1)
         return read_images(start, stop), texts, None if weights is None else weights[start:stop]
 
-    return sum_pairs(num_images, pairs).solver().solve(ridge, width)
+    return num_images, pairs
 
 
-def sum_pairs(count: int, pairs: Callable[[int, int], tuple[Tensor, Tensor, Tensor | None]]) -> PairSums:
-    """Sum over pairs 0 to `count`, of which each process reads its share, in order.
-
-    Args:
-        pairs: Reads images, texts and weights of the pairs from a start to a stop.
-    """
-    if count < 2:
-        raise ValueError(f"a closed form needs at least two pairs of an image and a text, not {count}.")
-    images, texts, _ = pairs(0, 1)
-    sums, state = PairSums.empty(images.shape[1], texts.shape[1]), process_state()
-    first, last = (count * (state.process_index + end) // state.num_processes for end in (0, 1))
-    with ProgressBar("Sums over pairs", last - first, "pair", show=None if last - first > SHORT else False) as bar:
-        for start in range(first, last, BLOCK):
-            stop = min(start + BLOCK, last)
-            sums.add(*pairs(start, stop))
-            bar.update(advance=stop - start)
-    return sums.over_processes()
-
-
-def _reader(rows: Tensor | str | Path | KeyedRows) -> tuple[int, Read]:
+def _reader(rows: Rows) -> tuple[int, Read]:
     if isinstance(rows, Tensor):
         return len(rows), lambda start, stop: rows[start:stop]
     if isinstance(rows, KeyedRows):

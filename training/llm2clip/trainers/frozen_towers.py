@@ -38,7 +38,7 @@ def open_stored_pairs(
     from the training set.
 
     Raises:
-        ValueError: A source is a stream, or no image can be read.
+        ValueError: A source is a stream, no image can be read, or there are too few rows for a batch or the warm-up.
     """
     sources = [CaptionSource.from_dict(source) for source in config.sources]
     if any(source.streaming for source in sources):
@@ -49,6 +49,8 @@ def open_stored_pairs(
     model.vision_model.requires_grad_(False)
     model.vision_model.to(config.device)
     with_images = CaptionImageDataset(sources, EvalTransform(image_processor, config.image_backend), **options)
+    if config.alignment != "closed_form":  # which has no steps
+        config.check_length(len(with_images))
     training = [
         TableImages(table, columns, config.max_pixels)
         for table, columns in zip(with_images.tables, with_images.columns, strict=True)
