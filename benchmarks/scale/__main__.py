@@ -13,12 +13,13 @@ from typing import Any
 from benchmarks import results
 from benchmarks.environments import versions_of
 from benchmarks.scale import page
+from benchmarks.scale.alignment import AlignTrial, align
 from benchmarks.scale.data import clean
 from benchmarks.scale.embedding import ENGINES, Trial, embed
 from benchmarks.scale.reading import ReadTrial, read
 from benchmarks.scale.tables import RESULTS
 
-STEPS = ("embed", "read")
+STEPS = ("embed", "read", "align")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,10 +31,16 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="STEP",
         help=f"what is measured: {', '.join(STEPS)}; without any, only the tables of docs/scaling.md are written",
     )
-    parser.add_argument("--captions", type=int, default=100_000, help="size of the data set; 10M need 36 GB of disk")
+    parser.add_argument(
+        "--captions",
+        type=int,
+        default=100_000,
+        help="size of the data set, or pairs that are aligned; 10M need 36 GB of disk, aligned 28 GB",
+    )
     parser.add_argument("--processes", type=int, default=2, help="processes, or actors of Ray")
     parser.add_argument("--engine", choices=ENGINES, default="processes")
     parser.add_argument("--workers", type=int, default=0, help="read: DataLoader workers of each process")
+    parser.add_argument("--threads", type=int, default=2, help="align: threads of its process")
     parser.add_argument("--kills", type=int, default=0, help="how often all processes are killed on the way")
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/scale"), help="folder of the data, which is deleted at the end"
@@ -60,6 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _measure(step: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     if step == "embed":
         return embed(folder, Trial(options.captions, options.processes, options.engine, options.kills))
+    if step == "align":
+        return align(folder, AlignTrial(options.captions, options.threads))
     return read(folder, ReadTrial(options.captions, options.processes, options.workers))
 
 

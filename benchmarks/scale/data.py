@@ -21,7 +21,10 @@ PICTURES, PICTURE_SIZE = 64, 8
 # Of a picture and its caption in a tar, and of a caption in a sidecar.
 TAR_BYTES, SIDECAR_BYTES = 2_560, 2 * WIDTH + 24
 # What the steps write into their folder.
-WRITTEN = ("data", "data-*", "sidecars-*", "tower", "vision", "*.log", "embed.yaml", "read.json", "read-*.json")
+WRITTEN = (
+    *("data", "data-*", "sidecars-*", "pairs-*", "tower", "vision"),
+    *("*.log", "embed.yaml", "read.json", "read-*.json"),
+)
 # Left free on the disk.
 SPARE_BYTES = 2 * 10**9
 

@@ -69,7 +69,7 @@ class Watched:
 
 
 def run_watched(
-    arguments: list[str], log: Path, count: Callable[[], int] = int, kill_at: int | None = None
+    arguments: list[str], log: Path, count: Callable[[], int] = int, kill_at: int | None = None, threads: int = 1
 ) -> Watched:
     """Run a Python command to its end, or until it has done so much: then all its processes are killed by SIGKILL.
 
@@ -78,13 +78,14 @@ def run_watched(
         log: File that its output is appended to.
         count: Counts what is done.
         kill_at: The count at which it is killed.
+        threads: Threads of each process.
 
     Raises:
         RuntimeError: The command failed.
     """
     environment = {
         **os.environ,
-        **dict.fromkeys(THREAD_VARIABLES, "1"),
+        **dict.fromkeys(THREAD_VARIABLES, str(threads)),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'training'}",

@@ -25,12 +25,12 @@ def newest(lines: Iterable[str]) -> list[Record]:
 
 
 def _what(entry: Record) -> tuple[Any, ...]:
-    names = ("step", "engine", "processes", "workers", "captions", "kills")
+    names = ("step", "engine", "processes", "workers", "threads", "captions", "kills")
     return tuple(f"{entry[name]:>12}" if isinstance(entry.get(name), int) else entry.get(name) for name in names)
 
 
 def tables(entries: list[Record]) -> str:
-    """Return the tables in Markdown: of embedding, and of reading for stage 2."""
+    """Return the tables in Markdown: of embedding, of reading for stage 2, and of aligning in closed form."""
     lines: list[str] = []
     embedded = [entry for entry in entries if entry["step"] == "embed"]
     if embedded:
@@ -60,6 +60,20 @@ def tables(entries: list[Record]) -> str:
             f"{_time(entry['first_seconds'])} | {_time(entry['resume_seconds'])} | {entry['buffer']:,} rows |"
             for entry in read
         ]
+    aligned = [entry for entry in entries if entry["step"] == "align"]
+    if aligned:
+        lines += [
+            *([""] if lines else []),
+            f"| `closed_form_alignment` of two Stores, widths 512 and 768 ({_place(aligned)}) | threads | pairs/s | "
+            "CPU per pair | whole run | process | on disk |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        lines += [
+            f"| {entry['captions']:,} pairs | {entry['threads']} | {entry['rows_per_second']:,.0f} | "
+            f"{entry['cpu_seconds'] / entry['captions'] * 1e6:,.0f} µs | {_time(entry['seconds'])} | "
+            f"{entry['peak_bytes'] / 1e9:.2f} GB | {entry['bytes'] / 1e9:.2f} GB |"
+            for entry in aligned
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -87,9 +101,11 @@ def draw(entries: list[Record], path: Path = PLOT) -> None:
     for entry in entries:
         if entry["step"] == "embed":
             name = f"embed: {ENGINE_NAMES[entry['engine']]}, {_count(entry['processes'], 'process')}"
-        else:
+        elif entry["step"] == "read":
             workers = f" with {entry['workers']} workers each" if entry["workers"] else ""
             name = f"stage 2 reads: {_count(entry['processes'], 'process')}{workers}"
+        else:
+            continue
         lines.setdefault(name, []).append(entry)
     lines = {name: sorted(found, key=lambda entry: entry["captions"]) for name, found in lines.items()}
     figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
