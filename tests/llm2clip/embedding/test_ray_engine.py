@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from llm2clip import cli
+from llm2clip import cli, closed_form_alignment
 from llm2clip.embedding.embed import EmbedConfig, run
 from llm2clip.embedding.embed_shards import ShardEmbedder, ShardJob, list_jobs
 from llm2clip.embedding.ray_engine import RayOptions, embed_with_ray
 from llm2clip.utils.manifests import SEAL
+from tests.documents.reading import blocks
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.embedding.shards import Counting, description, embed, write_shards
+from tests.llm2clip.trainers.test_closed_form import stores
 
 pytest.importorskip("ray.data")
 
@@ -105,6 +108,21 @@ def test_every_shard_is_done_once_whatever_dies(cluster: Any, tmp_path: Path) ->
         list(embed_with_ray(jobs, IsFull, RayOptions(actors=2)))
     with pytest.raises(ValueError, match="has room for an actor with 1 CPU and 2 GPUs: 2 CPUs, 0 GPUs"):
         list(embed_with_ray(jobs, IsFull, RayOptions(gpus_per_actor=2)))
+
+
+@pytest.mark.slow
+def test_the_sums_of_tasks_give_the_alignment_of_the_whole(cluster: Any, tmp_path: Path) -> None:
+    images, texts = torch.randn(900, 512), torch.randn(900, 768)
+    texts[:, :9] += 8 * images[:, :9]
+    folders = stores(tmp_path / "data", images, texts)
+    (code,) = [content for language, content in blocks("docs/scaling.md") if language == "python"]
+    found: dict[str, Any] = {}
+    exec(code.replace("/data/", f"{tmp_path}/data/"), found)
+    expected = closed_form_alignment(*folders, ridge=0.3, width=256)
+    similarity = found["alignment"].embed_images(images) @ found["alignment"].embed_texts(texts).T
+    torch.testing.assert_close(
+        similarity, expected.embed_images(images) @ expected.embed_texts(texts).T, atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.slow

@@ -110,6 +110,8 @@ def test_what_is_trained_on_top_leaves_the_maps(inputs: Inputs, tmp_path: Path) 
 
     trainer.initialize_weights = record  # type: ignore[method-assign]
     trainer.fit(None)
+    history = read_json(Path(config.output_dir) / "trainer_state.json")["log_history"]
+    assert [entry["closed_form_ridge"] for entry in history if "closed_form_ridge" in entry] == [0.3]
     model: Any = LLM2CLIPModel.from_pretrained(config.output_dir, text_model=False)
     assert (model.config.visual_head, model.config.text_head) == ("residual", "residual")
     for layer, weight in zip(linear_maps(model), before, strict=True):
@@ -156,6 +158,7 @@ def test_a_warm_start_in_closed_form_continues_with_its_heads(inputs: Inputs, tm
         ("closed_form", {"freeze_vision": "none"}, "needs frozen towers"),
         ("closed_form", {"learning_rate": 1e-3, "max_steps": 3}, "trains nothing; unset learning_rate, max_steps"),
         ("closed_form_then_train", {"visual_head": "gated"}, "has its own heads; unset visual_head, which is gated"),
+        ("closed_form_then_train", {"model_name_or_path": "m"}, "m has its own. Give two towers instead of it"),
         ("train", {"ridge": 0.1}, "ridge is for alignment"),
         ("closed_form", {"ridge": -0.1}, "ridge must be at least 0"),
     ],

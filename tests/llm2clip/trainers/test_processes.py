@@ -20,6 +20,7 @@ from llm2clip.embedding import EmbeddingCache
 from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
+from tests.llm2clip.trainers.test_alignment import TRAINING
 from tests.llm2clip.trainers.test_plain_datasets import joint_model
 from tests.processes import run_python, run_ranks, start_python
 
@@ -106,6 +107,38 @@ def test_a_warm_start_on_two_processes_equals_one(inputs: Inputs, tmp_path: Path
         assert losses(tmp_path / "two" / part) == pytest.approx(losses(tmp_path / "one" / part), abs=1e-4)
     one, two = (next((tmp_path / name).glob("*/shard-00000.safetensors")) for name in ("features", "other"))
     assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alignment", ["closed_form", "closed_form_then_train"])
+def test_an_alignment_in_closed_form_on_two_processes_equals_one(
+    alignment: str, inputs: Inputs, tmp_path: Path
+) -> None:
+    fields = tiny.stage2_fields(tmp_path / "one", inputs.vision, inputs.text, inputs.cache)
+    fields |= {"freeze_vision": "all", "vision_pooling": "cls_mean", "alignment": alignment, "save_strategy": "no"}
+    trained = alignment == "closed_form_then_train"
+    unused = {"projection_dim"} if trained else {"projection_dim", "save_strategy", *TRAINING}
+    fields = {name: value for name, value in fields.items() if name not in unused}
+    llm2clip("stage2", fields | ({"per_device_train_batch_size": 32} if trained else {}))
+    llm2clip("stage2", {**fields, "output_dir": str(tmp_path / "two")}, 2)
+    one, two = tmp_path / "one", tmp_path / "two"
+    for name in ("closed_form_ridge", "closed_form_width", "closed_form_mean_recall"):
+        assert metric(two, name) == metric(one, name)
+    assert len(losses(one)) == (6 if trained else 0)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+    found, expected = similarities(two), similarities(one)
+    torch.testing.assert_close(found, expected, atol=1e-4 if trained else 1e-6, rtol=0)
+
+
+def similarities(folder: Path) -> torch.Tensor:
+    """Of random captions and images that a trained model has never seen."""
+    model = LLM2CLIPModel.from_pretrained(folder, text_model=False).eval().double()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(40, model.config.vision_width, generator=generator).double()
+    texts = torch.randn(50, model.config.text_config.hidden_size, generator=generator).double()
+    with torch.no_grad():
+        output = model(vision_features=images, llm_embeds=texts)
+    return output.text_embeds @ output.image_embeds.T
 
 
 @pytest.mark.slow

@@ -188,10 +188,10 @@ class StageTrainer(ResumingTrainer):
         try:
             with begun(self, choose) as checkpoint:
                 found = {} if checkpoint is not None else self.initialize_weights()
-                if not self.has_steps:
+                none = TrainOutput(0, 0.0, {})
+                output = super().train(checkpoint, *args, **kwargs) if self.has_steps else none
+                if found:  # after training, which begins a log of its own
                     self.log(dict(found))
-                    return TrainOutput(0, 0.0, found)
-                output = super().train(checkpoint, *args, **kwargs)
                 return output._replace(metrics={**output.metrics, **found})
         finally:
             self.progress.close()

@@ -255,7 +255,10 @@ class Stage2Config(ContrastiveConfig, StageConfig):
                 f"alignment: {self.alignment} needs frozen towers; set freeze_vision: all, or give it in warm_start."
             )
         if self.model_name_or_path is not None:
-            raise ValueError(f"alignment: {self.alignment} makes new heads; {self.model_name_or_path} has its own.")
+            raise ValueError(
+                f"alignment: {self.alignment} makes new heads; {self.model_name_or_path} has its own. Give two towers "
+                "instead of it, or unset alignment."
+            )
         for name in ("visual_head", "standardize_features"):
             if (value := getattr(self, name)) not in (None, True):
                 raise ValueError(f"alignment: {self.alignment} has its own heads; unset {name}, which is {value}.")
