@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.scale import data, tables
+from benchmarks.scale.alignment import AlignTrial, align
 from benchmarks.scale.embedding import Trial, embed
 from benchmarks.scale.processes import run_watched
 from benchmarks.scale.reading import ReadTrial, read
@@ -111,6 +112,26 @@ def test_the_newest_figures_are_in_the_table_and_in_the_plot(tmp_path: Path) -> 
     ]
     tables.draw(entries, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 600
+
+
+def test_alignments_have_a_table_and_no_line_in_the_plot(tmp_path: Path) -> None:
+    aligned = {"step": "align", "captions": 10_000_000, "processes": 1, "threads": 2, "seconds": 600.0}
+    aligned |= {"cpu_seconds": 800.0, "rows_per_second": 16_666.7, "peak_bytes": 8e8, "bytes": 26e9}
+    entries = tables.newest(json.dumps({**EMBEDDED, **aligned, "threads": threads}) for threads in (2, 1, 2))
+    assert tables.tables(entries).splitlines()[2:] == [
+        "| 10,000,000 pairs | 1 | 16,667 | 80 µs | 10.0 min | 0.80 GB | 26.00 GB |",
+        "| 10,000,000 pairs | 2 | 16,667 | 80 µs | 10.0 min | 0.80 GB | 26.00 GB |",
+    ]
+    tables.draw([*entries, EMBEDDED], tmp_path / "plot.png")
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_pairs_are_written_and_aligned(tmp_path: Path) -> None:
+    figures = align(tmp_path, AlignTrial(pairs=20_000))
+    assert (figures["captions"], figures["threads"]) == (20_000, 2)
+    assert figures["bytes"] > 20_000 * 2 * (512 + 768)
+    assert figures["peak_bytes"] < 1e9
 
 
 @pytest.mark.slow

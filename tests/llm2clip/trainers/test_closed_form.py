@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llm2clip.embedding import CacheManifest, EmbeddingCache, build_embedding_cache
+from llm2clip.embedding.cache_files import Shard
 from llm2clip.trainers import closed_form
 from llm2clip.trainers.closed_form import PairSums, closed_form_alignment
 
@@ -94,10 +95,12 @@ def test_parts_of_the_rows_add_up_to_the_whole(weighted: bool, monkeypatch: pyte
         PairSums.of_part(images, texts, 7, 7)
 
 
-def test_stores_are_read_shard_by_shard(tmp_path: Path) -> None:
+def test_stores_are_read_shard_by_shard_and_without_keys(tmp_path: Path) -> None:
     images, texts = correlated()
     folders = stores(tmp_path, images, texts)
-    found = closed_form_alignment(*folders, width=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shard, "keys", lambda _: pytest.fail("keys were read"))
+        found = closed_form_alignment(*folders, width=4)
     expected = closed_form_alignment(images.half().float(), texts.half().float(), width=4)
     opened = closed_form_alignment(EmbeddingCache.open(folders[0]), texts.half(), width=4)
     for one in (found, opened):
