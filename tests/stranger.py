@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.forks import run_code
+
 # The test environment has the package installed; this hides it as if it were not.
 HIDE = """
 import sys
@@ -20,7 +22,9 @@ sys.meta_path.insert(0, Hide())
 """
 
 
-def answer(code: str, *arguments: str | Path, home: Path, environment: dict[str, str] | None = None) -> Any:
+def answer(
+    code: str, *arguments: str | Path, home: Path, environment: dict[str, str] | None = None, is_forked: bool = True
+) -> Any:
     """What `code` prints, read as JSON.
 
     Args:
@@ -28,14 +32,11 @@ def answer(code: str, *arguments: str | Path, home: Path, environment: dict[str,
         arguments: They.
         home: An empty folder: its working directory, and where it caches.
         environment: Variables; the default is offline.
+        is_forked: Whether it finds torch imported; not for code that starts processes.
     """
     variables = environment or {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "huggingface")}
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", HIDE + code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **variables},
-        cwd=home,
-    )
+    command = [sys.executable, "-I", "-c", HIDE + code, *map(str, arguments)]
+    run: Any = run_code if is_forked else subprocess.run
+    result = run(command, capture_output=True, text=True, env={**os.environ, **variables}, cwd=home)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llm2clip.hub import build, push
+from llm2clip.hub import build, new_process, push
+from tests.forks import run_code
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.tiny import IMAGES
@@ -48,6 +50,13 @@ found["st_image"] = torch.tensor(encoder.encode(images))
 assert not {"modeling_llm2clip", "llm2clip"} & set(sys.modules)
 save_file({key: value.detach().contiguous() for key, value in found.items()}, output)
 """
+
+
+@pytest.fixture(autouse=True)
+def _new_processes_are_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apart from that of `built`, the processes that load a folder find torch imported."""
+    quick = SimpleNamespace(run=run_code, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(new_process, "subprocess", quick)
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +97,7 @@ def consume(hub: LoopbackHub, pictures: Sequence[Path], captions: Sequence[str],
     output = home / "found.safetensors"
     inputs = json.dumps([str(picture) for picture in pictures]), json.dumps(captions)
     command = [sys.executable, "-I", "-c", HIDE + CONSUMER, REPO, str(output), *inputs]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home)
+    done = run_code(command, env=environment, cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(output)
 

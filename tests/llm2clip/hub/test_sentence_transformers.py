@@ -108,7 +108,9 @@ def test_two_processes_give_the_embeddings_of_one(pictures: Path, tmp_path: Path
     model, processor = tiny.save(tmp_path / "model"), tiny.processor()
     write_sentence_transformers_files(tmp_path / "model")
     text, image = stranger.answer(
-        SEVERAL_PROCESSES, tmp_path / "model", json.dumps(CAPTIONS), *sorted(pictures.iterdir()), home=tmp_path
+        *(SEVERAL_PROCESSES, tmp_path / "model", json.dumps(CAPTIONS), *sorted(pictures.iterdir())),
+        home=tmp_path,
+        is_forked=False,
     )
     torch.testing.assert_close(torch.tensor(text), model.encode_text(CAPTIONS, processor), **CLOSE)
     torch.testing.assert_close(torch.tensor(image), model.encode_image(IMAGES, processor), **CLOSE)

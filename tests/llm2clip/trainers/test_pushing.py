@@ -16,6 +16,7 @@ from llm2clip import cli
 from llm2clip.hub.cards.card import CARD, split_card
 from llm2clip.trainers.pushing import PushCallback
 from modeling_llm2clip import LLM2CLIPTextModel
+from tests.forks import run_code
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.loopback_hub import CUT, READ_TOKEN, TOKEN, File, LoopbackHub, Repo
@@ -49,7 +50,7 @@ def loaded(hub: LoopbackHub, repo: str, revision: str, home: Path) -> str:
     home.mkdir(exist_ok=True)
     environment = {**os.environ, **hub.environment(home / "consumer", token=None)}
     command = [sys.executable, "-I", "-c", HIDE + CONSUMER, repo, revision]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home)
+    done = run_code(command, env=environment, cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip()
 
