@@ -92,20 +92,19 @@ def _count(number: int, unit: str) -> str:
 
 
 def draw(entries: list[Record], path: Path = PLOT) -> None:
-    """Plot CPU time per row, of embedding, and peak memory against the number of captions."""
+    """Plot CPU time per row, of embedding, and peak memory against the number of captions; nothing of aligning."""
     from matplotlib.figure import Figure
 
     from benchmarks.curves.plots import STYLES
 
+    entries = [entry for entry in entries if entry["step"] != "align"]
     lines: dict[str, list[Record]] = {}
     for entry in entries:
         if entry["step"] == "embed":
             name = f"embed: {ENGINE_NAMES[entry['engine']]}, {_count(entry['processes'], 'process')}"
-        elif entry["step"] == "read":
+        else:
             workers = f" with {entry['workers']} workers each" if entry["workers"] else ""
             name = f"stage 2 reads: {_count(entry['processes'], 'process')}{workers}"
-        else:
-            continue
         lines.setdefault(name, []).append(entry)
     lines = {name: sorted(found, key=lambda entry: entry["captions"]) for name, found in lines.items()}
     figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
