@@ -5,9 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llm2clip.quickstart.config import Arm, QuickstartConfig, choose_arms
 from llm2clip.quickstart.data import QuickstartData
 from llm2clip.quickstart.domains import DomainSplit
+
+# As Linux names what multiplies bfloat16: of AMD and Intel, and of Intel's AMX.
+BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether there is a GPU, or a processor with instructions for bfloat16."""
+    info = Path("/proc/cpuinfo")
+    return torch.accelerator.is_available() or (
+        info.is_file() and any(flag in info.read_text() for flag in BFLOAT16_FLAGS)
+    )
 
 
 class RunContext:
@@ -24,6 +37,9 @@ class RunContext:
         self.config = config
         self.folder = Path(config.output_dir)
         self.profile: dict[str, Any] = config.load_profile()
+        for part in (self.profile, self.profile["stage1"]):
+            if part.get("bf16") == "auto":
+                part["bf16"] = has_fast_bfloat16()
         self.data = QuickstartData.find(config.data, config.caption_columns, config.image_column)
         folder = self.folder / "transfer-data"
         self.domains = DomainSplit(self.data, config.domain_column, config.held_out_domain, folder)

@@ -47,7 +47,7 @@ def text_steps(run: RunContext) -> list[Step]:
         title = "Stage 1: caption contrastive fine-tuning"
         steps.append(Step("stage1", title, settings, partial(_stage1, run), after, folder))
     for arm in run.arms:
-        settings = {**run.data.settings(), "kind": arm.kind}
+        settings = {**run.data.settings(), "kind": arm.kind, "dtype": _dtype(run, arm)}
         title, work = f"Embedding captions: {arm.title}", partial(_embed, run, arm)
         steps.append(Step(f"embed-{arm.name}", title, settings, work, (arm.made_by,), run.cache(arm.name)))
     return steps
@@ -110,7 +110,7 @@ def _embed(run: RunContext, arm: Arm, resume: bool) -> dict[str, Any]:
     """Embed the texts of an arm, and measure the retrieval between captions."""
     data, tower, folder = run.data, run.tower(arm), str(run.cache(arm.name))
     model: Any
-    model, tokenizer = open_text_tower(tower, dtype="float32")
+    model, tokenizer = open_text_tower(tower, dtype=_dtype(run, arm))
     state = process_state()
     model.to(state.device).eval()
     texts, embedder = data.texts(arm.kind), CaptionEmbedder(model, tokenizer)
@@ -121,6 +121,10 @@ def _embed(run: RunContext, arm: Arm, resume: bool) -> dict[str, Any]:
         "num_truncated": manifest.num_truncated,
         "caption_retrieval": {name: pairs.measure(lookup) for name, pairs in data.caption_sets.items()},
     }
+
+
+def _dtype(run: RunContext, arm: Arm) -> str:
+    return "bfloat16" if arm.kind != "ready" and run.profile["bf16"] else "float32"
 
 
 def remove_checkpoints(folder: Path) -> None:
