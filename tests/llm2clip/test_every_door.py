@@ -119,6 +119,7 @@ def test_the_built_folder_gives_what_its_parts_give(known: Known) -> None:
     assert torch.pdist(known.image).min() > 0.01
 
 
+@pytest.mark.slow  # test_remote_code.py and test_sentence_transformers.py are strangers to the same model
 def test_a_stranger_gets_them_from_the_hub(hub: LoopbackHub, known: Known, tmp_path: Path) -> None:
     push_by_command(hub, known.folder, tmp_path)
     found = consume(hub, known.pictures, CAPTIONS, tmp_path)
@@ -153,6 +154,7 @@ def test_the_check_of_other_versions_accepts_the_folder(known: Known, tmp_path: 
     assert check.check_case(tmp_path)["sdpa"] == 0
 
 
+@pytest.mark.slow  # test_export_onnx.py
 def test_the_onnx_graphs_give_them(known: Known, tmp_path: Path) -> None:
     assert cli.main(["export-onnx", str(known.folder), "--output-dir", str(tmp_path / "onnx")]) == 0
     processor = AutoProcessor.from_pretrained(known.folder)

@@ -21,6 +21,8 @@ from tests.llm2clip.convert import checkpoints
 
 pytestmark = pytest.mark.slow
 SCALE = torch.tensor(4.6)
+# test_convert.py reads every layout in small.
+SAME_IN_SMALL = [pytest.param(name, marks=pytest.mark.nightly) for name in ("older biases", "deepspeed", "eva-clip")]
 
 
 def randomise(model: nn.Module) -> None:
@@ -48,7 +50,7 @@ def eva02(oracle: Any) -> dict[str, Tensor]:
     return {**tower.tensors, **adapter, **head, "logit_scale": SCALE}
 
 
-@pytest.mark.parametrize("layout", ["original", "older biases", "deepspeed", "microsoft", "eva-clip", "timm"])
+@pytest.mark.parametrize("layout", ["original", "microsoft", "timm", *SAME_IN_SMALL])
 def test_eva02_base_gives_the_outputs_of_timm(layout: str, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     oracle = timm.create_model("eva02_base_patch16_clip_224", num_classes=1280).eval()
@@ -95,7 +97,10 @@ def test_float16_weights_are_not_rounded(tmp_path: Path) -> None:
     assert all(loaded[name].equal(tensor) for name, tensor in ours.items() if name != "logit_scale")
 
 
-@pytest.mark.parametrize("layout", ["original", "microsoft", "openai", "transformers"])
+@pytest.mark.parametrize(
+    "layout",
+    ["original", "openai", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("microsoft", "transformers"))],
+)
 def test_openai_base_gives_the_outputs_of_transformers(layout: str, tmp_path: Path) -> None:
     config = published("LLM2CLIP-Openai-B-16")
     oracle: Any = CLIPVisionModelWithProjection(config.vision_config).eval()

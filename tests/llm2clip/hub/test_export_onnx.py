@@ -18,6 +18,18 @@ from tests.modeling_llm2clip.tiny import CAPTIONS, IMAGES
 
 onnxruntime = pytest.importorskip("onnxruntime")
 PROCESSOR = tiny.processor()
+# Towers and LLMs that differ most; the others are slow, or nightly.
+OFTEN = (("siglip_vision_model", "cls"), ("dinov2", "cls_mean"))
+TOWERS = [
+    pytest.param(name, pooling, marks=[] if (name, pooling) in OFTEN else pytest.mark.slow)
+    for name in ("clip_vision_model", "siglip_vision_model", "dinov2")
+    for pooling in ("cls", "cls_mean")
+]
+LLMS = [
+    pytest.param(name, marks=[] if name in ("qwen3", "gemma3_text", "phi3") else pytest.mark.nightly)
+    for name in tiny.DECODERS
+    if name != "llama"
+]
 
 
 def session(folder: Path, part: str) -> Any:
@@ -61,6 +73,7 @@ def test_graphs_give_the_outputs_of_the_model(fields: dict[str, Any], tmp_path: 
     assert float(metadata["logit_bias"]) == -2.5
 
 
+@pytest.mark.slow
 def test_float16_graph_of_a_model_whose_llm_is_in_its_own_folder(tmp_path: Path) -> None:
     model = tiny.save_apart(tmp_path, **tiny.FROZEN_TOWER)
     arguments = [str(tmp_path / "clip"), "--output_dir", str(tmp_path / "out"), "--dtype", "float16"]
@@ -87,8 +100,7 @@ def test_vision_half_has_only_a_vision_graph(tmp_path: Path, capsys: pytest.Capt
     torch.testing.assert_close(image_embeds(tmp_path / "onnx"), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("model_type", ["clip_vision_model", "siglip_vision_model", "dinov2"])
-@pytest.mark.parametrize("pooling", ["cls", "cls_mean"])
+@pytest.mark.parametrize(("model_type", "pooling"), TOWERS)
 def test_vision_graph_of_other_towers(model_type: str, pooling: str, tmp_path: Path) -> None:
     model = LLM2CLIPModel(
         tiny.joint_config(vision=tiny.other_vision_config(model_type), vision_pooling=pooling)
@@ -110,7 +122,7 @@ def test_image_processor_determines_the_image_size_of_the_graph(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", [name for name in tiny.DECODERS if name != "llama"])
+@pytest.mark.parametrize("model_type", LLMS)
 def test_text_graph_of_other_llms(model_type: str, tmp_path: Path) -> None:
     model = tiny.save(tmp_path, text=tiny.text_config(model_type))
     export_onnx.run(export_onnx.ExportOnnxConfig(str(tmp_path), parts=["text"]))

@@ -72,10 +72,14 @@ def assert_equal_runs(stage: str, one: Path, two: Path) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, atol=5e-6, rtol=0, msg=name)
+    if stage == "stage2":
+        name = "eval_validation_text_to_image_mean_rank"
+        assert metric(two, name) == pytest.approx(metric(one, name), abs=0.1)
 
 
+# Of stage 2, the next test has what this one has.
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("stage", ["stage1", pytest.param("stage2", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_two_processes_with_a_part_of_the_model_each_equal_one_with_all_of_it(
     configuration: str, stage: str, inputs: Inputs, tmp_path: Path
@@ -84,9 +88,6 @@ def test_two_processes_with_a_part_of_the_model_each_equal_one_with_all_of_it(
     llm2clip(stage, {**fields, "per_device_train_batch_size": 2 * fields["per_device_train_batch_size"]})
     on_two_processes(stage, {**fields, "output_dir": str(tmp_path / "two")}, configuration)
     assert_equal_runs(stage, tmp_path / "one", tmp_path / "two")
-    if stage == "stage2":
-        name = "eval_validation_text_to_image_mean_rank"
-        assert metric(tmp_path / "two", name) == pytest.approx(metric(tmp_path / "one", name), abs=0.1)
 
 
 @pytest.mark.slow
@@ -105,7 +106,8 @@ def test_a_checkpoint_of_shards_is_a_whole_model_and_resumes(stage: str, inputs:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.nightly
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
 @pytest.mark.parametrize("configuration", [CONFIGURATIONS[0], CONFIGURATIONS[2]])
 def test_chunks_and_accumulation_of_a_divided_model_equal_whole_batches(
     configuration: str, stage: str, inputs: Inputs, tmp_path: Path

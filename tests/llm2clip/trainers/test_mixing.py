@@ -52,7 +52,7 @@ def mixture(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> list[di
     return [*streams, tiny.concepts("validation", max_samples=40)]
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mixing", ["proportional", "weights", "one_source_per_step"])
 def test_a_resumed_run_on_streams_and_a_table_equals_an_unbroken_one(
     mixing: str, workers: int, mixture: list[dict[str, Any]], inputs: Inputs, tmp_path: Path

@@ -59,7 +59,7 @@ def assert_equal(folder: Path, unbroken: Path) -> None:
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("workers", [0, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 2))])
 def test_a_resumed_run_equals_an_unbroken_one(
     workers: int, inputs: Inputs, tars: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
