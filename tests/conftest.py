@@ -13,6 +13,16 @@ from transformers import set_seed
 
 torch.set_num_threads(1)
 
+# The tests of a file run one after the other: begun last, one of these would keep the other process waiting.
+LONGEST = [
+    f"tests/{name}.py"
+    for name in (
+        *("llm2clip/quickstart/test_real_weights", "documents/test_commands", "llm2clip/quickstart/test_pipeline"),
+        *("llm2clip/search/test_memory", "llm2clip/trainers/test_divided", "llm2clip/trainers/test_stopping"),
+        *("llm2clip/convert/test_full_size", "llm2clip/trainers/test_stage2", "llm2clip/hub/test_build"),
+    )
+]
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -22,3 +32,9 @@ def _seed() -> None:
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Archives hold the second they were made in, which in a test's name makes two workers collect different tests."""
     return f"{len(val)}-bytes" if isinstance(val, bytes) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONGEST)))

@@ -5,13 +5,14 @@ Starting processes is slow, so each world runs every scenario once and the tests
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llm2clip.losses import clip_loss, hard_negative_info_nce, sigmoid_loss
 from llm2clip.losses.gather import gather_rows
 from tests.golden import load_golden
+from tests.processes import run_ranks
 
 Results = list[dict[str, Any]]
 
@@ -203,7 +205,7 @@ def worker(rank: int, world: int, folder: str) -> None:
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp(f"world{request.param}")
-    torch.multiprocessing.spawn(worker, args=(request.param, str(folder)), nprocs=request.param)
+    run_ranks(["-m", "tests.llm2clip.losses.test_losses_distributed", str(folder)], request.param)
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
@@ -321,3 +323,7 @@ def test_batch_without_rows_on_any_rank_raises_on_every_rank(ranks: Results) -> 
             "clip_loss needs at least one pair on some rank, but there is none.",
             "hard_negative_info_nce needs at least one query on some rank, but there is none.",
         ]
+
+
+if __name__ == "__main__":
+    worker(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sys.argv[1])
