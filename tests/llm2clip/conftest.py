@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +15,11 @@ import torch
 from llm2clip.data import transforms
 from llm2clip.data.transforms import decode_tensor
 from llm2clip.embedding import embed
+from llm2clip.hub import new_process
 from llm2clip.trainers import run_stage1
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.utils.settings import build_config
+from tests.forks import run_code
 from tests.llm2clip import tiny
 from tests.loopback_hub import LoopbackHub
 from tests.modeling_llm2clip import tiny as tiny_models
@@ -26,6 +30,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
     with LoopbackHub() as server:
         server.redirect(monkeypatch, tmp_path_factory.mktemp("hub_cache"))
         yield server
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _new_processes_are_forks() -> Iterator[None]:
+    """The processes that load a folder find torch imported; those of the documents' commands do not."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(new_process, "subprocess", SimpleNamespace(run=run_code, DEVNULL=subprocess.DEVNULL))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.modeling_llm2clip import tiny as tiny_models
-from tests.processes import run_python
+from tests.processes import run_ranks
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -172,7 +172,7 @@ class Killed(Dataset):
         return torch.zeros(1)
 
 
-def test_a_killed_worker_is_one_line() -> None:
+def test_a_killed_worker_is_one_line(tmp_path: Path) -> None:
     """In a process of its own: torch says it once more when it hears of the death."""
     script = """
 import sys
@@ -183,9 +183,10 @@ from tests.llm2clip.test_everyday_faults import Killed
 evaluate.run = lambda config: [*DataLoader(Killed(), num_workers=1)]
 sys.exit(cli.main(["evaluate", "x", "--data", "y"]))
 """
-    result = run_python(["-c", script], check=False)
-    assert result.returncode == 2
-    error = result.stderr
+    (tmp_path / "script.py").write_text(script)
+    result = run_ranks([str(tmp_path / "script.py")], check=False)
+    assert result.code == 2
+    error = result.errors
     # What is noticed first differs: the signal, or that the connection to the process has ended.
     assert re.search(
         r"a process that reads data (was killed \(signal: Killed\)|has ended), most often because the memory", error

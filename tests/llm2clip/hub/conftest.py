@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llm2clip.hub import build, new_process, push
+from llm2clip.hub import build, push
 from tests.forks import run_code
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.modeling_llm2clip import tiny
@@ -50,13 +49,6 @@ found["st_image"] = torch.tensor(encoder.encode(images))
 assert not {"modeling_llm2clip", "llm2clip"} & set(sys.modules)
 save_file({key: value.detach().contiguous() for key, value in found.items()}, output)
 """
-
-
-@pytest.fixture(autouse=True)
-def _new_processes_are_forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Apart from that of `built`, the processes that load a folder find torch imported."""
-    quick = SimpleNamespace(run=run_code, DEVNULL=subprocess.DEVNULL)
-    monkeypatch.setattr(new_process, "subprocess", quick)
 
 
 @pytest.fixture(scope="session")
