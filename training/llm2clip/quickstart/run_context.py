@@ -37,9 +37,11 @@ class RunContext:
         self.config = config
         self.folder = Path(config.output_dir)
         self.profile: dict[str, Any] = config.load_profile()
-        for part in (self.profile, self.profile["stage1"]):
-            if part.get("bf16") == "auto":
-                part["bf16"] = has_fast_bfloat16()
+        fast = has_fast_bfloat16()
+        for part, name in ((self.profile["stage1"], "bf16"), (self.profile["stage2"], "feature_dtype"),
+                           (self.profile, "embed_dtype")):  # fmt: skip
+            if part.get(name) == "auto":
+                part[name] = fast if name == "bf16" else "bfloat16" if fast else "float32"
         self.data = QuickstartData.find(config.data, config.caption_columns, config.image_column)
         folder = self.folder / "transfer-data"
         self.domains = DomainSplit(self.data, config.domain_column, config.held_out_domain, folder)

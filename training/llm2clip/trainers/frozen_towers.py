@@ -99,7 +99,7 @@ def _manifest(config: Stage2Config, model: LLM2CLIPModel, image_processor: Any) 
         vision_model_name=config.vision_model_name_or_path or str(config.model_name_or_path),
         pooling=model.config.vision_pooling,
         hidden_size=config.feature_views * model.config.vision_width,
-        vision_model_dtype=str(model.vision_model.dtype).removeprefix("torch."),
+        vision_model_dtype=config.feature_dtype,
         image_backend=config.image_backend,
         max_pixels=config.max_pixels,
         views=config.feature_views,

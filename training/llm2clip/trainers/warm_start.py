@@ -59,7 +59,7 @@ def second_part(config: Stage2Config) -> Stage2Config:
     # `warm_start` stays, so that a resumed run with another one is refused.
     first = str(Path(config.output_dir) / FOLDER)
     changes: dict[str, Any] = {"model_name_or_path": first, "feature_cache": None, "feature_views": 1}
-    changes |= {"alignment": "train", "ridge": None}
+    changes |= {"alignment": "train", "ridge": None, "feature_dtype": "float32"}
     return change_config(config, {**dict.fromkeys(NEW_MODEL_FIELDS), **changes})
 
 

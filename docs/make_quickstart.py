@@ -1,0 +1,76 @@
+"""Write the result of a quickstart into docs/results, and its table into README.md.
+
+python docs/make_quickstart.py [RUN]    RUN is a finished `runs/quickstart`; without it, only the table is written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "docs" / "results" / "quickstart.json"
+README = ROOT / "README.md"
+TABLE = re.compile(
+    r"(?<=<!-- quickstart: made by docs/make_quickstart\.py -->\n).*?(?=<!-- /quickstart -->)", re.DOTALL
+)
+KEPT = ("text_encoders", "best_text_encoder", "caption_retrieval", "image_retrieval", "seconds", "machine", "protocol")
+SETTINGS = ("profile", "seed", "llm", "vision_model", "embedding_model", "stage1", "stage2", "frozen")
+
+
+def reduced(results: dict[str, Any]) -> dict[str, Any]:
+    """Return what is committed of a `results.json`."""
+    typed = {name: value for name, value in results["typed_queries"].items() if name != "results"}
+    settings = {name: results["settings"][name] for name in SETTINGS}
+    settings |= {name: Path(settings[name]).name for name in ("llm", "vision_model", "embedding_model")}
+    return {
+        "command": "make quickstart",
+        "settings": settings,
+        **{name: results[name] for name in KEPT},
+        "typed": typed,
+    }
+
+
+def recalls(metrics: dict[str, Any], prefix: str = "") -> str:
+    """Format R@1, 5 and 10 in percent."""
+    return " / ".join(f"{100 * metrics[f'{prefix}recall@{k}']:.1f}" for k in (1, 5, 10))
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the table, and a line that says where it is from."""
+    lines = [
+        "| text encoder | word → definition | text → image | image → text |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row, metrics in results["image_retrieval"].items():
+        captions = results["caption_retrieval"].get(row)
+        cells = [recalls(captions["lemma_to_gloss"]) if captions else ""]
+        cells += [recalls(metrics, f"{way}_") for way in ("text_to_image", "image_to_text")]
+        title = row.strip() if captions else f"... {row.strip().partition(',')[0]}"
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    typed, machine = results["typed"], results["machine"]
+    minutes = sum(value for name, value in results["seconds"].items() if name != "this run") / 60
+    seed = results["settings"]["seed"]
+    lines += [
+        "",
+        f"R@1 / 5 / 10 in %, `make quickstart`, seed {seed}, {minutes:.1f} minutes on {machine['threads']} threads of "
+        f"{machine['processor']}. Of {typed['queries']} queries as somebody would type them, the best model's first "
+        f"picture is right for {typed['first']}, and one of its first {typed['shown']} for {typed['found']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the files."""
+    if len(sys.argv) > 1:
+        results = json.loads((Path(sys.argv[1]) / "results.json").read_text(encoding="utf-8"))
+        RESULT.write_text(json.dumps(reduced(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    results = json.loads(RESULT.read_text(encoding="utf-8"))
+    README.write_text(TABLE.sub(lambda _: table(results), README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
