@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm2clip.data.transforms import output_size
 from llm2clip.utils.repos import hub_ids
 from modeling_llm2clip import LLM2CLIPTextConfig
 
@@ -151,10 +150,11 @@ def _image_size(vision: Any, image_processor: Any) -> str | None:
     if image_processor is None:
         size = getattr(vision, "image_size", None)
         return None if size is None else str(size)
-    try:
-        height, width = output_size(image_processor)
-    except (KeyError, TypeError, ValueError):  # it depends on the image
+    settings = image_processor.to_dict()
+    size = settings.get("crop_size" if settings.get("do_center_crop") else "size") or {}
+    if not {"height", "width"} <= set(size):  # it depends on the image
         return None
+    height, width = size["height"], size["width"]
     return str(height) if height == width else f"{height} × {width}"
 
 
