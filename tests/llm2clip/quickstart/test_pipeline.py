@@ -270,7 +270,7 @@ def test_an_embedding_model_needs_no_stage_1(
     assert results["transfer"] == {}
     assert results["reading"] == []
     assert "stage1" not in results["seconds"]
-    assert list(results["image_retrieval"])[:2] == ["bert", "  German"]
+    assert list(results["image_retrieval"])[:2] == ["bert", "  German, bert"]
     validation = read_card(tmp_path / "run" / "llm2clip")[0]["model-index"][0]["results"][-1]
     assert validation["dataset"]["split"] == "validation"
     assert (tmp_path / "run" / "report.html").is_file()
