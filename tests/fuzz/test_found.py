@@ -167,7 +167,7 @@ def test_features_that_do_not_say_what_was_skipped_are_refused(metadata: dict[st
 )
 def test_frozen_states_with_a_damaged_manifest_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
     np.save(tmp_path / "states.npy", np.ones((1, 2), np.float16))
-    write_json(tmp_path / "manifest.json", fields)
+    write_json(tmp_path / "manifest.json", sealed(fields))
     with pytest.raises(ValueError, match=r"is damaged .*the next run computes the states again"):
         open_states(tmp_path)
 

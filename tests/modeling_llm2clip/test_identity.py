@@ -15,14 +15,11 @@ from modeling_llm2clip.identity_llm2clip import (
     WORDS,
     decoder_identity,
     digest_weight,
-    is_earlier_rule,
     text_fingerprint,
 )
 from tests.modeling_llm2clip import tiny
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-# As the release before the second rule computed it.
-EARLIER = "beeb0f96231ffc3d1b9c5568f1ddf765"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 
 
@@ -124,20 +121,8 @@ def test_a_single_weight_changes_the_fingerprint_and_the_order_does_not() -> Non
     state = model.state_dict()
     assert model.fingerprint(dict(reversed(state.items()))) == expected
     with torch.no_grad():
-        # Neither of the 64 evenly spaced values that earlier releases read.
         model.decoder.layers[0].mlp.up_proj.weight[11, 7] += 0.5
     assert model.fingerprint() != expected
-    assert not is_earlier_rule(expected)
-
-
-def test_fingerprints_of_earlier_releases_are_recognised_and_computed() -> None:
-    model = tiny.text_model(pooling="mean")
-    with torch.no_grad():
-        for number, (_, value) in enumerate(sorted(model.state_dict().items())):
-            value.copy_((torch.arange(value.numel()) % 97 + number).reshape(value.shape) / 64)
-    assert model.earlier_fingerprint() == EARLIER
-    assert is_earlier_rule(EARLIER)
-    assert not is_earlier_rule(None)
 
 
 def test_a_window_counts_only_where_it_is_not_lifted() -> None:

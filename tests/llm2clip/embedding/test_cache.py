@@ -16,7 +16,7 @@ from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.embedding import EmbeddingCache, MissingCaptionError
 from llm2clip.embedding.cache_files import CacheDamagedError, CacheError, CacheIncompleteError, CacheMismatchError
 from llm2clip.embedding.keyed_rows import KeyIndex
-from llm2clip.utils.manifests import SEAL
+from llm2clip.utils.manifests import SEAL, sealed
 from tests.damage import flip
 from tests.llm2clip.data.conftest import CONCEPTS
 
@@ -168,7 +168,7 @@ def test_check_shards_is_distributed_over_ranks(cache_folder: Path) -> None:
 
 def _edit(folder: Path, **fields: object) -> None:
     manifest = {**json.loads((folder / "manifest.json").read_text()), SEAL: None, **fields}
-    (folder / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
+    (folder / "manifest.json").write_text(json.dumps(sealed({k: v for k, v in manifest.items() if v is not None})))
 
 
 def test_invalid_manifests_are_refused(cache_folder: Path, tmp_path: Path) -> None:

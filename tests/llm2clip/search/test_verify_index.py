@@ -14,7 +14,7 @@ from llm2clip import cli
 from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.search.lance_store import HINT
 from llm2clip.search.verify_index import verify_index
-from llm2clip.utils.manifests import FOLDER_MANIFEST, SEAL
+from llm2clip.utils.manifests import FOLDER_MANIFEST, SEAL, sealed
 from modeling_llm2clip import LLM2CLIPModel
 from tests.damage import flip
 
@@ -91,7 +91,7 @@ def test_updates_and_kills_raise_no_false_alarm(
     assert (found.faults, found.remarks) == ([], [])
 
 
-def test_an_index_of_an_earlier_release_is_read_and_its_list_is_not_trusted(
+def test_the_copy_of_an_index_at_a_url_is_read_and_its_list_is_not_trusted(
     pictures: Path, model: Model, tmp_path: Path
 ) -> None:
     output = tmp_path / "index"
@@ -99,10 +99,10 @@ def test_an_index_of_an_earlier_release_is_read_and_its_list_is_not_trusted(
     fields = json.loads((output / FOLDER_MANIFEST).read_text())
     del fields["sha256"], fields[SEAL]
     fields["files"]["manifest.json"] += 7
-    (output / FOLDER_MANIFEST).write_text(json.dumps(fields))
+    (output / FOLDER_MANIFEST).write_text(json.dumps(sealed(fields)))
     found = verify_index(output)
     assert found.faults == []
-    assert found.remarks == [f"{output} has no checksums of its files, since an earlier release wrote it."]
+    assert found.remarks == [f"{output} has no checksums of its files, since it was written at a URL."]
     assert found.counts["num_images"] == 12
     (pictures / "new.png").write_bytes(encoded(picture(99)))
     index(pictures, model[0], output)

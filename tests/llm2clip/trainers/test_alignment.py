@@ -139,6 +139,9 @@ def test_a_resumed_run_equals_an_unbroken_one(inputs: Inputs, tmp_path: Path) ->
     expected, found = (LLM2CLIPModel.from_pretrained(tmp_path / n, text_model=False) for n in ("whole", "broken"))
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], value, atol=0, rtol=0, msg=name)
+    firsts = [read_json(tmp_path / run / "trainer_state.json")["log_history"][0] for run in ("whole", "broken")]
+    assert firsts[0] == firsts[1]
+    assert "closed_form_mean_recall" in firsts[0]
 
 
 def test_a_warm_start_in_closed_form_continues_with_its_heads(inputs: Inputs, tmp_path: Path) -> None:
@@ -173,5 +176,8 @@ def test_settings_without_effect_are_refused(
 def test_a_trainer_without_stored_features_refuses_a_closed_form(inputs: Inputs, tmp_path: Path) -> None:
     config = settings(tmp_path / "run", inputs, "closed_form")
     model, processor = run_stage2.load_model(config)
-    with pytest.raises(ValueError, match="needs stored features of frozen towers"):
+    with pytest.raises(ValueError, match="alignment: closed_form needs stored features of frozen towers"):
+        Stage2Trainer(model=model, args=config, train_dataset=[{"caption": "x"}], processing_class=processor)
+    config.alignment, config.feature_dtype = "train", "bfloat16"
+    with pytest.raises(ValueError, match="feature_dtype: bfloat16 needs stored features"):
         Stage2Trainer(model=model, args=config, train_dataset=[{"caption": "x"}], processing_class=processor)

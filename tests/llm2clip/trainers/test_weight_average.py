@@ -185,8 +185,8 @@ def test_a_broken_average_is_not_saved(tmp_path: Path) -> None:
 
 def forget_settings(checkpoint: Path) -> None:
     """Make a checkpoint one of which nobody knows with which settings and files it was written."""
-    for path in (checkpoint / "settings.json", checkpoint.parent / "settings.json", checkpoint / ".llm2clip.json"):
-        path.unlink()
+    for name in ("settings.json", ".llm2clip.json"):
+        (checkpoint / name).unlink()
 
 
 def test_a_checkpoint_without_this_average_is_refused(tmp_path: Path) -> None:

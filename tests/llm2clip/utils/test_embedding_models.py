@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, FNetCo
 
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.utils.repos import RepoKind, inspect_repo
-from llm2clip.utils.text_identity import read_fingerprints
+from llm2clip.utils.text_identity import read_fingerprint
 from llm2clip.utils.towers import describe_text_tower, open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 from tests.modeling_llm2clip import embedding_models
@@ -40,7 +40,7 @@ def test_tokens_and_embeddings_equal_sentence_transformers(family: str, tmp_path
             torch.testing.assert_close(model(**padded).pooler_output, expected, atol=1e-5, rtol=1e-5)
     config, described = describe_text_tower(folder)
     assert described("a dog")["input_ids"] == tokenizer("a dog")["input_ids"]
-    assert read_fingerprints(folder, None, config)[0] == model.fingerprint()
+    assert read_fingerprint(folder, None, config) == model.fingerprint()
     save_text_tower(model, tokenizer, tmp_path / "tower")
     saved: Any = AutoModel.from_pretrained(tmp_path / "tower").eval()
     again = saved.encode(TEXTS, AutoTokenizer.from_pretrained(tmp_path / "tower"))
@@ -159,7 +159,7 @@ def test_other_modules_are_refused(tmp_path: Path) -> None:
         open_text_tower(str(tmp_path / "text"))
 
 
-def test_the_pooling_flags_of_earlier_releases_are_read(tmp_path: Path) -> None:
+def test_the_pooling_flags_of_earlier_sentence_transformers_are_read(tmp_path: Path) -> None:
     embedding_models.save(tmp_path / "text", "bert")
     path = tmp_path / "text" / "1_Pooling" / "config.json"
     flags = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}

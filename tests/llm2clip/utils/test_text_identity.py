@@ -14,7 +14,7 @@ from tokenizers import normalizers
 from transformers import AutoModel, AutoTokenizer
 
 from llm2clip.utils import text_identity
-from llm2clip.utils.text_identity import read_fingerprints, tokenizer_fingerprint
+from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
 from llm2clip.utils.towers import describe_text_tower, open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, with_prompt
 from tests.llm2clip.conftest import Inputs
@@ -47,10 +47,10 @@ def test_the_model_is_not_built(kind: str, inputs: Inputs, tmp_path: Path, monke
     elif kind == "bfloat16":
         name = str(tmp_path)
         save_text_tower(model.to(torch.bfloat16), tokenizer, name)
-    expected = model.fingerprint(), model.earlier_fingerprint()
+    expected = model.fingerprint()
     config, _ = describe_text_tower(name)
     no_loading(monkeypatch)
-    assert read_fingerprints(name, None, config) == expected
+    assert read_fingerprint(name, None, config) == expected
 
 
 def test_reading_that_takes_long_is_told_once(
@@ -58,12 +58,12 @@ def test_reading_that_takes_long_is_told_once(
 ) -> None:
     config, _ = describe_text_tower(inputs.text)
     with caplog.at_level(logging.INFO, logger="llm2clip"):
-        read_fingerprints(inputs.text, None, config)
+        read_fingerprint(inputs.text, None, config)
         assert not caplog.messages
         monkeypatch.setattr(text_identity, "PATIENCE", 0.01)
-        monkeypatch.setattr(text_identity, "_fingerprints", lambda *model: time.sleep(0.2))
+        monkeypatch.setattr(text_identity, "_fingerprint", lambda *model: time.sleep(0.2))
         for _ in range(2):
-            read_fingerprints(inputs.text, None, config)
+            read_fingerprint(inputs.text, None, config)
     assert caplog.messages == [f"Reading the weights of {inputs.text} for its fingerprint."]
 
 
@@ -77,7 +77,7 @@ def test_an_adapter_is_merged_for_its_identity(inputs: Inputs, tmp_path: Path) -
     config, _ = describe_text_tower(str(tmp_path))
     assert config.fingerprint == model.fingerprint()
     merged, _ = open_text_tower(str(tmp_path))
-    assert read_fingerprints(str(tmp_path), None, config)[0] == config.fingerprint == merged.fingerprint()
+    assert read_fingerprint(str(tmp_path), None, config) == config.fingerprint == merged.fingerprint()
     for dtype in ("float32", "bfloat16"):
         half, _ = open_text_tower(str(tmp_path), dtype=dtype)
         assert half.fingerprint() == config.fingerprint
@@ -90,7 +90,7 @@ def test_files_with_other_names_are_read_by_the_model(inputs: Inputs, tmp_path: 
     (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")
     config, _ = describe_text_tower(str(tmp_path))
     with pytest.raises(OSError, match=r"model.safetensors|pytorch_model"):
-        read_fingerprints(str(tmp_path), None, config)
+        read_fingerprint(str(tmp_path), None, config)
 
 
 def test_identity_of_a_tokenizer_survives_saving(inputs: Inputs, tmp_path: Path) -> None:
@@ -139,4 +139,4 @@ def test_files_of_every_decoder_give_the_identity_of_the_model(
     monkeypatch.setattr(LLM2CLIPTextModel, "from_pretrained", loaded)
     for name in (str(tmp_path), str(tmp_path / "tower")):
         config, _ = describe_text_tower(name)
-        assert read_fingerprints(name, None, config)[0] == model.fingerprint() == model.config.fingerprint
+        assert read_fingerprint(name, None, config) == model.fingerprint() == model.config.fingerprint

@@ -9,14 +9,11 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, CLIPImageProcessor
 
-from llm2clip.utils.vision_identity import earlier_vision_fingerprint, vision_fingerprint
+from llm2clip.utils.vision_identity import vision_fingerprint
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, with_pillow
-from modeling_llm2clip.identity_llm2clip import is_earlier_rule
 from tests.modeling_llm2clip import tiny
 
 TOWERS = ("eva02", *tiny.VISION_TOWERS)
-# As the release before the second rule computed it.
-EARLIER = "94e3ba622c9d6eca14bfe9e03b8d5a40"
 
 
 def joint(kind: str = "eva02", **fields: Any) -> LLM2CLIPModel:
@@ -31,7 +28,6 @@ def processor(kind: str = "eva02") -> Any:
 def test_saving_halving_and_the_dtype_do_not_change_the_identity(kind: str, tmp_path: Path) -> None:
     model = joint(kind)
     expected = vision_fingerprint(model, processor(kind))
-    assert not is_earlier_rule(expected)
     model.save_pretrained(tmp_path)
     processor(kind).save_pretrained(tmp_path)
     saved: Any = with_pillow(AutoImageProcessor.from_pretrained(tmp_path))
@@ -128,17 +124,6 @@ def test_preprocessing_counts_and_its_form_does_not() -> None:
     assert len({expected, *(found(**changes) for changes in different)}) == len(different) + 1
     # A step that is off has no settings.
     assert found(do_normalize=False, image_mean=[0.5, 0.5, 0.5]) == found(do_normalize=False)
-
-
-def test_the_fingerprint_of_earlier_releases_is_computed_and_recognised() -> None:
-    model = joint()
-    with torch.no_grad():
-        for number, (_, value) in enumerate(sorted(model.vision_model.state_dict().items())):
-            value.copy_((torch.arange(value.numel()) % 97 + number).reshape(value.shape) / 64)
-        for weight in model.visual_projection.parameters():
-            weight.fill_(0.5)
-    assert earlier_vision_fingerprint(model) == EARLIER
-    assert is_earlier_rule(EARLIER)
 
 
 def test_weights_that_are_elsewhere_are_an_error() -> None:

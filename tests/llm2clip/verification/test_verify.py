@@ -18,8 +18,8 @@ from llm2clip.hub import build
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.utils.files import read_json
-from llm2clip.utils.manifests import SEAL, folder_files
+from llm2clip.utils.files import read_json, write_json
+from llm2clip.utils.manifests import SEAL, folder_files, sealed
 from llm2clip.utils.settings import build_config
 from llm2clip.verification.verify import DamagedError, VerifyConfig, run
 from tests.damage import flip
@@ -58,11 +58,9 @@ def test_whole_sidecars_and_caches_pass(tmp_path: Path) -> None:
 def test_every_flipped_bit_of_a_sidecar_is_found(name: str, tmp_path: Path) -> None:
     embed(write_shards(tmp_path, 1), None)
     content = (tmp_path / name).read_bytes()
-    seal = content.find(SEAL.encode())  # without its name, a manifest is one of an earlier release
     for place in range(0, len(content), 7):
-        if not seal <= place < seal + len(SEAL):
-            with flip(tmp_path / name, place), pytest.raises(DamagedError, match="1 faults in "):
-                verify(tmp_path)
+        with flip(tmp_path / name, place), pytest.raises(DamagedError, match="1 faults in "):
+            verify(tmp_path)
     assert verify(tmp_path)["num_captions"] == 3
 
 
@@ -141,24 +139,23 @@ def test_a_cache_is_mended_as_verify_says(tmp_path: Path, capsys: pytest.Capture
         with pytest.raises(CacheDamagedError, match=r"shard-00001\.safetensors has changed"):
             EmbeddingCache.open(tmp_path)
     content = (tmp_path / "manifest.json").read_bytes()
-    seal = content.find(SEAL.encode())
     for place in range(0, len(content), 5):
-        if not seal <= place < seal + len(SEAL):
-            with flip(tmp_path / "manifest.json", place), pytest.raises(DamagedError, match="1 faults in"):
-                verify(tmp_path)
+        with flip(tmp_path / "manifest.json", place), pytest.raises(DamagedError, match="1 faults in"):
+            verify(tmp_path)
     assert verify(tmp_path) == {"num_shards": 3, "num_captions": 10}
 
 
-def test_caches_of_earlier_releases_have_no_checksums(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    encoder.build(tmp_path, ["a", "b", "c"], shard_size=2)
-    fields = read_json(tmp_path / "manifest.json")
-    del fields["checksums"], fields[SEAL]
-    (tmp_path / "manifest.json").write_text(json.dumps(fields))
-    assert verify(tmp_path)["num_captions"] == 3
-    assert "2 shards of" in caplog.text
-    assert "have no checksum" in caplog.text
-    encoder.build(tmp_path, ["a", "b", "c", "d"], shard_size=2)
-    assert set(read_json(tmp_path / "manifest.json")["checksums"]) == {f"shard-0000{n}.safetensors" for n in range(3)}
+@pytest.mark.parametrize(
+    ("checksums", "fault"),
+    [(None, "manifest.json lacks checksums"), ({}, "shard-00000.safetensors has changed since it was written")],
+)
+def test_a_complete_cache_has_checksums(
+    checksums: dict[str, str] | None, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder.build(tmp_path, ["a", "b"], shard_size=2)
+    fields = {**read_json(tmp_path / "manifest.json"), SEAL: None, "checksums": checksums}
+    write_json(tmp_path / "manifest.json", sealed({name: fields[name] for name in fields if fields[name] is not None}))
+    assert fault in found(tmp_path, capsys)
 
 
 def test_states_of_frozen_layers(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

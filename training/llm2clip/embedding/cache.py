@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from llm2clip.data.records import caption_key, caption_keys
-from llm2clip.embedding.cache_files import TWO_RULES, CacheManifest, CacheMismatchError, MissingCaptionError
+from llm2clip.embedding.cache_files import CacheManifest, CacheMismatchError, MissingCaptionError
 from llm2clip.embedding.keyed_rows import KeyedRows
-from modeling_llm2clip.identity_llm2clip import is_earlier_rule
 
 
 class CaptionEmbeddings(KeyedRows[CacheManifest]):
@@ -104,10 +103,9 @@ def refuse_other_encoder(
     """Raise a `CacheMismatchError` if another encoder or tokenizer made the embeddings; None accepts any."""
     advice = "Use that {}, or embed the captions with this one into another folder (`llm2clip embed`)."
     if fingerprint is not None and manifest.fingerprint != fingerprint:
-        earlier = TWO_RULES if is_earlier_rule(manifest.fingerprint) != is_earlier_rule(fingerprint) else ""
         raise CacheMismatchError(
             f"The embedding cache {folder} was made by {manifest.text_model_name} with fingerprint "
-            f"{manifest.fingerprint}, but the text encoder in use has fingerprint {fingerprint}.{earlier} "
+            f"{manifest.fingerprint}, but the text encoder in use has fingerprint {fingerprint}. "
             + advice.format("encoder")
         )
     known = manifest.tokenizer_fingerprint

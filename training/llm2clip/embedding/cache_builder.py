@@ -35,8 +35,8 @@ def build_embedding_cache(
         embed: Maps n captions to (n, hidden_size) finite numbers and the number of captions that exceed `max_length`.
         manifest: The text encoder and the format of the cache. A build that is resumed keeps its `shard_size`.
         embed_size: Captions per call of `embed`, which can sort them by length.
-        options: `show_progress_bar`, `rank`, `world_size`, `barrier` and `earlier_fingerprint` of [`build_rows`],
-            which also describes how a build survives a kill.
+        options: `show_progress_bar`, `rank`, `world_size` and `barrier` of [`build_rows`], which also describes how a
+            build survives a kill.
 
     Returns:
         The manifest of the complete cache.

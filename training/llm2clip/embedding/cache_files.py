@@ -33,14 +33,6 @@ ManifestT = TypeVar("ManifestT", bound="StoreManifest")
 # Bytes of half a key.
 KEY_SIZE = 8
 
-TWO_RULES = (
-    " The one without `2-` was recorded by an earlier release of llm2clip, so the two say nothing about each other."
-)
-ACCEPTED_EARLIER = (
-    "was made by an earlier release. It fits by the rule of that release, which read 64 values of each weight and "
-    "neither the decoder's settings nor the tokenizer; embed again into another folder to be sure."
-)
-
 
 class CacheError(ValueError):
     """A cache cannot be used."""
@@ -87,8 +79,6 @@ class StoreManifest:
     REMEDY: ClassVar[str]
     # What a row depends on: a cache is only continued by a build that agrees in all of these.
     IDENTITY: ClassVar[tuple[str, ...]]
-    # Fields that caches of earlier releases lack.
-    LATER: ClassVar[frozenset[str]] = frozenset({"checksums"})
 
     fingerprint: str
     hidden_size: int
@@ -146,11 +136,11 @@ class StoreManifest:
                 f"{FORMAT_VERSION}; use the release that made it, or {cls.REMEDY} into another folder."
             )
         names = {entry.name for entry in fields(cls)}
-        if missing := names - set(values) - cls.LATER:
+        if missing := names - set(values):
             message = f"{path} lacks {', '.join(sorted(missing))}; delete the folder and {cls.REMEDY}."
             raise CacheDamagedError(message)
         try:
-            manifest = build_config(cls, {name: values[name] for name in names & set(values)}, str(path))
+            manifest = build_config(cls, {name: values[name] for name in names}, str(path))
         except ValueError as error:
             raise CacheDamagedError(f"{str(error).rstrip('.')}; delete the folder and {cls.REMEDY}.") from error
         if not is_intact(values):
@@ -165,7 +155,7 @@ class CacheManifest(StoreManifest):
 
     Attributes:
         fingerprint, text_model_name: Identity of the text encoder, and its name in messages.
-        tokenizer_fingerprint: Identity of its tokenizer; None in caches of earlier releases.
+        tokenizer_fingerprint: Identity of its tokenizer; None if it is unknown, and any is accepted.
         pooling, prompt_prefix, prompt_suffix, max_length: How the encoder reads a caption; an instruction is
             part of the prefix.
         text_model_dtype: The dtype that the text encoder computed in.
@@ -190,7 +180,6 @@ class CacheManifest(StoreManifest):
         "dtype",
         "normalize",
     )
-    LATER = StoreManifest.LATER | {"tokenizer_fingerprint"}
 
     text_model_name: str
     pooling: str
@@ -251,7 +240,7 @@ def checksum_path(folder: Path, number: int) -> Path:
 
 
 def recorded_checksum(folder: Path, manifest: StoreManifest, number: int) -> str | None:
-    """Return the SHA-256 that a shard had when it was written; None for shards of earlier releases."""
+    """Return the SHA-256 that a shard had when it was written; None if a kill kept it from being recorded."""
     try:
         return checksum_path(folder, number).read_text(encoding="ascii").strip()
     except (OSError, ValueError):
@@ -261,7 +250,9 @@ def recorded_checksum(folder: Path, manifest: StoreManifest, number: int) -> str
 def has_changed(folder: Path, manifest: StoreManifest, number: int) -> bool:
     """Read a shard and tell whether it is another file than the one that was written."""
     expected = recorded_checksum(folder, manifest, number)
-    return expected is not None and sha256(folder / shard_name(number)) != expected
+    if expected is None:
+        return manifest.status == "complete"
+    return sha256(folder / shard_name(number)) != expected
 
 
 def require_unchanged(folder: Path, manifest: StoreManifest, number: int) -> None:

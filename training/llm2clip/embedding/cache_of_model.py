@@ -13,20 +13,19 @@ from transformers import PreTrainedTokenizerBase
 from llm2clip.data.shards import SourceShard
 from llm2clip.data.shared_files import shared_file
 from llm2clip.embedding.cache import EmbeddingCache, refuse_other_encoder
-from llm2clip.embedding.cache_files import ACCEPTED_EARLIER, CacheManifest, CacheMismatchError
+from llm2clip.embedding.cache_files import CacheManifest, CacheMismatchError
 from llm2clip.embedding.sidecars import SourceSidecars, stored_encoder
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.repos import inspect_repo
-from llm2clip.utils.text_identity import read_fingerprints, tokenizer_fingerprint
+from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
 from llm2clip.utils.towers import describe_text_tower, is_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
-from modeling_llm2clip.identity_llm2clip import is_earlier_rule
 
 logger = logging.getLogger(__name__)
 
 # Of the fingerprints that are kept.
-VERSION = 1
+VERSION = 2
 
 
 def open_cache_of_model(
@@ -39,10 +38,10 @@ def open_cache_of_model(
 ) -> EmbeddingCache:
     """Open the embedding cache of a model, whose config records the fingerprint of its text tower.
 
-    The record is compared first. Where it differs, one process reads the weights of the tower: an earlier release or
-    an adapter on weights of another dtype may have recorded another one. The config is updated. Where it fits, the
-    weights of a local tower are read once per machine, as long as its files stay the same: they may have been replaced
-    since the record.
+    The record is compared first. Where it differs and the adapter is not trained, one process reads the weights of the
+    tower: an adapter on weights of another dtype may have recorded another one. The config is updated. Where it fits,
+    the weights of a local tower are read once per machine, as long as its files stay the same: they may have been
+    replaced since the record.
 
     Args:
         is_trained: Whether the model's adapter was trained with the recorded tower, and fits no other.
@@ -88,19 +87,16 @@ def check_encoder(path: str | Path, manifest: CacheManifest, config: LLM2CLIPCon
     fits = recorded in (None, made_by)
     if fits and recorded is not None:
         found = on_main_process(partial(_read_once, config))
-        if found != [None, None] and recorded not in found:
+        if found not in (None, recorded):
             raise CacheMismatchError(
                 f"{config.text_model_name_or_path} has other weights than its config.json records (fingerprint "
-                f"{found[0]}, recorded {recorded}), and {path} was made by the recorded ones: restore them, or "
+                f"{found}, recorded {recorded}), and {path} was made by the recorded ones: restore them, or "
                 "embed the captions with these."
             )
-    if not fits:
-        present, earlier = on_main_process(partial(_read, config))
-        if not is_trained or recorded in (present, earlier):
-            config.text_model_fingerprint = recorded = present or recorded
-            fits = made_by in (present, earlier)
-    if fits and is_earlier_rule(made_by):
-        logger.warning("The embedding cache %s %s", path, ACCEPTED_EARLIER)
+    if not fits and not is_trained:
+        present = on_main_process(partial(_read, config))
+        config.text_model_fingerprint = recorded = present or recorded
+        fits = made_by == present
     return None if fits else recorded
 
 
@@ -127,28 +123,28 @@ def describe_text_tower_of_cache(
     return own
 
 
-def _read_once(config: LLM2CLIPConfig) -> list[str | None]:
-    """Read the fingerprints of a local text tower, or those that were read of the same files before; see `_read`.
+def _read_once(config: LLM2CLIPConfig) -> str | None:
+    """Read the fingerprint of a local text tower, or the one that was read of the same files before; see `_read`.
 
     An adapter is left out: its fingerprint depends on the dtype that it was merged in.
     """
     name = config.text_model_name_or_path
     if name is None or not Path(name).is_dir() or inspect_repo(name).is_adapter:
-        return [None, None]
+        return None
     files = sorted(path for path in Path(name).resolve().iterdir() if path.suffix in (".safetensors", ".json"))
     states = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     described = json.loads(json.dumps(config.text_config.to_dict(), default=str))
     identity = {"version": VERSION, "files": states, "config": described}
     found = shared_file("text-fingerprint", identity, lambda path: write_json(path, {"found": _read(config)}))
-    return list(read_json(found)["found"])
+    return read_json(found)["found"]
 
 
-def _read(config: LLM2CLIPConfig) -> tuple[str | None, str | None]:
+def _read(config: LLM2CLIPConfig) -> str | None:
     name = config.text_model_name_or_path
     if name is None:
-        return None, None
+        return None
     try:
-        return read_fingerprints(name, config.text_model_revision, config.text_config)
+        return read_fingerprint(name, config.text_model_revision, config.text_config)
     except OSError as error:
         logger.warning("the weights of %s cannot be read to verify the embedding cache: %s", name, error)
-        return None, None
+        return None

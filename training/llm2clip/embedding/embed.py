@@ -264,7 +264,6 @@ def embed_into_cache(
         rank=state.process_index,
         world_size=state.num_processes,
         barrier=state.wait_for_everyone,
-        earlier_fingerprint=embedder.model.earlier_fingerprint,
     )
 
 

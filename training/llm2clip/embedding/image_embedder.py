@@ -19,7 +19,7 @@ from llm2clip.embedding.opening import open_embedder
 from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.repos import RepoKind, inspect_repo
-from llm2clip.utils.vision_identity import earlier_vision_fingerprint, vision_fingerprint
+from llm2clip.utils.vision_identity import vision_fingerprint
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, with_pillow
 from modeling_llm2clip.modeling_llm2clip_utils import absolute_path, encode_pixels
 
@@ -101,10 +101,6 @@ class ImageEmbedder:
     def fingerprint(self) -> str:
         """Identify the weights and the preprocessing; see [`vision_fingerprint`]."""
         return vision_fingerprint(self.model, self.transform.image_processor)
-
-    def earlier_fingerprint(self) -> str:
-        """Identify the weights as earlier releases did."""
-        return earlier_vision_fingerprint(self.model)
 
     def embed(self, image: Image.Image, key: str) -> np.ndarray:
         """Embed one RGB image: `(width,)` float32, unit length.

@@ -15,9 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from llm2clip.embedding.cache_files import (
-    ACCEPTED_EARLIER,
     MANIFEST,
-    TWO_RULES,
     CacheDamagedError,
     CacheDtype,
     CacheMismatchError,
@@ -32,7 +30,6 @@ from llm2clip.embedding.keyed_rows import KeyIndex
 from llm2clip.utils.files import atomic_path, remove_unfinished, sha256, write_text
 from llm2clip.utils.locks import folder_lock
 from llm2clip.utils.progress import ProgressBar, in_section, progress_bar
-from modeling_llm2clip.identity_llm2clip import is_earlier_rule
 from modeling_llm2clip.modeling_llm2clip_utils import apply_umask
 
 logger = logging.getLogger(__name__)
@@ -57,7 +54,6 @@ def build_rows(
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] | None = None,
-    earlier_fingerprint: Callable[[], str | None] | None = None,
 ) -> ManifestT:
     """Compute the rows of a cache; resume an interrupted build, or append to a complete cache what it lacks.
 
@@ -74,7 +70,6 @@ def build_rows(
         title, show_progress_bar: Title of the progress bar, and whether there is one, on rank 0.
         rank, world_size: Rank of this process, and number of processes.
         barrier: Waits for all processes; required when there are several.
-        earlier_fingerprint: Computes what verifies a cache of an earlier release; it is continued with a warning.
 
     Returns:
         The manifest of the complete cache.
@@ -91,7 +86,7 @@ def build_rows(
         wait()  # no rank reads the folder before rank 0 has it to itself
         manifest = replace(manifest, shards=[], checksums={})
         if (folder / MANIFEST).is_file():
-            manifest = _manifest_to_continue(folder, manifest, earlier_fingerprint)
+            manifest = _manifest_to_continue(folder, manifest)
             _set_changed_aside(folder, manifest, rank, world_size)
         wait()
         manifest, work = _plan(folder, manifest, keys)
@@ -200,21 +195,13 @@ def _plan(folder: Path, manifest: ManifestT, keys: np.ndarray) -> tuple[Manifest
     return manifest, work
 
 
-def _manifest_to_continue(
-    folder: Path, new: ManifestT, earlier_fingerprint: Callable[[], str | None] | None
-) -> ManifestT:
+def _manifest_to_continue(folder: Path, new: ManifestT) -> ManifestT:
     old = type(new).read(folder)
-    names = new.IDENTITY
-    rule = earlier_fingerprint if is_earlier_rule(old.fingerprint) else None
-    if rule is not None and old.fingerprint == rule():
-        logger.warning("The %s %s %s", new.NAME, folder, ACCEPTED_EARLIER)
-        names = tuple(name for name in new.IDENTITY if "fingerprint" not in name)
-    for name in names:
+    for name in new.IDENTITY:
         if getattr(old, name) != getattr(new, name):
-            earlier = TWO_RULES if name == "fingerprint" and is_earlier_rule(old.fingerprint) else ""
             raise CacheMismatchError(
                 f"The {new.NAME} {folder} was made by {old.encoder} with {name} {getattr(old, name)!r}, but this "
-                f"build has {name} {getattr(new, name)!r} ({new.encoder}).{earlier} Choose another folder, or delete "
+                f"build has {name} {getattr(new, name)!r} ({new.encoder}). Choose another folder, or delete "
                 "this one to start again."
             )
     return old

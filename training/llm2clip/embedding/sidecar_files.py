@@ -30,8 +30,6 @@ from llm2clip.utils.settings import build_config
 
 FORMAT = "llm2clip-embedding-sidecar"
 FORMAT_VERSION = 1
-# Fields that earlier releases did not write.
-LATER = frozenset({"part", "source_path"})
 # Neither name contains the ending of a shard, by which `datasets` would take it for data.
 ROWS_SUFFIX, MANIFEST_SUFFIX = ".emb.safetensors", ".emb.manifest"
 REMEDY = "run `llm2clip embed` on the source again, which only computes what is missing"
@@ -95,10 +93,10 @@ class SidecarManifest:
                 f"{values.get('format')!r}, version {values.get('format_version')!r}."
             )
         names = {field.name for field in fields(cls)}
-        if missing := names - set(values) - LATER:
+        if missing := names - set(values):
             raise CacheDamagedError(f"{path} lacks {', '.join(sorted(missing))}; delete it and {REMEDY}.")
         try:
-            manifest = build_config(cls, {name: values[name] for name in names & set(values)}, str(path))
+            manifest = build_config(cls, {name: values[name] for name in names}, str(path))
             manifest.cache_manifest(), manifest.row_groups
             if not manifest.source or posixpath.basename(manifest.source) != manifest.source:
                 raise ValueError(f"source is {manifest.source!r}, and not the name of a file")

@@ -14,7 +14,6 @@ from llm2clip.embedding.cache_files import (
     CacheError,
     StoreManifest,
     open_shard,
-    recorded_checksum,
     require_unchanged,
     shard_name,
 )
@@ -67,8 +66,6 @@ def verify_cache(folder: Path, kind: type[StoreManifest]) -> Verified:
         return found
     found.counts = Counter({"num_shards": len(manifest.shards), f"num_{kind.UNIT}s": manifest.num_rows})
     numbers = range(len(manifest.shards))
-    if without := sum(recorded_checksum(folder, manifest, number) is None for number in numbers):
-        found.remarks.append(f"{without} shards of {folder} have no checksum, since an earlier release wrote them.")
     with progress_bar("Verifying shards", len(numbers), "shard") as bar:
         for number in numbers:
             try:

@@ -13,7 +13,7 @@ from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig
 
 from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK
 from llm2clip.utils.repos import Repo, RepoKind
-from llm2clip.utils.text_identity import read_fingerprints, tokenizer_fingerprint
+from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.identity_llm2clip import FIELDS, LATER_FIELDS, decoder_identity
@@ -205,7 +205,7 @@ def _refuse_other_llm(first: Repo, second: Repo, configs: Sequence[LLM2CLIPConfi
     """Raise ValueError unless both models have the same LLM, to which their adapters belong."""
     found: list[str | None] = [config.text_model_fingerprint for config in configs]
     if found[0] is None or found[0] != found[1]:
-        # An earlier release may have recorded the fingerprint of the same LLM by another rule, or none.
+        # Of the same LLM, a model may have recorded none, or that of an adapter merged in another dtype.
         found = [_read_fingerprint(repo, config) for repo, config in zip((first, second), configs, strict=True)]
     fingerprints = ({"fingerprint": fingerprint} for fingerprint in found)
     refuse_differences("LLMs", (first.name, second.name), *fingerprints)
@@ -215,7 +215,7 @@ def _read_fingerprint(repo: Repo, config: LLM2CLIPConfig) -> str | None:
     elsewhere = repo.config.get("text_model_name_or_path")
     revision = repo.revision if elsewhere is None else repo.config.get("text_model_revision")
     try:
-        return read_fingerprints(elsewhere or repo.name, revision, config.text_config)[0]
+        return read_fingerprint(elsewhere or repo.name, revision, config.text_config)
     except OSError as error:
         logger.warning("the LLM of %s cannot be read to compare it: %s", repo.name, error)
         return config.text_model_fingerprint

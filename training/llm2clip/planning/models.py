@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from llm2clip.convert.published import FOLDER
+from llm2clip.trainers.alignment import HEADS, freeze_maps, head_fields
+from llm2clip.trainers.closed_form import DEFAULT_WIDTH
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
 from llm2clip.trainers.run_stage2 import CONFIG_FIELDS
 from llm2clip.trainers.run_text_tower import add_lora
@@ -129,6 +131,10 @@ def joint_config(config: Stage2Config) -> LLM2CLIPConfig:
         if getattr(config, key) is not None and key != "logit_scale_init_value"
         for name in CONFIG_FIELDS.get(key, (key,))
     }
+    if config.alignment == "closed_form":
+        raise ValueError("alignment: closed_form trains nothing, so that there is nothing to plan: it takes minutes.")
+    if config.alignment != "train":
+        fields |= head_fields(HEADS[config.alignment], config.projection_dim or DEFAULT_WIDTH)
     if config.loss == "sigmoid":
         fields.setdefault("logit_bias_init_value", 0.0)
     return LLM2CLIPConfig(
@@ -153,6 +159,8 @@ def trained_joint_model(config: Stage2Config) -> LLM2CLIPModel:
     freeze_unused(model.vision_model)
     if config.freeze_vision == "all":
         model.vision_model.requires_grad_(False)
+        if config.alignment != "train":
+            freeze_maps(model)
     elif config.freeze_vision_layers:
         with torch.device("meta"):
             FrozenLayers(model.vision_model, config.freeze_vision_layers, image_size(model))

@@ -27,7 +27,7 @@ def verify_index(folder: Path) -> Verified:
     try:
         listed = listed_files(folder)
         if not any(file.checksum for file in listed.values()):
-            found.remarks.append(f"{folder} has no checksums of its files, since an earlier release wrote it.")
+            found.remarks.append(f"{folder} has no checksums of its files, since it was written at a URL.")
         found.faults = [Fault(f"{folder / fault}", mend) for fault in store.faults()]
         found.counts["num_files"] = len(listed)
         if found.faults:

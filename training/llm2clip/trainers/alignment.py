@@ -25,7 +25,7 @@ from modeling_llm2clip.modeling_llm2clip_features import build_visual_head
 logger = logging.getLogger(__name__)
 
 # What is tried where a validation set can choose.
-RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 WIDTHS = (128, 256, 512)
 # The heads that each alignment needs, and the hidden width of the gated part, which is small beside its linear map.
 HEADS = {"closed_form": "linear", "closed_form_then_train": "residual"}
@@ -86,18 +86,21 @@ def align(
     return found if measure is None else {**found, "closed_form_mean_recall": scores[best]}
 
 
-def set_heads(model: LLM2CLIPModel, kind: str, width: int) -> None:
-    """Give a model new heads of a kind, `linear` or `residual`, and a width, unless it has such heads."""
-    config = cast(LLM2CLIPConfig, model.config)
-    wanted: dict[str, Any] = {
+def head_fields(kind: str, width: int) -> dict[str, Any]:
+    """Return the fields of a model's config that make its heads those of a kind, `linear` or `residual`."""
+    return {
         "projection_dim": width,
         "visual_projection": True,
         "visual_projection_bias": True,
         "visual_head": kind,
         "text_head": kind,
+        **({"visual_head_expansion": EXPANSION} if kind == "residual" else {}),
     }
-    if kind == "residual":
-        wanted["visual_head_expansion"] = EXPANSION
+
+
+def set_heads(model: LLM2CLIPModel, kind: str, width: int) -> None:
+    """Give a model new heads of a kind, `linear` or `residual`, and a width, unless it has such heads."""
+    config, wanted = cast(LLM2CLIPConfig, model.config), head_fields(kind, width)
     if all(getattr(config, name) == value for name, value in wanted.items()):
         return
     for name, value in wanted.items():
@@ -112,15 +115,16 @@ def set_heads(model: LLM2CLIPModel, kind: str, width: int) -> None:
     model.visual_projection, model.text_adapter = head, adapter
 
 
-def match_heads(model: LLM2CLIPModel, saved: LLM2CLIPConfig) -> None:
-    """Give a model the heads of a checkpoint of its run."""
-    set_heads(model, saved.visual_head, saved.projection_dim)
-
-
 def linear_maps(model: LLM2CLIPModel) -> tuple[nn.Linear, nn.Linear]:
     """Return the layers whose weights a closed form gives: of images, of texts."""
     head: Any = model.visual_projection
     return getattr(head, "linear", head), model.text_adapter.linear or model.text_adapter.proj
+
+
+def freeze_maps(model: LLM2CLIPModel) -> None:
+    """Keep these layers as they are in training."""
+    for layer in linear_maps(model):
+        layer.requires_grad_(False)
 
 
 @torch.no_grad()

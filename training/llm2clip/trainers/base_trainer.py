@@ -23,7 +23,7 @@ from llm2clip.trainers.base_config import StageConfig, require_batch
 from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, named_checkpoint
 from llm2clip.trainers.finite_steps import FiniteSteps, Observed, describe, require_finite_weights
 from llm2clip.trainers.model_card import DataRevisions, write_model_card
-from llm2clip.trainers.progress import TrainingProgress
+from llm2clip.trainers.progress import FirstLog, TrainingProgress
 from llm2clip.trainers.pushing import copy_files
 from llm2clip.trainers.resuming import ResumingTrainer
 from llm2clip.trainers.run_inputs import RunInputs
@@ -110,6 +110,8 @@ class StageTrainer(ResumingTrainer):
         self.stream = StreamResume(train_dataset, self.args) if is_endless else None
         if self.stream is not None:
             self.add_callback(self.stream)
+        self.first_log = FirstLog()
+        self.add_callback(self.first_log)
         self.progress = TrainingProgress(self.title)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -188,10 +190,11 @@ class StageTrainer(ResumingTrainer):
         try:
             with begun(self, choose) as checkpoint:
                 found = {} if checkpoint is not None else self.initialize_weights()
-                none = TrainOutput(0, 0.0, {})
-                output = super().train(checkpoint, *args, **kwargs) if self.has_steps else none
-                if found:  # after training, which begins a log of its own
+                if not self.has_steps:
                     self.log(dict(found))
+                    return TrainOutput(0, 0.0, found)
+                self.first_log.values = found
+                output = super().train(checkpoint, *args, **kwargs)
                 return output._replace(metrics={**output.metrics, **found})
         finally:
             self.progress.close()

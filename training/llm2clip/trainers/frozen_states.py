@@ -177,7 +177,7 @@ def open_states(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
 
     Returns:
         Their manifest, and (images, ...) float16. `parts` of the manifest has the first row of each process, the row
-        after its last one, and the SHA-256 of the bytes of its rows; earlier releases did not record it.
+        after its last one, and the SHA-256 of the bytes of its rows.
 
     Raises:
         ValueError: A file is damaged; see [`changed_parts`] for what is not read here.
@@ -185,11 +185,9 @@ def open_states(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
     path, again = folder / STATES, f"delete {folder}; the next run computes the states again."
     try:
         manifest = read_json(folder / MANIFEST)
-        _require_form(manifest)
-        if "parts" not in manifest:
-            return manifest, np.load(path, mmap_mode="r")
         if not is_intact(manifest):
             raise ValueError(f"{folder / MANIFEST} has changed")
+        _require_form(manifest)
         offset, content = manifest["header"]
         # Not from the header, which numpy reads as Python.
         states = np.memmap(path, np.float16, "r", offset, tuple(manifest["shape"]))
@@ -204,7 +202,7 @@ def _require_form(manifest: dict[str, Any]) -> None:
     """Raise an error unless the lists of a manifest have entries of the right types."""
     forms = {"skipped": (int, str, str), "parts": (int, int, str)}
     for name, form in forms.items():
-        for entry in manifest[name] if name == "skipped" else manifest.get(name, []):
+        for entry in manifest[name]:
             if len(entry) != len(form) or not all(map(isinstance, entry, form)):
                 raise ValueError(f"its {name} has the entry {entry!r:.80}")
 
@@ -217,8 +215,7 @@ def _header(path: Path, offset: int) -> list[Any]:
 
 def changed_parts(manifest: dict[str, Any], states: np.ndarray) -> list[tuple[int, int]]:
     """Read stored states and return the parts, first row and the one after the last, that are not what was written."""
-    parts = manifest.get("parts", [])
-    return [(start, stop) for start, stop, checksum in parts if _checksum(states[start:stop]) != checksum]
+    return [(start, stop) for start, stop, checksum in manifest["parts"] if _checksum(states[start:stop]) != checksum]
 
 
 def _checksum(rows: np.ndarray) -> str:

@@ -47,15 +47,14 @@ class ResumingTrainer(PushingTrainer):
         try:
             output = super().train(*args, **kwargs)
         except _NoStepIsLeft:
-            # A checkpoint of an earlier version has no totals.
-            metrics = {"total_flos": self.state.total_flos} | ({"train_loss": 0.0} if self.totals.steps else {})
+            metrics = {"total_flos": self.state.total_flos, "train_loss": 0.0}
             self.log(metrics)
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 self._load_best_model()
             self.is_in_train = False
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             output = TrainOutput(self.state.global_step, 0.0, metrics)
-        return output._replace(training_loss=output.metrics.get("train_loss", 0.0))
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Make a step; see [`~transformers.Trainer.training_step`]."""

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from llm2clip.hub.sentence_transformers import NORMALIZE_FOLDER
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.checkpoints import list_result, refuse_damaged, resume_point
-from llm2clip.trainers.run_settings import check_settings, folder_of_settings, write_settings
+from llm2clip.trainers.run_settings import check_settings, write_settings
 from llm2clip.trainers.sharding import refuse_unsharded
 from llm2clip.utils.files import remove_unfinished
 from llm2clip.utils.locks import run_lock
@@ -49,7 +49,7 @@ def run_folder(
         checkpoint, kept = choose(), {}
         if checkpoint is not None:
             refuse_damaged(checkpoint)
-            kept = check_settings(args, folder_of_settings(Path(checkpoint)), streams, elastic)
+            kept = check_settings(args, Path(checkpoint), streams, elastic)
         write_settings(args, kept)
         yield checkpoint
 

@@ -34,14 +34,14 @@ FREE_PREFIXES = ("log_", "logging_", "hub_", "save_", "eval_", "do_", "include_"
 MAX_LENGTH = 200
 
 
-def check_settings(args: StageConfig, folder: Path, streams: bool, elastic: bool = True) -> dict[str, Any]:
-    """Compare the settings of a resumed run with those it was started with, and print what differs.
+def check_settings(args: StageConfig, checkpoint: Path, streams: bool, elastic: bool = True) -> dict[str, Any]:
+    """Compare the settings of a resumed run with those of its checkpoint, and print what differs.
 
     On another number of processes, the batch of each is set so that all together have the batch of the run.
 
     Args:
         args: The present settings.
-        folder: The folder with the settings of the run; see [`folder_of_settings`].
+        checkpoint: A folder with settings.
         streams: Whether the training data is a stream.
         elastic: Whether the data can be read by another number of processes.
 
@@ -51,7 +51,7 @@ def check_settings(args: StageConfig, folder: Path, streams: bool, elastic: bool
     Raises:
         ValueError: A setting differs that changes the trained parameters, and `resume_anyway` is off.
     """
-    path = folder / SETTINGS
+    path = checkpoint / SETTINGS
     if not path.is_file():
         logger.warning("%s is missing: the settings of the resumed run cannot be compared with these.", path)
         return {}
@@ -72,19 +72,11 @@ def check_settings(args: StageConfig, folder: Path, streams: bool, elastic: bool
         logger.info("changed since the run was started: %s", line)
     if breaking and not args.resume_anyway:
         raise ValueError(
-            f"the run in {folder} was started with other settings ({'; '.join(breaking)}), so that it would not "
+            f"the run of {checkpoint} was started with other settings ({'; '.join(breaking)}), so that it would not "
             "end as an uninterrupted one; resume with its settings, or add --resume-anyway "
             "(in Python, resume_anyway=True)."
         )
     return {name: old[name] for name in (PROCESSES, BATCH_SIZE)} if continued else {}
-
-
-def folder_of_settings(checkpoint: Path) -> Path:
-    """Return the folder with the settings of a checkpoint: itself, or, of earlier releases, the folder of its run.
-
-    A run that started again from an earlier checkpoint with other settings leaves the later ones in place.
-    """
-    return checkpoint if (checkpoint / SETTINGS).is_file() else checkpoint.parent
 
 
 def copy_settings(args: StageConfig, checkpoint: Path) -> None:

@@ -32,7 +32,7 @@ from llm2clip.trainers.warm_start import first_history, run_first_part, second_p
 from llm2clip.utils.locks import run_lock
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.settings import require
-from llm2clip.utils.text_identity import read_fingerprints
+from llm2clip.utils.text_identity import read_fingerprint
 from llm2clip.utils.towers import loading_options
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 
@@ -88,7 +88,7 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
         model.load_text_model(**loading_options(config.text_model_dtype))
     elif model.config.text_model_fingerprint is None:
         text = model.config.text_model_name_or_path, model.config.text_model_revision, model.config.text_config
-        model.config.text_model_fingerprint, _ = on_main_process(partial(read_fingerprints, *text))
+        model.config.text_model_fingerprint = on_main_process(partial(read_fingerprint, *text))
     if config.patch_dropout is not None:
         vision = model.vision_model
         if not hasattr(vision.config, "patch_dropout"):

@@ -24,11 +24,9 @@ class SkippedSamples(RunCount):
         self._sizes: list[int] = []
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        stored = self.stored(state).get("sizes")
-        # A checkpoint of an earlier version has no sizes: its log is continued as it is.
-        if self.skip_log is None or (state.global_step and stored is None):
+        if self.skip_log is None:
             return
-        sizes = stored or []
+        sizes = self.stored(state).get("sizes", [])
         self._keys.clear()
         self.skip_log.rewind(sizes[args.process_index] if args.process_index < len(sizes) else 0)
 

@@ -21,7 +21,7 @@ from llm2clip.evaluation import ImageTextRetrieval, retrieval_metrics
 from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
-from llm2clip.trainers.alignment import align, linear_maps, match_heads
+from llm2clip.trainers.alignment import align, freeze_maps, set_heads
 from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.bundling import bundle_text_model
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
@@ -93,8 +93,10 @@ class Stage2Trainer(StageTrainer):
         if model.text_model is not None:
             model.text_model.requires_grad_(False)
         self.add_callback(ClampLogitScale())
-        if self.args.alignment != "train" and not isinstance(self.train_dataset, StoredPairsDataset):
-            raise ValueError(f"alignment: {self.args.alignment} needs stored features of frozen towers to train on.")
+        for name, default in (("alignment", "train"), ("feature_dtype", "float32")):
+            value = getattr(self.args, name)
+            if value != default and not isinstance(self.train_dataset, StoredPairsDataset):
+                raise ValueError(f"{name}: {value} needs stored features of frozen towers to train on.")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             give_scalars_a_dimension(model)
 
@@ -121,7 +123,8 @@ class Stage2Trainer(StageTrainer):
         measure = self._mean_recall if self.retrieval else None
         wanted = self.args.ridge, self.args.projection_dim
         found = align(model, cast(StoredPairsDataset, self.train_dataset), self.args.alignment, *wanted, measure)
-        self._freeze_maps()
+        if self.has_steps:
+            freeze_maps(model)
         return found
 
     def _mean_recall(self) -> float:
@@ -130,15 +133,11 @@ class Stage2Trainer(StageTrainer):
         found = [self.measure(model, retrieval) for retrieval in self.retrieval.values()]
         return fmean(value for metrics in found for name, value in metrics.items() if "recall@" in name)
 
-    def _freeze_maps(self) -> None:
-        if self.args.alignment == "closed_form_then_train":
-            for layer in linear_maps(cast(LLM2CLIPModel, self.model)):
-                layer.requires_grad_(False)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.args.alignment != "train":
-            match_heads(cast(LLM2CLIPModel, self.model), LLM2CLIPConfig.from_pretrained(resume_from_checkpoint))
-            self._freeze_maps()
+            own, saved = cast(LLM2CLIPModel, self.model), LLM2CLIPConfig.from_pretrained(resume_from_checkpoint)
+            set_heads(own, saved.visual_head, saved.projection_dim)
+            freeze_maps(own)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def eval_labels(self, inputs: dict[str, Any], num_rows: int) -> Any:

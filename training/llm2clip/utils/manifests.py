@@ -42,18 +42,18 @@ def sealed(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_intact(fields: dict[str, Any]) -> bool:
-    """Whether the fields of a manifest fit their checksum; those of earlier releases have none."""
-    return SEAL not in fields or fields[SEAL] == digest_json({name: fields[name] for name in fields if name != SEAL})
+    """Whether the fields of a manifest fit their checksum."""
+    return fields.get(SEAL) == digest_json({name: fields[name] for name in fields if name != SEAL})
 
 
 def read_intact(path: AnyPath) -> dict[str, Any]:
-    """Read a JSON file that was [`sealed`], without its checksum.
+    """Read a JSON file that was [`sealed`], without its checksum; who changes the file by hand deletes that.
 
     Raises:
         ValueError: It is damaged, or has changed since it was written.
     """
     fields = read_json(path)
-    if not is_intact(fields):
+    if SEAL in fields and not is_intact(fields):
         raise ValueError(
             f"{path} has changed since it was written: its content does not fit its {SEAL}. Restore it, or write it "
             f"again; if the change is meant, delete its {SEAL}."
@@ -208,7 +208,7 @@ def folder_files(folder: Path) -> list[str]:
 
 
 def stated_files(folder: AnyPath) -> dict[str, Listed]:
-    """Return the files in `.llm2clip.json` of a folder; that of earlier releases had no checksums.
+    """Return the files in `.llm2clip.json` of a folder; one that was written at a URL has no checksums.
 
     Raises:
         FileNotFoundError: There is none.

@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
-from modeling_llm2clip.identity_llm2clip import earlier_text_fingerprint, text_fingerprint
+from modeling_llm2clip.identity_llm2clip import text_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ TOKENIZER_SETTINGS = ("split_special_tokens", "truncation_side", "model_max_leng
 PATIENCE = 3.0
 
 
-def read_fingerprints(name: str, revision: str | None, config: LLM2CLIPTextConfig) -> tuple[str | None, str | None]:
-    """Compute the fingerprints of a text tower from its weights, whatever its config has recorded.
+def read_fingerprint(name: str, revision: str | None, config: LLM2CLIPTextConfig) -> str | None:
+    """Compute the fingerprint of a text tower from its weights, whatever its config has recorded.
 
     The safetensors files are read one weight at a time. Only where their names are not those of the model (adapters,
     checkpoints that transformers converts) is the model loaded, on the CPU.
@@ -41,13 +41,13 @@ def read_fingerprints(name: str, revision: str | None, config: LLM2CLIPTextConfi
         config: Prompt and pooling of a plain LLM.
 
     Returns:
-        The fingerprint, and the one that an earlier release would have recorded; see [`text_fingerprint`].
+        See [`text_fingerprint`].
     """
     notice = threading.Timer(PATIENCE, _say_once, (name,))
     notice.daemon = True
     notice.start()
     try:
-        return _fingerprints(name, revision, config)
+        return _fingerprint(name, revision, config)
     finally:
         notice.cancel()
 
@@ -57,14 +57,14 @@ def _say_once(name: str) -> None:
     logger.info("Reading the weights of %s for its fingerprint.", name)
 
 
-def _fingerprints(name: str, revision: str | None, config: LLM2CLIPTextConfig) -> tuple[str | None, str | None]:
+def _fingerprint(name: str, revision: str | None, config: LLM2CLIPTextConfig) -> str | None:
     found = _config_of_weights(name, revision, config)
     files = None if found is None else _find_weights(name, revision, found)
     if found is None or files is None:
         tower = LLM2CLIPTextModel.from_pretrained(name, revision=revision, default_config=config, dtype="auto")
         tower.merge_adapter()
-        return tower.fingerprint(), tower.earlier_fingerprint()
-    return text_fingerprint(found, _read(files)), earlier_text_fingerprint(found, _read(files))
+        return tower.fingerprint()
+    return text_fingerprint(found, _read(files))
 
 
 def _config_of_weights(name: str, revision: str | None, config: LLM2CLIPTextConfig) -> LLM2CLIPTextConfig | None:
@@ -134,7 +134,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         for name in ("version", "truncation", "padding", "decoder"):
             content.pop(name, None)
         model = content["model"]
-        # Written as "a b" by earlier versions.
+        # Written as "a b" by earlier versions of tokenizers.
         model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or []]
         content["model"] = {name: value for name, value in model.items() if value}
     content["settings"] = [getattr(tokenizer, name, None) for name in TOKENIZER_SETTINGS]

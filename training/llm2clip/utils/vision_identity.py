@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from modeling_llm2clip.identity_llm2clip import RULE, decoder_identity, digest_samples, digest_weight, plain_settings
+from modeling_llm2clip.identity_llm2clip import RULE, decoder_identity, digest_weight, plain_settings
 
 # Fields of vision towers that do not change what they compute in evaluation: training, other heads, use as a backbone.
 IRRELEVANT = re.compile(
@@ -29,8 +29,6 @@ NOT_PIXELS = re.compile(
     r"_.*|auto_map|processor_class|image_processor_type|feature_extractor_type|return_tensors|(input_)?data_format"
     r"|device|disable_grouping|default_to_square|do_convert_rgb|backend"
 )
-# Values of each weight in a fingerprint of the first rule.
-SAMPLES = 1024
 
 
 def vision_fingerprint(model: Any, image_processor: Any, *, with_projection: bool = True) -> str:
@@ -46,7 +44,7 @@ def vision_fingerprint(model: Any, image_processor: Any, *, with_projection: boo
             the tower do not depend on.
 
     Returns:
-        `2-` and 32 hexadecimal digits. [`earlier_vision_fingerprint`] has no `2-`.
+        `2-` and 32 hexadecimal digits.
 
     Raises:
         ValueError: A weight is offloaded or quantised.
@@ -70,13 +68,6 @@ def vision_fingerprint(model: Any, image_processor: Any, *, with_projection: boo
     if model.config.vision_pooling != "cls":
         content["pooling"] = model.config.vision_pooling
     return RULE + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def earlier_vision_fingerprint(model: Any) -> str:
-    """Compute the fingerprint of earlier releases, for indexes that they have written: a few values of each weight."""
-    digest = hashlib.sha256()
-    digest_samples(sorted(_weights(model).items()), digest, SAMPLES)
-    return digest.hexdigest()[:32]
 
 
 def _weights(model: Any) -> dict[str, Tensor]:

@@ -65,8 +65,6 @@ def verify_frozen_states(folder: Path) -> Verified:
     except (OSError, ValueError) as error:
         found.faults.append(Fault(str(error).partition(";")[0], mend))
         return found
-    if "parts" not in manifest:
-        found.remarks.append(f"{folder / STATES} has no checksum, since an earlier release wrote it.")
     found.counts = Counter({"num_images": len(states)})
     for start, stop in changed_parts(manifest, states):
         rows = f"rows {start} to {stop - 1} of {folder / STATES} have changed since they were written"
@@ -98,8 +96,6 @@ def verify_listed(folder: Path) -> Verified:
         for name in added
     ]
     found.counts = Counter({"num_files": len(listed)})
-    if not any(file.checksum for file in listed.values()):
-        found.remarks.append(f"{folder} has sizes but no checksums, since an earlier release wrote it.")
     return found
 
 
@@ -129,8 +125,7 @@ def _store(kind: type[StoreManifest]) -> Kind:
 
 
 def _is_frozen_states(folder: Path, fields: dict[str, Any]) -> bool:
-    # Those of earlier releases have no format.
-    return fields.get("format") == FROZEN_STATES or ("skipped" in fields and (folder / STATES).is_file())
+    return fields.get("format") == FROZEN_STATES
 
 
 def _is_index(folder: Path, fields: dict[str, Any]) -> bool:
