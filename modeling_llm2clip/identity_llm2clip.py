@@ -17,13 +17,13 @@ from transformers import PretrainedConfig
 from .compatibility_llm2clip import with_version_4_rope
 from .configuration_llm2clip import WINDOW_FIELDS
 
-# The rule that a fingerprint was made by; those of the first rule are 32 hexadecimal digits without a prefix.
+# The rule that a fingerprint was made by.
 RULE = "2-"
 FIELDS = (
     "pooling", "prompt_prefix", "prompt_suffix", "num_prefix_tokens", "max_text_length", "bidirectional",
 )  # fmt: skip
-# Left out at these values, so that towers of earlier releases, which have no such fields, keep their fingerprints.
-LATER_FIELDS = {"pool_prompt": False, "dense": [], "normalize": False}
+# Left out where they are off.
+OPTIONAL_FIELDS = ("pool_prompt", "dense", "normalize")
 # Fields of decoders that do not change their states: their training, their heads, where they came from.
 IRRELEVANT = re.compile(
     r"_.*|.*(dropout|pdrop|_drop|token_id|token_ids|_version|initializer_range|initializer_std|init_std|_loss)"
@@ -46,13 +46,6 @@ DEVICE_ROWS = 64
 # Values that a CPU rounds at once: fewer than torch distributes over threads, which wait for each other at every piece
 # where other programs run: two threads on two busy cores were 20 times slower than one.
 CPU_PIECE = 2**14
-# Values of each weight in a fingerprint of the first rule.
-SAMPLES = 64
-
-
-def is_earlier_rule(fingerprint: str | None) -> bool:
-    """Return whether a fingerprint was made by the first rule, which read 64 values of each weight and no config."""
-    return fingerprint is not None and re.fullmatch(r"[0-9a-f]{32}", fingerprint) is not None
 
 
 def text_fingerprint(config: PretrainedConfig, weights: Iterable[tuple[str, Tensor]]) -> str | None:
@@ -74,24 +67,13 @@ def text_fingerprint(config: PretrainedConfig, weights: Iterable[tuple[str, Tens
             return None
         digests[name.removeprefix("decoder.")] = digest_weight(weight)
     bidirectional = getattr(config, "bidirectional", True)
-    later = {name: getattr(config, name) for name, usual in LATER_FIELDS.items() if getattr(config, name) != usual}
+    set_fields = {name: getattr(config, name) for name in OPTIONAL_FIELDS if getattr(config, name)}
     content = {
-        "tower": {name: getattr(config, name) for name in FIELDS} | later,
+        "tower": {name: getattr(config, name) for name in FIELDS} | set_fields,
         "decoder": decoder_identity(config.decoder_config, bidirectional),
         "weights": digests,
     }
     return RULE + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def earlier_text_fingerprint(config: PretrainedConfig, weights: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Compute the fingerprint of the first rule, for models and caches that earlier releases have written."""
-    digest = hashlib.sha256(json.dumps([getattr(config, name) for name in FIELDS]).encode())
-    for name, weight in weights:
-        if not is_readable(weight):
-            return None
-        name = name.removeprefix("decoder.").removeprefix("base_model.model.").replace(".base_layer.", ".")
-        digest_samples([(name, weight)], digest, SAMPLES)
-    return digest.hexdigest()[:32]
 
 
 def is_readable(weight: Tensor) -> bool:
@@ -140,19 +122,6 @@ def _factors(device: torch.device) -> Tensor:
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         number = (number ^ ((number >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return number | 1
-
-
-def digest_samples(named_weights: Iterable[tuple[str, Tensor]], digest: Any, samples: int) -> None:
-    """Update a digest of `hashlib` with names, shapes and up to `samples` evenly spaced values of each weight.
-
-    The values are rounded to bfloat16, so that weights in float32 and their copies in bfloat16 have equal hashes.
-    """
-    for name, weight in named_weights:
-        values = weight.detach().reshape(-1)
-        step = max(1, values.numel() // samples)
-        sample = values[::step][:samples].to(torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(sample.cpu().numpy().tobytes())
 
 
 def decoder_identity(config: PretrainedConfig, bidirectional: bool | None = True) -> dict[str, Any]:

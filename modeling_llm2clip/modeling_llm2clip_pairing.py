@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import logging
 
-from .identity_llm2clip import is_earlier_rule
 from .modeling_llm2clip_probe import change_attention, verify_decoder
 from .modeling_llm2clip_text import LLM2CLIPTextModel
 from .modeling_llm2clip_utils import HUB_ARGUMENTS, absolute_path, adopt_submodel, execution_device, hub_arguments
@@ -177,10 +176,7 @@ class LLM2CLIPPairedModel(LLM2CLIPPreTrainedModel):
             if source != self.config.text_model_name_or_path:
                 self.config.text_model_name_or_path = absolute_path(text_model.name_or_path or "") or None
                 self.config.text_model_revision = None
-        elif actual != expected and is_earlier_rule(expected) and text_model.earlier_fingerprint() == expected:
-            # Recorded by an earlier release: verified by its rule, and recorded by this one's.
-            self.config.text_model_fingerprint = actual
-        elif actual is None or (is_earlier_rule(actual) and not is_earlier_rule(expected)):
+        elif actual is None:
             logger.warning(
                 f"the weights of {source} (quantised, offloaded or rounded) cannot be compared with {ours}."
             )

@@ -21,7 +21,7 @@ from transformers.utils import find_adapter_config_file
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import AttentionBackends, with_version_4_rope  # noqa: F401
 from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
-from .identity_llm2clip import earlier_text_fingerprint, is_readable, text_fingerprint
+from .identity_llm2clip import is_readable, text_fingerprint
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .merging_llm2clip import merge_layers, merged_weights
 from .modeling_llm2clip_backbone import (
@@ -291,11 +291,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             return text_fingerprint(self.config, merged_weights(self, state))
         # One weight at a time: the conversion of a large LLM passes a mapping that reads them from disk.
         return text_fingerprint(self.config, ((name, state[name]) for name in state))
-
-    def earlier_fingerprint(self) -> str | None:
-        """Compute the fingerprint of earlier releases, which is not the same before and after merging an adapter."""
-        state = self.state_dict()
-        return earlier_text_fingerprint(self.config, ((name, state[name]) for name in sorted(state)))
 
     def identity(self) -> str | None:
         """Return the fingerprint of the weights, or the recorded one if the dtype changes it.

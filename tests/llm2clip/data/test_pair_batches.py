@@ -234,7 +234,7 @@ def test_conflicts_are_found_once_and_kept_as_four_byte_numbers_of_repeated_keys
     assert _global_batches(PairBatchSampler(dataset, 2)) == whole
 
 
-def test_batches_are_those_of_earlier_versions(bundled: PairDataset) -> None:
+def test_batches_do_not_depend_on_the_version(bundled: PairDataset) -> None:
     """So that a run resumes where it was interrupted."""
     sampler = PairBatchSampler(bundled, 16, num_replicas=2, seed=3)
     seen = [tuple(index) for epoch in (0, 2) for batch in _global_batches(sampler, epoch) for index in batch]

@@ -48,7 +48,7 @@ def test_the_first_process_writes_and_the_others_wait(tmp_path: Path, monkeypatc
     assert len(set(paths)) == len(calls) == 1
     assert paths[0].read_text() == "content"
     assert shared_file("kind", {"a": 2}, write) != paths[0]
-    # Locks of earlier versions too: that of a file that exists has no use.
+    # The lock that a killed process has left, too: that of a file that exists has no use.
     Path(f"{paths[0]}.lock").touch()
     shared_file("kind", {"a": 1}, write)
     assert len(list((tmp_path / "llm2clip").iterdir())) == 2

@@ -189,7 +189,7 @@ class LanceStore:
 
     def faults(self) -> Iterator[str]:
         """Yield what differs between the files of the index and their list, in words."""
-        # That of an index at a URL has sizes alone, which may be those before the last change; nor has its copy checksums.
+        # That of an index at a URL, or of its copy, has sizes alone, which may be those before the last change.
         if isinstance(self.folder, Path) and any(listed.checksum for listed in stated_files(self.folder).values()):
             yield from faults(self.folder)
 
