@@ -298,7 +298,7 @@ def test_settings_of_the_trainer_are_refused_by_name(name: str, value: Any, tmp_
 
 
 def test_the_manifest_of_a_folder_may_have_any_name_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / FOLDER_MANIFEST).write_text(json.dumps({"written_by": "llm2clip build", "files": {"a\0b": 1}}))
+    write_json(tmp_path / FOLDER_MANIFEST, sealed({"written_by": "llm2clip build", "files": {"a\0b": 1}}))
     (fault,) = verify_folder(tmp_path).faults
     assert "is missing" in str(fault)
 

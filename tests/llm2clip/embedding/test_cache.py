@@ -167,8 +167,10 @@ def test_check_shards_is_distributed_over_ranks(cache_folder: Path) -> None:
 
 
 def _edit(folder: Path, **fields: object) -> None:
-    manifest = {**json.loads((folder / "manifest.json").read_text()), SEAL: None, **fields}
-    (folder / "manifest.json").write_text(json.dumps(sealed({k: v for k, v in manifest.items() if v is not None})))
+    """Change fields of the manifest, and its checksum with them; None removes a field."""
+    manifest = {**json.loads((folder / "manifest.json").read_text()), **fields}
+    removed = {SEAL, *(name for name, value in fields.items() if value is None)}
+    (folder / "manifest.json").write_text(json.dumps(sealed({k: v for k, v in manifest.items() if k not in removed})))
 
 
 def test_invalid_manifests_are_refused(cache_folder: Path, tmp_path: Path) -> None:
