@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -40,6 +41,8 @@ def save(folder: Path, step: int, limit: int | None = None) -> Path:
     checkpoint.mkdir(parents=True)
     for name in FILES:
         (checkpoint / name).write_text("{}" * 50)
+    if (folder / SETTINGS).is_file():
+        shutil.copy(folder / SETTINGS, checkpoint)
     finish_checkpoint(checkpoint, limit, None)
     return checkpoint
 
@@ -248,9 +251,9 @@ def test_the_number_of_workers_counts_in_a_command_with_a_streamed_source(tmp_pa
 def test_another_number_of_processes_keeps_the_batch_of_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A run that two processes with 8 rows each began goes on alone, and so again."""
     assert start(settings(tmp_path), resume=False) is None
-    save(tmp_path, 3)
     stored = json.loads((tmp_path / SETTINGS).read_text())
     (tmp_path / SETTINGS).write_text(json.dumps({**stored, "number of processes": 2}))
+    save(tmp_path, 3)
     for _ in range(2):
         args = settings(tmp_path)
         assert args.per_device_train_batch_size == 8
