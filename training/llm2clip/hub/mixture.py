@@ -16,7 +16,7 @@ from llm2clip.utils.repos import Repo, RepoKind
 from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextModel
-from modeling_llm2clip.identity_llm2clip import FIELDS, LATER_FIELDS, decoder_identity
+from modeling_llm2clip.identity_llm2clip import FIELDS, OPTIONAL_FIELDS, decoder_identity
 from modeling_llm2clip.modeling_llm2clip_vision import load_vision_tower
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,9 @@ def mix_text_towers(first: Repo, second: Repo) -> Mixture:
     other.merge_adapter()
     configs: Any = other.config, tower.config
     refuse_differences(
-        "prompts or pooling", names, *({name: getattr(x, name) for name in (*FIELDS, *LATER_FIELDS)} for x in configs)
+        "prompts or pooling",
+        names,
+        *({name: getattr(x, name) for name in (*FIELDS, *OPTIONAL_FIELDS)} for x in configs),
     )
     decoders = other.config.decoder_config, tower.config.decoder_config
     refuse_differences("architectures", names, *_architectures(*decoders, bidirectional=tower.config.bidirectional))
