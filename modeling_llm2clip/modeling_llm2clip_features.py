@@ -101,11 +101,14 @@ def build_visual_head(config: Any) -> nn.Module:
     width, expected = config.vision_width, config.projection_dim
     if config.visual_projection:
         bias = config.visual_projection_bias
+        gated_sizes = (width, config.visual_head_expansion, expected, bias)
+        # First: a linear head beside it would draw random numbers, and so change all weights that are drawn later.
+        if config.visual_head == "gated":
+            return LLM2CLIPGatedHead(*gated_sizes)
         linear = nn.Linear(width, expected, bias=bias)
         if config.visual_head == "linear":
             return linear
-        gated = LLM2CLIPGatedHead(width, config.visual_head_expansion, expected, bias)
-        return gated if config.visual_head == "gated" else LLM2CLIPResidualHead(linear, gated)
+        return LLM2CLIPResidualHead(linear, LLM2CLIPGatedHead(*gated_sizes))
     if width != expected:
         raise ValueError(f"without a visual projection the tower's width {width} has to be projection_dim {expected}.")
     return nn.Identity()

@@ -139,6 +139,8 @@ def test_error_about_a_missing_library_names_the_extra(
     (tmp_path / "runs/quickstart/llm2clip").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "gradio", None)
+    # Another test of this process may have imported it while gradio was there.
+    monkeypatch.delitem(sys.modules, "llm2clip.demo.interface", raising=False)
     assert cli.main(["demo"]) == 2
     error = capsys.readouterr().err
     assert "pip install 'llm2clip[demo]' installs what llm2clip demo needs" in error

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
+from modeling_llm2clip.modeling_llm2clip_features import LLM2CLIPGatedHead, build_visual_head
 from modeling_llm2clip.modeling_llm2clip_vision import load_vision_tower
 from tests.modeling_llm2clip import tiny
 
@@ -49,6 +51,20 @@ def test_new_gated_head_starts_as_a_linear_of_torch() -> None:
     for name, width in (("f1", WIDTH), ("f2", WIDTH), ("g", 2 * WIDTH)):
         for values in head.get_submodule(name).parameters():
             assert 0.9 * width**-0.5 < values.abs().max().item() <= width**-0.5, name
+
+
+@pytest.mark.parametrize("kind", ["linear", "gated"])
+def test_a_head_draws_no_random_numbers_for_parts_that_it_lacks(kind: str) -> None:
+    config = tiny.joint_config(visual_head=kind, visual_head_expansion=2)
+    torch.manual_seed(0)
+    head = build_visual_head(config)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    width, expected, bias = config.vision_width, config.projection_dim, config.visual_projection_bias
+    alone = LLM2CLIPGatedHead(width, 2, expected, bias) if kind == "gated" else nn.Linear(width, expected, bias=bias)
+    assert torch.equal(torch.rand(1), drawn)
+    for name, values in alone.named_parameters():
+        assert torch.equal(head.get_parameter(name), values)
 
 
 def test_new_adapter_starts_as_a_linear_of_torch() -> None:

@@ -17,7 +17,7 @@ from llm2clip.hub.base_licenses import bases_of
 from llm2clip.hub.cards.facts import Evaluation
 from llm2clip.hub.license_terms import TERMS
 from llm2clip.quickstart.config import Arm, QuickstartConfig
-from llm2clip.quickstart.image_steps import image_steps, open_final, step_name
+from llm2clip.quickstart.image_steps import FinalModel, image_steps, open_final, step_name
 from llm2clip.quickstart.ledger import Ledger, Step
 from llm2clip.quickstart.report import write_report
 from llm2clip.quickstart.results import (
@@ -36,8 +36,8 @@ from llm2clip.quickstart.typed_queries import search_typed
 from llm2clip.utils.files import write_json
 from llm2clip.utils.identity import data_revision
 from llm2clip.utils.locks import exclusive
+from llm2clip.utils.progress import section
 from llm2clip.utils.repos import hub_ids
-from modeling_llm2clip import LLM2CLIPModel
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +68,14 @@ def run(config: QuickstartConfig) -> None:
 
     last = Step("final", "The Hub-ready folder", {}, finish, (step_name("stage2", best, 0),), final)
     found["final"] = ledger.run(last, f"{len(steps) + 1}/{len(steps) + 1}")
-    opened = open_final(context, best, final)
-    results = _collect(context, best, found, final)
-    results["typed_queries"] = {} if config.data else search_typed(opened)
-    results["seconds"] = {"this run": 0.0, **{name: ledger.steps[name]["seconds"] for name in found}}
-    results["reused_steps"] = ledger.reused
-    write_report(folder / "report.html", results, context, best, opened)
+    with section("The report"):
+        opened = open_final(context, best, final)
+        results = _collect(context, best, found, final)
+        results["model_sample"] = _sample(opened)
+        results["typed_queries"] = {} if config.data else search_typed(opened)
+        results["seconds"] = {"this run": 0.0, **{name: ledger.steps[name]["seconds"] for name in found}}
+        results["reused_steps"] = ledger.reused
+        write_report(folder / "report.html", results, context, best, opened)
     results["seconds"]["this run"] = round(time.monotonic() - start, 1)
     write_json(folder / "results.json", results)
     print_tables(results)
@@ -95,32 +97,34 @@ def _collect(context: RunContext, best: Arm, found: dict[str, Any], final: Path)
         "reading": reading(transfer, arms[0].title, tuned.title) if transfer and tuned else [],
         "runs": {name: result for name, result in found.items() if name.startswith(("stage1", "stage2", "transfer"))},
         "model": str(final),
-        "model_sample": found["final"],
         "machine": machine(),
     }
 
 
 def _final(context: RunContext, arm: Arm, evaluations: list[Evaluation], folder: Path) -> dict[str, Any]:
-    """Build a folder that bundles the text encoder, and compute a few logits to compare a loaded model with."""
+    """Build a folder that bundles the text encoder."""
     trained = context.folder / step_name("stage2", arm, 0)
-    processor = AutoProcessor.from_pretrained(trained)
-    retrieval = ImageTextRetrieval(context.data.test_source(), processor.image_processor)
-    captions, images = retrieval.captions[:4], [retrieval.image(row) for row in range(4)]
+    retrieval = ImageTextRetrieval(context.data.test_source(), AutoProcessor.from_pretrained(trained).image_processor)
     example = context.folder / "example.png"
-    images[0].save(example)
+    retrieval.image(0).save(example)
     settings = build.BuildConfig(
         model=str(trained),
         destination=str(folder),
         bundle_text_model=True,
         name=_name(trained),
         example_image=str(example),
-        example_captions=captions[:3],
+        example_captions=retrieval.captions[:3],
         overwrite=True,
     )
     build.run(settings, evaluations)
-    model = LLM2CLIPModel.from_pretrained(folder).eval()
-    with torch.no_grad():
-        output = model(**processor(text=captions, images=images, return_tensors="pt"))
+    return {"name": settings.name}
+
+
+@torch.no_grad()
+def _sample(final: FinalModel) -> dict[str, Any]:
+    """Compute a few logits, to compare a model that is loaded elsewhere with."""
+    captions, images = final.retrieval.captions[:4], [final.retrieval.image(row) for row in range(4)]
+    output = final.model(**final.processor(text=captions, images=images, return_tensors="pt"))
     return {
         "captions": captions,
         "images": "the first four of the test split",
