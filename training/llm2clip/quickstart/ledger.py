@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +77,7 @@ class Ledger:
         start = time.monotonic()
         with section(f"{title} (continuing an interrupted run)" if resume else title):
             result = step.work(resume)
+        _release_memory()
         self.steps[name] |= {"result": result, "seconds": round(time.monotonic() - start, 1)}
         write_json(self.path, self.steps)
         return result
@@ -80,3 +85,11 @@ class Ledger:
     def seconds(self) -> dict[str, float]:
         """Return the duration of each finished step."""
         return {name: step["seconds"] for name, step in self.steps.items() if "seconds" in step}
+
+
+def _release_memory() -> None:
+    """Free the models of a step: those in circles of references, and the pages that glibc keeps for later."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
