@@ -18,8 +18,10 @@ from llm2clip import cli
 from llm2clip.data import decode_image
 from llm2clip.hub.cards.card import read_card, validate_card
 from llm2clip.quickstart import text_steps
+from llm2clip.quickstart.config import QuickstartConfig
 from llm2clip.quickstart.data import LANGUAGES, OTHER_LANGUAGES, QuickstartData
 from llm2clip.quickstart.image_steps import BEST_BY
+from llm2clip.quickstart.run_context import RunContext
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny
@@ -107,6 +109,22 @@ def test_every_text_encoder_is_a_line_of_each_table(results: dict[str, Any], sho
     assert rows["  mean of 6 languages, bert"]["text_to_image_recall@10"] == pytest.approx(mean)
     assert results["reading"]
     assert results["reading"][0] in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("names", "steps", "tower"),
+    [(["ready"], ["weights", "embed-ready"], "BERT"), (["stage1"], ["weights", "raw", "stage1", "embed-stage1"], None)],
+)
+def test_a_plain_llm_is_one_whatever_a_profile_compares(
+    arguments: list[str], tmp_path: Path, names: list[str], steps: list[str], tower: str | None
+) -> None:
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(yaml.safe_dump({**PROFILE, "text_encoders": names}))
+    llm, data = (arguments[arguments.index(option) + 1] for option in ("--llm", "--data"))
+    context = RunContext(QuickstartConfig(str(tmp_path / "run"), str(profile), llm, data=data, image_column="picture"))
+    assert [step.name for step in text_steps.text_steps(context)] == steps
+    context.weights = {"llm": llm, "embedding_model": "BERT"}
+    assert context.tower(context.arms[0]) == (tower or str(tmp_path / "run" / "stage1"))
 
 
 def test_the_terminal_shows_steps_and_not_their_parts(folder: Path) -> None:

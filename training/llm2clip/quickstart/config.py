@@ -103,6 +103,11 @@ class Arm:
     is_candidate: bool = True
 
 
+def is_plain(config: QuickstartConfig) -> bool:
+    """Whether the LLM is a plain one: no text tower, and no embedding model."""
+    return config.llm is None or inspect_repo(config.llm).kind not in (*OURS, RepoKind.EMBEDDING_MODEL)
+
+
 def choose_arms(config: QuickstartConfig, names: list[str]) -> list[Arm]:
     """Choose the text encoders by the kind of the LLM; the one that stage 1 starts from comes before its result.
 
@@ -112,8 +117,8 @@ def choose_arms(config: QuickstartConfig, names: list[str]) -> list[Arm]:
     Raises:
         ValueError: `embedding_model` is given beside a text encoder that needs no stage 1.
     """
-    repo = None if config.llm is None else inspect_repo(config.llm)
-    if repo is not None and repo.kind in (*OURS, RepoKind.EMBEDDING_MODEL):
+    if config.llm is not None and not is_plain(config):
+        repo = inspect_repo(config.llm)
         if config.embedding_model not in (None, NO_MODEL):
             raise ValueError(
                 f"{config.llm} is a {repo.kind.value}; embedding_model is for a comparison with a plain LLM."

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llm2clip.quickstart.config import Arm, QuickstartConfig, choose_arms
+from llm2clip.quickstart.config import Arm, QuickstartConfig, choose_arms, is_plain
 from llm2clip.quickstart.data import QuickstartData
 from llm2clip.quickstart.domains import DomainSplit
 
@@ -29,6 +29,7 @@ class RunContext:
     Attributes:
         profile: The settings of the training; see `PARTS`.
         arms: The text encoders.
+        is_plain: Whether the LLM is a plain one, which becomes a text encoder first.
         weights: Folders or Hub ids of `llm`, `vision_model` and, if it is compared, `embedding_model`; filled by the
             first step.
     """
@@ -46,18 +47,14 @@ class RunContext:
         folder = self.folder / "transfer-data"
         self.domains = DomainSplit(self.data, config.domain_column, config.held_out_domain, folder)
         self.arms = choose_arms(config, self.profile["text_encoders"])
+        self.is_plain = is_plain(config)
         self.weights: dict[str, str] = {}
-
-    @property
-    def starts_plain(self) -> bool:
-        """Whether the LLM is a plain one, which becomes a text encoder first."""
-        return any(arm.kind == "raw" for arm in self.arms)
 
     def tower(self, arm: Arm) -> str:
         """Return the folder or Hub id of a text encoder."""
         if arm.made_by != "weights":
             return str(self.folder / arm.name)
-        return self.weights.get("embedding_model") or self.weights["llm"]
+        return self.weights["embedding_model" if self.is_plain else "llm"]
 
     def cache(self, name: str) -> Path:
         """Return the folder of stored embeddings, features or states."""

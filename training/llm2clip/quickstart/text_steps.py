@@ -35,7 +35,7 @@ def text_steps(run: RunContext) -> list[Step]:
     config, names = run.config, {arm.name for arm in run.arms}
     weights = {name: getattr(config, name) for name in ("llm", "vision_model", "embedding_model")}
     steps = [Step("weights", "Weights of the towers", weights, partial(_weights, run))]
-    if run.starts_plain:
+    if run.is_plain and any(arm.made_by != "weights" for arm in run.arms):
         prompt, folder = {"prompt": run.prompt()}, run.folder / "raw"
         steps.append(Step("raw", "The LLM as a text encoder", prompt, partial(_raw, run), ("weights",), folder))
     if "raw-causal" in names:
@@ -43,7 +43,7 @@ def text_steps(run: RunContext) -> list[Step]:
         steps.append(Step("raw-causal", title, {}, partial(_causal, run), ("raw",), folder))
     if "stage1" in names:
         settings = {**run.profile["stage1"], **run.data.settings(), "seed": config.seed}
-        after, folder = ("raw" if run.starts_plain else "weights",), run.folder / "stage1"
+        after, folder = ("raw" if run.is_plain else "weights",), run.folder / "stage1"
         title = "Stage 1: caption contrastive fine-tuning"
         steps.append(Step("stage1", title, settings, partial(_stage1, run), after, folder))
     for arm in run.arms:
@@ -59,7 +59,7 @@ def _weights(run: RunContext, resume: bool) -> dict[str, Any]:
         "llm": config.llm or str(smollm2_folder(cache)),
         "vision_model": config.vision_model or str(vit_small_folder(cache)),
     }
-    if run.starts_plain and any(arm.kind == "ready" for arm in run.arms):
+    if run.is_plain and any(arm.kind == "ready" for arm in run.arms):
         found["embedding_model"] = config.embedding_model or str(e5_small_folder(cache))
     return found
 
@@ -89,11 +89,11 @@ def _causal(run: RunContext, resume: bool) -> dict[str, Any]:
 def _stage1(run: RunContext, resume: bool) -> dict[str, Any]:
     folder = run.folder / "stage1"
     recipe = {key: value for key, value in run.profile["stage1"].items() if key not in run.prompt()}
-    if not run.starts_plain:
+    if not run.is_plain:
         # Embedding models are of architectures with other names of layers than the default ones.
         recipe.setdefault("lora_target_modules", ["all-linear"])
     recipe |= {
-        "model_name_or_path": str(run.folder / "raw") if run.starts_plain else run.weights["llm"],
+        "model_name_or_path": str(run.folder / "raw") if run.is_plain else run.weights["llm"],
         "output_dir": str(folder),
         "sources": [asdict(source) for source in run.data.pair_sources()],
         "seed": run.config.seed,
