@@ -113,7 +113,8 @@ def _tar_and_sidecar() -> Work:
     embedder = ShardEmbedder(lambda batch: (rows[[numbers[text] for text in batch]], 0), _manifest())
     embedder.run(list_jobs([source], str(folder)), show_progress_bar=False)
     sidecars = SourceSidecars(folder, ShardedSource(source).shards, [IMAGES])
-    stream = StreamingCaptionImageDataset(source, None, shuffle_buffer=1000, embeddings=sidecars)
+    stream = StreamingCaptionImageDataset(source, None, embeddings=sidecars)
+    stream.batch_size = BATCH
 
     def batches() -> Iterator[tuple[list[str], Any]]:
         samples: Iterator[Any] = iter(stream)

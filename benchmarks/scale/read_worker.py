@@ -18,7 +18,6 @@ from typing import Any
 
 def main(path: str) -> None:
     from llm2clip import Stage2Config
-    from llm2clip.data.stream_place import Layout, Place
     from llm2clip.trainers.run_stage2 import build_trainer
     from llm2clip.utils.processes import leave_process_group
     from llm2clip.utils.settings import build_config
@@ -27,14 +26,14 @@ def main(path: str) -> None:
     config = build_config(Stage2Config, settings["stage2"])
     trainer: Any = build_trainer(config)
     stream, batch = trainer.train_dataset, config.per_device_train_batch_size
-    layout = Layout(config.world_size, max(1, config.dataloader_num_workers), batch, 1, tuple(stream.buffers))
-    stream.place = Place((layout,))
+    stream.batch_size, stream.start = batch, 0
+    stream.lanes = lanes = stream.choose_lanes(config.dataloader_num_workers)
     figures = _read(iter(trainer.get_train_dataloader()), settings["batches"], batch)
     middle = stream.num_rows // (2 * batch * config.world_size)
-    stream.place = stream.place.at(middle)
+    stream.start = middle * lanes.batch
     start = time.perf_counter()
     next(iter(trainer.get_train_dataloader()))
-    figures |= {"resume_seconds": time.perf_counter() - start, "resumed_at": middle, "buffer": stream.buffers[0]}
+    figures |= {"resume_seconds": time.perf_counter() - start, "resumed_at": middle, "lanes": lanes.number}
     Path(path).with_name(f"read-{config.process_index}.json").write_text(json.dumps(figures), encoding="utf-8")
     leave_process_group()
 

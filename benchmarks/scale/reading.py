@@ -78,7 +78,7 @@ def read(folder: Path, trial: ReadTrial) -> dict[str, Any]:
         "rows": sum(figures["rows"] for figures in found),
         "rows_per_second": round(sum(figures["rows"] / figures["seconds"] for figures in found), 1),
         "peak_bytes": watched.peak,
-        "buffer": found[0]["buffer"],
+        "lanes": found[0]["lanes"],
         "first_seconds": round(max(figures["first_seconds"] for figures in found), 2),
         "resumed_at": found[0]["resumed_at"],
         "resume_seconds": round(max(figures["resume_seconds"] for figures in found), 2),

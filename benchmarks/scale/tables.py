@@ -51,13 +51,13 @@ def tables(entries: list[Record]) -> str:
         lines += [
             *([""] if lines else []),
             f"| stage 2 reads tars and sidecars ({_place(read)}) | processes | workers each | rows/s | "
-            "largest process | first batch | first batch when resumed in the middle | shuffle buffer |",
+            "largest process | first batch | first batch when resumed in the middle | lanes |",
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         lines += [
             f"| {entry['captions']:,} captions | {entry['processes']} | {entry['workers']} | "
             f"{entry['rows_per_second']:,.0f} | {entry['peak_bytes'] / 1e9:.2f} GB | "
-            f"{_time(entry['first_seconds'])} | {_time(entry['resume_seconds'])} | {entry['buffer']:,} rows |"
+            f"{_time(entry['first_seconds'])} | {_time(entry['resume_seconds'])} | {entry['lanes']} |"
             for entry in read
         ]
     aligned = [entry for entry in entries if entry["step"] == "align"]

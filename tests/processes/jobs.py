@@ -66,7 +66,7 @@ class Jobs:
         stage1 = {**tiny.stage1_fields(Path(OUT), self.inputs.llm), **STEPS}
         stage2 = tiny.stage2_fields(Path(OUT), self.inputs.vision, self.inputs.text, self.inputs.cache)
         stage2 |= {**STEPS, "sources": [tiny.concepts(max_samples=ROWS)]}
-        stream = {"sources": [source(tars)], "embedding_cache": tars, "shuffle_buffer_mb": 0.1, "eval_sources": {}}
+        stream = {"sources": [source(tars)], "embedding_cache": tars, "shuffle_block": 8, "eval_sources": {}}
         embed = {"text_model_name_or_path": self.inputs.text, "output_dir": OUT}
         glosses = {"path": tiny.GLOSSES, "caption_columns": ["gloss"], "max_samples": 101}
         damaged = {"path": f"{self.folder}/damaged.parquet", "caption_columns": ["caption", "keywords"]}

@@ -23,7 +23,7 @@ FEW, ODD = 1, 11
 TOO_FEW = {
     "stage1": "fill no batch of",
     "mntp": "do not fill one block of 32",
-    "stage2": "fewer than one global batch",
+    "stage2": "fewer rows than one batch of",
     "frozen": "fewer than one global batch",
     "features": "fewer than one global batch",
     "first-rows": "has 1 rows, fewer than",
@@ -58,7 +58,7 @@ def cases(jobs: Jobs, inputs: Inputs, tar: str, folder: Path) -> dict[str, Any]:
         }
     concepts = {"sources": [tiny.concepts(max_samples=ODD)]}
     one_image = {"validation": tiny.concepts("validation", caption_columns=["caption"], max_samples=1)}
-    stream = stage2 | {"embedding_cache": tar, "shuffle_buffer_mb": 0.1}
+    stream = stage2 | {"embedding_cache": tar, "shuffle_block": 8}
     first_rows = {"sources": [source(tar, max_samples=FEW)], "embedding_cache": inputs.cache}
     found |= {
         "few-eval-rows": ("stage2", stage2 | concepts | {"eval_sources": one_image}),

@@ -67,7 +67,7 @@ def test_an_hour_of_steps_holds_nothing(kind: str, workers: int, inputs: Inputs,
     if kind == "streams":
         tars = write_tars(tmp_path / "tars")
         embedded(inputs, Path(), source(tars), output_dir="")
-        fields |= {"sources": [source(tars)], "embedding_cache": tars, "shuffle_buffer_mb": 0.1}
+        fields |= {"sources": [source(tars)], "embedding_cache": tars, "shuffle_block": 8}
     (tmp_path / "recipe.json").write_text(json.dumps(fields))
     found = soaked("loader", tmp_path / "recipe.json")
     print(found.report(f"{kind}, {workers} workers"))

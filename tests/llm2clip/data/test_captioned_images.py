@@ -201,7 +201,7 @@ def test_stream_order_and_samples_depend_only_on_seed_and_epoch(
     source = _concepts(streaming=True, max_samples=60)
 
     def run(seed: int, epoch: int) -> list[tuple[str, str, float]]:
-        stream = _stream(transforms, source, seed=seed, shuffle_buffer=30)
+        stream = _stream(transforms, source, seed=seed, shuffle_block=30)
         stream.set_epoch(epoch)
         assert stream.epoch == epoch
         torch.manual_seed(seed + 10 * epoch)
@@ -224,7 +224,7 @@ def test_ranks_and_workers_read_disjoint_parts_of_a_stream(made: Path, form: str
     source = CaptionSource(str(made / form), caption_columns=columns, streaming=True)
     captions, keys = [], []
     for rank in range(world):
-        stream = StreamingCaptionImageDataset(source, None, rank=rank, world_size=world, shuffle_buffer=2)
+        stream = StreamingCaptionImageDataset(source, None, rank=rank, world_size=world, shuffle_block=2)
         for batch in DataLoader(stream, batch_size=2, num_workers=workers, collate_fn=list):
             captions += [sample["caption"].split()[-1] for sample in batch]
             keys += [sample["key"] for sample in batch]
@@ -234,7 +234,7 @@ def test_ranks_and_workers_read_disjoint_parts_of_a_stream(made: Path, form: str
 
 def test_persistent_workers_read_the_new_epoch(made: Path) -> None:
     source = CaptionSource(str(made / "webdataset"), caption_columns=["json.caption"], streaming=True)
-    stream = StreamingCaptionImageDataset(source, None, shuffle_buffer=8)
+    stream = StreamingCaptionImageDataset(source, None, shuffle_block=8)
     loader = DataLoader(stream, batch_size=None, num_workers=1, persistent_workers=True)
     orders = []
     for epoch in (0, 1, 2, 0):

@@ -1,38 +1,43 @@
-"""The readers of a stream share its files: every row once per epoch, with a key that no order changes."""
+"""The readers of a stream share its rows: the same order for all numbers of them, every row once an epoch."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 import torch
-from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from torch.utils.data import DataLoader
 
 from llm2clip import Stage2Config, Stage2Trainer
-from llm2clip.data import CaptionSource, StreamingCaptionImageDataset, load_source
+from llm2clip.data import CaptionImageDataset, CaptionSource, StreamingCaptionImageDataset, tar_rows
+from llm2clip.data.mixing import Mixing
 from llm2clip.data.opened_table import SourceError
-from llm2clip.data.shard_rows import ShardRows
-from llm2clip.data.shards import ShardedSource
-from llm2clip.data.stream_plan import Part, RowPlan, share_of_rows
-from llm2clip.data.streams import StreamReader, share_of_files, shuffled
+from llm2clip.data.rows import TableSource
+from llm2clip.data.stream_order import Lanes
+from llm2clip.data.streams import SampleStream, share_of_files, shuffled
 from llm2clip.utils.processes import leave_process_group, process_state
 from tests.modeling_llm2clip import tiny
 from tests.processes import run_ranks
 from tests.tars import write_tar
 
 PER_TAR = 3
+TARS, BATCH = 9, 2
+MIXED_TARS, TABLE_ROWS = (9, 17), 22
+TOTAL = PER_TAR * sum(MIXED_TARS) + TABLE_ROWS
+WAYS: list[Mixing] = ["proportional", "weights", "one_source_per_step"]
 
 
-def write_tars(folder: Path, count: int) -> CaptionSource:
+def write_tars(folder: Path, count: int, rows: Sequence[int] = ()) -> CaptionSource:
     for shard in range(count):
-        files = [(f"s{shard}r{row}.txt", f"caption {shard} {row}".encode()) for row in range(PER_TAR)]
+        numbers = range(rows[shard] if rows else PER_TAR)
+        files = [(f"s{shard}r{row}.txt", f"caption {shard} {row}".encode()) for row in numbers]
         write_tar(folder / f"{shard:05d}.tar", files)
     return CaptionSource(str(folder), caption_columns=["txt"], streaming=True)
 
@@ -46,6 +51,125 @@ def captions_of(dataset: StreamingCaptionImageDataset, num_workers: int = 0) -> 
     return (sample["caption"] for sample in loader)
 
 
+def opened(source: CaptionSource, rank: int = 0, world: int = 1, **options: Any) -> StreamingCaptionImageDataset:
+    options = {"row_counts": [PER_TAR] * TARS, "repeat": True, "shuffle_block": 4, **options}
+    return StreamingCaptionImageDataset(source, None, rank=rank, world_size=world, **options)
+
+
+def batches(
+    stream: SampleStream, workers: int, lanes: Lanes, start: int = 0, size: int = BATCH
+) -> Iterator[list[str]]:
+    """The captions of the batches of a process, from a row of the stream on."""
+    stream.batch_size, stream.lanes, stream.start = size, lanes, start
+    loader = DataLoader(stream, batch_size=size, num_workers=workers, collate_fn=list)
+    return ([sample["caption"] for sample in batch] for batch in loader)
+
+
+def steps_of(
+    streams: Sequence[SampleStream], workers: int, lanes: Lanes, start: int = 0, size: int = BATCH
+) -> Iterator[list[str]]:
+    """The captions of the batches of all processes together."""
+    ranks = [batches(stream, workers, lanes, start, size) for stream in streams]
+    return (list(itertools.chain(*step)) for step in zip(*ranks, strict=True))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> CaptionSource:
+    return write_tars(tmp_path_factory.mktemp("tars"), TARS)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_nine_tars_have_one_order_for_any_number_of_readers(world: int, workers: int, source: CaptionSource) -> None:
+    """Three epochs; the lanes are those of one process."""
+    lanes = Lanes.choose(8, 1, 1)
+    expected = list(itertools.islice(steps_of([opened(source)], 0, lanes, size=8), 11))
+    streams = [opened(source, rank, world) for rank in range(world)]
+    assert list(itertools.islice(steps_of(streams, workers, lanes, size=8 // world), 11)) == expected
+    read = list(itertools.chain(*expected))
+    for epoch in range(3):
+        assert sorted(read[epoch * 27 : (epoch + 1) * 27]) == every_caption(TARS)
+    assert read[:27] != read[27:54]
+
+
+@pytest.mark.parametrize(
+    ("tars", "rows", "world", "workers", "size"),
+    [(7, 300, 1, 4, 10), (3, 50, 2, 3, 7), (1, 40, 4, 2, 3), (5, 9, 2, 2, 8), (23, 100, 3, 1, 5)],
+)
+def test_an_epoch_has_every_row_once_for_all_shapes(
+    tars: int, rows: int, world: int, workers: int, size: int, tmp_path: Path
+) -> None:
+    """Also where the share of a reader is no multiple of the batch, counted over the batches of three epochs."""
+    counts = [rows // tars + (shard < rows % tars) for shard in range(tars)]
+    source = write_tars(tmp_path, tars, counts)
+    streams = [opened(source, rank, world, row_counts=counts) for rank in range(world)]
+    lanes = Lanes.choose(size, world, workers)
+    steps = -(-3 * rows // (size * world))
+    read = list(itertools.chain(*itertools.islice(steps_of(streams, workers, lanes, size=size), steps)))
+    for epoch in range(3):
+        assert len(set(read[epoch * rows : (epoch + 1) * rows])) == rows
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_one_pass_ends_with_the_last_row(world: int, workers: int, source: CaptionSource) -> None:
+    found = []
+    for rank in range(world):
+        for batch in DataLoader(
+            opened(source, rank, world, repeat=False), batch_size=BATCH, num_workers=workers, collate_fn=list
+        ):
+            found += [sample["caption"] for sample in batch]
+    assert sorted(found) == every_caption(TARS)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("block", [0, 4])
+def test_a_resumed_stream_goes_on_where_it_was(workers: int, block: int, source: CaptionSource) -> None:
+    """In the first epoch, at its end, and in the second one; with other numbers of processes and workers too."""
+    lanes = Lanes.choose(BATCH, 2, 1)
+    streams = [opened(source, rank, 2, shuffle_block=block) for rank in range(2)]
+    unbroken = list(itertools.islice(steps_of(streams, workers, lanes), 16))
+    for step in (1, 6, 7, 14):
+        start = step * 2 * BATCH
+        assert list(itertools.islice(steps_of(streams, workers, lanes, start), 16 - step)) == unbroken[step:]
+        alone = steps_of([opened(source, shuffle_block=block)], 2 - workers, lanes, start, 2 * BATCH)
+        assert list(itertools.islice(alone, 16 - step)) == unbroken[step:]
+
+
+def test_a_resume_reads_no_more_than_a_block_of_each_lane(
+    source: CaptionSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    decoded = tar_rows._decoded
+    monkeypatch.setattr(tar_rows, "_decoded", lambda path, key, *a: (read.append(key), decoded(path, key, *a))[1])
+    lanes = Lanes(1, 4, BATCH)  # of 6 or 7 rows
+    next(batches(opened(source, shuffle_block=3), 0, lanes, 10))
+    assert len(read) == 2 * 3
+
+
+def test_files_are_read_in_order_without_a_shuffle(source: CaptionSource) -> None:
+    stream = opened(source, repeat=False, shuffle_block=0)
+    assert list(captions_of(stream)) == every_caption(TARS)
+    stream.set_epoch(1)
+    assert list(captions_of(stream, 2)) == every_caption(TARS)
+
+
+def test_batches_have_rows_of_different_files(tmp_path: Path) -> None:
+    counts = [40] * 20
+    stream = opened(write_tars(tmp_path, 20, counts), row_counts=counts, shuffle_block=16)
+    for batch in itertools.islice(batches(stream, 0, Lanes.choose(32), size=32), 20):
+        assert len({caption.split()[1] for caption in batch}) >= 6
+
+
+def test_shards_that_lack_rows_are_named(tmp_path: Path) -> None:
+    stream = opened(write_tars(tmp_path, TARS), row_counts=[PER_TAR] * (TARS - 1) + [PER_TAR + 1])
+    with pytest.raises(SourceError, match=r"00008\.tar has no row 3: it has fewer rows than were counted"):
+        list(itertools.islice(stream, TARS * PER_TAR + 1))
+
+
+# Rows that are not counted.
+
+
 @pytest.mark.parametrize(("files", "readers"), [(9, 8), (8, 8), (23, 8), (5, 2)])
 def test_every_file_has_one_reader_in_every_epoch(files: int, readers: int) -> None:
     read: Counter[int] = Counter()
@@ -57,34 +181,12 @@ def test_every_file_has_one_reader_in_every_epoch(files: int, readers: int) -> N
     assert set(read.values()) == {files}, "in the long run, all readers read equally much"
 
 
-def test_nine_tars_on_eight_processes_are_read_once_each(tmp_path: Path) -> None:
-    source = write_tars(tmp_path, 9)
-    streams = [
-        StreamingCaptionImageDataset(source, None, rank=rank, world_size=8, shuffle_buffer=5) for rank in range(8)
-    ]
-    opened: Counter[str] = Counter()
-
-    def counted(self: WebDataset, tar_paths: list[str], tar_iterators: list[object]) -> Iterator[object]:
-        opened.update(os.path.basename(str(path)) for path in tar_paths)
-        return WebDataset._generate_examples(self, tar_paths, tar_iterators)
-
-    for stream in streams:
-        base = stream.table._ex_iterable
-        while hasattr(base, "ex_iterable"):
-            base = base.ex_iterable
-        base.generate_examples_fn = counted.__get__(base.generate_examples_fn.__self__)
-    found = [list(captions_of(stream)) for stream in streams]
-    assert sorted(itertools.chain(*found)) == every_caption(9)
-    assert sorted(map(len, found)) == [PER_TAR] * 7 + [2 * PER_TAR]
-    assert opened == {f"{shard:05d}.tar": 1 for shard in range(9)}
-
-
-@pytest.mark.parametrize(("tars", "world", "workers"), [(5, 2, 2), (7, 3, 2), (4, 1, 3)])
+@pytest.mark.parametrize(("tars", "world", "workers"), [(9, 8, 0), (5, 2, 2), (7, 3, 2), (4, 1, 3)])
 def test_workers_of_all_ranks_read_every_row_once(tars: int, world: int, workers: int, tmp_path: Path) -> None:
     source = write_tars(tmp_path, tars)
     found: list[str] = []
     for rank in range(world):
-        stream = StreamingCaptionImageDataset(source, None, rank=rank, world_size=world, shuffle_buffer=4)
+        stream = StreamingCaptionImageDataset(source, None, rank=rank, world_size=world, shuffle_block=4)
         stream.set_epoch(1)
         found += captions_of(stream, workers)
     assert sorted(found) == every_caption(tars)
@@ -93,10 +195,11 @@ def test_workers_of_all_ranks_read_every_row_once(tars: int, world: int, workers
 def test_keys_do_not_depend_on_order_epoch_and_number_of_readers(tmp_path: Path) -> None:
     source = write_tars(tmp_path, 4)
     expected = {f"caption {shard} {row}": f"{shard}-{row}" for shard in range(4) for row in range(PER_TAR)}
-    for world, epoch, buffer in ((1, 0, 0), (1, 1, 6), (2, 0, 6), (4, 2, 6)):
+    for world, epoch, block, counted in ((1, 0, 0, False), (1, 1, 6, True), (2, 0, 6, False), (4, 2, 6, True)):
         keys: dict[str, str] = {}
         for rank in range(world):
-            stream = StreamingCaptionImageDataset(source, None, rank=rank, world_size=world, shuffle_buffer=buffer)
+            counts = [PER_TAR] * 4 if counted else None
+            stream = opened(source, rank, world, row_counts=counts, repeat=False, shuffle_block=block)
             stream.columns = stream.columns._replace(key=None)  # every tar has keys
             stream.set_epoch(epoch)
             keys |= {sample["caption"]: sample["key"] for sample in stream}  # type: ignore[index, call-overload]
@@ -146,39 +249,112 @@ def test_a_reader_without_rows_is_an_error_where_a_stream_is_repeated(tmp_path: 
         next(iter(ranks[3]))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("world", [2, 4, 8])
-def test_equal_shares_of_rows_are_complete_in_every_epoch(world: int, workers: int, tmp_path: Path) -> None:
-    """Nine files do not divide by any of these numbers of readers."""
-    source = write_tars(tmp_path, 9)
-    shards = ShardRows(
-        load_source(source, with_images=False), ["txt"], [shard.path for shard in ShardedSource(source).shards]
-    )
-    reader, plan = StreamReader(shards, False, [PER_TAR] * 9), RowPlan([PER_TAR] * 9, 0)
-    readers = world * workers
-    for epoch in range(2):
-        shares = [list(reader.planned(plan.order(epoch, readers, number, 4))) for number in range(readers)]
-        read = [(row.file, row.number) for share in shares for row in share]
-        assert sorted(read) == [(file, number) for file in range(9) for number in range(PER_TAR)]
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_shares_of_rows_begin_and_end_within_files() -> None:
-    parts = [Part(file, range(rows)) for file, rows in ((3, 8), (1, 0), (0, 5), (2, 3))]
-    assert share_of_rows(parts, 1, 0) == [(3, range(8)), (0, range(5)), (2, range(3))]
-    assert [share_of_rows(parts, 3, reader) for reader in range(3)] == [
-        [(3, range(5))],
-        [(3, range(5, 8)), (0, range(2))],
-        [(0, range(2, 5)), (2, range(3))],
-    ]
-
-
 def test_a_buffer_shuffles_without_loss() -> None:
-    assert list(shuffled(range(20), 0, 1)) == list(range(20))
-    order = list(shuffled(range(200), 50, 1))
+    assert list(shuffled(iter(range(20)), 0, 1)) == list(range(20))
+    order = list(shuffled(iter(range(200)), 50, 1))
     assert sorted(order) == list(range(200))
-    assert order == list(shuffled(range(200), 50, 1)) != list(shuffled(range(200), 50, 2))
+    assert order == list(shuffled(iter(range(200)), 50, 1)) != list(shuffled(iter(range(200)), 50, 2))
     assert sum(abs(place - item) for place, item in enumerate(order)) > 200 * 10
+
+
+# Several sources.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("sources")
+    for number, tars in enumerate(MIXED_TARS):
+        write_tars(folder / str(number), tars)
+    table = datasets.Dataset.from_dict({"caption": [f"row {row}" for row in range(TABLE_ROWS)]})
+    table.to_parquet(folder / "table.parquet")
+    return folder
+
+
+def mixed(folder: Path, mixing: Mixing, rank: int = 0, world: int = 1, **options: Any) -> SampleStream:
+    place = {"rank": rank, "world_size": world}
+    sources: list[Any] = []
+    for number, tars in enumerate(MIXED_TARS):
+        source = CaptionSource(str(folder / str(number)), caption_columns=["txt"], streaming=True)
+        counts = options.pop("row_counts", [PER_TAR] * tars)
+        sources.append(opened(source, rank, world, row_counts=counts))
+    table = CaptionImageDataset(CaptionSource(str(folder / "table.parquet")), None)
+    sources.append(TableSource(table, 0))
+    weights = {"weights": (2, 1, 1)} if mixing == "weights" else {}
+    return SampleStream(sources, mixing=mixing, **{**weights, **place, **options})
+
+
+@pytest.fixture
+def _named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions begin with the number of their source."""
+
+    def finished(self: SampleStream, source: int, sample: Any) -> Any:
+        return {**sample, "caption": f"{source} {sample['caption']}"}
+
+    monkeypatch.setattr(SampleStream, "finished", finished)
+
+
+@pytest.mark.usefixtures("_named")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("mixing", WAYS)
+def test_a_mixture_has_one_order_for_any_number_of_readers(
+    mixing: Mixing, world: int, workers: int, folder: Path
+) -> None:
+    lanes = Lanes.choose(4, 1, 1)
+    expected = list(itertools.islice(steps_of([mixed(folder, mixing)], 0, lanes, size=4), 60))
+    streams = [mixed(folder, mixing, rank, world) for rank in range(world)]
+    for step in (0, 25, 55):
+        resumed = steps_of(streams, workers, lanes, step * 4, 4 // world)
+        assert list(itertools.islice(resumed, 60 - step)) == expected[step:]
+
+
+@pytest.mark.usefixtures("_named")
+def test_every_row_of_all_sources_comes_once_in_an_epoch(folder: Path) -> None:
+    read = list(itertools.chain(*itertools.islice(batches(mixed(folder, "proportional"), 0, Lanes.choose(2)), TOTAL)))
+    assert len(read) == 2 * TOTAL
+    for epoch in range(2):
+        assert len(set(read[epoch * TOTAL : (epoch + 1) * TOTAL])) == TOTAL
+    for start in range(0, TOTAL, 25):
+        rows = Counter(caption.split()[0] for caption in read[start : start + 25])
+        assert 5 <= rows["2"] <= 6, "spread over the epoch"
+
+
+@pytest.mark.usefixtures("_named")
+def test_weighted_sources_start_over_alone(folder: Path) -> None:
+    """Each has its own epochs: of none, a row comes twice before another came once."""
+    read = list(itertools.chain(*itertools.islice(batches(mixed(folder, "weights"), 1, Lanes.choose(2)), 300)))
+    shares = Counter(caption.split()[0] for caption in read)
+    assert [shares[str(source)] / len(read) for source in range(3)] == pytest.approx([0.5, 0.25, 0.25], abs=0.01)
+    for source in range(3):
+        times = Counter(caption for caption in read if caption.startswith(str(source)))
+        assert max(times.values()) - min(times.values()) <= 1
+
+
+@pytest.mark.usefixtures("_named")
+@pytest.mark.parametrize("weights", [(), (1, 1, 8)])
+def test_all_ranks_have_the_same_source_in_a_step(weights: tuple[int, ...], folder: Path) -> None:
+    streams = [mixed(folder, "one_source_per_step", rank, 2, weights=weights) for rank in range(2)]
+    shares: Counter[str] = Counter()
+    for step in itertools.islice(steps_of(streams, 2, Lanes.choose(BATCH, 2, 2)), 100):
+        (source,) = {caption.split()[0] for caption in step}
+        shares[source] += 1
+    expected = [PER_TAR * tars / TOTAL for tars in MIXED_TARS] if not weights else [0.1, 0.1]
+    assert [shares[source] / 100 for source in "01"] == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("mixing", "options", "message"),
+    [
+        ("weights", {"weights": ()}, "needs a weight for every source"),
+        ("weights", {"weights": (1, None, 2)}, "1 has no weight, but others have"),
+        ("proportional", {"weights": (1, 1, 2)}, "mixing: proportional has no weights"),
+        ("proportional", {"row_counts": None}, "needs the number of rows of every source, but that of .*0 is unknown"),
+        ("one_source_per_step", {"row_counts": None}, "needs the number of rows of every source"),
+    ],
+)
+def test_impossible_mixtures_are_refused(mixing: Mixing, options: dict[str, Any], message: str, folder: Path) -> None:
+    with pytest.raises((ValueError, SourceError), match=message):
+        mixed(folder, mixing, **options)
 
 
 def run_in_process(folder: Path) -> None:

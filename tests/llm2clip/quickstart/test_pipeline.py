@@ -113,7 +113,10 @@ def test_every_text_encoder_is_a_line_of_each_table(results: dict[str, Any], sho
 
 @pytest.mark.parametrize(
     ("names", "steps", "tower"),
-    [(["ready"], ["weights", "embed-ready"], "BERT"), (["stage1"], ["weights", "raw", "stage1", "embed-stage1"], None)],
+    [
+        (["ready"], ["weights", "embed-ready"], "BERT"),
+        (["stage1"], ["weights", "raw", "stage1", "embed-stage1"], None),
+    ],
 )
 def test_a_plain_llm_is_one_whatever_a_profile_compares(
     arguments: list[str], tmp_path: Path, names: list[str], steps: list[str], tower: str | None

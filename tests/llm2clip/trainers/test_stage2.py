@@ -207,7 +207,7 @@ def test_training_continues_from_an_llm2clip_model(inputs: Inputs, tmp_path: Pat
 
 
 def test_resumed_run_on_a_streamed_source_equals_an_uninterrupted_run(inputs: Inputs, tmp_path: Path) -> None:
-    fields = {"sources": [tiny.concepts(streaming=True)], "shuffle_buffer_mb": 0.2}
+    fields = {"sources": [tiny.concepts(streaming=True)], "shuffle_block": 16}
     run(tmp_path / "unbroken", inputs, **fields)
     run(tmp_path / "broken", inputs, **fields)
     (tmp_path / "broken" / "checkpoint-6" / "trainer_state.json").unlink()

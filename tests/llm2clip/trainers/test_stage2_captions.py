@@ -63,7 +63,7 @@ def embedded(inputs: Inputs, folder: Path, *sources: dict[str, Any], **fields: A
 
 def train(folder: Path, inputs: Inputs, cache: Path, tars: str, resume: bool = False, **changes: Any) -> None:
     fields = tiny.stage2_fields(folder, inputs.vision, inputs.text, str(cache)) | {"eval_sources": {}}
-    fields |= {"sources": [source(tars)], "shuffle_buffer_mb": 0.1, "save_strategy": "no"}
+    fields |= {"sources": [source(tars)], "shuffle_block": 8, "save_strategy": "no"}
     run_stage2.run(build_config(Stage2Config, fields | changes), resume)
 
 
@@ -112,7 +112,7 @@ def test_every_sample_has_the_embedding_of_its_caption_and_comes_once(
     keys: list[str] = []
     for rank in range(world):
         rows = StreamingCaptionImageDataset(
-            stream, None, rank=rank, world_size=world, shuffle_buffer=8, embeddings=sidecars
+            stream, None, rank=rank, world_size=world, shuffle_block=8, embeddings=sidecars
         )
         rows.set_epoch(3)
         for sample in torch.utils.data.DataLoader(rows, batch_size=None, num_workers=workers):

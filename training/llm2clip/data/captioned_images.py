@@ -21,6 +21,7 @@ from llm2clip.data.records import OnError, RowCaptions, SkippedSample, caption_i
 from llm2clip.data.rows import CaptionRows, StreamedRows
 from llm2clip.data.sampling import stable_seed
 from llm2clip.data.sources import CaptionSource, Columns, open_source, row_batches, select_source, top_level
+from llm2clip.data.stream_order import BLOCK
 from llm2clip.data.streams import Attach, StreamRow
 from llm2clip.data.tar_rows import refuse_damaged_tars
 from llm2clip.data.transforms import EvalTransform, TrainTransform
@@ -151,17 +152,17 @@ class CaptionImageDataset(CaptionRows):
 class StreamingCaptionImageDataset(StreamedRows):
     """Iterable data set of captioned images, read as a shuffled stream.
 
-    Samples are those of [`CaptionImageDataset`]; caption and crop are functions of seed, epoch and key. Files are
-    distributed over ranks and DataLoader workers: each is read once per epoch, whatever their numbers. With
-    `embeddings`, whose manifests count the rows, each reader has an equal share of the rows instead. Only with
-    `max_samples`, everyone reads all rows and keeps its share. Since the data set shards itself, accelerate must not
+    Samples are those of [`CaptionImageDataset`]; caption and crop are functions of seed, epoch and key. If the rows of
+    the files are counted, by `row_counts` or the manifests of `embeddings`, their order is the same for any number of
+    ranks and DataLoader workers; see [`SampleStream`]. Otherwise the files are distributed over them, and with
+    `max_samples` everyone reads all rows and keeps its share. Since the data set shards itself, accelerate must not
     shard or dispatch its loader. Without a key column, the key of a row is its number in its file, preceded by the
     number of the file and `-` if there are several. See [`CaptionImageDataset`] for the other arguments.
 
     Args:
         training: Draw captions and crops; False takes first captions and the evaluation transform, in order.
         seed: Seed of order, drawn captions and crops.
-        shuffle_buffer: Number of rows in the shuffle buffer; 0 keeps rows and files in order.
+        shuffle_block: Rows that are shuffled together; 0 keeps rows and files in order.
         repeat: Start the next epoch at the end of the data, so that no rank runs out before another; for training by
             number of steps.
         embeddings: Stored embeddings of the captions, read beside each file; samples then have `llm_embeds`. A row
@@ -170,7 +171,8 @@ class StreamingCaptionImageDataset(StreamedRows):
         opened: The table of the source, if it is open.
 
     Raises:
-        FileNotFoundError, SourceError: If the source cannot be read, or (when iterating) has fewer files than readers.
+        FileNotFoundError, SourceError: If the source cannot be read, or (when iterating) its rows are not counted and
+            it has fewer files than readers.
         ValueError: If the source is not set to streaming, or `rank` or `on_error` is invalid.
     """
 
@@ -183,7 +185,7 @@ class StreamingCaptionImageDataset(StreamedRows):
         train_transform: TrainTransform | None = None,
         training: bool = True,
         seed: int = 0,
-        shuffle_buffer: int = 1000,
+        shuffle_block: int = BLOCK,
         rank: int = 0,
         world_size: int = 1,
         repeat: bool = False,
@@ -194,14 +196,11 @@ class StreamingCaptionImageDataset(StreamedRows):
         opened: OpenedTable | None = None,
     ) -> None:
         maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
-        with_images, order = eval_transform is not None, (training, seed, shuffle_buffer)
+        with_images, order = eval_transform is not None, (training, seed, shuffle_block)
         if embeddings is not None:
             row_counts = embeddings.row_counts
-        whole = source.max_samples is not None
-        super().__init__(
-            source, maker, with_images, *order, rank, world_size, repeat, None if whole else row_counts, opened
-        )
-        if embeddings is not None and whole:
+        super().__init__(source, maker, with_images, *order, rank, world_size, repeat, row_counts, opened)
+        if embeddings is not None and self.is_cut:
             raise ValueError(f"max_samples of {source.path} cannot be combined with embeddings beside its files.")
         self.embeddings = embeddings
 

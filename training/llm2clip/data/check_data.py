@@ -174,7 +174,7 @@ def feed_rows(rows: CaptionRows | StreamedRows, name: str, checks: Sequence[Chec
     """Feed all rows of a source to checks; the order of a stream depends on the number of workers."""
     total: int | None = None
     if isinstance(rows, StreamedRows):
-        num_workers = min(num_workers, rows.reader.num_files)
+        num_workers = min(num_workers, rows.shards.num_files)
     else:
         total = len(rows)
     loader = DataLoader(rows, BATCH, num_workers=num_workers, collate_fn=list)

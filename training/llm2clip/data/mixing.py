@@ -1,147 +1,95 @@
-"""How several sources are mixed: of which source each row of a reader is, computed without reading anything."""
+"""How several sources are mixed: how many rows of each come before a place of their stream."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Sequence
+from typing import Literal, Protocol
 
 import numpy as np
 
-from llm2clip.data.sampling import stable_seed
-from llm2clip.data.stream_plan import DRAWN, RowPlan
+from llm2clip.data.stream_order import GOLDEN_RATIO
 
 Mixing = Literal["one_source_per_step", "proportional", "weights"]
 
 
-class Schedule(Protocol):
-    """Of which source each row of a reader is."""
+class Mixture(Protocol):
+    """A mixture of sources."""
 
-    def delivered(self, rows: int) -> list[int]:
-        """Return how many of the reader's first rows are of each source."""
-
-    def sources(self, rows: int) -> Iterator[int]:
-        """Yield the source of each row, after the first ones."""
+    def before(self, source: int, places: np.ndarray) -> np.ndarray:
+        """Return how many rows of a source come before each of some places, (n,) int64."""
 
 
-class OneSource:
-    """The schedule of a single source."""
-
-    def delivered(self, rows: int) -> list[int]:
-        return [rows]
-
-    def sources(self, rows: int) -> Iterator[int]:
-        return itertools.repeat(0)
-
-
-class Blocks:
-    """A schedule of blocks of sources, each of which is drawn alone.
+class EvenMixture:
+    """Rows of all sources, spread evenly.
 
     Args:
-        num_sources: Number of sources.
-        repeat: Rows that have each of the drawn sources.
+        weights: Share of each source. If they are its number of rows, all sources end their epochs at the same place.
+        period: The sum of the numbers of rows, if the weights are these.
     """
 
-    def __init__(self, num_sources: int, repeat: int = 1) -> None:
-        self.num_sources, self.repeat = num_sources, repeat
+    def __init__(self, weights: Sequence[float], period: int | None = None) -> None:
+        self.weights, self.period = weights, period
 
-    def size(self, block: int) -> int:
-        """Return the length of a block."""
-        raise NotImplementedError
+    def before(self, source: int, places: np.ndarray) -> np.ndarray:
+        epochs, left = (0, places) if self.period is None else np.divmod(places, self.period)
+        # Each source takes its share of what those before it leave: so the rows of all sources are the places.
+        for number, weight in enumerate(self.weights):
+            rest = sum(self.weights[number:])
+            taken = left if number == len(self.weights) - 1 else self._share(left, weight, rest)
+            if number == source:
+                return taken + (0 if self.period is None else epochs * np.int64(weight))
+            left = left - taken
+        raise IndexError(source)
 
-    def draw(self, block: int) -> np.ndarray:
-        """Draw a block, (size,)."""
-        raise NotImplementedError
-
-    def counts(self, block: int) -> np.ndarray:
-        """Return how often each source is in a block, (sources,)."""
-        return np.bincount(self.draw(block), minlength=self.num_sources)
-
-    def delivered(self, rows: int) -> list[int]:
-        drawn, total = rows // self.repeat, np.zeros(self.num_sources, dtype=np.int64)
-        for block in itertools.count():
-            if drawn < self.size(block):
-                total += np.bincount(self.draw(block)[:drawn], minlength=self.num_sources)
-                return (total * self.repeat).tolist()
-            total += self.counts(block)
-            drawn -= self.size(block)
-        raise AssertionError
-
-    def sources(self, rows: int) -> Iterator[int]:
-        drawn = rows // self.repeat
-        for block in itertools.count():
-            if drawn < self.size(block):
-                for source in self.draw(block)[drawn:].tolist():
-                    yield from itertools.repeat(source, self.repeat)
-            drawn = max(0, drawn - self.size(block))
+    def _share(self, places: np.ndarray, weight: float, rest: float) -> np.ndarray:
+        if self.period is not None and max(weight, rest) < 2**31:
+            return places * int(weight) // max(1, int(rest))
+        return np.floor(places * (weight / rest)).astype(np.int64)
 
 
-class Proportional(Blocks):
-    """All rows of all sources in an epoch, in random order.
+class StepMixture:
+    """Steps of one source each, spread evenly.
 
     Args:
-        plans: The plans of the sources.
-        num_readers, reader, depth: See [`RowPlan.share_size`].
-        seed: Seed of the order.
+        weights: Share of each source.
+        batch: Rows in a step.
     """
 
-    def __init__(self, plans: Sequence[RowPlan], num_readers: int, reader: int, depth: int, seed: int) -> None:
-        super().__init__(len(plans))
-        self.plans, self.place = plans, (num_readers, reader, depth)
-        self.seed = stable_seed(seed, "proportional", reader, depth)
+    def __init__(self, weights: Sequence[float], batch: int) -> None:
+        self.bounds, self.batch = np.cumsum(weights) / sum(weights), batch
+        # (steps + 1, sources) how many steps of each source come before a step.
+        self._steps = np.zeros((1, len(weights)), dtype=np.int64)
 
-    def counts(self, block: int) -> np.ndarray:
-        return np.array([plan.share_size(plan.first_epoch + block, *self.place) for plan in self.plans])
+    def before(self, source: int, places: np.ndarray) -> np.ndarray:
+        steps, rest = np.divmod(places, self.batch)
+        known = self._known(int(steps.max(initial=0)) + 1)[:, source]
+        return known[steps] * self.batch + (known[steps + 1] - known[steps]) * rest
 
-    def size(self, block: int) -> int:
-        return int(self.counts(block).sum())
+    def _known(self, steps: int) -> np.ndarray:
+        if len(self._steps) <= steps:
+            drawn = (0.5 + np.arange(max(steps, 2 * len(self._steps))) * GOLDEN_RATIO) % 1
+            sources = np.searchsorted(self.bounds[:-1], drawn, side="right")
+            counted = np.cumsum(sources[:, None] == np.arange(len(self.bounds)), axis=0)
+            self._steps = np.concatenate([np.zeros_like(counted[:1]), counted])
+        return self._steps
 
-    def draw(self, block: int) -> np.ndarray:
-        sources = np.repeat(np.arange(self.num_sources, dtype=np.uint16), self.counts(block))
-        return np.random.default_rng(stable_seed(self.seed, block)).permutation(sources)
 
+def checked_weights(names: Sequence[str], mixing: Mixing, weights: Sequence[float | None]) -> list[float] | None:
+    """Return the weights of sources, None if there are none.
 
-class Weighted(Blocks):
-    """Sources drawn with probabilities.
-
-    Args:
-        weights: Weight of each source.
-        seed: Seed of the draws.
-        repeat: Rows of each draw.
+    Raises:
+        ValueError: They do not fit `mixing`, or are not given for every source.
     """
-
-    def __init__(self, weights: Sequence[float], seed: int, repeat: int = 1) -> None:
-        super().__init__(len(weights), repeat)
-        self.shares, self.seed = np.array(weights) / sum(weights), seed
-
-    def size(self, block: int) -> int:
-        return DRAWN
-
-    def draw(self, block: int) -> np.ndarray:
-        generator = np.random.default_rng(stable_seed(self.seed, "weights", block))
-        return generator.choice(self.num_sources, size=DRAWN, p=self.shares)
-
-
-class BatchesInProportion(Blocks):
-    """Batches of one source each, in proportion to the sizes of the sources: exactly so in the long run.
-
-    Args:
-        batches: Batches of each source in an epoch, not necessarily whole ones.
-        seed: Seed of the order.
-        repeat: Rows of a batch.
-    """
-
-    def __init__(self, batches: Sequence[float], seed: int, repeat: int) -> None:
-        super().__init__(len(batches), repeat)
-        self.batches, self.seed = np.array(batches), seed
-
-    def counts(self, block: int) -> np.ndarray:
-        counts: Any = np.floor((block + 1) * self.batches) - np.floor(block * self.batches)
-        return counts.astype(np.int64)
-
-    def size(self, block: int) -> int:
-        return int(self.counts(block).sum())
-
-    def draw(self, block: int) -> np.ndarray:
-        sources = np.repeat(np.arange(self.num_sources), self.counts(block))
-        return np.random.default_rng(stable_seed(self.seed, "batches", block)).permutation(sources)
+    given = [weight for weight in weights if weight is not None]
+    if not given:
+        if mixing == "weights":
+            raise ValueError("mixing: weights needs a weight for every source.")
+        return None
+    if mixing == "proportional":
+        raise ValueError(
+            "mixing: proportional has no weights; remove weight from the sources, or set mixing: weights."
+        )
+    if len(given) < len(names):
+        missing = next(name for name, weight in zip(names, weights, strict=True) if weight is None)
+        raise ValueError(f"the source {missing} has no weight, but others have; set it for every source or for none.")
+    return given

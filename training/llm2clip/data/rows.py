@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from llm2clip.data.image_keys import sampled_keys
 from llm2clip.data.opened_table import OpenedTable, SourceError
-from llm2clip.data.sample_stream import ReaderPlace, SampleStream
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
 from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.shared_files import rows_digest, sampled_files_digest
@@ -23,8 +25,18 @@ from llm2clip.data.sources import (
     top_level,
     used_columns,
 )
-from llm2clip.data.stream_plan import RowPlan
-from llm2clip.data.streams import Attach, StreamReader, StreamRow
+from llm2clip.data.stream_order import BLOCK, Lanes, SourceOrder
+from llm2clip.data.streams import (
+    Attach,
+    CountedReader,
+    ReadChunk,
+    Reader,
+    SampleStream,
+    StreamRow,
+    attached,
+    share_of_files,
+    shuffled,
+)
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.library_errors import reading
 
@@ -86,6 +98,50 @@ class CaptionRows(ConcatenatedTables):
         return self.make_sample(row, self._key(number, offset, row), self.columns[number], salt)
 
 
+class TableSource:
+    """A map-style source as one of the sources of a stream: its rows are permuted in each epoch.
+
+    Args:
+        dataset: A data set of one source.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, dataset: CaptionRows, seed: int) -> None:
+        self.dataset, self.seed, self.name = dataset, seed, dataset.sources[0].path
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.dataset)
+
+    def fingerprint(self) -> str:
+        return digest_json(len(self.dataset))
+
+    def files_digest(self) -> str:
+        return self.dataset.content_digest()
+
+    def join(self, number: int) -> None:
+        self.dataset.is_one_of_several, self.seed = True, stable_seed(self.seed, "source", number)
+
+    def require_readers(self, num_readers: int, world_size: int) -> None:
+        """Any number of readers can share a table."""
+
+    def open(self, reader: Reader) -> ReadChunk:
+        order = SourceOrder(len(self.dataset), reader.lanes, reader.before)
+
+        @functools.lru_cache(maxsize=2)
+        def rows(epoch: int) -> np.ndarray:
+            return np.random.default_rng(stable_seed(self.seed, "table", epoch)).permutation(len(self.dataset))
+
+        def read(chunk: int, first: int, last: int) -> Iterator[Any]:
+            begin = order.count(chunk)
+            for row in range(begin + first, begin + last):
+                passed, place = divmod(row, len(self.dataset))
+                epoch = reader.first_epoch + passed
+                yield self.dataset[SampleIndex(epoch, int(rows(epoch)[place]))]
+
+        return read
+
+
 class StreamedRows(SampleStream):
     """Iterable data set of what `make_sample` makes of the rows of a stream; see [`StreamingCaptionImageDataset`].
 
@@ -95,7 +151,8 @@ class StreamedRows(SampleStream):
         opened: The table of the source, if it is open.
 
     Raises:
-        FileNotFoundError, SourceError: If the source cannot be read, or (when iterating) has fewer files than readers.
+        FileNotFoundError, SourceError: If the source cannot be read, or (when iterating) its rows are not counted and
+            it has fewer files than readers.
         ValueError: If the source is not set to streaming, or `rank` is invalid.
     """
 
@@ -106,7 +163,7 @@ class StreamedRows(SampleStream):
         with_images: bool,
         training: bool = True,
         seed: int = 0,
-        shuffle_buffer: int = 1000,
+        shuffle_block: int = BLOCK,
         rank: int = 0,
         world_size: int = 1,
         repeat: bool = False,
@@ -115,55 +172,54 @@ class StreamedRows(SampleStream):
     ) -> None:
         if not source.streaming:
             raise ValueError(f"{source.path} is not set to streaming; use CaptionImageDataset or streaming: true.")
-        self.shuffle_buffer = shuffle_buffer if training else 0
-        super().__init__([self], [self.shuffle_buffer], seed, rank, world_size, repeat)
         self.source, self.name = source, source.path
+        super().__init__([self], seed, rank, world_size, repeat)
+        self.shuffle_block = shuffle_block if training else 0
         self.make_sample = make_sample
         opened = opened or open_source(source)
         self.table = select_source(source, opened, with_images)
         self.columns = source_columns(source, self.table, with_images)
         columns = used_columns(self.columns, opened.table)
-        shards = ShardRows(self.table, columns, opened.files, source.caption_columns)
-        self.reader = StreamReader(shards, source.max_samples is not None, row_counts)
+        self.shards = ShardRows(self.table, columns, opened.files, source.caption_columns)
+        # The files before a row decide whether it is one of the first rows: all readers read them, and keep a share.
+        self.is_cut = source.max_samples is not None
+        self.row_counts = None if row_counts is None or self.is_cut else list(row_counts)
+        if self.row_counts is not None and len(self.row_counts) != self.shards.num_files:
+            raise ValueError(f"row_counts has {len(self.row_counts)} entries for {self.shards.num_files} files.")
         self.training = training
         # Whether row numbers name the rows of several sources.
         self.is_one_of_several = False
 
-    def set_buffer(self, rows: int) -> None:
-        """Set the number of rows in the shuffle buffer of a reader; 0 keeps rows and files in order."""
-        self.shuffle_buffer, self.buffers = rows, [rows]
-
     @property
     def num_rows(self) -> int | None:
-        return None if self.reader.row_counts is None else sum(self.reader.row_counts)
+        return None if self.row_counts is None else sum(self.row_counts)
 
-    def plan(self, first_epoch: int) -> RowPlan | None:
-        if self.reader.row_counts is None:
-            return None
-        return RowPlan(self.reader.row_counts, self.seed, self.shuffle_buffer > 0, first_epoch)
+    def choose_lanes(self, num_workers: int) -> Lanes:
+        # In order, all rows are of one lane.
+        found = super().choose_lanes(num_workers)
+        return found if self.shuffle_block or self.lanes else Lanes(found.batch, 1, found.batch)
 
     def fingerprint(self) -> str | None:
-        if self.reader.row_counts is None:
+        if self.row_counts is None:
             return None
-        return digest_json([[*map(os.path.basename, self.reader.shards.files)], self.reader.row_counts])
+        return digest_json([[*map(os.path.basename, self.shards.files)], self.row_counts])
 
     def files_digest(self) -> str:
-        return sampled_files_digest(self.reader.shards.files)
+        return sampled_files_digest(self.shards.files)
 
     def join(self, number: int) -> None:
         self.is_one_of_several, self.seed = True, stable_seed(self.seed, "source", number)
 
     def require_readers(self, num_readers: int, world_size: int) -> None:
-        # Of a stream with max_samples all readers read the same files.
-        rows = self.source.max_samples if self.num_rows is None else self.num_rows
-        if rows is not None:
-            if rows < num_readers:
-                raise SourceError(f"the stream {self.name} has {rows} rows, fewer than {num_readers} readers.")
-        elif not self.reader.whole and self.reader.num_files < num_readers:
+        if self.num_rows == 0:
+            raise SourceError(f"the stream {self.name} has no rows.")
+        if self.is_cut and (rows := self.source.max_samples or 0) < num_readers:
+            raise SourceError(f"the stream {self.name} has {rows} rows, fewer than {num_readers} readers.")
+        if self.num_rows is None and not self.is_cut and self.shards.num_files < num_readers:
             workers = num_readers // world_size
             each = f" with {workers} DataLoader workers each" if workers > 1 else ""
             raise SourceError(
-                f"the stream {self.name} has {self.reader.num_files} files, which is fewer than {num_readers} readers "
+                f"the stream {self.name} has {self.shards.num_files} files, which is fewer than {num_readers} readers "
                 f"({world_size} processes{each}). Split the data into more files, lower dataloader_num_workers, or "
                 "set streaming: false."
             )
@@ -184,39 +240,49 @@ class StreamedRows(SampleStream):
         key = None if self.columns.key is None else row.values[self.columns.key]
         if key is not None:
             return str(key)
-        number = str(row.number) if self.reader.num_files == 1 else f"{row.file}-{row.number}"
+        several = self.shards.num_files > 1 and not self.is_cut
+        number = f"{row.file}-{row.number}" if several else str(row.number)
         return f"{self.name}:{number}" if self.is_one_of_several else number
 
-    def samples(self, place: ReaderPlace, first_epoch: int, repeat: bool) -> Iterator[Any]:
-        read = self._unplanned if place.plan is None else self._planned
-        return (self._make(row, epoch) for epoch, row in read(place, first_epoch, repeat))
+    def open(self, reader: Reader) -> ReadChunk:
+        if self.row_counts is None:
+            uncounted = self._uncounted(reader)
+            return lambda chunk, first, last: itertools.islice(uncounted, last - first)
+        order = SourceOrder(sum(self.row_counts), reader.lanes, reader.before)
+        counted = CountedReader(
+            self.shards, self.row_counts, order, self.shuffle_block, self.seed, reader.first_epoch, self._attach
+        )
 
-    def _planned(self, place: ReaderPlace, first_epoch: int, repeat: bool) -> Iterator[tuple[int, StreamRow]]:
-        plan, readers = cast(RowPlan, place.plan), (place.num_readers, place.reader)
-        start, done = plan.locate(place.delivered, *readers)
-        for epoch in itertools.count(start):
-            if epoch > first_epoch and not repeat:
-                return
-            order = plan.order(epoch, *readers, place.buffer)
-            for row in self.reader.planned(order, done, self._attach(epoch)):
-                yield epoch, row
-            done = 0
+        def read(chunk: int, first: int, last: int) -> Iterator[Any]:
+            return (self._make(row, epoch) for epoch, row in counted.read(chunk, first, last))
 
-    def _unplanned(self, place: ReaderPlace, first_epoch: int, repeat: bool) -> Iterator[tuple[int, StreamRow]]:
-        passed = 0
-        for epoch in itertools.count(first_epoch):
+        return read
+
+    def _uncounted(self, reader: Reader) -> Iterator[Any]:
+        """Yield the samples of a reader's share of the files; one that goes on begins a new epoch of them."""
+        for epoch in itertools.count(reader.first_epoch + reader.start):
             empty = True
-            attach = self._attach(epoch)
-            for row in self.reader.unplanned(*place[:2], epoch, self.seed, place.buffer, attach):
+            for row in self._uncounted_rows(reader, epoch):
                 empty = False
-                passed += 1
-                if passed > place.delivered:
-                    yield epoch, row
-            if not repeat:
+                yield self._make(row, epoch)
+            if not reader.repeat:
                 return
             if empty:
                 # Without an error this rank would end its training, and the others would wait for it.
                 raise SourceError(
-                    f"reader {place.reader + 1} of {place.num_readers} finds no row in the stream {self.name}; use "
+                    f"reader {reader.number + 1} of {reader.total} finds no row in the stream {self.name}; use "
                     "fewer processes or DataLoader workers, or more data."
                 )
+
+    def _uncounted_rows(self, reader: Reader, epoch: int) -> Iterator[StreamRow]:
+        attach = self._attach(epoch)
+        if self.is_cut:
+            every = attached(0, self.shards.read_all(None), attach)
+            rows: Iterator[StreamRow] = itertools.islice(every, reader.number, None, reader.total)
+        else:
+            order = np.arange(self.shards.num_files)
+            if self.shuffle_block:
+                order = np.random.default_rng(stable_seed(self.seed, "files", epoch)).permutation(order)
+            files = order[share_of_files(len(order), reader.total, reader.number, epoch)].tolist()
+            rows = itertools.chain.from_iterable(attached(file, self.shards.read_all(file), attach) for file in files)
+        return shuffled(rows, self.shuffle_block, stable_seed(self.seed, "rows", epoch, reader.number))

@@ -1,18 +1,23 @@
-"""How the readers of a stream read their shares, and go on in them: no row is yielded twice in an epoch."""
+"""Streams of samples for training: the rows of sharded sources in an order that no number of readers changes."""
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import fsspec.asyn
 import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
 
+from llm2clip.data.embedding_lookup import EmbeddingLookup
+from llm2clip.data.mixing import EvenMixture, Mixing, Mixture, StepMixture, checked_weights
+from llm2clip.data.opened_table import SourceError
 from llm2clip.data.sampling import stable_seed
 from llm2clip.data.shard_rows import ShardRows
-from llm2clip.data.stream_plan import OPEN_FILES, ReaderOrder
+from llm2clip.data.stream_order import FileOrder, Lanes, Piece, RowsBefore, SourceOrder, shuffled_block
+from llm2clip.utils.files import digest_json
 
 T = TypeVar("T")
 
@@ -21,7 +26,7 @@ class StreamRow(NamedTuple):
     """A row of a stream, with the number of its file and its number there: the same in every order and split.
 
     Attributes:
-        attached: What [`StreamReader.planned`] was given to attach to it.
+        attached: What an [`Attach`] computes of it.
     """
 
     file: int
@@ -34,144 +39,337 @@ class StreamRow(NamedTuple):
 Attach = Callable[[int], Callable[[StreamRow], Any]]
 
 
+class Reader(NamedTuple):
+    """A DataLoader worker of a process, and what it reads of a source.
+
+    Attributes:
+        number, total: Which reader it is, of how many.
+        lanes: How the stream is cut.
+        before: How many rows of the source come before a place of the stream.
+        first_epoch: The epoch at the first place of the stream.
+        start: The place from which all readers go on.
+        repeat: Begin the next epoch at the end of the data.
+    """
+
+    number: int
+    total: int
+    lanes: Lanes
+    before: RowsBefore
+    first_epoch: int
+    start: int
+    repeat: bool
+
+
+# Yields the samples of a source in a chunk of the stream, from its `first` to its `last` one, excluded.
+ReadChunk = Callable[[int, int, int], Iterator[Any]]
+
+
+class StreamSource(Protocol):
+    """A source of a stream.
+
+    Attributes:
+        name: Its path, for messages.
+    """
+
+    name: str
+
+    @property
+    def num_rows(self) -> int | None:
+        """Number of rows, or None if unknown."""
+
+    def fingerprint(self) -> str | None:
+        """Return a hash of its files and their numbers of rows, if these are known."""
+
+    def join(self, number: int) -> None:
+        """Make it one of several sources of a stream, with its number among them."""
+
+    def require_readers(self, num_readers: int, world_size: int) -> None:
+        """Raise a [`SourceError`] if there is nothing to read for some of the readers."""
+
+    def files_digest(self) -> str:
+        """Hash the content of the source, of large files a sample."""
+
+    def open(self, reader: Reader) -> ReadChunk:
+        """Open the source for a reader."""
+
+
+class SampleStream(IterableDataset):
+    """Iterable data set that shares its rows among processes and DataLoader workers itself.
+
+    The order of the rows follows from seed, numbers of rows and [`Lanes`]; process and worker decide only who yields
+    which batch. The state of a run is the number of rows that it has consumed.
+
+    With several sources and `proportional`, an epoch has every row of every source once, all of them spread evenly.
+    With `weights`, the sources are spread by weight, and one that ends starts its own next epoch. With
+    `one_source_per_step`, the batches of all processes in a step come from one source, by weight, or by default in
+    proportion to the sizes.
+
+    Args:
+        sources: The sources.
+        seed: Seed of the order.
+        rank, world_size: The process, and the number of processes.
+        repeat: Start the next epoch at the end of the data, so that no rank runs out before another.
+        mixing: How several sources are mixed.
+        weights: Weight of each source, relative to the others; None if there are none.
+        lookups: Where the captions of a source are looked up; None if its samples have embeddings, or need none.
+
+    Attributes:
+        batch_size: Rows in a batch of a process, which a DataLoader makes of what the stream yields.
+        lanes: How the stream is cut; by default as [`Lanes.choose`] does.
+        start: The rows that all processes together have consumed before. Without it, iteration starts at the first
+            row of `epoch`.
+
+    Raises:
+        ValueError: `rank` is invalid, or weights do not fit `mixing`, or are not given for every source.
+        SourceError: A number of rows is unknown that `mixing` needs.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[StreamSource],
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        repeat: bool = True,
+        mixing: Mixing = "proportional",
+        weights: Sequence[float | None] = (),
+        lookups: Sequence[EmbeddingLookup | None] = (),
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be between 0 and world_size - 1, but is {rank} of {world_size}.")
+        self.sources, self.seed = sources, seed
+        self.rank, self.world_size, self.repeat = rank, world_size, repeat
+        self.batch_size = 1
+        self.lanes: Lanes | None = None
+        self.start: int | None = None
+        self.mixing, self.lookups = mixing, lookups or [None] * len(sources)
+        # In shared memory, so that persistent workers see a new epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.weights: list[float] | None = None
+        if len(sources) > 1:
+            self._join(weights)
+
+    def _join(self, weights: Sequence[float | None]) -> None:
+        self.weights = checked_weights([source.name for source in self.sources], self.mixing, weights)
+        unknown = [source.name for source in self.sources if source.num_rows is None]
+        if unknown and (self.mixing == "proportional" or self.weights is None):
+            raise SourceError(
+                f"mixing: {self.mixing} needs the number of rows of every source, but that of {unknown[0]} is "
+                "unknown. Embed it, which counts its rows, or give every source a weight and set mixing: weights."
+            )
+        for number, source in enumerate(self.sources):
+            source.join(number)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next pass."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next pass."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows of all sources, or None if unknown."""
+        counts = [source.num_rows for source in self.sources]
+        return None if None in counts else sum(filter(None, counts))
+
+    def require_files(self, num_workers: int) -> None:
+        """Check before training that every DataLoader worker of every process has something to read.
+
+        Raises:
+            SourceError: The rows are not counted, and there are fewer files than workers.
+        """
+        for source in self.sources:
+            source.require_readers(self.world_size * max(1, num_workers), self.world_size)
+
+    def fingerprints(self) -> list[tuple[str, str | None]]:
+        """Return the name of each source, and a hash of its files and numbers of rows if these are known."""
+        return [(source.name, source.fingerprint()) for source in self.sources]
+
+    def content_digest(self) -> str:
+        """Hash the content of the sources, of large files a sample."""
+        return digest_json([source.files_digest() for source in self.sources])
+
+    def choose_lanes(self, num_workers: int) -> Lanes:
+        """Return how the stream is cut for DataLoaders of so many workers."""
+        return self.lanes or Lanes.choose(self.batch_size, self.world_size, max(1, num_workers))
+
+    def _mixture(self, lanes: Lanes) -> Mixture | None:
+        if len(self.sources) == 1:
+            return None
+        weights = self.weights or [float(source.num_rows or 0) for source in self.sources]
+        if self.mixing == "one_source_per_step":
+            return StepMixture(weights, lanes.batch)
+        return EvenMixture(weights, self.num_rows if self.mixing == "proportional" else None)
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        self.require_files(workers)
+        if worker is not None:
+            fsspec.asyn.reset_lock()  # a forked process inherits a lock that nobody releases
+        lanes, start = self.choose_lanes(workers), self.start or 0
+        mixture = self._mixture(lanes)
+        # Ranks first, so that the readers with a file more are on different ranks.
+        place = number * self.world_size + self.rank, workers * self.world_size
+        opened = []
+        for index, source in enumerate(self.sources):
+            before: RowsBefore = _all if mixture is None else lambda places, index=index: mixture.before(index, places)  # type: ignore[misc]
+            epoch = self.epoch if self.start is None else 0
+            opened.append((before, source.open(Reader(*place, lanes, before, epoch, start, self.repeat))))
+        end = None if self.repeat else self.num_rows
+        for batch in itertools.count(number, workers):
+            first = start + (batch * self.world_size + self.rank) * self.batch_size
+            last = first + self.batch_size if end is None else min(first + self.batch_size, end)
+            if first >= last:
+                return
+            yielded = 0
+            for sample in self._samples(first, last, lanes.chunk, opened):
+                yield sample
+                yielded += 1
+            if yielded < last - first:
+                return
+
+    def _samples(
+        self, first: int, last: int, size: int, opened: Sequence[tuple[RowsBefore, ReadChunk]]
+    ) -> Iterator[Any]:
+        """Yield the samples from the `first` to the `last` place of the stream, excluded."""
+        for chunk in range(first // size, -(-last // size)):
+            begin, end = max(0, first - chunk * size), min(size, last - chunk * size)
+            for source, (before, read) in enumerate(opened):
+                start, stop = before(np.array([chunk * size, (chunk + 1) * size])).tolist()
+                count = stop - start
+                for sample in read(chunk, min(begin, count), min(end, count)):
+                    yield self.finished(source, sample)
+                begin, end = max(0, begin - count), max(0, end - count)
+
+    def finished(self, source: int, sample: Any) -> Any:
+        """Return the sample of a source as it is yielded."""
+        lookup = self.lookups[source]
+        if lookup is None or not isinstance(sample, dict):
+            return sample
+        return {**sample, "llm_embeds": lookup.lookup([sample["caption"]], dtype=None)[0]}
+
+
+def _all(places: np.ndarray) -> np.ndarray:
+    return places
+
+
+class CountedReader:
+    """Reads the rows of a source whose files have known numbers of rows.
+
+    Args:
+        shards: The files.
+        row_counts: Rows of each.
+        order: Order of the rows.
+        block: Rows of a lane that are shuffled together; 0 keeps rows and files in order.
+        seed: Seed of the order.
+        first_epoch: Number of the first epoch.
+        attach: Makes, of the number of an epoch, what is attached to the rows of a file.
+    """
+
+    def __init__(
+        self,
+        shards: ShardRows,
+        row_counts: Sequence[int],
+        order: SourceOrder,
+        block: int,
+        seed: int,
+        first_epoch: int,
+        attach: Callable[[int], Attach | None],
+    ) -> None:
+        self.shards, self.row_counts, self.order = shards, row_counts, order
+        self.block, self.seed, self.first_epoch, self.attach = block, seed, first_epoch, attach
+        self._lanes: dict[int, _LaneReader] = {}
+
+    def read(self, chunk: int, first: int, last: int) -> Iterator[tuple[int, StreamRow]]:
+        """Yield rows of a chunk, and their epoch; see [`ReadChunk`]."""
+        for piece in self.order.pieces(chunk, first, last):
+            epoch = self.first_epoch + piece.epoch
+            for row in self._rows(piece, epoch):
+                yield epoch, row
+
+    def _rows(self, piece: Piece, epoch: int) -> list[StreamRow]:
+        if piece.lane is None:
+            return _RowRange(self, epoch).read(piece.first, piece.last)
+        lane = self._lanes.get(piece.lane)
+        if lane is None or lane.epoch != epoch:
+            cut = self.order.cut(piece.epoch)
+            lane = _LaneReader(self, epoch, piece.lane, int(cut.starts[piece.lane]), int(cut.stops[piece.lane]))
+            self._lanes[piece.lane] = lane
+        return lane.read(piece.first, piece.last)
+
+
+class _LaneReader:
+    """Reads a lane block by block."""
+
+    def __init__(self, source: CountedReader, epoch: int, lane: int, start: int, stop: int) -> None:
+        self.source, self.epoch, self.lane, self.start, self.stop = source, epoch, lane, start, stop
+        self._range, self._block, self._rows = _RowRange(source, epoch), -1, list[StreamRow]()
+
+    def read(self, first: int, last: int) -> list[StreamRow]:
+        """Return the rows from the `first` to the `last` one of the lane, excluded."""
+        size, found = self.source.block, list[StreamRow]()
+        if not size:
+            return self._range.read(self.start + first, self.start + last)
+        while first < last:
+            block, at = divmod(first, size)
+            if block != self._block:
+                self._load(block)
+            found += self._rows[at : at + last - first]
+            first = min(last, (block + 1) * size)
+        return found
+
+    def _load(self, block: int) -> None:
+        begin = self.start + block * self.source.block
+        self._rows = []  # before the next ones are read
+        rows = self._range.read(begin, min(self.stop, begin + self.source.block))
+        order = shuffled_block(len(rows), self.source.seed, "block", self.epoch, self.lane, block)
+        self._block, self._rows = block, [rows[at] for at in order]
+
+
+class _RowRange:
+    """Reads ranges of the rows of an epoch; a file stays open, since the next range mostly begins where one ends."""
+
+    def __init__(self, source: CountedReader, epoch: int) -> None:
+        self.source = source
+        seed = stable_seed(source.seed, "files", epoch) if source.block else None
+        self.order, self.attach = FileOrder(source.row_counts, seed), source.attach(epoch)
+        self._next, self._rows = (-1, 0), iter(list[StreamRow]())
+
+    def read(self, first: int, last: int) -> list[StreamRow]:
+        """Return the rows from the `first` to the `last` one of the epoch, excluded."""
+        found: list[StreamRow] = []
+        for file, start, stop in self.order.files_of(first, last):
+            if self._next != (file, start):
+                numbers = range(start, self.source.row_counts[file])
+                self._rows = attached(file, self.source.shards.read(file, numbers), self.attach)
+            found += itertools.islice(self._rows, stop - start)
+            self._next = file, stop
+        return found
+
+
+def attached(file: int, rows: Iterator[tuple[int, dict[str, Any]]], attach: Attach | None) -> Iterator[StreamRow]:
+    """Yield the numbered rows of a file as those of a stream."""
+    compute = None if attach is None else attach(file)
+    for number, values in rows:
+        row = StreamRow(file, number, values)
+        yield row if compute is None else row._replace(attached=compute(row))
+
+
 def share_of_files(num_files: int, num_readers: int, reader: int, epoch: int = 0) -> range:
-    """Return the positions of the files that a reader reads in an epoch.
+    """Return the positions of the files that a reader reads in an epoch, where their rows are not counted.
 
     The readers' shares are disjoint and complete. If the numbers do not divide, some readers have one file more than
     the others, in each epoch other ones, so that no file is read more often than another in the long run.
-
-    Raises:
-        ValueError: If there are fewer files than readers.
     """
-    if num_files < num_readers:
-        raise ValueError(f"{num_files} files cannot be shared by {num_readers} readers.")
     first = (reader + epoch * (num_files % num_readers)) % num_readers
     return range(first, num_files, num_readers)
 
 
-class StreamReader:
-    """Reads one reader's share of a stream, file by file.
-
-    If the numbers of rows are known, readers have equal shares of the rows, and a place in the stream is found without
-    reading what comes before it. Otherwise they have equal shares of the files, and rows are passed over.
-
-    Args:
-        shards: The files of the stream.
-        whole: Read the whole stream and keep every n-th row of it: for the first rows of a source (`max_samples`),
-            since the files before a row decide whether it is one of them.
-        row_counts: Rows of each file, if they are known.
-    """
-
-    def __init__(self, shards: ShardRows, whole: bool = False, row_counts: Sequence[int] | None = None) -> None:
-        self.shards, self.whole = shards, whole
-        self.row_counts = None if row_counts is None else list(row_counts)
-        self.num_files: int = 1 if whole else shards.num_files
-        if self.row_counts is not None and len(self.row_counts) != self.num_files:
-            raise ValueError(f"row_counts has {len(self.row_counts)} entries for {self.num_files} files.")
-
-    def planned(self, order: ReaderOrder, done: int = 0, attach: Attach | None = None) -> Iterator[StreamRow]:
-        """Yield the rows of an order that is known, after the first `done` ones.
-
-        Args:
-            attach: Called with the rows of each file in ascending order, before the shuffle.
-
-        Raises:
-            SourceError: A file has fewer rows than the order expects.
-        """
-        if done >= order.num_rows:
-            return
-        turns, held, step = order.start(done)
-        first, opened = dict(turns.rest()), dict[int, Iterator[StreamRow]]()
-        buffer: list[StreamRow | None] = [None] * order.size
-        places: dict[int, list[tuple[int, int]]] = {}
-        for place, found in enumerate(held):
-            if found is not None:
-                places.setdefault(found[0], []).append((found[1], place))
-        for number, wanted in places.items():
-            part, wanted = order.parts[number], sorted(wanted)
-            rows: Any = part.rows[first.get(number, len(part.rows)) :]
-            before = [part.rows[at] for at, _ in wanted]
-            opened[number] = self._read(part.file, itertools.chain(before, rows), attach)
-            for _, place in wanted:
-                buffer[place] = next(opened[number])
-            if number not in first:
-                opened.pop(number)
-        places_drawn = order.places(step)
-        while (turn := turns.next()) is not None:
-            number, at = turn
-            place = next(places_drawn)
-            row = buffer[place]
-            assert row is not None
-            yield row
-            part = order.parts[number]
-            if number not in opened:
-                opened[number] = self._read(part.file, part.rows[at:], attach)
-            buffer[place] = next(opened[number])
-            if at + 1 == len(part.rows):
-                opened.pop(number)
-        for place in order.last_places():
-            if (row := buffer[place]) is not None:
-                yield row
-
-    def unplanned(
-        self,
-        num_readers: int,
-        reader: int,
-        epoch: int,
-        seed: int,
-        shuffle_buffer: int,
-        attach: Attach | None = None,
-    ) -> Iterator[StreamRow]:
-        """Yield the rows of a reader's share of an epoch, if the numbers of rows are unknown.
-
-        Args:
-            attach: See [`StreamReader.planned`]; not with `whole`.
-
-        Raises:
-            ValueError: If there are fewer files than readers.
-        """
-        if self.whole:
-            kept = itertools.islice(self._all(None), reader, None, num_readers)
-            return shuffled(kept, shuffle_buffer, stable_seed(seed, "rows", epoch, reader))
-        order = np.arange(self.num_files)
-        if shuffle_buffer:
-            order = np.random.default_rng(stable_seed(seed, "files", epoch)).permutation(order)
-        positions = share_of_files(self.num_files, num_readers, reader, epoch)
-        files = (functools.partial(self._all, int(order[position]), attach) for position in positions)
-        found = interleaved(files, OPEN_FILES if shuffle_buffer else 1)
-        return shuffled(found, shuffle_buffer, stable_seed(seed, "rows", epoch, reader))
-
-    def _all(self, file: int | None, attach: Attach | None = None) -> Iterator[StreamRow]:
-        return self._rows(file or 0, self.shards.read_all(file), attach)
-
-    def _read(self, file: int, wanted: Iterable[int], attach: Attach | None) -> Iterator[StreamRow]:
-        return self._rows(file, self.shards.read(file, wanted), attach)
-
-    def _rows(
-        self, file: int, found: Iterable[tuple[int, dict[str, Any]]], attach: Attach | None
-    ) -> Iterator[StreamRow]:
-        compute = None if attach is None else attach(file)
-        for number, values in found:
-            row = StreamRow(file, number, values)
-            yield row if compute is None else row._replace(attached=compute(row))
-
-
-def interleaved(streams: Iterable[Callable[[], Iterator[T]]], width: int) -> Iterator[T]:
-    """Yield from `width` iterators in turn; each that ends makes room for the next one, which is only then made."""
-    waiting = iter(streams)
-    turns = deque(make() for make in itertools.islice(waiting, width))
-    end = object()
-    while turns:
-        current = turns.popleft()
-        item: Any = next(current, end)
-        if item is end:
-            turns.extend(make() for make in itertools.islice(waiting, 1))
-        else:
-            yield item
-            turns.append(current)
-
-
-def shuffled(items: Iterable[T], size: int, seed: int) -> Iterator[T]:
+def shuffled(items: Iterator[T], size: int, seed: int) -> Iterator[T]:
     """Yield each item once, in an order drawn from a buffer of `size` items; 0 keeps the order."""
     generator = np.random.default_rng(seed)
     buffer: list[T] = []

@@ -143,11 +143,6 @@ class StageConfig(TrainingArguments):
             check_warmup(self.get_warmup_steps(steps), steps)
 
     @property
-    def streams(self) -> bool:
-        """Whether the training data that the settings name is read as a stream."""
-        return False
-
-    @property
     def sampling_seed(self) -> int:
         """Seed of every random choice about the data: order, captions, crops."""
         return self.seed if self.data_seed is None else self.data_seed

@@ -17,8 +17,8 @@ from transformers import EvalPrediction, PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llm2clip.data import SampleIndexBatchSampler
-from llm2clip.data.sample_stream import SampleStream
 from llm2clip.data.sampling import EpochBatchSampler, EpochDataset
+from llm2clip.data.streams import SampleStream
 from llm2clip.trainers.base_config import StageConfig, require_batch
 from llm2clip.trainers.checkpoints import begin_checkpoint, finish_checkpoint, named_checkpoint
 from llm2clip.trainers.finite_steps import FiniteSteps, Observed, describe, require_finite_weights

@@ -11,9 +11,9 @@ from llm2clip.trainers.base_config import StageConfig
 logger = logging.getLogger(__name__)
 
 PROCESSES, BATCH_SIZE = "number of processes", "per_device_train_batch_size"
-# Settings that may differ where other processes go on: those that follow from their number, the memory that a larger
-# batch on each needs, and the order of a stream, which is another one anyway.
-FOLLOWING = {PROCESSES, BATCH_SIZE, "tower_chunk_size", "dataloader_num_workers"}
+# Settings that may differ where other processes go on: those that follow from their number, and from the memory that a
+# larger batch on each needs.
+FOLLOWING = {PROCESSES, BATCH_SIZE, "tower_chunk_size"}
 
 
 def keep_global_batch(args: StageConfig, old: Mapping[str, Any]) -> bool:

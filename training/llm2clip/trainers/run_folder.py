@@ -22,9 +22,7 @@ from llm2clip.utils.settings import require
 
 
 @contextmanager
-def run_folder(
-    args: StageConfig, choose: Callable[[], str | None], streams: bool, elastic: bool = True
-) -> Iterator[str | None]:
+def run_folder(args: StageConfig, choose: Callable[[], str | None], elastic: bool = True) -> Iterator[str | None]:
     """Lock `output_dir`, choose the checkpoint to start from, compare the settings with its run's, and store them.
 
     A command enters it before it loads its models, and its trainer again: that finds the lock held and the settings
@@ -33,7 +31,6 @@ def run_folder(
     Args:
         args: The settings of the run.
         choose: Returns the checkpoint; called with the folder locked.
-        streams: Whether the training data is a stream.
         elastic: Whether the data can be read by another number of processes.
 
     Raises:
@@ -49,7 +46,7 @@ def run_folder(
         checkpoint, kept = choose(), {}
         if checkpoint is not None:
             refuse_damaged(checkpoint)
-            kept = check_settings(args, Path(checkpoint), streams, elastic)
+            kept = check_settings(args, Path(checkpoint), elastic)
         write_settings(args, kept)
         yield checkpoint
 
@@ -65,7 +62,7 @@ def stage_command(*required: str) -> Callable[[Callable[[Any, str | None], Any]]
         @functools.wraps(work)
         def run(config: StageConfig, resume: bool = False) -> Any:
             require(config, required)
-            with run_folder(config, partial(resume_point, config, resume), config.streams) as checkpoint:
+            with run_folder(config, partial(resume_point, config, resume)) as checkpoint:
                 result = work(config, checkpoint)
                 list_result(config)
                 return result

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from llm2clip.data.sample_stream import SampleStream
 from llm2clip.data.sampling import EpochDataset
+from llm2clip.data.streams import SampleStream
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.processes import on_main_process
 

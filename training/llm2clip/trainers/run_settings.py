@@ -28,13 +28,11 @@ FREE = {
     *("frozen_states_dir", "bundle_text_model", "ddp_timeout", "skip_memory_metrics", "local_rank", "debug"),
     *("bf16_full_eval", "fp16_full_eval", "torch_empty_cache_steps", "jit_mode_eval", "skip_bad_steps"),
 }
-# In a stream, the number of workers decides which of them reads which file, and so the order of the rows.
-STREAMED = {"dataloader_num_workers"}
 FREE_PREFIXES = ("log_", "logging_", "hub_", "save_", "eval_", "do_", "include_", "trackio_")
 MAX_LENGTH = 200
 
 
-def check_settings(args: StageConfig, checkpoint: Path, streams: bool, elastic: bool = True) -> dict[str, Any]:
+def check_settings(args: StageConfig, checkpoint: Path, elastic: bool = True) -> dict[str, Any]:
     """Compare the settings of a resumed run with those of its checkpoint, and print what differs.
 
     On another number of processes, the batch of each is set so that all together have the batch of the run.
@@ -42,7 +40,6 @@ def check_settings(args: StageConfig, checkpoint: Path, streams: bool, elastic: 
     Args:
         args: The present settings.
         checkpoint: A folder with settings.
-        streams: Whether the training data is a stream.
         elastic: Whether the data can be read by another number of processes.
 
     Returns:
@@ -64,9 +61,7 @@ def check_settings(args: StageConfig, checkpoint: Path, streams: bool, elastic: 
         for name in new
         if name in old and old[name] != new[name]
     }
-    free = FREE - STREAMED if streams else FREE
-    if continued:
-        free = free | FOLLOWING
+    free = FREE | FOLLOWING if continued else FREE
     breaking = [line for name, line in changed.items() if name not in free and not name.startswith(FREE_PREFIXES)]
     for line in changed.values():
         logger.info("changed since the run was started: %s", line)

@@ -10,6 +10,7 @@ from transformers import SchedulerType
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, ImageBackend, OnError
 from llm2clip.data.mixing import Mixing
+from llm2clip.data.stream_order import BLOCK
 from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig
 from llm2clip.utils.settings import setting
 
@@ -174,11 +175,10 @@ class Stage2Config(ContrastiveConfig, StageConfig):
     max_pixels: int = setting(
         DEFAULT_MAX_PIXELS, "Largest image to decode, in pixels; a larger one counts as damaged."
     )
-    shuffle_buffer_mb: float = setting(
-        2048,
-        "Memory for the shuffle buffers of all processes and DataLoader workers of a machine, in MB of encoded images "
-        "and embeddings; at most 20,000 rows in each. Larger: streamed sources are better mixed. 0: files and rows in "
-        "order.",
+    shuffle_block: int = setting(
+        BLOCK,
+        "Rows of a stream that are read in sequence and shuffled together. A batch has rows of several such blocks, "
+        "from different parts of the data; a run holds about 64 of them in memory. 0: files and rows in order.",
     )
     bundle_text_model: bool = setting(
         False, "Save the LLM's weights with the model; otherwise its config refers to the LLM's repo."
@@ -197,6 +197,7 @@ class Stage2Config(ContrastiveConfig, StageConfig):
 
     @property
     def streams(self) -> bool:
+        """Whether the training data is read as a stream."""
         several = len(self.sources) > 1
         drawn = self.mixing == "weights" or any(source.get("weight") is not None for source in self.sources)
         return any(source.get("streaming") for source in self.sources) or (several and drawn)
@@ -218,8 +219,8 @@ class Stage2Config(ContrastiveConfig, StageConfig):
         for name in ("projection_dim", "adapter_expansion"):
             if (width := getattr(self, name)) is not None and width < 1:
                 raise ValueError(f"{name} must be at least 1, but is {width}.")
-        if self.shuffle_buffer_mb < 0:
-            raise ValueError(f"shuffle_buffer_mb must be at least 0, but is {self.shuffle_buffer_mb}.")
+        if self.shuffle_block < 0:
+            raise ValueError(f"shuffle_block must be at least 0, but is {self.shuffle_block}.")
         if self.feature_views < 1:
             raise ValueError(f"feature_views must be at least 1, but is {self.feature_views}.")
         if self.warm_start and (self.freeze_vision == "all" or self.online_text_model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,23 +13,16 @@ from llm2clip.data import (
     StreamingCaptionImageDataset,
     TrainTransform,
 )
-from llm2clip.data.buffer_size import buffer_rows, row_bytes
-from llm2clip.data.mixed_stream import MixedStream, TableLane
-from llm2clip.data.sample_stream import SampleStream
+from llm2clip.data.rows import TableSource
 from llm2clip.data.sources import open_source
+from llm2clip.data.streams import SampleStream
 from llm2clip.data.transforms import output_size
 from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.trainers.frozen_states import FrozenStatesDataset
 from llm2clip.trainers.row_counts import count_stream
 from llm2clip.trainers.stage2_captions import SourceCaptions, Stage2Captions
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.utils.processes import on_main_process, processes_per_machine
 from modeling_llm2clip import LLM2CLIPModel
-
-logger = logging.getLogger(__name__)
-
-# Bytes of a number of an embedding.
-EMBEDDED_BYTES = 2
 
 
 def build_dataset(
@@ -59,7 +51,6 @@ def build_dataset(
         embeddings = [SourceCaptions()] * len(sources) if captions is None else captions.sources
         stream = _stream(config, sources, embeddings, (evaluation, training), options)
         _require_steps(config, stream.num_rows)
-        _set_buffers(config, stream, model.config.text_config.hidden_size)
         return stream, frozen
     if not config.frozen_states_dir:
         return CaptionImageDataset(sources, evaluation, training, **options), frozen
@@ -85,30 +76,26 @@ def _stream(
     embeddings: Sequence[SourceCaptions],
     transforms: tuple[EvalTransform, TrainTransform],
     options: dict[str, Any],
-) -> StreamingCaptionImageDataset | MixedStream:
+) -> SampleStream:
     """Build one stream of all sources."""
     place = {"rank": config.process_index, "world_size": config.world_size}
-    lanes: list[Any] = []
+    streamed: list[Any] = []
     for source, found in zip(sources, embeddings, strict=True):
         if not source.streaming:
-            lanes.append(TableLane(CaptionImageDataset(source, *transforms, **options), config.sampling_seed))
+            streamed.append(TableSource(CaptionImageDataset(source, *transforms, **options), config.sampling_seed))
             continue
         opened = found.opened or open_source(source)
         row_counts = None
         if found.sidecars is None and source.max_samples is None:
             row_counts = count_stream(source.path, opened.files, config.process_index, config.world_size)
         more: dict[str, Any] = {"embeddings": found.sidecars, "row_counts": row_counts, "opened": opened}
-        more |= {"repeat": True, **place}
-        lanes.append(StreamingCaptionImageDataset(source, transforms[0], transforms[1], **{**options, **more}))
-    if len(lanes) == 1:
-        return lanes[0]
-    return MixedStream(
-        lanes,
-        config.mixing,
-        [source.weight for source in sources],
-        [found.lookup for found in embeddings],
-        seed=config.sampling_seed,
-        **place,
+        more |= {"repeat": True, "shuffle_block": config.shuffle_block, **place}
+        streamed.append(StreamingCaptionImageDataset(source, *transforms, **{**options, **more}))
+    if len(streamed) == 1 and isinstance(streamed[0], SampleStream):
+        return streamed[0]
+    weights, lookups = [source.weight for source in sources], [found.lookup for found in embeddings]
+    return SampleStream(
+        streamed, config.sampling_seed, mixing=config.mixing, weights=weights, lookups=lookups, **place
     )
 
 
@@ -122,20 +109,3 @@ def _require_steps(config: Stage2Config, num_rows: int | None) -> None:
         steps = math.ceil(config.num_train_epochs * num_rows / batch)
         advice = f"{config.num_train_epochs:g} epochs of {num_rows} rows are max_steps: {steps}"
     raise ValueError(f"a stream is trained for a number of steps, but max_steps is {config.max_steps}: {advice}.")
-
-
-def _set_buffers(config: Stage2Config, dataset: SampleStream, width: int) -> None:
-    """Give each stream its part of the memory for shuffle buffers; the same in all processes."""
-    readers = processes_per_machine() * max(1, config.dataloader_num_workers)
-    streams = [lane for lane in dataset.lanes if isinstance(lane, StreamingCaptionImageDataset)]
-
-    def compute() -> list[int]:
-        # Embeddings are counted wherever they come from, so that this does not change the order.
-        shards = [(stream.reader.shards, stream.reader.row_counts) for stream in streams]
-        sizes = [row_bytes(*found) + EMBEDDED_BYTES * width for found in shards]
-        return buffer_rows(config.shuffle_buffer_mb, sizes, [stream.num_rows for stream in streams], readers)
-
-    for stream, rows in zip(streams, on_main_process(compute), strict=True):
-        stream.set_buffer(rows)
-        logger.info("%d rows of %s in the shuffle buffer of each of %d readers.", rows, stream.name, readers)
-    dataset.buffers = [getattr(lane, "shuffle_buffer", 0) for lane in dataset.lanes]

@@ -1,4 +1,4 @@
-"""The place of a run in its streams: kept in every checkpoint, and restored without reading what was trained on."""
+"""The rows of its stream that a run has consumed: kept in every checkpoint, from which it goes on without a replay."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from llm2clip.data.sample_stream import SampleStream
-from llm2clip.data.stream_place import Layout, Place
+from llm2clip.data.stream_order import Lanes
+from llm2clip.data.streams import SampleStream
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.checkpoints import unlist_result
 from llm2clip.trainers.run_folder import run_folder
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PLACE_FILE = "stream.json"
+STATE_FILE = "stream.json"
 FORMAT_VERSION = 1
 
 
 class StreamResume(TrainerCallback):
-    """Starts a stream at the place of a checkpoint, stores its place in checkpoints, and counts its epochs.
+    """Starts a stream at the row that a checkpoint had reached, stores that in checkpoints, and counts epochs.
 
     Args:
         stream: The training set.
@@ -40,50 +40,63 @@ class StreamResume(TrainerCallback):
 
     def __init__(self, stream: SampleStream, args: StageConfig) -> None:
         self.stream, self.args = stream, args
+        # The step at which the process started, and the rows consumed before it.
+        self._start = 0, 0
 
-    def _layout(self) -> Layout:
-        return Layout(
-            world_size=self.args.world_size,
-            workers=max(1, self.args.dataloader_num_workers),
-            batch_size=self.args.per_device_train_batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            buffers=tuple(self.stream.buffers),
-        )
+    @property
+    def _rows_of_step(self) -> int:
+        args = self.args
+        return args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+
+    def rows(self, step: int) -> int:
+        """Return how many rows of the stream the run has consumed after a step."""
+        return self._start[1] + (step - self._start[0]) * self._rows_of_step
 
     @contextmanager
     def resumed(self, checkpoint: str | None) -> Iterator[None]:
         """Start the stream where a checkpoint was saved, or at its beginning; the Trainer then skips nothing itself.
 
         Raises:
-            ValueError: The shards have changed, or other readers cannot go on; see [`Place`].
+            ValueError: The shards have changed, or other batches cannot be mixed as before.
         """
-        place, skipped = Place(), self.args.ignore_data_skip
+        stream, skipped = self.stream, self.args.ignore_data_skip
+        stream.batch_size = self.args.per_device_train_batch_size
+        stream.lanes = stream.choose_lanes(self.args.dataloader_num_workers)
+        self._start = 0, 0
         if checkpoint is not None:
-            place = self._stored(Path(checkpoint))
+            self._start = self._stored(Path(checkpoint))
             self.args.ignore_data_skip = True
         try:
-            self.stream.place = place.with_layout(self._layout())
+            stream.start = self._start[1]
             yield
         finally:
             self.args.ignore_data_skip = skipped
-            self.stream.place = None
+            stream.start = stream.lanes = None
 
-    def _stored(self, checkpoint: Path) -> Place:
+    def _stored(self, checkpoint: Path) -> tuple[int, int]:
+        """Return the step of a checkpoint and the rows before it, and cut the stream as it was."""
         step = int(read_json(checkpoint / TRAINER_STATE_NAME)["global_step"])
-        path = checkpoint / PLACE_FILE
+        path = checkpoint / STATE_FILE
         if self.args.ignore_data_skip or not path.is_file():
             if not self.args.ignore_data_skip:
                 logger.warning("%s is missing: training goes on from the first row of the stream.", path)
-            return Place(step=step)
+            return step, 0
         values = read_json(path)
         if values.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"{path} has version {values.get('format_version')}, but {FORMAT_VERSION} is expected.")
         self._refuse_changes(path, values)
-        place = Place.from_json(values).at(step)
-        continued = place.with_layout(self._layout())
-        if continued is not place:
-            self._report(place.layouts[-1], continued.layouts[-1])
-        return place
+        self.stream.lanes = lanes = Lanes(**values["lanes"])
+        batch = self.args.world_size * self.args.per_device_train_batch_size
+        if batch != lanes.batch and len(self.stream.sources) > 1 and self.stream.mixing == "one_source_per_step":
+            raise ValueError(
+                f"{path} is of batches of {lanes.batch} rows on all processes, now there are {batch}: with mixing: "
+                "one_source_per_step a run goes on with the same ones."
+            )
+        if self.stream.num_rows is None:
+            logger.warning(
+                "the rows of the stream are not counted: a new epoch begins, so that rows of the last one come again."
+            )
+        return step, int(values["rows"])
 
     def _refuse_changes(self, path: Path, values: dict[str, Any]) -> None:
         """Refuse to go on in shards that are not those of the checkpoint, or in another order."""
@@ -100,41 +113,17 @@ class StreamResume(TrainerCallback):
         if values["seed"] != self.stream.seed:
             raise ValueError(f"{path} is of data_seed {values['seed']}, not {self.stream.seed}; resume with that.")
 
-    def _report(self, old: Layout, new: Layout) -> None:
-        if self.stream.num_rows is None:
-            raise ValueError(
-                f"the stream was read by {_readers(old)}, and cannot be continued by {_readers(new)}, because the "
-                "numbers of its rows are unknown. Resume with as many, or embed it, which counts its rows."
-            )
-        message = "%s read the stream until step %d, and %s do from there: the rows left are shared anew."
-        logger.info(message, _readers(old), new.step, _readers(new))
-
     def save(self, checkpoint: Path, step: int) -> None:
-        """Store the place after a step in a checkpoint."""
-        assert self.stream.place is not None
-        values = {"format_version": FORMAT_VERSION, "seed": self.stream.seed, "sources": self.stream.fingerprints()}
-        write_json(checkpoint / PLACE_FILE, {**values, **self.stream.place.at(step).to_json()})
+        """Store the number of rows after a step in a checkpoint."""
+        assert self.stream.lanes is not None
+        values = {"format_version": FORMAT_VERSION, "rows": self.rows(step), "lanes": self.stream.lanes._asdict()}
+        values |= {"seed": self.stream.seed, "sources": self.stream.fingerprints()}
+        write_json(checkpoint / STATE_FILE, values)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # The Trainer counts the batches since the resume, of an epoch of max_steps.
-        if self.stream.place is not None:
-            state.epoch = epochs(self.stream.place.at(state.global_step), self.stream.num_rows, state.max_steps)
-
-
-def epochs(place: Place, num_rows: int | None, max_steps: int) -> float:
-    """Return the passes over the data until a place, or, if its number of rows is unknown, the share of all steps."""
-    if num_rows is None:
-        return place.step / max_steps
-    pairs = zip(place.layouts, place.steps(), strict=True)
-    return sum(_rows_of_step(layout) * steps for layout, steps in pairs) / num_rows
-
-
-def _rows_of_step(layout: Layout) -> int:
-    return layout.world_size * layout.batch_size * layout.accumulation
-
-
-def _readers(layout: Layout) -> str:
-    return f"{layout.world_size} processes with {layout.workers} DataLoader workers each"
+        rows = self.stream.num_rows
+        state.epoch = state.global_step / state.max_steps if rows is None else self.rows(state.global_step) / rows
 
 
 @contextmanager
@@ -147,8 +136,8 @@ def begun(trainer: StageTrainer, choose: Callable[[], str | None]) -> Iterator[s
         choose: Returns the checkpoint; called with the folder locked.
     """
     data = trainer.train_dataset
-    is_stream = isinstance(data, IterableDataset)
-    with run_folder(trainer.args, choose, is_stream, not is_stream or isinstance(data, SampleStream)) as checkpoint:
+    elastic = not isinstance(data, IterableDataset) or isinstance(data, SampleStream)
+    with run_folder(trainer.args, choose, elastic) as checkpoint:
         # Another number of processes may have changed it.
         trainer._train_batch_size = trainer.args.train_batch_size
         unlist_result(trainer.args)

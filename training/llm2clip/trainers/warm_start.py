@@ -85,7 +85,7 @@ def run_first_part(
     first = first_part(config)
     result = Path(first.output_dir) / RESULT
     if resume and result.is_file():
-        check_settings(first, Path(first.output_dir), streams=False)
+        check_settings(first, Path(first.output_dir))
         logger.info("the warm start in %s is finished.", first.output_dir)
         return read_json(result)
     logger.info("Warm start: projection and adapter, with frozen towers.")
