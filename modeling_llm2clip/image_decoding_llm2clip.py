@@ -9,7 +9,7 @@ import os
 import re
 import urllib.request
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,13 +87,18 @@ def decode_image(
         return to_upright_rgb(open_image(value, max_pixels, timeout))
 
 
+def is_list(value: Any) -> bool:
+    """Whether a value is several ones: a list, a tuple, or a column of `datasets`; not a text, and not bytes."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
+
+
 def decode_images(images: Any, key: str = "image") -> Any:
     """Decode one image or nested lists of them with [`decode_image`]; arrays and tensors stay as they are.
 
     Raises:
         DamagedImageError: If an image cannot be decoded; the message names its position.
     """
-    if isinstance(images, (list, tuple)):
+    if is_list(images):
         return [decode_images(image, f"{key} {index}") for index, image in enumerate(images)]
     if images is None or isinstance(images, (np.ndarray, torch.Tensor)):
         return images
@@ -150,13 +155,21 @@ def to_upright_rgb(image: Image.Image) -> Image.Image:
     """Decode an opened image, apply its EXIF orientation and convert it to RGB; inside [`decoding_errors`]."""
     image.load()
     # Not ImageOps.exif_transpose: it rewrites the other tags and fails on images with a malformed one.
-    transposition = TRANSPOSITIONS.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    transposition = TRANSPOSITIONS.get(exif_orientation(image))
     if transposition is None:
         return _to_rgb(image)
     rgb = _to_rgb(image.transpose(transposition))
     for source in ORIENTATION_SOURCES:  # otherwise decoding the result again would turn it once more
         rgb.info.pop(source, None)
     return rgb
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image; 1, upright, if it has none that can be read."""
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # Pillow raises SyntaxError, struct.error and others; the pixels are fine
+        return 1
 
 
 def _open(value: Any, timeout: float | None) -> Image.Image:

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput, logging
 from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
 from .configuration_llm2clip import LLM2CLIPConfig
 from .identity_llm2clip import text_fingerprint  # noqa: F401
-from .image_decoding_llm2clip import decode_images, require_file
+from .image_decoding_llm2clip import decode_images, is_list, require_file
 from .merging_llm2clip import merged_weights  # noqa: F401
 from .modeling_eva02 import EVA02VisionModel  # noqa: F401
 from .modeling_llm2clip_backbone import text_fields  # noqa: F401
@@ -211,7 +211,8 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
             name, vision_kwargs = vision_model, vision_model_kwargs or {}
             vision_model = load_vision_tower(name, vision_kwargs)
             if scale is None or scale == FROM_CHECKPOINT:
-                scale = read_logit_scale(name, vision_kwargs) or scale
+                stored = read_logit_scale(name, vision_kwargs)
+                scale = scale if stored is None else stored
         if scale is None or scale == FROM_CHECKPOINT:
             # `llm2clip convert` keeps the scale there, because a tower has no such weight.
             scale = getattr(vision_model.config, "logit_scale_init_value", scale)
@@ -333,7 +334,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
 
         Args:
             images: Images of any kind that [`decode_image`] reads (PIL images, paths, URLs, bytes), arrays or tensors,
-                or a single one.
+                or a single one. A column of `datasets` is a list.
             processor: This model's processor, or its image processor; by default as in `encode_text`.
 
         Returns:
@@ -344,7 +345,7 @@ class LLM2CLIPModel(LLM2CLIPPairedModel):
             FileNotFoundError: A file does not exist.
             ValueError: An embedding is NaN or infinite, or there is no image processor.
         """
-        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        images = list(images) if is_list(images) else [images]
         for image in images:
             require_file(image, "encode_text()")
         prepare = own_part(self, processor, "image_processor")

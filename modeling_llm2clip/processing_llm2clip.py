@@ -9,7 +9,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from .compatibility_llm2clip import VERSION, make_readable_by_version_4
-from .image_decoding_llm2clip import decode_images, require_file, with_pillow
+from .image_decoding_llm2clip import decode_images, is_list, require_file, with_pillow
 from .tokenization_llm2clip import clean_captions, count_cut_captions
 
 logger = logging.get_logger(__name__)
@@ -43,7 +43,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
         Args:
             images: One image or a list, of any kind that [`decode_image`] reads (PIL images, paths, URLs, bytes);
-                arrays and tensors go to the image processor as they are.
+                arrays and tensors go to the image processor as they are. A column of `datasets` is a list.
             text: A caption, or a list of captions.
             kwargs: `return_tensors`, and options of the tokenizer and the image processor.
 
@@ -56,13 +56,15 @@ class LLM2CLIPProcessor(ProcessorMixin):
         images = decode_images(images)
         if text is None:
             return super().__call__(images=images, **kwargs)
-        is_list = isinstance(text, (list, tuple))
-        texts = clean_captions(text if is_list else [text])
+        several = is_list(text)
+        texts = clean_captions(text if several else [text])
         if not texts:
             raise ValueError("the list of captions is empty.")
         options = {"padding": True, "truncation": True, **kwargs.get("text_kwargs", kwargs)}
         kwargs = {**kwargs, "text_kwargs": options} if "text_kwargs" in kwargs else options
-        features = super().__call__(images=images, text=texts if is_list else texts[0], **kwargs)
+        features = super().__call__(images=images, text=texts if several else texts[0], **kwargs)
+        if options["truncation"] in (False, None, "do_not_truncate"):
+            return features
         rows = features["input_ids"]
         lengths = [len(rows)] if isinstance(rows[0], int) else [len(row) for row in rows]
         limit = options.get("max_length") or self.tokenizer.model_max_length

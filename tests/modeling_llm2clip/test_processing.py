@@ -7,6 +7,7 @@ import logging
 from itertools import chain
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -71,12 +72,25 @@ def test_truncated_captions_are_counted_in_a_warning(
     assert "1 of 2 captions were cut at 32 tokens" in caplog.text
     caplog.clear()
     processor(text=["a dog", "a cat"], return_tensors="pt")
-    assert not caplog.text
+    whole = processor(text=["a dog", LONG], truncation=False, return_tensors="pt")
+    assert whole["input_ids"].shape[1] > 64
+    assert "captions were cut" not in caplog.text
     transformers_logging.warning_once.cache_clear()
     model = tiny.joint_model()
     for _ in range(3):
         model.encode_text(["a dog", LONG], processor)
     assert caplog.text.count("captions longer than 64 tokens are cut") == 1
+
+
+def test_columns_of_datasets_are_lists() -> None:
+    features = datasets.Features({"caption": datasets.Value("string"), "image": datasets.Image()})
+    table = datasets.Dataset.from_dict({"caption": ["a dog", "a cat"], "image": tiny.IMAGES}, features)
+    processor, model = tiny.processor(), tiny.joint_model()
+    batch = processor(text=table["caption"], images=table["image"], return_tensors="pt")
+    expected = processor(text=list(table["caption"]), images=list(table["image"]), return_tensors="pt")
+    assert len(batch["input_ids"]) == len(batch["pixel_values"]) == 2
+    assert all(batch[name].equal(expected[name]) for name in expected)
+    assert model.encode_image(table["image"], processor).shape == (2, 24)
 
 
 def test_batches_are_padded_on_the_left_by_default() -> None:

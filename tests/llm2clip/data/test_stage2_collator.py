@@ -152,7 +152,17 @@ def test_images_are_prepared_as_in_evaluation(tmp_path: Path, image_processor: C
         ([{"pixel_values": [1.0], "caption": " "}], "it has no text in caption"),
         ([{"pixel_values": [1.0], "llm_embeds": [1.0], "image_caption_ids": [3]}], "need a caption_id as well"),
         ([{"image": b"1", "caption": "a"}], r"with an image need Stage2Collator\(processor=...\)"),
-        ([{"pixel_values": [1.0], "llm_embeds": [1.0]}, {"pixel_values": [1.0]}], "row 1 lacks 'llm_embeds' of row 0"),
+        (
+            [
+                {"pixel_values": [1.0], "llm_embeds": [1.0]},
+                {"pixel_values": [1.0], "llm_embeds": [1.0], "caption_id": 1},
+            ],
+            "row 0 lacks 'caption_id', which others have",
+        ),
+        (
+            [{"pixel_values": [1.0], "llm_embeds": [1.0]}, {"pixel_values": [1.0]}],
+            "row 1 lacks 'llm_embeds', which others have",
+        ),
     ],
 )
 def test_errors_name_what_rows_lack(rows: list[dict[str, Any]], message: str) -> None:

@@ -132,6 +132,16 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     np.testing.assert_array_equal(np.asarray(decode_image(data, "k")), np.asarray(expected))
 
 
+@pytest.mark.parametrize("block", [b"not a TIFF file", b"II*\x00\xff\xff"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_an_image_with_broken_exif_is_upright(kind: str, block: bytes) -> None:
+    # With the beginning of a TIFF file whose tags are missing, Pillow fails elsewhere.
+    data = _encode(_noise(), kind, exif=b"Exif\x00\x00" + block)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(decode_image(data, "k")), expected)
+    assert np.abs(decode_tensor(data, "k").permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2
+
+
 def test_eval_transform_equals_the_image_processor(image_processor: CLIPImageProcessorPil) -> None:
     pixels = EvalTransform(image_processor)(_noise())
     assert pixels.shape == (3, SIZE, SIZE)

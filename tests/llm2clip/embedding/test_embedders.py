@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -47,6 +48,10 @@ def test_images_of_a_folder_and_of_a_loaded_model_are_equal_to_encode_image(
     torch.testing.assert_close(embed_images(images, model, tiny.processor(), num_workers=2), expected, **CLOSE)
     image_processor = tiny.processor().image_processor
     torch.testing.assert_close(embed_images(images[0], model, image_processor), expected[:1], **CLOSE)
+    array = np.asarray(images[0])
+    for single in (array, torch.from_numpy(array.copy())):
+        torch.testing.assert_close(embed_images(single, model, image_processor), expected[:1], **CLOSE)
+    assert embed_images(np.stack([array] * 2), model, image_processor).shape == (2, 24)
     assert embed_images([], model, tiny.processor()).shape == (0, 24)
 
 

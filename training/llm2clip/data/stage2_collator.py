@@ -68,14 +68,15 @@ class Stage2Collator:
                 f"the first ones: {shown}."
             )
         batch: dict[str, Any] = {**self._images(rows), **self._captions(rows)}
-        if "caption_id" in rows[0]:
+        if _any_has(rows, "caption_id"):
             ids = _column(rows, "caption_id")
-            all_ids = _column(rows, "image_caption_ids") if "image_caption_ids" in rows[0] else [[one] for one in ids]
+            known = _any_has(rows, "image_caption_ids")
+            all_ids = _column(rows, "image_caption_ids") if known else [[one] for one in ids]
             batch["caption_ids"] = torch.tensor(ids, dtype=torch.int64)
             batch["image_caption_ids"] = _pad([torch.as_tensor(some, dtype=torch.int64) for some in all_ids], -1)
-        elif "image_caption_ids" in rows[0]:
+        elif _any_has(rows, "image_caption_ids"):
             raise ValueError("Rows with image_caption_ids need a caption_id as well.")
-        if "key" in rows[0]:
+        if _any_has(rows, "key"):
             batch["keys"] = list(map(str, _column(rows, "key")))
         batch["skipped"] = [tuple(sample) for sample in skipped]
         return batch
@@ -97,7 +98,7 @@ class Stage2Collator:
         if "llm_embeds" in rows[0]:
             return {"llm_embeds": torch.stack([torch.as_tensor(embeds) for embeds in _column(rows, "llm_embeds")])}
         if "input_ids" in rows[0]:
-            tokens = {name: _column(rows, name) for name in TOKEN_FIELDS if name in rows[0]}
+            tokens = {name: _column(rows, name) for name in TOKEN_FIELDS if _any_has(rows, name)}
             tokens.setdefault("attention_mask", [[1] * len(ids) for ids in tokens["input_ids"]])
             return {name: _pad(values, 0, "left") for name, values in tokens.items()}
         if "caption" not in rows[0]:
@@ -112,10 +113,16 @@ class Stage2Collator:
         return dict(self.processor(text=captions, padding=True, truncation=True, return_tensors="pt"))
 
 
+def _any_has(rows: Sequence[dict[str, Any]], name: str) -> bool:
+    return any(name in row for row in rows)
+
+
 def _column(rows: Sequence[dict[str, Any]], name: str) -> list[Any]:
     for number, row in enumerate(rows):
         if name not in row:
-            raise ValueError(f"All rows of a batch need the same keys, but row {number} lacks {name!r} of row 0.")
+            raise ValueError(
+                f"All rows of a batch need the same keys, but row {number} lacks {name!r}, which others have."
+            )
     return [row[name] for row in rows]
 
 

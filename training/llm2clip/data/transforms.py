@@ -22,10 +22,10 @@ from transformers import BaseImageProcessor
 
 from modeling_llm2clip.image_decoding_llm2clip import (
     DEFAULT_MAX_PIXELS,
-    EXIF_ORIENTATION,
     DamagedImageError,
     decode_image,
     decoding_errors,
+    exif_orientation,
     open_image,
     to_upright_rgb,
 )
@@ -49,7 +49,7 @@ def decode_tensor(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) ->
         image = open_image(value, max_pixels)
         plain = image.format == "JPEG" and image.mode in ("RGB", "L")
         file = getattr(image, "fp", None)
-        if plain and file is not None and image.getexif().get(EXIF_ORIENTATION, 1) == 1:
+        if plain and file is not None and exif_orientation(image) == 1:
             file.seek(0)
             data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
             return cast(torch.Tensor, decode_jpeg(data, mode=ImageReadMode.RGB))

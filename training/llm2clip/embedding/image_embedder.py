@@ -180,8 +180,8 @@ def embed_images(
     """Embed images with an LLM2CLIP model.
 
     Args:
-        images: PIL images, paths, URLs, encoded bytes or records of `datasets`, mixed as you like; one image counts as
-            a list of one.
+        images: PIL images, paths, URLs, encoded bytes, arrays, tensors or records of `datasets`, mixed as you like;
+            one image counts as a list of one.
         model: A loaded model, which is put into evaluation mode, or the Hub id or folder of one; then only the vision
             half is loaded.
         processor: The model's processor or image processor; required with a loaded model.
@@ -200,7 +200,8 @@ def embed_images(
         NonFiniteError: The model's embedding of an image is NaN or infinite, unless `on_error` is `skip`.
         ValueError: The repository is not an LLM2CLIP model, or a loaded model comes without its processor.
     """
-    images = [images] if isinstance(images, (str, bytes, os.PathLike, dict, Image.Image)) else images
+    single = isinstance(images, (str, bytes, os.PathLike, dict, Image.Image)) or getattr(images, "ndim", 4) < 4
+    images = [images] if single else images
     embedder = open_embedder(ImageEmbedder, model, getattr(processor, "image_processor", processor), device)
     listed, options = ImageList(images), {"on_error": on_error, "show_progress_bar": show_progress_bar}
     found = embedder.embed_all(listed, range(len(images)), batch_size=batch_size, num_workers=num_workers, **options)
