@@ -177,7 +177,7 @@ class FileOrder:
         self.ends = np.cumsum(np.asarray(row_counts)[self.files])
 
     def files_of(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the parts of files that the rows `first` to `last`, excluded, of the epoch are: file, first, last row."""
+        """Yield the file, first and last row of each part of a file that the rows `first` to `last` of the epoch have."""
         position = int(np.searchsorted(self.ends, first, side="right"))
         for number in itertools.count(position):
             if first >= last:
