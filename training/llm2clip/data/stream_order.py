@@ -177,7 +177,7 @@ class FileOrder:
         self.ends = np.cumsum(np.asarray(row_counts)[self.files])
 
     def files_of(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the file, first and last row of each part of a file that the rows `first` to `last` of the epoch have."""
+        """Yield the file, first and last row of each part of the rows `first` to `last`, excluded, of the epoch."""
         position = int(np.searchsorted(self.ends, first, side="right"))
         for number in itertools.count(position):
             if first >= last:
