@@ -52,7 +52,7 @@ def table(results: dict[str, Any]) -> str:
         title = row.strip() if captions else f"... {row.strip().partition(',')[0]}"
         lines.append(f"| {title} | {' | '.join(cells)} |")
     typed, machine = results["typed"], results["machine"]
-    minutes = sum(value for name, value in results["seconds"].items() if name != "this run") / 60
+    minutes = results["seconds"]["this run"] / 60
     seed = results["settings"]["seed"]
     lines += [
         "",
@@ -67,6 +67,8 @@ def main() -> None:
     """Write the files."""
     if len(sys.argv) > 1:
         results = json.loads((Path(sys.argv[1]) / "results.json").read_text(encoding="utf-8"))
+        if results["reused_steps"]:
+            sys.exit(f"{sys.argv[1]} reused {', '.join(results['reused_steps'])}: give a run that did all of its steps.")
         RESULT.write_text(json.dumps(reduced(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     results = json.loads(RESULT.read_text(encoding="utf-8"))
     README.write_text(TABLE.sub(lambda _: table(results), README.read_text(encoding="utf-8")), encoding="utf-8")

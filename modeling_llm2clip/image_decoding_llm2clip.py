@@ -19,6 +19,7 @@ import transformers
 from PIL import Image, UnidentifiedImageError
 
 DEFAULT_MAX_PIXELS = 89_478_485  # Pillow's own limit: a 24-bit image of 256 MiB
+DEFAULT_TIMEOUT = 60.0
 EXIF_ORIENTATION = 0x0112
 # The entries of `Image.info` in which Pillow looks for an orientation.
 ORIENTATION_SOURCES = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
@@ -61,7 +62,7 @@ class _UnusableError(Exception):
 
 
 def decode_image(
-    value: Any, key: str = "image", max_pixels: int = DEFAULT_MAX_PIXELS, timeout: float | None = None
+    value: Any, key: str = "image", max_pixels: int = DEFAULT_MAX_PIXELS, timeout: float | None = DEFAULT_TIMEOUT
 ) -> Image.Image:
     """Decode one image to RGB, upright.
 
@@ -75,7 +76,7 @@ def decode_image(
             PIL image, or a uint8 array or tensor with channels first or last.
         key: Name of the image in error messages.
         max_pixels: Largest width x height, checked against the file's header before anything is decoded.
-        timeout: Seconds to wait for an http server; None waits indefinitely.
+        timeout: Seconds to wait for each answer of an http server; None waits indefinitely.
 
     Returns:
         An image in mode RGB. Decoding it again does not change it.
@@ -138,7 +139,9 @@ def decoding_errors(value: Any, key: str) -> Iterator[None]:
         raise DamagedImageError(key, f"{type(error).__name__}: {error}") from error
 
 
-def open_image(value: Any, max_pixels: int = DEFAULT_MAX_PIXELS, timeout: float | None = None) -> Image.Image:
+def open_image(
+    value: Any, max_pixels: int = DEFAULT_MAX_PIXELS, timeout: float | None = DEFAULT_TIMEOUT
+) -> Image.Image:
     """Open an image, reading no more than its header, and check its size; inside [`decoding_errors`]."""
     image = _open(value, timeout)
     if image.format in PROGRAMS:

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
 from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline
 
-from .image_decoding_llm2clip import decode_image, with_pillow
+from .image_decoding_llm2clip import DEFAULT_TIMEOUT, decode_image, with_pillow
 
 
 class LLM2CLIPImagePipeline:
@@ -23,7 +23,7 @@ class LLM2CLIPImagePipeline:
         super().__init__(*args, **kwargs)
         self.image_processor = with_pillow(self.image_processor)
 
-    def preprocess(self, image: Any, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
+    def preprocess(self, image: Any, *args: Any, timeout: float | None = DEFAULT_TIMEOUT, **kwargs: Any) -> Any:
         return super().preprocess(decode_image(image, timeout=timeout), *args, **kwargs)  # type: ignore[misc]
 
 

@@ -132,6 +132,19 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     np.testing.assert_array_equal(np.asarray(decode_image(data, "k")), np.asarray(expected))
 
 
+def test_servers_are_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float | None] = []
+
+    def urlopen(request: Any, timeout: float | None) -> Any:
+        waited.append(timeout)
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    with pytest.raises(DamagedImageError, match="timed out"):
+        decode_image("http://127.0.0.1/a.png", "k")
+    assert waited == [60]
+
+
 @pytest.mark.parametrize("block", [b"not a TIFF file", b"II*\x00\xff\xff"])
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
 def test_an_image_with_broken_exif_is_upright(kind: str, block: bytes) -> None:

@@ -300,7 +300,7 @@ def read_shard(path: Path, rows: int, hidden_size: int, advice: str) -> Shard:
         sizes = math.prod(shape) * dtype.itemsize, math.prod(keys_shape) * KEY_SIZE
         if sizes != (embeddings_end - offset, keys_end - keys_offset):
             raise ValueError("its shapes do not fit its sizes")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CacheDamagedError(f"The shard {path} ({size} bytes) has no valid header ({error}); {advice}.") from error
     if size != end:
         raise CacheDamagedError(f"The shard {path} is truncated: {size} bytes instead of {end}; {advice}.")
