@@ -67,8 +67,8 @@ def main() -> None:
     """Write the files."""
     if len(sys.argv) > 1:
         results = json.loads((Path(sys.argv[1]) / "results.json").read_text(encoding="utf-8"))
-        if results["reused_steps"]:
-            sys.exit(f"{sys.argv[1]} reused {', '.join(results['reused_steps'])}: give a run that did all of its steps.")
+        if reused := results["reused_steps"]:
+            sys.exit(f"{sys.argv[1]} reused {', '.join(reused)}: give a run that did all of its steps.")
         RESULT.write_text(json.dumps(reduced(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     results = json.loads(RESULT.read_text(encoding="utf-8"))
     README.write_text(TABLE.sub(lambda _: table(results), README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -246,8 +246,8 @@ def tokenize_captions(
     if expected is not None and list(tokenizer("")["input_ids"]) != expected:
         raise ValueError(
             f"the tokenizer ({tokenizer.name_or_path or 'unnamed'}) does not add the prompt that this model was "
-            "trained with; load it from the model's own folder with AutoTokenizer or AutoProcessor. An embedding model "
-            "of sentence-transformers has no such folder: llm2clip.open_text_tower loads it with its tokenizer."
+            "trained with; load it from the model's own folder with AutoTokenizer or AutoProcessor. An embedding "
+            "model of sentence-transformers has no such folder: llm2clip.open_text_tower loads it with its tokenizer."
         )
     tokens = tokenize_with_instructions(texts, tokenizer, text_config.num_prefix_tokens, [instruction] * len(texts))
     if tokens.num_cut:
