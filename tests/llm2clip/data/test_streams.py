@@ -20,6 +20,7 @@ from llm2clip.data import CaptionImageDataset, CaptionSource, StreamingCaptionIm
 from llm2clip.data.mixing import Mixing
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.rows import TableSource
+from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.stream_order import Lanes
 from llm2clip.data.streams import SampleStream, share_of_files, shuffled
 from llm2clip.utils.processes import leave_process_group, process_state
@@ -165,6 +166,30 @@ def test_shards_that_lack_rows_are_named(tmp_path: Path) -> None:
     stream = opened(write_tars(tmp_path, TARS), row_counts=[PER_TAR] * (TARS - 1) + [PER_TAR + 1])
     with pytest.raises(SourceError, match=r"00008\.tar has no row 3: it has fewer rows than were counted"):
         list(itertools.islice(stream, TARS * PER_TAR + 1))
+
+
+def test_a_connection_that_ends_while_other_files_are_read_is_made_again(
+    source: CaptionSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lanes = Lanes(1, 4, BATCH)
+    expected = list(itertools.islice(batches(opened(source, shuffle_block=1), 0, lanes), 12))
+    read, remote, opens = ShardRows.read, True, Counter[int]()
+
+    def interrupted(self: ShardRows, file: int, wanted: Any) -> Iterator[Any]:
+        opens[file] += 1
+        for number, row in enumerate(read(self, file, wanted)):
+            if number == 1 and opens[file] == 1:
+                raise ConnectionResetError("the server has gone")
+            yield row
+
+    monkeypatch.setattr(ShardRows, "read", interrupted)
+    monkeypatch.setattr(ShardRows, "is_remote", lambda self, file: remote)
+    assert list(itertools.islice(batches(opened(source, shuffle_block=1), 0, lanes), 12)) == expected
+    assert max(opens.values()) > 1
+    remote = False
+    opens.clear()
+    with pytest.raises(ConnectionResetError):
+        list(itertools.islice(batches(opened(source, shuffle_block=1), 0, lanes), 12))
 
 
 # Rows that are not counted.

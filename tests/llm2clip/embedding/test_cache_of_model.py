@@ -66,6 +66,16 @@ def test_a_plain_llm_has_the_prompt_that_its_cache_was_made_with(inputs: Inputs,
     torch.testing.assert_close(found, expected[0].eval().encode(captions, expected[1]), atol=1e-4, rtol=1e-4)
 
 
+def test_captions_with_an_instruction_are_refused(inputs: Inputs, tmp_path: Path) -> None:
+    """A model has none, so that its own embeddings would be others."""
+    settings: dict[str, Any] = {"text_model_name_or_path": inputs.text, "instruction": "Find a picture:"}
+    embed.run(embed.EmbedConfig(**settings, output_dir=str(tmp_path), sources=[tiny.concepts(max_samples=8)]))
+    _, tokenizer = describe_text_tower(inputs.text)
+    for is_trained in (False, True):
+        with pytest.raises(CacheMismatchError, match=r"were embedded after '.*Find a picture:', but the model reads"):
+            open_cache_of_model(tmp_path, config_of(inputs.text), tokenizer, is_trained=is_trained)
+
+
 def test_weights_are_read_only_where_the_record_differs(
     inputs: Inputs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

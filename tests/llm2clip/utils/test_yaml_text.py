@@ -22,14 +22,13 @@ def repeated(first: str, each: str) -> str:
 LAUGHS = repeated("a0: &a0 [x, x, x, x, x]", "a{n}: &a{n} [{ten}]")
 MERGES = repeated("a0: &a0 {x: 1}", "a{n}: &a{n} {{<<: [{ten}]}}")
 BOMBS = {
-    "laughs": (LAUGHS, "comes to more than 100,000 values"),
-    "merges": (MERGES, "comes to more than 100,000 values"),
-    "itself": ("a: &a [*a]\n", "stands for nothing that is complete before it"),
-    "itself by merging": ("a: &a {<<: *a}\n", "stands for nothing that is complete before it"),
+    "laughs": (LAUGHS, r"\*a0 is an alias: write the values out \(line 2\)"),
+    "merges": (MERGES, "is an alias"),
+    "itself": ("a: &a [*a]\n", "is an alias"),
+    "itself by merging": ("a: &a {<<: *a}\n", "is an alias"),
     "deep lists": ("a: " + "[" * 100_000, "levels deep|nesting depth"),
     "deep mappings": ("".join(f"{' ' * n}a:\n" for n in range(500)), f"more than {MAX_DEPTH} levels deep"),
     "long": (f"a: {'x' * MAX_CHARACTERS}\n", "characters, and at most"),
-    "many": ("a: [" + "1," * 120_000 + "]\n", "comes to more than 100,000 values"),
     "integer": (f"a: {'9' * 100_000}\n", "4300"),
 }
 PAYLOADS = {
@@ -55,12 +54,7 @@ def test_a_value_that_does_not_fit_its_tag_is_a_value_error(text: str) -> None:
         load_yaml(text)
 
 
-def test_aliases_and_merges_of_a_right_document_are_read() -> None:
-    assert load_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]\n") == {
-        "a": {"x": 1},
-        "b": {"x": 1, "y": 2},
-        "c": [{"x": 1}, {"x": 1}],
-    }
+def test_an_empty_document_is_none() -> None:
     assert load_yaml("") is None
 
 

@@ -17,8 +17,8 @@ from llm2clip.data.records import column_value
 from llm2clip.data.tar_rows import count_tar_rows, numbered_tar_rows
 from llm2clip.utils.library_errors import reading
 
-# Rows of a parquet file that are decoded at once.
-BATCH = 64
+# Rows of a parquet file that are decoded at once, and bytes of each column that are read at once.
+BATCH, BUFFER = 64, 2**20
 
 
 class ShardRows:
@@ -50,6 +50,10 @@ class ShardRows:
         if self.files and is_plain(self.files[file], ".parquet") and not self._contains_paths:
             return parquet_rows(self.files[file], self.columns, wanted)
         return picked(self.read_all(file), wanted, f"file {file} of the stream")
+
+    def is_remote(self, file: int) -> bool:
+        """Tell whether a file is at a URL."""
+        return bool(self.files) and "://" in self.files[file]
 
     @functools.cached_property
     def _features(self) -> datasets.Features | None:
@@ -104,10 +108,11 @@ def parquet_rows(path: str, columns: Collection[str], wanted: Iterable[int]) -> 
     Raises:
         SourceError: The file cannot be read, or has fewer rows.
     """
-    numbers = np.asarray(list(wanted))
+    numbers = np.fromiter(wanted, dtype=np.int64)
     try:
         with fsspec.open(path, "rb") as file:
-            parquet = pq.ParquetFile(file)
+            # Many files are open at a time: without a buffer, each would hold a whole row group.
+            parquet = pq.ParquetFile(file, buffer_size=BUFFER)
             if len(numbers) and numbers[-1] >= parquet.metadata.num_rows:
                 raise SourceError(
                     f"{path} has no row {numbers[-1]}: it has {parquet.metadata.num_rows}, fewer than were counted."

@@ -293,7 +293,7 @@ class CountedReader:
 
     def _rows(self, piece: Piece, epoch: int) -> list[StreamRow]:
         if piece.lane is None:
-            return _RowRange(self, epoch).read(piece.first, piece.last)
+            return _RowRange(self, epoch, piece.last).read(piece.first, piece.last)
         lane = self._lanes.get(piece.lane)
         if lane is None or lane.epoch != epoch:
             cut = self.order.cut(piece.epoch)
@@ -307,7 +307,7 @@ class _LaneReader:
 
     def __init__(self, source: CountedReader, epoch: int, lane: int, start: int, stop: int) -> None:
         self.source, self.epoch, self.lane, self.start, self.stop = source, epoch, lane, start, stop
-        self._range, self._block, self._rows = _RowRange(source, epoch), -1, list[StreamRow]()
+        self._range, self._block, self._rows = _RowRange(source, epoch, stop), -1, list[StreamRow]()
 
     def read(self, first: int, last: int) -> list[StreamRow]:
         """Return the rows from the `first` to the `last` one of the lane, excluded."""
@@ -331,10 +331,14 @@ class _LaneReader:
 
 
 class _RowRange:
-    """Reads ranges of the rows of an epoch; a file stays open, since the next range mostly begins where one ends."""
+    """Reads parts of a range of an epoch's rows; a file stays open, since a part mostly begins where one ended.
 
-    def __init__(self, source: CountedReader, epoch: int) -> None:
-        self.source = source
+    Args:
+        stop: Where the range ends.
+    """
+
+    def __init__(self, source: CountedReader, epoch: int, stop: int) -> None:
+        self.source, self.stop = source, stop
         seed = stable_seed(source.seed, "files", epoch) if source.block else None
         self.order, self.attach = FileOrder(source.row_counts, seed), source.attach(epoch)
         self._next, self._rows = (-1, 0), iter(list[StreamRow]())
@@ -343,12 +347,22 @@ class _RowRange:
         """Return the rows from the `first` to the `last` one of the epoch, excluded."""
         found: list[StreamRow] = []
         for file, start, stop in self.order.files_of(first, last):
-            if self._next != (file, start):
-                numbers = range(start, self.source.row_counts[file])
-                self._rows = attached(file, self.source.shards.read(file, numbers), self.attach)
-            found += itertools.islice(self._rows, stop - start)
-            self._next = file, stop
+            wanted = range(start, min(self.source.row_counts[file], start + self.stop - first))
+            found += self._part(file, wanted, stop - start)
+            self._next, first = (file, stop), first + stop - start
         return found
+
+    def _part(self, file: int, wanted: range, count: int) -> list[StreamRow]:
+        """Return the first rows of the wanted ones of a file, at which it may be open."""
+        if self._next == (file, wanted.start):
+            try:
+                return list(itertools.islice(self._rows, count))
+            except Exception:
+                # A server may have ended the connection while other files were read.
+                if not self.source.shards.is_remote(file):
+                    raise
+        self._rows = attached(file, self.source.shards.read(file, wanted), self.attach)
+        return list(itertools.islice(self._rows, count))
 
 
 def attached(file: int, rows: Iterator[tuple[int, dict[str, Any]]], attach: Attach | None) -> Iterator[StreamRow]:

@@ -80,7 +80,8 @@ def check_encoder(path: str | Path, manifest: CacheManifest, config: LLM2CLIPCon
     """Return the fingerprint that embeddings must have for a model, or None if they fit; see `open_cache_of_model`.
 
     Raises:
-        CacheMismatchError: They fit the record of the text tower, but its weights are others.
+        CacheMismatchError: They fit the record of the text tower, but its weights are others, or there was an
+            instruction before the captions.
     """
     made_by = manifest.fingerprint
     recorded = config.text_model_fingerprint
@@ -97,6 +98,13 @@ def check_encoder(path: str | Path, manifest: CacheManifest, config: LLM2CLIPCon
         present = on_main_process(partial(_read, config))
         config.text_model_fingerprint = recorded = present or recorded
         fits = made_by == present
+    prompt = config.text_config.prompt_prefix
+    if fits and manifest.prompt_prefix != prompt:
+        raise CacheMismatchError(
+            f"the captions of {path} were embedded after {manifest.prompt_prefix!r}, but the model reads them after "
+            f"{prompt!r}: its encode_text would give other vectors. Embed them without --instruction; a plain LLM or "
+            "embedding model can have the instruction as --prompt-prefix, which the model keeps."
+        )
     return None if fits else recorded
 
 

@@ -97,7 +97,7 @@ class EmbedConfig:
     instruction: str | None = setting(
         None,
         "Text between prompt and caption, which is not pooled unless the prompt is; pass the same one to "
-        "encode_text() later.",
+        "encode_text() later. Stage 2 refuses such embeddings: its models have no instruction.",
     )
     batch_size: int | None = setting(
         None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -60,11 +59,6 @@ def worker_count(num_workers: int | None) -> int:
 def world_size() -> int:
     """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def processes_per_machine() -> int:
-    """Return the number of processes on this machine, which launchers state; all of them if none did."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
