@@ -42,8 +42,9 @@ def key_lines(text: str) -> dict[str, int]:
 def _refuse_aliases_and_depth(text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=PARSER):
+        line = 0 if event.start_mark is None else event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"*{event.anchor} is an alias: write the values out (line {event.start_mark.line + 1})")
+            raise ValueError(f"*{event.anchor} is an alias: write the values out (line {line})")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            raise ValueError(f"it is more than {MAX_DEPTH} levels deep (line {event.start_mark.line + 1})")
+            raise ValueError(f"it is more than {MAX_DEPTH} levels deep (line {line})")
