@@ -57,8 +57,8 @@ def table(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"R@1 / 5 / 10 in %, `make quickstart`, seed {seed}, {minutes:.1f} minutes on {machine['threads']} threads of "
-        f"{machine['processor']}. Of {typed['queries']} queries as somebody would type them, the best model's first "
-        f"picture is right for {typed['first']}, and one of its first {typed['shown']} for {typed['found']}.",
+        f"{machine['processor']}. Of {typed['queries']} everyday queries, the best model's first picture is right for "
+        f"{typed['first']}, and one of its first {typed['shown']} for {typed['found']}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -19,6 +19,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from llm2clip import cli
 from llm2clip.evaluation.benchmarks import choose_benchmarks
+from llm2clip.quickstart.config import QuickstartConfig
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.settings import build_config
 from tests.documents.reader import Reader, recipe
@@ -131,9 +132,12 @@ def test_every_option_in_the_text_exists(document: str) -> None:
 def test_recipes_in_the_text_have_fields_of_stage_2(document: str, tmp_path: Path) -> None:
     for language, content in blocks(document):
         if kind(language, content) == "recipe":
-            build_config(
-                Stage2Config, {"output_dir": str(tmp_path), "embedding_cache": "cache", **yaml.safe_load(content)}
-            )
+            fields = yaml.safe_load(content)
+            if "text_encoders" in fields:  # a profile of the quickstart, which has both parts of stage 2
+                (tmp_path / "profile.yaml").write_text(content)
+                profile = QuickstartConfig(profile=str(tmp_path / "profile.yaml")).load_profile()
+                fields = {"freeze_vision": "all", **profile["stage2"], **profile["frozen"], "feature_dtype": "float32"}
+            build_config(Stage2Config, {"output_dir": str(tmp_path), "embedding_cache": "cache", **fields})
 
 
 @pytest.mark.parametrize(("language", "content"), [("", "curl -O x\n"), ("rust", "fn main() {}\n")])

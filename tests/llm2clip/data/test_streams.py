@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from llm2clip.data.rows import TableSource
 from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.stream_order import Lanes
 from llm2clip.data.streams import SampleStream, share_of_files, shuffled
+from llm2clip.trainers.row_counts import count_stream
 from llm2clip.utils.processes import leave_process_group, process_state
 from tests.modeling_llm2clip import tiny
 from tests.processes import run_ranks
@@ -146,6 +148,15 @@ def test_a_resume_reads_no_more_than_a_block_of_each_lane(
     lanes = Lanes(1, 4, BATCH)  # of 6 or 7 rows
     next(batches(opened(source, shuffle_block=3), 0, lanes, 10))
     assert len(read) == 2 * 3
+
+
+def test_counted_first_rows_are_a_stream_of_their_own(source: CaptionSource) -> None:
+    first = replace(source, max_samples=7)
+    counts = count_stream("tars", [str(path) for path in sorted(Path(source.path).glob("*.tar"))], 0, 1, 7)
+    assert counts == [3, 3, 1, 0, 0, 0, 0, 0, 0]
+    streams = [opened(first, rank, 2, row_counts=counts) for rank in range(2)]
+    read = list(itertools.chain(*itertools.islice(steps_of(streams, 2, Lanes.choose(1, 2), size=1), 7)))
+    assert sorted(read[:7]) == sorted(read[7:]) == every_caption(TARS)[:7]
 
 
 def test_files_are_read_in_order_without_a_shuffle(source: CaptionSource) -> None:

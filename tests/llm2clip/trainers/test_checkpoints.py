@@ -20,7 +20,6 @@ from llm2clip.trainers.elastic import keep_global_batch
 from llm2clip.trainers.run_folder import stage_command
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage1_trainer import Stage1Trainer
-from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils import locks, manifests
 from llm2clip.utils.files import read_json, sha256
 from llm2clip.utils.manifests import damage
@@ -222,7 +221,7 @@ def test_a_trainer_in_python_compares_the_settings_of_the_run_that_it_resumes(in
         stage1_trainer(inputs, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
-def test_the_number_of_workers_counts_only_where_a_stream_is_read(inputs: Inputs, tmp_path: Path) -> None:
+def test_the_number_of_workers_counts_only_in_iterable_data_of_others(inputs: Inputs, tmp_path: Path) -> None:
     def train(kind: type, workers: int, resume: bool = False) -> None:
         trainer = stage1_trainer(inputs, tmp_path / kind.__name__, kind(PAIRS), dataloader_num_workers=workers)
         trainer.train(resume_from_checkpoint=resume)
@@ -232,20 +231,6 @@ def test_the_number_of_workers_counts_only_where_a_stream_is_read(inputs: Inputs
     train(MapRows, 1, resume=True)
     with pytest.raises(ValueError, match=r"other settings \(dataloader_num_workers: 0 -> 1\)"):
         train(IterableRows, 1, resume=True)
-
-
-def test_the_number_of_workers_counts_in_a_command_with_a_streamed_source(tmp_path: Path) -> None:
-    def begin(folder: Path, streaming: bool, workers: int) -> Any:
-        fields = tiny.stage2_fields(folder, "vision", "text", "cache") | {"dataloader_num_workers": workers}
-        fields["sources"] = [tiny.concepts(streaming=streaming)]
-        return start(build_config(Stage2Config, fields), resume=True)
-
-    for name, streaming in (("table", False), ("stream", True)):
-        assert begin(tmp_path / name, streaming, 0) is None
-        save(tmp_path / name, 3)
-    assert begin(tmp_path / "table", False, 1) is not None
-    with pytest.raises(ValueError, match=r"other settings \(dataloader_num_workers: 0 -> 1\)"):
-        begin(tmp_path / "stream", True, 1)
 
 
 def test_another_number_of_processes_keeps_the_batch_of_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

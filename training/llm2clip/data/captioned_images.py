@@ -155,8 +155,8 @@ class StreamingCaptionImageDataset(StreamedRows):
     Samples are those of [`CaptionImageDataset`]; caption and crop are functions of seed, epoch and key. If the rows of
     the files are counted, by `row_counts` or the manifests of `embeddings`, their order is the same for any number of
     ranks and DataLoader workers; see [`SampleStream`]. Otherwise the files are distributed over them, and with
-    `max_samples` everyone reads all rows and keeps its share. Since the data set shards itself, accelerate must not
-    shard or dispatch its loader. Without a key column, the key of a row is its number in its file, preceded by the
+    `max_samples` everyone reads the first rows and keeps its share. Since the data set shards itself, accelerate must
+    not shard or dispatch its loader. Without a key column, the key of a row is its number in its file, preceded by the
     number of the file and `-` if there are several. See [`CaptionImageDataset`] for the other arguments.
 
     Args:
@@ -167,7 +167,8 @@ class StreamingCaptionImageDataset(StreamedRows):
             number of steps.
         embeddings: Stored embeddings of the captions, read beside each file; samples then have `llm_embeds`. A row
             whose caption has none is a `SkippedSample`.
-        row_counts: Rows of each file, if they are known; `embeddings` know them.
+        row_counts: Rows of each file, if they are known, those beyond `max_samples` not among them; `embeddings` know
+            them.
         opened: The table of the source, if it is open.
 
     Raises:
@@ -200,7 +201,7 @@ class StreamingCaptionImageDataset(StreamedRows):
         if embeddings is not None:
             row_counts = embeddings.row_counts
         super().__init__(source, maker, with_images, *order, rank, world_size, repeat, row_counts, opened)
-        if embeddings is not None and self.is_cut:
+        if embeddings is not None and source.max_samples is not None:
             raise ValueError(f"max_samples of {source.path} cannot be combined with embeddings beside its files.")
         self.embeddings = embeddings
 

@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -177,13 +178,15 @@ class StreamedRows(SampleStream):
         self.shuffle_block = shuffle_block if training else 0
         self.make_sample = make_sample
         opened = opened or open_source(source)
-        self.table = select_source(source, opened, with_images)
+        self.row_counts = None if row_counts is None else list(row_counts)
+        # If rows are not counted, all readers read the first ones, and keep a share: of which file a row is, decide
+        # the files before it.
+        self.is_cut = source.max_samples is not None and row_counts is None
+        whole = source if self.is_cut else replace(source, max_samples=None)
+        self.table = select_source(whole, opened, with_images)
         self.columns = source_columns(source, self.table, with_images)
         columns = used_columns(self.columns, opened.table)
         self.shards = ShardRows(self.table, columns, opened.files, source.caption_columns)
-        # The files before a row decide whether it is one of the first rows: all readers read them, and keep a share.
-        self.is_cut = source.max_samples is not None
-        self.row_counts = None if row_counts is None or self.is_cut else list(row_counts)
         if self.row_counts is not None and len(self.row_counts) != self.shards.num_files:
             raise ValueError(f"row_counts has {len(self.row_counts)} entries for {self.shards.num_files} files.")
         self.training = training

@@ -62,7 +62,7 @@ def write_report(path: Path, results: dict[str, Any], run: RunContext, best: Arm
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>LLM2CLIP quickstart</title>",
         f"<style>{STYLE}</style></head><body><h1>LLM2CLIP quickstart</h1>",
         f"<p>The model finds pictures by text. Its text encoder is {_text(best.title)}, the best on the validation "
-        f"set; it searches {len(final.rows)} pictures of concepts that no picture of the training shows.</p>",
+        f"set; it searches {len(final.rows)} pictures, whose names are captions of no picture of the training.</p>",
         *_typed(results["typed_queries"], final),
         *tables,
         *(f"<p>{_text(sentence)}</p>" for sentence in results["reading"]),

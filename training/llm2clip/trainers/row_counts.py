@@ -11,18 +11,27 @@ from llm2clip.data.shard_rows import can_count, count_rows
 from llm2clip.utils.progress import progress_bar
 
 
-def count_stream(name: str, files: Sequence[str], rank: int, world_size: int) -> list[int] | None:
+def count_stream(
+    name: str, files: Sequence[str], rank: int, world_size: int, limit: int | None = None
+) -> list[int] | None:
     """Count the rows of the files of a stream, a share of them in every process; None if that would read them whole.
 
     Args:
         name: Path of the source, for messages.
         files: Path or URL of each file.
+        limit: Count the first rows alone: the files after them have none.
 
     Raises:
         SourceError: A file is damaged; in every process.
     """
     if not files or not all(map(can_count, files)):
         return None
+    if limit is not None:
+        found_rows: list[int] = []
+        for file in files:
+            left = limit - sum(found_rows)
+            found_rows.append(min(left, count_rows(file)) if left else 0)
+        return found_rows
     share, counts, fault = files[rank::world_size], [], None
     with progress_bar(f"Rows of {name}", len(share), "file", rank == 0) as bar:
         for file in share:

@@ -28,6 +28,8 @@ FREE = {
     *("frozen_states_dir", "bundle_text_model", "ddp_timeout", "skip_memory_metrics", "local_rank", "debug"),
     *("bf16_full_eval", "fp16_full_eval", "torch_empty_cache_steps", "jit_mode_eval", "skip_bad_steps"),
 }
+# In an iterable data set of others, it decides which worker yields which row.
+ORDERING = {"dataloader_num_workers"}
 FREE_PREFIXES = ("log_", "logging_", "hub_", "save_", "eval_", "do_", "include_", "trackio_")
 MAX_LENGTH = 200
 
@@ -61,7 +63,9 @@ def check_settings(args: StageConfig, checkpoint: Path, elastic: bool = True) ->
         for name in new
         if name in old and old[name] != new[name]
     }
-    free = FREE | FOLLOWING if continued else FREE
+    free = FREE if elastic else FREE - ORDERING
+    if continued:
+        free = free | FOLLOWING
     breaking = [line for name, line in changed.items() if name not in free and not name.startswith(FREE_PREFIXES)]
     for line in changed.values():
         logger.info("changed since the run was started: %s", line)

@@ -57,7 +57,7 @@ class Stage2Config(ContrastiveConfig, StageConfig):
         "one_source_per_step",
         "Batches of several sources. one_source_per_step: the rows of a step come from one of them, in proportion to "
         "their sizes, as in the original code, or by their weights; proportional: from all of them, each other's "
-        "negatives, every row once in an epoch; weights: from all of them, each row's source drawn by weight.",
+        "negatives, every row once in an epoch; weights: from all of them, evenly, by their weights.",
     )
     eval_sources: dict[str, Any] = setting(
         {}, "Image-text retrieval sets to evaluate: a mapping from a name to CaptionSource fields."

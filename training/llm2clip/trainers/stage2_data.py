@@ -86,8 +86,10 @@ def _stream(
             continue
         opened = found.opened or open_source(source)
         row_counts = None
-        if found.sidecars is None and source.max_samples is None:
-            row_counts = count_stream(source.path, opened.files, config.process_index, config.world_size)
+        if found.sidecars is None:
+            row_counts = count_stream(
+                source.path, opened.files, config.process_index, config.world_size, source.max_samples
+            )
         more: dict[str, Any] = {"embeddings": found.sidecars, "row_counts": row_counts, "opened": opened}
         more |= {"repeat": True, "shuffle_block": config.shuffle_block, **place}
         streamed.append(StreamingCaptionImageDataset(source, *transforms, **{**options, **more}))
