@@ -23,9 +23,9 @@ FEW, ODD = 1, 11
 TOO_FEW = {
     "stage1": "fill no batch of",
     "mntp": "do not fill one block of 32",
-    "stage2": "fewer rows than one batch of",
-    "frozen": "fewer than one global batch",
-    "features": "fewer than one global batch",
+    "stage2": "fewer than one global batch",
+    "frozen": "fewer rows than one batch of",
+    "features": "fewer rows than one batch of",
     "first-rows": "has 1 rows, fewer than",
 }
 TRAINED = ("stage1-odd", "mntp-odd", "stage2-odd", "frozen-odd", "features-odd", "few-eval-rows", "one-shard")
