@@ -231,4 +231,5 @@ def kill_updates(place: Path | str, delays: Sequence[float]) -> int:
 
 @pytest.mark.slow
 def test_an_update_killed_at_any_moment_leaves_the_old_index(tmp_path: Path) -> None:
-    assert kill_updates(tmp_path / "index", (0, 0.1, 0.3)) >= 2
+    # The last ones may come too late.
+    assert kill_updates(tmp_path / "index", (0, 0.02, 0.05, 0.1, 0.3)) >= 2
