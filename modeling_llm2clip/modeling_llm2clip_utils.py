@@ -80,10 +80,11 @@ def own_part(model: PreTrainedModel, processor: Any, name: str) -> Any:
     origin, words = model.config.name_or_path, name.replace("_", " ")
     if not origin:
         raise ValueError(f"this model was built in memory, so that there is no {words} to load; pass processor=.")
-    load = AutoTokenizer if name == "tokenizer" else AutoImageProcessor
+    # A tokenizer would otherwise read the config again, and warn that it does not know its type.
+    load, known = (AutoTokenizer, {"config": model.config}) if name == "tokenizer" else (AutoImageProcessor, {})
     try:
         # Without False, it would ask on the terminal whether to run code.
-        found = load.from_pretrained(origin, **getattr(model, "hub_arguments", {}), trust_remote_code=False)
+        found = load.from_pretrained(origin, **getattr(model, "hub_arguments", {}), **known, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"no {words} can be loaded from {origin}; pass processor=.") from error
     parts[name] = with_pillow(found) if name == "image_processor" else found

@@ -16,7 +16,7 @@ from tests import stranger
 from tests.modeling_llm2clip import tiny
 
 STRANGER = """
-import json, sys, torch
+import io, json, logging, sys, torch
 from PIL import Image
 from transformers import (
     AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, AutoTokenizer, pipeline
@@ -40,6 +40,10 @@ assert extract(Image.open(image), pool=True, return_tensors=True).equal(model(**
 extract = pipeline("feature-extraction", model=folder, trust_remote_code=True)
 first = tokenizer(captions[:1], return_tensors="pt")
 assert extract(captions[0], return_tensors=True).equal(model(**first).last_hidden_state)
+shown = io.StringIO()
+logging.getLogger("transformers").addHandler(logging.StreamHandler(shown))
+assert model.encode_text(captions).equal(model.encode_text(captions, processor))
+assert "instantiate a model of type" not in shown.getvalue(), shown.getvalue()
 model.save_pretrained(folder + "-again")
 processor.save_pretrained(folder + "-again")
 again = AutoModel.from_pretrained(folder + "-again", trust_remote_code=True)
