@@ -91,6 +91,7 @@ def test_the_processor_is_of_the_revision_of_the_model(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
     model.encode_text("a dog")
+    assert asked.pop("config") is model.config
     assert asked == {"name": str(tmp_path), "revision": "v1", "cache_dir": tmp_path, "trust_remote_code": False}
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-import yaml
+from llm2clip.utils.yaml_text import load_yaml
 
 FILE = "published.yaml"
 
@@ -46,8 +46,7 @@ class PublishedRow:
 def published_rows() -> tuple[PublishedRow, ...]:
     """Read all published scores, in the order of the file."""
     text = (resources.files("llm2clip.evaluation") / FILE).read_text(encoding="utf-8")
-    # The package's own file, which has aliases, unlike those of strangers.
-    return tuple(row for table in yaml.safe_load(text) for row in read_table(table))
+    return tuple(row for table in load_yaml(text) for row in read_table(table))
 
 
 def read_table(table: Mapping[str, Any]) -> Iterator[PublishedRow]:
