@@ -77,7 +77,7 @@ COMMANDS = {
                       "llm2clip.trainers.run_stage1", "Stage1Config", resumes=True, writes_log=True),
     "embed": Command("embed all captions with the LLM, into a cache or beside their shards (resumable)",
                      "llm2clip.embedding.embed", "EmbedConfig", writes_log=True, goes_on=True),
-    "verify": Command("compare what a folder of llm2clip contains with its checksums, and say what mends it",
+    "verify": Command("check the files of any folder that llm2clip wrote, and say how to mend it",
                       "llm2clip.verification.verify", "VerifyConfig", ("folder",)),
     "stage2": Command("train the vision tower and adapter on cached embeddings",
                       "llm2clip.trainers.run_stage2", "Stage2Config", resumes=True, writes_log=True),

@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_is_passed_over(
         (damaged / name).write_bytes((damaged / name).read_bytes()[:size])
     with caplog.at_level(logging.WARNING):
         assert last_checkpoint(tmp_path) == whole
-    assert f"{damaged} is incomplete or damaged ({name} " in caplog.text
+    assert f"Skipping {damaged}: incomplete or damaged ({name} " in caplog.text
     with pytest.raises(ValueError, match=f"is damaged \\({name}"):
         start(settings(tmp_path, resume_from_checkpoint=str(damaged)), resume=False)
 
@@ -97,7 +97,9 @@ def test_a_checkpoint_with_a_flipped_bit_is_passed_over(
     assert last_checkpoint(tmp_path) == damaged
     with flip(damaged / name):
         assert last_checkpoint(tmp_path) == whole
-        assert f"{damaged} is incomplete or damaged ({name} has changed: its checksum is not that" in caplog.text
+        assert (
+            f"Skipping {damaged}: incomplete or damaged ({name} has changed: its checksum is not that" in caplog.text
+        )
         with pytest.raises(ValueError, match=f"is damaged \\({name} has changed"):
             start(settings(tmp_path, resume_from_checkpoint=str(damaged)), resume=False)
         assert start(settings(tmp_path), resume=True) == str(whole)
@@ -151,7 +153,7 @@ def test_a_full_disk_during_a_save_costs_one_checkpoint_and_changed_settings_are
     changes = {"save_total_limit": 1, "logging_steps": 2}
     with caplog.at_level(logging.INFO):
         run_stage1.run(settings(tmp_path, inputs.llm, **changes), resume=True)
-    assert "checkpoint-6 is incomplete or damaged" in caplog.text
+    assert "checkpoint-6: incomplete or damaged" in caplog.text
     assert "changed since the run was started: logging_steps: 1" in caplog.text
     assert "changed since the run was started: save_total_limit" not in caplog.text
     assert steps(tmp_path) == [6]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import fsspec.asyn
 import numpy as np
 import torch
+from aiohttp import ClientError
 from torch.utils.data import IterableDataset, get_worker_info
 
 from llm2clip.data.embedding_lookup import EmbeddingLookup
@@ -19,6 +21,7 @@ from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.stream_order import FileOrder, Lanes, Piece, RowsBefore, SourceOrder, shuffled_block
 from llm2clip.utils.files import digest_json
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -357,10 +360,11 @@ class _RowRange:
         if self._next == (file, wanted.start):
             try:
                 return list(itertools.islice(self._rows, count))
-            except Exception:
+            except (SourceError, OSError, ClientError) as error:
                 # A server may have ended the connection while other files were read.
                 if not self.source.shards.is_remote(file):
                     raise
+                logger.warning("Opening %s again at row %d: %s", self.source.shards.files[file], wanted.start, error)
         self._rows = attached(file, self.source.shards.read(file, wanted), self.attach)
         return list(itertools.islice(self._rows, count))
 

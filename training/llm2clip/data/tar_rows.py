@@ -1,4 +1,4 @@
-"""Rows of webdataset tars: all of them, or some by number, without reading what is passed over."""
+"""Rows of webdataset tars: all of them, or some by number, without reading the others."""
 
 from __future__ import annotations
 

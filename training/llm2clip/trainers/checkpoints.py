@@ -32,7 +32,7 @@ def _by_step(output_dir: str | Path) -> dict[int, Path]:
 
 
 def last_checkpoint(output_dir: str | Path, contents: bool = True) -> Path | None:
-    """Find the newest whole checkpoint of a run; a damaged or half-written one is passed over with a warning.
+    """Find the newest whole checkpoint of a run; a damaged or half-written one is skipped with a warning.
 
     Args:
         contents: Compare checksums, which the main process does for all; otherwise only sizes.
@@ -46,7 +46,7 @@ def _last_whole(output_dir: str | Path, fault_of: Callable[[Path], str | None]) 
     for checkpoint in _by_step(output_dir).values():
         if (fault := fault_of(checkpoint)) is None:
             return checkpoint
-        logger.warning("%s is incomplete or damaged (%s) and is passed over.", checkpoint, fault)
+        logger.warning("Skipping %s: incomplete or damaged (%s).", checkpoint, fault)
     return None
 
 
