@@ -184,22 +184,22 @@ def test_a_connection_that_ends_while_other_files_are_read_is_made_again(
 ) -> None:
     lanes = Lanes(1, 4, BATCH)
     expected = list(itertools.islice(batches(opened(source, shuffle_block=1), 0, lanes), 12))
-    read, remote, opens = ShardRows.read, True, Counter[int]()
+    read, remote, opens = tar_rows.numbered_tar_rows, True, Counter[str]()
 
-    def interrupted(self: ShardRows, file: int, wanted: Any) -> Iterator[Any]:
-        opens[file] += 1
-        for number, row in enumerate(read(self, file, wanted)):
-            if number == 1 and opens[file] == 1:
-                raise ConnectionResetError("the server has gone")
+    def interrupted(path: str, columns: Any, wanted: Any) -> Iterator[Any]:
+        opens[path] += 1
+        for number, row in enumerate(read(path, columns, wanted)):
+            if number == 1 and opens[path] == 1:
+                raise RuntimeError("Response payload is not completed")  # what a client for HTTP may raise
             yield row
 
-    monkeypatch.setattr(ShardRows, "read", interrupted)
+    monkeypatch.setattr("llm2clip.data.shard_rows.numbered_tar_rows", interrupted)
     monkeypatch.setattr(ShardRows, "is_remote", lambda self, file: remote)
     assert list(itertools.islice(batches(opened(source, shuffle_block=1), 0, lanes), 12)) == expected
     assert max(opens.values()) > 1
     remote = False
     opens.clear()
-    with pytest.raises(ConnectionResetError):
+    with pytest.raises(SourceError, match=r"\.tar cannot be read: RuntimeError: Response payload is not completed"):
         list(itertools.islice(batches(opened(source, shuffle_block=1), 0, lanes), 12))
 
 

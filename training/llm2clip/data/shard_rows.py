@@ -43,7 +43,15 @@ class ShardRows:
         self.files = list(files) if len(files) == self.num_files else []
 
     def read(self, file: int, wanted: Iterable[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the rows of a file that have these numbers, which ascend, with their numbers."""
+        """Yield the rows of a file that have these numbers, which ascend, with their numbers.
+
+        Raises:
+            SourceError: The file cannot be read, or has fewer rows.
+        """
+        with reading(self.files[file] if self.files else f"file {file} of the stream", SourceError):
+            yield from self._read(file, wanted)
+
+    def _read(self, file: int, wanted: Iterable[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         if self.files and file_format(self.files[file]) == ".tar":
             rows = numbered_tar_rows(self.files[file], self.columns, wanted)
             return ((number, self._declared(row)) for number, row in rows)

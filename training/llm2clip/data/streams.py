@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import fsspec.asyn
 import numpy as np
 import torch
-from aiohttp import ClientError
 from torch.utils.data import IterableDataset, get_worker_info
 
 from llm2clip.data.embedding_lookup import EmbeddingLookup
@@ -360,7 +359,7 @@ class _RowRange:
         if self._next == (file, wanted.start):
             try:
                 return list(itertools.islice(self._rows, count))
-            except (SourceError, OSError, ClientError) as error:
+            except SourceError as error:
                 # A server may have ended the connection while other files were read.
                 if not self.source.shards.is_remote(file):
                     raise
