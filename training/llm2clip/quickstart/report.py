@@ -75,9 +75,9 @@ def write_report(path: Path, results: dict[str, Any], run: RunContext, best: Arm
         "<p class='note'>Cosine similarity between the caption and every patch of its image, from blue (low) to red "
         "(high). Where the vision tower was frozen, no patch was trained to match captions: it says little.</p>",
         _patch_maps(run, cache, final),
-        f"<p class='note'>Profile {_text(settings['profile'])}, seed {settings['seed']}. "
+        f"<p class='note'>Profile {_text(settings['profile'])}, seed {_text(settings['seed'])}. "
         f"LLM: {_text(settings['llm'])}. Vision tower: {_text(settings['vision_model'])}. "
-        f"Data: {_text(settings['data'])}. {minutes:.1f} minutes on {machine['threads']} threads of "
+        f"Data: {_text(settings['data'])}. {minutes:.1f} minutes on {_text(machine['threads'])} threads of "
         f"{_text(machine['processor'])}. results.json has every number and setting.</p>",
         "</body></html>",
     ]
