@@ -54,7 +54,8 @@ def _checking() -> Work:
     cache = r10_cached_rows.cache_of(texts, lambda batch: torch.ones(len(batch), r10_cached_rows.WIDTH), new_folder())
 
     def work() -> Outcome:
-        cache.check_shards()
+        for shard in cache.shards:
+            shard.require_unchanged(always=True)
         return Outcome()
 
     return work

@@ -19,6 +19,7 @@ SECTIONS = {
     "modeling_llm2clip": "Models and processor",
     "llm2clip.trainers": "Training",
     "llm2clip.losses": "Losses",
+    "llm2clip.store": "Stored rows",
     "llm2clip.data": "Data",
     "llm2clip.embedding": "Embedding",
     "llm2clip.evaluation": "Evaluation",

@@ -33,6 +33,8 @@ ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 PROGRAMS = ("EPS",)
 # A string of this length that names no file may be the image itself, in base64.
 SHORTEST_BASE64 = 60
+# Endings by which sentence-transformers does not know a picture.
+PICTURE_ENDINGS = (".tif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".jfif", ".ppm", ".tga", ".ico")
 
 
 class SampleError(ValueError):
@@ -104,6 +106,17 @@ def decode_images(images: Any, key: str = "image") -> Any:
     if images is None or isinstance(images, (np.ndarray, torch.Tensor)):
         return images
     return decode_image(images, key)
+
+
+def refuse_picture(caption: str) -> None:
+    """Raise ValueError if a caption is the path of a picture, which sentence-transformers takes for text.
+
+    It knows a path by its ending, and not all endings.
+    """
+    if caption.lower().endswith(PICTURE_ENDINGS) and os.path.isfile(caption):
+        raise ValueError(
+            f"{caption!r} is a picture, but would be embedded as a caption; pass Image.open({caption!r})."
+        )
 
 
 def require_file(image: Any, captions: str) -> None:

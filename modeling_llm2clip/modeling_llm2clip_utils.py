@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,13 @@ def absolute_path(name: str | os.PathLike[str]) -> str:
 
 def apply_umask(*files: Path) -> None:
     """Give files that only their owner may read, as the safetensors library writes them, the mode of other files."""
-    mask = os.umask(0o077)
-    os.umask(mask)
     for path in files:
         if path.stat().st_mode & 0o777 == 0o600:
-            path.chmod(0o666 & ~mask)
+            # The umask itself cannot be asked for without changing it for other threads.
+            with tempfile.TemporaryDirectory() as folder:
+                other = Path(folder, path.name)
+                other.touch()
+                path.chmod(other.stat().st_mode & 0o777)
 
 
 def load_complete(load: Callable[..., Any], name: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:

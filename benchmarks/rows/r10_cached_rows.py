@@ -50,22 +50,15 @@ def _consume(batches: Iterable[tuple[list[str], Any]], size: float) -> Outcome:
 
 
 def _manifest() -> Any:
-    from llm2clip.embedding import CacheManifest
+    from llm2clip.store import caption_manifest
 
-    return CacheManifest(
-        fingerprint="benchmark",
-        text_model_name="benchmark",
-        hidden_size=WIDTH,
-        pooling="mean",
-        prompt_prefix="",
-        prompt_suffix="",
-        max_length=512,
-    )
+    prompt: dict[str, Any] = {"pooling": "mean", "prompt_prefix": "", "prompt_suffix": "", "max_length": 512}
+    return caption_manifest("benchmark", "benchmark", width=WIDTH, **prompt)
 
 
 def cache_of(texts: list[str], embed: Callable[[list[str]], Any], folder: Path) -> Any:
     """Build a cache with a substitute for a text encoder, and open it without a check."""
-    from llm2clip.embedding import EmbeddingCache, build_embedding_cache
+    from llm2clip.store import EmbeddingCache, build_embedding_cache
 
     build_embedding_cache(folder, texts, lambda batch: (embed(batch), 0), _manifest(), show_progress_bar=False)
     return EmbeddingCache.open(folder, verify=False)
@@ -95,8 +88,8 @@ def _tar_and_sidecar() -> Work:
 
     from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
     from llm2clip.data.shards import ShardedSource
+    from llm2clip.data.sidecars import SourceSidecars
     from llm2clip.embedding.embed_shards import ShardEmbedder, list_jobs
-    from llm2clip.embedding.sidecars import SourceSidecars
 
     texts, rows, folder, drawn = _texts(), _rows(), new_folder(), _drawn()
     numbers = {text: number for number, text in enumerate(texts)}
@@ -112,8 +105,8 @@ def _tar_and_sidecar() -> Work:
     source = CaptionSource(str(folder / "captions.tar"), streaming=True, **columns)
     embedder = ShardEmbedder(lambda batch: (rows[[numbers[text] for text in batch]], 0), _manifest())
     embedder.run(list_jobs([source], str(folder)), show_progress_bar=False)
-    sidecars = SourceSidecars(folder, ShardedSource(source).shards, [IMAGES])
-    stream = StreamingCaptionImageDataset(source, None, embeddings=sidecars)
+    beside = SourceSidecars(folder, ShardedSource(source).shards).open
+    stream = StreamingCaptionImageDataset(source, None, embeddings=beside, row_counts=[IMAGES])
     stream.batch_size = BATCH
 
     def batches() -> Iterator[tuple[list[str], Any]]:

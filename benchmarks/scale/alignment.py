@@ -13,8 +13,8 @@ from benchmarks.scale.processes import run_watched
 
 IMAGE_WIDTH, TEXT_WIDTH, SHARED = 512, 768, 64
 SHARD_SIZE = 8192
-# Of a pair in both Stores, with its keys.
-PAIR_BYTES = 2 * (IMAGE_WIDTH + TEXT_WIDTH) + 2 * 16
+# Of a pair in both Stores, with its keys and their index.
+PAIR_BYTES = 2 * (IMAGE_WIDTH + TEXT_WIDTH) + 2 * (16 + 24)
 
 
 @dataclass
@@ -55,11 +55,11 @@ def align(folder: Path, trial: AlignTrial) -> dict[str, Any]:
 def _write_stores(stores: Path, pairs: int) -> None:
     import numpy as np
 
-    from llm2clip.embedding.cache_files import CacheManifest
-    from llm2clip.embedding.image_features import FeatureManifest
-    from llm2clip.embedding.row_builder import build_rows
+    from llm2clip.embedding.image_features import feature_manifest
+    from llm2clip.store import build_store, caption_manifest
+    from llm2clip.store.store import INDEX
 
-    if (stores / "texts" / "manifest.json").exists():
+    if (stores / "texts" / INDEX).exists():
         return
     stores.mkdir(parents=True, exist_ok=True)
     needed, free = pairs * PAIR_BYTES + SPARE_BYTES, shutil.disk_usage(stores).free
@@ -68,29 +68,26 @@ def _write_stores(stores: Path, pairs: int) -> None:
             f"{pairs:,} pairs need {needed / 1e9:.0f} GB in {stores}, and {free / 1e9:.0f} GB are free; choose "
             "another --folder or fewer --captions."
         )
-    common: dict[str, Any] = {"fingerprint": "random", "shard_size": SHARD_SIZE}
-    images = FeatureManifest(
-        **common,
-        hidden_size=IMAGE_WIDTH,
-        vision_model_name="random",
-        pooling="cls",
-        image_backend="exact",
-        max_pixels=1,
+    images = feature_manifest(
+        "random", "random", width=IMAGE_WIDTH, pooling="cls", image_backend="exact", max_pixels=1
     )
     prompt: dict[str, Any] = {"pooling": "mean", "prompt_prefix": "", "prompt_suffix": "", "max_length": 64}
-    texts = CacheManifest(**common, hidden_size=TEXT_WIDTH, text_model_name="random", **prompt)
+    texts = caption_manifest("random", "random", width=TEXT_WIDTH, **prompt)
     keys = np.stack([np.arange(pairs), np.zeros(pairs, dtype=np.int64)], axis=1)
-    build_rows(stores / "images", keys, partial(_rows, IMAGE_WIDTH, {"skipped": "[]"}), images, title="Images")
-    build_rows(stores / "texts", keys, partial(_rows, TEXT_WIDTH, {"num_truncated": "0"}), texts, title="Texts")
+    for name, width, manifest in (("images", IMAGE_WIDTH, images), ("texts", TEXT_WIDTH, texts)):
+        compute = partial(_rows, width)
+        build_store(stores / name, keys, compute, manifest, title=name.title(), shard_size=SHARD_SIZE)
 
 
-def _rows(width: int, metadata: dict[str, str], positions: Any, bar: Any) -> tuple[Any, dict[str, str]]:
-    """Make the rows of a shard; see `Compute` of the row builder."""
+def _rows(width: int, positions: Any, bar: Any) -> Any:
+    """Make the rows of a shard; see `Compute` of the builder of stores."""
     import torch
+
+    from llm2clip.store.building import ComputedRows
 
     basis = torch.randn(SHARED, width, generator=torch.Generator().manual_seed(width))
     shared, own = (torch.Generator().manual_seed(int(positions[0]) * 10_000 + number) for number in (0, width))
     rows = torch.randn(len(positions), SHARED, generator=shared) @ basis
     rows += 4 * torch.rand(len(positions), width, generator=own)
     bar.update(advance=len(positions))
-    return rows.half(), metadata
+    return ComputedRows(rows.half())

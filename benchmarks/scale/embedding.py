@@ -57,7 +57,7 @@ def embed(folder: Path, trial: Trial) -> dict[str, Any]:
     verified = run_watched(["-m", "llm2clip", "verify", str(sidecars), "--sources", "false"], log)
     manifests = [json.loads(path.read_text(encoding="utf-8")) for path in sidecars.glob(MANIFESTS)]
     seconds, units = map(sum, zip(*(run.cpu_per_unit for run in runs), strict=True))
-    rows = sum(manifest["rows"] for manifest in manifests)
+    rows = sum(manifest["source"]["rows"] for manifest in manifests)
     if (len(manifests), rows) != (shards, shards * CAPTIONS_PER_TAR):
         raise RuntimeError(f"{len(manifests)} of {shards} shards with {rows:,} rows have embeddings.")
     return {
@@ -70,7 +70,7 @@ def embed(folder: Path, trial: Trial) -> dict[str, Any]:
         "rows_per_second": round(_rate(sidecars, runs), 1),
         "cpu_microseconds_per_row": round(seconds / (units * CAPTIONS_PER_TAR) * 1e6, 1),
         "peak_bytes": max(run.peak for run in runs),
-        "distinct": sum(manifest["captions"] for manifest in manifests),
+        "distinct": sum(manifest["rows"] for manifest in manifests),
         "bytes": sum(path.stat().st_size for path in sidecars.iterdir()),
         "left_over": sorted(path.name for path in sidecars.iterdir() if path.suffix == ".tmp"),
         "verify_seconds": round(verified.seconds, 1),

@@ -25,8 +25,8 @@ CAPTIONS_PER_IMAGE, EPOCHS = 3, 4
 CHARACTERS_PER_TOKEN = 4
 # The backward pass of a training step costs two forward passes.
 FORWARDS_PER_STEP = 3
-# Index of an open cache: the sorted key and its row.
-INDEX_BYTES = 20
+# Index of a cache: the sorted key and its row.
+INDEX_BYTES = 24
 LLMS = {"1B": "LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned", "8B": "LLM2CLIP-Llama-3.1-8B-Instruct-CC"}
 TOWERS = {"B/16-224": "LLM2CLIP-EVA02-B-16", "L/14-336": "LLM2CLIP-EVA02-L-14-336"}
 COLUMNS = [(card, gpus) for card in ("H100", "A100") for gpus in (1, 8)]
@@ -94,7 +94,7 @@ def _measured(width: int, image: float) -> list[str]:
         f"| stage 2 checks the cache (`verify_cache`), a share in every process | "
         f"{measured['cache_bytes_checked_per_second'] / 1e9:.2f} GB/s | {check:,.0f} minutes for the 8B LLM's |",
         f"| stage 2 finds captions in the open cache | {rows:,.0f} captions/s | "
-        f"{index:.1f} GB of index in every process |",
+        f"{index:.1f} GB of index, which all processes map |",
         f"| it decodes and resizes JPEGs of 500 to 1,500 pixels to 336 x 336, `exact` | {exact:,.0f} images/s | "
         f"{rate / exact:.1f} cores for each GPU that trains EVA02-L/14-336 ({rate:,.0f} images/s) |",
         f"| the same, `fast` | {fast:,.0f} images/s | {rate / fast:.1f} cores for each GPU |",

@@ -13,11 +13,12 @@ import torch
 import yaml
 
 from llm2clip.data import CaptionSource, PairSource
-from llm2clip.embedding import EmbeddingCache
 from llm2clip.embedding.embed import EmbedConfig
-from llm2clip.embedding.row_builder import shard_name
 from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.search.index_manifest import IndexManifest
+from llm2clip.store import EmbeddingCache
+from llm2clip.store.building import shard_name
+from llm2clip.store.store import INDEX
 from llm2clip.trainers.checkpoints import finish_checkpoint, last_checkpoint
 from llm2clip.trainers.mntp_config import MNTPConfig
 from llm2clip.trainers.stage1_config import Stage1Config
@@ -28,7 +29,7 @@ from llm2clip.utils.manifests import FOLDER_MANIFEST, damage
 from llm2clip.utils.settings import build_config
 from tests.bad_input.documents import changed, variants
 from tests.damage import mutated
-from tests.llm2clip.embedding.encoder import build
+from tests.llm2clip.store.encoder import build
 from tests.refusals import fault
 
 COUNT = 300
@@ -77,7 +78,7 @@ def test_wrong_sources_are_refused(kind: Any) -> None:
 
 def test_wrong_manifests_of_a_cache_are_refused(tmp_path: Path) -> None:
     build(tmp_path, [f"caption {number}" for number in range(25)])
-    manifest = tmp_path / "manifest.json"
+    manifest = tmp_path / INDEX
     right = json.loads(manifest.read_text())
     refused = 0
     for content in variants(right, COUNT):

@@ -11,20 +11,14 @@ import pytest
 import torch
 
 from llm2clip.data import CaptionSource, distinct_captions
-from llm2clip.data.records import (
-    CaptionError,
-    RowCaptions,
-    caption_id,
-    caption_ids,
-    caption_key,
-    caption_keys,
-    clean_caption,
-)
+from llm2clip.data.records import CaptionError, RowCaptions, caption_id, caption_ids, clean_caption
 from llm2clip.data.text_faults import TEXT_FAULTS, script
-from llm2clip.embedding import EmbeddingCache, embed_captions
+from llm2clip.embedding import embed_captions
+from llm2clip.store import EmbeddingCache
+from llm2clip.store.captions import caption_key, caption_keys
 from llm2clip.utils.terminal import OBEYED, printable
 from tests.bad_input.texts import BadText, corpus
-from tests.llm2clip.embedding.encoder import build, embed
+from tests.llm2clip.store.encoder import build, embed
 from tests.modeling_llm2clip import tiny
 
 CORPUS = corpus()

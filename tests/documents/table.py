@@ -139,7 +139,7 @@ README = {
     EMBED_CAPTIONS: Run(
         needs=(TRAIN_LLM, "data/cc3m"), small=EMBED, makes=("runs/cache/0.emb.manifest",), prints="num_captions: "
     ),
-    EMBED_MINE: Run(needs=(TRAIN_LLM, "data/mine"), makes=("runs/mine_cache/manifest.json",), prints="num_captions: "),
+    EMBED_MINE: Run(needs=(TRAIN_LLM, "data/mine"), makes=("runs/mine_cache/index.manifest",), prints="num_captions: "),
     "llm2clip embed --dtype float16": Run(
         needs=(TRAIN_LLM, "data/cc3m"),
         meant={"embed": "embed embed_paper"},
@@ -408,7 +408,7 @@ SPACE = {
 MODELS = {
     'llm2clip embed --text-model-name-or-path intfloat/multilingual-e5-small --prompt-prefix "query: " '
     "--sources '[{path: ./my_images, caption_columns: [caption]}]' --output-dir runs/cache": Run(
-        needs=(E5, "my_images"), makes=("runs/cache/manifest.json",), prints="num_captions: "
+        needs=(E5, "my_images"), makes=("runs/cache/index.manifest",), prints="num_captions: "
     ),
 }
 COMMANDS: dict[str, Run | NotRun] = {

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm2clip.embedding.cache_files import MANIFEST
-from llm2clip.embedding.sidecar_files import MANIFEST_SUFFIX
+from llm2clip.store.store import BESIDE_SHARDS, INDEX
 from llm2clip.trainers.checkpoints import RESULT_FILES
 
 # Below it is all that a command writes, in a folder that is there before.
@@ -48,13 +46,8 @@ def _has(*names: str) -> Callable[[Path], bool]:
     return lambda folder: any((folder / name).is_file() for name in names)
 
 
-def _cache_is_complete(folder: Path) -> bool:
-    path = folder / MANIFEST
-    return path.is_file() and json.loads(path.read_text())["status"] == "complete"
-
-
 def _all_embedded(folder: Path) -> bool:
-    return len(list(folder.glob(f"*{MANIFEST_SUFFIX}"))) == 2
+    return len(list(folder.glob(BESIDE_SHARDS))) == 2
 
 
 def _exists(folder: Path) -> bool:
@@ -77,7 +70,7 @@ def _stage(name: str, kills: int, faults: int, *needs: str) -> Attacked:
 ATTACKED: dict[str, Attacked] = {
     "stage1": _stage("stage1", 5, 10),
     "mntp": _stage("mntp", 3, 6),
-    "embed": Attacked("embed {inputs}/embed.yaml", 5, 10, _cache_is_complete, needs=("stage1",)),
+    "embed": Attacked("embed {inputs}/embed.yaml", 5, 10, _has(INDEX), needs=("stage1",)),
     "sidecars": Attacked("embed {inputs}/sidecars.yaml", 4, 10, _all_embedded, needs=("stage1",)),
     "stage2": _stage("stage2", 6, 12, "embed"),
     "index": Attacked(

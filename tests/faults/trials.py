@@ -21,6 +21,8 @@ FAULTS: tuple[Kind, ...] = (
 )
 # Changes that a full disk refuses.
 REFUSED = ("write", "create", "mkdir", "allocate")
+# Bytes of the smallest limit of files, which holds for the one that takes the messages too.
+MESSAGES = 1000
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def _fault(name: str, number: int, kind: Kind, baseline: Baseline, dice: random.
     if kind == "small disk":
         return Trial(name, number, kind, size=int(share * baseline.total))
     if kind == "largest file":
-        return Trial(name, number, kind, size=int(share * baseline.largest))
+        return Trial(name, number, kind, size=max(MESSAGES, int(share * baseline.largest)))
     if kind == "read-only":
         return Trial(name, number, kind, baseline.changes[0])
     found = [change for change in baseline.changes if kind in ("I/O error", "connection") or change.kind in REFUSED]

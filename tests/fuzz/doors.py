@@ -40,7 +40,6 @@ DOORS = (
     Door("lists", stores.make_lists, stores.read_lists, several=True),
     Door("caches", stores.make_caches, stores.read_cache, several=True),
     Door("sidecars", stores.make_sidecars, stores.read_sidecars, unchanged=("*.parquet",)),
-    Door("states", stores.make_states, stores.read_states),
     Door("indexes", stores.make_indexes, stores.read_index, share=2, limit=60),
     Door("checkpoints", models.make_checkpoints, models.read_checkpoint, share=2, limit=60, unchanged=("llm/*",)),
     Door("language_models", models.make_language_models, models.read_language_model, limit=60),

@@ -1,8 +1,7 @@
-"""Readers of what the commands write: lists of files, caches, sidecars, states of frozen layers, indexes."""
+"""Readers of what the commands write: lists of files, caches, sidecars, indexes."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,22 +12,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llm2clip.data.records import caption_keys
 from llm2clip.data.shards import ShardedSource
-from llm2clip.embedding import EmbeddingCache
-from llm2clip.embedding.cache_files import StoreManifest
-from llm2clip.embedding.image_features import FeatureManifest, ImageFeatures
-from llm2clip.embedding.keyed_rows import KeyedRows
-from llm2clip.embedding.row_builder import build_rows
-from llm2clip.embedding.sidecar_store import open_reused
-from llm2clip.embedding.sidecars import SourceSidecars
-from llm2clip.embedding.verify import verify_sidecars
-from llm2clip.evaluation.row_store import EvaluationManifest
+from llm2clip.data.sidecars import SourceSidecars
+from llm2clip.embedding.image_features import ImageFeatures, feature_manifest
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index import IndexConfig
 from llm2clip.search.index import run as build_index
+from llm2clip.store import EmbeddingCache, Store, StoreManifest, build_store
+from llm2clip.store.building import ComputedRows
+from llm2clip.store.captions import caption_keys
 from llm2clip.trainers.checkpoints import finish_checkpoint, last_checkpoint
-from llm2clip.trainers.frozen_states import changed_parts, open_states
 from llm2clip.utils.folders import refuse_existing
 from llm2clip.utils.manifests import (
     listed_files,
@@ -38,16 +31,14 @@ from llm2clip.utils.manifests import (
     write_model_manifest,
     written_by,
 )
+from llm2clip.verification import verify
 from llm2clip.verification.kinds import verify_folder
 from tests.fuzz.data import Doors
-from tests.llm2clip import tiny
-from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.embedding import encoder, shards
-from tests.llm2clip.trainers import test_frozen_states
+from tests.llm2clip.embedding import shards
+from tests.llm2clip.store import encoder
 from tests.modeling_llm2clip import tiny as tiny_models
 
 CAPTIONS = [f"caption {number}" for number in range(25)]
-WIDTH = 8
 
 
 def make_lists(folder: Path) -> None:
@@ -74,43 +65,46 @@ def read_lists(folder: Path) -> Doors:
     )
 
 
-def _store(folder: Path, manifest: StoreManifest, metadata: dict[str, str]) -> None:
-    rows = torch.nn.functional.normalize(torch.randn(len(CAPTIONS), WIDTH)).to(getattr(torch, manifest.dtype))
-
-    def compute(positions: np.ndarray, bar: Any) -> tuple[torch.Tensor, dict[str, str]]:
-        return rows[positions], metadata
-
-    build_rows(folder, caption_keys(CAPTIONS), compute, manifest, title="", show_progress_bar=False)
-
-
 def make_caches(folder: Path) -> None:
     encoder.build(folder / "captions", CAPTIONS)
-    common: dict[str, Any] = {"fingerprint": "a", "hidden_size": WIDTH, "shard_size": 10}
-    features = FeatureManifest(
-        **common, vision_model_name="tower", pooling="cls", image_backend="exact", max_pixels=100
-    )
-    _store(folder / "features", features, {"skipped": json.dumps([[0, "key", "reason"]])})
-    rows = EvaluationManifest(**common, model_name="model", model_dtype="float32", kind="images", dtype="float32")
-    _store(folder / "rows", rows, {})
+    computed = torch.nn.functional.normalize(torch.randn(len(CAPTIONS), encoder.WIDTH))
+    features = feature_manifest("tower", "a", width=encoder.WIDTH, pooling="cls", image_backend="exact", max_pixels=9)
+    rows = StoreManifest(kind="evaluation", encoder="model", identity={"fingerprint": "a"}, dtype="float32")
+    for name, manifest in (("features", features), ("rows", rows)):
+
+        def compute(positions: np.ndarray, bar: Any, dtype: str = manifest.dtype) -> ComputedRows:
+            return ComputedRows(computed[positions].to(getattr(torch, dtype)), skipped=[(0, "key", "reason")])
+
+        keys = caption_keys(CAPTIONS)
+        build_store(folder / name, keys, compute, manifest, title="", shard_size=10, show_progress_bar=False)
+
+
+def _no_checksums(folder: Path) -> None:
+    """Forget the checksums that were computed on this machine, and what `datasets` has read."""
+    datasets.config.HF_DATASETS_CACHE = folder.with_name("cache")
+    shutil.rmtree(datasets.config.HF_DATASETS_CACHE, ignore_errors=True)
+
+
+def _verify(folder: Path) -> None:
+    verify.run(verify.VerifyConfig(str(folder)))
 
 
 def read_cache(folder: Path) -> Doors:
+    _no_checksums(folder)
     numbers = np.arange(3)
 
     def captions() -> None:
         cache = EmbeddingCache.open(folder, verify=False)
         cache.contains(CAPTIONS), cache.lookup(CAPTIONS[3:15]), cache.lookup(CAPTIONS[3:4])
 
-    def rows() -> None:
-        manifest = EvaluationManifest.read(folder)
-        opened = KeyedRows(folder, manifest, KeyedRows.open_shards(folder, manifest))
-        opened.read(numbers[: len(opened)])
-
     def features() -> None:
-        opened = ImageFeatures(folder, FeatureManifest.read(folder))
-        opened.read_views(numbers[: len(opened)]), opened.statistics(numbers[: len(opened)])
+        opened = ImageFeatures.open(folder, verify=False)
+        opened.read_views(numbers), opened.statistics(numbers)
 
-    return (lambda: verify_folder(folder), captions, lambda: EmbeddingCache.open(folder), rows, features)
+    def rows() -> None:
+        Store.open(folder).read(numbers)
+
+    return (lambda: _verify(folder), captions, lambda: EmbeddingCache.open(folder), rows, features)
 
 
 def make_sidecars(folder: Path) -> None:
@@ -121,8 +115,7 @@ def make_sidecars(folder: Path) -> None:
 
 
 def read_sidecars(folder: Path) -> Doors:
-    datasets.config.HF_DATASETS_CACHE = folder.with_name("cache")
-    shutil.rmtree(datasets.config.HF_DATASETS_CACHE, ignore_errors=True)
+    _no_checksums(folder)
     source = shards.CaptionSource(str(folder / "*.parquet"), streaming=True)
 
     def beside() -> None:
@@ -131,29 +124,11 @@ def read_sidecars(folder: Path) -> Doors:
         opened.open(0).lookup(["everywhere"])
 
     def together() -> None:
-        store = open_reused(str(folder))
+        store = EmbeddingCache.open(folder)
         places = store.find(caption_keys(["everywhere"]))
         store.read(places[places >= 0])
 
-    return (beside, together, lambda: verify_sidecars(folder))
-
-
-def make_states(folder: Path) -> None:
-    inputs = Inputs("", tiny.save_vision_tower(folder / "tower"), "", "")
-    made = test_frozen_states.build(inputs, folder / "states", tiny.concepts(max_samples=8)).folder
-    shutil.move(made, folder / "new")
-    for name in ("tower", "states"):
-        shutil.rmtree(folder / name)
-
-
-def read_states(folder: Path) -> Doors:
-    def states() -> None:
-        manifest, rows = open_states(folder)
-        changed_parts(manifest, rows)
-        {row: (key, reason) for row, key, reason in manifest["skipped"]}
-        np.array(rows[0])
-
-    return (states, lambda: verify_folder(folder))
+    return (beside, together, lambda: _verify(folder))
 
 
 def make_indexes(folder: Path, kinds: Sequence[str] = ("flat", "faiss")) -> None:

@@ -6,30 +6,25 @@ import gzip
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from llm2clip.convert.conversion import convert_checkpoint
 from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shards import ShardedSource
-from llm2clip.embedding.cache_files import CacheDamagedError
-from llm2clip.embedding.image_features import FeatureManifest, ImageFeatures
-from llm2clip.embedding.row_builder import build_rows
-from llm2clip.embedding.sidecar_files import SidecarManifest
-from llm2clip.embedding.sidecars import CacheMismatchError, SourceSidecars
+from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index_manifest import IndexManifest
-from llm2clip.trainers.frozen_states import open_states
+from llm2clip.store import StoreManifest, StoreMismatchError
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.files import read_json, write_json
-from llm2clip.utils.manifests import FOLDER_MANIFEST, SEAL, sealed, write_manifest
+from llm2clip.utils.manifests import FOLDER_MANIFEST, sealed, write_manifest
 from llm2clip.utils.settings import build_config
 from llm2clip.verification.kinds import verify_folder
 from tests.fuzz import stores
@@ -42,11 +37,6 @@ INDEX: dict[str, Any] = {
     "source": {"kind": "folder", "path": "x"}, "index": {"type": "flat"}, "stored": {"version": 3},
     "format_version": 2,
 }  # fmt: skip
-
-
-def seal_again(path: Path, **fields: Any) -> None:
-    """Change fields of a manifest, and its checksum with them."""
-    write_json(path, sealed({name: value for name, value in (read_json(path) | fields).items() if name != SEAL}))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -106,70 +96,17 @@ def test_a_damaged_saved_table_is_named(content: str, tmp_path: Path) -> None:
         distinct_captions(CaptionSource(str(tmp_path / "saved")), False)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"captions": "x"},
-        {"rows": None},
-        {"caption_columns": None},
-        {"source": ""},
-        {"source": "../0.parquet"},
-        {"source": False},
-        {"encoder": {"hidden_size": []}},
-        *({"part": {"start": start, "stop": 1, "total": 2, "first_row": 0, "first_byte": 0, "last_byte": 1}}
-          for start in ("x", [], None)),
-    ],
-)  # fmt: skip
-def test_a_sidecar_whose_manifest_has_other_types_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
-    shards.embed(shards.write_shards(tmp_path, 1), None)
-    seal_again(tmp_path / "0.emb.manifest", **fields)
-    with pytest.raises(CacheDamagedError, match=r"0\.emb\.manifest"):
-        SidecarManifest.read(tmp_path / "0.emb.manifest")
-
-
 def test_a_sidecar_with_one_more_field_of_its_encoder_is_of_another(tmp_path: Path) -> None:
     source = shards.write_shards(tmp_path, 2)
     shards.embed(source, None)
     path = tmp_path / "1.emb.manifest"
-    seal_again(path, encoder={**read_json(path)["encoder"], "num_truncated": 3})
-    with pytest.raises(CacheMismatchError, match=r"1\.emb\.manifest has num_truncated 3, but .* has None"):
-        SourceSidecars(tmp_path, ShardedSource(source).shards).check(["caption"])
-    encoder = read_json(path)["encoder"]
-    del encoder["num_truncated"], encoder["tokenizer_fingerprint"]
-    seal_again(path, encoder=encoder)
-    with pytest.raises(CacheMismatchError, match=r"1\.emb\.manifest has tokenizer_fingerprint None"):
-        SourceSidecars(tmp_path, ShardedSource(source).shards).check(["caption"])
-
-
-@pytest.mark.parametrize("metadata", [{}, {"skipped": "[[1]]"}, {"skipped": "1"}, {"skipped": "["}])
-def test_features_that_do_not_say_what_was_skipped_are_refused(metadata: dict[str, str], tmp_path: Path) -> None:
-    manifest = FeatureManifest(
-        fingerprint="a", hidden_size=2, vision_model_name="x", pooling="cls", image_backend="exact", max_pixels=9
-    )
-    keys = np.arange(4).reshape(2, 2)
-    good = {"skipped": "[]"}
-    build_rows(tmp_path, keys, lambda *_: (torch.ones(2, 2).half(), good), manifest, title="", show_progress_bar=False)
-    save_file({"embeddings": torch.ones(2, 2).half(), "keys": torch.from_numpy(keys)},
-              tmp_path / "shard-00000.safetensors", metadata)  # fmt: skip
-    with pytest.raises(CacheDamagedError, match=r"shard-00000\.safetensors cannot be read"):
-        ImageFeatures(tmp_path, FeatureManifest.read(tmp_path))
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"skipped": [[1]]},
-        {"skipped": True},
-        {"skipped": [], "parts": [1], "shape": [1, 2], "header": [80, "x"]},
-        {"skipped": [], "parts": [], "shape": [float("inf"), 2], "header": [80, "x"]},
-    ],
-)
-def test_frozen_states_with_a_damaged_manifest_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
-    np.save(tmp_path / "states.npy", np.ones((1, 2), np.float16))
-    write_json(tmp_path / "manifest.json", sealed(fields))
-    with pytest.raises(ValueError, match=r"is damaged .*the next run computes the states again"):
-        open_states(tmp_path)
+    manifest = StoreManifest.read(path)
+    more = {**manifest.identity, "more": 3}
+    less = {name: value for name, value in manifest.identity.items() if name != "tokenizer_fingerprint"}
+    for identity, message in ((more, "more 3, but .* has None"), (less, "tokenizer_fingerprint None")):
+        replace(manifest, identity=identity).write(path)
+        with pytest.raises(StoreMismatchError, match=rf"1\.emb\.manifest has {message}"):
+            SourceSidecars(tmp_path, ShardedSource(source).shards).check(["caption"])
 
 
 def test_a_command_with_braces_is_no_format(tmp_path: Path) -> None:
@@ -214,6 +151,7 @@ def test_a_faiss_index_with_numbers_of_other_rows_is_refused(tmp_path: Path) -> 
     content, numbers = path.read_bytes(), np.arange(12, dtype="<i8")
     assert content.count(numbers.tobytes()) == 1
     path.write_bytes(content.replace(numbers.tobytes(), (numbers + 1000).tobytes()))
+    write_manifest(folder, "index")
     index = ImageIndex.open(folder)
     with pytest.raises(ValueError, match="its faiss index has rows that do not exist; build it again"):
         index.search(np.ones((1, index.manifest.width), np.float32), 3)

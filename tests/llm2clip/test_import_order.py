@@ -15,6 +15,7 @@ PACKAGE = Path(llm2clip.__file__).parent
 ROOMS = [
     "utils",
     "recipes",
+    "store",
     "data",
     "losses",
     "embedding",

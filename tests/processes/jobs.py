@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 
-from llm2clip.embedding.sidecar_files import MANIFEST_SUFFIX
+from llm2clip.store.store import BESIDE_SHARDS
 from tests.faults.commands import ATTACKED
 from tests.faults.content import Content, content
 from tests.faults.injection import preloaded
@@ -124,7 +124,7 @@ class Jobs:
     def is_whole(self, name: str, folder: Path) -> bool:
         """Whether a reader takes what a command has made in a folder for a whole result."""
         if name == "sidecars":
-            return len(list((folder / OUT).glob(f"*{MANIFEST_SUFFIX}"))) == TARS
+            return len(list((folder / OUT).glob(BESIDE_SHARDS))) == TARS
         known = {"cache": "embed", "stage2-stream": "stage2"}
         return ATTACKED[known.get(name, name)].is_whole(folder / OUT)
 

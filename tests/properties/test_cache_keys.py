@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm2clip.data import CaptionSource
-from llm2clip.data.records import caption_id, caption_ids, caption_key, caption_keys, clean_caption
+from llm2clip.data.records import caption_id, caption_ids, clean_caption
 from llm2clip.data.shards import ShardedSource
-from llm2clip.embedding import EmbeddingCache
-from llm2clip.embedding.cache_files import MissingCaptionError
-from llm2clip.embedding.keyed_rows import KeyIndex
-from llm2clip.embedding.sidecar_store import SidecarStore
-from llm2clip.embedding.sidecars import SourceSidecars
-from tests.llm2clip.embedding import encoder, shards
+from llm2clip.data.sidecars import SourceSidecars
+from llm2clip.store import EmbeddingCache
+from llm2clip.store.captions import caption_key, caption_keys
+from llm2clip.store.key_index import KeyIndex
+from llm2clip.store.manifest import MissingCaptionError
+from tests.llm2clip.embedding import shards
+from tests.llm2clip.store import encoder
 from tests.properties.inputs import CAPTIONS, TEXTS, quick
 
 # First halves that collide, which those of real keys never do.
@@ -46,7 +47,7 @@ def test_keys_are_found_where_first_halves_collide(
     stored: list[tuple[int, int]], asked: list[tuple[int, int]]
 ) -> None:
     rows = {key: row for row, key in enumerate(dict.fromkeys(stored))}
-    index = KeyIndex(np.array(list(rows), dtype=np.int64).reshape(-1, 2))
+    index = KeyIndex.of(np.array(list(rows), dtype=np.int64).reshape(-1, 2))
     wanted = [rows.get(key, -1) for key in asked]
     assert index.find(np.array(asked, dtype=np.int64).reshape(-1, 2)).tolist() == wanted
     assert [index.find_one(*key) for key in asked] == wanted
@@ -64,7 +65,7 @@ def test_caches_and_sidecars_find_the_same_captions(texts: list[str], other: str
         datasets.Dataset.from_dict({"caption": texts}).to_parquet(folder / "beside/0.parquet")
         source = CaptionSource(str(folder / "beside/*.parquet"), streaming=True)
         shards.embed(source, None)
-        cache, store = EmbeddingCache.open(folder / "captions"), SidecarStore.open(folder / "beside")
+        cache, store = EmbeddingCache.open(folder / "captions"), EmbeddingCache.open(folder / "beside")
         beside = SourceSidecars(folder / "beside", ShardedSource(source).shards).open(0)
         found = store.find(caption_keys(clean))
         assert (found >= 0).all()

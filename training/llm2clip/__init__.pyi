@@ -14,15 +14,6 @@ from llm2clip.data.check_data import (
     check_data as check_data,
 )
 from llm2clip.embedding import (
-    CacheManifest as CacheManifest,
-)
-from llm2clip.embedding import (
-    EmbeddingCache as EmbeddingCache,
-)
-from llm2clip.embedding import (
-    build_embedding_cache as build_embedding_cache,
-)
-from llm2clip.embedding import (
     embed_captions as embed_captions,
 )
 from llm2clip.embedding import (
@@ -80,6 +71,18 @@ from llm2clip.losses import (
 )
 from llm2clip.search.top_k import (
     top_k as top_k,
+)
+from llm2clip.store import (
+    EmbeddingCache as EmbeddingCache,
+)
+from llm2clip.store import (
+    StoreManifest as StoreManifest,
+)
+from llm2clip.store import (
+    build_embedding_cache as build_embedding_cache,
+)
+from llm2clip.store import (
+    caption_manifest as caption_manifest,
 )
 from llm2clip.trainers.closed_form import (
     ClosedFormAlignment as ClosedFormAlignment,

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 
 from llm2clip.data import caption_id
-from llm2clip.data.records import CaptionError, RowCaptions, caption_keys, clean_caption, column_texts
+from llm2clip.data.records import CaptionError, RowCaptions, clean_caption, column_texts
+from llm2clip.store.captions import caption_keys
 
 
 def test_caption_id_ignores_only_case_white_space_and_unicode_composition() -> None:

@@ -21,9 +21,9 @@ from llm2clip.data import (
     caption_id,
     distinct_captions,
 )
-from llm2clip.embedding import EmbeddingCache, MissingCaptionError
+from llm2clip.store import EmbeddingCache, MissingCaptionError
 from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
-from tests.llm2clip.embedding.encoder import WIDTH, build, embed
+from tests.llm2clip.store.encoder import WIDTH, build, embed
 from tests.modeling_llm2clip.tiny import plain_tokenizer
 
 from .conftest import CONCEPTS, SIZE, png
@@ -57,13 +57,29 @@ def test_skipped_samples_are_left_out_and_reported(cache: EmbeddingCache) -> Non
     batch = Stage2Collator(cache)([_sample("a"), SkippedSample("k1", "torn"), _sample("ccc")])
     assert batch["pixel_values"].shape[0] == len(batch["caption_ids"]) == len(batch["llm_embeds"]) == 2
     assert batch["skipped"] == [("k1", "torn")]
-    with pytest.raises(ValueError, match=r"All 2 samples of a batch were skipped.*k1: torn; k2: empty"):
+    with pytest.raises(ValueError, match=r"All 2 samples of the first batch were skipped.*k1: torn; k2: empty"):
         Stage2Collator(cache)([SkippedSample("k1", "torn"), SkippedSample("k2", "empty")])
 
 
-def test_caption_missing_from_the_cache_raises(cache: EmbeddingCache) -> None:
-    with pytest.raises(MissingCaptionError, match="lacks 1 of 2 captions, such as 'zz'"):
-        Stage2Collator(cache)([_sample("a"), _sample("zz")])
+def test_a_batch_whose_samples_are_all_skipped_counts_for_nothing(cache: EmbeddingCache) -> None:
+    collator, torn = Stage2Collator(cache, on_error="skip"), [SkippedSample("k1", "torn")]
+    with pytest.raises(ValueError, match="of the first batch were skipped"):
+        collator(torn)
+    whole = collator([_sample("bb"), _sample("a")])
+    empty = collator(torn)
+    assert (empty["is_empty"], empty["skipped"]) == (True, [("k1", "torn")])
+    tensors = {name for name, values in whole.items() if isinstance(values, torch.Tensor)}
+    assert all(empty[name].equal(whole[name][:1]) for name in tensors)
+    assert "is_empty" not in collator([_sample("a")])
+
+
+def test_a_caption_missing_from_the_cache_is_an_error_or_skipped(cache: EmbeddingCache) -> None:
+    samples = [_sample("a"), {**_sample("zz"), "key": "k"}, _sample("ccc")]
+    with pytest.raises(MissingCaptionError, match="lacks 1 of 3 captions, such as 'zz'"):
+        Stage2Collator(cache)(samples)
+    batch = Stage2Collator(cache, on_error="skip")(samples)
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1, 3]
+    assert batch["skipped"] == [("k", "its caption has no stored embedding")]
 
 
 def test_processor_tokenizes_captions_without_a_cache() -> None:

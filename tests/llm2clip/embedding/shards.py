@@ -13,9 +13,9 @@ import torch
 
 from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource, SourceShard
-from llm2clip.embedding import CacheManifest
 from llm2clip.embedding.embed_shards import ShardCounts, ShardEmbedder, list_jobs
-from tests.llm2clip.embedding import encoder
+from llm2clip.store import StoreManifest, caption_manifest
+from tests.llm2clip.store import encoder
 
 
 class Counting:
@@ -29,12 +29,12 @@ class Counting:
         return encoder.embed(texts), sum("long" in text for text in texts)
 
 
-def description(**fields: Any) -> CacheManifest:
+def description(**fields: Any) -> StoreManifest:
     settings: dict[str, Any] = {
-        "fingerprint": "finger-a", "text_model_name": "tiny", "hidden_size": encoder.WIDTH, "pooling": "mean",
+        "text_model": "tiny", "fingerprint": "finger-a", "width": encoder.WIDTH, "pooling": "mean",
         "prompt_prefix": "user: ", "prompt_suffix": "<eot>", "max_length": 64,
     }  # fmt: skip
-    return CacheManifest(**{**settings, **fields})
+    return caption_manifest(**{**settings, **fields})
 
 
 def write_shards(folder: Path, count: int = 4) -> CaptionSource:

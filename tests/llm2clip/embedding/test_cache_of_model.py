@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from llm2clip.embedding import EmbeddingCache, embed
 from llm2clip.embedding import cache_of_model as opening
-from llm2clip.embedding.cache_files import CacheMismatchError
+from llm2clip.embedding import embed
 from llm2clip.embedding.cache_of_model import open_cache_of_model
+from llm2clip.store import EmbeddingCache, StoreMismatchError
 from llm2clip.trainers import run_stage1, run_stage2
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage2_config import Stage2Config
@@ -72,7 +72,7 @@ def test_captions_with_an_instruction_are_refused(inputs: Inputs, tmp_path: Path
     embed.run(embed.EmbedConfig(**settings, output_dir=str(tmp_path), sources=[tiny.concepts(max_samples=8)]))
     _, tokenizer = describe_text_tower(inputs.text)
     for is_trained in (False, True):
-        with pytest.raises(CacheMismatchError, match=r"were embedded after '.*Find a picture:', but the model reads"):
+        with pytest.raises(StoreMismatchError, match=r"were embedded after '.*Find a picture:', but the model reads"):
             open_cache_of_model(tmp_path, config_of(inputs.text), tokenizer, is_trained=is_trained)
 
 
@@ -86,7 +86,7 @@ def test_weights_are_read_only_where_the_record_differs(
     assert len(open_cache_of_model(inputs.cache, stale, tokenizer, is_trained=False))
     assert stale.text_model_fingerprint == expected
     stale.text_model_fingerprint = f"2-{'0' * 32}"
-    with pytest.raises(CacheMismatchError, match="the text encoder in use has fingerprint 2-0000"):
+    with pytest.raises(StoreMismatchError, match="the text encoder in use has fingerprint 2-0000"):
         open_cache_of_model(inputs.cache, stale, tokenizer, is_trained=True)
     assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True))
     monkeypatch.setattr(opening, "read_fingerprint", None)
@@ -104,7 +104,7 @@ def test_weights_that_were_replaced_under_their_config_are_noticed(
     _, tokenizer = describe_text_tower(inputs.text)
     config = config_of(str(tmp_path / "text"))
     for is_trained in (True, False):
-        with pytest.raises(CacheMismatchError, match=r"text has other weights than its config\.json records"):
+        with pytest.raises(StoreMismatchError, match=r"text has other weights than its config\.json records"):
             open_cache_of_model(inputs.cache, config, tokenizer, is_trained=is_trained)
     weights.write_bytes(saved)
     assert len(open_cache_of_model(inputs.cache, config, tokenizer, is_trained=True))
@@ -130,7 +130,7 @@ def test_a_cache_of_another_tokenizer_is_refused(inputs: Inputs, tmp_path: Path)
     tokenizer.add_tokens(["zebra"])
     tokenizer.save_pretrained(tmp_path / "text")
     fields = tiny.stage2_fields(tmp_path / "out", inputs.vision, str(tmp_path / "text"), inputs.cache)
-    with pytest.raises(CacheMismatchError, match=r"was made with the tokenizer .* the tokenizer in use is"):
+    with pytest.raises(StoreMismatchError, match=r"was made with the tokenizer .* the tokenizer in use is"):
         run_stage2.run(build_config(Stage2Config, fields))
 
 
@@ -140,5 +140,5 @@ def test_the_rotary_base_of_the_decoder_counts(inputs: Inputs, tmp_path: Path) -
     tower.save_pretrained(tmp_path / "text")
     _, tokenizer = describe_text_tower(inputs.text)
     tokenizer.save_pretrained(tmp_path / "text")
-    with pytest.raises(CacheMismatchError, match=str(tower.fingerprint())):
+    with pytest.raises(StoreMismatchError, match=str(tower.fingerprint())):
         open_cache_of_model(inputs.cache, config_of(str(tmp_path / "text")), tokenizer, is_trained=False)

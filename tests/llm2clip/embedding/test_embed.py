@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip.embedding import CaptionEmbedder, EmbeddingCache
-from llm2clip.embedding.cache_files import CacheMismatchError
+from llm2clip.embedding import CaptionEmbedder
 from llm2clip.embedding.embed import EmbedConfig, embed_into_cache, run
+from llm2clip.store import EmbeddingCache, StoreMismatchError
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.towers import describe_text_tower, open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
@@ -51,9 +51,9 @@ def test_cache_from_16_bit_weights_has_the_towers_fingerprint(dtype: str, inputs
     run(config)
     model, tokenizer = open_text_tower(inputs.text, dtype="float32")
     cache = EmbeddingCache.open(tmp_path / "cache", model.fingerprint())
-    assert cache.manifest.text_model_dtype == dtype
+    assert cache.manifest.identity["text_model_dtype"] == dtype
     torch.testing.assert_close(cache.lookup(["a dog"]), model.encode("a dog", tokenizer), atol=3e-2, rtol=3e-2)
-    with pytest.raises(CacheMismatchError, match=f"text_model_dtype '{dtype}', but this build has"):
+    with pytest.raises(StoreMismatchError, match=f"text_model_dtype '{dtype}', but this build has"):
         run(replace(config, dtype="float32"))
 
 
@@ -87,18 +87,18 @@ def test_a_plain_llm_has_the_header_of_its_name_and_takes_instructions(inputs: I
     assert (described.prompt_prefix, described.prompt_suffix) == (tiny.PREFIX, tiny.SUFFIX)
     model, _ = open_text_tower(str(llm), dtype="float32")
     cache = EmbeddingCache.open(tmp_path / "cache", model.eval().fingerprint())
-    assert cache.manifest.prompt_prefix == tiny.PREFIX
+    assert cache.manifest.identity["prompt_prefix"] == tiny.PREFIX
     torch.testing.assert_close(cache.lookup(["a dog"]), model.encode("a dog", tokenizer), atol=2e-3, rtol=2e-3)
     bare = replace(config, prompt_prefix="", output_dir=str(tmp_path / "bare"))
     run(bare)
-    assert EmbeddingCache.open(tmp_path / "bare").manifest.prompt_prefix == ""
+    assert EmbeddingCache.open(tmp_path / "bare").manifest.identity["prompt_prefix"] == ""
     instructed = replace(config, instruction="Find a picture:", output_dir=str(tmp_path / "instructed"))
     run(instructed)
     expected = model.encode("a dog", tokenizer, instruction="Find a picture:")
     found = EmbeddingCache.open(tmp_path / "instructed").lookup(["a dog"])
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
     assert not torch.allclose(found, cache.lookup(["a dog"]), atol=1e-2)
-    with pytest.raises(CacheMismatchError, match="prompt_prefix"):
+    with pytest.raises(StoreMismatchError, match="prompt_prefix"):
         run(replace(config, output_dir=str(tmp_path / "instructed")))
 
 
@@ -122,7 +122,7 @@ def test_weights_and_embeddings_have_the_mode_of_the_umask(inputs: Inputs, tmp_p
     finally:
         os.umask(mask)
     files = sorted(tmp_path.rglob("*.safetensors"))
-    assert [path.parent.name for path in files] == ["a", "b", "c", "d"]
+    assert [path.parent.name for path in files] == ["a", "b", "c", "d", "d"]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
 
 

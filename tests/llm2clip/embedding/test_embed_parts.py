@@ -8,9 +8,8 @@ import pytest
 
 from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource
-from llm2clip.embedding.cache_files import MissingCaptionError
-from llm2clip.embedding.sidecar_files import SidecarManifest
-from llm2clip.embedding.sidecars import SourceSidecars
+from llm2clip.data.sidecars import SourceSidecars, row_groups
+from llm2clip.store.manifest import MissingCaptionError, StoreManifest
 from llm2clip.verification import verify
 from tests.llm2clip.embedding.shards import Counting, embed, write_groups
 
@@ -39,8 +38,8 @@ def test_a_large_parquet_file_is_embedded_in_parts(tmp_path: Path) -> None:
         with pytest.raises(MissingCaptionError, match="'none'"):
             each.lookup(["none"])
     # Each part has its own bytes of the file, and all of these one part.
-    manifests = [SidecarManifest.read(out / f"{part}.emb.manifest") for part in parts]
-    ranges = [(found.first_byte, found.last_byte) for found in (manifest.row_groups for manifest in manifests)]
+    manifests = [StoreManifest.read(out / f"{part}.emb.manifest") for part in parts]
+    ranges = [(found.first_byte, found.last_byte) for manifest in manifests if (found := row_groups(manifest))]
     assert [start for start, _ in ranges] + [(data / "large.parquet").stat().st_size] == [
         0, *(stop for _, stop in ranges)
     ]  # fmt: skip

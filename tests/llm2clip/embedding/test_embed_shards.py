@@ -12,14 +12,13 @@ import torch
 from llm2clip.data import CaptionSource
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shards import ShardedSource
-from llm2clip.embedding import EmbeddingCache
-from llm2clip.embedding.cache_files import CacheMismatchError, MissingCaptionError
+from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.embedding.embed_shards import ShardEmbedder, list_jobs, parse_part
-from llm2clip.embedding.sidecar_files import SidecarManifest
-from llm2clip.embedding.sidecars import Sidecar, SourceSidecars
+from llm2clip.store import EmbeddingCache
+from llm2clip.store.manifest import MissingCaptionError, StoreManifest, StoreMismatchError
 from tests.llm2clip.data.test_streams import write_tars
-from tests.llm2clip.embedding import encoder
 from tests.llm2clip.embedding.shards import Counting, description, embed, write_shards
+from tests.llm2clip.store import encoder
 from tests.tars import write_tar
 
 
@@ -43,8 +42,7 @@ def test_only_shards_without_a_valid_sidecar_are_embedded(tmp_path: Path) -> Non
     assert {name: (out / name).read_bytes() for name in before} == before
     datasets.Dataset.from_dict({"caption": ["changed"], "other": [None]}).to_parquet(tmp_path / "data" / "3.parquet")
     assert embed(source, out).done_before == 4
-    manifest = SidecarManifest.read(out / "3.emb.manifest")
-    assert Sidecar(out / "3.emb.safetensors", manifest).contains(["changed"]).all()
+    assert SourceSidecars(out, ShardedSource(source).shards).open(3).contains(["changed"]).all()
 
 
 def test_a_shard_that_changed_is_embedded_again_also_where_its_size_did_not(
@@ -66,7 +64,7 @@ def test_a_shard_that_changed_is_embedded_again_also_where_its_size_did_not(
     os.utime(path, ns=(2, 2))
     for _ in range(2):
         assert embed(source, out).done_before == 1
-        monkeypatch.setattr("llm2clip.embedding.sidecar_files.source_checksum", None)
+        monkeypatch.setattr("llm2clip.data.sidecars.source_checksum", None)
 
 
 def test_shards_of_two_sources_with_equal_names_do_not_share_a_sidecar(tmp_path: Path) -> None:
@@ -77,12 +75,14 @@ def test_shards_of_two_sources_with_equal_names_do_not_share_a_sidecar(tmp_path:
         write_tar(path, [("0.txt", f"one of {path.parent.name}".encode())])
     embed(texts(paths[0]), out)
     before = (out / "0.emb.safetensors").read_bytes()
-    with pytest.raises(CacheMismatchError, match=r"0\.emb\.manifest belongs to .*cats/0\.tar, and .*dogs/0\.tar"):
+    with pytest.raises(StoreMismatchError, match=r"0\.emb\.manifest belongs to .*cats/0\.tar, and .*dogs/0\.tar"):
         embed(texts(paths[1]), out)
     assert (out / "0.emb.safetensors").read_bytes() == before
     paths[0].parent.rename(tmp_path / "moved")  # which keeps its sidecars
     assert embed(texts(tmp_path / "moved" / "0.tar"), out, calls).done_before == 1
-    assert SidecarManifest.read(out / "0.emb.manifest").source_path == str(tmp_path / "moved" / "0.tar")
+    moved = StoreManifest.read(out / "0.emb.manifest").source
+    assert moved is not None
+    assert moved.path == str(tmp_path / "moved" / "0.tar")
     assert not calls.texts
 
 
@@ -122,7 +122,7 @@ def test_embeddings_of_a_cache_are_copied(tmp_path: Path) -> None:
     source = write_shards(tmp_path / "data", 2)
     encoder.build(tmp_path / "cache", ["everywhere", "dog 1"], lambda texts: 2 * encoder.embed(texts), shard_size=1)
     cache = EmbeddingCache.open(tmp_path / "cache")
-    made_by = description(text_model_name="tiny-encoder")
+    made_by = description(text_model="tiny-encoder")
     calls = Counting()
     counts = embed(source, tmp_path / "out", calls, made_by=made_by, reused=cache)
     assert (counts.captions, counts.reused) == (6, 3)
@@ -130,7 +130,7 @@ def test_embeddings_of_a_cache_are_copied(tmp_path: Path) -> None:
     opened = SourceSidecars(tmp_path / "out", ShardedSource(source).shards).open(1)
     for text, factor in (("everywhere", 2), ("dog 1", 2), ("a long dog 1", 1)):
         torch.testing.assert_close(opened.lookup([text]), factor * encoder.embed([text]), atol=2e-3, rtol=2e-3)
-    with pytest.raises(CacheMismatchError, match="has max_length 64, but this run has 63"):
+    with pytest.raises(StoreMismatchError, match="has max_length 64, but this run has 63"):
         embed(source, tmp_path / "x", made_by=description(max_length=63), reused=cache)
 
 

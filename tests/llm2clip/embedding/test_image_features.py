@@ -12,9 +12,9 @@ import torch
 
 from llm2clip.data import CaptionSource, load_source
 from llm2clip.data.sources import source_columns
-from llm2clip.embedding.cache_files import CacheDamagedError
 from llm2clip.embedding.image_batches import TableImages
-from llm2clip.embedding.image_features import FeatureManifest, FeatureStore, ImageFeatures
+from llm2clip.embedding.image_features import FeatureStore, ImageFeatures, feature_manifest, pooled_features
+from llm2clip.store.manifest import StoreDamagedError
 from llm2clip.utils.processes import process_state
 from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip.tiny import concepts
@@ -34,11 +34,13 @@ def images(rows: int = 12) -> TableImages:
 
 
 def store(folder: Path, model: LLM2CLIPModel, **changes: Any) -> FeatureStore:
-    fields = {"fingerprint": "2-a", "vision_model_name": "tiny", "pooling": "cls", "image_backend": "exact"}
-    fields |= {"hidden_size": model.config.vision_width, "max_pixels": 10**8, "shard_size": 5, **changes}
-    manifest = FeatureManifest(**fields)  # type: ignore[arg-type]
-    processor = tiny.processor().image_processor
-    return FeatureStore(folder, model, processor, manifest, state=process_state(), batch_size=4)
+    shard_size = changes.pop("shard_size", 5)
+    fields = {"vision_model": "tiny", "fingerprint": "2-a", "pooling": "cls", "image_backend": "exact"}
+    fields |= {"width": model.config.vision_width, "max_pixels": 10**8, **changes}
+    manifest = feature_manifest(**fields)
+    forward = pooled_features(model, manifest.identity["vision_model_dtype"], 1)
+    processor, options = tiny.processor().image_processor, {"batch_size": 4, "shard_size": shard_size}
+    return FeatureStore(folder, manifest, forward, processor, state=process_state(), **options)
 
 
 def test_rows_are_the_features_of_the_images(model: LLM2CLIPModel, tmp_path: Path) -> None:
@@ -64,11 +66,11 @@ def test_every_identity_has_its_own_folder(model: LLM2CLIPModel, tmp_path: Path)
             {"fingerprint": "2-b"},
             {"pooling": "mean"},
             {"vision_model_dtype": "bfloat16"},
-            {"seed": 1},
+            {"max_pixels": 10**7},
         )
     }
     assert len(folders) == 5
-    assert store(tmp_path, model, vision_model_name="moved", shard_size=9).folder in folders
+    assert store(tmp_path, model, vision_model="moved", shard_size=9).folder in folders
 
 
 def test_a_build_is_continued_where_it_was_killed(
@@ -96,18 +98,20 @@ def test_a_build_is_continued_where_it_was_killed(
 
 def test_a_worker_reads_the_store_while_it_grows(model: LLM2CLIPModel, tmp_path: Path) -> None:
     features = store(tmp_path, model).open([images(8)])
-    manifest = FeatureManifest.read(features.path)
-    manifest.status = "building"
-    manifest.write(features.path)
-    copy: ImageFeatures = pickle.loads(pickle.dumps(features))
-    rows = np.arange(len(features))
-    assert copy.read(rows).equal(features.read(rows))
+    sent, rows = pickle.dumps(features), np.arange(len(features))
+    content = features.read(rows)
+    store(tmp_path, model).open([images(12)])
+    copy: ImageFeatures = pickle.loads(sent)
+    assert (len(copy), copy.find(images(8).content_keys()).tolist()) == (8, list(range(8)))
+    assert copy.read(rows).equal(content)
+    (features.path / "index.manifest").unlink()  # while another run writes it
+    assert pickle.loads(sent).read(rows).equal(content)
 
 
 def test_a_cut_shard_is_an_error_that_names_it(model: LLM2CLIPModel, tmp_path: Path) -> None:
     features = store(tmp_path, model).open([images()])
     shard = features.path / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-8])
-    with pytest.raises(CacheDamagedError, match=r"shard-00001\.safetensors is truncated: .* start the training again"):
-        ImageFeatures(features.path, FeatureManifest.read(features.path))
+    with pytest.raises(StoreDamagedError, match=r"shard-00001\.safetensors is truncated: .* start the training again"):
+        ImageFeatures.open(features.path)
     assert len(store(tmp_path, model).open([images()])) == len(features)

@@ -147,7 +147,7 @@ def test_the_command_starts_ray_and_writes_the_sidecars_of_processes(inputs: Inp
     assert run(config)["num_shards_done_before"] == 5
     path = tmp_path / "ray" / "0.emb.manifest"
     fields = json.loads(path.read_text())
-    fields["encoder"]["max_length"] = 5
+    fields["identity"]["max_length"] = 5
     del fields[SEAL]
     path.write_text(json.dumps(sealed(fields)))
     with pytest.raises(ValueError, match="max_length 5, but this run has max_length"):

@@ -191,3 +191,20 @@ def test_folders_that_are_not_caption_encoders_are_refused(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"contains a PEFT adapter.*call merge_adapter\(\)"):
         write_sentence_transformers_files(tmp_path / "adapter")
     assert not list(tmp_path.rglob("modules.json"))
+
+
+def test_the_path_of_a_picture_is_no_caption(tmp_path: Path) -> None:
+    """Whatever endings of pictures sentence-transformers knows."""
+    tiny.save(tmp_path / "model")
+    write_sentence_transformers_files(tmp_path / "model")
+    model = SentenceTransformer(str(tmp_path / "model"), trust_remote_code=True, device="cpu")
+    (tmp_path / "pictures").mkdir()
+    for ending in ("png", "tif", "ppm", "TGA"):
+        path = tmp_path / "pictures" / f"x.{ending}"
+        IMAGES[0].save(path)
+        if ending == "png":
+            torch.testing.assert_close(model.encode(str(path)), model.encode(IMAGES[0]), **CLOSE)
+            continue
+        with pytest.raises(ValueError, match=f"{path.name}' is a picture, but would be embedded as a caption"):
+            model.encode(str(path))
+    model.encode("no file.tif")

@@ -22,6 +22,7 @@ from llm2clip.quickstart.config import QuickstartConfig
 from llm2clip.quickstart.data import LANGUAGES, OTHER_LANGUAGES, QuickstartData
 from llm2clip.quickstart.image_steps import BEST_BY
 from llm2clip.quickstart.run_context import RunContext
+from llm2clip.store import EmbeddingCache
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import tiny
@@ -204,8 +205,8 @@ def test_the_raw_encoders_share_their_weights_and_differ_in_attention(folder: Pa
     assert (raw / "model.safetensors").samefile(causal / "model.safetensors")
     models = [LLM2CLIPTextModel.from_pretrained(path) for path in (raw, causal)]
     assert [model.config.bidirectional for model in models] == [True, False]
-    manifests = [json.loads((folder / "cache" / name / "manifest.json").read_text()) for name in ("raw", "raw-causal")]
-    assert manifests[0]["fingerprint"] != manifests[1]["fingerprint"]
+    manifests = [EmbeddingCache.open(folder / "cache" / name).manifest for name in ("raw", "raw-causal")]
+    assert manifests[0].fingerprint != manifests[1].fingerprint
     data = QuickstartData.find(results["settings"]["data"], ["caption", "keywords"], "picture")
     measured = data.caption_sets["name_to_keywords"](models[1].eval(), AutoTokenizer.from_pretrained(causal))
     stored = results["caption_retrieval"]["raw LLM, causal"]["name_to_keywords"]

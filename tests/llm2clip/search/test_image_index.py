@@ -15,6 +15,7 @@ import torch
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.utils.manifests import write_manifest
 from modeling_llm2clip import LLM2CLIPModel
+from tests.damage import flip
 from tests.modeling_llm2clip import tiny
 
 from .conftest import content, encoded, index, picture
@@ -28,7 +29,7 @@ def test_a_folder_with_a_manifest_of_another_kind_is_not_replaced(
 ) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
-    (cache / "manifest.json").write_text("{}")  # a caption cache has one of this name
+    (cache / "manifest.json").write_text("{}")  # a built model has one of this name
     with pytest.raises(FileExistsError, match="llm2clip index did not write it"):
         index(pictures, model[0], cache, overwrite=True)
 
@@ -71,6 +72,15 @@ def test_an_index_of_an_earlier_format_is_refused_and_replaced(pictures: Path, m
             use()
     assert index(pictures, model[0], output, overwrite=True)[0] == 12
     assert not (output / "index.faiss").exists()
+
+
+def test_an_index_with_a_flipped_bit_is_not_searched(pictures: Path, model: Model, tmp_path: Path) -> None:
+    output = tmp_path / "index"
+    index(pictures, model[0], output)
+    (rows,) = (output / "images.lance" / "data").iterdir()
+    with flip(rows), pytest.raises(ValueError, match=rf"is damaged: images\.lance/data/{rows.name} has changed"):
+        ImageIndex.open(output)
+    assert len(ImageIndex.open(output).search(QUERY, 20)[0]) == 12
 
 
 def test_readers_keep_the_version_that_they_opened(pictures: Path, model: Model, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from sklearn.cross_decomposition import CCA
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm2clip.embedding import CacheManifest, EmbeddingCache, build_embedding_cache
-from llm2clip.embedding.cache_files import Shard
+from llm2clip.store import EmbeddingCache, build_embedding_cache, caption_manifest
+from llm2clip.store.shards import ShardFile
 from llm2clip.trainers import closed_form
 from llm2clip.trainers.closed_form import PairSums, closed_form_alignment
 
@@ -99,7 +99,7 @@ def test_stores_are_read_shard_by_shard_and_without_keys(tmp_path: Path) -> None
     images, texts = correlated()
     folders = stores(tmp_path, images, texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Shard, "keys", lambda _: pytest.fail("keys were read"))
+        patch.setattr(ShardFile, "keys", lambda _: pytest.fail("keys were read"))
         found = closed_form_alignment(*folders, width=4)
     expected = closed_form_alignment(images.half().float(), texts.half().float(), width=4)
     opened = closed_form_alignment(EmbeddingCache.open(folders[0]), texts.half(), width=4)
@@ -114,12 +114,12 @@ def stores(tmp_path: Path, images: Tensor, texts: Tensor) -> list[Path]:
         captions = [f"{name} {row}" for row in range(len(rows))]
         embeds = dict(zip(captions, rows.half(), strict=True))
         options: dict[str, Any] = {"pooling": "mean", "prompt_prefix": "", "prompt_suffix": "", "max_length": 8}
-        manifest = CacheManifest(
-            fingerprint="f", hidden_size=rows.shape[1], text_model_name=name, shard_size=70 + len(name), **options
-        )
-        build_embedding_cache(
-            tmp_path / name, captions, lambda part, rows=embeds: (torch.stack([rows[x] for x in part]), 0), manifest
-        )
+        manifest = caption_manifest(name, "f", width=rows.shape[1], **options)
+
+        def embed(part: list[str], rows: dict[str, Tensor] = embeds) -> tuple[Tensor, int]:
+            return torch.stack([rows[text] for text in part]), 0
+
+        build_embedding_cache(tmp_path / name, captions, embed, manifest, shard_size=70 + len(name))
         folders.append(tmp_path / name)
     return folders
 

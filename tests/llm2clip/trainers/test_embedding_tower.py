@@ -12,7 +12,8 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from llm2clip import cli, embed_captions
-from llm2clip.embedding import EmbeddingCache, embed
+from llm2clip.embedding import embed
+from llm2clip.store import EmbeddingCache
 from llm2clip.trainers import run_mntp, run_stage1, run_stage2
 from llm2clip.trainers.mntp_config import MNTPConfig
 from llm2clip.trainers.stage1_config import Stage1Config
@@ -67,9 +68,9 @@ def test_the_cache_and_embed_captions_have_the_embeddings_of_sentence_transforme
     model, tokenizer = open_text_tower(trained.text, prompt_prefix=prompt)
     torch.testing.assert_close(embed_captions(captions, model, tokenizer), expected, atol=1e-5, rtol=1e-5)
     cache = EmbeddingCache.open(trained.cache)
-    assert cache.hidden_size == expected.shape[1]
+    assert cache.width == expected.shape[1]
     assert cache.manifest.fingerprint == model.fingerprint()
-    assert cache.manifest.prompt_prefix == prompt
+    assert cache.manifest.identity["prompt_prefix"] == prompt
 
 
 def test_a_folder_is_enough_to_embed_captions(trained: Trained) -> None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel
 
-from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform, SampleIndex, SkippedSample
+from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform
 from llm2clip.data.transforms import output_size
+from llm2clip.store import StoreDamagedError, building
 from llm2clip.trainers import frozen_states, run_stage2
 from llm2clip.trainers.frozen_layers import FrozenLayers
-from llm2clip.trainers.frozen_states import STATES, FrozenStatesDataset, changed_parts, open_states
+from llm2clip.trainers.frozen_states import FrozenStatesDataset
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.settings import build_config
 from tests.damage import flip
@@ -41,22 +39,23 @@ def build(inputs: Inputs, folder: Path, fields: dict[str, Any] | None = None, **
     )
 
 
-def stored(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("[!.]*"))
+def states(dataset: FrozenStatesDataset) -> Tensor:
+    found = dataset.states.read(dataset.rows)
+    assert found.abs().sum(dim=1).all()
+    return found
 
 
 def test_skipped_images_belong_to_their_limit_of_pixels(inputs: Inputs, tmp_path: Path) -> None:
-    first = build(inputs, tmp_path, on_error="skip")
-    assert not first.skipped
+    assert not build(inputs, tmp_path, on_error="skip").states.skipped
     with pytest.raises(ValueError, match="none of the 16 images can be read"):
         build(inputs, tmp_path, on_error="skip", max_pixels=1)
-    assert stored(tmp_path) == [first.folder.name]
+    assert not build(inputs, tmp_path, on_error="skip").states.skipped
 
 
 def test_two_runs_do_not_write_the_same_states(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frozen_states, "PATIENCE", 0.0)
+    monkeypatch.setattr(building, "WAIT", 0.0)
     compute, refused = FrozenLayers.compute, []
 
     def meanwhile(self: FrozenLayers, pixel_values: Tensor) -> Tensor:
@@ -65,7 +64,6 @@ def test_two_runs_do_not_write_the_same_states(
             # Another thread, since the lock lets the one that holds it in.
             with ThreadPoolExecutor() as other, pytest.raises(ValueError, match="another run is using"):
                 other.submit(build, inputs, tmp_path).result()
-            assert stored(tmp_path) == []
         return compute(self, pixel_values)
 
     with monkeypatch.context() as patch:
@@ -74,73 +72,52 @@ def test_two_runs_do_not_write_the_same_states(
     assert refused
     again = build(inputs, tmp_path)
     assert again.folder == first.folder
-    assert np.array_equal(first.states, again.states)
-    assert np.abs(first.states).sum(axis=(1, 2)).all()
+    assert states(first).equal(states(again))
 
 
-def test_an_interrupted_computation_leaves_no_states_and_is_repeated(
+def test_an_interrupted_computation_goes_on_where_it_stopped(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(frozen_states, "SHARD_BYTES", 1)
+    expected = states(build(inputs, tmp_path / "unbroken"))
     compute, calls = FrozenLayers.compute, []
 
     def interrupted(self: FrozenLayers, pixel_values: Tensor) -> Tensor:
-        calls.append(len(pixel_values))
-        if calls.count(8) == 2:
+        calls.append(pixel_values)
+        if len(calls) == 6:
             raise KeyboardInterrupt
         return compute(self, pixel_values)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(FrozenLayers, "compute", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            build(inputs, tmp_path)
-    assert stored(tmp_path) == []
-    dataset = build(inputs, tmp_path)
-    assert sorted(path.name for path in dataset.folder.iterdir()) == ["manifest.json", STATES]
-    assert np.abs(dataset.states).sum(axis=(1, 2)).all()
+    monkeypatch.setattr(FrozenLayers, "compute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(inputs, tmp_path / "broken")
+    assert states(build(inputs, tmp_path / "broken")).equal(expected)
+    # In both runs the first call asks for the shape.
+    assert len(calls) == (1 + 4 + 1) + (1 + 12)
 
 
-def test_damage_is_found_when_the_states_are_opened_or_read(inputs: Inputs, tmp_path: Path) -> None:
-    first = build(inputs, tmp_path)
-    manifest, states = open_states(first.folder)
-    assert (manifest["shape"], manifest["parts"][0][:2]) == (list(states.shape), [0, 16])
-    assert changed_parts(manifest, states) == []
-    for name, place in (("manifest.json", 80), (STATES, 70)):
-        with flip(first.folder / name, place), pytest.raises(ValueError, match="the next run computes"):
-            build(inputs, tmp_path)
-    with flip(first.folder / STATES, 4000):
-        assert changed_parts(*open_states(first.folder)) == [(0, 16)]
-    (first.folder / "manifest.json").write_text('{"skipped": []}')
-    with pytest.raises(ValueError, match=r"manifest\.json has changed.*the next run computes"):
-        build(inputs, tmp_path)
-
-
-def test_all_processes_follow_the_first_one(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process whose view of the folder is older, or whose hash of the data differs, neither builds nor waits."""
-    first = build(inputs, tmp_path)
-    monkeypatch.setattr(frozen_states, "broadcast_object_list", lambda found: [first.folder.name, True])
-    monkeypatch.setattr(frozen_states, "digest_json", lambda identity: "another")
-    monkeypatch.setattr(FrozenStatesDataset, "_build", None)
-    other = build(inputs, tmp_path)
-    assert other.folder == first.folder
-    sample = other[SampleIndex(0, 3)]
-    assert not isinstance(sample, SkippedSample)
-    assert sample["vision_states"].equal(torch.from_numpy(np.array(first.states[3])))
-
-
-def test_a_full_disk_is_an_error_before_anything_is_computed(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", [70, -40])
+@pytest.mark.parametrize("name", ["shard-00000.safetensors", "index.safetensors", "index.manifest"])
+def test_damage_is_found_when_the_states_are_opened_and_mended(
+    name: str, place: int, inputs: Inputs, tmp_path: Path
 ) -> None:
-    def full(*_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    first = build(inputs, tmp_path)
+    expected = states(first)
+    with flip(first.folder / name, place):
+        with pytest.raises(StoreDamagedError, match=r"has changed|not valid"):
+            type(first.states).open(first.folder)
+        assert states(build(inputs, tmp_path)).equal(expected)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(OSError, match=rf"No space left on device: '.*{STATES}'"):
-            build(inputs, tmp_path)
-    assert not stored(tmp_path)
-    states = build(inputs, tmp_path)
-    assert np.isfinite(states.states).all()
-    assert states.states.any()
+
+def test_a_zeroed_row_is_computed_again(inputs: Inputs, tmp_path: Path) -> None:
+    first = build(inputs, tmp_path)
+    expected, width = states(first).clone(), 2 * first.states.width
+    with (first.folder / "shard-00000.safetensors").open("rb+") as file:
+        content = file.read()
+        file.seek(content.index(expected[5].numpy().tobytes()))
+        file.write(bytes(width))
+    assert not first.states.read(first.rows[[5]]).any()
+    assert states(build(inputs, tmp_path)).equal(expected)
 
 
 def test_states_of_other_pictures_behind_the_same_table_are_computed(inputs: Inputs, tmp_path: Path) -> None:
@@ -150,35 +127,29 @@ def test_states_of_other_pictures_behind_the_same_table_are_computed(inputs: Inp
     table.write_text("image,caption\n" + "".join(f"{number}.bmp,picture {number}\n" for number in range(4)))
     source = {"path": str(table), "caption_columns": ["caption"]}
 
-    def build_again() -> FrozenStatesDataset:
-        return build(inputs, tmp_path / "states", source)
+    def build_again() -> Tensor:
+        return states(build(inputs, tmp_path / "states", source))
 
     first = build_again()
-    assert build_again().folder == first.folder
+    assert build_again().equal(first)
     picture = tmp_path / "2.bmp"
     status = picture.stat()
     Image.new("RGB", (28, 28), (0, 255, 0)).save(picture)
     second = build_again()
-    assert second.folder != first.folder
-    assert [bool((second.states[row] != first.states[row]).any()) for row in range(4)] == [False, False, True, False]
+    assert (second != first).any(dim=1).tolist() == [False, False, True, False]
     # Size and time may be equal all the same.
     Image.new("RGB", (28, 28), (0, 0, 255)).save(picture)
     os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert picture.stat().st_size == status.st_size
-    assert build_again().folder not in (first.folder, second.folder)
-
-
-def test_states_that_are_cut_short_while_open_are_an_error(inputs: Inputs, tmp_path: Path) -> None:
-    dataset = build(inputs, tmp_path)
-    os.truncate(dataset.folder / STATES, 200)
-    with pytest.raises(ValueError, match=r"states\.npy was cut short while it was open"):
-        dataset[SampleIndex(0, 15)]
+    third = build_again()
+    assert not third[2].equal(first[2])
+    assert not third[2].equal(second[2])
 
 
 def test_a_warm_up_without_training_is_refused_before_anything_is_computed(inputs: Inputs, tmp_path: Path) -> None:
     fields = tiny.stage2_fields(tmp_path / "run", inputs.vision, inputs.text, inputs.cache)
-    states = tmp_path / "states"
-    changes = {"freeze_vision_layers": 1, "frozen_states_dir": str(states), "warmup_steps": 6}
+    folder = tmp_path / "states"
+    changes = {"freeze_vision_layers": 1, "frozen_states_dir": str(folder), "warmup_steps": 6}
     with pytest.raises(ValueError, match="has 6 of 6 optimizer steps"):
         run_stage2.run(build_config(Stage2Config, {**fields, **changes}))
-    assert not states.exists()
+    assert not folder.exists()

@@ -14,10 +14,10 @@ import torch
 from torch.nn import functional as F
 
 from llm2clip.data import CaptionSource, DamagedImageError, SampleIndex
-from llm2clip.embedding import EmbeddingCache
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.hub.cards.facts import CURVES
 from llm2clip.losses import clip_loss
+from llm2clip.store import EmbeddingCache
 from llm2clip.trainers import frozen_towers, run_stage2
 from llm2clip.trainers.optimizer import parameter_groups
 from llm2clip.trainers.stage2_config import Stage2Config
@@ -170,10 +170,12 @@ def test_damaged_images_are_refused_or_left_out(inputs: Inputs, tmp_path: Path) 
     source = {"path": str(tmp_path / "rows.parquet"), "caption_columns": ["caption", "keywords"]}
     with pytest.raises(DamagedImageError, match=str(rows[3]["key"])):
         train(settings(tmp_path / "raise", inputs, sources=[source]))
-    config = settings(tmp_path / "skip", inputs, sources=[source], on_error="skip", per_device_train_batch_size=40)
-    train(config)
-    log = [json.loads(line) for line in (tmp_path / "skip" / "skipped-0.jsonl").read_text().splitlines()]
-    assert {entry["key"] for entry in log} == {str(rows[3]["key"])}
+    for size in (40, 1):  # alone, it is a step that changes nothing
+        out = tmp_path / f"skip {size}"
+        changes = {"on_error": "skip", "per_device_train_batch_size": size, "max_steps": 40}
+        train(settings(out, inputs, sources=[source], **changes))
+        log = [json.loads(line) for line in (out / "skipped-0.jsonl").read_text().splitlines()]
+        assert {entry["key"] for entry in log} == {str(rows[3]["key"])}
 
 
 @pytest.mark.parametrize(
@@ -269,7 +271,7 @@ def test_features_in_bfloat16_are_stored_apart_and_near_those_in_float32(inputs:
         stored.append(run_stage2.build_trainer(config).train_dataset.features)
     first, second = (features.read(np.arange(20)).float() for features in stored)
     assert stored[0].path != stored[1].path
-    assert stored[1].manifest.vision_model_dtype == "bfloat16"
+    assert stored[1].manifest.identity["vision_model_dtype"] == "bfloat16"
     assert not torch.equal(first, second)
     torch.testing.assert_close(first, second, atol=0.05, rtol=0.05)
     with pytest.raises(ValueError, match="feature_dtype and feature_views need freeze_vision"):

@@ -16,7 +16,7 @@ import yaml
 from transformers import AutoConfig, AutoImageProcessor, Dinov2Model
 
 from llm2clip.data import CaptionSource, distinct_captions
-from llm2clip.embedding import EmbeddingCache
+from llm2clip.store import EmbeddingCache
 from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 from llm2clip.data import CaptionImageDataset, CaptionSource, PairDataset, PairSource
 from llm2clip.data.sampling import EpochDataset
-from llm2clip.data.shared_files import sampled_files_digest
+from llm2clip.data.table_identity import sampled_files_digest
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.trainers import run_stage1
 from llm2clip.trainers.mntp_data import TokenBlocks

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from llm2clip.data import CaptionSource, DamagedImageError, distinct_captions
-from llm2clip.embedding import EmbeddingCache, MissingCaptionError, embed
-from llm2clip.embedding.cache_files import CacheMismatchError
+from llm2clip.embedding import embed
 from llm2clip.hub.cards.card import read_card
+from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreMismatchError
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.trainers.stage2_config import Stage2Config
@@ -244,6 +244,18 @@ def test_damaged_images_are_refused_or_skipped_and_listed(inputs: Inputs, tmp_pa
     assert history[-2].get("skipped_samples") == 2
 
 
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_steps_of_skipped_samples_alone_change_nothing(loss: str, inputs: Inputs, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"sources": [damaged_source(tmp_path)], "on_error": "skip", "eval_sources": {}}
+    changes |= {"per_device_train_batch_size": 1, "max_steps": 64, "save_strategy": "no", "loss": loss}
+    run(tmp_path / "run", inputs, **changes, logging_steps=1)
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in history if "grad_norm" in entry]
+    assert history[-2].get("skipped_samples") == 2
+    if loss == "sigmoid":  # a single pair has another loss of 0
+        assert [entry["grad_norm"] == entry["loss"] == 0 for entry in steps].count(True) == 2
+
+
 def test_a_run_counts_the_skipped_samples_of_its_own_steps(inputs: Inputs, tmp_path: Path) -> None:
     """Those of another run, and of the steps after the checkpoint, are in the file that a run finds."""
     log, folder = tmp_path / "run" / "skipped-0.jsonl", tmp_path / "run"
@@ -292,7 +304,7 @@ def test_cache_of_another_encoder_is_refused(inputs: Inputs, tmp_path: Path) -> 
         other.decoder.layers[0].mlp.up_proj.weight.mul_(1.5)
     other.save_pretrained(tmp_path / "other")
     AutoTokenizer.from_pretrained(inputs.text).save_pretrained(tmp_path / "other")
-    with pytest.raises(CacheMismatchError, match=str(other.fingerprint())):
+    with pytest.raises(StoreMismatchError, match=str(other.fingerprint())):
         run(tmp_path / "out", inputs, text_model_name_or_path=str(tmp_path / "other"))
     run(tmp_path / "first", inputs, max_steps=1, save_strategy="no")
     cache = tmp_path / "cache"
@@ -302,7 +314,7 @@ def test_cache_of_another_encoder_is_refused(inputs: Inputs, tmp_path: Path) -> 
         )
     )
     changes = {"model_name_or_path": str(tmp_path / "first"), "projection_dim": None, "embedding_cache": str(cache)}
-    with pytest.raises(CacheMismatchError, match=str(other.fingerprint())):
+    with pytest.raises(StoreMismatchError, match=str(other.fingerprint())):
         run(tmp_path / "out", inputs, **changes)
 
 

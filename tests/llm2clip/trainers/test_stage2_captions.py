@@ -11,13 +11,15 @@ import datasets
 import fsspec
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from llm2clip.data import CaptionSource, SkippedSample, StreamingCaptionImageDataset
 from llm2clip.data.shards import ShardedSource
-from llm2clip.embedding import EmbeddingCache, MissingCaptionError, embed
-from llm2clip.embedding.cache_files import CacheMismatchError
-from llm2clip.embedding.sidecars import SourceSidecars
+from llm2clip.data.sidecars import SourceSidecars
+from llm2clip.embedding import embed
+from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreManifest, StoreMismatchError
+from llm2clip.store.manifest import manifest_path
+from llm2clip.store.shards import write_shard
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.manifests import SEAL, sealed
@@ -108,11 +110,11 @@ def test_every_sample_has_the_embedding_of_its_caption_and_comes_once(
     embedded(inputs, tmp_path / "cache", source(tars), store="cache")
     cache = EmbeddingCache.open(tmp_path / "cache")
     stream = CaptionSource.from_dict(source(tars))
-    sidecars = SourceSidecars(tmp_path / "sidecars", ShardedSource(stream).shards, [PER_TAR] * TARS)
+    beside = SourceSidecars(tmp_path / "sidecars", ShardedSource(stream).shards).open
     keys: list[str] = []
     for rank in range(world):
         rows = StreamingCaptionImageDataset(
-            stream, None, rank=rank, world_size=world, shuffle_block=8, embeddings=sidecars
+            stream, None, rank=rank, world_size=world, shuffle_block=8, embeddings=beside, row_counts=[PER_TAR] * TARS
         )
         rows.set_epoch(3)
         for sample in torch.utils.data.DataLoader(rows, batch_size=None, num_workers=workers):
@@ -121,21 +123,24 @@ def test_every_sample_has_the_embedding_of_its_caption_and_comes_once(
     assert len(keys) == len(set(keys)) == TARS * PER_TAR
 
 
-def test_a_caption_without_embedding_is_a_skipped_sample(inputs: Inputs, tars: str, tmp_path: Path) -> None:
+def test_a_caption_without_embedding_is_an_error_or_skipped(inputs: Inputs, tars: str, tmp_path: Path) -> None:
     embedded(inputs, tmp_path / "sidecars", source(tars))
     path = tmp_path / "sidecars" / "1.emb.safetensors"
     rows = load_file(path)
     rows["keys"][0] += 1
-    save_file(rows, path)
+    write_shard(path, rows, StoreManifest.read(manifest_path(path)))
     stream = CaptionSource.from_dict(source(tars))
     opened = ShardedSource(stream)
     lost = next(iter(opened.read(opened.shards[1]).captions))
-    sidecars = SourceSidecars(tmp_path / "sidecars", opened.shards)
-    samples = list(StreamingCaptionImageDataset(stream, None, training=False, embeddings=sidecars))
+    beside = SourceSidecars(tmp_path / "sidecars", opened.shards).open
+    options: dict[str, Any] = {"training": False, "embeddings": beside}
+    with pytest.raises(MissingCaptionError, match="its caption has no stored embedding; run `llm2clip embed`"):
+        list(StreamingCaptionImageDataset(stream, None, **options))
+    samples = list(StreamingCaptionImageDataset(stream, None, on_error="skip", **options))
     plain = list(StreamingCaptionImageDataset(stream, None, training=False))
     skipped = {sample.key: sample.reason for sample in samples if isinstance(sample, SkippedSample)}
     assert skipped == {
-        sample["key"]: "its caption has no embedding in the sidecar of its file"
+        sample["key"]: "its caption has no stored embedding"
         for number, sample in enumerate(plain)
         if sample["caption"] == lost and number // PER_TAR == 1
     }
@@ -155,10 +160,10 @@ def test_sidecars_that_do_not_fit_are_refused_before_training(inputs: Inputs, ta
         train(tmp_path / "run", inputs, tmp_path / "one", tars, sources=[tiny.concepts()])
     for path in sorted((tmp_path / "one").glob("*.manifest")):
         fields = json.loads(path.read_text())
-        fields["encoder"]["fingerprint"] = "2-" + 64 * "0"
+        fields["identity"]["fingerprint"] = "2-" + 64 * "0"
         del fields[SEAL]
         path.write_text(json.dumps(sealed(fields)))
-    with pytest.raises(CacheMismatchError, match="but the text encoder in use has fingerprint"):
+    with pytest.raises(StoreMismatchError, match="but the text encoder in use has fingerprint"):
         train(tmp_path / "run", inputs, tmp_path / "one", tars, **drawn)
 
 

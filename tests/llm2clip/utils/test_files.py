@@ -63,26 +63,6 @@ def test_what_torch_cannot_save_is_an_error_of_the_system(tmp_path: Path) -> Non
         torch.zeros(2, 3) @ torch.zeros(2, 3)
 
 
-def test_space_is_allocated_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "states"
-    path.write_bytes(b"head")
-    files.allocate(path, 1 << 20)
-    assert path.stat().st_size == 1 << 20
-    assert path.stat().st_blocks * 512 >= 1 << 20
-    assert path.read_bytes()[:5] == b"head\0"
-    monkeypatch.delattr(os, "posix_fallocate")
-    path.write_bytes(b"head")
-    files.allocate(path, 5 << 20)
-    assert path.read_bytes() == b"head".ljust(5 << 20, b"\0")
-
-    def full(*_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
-        files.allocate(path, 6 << 20)
-
-
 def test_what_killed_processes_left_in_a_folder_is_removed(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -176,19 +156,3 @@ with temporary_path(Path(sys.argv[1])) as path:
         removed = files.remove_leftovers([ended, ending], patience=30)
         assert [path.name.split(".")[1] for path in removed] == ["ending"]
     assert not list(tmp_path.iterdir())
-
-
-def test_a_mapped_file_that_is_cut_is_noticed(tmp_path: Path) -> None:
-    path = tmp_path / "rows"
-    path.write_bytes(bytes(100))
-    mapped = files.MappedFile(path)
-    with path.open("ab") as file:
-        file.write(b"more")
-    assert not mapped.is_cut()
-    os.truncate(path, 99)
-    assert mapped.is_cut()
-    (tmp_path / "new").write_bytes(b"replaced")
-    (tmp_path / "new").replace(path)
-    assert not mapped.is_cut()
-    path.unlink()
-    assert not mapped.is_cut()

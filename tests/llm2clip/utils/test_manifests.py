@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llm2clip.embedding import CaptionEmbedder
+from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.utils.files import read_json, sha256
 from llm2clip.utils.manifests import (
     FOLDER_MANIFEST,
@@ -18,12 +20,14 @@ from llm2clip.utils.manifests import (
     foreign_files,
     is_intact,
     listed_files,
+    refuse_changed_model,
     refuse_damaged,
     sealed,
     write_manifest,
     write_model_manifest,
 )
 from tests.damage import flip
+from tests.modeling_llm2clip import tiny
 
 
 def model(folder: Path) -> Path:
@@ -49,6 +53,26 @@ def test_a_flipped_bit_of_any_file_is_found_and_named(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("what people write")
     (tmp_path / "LICENSE").unlink()
     assert list(faults(tmp_path)) == []
+
+
+def test_a_changed_model_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.save(tmp_path)
+    (tmp_path / "curves.png").touch()
+    refuse_changed_model(tmp_path)  # not written by a command
+    refuse_changed_model("hub/name")
+    write_manifest(tmp_path, "stage2")
+    (tmp_path / "curves.png").unlink()
+    CaptionEmbedder.load(str(tmp_path))
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        for load in (CaptionEmbedder.load, ImageEmbedder.load):
+            with (
+                flip(tmp_path / name),
+                pytest.raises(ValueError, match=rf"is not what was written \({name} has changed"),
+            ):
+                load(str(tmp_path))
+    ImageEmbedder.load(str(tmp_path))
+    monkeypatch.setattr("llm2clip.utils.shared_files.sha256", None)  # each file is read once
+    ImageEmbedder.load(str(tmp_path))
 
 
 def test_a_list_that_was_written_at_a_url_has_sizes_alone(tmp_path: Path) -> None:

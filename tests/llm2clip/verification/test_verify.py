@@ -12,21 +12,19 @@ import pytest
 
 from llm2clip import cli
 from llm2clip.data import CaptionSource
-from llm2clip.embedding import EmbeddingCache
-from llm2clip.embedding.cache_files import CacheDamagedError
 from llm2clip.hub import build
 from llm2clip.hub.source_model import SourceModel
+from llm2clip.store import building
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.utils.files import read_json, write_json
-from llm2clip.utils.manifests import SEAL, folder_files, sealed
+from llm2clip.utils.manifests import folder_files
 from llm2clip.utils.settings import build_config
 from llm2clip.verification.verify import DamagedError, VerifyConfig, run
 from tests.damage import flip
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.embedding import encoder
 from tests.llm2clip.embedding.shards import embed, write_shards
+from tests.llm2clip.store import encoder
 from tests.llm2clip.trainers.test_frozen_states import build as freeze
 
 
@@ -65,7 +63,6 @@ def test_every_flipped_bit_of_a_sidecar_is_found(name: str, tmp_path: Path) -> N
 
 
 def test_all_faults_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_shards(tmp_path, 5)
     embed(write_shards(tmp_path, 5), None)
     (tmp_path / "0.emb.manifest").unlink()
     (tmp_path / "1.emb.safetensors").unlink()
@@ -78,7 +75,7 @@ def test_all_faults_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "0.emb.safetensors has no manifest",
         "0.parquet has no sidecar",
         "1.emb.safetensors is missing",
-        "2.emb.manifest is not the manifest of a sidecar",
+        "2.emb.manifest has format None",
         f"the shard {tmp_path}/3.parquet has changed since it was embedded",
         f"restore that shard, or delete {tmp_path}/3.emb.manifest and run `llm2clip embed`",
         "5 faults in ",
@@ -88,6 +85,16 @@ def test_all_faults_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["verify", str(tmp_path), "--sources", "false"]) == 2
     assert ".4.emb.safetensors.host.1.tmp is what a run has not finished" in (shown := capsys.readouterr().err)
     assert "4 faults in " in shown
+
+
+def test_a_changed_shard_is_found_also_where_its_sidecar_lies_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    embed(write_shards(data), out)
+    with flip(data / "1.parquet"):
+        assert f"the shard {data}/1.parquet has changed since it was embedded" in found(out, capsys)
+    assert verify(out)["num_shards"] == 4
 
 
 def test_shards_without_sidecars_are_missing_also_where_these_lie_elsewhere(
@@ -122,53 +129,59 @@ def test_another_split_in_the_folder_is_not_missing(
     assert "train-00001-of-00002.parquet has no sidecar" in found(place, capsys)
 
 
-def test_a_cache_is_mended_as_verify_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["shard-00001", "index"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".manifest"])
+def test_every_flipped_bit_of_a_cache_is_found_and_mended_as_verify_says(
+    name: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = [f"caption {number}" for number in range(10)]
     encoder.build(tmp_path, texts, shard_size=4)
-    shard = tmp_path / "shard-00001.safetensors"
-    whole = shard.read_bytes()
-    for place in range(0, len(whole), 11):
-        with flip(shard, place), pytest.raises(DamagedError, match="1 faults in"):
+    path, manifest = tmp_path / f"{name}{suffix}", tmp_path / f"{name}.manifest"
+    content = path.read_bytes()
+    for place in range(0, len(content), 11):
+        with flip(path, place), pytest.raises(DamagedError, match="1 faults in"):
             verify(tmp_path)
-    with flip(shard, len(whole) - 3), flip(tmp_path / "shard-00002.safetensors", -1):
-        shown = found(tmp_path, capsys)
-        for number in (1, 2):
-            assert f"shard-0000{number}.safetensors has changed since it was written" in shown
-            assert f"delete {tmp_path}/shard-0000{number}.safetensors and run `llm2clip embed` again" in shown
-        # Rows are looked up where the bit is not, but who reads all finds it.
-        with pytest.raises(CacheDamagedError, match=r"shard-00001\.safetensors has changed"):
-            EmbeddingCache.open(tmp_path)
-    content = (tmp_path / "manifest.json").read_bytes()
-    for place in range(0, len(content), 5):
-        with flip(tmp_path / "manifest.json", place), pytest.raises(DamagedError, match="1 faults in"):
-            verify(tmp_path)
+    path.write_bytes(content[:-3] + b"xyz")
+    assert f"delete {manifest} and run " in found(tmp_path, capsys)
+    manifest.unlink()
+    encoder.build(tmp_path, texts, shard_size=4)
     assert verify(tmp_path) == {"num_shards": 3, "num_captions": 10}
 
 
-@pytest.mark.parametrize(
-    ("kept", "fault"),
-    [({}, "manifest.json lacks checksums"), ({"checksums": {}}, "shard-00000.safetensors has changed since it was")],
-)
-def test_a_complete_cache_has_checksums(
-    kept: dict[str, Any], fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_is_missing_of_a_cache_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder.build(tmp_path, ["a", "b"], shard_size=2)
-    fields = read_json(tmp_path / "manifest.json")
-    others = {name: value for name, value in fields.items() if name not in (SEAL, "checksums")}
-    write_json(tmp_path / "manifest.json", sealed({**others, **kept}))
-    assert fault in found(tmp_path, capsys)
+    encoder.build(tmp_path, ["a", "b", "c"], shard_size=2)
+    lost, interrupted = f"{tmp_path}/shard-00001.safetensors", f"the build of {tmp_path} was interrupted"
+    for files, fault in (
+        (["shard-00001.safetensors"], f"The shard {lost} is missing"),
+        (["shard-00001.manifest"], f"{lost} has no manifest"),
+        (["shard-00001.safetensors", "shard-00001.manifest"], f"the shard {lost} is missing"),
+        (["index.safetensors"], f"The shard {tmp_path}/index.safetensors is missing"),
+        (["index.manifest"], interrupted),
+    ):
+        contents = {tmp_path / name: (tmp_path / name).read_bytes() for name in files}
+        for path in contents:
+            path.unlink()
+        shown = found(tmp_path, capsys)
+        assert fault in shown
+        assert "1 faults in" in shown
+        for path, content in contents.items():
+            path.write_bytes(content)
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "_write_index", None)
+        with pytest.raises(TypeError):
+            encoder.build(tmp_path, ["d"], shard_size=2)
+    assert interrupted in found(tmp_path, capsys)
+    encoder.build(tmp_path, ["d"], shard_size=2)
+    assert verify(tmp_path) == {"num_shards": 3, "num_captions": 4}
 
 
 def test_states_of_frozen_layers(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = freeze(inputs, tmp_path).folder
-    assert verify(tmp_path) == {"num_images": 16}
-    states = folder / "states.npy"
-    for place in (*range(6, 128), 128, 5000, states.stat().st_size - 1):
-        with flip(states, place):
-            assert f"delete {folder}; the next run computes the states again" in found(tmp_path, capsys)
-    with flip(folder / "manifest.json", 40):
-        assert "delete" in found(tmp_path, capsys)
-    assert verify(tmp_path) == {"num_images": 16}
+    assert verify(tmp_path) == {"num_shards": 1, "num_images": 16}
+    with flip(folder / "shard-00000.safetensors"):
+        assert f"delete {folder}/shard-00000.manifest and start the training again" in found(tmp_path, capsys)
 
 
 def test_a_run_with_its_checkpoints_and_what_is_built_from_it(
@@ -243,6 +256,6 @@ def test_manifests_of_others_are_left_alone(tmp_path: Path) -> None:
     assert verify(tmp_path) == {"num_shards": 1, "num_captions": 1}
     (tmp_path / "two" / "manifest.json").write_text("{")
     assert verify(tmp_path) == {"num_shards": 1, "num_captions": 1}
-    (tmp_path / "cache" / "manifest.json").write_text("{")
+    (tmp_path / "two" / "config.json").touch()
     with pytest.raises(DamagedError, match="1 faults"):
         verify(tmp_path)

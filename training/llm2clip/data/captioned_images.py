@@ -15,9 +15,8 @@ import numpy as np
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
-from llm2clip.data.embedding_lookup import ShardEmbeddings
 from llm2clip.data.opened_table import OpenedTable, SourceError, Table
-from llm2clip.data.records import OnError, RowCaptions, SkippedSample, caption_id, caption_keys, column_texts
+from llm2clip.data.records import NO_EMBEDDING, OnError, RowCaptions, SkippedSample, caption_id, column_texts
 from llm2clip.data.rows import CaptionRows, StreamedRows
 from llm2clip.data.sampling import stable_seed
 from llm2clip.data.sources import CaptionSource, Columns, open_source, row_batches, select_source, top_level
@@ -25,6 +24,8 @@ from llm2clip.data.stream_order import BLOCK
 from llm2clip.data.streams import Attach, StreamRow
 from llm2clip.data.tar_rows import refuse_damaged_tars
 from llm2clip.data.transforms import EvalTransform, TrainTransform
+from llm2clip.store import EmbeddingCache, MissingCaptionError
+from llm2clip.store.captions import caption_keys
 from llm2clip.utils.library_errors import reading
 from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.settings import check_choices
@@ -165,10 +166,10 @@ class StreamingCaptionImageDataset(StreamedRows):
         shuffle_block: Rows that are shuffled together; 0 keeps rows and files in order.
         repeat: Start the next epoch at the end of the data, so that no rank runs out before another; for training by
             number of steps.
-        embeddings: Stored embeddings of the captions, read beside each file; samples then have `llm_embeds`. A row
-            whose caption has none is a `SkippedSample`.
-        row_counts: Rows of each file, if they are known, those beyond `max_samples` not among them; `embeddings` know
-            them.
+        embeddings: Opens the stored embeddings of the captions of a file by its number, as
+            [`SourceSidecars.open`](llm2clip.data.sidecars.SourceSidecars.open) does; samples then have `llm_embeds`.
+            A caption without one is an error or a `SkippedSample`, by `on_error`.
+        row_counts: Rows of each file, if they are known, those beyond `max_samples` not among them.
         opened: The table of the source, if it is open.
 
     Raises:
@@ -192,14 +193,12 @@ class StreamingCaptionImageDataset(StreamedRows):
         repeat: bool = False,
         on_error: OnError = "raise",
         max_pixels: int = DEFAULT_MAX_PIXELS,
-        embeddings: ShardEmbeddings | None = None,
+        embeddings: Callable[[int], EmbeddingCache] | None = None,
         row_counts: Sequence[int] | None = None,
         opened: OpenedTable | None = None,
     ) -> None:
         maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
         with_images, order = eval_transform is not None, (training, seed, shuffle_block)
-        if embeddings is not None:
-            row_counts = embeddings.row_counts
         super().__init__(source, maker, with_images, *order, rank, world_size, repeat, row_counts, opened)
         if embeddings is not None and source.max_samples is not None:
             raise ValueError(f"max_samples of {source.path} cannot be combined with embeddings beside its files.")
@@ -209,9 +208,9 @@ class StreamingCaptionImageDataset(StreamedRows):
         return None if self.embeddings is None else partial(self._reader_of_embeddings, self.embeddings, epoch)
 
     def _reader_of_embeddings(
-        self, embeddings: ShardEmbeddings, epoch: int, file: int
+        self, embeddings: Callable[[int], EmbeddingCache], epoch: int, file: int
     ) -> Callable[[StreamRow], tuple[tuple[RowCaptions, str], Tensor | None] | None]:
-        opened = embeddings.open(file, epoch)
+        opened = embeddings(file)
 
         def embedding(row: StreamRow) -> tuple[tuple[RowCaptions, str], Tensor | None] | None:
             key = self._key(row)
@@ -234,7 +233,9 @@ class StreamingCaptionImageDataset(StreamedRows):
         if isinstance(sample, SkippedSample):
             return sample
         if embedding is None:
-            return SkippedSample(key, "its caption has no embedding in the sidecar of its file")
+            if self.make_sample.on_error == "raise":
+                raise MissingCaptionError(f"{key}: {NO_EMBEDDING}; run `llm2clip embed` on {self.source.path} again.")
+            return SkippedSample(key, NO_EMBEDDING)
         return {**sample, "llm_embeds": embedding}
 
 

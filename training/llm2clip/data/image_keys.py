@@ -12,9 +12,10 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
-from llm2clip.data.shared_files import shared_file, table_identity
+from llm2clip.data.table_identity import table_identity
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.shared_files import shared_file
 
 # Of the function that makes a key.
 VERSION = 1
@@ -54,14 +55,6 @@ def content_keys(images: Iterable[bytes | str | os.PathLike[str]]) -> np.ndarray
     return np.frombuffer(digests, dtype="<i8").reshape(-1, 2).astype(np.int64, copy=False)
 
 
-def images_state(table: datasets.Dataset, column: str) -> str:
-    """Identify the images of a column of `Image(decode=False)` without reading all of them.
-
-    The hash is of the paths, sizes and times of images that are files, and of the bytes of some images.
-    """
-    return digest_json([_files(table.select_columns([column]), column), sampled_keys(table, column)])
-
-
 def sampled_keys(table: datasets.Dataset, column: str) -> list[str]:
     """Hash the encoded images of some rows of a column of `Image(decode=False)`, the same rows of equally many."""
     images = table.select_columns([column])
@@ -86,7 +79,7 @@ def _files(images: datasets.Dataset, column: str) -> str:
         is_file = pc.is_null(pc.struct_field(records, "bytes"))
         for path in pc.struct_field(records, "path").filter(is_file).to_pylist():
             state = os.stat(path) if path is not None and os.path.exists(path) else None
-            found.append([path, *((state.st_size, state.st_mtime_ns) if state is not None else ())])
+            found.append([path, *((state.st_size, state.st_mtime_ns, state.st_ctime_ns) if state is not None else ())])
     return digest_json(found)
 
 

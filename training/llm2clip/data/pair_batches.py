@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from llm2clip.data.pairs import PairDataset, PairTable
 from llm2clip.data.sampling import EpochBatchSampler, stable_seed
-from llm2clip.data.shared_files import shared_file
+from llm2clip.utils.shared_files import shared_file
 
 logger = logging.getLogger(__name__)
 PLAN_ATTEMPTS = 4

@@ -20,9 +20,10 @@ from llm2clip.data.opened_table import open_table
 from llm2clip.data.pair_keys import KeyColumns, pair_keys
 from llm2clip.data.records import caption_id, column_texts
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
-from llm2clip.data.shared_files import rows_digest, shared_file, table_identity
 from llm2clip.data.sources import Source, first_rows, require_columns, require_weight, table_columns, top_level
+from llm2clip.data.table_identity import rows_digest, table_identity
 from llm2clip.utils.files import digest_json
+from llm2clip.utils.shared_files import shared_file
 
 logger = logging.getLogger(__name__)
 # Rows that are drawn before a source counts as one without a random negative.

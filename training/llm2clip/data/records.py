@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -15,6 +14,7 @@ from modeling_llm2clip.tokenization_llm2clip import SURROGATE
 
 # What to do with a damaged image or a row without caption.
 OnError = Literal["raise", "skip"]
+NO_EMBEDDING = "its caption has no stored embedding"
 
 
 class CaptionError(SampleError):
@@ -60,18 +60,6 @@ def caption_ids(texts: Iterable[str]) -> np.ndarray:
 def _id_bytes(text: str) -> bytes:
     normal = " ".join(unicodedata.normalize("NFC", text).casefold().split())
     return hashlib.blake2b(normal.encode(), digest_size=8).digest()
-
-
-def caption_keys(captions: Iterable[str]) -> np.ndarray:
-    """Compute the keys of the embedding cache, (captions, 2) int64: the 128-bit BLAKE2b hash of each exact text."""
-    digests = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in captions)
-    return np.frombuffer(digests, dtype="<i8").reshape(-1, 2).astype(np.int64, copy=False)
-
-
-def caption_key(caption: str) -> tuple[int, int]:
-    """Compute the halves of a key of [`caption_keys`]."""
-    first, second = struct.unpack("<qq", hashlib.blake2b(caption.encode(), digest_size=16).digest())
-    return first, second
 
 
 def column_value(row: Mapping[str, Any], column: str) -> Any:

@@ -15,7 +15,6 @@ from llm2clip.data.image_keys import sampled_keys
 from llm2clip.data.opened_table import OpenedTable, SourceError
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
 from llm2clip.data.shard_rows import ShardRows
-from llm2clip.data.shared_files import rows_digest, sampled_files_digest
 from llm2clip.data.sources import (
     CaptionSource,
     Columns,
@@ -38,6 +37,7 @@ from llm2clip.data.streams import (
     share_of_files,
     shuffled,
 )
+from llm2clip.data.table_identity import rows_digest, sampled_files_digest
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.library_errors import reading
 

@@ -76,11 +76,13 @@ class ShardText:
 
     Attributes:
         captions: The distinct ones, in order of first appearance by row, column and list entry.
+        columns: Columns that were read.
         rows: Number of rows.
         size, checksum: Bytes of the file, and its `sha256:`. Of a remote file that is not read to its end, what its
             file system states, or None.
     """
 
+    columns: list[str]
     captions: dict[str, None] = field(default_factory=dict)
     rows: int = 0
     size: int = 0
@@ -139,7 +141,7 @@ class ShardedSource:
         Raises:
             SourceError: The file cannot be read, is cut short, or a caption is not text.
         """
-        text = ShardText()
+        text = ShardText(list(self.source.caption_columns))
         try:
             if self._is_webdataset and file_format(shard.path) == ".tar":
                 self._read_tar(shard, text)

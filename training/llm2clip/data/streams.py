@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from llm2clip.data.embedding_lookup import EmbeddingLookup
 from llm2clip.data.mixing import EvenMixture, Mixing, Mixture, StepMixture, checked_weights
 from llm2clip.data.opened_table import SourceError
+from llm2clip.data.records import NO_EMBEDDING, OnError, SkippedSample
 from llm2clip.data.sampling import stable_seed
 from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.stream_order import FileOrder, Lanes, Piece, RowsBefore, SourceOrder, shuffled_block
+from llm2clip.store.captions import EmbeddingCache
 from llm2clip.utils.files import digest_json
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ class SampleStream(IterableDataset):
         mixing: How several sources are mixed.
         weights: Weight of each source, relative to the others; None if there are none.
         lookups: Where the captions of a source are looked up; None if its samples have embeddings, or need none.
+        on_error: `raise` an error for a caption that is not found there, or yield a `SkippedSample` (`skip`).
 
     Attributes:
         batch_size: Rows in a batch of a process, which a DataLoader makes of what the stream yields.
@@ -135,7 +137,8 @@ class SampleStream(IterableDataset):
         repeat: bool = True,
         mixing: Mixing = "proportional",
         weights: Sequence[float | None] = (),
-        lookups: Sequence[EmbeddingLookup | None] = (),
+        lookups: Sequence[EmbeddingCache | None] = (),
+        on_error: OnError = "raise",
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be between 0 and world_size - 1, but is {rank} of {world_size}.")
@@ -144,7 +147,7 @@ class SampleStream(IterableDataset):
         self.batch_size = 1
         self.lanes: Lanes | None = None
         self.start: int | None = None
-        self.mixing, self.lookups = mixing, lookups or [None] * len(sources)
+        self.mixing, self.lookups, self.on_error = mixing, lookups or [None] * len(sources), on_error
         # In shared memory, so that persistent workers see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.weights: list[float] | None = None
@@ -252,7 +255,10 @@ class SampleStream(IterableDataset):
         lookup = self.lookups[source]
         if lookup is None or not isinstance(sample, dict):
             return sample
-        return {**sample, "llm_embeds": lookup.lookup([sample["caption"]], dtype=None)[0]}
+        caption = sample["caption"]
+        if self.on_error == "skip" and not lookup.contains([caption])[0]:
+            return SkippedSample(str(sample.get("key", caption)), NO_EMBEDDING)
+        return {**sample, "llm_embeds": lookup.lookup([caption], dtype=None)[0]}
 
 
 def _all(places: np.ndarray) -> np.ndarray:

@@ -11,13 +11,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from llm2clip.data.shards import SourceShard
-from llm2clip.data.shared_files import shared_file
-from llm2clip.embedding.cache import EmbeddingCache, refuse_other_encoder
-from llm2clip.embedding.cache_files import CacheManifest, CacheMismatchError
-from llm2clip.embedding.sidecars import SourceSidecars, stored_encoder
+from llm2clip.data.sidecars import SourceSidecars
+from llm2clip.store import EmbeddingCache, StoreManifest, StoreMismatchError
+from llm2clip.store.captions import refuse_other_encoder
+from llm2clip.store.store import stored_manifest
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.repos import inspect_repo
+from llm2clip.utils.shared_files import shared_file
 from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
 from llm2clip.utils.towers import describe_text_tower, is_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
@@ -47,10 +48,14 @@ def open_cache_of_model(
         is_trained: Whether the model's adapter was trained with the recorded tower, and fits no other.
 
     Raises:
-        CacheError: See [`EmbeddingCache.open`]. A model that records no fingerprint takes any cache.
+        StoreError: See [`EmbeddingCache.open`]. A model that records no fingerprint takes any cache.
     """
-    expected = check_encoder(path, CacheManifest.read(Path(path)), config, is_trained)
-    return EmbeddingCache.open(path, expected, verify, tokenizer_fingerprint(tokenizer))
+    cache = EmbeddingCache.open(path, verify=False)
+    expected = check_encoder(path, cache.manifest, config, is_trained)
+    refuse_other_encoder(path, cache.manifest, expected, tokenizer_fingerprint(tokenizer))
+    if verify:
+        cache.require_unchanged()
+    return cache
 
 
 def open_sidecars_of_model(
@@ -68,7 +73,7 @@ def open_sidecars_of_model(
         shards, columns: The shards of the source, and the columns that captions are drawn from.
 
     Raises:
-        CacheError, MissingCaptionError: See [`SourceSidecars.check`].
+        StoreError, MissingCaptionError: See [`SourceSidecars.check`].
     """
     encoder, row_counts = on_main_process(partial(SourceSidecars(folder, shards).check, columns))
     expected = check_encoder(folder, encoder, config, is_trained)
@@ -76,11 +81,11 @@ def open_sidecars_of_model(
     return SourceSidecars(folder, shards, row_counts)
 
 
-def check_encoder(path: str | Path, manifest: CacheManifest, config: LLM2CLIPConfig, is_trained: bool) -> str | None:
+def check_encoder(path: str | Path, manifest: StoreManifest, config: LLM2CLIPConfig, is_trained: bool) -> str | None:
     """Return the fingerprint that embeddings must have for a model, or None if they fit; see `open_cache_of_model`.
 
     Raises:
-        CacheMismatchError: They fit the record of the text tower, but its weights are others, or there was an
+        StoreMismatchError: They fit the record of the text tower, but its weights are others, or there was an
             instruction before the captions.
     """
     made_by = manifest.fingerprint
@@ -89,7 +94,7 @@ def check_encoder(path: str | Path, manifest: CacheManifest, config: LLM2CLIPCon
     if fits and recorded is not None:
         found = on_main_process(partial(_read_once, config))
         if found not in (None, recorded):
-            raise CacheMismatchError(
+            raise StoreMismatchError(
                 f"{config.text_model_name_or_path} has other weights than its config.json records (fingerprint "
                 f"{found}, recorded {recorded}), and {path} was made by the recorded ones: restore them, or "
                 "embed the captions with these."
@@ -99,11 +104,11 @@ def check_encoder(path: str | Path, manifest: CacheManifest, config: LLM2CLIPCon
         config.text_model_fingerprint = recorded = present or recorded
         fits = made_by == present
     prompt = config.text_config.prompt_prefix
-    if fits and manifest.prompt_prefix != prompt:
-        raise CacheMismatchError(
-            f"the captions of {path} were embedded after {manifest.prompt_prefix!r}, but the model reads them after "
-            f"{prompt!r}: its encode_text would give other vectors. Embed them without --instruction; a plain LLM or "
-            "embedding model can have the instruction as --prompt-prefix, which the model keeps."
+    if fits and manifest.identity["prompt_prefix"] != prompt:
+        raise StoreMismatchError(
+            f"the captions of {path} were embedded after {manifest.identity['prompt_prefix']!r}, but the model reads "
+            f"them after {prompt!r}: its encode_text would give other vectors. Embed them without --instruction; a "
+            "plain LLM or embedding model can have the instruction as --prompt-prefix, which the model keeps."
         )
     return None if fits else recorded
 
@@ -120,12 +125,12 @@ def describe_text_tower_of_cache(
     described = describe_text_tower(name, revision)
     if path is None or is_text_tower(name, revision):
         return described
-    made_by = stored_encoder(path)
-    if made_by.tokenizer_fingerprint in (None, tokenizer_fingerprint(described[1])):
+    made_by = stored_manifest(path).identity
+    if made_by["tokenizer_fingerprint"] in (None, tokenizer_fingerprint(described[1])):
         return described
-    prompt = {"prompt_prefix": made_by.prompt_prefix, "prompt_suffix": made_by.prompt_suffix}
+    prompt = {name: made_by[name] for name in ("prompt_prefix", "prompt_suffix")}
     own = describe_text_tower(name, revision, **prompt)
-    if tokenizer_fingerprint(own[1]) != made_by.tokenizer_fingerprint:
+    if tokenizer_fingerprint(own[1]) != made_by["tokenizer_fingerprint"]:
         return described
     logger.info("Prompt of %s, from the embedding cache: %r caption %r.", name, *prompt.values())
     return own

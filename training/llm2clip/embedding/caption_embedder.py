@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from llm2clip.embedding.opening import open_embedder
 from llm2clip.utils.files import digest_json
+from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.model_identity import weights_checksum
 from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.processes import process_state
@@ -55,10 +56,11 @@ class CaptionEmbedder:
 
         Raises:
             OSError: There is no such model.
-            ValueError: It is another kind of model.
+            ValueError: It is another kind of model, or a file of a local folder is not the one that was written.
         """
         model: Any
         repo = inspect_repo(name, revision).require(RepoKind.JOINT, RepoKind.TEXT_TOWER, RepoKind.EMBEDDING_MODEL)
+        refuse_changed_model(name)
         if repo.kind is RepoKind.JOINT:
             model = LLM2CLIPModel.from_pretrained(name, revision=revision, **options)
             tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)

@@ -12,8 +12,6 @@ import torch
 from accelerate import PartialState
 
 from llm2clip.data import CaptionSource, distinct_captions
-from llm2clip.embedding.cache_builder import build_embedding_cache
-from llm2clip.embedding.cache_files import CacheDtype, CacheManifest
 from llm2clip.embedding.caption_embedder import CaptionEmbedder
 from llm2clip.embedding.embed_shards import (
     PART_ROWS,
@@ -25,7 +23,8 @@ from llm2clip.embedding.embed_shards import (
     parse_part,
 )
 from llm2clip.embedding.ray_engine import RayOptions, embed_with_ray
-from llm2clip.embedding.sidecar_store import open_reused
+from llm2clip.store import EmbeddingCache, StoreManifest, build_embedding_cache, caption_manifest
+from llm2clip.store.manifest import StoredDtype
 from llm2clip.utils.locks import exclusive
 from llm2clip.utils.processes import process_state, sum_over_processes
 from llm2clip.utils.settings import check_choices, require, setting
@@ -110,7 +109,7 @@ class EmbedConfig:
     attn_implementation: str | None = setting(
         None, "Attention of the LLM: eager, sdpa, flash_attention_2 or flex_attention."
     )
-    cache_dtype: CacheDtype = setting(
+    cache_dtype: StoredDtype = setting(
         "float16",
         "dtype of the stored embeddings; bfloat16 if they exceed the range of float16; float32 is exact.",
     )
@@ -170,7 +169,7 @@ def _embed_into_cache(config: EmbedConfig) -> dict[str, Any]:
     embedder, name, state = _open_encoder(config)
     captions = distinct_captions([CaptionSource.from_dict(source) for source in config.sources])
     manifest = embed_into_cache(captions, embedder, config.output_dir, name, config, state)
-    return {"num_captions": manifest.num_captions, "num_truncated": manifest.num_truncated}
+    return {"num_captions": manifest.rows, "num_truncated": manifest.counts["truncated"]}
 
 
 def _embed_into_sidecars(config: EmbedConfig) -> dict[str, Any]:
@@ -207,13 +206,13 @@ def open_shard_embedder(config: EmbedConfig) -> ShardEmbedder:
     """Open the text tower of a run, and the embeddings that it copies.
 
     Raises:
-        CacheMismatchError: Another encoder made these.
+        StoreMismatchError: Another encoder made these.
     """
     embedder, name, _ = _open_encoder(config)
     return ShardEmbedder(
         partial(_embed_and_count, embedder, config),
         describe_encoder(embedder, name, config),
-        None if config.reuse_cache is None else open_reused(config.reuse_cache),
+        None if config.reuse_cache is None else EmbeddingCache.open(config.reuse_cache),
     )
 
 
@@ -244,7 +243,7 @@ def _open_encoder(config: EmbedConfig) -> tuple[CaptionEmbedder, str, PartialSta
 
 def embed_into_cache(
     captions: list[str], embedder: CaptionEmbedder, folder: str, name: str, config: EmbedConfig, state: PartialState
-) -> CacheManifest:
+) -> StoreManifest:
     """Embed captions with a text tower into a cache; see [`build_embedding_cache`].
 
     Args:
@@ -261,6 +260,7 @@ def embed_into_cache(
         captions,
         partial(_embed_and_count, embedder, config),
         describe_encoder(embedder, name, config),
+        shard_size=config.shard_size,
         rank=state.process_index,
         world_size=state.num_processes,
         barrier=state.wait_for_everyone,
@@ -271,8 +271,8 @@ def _embed_and_count(embedder: CaptionEmbedder, config: EmbedConfig, texts: list
     return embedder.embed_and_count(texts, config.batch_size, show_progress_bar=False, instruction=config.instruction)
 
 
-def describe_encoder(embedder: CaptionEmbedder, name: str, config: EmbedConfig) -> CacheManifest:
-    """Describe a text tower and the format of its embeddings as the manifest of an empty cache.
+def describe_encoder(embedder: CaptionEmbedder, name: str, config: EmbedConfig) -> StoreManifest:
+    """Describe a text tower and the format of its embeddings.
 
     Raises:
         ValueError: The weights of the text tower cannot be identified.
@@ -284,17 +284,16 @@ def describe_encoder(embedder: CaptionEmbedder, name: str, config: EmbedConfig) 
     if fingerprint is None:
         raise ValueError(f"the weights of {name} cannot be identified in float16; load it in bfloat16 or float32.")
     text = model.config
-    return CacheManifest(
-        fingerprint=fingerprint,
-        tokenizer_fingerprint=tokenizer_fingerprint(embedder.tokenizer),
-        text_model_name=name,
-        hidden_size=text.hidden_size,
+    return caption_manifest(
+        name,
+        fingerprint,
+        width=text.hidden_size,
         pooling=text.pooling,
         prompt_prefix=text.prompt_prefix + (config.instruction or ""),
         prompt_suffix=text.prompt_suffix,
         max_length=text.max_text_length,
+        tokenizer_fingerprint=tokenizer_fingerprint(embedder.tokenizer),
         text_model_dtype=str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         dtype=config.cache_dtype,
         normalize=config.normalize,
-        shard_size=config.shard_size,
     )

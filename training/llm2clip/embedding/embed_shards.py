@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import posixpath
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from llm2clip.data import CaptionSource
-from llm2clip.data.records import caption_keys
 from llm2clip.data.shards import ShardedSource, SourceShard
-from llm2clip.embedding.cache import EmbeddingCache
-from llm2clip.embedding.cache_builder import Embed, rows_to_store
-from llm2clip.embedding.cache_files import CacheManifest, CacheMismatchError
-from llm2clip.embedding.row_writer import RowWriter
-from llm2clip.embedding.sidecar_files import SidecarFolder, SidecarManifest, part_fields
-from llm2clip.embedding.sidecar_store import SidecarStore
+from llm2clip.data.sidecars import SidecarFolder
+from llm2clip.store import EmbeddingCache, StoreManifest, StoreMismatchError
+from llm2clip.store.captions import Embed, caption_keys, check_embeddings
+from llm2clip.store.manifest import manifest_path
 from llm2clip.utils.files import remove_leftovers
 from llm2clip.utils.progress import format_rate, progress_bar
 from llm2clip.utils.remote_path import AnyPath
@@ -150,8 +146,9 @@ def _as_embedded(parts: list[SourceShard], target: SidecarFolder) -> list[Source
 
 def remove_leftovers_of(jobs: Sequence[ShardJob], patience: float = 0.0) -> None:
     """Remove what killed processes of this machine left of the sidecars of shards; see [`remove_leftovers`]."""
-    paths = (path for job in jobs for path in job.target.paths(job.shard))
-    if removed := remove_leftovers(paths, patience):
+    rows = (job.target.rows_path(job.shard) for job in jobs)
+    written = [own for path in rows for own in (path, manifest_path(path)) if isinstance(own, Path)]
+    if removed := remove_leftovers(written, patience):
         logger.info("Removed %d unfinished files of killed runs, such as %s.", len(removed), removed[0])
 
 
@@ -160,53 +157,48 @@ class ShardEmbedder:
 
     Args:
         embed: Maps captions to their embeddings and the number of those that were truncated.
-        encoder: The text encoder and the format, as the manifest of a cache.
+        encoder: The text encoder and the format.
         reused: A cache or sidecars of the same encoder, whose embeddings are copied instead of being computed.
 
     Raises:
-        CacheMismatchError: Another encoder made `reused`.
+        StoreMismatchError: Another encoder made `reused`.
     """
 
-    def __init__(
-        self, embed: Embed, encoder: CacheManifest, reused: EmbeddingCache | SidecarStore | None = None
-    ) -> None:
+    def __init__(self, embed: Embed, encoder: StoreManifest, reused: EmbeddingCache | None = None) -> None:
         self.embed, self.encoder, self.reused = embed, encoder, reused
-        if reused is not None:
-            other = reused.manifest.identity()
-            for name, value in encoder.identity().items():
-                if other[name] != value:
-                    raise CacheMismatchError(
-                        f"{reused.path} has {name} {other[name]!r}, but this run has {value!r}; reuse one "
-                        "of the same text encoder and format."
-                    )
+        if reused is not None and (difference := reused.manifest.difference(encoder)) is not None:
+            name, other, own = difference
+            raise StoreMismatchError(
+                f"{reused.path} has {name} {other!r}, but this run has {own!r}; reuse one of the same text encoder "
+                "and format."
+            )
 
     def run(self, jobs: Sequence[ShardJob], show_progress_bar: bool = True) -> ShardCounts:
         """Embed the shards that have no valid sidecar.
 
         Raises:
-            CacheMismatchError: Another encoder made the sidecar of a shard.
+            StoreMismatchError: Another encoder made the sidecar of a shard.
             OSError: A sidecar cannot be written.
         """
         remove_leftovers_of(jobs)
         return count_outcomes(map(self.embed_job, jobs), len(jobs), show_progress_bar)
 
     def embed_job(self, job: ShardJob) -> ShardOutcome:
-        """Embed a shard if it has no valid sidecar; see [`ShardEmbedder.run`]."""
-        while not job.target.is_embedded(job.shard, self.encoder, job.opened.source.caption_columns):
+        """Embed a shard if it has no valid sidecar; see [`ShardEmbedder.run`]. Another run may do it meanwhile."""
+        with job.target.lock(job.shard):
+            if self._is_done(job):
+                return ShardOutcome(done_before=True)
             try:
-                manifest = self.embed_shard(*job)
+                counts = self.embed_shard(*job)
             except ValueError as error:  # of this shard; a full disk ends the run
                 return ShardOutcome(failure=_with_path(job.shard.path, error))
-            if manifest is not None:
-                return ShardOutcome(False, manifest.captions, manifest.truncated, manifest.reused)
-            logger.warning("another run embeds %s at the same time.", job.shard.path)
-        return ShardOutcome(done_before=True)
+        return ShardOutcome(False, counts["captions"], counts["truncated"], counts["reused"])
 
-    def embed_shard(self, opened: ShardedSource, shard: SourceShard, target: SidecarFolder) -> SidecarManifest | None:
-        """Embed the distinct captions of a shard, and write its sidecar and then its manifest.
+    def embed_shard(self, opened: ShardedSource, shard: SourceShard, target: SidecarFolder) -> dict[str, int]:
+        """Embed the distinct captions of a shard, and write its sidecar.
 
         Returns:
-            The manifest, or None if another run got in between.
+            The numbers of `captions`, and of those that were `truncated` and `reused`.
 
         Raises:
             ValueError: The shard cannot be read, or an embedding cannot be stored.
@@ -215,56 +207,24 @@ class ShardEmbedder:
         text = opened.read(shard)
         captions = list(text.captions)
         keys = caption_keys(captions)
-        truncated = reused = 0
-        with target.temporary(shard) as temporary:
-            with temporary.open("wb") as file:
-                writer = RowWriter(file, keys, self.encoder.hidden_size, self.encoder.dtype)
-                for part in self._rows(captions, keys):
-                    writer.write(part.rows)
-                    truncated += part.truncated
-                    reused += part.reused
-            manifest = SidecarManifest(
-                encoder=_encoder_fields(self.encoder),
-                source=posixpath.basename(shard.name),
-                source_bytes=text.size,
-                source_checksum=text.checksum,
-                caption_columns=list(opened.source.caption_columns),
-                rows=text.rows,
-                captions=len(captions),
-                truncated=truncated,
-                reused=reused,
-                bytes=writer.size,
-                checksum=writer.finish(),
-                part=part_fields(shard),
-                source_path=target.source_path(shard),
-            )
-            return manifest if target.publish(shard, temporary, manifest) else None
-
-    def _rows(self, captions: list[str], keys: np.ndarray) -> Iterator[_Rows]:
-        """Yield the embeddings of captions in their order and the stored dtype, some at a time."""
+        rows = torch.empty((len(captions), self.encoder.width), dtype=getattr(torch, self.encoder.dtype))
         found = np.full(len(captions), -1) if self.reused is None else self.reused.find(keys)
-        # Each part has as many captions to embed as the encoder is given at once.
-        ends = [*np.flatnonzero(found < 0)[EMBED_SIZE::EMBED_SIZE].tolist(), len(captions)]
-        for start, end in itertools.pairwise([0, *ends]):
-            places = found[start:end]
-            rows = torch.empty((end - start, self.encoder.hidden_size), dtype=getattr(torch, self.encoder.dtype))
-            known, missing = np.flatnonzero(places >= 0), np.flatnonzero(places < 0)
-            truncated = 0
-            if self.reused is not None and len(known):
-                rows[torch.from_numpy(known)] = self.reused.read(places[known])
-            if len(missing):
-                texts = [captions[start + place] for place in missing]
-                vectors, truncated = self.embed(texts)
-                rows[torch.from_numpy(missing)] = rows_to_store(vectors, texts, self.encoder)
-            yield _Rows(rows, truncated, len(known))
+        known, missing = np.flatnonzero(found >= 0), np.flatnonzero(found < 0)
+        if self.reused is not None and len(known):
+            rows[torch.from_numpy(known)] = self.reused.read(found[known])
+        truncated = 0
+        for start in range(0, len(missing), EMBED_SIZE):
+            chosen = missing[start : start + EMBED_SIZE]
+            texts = [captions[position] for position in chosen]
+            vectors, cut = self.embed(texts)
+            rows[torch.from_numpy(chosen)] = check_embeddings(vectors, texts, self.encoder)
+            truncated += cut
+        counts = {"truncated": truncated, "reused": len(known)}
+        target.write(shard, keys, rows, text, replace(self.encoder, counts=counts))
+        return {"captions": len(captions), **counts}
 
-
-class _Rows(NamedTuple):
-    """Embeddings in the stored dtype, how many captions were truncated, and how many embeddings were copied."""
-
-    rows: torch.Tensor
-    truncated: int
-    reused: int
+    def _is_done(self, job: ShardJob) -> bool:
+        return job.target.is_embedded(job.shard, self.encoder, job.opened.source.caption_columns)
 
 
 def parse_part(text: str | None) -> tuple[int, int]:
@@ -302,8 +262,3 @@ def _refuse_equal_names(paths: list[AnyPath]) -> None:
                 "to write the sidecars beside the shards."
             )
         seen.add(path)
-
-
-def _encoder_fields(encoder: CacheManifest) -> dict[str, object]:
-    names = (*encoder.IDENTITY, "text_model_name", "transformers_version")
-    return {name: value for name, value in asdict(encoder).items() if name in names}

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor
 from llm2clip.data import EvalTransform, ImageBackend, OnError
 from llm2clip.embedding.image_batches import ImageList, ImageSet, PreparedImages, forward_images
 from llm2clip.embedding.opening import open_embedder
+from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.repos import RepoKind, inspect_repo
@@ -86,12 +87,14 @@ class ImageEmbedder:
 
         Raises:
             OSError: There is no such model.
-            ValueError: It is not an LLM2CLIP model, or is a vision half when the LLM is needed.
+            ValueError: It is not an LLM2CLIP model, or is a vision half when the LLM is needed; or a file of a local
+                folder is not the one that was written.
         """
         repo = inspect_repo(name, revision)
         if with_llm:
             repo.require(RepoKind.JOINT, hint="A text query needs the whole model with its LLM.")
         repo.require(RepoKind.JOINT, RepoKind.VISION_HALF)
+        refuse_changed_model(name)
         model_class: Any = LLM2CLIPModel if with_llm else LLM2CLIPVisionModelWithProjection
         model = model_class.from_pretrained(name, revision=revision, **options)
         image_processor = with_pillow(AutoImageProcessor.from_pretrained(name, revision=revision))

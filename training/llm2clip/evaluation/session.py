@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.data.records import caption_keys
 from llm2clip.embedding.image_batches import ContentSet, PreparedImages, forward_images
 from llm2clip.evaluation.contracts import Encoder
-from llm2clip.evaluation.row_store import EvaluationManifest, RowStore
+from llm2clip.evaluation.row_store import RowStore
+from llm2clip.store import StoreManifest
+from llm2clip.store.captions import caption_keys
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.progress import ProgressBar
@@ -155,13 +156,11 @@ class EvaluationSession:
         if kind not in self._stores:
             dtype = self.encoder.identity()["dtype"]
             fingerprint = "" if self.store is None else self.encoder.fingerprint()
-            manifest = EvaluationManifest(
-                fingerprint=fingerprint,
-                hidden_size=self.encoder.width if kind in ("images", "texts") else width,
-                dtype="float32",
-                model_name=self.encoder.name,
-                model_dtype=dtype,
-                kind=kind,
+            manifest = StoreManifest(
+                kind="evaluation",
+                encoder=self.encoder.name,
+                identity={"fingerprint": fingerprint, "model_dtype": dtype, "rows": kind},
+                width=self.encoder.width if kind in ("images", "texts") else width,
             )
             folder = None if self.store is None else self.store / digest_json([fingerprint, dtype]) / kind
             self._stores[kind] = RowStore(folder, manifest, self.encoder.device, shard_size)

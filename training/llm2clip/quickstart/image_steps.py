@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from llm2clip.data import CaptionSource
-from llm2clip.embedding import EmbeddingCache
 from llm2clip.evaluation import ImageTextRetrieval, retrieval_metrics
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.data import QUERY
@@ -21,6 +20,7 @@ from llm2clip.quickstart.ledger import Step
 from llm2clip.quickstart.results import read_history
 from llm2clip.quickstart.run_context import RunContext
 from llm2clip.quickstart.text_steps import remove_checkpoints
+from llm2clip.store import EmbeddingCache
 from llm2clip.trainers import run_stage2, warm_start
 from llm2clip.trainers.frozen_towers import open_features
 from llm2clip.trainers.stage2_config import Stage2Config
@@ -126,7 +126,7 @@ def _features(run: RunContext, resume: bool) -> dict[str, Any]:
     sources = [run.data.source(split, [run.data.query_column]) for split in splits]
     sets = [ImageTextRetrieval(source, processor.image_processor) for source in sources]
     features = open_features(config, model, processor.image_processor, [one.images for one in sets])
-    return {"images": len(features), "width": features.hidden_size}
+    return {"images": len(features), "width": features.width}
 
 
 def _align(run: RunContext, arm: Arm, number: int, both: bool, resume: bool) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from PIL import Image
 from torch.nn import functional as F
 
 from llm2clip.data import EvalTransform
-from llm2clip.embedding import EmbeddingCache
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
 from llm2clip.quickstart.config import Arm
@@ -25,6 +24,7 @@ from llm2clip.quickstart.image_steps import BEST_BY, FinalModel
 from llm2clip.quickstart.results import all_tables
 from llm2clip.quickstart.run_context import RunContext
 from llm2clip.search.top_k import top_k
+from llm2clip.store import EmbeddingCache
 from llm2clip.utils.files import write_text
 
 NUM_TYPED, NUM_QUERIES, NUM_FOUND, NUM_MAPS, THUMBNAIL, MAP_WIDTH = 4, 12, 6, 6, 96, 224

@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm2clip.embedding import CaptionEmbedder, EmbeddingCache
+from llm2clip.embedding import CaptionEmbedder
 from llm2clip.embedding.embed import EmbedConfig, embed_into_cache
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.ledger import Step
 from llm2clip.quickstart.results import read_history
 from llm2clip.quickstart.run_context import RunContext
 from llm2clip.quickstart.weights import e5_small_folder, smollm2_folder, vit_small_folder
+from llm2clip.store import EmbeddingCache
 from llm2clip.trainers import run_stage1
 from llm2clip.trainers.run_text_tower import load_text_tower
 from llm2clip.trainers.stage1_config import Stage1Config
@@ -117,8 +118,8 @@ def _embed(run: RunContext, arm: Arm, resume: bool) -> dict[str, Any]:
     manifest = embed_into_cache(texts, embedder, folder, tower, EmbedConfig(shard_size=SHARD), state)
     lookup = EmbeddingCache.open(folder).lookup
     return {
-        "num_captions": manifest.num_captions,
-        "num_truncated": manifest.num_truncated,
+        "num_captions": manifest.rows,
+        "num_truncated": manifest.counts["truncated"],
         "caption_retrieval": {name: pairs.measure(lookup) for name, pairs in data.caption_sets.items()},
     }
 

@@ -25,6 +25,7 @@ from llm2clip.utils.files import read_json, remove_unfinished, write_json
 from llm2clip.utils.locks import LOCK, OWNER, folder_lock
 from llm2clip.utils.manifests import FOLDER_MANIFEST, faults, own_files, stated_files, write_manifest
 from llm2clip.utils.remote_path import AnyPath, local_file, open_path, reaching, remove_tree
+from llm2clip.utils.shared_files import stored_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ class LanceStore:
             return None
 
     def rows(self, manifest: IndexManifest) -> LanceRows:
+        self._require_unchanged()
         table = self._open(manifest.stored.get("version", 0))
         rows = LanceRows(self.folder, table, manifest)
         try:
@@ -139,6 +141,18 @@ class LanceStore:
         if manifest.index["type"] == "faiss":
             rows._faiss  # noqa: B018  # read now, so that damage is found
         return rows
+
+    def _require_unchanged(self) -> None:
+        """Compare rows and vectors with their checksums, each file when it is opened first since it changed."""
+        if not isinstance(self.folder, Path):
+            return
+        with contextlib.suppress(FileNotFoundError):
+            for name, listed in stated_files(self.folder).items():
+                path = self.folder / name
+                # What an update writes and deletes meanwhile is no damage.
+                is_stored = name.startswith(f"{TABLE}.lance/") or path.suffix == ".faiss"
+                if is_stored and listed.checksum and path.is_file() and stored_sha256(path) != listed.checksum:
+                    raise ValueError(f"the index {self.place} is damaged: {name} has changed; {REBUILD}")
 
     def unfinished(self) -> tuple[IndexManifest, WrittenRows] | None:
         if not self._has_table():

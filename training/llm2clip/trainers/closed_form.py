@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm2clip.embedding.cache_files import CacheManifest, StoreManifest, open_shard
-from llm2clip.embedding.image_features import FeatureManifest
-from llm2clip.embedding.keyed_rows import KeyedRows
-from llm2clip.utils.files import read_json
+from llm2clip.store import Store
 from llm2clip.utils.processes import process_state, sum_over_processes
 from llm2clip.utils.progress import ProgressBar
 from modeling_llm2clip.modeling_llm2clip_features import positive_deviation
@@ -30,7 +27,7 @@ BLOCK, TILE = 8192, 256
 SHORT = 100_000
 
 # Row i of one belongs to row i of the other: tensors, or Stores (a folder, or opened).
-Rows = Tensor | str | Path | KeyedRows
+Rows = Tensor | str | Path | Store
 # Reads the rows from a start to a stop.
 Read = Callable[[int, int], Tensor]
 # Likewise images, texts and their weights.
@@ -284,40 +281,26 @@ def _open_pairs(images: Rows, texts: Rows, weights: Tensor | None) -> tuple[int,
 def _reader(rows: Rows) -> tuple[int, Read]:
     if isinstance(rows, Tensor):
         return len(rows), lambda start, stop: rows[start:stop]
-    if isinstance(rows, KeyedRows):
-        folder, manifest = rows.path, rows.manifest
-    else:
-        folder = Path(rows)
-        kind = CacheManifest if _format(folder) != FeatureManifest.FORMAT else FeatureManifest
-        manifest = kind.read(folder)
-    KeyedRows.open_shards(folder, manifest)  # refuses an incomplete or damaged one
-    return manifest.num_rows, _SequentialReader(folder, manifest)
-
-
-def _format(folder: Path) -> Any:
-    path = folder / "manifest.json"
-    return read_json(path).get("format") if path.is_file() else None
+    store = rows if isinstance(rows, Store) else Store.open(rows, verify=False)
+    return len(store), _SequentialReader(store)
 
 
 class _SequentialReader:
     """Reads ranges of rows of a Store in ascending order, with one shard mapped into memory at a time."""
 
-    def __init__(self, folder: Path, manifest: StoreManifest) -> None:
-        self.folder, self.manifest = folder, manifest
-        self._shards = self._open(0)
-
-    def _open(self, number: int) -> tuple[int, Tensor]:
-        return number, open_shard(self.folder, self.manifest, number).embeddings()
+    def __init__(self, store: Store) -> None:
+        self.shards = store.shards
+        self._opened: tuple[int, Tensor] | None = None
 
     def __call__(self, start: int, stop: int) -> Tensor:
         return torch.cat([part.float() for part in self._parts(start, stop)])
 
     def _parts(self, start: int, stop: int) -> Iterator[Tensor]:
         first = 0
-        for number, rows in enumerate(self.manifest.shards):
-            low, high = max(start, first), min(stop, first + rows)
+        for number, shard in enumerate(self.shards):
+            low, high = max(start, first), min(stop, first + shard.rows)
             if low < high:
-                if self._shards[0] != number:
-                    self._shards = self._open(number)
-                yield self._shards[1][low - first : high - first]
-            first += rows
+                if self._opened is None or self._opened[0] != number:
+                    self._opened = number, shard.open()
+                yield self._opened[1][low - first : high - first]
+            first += shard.rows

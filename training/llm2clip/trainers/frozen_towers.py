@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform
-from llm2clip.embedding import EmbeddingCache
 from llm2clip.embedding.image_batches import TableImages
-from llm2clip.embedding.image_features import FeatureManifest, FeatureStore, ImageFeatures
+from llm2clip.embedding.image_features import FeatureStore, ImageFeatures, feature_manifest, pooled_features
 from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.store import EmbeddingCache
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stored_pairs import StoredPairsDataset
 from llm2clip.utils.processes import process_state
@@ -80,11 +80,23 @@ def open_features(
     Raises:
         DamagedImageError: An image cannot be read, unless `on_error` is `skip`.
     """
+    manifest = feature_manifest(
+        config.vision_model_name_or_path or str(config.model_name_or_path),
+        vision_fingerprint(model, image_processor, with_projection=False),
+        width=config.feature_views * model.config.vision_width,
+        pooling=model.config.vision_pooling,
+        image_backend=config.image_backend,
+        max_pixels=config.max_pixels,
+        vision_model_dtype=config.feature_dtype,
+        views=config.feature_views,
+        crop_scale=config.crop_scale,
+        seed=config.sampling_seed,
+    )
     store = FeatureStore(
         config.feature_cache or Path(config.output_dir) / FOLDER,
-        model,
+        manifest,
+        pooled_features(model, config.feature_dtype, config.feature_views),
         image_processor,
-        _manifest(config, model, image_processor),
         state=process_state(),
         on_error=config.on_error,
         batch_size=config.per_device_eval_batch_size,
@@ -93,29 +105,13 @@ def open_features(
     return store.open([*tables])
 
 
-def _manifest(config: Stage2Config, model: LLM2CLIPModel, image_processor: Any) -> FeatureManifest:
-    manifest = FeatureManifest(
-        fingerprint=vision_fingerprint(model, image_processor, with_projection=False),
-        vision_model_name=config.vision_model_name_or_path or str(config.model_name_or_path),
-        pooling=model.config.vision_pooling,
-        hidden_size=config.feature_views * model.config.vision_width,
-        vision_model_dtype=config.feature_dtype,
-        image_backend=config.image_backend,
-        max_pixels=config.max_pixels,
-        views=config.feature_views,
-    )
-    if config.feature_views > 1:
-        manifest.crop_scale, manifest.seed = list(config.crop_scale), config.sampling_seed
-    return manifest
-
-
 def _set_statistics(model: LLM2CLIPModel, dataset: StoredPairsDataset) -> None:
     """Fit what the model standardises its features and centres its captions by to the training set."""
     samples, caption_rows, weights = dataset.pairs()
     if model.config.standardize_vision:
         model.set_vision_statistics(*dataset.features.statistics(dataset.image_rows[np.unique(samples)]))
     if model.config.center_text:
-        total = torch.zeros(dataset.cache.hidden_size, dtype=torch.float64)
+        total = torch.zeros(dataset.cache.width, dtype=torch.float64)
         for start in range(0, len(caption_rows), PART):
             part = dataset.cache.read(caption_rows[start : start + PART], torch.float64)
             total += torch.from_numpy(weights[start : start + PART]) @ part

@@ -15,8 +15,9 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 from llm2clip.data import CaptionSource, SampleIndex, load_source
 from llm2clip.data.captioned_images import caption_hashes, distinct_caption_batches
 from llm2clip.data.sampling import EpochDataset, stable_seed
-from llm2clip.data.shared_files import shared_file, table_identity
+from llm2clip.data.table_identity import table_identity
 from llm2clip.trainers.mntp_config import MNTPConfig
+from llm2clip.utils.shared_files import shared_file
 
 # Raise it when the tokens of captions are computed in another way.
 TOKEN_VERSION = 1

@@ -145,7 +145,8 @@ def build_trainer(config: Stage2Config) -> Stage2Trainer:
         for name, source in config.eval_sources.items()
     }
     captions = open_captions(config, model, processor, retrieval)
-    collator: Any = Stage2Collator(cache=captions.cache, processor=processor if config.online_text_model else None)
+    online = processor if config.online_text_model else None
+    collator: Any = Stage2Collator(captions.cache, online, config.on_error)
     if config.freeze_vision == "all":
         dataset: Any = open_stored_pairs(config, model, image_processor, captions.require_cache(), retrieval.values())
         collator, frozen = collate_stored, None

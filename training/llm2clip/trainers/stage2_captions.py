@@ -12,10 +12,12 @@ from torch import Tensor
 from llm2clip.data import CaptionSource, caption_batches
 from llm2clip.data.opened_table import OpenedTable
 from llm2clip.data.shards import ShardedSource
-from llm2clip.embedding import CacheManifest, CaptionEmbedder, EmbeddingCache, MissingCaptionError
+from llm2clip.data.sidecars import SourceSidecars
+from llm2clip.embedding import CaptionEmbedder
 from llm2clip.embedding.cache_of_model import open_cache_of_model, open_sidecars_of_model
-from llm2clip.embedding.sidecars import SourceSidecars, is_sidecar_folder
 from llm2clip.evaluation import ImageTextRetrieval
+from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreManifest
+from llm2clip.store.store import lies_beside_shards
 from llm2clip.trainers.stage2_config import Stage2Config
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
@@ -69,7 +71,7 @@ def open_captions(
     """Open the caption embeddings of a run.
 
     Raises:
-        CacheError: They were made by another encoder, or are incomplete or damaged.
+        StoreError: They were made by another encoder, or are incomplete or damaged.
         MissingCaptionError: They lack captions of a retrieval set or of the training set.
         ValueError: Sidecars are not those of a stream, or the dtypes of several stores differ.
     """
@@ -81,7 +83,7 @@ def open_captions(
     folders = cast(list[str], config.caches)
     caches: dict[str, EmbeddingCache] = {}
     for folder in dict.fromkeys(folders):
-        if not is_sidecar_folder(folder):
+        if not lies_beside_shards(folder):
             caches[folder] = _open_cache(config, folder, model, processor)
     stored = [
         _open_sidecars(config, folder, source, model, processor)
@@ -175,17 +177,17 @@ def _refuse_other_dtypes(folders: Sequence[str], stored: Sequence[SourceCaptions
 
 def _verify(config: Stage2Config, cache: EmbeddingCache, sources: Sequence[CaptionSource]) -> None:
     """Check that a cache is undamaged and contains the captions of the sources that use it; a stream's are skipped."""
-    cache.check_shards(config.process_index, config.world_size)
+    cache.require_unchanged(config.process_index, config.world_size)
     for source in sources:
         if not source.streaming:
             _refuse_missing_captions(cache, source, config.process_index, config.world_size)
 
 
-def _refuse_other_width(path: str, manifest: CacheManifest, model: LLM2CLIPModel) -> None:
+def _refuse_other_width(path: str, manifest: StoreManifest, model: LLM2CLIPModel) -> None:
     width = model.config.text_config.hidden_size
-    if manifest.hidden_size != width:
+    if manifest.width != width:
         raise ValueError(
-            f"the cache {path} contains embeddings of width {manifest.hidden_size} (of {manifest.text_model_name}), "
+            f"the cache {path} contains embeddings of width {manifest.width} (of {manifest.encoder}), "
             f"but {model.config.text_model_name_or_path} gives {width}; embed the captions with that text tower."
         )
 

@@ -171,7 +171,9 @@ class Stage2Config(ContrastiveConfig, StageConfig):
         "Folder for the frozen layers' outputs, which are then computed once per image, without "
         "augmentation. Needs freeze_vision_layers.",
     )
-    on_error: OnError = setting("raise", "What to do with damaged images and rows without a caption.")
+    on_error: OnError = setting(
+        "raise", "What to do with damaged images, rows without a caption, and captions without stored embedding."
+    )
     max_pixels: int = setting(
         DEFAULT_MAX_PIXELS, "Largest image to decode, in pixels; a larger one counts as damaged."
     )

@@ -85,19 +85,28 @@ def _stream(
             streamed.append(TableSource(CaptionImageDataset(source, *transforms, **options), config.sampling_seed))
             continue
         opened = found.opened or open_source(source)
-        row_counts = None
+        row_counts: Sequence[int] | None
         if found.sidecars is None:
             row_counts = count_stream(
                 source.path, opened.files, config.process_index, config.world_size, source.max_samples
             )
-        more: dict[str, Any] = {"embeddings": found.sidecars, "row_counts": row_counts, "opened": opened}
+        else:
+            row_counts = found.sidecars.row_counts
+        beside = None if found.sidecars is None else found.sidecars.open
+        more: dict[str, Any] = {"embeddings": beside, "row_counts": row_counts, "opened": opened}
         more |= {"repeat": True, "shuffle_block": config.shuffle_block, **place}
         streamed.append(StreamingCaptionImageDataset(source, *transforms, **{**options, **more}))
     if len(streamed) == 1 and isinstance(streamed[0], SampleStream):
         return streamed[0]
     weights, lookups = [source.weight for source in sources], [found.lookup for found in embeddings]
     return SampleStream(
-        streamed, config.sampling_seed, mixing=config.mixing, weights=weights, lookups=lookups, **place
+        streamed,
+        config.sampling_seed,
+        mixing=config.mixing,
+        weights=weights,
+        lookups=lookups,
+        on_error=config.on_error,
+        **place,
     )
 
 

@@ -21,6 +21,7 @@ from llm2clip.evaluation import ImageTextRetrieval, retrieval_metrics
 from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.losses import clip_loss, sigmoid_loss
+from llm2clip.losses.matches import NoPairsError
 from llm2clip.trainers.alignment import align, freeze_maps, set_heads
 from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.bundling import bundle_text_model
@@ -143,7 +144,7 @@ class Stage2Trainer(StageTrainer):
     def eval_labels(self, inputs: dict[str, Any], num_rows: int) -> Any:
         if "caption_ids" not in inputs:
             return super().eval_labels(inputs, num_rows)
-        return inputs["caption_ids"], inputs["image_caption_ids"]
+        return inputs["caption_ids"][:num_rows], inputs["image_caption_ids"][:num_rows]
 
     @staticmethod
     def retrieval_scores(prediction: EvalPrediction) -> dict[str, float | int]:
@@ -181,6 +182,7 @@ class Stage2Trainer(StageTrainer):
     def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = dict(inputs)
         self.skipped.add(inputs.pop("skipped", []))
+        is_empty = inputs.pop("is_empty", False)
         ids = {name: inputs.pop(name, None) for name in ("caption_ids", "image_caption_ids")}
         if self.args.shared_captions == "separate":
             ids = {}
@@ -191,15 +193,24 @@ class Stage2Trainer(StageTrainer):
                 inputs = self._with_llm_embeds(text_model, inputs)
         # Through the wrapped model, so that DDP sees every parameter including the logit scale.
         images, texts, *numbers = in_chunks(self._embed, model, inputs, self.args.tower_chunk_size)
+        if is_empty:
+            images, texts = images[:0], texts[:0]
+            ids = {name: None if rows is None else rows[:0] for name, rows in ids.items()}
         embeds = {"image_embeds": images, "text_embeds": texts}
         # One value per row, all equal; those of the last chunk are not recomputed.
         scale, *bias = [number[-1] for number in numbers]
         rows = self.without_repeats({**embeds, **ids})
         options: dict[str, Any] = {**rows, "logit_scale": scale, "tile_size": self.args.loss_chunk_size}
-        if self.args.loss == "sigmoid":
-            loss = sigmoid_loss(**options, logit_bias=bias[0])
-        else:
-            loss = clip_loss(**options, label_smoothing=self.args.label_smoothing_factor)
+        try:
+            if self.args.loss == "sigmoid":
+                loss = sigmoid_loss(**options, logit_bias=bias[0])
+            else:
+                loss = clip_loss(**options, label_smoothing=self.args.label_smoothing_factor)
+        except NoPairsError:
+            # A step without gradient, of which every parameter has one that is zero.
+            loss = 0 * images.sum()
+            for number in (texts, scale, *bias):
+                loss = loss + 0 * number.sum()
         return loss, embeds
 
     def _embed(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:

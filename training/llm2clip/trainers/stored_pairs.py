@@ -13,8 +13,8 @@ from torch import Tensor
 from llm2clip.data import CaptionImageDataset, SampleIndex, SkippedSample
 from llm2clip.data.records import caption_id
 from llm2clip.data.sampling import EpochDataset, stable_seed
-from llm2clip.embedding import EmbeddingCache
 from llm2clip.embedding.image_features import ImageFeatures
+from llm2clip.store import EmbeddingCache
 
 # The finaliser of splitmix64.
 STEPS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
@@ -101,17 +101,19 @@ class StoredPairsDataset(EpochDataset):
         skipped = [tuple(self.skipped[row]) for row in rows.tolist() if row in self.skipped] if self.skipped else []
         if skipped:
             rows = np.array([row for row in rows.tolist() if row not in self.skipped], dtype=np.int64)
-            if not len(rows):
-                raise ValueError(f"All {len(skipped)} samples of a batch were skipped; the first one: {skipped[0]}.")
+        is_empty = not len(rows)
+        if is_empty:  # see `Stage2Collator`
+            rows = np.array([next(row for row in range(len(self)) if row not in self.skipped)])
         drawn = np.searchsorted(self._bounds, rows + self._uniform("caption", epoch, rows), side="right")
         drawn = np.clip(drawn, self._ends[rows], self._ends[rows + 1] - 1)
-        views = (self._uniform("view", epoch, rows) * self.features.manifest.views).astype(np.int64)
+        views = (self._uniform("view", epoch, rows) * self.features.views).astype(np.int64)
         return {
             "vision_features": self.features.read_views(self.image_rows[rows], views),
             "llm_embeds": self.cache.read(self._caption_rows[drawn]),
             "caption_ids": torch.from_numpy(self._caption_ids[drawn]),
             "image_caption_ids": self._all_ids(rows),
             "skipped": skipped,
+            **({"is_empty": True} if is_empty else {}),
         }
 
     def _all_ids(self, rows: np.ndarray) -> Tensor:

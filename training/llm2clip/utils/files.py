@@ -85,18 +85,6 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
 
 
-def allocate(path: Path, size: int) -> None:
-    """Let a file take up `size` bytes of the disk, so that a full one is an error now, and not a bus error (SIGBUS)
-    when its mapping is written."""
-    with naming(path), path.open("r+b") as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-            return
-        file.seek(0, os.SEEK_END)
-        for start in range(file.tell(), size, READ_SIZE):
-            file.write(bytes(min(READ_SIZE, size - start)))
-
-
 def replace(temporary: Path, path: Path) -> None:
     """Rename a file to `path`, which it replaces, when its content is on the disk; the name is there at the end."""
     flush_file(temporary)
@@ -201,23 +189,6 @@ def flush_folder(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-class MappedFile:
-    """A file whose content is mapped into memory: reading what has been cut off since ends the process (SIGBUS)."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        status = path.stat()
-        self._size, self._inode = status.st_size, status.st_ino
-
-    def is_cut(self) -> bool:
-        """Whether the file has been shortened. One that was deleted or replaced stays as it was mapped."""
-        try:
-            status = os.stat(self.path)
-        except OSError:
-            return False
-        return status.st_size < self._size and status.st_ino == self._inode
 
 
 @contextmanager

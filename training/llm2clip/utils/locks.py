@@ -26,6 +26,9 @@ OWNER = ".lock-owner.json"
 # Seconds to wait for the DataLoader workers of a killed run, which notice its end after a few seconds.
 PATIENCE = 15.0
 HOUR = 3600.0
+# Seconds to wait for another run that computes what this one needs: a week, or 20 minutes with several processes, of
+# which the others wait in a collective operation, which ends after 30 minutes by default.
+WAIT, WAIT_OF_SEVERAL = 7 * 24 * HOUR, 20 * 60.0
 # Folders that the present thread has locked: a command holds that of its run before its trainer does.
 _held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
 # Errors of network file systems that have no locks.
@@ -71,6 +74,25 @@ def folder_lock(folder: str | Path, patience: float | None = None) -> Iterator[N
     finally:
         _held.reset(token)
         (folder / OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextlib.contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock with this path, and hold it; the file is removed at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        yield
+        return
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
         lock.release()
 
 

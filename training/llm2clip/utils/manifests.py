@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from llm2clip.utils.files import digest_json, flush_file, flush_folder, read_json, sha256, write_json
 from llm2clip.utils.remote_path import AnyPath
+from llm2clip.utils.shared_files import stored_sha256
 
 # Its name starts with a dot, so that `llm2clip push` leaves it here.
 FOLDER_MANIFEST = ".llm2clip.json"
@@ -24,6 +25,8 @@ MODEL_SIGNATURE = "model.sig"
 MODEL_FORMAT, MODEL_FORMAT_VERSION = "llm2clip-model", 1
 # Text that people edit, and `llm2clip push` too; nothing computes from it.
 EDITED = frozenset({"README.md", "LICENSE"})
+# Endings of what a model is loaded from.
+LOADED = frozenset({".safetensors", ".json", ".py", ".txt", ".model", ".jinja"})
 # Of manifests that no other file lists: the checksum of their other fields.
 SEAL = "manifest_checksum"
 
@@ -183,11 +186,28 @@ def damage(folder: Path, contents: bool = False) -> str | None:
 def refuse_damaged(folder: str | Path) -> None:
     """Raise a `ValueError` if a local folder differs from its manifests. One without them, or none, passes."""
     if Path(folder).is_dir() and (fault := next(faults(Path(folder)), None)) is not None:
-        found = [name for name in (MODEL_MANIFEST, FOLDER_MANIFEST) if (Path(folder) / name).is_file()]
-        raise ValueError(
-            f"{folder} is not what was written ({fault}). Write or copy it again, or, if you changed it yourself, "
-            f"delete {' and '.join(found)} in it."
-        )
+        raise _changed(Path(folder), fault)
+
+
+def refuse_changed_model(folder: str | Path) -> None:
+    """Raise a `ValueError` if what a local model is loaded from are not the files that its manifests list.
+
+    Each is read for that when it is loaded first since it has changed. What is not a model of ours passes.
+    """
+    folder = Path(folder)
+    for name, listed in listed_files(folder).items() if folder.is_dir() else ():
+        path = folder / name
+        is_loaded = path.suffix in LOADED and path.parent == folder and path.is_file()
+        if is_loaded and listed.checksum is not None and stored_sha256(path) != listed.checksum:
+            raise _changed(folder, f"{name} has changed: its checksum is not that in {listed.manifest}")
+
+
+def _changed(folder: Path, fault: str) -> ValueError:
+    found = [name for name in (MODEL_MANIFEST, FOLDER_MANIFEST) if (folder / name).is_file()]
+    return ValueError(
+        f"{folder} is not what was written ({fault}). Write or copy it again, or, if you changed it yourself, delete "
+        f"{' and '.join(found)} in it."
+    )
 
 
 def folder_files(folder: Path) -> list[str]:

@@ -21,6 +21,8 @@ ItemT = TypeVar("ItemT")
 # Seconds between two lines where there is no terminal (CI, Slurm), and between two drawings where there is one.
 LINE_INTERVAL = 30.0
 DRAW_INTERVAL = 0.1
+# Where launchers say which process this is: torchrun, and those of MPI. accelerate reads the same variables.
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def format_rate(speed: float, unit: str = "it") -> str:
@@ -41,7 +43,8 @@ def _plural(unit: str) -> str:
 
 def is_main_process() -> bool:
     """Whether this process reports progress: the first of its launcher's processes, and no DataLoader worker."""
-    return os.environ.get("RANK", "0") == "0" and not multiprocessing.current_process().daemon
+    rank = next((value for name in RANKS if (value := os.environ.get(name)) is not None), "0")
+    return rank == "0" and not multiprocessing.current_process().daemon
 
 
 class ProgressBar:

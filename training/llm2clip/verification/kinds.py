@@ -5,27 +5,21 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llm2clip.embedding.cache_files import MANIFEST, CacheManifest, StoreManifest
-from llm2clip.embedding.image_features import FeatureManifest
-from llm2clip.embedding.verify import verify_cache
-from llm2clip.evaluation.row_store import EvaluationManifest
 from llm2clip.hub.signing import signature_fault
 from llm2clip.hub.upload_files import added_files
 from llm2clip.search.lance_store import COMMAND as INDEX
 from llm2clip.search.verify_index import verify_index
 from llm2clip.trainers.checkpoints import COMMAND as TRAINING
-from llm2clip.trainers.frozen_states import FORMAT as FROZEN_STATES
-from llm2clip.trainers.frozen_states import STATES, changed_parts, open_states
 from llm2clip.utils.files import read_json
 from llm2clip.utils.manifests import (
     FOLDER_MANIFEST,
     MODEL_FORMAT,
+    MODEL_MANIFEST,
     SEAL,
     faults,
     listed_files,
@@ -35,7 +29,7 @@ from llm2clip.utils.verified import Fault, Verified
 
 SIGNATURES = "num_signatures"
 # One of these is in every folder of ours with such a manifest.
-OURS = ("shard-*.safetensors", STATES, "modeling_llm2clip*.py", "config.json")
+OURS = ("modeling_llm2clip*.py", "config.json")
 # How folders are written again that are not replaced with --overwrite.
 AGAIN = {
     "quickstart": "delete {folder}; the next quickstart fetches it again",
@@ -55,21 +49,6 @@ class Kind(NamedTuple):
     name: str
     has: Callable[[Path, dict[str, Any]], bool]
     verify: Callable[[Path], Verified]
-
-
-def verify_frozen_states(folder: Path) -> Verified:
-    """Compare stored states of frozen layers with their checksums."""
-    found, mend = Verified(), f"delete {folder}; the next run computes the states again"
-    try:
-        manifest, states = open_states(folder)
-    except (OSError, ValueError) as error:
-        found.faults.append(Fault(str(error).partition(";")[0], mend))
-        return found
-    found.counts = Counter({"num_images": len(states)})
-    for start, stop in changed_parts(manifest, states):
-        rows = f"rows {start} to {stop - 1} of {folder / STATES} have changed since they were written"
-        found.faults.append(Fault(f"{rows}: their checksum is not that in {MANIFEST}", mend))
-    return found
 
 
 def verify_listed(folder: Path) -> Verified:
@@ -117,17 +96,6 @@ def verify_unlisted_checkpoint(folder: Path) -> Verified:
     return Verified(remarks=[f"{folder} has no {FOLDER_MANIFEST}, which is written last: it {what}."])
 
 
-def _store(kind: type[StoreManifest]) -> Kind:
-    def has(folder: Path, fields: dict[str, Any]) -> bool:
-        return fields.get("format") == kind.FORMAT
-
-    return Kind(kind.NAME, has, partial(verify_cache, kind=kind))
-
-
-def _is_frozen_states(folder: Path, fields: dict[str, Any]) -> bool:
-    return fields.get("format") == FROZEN_STATES
-
-
 def _is_index(folder: Path, fields: dict[str, Any]) -> bool:
     return written_by(folder) == INDEX
 
@@ -142,10 +110,6 @@ def _is_unlisted_checkpoint(folder: Path, fields: dict[str, Any]) -> bool:
 
 
 KINDS = (
-    _store(CacheManifest),
-    _store(FeatureManifest),
-    _store(EvaluationManifest),
-    Kind("states of frozen layers", _is_frozen_states, verify_frozen_states),
     Kind("search index", _is_index, verify_index),
     Kind("unfinished checkpoint", _is_unlisted_checkpoint, verify_unlisted_checkpoint),
     Kind("checkpoint, model, or another result of a command", _is_listed, verify_listed),
@@ -154,7 +118,7 @@ KINDS = (
 
 def verify_folder(folder: Path) -> Verified:
     """Check the files of one folder, not those of the folders in it that are kinds of their own."""
-    path, fields = folder / MANIFEST, dict[str, Any]()
+    path, fields = folder / MODEL_MANIFEST, dict[str, Any]()
     found = Verified()
     try:
         fields = read_json(path) if path.is_file() else {}

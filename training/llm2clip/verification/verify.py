@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip.embedding.sidecar_files import MANIFEST_SUFFIX, manifest_paths
-from llm2clip.embedding.verify import verify_sidecars
+from llm2clip.data.verify_sidecars import verify_sources
+from llm2clip.store.manifest import MANIFEST_SUFFIX
+from llm2clip.store.verify import verify_store
 from llm2clip.utils.manifests import MODEL_SIGNATURE
 from llm2clip.utils.remote_path import open_path
 from llm2clip.utils.settings import setting
@@ -40,7 +41,7 @@ class VerifyConfig:
         "sidecars also a URL.",
     )
     sources: bool = setting(
-        True, "Read the shards too that lie beside their sidecars, and compare them with their checksums."
+        True, "Read the shards too that sidecars belong to, and compare them with their checksums."
     )
     public_key: str | None = setting(
         None, "Public key (PEM file) of whoever signed the models in the folder with `llm2clip build --signed`."
@@ -60,9 +61,8 @@ def run(config: VerifyConfig) -> dict[str, Any]:
             status is 2.
     """
     folder = open_path(config.folder)
-    found = Verified()
-    if next(manifest_paths(folder), None) is not None:
-        found.add(verify_sidecars(folder, config.sources))
+    found, manifests = verify_store(folder)
+    found.add(verify_sources(folder, manifests, config.sources))
     if isinstance(folder, Path):
         found.add(_verify_local(folder, config.public_key))
     for remark in found.remarks:
@@ -75,7 +75,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     if not found.counts:
         names = ", ".join(kind.name for kind in KINDS)
         raise FileNotFoundError(
-            f"{folder} contains nothing that can be verified: sidecars (*{MANIFEST_SUFFIX}), {names}."
+            f"{folder} contains nothing that can be verified: stored rows (*{MANIFEST_SUFFIX}), {names}."
         )
     if config.public_key is not None and not found.counts[SIGNATURES]:
         raise FileNotFoundError(

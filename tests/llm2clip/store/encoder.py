@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import inspect
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from llm2clip.embedding import CacheManifest, build_embedding_cache
+from llm2clip.store import StoreManifest, build_embedding_cache, caption_manifest
 
 WIDTH = 8
 
@@ -27,21 +27,21 @@ def none_truncated(texts: list[str]) -> int:
 
 def build(
     folder: Path, texts: list[str], encoder: Any = embed, count_truncated: Any = none_truncated, **fields: Any
-) -> CacheManifest:
-    """Build a cache; `fields` are those of the manifest and arguments of `build_embedding_cache`."""
+) -> StoreManifest:
+    """Build a cache; `fields` are arguments of `caption_manifest` and `build_embedding_cache`."""
     settings: dict[str, Any] = {
         "fingerprint": "finger-a",
-        "text_model_name": "tiny-encoder",
-        "hidden_size": WIDTH,
+        "text_model": "tiny-encoder",
+        "width": WIDTH,
         "pooling": "mean",
         "prompt_prefix": "user: ",
         "prompt_suffix": "<eot>",
         "max_length": 64,
-        "shard_size": 10,
     }
-    names = {entry.name for entry in dataclasses.fields(CacheManifest)}
-    manifest = CacheManifest(**{**settings, **{name: fields[name] for name in names & set(fields)}})
-    options = {"embed_size": 4, **{name: value for name, value in fields.items() if name not in names}}
+    names = set(inspect.signature(caption_manifest).parameters)
+    manifest = caption_manifest(**{**settings, **{name: fields[name] for name in names & set(fields)}})
+    given = {name: value for name, value in fields.items() if name not in names}
+    options = {"shard_size": 10, "embed_size": 4, **given}
 
     def embed_and_count(batch: list[str]) -> tuple[torch.Tensor, int]:
         return encoder(batch), count_truncated(batch)

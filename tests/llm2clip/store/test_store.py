@@ -7,15 +7,20 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from llm2clip.data import CaptionSource, distinct_captions
-from llm2clip.embedding import EmbeddingCache, MissingCaptionError
-from llm2clip.embedding.cache_files import CacheDamagedError, CacheError, CacheIncompleteError, CacheMismatchError
-from llm2clip.embedding.keyed_rows import KeyIndex
+from llm2clip.store import (
+    EmbeddingCache,
+    MissingCaptionError,
+    StoreDamagedError,
+    StoreError,
+    StoreIncompleteError,
+    StoreMismatchError,
+)
+from llm2clip.utils.files import sha256
 from llm2clip.utils.manifests import SEAL, sealed
 from tests.damage import flip
 from tests.llm2clip.data.conftest import CONCEPTS
@@ -36,8 +41,8 @@ def test_lookup_returns_each_captions_own_embedding(tmp_path: Path, dtype: str, 
     texts = distinct_captions(CaptionSource(CONCEPTS, split="test", caption_columns=["caption", "keywords"]))
     build(tmp_path, texts, dtype=dtype, shard_size=100, embed_size=64)
     cache = EmbeddingCache.open(tmp_path, fingerprint="finger-a")
-    assert len(cache) == len(texts) == cache.manifest.num_captions
-    assert cache.hidden_size == WIDTH
+    assert len(cache) == len(texts) == cache.manifest.rows
+    assert cache.width == WIDTH
     asked = random.Random(0).choices(texts, k=500)
     found = cache.lookup(asked)
     assert found.dtype == torch.float32
@@ -72,7 +77,7 @@ def test_error_about_missing_captions_quotes_some(cache_folder: Path) -> None:
 
 def test_other_encoders_fingerprint_is_refused(cache_folder: Path) -> None:
     with pytest.raises(
-        CacheMismatchError, match=r"made by tiny-encoder with fingerprint finger-a, .* fingerprint other"
+        StoreMismatchError, match=r"made by tiny-encoder with fingerprint finger-a, .* fingerprint other"
     ):
         EmbeddingCache.open(cache_folder, fingerprint="other")
 
@@ -96,7 +101,7 @@ def _fewer_rows(shard: Path) -> None:
 
 def _not_finite(shard: Path) -> None:
     tensors = load_file(shard)
-    tensors["embeddings"][6, 2] = float("nan")
+    tensors["rows"][6, 2] = float("nan")
     save_file(tensors, shard)
 
 
@@ -105,10 +110,10 @@ def _not_finite(shard: Path) -> None:
     [
         (Path.unlink, r"shard-00001\.safetensors is missing"),
         (_cut, r"shard-00001\.safetensors is truncated: \d+ bytes instead of \d+"),
-        (_cut_header, r"shard-00001\.safetensors \(20 bytes\) has no valid header"),
-        (_empty, r"shard-00001\.safetensors \(0 bytes\) has no valid header"),
-        (_fewer_rows, r"shard-00001\.safetensors contains embeddings \(4, 8\) .* instead of \(10, 8\)"),
-        (_not_finite, r"Row 6 of the shard .*shard-00001\.safetensors is not finite"),
+        (_cut_header, r"shard-00001\.safetensors is truncated: 20 bytes instead of \d+"),
+        (_empty, r"shard-00001\.safetensors is truncated: 0 bytes instead of \d+"),
+        (_fewer_rows, r"shard-00001\.safetensors is truncated"),
+        (_not_finite, r"shard-00001\.safetensors has changed since it was written: its checksum"),
     ],
 )
 def test_damaged_shard_is_named_and_can_be_computed_again(
@@ -117,7 +122,7 @@ def test_damaged_shard_is_named_and_can_be_computed_again(
     shard = cache_folder / "shard-00001.safetensors"
     whole = shard.read_bytes()
     damage(shard)
-    with pytest.raises(CacheDamagedError, match=message):
+    with pytest.raises(StoreDamagedError, match=message):
         EmbeddingCache.open(cache_folder)
     shard.unlink(missing_ok=True)
     build(cache_folder, TEXTS)
@@ -132,71 +137,96 @@ def test_a_flipped_bit_is_found_and_mended_by_embedding_again(
     shard = cache_folder / "shard-00001.safetensors"
     whole = shard.read_bytes()
     with flip(shard, place):
-        with pytest.raises(CacheDamagedError, match=r"shard-00001\.safetensors"):
+        with pytest.raises(StoreDamagedError, match=r"shard-00001\.safetensors"):
             EmbeddingCache.open(cache_folder)
         build(cache_folder, TEXTS)
         assert shard.read_bytes() == whole
         EmbeddingCache.open(cache_folder)
     assert sorted(path.name for path in cache_folder.glob("[!.]*")) == [
-        "manifest.json",
-        *(f"shard-0000{number}.safetensors" for number in range(4)),
+        *("index.manifest", "index.safetensors"),
+        *(f"shard-0000{number}.{ending}" for number in range(4) for ending in ("manifest", "safetensors")),
     ]
 
 
 def test_a_changed_manifest_is_an_error(cache_folder: Path) -> None:
-    path = cache_folder / "manifest.json"
-    path.write_text(path.read_text().replace('"num_truncated": 0', '"num_truncated": 1'))
-    with pytest.raises(CacheDamagedError, match="has changed since it was written; delete the folder"):
+    path = cache_folder / "index.manifest"
+    path.write_text(path.read_text().replace('"truncated": 0', '"truncated": 1'))
+    with pytest.raises(StoreDamagedError, match=r"has changed since it was written; delete index\.manifest"):
         EmbeddingCache.open(cache_folder)
+    path.unlink()
+    build(cache_folder, TEXTS)
+    EmbeddingCache.open(cache_folder)
 
 
 def test_lookup_checks_rows_of_an_unverified_cache(cache_folder: Path) -> None:
     _not_finite(cache_folder / "shard-00001.safetensors")
     cache = EmbeddingCache.open(cache_folder, verify=False)
     cache.lookup(TEXTS[:16])
-    with pytest.raises(CacheDamagedError, match=r"Row 6 of the shard .*00001"):
+    with pytest.raises(StoreDamagedError, match=r"Row 6 of the shard .*00001"):
         cache.lookup([TEXTS[0], TEXTS[16]])
 
 
-def test_check_shards_is_distributed_over_ranks(cache_folder: Path) -> None:
+def test_ranks_share_the_check_of_shards(cache_folder: Path) -> None:
     _not_finite(cache_folder / "shard-00001.safetensors")
     cache = EmbeddingCache.open(cache_folder, verify=False)
-    cache.check_shards(rank=0, world_size=2)
-    with pytest.raises(CacheDamagedError, match=r"Row 6 of the shard .*00001"):
-        cache.check_shards(rank=1, world_size=2)
+    cache.require_unchanged(rank=0, world_size=2)
+    with pytest.raises(StoreDamagedError, match=r"shard-00001\.safetensors has changed"):
+        cache.require_unchanged(rank=1, world_size=2)
+
+
+def test_a_shard_is_read_for_its_checksum_once_until_it_changes(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def counting(path: Path) -> str:
+        read.append(path.name)
+        return sha256(path)
+
+    monkeypatch.setattr("llm2clip.utils.shared_files.sha256", counting)
+    EmbeddingCache.open(cache_folder)
+    assert sorted(read) == [f"shard-0000{number}.safetensors" for number in range(4)]  # the build has read the index
+    EmbeddingCache.open(cache_folder)
+    assert len(read) == 4
+    shard = cache_folder / "shard-00002.safetensors"
+    before = shard.stat()
+    with flip(shard, -1):
+        os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(StoreDamagedError, match=r"00002\.safetensors has changed"):
+            EmbeddingCache.open(cache_folder)
 
 
 def _edit(folder: Path, **fields: object) -> None:
     """Change fields of the manifest, and its checksum with them; None removes a field."""
-    manifest = {**json.loads((folder / "manifest.json").read_text()), **fields}
+    manifest = {**json.loads((folder / "index.manifest").read_text()), **fields}
     removed = {SEAL, *(name for name, value in fields.items() if value is None)}
-    (folder / "manifest.json").write_text(json.dumps(sealed({k: v for k, v in manifest.items() if k not in removed})))
+    (folder / "index.manifest").write_text(json.dumps(sealed({k: v for k, v in manifest.items() if k not in removed})))
 
 
 def test_invalid_manifests_are_refused(cache_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="not an embedding cache"):
         EmbeddingCache.open(tmp_path / "nothing")
-    _edit(cache_folder, status="building")
-    with pytest.raises(CacheIncompleteError, match="build of 37 captions was interrupted"):
+    _edit(cache_folder, format_version=2)
+    with pytest.raises(StoreError, match=r"version 2, but this release reads .* version 1"):
         EmbeddingCache.open(cache_folder)
-    _edit(cache_folder, status="complete", format_version=2)
-    with pytest.raises(CacheError, match="format version 2, but this release reads version 1"):
-        EmbeddingCache.open(cache_folder)
-    _edit(cache_folder, format_version=1, pooling=None)
-    with pytest.raises(CacheDamagedError, match="lacks pooling"):
+    _edit(cache_folder, format_version=1, kind="features")
+    with pytest.raises(StoreMismatchError, match="is of another kind: image feature cache, not embedding cache"):
         EmbeddingCache.open(cache_folder)
     _edit(cache_folder, format="something else")
-    with pytest.raises(CacheError, match="not the manifest of an embedding cache"):
+    with pytest.raises(StoreError, match="has format 'something else'"):
         EmbeddingCache.open(cache_folder)
-    (cache_folder / "manifest.json").write_text("{")
-    with pytest.raises(CacheDamagedError, match="not valid JSON"):
+    (cache_folder / "index.manifest").write_text("{")
+    with pytest.raises(StoreDamagedError, match="not valid JSON"):
+        EmbeddingCache.open(cache_folder)
+    (cache_folder / "index.manifest").unlink()
+    with pytest.raises(StoreIncompleteError, match="its build was interrupted"):
         EmbeddingCache.open(cache_folder)
 
 
 def test_pickled_cache_maps_the_files_again(cache_folder: Path) -> None:
     cache = EmbeddingCache.open(cache_folder)
     sent = pickle.dumps(cache)
-    assert len(sent) < 1000
+    assert len(sent) < 3000
     assert torch.equal(pickle.loads(sent).lookup(TEXTS), cache.lookup(TEXTS))
 
 
@@ -208,7 +238,7 @@ def test_opening_a_cache_does_not_read_its_shards(tmp_path: Path) -> None:
         tmp_path,
         [str(number) for number in range(rows)],
         lambda texts: torch.ones(len(texts), width),
-        hidden_size=width,
+        width=width,
         shard_size=500,
         embed_size=500,
     )
@@ -218,24 +248,3 @@ def test_opening_a_cache_does_not_read_its_shards(tmp_path: Path) -> None:
     assert process.memory_info().rss - before[0] < rows * width  # half of what the embeddings take
     assert process.num_fds() == before[1]
     assert torch.equal(cache.lookup(["1999", "0"]), torch.ones(2, width))
-
-
-def test_index_distinguishes_keys_with_equal_halves() -> None:
-    keys = np.array([[5, 1], [5, 2], [-7, 3], [5, 3], [9, 1]], dtype=np.int64)
-    index = KeyIndex(keys)
-    assert index.find(keys).tolist() == [0, 1, 2, 3, 4]
-    assert index.find(np.array([[5, 4], [9, 2], [10, 1], [-8, 1], [9, 1]], dtype=np.int64)).tolist() == [-1] * 4 + [4]
-    assert KeyIndex(np.empty((0, 2), np.int64)).find(keys).tolist() == [-1] * 5
-
-
-@pytest.mark.parametrize("shard_size", [10, 100])
-def test_a_shard_that_is_cut_short_while_open_is_an_error(shard_size: int, tmp_path: Path) -> None:
-    """The system would end the process (SIGBUS)."""
-    build(tmp_path, TEXTS, shard_size=shard_size)
-    cache = EmbeddingCache.open(tmp_path, verify=False)
-    number = 36 // shard_size
-    os.truncate(cache.shard_path(number), 100)
-    with pytest.raises(CacheDamagedError, match=rf"shard-0000{number}\.safetensors was cut short while it was open"):
-        cache.lookup(TEXTS[36:])
-    with pytest.raises(CacheDamagedError, match="was cut short"):
-        cache.check_finite()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -11,14 +13,14 @@ import pytest
 import torch
 
 from llm2clip.data import CaptionSource
-from llm2clip.data.shards import SourceShard
-from llm2clip.embedding.cache_files import CacheMismatchError
+from llm2clip.data.shards import ShardedSource, SourceShard
+from llm2clip.data.sidecars import SidecarFolder, SourceSidecars
 from llm2clip.embedding.embed_shards import ShardCounts, ShardEmbedder, list_jobs
-from llm2clip.embedding.sidecar_files import SidecarFolder, SidecarManifest
-from llm2clip.utils.files import sha256
-from tests.llm2clip.embedding import encoder
+from llm2clip.store.manifest import StoreMismatchError
 from tests.llm2clip.embedding.shards import Counting, description, embed, shard_of, write_shards
+from tests.llm2clip.store import encoder
 from tests.processes import run_python
+from tests.tars import write_tar
 
 
 @pytest.mark.parametrize("kind", ["parquet", "json"])
@@ -33,7 +35,7 @@ def test_sidecars_in_the_folder_of_a_source_are_not_its_data(kind: str, tmp_path
     namesake = CaptionSource(str(tmp_path / "0.tar"), streaming=True)
     shard = SourceShard(0, namesake.path, "0.tar")
     with pytest.raises(
-        CacheMismatchError, match=r"0\.emb\.manifest belongs to 0\.\w+, and 0\.tar would have the same"
+        StoreMismatchError, match=r"0\.emb\.manifest belongs to 0\.\w+, and 0\.tar would have the same"
     ):
         SidecarFolder(tmp_path).is_embedded(shard, description(), ["caption"])
 
@@ -70,36 +72,50 @@ os.kill(os.getpid(), 9)
     assert sorted(path for path in out.iterdir() if path.suffix == ".tmp") == sorted(kept)
 
 
-def test_runs_over_the_same_shards_leave_one_whole_sidecar_of_each(tmp_path: Path) -> None:
+def test_two_runs_at_once_compute_a_shard_once(tmp_path: Path) -> None:
     """The encoders of the two runs differ in their last bits, as on a GPU: checksums of the one fit no other."""
     source, out = write_shards(tmp_path / "data", 2), tmp_path / "out"
-    other = [embed(source, tmp_path / "other"), SidecarFolder(tmp_path / "other")][1]
+    begun, texts = threading.Event(), list[list[str]]()
 
-    class Overtaken(SidecarFolder):
-        """Another run replaces the sidecar between the two files of this run, and goes on to its manifest or not."""
+    def run(factor: float) -> ShardCounts:
+        def slowly(batch: list[str]) -> tuple[torch.Tensor, int]:
+            begun.set()
+            time.sleep(0.3)
+            texts.append(batch)
+            return encoder.embed(batch) * factor, 0
 
-        overtaken = 0
+        return ShardEmbedder(slowly, description()).run(list_jobs([source], str(out)), show_progress_bar=False)
 
-        def publish(self, shard: SourceShard, temporary: Path, manifest: SidecarManifest) -> bool:
-            write = SidecarManifest.write
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(run, 1.01)
+        begun.wait(20)
+        second = pool.submit(run, 1.0)
+        counts = [first.result(), second.result()]
+    assert len(texts) == sum(one.shards - one.done_before for one in counts) == 2
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"{number}.emb.{ending}" for number in range(2) for ending in ("manifest", "safetensors")
+    ]
+    SourceSidecars(out, ShardedSource(source).shards).open(0)
 
-            def overtaken(own: SidecarManifest, path: Path) -> None:
-                if Overtaken.overtaken < 2:
-                    Overtaken.overtaken += 1
-                    shutil.copy(other.rows_path(shard), self.rows_path(shard))
-                write(own, path)
 
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(SidecarManifest, "write", overtaken)
-                return super().publish(shard, temporary, manifest)
+def test_content_that_changed_with_its_old_size_and_time_is_embedded_again(tmp_path: Path) -> None:
+    path, out = tmp_path / "data" / "0.tar", tmp_path / "out"
+    source = CaptionSource(str(path), caption_columns=["txt"], streaming=True)
+    write_tar(path, [("0.txt", b"a dog")])
+    embed(source, out)
+    before, size = path.stat().st_mtime_ns, path.stat().st_size
+    write_tar(path, [("0.txt", b"a cat")])
+    os.utime(path, ns=(before, before))
+    assert (path.stat().st_mtime_ns, path.stat().st_size) == (before, size)
+    calls = Counting()
+    assert embed(source, out, calls).done_before == 0
+    assert calls.texts == ["a cat"]
 
-    def slightly(texts: list[str]) -> tuple[torch.Tensor, int]:
-        return encoder.embed(texts) * 1.01, 0
 
-    jobs = [job._replace(target=Overtaken(out)) for job in list_jobs([source], str(out))]
-    counts = ShardEmbedder(slightly, description()).run(jobs, show_progress_bar=False)
-    assert Overtaken.overtaken == 2
-    assert (counts.shards, counts.captions, counts.failed) == (2, 6, [])
-    for number in range(2):
-        manifest = SidecarManifest.read(out / f"{number}.emb.manifest")
-        assert manifest.checksum == sha256(out / f"{number}.emb.safetensors")
+def test_a_shard_without_rows_is_embedded(tmp_path: Path) -> None:
+    source, out = write_shards(tmp_path / "data", 2), tmp_path / "out"
+    table = datasets.Dataset.from_parquet(str(tmp_path / "data" / "0.parquet"))
+    table.select(range(0)).to_parquet(tmp_path / "data" / "0.parquet")
+    assert embed(source, out).failed == []
+    assert embed(source, out).done_before == 2
+    assert SourceSidecars(out, ShardedSource(source).shards).check(["caption"]).row_counts == [0, 3]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from llm2clip.data.records import caption_key, caption_keys
-from llm2clip.embedding.cache_files import DTYPES
-from llm2clip.embedding.keyed_rows import EXPONENTS, INTEGERS, KeyIndex
+from llm2clip.store.captions import caption_key, caption_keys
+from llm2clip.store.key_index import COLUMNS, KeyIndex, sorted_columns
+from llm2clip.store.store import EXPONENTS, INTEGERS
 
 
 def test_one_key_is_found_where_many_are() -> None:
     texts = [f"caption {number}" for number in range(200)]
-    index = KeyIndex(caption_keys(texts[:150]))
+    index = KeyIndex.of(caption_keys(texts[:150]))
     rows = index.find(caption_keys(texts))
     assert rows.tolist() == [*range(150), *[-1] * 50]
     assert [index.find_one(*caption_key(text)) for text in texts] == rows.tolist()
@@ -21,13 +23,27 @@ def test_one_key_is_found_where_many_are() -> None:
 
 def test_keys_with_equal_first_halves_are_told_apart() -> None:
     keys = np.array([[7, 2], [5, 1], [7, 1], [7, -3]])
-    index = KeyIndex(keys)
+    index = KeyIndex.of(keys)
     assert [index.find_one(*key) for key in keys.tolist()] == [0, 1, 2, 3]
     assert index.find(keys).tolist() == [0, 1, 2, 3]
     assert [index.find_one(7, 9), index.find_one(6, 1), index.find_one(8, 1)] == [-1, -1, -1]
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_keys_are_sorted_on_disk_as_in_memory(tmp_path: Path) -> None:
+    keys = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, (5000, 2))
+    keys[100:200] = keys[300:400]  # those that repeat are found at their first row
+    columns = sorted_columns(np.split(keys, [7, 7, 1200]), tmp_path)
+    index = KeyIndex(*(columns[name].numpy() for name in COLUMNS))
+    rows = index.find(keys)
+    assert rows.tolist() == [*range(300), *range(100, 200), *range(400, 5000)]
+    assert np.array_equal(rows, KeyIndex.of(keys).find(keys))
+    assert index.find(keys + 1).max() == -1
+    (tmp_path / "empty").mkdir()
+    nothing = sorted_columns([], tmp_path / "empty")
+    assert len(KeyIndex(*(nothing[name].numpy() for name in COLUMNS))) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_rows_that_are_not_finite_are_found_by_their_bits(dtype: torch.dtype) -> None:
     integer, mask = INTEGERS[dtype.itemsize], EXPONENTS[str(dtype).removeprefix("torch.")]
     limits = torch.finfo(dtype)

@@ -14,7 +14,7 @@ import pytest
 
 from llm2clip.data import PairDataset, PairSource
 from llm2clip.data.pairs import PairTable, _load
-from llm2clip.data.shared_files import shared_file
+from llm2clip.utils.shared_files import shared_file
 from tests.llm2clip import tiny
 
 ROWS = 20_000

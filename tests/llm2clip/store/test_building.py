@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2clip.embedding import EmbeddingCache, row_builder
-from llm2clip.embedding.cache_files import CacheIncompleteError, CacheMismatchError
+from llm2clip.store import EmbeddingCache, StoreIncompleteError, StoreMismatchError, building
 from llm2clip.utils import locks
 from tests.damage import flip
 from tests.llm2clip.utils.test_locks import another_run
@@ -44,24 +43,19 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 def test_manifest_records_encoder_shards_and_truncated_captions(tmp_path: Path) -> None:
     build(tmp_path, TEXTS, count_truncated=lambda texts: sum(text.endswith("7") for text in texts))
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["format_version"] == 1
-    assert manifest["status"] == "complete"
-    assert manifest["num_captions"] == 37
-    assert manifest["shards"] == [10, 10, 10, 7]
-    assert manifest["num_truncated"] == 3
+    manifest = json.loads((tmp_path / "index.manifest").read_text())
+    assert (manifest["format_version"], manifest["kind"], manifest["encoder"]) == (1, "captions", "tiny-encoder")
+    assert [rows for rows, *_ in manifest["shards"].values()] == [10, 10, 10, 7]
+    assert (manifest["width"], manifest["dtype"], manifest["counts"]) == (8, "float16", {"truncated": 3})
     for name, value in {
         "fingerprint": "finger-a",
-        "text_model_name": "tiny-encoder",
-        "hidden_size": 8,
         "pooling": "mean",
         "prompt_prefix": "user: ",
         "prompt_suffix": "<eot>",
         "max_length": 64,
-        "dtype": "float16",
         "normalize": False,
     }.items():
-        assert manifest[name] == value
+        assert manifest["identity"][name] == value
     assert manifest["transformers_version"]
 
 
@@ -71,9 +65,9 @@ def test_resumed_build_equals_an_uninterrupted_one(tmp_path: Path, calls: int) -
     build(tmp_path / "unbroken", TEXTS, **truncated)
     with pytest.raises(KilledError):
         build(tmp_path / "broken", TEXTS, _killed_after(calls), **truncated)
-    with pytest.raises(CacheIncompleteError):
+    with pytest.raises(StoreIncompleteError if calls >= 3 else FileNotFoundError):
         EmbeddingCache.open(tmp_path / "broken")
-    kept = {name: path for name, path in _contents(tmp_path / "broken").items() if name.startswith("shard")}
+    kept = [name for name in _contents(tmp_path / "broken") if name.endswith(".safetensors")]
     assert len(kept) == calls // 3
     asked: list[str] = []
 
@@ -91,8 +85,6 @@ def test_a_flipped_bit_in_a_shard_of_an_interrupted_build_is_not_kept(tmp_path: 
     with pytest.raises(KilledError):
         build(tmp_path / "broken", TEXTS, _killed_after(7))
     with flip(tmp_path / "broken" / "shard-00001.safetensors", -1):
-        with pytest.raises(CacheMismatchError, match="lacks 3 of the 4 shards"):
-            build(tmp_path / "broken", MORE)
         build(tmp_path / "broken", TEXTS)
         assert _contents(tmp_path / "broken") == _contents(tmp_path / "unbroken")
 
@@ -116,7 +108,7 @@ def test_complete_cache_is_not_written_again(tmp_path: Path) -> None:
     build(tmp_path, TEXTS)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     manifest = build(tmp_path, TEXTS[5:20], _killed_after(0))
-    assert manifest.num_captions == 37
+    assert manifest.rows == 37
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
@@ -125,32 +117,54 @@ def test_new_captions_are_appended_to_a_complete_cache_in_new_shards(tmp_path: P
     first = _contents(tmp_path)
     with pytest.raises(KilledError):
         build(tmp_path, [*MORE, *TEXTS[:9]], _killed_after(3))
-    with pytest.raises(CacheMismatchError, match="not the same ones"):
-        build(tmp_path, [*MORE, "one more"])
+    assert len(EmbeddingCache.open(tmp_path)) == 37  # the index is that of the complete build
     manifest = build(tmp_path, [*MORE, *TEXTS[:9]])
-    assert manifest.shards == [10, 10, 10, 7, 10, 5]
+    assert [rows for rows, *_ in manifest.shards.values()] == [10, 10, 10, 7, 10, 5]
     after = _contents(tmp_path)
     assert all(after[name] == content for name, content in first.items() if name.startswith("shard"))
     cache = EmbeddingCache.open(tmp_path)
     torch.testing.assert_close(cache.lookup(MORE + TEXTS), embed(MORE + TEXTS), atol=2e-3, rtol=2e-3)
 
 
-def test_unfinished_build_refuses_other_captions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_first", [True, False])
+def test_shards_that_a_kill_kept_out_of_the_index_are_added_to_it(
+    is_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_first:
+        build(tmp_path, MORE)
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "_write_index", _killed_after(0))
+        with pytest.raises((KilledError, TypeError)):
+            build(tmp_path, TEXTS)
+    build(tmp_path, TEXTS, _killed_after(0))
+    assert EmbeddingCache.open(tmp_path).contains(TEXTS).all()
+    (tmp_path / "index.safetensors").write_bytes(b"")
+    build(tmp_path, TEXTS, _killed_after(0))
+    assert EmbeddingCache.open(tmp_path).contains(TEXTS).all()
+
+
+def test_an_unfinished_build_is_finished_with_other_captions_too(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
         build(tmp_path, TEXTS, _killed_after(4))
-    for other in (TEXTS[::-1], TEXTS[:20], TEXTS + MORE, MORE):
-        with pytest.raises(CacheMismatchError, match="lacks 3 of the 4 shards planned for its 37 captions"):
-            build(tmp_path, other)
-    build(tmp_path, TEXTS)
+    asked: list[str] = []
+
+    def counting(texts: list[str]) -> torch.Tensor:
+        asked.extend(texts)
+        return embed(texts)
+
+    build(tmp_path, [*MORE, *TEXTS[:20]], counting)
+    assert asked == [*MORE, *TEXTS[10:20]]
+    cache = EmbeddingCache.open(tmp_path)
+    torch.testing.assert_close(cache.lookup(MORE + TEXTS[:20]), embed(MORE + TEXTS[:20]), atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("fingerprint", "finger-b"), ("max_length", 32), ("dtype", "bfloat16"), ("normalize", True), ("hidden_size", 9)],
+    [("fingerprint", "finger-b"), ("max_length", 32), ("dtype", "bfloat16"), ("normalize", True), ("width", 9)],
 )
 def test_cache_of_another_encoder_is_not_extended(tmp_path: Path, field: str, value: object) -> None:
     build(tmp_path, TEXTS)
-    with pytest.raises(CacheMismatchError, match=rf"{field} .*, but this build has {field} {value!r}"):
+    with pytest.raises(StoreMismatchError, match=rf"{field} .*, but this build has {field} {value!r}"):
         build(tmp_path, MORE, **{field: value})
 
 
@@ -166,16 +180,16 @@ def test_truncated_shard_is_computed_again(tmp_path: Path) -> None:
 
 
 def test_shard_is_absent_after_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(tensors: object, path: Path, metadata: object) -> None:
-        path.write_bytes(b"half a shard")
+    def full_disk(path: Path, content: bytes) -> None:
+        path.write_text("half a shard")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(row_builder, "save_file", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
         build(tmp_path, TEXTS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "manifest.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]
     monkeypatch.undo()
-    assert build(tmp_path, TEXTS).status == "complete"
+    assert build(tmp_path, TEXTS).rows == 37
 
 
 def test_shard_is_absent_after_a_kill_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +202,7 @@ def test_shard_is_absent_after_a_kill_before_the_rename(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KilledError):
         build(tmp_path, TEXTS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "manifest.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]
 
 
 def _in_ranks(world: int, work: Callable[[int, Callable[[], None]], None]) -> list[BaseException]:
@@ -220,7 +234,7 @@ def test_shards_are_distributed_over_ranks_with_an_equal_cache(tmp_path: Path) -
             return embed(texts)
 
         build(tmp_path / "three", TEXTS, embed_here, rank=rank, world_size=3, barrier=barrier, show_progress_bar=False)
-        assert EmbeddingCache.open(tmp_path / "three").manifest.status == "complete"
+        assert len(EmbeddingCache.open(tmp_path / "three")) == 37
 
     assert _in_ranks(3, work) == []
     assert _contents(tmp_path / "three") == _contents(tmp_path / "one")
@@ -250,10 +264,7 @@ def test_ranks_with_different_captions_are_refused(tmp_path: Path) -> None:
     def work(rank: int, barrier: Callable[[], None]) -> None:
         build(tmp_path, TEXTS[: 37 - rank], rank=rank, world_size=2, barrier=barrier, show_progress_bar=False)
 
-    assert any(
-        isinstance(error, CacheMismatchError) and "Rank 1 was given other captions" in str(error)
-        for error in _in_ranks(2, work)
-    )
+    assert any("lacks 1 of 37 rows" in str(error) for error in _in_ranks(2, work))
     with pytest.raises(ValueError, match="need a barrier"):
         build(tmp_path, TEXTS, world_size=2)
 
@@ -266,7 +277,7 @@ def test_two_builds_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
         build(tmp_path, TEXTS, _killed_after(3))
     with another_run(tmp_path):
         pass
-    assert build(tmp_path, TEXTS).status == "complete"
+    assert build(tmp_path, TEXTS).rows == 37
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -14,15 +14,16 @@ import pytest
 from llm2clip import cli
 from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource
+from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.embedding.embed import EmbedConfig, run
 from llm2clip.embedding.embed_shards import ShardEmbedder, list_jobs
-from llm2clip.embedding.sidecar_files import SidecarManifest
-from llm2clip.embedding.sidecars import SourceSidecars, is_sidecar_folder, stored_encoder
+from llm2clip.store import StoreManifest
+from llm2clip.store.store import lies_beside_shards, stored_manifest
 from llm2clip.utils.remote_path import open_path
 from llm2clip.verification import verify
 from tests.llm2clip.data.test_streams import write_tars
-from tests.llm2clip.embedding import encoder
 from tests.llm2clip.embedding.shards import Counting, description, embed, write_groups, write_shards
+from tests.llm2clip.store import encoder
 
 
 @pytest.fixture
@@ -58,8 +59,8 @@ def test_remote_sidecars_are_those_of_a_folder(bucket: str, tmp_path: Path) -> N
     assert "dog 1" in calls.texts
     assert "dog 0" not in calls.texts
     assert verify.run(verify.VerifyConfig(folder=bucket)) == {"num_shards": 3, "num_captions": 9}
-    assert is_sidecar_folder(bucket)
-    assert stored_encoder(bucket).fingerprint == "finger-a"
+    assert lies_beside_shards(bucket)
+    assert stored_manifest(bucket).fingerprint == "finger-a"
     shards = ShardedSource(source).shards
     remote, local = (SourceSidecars(folder, shards) for folder in (bucket, tmp_path / "local"))
     assert remote.check(["caption"]) == local.check(["caption"])
@@ -139,10 +140,11 @@ def test_remote_shards_are_embedded_and_resumed(kind: str, server: str, tmp_path
     assert [contents(out)[path] for path in rows] == [contents(tmp_path / "local")[path] for path in rows]
     assert embed_at(remote, str(out), part_rows=3) == len(rows)
     assert verify.run(verify.VerifyConfig(folder=str(out)))["num_shards"] == len(rows)
-    manifest = SidecarManifest.read(next(out.glob("*.manifest")))
-    assert manifest.source_bytes == (web / name).stat().st_size
+    manifest = StoreManifest.read(next(out.glob("*.manifest")))
+    assert manifest.source is not None
+    assert manifest.source.bytes == (web / name).stat().st_size
     if kind == "tar":
-        assert manifest.source_checksum == ShardedSource(local).read(ShardedSource(local).shards[0]).checksum
+        assert manifest.source.checksum == ShardedSource(local).read(ShardedSource(local).shards[0]).checksum
     found = SourceSidecars(out, ShardedSource(remote).shards).open(0)
     for text in ["caption 0 0"] if kind == "tar" else ["cat 1", "cat 7", "everywhere"]:
         assert found.lookup([text], dtype=None).equal(encoder.embed([text]).half())

@@ -1,0 +1,336 @@
+"""Stored embeddings beside the shards of a streamed source.
+
+`00000.tar` has `00000.emb.safetensors` and `00000.emb.manifest`, in the same folder or in one with the same names. The
+parts of a large parquet file have the numbers of their row groups in the name: `large.00000-00008.emb.manifest`. No
+list of all captions exists anywhere.
+"""
+
+from __future__ import annotations
+
+import glob
+import posixpath
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from llm2clip.data.opened_table import COMPRESSIONS
+from llm2clip.data.parquet_parts import RowGroups
+from llm2clip.data.shards import ShardText, SourceShard, source_checksum, source_size
+from llm2clip.store.captions import EmbeddingCache
+from llm2clip.store.manifest import (
+    MANIFEST_SUFFIX,
+    ROWS_SUFFIX,
+    MissingCaptionError,
+    SourceFile,
+    StoreDamagedError,
+    StoreManifest,
+    StoreMismatchError,
+    manifest_path,
+)
+from llm2clip.store.shards import ShardFile, keys_tensor, write_shard
+from llm2clip.store.store import BESIDE
+from llm2clip.utils.files import require_writable
+from llm2clip.utils.locks import file_lock
+from llm2clip.utils.remote_path import READ_ONLY, AnyPath, local_copy, open_path, protocols, size_of
+
+# Sidecars that are kept open besides those that are being read.
+KEPT_OPEN = 8
+# Manifests that are read at the same time, since remote ones take a while each.
+MANIFESTS_AT_ONCE = 16
+REMEDY = "Run `llm2clip embed` on the source again, which only computes what is missing."
+
+
+class SidecarFolder:
+    """The sidecars of the shards of a source, in the folder of the shards or in one with the same names.
+
+    Args:
+        folder: The folder, local or a URL.
+    """
+
+    def __init__(self, folder: str | AnyPath) -> None:
+        self.folder = open_path(folder)
+
+    def require_writable(self) -> None:
+        """Check that files can be written, before they cost hours.
+
+        Raises:
+            ValueError: They cannot, because that file system is read-only.
+            OSError: They cannot, because the folder is read-only, or is none.
+        """
+        if isinstance(self.folder, Path):
+            require_writable(self.folder)
+        elif READ_ONLY & set(protocols(self.folder.files)):
+            raise ValueError(f"{self.folder} cannot be written; set output_dir to a folder or an object store.")
+
+    def rows_path(self, shard: SourceShard) -> AnyPath:
+        """Return the path of the rows of a shard or part."""
+        part = "" if shard.part is None else shard.part.suffix
+        return self.folder / f"{shard_stem(shard.name)}{part}{BESIDE}{ROWS_SUFFIX}"
+
+    def manifest_path(self, shard: SourceShard) -> AnyPath:
+        """Return the path of the manifest of a shard or part."""
+        return manifest_path(self.rows_path(shard))
+
+    def parts(self, shard: SourceShard) -> list[SourceShard]:
+        """Return the parts of a file that have manifests, in their order; the file itself if that has one, or none.
+
+        Raises:
+            StoreError: A manifest is damaged or of another version.
+        """
+        whole = shard._replace(part=None)
+        if self.manifest_path(whole).is_file():
+            return [whole]
+        stem, ending = posixpath.basename(shard_stem(shard.name)), f"{BESIDE}{MANIFEST_SUFFIX}"
+        found = self.manifest_path(whole).parent.glob(f"{glob.escape(stem)}.*-*{ending}")
+        names = re.compile(rf"{re.escape(stem)}\.\d+-\d+{re.escape(ending)}")
+        parts = [row_groups(StoreManifest.read(path)) for path in found if names.fullmatch(path.name)]
+        return [whole._replace(part=part) for part in sorted(part for part in parts if part)]
+
+    def lock(self, shard: SourceShard) -> AbstractContextManager[None]:
+        """Return a context in which no other run on these files computes the sidecar; object stores have no locks."""
+        rows = self.rows_path(shard)
+        if not isinstance(rows, Path):
+            return nullcontext()
+        return file_lock(rows.with_name(f".{rows.name.removesuffix(ROWS_SUFFIX)}.lock"))
+
+    def write(
+        self, shard: SourceShard, keys: np.ndarray, rows: Tensor, text: ShardText, manifest: StoreManifest
+    ) -> StoreManifest:
+        """Write the sidecar of a shard.
+
+        Args:
+            keys, rows: Of its distinct captions.
+            text: What was read of the shard.
+            manifest: The encoder, the format and the counts.
+        """
+        source = SourceFile(
+            posixpath.basename(shard.name), text.size, text.checksum, text.rows, text.columns,
+            None if shard.part is None else shard.part._asdict(), self._elsewhere(shard),
+        )  # fmt: skip
+        tensors = {"rows": rows, "keys": keys_tensor(keys)}
+        return write_shard(self.rows_path(shard), tensors, replace(manifest, source=source))
+
+    def is_embedded(self, shard: SourceShard, encoder: StoreManifest, columns: Sequence[str]) -> bool:
+        """Tell whether a shard, as it is now, has a whole sidecar with the captions of these columns.
+
+        Raises:
+            StoreMismatchError: Another encoder made it.
+        """
+        path = self.manifest_path(shard)
+        try:
+            manifest = StoreManifest.read(path)
+            whole = size_of(self.rows_path(shard)) == manifest.bytes
+        except (FileNotFoundError, StoreDamagedError):
+            return False
+        source = source_of(manifest, path)
+        if source.name != posixpath.basename(shard.name):
+            raise StoreMismatchError(
+                f"{path} belongs to {source.name}, and {shard.name} would have the same. Set another output_dir."
+            )
+        if (difference := manifest.difference(encoder)) is not None:
+            name, old, new = difference
+            raise StoreMismatchError(
+                f"{path} was made by {manifest.encoder} with {name} {old!r}, but this run has {name} {new!r} "
+                f"({encoder.encoder}). Choose another output_dir, or delete the sidecars to start again."
+            )
+        if row_groups(manifest) != shard.part or not self._is_of(shard, manifest):
+            self._refuse_another(shard, source)
+            return False
+        return whole and set(columns) <= set(source.columns)
+
+    def _elsewhere(self, shard: SourceShard) -> str | None:
+        """Return the path of a shard in another folder than its sidecar."""
+        path = open_path(shard.path)
+        if isinstance(path, Path):
+            path = path.absolute()
+        return None if path.parent == self.rows_path(shard).parent else str(path)
+
+    def _is_of(self, shard: SourceShard, manifest: StoreManifest) -> bool:
+        """Tell whether a shard is what was embedded: tars with other captions often have the same size.
+
+        A local one that has changed since its manifest was written, or is in another place, is read for that, once if
+        the manifest can be written.
+        """
+        path, place = self.manifest_path(shard), self._elsewhere(shard)
+        source, file = source_of(manifest, path), open_path(shard.path)
+        if source.bytes != source_size(shard.path):
+            return False
+        is_moved = source.path is not None and source.path != place
+        if not isinstance(file, Path):
+            stated = source_checksum(shard.path, shard.part) if is_moved else source.checksum
+            return stated == source.checksum
+        status = file.stat()
+        # `ctime` changes with the content also where the time of the content is kept.
+        changed = max(status.st_mtime_ns, status.st_ctime_ns)
+        if not is_moved and not (isinstance(path, Path) and changed > path.stat().st_mtime_ns):
+            return True
+        if source_checksum(shard.path, shard.part) != source.checksum:
+            return False
+        with suppress(OSError):
+            replace(manifest, source=replace(source, path=place)).write(path)
+        return True
+
+    def _refuse_another(self, shard: SourceShard, source: SourceFile) -> None:
+        """Raise StoreMismatchError if the sidecar belongs to a shard of the same name that is there too."""
+        other = source.path
+        if other is None or other == self._elsewhere(shard):
+            return
+        try:
+            is_there = source_size(other) == source.bytes
+        except (OSError, ValueError):
+            is_there = False
+        if is_there:
+            raise StoreMismatchError(
+                f"{self.manifest_path(shard)} belongs to {other}, and {shard.path} would have the same. Set another "
+                "output_dir, or delete that manifest if the other is an earlier version of this data."
+            )
+
+
+class CheckedSidecars(NamedTuple):
+    """What the manifests of all shards of a source say: the encoder and the format, and rows by shard."""
+
+    manifest: StoreManifest
+    row_counts: list[int]
+
+
+class SourceSidecars:
+    """The sidecars of all shards of a source, for reading beside them.
+
+    Args:
+        folder: Folder of the sidecars.
+        shards: The shards, in their order.
+        row_counts: Rows of each shard, from [`SourceSidecars.check`]; None leaves it to readers to count files.
+    """
+
+    def __init__(
+        self, folder: str | Path, shards: Sequence[SourceShard], row_counts: Sequence[int] | None = None
+    ) -> None:
+        self.folder, self.shards, self.row_counts = SidecarFolder(folder), list(shards), row_counts
+        self._open: OrderedDict[int, EmbeddingCache] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process maps the files itself.
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def check(self, columns: Sequence[str]) -> CheckedSidecars:
+        """Check that all shards have sidecars of one encoder with the captions of these columns.
+
+        Raises:
+            MissingCaptionError: A shard has no sidecar, or one without a column.
+            StoreMismatchError: Sidecars were made by different encoders.
+            StoreDamagedError: A manifest is damaged.
+        """
+        first: StoreManifest | None = None
+        missing: list[str] = []
+        row_counts = []
+        with ThreadPoolExecutor(MANIFESTS_AT_ONCE) as pool:
+            described = list(pool.map(self._manifests, self.shards))
+        for shard, manifests in zip(self.shards, described, strict=True):
+            faults = [fault for path, found in manifests.items() if (fault := _misfit(path, found, shard, columns))]
+            missing += (faults or gaps(shard.name, [row_groups(found) for found in manifests.values()]))[:1]
+            row_counts.append(sum(source_of(found, path).rows for path, found in manifests.items()))
+            for path, manifest in manifests.items():
+                first = first or manifest
+                if (difference := first.difference(manifest)) is not None:
+                    name, one, other = difference
+                    raise StoreMismatchError(
+                        f"{path} has {name} {other!r}, but the sidecar of {source_of(first, path).name} has {one!r}. "
+                        "Embed the source again, into one folder."
+                    )
+        if missing or first is None:
+            shown = "; ".join(missing[:3]) or "there are no shards"
+            raise MissingCaptionError(
+                f"the sidecars in {self.folder.folder} do not fit {len(missing)} of {len(self.shards)} shards: "
+                f"{shown}. {REMEDY}"
+            )
+        return CheckedSidecars(first, row_counts)
+
+    def open(self, number: int) -> EmbeddingCache:
+        """Open the sidecar of a shard, or those of its parts; the last ones stay open.
+
+        Raises:
+            FileNotFoundError: There is none.
+            StoreDamagedError: A file is not the one that its manifest describes.
+        """
+        found = self._open.pop(number, None)
+        self._open[number] = self._map(self.shards[number]) if found is None else found
+        if len(self._open) > KEPT_OPEN:
+            self._open.popitem(last=False)
+        return self._open[number]
+
+    def _map(self, shard: SourceShard) -> EmbeddingCache:
+        parts = self.folder.parts(shard) or [shard]
+        with ExitStack() as copies:
+            files = []
+            for part in parts:
+                path, manifest = self.folder.rows_path(part), StoreManifest.read(self.folder.manifest_path(part))
+                file = ShardFile.of(copies.enter_context(local_copy(path)), manifest, path)
+                file.require_unchanged(always=not isinstance(path, Path))
+                files.append(file)
+            opened = EmbeddingCache(str(self.folder.rows_path(shard)), manifest, files)
+            opened.map()  # which stays, also without the files
+        return opened
+
+    def _manifests(self, shard: SourceShard) -> dict[AnyPath, StoreManifest]:
+        paths = [self.folder.manifest_path(part) for part in self.folder.parts(shard)]
+        return {path: StoreManifest.read(path) for path in paths}
+
+
+def source_of(manifest: StoreManifest, path: AnyPath) -> SourceFile:
+    """Return the file that a sidecar belongs to; `path` is that of the manifest."""
+    if manifest.source is None:
+        raise StoreDamagedError(f"{path} does not name the file that it belongs to; delete it. {REMEDY}")
+    return manifest.source
+
+
+def row_groups(manifest: StoreManifest) -> RowGroups | None:
+    """Return the part of a parquet file that a sidecar belongs to, or None for a whole file."""
+    found = None if manifest.source is None else manifest.source.row_groups
+    return None if found is None else RowGroups(**found)
+
+
+def shard_stem(name: str) -> str:
+    """Return the name of a shard without its ending."""
+    stem, suffix = posixpath.splitext(name)
+    return posixpath.splitext(stem)[0] if suffix in COMPRESSIONS else stem
+
+
+def gaps(name: str, parts: Sequence[RowGroups | None]) -> list[str]:
+    """Name what no sidecar of a file covers, in words; `parts` are in their order."""
+    if not parts:
+        return [f"{name} has none"]
+    faults, end, total = [], 0, 0
+    for part in parts:
+        if part is None:
+            return []
+        if part.start != end:
+            kind = "lacks" if part.start > end else "has more than one for"
+            faults.append(f"{name} {kind} row groups {min(end, part.start)} to {max(end, part.start) - 1}")
+        end, total = part.stop, part.total
+    if end != total:
+        faults.append(f"{name} lacks row groups {end} to {total - 1}")
+    return faults
+
+
+def _misfit(path: AnyPath, manifest: StoreManifest, shard: SourceShard, columns: Sequence[str]) -> str | None:
+    """Return what does not fit between a sidecar and its shard, in words."""
+    source = source_of(manifest, path)
+    if source.name != posixpath.basename(shard.name):
+        return f"that of {shard.name} belongs to {source.name}"
+    if source.bytes != (size := source_size(shard.path)):
+        return f"{shard.name} has {size} bytes, {source.bytes} when it was embedded"
+    absent = [name for name in columns if name not in source.columns]
+    return f"that of {shard.name} lacks the column {absent[0]}" if absent else None
+
+
+def unfinished_files(folder: AnyPath) -> Iterator[AnyPath]:
+    """Yield what runs below a folder have not finished."""
+    return iter(folder.rglob(f".*{BESIDE}.*.tmp"))

@@ -1,0 +1,110 @@
+"""Whether the shards of a data set are those that were embedded, and which have no sidecar."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from llm2clip.data.parquet_parts import RowGroups
+from llm2clip.data.shards import source_checksum
+from llm2clip.data.sidecars import REMEDY, gaps, row_groups, shard_stem, unfinished_files
+from llm2clip.store.manifest import MANIFEST_SUFFIX, ROWS_SUFFIX, SourceFile, StoreManifest
+from llm2clip.store.store import BESIDE
+from llm2clip.utils.remote_path import AnyPath
+from llm2clip.utils.verified import Fault, Verified
+
+MEND = REMEDY[0].lower() + REMEDY[1:].rstrip(".")
+
+
+def verify_sources(folder: AnyPath, manifests: Mapping[AnyPath, StoreManifest], contents: bool = True) -> Verified:
+    """Compare the shards of a data set with the manifests of the sidecars below a folder.
+
+    Args:
+        folder: Local, or a URL.
+        manifests: All manifests below it; those that belong to no shard are left out.
+        contents: Read local shards, and compare them with their checksums.
+    """
+    found = Verified()
+    beside = {path: one for path, one in manifests.items() if one.source is not None}
+    for path, manifest in beside.items() if contents else ():
+        if changed := _changed_source(path, manifest):
+            found.faults.append(Fault(changed, f"restore that shard, or delete {path} and {MEND}"))
+    for parent in sorted({path.parent for path in beside}, key=str):
+        here = {path: one for path, one in beside.items() if path.parent == parent}
+        found.faults += [Fault(missing, MEND) for missing in _without_sidecar(parent, here, found)]
+    for unfinished in sorted(map(str, unfinished_files(folder))):
+        found.remarks.append(f"{unfinished} is what a run has not finished: it still writes it, or was killed.")
+    return found
+
+
+def _changed_source(path: AnyPath, manifest: StoreManifest) -> str | None:
+    """Compare the shard of a sidecar, wherever it is, with its manifest; return what differs, in words."""
+    source = manifest.source
+    assert source is not None
+    place = path.with_name(source.name) if source.path is None else source.path
+    if isinstance(place, str) and "://" not in place:
+        place = Path(place)
+    if not isinstance(place, Path) or not place.is_file() or source.checksum is None:
+        return None
+    try:
+        found = source_checksum(str(place), row_groups(manifest))
+    except (OSError, ValueError) as error:
+        return f"the shard {place} cannot be read: {error}"
+    return None if found == source.checksum else f"the shard {place} has changed since it was embedded"
+
+
+def _without_sidecar(folder: AnyPath, here: Mapping[AnyPath, StoreManifest], found: Verified) -> Iterator[str]:
+    """Name the shards and parts that have no sidecar while others of their source do.
+
+    Args:
+        here: The manifests in the folder.
+        found: Takes a remark on shards that may belong to another source.
+    """
+    sources = [one.source for one in here.values() if one.source is not None]
+    parts: dict[str, list[RowGroups | None]] = {}
+    for manifest, source in zip(here.values(), sources, strict=True):
+        parts.setdefault(source.name, []).append(row_groups(manifest))
+    for name, groups in parts.items():
+        yield from gaps(str(folder / name), sorted(groups, key=lambda part: part or ()))
+    ending = f"{BESIDE}{MANIFEST_SUFFIX}"
+    inside: list[AnyPath] = sorted(folder.iterdir(), key=str)
+    embedded = {path.name.removesuffix(ending) for path in inside if path.name.endswith(ending)}
+    kinds, series, others = {Path(name).suffix for name in parts}, set(map(_series, parts)), list[AnyPath]()
+    unfinished = {path.name.removesuffix(f"{BESIDE}{ROWS_SUFFIX}") for path in inside}
+    for path in inside:
+        if path.suffix in kinds and shard_stem(path.name) not in embedded and path.name not in parts:
+            if _series(path.name) in series:
+                yield f"{path} has no sidecar"
+            else:
+                others.append(path)
+    if others:
+        more = f", nor do {len(others) - 1} more" if len(others) > 1 else ""
+        found.remarks.append(
+            f"{others[0]} has no sidecar{more}; since the names of the shards that do are of another kind, it may be "
+            "of another split or source."
+        )
+    yield from _not_embedded_elsewhere(folder, sources, embedded | unfinished)
+
+
+def _series(name: str) -> str:
+    """Return a name without the numbers by which the shards of a source differ."""
+    return re.sub(r"[0-9]+", "0", name)
+
+
+def _not_embedded_elsewhere(folder: AnyPath, sources: Sequence[SourceFile], embedded: Container[str]) -> Iterator[str]:
+    """Name the shards without a sidecar in local folders of shards whose sidecars lie in another folder."""
+    places: dict[Path, set[str]] = {}
+    for source in sources:
+        if source.path is not None and "://" not in source.path:
+            places.setdefault(Path(source.path).parent, set()).add(source.name)
+    for place, known in sorted(places.items()):
+        series = set(map(_series, known))
+        try:
+            names = sorted(path.name for path in place.iterdir() if _series(path.name) in series and path.is_file())
+        except OSError:  # the data has been moved
+            continue
+        missing = [name for name in names if name not in known and shard_stem(name) not in embedded]
+        if missing:
+            count = "1 shard" if len(missing) == 1 else f"{len(missing)} shards"
+            yield f"{place / missing[0]} has no sidecar in {folder} ({count} of {len(names)} in that folder)"

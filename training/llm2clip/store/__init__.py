@@ -1,0 +1,27 @@
+"""Rows of numbers found by key, in shards: caches, sidecars, image features, frozen states, rows of evaluations."""
+
+from llm2clip.store.building import build_store
+from llm2clip.store.captions import EmbeddingCache, build_embedding_cache, caption_manifest
+from llm2clip.store.manifest import (
+    MissingCaptionError,
+    StoreDamagedError,
+    StoreError,
+    StoreIncompleteError,
+    StoreManifest,
+    StoreMismatchError,
+)
+from llm2clip.store.store import Store
+
+__all__ = [
+    "EmbeddingCache",
+    "MissingCaptionError",
+    "Store",
+    "StoreDamagedError",
+    "StoreError",
+    "StoreIncompleteError",
+    "StoreManifest",
+    "StoreMismatchError",
+    "build_embedding_cache",
+    "build_store",
+    "caption_manifest",
+]

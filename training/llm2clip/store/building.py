@@ -1,0 +1,233 @@
+"""Building a store: the row of each key once, in shards that survive a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm2clip.store.key_index import KeyIndex
+from llm2clip.store.manifest import (
+    MANIFEST_SUFFIX,
+    ROWS_SUFFIX,
+    StoreDamagedError,
+    StoredDtype,
+    StoreManifest,
+    StoreMismatchError,
+    rows_path,
+)
+from llm2clip.store.shards import ShardFile, keys_tensor, write_shard
+from llm2clip.store.store import INDEX, Store, StoreT
+from llm2clip.utils.files import remove_unfinished
+from llm2clip.utils.locks import WAIT, WAIT_OF_SEVERAL, folder_lock
+from llm2clip.utils.progress import ProgressBar, in_section, progress_bar
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ComputedRows:
+    """The rows of a shard.
+
+    Attributes:
+        rows: (n, width), in the dtype of the store.
+        counts, skipped: Those of [`StoreManifest`]; row numbers are those of the shard.
+    """
+
+    rows: Tensor
+    counts: dict[str, int] = field(default_factory=dict)
+    skipped: list[tuple[int, str, str]] = field(default_factory=list)
+
+
+# Computes the rows of some keys, given by their positions, and advances the bar.
+Compute = Callable[[np.ndarray, ProgressBar], ComputedRows]
+
+
+def build_store(
+    path: str | Path,
+    keys: np.ndarray,
+    compute: Compute,
+    manifest: StoreManifest,
+    *,
+    title: str,
+    shard_size: int = 8192,
+    wait_for_others: bool = False,
+    show_progress_bar: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] | None = None,
+    kind: type[StoreT] = Store,  # type: ignore[assignment]
+) -> StoreT:
+    """Compute the rows that a store lacks, and open it; resume an interrupted build, or append to a complete store.
+
+    The missing keys are cut into shards in the given order. A shard is written under a temporary name, flushed to
+    disk and renamed, and then its manifest: it is complete or missing. Shards that are whole are kept, and the result
+    equals that of an uninterrupted build. The missing shards are distributed over the ranks. Rank 0 locks the folder:
+    one build at a time.
+
+    Args:
+        path: The folder, created if it does not exist.
+        keys: (n, 2) int64, distinct, the same on every rank.
+        compute: See `Compute`.
+        manifest: The encoder and the format.
+        title, show_progress_bar: Title of the progress bar, and whether there is one, on rank 0.
+        shard_size: Rows of a shard; a kill loses those of one.
+        wait_for_others: Wait for another run that uses the folder, whose rows this one may need; otherwise that is an
+            error after a few seconds.
+        rank, world_size: Rank of this process, and number of processes.
+        barrier: Waits for all processes; required when there are several.
+        kind: The class that the store is opened by.
+
+    Raises:
+        StoreMismatchError: Another encoder made the store.
+        ValueError: Another run uses the folder.
+    """
+    if world_size > 1 and barrier is None:
+        raise ValueError("Several processes need a barrier, such as torch.distributed.barrier.")
+    if manifest.dtype not in get_args(StoredDtype):
+        choices = " or ".join(map(repr, get_args(StoredDtype)))
+        raise ValueError(f"The dtype of a store must be {choices}, not {manifest.dtype!r}.")
+    wait = barrier or (lambda: None)
+    folder = Path(path)
+    patience = (WAIT_OF_SEVERAL if world_size > 1 else WAIT) if wait_for_others else None
+    with folder_lock(folder, patience) if rank == 0 else contextlib.nullcontext():
+        wait()  # no rank reads the folder before rank 0 has it to itself
+        for number, one in list(_manifests(folder).items())[rank::world_size]:
+            _drop_damaged(folder, number, one, manifest)
+        wait()
+        there = _manifests(folder)
+        missing = np.flatnonzero(_index_of(folder, there).find(keys) < 0)
+        numbers = (number for number in itertools.count() if number not in there)
+        parts = [missing[start : start + shard_size] for start in range(0, len(missing), shard_size)]
+        work = list(zip(numbers, parts, strict=False))
+        wait()  # every rank has read the folder before it changes
+        mine = work[rank::world_size]
+        total = sum(len(positions) for _, positions in mine)
+        with progress_bar(title, total, manifest.about.unit, show_progress_bar and rank == 0 and total > 0) as bar:
+            for number, positions in mine:
+                found = compute(positions, bar)
+                tensors = {"rows": found.rows, "keys": keys_tensor(keys[positions])}
+                own = replace(manifest, counts=found.counts, skipped=found.skipped)
+                write_shard(folder / shard_name(number), tensors, own)
+        wait()
+        if rank == 0:
+            if work or not _is_indexed(folder):
+                _write_index(folder, keys)
+            else:
+                words = manifest.about.name, folder, manifest.about.unit
+                level = logging.DEBUG if in_section() else logging.INFO
+                logger.log(level, "The %s %s already contains all these %ss.", *words)
+        wait()
+        opened = kind.open(folder, verify=False)  # before another run may change the folder
+        wait()
+    return opened
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard-{number:05d}{ROWS_SUFFIX}"
+
+
+def check_rows(vectors: Tensor, dtype: StoredDtype, name: Callable[[int], str], advice: str = "") -> Tensor:
+    """Round vectors, (n, width) of any dtype and device, to the dtype of a store, after checking them.
+
+    Args:
+        name: Describes the row of a vector in errors.
+        advice: What to do about a value that exceeds the range.
+
+    Raises:
+        ValueError: A value is not finite or exceeds the range of the dtype.
+    """
+    vectors = vectors.detach().float().cpu()
+    refuse_rows(~torch.isfinite(vectors), name, "is not finite")
+    stored = getattr(torch, dtype)
+    refuse_rows(vectors.abs() > torch.finfo(stored).max, name, f"exceeds the range of {dtype}{advice}")
+    return vectors.to(stored)
+
+
+def refuse_rows(bad: Tensor, name: Callable[[int], str], fault: str) -> None:
+    """Raise a ValueError that names the first row with a bad value; `bad` is (n, width) bool."""
+    rows = bad.any(dim=-1).nonzero()
+    if len(rows):
+        raise ValueError(f"The embedding of {name(int(rows[0]))} {fault}.")
+
+
+def _manifests(folder: Path) -> dict[int, StoreManifest | None]:
+    """Return the manifests of the shards of a folder by their numbers; None for one that is damaged."""
+    found: dict[int, StoreManifest | None] = {}
+    for path in folder.glob(f"shard-*{MANIFEST_SUFFIX}"):
+        number = int(path.name.removeprefix("shard-").removesuffix(MANIFEST_SUFFIX))
+        try:
+            found[number] = StoreManifest.read(path)
+        except StoreDamagedError:
+            found[number] = None
+    return dict(sorted(found.items()))
+
+
+def _drop_damaged(folder: Path, number: int, found: StoreManifest | None, new: StoreManifest) -> None:
+    """Delete the manifest of a shard that is not whole, so that it is computed again.
+
+    Raises:
+        StoreMismatchError: Another encoder made it.
+    """
+    path = folder / shard_name(number)
+    if found is not None and (difference := found.difference(new)) is not None:
+        name, old, own = difference
+        raise StoreMismatchError(
+            f"The {new.about.name} {folder} was made by {found.encoder} with {name} {old!r}, but this build has "
+            f"{name} {own!r} ({new.encoder}). Choose another folder, or delete this one to start again."
+        )
+    try:
+        if found is None:
+            raise StoreDamagedError(f"The manifest of {path} is damaged.")
+        ShardFile.of(path, found).require_unchanged()
+    except StoreDamagedError as error:
+        logger.warning("%s It is computed again.", str(error).partition(";")[0].rstrip(".") + ".")
+        (folder / INDEX).unlink(missing_ok=True)
+        path.with_name(path.name.removesuffix(ROWS_SUFFIX) + MANIFEST_SUFFIX).unlink(missing_ok=True)
+
+
+def _index_of(folder: Path, found: dict[int, Any]) -> KeyIndex:
+    keys = [ShardFile.of(folder / shard_name(number), manifest).keys() for number, manifest in found.items()]
+    return KeyIndex.of(np.concatenate([np.empty((0, 2), np.int64), *keys]))
+
+
+def _is_indexed(folder: Path) -> bool:
+    """Tell whether the index of a folder is whole and has all its shards: a run may be killed before it adds some."""
+    try:
+        index = StoreManifest.read(folder / INDEX)
+        ShardFile.of(rows_path(folder / INDEX), index).require_unchanged()
+    except (FileNotFoundError, StoreDamagedError):
+        return False
+    return set(index.shards) == {shard_name(number) for number in _manifests(folder)}
+
+
+def _write_index(folder: Path, keys: np.ndarray) -> None:
+    """Write the index of a complete store, without which it counts as incomplete; `keys` have to be in it."""
+    found: dict[int, Any] = _manifests(folder)
+    index = _index_of(folder, found)
+    if lacking := int((index.find(keys) < 0).sum()):
+        raise StoreMismatchError(
+            f"{folder} lacks {lacking} of {len(keys)} rows after they were computed: the processes were given "
+            "different data."
+        )
+    shards, skipped, counts, first = {}, [], dict[str, int](), 0
+    for number, one in found.items():
+        shards[shard_name(number)] = [one.rows, one.bytes, one.checksum]
+        skipped += [(first + row, key, reason) for row, key, reason in one.skipped]
+        for name, count in one.counts.items():
+            counts[name] = counts.get(name, 0) + count
+        first += one.rows
+    manifest = replace(next(iter(found.values())), shards=shards, skipped=skipped, counts=counts)
+    write_shard(rows_path(folder / INDEX), index.columns(), manifest)
+    for leftover in folder.glob(".*.tmp"):  # of any machine: nobody else writes here now
+        leftover.unlink()
+    remove_unfinished(folder)

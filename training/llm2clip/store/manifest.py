@@ -1,0 +1,174 @@
+"""The manifest of stored rows: who made them of what, how many there are, and the checksum of their file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import transformers
+
+from llm2clip.utils.files import read_json, write_json
+from llm2clip.utils.manifests import is_intact, sealed
+from llm2clip.utils.remote_path import AnyPath
+
+FORMAT, FORMAT_VERSION = "llm2clip-store", 1
+ROWS_SUFFIX, MANIFEST_SUFFIX = ".safetensors", ".manifest"
+StoredDtype = Literal["float16", "bfloat16", "float32"]
+
+
+class StoreError(ValueError):
+    """A store cannot be used."""
+
+
+class StoreMismatchError(StoreError):
+    """A store was made by another encoder, or of other data."""
+
+
+class StoreIncompleteError(StoreError):
+    """A store was not built to the end."""
+
+
+class StoreDamagedError(StoreError):
+    """A file of a store is missing, truncated or changed."""
+
+
+class MissingCaptionError(KeyError):
+    """Captions have no stored embedding."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would print its message in quotes
+
+
+class Kind(NamedTuple):
+    """Words of messages: the name of a store, what a row belongs to, and how missing rows are computed."""
+
+    name: str
+    unit: str
+    remedy: str
+
+
+KINDS = {
+    "captions": Kind("embedding cache", "caption", "run `llm2clip embed` again"),
+    "features": Kind("image feature cache", "image", "start the training again"),
+    "states": Kind("store of the states of frozen layers", "image", "start the training again"),
+    "evaluation": Kind("evaluation store", "row", "run `llm2clip evaluate` again"),
+}
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """The file of a data set that the rows of a shard were computed from, if they lie beside it.
+
+    Attributes:
+        name: Its name.
+        bytes, checksum: Its size and SHA-256; of a remote one what its file system states, or None. The checksum of a
+            part is that of the part's bytes.
+        rows: Rows of the file, or of its part.
+        columns: Columns that were read.
+        row_groups: The fields of [`RowGroups`](llm2clip.data.parquet_parts.RowGroups) if it is a part of a parquet
+            file.
+        path: Path or URL if the shard is in another folder, where another source could have a file of this name.
+    """
+
+    name: str
+    bytes: int
+    checksum: str | None
+    rows: int
+    columns: list[str]
+    row_groups: dict[str, int] | None = None
+    path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreManifest:
+    """The content of `NAME.manifest`, which is written after `NAME.safetensors`.
+
+    Attributes:
+        kind: What is stored, one of `KINDS`.
+        encoder: Name of the model that computed the rows, for messages.
+        identity: Everything that a row depends on; a store is only continued by a run that agrees in all of it.
+        dtype: The dtype that rows are stored in.
+        transformers_version: The version of transformers that computed them.
+        width, rows: Shape of the rows; a width of 0 is not known yet.
+        bytes, checksum: Size and SHA-256 of `NAME.safetensors`.
+        counts: What was counted while the rows were computed, such as `truncated` captions.
+        skipped: Row number, key and reason of rows that could not be computed, which are zero.
+        source: The file that the rows were computed from.
+        shards: Of an index: rows, bytes and checksum of each shard, by name, in the order of rows.
+    """
+
+    kind: str
+    encoder: str
+    identity: Mapping[str, Any]
+    dtype: StoredDtype = "float16"
+    transformers_version: str = transformers.__version__
+    width: int = 0
+    rows: int = 0
+    bytes: int = 0
+    checksum: str = ""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    skipped: Sequence[Sequence[Any]] = ()
+    source: SourceFile | None = None
+    shards: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the weights that computed the rows."""
+        return str(self.identity["fingerprint"])
+
+    @property
+    def about(self) -> Kind:
+        """The words of messages."""
+        return KINDS[self.kind]
+
+    def write(self, path: AnyPath) -> None:
+        """Write the manifest, after its rows."""
+        write_json(path, sealed({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}))
+
+    @classmethod
+    def read(cls, path: AnyPath) -> StoreManifest:
+        """Read a manifest.
+
+        Raises:
+            FileNotFoundError: There is none.
+            StoreDamagedError: It cannot be read, or has changed since it was written.
+            StoreError: It has another format or version.
+        """
+        advice = f"delete {path.name} and run the command that wrote it again, which only computes what is missing"
+        try:
+            values = read_json(path)
+        except ValueError as error:
+            raise StoreDamagedError(f"{str(error).rstrip('.')}; {advice}.") from error
+        if (found := (values.get("format"), values.get("format_version"))) != (FORMAT, FORMAT_VERSION):
+            raise StoreError(
+                f"{path} has format {found[0]!r}, version {found[1]!r}, but this release reads {FORMAT!r}, version "
+                f"{FORMAT_VERSION}; use the release that made it, or compute it again into another folder."
+            )
+        if not is_intact(values) or values.get("kind") not in KINDS:
+            raise StoreDamagedError(f"{path} has changed since it was written; {advice}.")
+        known = {name: values[name] for name in (entry.name for entry in fields(cls))}
+        if known["source"] is not None:
+            known["source"] = SourceFile(**known["source"])
+        return cls(**known)
+
+    def difference(self, other: StoreManifest) -> tuple[str, Any, Any] | None:
+        """Return the first thing that rows depend on in which another manifest differs: its name and both values."""
+        own, others = ({"kind": one.kind, **one.identity, "dtype": one.dtype} for one in (self, other))
+        if self.width and other.width:
+            own["width"], others["width"] = self.width, other.width
+        for name in dict.fromkeys([*own, *others]):
+            if (name in own, own.get(name)) != (name in others, others.get(name)):
+                return name, own.get(name), others.get(name)
+        return None
+
+
+def manifest_path(rows: AnyPath) -> AnyPath:
+    """Return the path of the manifest of `NAME.safetensors`."""
+    return rows.with_name(rows.name.removesuffix(ROWS_SUFFIX) + MANIFEST_SUFFIX)
+
+
+def rows_path(manifest: Path) -> Path:
+    """Return the path of the rows of `NAME.manifest`."""
+    return manifest.with_name(manifest.name.removesuffix(MANIFEST_SUFFIX) + ROWS_SUFFIX)

@@ -1,0 +1,125 @@
+"""The files of a store: `NAME.safetensors` with rows and keys, and then `NAME.manifest`.
+
+The tensor `rows` is (n, width), `keys` is (n, 2) int64: the 128-bit BLAKE2b hash (little-endian halves) of what each
+row was computed from, such as a caption's exact text in UTF-8 or an image's encoded bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from llm2clip.store.manifest import Kind, StoreDamagedError, StoreManifest, manifest_path
+from llm2clip.utils.files import atomic_path, sha256
+from llm2clip.utils.remote_path import AnyPath, local_file
+from llm2clip.utils.shared_files import stored_sha256
+
+
+def write_shard(path: AnyPath, tensors: Mapping[str, Tensor], manifest: StoreManifest) -> StoreManifest:
+    """Write the file of a shard, and then its manifest, without which it counts as missing.
+
+    Args:
+        path: `NAME.safetensors`, local or remote.
+        tensors: `rows` and `keys`.
+        manifest: What is written beside it, except for what the file itself states.
+    """
+    described = manifest_path(path)
+    with atomic_path(path) if isinstance(path, Path) else local_file(path) as temporary:
+        # Not by `save_file`, whose own temporary file would stay if it is killed.
+        temporary.write_bytes(save(dict(tensors)))
+        rows = tensors["rows"]
+        manifest = replace(
+            manifest, rows=len(rows), bytes=temporary.stat().st_size, checksum=sha256(temporary),
+            width=rows.shape[1] if rows.ndim == 2 else manifest.width,
+        )  # fmt: skip
+        described.unlink(missing_ok=True)
+    manifest.write(described)
+    return manifest
+
+
+class ShardFile(NamedTuple):
+    """A local file of a store, with what its manifest says about it.
+
+    Attributes:
+        path: `NAME.safetensors`.
+        rows, bytes, checksum: Those of the manifest.
+        about: The words of messages.
+        origin: Of a copy, the file that it is of, for messages.
+    """
+
+    path: Path
+    rows: int
+    bytes: int
+    checksum: str
+    about: Kind
+    origin: AnyPath | None = None
+
+    @classmethod
+    def of(cls, path: Path, manifest: StoreManifest, origin: AnyPath | None = None) -> ShardFile:
+        """Return the file that a manifest describes."""
+        return cls(path, manifest.rows, manifest.bytes, manifest.checksum, manifest.about, origin)
+
+    @property
+    def name(self) -> str:
+        """What the file is called in messages."""
+        return str(self.path if self.origin is None else self.origin)
+
+    def require_size(self) -> None:
+        """Raise a `StoreDamagedError` if the file is missing or has another size."""
+        try:
+            size = self.path.stat().st_size
+        except FileNotFoundError:
+            raise StoreDamagedError(f"The shard {self.name} is missing; {self.about.remedy}.") from None
+        if size != self.bytes:
+            what = "is truncated" if size < self.bytes else "has changed"
+            raise StoreDamagedError(
+                f"The shard {self.name} {what}: {size} bytes instead of {self.bytes}; {self._mend}."
+            )
+
+    def require_unchanged(self, always: bool = False) -> None:
+        """Raise a `StoreDamagedError` if the file is not the one that was written.
+
+        Args:
+            always: Read the file, also if it has not changed since it was read on this machine.
+        """
+        self.require_size()
+        if (sha256 if always else stored_sha256)(self.path) != self.checksum:
+            raise StoreDamagedError(
+                f"The shard {self.name} has changed since it was written: its checksum is not that of the manifest; "
+                f"{self._mend}."
+            )
+
+    def open(self, name: str = "rows") -> Tensor:
+        """Map a tensor of the file into memory, `rows` or `keys`; no file stays open.
+
+        Raises:
+            StoreDamagedError: The file is missing, truncated, or has no such tensor.
+        """
+        self.require_size()
+        try:
+            with safe_open(self.path, "pt") as file:
+                return file.get_tensor(name)
+        except SafetensorError as error:
+            raise StoreDamagedError(f"The shard {self.name} cannot be read ({error}); {self._mend}.") from error
+
+    def keys(self) -> np.ndarray:
+        """Return the keys, (rows, 2) int64."""
+        return self.open("keys").numpy()
+
+    @property
+    def _mend(self) -> str:
+        return f"delete it and {self.about.remedy}, which only computes what is missing"
+
+
+def keys_tensor(keys: np.ndarray) -> Tensor:
+    """Return keys as they are stored."""
+    # A copy, since torch warns of what is read-only.
+    return torch.from_numpy(np.array(keys, dtype=np.int64, order="C"))

@@ -1,0 +1,248 @@
+"""Reading a store: rows mapped into memory, found by their keys."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llm2clip.store.key_index import COLUMNS, KeyIndex, sorted_columns
+from llm2clip.store.manifest import (
+    KINDS,
+    MANIFEST_SUFFIX,
+    ROWS_SUFFIX,
+    StoreDamagedError,
+    StoreError,
+    StoreIncompleteError,
+    StoreManifest,
+    StoreMismatchError,
+    rows_path,
+)
+from llm2clip.store.shards import ShardFile
+from llm2clip.utils.remote_path import AnyPath, open_path
+from llm2clip.utils.shared_files import shared_file
+
+StoreT = TypeVar("StoreT", bound="Store")
+
+# Of a folder: its shards, and where each row is. Written last.
+INDEX = f"index{MANIFEST_SUFFIX}"
+# Of shards that lie beside those of a data set. Neither name has the ending of one, by which `datasets` would take it
+# for data.
+BESIDE = ".emb"
+BESIDE_SHARDS = f"*{BESIDE}{MANIFEST_SUFFIX}"
+# Of the index of shards beside others, which is kept on this machine.
+VERSION = 1
+# Integers by the bytes of a stored value.
+INTEGERS = {2: torch.int16, 4: torch.int32}
+# The bits of the exponent of a stored value, which are all set where it is not finite.
+EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
+
+
+class Store:
+    """The rows of some shards, in one order over all of them.
+
+    Args:
+        path: Their folder or file, for messages.
+        manifest: The encoder and the format.
+        shards: The shards, in the order of their rows.
+        index: Finds the rows of keys; by default it is made of the keys of the shards, in memory, when it is needed.
+    """
+
+    # What the class is for; None is for anything.
+    KIND: ClassVar[str | None] = None
+
+    def __init__(
+        self, path: str | Path, manifest: StoreManifest, shards: Sequence[ShardFile], index: KeyIndex | None = None
+    ) -> None:
+        self.path, self.manifest, self.shards = Path(path), manifest, list(shards)
+        self._own_index = index
+        self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
+        self._bits: list[np.ndarray | None] = [None] * len(self.shards)
+        self._dtype: torch.dtype = getattr(torch, manifest.dtype)
+        self._exponent = EXPONENTS[manifest.dtype]
+
+    @classmethod
+    def open(cls: type[StoreT], path: str | Path, *, verify: bool = True) -> StoreT:
+        """Open the store of a local folder, or the shards that lie beside those of a data set in it, at any depth.
+
+        Args:
+            path: The folder.
+            verify: Compare the files with their checksums, each when it is opened on this machine for the first time
+                since it has changed; see [`verify_store`](llm2clip.store.verify.verify_store).
+
+        Raises:
+            FileNotFoundError: There is no store.
+            StoreIncompleteError: It was not built to the end.
+            StoreMismatchError: Its shards were made by different encoders.
+            StoreDamagedError: A file is missing or damaged.
+        """
+        folder = Path(path)
+        opened = cls._of_index(folder) if (folder / INDEX).is_file() else cls._of_shards(folder)
+        if cls.KIND not in (None, opened.manifest.kind):
+            wanted, found = KINDS[str(cls.KIND)].name, opened.manifest.about.name
+            raise StoreMismatchError(f"{folder} is of another kind: {found}, not {wanted}.")
+        if verify:
+            opened.require_unchanged()
+        return opened
+
+    @classmethod
+    def _of_index(cls: type[StoreT], folder: Path) -> StoreT:
+        manifest = StoreManifest.read(folder / INDEX)
+        index = ShardFile.of(rows_path(folder / INDEX), manifest)
+        index.require_unchanged()
+        found = KeyIndex(*(index.open(name).numpy() for name in COLUMNS))
+        shards = [
+            ShardFile(folder / name, rows, size, checksum, manifest.about)
+            for name, (rows, size, checksum) in manifest.shards.items()
+        ]
+        for shard in shards:
+            shard.require_size()
+        return cls(folder, manifest, shards, found)
+
+    @classmethod
+    def _of_shards(cls: type[StoreT], folder: Path) -> StoreT:
+        found = sorted(folder.rglob(BESIDE_SHARDS))
+        if not found:
+            raise _no_store(folder)
+        manifests = [StoreManifest.read(path) for path in found]
+        for path, manifest in zip(found, manifests, strict=True):
+            if manifests[0].difference(manifest) is not None:
+                raise StoreMismatchError(f"{found[0]} and {path} are of different encoders; reuse those of one.")
+        shards = [ShardFile.of(rows_path(path), manifest) for path, manifest in zip(found, manifests, strict=True)]
+
+        def write(path: Path) -> None:
+            with tempfile.TemporaryDirectory(dir=path.parent) as own:
+                save_file(sorted_columns((shard.keys() for shard in shards), Path(own)), path)
+
+        identity = {"version": VERSION, "shards": [manifest.checksum for manifest in manifests]}
+        path = shared_file("store-keys", identity, write)
+        entry = ShardFile(path, sum(shard.rows for shard in shards), path.stat().st_size, "", manifests[0].about)
+        return cls(folder, manifests[0], shards, KeyIndex(*(entry.open(name).numpy() for name in COLUMNS)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker process maps the files itself: their content is not sent.
+        return _open_again, (type(self), self.path, self.manifest, self.shards)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def width(self) -> int:
+        """Width of a row."""
+        return self.manifest.width
+
+    @property
+    def _index(self) -> KeyIndex:
+        if self._own_index is None:
+            keys = [shard.keys() for shard in self.shards]
+            self._own_index = KeyIndex.of(np.concatenate([np.empty((0, 2), np.int64), *keys]))
+        return self._own_index
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Return the numbers of the rows with the given keys, (n,) int64; -1 for an unknown key."""
+        return self._index.find(keys)
+
+    def find_one(self, high: int, low: int) -> int:
+        """Return the number of the row with a key, given by its halves; -1 for an unknown key."""
+        return self._index.find_one(high, low)
+
+    def read(self, rows: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
+        """Return rows by their numbers, (n, width); by default in the stored dtype.
+
+        Raises:
+            StoreDamagedError: A row is not finite.
+        """
+        # As integers, because numpy has no bfloat16; numpy copies single rows faster than torch.
+        if len(self.shards) == 1:
+            bits = self._shard(0)[rows]
+        else:
+            bits = torch.empty((len(rows), self.width), dtype=INTEGERS[self._dtype.itemsize]).numpy()
+            numbers = np.searchsorted(self._starts, rows, side="right") - 1
+            for number in np.unique(numbers):
+                places = np.flatnonzero(numbers == number)
+                bits[places] = self._shard(int(number))[rows[places] - self._starts[number]]
+        result = torch.from_numpy(bits).view(self._dtype)
+        if bits.size and (bits & self._exponent).max() == self._exponent:
+            self._refuse_not_finite(result, rows)
+        return result if dtype is None else result.to(dtype)
+
+    def require_unchanged(self, rank: int = 0, world_size: int = 1) -> None:
+        """Check that the shards are the files that were written; processes share them. See [`Store.open`].
+
+        Raises:
+            StoreDamagedError: One is missing or has changed.
+        """
+        for shard in self.shards[rank::world_size]:
+            shard.require_unchanged()
+
+    def map(self) -> None:
+        """Map all shards into memory, and read their keys, now instead of when a row is read."""
+        assert len(self._index) == len(self)
+        for number in range(len(self.shards)):
+            self._shard(number)
+
+    def _shard(self, number: int) -> np.ndarray:
+        bits = self._bits[number]
+        if bits is None:
+            bits = self.shards[number].open().view(INTEGERS[self._dtype.itemsize]).numpy()
+            self._bits[number] = bits
+        return bits
+
+    def _refuse_not_finite(self, found: Tensor, rows: np.ndarray) -> None:
+        """Raise an error that names the shard of the first of `rows` whose values are not finite."""
+        bad = (~torch.isfinite(found).all(dim=1)).nonzero()
+        if len(bad):
+            row = int(rows[int(bad[0])])
+            number = int(np.searchsorted(self._starts, row, side="right")) - 1
+            shard = self.shards[number]
+            raise StoreDamagedError(
+                f"Row {row - self._starts[number]} of the shard {shard.name} is not finite; delete the file and "
+                f"{shard.about.remedy}, which only computes what is missing."
+            )
+
+
+def _open_again(kind: type[StoreT], path: Path, manifest: StoreManifest, shards: Sequence[ShardFile]) -> StoreT:
+    """Open a store as it was, also if another run has added rows to it or is doing so."""
+    with suppress(StoreError, OSError):
+        opened = kind.open(path, verify=False)
+        if opened.manifest == manifest:
+            return opened
+    return kind(path, manifest, shards)
+
+
+def stored_manifest(folder: str | Path) -> StoreManifest:
+    """Return a manifest of the rows in a folder or below a URL: of its index, or of any shard beside another.
+
+    Raises:
+        FileNotFoundError: There are none.
+        StoreError: The manifest is damaged or of another version.
+    """
+    place = open_path(folder)
+    found: Iterator[AnyPath] = iter(place.rglob(BESIDE_SHARDS))
+    path = place / INDEX if (place / INDEX).is_file() else next(found, None)
+    if path is None:
+        raise _no_store(place)
+    return StoreManifest.read(path)
+
+
+def _no_store(folder: AnyPath) -> Exception:
+    """Return the error that there is no store in a folder, or one that was not built to the end."""
+    if next(iter(folder.glob(f"shard-*{ROWS_SUFFIX}")), None) is not None:
+        return StoreIncompleteError(
+            f"The store {folder} is incomplete: its build was interrupted. Run the command that builds it again, for "
+            "captions `llm2clip embed`; it continues where it stopped."
+        )
+    return FileNotFoundError(f"{folder} is not an embedding cache (no {INDEX}); run `llm2clip embed` to make one.")
+
+
+def lies_beside_shards(folder: str | Path) -> bool:
+    """Tell whether a folder contains shards that lie beside others, at any depth, and no index of its own."""
+    place = open_path(folder)
+    return not (place / INDEX).is_file() and next(iter(place.rglob(BESIDE_SHARDS)), None) is not None

@@ -1,0 +1,85 @@
+"""Verification of stored rows: whether they are what was written, and whether a store is complete."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from llm2clip.store.manifest import MANIFEST_SUFFIX, ROWS_SUFFIX, StoreError, StoreManifest
+from llm2clip.store.shards import ShardFile
+from llm2clip.store.store import BESIDE, INDEX
+from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.remote_path import AnyPath, local_copy
+from llm2clip.utils.verified import Fault, Verified
+
+NAMES = re.compile(rf"(index|shard-\d+|.+{re.escape(BESIDE)}){re.escape(MANIFEST_SUFFIX)}")
+ROWS = re.compile(rf"(shard-\d+|.+{re.escape(BESIDE)}){re.escape(ROWS_SUFFIX)}")
+
+
+def manifest_paths(folder: AnyPath) -> Iterator[AnyPath]:
+    """Yield the manifests of all stored rows below a folder, without hidden folders, which are unfinished."""
+    for path in folder.rglob(f"*{MANIFEST_SUFFIX}"):
+        if NAMES.fullmatch(path.name) and "/." not in str(path).removeprefix(str(folder)):
+            yield path
+
+
+def verify_store(folder: AnyPath) -> tuple[Verified, dict[AnyPath, StoreManifest]]:
+    """Read all stored rows below a folder, and compare them with their checksums.
+
+    Args:
+        folder: Local, or a URL.
+
+    Returns:
+        What was found, and the manifests that can be read.
+    """
+    found, read = Verified(), dict[AnyPath, StoreManifest]()
+    paths = sorted(manifest_paths(folder), key=str)
+    with progress_bar("Verifying shards", len(paths), "shard") as bar:
+        for path in paths:
+            rows = path.with_name(path.name.removesuffix(MANIFEST_SUFFIX) + ROWS_SUFFIX)
+            again = "run the command that wrote it again, which only computes what is missing"
+            try:
+                read[path] = StoreManifest.read(path)
+                again = f"{read[path].about.remedy}, which only computes what is missing"
+                with local_copy(rows) as local:
+                    ShardFile.of(local, read[path], rows).require_unchanged(always=True)
+            except (StoreError, OSError) as error:
+                what = str(error).partition("; ")[0] if isinstance(error, StoreError) else f"{rows}: {error}"
+                found.faults.append(Fault(what, f"delete {path} and {again}"))
+            bar.update(advance=1)
+    for parent in sorted({path.parent for path in [*paths, *_unlisted(folder)]}, key=str):
+        found.faults += _incomplete(parent, read)
+    shards = [manifest for path, manifest in read.items() if path.name != INDEX]
+    found.counts = Counter({"num_shards": len(shards)} if paths else {})
+    for manifest in shards:
+        found.counts[f"num_{manifest.about.unit}s"] += manifest.rows
+    return found, read
+
+
+def _unlisted(folder: AnyPath) -> Iterator[AnyPath]:
+    return (path for path in folder.rglob(f"shard-*{ROWS_SUFFIX}") if ROWS.fullmatch(path.name))
+
+
+def _incomplete(folder: AnyPath, read: dict[AnyPath, StoreManifest]) -> Iterator[Fault]:
+    """Name rows without a manifest, and an index that is missing or does not fit its shards."""
+    inside: list[AnyPath] = sorted(folder.iterdir(), key=str)
+    names = {path.name for path in inside}
+    for path in inside:
+        if ROWS.fullmatch(path.name) and path.name.removesuffix(ROWS_SUFFIX) + MANIFEST_SUFFIX not in names:
+            yield Fault(f"{path} has no manifest: it was not finished", "run the command that writes it again")
+    shards = {
+        path.name.removesuffix(MANIFEST_SUFFIX) + ROWS_SUFFIX: manifest
+        for path, manifest in read.items()
+        if path.parent == folder and path.name.startswith("shard-")
+    }
+    index = read.get(folder / INDEX)
+    listed, remedy = (index.shards, index.about.remedy) if index is not None else ({}, "")
+    if shards and (INDEX not in names or (index is not None and not shards.keys() <= listed.keys())):
+        about = next(iter(shards.values())).about
+        yield Fault(f"the build of {folder} was interrupted", f"{about.remedy}, which goes on with it")
+    for name, (rows, _, checksum) in listed.items():
+        if name not in names and name not in shards:
+            yield Fault(f"the shard {folder / name} is missing", f"{remedy}, which only computes what is missing")
+        elif name in shards and (shards[name].rows, shards[name].checksum) != (rows, checksum):
+            yield Fault(f"{folder / INDEX} does not fit {name}", f"delete {folder / INDEX} and {remedy}")
