@@ -139,7 +139,9 @@ README = {
     EMBED_CAPTIONS: Run(
         needs=(TRAIN_LLM, "data/cc3m"), small=EMBED, makes=("runs/cache/0.emb.manifest",), prints="num_captions: "
     ),
-    EMBED_MINE: Run(needs=(TRAIN_LLM, "data/mine"), makes=("runs/mine_cache/index.manifest",), prints="num_captions: "),
+    EMBED_MINE: Run(
+        needs=(TRAIN_LLM, "data/mine"), makes=("runs/mine_cache/index.manifest",), prints="num_captions: "
+    ),
     "llm2clip embed --dtype float16": Run(
         needs=(TRAIN_LLM, "data/cc3m"),
         meant={"embed": "embed embed_paper"},
