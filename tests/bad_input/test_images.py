@@ -11,8 +11,8 @@ from typing import Any
 import datasets
 import pytest
 
+from llm2clip.checks.check_data import check_data
 from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform, SkippedSample, decode_image
-from llm2clip.data.check_data import check_data
 from llm2clip.data.sampling import SampleIndex
 from llm2clip.data.transforms import decode_tensor
 from llm2clip.search.index import IndexConfig, run

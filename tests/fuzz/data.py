@@ -15,8 +15,8 @@ from typing import Any
 import datasets
 import yaml
 
+from llm2clip.checks.check_data import check_data
 from llm2clip.data import CaptionSource, decode_image, distinct_captions
-from llm2clip.data.check_data import check_data
 from llm2clip.data.shard_rows import count_rows, parquet_rows
 from llm2clip.data.tar_rows import count_tar_rows, numbered_tar_rows, tar_rows
 from llm2clip.data.tars import list_tar

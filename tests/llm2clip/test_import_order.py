@@ -17,6 +17,7 @@ ROOMS = [
     "recipes",
     "store",
     "data",
+    "checks",
     "losses",
     "embedding",
     "evaluation",

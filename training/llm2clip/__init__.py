@@ -35,7 +35,7 @@ MODULES = {
     "llm2clip.hub.push": ["push_folder"],
     "llm2clip.losses": ["clip_loss", "hard_negative_info_nce", "info_nce", "sigmoid_loss"],
     "llm2clip.data": ["CaptionSource", "load_source"],
-    "llm2clip.data.check_data": ["check_data"],
+    "llm2clip.checks.check_data": ["check_data"],
     "llm2clip.embedding": ["embed_captions", "embed_images"],
     "llm2clip.store": ["EmbeddingCache", "StoreManifest", "build_embedding_cache", "caption_manifest"],
     "llm2clip.evaluation": ["caption_retrieval_metrics", "metric_path", "retrieval_metrics"],

@@ -1,3 +1,6 @@
+from llm2clip.checks.check_data import (
+    check_data as check_data,
+)
 from llm2clip.cli import (
     main as main,
 )
@@ -9,9 +12,6 @@ from llm2clip.data import (
 )
 from llm2clip.data import (
     load_source as load_source,
-)
-from llm2clip.data.check_data import (
-    check_data as check_data,
 )
 from llm2clip.embedding import (
     embed_captions as embed_captions,

@@ -21,8 +21,8 @@ from llm2clip.evaluation.benchmarks.data import (
 )
 from llm2clip.evaluation.benchmarks.label_maps import REFUSED, SegmentationData
 from llm2clip.evaluation.check_benchmark import InspectedImages, images_of, texts_of
+from tests.llm2clip.checks.test_token_check import save_tokenizer
 from tests.llm2clip.data.conftest import png
-from tests.llm2clip.data.test_token_check import save_tokenizer
 
 # A set of a stranger: an image for each list of captions.
 MODULE = """

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
-from llm2clip.data import check_data
-from llm2clip.data.checks import (
+from llm2clip.checks import check_data
+from llm2clip.checks.row_checks import (
     BROKEN,
     CaptionCheck,
     Check,
@@ -22,7 +22,7 @@ from llm2clip.data.checks import (
     TextFaultCheck,
     inspect_image,
 )
-from llm2clip.data.token_check import CountingTokenizer, TokenCheck
+from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
 from llm2clip.evaluation.benchmarks import choose_benchmarks
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.counts import check_counts, describe_rows

@@ -13,8 +13,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from llm2clip import cli
+from llm2clip.checks.check_data import check_data
 from llm2clip.data import CaptionSource
-from llm2clip.data.check_data import check_data
 
 
 def save_tokenizer(folder: Path, longest: int | None) -> str:
@@ -37,7 +37,7 @@ def data(tmp_path: Path) -> str:
 
 
 def test_captions_are_counted_by_each_tokenizer(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip.data.token_check.BATCH", 2)
+    monkeypatch.setattr("llm2clip.checks.token_check.BATCH", 2)
     five = save_tokenizer(tmp_path / "five", 5)
     endless = save_tokenizer(tmp_path / "endless", None)
     report = check_data(

@@ -13,10 +13,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from llm2clip import cli
+from llm2clip.checks.check_data import check_data
+from llm2clip.checks.near_duplicates import HashCheck, find_near_duplicates
+from llm2clip.checks.row_checks import ImageFacts, RowFacts
 from llm2clip.data import CaptionSource
-from llm2clip.data.check_data import check_data
-from llm2clip.data.checks import ImageFacts, RowFacts
-from llm2clip.data.duplicates import HashCheck, find_copies
 
 
 def check_of(hashes: dict[str, int]) -> HashCheck:
@@ -27,19 +27,19 @@ def check_of(hashes: dict[str, int]) -> HashCheck:
 
 
 def test_the_nearest_picture_within_four_bits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip.data.duplicates.BLOCK", 6)  # two rows of three at once
+    monkeypatch.setattr("llm2clip.checks.near_duplicates.BLOCK", 6)  # two rows of three at once
     originals = check_of({"a": 0, "b": 0xFFFF_0000_FFFF_0000, "c": 2**64 - 1})
     numbers = {"same": 0, "near": 0xFFFF_0000_FFFF_000F, "far": 0xFFFF_0000_FFFF_001F, "top": 2**63 - 1}
-    assert find_copies(check_of(numbers), originals) == [("same", "a", 0), ("near", "b", 4), ("top", "c", 1)]
-    assert find_copies(check_of(numbers), originals, near=5)[2] == ("far", "b", 5)
-    assert find_copies(HashCheck(), originals) == find_copies(originals, HashCheck()) == []
+    assert find_near_duplicates(check_of(numbers), originals) == [("same", "a", 0), ("near", "b", 4), ("top", "c", 1)]
+    assert find_near_duplicates(check_of(numbers), originals, near=5)[2] == ("far", "b", 5)
+    assert find_near_duplicates(HashCheck(), originals) == find_near_duplicates(originals, HashCheck()) == []
 
 
 def test_distances_are_those_of_the_bits() -> None:
     generator = random.Random(0)
     numbers = {str(row): generator.getrandbits(64) for row in range(40)}
     others = {str(row): generator.getrandbits(64) for row in range(30)}
-    found = find_copies(check_of(numbers), check_of(others), near=64)
+    found = find_near_duplicates(check_of(numbers), check_of(others), near=64)
     for copy in found:
         distances = {key: (numbers[copy.key] ^ number).bit_count() for key, number in others.items()}
         assert copy.distance == min(distances.values())

@@ -11,13 +11,12 @@ import datasets
 import pytest
 
 from llm2clip import cli
+from llm2clip.checks.check_data import check_data
+from llm2clip.checks.row_checks import distribution
 from llm2clip.data import CaptionSource
 from llm2clip.data.captioned_images import caption_batches
-from llm2clip.data.check_data import check_data
-from llm2clip.data.checks import distribution
+from tests.llm2clip.data.conftest import CONCEPTS, png
 from tests.tars import write_tar
-
-from .conftest import CONCEPTS, png
 
 GARBLED = "Lézard".encode().decode("cp1252")
 # Key, image, and captions. 21 x 20 pixels are above max_pixels.

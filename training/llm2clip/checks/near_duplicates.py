@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llm2clip.data.checks import Finding, RowFacts
+from llm2clip.checks.row_checks import Finding, RowFacts
 from llm2clip.utils.inner_products import inner_products
 
 HASH_BITS = 64
@@ -37,7 +37,7 @@ class PerceptualHash:
         return int(str(imagehash.phash(image)), 16)
 
 
-class Copy(NamedTuple):
+class NearDuplicate(NamedTuple):
     """A picture and the nearest one of another split.
 
     Attributes:
@@ -66,7 +66,7 @@ class HashCheck:
         return {}
 
 
-def find_copies(copies: HashCheck, originals: HashCheck, near: int = NEAR) -> list[Copy]:
+def find_near_duplicates(copies: HashCheck, originals: HashCheck, near: int = NEAR) -> list[NearDuplicate]:
     """Find the pictures of one split that are also in another.
 
     Args:
@@ -85,7 +85,7 @@ def find_copies(copies: HashCheck, originals: HashCheck, near: int = NEAR) -> li
         distances = ((HASH_BITS - nearest.values) / 2).to(torch.int64)
         for row in (distances <= near).nonzero().flatten().tolist():
             original = originals.keys[int(nearest.indices[row])]
-            found.append(Copy(copies.keys[start + row], original, int(distances[row])))
+            found.append(NearDuplicate(copies.keys[start + row], original, int(distances[row])))
     return found
 
 

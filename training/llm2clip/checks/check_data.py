@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from llm2clip.data.checks import CaptionCheck, Check, Finding, ImageCheck, RowCheck, RowReader, TextFaultCheck
-from llm2clip.data.duplicates import HASH_BITS, HashCheck, PerceptualHash, find_copies
+from llm2clip.checks.near_duplicates import HASH_BITS, HashCheck, PerceptualHash, find_near_duplicates
+from llm2clip.checks.row_checks import CaptionCheck, Check, Finding, ImageCheck, RowCheck, RowReader, TextFaultCheck
+from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
 from llm2clip.data.records import OnError
 from llm2clip.data.rows import CaptionRows, StreamedRows
 from llm2clip.data.sources import CaptionSource
-from llm2clip.data.token_check import CountingTokenizer, TokenCheck
 from llm2clip.utils.files import write_json
 from llm2clip.utils.identity import data_revision
 from llm2clip.utils.processes import worker_count
@@ -158,7 +158,7 @@ def check_data(
 
 def _copies(own: HashCheck, other: HashCheck) -> Finding:
     finding = Finding()
-    for copy in find_copies(own, other):
+    for copy in find_near_duplicates(own, other):
         finding.add(copy.key, f"{copy.original} differs in {copy.distance} of {HASH_BITS} bits")
     return finding
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llm2clip.data.checks import Finding, RowFacts, distribution
+from llm2clip.checks.row_checks import Finding, RowFacts, distribution
 
 # Captions that are tokenized at once.
 BATCH = 1000

@@ -1,0 +1,7 @@
+"""The small data sets of the tests of `data`."""
+
+from __future__ import annotations
+
+from tests.llm2clip.data.conftest import _prepared, _private_cache, image_processor, made
+
+__all__ = ["_prepared", "_private_cache", "image_processor", "made"]
