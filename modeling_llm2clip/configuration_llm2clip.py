@@ -29,7 +29,7 @@ def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}.")
 
 
-def lift_windows(holder: Any) -> None:
+def disable_sliding_window(holder: Any) -> None:
     """Let a config, or a layer of a decoder, attend to whole captions instead of a sliding window, in place."""
     for name in WINDOW_FIELDS:
         window = vars(holder).get(name)
@@ -201,7 +201,7 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
             self.decoder_config.is_causal = not bidirectional
         self.decoder_config.use_cache = False
         if bidirectional:
-            lift_windows(self.decoder_config)
+            disable_sliding_window(self.decoder_config)
         self.pooling = pooling
         self.prompt_prefix = prompt_prefix
         self.prompt_suffix = prompt_suffix

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_llm2clip import lift_windows
+from .configuration_llm2clip import disable_sliding_window
 from .modeling_llm2clip_packing import IS_CAUSAL_COUNTS, takes_additive_mask
 from .modeling_llm2clip_utils import execution_device
 
@@ -38,10 +38,10 @@ LAYER_FIELDS = ("layer_types", "layers_block_type", "block_types", "hybrid_overr
 WORKING = "llama, qwen2, qwen3, mistral, gemma3_text or phi3"
 
 
-def lift_windows_of_layers(decoder: nn.Module) -> None:
+def disable_sliding_windows(decoder: nn.Module) -> None:
     """Let every token attend to the whole caption where the mask does not decide it: in flash attention, in place."""
     for holder in (decoder.config, *decoder.modules()):
-        lift_windows(holder)
+        disable_sliding_window(holder)
 
 
 def attention_kind(decoder: Any) -> str:

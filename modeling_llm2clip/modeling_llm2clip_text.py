@@ -37,7 +37,7 @@ from .modeling_llm2clip_backbone import (
     text_model_class,
 )
 from .modeling_llm2clip_packing import avoid_sdpa_without_softcap, packed_mask, padded_mask
-from .modeling_llm2clip_probe import change_attention, lift_windows_of_layers, verify_decoder
+from .modeling_llm2clip_probe import change_attention, disable_sliding_windows, verify_decoder
 from .modeling_llm2clip_utils import (
     adopt_submodel,
     apply_umask,
@@ -97,7 +97,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         self.packing_verdicts: dict[str, bool] = {}
         if decoder is not None:
             if config.bidirectional:
-                lift_windows_of_layers(decoder)
+                disable_sliding_windows(decoder)
             verify_decoder(self)
 
     @classmethod
@@ -187,12 +187,12 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             # With a config, which has its own prompt, no tokenizer is read.
             model = cls.from_decoder(name, decoder_kwargs=kwargs, **({} if config is None else {"prompt_prefix": ""}))
             if config is not None:
-                model = cls._around(model, config)
+                model = cls._with_config(model, config)
         verify_decoder(model, saved=True)
         return (model, info) if wants_info else model
 
     @classmethod
-    def _around(cls, tower: LLM2CLIPTextModel, config: LLM2CLIPTextConfig) -> LLM2CLIPTextModel:
+    def _with_config(cls, tower: LLM2CLIPTextModel, config: LLM2CLIPTextConfig) -> LLM2CLIPTextModel:
         """Give the text model of a tower another prompt and pooling."""
         config = copy.deepcopy(config)
         if config.dense != tower.config.dense:
@@ -222,7 +222,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         # The base model may be a text tower too, with its own weights or its own adapter.
         base = cls.from_pretrained(adapter.base_model_name_or_path, **base_kwargs)
         base.merge_adapter()
-        model = cls._around(base, config or base.config)
+        model = cls._with_config(base, config or base.config)
         stored = _stored_dtype(adapter.base_model_name_or_path, hub_arguments(base_kwargs))
         model.has_rounded_base = base.has_rounded_base or str(base.dtype) not in ("torch.float32", f"torch.{stored}")
         model.decoder = peft.PeftModel.from_pretrained(base.decoder, name, **hub)

@@ -73,12 +73,12 @@ def _inputs(count: int) -> tuple[Path, str]:
 
 def _ours(count: int = IMAGES) -> Work:
     from llm2clip.evaluation.benchmarks.image_folder import read_image_folder
-    from llm2clip.evaluation.encoders import open_encoder
+    from llm2clip.evaluation.encoders import load_encoder
     from llm2clip.evaluation.protocols.classification import ZeroShotClassification
     from llm2clip.evaluation.session import EvaluationSession
 
     folder, weights = _inputs(count)
-    encoder = open_encoder(f"open_clip:{NAME}/{weights}", device="cpu")
+    encoder = load_encoder(f"open_clip:{NAME}/{weights}", device="cpu")
 
     def work() -> Outcome:
         session = EvaluationSession(encoder, batch_size=BATCH, num_workers=WORKERS)

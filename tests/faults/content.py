@@ -16,7 +16,7 @@ from safetensors import safe_open
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.utils.locks import LOCK, OWNER
 from llm2clip.utils.logs import ERROR_FILE, LOG_FILE
-from llm2clip.utils.manifests import FOLDER_MANIFEST, SEAL
+from llm2clip.utils.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM
 
 # Files that say how a run went and not what it made.
 IGNORED = {LOCK, OWNER, LOG_FILE, ERROR_FILE}
@@ -26,7 +26,7 @@ TENSORS = {".pt", ".pth"}
 # A tokenizer is saved with the padding of its last call, and a run without a step makes none.
 VOLATILE = re.compile(
     r".*_runtime|.*_per_second|padding|truncation|mtime_ns|date|seconds|versions|stored|reused_steps"
-    rf"|{SEAL}"  # of such fields too
+    rf"|{MANIFEST_CHECKSUM}"  # of such fields too
 )
 INDEX = "images.lance"
 UNREADABLE = "unreadable: "

@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from llm2clip.store.verify import NAMES
-from llm2clip.utils.manifests import SEAL, sealed
+from llm2clip.utils.manifests import MANIFEST_CHECKSUM, with_checksum
 from tests.bad_input.documents import changed
 from tests.damage import mutated
 
@@ -50,8 +50,8 @@ class Seeds:
         if (is_list or NAMES.fullmatch(Path(name).name)) and generator.random() < 0.7:
             document = changed(json.loads(content), generator.randrange(2**32))
             # Someone who writes a list of files by hand computes its checksum too; that of stored rows is trusted.
-            if is_list and isinstance(document, dict) and SEAL in document and generator.random() < 0.8:
-                document = sealed({key: value for key, value in document.items() if key != SEAL})
+            if is_list and isinstance(document, dict) and MANIFEST_CHECKSUM in document and generator.random() < 0.8:
+                document = with_checksum({key: value for key, value in document.items() if key != MANIFEST_CHECKSUM})
             return json.dumps(document).encode()
         other = generator.choice(list(generator.choice(self.samples).values()))
         for _ in range(generator.choice((1, 1, 1, 2, 4))):

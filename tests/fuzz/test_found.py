@@ -24,7 +24,7 @@ from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.store import StoreManifest, StoreMismatchError
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.files import read_json, write_json
-from llm2clip.utils.manifests import FOLDER_MANIFEST, sealed, write_manifest
+from llm2clip.utils.manifests import FOLDER_MANIFEST, with_checksum, write_manifest
 from llm2clip.utils.settings import build_config
 from llm2clip.verification.kinds import verify_folder
 from tests.fuzz import stores
@@ -236,7 +236,7 @@ def test_settings_of_the_trainer_are_refused_by_name(name: str, value: Any, tmp_
 
 
 def test_the_manifest_of_a_folder_may_have_any_name_of_a_file(tmp_path: Path) -> None:
-    write_json(tmp_path / FOLDER_MANIFEST, sealed({"written_by": "llm2clip build", "files": {"a\0b": 1}}))
+    write_json(tmp_path / FOLDER_MANIFEST, with_checksum({"written_by": "llm2clip build", "files": {"a\0b": 1}}))
     (fault,) = verify_folder(tmp_path).faults
     assert "is missing" in str(fault)
 

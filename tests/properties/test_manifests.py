@@ -20,14 +20,14 @@ from llm2clip.trainers.checkpoints import finish_checkpoint, last_checkpoint
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.manifests import (
     FOLDER_MANIFEST,
+    MANIFEST_CHECKSUM,
     MODEL_MANIFEST,
-    SEAL,
     damage,
     faults,
     foreign_files,
     listed_files,
     own_files,
-    sealed,
+    with_checksum,
     write_manifest,
     write_model_manifest,
     written_by,
@@ -162,8 +162,8 @@ def test_a_list_of_files_with_any_value_is_read_or_refused(manifest: str, value:
             inner = parent[list(parent)[number % len(parent)]]
             parent = inner if isinstance(inner, dict) else parent
         parent[list(parent)[place_of[-1] % len(parent)]] = value
-        if SEAL in fields:
-            fields = sealed({name: value for name, value in fields.items() if name != SEAL})
+        if MANIFEST_CHECKSUM in fields:
+            fields = with_checksum({name: value for name, value in fields.items() if name != MANIFEST_CHECKSUM})
         write_json(checkpoint / manifest, fields)
         for door in (
             lambda: listed_files(checkpoint),

@@ -39,6 +39,9 @@ from llm2clip.evaluation.benchmarks.data import (
 from llm2clip.evaluation.clip_benchmark import (
     load_clip as load_clip,
 )
+from llm2clip.evaluation.encoders import (
+    load_encoder as load_encoder,
+)
 from llm2clip.evaluation.heat_map import (
     patch_similarity as patch_similarity,
 )

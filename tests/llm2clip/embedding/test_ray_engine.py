@@ -15,7 +15,7 @@ from llm2clip import cli, closed_form_alignment
 from llm2clip.embedding.embed import EmbedConfig, run
 from llm2clip.embedding.embed_shards import ShardEmbedder, ShardJob, list_jobs
 from llm2clip.embedding.ray_engine import RayOptions, embed_with_ray
-from llm2clip.utils.manifests import SEAL, sealed
+from llm2clip.utils.manifests import MANIFEST_CHECKSUM, with_checksum
 from tests.documents.reading import blocks
 from tests.llm2clip.conftest import Inputs
 from tests.llm2clip.embedding.shards import Counting, description, embed, write_shards
@@ -148,8 +148,8 @@ def test_the_command_starts_ray_and_writes_the_sidecars_of_processes(inputs: Inp
     path = tmp_path / "ray" / "0.emb.manifest"
     fields = json.loads(path.read_text())
     fields["identity"]["max_length"] = 5
-    del fields[SEAL]
-    path.write_text(json.dumps(sealed(fields)))
+    del fields[MANIFEST_CHECKSUM]
+    path.write_text(json.dumps(with_checksum(fields)))
     with pytest.raises(ValueError, match="max_length 5, but this run has max_length"):
         run(config)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm2clip.evaluation import row_store
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages
-from llm2clip.evaluation.encoders import open_encoder
+from llm2clip.evaluation.encoders import load_encoder
 from llm2clip.evaluation.session import EvaluationSession
 from llm2clip.utils.non_finite import NonFiniteError
 from llm2clip.utils.processes import leave_process_group
@@ -67,13 +67,13 @@ class Counted:
 
 
 def session(model: Path, store: Path | None, **options: Any) -> EvaluationSession:
-    return EvaluationSession(open_encoder(str(model)), store, batch_size=2, **options)
+    return EvaluationSession(load_encoder(str(model)), store, batch_size=2, **options)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_rows_are_those_of_the_encoder_stored_or_not(model: Path, tmp_path: Path, num_workers: int) -> None:
     images = pictures(0, 1, 2, 1, 3)
-    encoder = open_encoder(str(model))
+    encoder = load_encoder(str(model))
     rows = [encoder.prepare(images.decode(row, row_image), "image") for row in range(5)]
     inputs = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
     for store in (None, tmp_path, tmp_path):
@@ -183,7 +183,7 @@ def test_texts_come_in_parts_and_are_computed_together(
 def test_another_model_has_its_own_rows(model: Path, tmp_path: Path) -> None:
     images = pictures(0, 1)
     before = session(model, tmp_path / "store").embed_images(images)
-    changed = open_encoder(str(model))
+    changed = load_encoder(str(model))
     changed.model.visual_projection.weight.data[0] += 1
     changed.model.save_pretrained(tmp_path / "model")
     changed.tokenizer.save_pretrained(tmp_path / "model")

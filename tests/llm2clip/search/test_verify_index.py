@@ -14,7 +14,7 @@ from llm2clip import cli
 from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.search.lance_store import HINT
 from llm2clip.search.verify_index import verify_index
-from llm2clip.utils.manifests import FOLDER_MANIFEST, SEAL, sealed
+from llm2clip.utils.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM, with_checksum
 from modeling_llm2clip import LLM2CLIPModel
 from tests.damage import flip
 
@@ -97,9 +97,9 @@ def test_the_copy_of_an_index_at_a_url_is_read_and_its_list_is_not_trusted(
     output = tmp_path / "index"
     index(pictures, model[0], output)
     fields = json.loads((output / FOLDER_MANIFEST).read_text())
-    del fields["sha256"], fields[SEAL]
+    del fields["sha256"], fields[MANIFEST_CHECKSUM]
     fields["files"]["manifest.json"] += 7
-    (output / FOLDER_MANIFEST).write_text(json.dumps(sealed(fields)))
+    (output / FOLDER_MANIFEST).write_text(json.dumps(with_checksum(fields)))
     found = verify_index(output)
     assert found.faults == []
     assert found.remarks == [f"{output} has no checksums of its files, since it was written at a URL."]

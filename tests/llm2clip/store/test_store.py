@@ -21,7 +21,7 @@ from llm2clip.store import (
     StoreMismatchError,
 )
 from llm2clip.utils.files import sha256
-from llm2clip.utils.manifests import SEAL, sealed
+from llm2clip.utils.manifests import MANIFEST_CHECKSUM, with_checksum
 from tests.damage import flip
 from tests.llm2clip.data.conftest import CONCEPTS
 
@@ -197,10 +197,10 @@ def test_a_shard_is_read_for_its_checksum_once_until_it_changes(
 
 
 def _edit(folder: Path, **fields: object) -> None:
-    """Change fields of the manifest, and its checksum with them; None removes a field."""
+    """Change fields of the manifest, and its checksum with them."""
     manifest = {**json.loads((folder / "index.manifest").read_text()), **fields}
-    removed = {SEAL, *(name for name, value in fields.items() if value is None)}
-    (folder / "index.manifest").write_text(json.dumps(sealed({k: v for k, v in manifest.items() if k not in removed})))
+    del manifest[MANIFEST_CHECKSUM]
+    (folder / "index.manifest").write_text(json.dumps(with_checksum(manifest)))
 
 
 def test_invalid_manifests_are_refused(cache_folder: Path, tmp_path: Path) -> None:

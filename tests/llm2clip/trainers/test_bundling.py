@@ -32,11 +32,11 @@ ALONE = """
 import sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from llm2clip.utils.processes import work_alone
+from llm2clip.utils.processes import run_while_others_wait
 rank = int(sys.argv[2])
 dist.init_process_group("gloo", f"file://{sys.argv[1]}", timedelta(seconds=1), world_size=2, rank=rank)
 start = time.monotonic()
-work_alone(lambda: time.sleep(3), here=rank == 0)
+run_while_others_wait(lambda: time.sleep(3), here=rank == 0)
 assert time.monotonic() - start > 2.5
 dist.destroy_process_group()
 """

@@ -22,7 +22,7 @@ from llm2clip.store.manifest import manifest_path
 from llm2clip.store.shards import write_shard
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.utils.manifests import SEAL, sealed
+from llm2clip.utils.manifests import MANIFEST_CHECKSUM, with_checksum
 from llm2clip.utils.settings import build_config
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
@@ -161,8 +161,8 @@ def test_sidecars_that_do_not_fit_are_refused_before_training(inputs: Inputs, ta
     for path in sorted((tmp_path / "one").glob("*.manifest")):
         fields = json.loads(path.read_text())
         fields["identity"]["fingerprint"] = "2-" + 64 * "0"
-        del fields[SEAL]
-        path.write_text(json.dumps(sealed(fields)))
+        del fields[MANIFEST_CHECKSUM]
+        path.write_text(json.dumps(with_checksum(fields)))
     with pytest.raises(StoreMismatchError, match="but the text encoder in use has fingerprint"):
         train(tmp_path / "run", inputs, tmp_path / "one", tars, **drawn)
 

@@ -153,10 +153,10 @@ def test_a_job_that_gets_sigterm_goes_on_as_if_unbroken(
     process = begin(fields)
     wait_for(broken / "checkpoint-5" / "trainer_state.json", process)
     os.killpg(process.pid, signal.SIGTERM)
-    begun = time.monotonic()
+    resumed_run = time.monotonic()
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 143, error[-3000:]
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - resumed_run < 30
     assert "Traceback" not in error
     stopped = newest(broken)
     assert f"SIGTERM: {stopped.name} is saved in {broken}" in error
@@ -211,9 +211,9 @@ def test_a_rank_that_dies_brings_the_others_down(inputs: Inputs, tmp_path: Path)
     wait_for(tmp_path / "run" / "checkpoint-5" / ".llm2clip.json", process)
     ranks = children(process)
     os.kill(ranks[1], signal.SIGKILL)
-    begun = time.monotonic()
+    resumed_run = time.monotonic()
     error = process.communicate(timeout=120)[1]
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - resumed_run < 60
     assert process.returncode != 0
     assert f"Signal 9 (SIGKILL) received by PID {ranks[1]}" in error
     for rank in ranks:

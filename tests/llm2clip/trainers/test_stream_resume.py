@@ -149,19 +149,19 @@ def test_one_process_goes_on_where_two_were(streaming: bool, inputs: Inputs, tar
     recipe.write_text(json.dumps(fields))
     module = ["-m", "tests.llm2clip.trainers.test_stream_resume", str(recipe)]
     run_ranks(module, 2)
-    begun = broken_after(tmp_path / "run", tmp_path / "alone", 2)
+    resumed_run = broken_after(tmp_path / "run", tmp_path / "alone", 2)
     first = [(tmp_path / f"keys-{rank}").read_text().split()[:16] for rank in range(2)]
     for rank in range(2):
         (tmp_path / f"keys-{rank}").unlink()
-    changes = {"output_dir": str(begun), "resume_from_checkpoint": str(begun / "checkpoint-2")}
+    changes = {"output_dir": str(resumed_run), "resume_from_checkpoint": str(resumed_run / "checkpoint-2")}
     recipe.write_text(json.dumps(fields | changes))
     train_noting_keys(recipe)
     rest = (tmp_path / "keys-0").read_text().split()
     assert len(rest) == 32, "two steps with the batch of two processes"
     assert len({*first[0], *first[1], *rest}) == 64
-    state = json.loads((begun / "checkpoint-4" / "trainer_state.json").read_text())
+    state = json.loads((resumed_run / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["epoch"] == pytest.approx(64 / (TARS * PER_TAR if streaming else 64))
-    assert losses_of(begun) == pytest.approx(losses_of(tmp_path / "run"), abs=1e-4)
+    assert losses_of(resumed_run) == pytest.approx(losses_of(tmp_path / "run"), abs=1e-4)
 
 
 def losses_of(folder: Path) -> list[float]:

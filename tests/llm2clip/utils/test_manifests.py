@@ -12,17 +12,17 @@ from llm2clip.embedding.image_embedder import ImageEmbedder
 from llm2clip.utils.files import read_json, sha256
 from llm2clip.utils.manifests import (
     FOLDER_MANIFEST,
+    MANIFEST_CHECKSUM,
     MODEL_MANIFEST,
-    SEAL,
     damage,
     faults,
+    fits_checksum,
     folder_files,
     foreign_files,
-    is_intact,
     listed_files,
     refuse_changed_model,
     refuse_damaged,
-    sealed,
+    with_checksum,
     write_manifest,
     write_model_manifest,
 )
@@ -78,8 +78,8 @@ def test_a_changed_model_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_list_that_was_written_at_a_url_has_sizes_alone(tmp_path: Path) -> None:
     write_manifest(model(tmp_path), "build")
     fields = read_json(tmp_path / FOLDER_MANIFEST)
-    del fields["sha256"], fields[SEAL]
-    (tmp_path / FOLDER_MANIFEST).write_text(json.dumps(sealed(fields)))
+    del fields["sha256"], fields[MANIFEST_CHECKSUM]
+    (tmp_path / FOLDER_MANIFEST).write_text(json.dumps(with_checksum(fields)))
     with flip(tmp_path / "config.json"):
         assert damage(tmp_path, contents=True) is None
     (tmp_path / "config.json").write_text("cut")
@@ -127,8 +127,8 @@ def test_a_list_that_leaves_its_folder_is_refused(name: str, manifest: str, tmp_
     write_manifest(tmp_path, "build")
     fields = read_json(tmp_path / manifest)
     fields["files"][name] = 1
-    if fields.pop(SEAL, None):  # which whoever writes such a list can compute
-        fields = sealed(fields)
+    if fields.pop(MANIFEST_CHECKSUM, None):  # which whoever writes such a list can compute
+        fields = with_checksum(fields)
     (tmp_path / manifest).write_text(json.dumps(fields))
     assert "is outside of the folder" in next(faults(tmp_path))
 
@@ -143,8 +143,8 @@ def test_a_changed_list_is_blamed_and_not_the_files(tmp_path: Path) -> None:
 
 def test_the_fields_of_a_manifest_are_sealed() -> None:
     fields = {"name": "über", "shards": [1, 2], "share": 0.1}
-    written = json.loads(json.dumps(sealed(fields)))
-    assert is_intact(written)
-    assert not is_intact(fields)
-    assert not is_intact({**written, "share": 0.2})
-    assert not is_intact({**written, "more": 1})
+    written = json.loads(json.dumps(with_checksum(fields)))
+    assert fits_checksum(written)
+    assert not fits_checksum(fields)
+    assert not fits_checksum({**written, "share": 0.2})
+    assert not fits_checksum({**written, "more": 1})

@@ -164,3 +164,14 @@ def test_rates_and_durations_are_formatted_for_people() -> None:
         "2.0 it/s",
     ]
     assert [format_seconds(value) for value in (5, 65, 3661)] == ["0:05", "1:05", "1:01:01"]
+
+
+@pytest.mark.parametrize("variable", progress.RANKS)
+def test_one_process_of_any_launcher_is_the_main_one(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in progress.RANKS:
+        monkeypatch.delenv(name, raising=False)
+    assert progress.is_main_process()
+    monkeypatch.setenv(variable, "1")
+    assert not progress.is_main_process()
+    monkeypatch.setenv(variable, "0")
+    assert progress.is_main_process()

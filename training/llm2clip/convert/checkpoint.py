@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm2clip.utils.files import read_json
-from llm2clip.utils.library_errors import reading
+from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.repos import is_hub_id
 
 # Keys under which training code stores the weights in a checkpoint.
@@ -100,7 +100,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         return Checkpoint(pickles[0], path, pickles)
     for name in INDEX_FILES:
         if (path / name).is_file():
-            with reading(path / name):
+            with wrap_read_errors(path / name):
                 files = sorted(set(read_json(path / name).get("weight_map", {}).values()))
             missing = [file for file in files if not (path / file).is_file()]
             if missing or not files:

@@ -20,7 +20,7 @@ from llm2clip.hub.cards.card import license_of, write_card
 from llm2clip.hub.cards.facts import JOINT_TASK, VISION_TASK, CardFacts
 from llm2clip.utils.files import atomic_file, read_json
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested, resolved
-from llm2clip.utils.library_errors import reading
+from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.manifests import refuse_damaged
 from llm2clip.utils.repos import RepoKind, hub_ids, inspect_repo
 from llm2clip.utils.settings import build_config, setting
@@ -113,7 +113,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
 def _convert_joint(checkpoint: Checkpoint, folder: Path, config: ConvertConfig) -> dict[str, Any]:
     plan = plan_joint(checkpoint, config)
     print_report(plan)
-    with reading(checkpoint.path):
+    with wrap_read_errors(checkpoint.path):
         model = plan.build(config.seed)
     model.save_pretrained(folder)
     _write_processor(plan, checkpoint, folder)
@@ -166,14 +166,14 @@ def _is_number(value: Any) -> bool:
 
 def _verify(folder: Path, plan: JointPlan, source: Path) -> None:
     """Load the written folder and compare its weights with the plan; `source` is for messages."""
-    with reading(source):
+    with wrap_read_errors(source):
         model = plan.model_class.from_pretrained(folder, **plan.loading)
     state = model.state_dict()
     for name, tensor in plan.tensors.items():
         if not torch.equal(state[name].float(), tensor.float()):
             raise RuntimeError(f"{name} changed when it was saved; please report this.")
     size = plan.vision_config.image_size
-    with reading(source), torch.inference_mode():
+    with wrap_read_errors(source), torch.inference_mode():
         output = model(pixel_values=torch.zeros(1, 3, size, size, dtype=model.dtype)).pooler_output
     if not output.isfinite().all():
         raise ValueError(f"{source}: the outputs of the converted model for a gray image are not finite.")

@@ -20,7 +20,7 @@ from llm2clip.convert.checkpoint import Checkpoint, open_checkpoint
 from llm2clip.hub.cards.card import license_of, write_card
 from llm2clip.hub.cards.facts import TEXT_TASK, CardFacts
 from llm2clip.utils.files import write_json
-from llm2clip.utils.library_errors import reading
+from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.progress import track
 from llm2clip.utils.prompts import original_prompt
 from llm2clip.utils.repos import hub_ids
@@ -69,9 +69,9 @@ def convert_text_tower(
     print(f"recognized: an LLM of type {fields['model_type']}, {len(checkpoint)} tensors, {files} file(s)")
     print(f"prompt of {name!r}: " + (f"{prefix!r} caption {suffix!r}" if prefix or suffix else "none"))
     fields.pop("auto_map", None)
-    with reading(checkpoint.folder / "config.json"):
+    with wrap_read_errors(checkpoint.folder / "config.json"):
         decoder_config = CONFIG_MAPPING[fields.pop("model_type")].from_dict(fields)
-    with reading(checkpoint.folder):
+    with wrap_read_errors(checkpoint.folder):
         tokenizer, prompt = prompted(
             AutoTokenizer.from_pretrained(checkpoint.folder), {"prompt_prefix": prefix, "prompt_suffix": suffix}
         )
@@ -97,11 +97,11 @@ def _stream(
     checkpoint: Checkpoint, config: LLM2CLIPTextConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     assert checkpoint.folder is not None
-    with reading(checkpoint.folder / "config.json"), torch.device("meta"):
+    with wrap_read_errors(checkpoint.folder / "config.json"), torch.device("meta"):
         model = LLM2CLIPTextModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     names, dropped = _names(checkpoint)
-    with reading(checkpoint.path):
+    with wrap_read_errors(checkpoint.path):
         _compare(expected, {ours: checkpoint.shapes[theirs] for theirs, ours in names.items()})
     print(f"renamed ({len(names)}): {_prefix(checkpoint)}* -> {DECODER}*")
     for theirs, reason in dropped:
@@ -133,7 +133,7 @@ def _stream(
     tokenizer.save_pretrained(folder)
     make_readable_by_version_4(folder)
     _compare(expected, written.shapes)
-    with reading(checkpoint.folder):
+    with wrap_read_errors(checkpoint.folder):
         config.verified_attention = _probe(folder)
     config.save_pretrained(folder)
 

@@ -14,7 +14,7 @@ from llm2clip.convert.original import joint_config
 from llm2clip.convert.renaming import Layout, Rule, linears, unchanged
 from llm2clip.convert.vision_towers import TowerKind, config_of_shapes, find_tower
 from llm2clip.utils.files import read_json
-from llm2clip.utils.library_errors import reading
+from llm2clip.utils.library_errors import wrap_read_errors
 from modeling_llm2clip import EVA02VisionConfig, EVA02VisionModel, LLM2CLIPConfig, LLM2CLIPModel
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def plan_joint(checkpoint: Checkpoint, settings: ConvertConfig) -> JointPlan:
             names the first few.
     """
     known = _read_model_config(settings.model_config)
-    with reading(checkpoint.path):
+    with wrap_read_errors(checkpoint.path):
         return _checked_plan(checkpoint, settings, known)
 
 
@@ -63,7 +63,7 @@ def _read_model_config(path: str | None) -> LLM2CLIPConfig | None:
     missing = [key for key in ("embed_dim", "vision_cfg") if key not in fields]
     if missing:
         raise ValueError(f"{path} is not a model_configs JSON of the original code: it lacks {', '.join(missing)}.")
-    with reading(path):
+    with wrap_read_errors(path):
         return joint_config({"quick_gelu": True, **fields})
 
 

@@ -26,7 +26,7 @@ from llm2clip.data.tar_rows import refuse_damaged_tars
 from llm2clip.data.transforms import EvalTransform, TrainTransform
 from llm2clip.store import EmbeddingCache, MissingCaptionError
 from llm2clip.store.captions import caption_keys
-from llm2clip.utils.library_errors import reading
+from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.progress import progress_bar
 from llm2clip.utils.settings import check_choices
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
@@ -215,7 +215,7 @@ class StreamingCaptionImageDataset(StreamedRows):
         def embedding(row: StreamRow) -> tuple[tuple[RowCaptions, str], Tensor | None] | None:
             key = self._key(row)
             try:
-                drawn = self.make_sample.draw(row.values, key, self.columns, self._salt(epoch, key))
+                drawn = self.make_sample.draw(row.values, key, self.columns, self._sample_seed(epoch, key))
             except SampleError:
                 return None  # reported when the sample is made
             try:
@@ -229,7 +229,7 @@ class StreamingCaptionImageDataset(StreamedRows):
         if row.attached is None:
             return super()._make(row, epoch)
         (drawn, embedding), key = row.attached, self._key(row)
-        sample = self.make_sample(row.values, key, self.columns, self._salt(epoch, key), drawn)
+        sample = self.make_sample(row.values, key, self.columns, self._sample_seed(epoch, key), drawn)
         if isinstance(sample, SkippedSample):
             return sample
         if embedding is None:
@@ -271,7 +271,7 @@ def captions_by_row(table: Table, columns: Sequence[str]) -> Iterator[list[list[
 
 def _with_place(found: Iterator[list[list[str]]], path: str) -> Iterator[list[list[str]]]:
     """Name the source where a caption is not text, or a file is damaged."""
-    with reading(path, SourceError):
+    with wrap_read_errors(path, SourceError):
         try:
             yield from found
         except TypeError as error:

@@ -16,7 +16,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from llm2clip.data.json_lines import guard_json
-from llm2clip.utils.library_errors import reading
+from llm2clip.utils.library_errors import wrap_read_errors
 
 guard_json()
 
@@ -172,7 +172,7 @@ def file_format(file: str) -> str:
 
 
 def _from_disk(folder: Path, split: str, streaming: bool) -> OpenedTable:
-    with reading(folder, SourceError):
+    with wrap_read_errors(folder, SourceError):
         loaded = datasets.load_from_disk(str(folder))
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:

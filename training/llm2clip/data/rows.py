@@ -39,7 +39,7 @@ from llm2clip.data.streams import (
 )
 from llm2clip.data.table_identity import rows_digest, sampled_files_digest
 from llm2clip.utils.files import digest_json
-from llm2clip.utils.library_errors import reading
+from llm2clip.utils.library_errors import wrap_read_errors
 
 # Makes a sample of a row, its key, the columns of its source, and what the random parts depend on besides the seed
 # (None: nothing is random).
@@ -93,7 +93,7 @@ class CaptionRows(ConcatenatedTables):
 
     def __getitem__(self, index: SampleIndex | int) -> Any:
         epoch, position, number, offset = self.locate(index)
-        with reading(self.sources[number].path, SourceError):
+        with wrap_read_errors(self.sources[number].path, SourceError):
             row = self.tables[number][offset]
         salt = None if epoch is None else (epoch, position)
         return self.make_sample(row, self._key(number, offset, row), self.columns[number], salt)
@@ -234,9 +234,9 @@ class StreamedRows(SampleStream):
     def _make(self, row: StreamRow, epoch: int) -> Any:
         """Make the sample of a row."""
         key = self._key(row)
-        return self.make_sample(row.values, key, self.columns, self._salt(epoch, key))
+        return self.make_sample(row.values, key, self.columns, self._sample_seed(epoch, key))
 
-    def _salt(self, epoch: int, key: str) -> tuple[int | str, ...] | None:
+    def _sample_seed(self, epoch: int, key: str) -> tuple[int | str, ...] | None:
         return (epoch, key) if self.training else None
 
     def _key(self, row: StreamRow) -> str:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from llm2clip.data.opened_table import SourceError, file_format
 from llm2clip.data.records import column_value
 from llm2clip.data.tar_rows import count_tar_rows, numbered_tar_rows
-from llm2clip.utils.library_errors import reading
+from llm2clip.utils.library_errors import wrap_read_errors
 
 # Rows of a parquet file that are decoded at once, and bytes of each column that are read at once.
 BATCH, BUFFER = 64, 2**20
@@ -48,7 +48,7 @@ class ShardRows:
         Raises:
             SourceError: The file cannot be read, or has fewer rows.
         """
-        with reading(self.files[file] if self.files else f"file {file} of the stream", SourceError):
+        with wrap_read_errors(self.files[file] if self.files else f"file {file} of the stream", SourceError):
             yield from self._read(file, wanted)
 
     def _read(self, file: int, wanted: Iterable[int]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -89,7 +89,7 @@ class ShardRows:
         table = self.table if whole else self.table.shard(self.num_files, file)
         # Unlike the iterator of the table, its method does not split the rows by DataLoader worker once more.
         name = self.files[file] if file is not None and self.files else "a file of the stream"
-        with reading(name, SourceError):
+        with wrap_read_errors(name, SourceError):
             for number, batch in enumerate(table.iter(1)):
                 yield number, {name: values[0] for name, values in batch.items()}
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from llm2clip.utils.library_errors import reading
+from llm2clip.utils.library_errors import wrap_read_errors
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class SkipLog:
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):  # the last line is incomplete: the run was killed
             self.path.write_bytes(whole)
-        with reading(self.path, ValueError):
+        with wrap_read_errors(self.path, ValueError):
             self._unreported = [str(json.loads(line)["key"]) for line in whole.splitlines()]
         return self._unreported
 

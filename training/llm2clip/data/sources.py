@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import datasets
 
 from llm2clip.data.opened_table import OpenedTable, SourceError, Table, open_table
-from llm2clip.utils.library_errors import reading
+from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.remote_path import refuse_pipe
 from llm2clip.utils.settings import build_config
 
@@ -148,7 +148,7 @@ def open_source(source: CaptionSource) -> OpenedTable:
 
 def select_source(source: CaptionSource, opened: OpenedTable, with_images: bool = True) -> Table:
     """Return an opened table as [`load_source`] does."""
-    with reading(source.path, SourceError):  # of some streams the first rows say which columns there are
+    with wrap_read_errors(source.path, SourceError):  # of some streams the first rows say which columns there are
         columns = source_columns(source, opened.table, with_images, opened.hint)
     table = opened.select(used_columns(columns, opened.table))
     if columns.image is not None:
@@ -169,7 +169,7 @@ def select_captions(source: CaptionSource, opened: OpenedTable) -> Table:
     Raises:
         SourceError: If one does not exist.
     """
-    with reading(source.path, SourceError):
+    with wrap_read_errors(source.path, SourceError):
         columns = source_columns(source, opened.table, False, opened.hint).captions
     return opened.select(list(dict.fromkeys(top_level(opened.table, column) for column in columns)))
 

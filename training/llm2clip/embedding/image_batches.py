@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import datasets
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -61,6 +62,12 @@ class ImageList:
         """Path of a file; position in the list of any other image."""
         image = self.images[row]
         return os.fspath(image) if isinstance(image, (str, os.PathLike)) else str(row)
+
+
+def image_list(images: Sequence[Any] | Any) -> ImageList:
+    """Return images as an [`ImageSet`]; one image, also as an array or tensor, counts as a list of one."""
+    single = isinstance(images, (str, bytes, os.PathLike, dict, Image.Image)) or getattr(images, "ndim", 4) < 4
+    return ImageList([images] if single else images)
 
 
 class TableImages:

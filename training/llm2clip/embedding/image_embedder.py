@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from llm2clip.data import EvalTransform, ImageBackend, OnError
-from llm2clip.embedding.image_batches import ImageList, ImageSet, PreparedImages, forward_images
+from llm2clip.embedding.image_batches import ImageSet, PreparedImages, forward_images, image_list
 from llm2clip.embedding.opening import open_embedder
 from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.non_finite import require_finite_rows
@@ -203,11 +202,9 @@ def embed_images(
         NonFiniteError: The model's embedding of an image is NaN or infinite, unless `on_error` is `skip`.
         ValueError: The repository is not an LLM2CLIP model, or a loaded model comes without its processor.
     """
-    single = isinstance(images, (str, bytes, os.PathLike, dict, Image.Image)) or getattr(images, "ndim", 4) < 4
-    images = [images] if single else images
     embedder = open_embedder(ImageEmbedder, model, getattr(processor, "image_processor", processor), device)
-    listed, options = ImageList(images), {"on_error": on_error, "show_progress_bar": show_progress_bar}
-    found = embedder.embed_all(listed, range(len(images)), batch_size=batch_size, num_workers=num_workers, **options)
+    listed, options = image_list(images), {"on_error": on_error, "show_progress_bar": show_progress_bar}
+    found = embedder.embed_all(listed, range(len(listed)), batch_size=batch_size, num_workers=num_workers, **options)
     skipped = [row for row, reason in enumerate(found.reasons) if reason is not None]
     for row in skipped[:MAX_NAMED]:
         logger.warning("image %s is skipped: %s", listed.key(row), found.reasons[row])

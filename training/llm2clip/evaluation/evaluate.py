@@ -11,7 +11,7 @@ from rich.console import Console
 
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.benchmarks.listing import list_benchmarks, overview
-from llm2clip.evaluation.encoders import open_encoder
+from llm2clip.evaluation.encoders import load_encoder
 from llm2clip.evaluation.evaluate_config import OWN_DATA, EvaluateConfig
 from llm2clip.evaluation.own_data import described, measure_caption_retrieval, measure_retrieval
 from llm2clip.evaluation.protocols.classification import with_prompts
@@ -21,7 +21,7 @@ from llm2clip.evaluation.session import EvaluationSession
 from llm2clip.evaluation.suite import Suite, find_benchmarks
 from llm2clip.evaluation.text_formats import choose_text_format
 from llm2clip.utils.files import read_json, require_writable, write_json
-from llm2clip.utils.manifests import sealed
+from llm2clip.utils.manifests import with_checksum
 from llm2clip.utils.processes import process_state, worker_count
 
 DATA_FOLDER, RESULTS_FOLDER = "benchmarks", "results"
@@ -54,7 +54,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         require_writable(Path(config.output).parent)
     metrics = measure_retrieval(config) if config.task == "retrieval" else measure_caption_retrieval(config)
     if config.output and process_state().is_main_process:
-        write_json(config.output, sealed(described(config, metrics)))
+        write_json(config.output, with_checksum(described(config, metrics)))
     return {"protocol": config.protocol or OWN_DATA, **metrics}
 
 
@@ -102,7 +102,7 @@ def run_benchmarks(config: EvaluateConfig) -> list[Result]:
     if config.overwrite or not all(suite.path(one.benchmark, config.model).is_file() for one in found):
         for folder in (output, store):
             require_writable(folder)
-    encoder = open_encoder(config.model, config.revision, config.dtype, process_state().device)
+    encoder = load_encoder(config.model, config.revision, config.dtype, process_state().device)
     session = EvaluationSession(
         encoder,
         store,

@@ -21,7 +21,7 @@ class EvaluateConfig:
     model: str = setting(
         "",
         "The model: Hub id or folder. With --benchmark also any CLIP-like model of transformers, or "
-        "open_clip:NAME/PRETRAINED.",
+        "open_clip:NAME/PRETRAINED, or PATH.py:FUNCTION, which returns (model, preprocess, tokenizer).",
     )
     benchmark: Names = setting(
         [],

@@ -17,7 +17,7 @@ import transformers
 from llm2clip.evaluation.bootstrap import bootstrap_intervals, bootstrap_ratios
 from llm2clip.evaluation.contracts import Measurement
 from llm2clip.utils.files import write_json
-from llm2clip.utils.manifests import read_intact, sealed
+from llm2clip.utils.manifests import read_checked, with_checksum
 from modeling_llm2clip import __version__
 
 SCHEMA_VERSION = 1
@@ -65,7 +65,7 @@ class Result:
     def write(self, path: Path) -> None:
         """Write the JSON file with its checksum, complete or not at all."""
         content = asdict(self)
-        write_json(path, sealed({"schema_version": content.pop("schema_version"), **content}))
+        write_json(path, with_checksum({"schema_version": content.pop("schema_version"), **content}))
 
 
 def read_result(path: Path) -> Result:
@@ -74,7 +74,7 @@ def read_result(path: Path) -> Result:
     Raises:
         ValueError: The file is no such file, is damaged, or is of another version of the schema.
     """
-    content = read_intact(path)
+    content = read_checked(path)
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
         given = "no version" if version is None else f"version {version}"

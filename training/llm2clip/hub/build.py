@@ -28,7 +28,7 @@ from llm2clip.hub.upload_files import PICTURES, model_files
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.manifests import refuse_damaged, write_model_manifest
-from llm2clip.utils.repos import OURS, RepoKind, inspect_repo, is_hub_id, referred_folders
+from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo, is_hub_id, referred_folders
 from llm2clip.utils.settings import build_config, setting
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 
@@ -137,7 +137,7 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
     signer = load_signer(config.signing_key) if config.signed else None
     results = [*(evaluations or []), *results_of_one_model([Path(path) for path in config.results])]
     refuse_damaged(config.model)
-    repo = inspect_repo(config.model, config.revision).require(*OURS)
+    repo = inspect_repo(config.model, config.revision).require(*OUR_MODELS)
     for needed in referred_folders(config.model):
         refuse_nested(needed, destination)
     if config.text_model is None and (llm := repo.config.get("text_model_name_or_path")):
@@ -172,7 +172,7 @@ def run(config: BuildConfig, evaluations: list[Evaluation] | None = None) -> dic
 
 def count_parameters(model: str, revision: str | None = None) -> dict[str, Any]:
     """Instantiate a config without weights; returns the number of parameters of each part and of the whole."""
-    repo = inspect_repo(model, revision).require(*OURS)
+    repo = inspect_repo(model, revision).require(*OUR_MODELS)
     with torch.device("meta"):
         if repo.kind is RepoKind.TEXT_TOWER:
             built: Any = LLM2CLIPTextModel(LLM2CLIPTextConfig.from_dict(repo.config))

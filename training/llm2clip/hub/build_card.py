@@ -21,7 +21,7 @@ from llm2clip.hub.cards.facts import CURVES, EXAMPLE, MERGE_CURVE, CardFacts, Ev
 from llm2clip.hub.cards.metadata import as_list, check_metadata
 from llm2clip.hub.source_model import SourceModel
 from llm2clip.utils.files import read_json, write_text
-from llm2clip.utils.manifests import read_intact
+from llm2clip.utils.manifests import read_checked
 from llm2clip.utils.repos import hub_ids
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def read_results(path: Path) -> Evaluation:
     Raises:
         ValueError: The file does not contain such results.
     """
-    fields = read_intact(path)
+    fields = read_checked(path)
     if "schema_version" in fields:
         return evaluation_of_result(read_result(path))
     if not isinstance(fields.get("data"), dict) or "task" not in fields:

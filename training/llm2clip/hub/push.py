@@ -19,7 +19,7 @@ from llm2clip.hub.upload_files import added_files, code_targets, model_files, st
 from llm2clip.utils.files import read_json
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, refuse_damaged
 from llm2clip.utils.messages import shortened
-from llm2clip.utils.repos import OURS, Repo, RepoKind, inspect_repo, is_hub_id
+from llm2clip.utils.repos import OUR_MODELS, Repo, RepoKind, inspect_repo, is_hub_id
 from llm2clip.utils.settings import build_config, setting
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def check_folder(folder: Path) -> Repo:
         raise FileNotFoundError(f"{folder} is not a folder; `llm2clip build MODEL {folder}` creates it.")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; {BUILD_FIRST}")
-    repo = inspect_repo(folder).require(*OURS, hint="Build it first: llm2clip build MODEL FOLDER")
+    repo = inspect_repo(folder).require(*OUR_MODELS, hint="Build it first: llm2clip build MODEL FOLDER")
     _check_weights(folder)
     if not repo.config.get("auto_map"):
         raise FileNotFoundError(f"{folder} lacks the code of its model (no auto_map in config.json); {BUILD_FIRST}")

@@ -16,7 +16,7 @@ from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, VISION_TASK
 from llm2clip.hub.new_process import CAPTIONS, compare_with_new_process, sample_llm_embeds, sample_picture
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.utils.non_finite import require_finite_rows
-from llm2clip.utils.repos import OURS, Repo, RepoKind, hub_ids, inspect_repo
+from llm2clip.utils.repos import OUR_MODELS, Repo, RepoKind, hub_ids, inspect_repo
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection, with_pillow
 
@@ -48,7 +48,7 @@ class SourceModel:
         """Load the model of a repo or folder.
 
         Args:
-            repo: One of the kinds in `OURS`.
+            repo: One of the kinds in `OUR_MODELS`.
             text_model: Hub id of a joint model's LLM, which is then not bundled.
             bundle_text_model: Whether a joint model contains its LLM; by default it does unless the LLM is on the Hub.
             merge_adapter: Whether the LoRA adapter of a text tower is merged; by default it is.
@@ -140,5 +140,5 @@ def _is_merged(tower: LLM2CLIPTextModel, merge_adapter: bool | None) -> bool:
 
 def validate_folder(folder: Path) -> float:
     """Load a built folder and compare the outputs with those in a new process; see [`SourceModel.compare`]."""
-    source = SourceModel.load(inspect_repo(folder).require(*OURS), merge_adapter=False)
+    source = SourceModel.load(inspect_repo(folder).require(*OUR_MODELS), merge_adapter=False)
     return source.compare(folder, sample_picture(), list(CAPTIONS))

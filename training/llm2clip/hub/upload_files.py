@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 import modeling_llm2clip
 from llm2clip.hub.cards.card import CARD
 from llm2clip.utils.files import read_json
-from llm2clip.utils.manifests import EDITED, MODEL_MANIFEST, MODEL_SIGNATURE, Listed, listed_files, written_by
+from llm2clip.utils.manifests import EDITED, MODEL_MANIFEST, MODEL_SIGNATURE, ListedFile, listed_files, written_by
 from llm2clip.utils.messages import shortened
 
 # What a model folder holds, beside its code and the pictures of its card.
@@ -140,7 +140,7 @@ def added_files(folder: Path) -> list[str]:
     return [name for name in model_files(folder, check_links=False).uploaded if not _is_accounted_for(name, known)]
 
 
-def _is_accounted_for(name: str, known: dict[str, Listed]) -> bool:
+def _is_accounted_for(name: str, known: dict[str, ListedFile]) -> bool:
     is_later = any(fnmatch.fnmatch(name, pattern) for pattern in ADDED_LATER)
     return name in known or is_later or PurePosixPath(name).suffix.lower() in PICTURES
 

@@ -23,7 +23,7 @@ from llm2clip.trainers.text_tower_config import TextTowerConfig
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-OURS = (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type)
+OUR_TYPES = (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type)
 
 
 def read_config(name: str, setting: str, revision: str | None = None) -> Any:
@@ -86,7 +86,7 @@ def with_fake_weights(model: ModelT) -> ModelT:
 def text_config_of(name: str, setting: str, revision: str | None = None, **fields: Any) -> LLM2CLIPTextConfig:
     """Read the config of a text tower, or make that of a plain LLM."""
     config = read_config(name, setting, revision)
-    if config.model_type in OURS:
+    if config.model_type in OUR_TYPES:
         return copy.deepcopy(getattr(config, "text_config", config))
     given = {key: value for key, value in fields.items() if value is not None}
     return LLM2CLIPTextConfig(decoder_config=config, **given)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm2clip.recipes import find_recipe, load_recipe
-from llm2clip.utils.repos import OURS, RepoKind, inspect_repo
+from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo
 from llm2clip.utils.settings import nearest, setting
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Arm:
 
 def is_plain(config: QuickstartConfig) -> bool:
     """Whether the LLM is a plain one: no text tower, and no embedding model."""
-    return config.llm is None or inspect_repo(config.llm).kind not in (*OURS, RepoKind.EMBEDDING_MODEL)
+    return config.llm is None or inspect_repo(config.llm).kind not in (*OUR_MODELS, RepoKind.EMBEDDING_MODEL)
 
 
 def choose_arms(config: QuickstartConfig, names: list[str]) -> list[Arm]:

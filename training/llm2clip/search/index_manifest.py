@@ -70,11 +70,11 @@ class IndexManifest:
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def from_fields(cls, place: str, fields: dict[str, Any], begun: bool = False) -> IndexManifest:
+    def from_fields(cls, place: str, fields: dict[str, Any], is_unfinished: bool = False) -> IndexManifest:
         """Build a manifest from JSON.
 
         Args:
-            begun: It is that of an unfinished run, which has no vector index yet.
+            is_unfinished: It is that of an unfinished run, which has no vector index yet.
 
         Raises:
             ValueError: It has another format, or is damaged; the message names `place`.
@@ -84,7 +84,7 @@ class IndexManifest:
                 raise ValueError(f"its format is {fields['format_version']}, and this version reads {FORMAT_VERSION}")
             manifest = build_config(cls, fields, "it")
             _require_entries("source", manifest.source, {"kind": str, "path": str})
-            kinds: dict[str, type] = {} if begun and "type" not in manifest.index else {"type": str}
+            kinds: dict[str, type] = {} if is_unfinished and "type" not in manifest.index else {"type": str}
             kinds |= {name: int for name, value in manifest.index.items() if name != "type" and value is not None}
             _require_entries("index", manifest.index, kinds)
             found = manifest.stored

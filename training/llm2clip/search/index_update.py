@@ -184,9 +184,9 @@ class _Update:
         found = None if self.settings.overwrite else self.store.unfinished()
         if found is None:
             return self.store.create(self.manifest, self._schema())
-        begun, rows = found
+        unfinished, rows = found
         try:
-            self._require_same(begun)
+            self._require_same(unfinished)
         except ValueError:
             if self.complete is None:
                 raise

@@ -17,7 +17,7 @@ from llm2clip.search.held_rows import HeldRows, remember
 from llm2clip.search.index_manifest import REBUILD, IndexManifest
 from llm2clip.search.index_rows import INTERNAL, NUMBER, VECTOR, Found
 from llm2clip.utils.library_errors import SYSTEM
-from llm2clip.utils.remote_path import AnyPath, RemotePath, local_copy, reaching
+from llm2clip.utils.remote_path import AnyPath, RemotePath, local_copy, wrap_connection_errors
 
 SCAN_ROWS = 8192
 # Rows that fulfil a condition, up to which comparing all of them costs less than looking through cells.
@@ -196,7 +196,7 @@ def unreadable(folder: AnyPath, error: Exception) -> Exception:
 @contextlib.contextmanager
 def writing(folder: AnyPath) -> Iterator[None]:
     """Turn the errors of LanceDB when it writes: those of a disk into OSError, those of a URL into ConnectionError."""
-    with reaching(folder):
+    with wrap_connection_errors(folder):
         try:
             yield
         except (RuntimeError, OSError) as error:

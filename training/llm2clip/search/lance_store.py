@@ -24,7 +24,7 @@ from llm2clip.search.lance_rows import LanceRows, is_of_lance, unreadable, writi
 from llm2clip.utils.files import read_json, remove_unfinished, write_json
 from llm2clip.utils.locks import LOCK, OWNER, folder_lock
 from llm2clip.utils.manifests import FOLDER_MANIFEST, faults, own_files, stated_files, write_manifest
-from llm2clip.utils.remote_path import AnyPath, local_file, open_path, reaching, remove_tree
+from llm2clip.utils.remote_path import AnyPath, local_file, open_path, remove_tree, wrap_connection_errors
 from llm2clip.utils.shared_files import stored_sha256
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class LanceStore:
         return require_lancedb().connect(str(self.folder) if isinstance(self.folder, Path) else self.place)
 
     def require_own(self) -> None:
-        with reaching(self.folder):
+        with wrap_connection_errors(self.folder):
             if self.folder.is_file():
                 raise NotADirectoryError(f"{self.folder} is a file; give the folder of the index: --output-dir FOLDER")
             there = {path.name for path in self.folder.glob("*")}
@@ -102,7 +102,7 @@ class LanceStore:
     def manifest(self) -> IndexManifest | None:
         path = self.folder / MANIFEST
         try:
-            with reaching(path):
+            with wrap_connection_errors(path):
                 fields = _read(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -165,8 +165,8 @@ class LanceStore:
             logger.warning("what an unfinished run has left in %s cannot be read; it is dropped.", self.place)
             return None
         fields = json.loads((table.schema.metadata or {}).get(BEGUN, b"{}"))
-        begun = IndexManifest.from_fields(self.place, fields, begun=True)
-        return begun, WrittenRows(self, table, begun)
+        unfinished = IndexManifest.from_fields(self.place, fields, is_unfinished=True)
+        return unfinished, WrittenRows(self, table, unfinished)
 
     def create(self, manifest: IndexManifest, schema: pa.Schema) -> WrittenRows:
         self._clear_unreadable()
@@ -215,7 +215,7 @@ class LanceStore:
             remove_tree(self.folder)
 
     def _has_table(self) -> bool:
-        with reaching(self.folder):
+        with wrap_connection_errors(self.folder):
             return (self.folder / f"{TABLE}.lance").is_dir()
 
     def _clear_unreadable(self) -> None:
@@ -323,7 +323,7 @@ class WrittenRows(LanceRows):
         self._version = self.table.version
 
     def _require_version(self, version: int) -> None:
-        with reaching(self.folder):
+        with wrap_connection_errors(self.folder):
             self.table.checkout_latest()
         if self.table.version != version:
             self._stop()

@@ -106,9 +106,9 @@ class PostgresStore:
         return PostgresRows(self, manifest)
 
     def unfinished(self) -> tuple[IndexManifest, WrittenTable] | None:
-        begun = self._read_state(UNFINISHED, "manifest")
-        if begun is not None:
-            manifest = IndexManifest.from_fields(self.place, begun, begun=True)
+        unfinished = self._read_state(UNFINISHED, "manifest")
+        if unfinished is not None:
+            manifest = IndexManifest.from_fields(self.place, unfinished, is_unfinished=True)
             is_whole = bool(self._read_state(UNFINISHED, "is_whole"))
             return manifest, WrittenTable(self, manifest, is_whole)
         complete = self.manifest()

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import transformers
 
 from llm2clip.utils.files import read_json, write_json
-from llm2clip.utils.manifests import is_intact, sealed
+from llm2clip.utils.manifests import fits_checksum, with_checksum
 from llm2clip.utils.remote_path import AnyPath
 
 FORMAT, FORMAT_VERSION = "llm2clip-store", 1
@@ -125,7 +125,7 @@ class StoreManifest:
 
     def write(self, path: AnyPath) -> None:
         """Write the manifest, after its rows."""
-        write_json(path, sealed({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}))
+        write_json(path, with_checksum({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}))
 
     @classmethod
     def read(cls, path: AnyPath) -> StoreManifest:
@@ -146,7 +146,7 @@ class StoreManifest:
                 f"{path} has format {found[0]!r}, version {found[1]!r}, but this release reads {FORMAT!r}, version "
                 f"{FORMAT_VERSION}; use the release that made it, or compute it again into another folder."
             )
-        if not is_intact(values) or values.get("kind") not in KINDS:
+        if not fits_checksum(values) or values.get("kind") not in KINDS:
             raise StoreDamagedError(f"{path} has changed since it was written; {advice}.")
         known = {name: values[name] for name in (entry.name for entry in fields(cls))}
         if known["source"] is not None:

@@ -29,9 +29,9 @@ from llm2clip.trainers.resuming import ResumingTrainer
 from llm2clip.trainers.run_inputs import RunInputs
 from llm2clip.trainers.run_settings import copy_settings
 from llm2clip.trainers.sharding import gathered, undivided, with_scalars
-from llm2clip.trainers.stream_resume import StreamResume, begun, stream_loader
+from llm2clip.trainers.stream_resume import StreamResume, resumed_run, stream_loader
 from llm2clip.trainers.weight_average import WeightAverage
-from llm2clip.utils.files import naming
+from llm2clip.utils.files import wrap_write_errors
 from llm2clip.utils.non_finite import BROKEN_MODEL, NonFiniteError, on_any_process
 from llm2clip.utils.stopping import worker_init
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
@@ -188,7 +188,7 @@ class StageTrainer(ResumingTrainer):
         """
         choose = partial(named_checkpoint, self.args, resume_from_checkpoint)
         try:
-            with begun(self, choose) as checkpoint:
+            with resumed_run(self, choose) as checkpoint:
                 found = {} if checkpoint is not None else self.initialize_weights()
                 if not self.has_steps:
                     self.log(dict(found))
@@ -224,7 +224,7 @@ class StageTrainer(ResumingTrainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with naming(folder):
+            with wrap_write_errors(folder):
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
@@ -391,7 +391,7 @@ class StageTrainer(ResumingTrainer):
         # Before the evaluation, so that a failing one loses nothing.
         self.accelerator.wait_for_everyone()
         require_finite_weights(self.model, self.state.global_step, self.is_fsdp_enabled)
-        with naming(Path(str(self.args.output_dir))):
+        with wrap_write_errors(Path(str(self.args.output_dir))):
             self.save_result(str(self.args.output_dir))
             self.accelerator.wait_for_everyone()
             if self.retrieval or self._has_eval_rows:

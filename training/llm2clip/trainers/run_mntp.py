@@ -12,7 +12,7 @@ from llm2clip.trainers.mntp_data import MaskCollator, TokenBlocks, source_tokens
 from llm2clip.trainers.mntp_trainer import MNTPTrainer
 from llm2clip.trainers.run_folder import stage_command
 from llm2clip.trainers.run_text_tower import REQUIRED, add_lora, load_text_tower, prepare
-from llm2clip.utils.repos import OURS, RepoKind, inspect_repo
+from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo
 from llm2clip.utils.towers import loading_options
 from modeling_llm2clip.modeling_llm2clip_backbone import is_encoder
 
@@ -29,7 +29,7 @@ def run(config: MNTPConfig, checkpoint: str | None) -> dict[str, Any]:
     repo = inspect_repo(name, revision)
     if repo.kind is RepoKind.EMBEDDING_MODEL:
         raise ValueError(f"{name} is an {repo.kind.value}, which is trained already; this stage needs a plain LLM.")
-    if repo.kind in OURS:
+    if repo.kind in OUR_MODELS:
         raise ValueError(
             f"{name} is a text tower, without the language-modelling head that this stage needs; give the LLM instead."
         )

@@ -32,7 +32,7 @@ from llm2clip.trainers.sharding import give_scalars_a_dimension, undivided, valu
 from llm2clip.trainers.skipped_samples import SkippedSamples
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stored_pairs import StoredPairsDataset
-from llm2clip.utils.processes import work_alone
+from llm2clip.utils.processes import run_while_others_wait
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
 CAPTION_INPUTS = ("input_ids", "attention_mask", "pooling_mask")
@@ -264,4 +264,4 @@ class Stage2Trainer(StageTrainer):
     def complete_result(self, output_dir: str | Path) -> None:
         model = self.accelerator.unwrap_model(self.model)
         if self.args.bundle_text_model and model.config.text_model_name_or_path is not None:
-            work_alone(lambda: bundle_text_model(Path(output_dir)), self.args.should_save)
+            run_while_others_wait(lambda: bundle_text_model(Path(output_dir)), self.args.should_save)

@@ -128,7 +128,7 @@ class StreamResume(TrainerCallback):
 
 
 @contextmanager
-def begun(trainer: StageTrainer, choose: Callable[[], str | None]) -> Iterator[str | None]:
+def resumed_run(trainer: StageTrainer, choose: Callable[[], str | None]) -> Iterator[str | None]:
     """Enter the folder of a trainer's run (see [`run_folder`]); yield the checkpoint, at whose place its stream is.
 
     SIGTERM ends it with a checkpoint; see [`StopOnSigterm`].

@@ -54,7 +54,7 @@ def temporary_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        with naming(path):
+        with wrap_write_errors(path):
             yield temporary
     finally:
         temporary.unlink(missing_ok=True)
@@ -66,7 +66,7 @@ def temporary_name(path: Path) -> Path:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def wrap_write_errors(path: Path) -> Iterator[None]:
     """Let the errors of writing in the block be errors of the system that name what is written, a file or a folder.
 
     The system does not say which file it could not write to, and safetensors and torch hide its errors.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llm2clip.utils.files import leftovers, naming, temporary_name
+from llm2clip.utils.files import leftovers, temporary_name, wrap_write_errors
 from llm2clip.utils.manifests import FOLDER_MANIFEST, foreign_files, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def atomic_folder(destination: Path, command: str, overwrite: bool = False) -> I
     folder = scratch / destination.name
     folder.mkdir(parents=True)
     try:
-        with naming(destination):
+        with wrap_write_errors(destination):
             yield folder
             write_manifest(folder, command)
         # Another process may have created it meanwhile.

@@ -57,7 +57,7 @@ def explain(error: BaseException) -> str | None:
 
 
 @contextmanager
-def reading(path: object, kind: type[ValueError] = ValueError) -> Iterator[None]:
+def wrap_read_errors(path: object, kind: type[ValueError] = ValueError) -> Iterator[None]:
     """Let every error of the block be one that names what is read.
 
     Libraries raise whatever broken bytes or wrong fields lead to, KeyError and AttributeError too. An error that names

@@ -28,10 +28,10 @@ EDITED = frozenset({"README.md", "LICENSE"})
 # Endings of what a model is loaded from.
 LOADED = frozenset({".safetensors", ".json", ".py", ".txt", ".model", ".jinja"})
 # Of manifests that no other file lists: the checksum of their other fields.
-SEAL = "manifest_checksum"
+MANIFEST_CHECKSUM = "manifest_checksum"
 
 
-class Listed(NamedTuple):
+class ListedFile(NamedTuple):
     """A file of a manifest: its bytes and SHA-256, as far as they are recorded, and the manifest that has it."""
 
     size: int | None
@@ -39,29 +39,30 @@ class Listed(NamedTuple):
     manifest: str
 
 
-def sealed(fields: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a manifest with their checksum."""
-    return {**fields, SEAL: digest_json(fields)}
+    return {**fields, MANIFEST_CHECKSUM: digest_json(fields)}
 
 
-def is_intact(fields: dict[str, Any]) -> bool:
+def fits_checksum(fields: dict[str, Any]) -> bool:
     """Whether the fields of a manifest fit their checksum."""
-    return fields.get(SEAL) == digest_json({name: fields[name] for name in fields if name != SEAL})
+    others = {name: value for name, value in fields.items() if name != MANIFEST_CHECKSUM}
+    return fields.get(MANIFEST_CHECKSUM) == digest_json(others)
 
 
-def read_intact(path: AnyPath) -> dict[str, Any]:
-    """Read a JSON file that was [`sealed`], without its checksum; who changes the file by hand deletes that.
+def read_checked(path: AnyPath) -> dict[str, Any]:
+    """Read a JSON file written [`with_checksum`], without that; who changes the file by hand deletes it.
 
     Raises:
         ValueError: It is damaged, or has changed since it was written.
     """
     fields = read_json(path)
-    if SEAL in fields and not is_intact(fields):
+    if MANIFEST_CHECKSUM in fields and not fits_checksum(fields):
         raise ValueError(
-            f"{path} has changed since it was written: its content does not fit its {SEAL}. Restore it, or write it "
-            f"again; if the change is meant, delete its {SEAL}."
+            f"{path} has changed since it was written: its content does not fit its {MANIFEST_CHECKSUM}. Restore it, "
+            f"or write it again; if the change is meant, delete its {MANIFEST_CHECKSUM}."
         )
-    return {name: value for name, value in fields.items() if name != SEAL}
+    return {name: value for name, value in fields.items() if name != MANIFEST_CHECKSUM}
 
 
 def write_manifest(
@@ -83,7 +84,7 @@ def write_manifest(
     """
     if not isinstance(folder, Path):
         found = {name: size for name, size in folder.sizes().items() if name not in {*unlisted, FOLDER_MANIFEST}}
-        write_json(folder / FOLDER_MANIFEST, sealed({"written_by": f"llm2clip {command}", "files": found}))
+        write_json(folder / FOLDER_MANIFEST, with_checksum({"written_by": f"llm2clip {command}", "files": found}))
         return
     chosen = folder_files(folder) if names is None else names
     paths = [folder / name for name in chosen if name not in unlisted]
@@ -104,7 +105,7 @@ def write_manifest(
         if name not in EDITED and name not in elsewhere:
             checksums[name] = sha256(path) if known is None or known.checksum is None else known.checksum
     fields = {"written_by": f"llm2clip {command}", "files": sizes, "sha256": checksums}
-    write_json(folder / FOLDER_MANIFEST, sealed(fields))
+    write_json(folder / FOLDER_MANIFEST, with_checksum(fields))
 
 
 def write_model_manifest(folder: Path, names: Iterable[str]) -> None:
@@ -132,7 +133,7 @@ def foreign_files(folder: Path, command: str) -> list[str] | None:
     return None if known is None else [name for name in folder_files(folder) if name not in known]
 
 
-def own_files(folder: AnyPath, command: str) -> dict[str, Listed] | None:
+def own_files(folder: AnyPath, command: str) -> dict[str, ListedFile] | None:
     """Return the files that the manifest of a folder lists, or None if `command` did not write the folder."""
     try:
         known = stated_files(folder)
@@ -141,7 +142,7 @@ def own_files(folder: AnyPath, command: str) -> dict[str, Listed] | None:
     return known if written_by(folder) == command else None
 
 
-def listed_files(folder: Path) -> dict[str, Listed]:
+def listed_files(folder: Path) -> dict[str, ListedFile]:
     """Return the files that the manifests of a folder list; none if it has no manifest.
 
     Raises:
@@ -149,7 +150,7 @@ def listed_files(folder: Path) -> dict[str, Listed]:
     """
     known = stated_files(folder) if (folder / FOLDER_MANIFEST).is_file() else {}
     for name, checksum in _model_checksums(folder).items():
-        known[name] = Listed(known[name].size if name in known else None, checksum, MODEL_MANIFEST)
+        known[name] = ListedFile(known[name].size if name in known else None, checksum, MODEL_MANIFEST)
     return known
 
 
@@ -227,7 +228,7 @@ def folder_files(folder: Path) -> list[str]:
     return sorted(Path(name).as_posix() for name in found if name != FOLDER_MANIFEST)
 
 
-def stated_files(folder: AnyPath) -> dict[str, Listed]:
+def stated_files(folder: AnyPath) -> dict[str, ListedFile]:
     """Return the files in `.llm2clip.json` of a folder; one that was written at a URL has no checksums.
 
     Raises:
@@ -239,10 +240,10 @@ def stated_files(folder: AnyPath) -> dict[str, Listed]:
     sizes, checksums = fields.get("files"), fields.get("sha256", {})
     if not isinstance(sizes, dict) or not isinstance(checksums, dict):
         raise ValueError(f"no list of files in {FOLDER_MANIFEST}")
-    if not is_intact(fields):
+    if not fits_checksum(fields):
         raise ValueError(f"{FOLDER_MANIFEST} has changed since it was written")
     _refuse_outside(path, sizes)
-    return {name: Listed(size, checksums.get(name), FOLDER_MANIFEST) for name, size in sizes.items()}
+    return {name: ListedFile(size, checksums.get(name), FOLDER_MANIFEST) for name, size in sizes.items()}
 
 
 def _model_checksums(folder: Path) -> dict[str, str]:

@@ -35,7 +35,7 @@ def leave_process_group() -> None:
         dist.destroy_process_group()
 
 
-def work_alone(work: Callable[[], None], here: bool) -> None:
+def run_while_others_wait(work: Callable[[], None], here: bool) -> None:
     """Do work of any length in some processes, while the others wait longer than a collective operation may.
 
     Args:

@@ -216,7 +216,7 @@ def remove_tree(path: AnyPath) -> None:
 
 
 @contextmanager
-def reaching(path: AnyPath) -> Iterator[None]:
+def wrap_connection_errors(path: AnyPath) -> Iterator[None]:
     """Turn what libraries raise when the store of a remote path cannot be reached into ConnectionError.
 
     FileNotFoundError, NotADirectoryError and ValueError stay what they are.

@@ -27,7 +27,7 @@ class RepoKind(StrEnum):
     OTHER = "other model"
 
 
-OURS = (RepoKind.JOINT, RepoKind.VISION_HALF, RepoKind.TEXT_TOWER)
+OUR_MODELS = (RepoKind.JOINT, RepoKind.VISION_HALF, RepoKind.TEXT_TOWER)
 
 
 @dataclass(frozen=True)

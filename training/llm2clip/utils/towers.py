@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2clip.utils.prompts import original_prompt
-from llm2clip.utils.repos import OURS, inspect_repo
+from llm2clip.utils.repos import OUR_MODELS, inspect_repo
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_backbone import text_fields
@@ -43,7 +43,7 @@ def loading_options(dtype: str, attn_implementation: str | None = None, revision
 
 def is_text_tower(name: str, revision: str | None = None) -> bool:
     """Whether a repository specifies how its LLM encodes captions: a text tower, or an LLM2CLIP model."""
-    return inspect_repo(name, revision).kind in OURS
+    return inspect_repo(name, revision).kind in OUR_MODELS
 
 
 def open_text_tower(

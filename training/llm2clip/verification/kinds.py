@@ -18,9 +18,9 @@ from llm2clip.trainers.checkpoints import COMMAND as TRAINING
 from llm2clip.utils.files import read_json
 from llm2clip.utils.manifests import (
     FOLDER_MANIFEST,
+    MANIFEST_CHECKSUM,
     MODEL_FORMAT,
     MODEL_MANIFEST,
-    SEAL,
     faults,
     listed_files,
     written_by,
@@ -29,7 +29,7 @@ from llm2clip.utils.verified import Fault, Verified
 
 SIGNATURES = "num_signatures"
 # One of these is in every folder of ours with such a manifest.
-OURS = ("modeling_llm2clip*.py", "config.json")
+OUR_FILES = ("modeling_llm2clip*.py", "config.json")
 # How folders are written again that are not replaced with --overwrite.
 AGAIN = {
     "quickstart": "delete {folder}; the next quickstart fetches it again",
@@ -124,13 +124,13 @@ def verify_folder(folder: Path) -> Verified:
         fields = read_json(path) if path.is_file() else {}
     except ValueError as error:
         # A list of files names it too, and others have files of this name.
-        if any(next(folder.glob(name), None) for name in OURS) and not (folder / FOLDER_MANIFEST).is_file():
+        if any(next(folder.glob(name), None) for name in OUR_FILES) and not (folder / FOLDER_MANIFEST).is_file():
             found.faults.append(Fault(str(error), f"delete {folder}, and write it again by the command that did"))
             return found
     for kind in KINDS:
         if kind.has(folder, fields):
             return kind.verify(folder)
-    if SEAL in fields:
+    if MANIFEST_CHECKSUM in fields:
         found.faults.append(
             Fault(f"{path} has changed since it was written", f"delete {folder}, and write it again as before")
         )

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from transformers import AutoProcessor, BlipForConditionalGeneration
 
 from llm2clip.data import decode_image
-from llm2clip.evaluation.encoders import open_encoder
+from llm2clip.evaluation.encoders import load_encoder
 from modeling_llm2clip import with_pillow
 
 from . import families
@@ -46,7 +46,7 @@ def call(folder: Path, model: Any, full_length: bool) -> Any:
 def test_embeddings_are_those_of_the_model_itself(family: Callable[[], Any], tmp_path: Path) -> None:
     saved = families.save(family, tmp_path)
     expected = call(tmp_path, getattr(saved, "clip", saved), FAMILIES[family])
-    encoder = open_encoder(str(tmp_path))
+    encoder = load_encoder(str(tmp_path))
     texts, images = normalize(expected.text_embeds, dim=-1), normalize(expected.image_embeds, dim=-1)
     torch.testing.assert_close(encoder.embed_texts(TEXTS), texts, atol=1e-5, rtol=0)
     # Each alone, so that it would be padded otherwise than in a batch.
@@ -57,12 +57,12 @@ def test_embeddings_are_those_of_the_model_itself(family: Callable[[], Any], tmp
     lengths, cut = encoder.text_lengths(TEXTS)
     assert cut.tolist() == (lengths > LENGTH).tolist()
     assert cut[1:].tolist() == [False, True, False]
-    assert encoder.fingerprint() == open_encoder(str(tmp_path)).fingerprint()
+    assert encoder.fingerprint() == load_encoder(str(tmp_path)).fingerprint()
 
 
 def test_a_retrieval_model_of_blip_scores_as_its_contrastive_head(tmp_path: Path) -> None:
     model = families.save(families.blip_retrieval, tmp_path)
-    processor, encoder = AutoProcessor.from_pretrained(tmp_path), open_encoder(str(tmp_path))
+    processor, encoder = AutoProcessor.from_pretrained(tmp_path), load_encoder(str(tmp_path))
     texts = processor(text=TEXTS, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
     pixels = with_pillow(processor.image_processor)([decode_image(image) for image in IMAGES], return_tensors="pt")
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_what_has_no_common_space_is_refused(family: Callable[[], Any], reason: 
 
 
 def embed(folder: str) -> None:
-    encoder = open_encoder(folder)
+    encoder = load_encoder(folder)
     encoder.forward_images(stacked(encoder, IMAGES))
 
 
@@ -104,4 +104,4 @@ def test_a_captioning_model_of_blip_is_refused_by_its_missing_weights(tmp_path: 
     with pytest.raises(
         ValueError, match=r"does not contain all weights of BlipModel: .*would be initialized randomly"
     ):
-        open_encoder(str(tmp_path))
+        load_encoder(str(tmp_path))

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import normalize
 
 from llm2clip.data import decode_image
-from llm2clip.evaluation.encoders import OpenClipEncoder, open_encoder
+from llm2clip.evaluation.encoders import OpenClipEncoder, load_encoder
 
 from .models import IMAGES, register_open_clip
 from .test_transformers_clip import stacked
@@ -35,7 +35,7 @@ def original(spec: str) -> tuple[Any, Any, Any]:
 
 @torch.no_grad()
 def test_embeddings_are_those_of_the_library(spec: str) -> None:
-    encoder = open_encoder(spec)
+    encoder = load_encoder(spec)
     assert isinstance(encoder, OpenClipEncoder)
     model, transform, tokenizer = original(spec)
     pixels = torch.stack([transform(decode_image(image)) for image in IMAGES])
@@ -56,7 +56,7 @@ def test_embeddings_are_those_of_the_library(spec: str) -> None:
 def test_a_grey_image_is_as_the_library_reads_it(spec: str) -> None:
     """The library converts to RGB after it has resized, this package before."""
     transform = original(spec)[1]
-    encoder = open_encoder(spec)
+    encoder = load_encoder(spec)
     grey = IMAGES[1].resize((17, 23))
     expected = transform(grey)
     pixels = encoder.prepare(decode_image(grey), "image")["pixels"]
@@ -65,7 +65,7 @@ def test_a_grey_image_is_as_the_library_reads_it(spec: str) -> None:
 
 
 def test_lengths_are_counted_before_texts_are_cut(spec: str) -> None:
-    lengths, cut = open_encoder(spec).text_lengths(TEXTS)
+    lengths, cut = load_encoder(spec).text_lengths(TEXTS)
     assert lengths.tolist() == [6, 2, 102, 5]
     assert cut.tolist() == [False, False, True, False]
 
@@ -74,14 +74,14 @@ def test_a_tower_without_projection_gives_its_embeddings(tmp_path: Path) -> None
     """A ResNet of CLIP projects inside its attention pooling."""
     vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "patch_size": None}
     name, path = register_open_clip(tmp_path, "tiny-resnet", **vision)
-    encoder = open_encoder(f"open_clip:{name}/{path}")
+    encoder = load_encoder(f"open_clip:{name}/{path}")
     inputs = stacked(encoder, IMAGES)
     assert encoder.forward_features(inputs).equal(encoder.forward_features(inputs, projected=True))
 
 
 def test_the_fingerprint_depends_on_weights_and_activations(spec: str, tmp_path: Path) -> None:
-    encoder = open_encoder(spec)
-    assert encoder.fingerprint() == open_encoder(spec).fingerprint()
+    encoder = load_encoder(spec)
+    assert encoder.fingerprint() == load_encoder(spec).fingerprint()
     assert encoder.identity()["library"] == f"open_clip {open_clip.__version__}"
     name, _, path = spec.removeprefix("open_clip:").partition("/")
     state = torch.load(path, weights_only=True)
@@ -89,19 +89,19 @@ def test_the_fingerprint_depends_on_weights_and_activations(spec: str, tmp_path:
     same_weights = OpenClipEncoder(spec, model, original(spec)[1], encoder.tokenizer, torch.device("cpu"))
     state["visual.proj"][0, 0] += 1
     torch.save(state, tmp_path / "other.pt")
-    other = open_encoder(f"open_clip:{name}/{tmp_path / 'other.pt'}")
+    other = load_encoder(f"open_clip:{name}/{tmp_path / 'other.pt'}")
     assert len({encoder.fingerprint(), same_weights.fingerprint(), other.fingerprint()}) == 3
 
 
 def test_unknown_models_and_random_weights_are_refused(spec: str) -> None:
     with pytest.raises(ValueError, match="open_clip has no model 'ViT-Z'"):
-        open_encoder("open_clip:ViT-Z/openai")
+        load_encoder("open_clip:ViT-Z/openai")
     with pytest.raises(ValueError, match=r"it does not name pretrained weights of ViT-B-32\. Its tags: openai"):
-        open_encoder("open_clip:ViT-B-32")
+        load_encoder("open_clip:ViT-B-32")
     with pytest.raises(ValueError, match=r"'/nowhere\.pt' is neither a file nor pretrained weights of ViT-B-32"):
-        open_encoder("open_clip:ViT-B-32//nowhere.pt")
+        load_encoder("open_clip:ViT-B-32//nowhere.pt")
     with pytest.raises(ValueError, match="has no revision"):
-        open_encoder(spec, revision="main")
+        load_encoder(spec, revision="main")
 
 
 def test_the_missing_library_is_named_with_its_command(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,4 +114,4 @@ def test_the_missing_library_is_named_with_its_command(spec: str, monkeypatch: p
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match="pip install open-clip-torch"):
-        open_encoder(spec)
+        load_encoder(spec)

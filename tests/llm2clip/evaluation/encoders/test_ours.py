@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from transformers import AutoImageProcessor
 
 from llm2clip.embedding import CaptionEmbedder, embed_images
-from llm2clip.evaluation.encoders import open_encoder
+from llm2clip.evaluation.encoders import load_encoder
 from modeling_llm2clip import LLM2CLIPModel, with_prompt
 from tests.modeling_llm2clip import tiny
 
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_images_and_texts_are_those_of_the_embedders(folder: Path) -> None:
-    encoder = open_encoder(str(folder))
+    encoder = load_encoder(str(folder))
     inputs = stacked(pickle.loads(pickle.dumps(encoder)), IMAGES)
     expected = embed_images(IMAGES, str(folder), show_progress_bar=False)
     torch.testing.assert_close(encoder.forward_images(inputs), expected, atol=1e-6, rtol=0)
@@ -51,7 +51,7 @@ def test_images_and_texts_are_those_of_the_embedders(folder: Path) -> None:
 
 
 def test_an_empty_text_is_the_pooled_suffix(folder: Path) -> None:
-    encoder = open_encoder(str(folder))
+    encoder = load_encoder(str(folder))
     found = encoder.embed_texts(TEXTS)
     tokenizer, model = tiny.processor().tokenizer, encoder.model
     ids = torch.tensor([tokenizer("")["input_ids"]])
@@ -80,7 +80,7 @@ def test_an_empty_text_without_suffix_is_what_remains(prefix: str) -> None:
 
 
 def test_lengths_count_the_prompt(folder: Path) -> None:
-    encoder = open_encoder(str(folder))
+    encoder = load_encoder(str(folder))
     tokenizer = tiny.processor().tokenizer
     texts = ["a red bus", "", "word " * 100]
     lengths, cut = encoder.text_lengths(texts)
@@ -95,7 +95,7 @@ def test_the_parts_of_a_model_are_evaluated_alone(folder: Path, tmp_path: Path) 
     model: Any = LLM2CLIPModel.from_pretrained(folder)
     model.text_model.save_pretrained(tmp_path)
     tiny.processor().tokenizer.save_pretrained(tmp_path)
-    tower = open_encoder(str(tmp_path))
+    tower = load_encoder(str(tmp_path))
     expected = CaptionEmbedder.load(str(tmp_path)).embed(["a red bus"])
     torch.testing.assert_close(tower.embed_texts(["a red bus"]), normalize(expected, dim=-1), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="is a text tower, which does not embed images"):
@@ -103,7 +103,7 @@ def test_the_parts_of_a_model_are_evaluated_alone(folder: Path, tmp_path: Path) 
 
 
 def test_the_fingerprint_depends_on_every_part(folder: Path, tmp_path: Path) -> None:
-    prints = {open_encoder(str(folder)).fingerprint() for _ in range(2)}
+    prints = {load_encoder(str(folder)).fingerprint() for _ in range(2)}
     assert len(prints) == 1
     for name in ("visual_projection.weight", "text_adapter.proj.weight", "text_model.decoder.norm.weight"):
         model: Any = LLM2CLIPModel.from_pretrained(folder)
@@ -111,5 +111,5 @@ def test_the_fingerprint_depends_on_every_part(folder: Path, tmp_path: Path) -> 
         model.config.fingerprint = model.config.text_model_fingerprint = None
         model.save_pretrained(tmp_path / name)
         tiny.processor().save_pretrained(tmp_path / name)
-        prints.add(open_encoder(str(tmp_path / name)).fingerprint())
+        prints.add(load_encoder(str(tmp_path / name)).fingerprint())
     assert len(prints) == 4

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from transformers import AutoProcessor, BertConfig, BertModel
 
 from llm2clip.data import decode_image
-from llm2clip.evaluation.encoders import TransformersEncoder, open_encoder
+from llm2clip.evaluation.encoders import TransformersEncoder, load_encoder
 from llm2clip.evaluation.patches import patch_embeddings
 from llm2clip.utils.non_finite import NonFiniteError
 from modeling_llm2clip import with_pillow
@@ -27,7 +27,7 @@ FULL_LENGTH = {"siglip": True, "siglip2": True, "clip": False, "chinese_clip": F
 def opened(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, TransformersEncoder]:
     folder = tmp_path_factory.mktemp(request.param)
     model = save_transformers(request.param, folder)
-    encoder = open_encoder(str(folder))
+    encoder = load_encoder(str(folder))
     assert isinstance(encoder, TransformersEncoder)
     return model, AutoProcessor.from_pretrained(folder), encoder
 
@@ -91,21 +91,21 @@ def test_pixels_of_any_size_are_normalised(opened: tuple[Any, Any, TransformersE
 
 def test_the_fingerprint_depends_on_weights_and_preprocessing(tmp_path: Path) -> None:
     model = save_transformers("clip", tmp_path)
-    encoder = open_encoder(str(tmp_path))
+    encoder = load_encoder(str(tmp_path))
     assert encoder.identity() == {
         "library": encoder.library,
         "name": str(tmp_path),
         "fingerprint": encoder.fingerprint(),
         "dtype": "float32",
     }
-    prints = [encoder.fingerprint(), open_encoder(str(tmp_path)).fingerprint()]
+    prints = [encoder.fingerprint(), load_encoder(str(tmp_path)).fingerprint()]
     assert prints[0] == prints[1]
     processor = AutoProcessor.from_pretrained(tmp_path)
     processor.image_processor.image_mean = [0.5, 0.5, 0.5]
     prints.append(TransformersEncoder("a", model, processor, torch.device("cpu")).fingerprint())
     model.text_projection.weight.data[3, 4] += 1
     model.save_pretrained(tmp_path)
-    prints.append(open_encoder(str(tmp_path)).fingerprint())
+    prints.append(load_encoder(str(tmp_path)).fingerprint())
     assert len(set(prints)) == 3
 
 
@@ -114,7 +114,7 @@ def test_values_that_are_not_finite_are_refused_by_text(tmp_path: Path) -> None:
     model.text_projection.weight.data[:] = float("nan")
     model.save_pretrained(tmp_path)
     with pytest.raises(NonFiniteError, match="of 4 of 4 texts are NaN or infinite: a Small dog"):
-        open_encoder(str(tmp_path)).embed_texts(TEXTS)
+        load_encoder(str(tmp_path)).embed_texts(TEXTS)
 
 
 def test_other_models_and_random_weights_are_refused(tmp_path: Path) -> None:
@@ -122,9 +122,9 @@ def test_other_models_and_random_weights_are_refused(tmp_path: Path) -> None:
         BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     ).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match="is not a model of images and texts in one space: BertModel has no get_text"):
-        open_encoder(str(tmp_path / "bert"))
+        load_encoder(str(tmp_path / "bert"))
     model = save_transformers("clip", tmp_path / "clip")
     state = {name: value for name, value in model.state_dict().items() if "visual_projection" not in name}
     model.save_pretrained(tmp_path / "clip", state_dict=state)
     with pytest.raises(ValueError, match=r"visual_projection\.weight would be initialized randomly"):
-        open_encoder(str(tmp_path / "clip"))
+        load_encoder(str(tmp_path / "clip"))

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.encoders import open_encoder
+from llm2clip.evaluation.encoders import load_encoder
 from llm2clip.evaluation.session import EvaluationSession
 from tests.llm2clip.evaluation.encoders.models import register_open_clip
 
@@ -51,7 +51,7 @@ def test_retrieval_equals_that_of_clip_benchmark(tmp_path: Path) -> None:
         model.eval(), loader, open_clip.get_tokenizer(name), "cpu", amp=False, recall_k_list=KS
     )
     benchmark = all_benchmarks()["flickr30k-clip-benchmark"]
-    session = EvaluationSession(open_encoder(f"open_clip:{name}/{weights}"))
+    session = EvaluationSession(load_encoder(f"open_clip:{name}/{weights}"))
     measured = benchmark.protocol.measure(session, benchmark.read(tmp_path))
     assert measured.counts["tied_text_queries"] == measured.counts["tied_image_queries"] == 0
     for k in KS:

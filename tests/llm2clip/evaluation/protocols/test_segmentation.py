@@ -19,7 +19,7 @@ from llm2clip.evaluation.benchmarks.ade20k import ADE20K
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages
 from llm2clip.evaluation.benchmarks.label_maps import IGNORED, SegmentationData, class_table
-from llm2clip.evaluation.encoders import open_encoder
+from llm2clip.evaluation.encoders import load_encoder
 from llm2clip.evaluation.patches import patch_embeddings
 from llm2clip.evaluation.prompts import template_set
 from llm2clip.evaluation.protocols import segmentation
@@ -228,7 +228,7 @@ def test_prompts_are_the_85_of_maskclip(tmp_path: Path) -> None:
 def test_a_model_runs_through_the_suite(num_workers: int, tmp_path: Path) -> None:
     """A tiny CLIP on images of whole patches, so that there is nothing to resize but its scores."""
     save_transformers("clip", tmp_path / "model")
-    encoder = open_encoder(str(tmp_path / "model"))
+    encoder = load_encoder(str(tmp_path / "model"))
     folder_of(tmp_path, [(28, 42), (28, 28)])
     benchmark = replace(
         ADE20K,

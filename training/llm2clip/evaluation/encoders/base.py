@@ -1,4 +1,4 @@
-"""What models of all libraries share when they are evaluated: batches, unit rows, identity."""
+"""What models of all libraries share: batches, unit rows, identity."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
+from llm2clip.embedding.image_batches import PreparedImages, forward_images, image_list
 from llm2clip.evaluation.patches import patch_embeddings
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.model_identity import weights_checksum
@@ -20,7 +21,7 @@ from modeling_llm2clip.modeling_llm2clip_utils import ACCELERATOR_BATCH_TOKENS, 
 
 
 class TowerEncoder(ABC):
-    """A model under evaluation; see [`Encoder`](llm2clip.evaluation.contracts.Encoder).
+    """A model of images and texts in one space; see [`Encoder`](llm2clip.evaluation.contracts.Encoder).
 
     A copy in a worker process prepares images, and has no model.
 
@@ -66,6 +67,43 @@ class TowerEncoder(ABC):
         if self._fingerprint is None:
             self._fingerprint = RULE + digest_json({"weights": weights_checksum(self.model), **self.settings()})
         return self._fingerprint
+
+    def encode_text(self, texts: Sequence[str] | str) -> Tensor:
+        """Embed texts; one string counts as a list of one.
+
+        Returns:
+            Unit rows, float32 `(texts, width)` on the CPU, in input order.
+
+        Raises:
+            NonFiniteError: Embeddings are NaN or infinite; the message names the texts.
+        """
+        return self.embed_texts([texts] if isinstance(texts, str) else list(texts))
+
+    def encode_image(
+        self, images: Sequence[Any] | Any, batch_size: int = 64, num_workers: int = 0, show_progress_bar: bool = False
+    ) -> Tensor:
+        """Embed images.
+
+        Args:
+            images: PIL images, paths, URLs, encoded bytes, arrays or tensors, or a single one.
+            batch_size: Images per forward pass.
+            num_workers: Worker processes that decode and prepare images; 0 for none.
+
+        Returns:
+            Unit rows, float32 `(images, width)` on the CPU, in input order.
+
+        Raises:
+            DamagedImageError: An image cannot be decoded.
+            NonFiniteError: Embeddings are NaN or infinite; the message names the images.
+        """
+        listed = image_list(images)
+        prepared, rows = PreparedImages(listed, range(len(listed)), self.prepare), [torch.empty(0, self.width)]
+        for batch in forward_images(prepared, self.forward_images, batch_size, num_workers, show=show_progress_bar):
+            assert batch.output is not None
+            names = [listed.key(batch.start + row) for row in range(len(batch.output))]
+            require_finite_rows(batch.output, names.__getitem__, "images")
+            rows.append(batch.output)
+        return torch.cat(rows)
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from llm2clip.hub.cards.facts import EXAMPLE, VISION_TASK, CardFacts, Evaluation
 from llm2clip.hub.cards.metadata import as_list, check_metadata
 from llm2clip.hub.cards.sections import PAPER, sections
 from llm2clip.utils.files import write_text
-from llm2clip.utils.library_errors import reading
+from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.yaml_text import load_yaml
 
 CARD = "README.md"
@@ -43,7 +43,7 @@ def read_card(folder: Path) -> tuple[dict[str, Any], str]:
     path = folder / CARD
     if not path.is_file():
         return {}, ""
-    with reading(path):
+    with wrap_read_errors(path):
         data, text = split_card(path.read_text(encoding="utf-8"))
     # The unfilled template that PEFT writes does not count as a card.
     return ({}, "") if text.lstrip().startswith(PEFT_TEMPLATE) else (data, text)
