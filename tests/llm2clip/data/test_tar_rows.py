@@ -7,7 +7,7 @@ import io
 import random
 import tarfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +17,7 @@ import fsspec
 import pytest
 
 from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
+from llm2clip.data import tar_rows as tar_rows_module
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.tar_rows import count_tar_rows, numbered_tar_rows, tar_rows
 from llm2clip.data.tars import list_tar
@@ -148,9 +149,37 @@ def test_the_bytes_of_rows_before_are_not_read(tmp_path: Path, monkeypatch: pyte
     data, rows = b"x" * 50_000, 20
     content = write_tar(tmp_path / "a.tar", [(f"{row}.jpg", data) for row in range(rows)]).read_bytes()
     monkeypatch.setattr("llm2clip.data.tar_rows._opened", lambda path: Counted(content))
-    found = dict(numbered_tar_rows("a.tar", ["jpg"], [rows - 2, rows - 1]))
+    found = dict(numbered_tar_rows(str(tmp_path / "a.tar"), ["jpg"], [rows - 2, rows - 1]))
     assert found == {number: {"jpg": data} for number in (rows - 2, rows - 1)}
     assert Counted.read_bytes < 3 * len(data)
+
+
+@pytest.mark.parametrize("kind", ["pax", "gnu", "gz", "global"])
+def test_a_tar_is_entered_at_any_row(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where names have headers of their own, and where one header is for all members."""
+    path, count = tmp_path / "a.tar", 12
+    form = tarfile.GNU_FORMAT if kind == "gnu" else tarfile.PAX_FORMAT
+    headers = {"comment": "of all"} if kind == "global" else {}
+    with tarfile.open(path, "w:gz" if kind == "gz" else "w", format=form, pax_headers=headers) as tar:
+        for row in range(count):
+            for ending in ("txt", "json"):
+                member = tarfile.TarInfo(f"{row:03}-{'é' * 60 * (row % 3)}.{ending}")
+                content = f"{row} {ending}".encode() if ending == "txt" else b"{}"
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    expected = list(numbered_tar_rows(str(path), ["txt", "__key__"], range(count)))
+    for start in range(count):
+        assert list(numbered_tar_rows(str(path), ["txt", "__key__"], range(start, count))) == expected[start:]
+    grouped, seen = tar_rows_module._grouped, list[Any]()
+
+    def counted(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for row in grouped(*arguments, **options):
+            seen.append(row)
+            yield row
+
+    monkeypatch.setattr(tar_rows_module, "_grouped", counted)
+    dict(numbered_tar_rows(str(path), ["txt"], [count - 1]))
+    assert len(seen) == (1 if kind in ("pax", "gnu") else count)
 
 
 def test_remote_tars_are_read(made: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import os
 import posixpath
 import tarfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from lzma import LZMAError
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, NamedTuple, Protocol, cast
 
+import numpy as np
 from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 
 from llm2clip.data.opened_table import SourceError, file_format
@@ -39,14 +42,16 @@ def tar_rows(path: str, file: Readable, columns: Collection[str]) -> Iterator[di
     Raises:
         SourceError: It is not a tar, is damaged or cut short, or a value is not of the form of its column.
     """
-    for key, members in _grouped(path, file, "r|*", columns, lambda row: True):
-        yield _decoded(path, key, members, columns)
+    for row in _grouped(path, file, "r|*", columns, lambda number: True):
+        yield _decoded(path, row, columns)
 
 
 def numbered_tar_rows(
     path: str, columns: Collection[str], wanted: Iterable[int]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield rows of [`tar_rows`] with their numbers; of a local file, the bytes of the others are not even read.
+
+    The headers of a plain local file are read once, for the places of its rows.
 
     Args:
         path: Path or URL.
@@ -60,13 +65,38 @@ def numbered_tar_rows(
     number = next(numbers, None)
     if number is None:
         return
+    first = start = 0
+    if number and "://" not in path:
+        state = os.stat(path)
+        places = _row_places(path, state.st_size, state.st_mtime_ns)
+        if places is not None and number < len(places):
+            first, start = number, int(places[number])
     with _opened(path) as file:
-        for row, (key, members) in enumerate(_grouped(path, file, _mode(file), columns, lambda row: row == number)):
+        mode = _mode(file)
+        if start:
+            file.seek(start)
+            mode = "r:"
+        rows = _grouped(path, file, mode, columns, lambda row: row + first == number)
+        for row, found in enumerate(rows, first):
             if row == number:
-                yield row, _decoded(path, key, members, columns)
+                yield row, _decoded(path, found, columns)
                 if (number := next(numbers, None)) is None:
                     return
     raise SourceError(f"{path} has no row {number}: it has fewer rows than were counted. Was it replaced?")
+
+
+@functools.lru_cache(maxsize=256)
+def _row_places(path: str, size: int, time: int) -> np.ndarray | None:
+    """Return the first byte of each row of a local tar, (rows,) int64; None if it cannot be entered there.
+
+    Args:
+        size, time: Of the file, which may be replaced.
+    """
+    try:
+        with _opened(path) as file:
+            return np.array([row.place for row in _grouped(path, file, "r:", (), lambda number: False, alone=True)])
+    except SourceError:  # it is compressed, or reading it says what is wrong
+        return None
 
 
 def count_tar_rows(path: str) -> int:
@@ -105,11 +135,28 @@ def _mode(file: IO[bytes]) -> str:
         return "r|*"
 
 
+class _Row(NamedTuple):
+    """The key of a row, its first byte in the tar, and names and contents of its members, if it is wanted."""
+
+    key: str
+    place: int
+    members: list[tuple[str, bytes]]
+
+
 def _grouped(
-    path: str, file: Readable, mode: str, columns: Collection[str], is_wanted: Callable[[int], bool]
-) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
-    """Yield the key of each row and, of wanted rows, the names and contents of its members in `columns`."""
-    row, key, last, members = -1, None, None, list[tuple[str, bytes]]()
+    path: str,
+    file: Readable,
+    mode: str,
+    columns: Collection[str],
+    is_wanted: Callable[[int], bool],
+    alone: bool = False,
+) -> Iterator[_Row]:
+    """Yield the rows of a tar; `members` are those in `columns`.
+
+    Args:
+        alone: Raise SourceError if members have headers that stand before other members.
+    """
+    row, current, last = -1, None, None
     try:
         with open_tar(file, mode) as archive:
             while (member := archive.next()) is not None:
@@ -121,16 +168,18 @@ def _grouped(
                 found, field = base_plus_ext(member.name)
                 if found is None:
                     continue
-                if found != key:
-                    if key is not None:
-                        yield key, members
-                    row, key, members = row + 1, found, []
+                if current is None or found != current.key:
+                    if current is not None:
+                        yield current
+                    row, current = row + 1, _Row(found, member.offset, [])
                 if field in columns and is_wanted(row):
-                    members.append((member.name, _content(archive, member)))
+                    current.members.append((member.name, _content(archive, member)))
+            if alone and archive.pax_headers:
+                raise tarfile.ReadError("it has headers for all members")
     except DAMAGED as error:
         raise tar_fault(path, "a tar", last, error) from error
-    if key is not None:
-        yield key, members
+    if current is not None:
+        yield current
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -145,11 +194,11 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return content
 
 
-def _decoded(path: str, key: str, members: list[tuple[str, bytes]], columns: Collection[str]) -> dict[str, Any]:
-    files = [(name, io.BytesIO(content)) for name, content in members]
+def _decoded(path: str, row: _Row, columns: Collection[str]) -> dict[str, Any]:
+    files = [(name, io.BytesIO(content)) for name, content in row.members]
     try:
         example: dict[str, Any] = next(iter(WebDataset._get_pipeline_from_tar(path, iter(files))), {})
     except (ValueError, *DAMAGED) as error:  # JSON that is none, damaged compression, two members of one name
-        raise SourceError(f"the row {key} of {path} cannot be read: {error or type(error).__name__}") from error
-    example |= {"__key__": key, "__url__": path}
+        raise SourceError(f"the row {row.key} of {path} cannot be read: {error or type(error).__name__}") from error
+    example |= {"__key__": row.key, "__url__": path}
     return {column: example.get(column) for column in columns}
