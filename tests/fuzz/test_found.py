@@ -128,8 +128,8 @@ def test_a_command_with_braces_is_no_format(tmp_path: Path) -> None:
 def test_an_index_whose_manifest_has_other_types_is_refused(fields: dict[str, Any]) -> None:
     for index in ({"type": "flat"}, {"type": "faiss", "cells": None, "probes": 16}):
         assert IndexManifest.from_fields("place", {**INDEX, "index": index}).index == index
-        assert IndexManifest.from_fields("place", {**INDEX, "index": index}, begun=True).index == index
-    assert IndexManifest.from_fields("place", {**INDEX, "index": {}}, begun=True).index == {}
+        assert IndexManifest.from_fields("place", {**INDEX, "index": index}, is_unfinished=True).index == index
+    assert IndexManifest.from_fields("place", {**INDEX, "index": {}}, is_unfinished=True).index == {}
     with pytest.raises(ValueError, match=r"place is not the manifest of an index .*build it again"):
         IndexManifest.from_fields("place", {**INDEX, **fields})
 

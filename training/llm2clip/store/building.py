@@ -100,7 +100,9 @@ def build_store(
     patience = (WAIT_OF_SEVERAL if world_size > 1 else WAIT) if wait_for_others else None
     with folder_lock(folder, patience) if rank == 0 else contextlib.nullcontext():
         wait()  # no rank reads the folder before rank 0 has it to itself
-        for number, one in list(_manifests(folder).items())[rank::world_size]:
+        stored = list(_manifests(folder).items())
+        wait()  # all ranks have read them before one is deleted
+        for number, one in stored[rank::world_size]:
             _drop_damaged(folder, number, one, manifest)
         wait()
         there = _manifests(folder)
