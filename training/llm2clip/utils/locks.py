@@ -83,7 +83,11 @@ def file_lock(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("another run holds %s; waiting for its end.", path)
+            lock.acquire()
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
@@ -92,7 +96,8 @@ def file_lock(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where a lock that is held cannot be removed
+            path.unlink(missing_ok=True)
         lock.release()
 
 
