@@ -96,10 +96,13 @@ class SidecarFolder:
 
     def lock(self, shard: SourceShard) -> AbstractContextManager[None]:
         """Return a context in which no other run on these files computes the sidecar; object stores have no locks."""
+        path = self.lock_path(shard)
+        return nullcontext() if path is None else file_lock(path)
+
+    def lock_path(self, shard: SourceShard) -> Path | None:
+        """Return the file of the lock of a shard, if it is local."""
         rows = self.rows_path(shard)
-        if not isinstance(rows, Path):
-            return nullcontext()
-        return file_lock(rows.with_name(f".{rows.name.removesuffix(ROWS_SUFFIX)}.lock"))
+        return rows.with_name(f".{rows.name.removesuffix(ROWS_SUFFIX)}.lock") if isinstance(rows, Path) else None
 
     def write(
         self, shard: SourceShard, keys: np.ndarray, rows: Tensor, text: ShardText, manifest: StoreManifest

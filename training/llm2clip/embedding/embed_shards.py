@@ -19,6 +19,7 @@ from llm2clip.store import EmbeddingCache, StoreManifest, StoreMismatchError
 from llm2clip.store.captions import Embed, caption_keys, check_embeddings
 from llm2clip.store.manifest import manifest_path
 from llm2clip.utils.files import remove_leftovers
+from llm2clip.utils.locks import remove_stale_lock
 from llm2clip.utils.progress import format_rate, progress_bar
 from llm2clip.utils.remote_path import AnyPath
 
@@ -146,6 +147,8 @@ def _as_embedded(parts: list[SourceShard], target: SidecarFolder) -> list[Source
 
 def remove_leftovers_of(jobs: Sequence[ShardJob], patience: float = 0.0) -> None:
     """Remove what killed processes of this machine left of the sidecars of shards; see [`remove_leftovers`]."""
+    for path in filter(None, (job.target.lock_path(job.shard) for job in jobs)):
+        remove_stale_lock(path)
     rows = (job.target.rows_path(job.shard) for job in jobs)
     written = [own for path in rows for own in (path, manifest_path(path)) if isinstance(own, Path)]
     if removed := remove_leftovers(written, patience):

@@ -101,6 +101,13 @@ def file_lock(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def remove_stale_lock(path: Path) -> None:
+    """Remove the file of a [`file_lock`] that a killed process left, unless another one holds it."""
+    if path.exists():
+        with contextlib.suppress(OSError), FileLock(path, timeout=0):  # Timeout is one
+            path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def run_lock(output_dir: str | Path | None) -> Iterator[None]:
     """Hold the lock of a run's folder, if it has one, in the first of its processes; see [`folder_lock`]."""
