@@ -254,8 +254,8 @@ def test_a_command_leaves_the_process_group_of_its_launcher(
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
-        (KeyboardInterrupt(), 130, "llm2clip index: stopped by Ctrl-C; the same command goes on where it was.\n"),
-        (StoppedError(), 143, "llm2clip index: stopped by SIGTERM; the same command goes on where it was.\n"),
+        (KeyboardInterrupt(), 130, "llm2clip index: stopped by Ctrl-C; the same command continues where it was.\n"),
+        (StoppedError(), 143, "llm2clip index: stopped by SIGTERM; the same command continues where it was.\n"),
     ],
 )
 def test_a_command_that_is_stopped_says_how_to_go_on(

@@ -77,7 +77,7 @@ COMMANDS = {
                       "llm2clip.trainers.run_stage1", "Stage1Config", resumes=True, writes_log=True),
     "embed": Command("embed all captions with the LLM, into a cache or beside their shards (resumable)",
                      "llm2clip.embedding.embed", "EmbedConfig", writes_log=True, goes_on=True),
-    "verify": Command("check the files of any folder that llm2clip wrote, and say how to mend it",
+    "verify": Command("check the files of any folder that llm2clip wrote, and say how to fix it",
                       "llm2clip.verification.verify", "VerifyConfig", ("folder",)),
     "stage2": Command("train the vision tower and adapter on cached embeddings",
                       "llm2clip.trainers.run_stage2", "Stage2Config", resumes=True, writes_log=True),
@@ -228,7 +228,7 @@ def _way_on(name: str, log_file: LogFile) -> str:
 
         found = last_checkpoint(folder) or last_checkpoint(folder / "warm_start")
         return "it has no checkpoint yet." if found is None else f"add --resume to go on from {found}."
-    return f"the same command {'goes on where it was' if command.goes_on else 'starts it again'}."
+    return f"the same command {'continues where it was' if command.goes_on else 'starts it again'}."
 
 
 def _parser(command: Command, config_class: Any) -> OptionParser:

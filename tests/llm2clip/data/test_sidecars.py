@@ -77,7 +77,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
         SourceSidecars(out, sidecars.shards).open(0)
     fields = json.loads(described.read_text())
     described.write_text(json.dumps({**fields, "format_version": 2}))
-    with pytest.raises(StoreError, match="version 2, but this release reads"):
+    with pytest.raises(StoreError, match="version 2, but this version of llm2clip reads"):
         sidecars.check(["caption"])
     described.write_text(json.dumps({**fields, "encoder": "another"}))
     with pytest.raises(StoreDamagedError, match=r"0\.emb\.manifest has changed since it was written"):

@@ -20,6 +20,7 @@ from llm2clip.store import (
     StoreIncompleteError,
     StoreMismatchError,
 )
+from llm2clip.utils import shared_files
 from llm2clip.utils.files import sha256
 from llm2clip.utils.manifests import MANIFEST_CHECKSUM, with_checksum
 from tests.damage import flip
@@ -187,6 +188,8 @@ def test_a_shard_is_read_for_its_checksum_once_until_it_changes(
     EmbeddingCache.open(cache_folder)
     assert sorted(read) == [f"shard-0000{number}.safetensors" for number in range(4)]  # the build has read the index
     EmbeddingCache.open(cache_folder)
+    shared_files._checksums.cache_clear()  # as in another process
+    EmbeddingCache.open(cache_folder)
     assert len(read) == 4
     shard = cache_folder / "shard-00002.safetensors"
     before = shard.stat()
@@ -207,7 +210,7 @@ def test_invalid_manifests_are_refused(cache_folder: Path, tmp_path: Path) -> No
     with pytest.raises(FileNotFoundError, match="not an embedding cache"):
         EmbeddingCache.open(tmp_path / "nothing")
     _edit(cache_folder, format_version=2)
-    with pytest.raises(StoreError, match=r"version 2, but this release reads .* version 1"):
+    with pytest.raises(StoreError, match=r"version 2, but this version of llm2clip reads .* version 1"):
         EmbeddingCache.open(cache_folder)
     _edit(cache_folder, format_version=1, kind="features")
     with pytest.raises(StoreMismatchError, match="is of another kind: image feature cache, not embedding cache"):

@@ -118,7 +118,7 @@ def test_a_checkpoint_without_the_rows_starts_the_stream_over(
     changes = {"resume_from_checkpoint": str(folder / "checkpoint-2"), "max_steps": 3, "resume_anyway": True}
     with caplog.at_level(logging.WARNING):
         run(folder, inputs, tars, **changes)
-    assert "stream.json is missing: training goes on from the first row" in caplog.text
+    assert "stream.json is missing: training continues from the first row" in caplog.text
 
 
 def train_noting_keys(path: Path) -> None:

@@ -14,7 +14,7 @@ from llm2clip.store.store import BESIDE
 from llm2clip.utils.remote_path import AnyPath
 from llm2clip.utils.verified import Fault, Verified
 
-MEND = REMEDY[0].lower() + REMEDY[1:].rstrip(".")
+FIX = REMEDY[0].lower() + REMEDY[1:].rstrip(".")
 
 
 def verify_sources(folder: AnyPath, manifests: Mapping[AnyPath, StoreManifest], contents: bool = True) -> Verified:
@@ -29,10 +29,10 @@ def verify_sources(folder: AnyPath, manifests: Mapping[AnyPath, StoreManifest], 
     beside = {path: one for path, one in manifests.items() if one.source is not None}
     for path, manifest in beside.items() if contents else ():
         if changed := _changed_source(path, manifest):
-            found.faults.append(Fault(changed, f"restore that shard, or delete {path} and {MEND}"))
+            found.faults.append(Fault(changed, f"restore that shard, or delete {path} and {FIX}"))
     for parent in sorted({path.parent for path in beside}, key=str):
         here = {path: one for path, one in beside.items() if path.parent == parent}
-        found.faults += [Fault(missing, MEND) for missing in _without_sidecar(parent, here, found)]
+        found.faults += [Fault(missing, FIX) for missing in _without_sidecar(parent, here, found)]
     for unfinished in sorted(map(str, unfinished_files(folder))):
         found.remarks.append(f"{unfinished} is what a run has not finished: it still writes it, or was killed.")
     return found

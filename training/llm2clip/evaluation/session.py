@@ -30,7 +30,7 @@ class EvaluationSession:
 
     An image is known by the bytes of its file and a text by what the text format makes of it, so that sets with the
     same images or texts share them, and so do text formats where they agree. The rows of a model are found again if
-    its fingerprint and dtype are the same. A killed evaluation goes on where it stopped. Several processes
+    its fingerprint and dtype are the same. A killed evaluation continues where it stopped. Several processes
     (torchrun) each compute a part, and all get all rows.
 
     Args:

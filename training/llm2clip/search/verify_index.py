@@ -21,14 +21,14 @@ def verify_index(folder: Path) -> Verified:
     Raises:
         ImportError: LanceDB is not installed.
     """
-    mend = f"build it again: llm2clip index IMAGES --model MODEL --output-dir {folder} --overwrite"
+    fix = f"build it again: llm2clip index IMAGES --model MODEL --output-dir {folder} --overwrite"
     store = LanceStore(folder)
     found = Verified()
     try:
         listed = listed_files(folder)
         if not any(file.checksum for file in listed.values()):
             found.remarks.append(f"{folder} has no checksums of its files, since it was written at a URL.")
-        found.faults = [Fault(f"{folder / fault}", mend) for fault in store.faults()]
+        found.faults = [Fault(f"{folder / fault}", fix) for fault in store.faults()]
         found.counts["num_files"] = len(listed)
         if found.faults:
             # LanceDB may panic over a damaged table, or wait for ever.
@@ -40,8 +40,8 @@ def verify_index(folder: Path) -> Verified:
             lengths = np.linalg.norm(embeds, axis=1)
             found.counts["num_images"] += len(batch)
             if bad := int((~(np.abs(lengths - 1) <= TOLERANCE)).sum()):
-                found.faults.append(Fault(f"{bad} embeddings of the index {folder} are no unit vectors", mend))
+                found.faults.append(Fault(f"{bad} embeddings of the index {folder} are no unit vectors", fix))
                 break
     except (FileNotFoundError, ValueError) as error:
-        found.faults.append(Fault(str(error), mend))
+        found.faults.append(Fault(str(error), fix))
     return found

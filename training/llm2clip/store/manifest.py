@@ -143,8 +143,8 @@ class StoreManifest:
             raise StoreDamagedError(f"{str(error).rstrip('.')}; {advice}.") from error
         if (found := (values.get("format"), values.get("format_version"))) != (FORMAT, FORMAT_VERSION):
             raise StoreError(
-                f"{path} has format {found[0]!r}, version {found[1]!r}, but this release reads {FORMAT!r}, version "
-                f"{FORMAT_VERSION}; use the release that made it, or compute it again into another folder."
+                f"{path} has format {found[0]!r}, version {found[1]!r}, but this version of llm2clip reads "
+                f"{FORMAT!r}, version {FORMAT_VERSION}; compute it again, into another folder."
             )
         if not fits_checksum(values) or values.get("kind") not in KINDS:
             raise StoreDamagedError(f"{path} has changed since it was written; {advice}.")

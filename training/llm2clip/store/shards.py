@@ -81,7 +81,7 @@ class ShardFile(NamedTuple):
         if size != self.bytes:
             what = "is truncated" if size < self.bytes else "has changed"
             raise StoreDamagedError(
-                f"The shard {self.name} {what}: {size} bytes instead of {self.bytes}; {self._mend}."
+                f"The shard {self.name} {what}: {size} bytes instead of {self.bytes}; {self._fix}."
             )
 
     def require_unchanged(self, always: bool = False) -> None:
@@ -94,7 +94,7 @@ class ShardFile(NamedTuple):
         if (sha256 if always else stored_sha256)(self.path) != self.checksum:
             raise StoreDamagedError(
                 f"The shard {self.name} has changed since it was written: its checksum is not that of the manifest; "
-                f"{self._mend}."
+                f"{self._fix}."
             )
 
     def open(self, name: str = "rows") -> Tensor:
@@ -108,14 +108,14 @@ class ShardFile(NamedTuple):
             with safe_open(self.path, "pt") as file:
                 return file.get_tensor(name)
         except SafetensorError as error:
-            raise StoreDamagedError(f"The shard {self.name} cannot be read ({error}); {self._mend}.") from error
+            raise StoreDamagedError(f"The shard {self.name} cannot be read ({error}); {self._fix}.") from error
 
     def keys(self) -> np.ndarray:
         """Return the keys, (rows, 2) int64."""
         return self.open("keys").numpy()
 
     @property
-    def _mend(self) -> str:
+    def _fix(self) -> str:
         return f"delete it and {self.about.remedy}, which only computes what is missing"
 
 

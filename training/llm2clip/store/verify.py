@@ -77,7 +77,7 @@ def _incomplete(folder: AnyPath, read: dict[AnyPath, StoreManifest]) -> Iterator
     listed, remedy = (index.shards, index.about.remedy) if index is not None else ({}, "")
     if shards and (INDEX not in names or (index is not None and not shards.keys() <= listed.keys())):
         about = next(iter(shards.values())).about
-        yield Fault(f"the build of {folder} was interrupted", f"{about.remedy}, which goes on with it")
+        yield Fault(f"the build of {folder} was interrupted", f"{about.remedy}, which continues it")
     for name, (rows, _, checksum) in listed.items():
         if name not in names and name not in shards:
             yield Fault(f"the shard {folder / name} is missing", f"{remedy}, which only computes what is missing")

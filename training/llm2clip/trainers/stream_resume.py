@@ -80,7 +80,7 @@ class StreamResume(TrainerCallback):
         path = checkpoint / STATE_FILE
         if self.args.ignore_data_skip or not path.is_file():
             if not self.args.ignore_data_skip:
-                logger.warning("%s is missing: training goes on from the first row of the stream.", path)
+                logger.warning("%s is missing: training continues from the first row of the stream.", path)
             return step, 0
         values = read_json(path)
         if values.get("format_version") != FORMAT_VERSION:
@@ -91,7 +91,7 @@ class StreamResume(TrainerCallback):
         if batch != lanes.batch and len(self.stream.sources) > 1 and self.stream.mixing == "one_source_per_step":
             raise ValueError(
                 f"{path} is of batches of {lanes.batch} rows on all processes, now there are {batch}: with mixing: "
-                "one_source_per_step a run goes on with the same ones."
+                "one_source_per_step a run continues with the same batches."
             )
         if self.stream.num_rows is None:
             logger.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -57,16 +58,26 @@ def stored_sha256(path: Path) -> str:
     """Compute the SHA-256 of a local file, once on this machine as long as the file stays as it is.
 
     It counts as the same file while its size, inode and times (that of the content and `ctime`, which no program can
-    set) are the same.
+    set) are the same. The checksums of a folder's files are lines of one file in the cache of `datasets`.
     """
+    path = path.resolve()
     status = path.stat()
-    state = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
-    identity = {"path": str(path.resolve()), "state": state}
+    state = f"{path.name} {status.st_size} {status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}"
+    record = _folder() / f"sha256-{digest_json(str(path.parent))}"
+    known = _checksums(record)
+    if state not in known:
+        known[state] = sha256(path)
+        with contextlib.suppress(OSError):  # the cache cannot be written: it is computed again next time
+            record.parent.mkdir(parents=True, exist_ok=True)
+            with record.open("a", encoding="utf-8") as file:
+                file.write(f"{state} {known[state]}\n")
+    return known[state]
 
-    def write(own: Path) -> None:
-        own.write_text(sha256(path))
 
-    try:
-        return shared_file("sha256", identity, write).read_text()
-    except OSError:  # the cache cannot be written; an error of the file itself is raised again
-        return sha256(path)
+@functools.lru_cache(maxsize=256)
+def _checksums(record: Path) -> dict[str, str]:
+    """Read the lines of a file of [`stored_sha256`]; the last one of a killed process may be cut."""
+    with contextlib.suppress(OSError):
+        lines = (line.rpartition(" ") for line in record.read_text(encoding="utf-8").splitlines())
+        return {state: checksum for state, _, checksum in lines if len(checksum) == 64}
+    return {}

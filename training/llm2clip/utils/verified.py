@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-    """A damaged or missing file: its path with what is wrong, and what mends only that."""
+    """A damaged or missing file: its path with what is wrong, and how to fix only that."""
 
     what: str
-    mend: str
+    fix: str
 
     def __str__(self) -> str:
-        return f"{self.what.rstrip('.')}. To mend it: {self.mend}."
+        return f"{self.what.rstrip('.')}. To fix it: {self.fix}."
 
 
 @dataclass

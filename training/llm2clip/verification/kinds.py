@@ -55,19 +55,19 @@ def verify_listed(folder: Path) -> Verified:
     """Compare the files of a checkpoint, a saved model or another result of a command with their list."""
     found, command = Verified(), written_by(folder)
     again = f"write it again: the same llm2clip {command} with --overwrite"
-    mend = AGAIN[command].format(folder=folder) if command in AGAIN else again
+    fix = AGAIN[command].format(folder=folder) if command in AGAIN else again
     if command == TRAINING:
-        mend = "the same command with --resume, which trains again from a whole checkpoint"
+        fix = "the same command with --resume, which trains again from a whole checkpoint"
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            mend = f"delete {folder}; --resume takes an older checkpoint, as it does if you leave it"
-    found.faults = [Fault(f"{folder}: {fault}", mend) for fault in faults(folder)]
+            fix = f"delete {folder}; --resume takes an older checkpoint, as it does if you leave it"
+    found.faults = [Fault(f"{folder}: {fault}", fix) for fault in faults(folder)]
     try:
         listed = listed_files(folder)
         added = added_files(folder)
     except ValueError as error:
         # One of a list is a fault already.
         if not found.faults:
-            found.faults.append(Fault(str(error), mend))
+            found.faults.append(Fault(str(error), fix))
         return found
     remove = "delete it, unless you have put it there and trust it"
     found.faults += [
@@ -85,8 +85,8 @@ def verify_signature(folder: Path, public_key: str | None) -> Verified:
         return Verified(remarks=[f"{remark}, which only the author can tell you."])
     found = Verified(counts=Counter({SIGNATURES: 1}))
     if fault := signature_fault(folder, Path(public_key)):
-        mend = f"load nothing from {folder}, and get the model or the key again from its author"
-        found.faults.append(Fault(f"{folder}: {fault}", mend))
+        fix = f"load nothing from {folder}, and get the model or the key again from its author"
+        found.faults.append(Fault(f"{folder}: {fault}", fix))
     return found
 
 

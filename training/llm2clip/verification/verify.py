@@ -57,7 +57,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: The folder contains nothing of the kind, or a public key is given and no model is signed.
-        DamagedError: Something is damaged or missing; each fault is logged with its file and what mends it. The exit
+        DamagedError: Something is damaged or missing; each fault is logged with its file and how to fix it. The exit
             status is 2.
     """
     folder = open_path(config.folder)
@@ -71,7 +71,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         logger.error("%s", fault)
     if found.faults:
         more = f", the first {SHOWN} of which are above" if len(found.faults) > SHOWN else ""
-        raise DamagedError(f"{len(found.faults)} faults in {folder}{more}; each says what mends it.")
+        raise DamagedError(f"{len(found.faults)} faults in {folder}{more}; each says how to fix it.")
     if not found.counts:
         names = ", ".join(kind.name for kind in KINDS)
         raise FileNotFoundError(
