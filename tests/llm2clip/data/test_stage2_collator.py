@@ -24,7 +24,7 @@ from llm2clip.data import (
 from llm2clip.store import EmbeddingCache, MissingCaptionError
 from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
 from tests.llm2clip.store.encoder import WIDTH, build, embed
-from tests.modeling_llm2clip.tiny import plain_tokenizer
+from tests.modeling_llm2clip.tiny import plain_tokenizer, processor
 
 from .conftest import CONCEPTS, SIZE, png
 
@@ -57,20 +57,23 @@ def test_skipped_samples_are_left_out_and_reported(cache: EmbeddingCache) -> Non
     batch = Stage2Collator(cache)([_sample("a"), SkippedSample("k1", "torn"), _sample("ccc")])
     assert batch["pixel_values"].shape[0] == len(batch["caption_ids"]) == len(batch["llm_embeds"]) == 2
     assert batch["skipped"] == [("k1", "torn")]
-    with pytest.raises(ValueError, match=r"All 2 samples of the first batch were skipped.*k1: torn; k2: empty"):
+    with pytest.raises(ValueError, match=r"All 2 samples of a batch were skipped.*k1: torn; k2: empty"):
         Stage2Collator(cache)([SkippedSample("k1", "torn"), SkippedSample("k2", "empty")])
 
 
-def test_a_batch_whose_samples_are_all_skipped_counts_for_nothing(cache: EmbeddingCache) -> None:
-    collator, torn = Stage2Collator(cache, on_error="skip"), [SkippedSample("k1", "torn")]
-    with pytest.raises(ValueError, match="of the first batch were skipped"):
-        collator(torn)
-    whole = collator([_sample("bb"), _sample("a")])
-    empty = collator(torn)
-    assert (empty["is_empty"], empty["skipped"]) == (True, [("k1", "torn")])
-    tensors = {name for name, values in whole.items() if isinstance(values, torch.Tensor)}
-    assert all(empty[name].equal(whole[name][:1]) for name in tensors)
-    assert "is_empty" not in collator([_sample("a")])
+def test_a_batch_whose_samples_are_all_skipped_has_no_tensors(cache: EmbeddingCache) -> None:
+    batch = Stage2Collator(cache, on_error="skip")([SkippedSample("k1", "torn")])
+    assert batch == {"is_empty": True, "skipped": [("k1", "torn")]}
+
+
+def test_rows_that_cannot_be_used_are_an_error_or_skipped() -> None:
+    good = {"image": Image.new("RGB", (30, 30)), "caption": "a dog"}
+    rows = [{**good, "image": b"torn", "key": "k1"}, good, {**good, "caption": " ", "key": "k3"}]
+    with pytest.raises(DamagedImageError, match="'k1' cannot be used"):
+        Stage2Collator(processor=processor())(rows)
+    batch = Stage2Collator(processor=processor(), on_error="skip")(rows)
+    assert len(batch["pixel_values"]) == len(batch["input_ids"]) == 1
+    assert [key for key, _ in batch["skipped"]] == ["k1", "k3"]
 
 
 def test_a_caption_missing_from_the_cache_is_an_error_or_skipped(cache: EmbeddingCache) -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llm2clip.data.records import NO_EMBEDDING, OnError, RowCaptions, SkippedSample
 from llm2clip.store.captions import EmbeddingCache
-from modeling_llm2clip.image_decoding_llm2clip import decode_image
+from modeling_llm2clip.image_decoding_llm2clip import SampleError, decode_image
 
 TOKEN_FIELDS = ("input_ids", "attention_mask", "pooling_mask")
 
@@ -38,8 +38,7 @@ class Stage2Collator:
     - `caption_ids` (n,) and `image_caption_ids` (n, K), padded with -1, if the rows have ids: caption j is a correct
       answer for image i if `caption_ids[j]` is in `image_caption_ids[i]`;
     - `keys`: the keys of the rows, if they have a `key`, for messages;
-    - `is_empty`: with `on_error="skip"`, of a batch whose samples are all skipped; the tensors are those of a row of
-      an earlier batch, since towers take no empty batch, and count for nothing;
+    - `is_empty`: with `on_error="skip"`, of a batch whose samples are all skipped, which has no tensors;
     - `skipped`: (key, reason) of each [`SkippedSample`] among the samples. These are left out, so that the batches of
       two ranks can differ in size.
 
@@ -47,7 +46,8 @@ class Stage2Collator:
         cache: Embedding cache with every caption, for rows with a `caption`.
         processor: `LLM2CLIPProcessor`, for rows with an `image`, or with a `caption` if there is no cache; for
             captions its tokenizer is enough.
-        on_error: `raise` an error for a caption that the cache lacks, or `skip` its row.
+        on_error: `raise` the error of a row with an image or caption that cannot be used, or with a caption that the
+            cache lacks, or `skip` the row.
     """
 
     def __init__(
@@ -57,30 +57,34 @@ class Stage2Collator:
         on_error: OnError = "raise",
     ) -> None:
         self.cache, self.processor, self.on_error = cache, processor, on_error
-        self._example: dict[str, Any] = {}
 
     def __call__(self, samples: Sequence[dict[str, Any] | SkippedSample]) -> dict[str, Any]:
         """Collate rows.
 
         Raises:
-            ValueError: If every sample of the first batch was skipped, or rows lack a key or differ in their keys.
+            ValueError: If every sample was skipped and `on_error` is `raise`, or rows lack a key or differ in
+                their keys.
             MissingCaptionError: If the cache lacks a caption, and `on_error` is `raise`.
-            SampleError: If an `image` or `caption` cannot be used.
+            SampleError: If an `image` or `caption` cannot be used, and `on_error` is `raise`.
         """
-        skipped = [sample for sample in samples if isinstance(sample, SkippedSample)]
-        rows = [sample for sample in samples if not isinstance(sample, SkippedSample)]
+        rows, skipped = list[dict[str, Any]](), list[SkippedSample]()
+        for number, sample in enumerate(samples):
+            found = sample if isinstance(sample, SkippedSample) else self._checked(sample, number)
+            if isinstance(found, SkippedSample):
+                skipped.append(found)
+            else:
+                rows.append(found)
         if self.cache is not None and self.on_error == "skip" and _any_has(rows, "caption"):
-            found = self.cache.contains([_caption(row, number) for number, row in enumerate(rows)])
-            lacking = [row for row, is_there in zip(rows, found.tolist(), strict=True) if not is_there]
+            is_stored = self.cache.contains(_column(rows, "caption")).tolist()
+            lacking = [row for row, stored in zip(rows, is_stored, strict=True) if not stored]
             skipped += [SkippedSample(str(row.get("key", row["caption"])), NO_EMBEDDING) for row in lacking]
-            rows = [row for row, is_there in zip(rows, found.tolist(), strict=True) if is_there]
-        if not rows and self._example:
-            return {**self._example, "is_empty": True, "skipped": [tuple(sample) for sample in skipped]}
+            rows = [row for row, stored in zip(rows, is_stored, strict=True) if stored]
+        if not rows and self.on_error == "skip":
+            return {"is_empty": True, "skipped": [tuple(sample) for sample in skipped]}
         if not rows:
             shown = "; ".join(f"{key}: {reason}" for key, reason in skipped[:3])
             raise ValueError(
-                f"All {len(skipped)} samples of the first batch were skipped, which suggests a problem with the whole "
-                f"source: {shown}."
+                f"All {len(skipped)} samples of a batch were skipped, and on_error is 'raise'; the first: {shown}."
             )
         batch: dict[str, Any] = {**self._images(rows), **self._captions(rows)}
         if _any_has(rows, "caption_id"):
@@ -91,12 +95,25 @@ class Stage2Collator:
             batch["image_caption_ids"] = _pad([torch.as_tensor(some, dtype=torch.int64) for some in all_ids], -1)
         elif _any_has(rows, "image_caption_ids"):
             raise ValueError("Rows with image_caption_ids need a caption_id as well.")
-        if self.on_error == "skip":
-            self._example = {name: values[:1].clone() for name, values in batch.items()}
         if _any_has(rows, "key"):
             batch["keys"] = list(map(str, _column(rows, "key")))
         batch["skipped"] = [tuple(sample) for sample in skipped]
         return batch
+
+    def _checked(self, row: dict[str, Any], number: int) -> dict[str, Any] | SkippedSample:
+        """Decode the image of a row and choose its caption, as far as it has none that is prepared."""
+        key, row = str(row.get("key", number)), dict(row)
+        try:
+            has_processor = getattr(self.processor, "image_processor", None) is not None
+            if has_processor and "image" in row and not {"pixel_values", "vision_states"} & set(row):
+                row["image"] = decode_image(row["image"], key)
+            if "caption" in row and not {"llm_embeds", "input_ids"} & set(row):
+                row["caption"] = RowCaptions.of(row, key, ["caption"], None).texts[0]
+        except SampleError as error:
+            if self.on_error == "raise":
+                raise
+            return SkippedSample(error.key, error.reason or str(error))
+        return row
 
     def _images(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         for name in ("pixel_values", "vision_states"):
@@ -107,9 +124,7 @@ class Stage2Collator:
         image_processor = getattr(self.processor, "image_processor", None)
         if image_processor is None:
             raise ValueError("Rows with an image need Stage2Collator(processor=...) with an image processor.")
-        keys = [str(row.get("key", number)) for number, row in enumerate(rows)]
-        images = list(map(decode_image, _column(rows, "image"), keys))
-        return {"pixel_values": image_processor(images=images, return_tensors="pt")["pixel_values"]}
+        return {"pixel_values": image_processor(images=_column(rows, "image"), return_tensors="pt")["pixel_values"]}
 
     def _captions(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         if "llm_embeds" in rows[0]:
@@ -120,16 +135,12 @@ class Stage2Collator:
             return {name: _pad(values, 0, "left") for name, values in tokens.items()}
         if "caption" not in rows[0]:
             raise ValueError(f"A row needs llm_embeds, input_ids or caption, but has {', '.join(rows[0])}.")
-        captions = [_caption(row, number) for number, row in enumerate(rows)]
+        captions = _column(rows, "caption")
         if self.cache is not None:
             return {"llm_embeds": self.cache.lookup(captions, dtype=None)}
         if self.processor is None:
             raise ValueError("Rows with a caption need Stage2Collator(cache=...) or Stage2Collator(processor=...).")
         return dict(self.processor(text=captions, padding=True, truncation=True, return_tensors="pt"))
-
-
-def _caption(row: dict[str, Any], number: int) -> str:
-    return RowCaptions.of(row, str(row.get("key", number)), ["caption"], None).texts[0]
 
 
 def _any_has(rows: Sequence[dict[str, Any]], name: str) -> bool:

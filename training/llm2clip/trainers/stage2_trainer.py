@@ -87,6 +87,7 @@ class Stage2Trainer(StageTrainer):
     ) -> None:
         self.frozen, self.embed = frozen, embed
         self.skipped = SkippedSamples(skip_log)
+        self._example: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
         self.add_callback(self.skipped)
         model = cast(LLM2CLIPModel, self.model)
@@ -102,7 +103,7 @@ class Stage2Trainer(StageTrainer):
             give_scalars_a_dimension(model)
 
     def default_collator(self, model: Any, args: Any, processing_class: Any) -> Stage2Collator:
-        return Stage2Collator(processor=processing_class)
+        return Stage2Collator(processor=processing_class, on_error=args.on_error)
 
     def batch_sampler(self) -> EpochBatchSampler:
         several = len(getattr(self.train_dataset, "starts", ())) > 2
@@ -182,7 +183,15 @@ class Stage2Trainer(StageTrainer):
     def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = dict(inputs)
         self.skipped.add(inputs.pop("skipped", []))
-        is_empty = inputs.pop("is_empty", False)
+        if is_empty := inputs.pop("is_empty", False):
+            if not self._example:
+                raise ValueError(
+                    "All samples of the first batch were skipped, which suggests a problem with the whole source."
+                )
+            # Towers take no empty batch: a row of an earlier one, whose embeddings are left out.
+            inputs = dict(self._example)
+        elif self.args.on_error == "skip":
+            self._example = {name: rows[:1].clone() for name, rows in inputs.items() if isinstance(rows, Tensor)}
         ids = {name: inputs.pop(name, None) for name in ("caption_ids", "image_caption_ids")}
         if self.args.shared_captions == "separate":
             ids = {}

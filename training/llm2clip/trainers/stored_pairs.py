@@ -101,9 +101,8 @@ class StoredPairsDataset(EpochDataset):
         skipped = [tuple(self.skipped[row]) for row in rows.tolist() if row in self.skipped] if self.skipped else []
         if skipped:
             rows = np.array([row for row in rows.tolist() if row not in self.skipped], dtype=np.int64)
-        is_empty = not len(rows)
-        if is_empty:  # see `Stage2Collator`
-            rows = np.array([next(row for row in range(len(self)) if row not in self.skipped)])
+            if not len(rows):
+                return {"is_empty": True, "skipped": skipped}
         drawn = np.searchsorted(self._bounds, rows + self._uniform("caption", epoch, rows), side="right")
         drawn = np.clip(drawn, self._ends[rows], self._ends[rows + 1] - 1)
         views = (self._uniform("view", epoch, rows) * self.features.views).astype(np.int64)
@@ -113,7 +112,6 @@ class StoredPairsDataset(EpochDataset):
             "caption_ids": torch.from_numpy(self._caption_ids[drawn]),
             "image_caption_ids": self._all_ids(rows),
             "skipped": skipped,
-            **({"is_empty": True} if is_empty else {}),
         }
 
     def _all_ids(self, rows: np.ndarray) -> Tensor:
