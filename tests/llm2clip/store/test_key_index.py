@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from llm2clip.store.captions import caption_key, caption_keys
-from llm2clip.store.key_index import COLUMNS, KeyIndex, sorted_columns
+from llm2clip.store.key_index import KeyIndex
 from llm2clip.store.store import EXPONENTS, INTEGERS
 
 
@@ -27,20 +25,6 @@ def test_keys_with_equal_first_halves_are_told_apart() -> None:
     assert [index.find_one(*key) for key in keys.tolist()] == [0, 1, 2, 3]
     assert index.find(keys).tolist() == [0, 1, 2, 3]
     assert [index.find_one(7, 9), index.find_one(6, 1), index.find_one(8, 1)] == [-1, -1, -1]
-
-
-def test_keys_are_sorted_on_disk_as_in_memory(tmp_path: Path) -> None:
-    keys = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, (5000, 2))
-    keys[100:200] = keys[300:400]  # those that repeat are found at their first row
-    columns = sorted_columns(np.split(keys, [7, 7, 1200]), tmp_path)
-    index = KeyIndex(*(columns[name].numpy() for name in COLUMNS))
-    rows = index.find(keys)
-    assert rows.tolist() == [*range(300), *range(100, 200), *range(400, 5000)]
-    assert np.array_equal(rows, KeyIndex.of(keys).find(keys))
-    assert index.find(keys + 1).max() == -1
-    (tmp_path / "empty").mkdir()
-    nothing = sorted_columns([], tmp_path / "empty")
-    assert len(KeyIndex(*(nothing[name].numpy() for name in COLUMNS))) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

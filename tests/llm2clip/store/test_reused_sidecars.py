@@ -1,4 +1,4 @@
-"""A folder of sidecars opened as a cache: every caption is found, with no list of keys in memory."""
+"""A folder of sidecars opened as a cache: every caption is found."""
 
 from __future__ import annotations
 

@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.store.key_index import KeyIndex
 from llm2clip.store.manifest import (
     MANIFEST_SUFFIX,
     ROWS_SUFFIX,
     StoreDamagedError,
     StoredDtype,
+    StoreIncompleteError,
     StoreManifest,
     StoreMismatchError,
     rows_path,
 )
 from llm2clip.store.shards import ShardFile, keys_tensor, write_shard
-from llm2clip.store.store import INDEX, Store, StoreT
+from llm2clip.store.store import INDEX, Store, StoreT, index_of
 from llm2clip.utils.files import remove_unfinished
 from llm2clip.utils.locks import WAIT, WAIT_OF_SEVERAL, folder_lock
 from llm2clip.utils.progress import ProgressBar, in_section, progress_bar
@@ -106,7 +106,9 @@ def build_store(
             _drop_damaged(folder, number, one, manifest)
         wait()
         there = _manifests(folder)
-        missing = np.flatnonzero(_index_of(folder, there).find(keys) < 0)
+        indexed = _open_indexed(folder, there)
+        known = index_of(_files(folder, there)) if indexed is None else indexed
+        missing = np.flatnonzero(known.find(keys) < 0)
         numbers = (number for number in itertools.count() if number not in there)
         parts = [missing[start : start + shard_size] for start in range(0, len(missing), shard_size)]
         work = list(zip(numbers, parts, strict=False))
@@ -121,7 +123,7 @@ def build_store(
                 write_shard(folder / shard_name(number), tensors, own)
         wait()
         if rank == 0:
-            if work or not _is_indexed(folder):
+            if work or indexed is None:
                 _write_index(folder, keys)
             else:
                 words = manifest.about.name, folder, manifest.about.unit
@@ -197,25 +199,23 @@ def _drop_damaged(folder: Path, number: int, found: StoreManifest | None, new: S
         path.with_name(path.name.removesuffix(ROWS_SUFFIX) + MANIFEST_SUFFIX).unlink(missing_ok=True)
 
 
-def _index_of(folder: Path, found: dict[int, Any]) -> KeyIndex:
-    keys = [ShardFile.of(folder / shard_name(number), manifest).keys() for number, manifest in found.items()]
-    return KeyIndex.of(np.concatenate([np.empty((0, 2), np.int64), *keys]))
+def _files(folder: Path, found: dict[int, Any]) -> list[ShardFile]:
+    return [ShardFile.of(folder / shard_name(number), manifest) for number, manifest in found.items()]
 
 
-def _is_indexed(folder: Path) -> bool:
-    """Tell whether the index of a folder is whole and has all its shards: a run may be killed before it adds some."""
+def _open_indexed(folder: Path, found: dict[int, Any]) -> Store | None:
+    """Open a store whose index is whole and has all its shards: a run may be killed before it adds some."""
     try:
-        index = StoreManifest.read(folder / INDEX)
-        ShardFile.of(rows_path(folder / INDEX), index).require_unchanged()
-    except (FileNotFoundError, StoreDamagedError):
-        return False
-    return set(index.shards) == {shard_name(number) for number in _manifests(folder)}
+        opened = Store.open(folder, verify=False)
+    except (FileNotFoundError, StoreDamagedError, StoreIncompleteError):
+        return None
+    return opened if {shard.path.name for shard in opened.shards} == set(map(shard_name, found)) else None
 
 
 def _write_index(folder: Path, keys: np.ndarray) -> None:
     """Write the index of a complete store, without which it counts as incomplete; `keys` have to be in it."""
     found: dict[int, Any] = _manifests(folder)
-    index = _index_of(folder, found)
+    index = index_of(_files(folder, found))
     if lacking := int((index.find(keys) < 0).sum()):
         raise StoreMismatchError(
             f"{folder} lacks {lacking} of {len(keys)} rows after they were computed: the processes were given "

@@ -1,17 +1,11 @@
-"""Finding rows by their keys: sorted, in memory or in a file that is mapped, with no list of keys."""
+"""Finding rows by their keys, which are sorted, in memory or in a file that is mapped."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# The keys are sorted in so many parts, of which one is in memory.
-BUCKETS = 256
-ENTRY = np.dtype([("high", "<i8"), ("low", "<i8"), ("rows", "<i8")])
 COLUMNS = ("high", "low", "rows")
 
 
@@ -64,47 +58,3 @@ class KeyIndex:
                 return int(self._rows[position])
             position += 1
         return -1
-
-
-def sorted_columns(parts: Iterable[np.ndarray], folder: Path) -> dict[str, Tensor]:
-    """Sort keys on disk.
-
-    Args:
-        parts: The keys of consecutive rows, (n, 2) int64 each; one part is in memory at a time.
-        folder: An empty folder, into which the result is mapped.
-
-    Returns:
-        The columns of a [`KeyIndex`], (n,) int64.
-    """
-    first = 0
-    for keys in parts:
-        _scatter(folder, keys, first)
-        first += len(keys)
-    if not first:
-        return {name: torch.empty(0, dtype=torch.int64) for name in COLUMNS}
-    for entries in _sorted_buckets(folder):
-        for name in COLUMNS:
-            with (folder / name).open("ab") as file:
-                file.write(entries[name].tobytes())
-    # Copy-on-write, since torch warns of what is read-only.
-    return {name: torch.from_numpy(np.memmap(folder / name, dtype="<i8", mode="c")) for name in COLUMNS}
-
-
-def _scatter(folder: Path, keys: np.ndarray, first: int) -> None:
-    """Append keys to the files of their buckets."""
-    entries = np.empty(len(keys), dtype=ENTRY)
-    entries["high"], entries["low"] = keys[:, 0], keys[:, 1]
-    entries["rows"] = np.arange(first, first + len(keys))
-    entries = entries[np.argsort(entries["high"], kind="stable")]
-    buckets, starts = np.unique((entries["high"] >> 56) + BUCKETS // 2, return_index=True)
-    for bucket, start, stop in zip(buckets, starts, np.append(starts, len(entries))[1:], strict=True):
-        with (folder / str(bucket)).open("ab") as file:
-            file.write(entries[start:stop].tobytes())
-
-
-def _sorted_buckets(folder: Path) -> Iterator[np.ndarray]:
-    for bucket in range(BUCKETS):
-        path = folder / str(bucket)
-        if path.exists():
-            entries = np.fromfile(path, dtype=ENTRY)
-            yield entries[np.argsort(entries["high"], kind="stable")]

@@ -6,6 +6,7 @@ row was computed from, such as a caption's exact text in UTF-8 or an image's enc
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,14 +33,12 @@ def write_shard(path: AnyPath, tensors: Mapping[str, Tensor], manifest: StoreMan
         manifest: What is written beside it, except for what the file itself states.
     """
     described = manifest_path(path)
+    # Not by `save_file`, whose own temporary file would stay if it is killed.
+    content, rows = save(dict(tensors)), tensors["rows"]
+    checksum, width = hashlib.sha256(content).hexdigest(), rows.shape[1] if rows.ndim == 2 else manifest.width
+    manifest = replace(manifest, rows=len(rows), width=width, bytes=len(content), checksum=checksum)
     with atomic_path(path) if isinstance(path, Path) else local_file(path) as temporary:
-        # Not by `save_file`, whose own temporary file would stay if it is killed.
-        temporary.write_bytes(save(dict(tensors)))
-        rows = tensors["rows"]
-        manifest = replace(
-            manifest, rows=len(rows), bytes=temporary.stat().st_size, checksum=sha256(temporary),
-            width=rows.shape[1] if rows.ndim == 2 else manifest.width,
-        )  # fmt: skip
+        temporary.write_bytes(content)
         described.unlink(missing_ok=True)
     manifest.write(described)
     return manifest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from llm2clip.store.key_index import COLUMNS, KeyIndex, sorted_columns
+from llm2clip.store.key_index import COLUMNS, KeyIndex
 from llm2clip.store.manifest import (
     KINDS,
     MANIFEST_SUFFIX,
@@ -118,8 +117,7 @@ class Store:
         shards = [ShardFile.of(rows_path(path), manifest) for path, manifest in zip(found, manifests, strict=True)]
 
         def write(path: Path) -> None:
-            with tempfile.TemporaryDirectory(dir=path.parent) as own:
-                save_file(sorted_columns((shard.keys() for shard in shards), Path(own)), path)
+            path.write_bytes(save(index_of(shards).columns()))
 
         identity = {"version": VERSION, "shards": [manifest.checksum for manifest in manifests]}
         path = shared_file("store-keys", identity, write)
@@ -141,8 +139,7 @@ class Store:
     @property
     def _index(self) -> KeyIndex:
         if self._own_index is None:
-            keys = [shard.keys() for shard in self.shards]
-            self._own_index = KeyIndex.of(np.concatenate([np.empty((0, 2), np.int64), *keys]))
+            self._own_index = index_of(self.shards)
         return self._own_index
 
     def find(self, keys: np.ndarray) -> np.ndarray:
@@ -206,6 +203,11 @@ class Store:
                 f"Row {row - self._starts[number]} of the shard {shard.name} is not finite; delete the file and "
                 f"{shard.about.remedy}, which only computes what is missing."
             )
+
+
+def index_of(shards: Sequence[ShardFile]) -> KeyIndex:
+    """Return the index of the keys of shards, in memory."""
+    return KeyIndex.of(np.concatenate([np.empty((0, 2), np.int64), *(shard.keys() for shard in shards)]))
 
 
 def _open_again(kind: type[StoreT], path: Path, manifest: StoreManifest, shards: Sequence[ShardFile]) -> StoreT:
