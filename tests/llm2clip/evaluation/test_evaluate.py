@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from llm2clip import cli
 from llm2clip.data import CaptionSource
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.evaluation.benchmarks import all_benchmarks
+from llm2clip.utils.manifests import write_manifest
+from tests.damage import flip
 from tests.modeling_llm2clip import tiny
 from tests.processes import run_python, run_ranks
 
@@ -236,6 +239,18 @@ def test_rows_of_own_data_are_queries_with_one_right_image(own_data: str) -> Non
     distinct = ImageTextRetrieval(source, processor)
     assert distinct.captions == ["a dog", "a cat", "a bus", "A Bus"]
     assert [0, 1] in distinct.matches(range(3)).tolist()
+
+
+def test_own_data_is_measured_with_whole_models_of_ours(
+    place: Path, own_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    write_manifest(model, "stage2")
+    with flip(model / "model.safetensors"):
+        assert cli.main(["evaluate", str(model), "--data", own_data, "--caption-columns", "caption"]) == 2
+    assert "is not what was written (model.safetensors has changed" in capsys.readouterr().err
+    assert cli.main(["evaluate", "mine.py:load", "--data", own_data]) == 2
+    assert "mine.py:load is measured with --benchmark" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("options", "texts"), [([], 4), (["--protocol", "distinct"], 4), (["--protocol", "rows"], 6)])

@@ -13,9 +13,11 @@ from llm2clip.data import CaptionSource, PairSource
 from llm2clip.embedding import CaptionEmbedder
 from llm2clip.embedding.cache_of_model import open_cache_of_model
 from llm2clip.evaluation.caption_pairs import CaptionRetrieval
+from llm2clip.evaluation.encoders.open_clip import PREFIX as OPEN_CLIP
 from llm2clip.evaluation.evaluate_config import OWN_DATA, EvaluateConfig
 from llm2clip.evaluation.image_text import ImageTextRetrieval
 from llm2clip.utils.identity import data_revision
+from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
@@ -44,6 +46,7 @@ def _source_fields(config: EvaluateConfig) -> dict[str, Any]:
 
 def measure_retrieval(config: EvaluateConfig) -> dict[str, Any]:
     """Load a model and measure image-text retrieval."""
+    _require_own_model(config.model)
     model = LLM2CLIPModel.from_pretrained(config.model, text_model=config.embedding_cache is None)
     processor = AutoProcessor.from_pretrained(config.model)
     return open_retrieval(config, model.to(process_state().device).eval(), processor)()
@@ -71,8 +74,16 @@ def open_retrieval(
     return partial(retrieval, model, lambda captions: llm_embeds, **options, show_progress_bar=True)
 
 
+def _require_own_model(name: str) -> None:
+    """Raise ValueError for a model that only published benchmarks can be measured with, or with changed files."""
+    if name.startswith(OPEN_CLIP) or name.rpartition(":")[0].endswith(".py"):
+        raise ValueError(f"{name} is measured with --benchmark; --data alone is for models of llm2clip.")
+    refuse_changed_model(name)
+
+
 def measure_caption_retrieval(config: EvaluateConfig) -> dict[str, Any]:
     """Load a text tower and measure caption retrieval."""
+    _require_own_model(config.model)
     model: Any
     model, tokenizer = open_text_tower(config.model)
     return open_caption_retrieval(config, model.to(process_state().device).eval(), tokenizer)()
