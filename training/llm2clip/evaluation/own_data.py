@@ -13,7 +13,6 @@ from llm2clip.data import CaptionSource, PairSource
 from llm2clip.embedding import CaptionEmbedder
 from llm2clip.embedding.cache_of_model import open_cache_of_model
 from llm2clip.evaluation.caption_pairs import CaptionRetrieval
-from llm2clip.evaluation.encoders.open_clip import PREFIX as OPEN_CLIP
 from llm2clip.evaluation.evaluate_config import OWN_DATA, EvaluateConfig
 from llm2clip.evaluation.image_text import ImageTextRetrieval
 from llm2clip.utils.identity import data_revision
@@ -76,7 +75,7 @@ def open_retrieval(
 
 def _require_own_model(name: str) -> None:
     """Raise ValueError for a model that only published benchmarks can be measured with, or with changed files."""
-    if name.startswith(OPEN_CLIP) or name.rpartition(":")[0].endswith(".py"):
+    if name.startswith("open_clip:") or name.rpartition(":")[0].endswith(".py"):
         raise ValueError(f"{name} is measured with --benchmark; --data alone is for models of llm2clip.")
     refuse_changed_model(name)
 
