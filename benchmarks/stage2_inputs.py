@@ -113,7 +113,7 @@ def write_vision_tower(folder: Path, hidden: int, layers: int, patch: int, size:
 
 def embed(folder: Path, text: Path, sources: list[dict[str, Any]]) -> tuple[Path, float]:
     """Embed the captions into a cache; return its folder and the CPU seconds."""
-    from llm2clip.embedding import embed as stage
+    from llm2clip.encoders import embed as stage
 
     start = time.process_time()
     stage.run(stage.EmbedConfig(text_model_name_or_path=str(text), output_dir=str(folder / "cache"), sources=sources))

@@ -22,7 +22,7 @@ SECTIONS = {
     "llm2clip.store": "Stored rows",
     "llm2clip.data": "Data",
     "llm2clip.checks": "Data",
-    "llm2clip.embedding": "Embedding",
+    "llm2clip.encoders": "Embedding",
     "llm2clip.evaluation": "Evaluation",
     "llm2clip.search": "Search",
     "llm2clip.convert": "Convert and publish",

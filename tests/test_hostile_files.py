@@ -39,7 +39,7 @@ def look(event, arguments):
 
 from llm2clip import cli
 import llm2clip.search.index, llm2clip.evaluation.check_benchmark, llm2clip.convert.conversion, llm2clip.hub.build
-import llm2clip.embedding.embed, llm2clip.evaluation.evaluate, llm2clip.trainers.run_stage2, llm2clip.hub.export_onnx
+import llm2clip.encoders.embed, llm2clip.evaluation.evaluate, llm2clip.trainers.run_stage2, llm2clip.hub.export_onnx
 sys.addaudithook(look)
 results = []
 for command in commands:

@@ -49,8 +49,8 @@ def _outcome(folder: Path, read: Callable[[list[str]], Any]) -> Outcome:
 
 def _ours() -> Work:
     from llm2clip.data import CaptionSource, distinct_captions
-    from llm2clip.embedding import CaptionEmbedder
-    from llm2clip.embedding.embed import EmbedConfig, embed_into_cache
+    from llm2clip.encoders import CaptionEmbedder
+    from llm2clip.encoders.embed import EmbedConfig, embed_into_cache
     from llm2clip.store import EmbeddingCache
     from llm2clip.utils.processes import process_state
     from llm2clip.utils.towers import open_text_tower

@@ -89,7 +89,7 @@ def _tar_and_sidecar() -> Work:
     from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
     from llm2clip.data.shards import ShardedSource
     from llm2clip.data.sidecars import SourceSidecars
-    from llm2clip.embedding.embed_shards import ShardEmbedder, list_jobs
+    from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs
 
     texts, rows, folder, drawn = _texts(), _rows(), new_folder(), _drawn()
     numbers = {text: number for number, text in enumerate(texts)}

@@ -72,8 +72,8 @@ def _inputs(count: int) -> tuple[Path, str]:
 
 
 def _ours(count: int = IMAGES) -> Work:
+    from llm2clip.encoders.load import load_encoder
     from llm2clip.evaluation.benchmarks.image_folder import read_image_folder
-    from llm2clip.evaluation.encoders import load_encoder
     from llm2clip.evaluation.protocols.classification import ZeroShotClassification
     from llm2clip.evaluation.session import EvaluationSession
 

@@ -55,7 +55,7 @@ def align(folder: Path, trial: AlignTrial) -> dict[str, Any]:
 def _write_stores(stores: Path, pairs: int) -> None:
     import numpy as np
 
-    from llm2clip.embedding.image_features import feature_manifest
+    from llm2clip.encoders.image_features import feature_manifest
     from llm2clip.store import build_store, caption_manifest
     from llm2clip.store.store import INDEX
 

@@ -24,8 +24,8 @@ import datasets
 from torch.nn import functional as F
 
 from llm2clip.data import CaptionSource, PairSource, distinct_captions
-from llm2clip.embedding import CaptionEmbedder
-from llm2clip.embedding.embed import EmbedConfig, embed_into_cache
+from llm2clip.encoders import CaptionEmbedder
+from llm2clip.encoders.embed import EmbedConfig, embed_into_cache
 from llm2clip.hub.merge import merge_models
 from llm2clip.quickstart.data import QuickstartData
 from llm2clip.quickstart.domains import DomainSplit

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from llm2clip.data import CaptionSource, PairSource
-from llm2clip.embedding.embed import EmbedConfig
+from llm2clip.encoders.embed import EmbedConfig
 from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.store import EmbeddingCache

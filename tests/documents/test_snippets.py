@@ -11,7 +11,7 @@ import pytest
 from tests.documents.reading import DOCUMENTS, ROOT, blocks, kind
 from tests.documents.stand_ins import E5, FILES, FOLDERS, HUB, MODEL
 
-# What tests/llm2clip/embedding/test_ray_engine.py runs.
+# What tests/llm2clip/encoders/test_ray_engine.py runs.
 ON_RAY = {"docs/scaling.md"}
 WITH_PYTHON = [document for document in DOCUMENTS if "```python" in (ROOT / document).read_text()]
 WITH_PYTHON = [document for document in WITH_PYTHON if document not in ON_RAY]

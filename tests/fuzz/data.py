@@ -21,7 +21,7 @@ from llm2clip.data.shard_rows import count_rows, parquet_rows
 from llm2clip.data.tar_rows import count_tar_rows, numbered_tar_rows, tar_rows
 from llm2clip.data.tars import list_tar
 from llm2clip.data.transforms import decode_tensor
-from llm2clip.embedding.embed import EmbedConfig
+from llm2clip.encoders.embed import EmbedConfig
 from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.trainers.mntp_config import MNTPConfig
 from llm2clip.trainers.stage1_config import Stage1Config

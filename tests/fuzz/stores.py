@@ -14,7 +14,7 @@ from PIL import Image
 
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
-from llm2clip.embedding.image_features import ImageFeatures, feature_manifest
+from llm2clip.encoders.image_features import ImageFeatures, feature_manifest
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index import IndexConfig
 from llm2clip.search.index import run as build_index
@@ -34,7 +34,7 @@ from llm2clip.utils.manifests import (
 from llm2clip.verification import verify
 from llm2clip.verification.kinds import verify_folder
 from tests.fuzz.data import Doors
-from tests.llm2clip.embedding import shards
+from tests.llm2clip.encoders import shards
 from tests.llm2clip.store import encoder
 from tests.modeling_llm2clip import tiny as tiny_models
 

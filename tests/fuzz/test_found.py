@@ -30,7 +30,7 @@ from llm2clip.verification.kinds import verify_folder
 from tests.fuzz import stores
 from tests.llm2clip.convert import checkpoints
 from tests.llm2clip.convert.checkpoints import EVA
-from tests.llm2clip.embedding import shards
+from tests.llm2clip.encoders import shards
 
 INDEX: dict[str, Any] = {
     "model": "m", "revision": None, "vision_fingerprint": "2-a", "width": 24, "dtype": "float16",

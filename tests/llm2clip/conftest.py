@@ -14,7 +14,7 @@ import torch
 
 from llm2clip.data import transforms
 from llm2clip.data.transforms import decode_tensor
-from llm2clip.embedding import embed
+from llm2clip.encoders import embed
 from llm2clip.hub import new_process
 from llm2clip.trainers import run_stage1
 from llm2clip.trainers.stage1_config import Stage1Config

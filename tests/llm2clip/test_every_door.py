@@ -23,7 +23,7 @@ from transformers import AutoProcessor, CLIPImageProcessor
 
 from llm2clip import cli
 from llm2clip.demo.gallery import Gallery
-from llm2clip.embedding import embed
+from llm2clip.encoders import embed
 from llm2clip.search.folder_images import FolderImages
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Config
@@ -35,7 +35,7 @@ from tests.llm2clip import tiny
 from tests.llm2clip.hub.conftest import consume, push_by_command
 from tests.loopback_hub import LoopbackHub
 from tests.modeling_llm2clip import embedding_models
-from tests.modeling_llm2clip.embedding_models import OTHER_LANGUAGES
+from tests.modeling_llm2clip.encoders_models import OTHER_LANGUAGES
 
 CAPTIONS = ["a small dog", "two children play football, seen from a green park", *OTHER_LANGUAGES]
 CLOSE = {"atol": 1e-5, "rtol": 0}

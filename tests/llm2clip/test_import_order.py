@@ -19,7 +19,7 @@ ROOMS = [
     "data",
     "checks",
     "losses",
-    "embedding",
+    "encoders",
     "evaluation",
     "hub",
     "trainers",

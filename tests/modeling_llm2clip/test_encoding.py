@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llm2clip.embedding import embed_captions
+from llm2clip.encoders import embed_captions
 from modeling_llm2clip import with_prompt
 from modeling_llm2clip.modeling_llm2clip_utils import CPU_BATCH_TOKENS, token_batches
 from tests.modeling_llm2clip import tiny

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llm2clip.embedding import embed
+from llm2clip.encoders import embed
 from llm2clip.evaluation import evaluate
 from llm2clip.evaluation.evaluate_config import EvaluateConfig
 from llm2clip.trainers import run_mntp, run_stage1, run_stage2

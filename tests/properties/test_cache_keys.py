@@ -20,7 +20,7 @@ from llm2clip.store import EmbeddingCache
 from llm2clip.store.captions import caption_key, caption_keys
 from llm2clip.store.key_index import KeyIndex
 from llm2clip.store.manifest import MissingCaptionError
-from tests.llm2clip.embedding import shards
+from tests.llm2clip.encoders import shards
 from tests.llm2clip.store import encoder
 from tests.properties.inputs import CAPTIONS, TEXTS, quick
 

@@ -33,7 +33,7 @@ from llm2clip.utils.manifests import (
     written_by,
 )
 from llm2clip.verification.kinds import verify_folder
-from tests.llm2clip.embedding.shards import description
+from tests.llm2clip.encoders.shards import description
 from tests.properties.inputs import TEXTS, VALUES, quick
 from tests.refusals import accepted
 

@@ -13,11 +13,14 @@ from llm2clip.data import (
 from llm2clip.data import (
     load_source as load_source,
 )
-from llm2clip.embedding import (
+from llm2clip.encoders import (
     embed_captions as embed_captions,
 )
-from llm2clip.embedding import (
+from llm2clip.encoders import (
     embed_images as embed_images,
+)
+from llm2clip.encoders import (
+    load_encoder as load_encoder,
 )
 from llm2clip.evaluation import (
     caption_retrieval_metrics as caption_retrieval_metrics,
@@ -38,9 +41,6 @@ from llm2clip.evaluation.benchmarks.data import (
 )
 from llm2clip.evaluation.clip_benchmark import (
     load_clip as load_clip,
-)
-from llm2clip.evaluation.encoders import (
-    load_encoder as load_encoder,
 )
 from llm2clip.evaluation.heat_map import (
     patch_similarity as patch_similarity,

@@ -76,7 +76,7 @@ COMMANDS = {
     "stage1": Command("fine-tune the LLM on caption pairs with a contrastive loss",
                       "llm2clip.trainers.run_stage1", "Stage1Config", resumes=True, writes_log=True),
     "embed": Command("embed all captions with the LLM, into a cache or beside their shards (resumable)",
-                     "llm2clip.embedding.embed", "EmbedConfig", writes_log=True, goes_on=True),
+                     "llm2clip.encoders.embed", "EmbedConfig", writes_log=True, goes_on=True),
     "verify": Command("check the files of any folder that llm2clip wrote, and say how to fix it",
                       "llm2clip.verification.verify", "VerifyConfig", ("folder",)),
     "stage2": Command("train the vision tower and adapter on cached embeddings",

@@ -15,14 +15,14 @@ from llm2clip import cli
 from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
-from llm2clip.embedding.embed import EmbedConfig, run
-from llm2clip.embedding.embed_shards import ShardEmbedder, list_jobs
+from llm2clip.encoders.embed import EmbedConfig, run
+from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs
 from llm2clip.store import StoreManifest
 from llm2clip.store.store import lies_beside_shards, stored_manifest
 from llm2clip.utils.remote_path import open_path
 from llm2clip.verification import verify
 from tests.llm2clip.data.test_streams import write_tars
-from tests.llm2clip.embedding.shards import Counting, description, embed, write_groups, write_shards
+from tests.llm2clip.encoders.shards import Counting, description, embed, write_groups, write_shards
 from tests.llm2clip.store import encoder
 
 

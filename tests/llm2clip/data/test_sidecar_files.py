@@ -15,9 +15,9 @@ import torch
 from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource, SourceShard
 from llm2clip.data.sidecars import SidecarFolder, SourceSidecars
-from llm2clip.embedding.embed_shards import ShardCounts, ShardEmbedder, list_jobs
+from llm2clip.encoders.embed_shards import ShardCounts, ShardEmbedder, list_jobs
 from llm2clip.store.manifest import StoreMismatchError
-from tests.llm2clip.embedding.shards import Counting, description, embed, shard_of, write_shards
+from tests.llm2clip.encoders.shards import Counting, description, embed, shard_of, write_shards
 from tests.llm2clip.store import encoder
 from tests.processes import run_python
 from tests.tars import write_tar

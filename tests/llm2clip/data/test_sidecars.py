@@ -11,12 +11,12 @@ import torch
 
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
-from llm2clip.embedding.embed_shards import ShardCounts
+from llm2clip.encoders.embed_shards import ShardCounts
 from llm2clip.store import MissingCaptionError, StoreDamagedError, StoreError, StoreManifest, StoreMismatchError
 from llm2clip.store.store import lies_beside_shards, stored_manifest
 from llm2clip.utils.files import sha256
 from tests.damage import flip
-from tests.llm2clip.embedding.shards import Counting, description, embed, write_shards
+from tests.llm2clip.encoders.shards import Counting, description, embed, write_shards
 from tests.llm2clip.store import encoder
 
 

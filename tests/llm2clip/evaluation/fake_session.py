@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from llm2clip.embedding.image_batches import ImageSet
+from llm2clip.encoders.image_batches import ImageSet
 
 Rows = Sequence[Sequence[float]] | Tensor
 Table = Rows | Mapping[Any, Sequence[float] | Tensor]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.data import CaptionSource
-from llm2clip.embedding import CaptionEmbedder
+from llm2clip.encoders import CaptionEmbedder
 from llm2clip.evaluation import CaptionRetrieval, ImageTextRetrieval
 from llm2clip.evaluation.clip_benchmark import CLIPBenchmarkModel
 from llm2clip.utils.non_finite import NonFiniteError

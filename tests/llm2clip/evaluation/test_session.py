@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llm2clip.encoders.load import load_encoder
 from llm2clip.evaluation import row_store
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages
-from llm2clip.evaluation.encoders import load_encoder
 from llm2clip.evaluation.session import EvaluationSession
 from llm2clip.utils.non_finite import NonFiniteError
 from llm2clip.utils.processes import leave_process_group
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 from tests.processes import run_ranks
 
-from .encoders.models import save_transformers
+from ..encoders.models import save_transformers
 
 TEXTS = ["a small dog", "", "a red bus", "a small dog", "two children"]
 

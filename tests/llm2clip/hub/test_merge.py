@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoProcessor
 
 import llm2clip
 from llm2clip import cli
-from llm2clip.embedding import embed
+from llm2clip.encoders import embed
 from llm2clip.evaluation import evaluate
 from llm2clip.hub import build
 from llm2clip.hub.cards.card import read_card

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from llm2clip import cli
-from llm2clip.embedding.caption_embedder import CaptionEmbedder
+from llm2clip.encoders.caption_embedder import CaptionEmbedder
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index import IndexConfig, run
 from llm2clip.search.stores import open_store

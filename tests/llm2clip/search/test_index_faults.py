@@ -8,7 +8,7 @@ import pytest
 import torch
 from lancedb.table import LanceTable
 
-from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.encoders.image_embedder import ImageEmbedder
 from llm2clip.utils.files import temporary_name
 from modeling_llm2clip import LLM2CLIPModel
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.encoders.image_embedder import ImageEmbedder
 from llm2clip.search.image_index import ImageIndex
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.modeling_llm2clip import tiny

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.encoders.image_embedder import ImageEmbedder
 from llm2clip.search.folder_images import FolderImages
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index_manifest import IndexManifest

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llm2clip import cli
-from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.encoders.image_embedder import ImageEmbedder
 from llm2clip.search import postgres_rows, postgres_store, postgres_writing
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index import IndexConfig, run
@@ -166,7 +166,7 @@ def test_metadata_columns_have_types_of_sql(model: Model, url: str, tmp_path: Pa
 
 KILLED = """
 import os, signal, sys
-from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.encoders.image_embedder import ImageEmbedder
 from llm2clip.search.index import IndexConfig, run
 
 forward, calls = ImageEmbedder._forward, []

@@ -15,7 +15,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from llm2clip import cli
-from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.encoders.image_embedder import ImageEmbedder
 from llm2clip.search import stores
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.lance_store import HINT, LanceStore, WrittenRows

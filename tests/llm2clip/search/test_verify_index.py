@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llm2clip import cli
-from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.encoders.image_embedder import ImageEmbedder
 from llm2clip.search.lance_store import HINT
 from llm2clip.search.verify_index import verify_index
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM, with_checksum

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from llm2clip import cli, embed_captions
-from llm2clip.embedding import embed
+from llm2clip.encoders import embed
 from llm2clip.store import EmbeddingCache
 from llm2clip.trainers import run_mntp, run_stage1, run_stage2
 from llm2clip.trainers.mntp_config import MNTPConfig
@@ -23,7 +23,7 @@ from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
 from tests.llm2clip import tiny
 from tests.modeling_llm2clip import embedding_models
-from tests.modeling_llm2clip.embedding_models import TEXTS
+from tests.modeling_llm2clip.encoders_models import TEXTS
 
 
 @dataclass

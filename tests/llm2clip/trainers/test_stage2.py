@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from llm2clip.data import CaptionSource, DamagedImageError, distinct_captions
-from llm2clip.embedding import embed
+from llm2clip.encoders import embed
 from llm2clip.hub.cards.card import read_card
 from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreMismatchError
 from llm2clip.trainers import run_stage2

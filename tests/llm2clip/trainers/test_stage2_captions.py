@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from llm2clip.data import CaptionSource, SkippedSample, StreamingCaptionImageDataset
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
-from llm2clip.embedding import embed
+from llm2clip.encoders import embed
 from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreManifest, StoreMismatchError
 from llm2clip.store.manifest import manifest_path
 from llm2clip.store.shards import write_shard

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from llm2clip.embedding import embed
+from llm2clip.encoders import embed
 from llm2clip.quickstart import pipeline
 from llm2clip.quickstart.config import QuickstartConfig
 from llm2clip.trainers import run_mntp, run_stage1, run_stage2

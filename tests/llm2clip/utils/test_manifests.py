@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.embedding import CaptionEmbedder
-from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.encoders import CaptionEmbedder
+from llm2clip.encoders.image_embedder import ImageEmbedder
 from llm2clip.utils.files import read_json, sha256
 from llm2clip.utils.manifests import (
     FOLDER_MANIFEST,

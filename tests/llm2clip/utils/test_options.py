@@ -7,7 +7,7 @@ from typing import Any, Literal, get_type_hints
 
 import pytest
 
-from llm2clip.embedding.embed import EmbedConfig
+from llm2clip.encoders.embed import EmbedConfig
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.option_names import MOST_USED, NAMES_ELSEWHERE, OF_THE_TRAINER

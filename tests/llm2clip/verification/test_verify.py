@@ -23,7 +23,7 @@ from llm2clip.verification.verify import DamagedError, VerifyConfig, run
 from tests.damage import flip
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.embedding.shards import embed, write_shards
+from tests.llm2clip.encoders.shards import embed, write_shards
 from tests.llm2clip.store import encoder
 from tests.llm2clip.trainers.test_frozen_states import build as freeze
 

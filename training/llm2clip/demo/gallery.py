@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor
 
-from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.encoders.image_embedder import ImageEmbedder
 from llm2clip.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.image_sets import IndexedImages

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.embedding.image_batches import ContentSet
+from llm2clip.encoders.image_batches import ContentSet
 
 
 class Encoder(Protocol):

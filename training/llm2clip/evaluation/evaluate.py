@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
+from llm2clip.encoders.load import load_encoder
 from llm2clip.evaluation.benchmarks import all_benchmarks, choose_benchmarks
 from llm2clip.evaluation.benchmarks.listing import list_benchmarks, overview
-from llm2clip.evaluation.encoders import load_encoder
 from llm2clip.evaluation.evaluate_config import OWN_DATA, EvaluateConfig
 from llm2clip.evaluation.own_data import described, measure_caption_retrieval, measure_retrieval
 from llm2clip.evaluation.protocols.classification import with_prompts

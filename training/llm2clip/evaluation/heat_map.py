@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BaseImageProcessor
 
-from llm2clip.evaluation.patches import patch_embeddings
+from llm2clip.encoders.patches import patch_embeddings
 from modeling_llm2clip import LLM2CLIPModel
 
 COLOURS = "coolwarm"

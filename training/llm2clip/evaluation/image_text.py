@@ -17,10 +17,10 @@ from transformers import BaseImageProcessor
 from llm2clip.data import DEFAULT_MAX_PIXELS, CaptionSource, OnError, caption_id, decode_image, load_source
 from llm2clip.data.records import column_texts
 from llm2clip.data.sources import source_columns
-from llm2clip.embedding.image_batches import TableImages
-from llm2clip.embedding.image_embedder import NOT_FINITE, ImageEmbedder
-from llm2clip.embedding.image_features import ImageFeatures
-from llm2clip.embedding.sharding import encode_sharded
+from llm2clip.encoders.image_batches import TableImages
+from llm2clip.encoders.image_embedder import NOT_FINITE, ImageEmbedder
+from llm2clip.encoders.image_features import ImageFeatures
+from llm2clip.encoders.sharding import encode_sharded
 from llm2clip.evaluation.metrics import retrieval_metrics
 from llm2clip.utils.messages import shortened
 from llm2clip.utils.non_finite import require_finite_rows

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor
 
 from llm2clip.data import OnError
-from llm2clip.embedding import CaptionEmbedder, embed_images
+from llm2clip.encoders import CaptionEmbedder, embed_images
 from llm2clip.utils.files import digest_files
 from llm2clip.utils.model_identity import hub_commit
 from llm2clip.utils.non_finite import require_finite_rows

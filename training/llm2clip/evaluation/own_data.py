@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from llm2clip.data import CaptionSource, PairSource
-from llm2clip.embedding import CaptionEmbedder
-from llm2clip.embedding.cache_of_model import open_cache_of_model
+from llm2clip.encoders import CaptionEmbedder
+from llm2clip.encoders.cache_of_model import open_cache_of_model
 from llm2clip.evaluation.caption_pairs import CaptionRetrieval
 from llm2clip.evaluation.evaluate_config import OWN_DATA, EvaluateConfig
 from llm2clip.evaluation.image_text import ImageTextRetrieval

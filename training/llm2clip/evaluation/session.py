@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.embedding.image_batches import ContentSet, PreparedImages, forward_images
+from llm2clip.encoders.image_batches import ContentSet, PreparedImages, forward_images
 from llm2clip.evaluation.contracts import Encoder
 from llm2clip.evaluation.row_store import RowStore
 from llm2clip.store import StoreManifest

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from llm2clip.embedding.image_batches import ContentSet
+from llm2clip.encoders.image_batches import ContentSet
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
 from llm2clip.evaluation.benchmarks.counts import check_counts

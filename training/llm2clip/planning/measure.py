@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
-from llm2clip.embedding.embed import EmbedConfig
+from llm2clip.encoders.embed import EmbedConfig
 from llm2clip.losses.tiles import DEFAULT_TILE_SIZE, KEPT_LOGITS
 from llm2clip.planning.costs import count_flops
 from llm2clip.planning.live_memory import LiveMemory, tensors_of

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llm2clip.embedding.embed import EmbedConfig
+from llm2clip.encoders.embed import EmbedConfig
 from llm2clip.planning.costs import ENCODING_USE, PEAK, TOKENS_PER_CAPTION, TRAINING_USE, embedding_bytes, hours
 from llm2clip.planning.measure import Lengths, Step, measure
 from llm2clip.planning.show import print_plan

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm2clip.embedding import CaptionEmbedder
-from llm2clip.embedding.embed import EmbedConfig, embed_into_cache
+from llm2clip.encoders import CaptionEmbedder
+from llm2clip.encoders.embed import EmbedConfig, embed_into_cache
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.ledger import Step
 from llm2clip.quickstart.results import read_history

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from llm2clip.embedding.caption_embedder import CaptionEmbedder
-from llm2clip.embedding.image_embedder import EmbeddedRows, ImageEmbedder
+from llm2clip.encoders.caption_embedder import CaptionEmbedder
+from llm2clip.encoders.image_embedder import EmbeddedRows, ImageEmbedder
 from llm2clip.search.table_captions import ChosenCaptions
 from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.repos import RepoKind, inspect_repo

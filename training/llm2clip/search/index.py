@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, ImageBackend
-from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.encoders.image_embedder import ImageEmbedder
 from llm2clip.search.caption_vectors import CaptionVectors
 from llm2clip.search.faiss_vectors import require_faiss
 from llm2clip.search.folder_images import FolderImages

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from llm2clip.embedding.image_embedder import EmbeddedRows, ImageEmbedder
+from llm2clip.encoders.image_embedder import EmbeddedRows, ImageEmbedder
 from llm2clip.search.caption_vectors import CaptionVectors
 from llm2clip.search.image_sets import IndexedItems
 from llm2clip.search.index_manifest import IndexManifest

@@ -14,8 +14,8 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from llm2clip.data import decode_image
-from llm2clip.embedding.caption_embedder import CaptionEmbedder
-from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.encoders.caption_embedder import CaptionEmbedder
+from llm2clip.encoders.image_embedder import ImageEmbedder
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.page import write_page
 from llm2clip.search.results import QueryResults, ResultImages, SearchResult

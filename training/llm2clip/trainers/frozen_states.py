@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llm2clip.data import CaptionImageDataset, SampleIndex, SkippedSample
 from llm2clip.data.sampling import EpochDataset
-from llm2clip.embedding.image_batches import TableImages
-from llm2clip.embedding.image_features import FeatureStore
+from llm2clip.encoders.image_batches import TableImages
+from llm2clip.encoders.image_features import FeatureStore
 from llm2clip.store import StoreManifest
 from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.utils.processes import process_state

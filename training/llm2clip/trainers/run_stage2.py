@@ -15,7 +15,7 @@ from llm2clip.data import (
     SkipLog,
     Stage2Collator,
 )
-from llm2clip.embedding.cache_of_model import describe_text_tower_of_cache
+from llm2clip.encoders.cache_of_model import describe_text_tower_of_cache
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.trainers.checkpoints import resume_point
 from llm2clip.trainers.closed_form import DEFAULT_WIDTH

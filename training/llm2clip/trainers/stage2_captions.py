@@ -13,8 +13,8 @@ from llm2clip.data import CaptionSource, caption_batches
 from llm2clip.data.opened_table import OpenedTable
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
-from llm2clip.embedding import CaptionEmbedder
-from llm2clip.embedding.cache_of_model import open_cache_of_model, open_sidecars_of_model
+from llm2clip.encoders import CaptionEmbedder
+from llm2clip.encoders.cache_of_model import open_cache_of_model, open_sidecars_of_model
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreManifest
 from llm2clip.store.store import lies_beside_shards

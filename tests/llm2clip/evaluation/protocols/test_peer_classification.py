@@ -13,10 +13,10 @@ from sklearn.metrics import balanced_accuracy_score
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
+from llm2clip.encoders.load import load_encoder
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.encoders import load_encoder
 from llm2clip.evaluation.session import EvaluationSession
-from tests.llm2clip.evaluation.encoders.models import register_open_clip
+from tests.llm2clip.encoders.models import register_open_clip
 
 CLASSES = ["ankle boot", "bag", "coat", "dress", "sandal", "shirt", "trouser"]
 IMAGES = 60

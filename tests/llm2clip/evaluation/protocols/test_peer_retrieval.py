@@ -12,10 +12,10 @@ from clip_benchmark.metrics import zeroshot_retrieval
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from llm2clip.encoders.load import load_encoder
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.encoders import load_encoder
 from llm2clip.evaluation.session import EvaluationSession
-from tests.llm2clip.evaluation.encoders.models import register_open_clip
+from tests.llm2clip.encoders.models import register_open_clip
 
 IMAGES, CAPTIONS = 40, 5
 KS = [1, 5, 10]

@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from llm2clip.encoders.load import load_encoder
+from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.evaluation import session as evaluation_session
 from llm2clip.evaluation.benchmarks.ade20k import ADE20K
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages
 from llm2clip.evaluation.benchmarks.label_maps import IGNORED, SegmentationData, class_table
-from llm2clip.evaluation.encoders import load_encoder
-from llm2clip.evaluation.patches import patch_embeddings
 from llm2clip.evaluation.prompts import template_set
 from llm2clip.evaluation.protocols import segmentation
 from llm2clip.evaluation.protocols.segmentation import (
@@ -38,7 +38,7 @@ from llm2clip.evaluation.results import intervals_of
 from llm2clip.evaluation.session import EvaluationSession
 from llm2clip.evaluation.suite import FoundBenchmark, Suite
 from llm2clip.utils.non_finite import NonFiniteError
-from tests.llm2clip.evaluation.encoders.models import save_transformers
+from tests.llm2clip.encoders.models import save_transformers
 from tests.llm2clip.evaluation.fake_session import FakeEncoder, FakeSession
 
 PATCH = 4

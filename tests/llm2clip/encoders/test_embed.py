@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip.embedding import CaptionEmbedder
-from llm2clip.embedding.embed import EmbedConfig, embed_into_cache, run
+from llm2clip.encoders import CaptionEmbedder
+from llm2clip.encoders.embed import EmbedConfig, embed_into_cache, run
 from llm2clip.store import EmbeddingCache, StoreMismatchError
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.towers import describe_text_tower, open_text_tower

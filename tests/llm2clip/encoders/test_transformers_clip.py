@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 from transformers import AutoProcessor, BertConfig, BertModel
 
 from llm2clip.data import decode_image
-from llm2clip.evaluation.encoders import TransformersEncoder, load_encoder
-from llm2clip.evaluation.patches import patch_embeddings
+from llm2clip.encoders.load import TransformersEncoder, load_encoder
+from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.utils.non_finite import NonFiniteError
 from modeling_llm2clip import with_pillow
 

@@ -12,8 +12,8 @@ import torch
 from accelerate import PartialState
 
 from llm2clip.data import CaptionSource, distinct_captions
-from llm2clip.embedding.caption_embedder import CaptionEmbedder
-from llm2clip.embedding.embed_shards import (
+from llm2clip.encoders.caption_embedder import CaptionEmbedder
+from llm2clip.encoders.embed_shards import (
     PART_ROWS,
     ShardCounts,
     ShardEmbedder,
@@ -22,7 +22,7 @@ from llm2clip.embedding.embed_shards import (
     list_jobs,
     parse_part,
 )
-from llm2clip.embedding.ray_engine import RayOptions, embed_with_ray
+from llm2clip.encoders.ray_engine import RayOptions, embed_with_ray
 from llm2clip.store import EmbeddingCache, StoreManifest, build_embedding_cache, caption_manifest
 from llm2clip.store.manifest import StoredDtype
 from llm2clip.utils.locks import exclusive

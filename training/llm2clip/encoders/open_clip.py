@@ -11,14 +11,14 @@ from torch import Tensor
 from torchvision.transforms import Compose, Normalize, ToTensor
 from torchvision.transforms.v2 import functional as V
 
-from llm2clip.evaluation.encoders.base import ClipEncoder, compared_lengths
+from llm2clip.encoders.encoder import ClipEncoder, compared_lengths
 from llm2clip.utils.text_identity import tokenizer_fingerprint
 
 PREFIX = "open_clip:"
 # Names of models whose weights belong to them.
 WITH_WEIGHTS = ("hf-hub:", "local-dir:")
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-INSTALL = "install the library with pip install open-clip-torch"
+INSTALL = "install it with pip install open-clip-torch, or pip install 'llm2clip[evaluation]'"
 
 
 class OpenClipEncoder(ClipEncoder):

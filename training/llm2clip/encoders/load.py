@@ -1,14 +1,14 @@
-"""Models under evaluation, of whatever library: images and texts in one space."""
+"""Opening an encoder of any library."""
 
 from __future__ import annotations
 
 import torch
 
-from llm2clip.evaluation.encoders.base import TowerEncoder
-from llm2clip.evaluation.encoders.custom import CustomEncoder
-from llm2clip.evaluation.encoders.open_clip import PREFIX, OpenClipEncoder
-from llm2clip.evaluation.encoders.ours import LLM2CLIPTowers
-from llm2clip.evaluation.encoders.transformers_clip import TransformersEncoder
+from llm2clip.encoders.custom import CustomEncoder
+from llm2clip.encoders.encoder import TowerEncoder
+from llm2clip.encoders.open_clip import PREFIX, OpenClipEncoder
+from llm2clip.encoders.ours import LLM2CLIPTowers
+from llm2clip.encoders.transformers_clip import TransformersEncoder
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo
 
@@ -55,6 +55,3 @@ def load_encoder(
     if repo.kind in OUR_MODELS or (repo.kind is RepoKind.EMBEDDING_MODEL and not has_both):
         return LLM2CLIPTowers.load(repo, dtype, device, batch_size)
     return TransformersEncoder.load(spec, revision, dtype, device, batch_size)
-
-
-__all__ = ["CustomEncoder", "LLM2CLIPTowers", "OpenClipEncoder", "TowerEncoder", "TransformersEncoder", "load_encoder"]

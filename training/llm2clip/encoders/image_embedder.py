@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from llm2clip.data import EvalTransform, ImageBackend, OnError
-from llm2clip.embedding.image_batches import ImageSet, PreparedImages, forward_images, image_list
-from llm2clip.embedding.opening import open_embedder
+from llm2clip.encoders.image_batches import ImageSet, PreparedImages, forward_images, image_list
+from llm2clip.encoders.opening import open_embedder
 from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.processes import process_state

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
-from llm2clip.embedding.image_batches import PreparedImages, forward_images, image_list
-from llm2clip.evaluation.patches import patch_embeddings
+from llm2clip.encoders.image_batches import PreparedImages, forward_images, image_list
+from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.model_identity import weights_checksum
 from llm2clip.utils.non_finite import require_finite_rows

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import normalize
 
 from llm2clip.data import decode_image
-from llm2clip.evaluation.encoders import OpenClipEncoder, load_encoder
+from llm2clip.encoders.load import OpenClipEncoder, load_encoder
 
 from .models import IMAGES, register_open_clip
 from .test_transformers_clip import stacked

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from transformers import AutoProcessor, BlipForConditionalGeneration
 
 from llm2clip.data import decode_image
-from llm2clip.evaluation.encoders import load_encoder
+from llm2clip.encoders.load import load_encoder
 from modeling_llm2clip import with_pillow
 
 from . import families

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from llm2clip.evaluation.timm_patches import timm_patches, timm_tower
+from llm2clip.encoders.timm_patches import timm_patches, timm_tower
 from modeling_llm2clip.modeling_eva02 import resize_position_embedding
 from modeling_llm2clip.modeling_llm2clip_features import ATTENTION_ROWS, patch_tokens, pool_alone
 from modeling_llm2clip.modeling_llm2clip_utils import execution_device

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import llm2clip
 from llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, embed_captions, embed_images
 from llm2clip.data import DamagedImageError
-from llm2clip.embedding.image_batches import ImageList
-from llm2clip.embedding.image_embedder import ImageEmbedder
+from llm2clip.encoders.image_batches import ImageList
+from llm2clip.encoders.image_embedder import ImageEmbedder
 from llm2clip.utils.non_finite import NonFiniteError
 from tests.modeling_llm2clip import tiny
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from llm2clip.embedding import cache_of_model as opening
-from llm2clip.embedding import embed
-from llm2clip.embedding.cache_of_model import open_cache_of_model
+from llm2clip.encoders import cache_of_model as opening
+from llm2clip.encoders import embed
+from llm2clip.encoders.cache_of_model import open_cache_of_model
 from llm2clip.store import EmbeddingCache, StoreMismatchError
 from llm2clip.trainers import run_stage1, run_stage2
 from llm2clip.trainers.stage1_config import Stage1Config

@@ -11,7 +11,7 @@ from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars, row_groups
 from llm2clip.store.manifest import MissingCaptionError, StoreManifest
 from llm2clip.verification import verify
-from tests.llm2clip.embedding.shards import Counting, embed, write_groups
+from tests.llm2clip.encoders.shards import Counting, embed, write_groups
 
 
 def test_a_large_parquet_file_is_embedded_in_parts(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.embedding.embed_shards import ShardEmbedder, ShardJob, ShardOutcome, remove_leftovers_of
+from llm2clip.encoders.embed_shards import ShardEmbedder, ShardJob, ShardOutcome, remove_leftovers_of
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm2clip.evaluation.encoders.base import ClipEncoder, compared_lengths
+from llm2clip.encoders.encoder import ClipEncoder, compared_lengths
 from llm2clip.utils.files import sha256
 
 RETURNS = "(model, preprocess, tokenizer), as open_clip and CLIP_benchmark have them"

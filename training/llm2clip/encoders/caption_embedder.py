@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from llm2clip.embedding.opening import open_embedder
+from llm2clip.encoders.opening import open_embedder
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.model_identity import weights_checksum

@@ -16,7 +16,7 @@ from transformers import BaseImageProcessor
 
 from llm2clip.data import EvalTransform, ImageBackend, OnError, SampleError, SkippedSample, TrainTransform
 from llm2clip.data.sampling import stable_seed
-from llm2clip.embedding.image_batches import TableImages, forward_images
+from llm2clip.encoders.image_batches import TableImages, forward_images
 from llm2clip.store import Store, StoreManifest, build_store
 from llm2clip.store.building import ComputedRows, check_rows
 from llm2clip.utils.files import digest_json

@@ -13,7 +13,7 @@ import torch
 
 from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource, SourceShard
-from llm2clip.embedding.embed_shards import ShardCounts, ShardEmbedder, list_jobs
+from llm2clip.encoders.embed_shards import ShardCounts, ShardEmbedder, list_jobs
 from llm2clip.store import StoreManifest, caption_manifest
 from tests.llm2clip.store import encoder
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BatchFeature
 
 from llm2clip.data import EvalTransform
-from llm2clip.embedding.caption_embedder import CaptionEmbedder
-from llm2clip.embedding.image_embedder import ImageEmbedder
-from llm2clip.evaluation.encoders.base import TowerEncoder, compared_lengths, processor_statistics
+from llm2clip.encoders.caption_embedder import CaptionEmbedder
+from llm2clip.encoders.encoder import TowerEncoder, compared_lengths, processor_statistics
+from llm2clip.encoders.image_embedder import ImageEmbedder
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.model_identity import hub_commit
 from llm2clip.utils.non_finite import require_finite_rows

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor, BatchFeature
 
 from llm2clip.data import EvalTransform
-from llm2clip.evaluation.encoders.base import ClipEncoder, compared_lengths, processor_statistics
-from llm2clip.evaluation.encoders.blip import BlipRetrievalModel
+from llm2clip.encoders.blip import BlipRetrievalModel
+from llm2clip.encoders.encoder import ClipEncoder, compared_lengths, processor_statistics
 from llm2clip.utils.model_identity import hub_commit
 from llm2clip.utils.text_identity import tokenizer_fingerprint
 from llm2clip.utils.towers import loading_options

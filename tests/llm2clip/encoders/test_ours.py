@@ -11,8 +11,8 @@ import torch
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor
 
-from llm2clip.embedding import CaptionEmbedder, embed_images
-from llm2clip.evaluation.encoders import load_encoder
+from llm2clip.encoders import CaptionEmbedder, embed_images
+from llm2clip.encoders.load import load_encoder
 from modeling_llm2clip import LLM2CLIPModel, with_prompt
 from tests.modeling_llm2clip import tiny
 

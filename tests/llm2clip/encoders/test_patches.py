@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
+from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.evaluation.heat_map import patch_similarity
-from llm2clip.evaluation.patches import patch_embeddings
 from tests.modeling_llm2clip import tiny
 
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -243,7 +243,7 @@ def test_zeros_complete_the_last_patches(build: Callable[[], Any]) -> None:
 def test_many_patches_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model, pixels = joint("siglip_vision_model"), torch.randn(2, 3, 28, 28)
     expected = patch_embeddings(model, pixels, values_only=True)
-    for module in ("llm2clip.evaluation.patches", "modeling_llm2clip.modeling_llm2clip_features"):
+    for module in ("llm2clip.encoders.patches", "modeling_llm2clip.modeling_llm2clip_features"):
         monkeypatch.setattr(f"{module}.ATTENTION_ROWS", 5)
     torch.testing.assert_close(patch_embeddings(model, pixels, values_only=True), expected, atol=1e-6, rtol=0)
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from llm2clip import cli, closed_form_alignment
-from llm2clip.embedding.embed import EmbedConfig, run
-from llm2clip.embedding.embed_shards import ShardEmbedder, ShardJob, list_jobs
-from llm2clip.embedding.ray_engine import RayOptions, embed_with_ray
+from llm2clip.encoders.embed import EmbedConfig, run
+from llm2clip.encoders.embed_shards import ShardEmbedder, ShardJob, list_jobs
+from llm2clip.encoders.ray_engine import RayOptions, embed_with_ray
 from llm2clip.utils.manifests import MANIFEST_CHECKSUM, with_checksum
 from tests.documents.reading import blocks
 from tests.llm2clip.conftest import Inputs
-from tests.llm2clip.embedding.shards import Counting, description, embed, write_shards
+from tests.llm2clip.encoders.shards import Counting, description, embed, write_shards
 from tests.llm2clip.trainers.test_closed_form import stores
 
 pytest.importorskip("ray.data")

@@ -13,11 +13,11 @@ from llm2clip.data import CaptionSource
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
-from llm2clip.embedding.embed_shards import ShardEmbedder, list_jobs, parse_part
+from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs, parse_part
 from llm2clip.store import EmbeddingCache
 from llm2clip.store.manifest import MissingCaptionError, StoreManifest, StoreMismatchError
 from tests.llm2clip.data.test_streams import write_tars
-from tests.llm2clip.embedding.shards import Counting, description, embed, write_shards
+from tests.llm2clip.encoders.shards import Counting, description, embed, write_shards
 from tests.llm2clip.store import encoder
 from tests.tars import write_tar
 

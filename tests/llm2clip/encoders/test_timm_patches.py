@@ -12,7 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm2clip.evaluation.patches import patch_embeddings
+from llm2clip.encoders.patches import patch_embeddings
 
 from .test_patches import randomised
 
