@@ -49,7 +49,7 @@ def _outcome(folder: Path, read: Callable[[list[str]], Any]) -> Outcome:
 
 def _ours() -> Work:
     from llm2clip.data import CaptionSource, distinct_captions
-    from llm2clip.encoders import CaptionEmbedder
+    from llm2clip.encoders import OurEncoder
     from llm2clip.encoders.embed import EmbedConfig, embed_into_cache
     from llm2clip.store import EmbeddingCache
     from llm2clip.utils.processes import process_state
@@ -57,7 +57,7 @@ def _ours() -> Work:
 
     shards = _write_shards()
     model, tokenizer = open_text_tower(str(write_llm(new_folder())), dtype="float32", **PROMPT)
-    embedder = CaptionEmbedder(model.eval(), tokenizer)
+    embedder = OurEncoder(model.eval(), tokenizer)
     # Streaming, because `datasets` would cache a prepared copy for the next turn.
     source = CaptionSource(
         str(shards / "*.tar"), caption_columns=[f"json.{column}" for column in COLUMNS], streaming=True

@@ -24,7 +24,7 @@ import datasets
 from torch.nn import functional as F
 
 from llm2clip.data import CaptionSource, PairSource, distinct_captions
-from llm2clip.encoders import CaptionEmbedder
+from llm2clip.encoders import OurEncoder
 from llm2clip.encoders.embed import EmbedConfig, embed_into_cache
 from llm2clip.hub.merge import merge_models
 from llm2clip.quickstart.data import QuickstartData
@@ -101,7 +101,7 @@ class Study:
     def hard_negatives(self, tower: Path) -> list[dict[str, Any]]:
         """Mine a negative for each pair with a text tower."""
         model, tokenizer = open_text_tower(str(tower), dtype="bfloat16")
-        embedder = CaptionEmbedder(model.eval(), tokenizer)
+        embedder = OurEncoder(model.eval(), tokenizer)
         found = []
         for name, source, columns, weight in (
             ("glosses", self.data.gloss_pairs("train"), ["lemmas", "gloss"], 1),
@@ -122,7 +122,7 @@ class Study:
         sources = [data.source(data.train, COLUMNS), data.source(data.validation, COLUMNS[:1]), data.test_source()]
         model, tokenizer = open_text_tower(str(tower), dtype="bfloat16")
         cache = self.output / f"cache-{name}-{self.seed}"
-        embedder = CaptionEmbedder(model.eval(), tokenizer)
+        embedder = OurEncoder(model.eval(), tokenizer)
         embed_into_cache(distinct_captions(sources), embedder, str(cache), str(tower), EmbedConfig(), state)
         query = COLUMNS[:1]
         strict = {
@@ -171,7 +171,7 @@ def _files(source: CaptionSource | PairSource) -> str:
     return str(path / f"{source.split}.parquet") if path.is_dir() else str(path)
 
 
-def _mine(embedder: CaptionEmbedder, pairs: list[tuple[str, str]]) -> datasets.Dataset:
+def _mine(embedder: OurEncoder, pairs: list[tuple[str, str]]) -> datasets.Dataset:
     """Give each pair the most similar text of another one that is not too close to the positive."""
     anchors, positives = (F.normalize(embedder.embed([pair[side] for pair in pairs]), dim=-1) for side in (0, 1))
     own: dict[str, set[str]] = {}

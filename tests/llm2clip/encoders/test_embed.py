@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip.encoders import CaptionEmbedder
+from llm2clip.encoders import OurEncoder
 from llm2clip.encoders.embed import EmbedConfig, embed_into_cache, run
 from llm2clip.store import EmbeddingCache, StoreMismatchError
 from llm2clip.utils.processes import process_state
@@ -68,7 +68,7 @@ def test_captions_are_tokenised_once(inputs: Inputs, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(type(tokenizer), "__call__", counting)
     texts = [f"a dog {number}" for number in range(40)]
-    embedder = CaptionEmbedder(model, tokenizer)
+    embedder = OurEncoder(model, tokenizer)
     embed_into_cache(texts, embedder, str(tmp_path), "tower", EmbedConfig(), process_state())
     assert [text for text in seen if text] == texts
 
@@ -117,7 +117,7 @@ def test_weights_and_embeddings_have_the_mode_of_the_umask(inputs: Inputs, tmp_p
         adapted.save_pretrained(tmp_path / "b")
         adapted.merge_adapter()
         adapted.save_pretrained(tmp_path / "c")
-        embedder = CaptionEmbedder(model, tokenizer)
+        embedder = OurEncoder(model, tokenizer)
         embed_into_cache(["a dog"], embedder, str(tmp_path / "d"), "tower", EmbedConfig(), process_state())
     finally:
         os.umask(mask)

@@ -48,9 +48,9 @@ def test_embeddings_are_those_of_the_model_itself(family: Callable[[], Any], tmp
     expected = call(tmp_path, getattr(saved, "clip", saved), FAMILIES[family])
     encoder = load_encoder(str(tmp_path))
     texts, images = normalize(expected.text_embeds, dim=-1), normalize(expected.image_embeds, dim=-1)
-    torch.testing.assert_close(encoder.embed_texts(TEXTS), texts, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder.encode_text(TEXTS), texts, atol=1e-5, rtol=0)
     # Each alone, so that it would be padded otherwise than in a batch.
-    torch.testing.assert_close(torch.cat([encoder.embed_texts([text]) for text in TEXTS]), texts, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat([encoder.encode_text([text]) for text in TEXTS]), texts, atol=1e-5, rtol=0)
     inputs = stacked(encoder, IMAGES)
     torch.testing.assert_close(encoder.forward_images(inputs), images, atol=1e-5, rtol=0)
     assert encoder.forward_features(inputs).ndim == 2
@@ -71,7 +71,7 @@ def test_a_retrieval_model_of_blip_scores_as_its_contrastive_head(tmp_path: Path
         ).itm_score
     inputs = stacked(encoder, IMAGES)
     found = encoder.forward_images(inputs)
-    torch.testing.assert_close(found @ encoder.embed_texts(TEXTS).T, scores, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found @ encoder.encode_text(TEXTS).T, scores, atol=1e-5, rtol=0)
     # Features for probes are what is projected, normalised once.
     projected = normalize(model.vision_proj(encoder.forward_features(inputs)), dim=-1).detach()
     torch.testing.assert_close(projected, found, atol=1e-5, rtol=0)

@@ -12,7 +12,7 @@ import torch
 
 from llm2clip.data import CaptionSource, load_source
 from llm2clip.data.sources import source_columns
-from llm2clip.encoders.image_batches import TableImages
+from llm2clip.encoders.batches import TableImages
 from llm2clip.encoders.image_features import FeatureStore, ImageFeatures, feature_manifest, pooled_features
 from llm2clip.store.manifest import StoreDamagedError
 from llm2clip.utils.processes import process_state

@@ -48,7 +48,7 @@ def test_embeddings_are_those_of_the_library(spec: str) -> None:
     torch.testing.assert_close(pooled @ model.visual.proj, expected)
     assert encoder.model.visual.proj is not None
     texts = model.encode_text(tokenizer(TEXTS), normalize=True)
-    torch.testing.assert_close(encoder.embed_texts(TEXTS), texts, atol=1e-6, rtol=0)
+    torch.testing.assert_close(encoder.encode_text(TEXTS), texts, atol=1e-6, rtol=0)
     assert encoder.width == 24
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor
 
-from llm2clip.encoders import CaptionEmbedder, embed_images
+from llm2clip.encoders import OurEncoder, embed_images
 from llm2clip.encoders.load import load_encoder
 from modeling_llm2clip import LLM2CLIPModel, with_prompt
 from tests.modeling_llm2clip import tiny
@@ -36,9 +36,9 @@ def test_images_and_texts_are_those_of_the_embedders(folder: Path) -> None:
     inputs = stacked(pickle.loads(pickle.dumps(encoder)), IMAGES)
     expected = embed_images(IMAGES, str(folder), show_progress_bar=False)
     torch.testing.assert_close(encoder.forward_images(inputs), expected, atol=1e-6, rtol=0)
-    embedder = CaptionEmbedder.load(str(folder))
+    embedder = OurEncoder.load(str(folder))
     texts = [TEXTS[row] for row in KEPT]
-    torch.testing.assert_close(encoder.embed_texts(TEXTS)[KEPT], embedder.embed(texts), atol=1e-6, rtol=0)
+    torch.testing.assert_close(encoder.encode_text(TEXTS)[KEPT], embedder.embed(texts), atol=1e-6, rtol=0)
     pixels = AutoImageProcessor.from_pretrained(folder)(
         [image.convert("RGB") for image in IMAGES[:2]], return_tensors="pt"
     )
@@ -52,7 +52,7 @@ def test_images_and_texts_are_those_of_the_embedders(folder: Path) -> None:
 
 def test_an_empty_text_is_the_pooled_suffix(folder: Path) -> None:
     encoder = load_encoder(str(folder))
-    found = encoder.embed_texts(TEXTS)
+    found = encoder.encode_text(TEXTS)
     tokenizer, model = tiny.processor().tokenizer, encoder.model
     ids = torch.tensor([tokenizer("")["input_ids"]])
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_an_empty_text_is_the_pooled_suffix(folder: Path) -> None:
 def test_an_empty_text_without_suffix_is_what_remains(prefix: str) -> None:
     tokenizer, num_prefix_tokens = with_prompt(tiny.plain_tokenizer(), prefix, "", max_length=64)
     text = tiny.text_config(prompt_prefix=prefix, prompt_suffix="", num_prefix_tokens=num_prefix_tokens)
-    embedder = CaptionEmbedder(tiny.joint_model(text=text), tokenizer)
+    embedder = OurEncoder(tiny.joint_model(text=text), tokenizer)
     found = embedder.embed_empty()
     assert found.isfinite().all()
     ids = torch.tensor([tokenizer("")["input_ids"]])
@@ -96,8 +96,8 @@ def test_the_parts_of_a_model_are_evaluated_alone(folder: Path, tmp_path: Path) 
     model.text_model.save_pretrained(tmp_path)
     tiny.processor().tokenizer.save_pretrained(tmp_path)
     tower = load_encoder(str(tmp_path))
-    expected = CaptionEmbedder.load(str(tmp_path)).embed(["a red bus"])
-    torch.testing.assert_close(tower.embed_texts(["a red bus"]), normalize(expected, dim=-1), atol=1e-6, rtol=0)
+    expected = OurEncoder.load(str(tmp_path)).embed(["a red bus"])
+    torch.testing.assert_close(tower.encode_text(["a red bus"]), normalize(expected, dim=-1), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="is a text tower, which does not embed images"):
         tower.prepare(IMAGES[0], "image")
 

@@ -43,13 +43,13 @@ def test_texts_are_those_of_a_direct_call(opened: tuple[Any, Any, TransformersEn
     padding = "max_length" if FULL_LENGTH[model.config.model_type] else "longest"
     inputs = processor.tokenizer(TEXTS, padding=padding, truncation=True, max_length=LENGTH, return_tensors="pt")
     expected = normalize(model.get_text_features(**inputs).pooler_output, dim=-1)
-    found = encoder.embed_texts(TEXTS)
+    found = encoder.encode_text(TEXTS)
     assert found.dtype == torch.float32
     assert encoder.width == found.shape[1]
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     # Each alone, so that padding to the longest text of a batch would be another one.
-    torch.testing.assert_close(torch.cat([encoder.embed_texts([text]) for text in TEXTS]), expected, atol=1e-6, rtol=0)
-    assert encoder.embed_texts([]).shape == (0, encoder.width)
+    torch.testing.assert_close(torch.cat([encoder.encode_text([text]) for text in TEXTS]), expected, atol=1e-6, rtol=0)
+    assert encoder.encode_text([]).shape == (0, encoder.width)
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def test_values_that_are_not_finite_are_refused_by_text(tmp_path: Path) -> None:
     model.text_projection.weight.data[:] = float("nan")
     model.save_pretrained(tmp_path)
     with pytest.raises(NonFiniteError, match="of 4 of 4 texts are NaN or infinite: a Small dog"):
-        load_encoder(str(tmp_path)).embed_texts(TEXTS)
+        load_encoder(str(tmp_path)).encode_text(TEXTS)
 
 
 def test_other_models_and_random_weights_are_refused(tmp_path: Path) -> None:

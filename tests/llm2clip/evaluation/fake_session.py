@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from llm2clip.encoders.image_batches import ImageSet
+from llm2clip.encoders.batches import ImageSet
 
 Rows = Sequence[Sequence[float]] | Tensor
 Table = Rows | Mapping[Any, Sequence[float] | Tensor]
@@ -70,7 +70,7 @@ class FakeEncoder:
         assert self.patches is not None, "this encoder has no patches"
         return normalize(self.patches(inputs), dim=-1)
 
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
         if not texts:
             return torch.zeros(0, self.width)
         return normalize(torch.stack([self.texts[text] for text in texts]), dim=1)
@@ -120,7 +120,7 @@ class FakeSession:
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         self.embedded.append(list(texts))
-        return self.encoder.embed_texts([self.text_format(text) for text in texts])
+        return self.encoder.encode_text([self.text_format(text) for text in texts])
 
     def embed_text_parts(self, texts: Sequence[str], size: int) -> Iterator[Tensor]:
         yield from self.embed_texts(texts).split(size)

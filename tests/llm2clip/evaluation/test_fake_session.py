@@ -27,4 +27,4 @@ def test_texts_are_formatted_measured_and_unknown_ones_are_an_error() -> None:
     lengths, cut = session.text_lengths(["A Dog", "dog"])
     assert (lengths.tolist(), cut.tolist()) == ([2, 1], [True, False])
     with pytest.raises(KeyError):
-        encoder.embed_texts(["A Dog"])
+        encoder.encode_text(["A Dog"])

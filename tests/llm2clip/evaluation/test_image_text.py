@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.data import CaptionSource
-from llm2clip.encoders import CaptionEmbedder
+from llm2clip.encoders import OurEncoder
 from llm2clip.evaluation import CaptionRetrieval, ImageTextRetrieval
 from llm2clip.evaluation.clip_benchmark import CLIPBenchmarkModel
 from llm2clip.utils.non_finite import NonFiniteError
@@ -39,7 +39,7 @@ def retrieval(folder: Path) -> ImageTextRetrieval:
 
 
 def embed_with(model: LLM2CLIPModel) -> Callable[[list[str]], Tensor]:
-    return CaptionEmbedder(model.text_model, tiny.processor()).embed
+    return OurEncoder(model.text_model, tiny.processor()).embed
 
 
 def break_row(row: int, value: float) -> Callable[..., Any]:

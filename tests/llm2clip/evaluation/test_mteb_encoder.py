@@ -132,9 +132,7 @@ def encoder(saved_model: Path) -> LLM2CLIPEncoder:
 def test_text_retrieval_equals_our_metrics(encoder: LLM2CLIPEncoder) -> None:
     found = scores(encoder, NameToKeywords())
     table = concepts()
-    names, keywords = (
-        encoder.model.encode_text(table[column][:], encoder.tokenizer) for column in ("caption", "keywords")
-    )
+    names, keywords = (encoder.model.encode_text(table[column][:]) for column in ("caption", "keywords"))
     expected = caption_retrieval_metrics(names, keywords)
     assert expected["recall@1"] > 2 / PICTURES
     for k in (1, 5, 10):
@@ -144,8 +142,8 @@ def test_text_retrieval_equals_our_metrics(encoder: LLM2CLIPEncoder) -> None:
 def test_image_text_retrieval_equals_our_metrics(encoder: LLM2CLIPEncoder) -> None:
     found = scores(encoder, NameToPicture(), encode_kwargs={"batch_size": 7})
     table = concepts()
-    images = encoder.model.encode_image(table["image"][:], encoder.image_processor)
-    texts = encoder.model.encode_text(table["caption"][:], encoder.tokenizer)
+    images = encoder.model.encode_image(table["image"][:])
+    texts = encoder.model.encode_text(table["caption"][:])
     expected = retrieval_metrics(images, texts, torch.arange(PICTURES)[:, None].expand(-1, 2))
     assert 0 < expected["text_to_image_recall@10"] < 1
     for k in (1, 5, 10):
@@ -155,8 +153,8 @@ def test_image_text_retrieval_equals_our_metrics(encoder: LLM2CLIPEncoder) -> No
 def test_zero_shot_classification_equals_the_nearest_caption(encoder: LLM2CLIPEncoder) -> None:
     found = scores(encoder, PictureNaming())
     table = concepts()
-    images = encoder.model.encode_image(table["image"][:], encoder.image_processor)
-    texts = encoder.model.encode_text(table["caption"][:], encoder.tokenizer)
+    images = encoder.model.encode_image(table["image"][:])
+    texts = encoder.model.encode_text(table["caption"][:])
     right = (images @ texts.t()).argmax(dim=1) == torch.arange(PICTURES)
     assert found["accuracy"] == pytest.approx(right.float().mean().item())
 
@@ -164,8 +162,8 @@ def test_zero_shot_classification_equals_the_nearest_caption(encoder: LLM2CLIPEn
 def test_embedding_of_an_image_with_a_text_is_their_sum(encoder: LLM2CLIPEncoder) -> None:
     found = scores(encoder, PictureAndNameToPicture())
     table = concepts()
-    images = encoder.model.encode_image(table["image"][:], encoder.image_processor)
-    texts = encoder.model.encode_text(table["caption"][:], encoder.tokenizer)
+    images = encoder.model.encode_image(table["image"][:])
+    texts = encoder.model.encode_text(table["caption"][:])
     expected = caption_retrieval_metrics(images + texts, images)
     assert found["recall_at_1"] == pytest.approx(expected["recall@1"], abs=1e-5)
 
@@ -202,7 +200,7 @@ def batches(**columns: list[Any]) -> torch.utils.data.DataLoader[Any]:
 
 def test_images_are_resized_with_pillow(saved_model: Path) -> None:
     assert AutoImageProcessor.from_pretrained(saved_model).backend != "pil"
-    assert LLM2CLIPEncoder(str(saved_model), device="cpu").image_processor.backend == "pil"
+    assert LLM2CLIPEncoder(str(saved_model), device="cpu").encoder.transform.image_processor.backend == "pil"
 
 
 def test_empty_texts_are_refused_or_rows_of_zeros(saved_model: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -215,9 +213,7 @@ def test_empty_texts_are_refused_or_rows_of_zeros(saved_model: Path, caplog: pyt
     rows = skipping.encode(batches(text=texts), task_metadata=task)
     assert "2 of 4 texts of task NameToKeywords are empty" in caplog.text
     assert rows[1].count_nonzero() == rows[3].count_nonzero() == 0
-    torch.testing.assert_close(
-        rows[[0, 2]], encoder.model.encode_text(["a small dog", "a red bus"], encoder.tokenizer)
-    )
+    torch.testing.assert_close(rows[[0, 2]], encoder.model.encode_text(["a small dog", "a red bus"]))
 
 
 def test_unsupported_models_and_inputs_are_refused(saved_model: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ class Counted:
 
     def __init__(self, encoder: Any, monkeypatch: pytest.MonkeyPatch, kill_after: int | None = None) -> None:
         self.images, self.texts = 0, 0
-        forward, embed = encoder.forward_images, encoder.embed_texts
+        forward, embed = encoder.forward_images, encoder.encode_text
 
         def forward_images(inputs: dict[str, Tensor]) -> Tensor:
             if kill_after is not None and self.images >= kill_after:
@@ -58,12 +58,12 @@ class Counted:
             self.images += len(inputs["pixel_values"])
             return forward(inputs)
 
-        def embed_texts(texts: list[str]) -> Tensor:
+        def encode_text(texts: list[str]) -> Tensor:
             self.texts += len(texts)
             return embed(texts)
 
         monkeypatch.setattr(encoder, "forward_images", forward_images)
-        monkeypatch.setattr(encoder, "embed_texts", embed_texts)
+        monkeypatch.setattr(encoder, "encode_text", encode_text)
 
 
 def session(model: Path, store: Path | None, **options: Any) -> EvaluationSession:
@@ -84,7 +84,7 @@ def test_rows_are_those_of_the_encoder_stored_or_not(model: Path, tmp_path: Path
         )
         projected = encoder.forward_features(inputs, projected=True)
         torch.testing.assert_close(found.embed_features(images, projected=True), projected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(found.embed_texts(TEXTS), encoder.embed_texts(TEXTS), atol=1e-6, rtol=0)
+        torch.testing.assert_close(found.embed_texts(TEXTS), encoder.encode_text(TEXTS), atol=1e-6, rtol=0)
         assert found.text_lengths(TEXTS)[0].equal(encoder.text_lengths(TEXTS)[0])
         assert found.embed_texts([]).shape == (0, encoder.width)
 

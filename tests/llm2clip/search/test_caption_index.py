@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from llm2clip import cli
-from llm2clip.encoders.caption_embedder import CaptionEmbedder
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index import IndexConfig, run
 from llm2clip.search.stores import open_store
@@ -74,13 +74,13 @@ def indexed(data: Path, model: Model, tmp_path: Path) -> Path:
 def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The captions that a model is asked to embed."""
     found: list[str] = []
-    embed = CaptionEmbedder.embed_and_count
+    embed = OurEncoder.embed_and_count
 
-    def counted(self: CaptionEmbedder, captions: list[str], *arguments: Any, **options: Any) -> Any:
+    def counted(self: OurEncoder, captions: list[str], *arguments: Any, **options: Any) -> Any:
         found.extend(captions)
         return embed(self, captions, *arguments, **options)
 
-    monkeypatch.setattr(CaptionEmbedder, "embed_and_count", counted)
+    monkeypatch.setattr(OurEncoder, "embed_and_count", counted)
     return found
 
 
@@ -171,22 +171,22 @@ def test_a_killed_run_is_resumed_with_an_equal_result(
         return index(data, model[0], **where, **settings)
 
     build(places[0])
-    embed, calls = CaptionEmbedder.embed_and_count, []
+    embed, calls = OurEncoder.embed_and_count, []
 
-    def killed(self: CaptionEmbedder, texts: list[str], *arguments: Any, **options: Any) -> Any:
+    def killed(self: OurEncoder, texts: list[str], *arguments: Any, **options: Any) -> Any:
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(texts)
         return embed(self, texts, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CaptionEmbedder, "embed_and_count", killed)
+        patch.setattr(OurEncoder, "embed_and_count", killed)
         with pytest.raises(KeyboardInterrupt):
             build(places[1])
     with pytest.raises(FileNotFoundError, match="it is not finished; run the same llm2clip index again"):
         ImageIndex.open(places[1], url)
     with monkeypatch.context() as patch:
-        patch.setattr(CaptionEmbedder, "embed_and_count", lambda *a, **o: calls.append(a[1]) or embed(*a, **o))
+        patch.setattr(OurEncoder, "embed_and_count", lambda *a, **o: calls.append(a[1]) or embed(*a, **o))
         assert build(places[1]) == (12, 0, 0, 0, 12)
     assert [text for texts in calls for text in texts] == captions
     assert everything(places[0], url) == everything(places[1], url)

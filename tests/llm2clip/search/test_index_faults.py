@@ -8,7 +8,7 @@ import pytest
 import torch
 from lancedb.table import LanceTable
 
-from llm2clip.encoders.image_embedder import ImageEmbedder
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.utils.files import temporary_name
 from modeling_llm2clip import LLM2CLIPModel
 
@@ -24,15 +24,15 @@ FULL = (
 
 def kill_after(parts: int, patch: pytest.MonkeyPatch) -> None:
     """End the next run when it has embedded as many parts."""
-    forward, done = ImageEmbedder._forward, []
+    forward, done = OurEncoder.forward_images, []
 
-    def killed(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def killed(self: OurEncoder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if len(done) == parts:
             raise KeyboardInterrupt
         done.append(inputs)
         return forward(self, inputs)
 
-    patch.setattr(ImageEmbedder, "_forward", killed)
+    patch.setattr(OurEncoder, "forward_images", killed)
 
 
 def killed_run(pictures: Path, model: Model, output: Path, monkeypatch: pytest.MonkeyPatch) -> set[Path]:

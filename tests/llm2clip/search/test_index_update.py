@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm2clip.encoders.image_embedder import ImageEmbedder
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search.image_index import ImageIndex
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
 from tests.modeling_llm2clip import tiny
@@ -64,16 +64,16 @@ def test_a_killed_run_is_resumed_with_an_equal_result(
     (pictures / "02 broken.png").write_bytes(b"broken")
     index(pictures, model[0], tmp_path / "whole", part_size=4)
     embedded: list[int] = []
-    forward = ImageEmbedder._forward
+    forward = OurEncoder.forward_images
 
-    def killed(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def killed(self: OurEncoder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if len(embedded) == 2:
             raise KeyboardInterrupt
         embedded.append(len(inputs["pixel_values"]))
         return forward(self, inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ImageEmbedder, "_forward", killed)
+        patch.setattr(OurEncoder, "forward_images", killed)
         with pytest.raises(KeyboardInterrupt):
             index(pictures, model[0], tmp_path / "index", part_size=4)
     with pytest.raises(FileNotFoundError, match="it is not finished; run the same llm2clip index again"):
@@ -82,11 +82,11 @@ def test_a_killed_run_is_resumed_with_an_equal_result(
     (tmp_path / "index" / "images.lance" / "data" / "part.lance").write_bytes(b"half")
     again: list[int] = []
 
-    def counted(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def counted(self: OurEncoder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         again.append(len(inputs["pixel_values"]))
         return forward(self, inputs)
 
-    monkeypatch.setattr(ImageEmbedder, "_forward", counted)
+    monkeypatch.setattr(OurEncoder, "forward_images", counted)
     assert index(pictures, model[0], tmp_path / "index", part_size=4) == (12, 0, 0, 1, 12)
     assert sum(embedded) + sum(again) == 12
     assert content(tmp_path / "index") == content(tmp_path / "whole")
@@ -174,13 +174,13 @@ def test_approximate_indexes_reuse_the_embeddings(
 def test_equal_images_of_a_data_set_are_embedded_once(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, embedded = ImageEmbedder._forward, []
+    forward, embedded = OurEncoder.forward_images, []
 
-    def counted(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def counted(self: OurEncoder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         embedded.append(len(inputs["pixel_values"]))
         return forward(self, inputs)
 
-    monkeypatch.setattr(ImageEmbedder, "_forward", counted)
+    monkeypatch.setattr(OurEncoder, "forward_images", counted)
     path = save_table(tmp_path / "data.parquet", [1, 2, 1, 3, 2, 1, 4, 5, 6, 1])
     assert index(path, model[0], tmp_path / "index", part_size=4) == (10, 0, 0, 0, 10)
     assert sum(embedded) == 6
@@ -207,11 +207,11 @@ def test_a_second_concurrent_run_is_refused(
             pool.submit(index, pictures, model[0], tmp_path / "index").result()
         raise KeyboardInterrupt
 
-    forward = ImageEmbedder._forward
-    monkeypatch.setattr(ImageEmbedder, "_forward", second)
+    forward = OurEncoder.forward_images
+    monkeypatch.setattr(OurEncoder, "forward_images", second)
     with pytest.raises(KeyboardInterrupt):
         index(pictures, model[0], tmp_path / "index")
-    monkeypatch.setattr(ImageEmbedder, "_forward", forward)
+    monkeypatch.setattr(OurEncoder, "forward_images", forward)
     assert index(pictures, model[0], tmp_path / "index")[0] == 12
 
 

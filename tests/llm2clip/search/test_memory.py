@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from llm2clip.encoders.image_embedder import ImageEmbedder
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search.folder_images import FolderImages
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index_manifest import IndexManifest
@@ -67,7 +67,7 @@ def _memory(process: psutil.Process) -> int:
 
 def pretend_embedded(folder: Path, model: Path, output: Path, count: int) -> None:
     """Write what a run that was killed after `count` pictures leaves, with random embeddings."""
-    images, embedder = FolderImages(folder), ImageEmbedder.load(str(model))
+    images, embedder = FolderImages(folder), OurEncoder.load(str(model))
     manifest = IndexManifest(
         model=str(model),
         revision=None,

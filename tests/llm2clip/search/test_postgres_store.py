@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llm2clip import cli
-from llm2clip.encoders.image_embedder import ImageEmbedder
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search import postgres_rows, postgres_store, postgres_writing
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index import IndexConfig, run
@@ -166,16 +166,16 @@ def test_metadata_columns_have_types_of_sql(model: Model, url: str, tmp_path: Pa
 
 KILLED = """
 import os, signal, sys
-from llm2clip.encoders.image_embedder import ImageEmbedder
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search.index import IndexConfig, run
 
-forward, calls = ImageEmbedder._forward, []
+forward, calls = OurEncoder.forward_images, []
 def killed(self, inputs):
     calls.append(None)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return forward(self, inputs)
-ImageEmbedder._forward = killed
+OurEncoder.forward_images = killed
 folder, model, url = sys.argv[1:]
 run(IndexConfig(folder=folder, model=model, postgres=url, table="pictures", num_workers=0, batch_size=4, part_size=4))
 """
@@ -189,13 +189,13 @@ def test_a_killed_run_is_resumed_with_an_equal_result(
     assert killed.returncode == -9, killed.stderr
     with pytest.raises(FileNotFoundError, match="it is not finished; run the same llm2clip index again"):
         ImageIndex.open(TABLE, url)
-    forward, again = ImageEmbedder._forward, []
+    forward, again = OurEncoder.forward_images, []
 
-    def counted(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def counted(self: OurEncoder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         again.append(len(inputs["pixel_values"]))
         return forward(self, inputs)
 
-    monkeypatch.setattr(ImageEmbedder, "_forward", counted)
+    monkeypatch.setattr(OurEncoder, "forward_images", counted)
     assert index(pictures, model[0], url, part_size=4) == (12, 0, 0, 0, 12)
     assert again == [4], "two of three parts were stored"
     assert content(TABLE, url) == content("whole", url)
@@ -251,15 +251,15 @@ def test_a_run_that_dies_anywhere_leaves_the_old_index_and_is_resumed(
 def test_a_lost_connection_is_one_error_and_the_run_is_resumed(
     pictures: Path, model: Model, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    forward = ImageEmbedder._forward
+    forward = OurEncoder.forward_images
 
-    def cut(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def cut(self: OurEncoder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         sql(url, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'llm2clip'")
         return forward(self, inputs)
 
     command = ["index", pictures, "--model", model[0], "--postgres", url, "--num-workers", "0"]
     with monkeypatch.context() as patch:
-        patch.setattr(ImageEmbedder, "_forward", cut)
+        patch.setattr(OurEncoder, "forward_images", cut)
         assert "does not go on: " in error(capsys, *command)
     assert cli.main([*map(str, command)]) == 0
     assert f"index: llm2clip.pictures in {url}" in capsys.readouterr().out
@@ -304,7 +304,7 @@ def test_a_second_concurrent_run_is_refused(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ImageEmbedder, "_forward", second)
+        patch.setattr(OurEncoder, "forward_images", second)
         with pytest.raises(KeyboardInterrupt):
             index(pictures, model[0], url)
     assert index(pictures, model[0], url)[0] == 12

@@ -15,7 +15,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from llm2clip import cli
-from llm2clip.encoders.image_embedder import ImageEmbedder
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search import stores
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.lance_store import HINT, LanceStore, WrittenRows
@@ -84,15 +84,15 @@ def test_a_killed_run_at_a_url_is_resumed(
 ) -> None:
     index(pictures, model[0], tmp_path / "whole", part_size=4)
     sizes: list[int] = []
-    forward = ImageEmbedder._forward
+    forward = OurEncoder.forward_images
 
-    def killed(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def killed(self: OurEncoder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         sizes.append(len(inputs["pixel_values"]))
         if len(sizes) == 3:
             raise KeyboardInterrupt
         return forward(self, inputs)
 
-    monkeypatch.setattr(ImageEmbedder, "_forward", killed)
+    monkeypatch.setattr(OurEncoder, "forward_images", killed)
     with pytest.raises(KeyboardInterrupt):
         index(pictures, model[0], place, part_size=4)
     with pytest.raises(FileNotFoundError, match="it is not finished; run the same llm2clip index again"):
@@ -108,7 +108,7 @@ def test_a_run_that_ends_before_its_first_image_leaves_nothing(
     def killed(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ImageEmbedder, "_forward", killed)
+    monkeypatch.setattr(OurEncoder, "forward_images", killed)
     with pytest.raises(KeyboardInterrupt):
         index(pictures, model[0], place)
     assert not files(tmp_path / "store")
@@ -122,15 +122,15 @@ def test_a_second_run_is_noticed_by_what_it_writes(
         index(pictures, model[0], place)
         for number in range(12):
             (pictures / f"new {number}.png").write_bytes(encoded(picture(50 + number)))
-    forward, calls = ImageEmbedder._forward, []
+    forward, calls = OurEncoder.forward_images, []
 
-    def slow(self: ImageEmbedder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def slow(self: OurEncoder, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 2:
             index(pictures, model[0], place, part_size=4)
         return forward(self, inputs)
 
-    monkeypatch.setattr(ImageEmbedder, "_forward", slow)
+    monkeypatch.setattr(OurEncoder, "forward_images", slow)
     with pytest.raises(ValueError, match=f"another run writes to the index {place}, and this one has stopped"):
         index(pictures, model[0], place, part_size=4)
     count = 24 if has_index else 12

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llm2clip import cli
-from llm2clip.encoders.image_embedder import ImageEmbedder
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search.lance_store import HINT
 from llm2clip.search.verify_index import verify_index
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MANIFEST_CHECKSUM, with_checksum
@@ -113,14 +113,14 @@ def test_embeddings_that_are_no_unit_vectors_are_a_fault(
     pictures: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "index"
-    embed = ImageEmbedder.embed_rows
+    embed = OurEncoder.encode_parts
 
     def doubled(*arguments: Any, **settings: Any) -> Iterator[Any]:
         for part in embed(*arguments, **settings):
             yield part._replace(embeds=2 * part.embeds)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ImageEmbedder, "embed_rows", doubled)
+        patch.setattr(OurEncoder, "encode_parts", doubled)
         index(pictures, model[0], output)
     assert [fault.what for fault in verify_index(output).faults] == [
         f"12 embeddings of the index {output} are no unit vectors"

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.encoders import CaptionEmbedder
-from llm2clip.encoders.image_embedder import ImageEmbedder
+from llm2clip.encoders import OurEncoder
 from llm2clip.utils.files import read_json, sha256
 from llm2clip.utils.manifests import (
     FOLDER_MANIFEST,
@@ -62,17 +61,17 @@ def test_a_changed_model_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Monke
     refuse_changed_model("hub/name")
     write_manifest(tmp_path, "stage2")
     (tmp_path / "curves.png").unlink()
-    CaptionEmbedder.load(str(tmp_path))
+    OurEncoder.load(str(tmp_path))
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        for load in (CaptionEmbedder.load, ImageEmbedder.load):
+        for load in (OurEncoder.load, OurEncoder.load):
             with (
                 flip(tmp_path / name),
                 pytest.raises(ValueError, match=rf"is not what was written \({name} has changed"),
             ):
                 load(str(tmp_path))
-    ImageEmbedder.load(str(tmp_path))
+    OurEncoder.load(str(tmp_path))
     monkeypatch.setattr("llm2clip.utils.shared_files.sha256", None)  # each file is read once
-    ImageEmbedder.load(str(tmp_path))
+    OurEncoder.load(str(tmp_path))
 
 
 def test_a_list_that_was_written_at_a_url_has_sizes_alone(tmp_path: Path) -> None:

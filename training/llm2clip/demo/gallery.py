@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor
 
-from llm2clip.encoders.image_embedder import ImageEmbedder
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.evaluation.heat_map import draw_heat_map, patch_similarity, seen_part
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.image_sets import IndexedImages
@@ -62,7 +61,7 @@ class Gallery:
     def __init__(self, model: LLM2CLIPModel, processor: Any, images: IndexedImages, cache_dir: Path) -> None:
         self.model = model
         self.processor = processor
-        self._embedder = ImageEmbedder(model, processor.image_processor, model.name_or_path or "")
+        self._encoder = OurEncoder(model, processor, model.name_or_path or "")
         folder = cache_dir / f"index-{self._key(images)}"
         self.index = self._updated_index(folder, images)
         self._images = ResultImages(self.index.manifest, images if isinstance(images, TableImages) else None)
@@ -71,7 +70,7 @@ class Gallery:
         """Bring an index up to date; one that cannot be read is built again, because all of it can be."""
         settings = UpdateSettings(dtype="float32", allow_removals=True)
         try:
-            update_index(LanceStore(folder), images, self._embedder, settings)
+            update_index(LanceStore(folder), images, self._encoder, settings)
             return ImageIndex.open(folder)
         except NonFiniteError:
             raise
@@ -79,7 +78,7 @@ class Gallery:
             if not folder.exists():
                 raise
             logger.warning("the index %s cannot be used and is built again: %s", folder, error)
-        update_index(LanceStore(folder), images, self._embedder, replace(settings, overwrite=True))
+        update_index(LanceStore(folder), images, self._encoder, replace(settings, overwrite=True))
         return ImageIndex.open(folder)
 
     @classmethod
@@ -135,7 +134,7 @@ class Gallery:
         if "{}" not in template:
             raise ValueError(f"The template {template!r} needs {{}} in place of the label.")
         captions = [_short(template.replace("{}", name)) for name in names]
-        cosines = self.model.encode_text(captions, self.processor) @ self._embed(image)
+        cosines = self._encoder.encode_text(captions) @ self._embed(image)
         scale = self.model.logit_scale.detach().float().cpu().exp()
         return dict(zip(names, (scale * cosines).softmax(dim=0).tolist(), strict=True))
 
@@ -146,7 +145,7 @@ class Gallery:
             The part of the image that the tower sees, the same with the heat map over it, and the cosine similarity of
             each patch `(rows, columns)`.
         """
-        pixels = self._embedder.transform(image, QUERY)[None]
+        pixels = self._encoder.prepare(image, QUERY)["pixel_values"][None]
         similarity = patch_similarity(self.model, pixels, self._embed(caption)[None])[0]
         seen = seen_part(image, self.processor.image_processor)
         drawn = draw_heat_map(seen, similarity, MAP_WIDTH)
@@ -156,12 +155,12 @@ class Gallery:
         if isinstance(query, str):
             if not query.strip():
                 raise ValueError("There is no caption yet: describe what the picture should show.")
-            return self.model.encode_text([_short(query)], self.processor)[0]
-        return torch.from_numpy(self._embedder.embed(query, QUERY))
+            return self._encoder.encode_text(_short(query))[0]
+        return self._encoder.encode_image(query)[0]
 
     def _key(self, images: IndexedImages) -> str:
         """Identify the images and the model with its preprocessing."""
-        parts = [images.source, self._embedder.fingerprint()]
+        parts = [images.source, self._encoder.image_fingerprint()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

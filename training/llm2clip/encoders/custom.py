@@ -20,7 +20,7 @@ class CustomEncoder(ClipEncoder):
     """A model by the conventions of open_clip and CLIP_benchmark.
 
     Args:
-        name, device, dtype, batch_size: See [`TowerEncoder`].
+        name, device, dtype, batch_size: See [`Encoder`].
         model: A module with `encode_image(pixels)` and `encode_text(tokens)`, which return `(batch, width)`.
         preprocess: Makes a tensor of a decoded RGB image.
         tokenizer: Makes a tensor `(texts, tokens)`, or a mapping of such tensors, of a list of texts.

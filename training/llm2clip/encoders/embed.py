@@ -12,7 +12,6 @@ import torch
 from accelerate import PartialState
 
 from llm2clip.data import CaptionSource, distinct_captions
-from llm2clip.encoders.caption_embedder import CaptionEmbedder
 from llm2clip.encoders.embed_shards import (
     PART_ROWS,
     ShardCounts,
@@ -22,6 +21,7 @@ from llm2clip.encoders.embed_shards import (
     list_jobs,
     parse_part,
 )
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.encoders.ray_engine import RayOptions, embed_with_ray
 from llm2clip.store import EmbeddingCache, StoreManifest, build_embedding_cache, caption_manifest
 from llm2clip.store.manifest import StoredDtype
@@ -221,7 +221,7 @@ def _long_lived_processes() -> PartialState:
     return process_state(timeout=timedelta(days=7))
 
 
-def _open_encoder(config: EmbedConfig) -> tuple[CaptionEmbedder, str, PartialState]:
+def _open_encoder(config: EmbedConfig) -> tuple[OurEncoder, str, PartialState]:
     state = _long_lived_processes()
     model: Any
     in_float16 = config.dtype == "float16"
@@ -238,11 +238,11 @@ def _open_encoder(config: EmbedConfig) -> tuple[CaptionEmbedder, str, PartialSta
         model.config.fingerprint = model.fingerprint()
         model.half()
     model.to(state.device).eval()
-    return CaptionEmbedder(model, tokenizer), config.text_model_name_or_path, state
+    return OurEncoder(model, tokenizer), config.text_model_name_or_path, state
 
 
 def embed_into_cache(
-    captions: list[str], embedder: CaptionEmbedder, folder: str, name: str, config: EmbedConfig, state: PartialState
+    captions: list[str], embedder: OurEncoder, folder: str, name: str, config: EmbedConfig, state: PartialState
 ) -> StoreManifest:
     """Embed captions with a text tower into a cache; see [`build_embedding_cache`].
 
@@ -267,11 +267,11 @@ def embed_into_cache(
     )
 
 
-def _embed_and_count(embedder: CaptionEmbedder, config: EmbedConfig, texts: list[str]) -> tuple[torch.Tensor, int]:
+def _embed_and_count(embedder: OurEncoder, config: EmbedConfig, texts: list[str]) -> tuple[torch.Tensor, int]:
     return embedder.embed_and_count(texts, config.batch_size, show_progress_bar=False, instruction=config.instruction)
 
 
-def describe_encoder(embedder: CaptionEmbedder, name: str, config: EmbedConfig) -> StoreManifest:
+def describe_encoder(embedder: OurEncoder, name: str, config: EmbedConfig) -> StoreManifest:
     """Describe a text tower and the format of its embeddings.
 
     Raises:

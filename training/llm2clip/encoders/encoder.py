@@ -1,27 +1,45 @@
-"""What models of all libraries share: batches, unit rows, identity."""
+"""An encoder: a model of any library that maps texts and images to rows of one space."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
-from llm2clip.encoders.image_batches import PreparedImages, forward_images, image_list
+from llm2clip.data import OnError, decode_image
+from llm2clip.data.transforms import Decoder
+from llm2clip.encoders.batches import ImageSet, PreparedImages, forward_images, image_list
 from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.model_identity import weights_checksum
 from llm2clip.utils.non_finite import require_finite_rows
+from llm2clip.utils.progress import progress_bar
 from modeling_llm2clip.identity_llm2clip import RULE
 from modeling_llm2clip.modeling_llm2clip_utils import ACCELERATOR_BATCH_TOKENS, CPU_BATCH_TOKENS, token_batches
 
+NOT_FINITE = "the model's embedding of it is not finite"
 
-class TowerEncoder(ABC):
-    """A model of images and texts in one space; see [`Encoder`](llm2clip.evaluation.contracts.Encoder).
+
+class EncodedRows(NamedTuple):
+    """Embeddings of `rows` of an [`ImageSet`].
+
+    Attributes:
+        embeds: float32 `(rows, width)` on the CPU; zeros where an image cannot be used.
+        reasons: Why a row has no embedding, or None where it has one.
+    """
+
+    rows: list[int]
+    embeds: Tensor
+    reasons: list[str | None]
+
+
+class Encoder(ABC):
+    """A model that maps texts and images to rows of one space, whatever library it is from.
 
     A copy in a worker process prepares images, and has no model.
 
@@ -35,6 +53,7 @@ class TowerEncoder(ABC):
     """
 
     library: str
+    decode: Decoder = staticmethod(decode_image)
 
     def __init__(
         self,
@@ -61,6 +80,8 @@ class TowerEncoder(ABC):
     def fingerprint(self) -> str:
         """Hash the weights, in 16 bits, the settings of the model, its preprocessing and its tokenizer.
 
+        Stored rows are bound to it.
+
         Raises:
             ValueError: A weight is offloaded or quantised.
         """
@@ -68,8 +89,23 @@ class TowerEncoder(ABC):
             self._fingerprint = RULE + digest_json({"weights": weights_checksum(self.model), **self.settings()})
         return self._fingerprint
 
-    def encode_text(self, texts: Sequence[str] | str) -> Tensor:
-        """Embed texts; one string counts as a list of one.
+    def image_fingerprint(self) -> str:
+        """Identify what rows of images depend on; see [`Encoder.fingerprint`]."""
+        return self.fingerprint()
+
+    def text_fingerprint(self) -> str:
+        """Identify what rows of texts depend on; see [`Encoder.fingerprint`]."""
+        return self.fingerprint()
+
+    @abstractmethod
+    def encode_text(
+        self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
+    ) -> Tensor:
+        """Embed texts.
+
+        Args:
+            texts: The texts, of any length; one string counts as a list of one.
+            batch_size: Largest number of texts per forward pass; the default is that of the encoder.
 
         Returns:
             Unit rows, float32 `(texts, width)` on the CPU, in input order.
@@ -77,7 +113,6 @@ class TowerEncoder(ABC):
         Raises:
             NonFiniteError: Embeddings are NaN or infinite; the message names the texts.
         """
-        return self.embed_texts([texts] if isinstance(texts, str) else list(texts))
 
     def encode_image(
         self, images: Sequence[Any] | Any, batch_size: int = 64, num_workers: int = 0, show_progress_bar: bool = False
@@ -97,13 +132,64 @@ class TowerEncoder(ABC):
             NonFiniteError: Embeddings are NaN or infinite; the message names the images.
         """
         listed = image_list(images)
-        prepared, rows = PreparedImages(listed, range(len(listed)), self.prepare), [torch.empty(0, self.width)]
-        for batch in forward_images(prepared, self.forward_images, batch_size, num_workers, show=show_progress_bar):
-            assert batch.output is not None
-            names = [listed.key(batch.start + row) for row in range(len(batch.output))]
-            require_finite_rows(batch.output, names.__getitem__, "images")
-            rows.append(batch.output)
-        return torch.cat(rows)
+        options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
+        return self.encode_rows(listed, range(len(listed)), **options, show_progress_bar=show_progress_bar).embeds
+
+    def encode_rows(self, images: ImageSet, rows: Sequence[int], **options: Any) -> EncodedRows:
+        """Embed rows of an image set in order; the arguments are those of [`Encoder.encode_parts`]."""
+        parts = list(self.encode_parts(images, rows, **options))
+        return parts[0] if parts else EncodedRows([], torch.empty(0, self.width), [])
+
+    def encode_parts(
+        self,
+        images: ImageSet,
+        rows: Sequence[int],
+        batch_size: int = 64,
+        num_workers: int = 0,
+        part_size: int | None = None,
+        on_error: OnError = "raise",
+        on_not_finite: OnError | None = None,
+        show_progress_bar: bool = False,
+        forward: Callable[[dict[str, Tensor]], Tensor] | None = None,
+    ) -> Iterator[EncodedRows]:
+        """Embed rows of an image set in order, a part at a time: no more than a part is in memory.
+
+        Args:
+            images, rows: The images, and the numbers of those to embed.
+            batch_size, num_workers, show_progress_bar: See [`Encoder.encode_image`].
+            part_size: Rows per part, a multiple of `batch_size`; the default is a single part.
+            on_error: `raise` for an image that cannot be embedded, or `skip` it: its row has a reason.
+            on_not_finite: The same for embeddings with NaN or infinite values, which have the reason `NOT_FINITE`; the
+                default is `on_error`.
+            forward: What is computed of a batch of prepared images; the default is the embedding.
+
+        Raises:
+            DamagedImageError: An image cannot be decoded, and is not skipped.
+            NonFiniteError: Embeddings are NaN or infinite, and not skipped; the message names the images.
+        """
+        prepared = PreparedImages(images, rows, self.prepare, on_error, self.decode)
+        first: int = 0
+        embeds: list[Tensor] = []
+        reasons: list[str | None] = []
+        batches = forward_images(
+            prepared, forward or self.forward_images, batch_size, num_workers, show=show_progress_bar
+        )
+        for start, output, skipped in batches:
+            good = [index for index, sample in enumerate(skipped) if sample is None]
+            found = torch.zeros(len(skipped), self.width if output is None else output.shape[1])
+            reasons += [None if sample is None else sample.reason for sample in skipped]
+            if output is not None:
+                found[good] = output
+                if (on_not_finite or on_error) == "raise":
+                    keys = [images.key(rows[start + position]) for position in good]
+                    require_finite_rows(output, keys.__getitem__, "images")
+                for position in (~found.isfinite().all(dim=1)).nonzero()[:, 0].tolist():
+                    reasons[start + position - first] = NOT_FINITE
+            embeds.append(found)
+            done = start + len(skipped)
+            if done == len(rows) or (part_size and done % part_size == 0):
+                yield EncodedRows(list(rows[first:done]), torch.cat(embeds), reasons)
+                first, embeds, reasons = done, [], []
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -155,15 +241,11 @@ class TowerEncoder(ABC):
         return patch_embeddings(self.model, inputs["pixel_values"], values_only=True).cpu()
 
     @abstractmethod
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts: unit rows, float32 `(texts, width)` on the CPU."""
-
-    @abstractmethod
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens of each text before truncation, `(texts,)` int64, and whether it is cut, `(texts,)` bool."""
 
 
-class ClipEncoder(TowerEncoder):
+class ClipEncoder(Encoder):
     """A model of another library, with a text tower of its own."""
 
     @abstractmethod
@@ -175,20 +257,22 @@ class ClipEncoder(TowerEncoder):
         """Compute `(texts, width)`, not normalised, of items of [`tokenize`]; called without gradients."""
 
     @torch.no_grad()
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts in batches of similar length: unit rows, float32 `(texts, width)` on the CPU.
+    def encode_text(
+        self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
+    ) -> Tensor:
+        """Embed texts in batches of similar length; see [`Encoder.encode_text`].
 
         An empty text is one like any other: the tokens that every text has, such as start and end.
-
-        Raises:
-            NonFiniteError: Embeddings are NaN or infinite; the message names the texts.
         """
-        tokens, lengths = self.tokenize(list(texts)) if texts else ([], [])
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        tokens, lengths = self.tokenize(texts) if texts else ([], [])
         budget = CPU_BATCH_TOKENS if self.device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
         embeds = torch.empty(len(texts), self.width)
-        for batch in token_batches(lengths, budget, self.batch_size):
-            features = self.text_features([tokens[row] for row in batch])
-            embeds[batch] = F.normalize(features.float(), dim=-1).cpu()
+        with progress_bar("Embedding texts", len(texts), "text", show_progress_bar) as bar:
+            for batch in token_batches(lengths, budget, batch_size or self.batch_size):
+                features = self.text_features([tokens[row] for row in batch])
+                embeds[batch] = F.normalize(features.float(), dim=-1).cpu()
+                bar.update(advance=len(batch))
         require_finite_rows(embeds, lambda row: f"{texts[row]:.80}", "texts")
         return embeds
 

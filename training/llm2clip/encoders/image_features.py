@@ -16,7 +16,7 @@ from transformers import BaseImageProcessor
 
 from llm2clip.data import EvalTransform, ImageBackend, OnError, SampleError, SkippedSample, TrainTransform
 from llm2clip.data.sampling import stable_seed
-from llm2clip.encoders.image_batches import TableImages, forward_images
+from llm2clip.encoders.batches import TableImages, forward_images
 from llm2clip.store import Store, StoreManifest, build_store
 from llm2clip.store.building import ComputedRows, check_rows
 from llm2clip.utils.files import digest_json
@@ -238,7 +238,7 @@ class FeatureStore:
         for batch in forward_images(views, self.forward, self.batch_size, self.num_workers, show=False):
             skipped += [(row, *found) for row, found in enumerate(batch.skipped, batch.start) if found is not None]
             if batch.output is not None:
-                good = [batch.start + index for index in batch.good]
+                good = [row for row, sample in enumerate(batch.skipped, batch.start) if sample is None]
                 names = [f"image {views.key(index)}" for index in good]
                 rows[good] = check_rows(batch.output.view(len(good), -1), manifest.dtype, names.__getitem__)
             bar.update(advance=len(batch.skipped))

@@ -1,16 +1,30 @@
-"""Opening an encoder of any library."""
+"""Opening an encoder of any library, and embedding with one of ours in one call."""
 
 from __future__ import annotations
 
-import torch
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from llm2clip.data import OnError
+from llm2clip.encoders.batches import image_list
 from llm2clip.encoders.custom import CustomEncoder
-from llm2clip.encoders.encoder import TowerEncoder
+from llm2clip.encoders.encoder import Encoder
 from llm2clip.encoders.open_clip import PREFIX, OpenClipEncoder
-from llm2clip.encoders.ours import LLM2CLIPTowers
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.encoders.transformers_clip import TransformersEncoder
+from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo
+
+logger = logging.getLogger(__name__)
+
+MAX_NAMED = 20
 
 
 def load_encoder(
@@ -19,7 +33,7 @@ def load_encoder(
     dtype: str = "float32",
     device: torch.device | str | None = None,
     batch_size: int | None = None,
-) -> TowerEncoder:
+) -> Encoder:
     """Load a model of images and texts, of any library.
 
     Args:
@@ -53,5 +67,106 @@ def load_encoder(
     repo = inspect_repo(spec, revision)
     has_both = {"vision_config", "text_config"} <= set(repo.config)
     if repo.kind in OUR_MODELS or (repo.kind is RepoKind.EMBEDDING_MODEL and not has_both):
-        return LLM2CLIPTowers.load(repo, dtype, device, batch_size)
+        return OurEncoder.load(spec, revision, device=device, batch_size=batch_size, dtype=dtype)
     return TransformersEncoder.load(spec, revision, dtype, device, batch_size)
+
+
+def embed_captions(
+    captions: Sequence[str] | str,
+    model: Any,
+    processor: Any = None,
+    *,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    show_progress_bar: bool | None = None,
+    instruction: str | None = None,
+) -> Tensor:
+    """Embed captions with an LLM2CLIP model or a text tower.
+
+    Args:
+        captions: The captions, of any length; one string counts as a list of one.
+        model: A loaded `LLM2CLIPModel` or `LLM2CLIPTextModel`, which is put into evaluation mode, or the Hub id or
+            folder of one.
+        processor: The model's processor or tokenizer; required with a loaded model.
+        batch_size: Largest number of captions per forward pass; the default is as many as the device keeps up with.
+        device: Device of the model. By default a loaded model stays where it is, and another one uses a GPU if there
+            is one.
+        show_progress_bar: `False` hides the progress bar.
+        instruction: Text before every caption, as in stage 1; it is context and not pooled.
+
+    Returns:
+        float32 on the CPU, in input order. Of an LLM2CLIP model unit rows `(len(captions), projection_dim)` in the
+        space that captions share with images; of a text tower its own embeddings `(len(captions), hidden_size)`.
+
+    Raises:
+        NonFiniteError: An embedding is NaN or infinite.
+        ValueError: A caption is empty, the repository is another kind of model, or a loaded model comes without its
+            processor.
+    """
+    encoder = _open(model, processor, device, "text")
+    rows = encoder.embed(captions, batch_size, show_progress_bar is not False, instruction)
+    texts = [captions] if isinstance(captions, str) else captions
+    require_finite_rows(rows, texts.__getitem__, "captions")
+    return rows
+
+
+def embed_images(
+    images: Sequence[Any] | Any,
+    model: Any,
+    processor: Any = None,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+    on_error: OnError = "raise",
+    show_progress_bar: bool | None = None,
+) -> Tensor:
+    """Embed images with an LLM2CLIP model.
+
+    Args:
+        images: PIL images, paths, URLs, encoded bytes, arrays, tensors or records of `datasets`, mixed as you like;
+            one image counts as a list of one.
+        model: A loaded model, which is put into evaluation mode, or the Hub id or folder of one; then only the vision
+            half is loaded.
+        processor: The model's processor or image processor; required with a loaded model.
+        batch_size: Images per forward pass.
+        num_workers: Worker processes that read and decode images; 0 decodes in this process.
+        device: Device of the model. By default a loaded model stays where it is, and another one uses a GPU if there
+            is one.
+        on_error: `raise` for an image that cannot be read, or `skip` it: its row is NaN, and a warning names it.
+        show_progress_bar: `False` hides the progress bar.
+
+    Returns:
+        Unit rows, float32 `(len(images), projection_dim)` on the CPU, in input order.
+
+    Raises:
+        DamagedImageError: An image cannot be read.
+        NonFiniteError: The model's embedding of an image is NaN or infinite, unless `on_error` is `skip`.
+        ValueError: The repository is not an LLM2CLIP model, or a loaded model comes without its processor.
+    """
+    encoder = _open(model, getattr(processor, "image_processor", processor), device, "image")
+    listed = image_list(images)
+    found = encoder.encode_rows(
+        listed,
+        range(len(listed)),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        on_error=on_error,
+        show_progress_bar=show_progress_bar is not False,
+    )
+    skipped = [row for row, reason in enumerate(found.reasons) if reason is not None]
+    for row in skipped[:MAX_NAMED]:
+        logger.warning("Skipping image %s: %s", listed.key(row), found.reasons[row])
+    if len(skipped) > MAX_NAMED:
+        logger.warning("Skipping %d more images.", len(skipped) - MAX_NAMED)
+    found.embeds[skipped] = float("nan")
+    return found.embeds
+
+
+def _open(model: Any, processor: Any, device: torch.device | str | None, need: str) -> OurEncoder:
+    if isinstance(model, (str, Path)):
+        encoder = OurEncoder.load(os.fspath(model), None, [need], device=device)
+        return encoder if processor is None else OurEncoder(encoder.model, processor, encoder.name)
+    if processor is None:
+        raise ValueError("a loaded model needs its processor too: AutoProcessor.from_pretrained(...).")
+    return OurEncoder((model if device is None else model.to(device)).eval(), processor)

@@ -1,4 +1,4 @@
-"""Models of the open_clip library under evaluation."""
+"""Models of the open_clip library as encoders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OpenClipEncoder(ClipEncoder):
     """A model of open_clip with its own preprocessing and tokenizer.
 
     Args:
-        name, device, dtype, batch_size: See [`TowerEncoder`].
+        name, device, dtype, batch_size: See [`Encoder`].
         model: The model, in evaluation mode.
         transform: Its transform of evaluation.
         tokenizer: Its tokenizer.

@@ -1,4 +1,4 @@
-"""LLM2CLIP models and their parts under evaluation."""
+"""The encoder of LLM2CLIP models and their parts: vision halves, text towers, embedding models."""
 
 from __future__ import annotations
 
@@ -8,64 +8,127 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer, BatchFeature
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ImageProcessingMixin
 
-from llm2clip.data import EvalTransform
-from llm2clip.encoders.caption_embedder import CaptionEmbedder
-from llm2clip.encoders.encoder import TowerEncoder, compared_lengths, processor_statistics
-from llm2clip.encoders.image_embedder import ImageEmbedder
+from llm2clip.data import EvalTransform, ImageBackend
+from llm2clip.encoders.encoder import Encoder, compared_lengths, processor_statistics
 from llm2clip.utils.files import digest_json
-from llm2clip.utils.model_identity import hub_commit
+from llm2clip.utils.manifests import refuse_changed_model
+from llm2clip.utils.model_identity import hub_commit, weights_checksum
 from llm2clip.utils.non_finite import require_finite_rows
-from llm2clip.utils.repos import Repo, RepoKind
-from modeling_llm2clip import __version__
+from llm2clip.utils.processes import process_state
+from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.repos import RepoKind, inspect_repo
+from llm2clip.utils.text_identity import tokenizer_fingerprint
+from llm2clip.utils.towers import open_text_tower
+from llm2clip.utils.vision_identity import vision_fingerprint
+from modeling_llm2clip import (
+    LLM2CLIPConfig,
+    LLM2CLIPModel,
+    LLM2CLIPProcessor,
+    LLM2CLIPTextConfig,
+    LLM2CLIPVisionModelWithProjection,
+    __version__,
+    with_pillow,
+)
 from modeling_llm2clip.identity_llm2clip import RULE
-from modeling_llm2clip.modeling_llm2clip_utils import execution_device
+from modeling_llm2clip.modeling_llm2clip_utils import absolute_path, encode_tokens, execution_device, unit_features
+from modeling_llm2clip.tokenization_llm2clip import CaptionTokens, tokenize_captions
+
+TEXT_KINDS = (RepoKind.JOINT, RepoKind.TEXT_TOWER, RepoKind.EMBEDDING_MODEL)
+IMAGE_KINDS = (RepoKind.JOINT, RepoKind.VISION_HALF)
 
 
-class LLM2CLIPTowers(TowerEncoder):
+class OurEncoder(Encoder):
     """An LLM2CLIP model; or its vision half, which embeds images only; or a text tower, which embeds texts only.
 
     Args:
-        name: How the user named it.
-        images, captions: The embedders of its parts; at least one.
-        device, dtype, commit, batch_size: See [`TowerEncoder`].
+        model: The loaded model, in evaluation mode.
+        processor: Its processor, tokenizer or image processor.
+        name, revision, commit: Hub id or folder of the model; branch, tag or commit on the Hub, and the commit itself.
+        image_backend: Library that decodes and resizes images; see [`EvalTransform`].
+        batch_size: Largest number of texts per forward pass; the default is as many as their tokens allow: 512 padded
+            tokens on a CPU, 16,384 elsewhere.
     """
 
     library = f"llm2clip {__version__}"
 
     def __init__(
-        self, name: str, images: ImageEmbedder | None, captions: CaptionEmbedder | None, *options: Any, **more: Any
+        self,
+        model: Any,
+        processor: Any,
+        name: str = "",
+        revision: str | None = None,
+        commit: str | None = None,
+        image_backend: ImageBackend = "exact",
+        batch_size: int | None = None,
     ) -> None:
-        embedder: Any = images or captions
-        super().__init__(name, embedder.model, embedder.width, *options, **more)
-        self._images, self._captions = images, captions
-        self._transform = None if images is None else images.transform
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_images": None, "_captions": None}
+        # Compared by model_type: remote code can be imported under several module names.
+        kind = model.config.model_type
+        self.is_joint = kind == LLM2CLIPConfig.model_type
+        self.text_config = model.config.text_config if self.is_joint else model.config
+        width = model.config.hidden_size if kind == LLM2CLIPTextConfig.model_type else model.config.projection_dim
+        dtype = str(model.dtype).removeprefix("torch.")
+        super().__init__(name, model, width, execution_device(model), dtype, commit, batch_size)
+        self.revision, self.image_backend = revision, image_backend
+        is_image_processor = isinstance(processor, ImageProcessingMixin)
+        self.tokenizer: Any = getattr(processor, "tokenizer", None if is_image_processor else processor)
+        image_processor = getattr(processor, "image_processor", processor if is_image_processor else None)
+        self.transform = None
+        if image_processor is not None and self.is_joint:
+            self.transform = EvalTransform(image_processor, image_backend)
+            self.decode = self.transform.decode
 
     @classmethod
-    def load(cls, repo: Repo, dtype: str, device: torch.device, batch_size: int | None = None) -> LLM2CLIPTowers:
-        """Load the parts of a model that a repository has."""
-        name, where = repo.name, dict[str, Any](revision=repo.revision)
-        images = captions = None
-        if repo.kind in (RepoKind.JOINT, RepoKind.VISION_HALF):
-            with_llm = repo.kind is RepoKind.JOINT
-            images = ImageEmbedder.load(name, **where, with_llm=with_llm, device=device, dtype=dtype)
-            if with_llm:
-                captions = CaptionEmbedder(images.model, AutoTokenizer.from_pretrained(name, **where))
+    def load(
+        cls,
+        name: str,
+        revision: str | None = None,
+        needs: Sequence[str] = (),
+        *,
+        device: torch.device | str | None = None,
+        image_backend: ImageBackend = "exact",
+        batch_size: int | None = None,
+        hint: str | None = None,
+        **options: Any,
+    ) -> OurEncoder:
+        """Load a model, text tower, vision half or embedding model of sentence-transformers.
+
+        Args:
+            name, revision, image_backend, batch_size: See [`OurEncoder`].
+            needs: What it has to embed: `image`, `text` or both. For images alone only the vision half is loaded. The
+                default takes what there is.
+            device: Device of the model; the default is a GPU if there is one.
+            hint: End of the error for a model of another kind.
+            options: Passed to `from_pretrained`, such as `dtype`.
+
+        Raises:
+            OSError: There is no such model.
+            ValueError: It is another kind of model, or a file of a local folder is not the one that was written.
+        """
+        kinds = [kind for kind in RepoKind if kind in TEXT_KINDS or kind in IMAGE_KINDS]
+        for need, allowed in (("text", TEXT_KINDS), ("image", IMAGE_KINDS)):
+            kinds = [kind for kind in kinds if need not in needs or kind in allowed]
+        repo = inspect_repo(name, revision).require(*kinds, **({} if hint is None else {"hint": hint}))
+        refuse_changed_model(name)
+        processor: Any
+        model: Any
+        if repo.kind not in IMAGE_KINDS:
+            model, processor = open_text_tower(name, revision=revision, **options)
         else:
-            captions = CaptionEmbedder.load(name, **where, device=device, dtype=dtype)
-        return cls(name, images, captions, device, dtype, hub_commit(name, repo.revision), batch_size)
+            half = repo.kind is RepoKind.VISION_HALF or list(needs) == ["image"]
+            kind: Any = LLM2CLIPVisionModelWithProjection if half else LLM2CLIPModel
+            model = kind.from_pretrained(name, revision=revision, **options)
+            processor = with_pillow(AutoImageProcessor.from_pretrained(name, revision=revision))
+            if not half:
+                processor = LLM2CLIPProcessor(processor, AutoTokenizer.from_pretrained(name, revision=revision))
+        model = model.to(device or process_state().device).eval()
+        commit = hub_commit(name, revision)
+        return cls(model, processor, absolute_path(name), revision, commit, image_backend, batch_size)
 
     def settings(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        if self._images is not None:
-            found["vision"] = self._images.fingerprint()
-        if self._captions is not None:
-            found |= self._captions.identity()
-        return found
+        found = {} if self.transform is None else {"vision": self.image_fingerprint()}
+        return found if self.tokenizer is None else found | self._text_settings()
 
     def fingerprint(self) -> str:
         """Hash the fingerprints of vision half, LLM and tokenizer, and the weights of the adapter.
@@ -77,17 +140,36 @@ class LLM2CLIPTowers(TowerEncoder):
             self._fingerprint = RULE + digest_json(self.settings())
         return self._fingerprint
 
+    def image_fingerprint(self) -> str:
+        """Identify the weights and the preprocessing of images; see [`vision_fingerprint`]."""
+        return vision_fingerprint(self.model, self._images().image_processor)
+
+    def text_fingerprint(self) -> str:
+        """Identify LLM, tokenizer and, of an LLM2CLIP model, the adapter."""
+        return RULE + digest_json(self._text_settings())
+
+    def _text_settings(self) -> dict[str, Any]:
+        tower = self.model.text_model if self.is_joint else self.model
+        found = {"text": tower.identity(), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        if found["text"] is None:
+            name = self.model.name_or_path
+            raise ValueError(f"the LLM of {name} cannot be identified: it is quantised, offloaded or float16.")
+        if self.is_joint:
+            adapter = [weights_checksum(self.model.text_adapter), self.model.config.adapter_normalize]
+            return {**found, "adapter": adapter}
+        return found
+
     @property
     def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
-        return processor_statistics(self._vision().image_processor)
+        return processor_statistics(self._images().image_processor)
 
-    def _vision(self) -> EvalTransform:
-        if self._transform is None:
+    def _images(self) -> EvalTransform:
+        if self.transform is None:
             raise ValueError(f"{self.name} is a text tower, which does not embed images.")
-        return self._transform
+        return self.transform
 
     def prepare(self, image: Any, key: str) -> dict[str, Tensor]:
-        return self._vision().inputs(image, key)
+        return self._images().inputs(image, key)
 
     def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.model.get_image_features(**self._on_device(inputs)).pooler_output
@@ -96,36 +178,91 @@ class LLM2CLIPTowers(TowerEncoder):
         return self.model.get_vision_features(**self._on_device(inputs))
 
     def _on_device(self, inputs: dict[str, Tensor]) -> BatchFeature:
-        vision = self.model.vision_model
-        return BatchFeature(inputs).to(execution_device(vision), self.model.dtype)
+        return BatchFeature(inputs).to(execution_device(self.model.vision_model), self.model.dtype)
 
-    def _texts(self) -> CaptionEmbedder:
-        if self._captions is None:
-            raise ValueError(f"{self.name} is the vision half of a model, which does not embed texts.")
-        return self._captions
+    def embed(
+        self,
+        captions: Sequence[str] | str,
+        batch_size: int | None = None,
+        show_progress_bar: bool = False,
+        instruction: str | None = None,
+    ) -> Tensor:
+        """Embed captions as the text side does: those of a text tower are not of unit length, and may be NaN.
 
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts: unit rows, float32 `(texts, width)` on the CPU.
+        Args:
+            captions: Of any length, not empty; one string counts as a list of one.
+            batch_size: Replaces that of the encoder.
+            instruction: Text before every caption, as in stage 1; it is context and not pooled.
 
-        An empty text is the prompt alone, as in the original code; see [`CaptionEmbedder.embed_empty`].
-
-        Raises:
-            NonFiniteError: Embeddings are NaN or infinite; the message names the texts.
+        Returns:
+            float32 `(len(captions), width)` on the CPU, in input order.
         """
-        captions = self._texts()
+        return self.embed_and_count(captions, batch_size, show_progress_bar, instruction)[0]
+
+    def embed_and_count(
+        self,
+        captions: Sequence[str] | str,
+        batch_size: int | None = None,
+        show_progress_bar: bool = False,
+        instruction: str | None = None,
+    ) -> tuple[Tensor, int]:
+        """Embed captions as [`OurEncoder.embed`] does, and count those that were truncated to the maximum length."""
+        tokens = tokenize_captions(captions, self._texts(), self.text_config, instruction)
+        return self._encode(tokens, batch_size or self.batch_size, show_progress_bar), tokens.num_cut
+
+    def embed_empty(self) -> Tensor:
+        """Embed the empty caption, which `embed` refuses, for benchmarks whose queries count whatever they are.
+
+        It is the prompt alone, pooled as that of a caption: over the suffix. Where that leaves no token, the prefix
+        and what the tokenizer itself adds are pooled, and a tokenizer that adds nothing gets its padding token.
+
+        Returns:
+            float32 `(1, width)` on the CPU.
+        """
+        ids = list(self._texts()("")["input_ids"]) or [self.tokenizer.pad_token_id]
+        pooled = len(ids) > self.text_config.num_prefix_tokens and not self.text_config.pool_prompt
+        tokens = CaptionTokens([ids], [self.text_config.num_prefix_tokens if pooled else 0], 0)
+        return self._encode(tokens, None, False)
+
+    def _texts(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} is the vision half of a model, which does not embed texts.")
+        return self.tokenizer
+
+    def _encode(self, tokens: CaptionTokens, batch_size: int | None, show: bool) -> Tensor:
+        num_distinct = len(set(map(tuple, tokens.ids))) if show else None
+        device = execution_device((self.is_joint and self.model.text_model) or self.model)
+        with progress_bar("Embedding captions", num_distinct, "caption", show) as bar:
+
+            def forward(inputs: Any) -> Tensor:
+                output = self.model.get_text_features(**inputs) if self.is_joint else self.model(**inputs)
+                bar.update(advance=len(output.pooler_output))
+                return unit_features(output) if self.is_joint else output.pooler_output
+
+            options: dict[str, Any] = {"device": device, "width": self.width, "batch_size": batch_size}
+            # The callers name the captions of embeddings that are not finite.
+            return encode_tokens(tokens, self.tokenizer, forward, **options, finite=False)
+
+    def encode_text(
+        self, texts: Sequence[str] | str, batch_size: int | None = None, show_progress_bar: bool = False
+    ) -> Tensor:
+        """Embed texts; see [`Encoder.encode_text`].
+
+        An empty text is the prompt alone, as in the original code; see [`OurEncoder.embed_empty`].
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
         kept = [row for row, text in enumerate(texts) if text.strip()]
         embeds = torch.empty(len(texts), self.width)
         if kept:
-            embeds[kept] = captions.embed([texts[row] for row in kept], self.batch_size, show_progress_bar=False)
+            embeds[kept] = self.embed([texts[row] for row in kept], batch_size, show_progress_bar)
         if len(kept) < len(texts):
-            embeds[[row for row, text in enumerate(texts) if not text.strip()]] = captions.embed_empty()
+            embeds[[row for row, text in enumerate(texts) if not text.strip()]] = self.embed_empty()
         require_finite_rows(embeds, lambda row: f"{texts[row]:.80}", "texts")
         return F.normalize(embeds, dim=-1)
 
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens of each text before truncation, the prompt included, and whether it is cut."""
-        tokenizer = self._texts().tokenizer
-        ids = (
-            tokenizer([text.strip() for text in texts], truncation=False, verbose=False)["input_ids"] if texts else []
-        )
+        tokenizer = self._texts()
+        stripped = [text.strip() for text in texts]
+        ids = tokenizer(stripped, truncation=False, verbose=False)["input_ids"] if texts else []
         return compared_lengths([len(row) for row in ids], tokenizer.model_max_length)

@@ -1,4 +1,4 @@
-"""CLIP, SigLIP, SigLIP 2 and CLIP-like models of transformers under evaluation."""
+"""CLIP, SigLIP, SigLIP 2 and CLIP-like models of transformers as encoders."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoProcessor, BatchFeature
+from transformers import AutoConfig, AutoModel, AutoProcessor, BatchFeature, BlipForImageTextRetrieval
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llm2clip.data import EvalTransform
-from llm2clip.encoders.blip import BlipRetrievalModel
 from llm2clip.encoders.encoder import ClipEncoder, compared_lengths, processor_statistics
 from llm2clip.utils.model_identity import hub_commit
 from llm2clip.utils.text_identity import tokenizer_fingerprint
@@ -26,12 +26,37 @@ FULL_LENGTH = ("siglip", "siglip2")
 # `model_max_length` of a tokenizer that has none is a number of this order or larger.
 NO_LENGTH = 10**9
 METHODS = ("get_text_features", "get_image_features")
-# Models whose repositories say by their architecture alone that they embed images and texts.
-BY_ARCHITECTURE: dict[str, Any] = {"BlipForImageTextRetrieval": BlipRetrievalModel}
 MEASURED = (
     "Models of transformers are measured by the vectors of get_text_features and get_image_features, such as those of "
     "CLIP, SigLIP or AltCLIP; give a repository of such a model."
 )
+
+
+class BlipRetrievalModel(BlipForImageTextRetrieval):
+    """The published retrieval models of BLIP (`Salesforce/blip-itm-base-coco`), whose embeddings have no methods.
+
+    They are those of its contrastive score (`use_itm_head=False`): the projected first token of each tower. The
+    matching head, which reads an image and a text together, ranks no gallery and is not used.
+    """
+
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor, **unused: Any
+    ) -> BaseModelOutputWithPooling:
+        """Compute `(texts, width)`, not normalised, as `pooler_output`."""
+        output = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask)
+        return BaseModelOutputWithPooling(pooler_output=self.text_proj(output.last_hidden_state[:, 0]))
+
+    def get_vision_features(self, pixel_values: Tensor) -> Tensor:
+        """Compute the first token before the projection, `(images, hidden)`; `pooler_output` is normalised twice."""
+        return self.vision_model(pixel_values=pixel_values).last_hidden_state[:, 0]
+
+    def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+        """Compute `(images, width)`, not normalised, as `pooler_output`."""
+        return BaseModelOutputWithPooling(pooler_output=self.vision_proj(self.get_vision_features(pixel_values)))
+
+
+# Models whose repositories say by their architecture alone that they embed images and texts.
+BY_ARCHITECTURE: dict[str, Any] = {"BlipForImageTextRetrieval": BlipRetrievalModel}
 
 
 class TransformersEncoder(ClipEncoder):
@@ -43,7 +68,7 @@ class TransformersEncoder(ClipEncoder):
     positions allow. Case and punctuation are the tokenizer's matter.
 
     Args:
-        name, device, dtype, commit, batch_size: See [`TowerEncoder`].
+        name, device, dtype, commit, batch_size: See [`Encoder`].
         model: The model, in evaluation mode.
         processor: Its processor, with `image_processor` and `tokenizer`.
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm2clip.data import PairDataset, PairSource, caption_id
-from llm2clip.encoders.caption_embedder import CaptionEmbedder
-from llm2clip.encoders.sharding import encode_sharded
+from llm2clip.encoders.batches import encode_sharded
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.evaluation.metrics import caption_retrieval_metrics
 from llm2clip.utils.non_finite import require_finite_rows
 from modeling_llm2clip import LLM2CLIPTextModel
@@ -52,7 +52,7 @@ class CaptionRetrieval:
         Raises:
             NonFiniteError: An embedding is NaN or infinite.
         """
-        embedder = CaptionEmbedder(model, tokenizer)
+        embedder = OurEncoder(model, tokenizer)
         device = execution_device(model)
 
         def embed(texts: list[str]) -> Tensor:

@@ -7,69 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from llm2clip.encoders.image_batches import ContentSet
-
-
-class Encoder(Protocol):
-    """A model of images and texts in one space, whatever library it is from.
-
-    Attributes:
-        name: How the user named it.
-        width: Width of its embeddings.
-        device: Where it computes.
-    """
-
-    name: str
-    width: int
-    device: torch.device
-
-    def identity(self) -> dict[str, str]:
-        """What a result says of the model: library, name, commit on the Hub or checksum of the weights, dtype."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Identify weights, preprocessing and tokenizer; stored embeddings are bound to it."""
-        ...
-
-    def prepare(self, image: Any, key: str) -> dict[str, Tensor]:
-        """Prepare the inputs of one decoded RGB image; runs in worker processes."""
-        ...
-
-    def forward_images(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Embed a batch of prepared images: unit rows, float32 `(images, width)` on the CPU."""
-        ...
-
-    def forward_features(self, inputs: dict[str, Tensor], projected: bool = False) -> Tensor:
-        """Pooled features before the projection, float32 `(images, hidden)` on the CPU, for linear probes.
-
-        With `projected`, those after it, `(images, width)`: embeddings before they are scaled to unit length.
-        """
-        ...
-
-    def prepare_pixels(self, image: Any) -> dict[str, Tensor]:
-        """Prepare a decoded RGB image of any size without resizing or cropping it: `pixel_values`, `(3, H, W)`."""
-        ...
-
-    def forward_patches(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Patch embeddings in the shared space after MaskCLIP, unit rows, float32 `(images, rows, columns, width)`.
-
-        The images have any size; their rows and columns are rounded up to whole patches.
-
-        Raises:
-            ValueError: The vision tower has no patches that MaskCLIP could embed.
-        """
-        ...
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts: unit rows, float32 `(texts, width)` on the CPU."""
-        ...
-
-    def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Tokens of each text before truncation, `(texts,)` int64, and whether it is cut, `(texts,)` bool."""
-        ...
+from llm2clip.encoders import Encoder
+from llm2clip.encoders.batches import ContentSet
 
 
 class Session(Protocol):

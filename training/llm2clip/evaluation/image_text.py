@@ -17,10 +17,10 @@ from transformers import BaseImageProcessor
 from llm2clip.data import DEFAULT_MAX_PIXELS, CaptionSource, OnError, caption_id, decode_image, load_source
 from llm2clip.data.records import column_texts
 from llm2clip.data.sources import source_columns
-from llm2clip.encoders.image_batches import TableImages
-from llm2clip.encoders.image_embedder import NOT_FINITE, ImageEmbedder
+from llm2clip.encoders.batches import TableImages, encode_sharded
+from llm2clip.encoders.encoder import NOT_FINITE
 from llm2clip.encoders.image_features import ImageFeatures
-from llm2clip.encoders.sharding import encode_sharded
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.evaluation.metrics import retrieval_metrics
 from llm2clip.utils.messages import shortened
 from llm2clip.utils.non_finite import require_finite_rows
@@ -123,7 +123,7 @@ class ImageTextRetrieval:
         Args:
             model: The model; its LLM is not used.
             embed: Maps captions to the LLM's embeddings, `(captions, hidden_size)`: the `lookup` of a cache, or the
-                `embed` of a [`CaptionEmbedder`].
+                `embed` of an [`OurEncoder`].
             batch_size: Images per forward pass.
             num_workers: Worker processes that read images.
 
@@ -150,12 +150,12 @@ class ImageTextRetrieval:
         """
         if self.features is not None:
             return self._embed_stored(model, self.features)
-        embedder = ImageEmbedder(model, self.image_processor)
+        encoder = OurEncoder(model, self.image_processor)
 
         def encode(part: range) -> Tensor:
             options = {"on_error": self.on_error, "on_not_finite": "skip", "show_progress_bar": show_progress_bar}
-            found = embedder.embed_all(self.images, part, batch_size=batch_size, num_workers=num_workers, **options)
-            embeds = torch.from_numpy(found.embeds)
+            found = encoder.encode_rows(self.images, part, batch_size=batch_size, num_workers=num_workers, **options)
+            embeds = found.embeds
             # Both keep their rows, so that every process learns of them: NaN for an image that cannot be read,
             # infinity for a broken embedding.
             embeds[[reason is not None for reason in found.reasons]] = float("nan")

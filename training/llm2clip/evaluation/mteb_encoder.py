@@ -8,17 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor
 
 from llm2clip.data import OnError
-from llm2clip.encoders import CaptionEmbedder, embed_images
+from llm2clip.encoders import OurEncoder
 from llm2clip.utils.files import digest_files
 from llm2clip.utils.model_identity import hub_commit
-from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.progress import track
-from modeling_llm2clip import with_pillow
 
 try:
     from mteb.models.abs_encoder import AbsEncoder
@@ -62,18 +58,17 @@ class LLM2CLIPEncoder(AbsEncoder):
         if on_empty not in ("raise", "skip"):
             raise ValueError(f"on_empty must be 'raise' or 'skip', not {on_empty!r}.")
         self.on_empty = on_empty
-        self.captions = CaptionEmbedder.load(model_name, revision, device, **kwargs)
-        self.model, self.tokenizer = self.captions.model, self.captions.tokenizer
+        self.encoder = OurEncoder.load(model_name, revision, ["text"], device=device, **kwargs)
+        self.model = self.encoder.model
         modalities = ["text"]
-        if self.captions.is_joint:
-            self.image_processor: Any = with_pillow(AutoImageProcessor.from_pretrained(model_name, revision=revision))
+        if self.encoder.is_joint:
             modalities = ["image"] if self.model.text_model is None else ["image", "text"]
         self.mteb_model_meta = _describe(
             model_name,
             revision,
             n_parameters=self.model.num_parameters(),
-            max_tokens=self.captions.text_config.max_text_length,
-            embed_dim=self.captions.width,
+            max_tokens=self.encoder.text_config.max_text_length,
+            embed_dim=self.encoder.width,
             modalities=modalities,
             experiment_kwargs={key: str(value) for key, value in kwargs.items()} or None,
         )
@@ -112,7 +107,7 @@ class LLM2CLIPEncoder(AbsEncoder):
     def _encode_images(self, images: list[Any], batch_size: int, task: str) -> Tensor:
         if "image" not in self.mteb_model_meta.modalities:
             raise ValueError(f"task {task} has images, but a text tower only embeds texts.")
-        return embed_images(images, self.model, self.image_processor, batch_size=batch_size, show_progress_bar=False)
+        return self.encoder.encode_image(images, batch_size)
 
     def _encode_texts(self, texts: list[str], batch_size: int, bar: bool, task: str) -> Tensor:
         if "text" not in self.mteb_model_meta.modalities:
@@ -124,10 +119,8 @@ class LLM2CLIPEncoder(AbsEncoder):
             raise ValueError(f"{found}; with on_empty='skip' their embeddings are rows of zeros.")
         if empty:
             logger.warning("%s; their embeddings are rows of zeros.", found)
-        rows = torch.zeros(len(texts), self.captions.width)
-        embeds = self.captions.embed([texts[row] for row in kept], batch_size, show_progress_bar=bar)
-        require_finite_rows(embeds, lambda row: f"{texts[kept[row]]:.80}", f"texts of task {task}")
-        rows[kept] = F.normalize(embeds, dim=-1)
+        rows = torch.zeros(len(texts), self.encoder.width)
+        rows[kept] = self.encoder.encode_text([texts[row] for row in kept], batch_size, bar)
         return rows
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from llm2clip.data import CaptionSource, PairSource
-from llm2clip.encoders import CaptionEmbedder
+from llm2clip.encoders import OurEncoder
 from llm2clip.encoders.cache_of_model import open_cache_of_model
 from llm2clip.evaluation.caption_pairs import CaptionRetrieval
 from llm2clip.evaluation.evaluate_config import OWN_DATA, EvaluateConfig
@@ -67,7 +67,7 @@ def open_retrieval(
         model_config = cast(LLM2CLIPConfig, model.config)
         embed = open_cache_of_model(config.embedding_cache, model_config, processor.tokenizer, is_trained=True).lookup
     else:
-        embed = partial(CaptionEmbedder(model.text_model, processor).embed, batch_size=config.batch_size)
+        embed = partial(OurEncoder(model.text_model, processor).embed, batch_size=config.batch_size)
     llm_embeds = embed(retrieval.captions)
     options: dict[str, Any] = {"batch_size": config.batch_size, "num_workers": config.num_workers or 0}
     return partial(retrieval, model, lambda captions: llm_embeds, **options, show_progress_bar=True)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm2clip.encoders.batches import encode_sharded
 from llm2clip.encoders.image_features import SHARD_SIZE
-from llm2clip.encoders.sharding import encode_sharded
 from llm2clip.store import Store, StoreManifest, build_store
 from llm2clip.store.building import ComputedRows
 from llm2clip.store.key_index import KeyIndex

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.encoders.image_batches import ContentSet, PreparedImages, forward_images
-from llm2clip.evaluation.contracts import Encoder
+from llm2clip.encoders import Encoder
+from llm2clip.encoders.batches import ContentSet
 from llm2clip.evaluation.row_store import RowStore
 from llm2clip.store import StoreManifest
 from llm2clip.store.captions import caption_keys
 from llm2clip.utils.files import digest_json
-from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.progress import ProgressBar
 
 # Texts that are sorted by length together.
@@ -87,8 +86,7 @@ class EvaluationSession:
             rows = []
             for start in range(0, len(positions), TEXTS):
                 chosen = [texts[position] for position in positions[start : start + TEXTS]]
-                embeds = self.encoder.embed_texts(chosen)
-                require_finite_rows(embeds, [f"{text:.80}" for text in chosen].__getitem__, "texts")
+                embeds = self.encoder.encode_text(chosen)
                 rows.append(embeds)
                 bar.update(advance=len(chosen))
             return torch.cat(rows)
@@ -141,13 +139,10 @@ class EvaluationSession:
         self, kind: str, images: ContentSet, forward: Callable[[dict[str, Tensor]], Tensor], title: str
     ) -> Tensor:
         def compute(positions: Sequence[int], bar: ProgressBar) -> Tensor:
-            prepared, rows = PreparedImages(images, positions, self.encoder.prepare), []
-            for batch in forward_images(prepared, forward, self.batch_size, self.num_workers, show=False):
-                assert batch.output is not None
-                names = [images.key(positions[batch.start + row]) for row in range(len(batch.output))]
-                require_finite_rows(batch.output, names.__getitem__, "images")
-                rows.append(batch.output)
-                bar.update(advance=len(batch.output))
+            size, rows = self.batch_size, []
+            for part in self.encoder.encode_parts(images, positions, size, self.num_workers, size, forward=forward):
+                rows.append(part.embeds)
+                bar.update(advance=len(part.rows))
             return torch.cat(rows)
 
         return self._rows_of(kind).rows(images.content_keys(), compute, title)

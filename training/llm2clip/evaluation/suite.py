@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from llm2clip.encoders.image_batches import ContentSet
+from llm2clip.encoders import Encoder
+from llm2clip.encoders.batches import ContentSet
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
 from llm2clip.evaluation.benchmarks.counts import check_counts
 from llm2clip.evaluation.benchmarks.data import counts_of
-from llm2clip.evaluation.contracts import Encoder, Session
+from llm2clip.evaluation.contracts import Session
 from llm2clip.evaluation.length_plot import write_length_plot
 from llm2clip.evaluation.results import Result, intervals_of, read_result, require_same, result_path
 from llm2clip.evaluation.text_formats import RAW

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm2clip.encoders import CaptionEmbedder
+from llm2clip.encoders import OurEncoder
 from llm2clip.encoders.embed import EmbedConfig, embed_into_cache
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.ledger import Step
@@ -114,7 +114,7 @@ def _embed(run: RunContext, arm: Arm, resume: bool) -> dict[str, Any]:
     model, tokenizer = open_text_tower(tower, dtype=_dtype(run, arm))
     state = process_state()
     model.to(state.device).eval()
-    texts, embedder = data.texts(arm.kind), CaptionEmbedder(model, tokenizer)
+    texts, embedder = data.texts(arm.kind), OurEncoder(model, tokenizer)
     manifest = embed_into_cache(texts, embedder, folder, tower, EmbedConfig(shard_size=SHARD), state)
     lookup = EmbeddingCache.open(folder).lookup
     return {

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, ImageBackend
-from llm2clip.encoders.image_embedder import ImageEmbedder
-from llm2clip.search.caption_vectors import CaptionVectors
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search.faiss_vectors import require_faiss
 from llm2clip.search.folder_images import FolderImages
 from llm2clip.search.image_sets import IndexedItems
@@ -24,6 +23,8 @@ from llm2clip.utils.settings import setting
 
 # Characters of the name of a table.
 MAX_NAME = 48
+
+WHOLE_MODEL = "Captions are embedded by the whole model with its LLM."
 
 
 @dataclass
@@ -156,12 +157,11 @@ def run(config: IndexConfig) -> dict[str, Any]:
     store.require_own()
     is_folder = config.postgres is None and "://" not in place
     items = _open_items(config, (Path(place),) if is_folder else ())
-    embedder: ImageEmbedder | CaptionVectors
     if config.embed == "caption":
-        embedder = CaptionVectors.load(config.model, config.model_revision)
+        encoder = OurEncoder.load(config.model, config.model_revision, ["image", "text"], hint=WHOLE_MODEL)
     else:
-        embedder = ImageEmbedder.load(config.model, config.model_revision, config.image_backend)
-    return update_index(store, items, embedder, config)
+        encoder = OurEncoder.load(config.model, config.model_revision, ["image"], image_backend=config.image_backend)
+    return update_index(store, items, encoder, config)
 
 
 def _place(config: IndexConfig) -> str:

@@ -25,7 +25,7 @@ STORED: dict[str, type] = {"version": int, "trained": int, "faiss": str, "column
 
 
 class MadeBy(Protocol):
-    """What embeds the rows of an index: an `ImageEmbedder` or `CaptionVectors`."""
+    """The encoder of the rows of an index."""
 
     name: str
     width: int
@@ -40,7 +40,7 @@ class IndexManifest:
         vision_fingerprint: Identity of its vision tower, projection and preprocessing; see [`vision_fingerprint`].
         embed: What is embedded, image or caption.
         text_fingerprint: In an index of captions, identity of the model's LLM, tokenizer and adapter; see
-            [`CaptionEmbedder.fingerprint`].
+            [`OurEncoder.text_fingerprint`].
         source: Where the images are.
         index: Type and parameters of the vector index.
         metadata_columns: Columns of the data set that are stored with each row.

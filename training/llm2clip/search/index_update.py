@@ -10,13 +10,15 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from llm2clip.encoders.image_embedder import EmbeddedRows, ImageEmbedder
-from llm2clip.search.caption_vectors import CaptionVectors
+from llm2clip.encoders.encoder import EncodedRows
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search.image_sets import IndexedItems
 from llm2clip.search.index_manifest import IndexManifest
 from llm2clip.search.index_rows import ID, KEY, NUMBER, REASON, VECTOR, IndexRows, IndexStore, UnfinishedRows
 from llm2clip.search.row_digests import KnownDigests, digest_array
+from llm2clip.search.table_captions import ChosenCaptions
 from llm2clip.search.vector_settings import VectorSettings
+from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.processes import worker_count
 from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.settings import setting
@@ -52,7 +54,7 @@ class UpdateSettings(VectorSettings):
 
 
 def update_index(
-    store: IndexStore, items: IndexedItems, embedder: ImageEmbedder | CaptionVectors, settings: UpdateSettings
+    store: IndexStore, items: IndexedItems, encoder: OurEncoder, settings: UpdateSettings
 ) -> dict[str, Any]:
     """Build an index, or bring an existing one up to date.
 
@@ -62,7 +64,7 @@ def update_index(
 
     Args:
         items: The images or captions.
-        embedder: Embeds them: images by an `ImageEmbedder`, captions by `CaptionVectors`.
+        encoder: The model that embeds them; captions need its LLM.
 
     Returns:
         Counts: images or captions `embedded` in this run (including the killed run that it resumes), `kept` from and
@@ -77,7 +79,7 @@ def update_index(
     store.require_own()
     with store.lock():
         try:
-            return _Update(store, items, embedder, settings).run()
+            return _Update(store, items, encoder, settings).run()
         finally:
             store.remove_empty()
 
@@ -107,33 +109,31 @@ class _Update:
         self,
         store: IndexStore,
         items: IndexedItems,
-        embedder: ImageEmbedder | CaptionVectors,
+        encoder: OurEncoder,
         settings: UpdateSettings,
     ) -> None:
         self.store = store
         self.items = items
-        self.embedder = embedder
+        self.encoder = encoder
         self.settings = settings
-        settings.require_width(embedder.width, settings.dtype)  # before anything is embedded
-        self.fingerprint = embedder.fingerprint()
-        image_backend, text_fingerprint = "exact", None
-        if isinstance(embedder, CaptionVectors):
-            text_fingerprint = embedder.text_fingerprint()
-        else:
-            image_backend = embedder.transform.backend
+        settings.require_width(encoder.width, settings.dtype)  # before anything is embedded
+        self.embeds_captions = items.embed == "caption"
+        self.fingerprint = encoder.image_fingerprint()
+        # Of the captions of this run: all, and those that were cut.
+        self.num_captions = self.num_cut = 0
         self.manifest = IndexManifest(
-            model=embedder.name,
-            revision=embedder.revision,
+            model=encoder.name,
+            revision=encoder.revision,
             vision_fingerprint=self.fingerprint,
-            width=embedder.width,
+            width=encoder.width,
             dtype=settings.dtype,
             source=items.source,
             index={},
             metadata_columns=items.metadata_columns,
-            image_backend=image_backend,
+            image_backend="exact" if self.embeds_captions else encoder.image_backend,
             max_pixels=items.max_pixels,
             embed=items.embed,
-            text_fingerprint=text_fingerprint,
+            text_fingerprint=encoder.text_fingerprint() if self.embeds_captions else None,
         )
         self.complete = None if settings.overwrite else store.manifest()
 
@@ -152,7 +152,7 @@ class _Update:
             self._undo(rows)
             place = self.items.source["path"]
             raise ValueError(f"none of the {len(failures)} files or rows of {place} can be embedded.")
-        size, width = self.manifest.images, self.embedder.width
+        size, width = self.manifest.images, self.encoder.width
         self.manifest.index = self.settings.index_of(size, width, self.settings.dtype, self.store.index_types)
         if not self._is_current(rows, failures):
             rows.publish(self.manifest, failures)
@@ -197,13 +197,13 @@ class _Update:
         return rows
 
     def _schema(self) -> pa.Schema:
-        kind = pa.list_(pa.type_for_alias(self.settings.dtype), self.embedder.width)
+        kind = pa.list_(pa.type_for_alias(self.settings.dtype), self.encoder.width)
         return pa.schema([*self.items.columns.items(), (REASON, pa.string()), (VECTOR, kind)])
 
     def _require_same(self, manifest: IndexManifest) -> None:
         """Raise ValueError if the model, the source, the data type or the decoding differs from that of an index."""
         text = self.manifest.text_fingerprint
-        manifest.require_model(self.store.place, self.embedder, self.fingerprint, text)
+        manifest.require_model(self.store.place, self.encoder, self.fingerprint, text)
         manifest.require_same(self.store.place, self.manifest)
 
     def _add_missing(self, rows: UnfinishedRows, known: _Known, before: _Known) -> int:
@@ -228,8 +228,9 @@ class _Update:
                     todo, count = [described[limit:]], count - limit
             if count:
                 self._embed(rows, pa.concat_tables(todo), bar)
-        if isinstance(self.embedder, CaptionVectors):
-            self.embedder.report()
+        if self.num_cut:
+            limit = self.encoder.tokenizer.model_max_length
+            logger.warning("%d of %d distinct captions were cut at %d tokens.", self.num_cut, self.num_captions, limit)
         return kept
 
     @property
@@ -247,24 +248,34 @@ class _Update:
         for part in self._vectors(todo, np.unique(owners).tolist()):
             places = np.flatnonzero(np.isin(owners, part.rows))
             sources = np.searchsorted(part.rows, owners[places])
-            embeds = part.embeds[sources].astype(self.settings.dtype)
+            embeds = part.embeds.numpy()[sources].astype(self.settings.dtype)
             vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), embeds.shape[1])
             reasons = pa.array([part.reasons[source] for source in sources], pa.string())
             described = todo.take(pa.array(places))
             rows.append(_with_columns(described, pa.table({VECTOR: vectors, REASON: reasons})))
             bar.update(advance=len(places))
 
-    def _vectors(self, todo: pa.Table, chosen: list[int]) -> Iterator[EmbeddedRows]:
+    def _vectors(self, todo: pa.Table, chosen: list[int]) -> Iterator[EncodedRows]:
         items: Any = self.items.choose(todo)
         batch_size, part_size = self.settings.batch_size, self._part_size
-        if isinstance(self.embedder, CaptionVectors):
-            return self.embedder.embed_rows(items, chosen, batch_size, part_size)
+        if self.embeds_captions:
+            return self._captions(items, chosen)
         workers = min(worker_count(self.settings.num_workers), len(chosen))
-        return self.embedder.embed_rows(
-            items, chosen, batch_size or IMAGES_AT_ONCE, workers, part_size,
+        return self.encoder.encode_parts(
+            items, chosen, batch_size or IMAGES_AT_ONCE, workers, part_size, on_error="skip",
             # A broken model is not a damaged image: all of its embeddings are in doubt.
-            on_not_finite="raise", show_progress_bar=False,
+            on_not_finite="raise",
         )  # fmt: skip
+
+    def _captions(self, captions: ChosenCaptions, chosen: list[int]) -> Iterator[EncodedRows]:
+        """Embed captions a part at a time, in batches of similar length."""
+        for start in range(0, len(chosen), self._part_size):
+            rows = chosen[start : start + self._part_size]
+            texts = [captions.texts[row] for row in rows]
+            embeds, num_cut = self.encoder.embed_and_count(texts, self.settings.batch_size)
+            require_finite_rows(embeds, [captions.keys[row] for row in rows].__getitem__, "captions")
+            self.num_captions, self.num_cut = self.num_captions + len(rows), self.num_cut + num_cut
+            yield EncodedRows(rows, embeds, [None] * len(rows))
 
     def _failures(self, rows: IndexRows) -> list[dict[str, Any]]:
         failures = [{"key": key, "reason": reason} for key, reason in self.items.failures.items()]

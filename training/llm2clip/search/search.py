@@ -7,19 +7,16 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
+import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from llm2clip.data import decode_image
-from llm2clip.encoders.caption_embedder import CaptionEmbedder
-from llm2clip.encoders.image_embedder import ImageEmbedder
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.page import write_page
 from llm2clip.search.results import QueryResults, ResultImages, SearchResult
-from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.settings import setting
 from llm2clip.utils.terminal import printable
 
@@ -88,22 +85,16 @@ def run(config: SearchConfig) -> None:
         raise FileNotFoundError(f"there is no image file {config.image}.")
     image = decode_image(config.image, config.image) if config.image else None
     name, revision = _model_of(config, index)
-    embedder = ImageEmbedder.load(name, revision, with_llm=bool(config.query))
-    captions = None
-    if config.query:
-        captions = CaptionEmbedder(embedder.model, AutoTokenizer.from_pretrained(name, revision=revision))
-    _require_model(index, embedder, captions)
+    needs = ["image", "text"] if config.query else ["image"]
+    encoder = OurEncoder.load(name, revision, needs, hint="A text query needs the whole model with its LLM.")
+    _require_model(index, encoder, bool(config.query))
     queries: list[tuple[str, Image.Image | None]] = [(text, None) for text in config.query]
-    embeds = []
-    if captions is not None:
-        texts = captions.embed(config.query, show_progress_bar=False)
-        require_finite_rows(texts, config.query.__getitem__, "queries")
-        embeds += list(texts.numpy())
-    if config.image and image is not None:
+    embeds = [encoder.encode_text(config.query)] if config.query else []
+    if config.image:
         queries.append((config.image, image))
-        embeds.append(embedder.embed(image, config.image))
+        embeds.append(encoder.encode_image(config.image))
     found = []
-    for query, rows in zip(queries, index.search(np.stack(embeds), config.top, config.where), strict=True):
+    for query, rows in zip(queries, index.search(torch.cat(embeds).numpy(), config.top, config.where), strict=True):
         results = [SearchResult.from_row(row, score, index.manifest) for score, row in rows]
         found.append(QueryResults(*query, results))
     if config.json:
@@ -126,12 +117,12 @@ def _write_files(config: SearchConfig, found: list[QueryResults], images: Result
         logger.info("wrote %s", config.picture)
 
 
-def _require_model(index: ImageIndex, images: ImageEmbedder, captions: CaptionEmbedder | None) -> None:
+def _require_model(index: ImageIndex, encoder: OurEncoder, has_texts: bool) -> None:
     """Raise ValueError unless the model made the index: its side of images, and of texts where both have them."""
     text_fingerprint = None
-    if captions is not None and index.manifest.text_fingerprint is not None:  # reading all weights takes seconds
-        text_fingerprint = captions.fingerprint()
-    index.manifest.require_model(index.place, images, images.fingerprint(), text_fingerprint)
+    if has_texts and index.manifest.text_fingerprint is not None:  # reading all weights takes seconds
+        text_fingerprint = encoder.text_fingerprint()
+    index.manifest.require_model(index.place, encoder, encoder.image_fingerprint(), text_fingerprint)
 
 
 def _model_of(config: SearchConfig, index: ImageIndex) -> tuple[str, str | None]:

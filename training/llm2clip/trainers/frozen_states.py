@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm2clip.data import CaptionImageDataset, SampleIndex, SkippedSample
 from llm2clip.data.sampling import EpochDataset
-from llm2clip.encoders.image_batches import TableImages
+from llm2clip.encoders.batches import TableImages
 from llm2clip.encoders.image_features import FeatureStore
 from llm2clip.store import StoreManifest
 from llm2clip.trainers.frozen_layers import FrozenLayers

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform
-from llm2clip.encoders.image_batches import TableImages
+from llm2clip.encoders.batches import TableImages
 from llm2clip.encoders.image_features import FeatureStore, ImageFeatures, feature_manifest, pooled_features
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.store import EmbeddingCache

@@ -13,7 +13,7 @@ from llm2clip.data import CaptionSource, caption_batches
 from llm2clip.data.opened_table import OpenedTable
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
-from llm2clip.encoders import CaptionEmbedder
+from llm2clip.encoders import OurEncoder
 from llm2clip.encoders.cache_of_model import open_cache_of_model, open_sidecars_of_model
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreManifest
@@ -77,7 +77,7 @@ def open_captions(
     """
     sources = [CaptionSource.from_dict(source) for source in config.sources]
     if not config.caches:
-        embedder = CaptionEmbedder(model.text_model, processor)
+        embedder = OurEncoder(model.text_model, processor)
         online = partial(embedder.embed, show_progress_bar=False)
         return Stage2Captions(online, [SourceCaptions() for _ in sources])
     folders = cast(list[str], config.caches)

@@ -239,7 +239,7 @@ def test_a_model_runs_through_the_suite(num_workers: int, tmp_path: Path) -> Non
     suite = Suite(tmp_path / "results", allow_counts=True)
     (result,) = suite.run([FoundBenchmark(benchmark, tmp_path)], session)
     data, maps = folder_of(tmp_path, [(28, 42), (28, 28)]), []
-    texts = torch.stack([encoder.embed_texts([f"a {name}.", f"the {name}"]).mean(dim=0) for name in NAMES])
+    texts = torch.stack([encoder.encode_text([f"a {name}.", f"the {name}"]).mean(dim=0) for name in NAMES])
     for image in data.images.images:
         pixels = encoder.prepare_pixels(Image.open(image))["pixel_values"][None]
         patches = patch_embeddings(encoder.model, pixels, values_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip.encoders.image_batches import ImageList
+from llm2clip.encoders.batches import ImageList
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.utils.messages import shortened
 

@@ -16,9 +16,10 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
 from llm2clip.data.image_keys import content_keys
+from llm2clip.encoders import Encoder
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.label_maps import IGNORED, SegmentationData, scene_templates
-from llm2clip.evaluation.contracts import Encoder, Measurement, Session, SummedCounts
+from llm2clip.evaluation.contracts import Measurement, Session, SummedCounts
 from llm2clip.evaluation.prompts import name_of_templates, prompts, template_set
 from llm2clip.evaluation.protocols.classification import embed_classes
 from llm2clip.utils.files import digest_json

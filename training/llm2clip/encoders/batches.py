@@ -1,4 +1,4 @@
-"""Images through a model: decoding in worker processes, batches, and the images that are skipped."""
+"""Data sets through a model: decoding in worker processes, batches, skipped images, a share for each process."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from llm2clip.data import DEFAULT_MAX_PIXELS, OnError, SampleError, SkippedSampl
 from llm2clip.data.image_keys import content_keys, image_keys
 from llm2clip.data.sources import Columns
 from llm2clip.data.transforms import Decoder
+from llm2clip.losses.gather import gather_rows
 from llm2clip.utils.progress import progress_bar
 
 
@@ -109,11 +110,6 @@ class ForwardedBatch(NamedTuple):
     output: Tensor | None
     skipped: list[SkippedSample | None]
 
-    @property
-    def good(self) -> list[int]:
-        """Positions within the batch of the images that are not skipped."""
-        return [index for index, sample in enumerate(self.skipped) if sample is None]
-
 
 def stack_inputs(
     samples: Sequence[Mapping[str, Any] | SkippedSample],
@@ -185,3 +181,20 @@ class PreparedImages(Dataset):
             if self.on_error == "raise":
                 raise
             return SkippedSample(error.key, error.reason or str(error))
+
+
+def encode_sharded(num_rows: int, encode: Callable[[range], Tensor], device: torch.device) -> Tensor:
+    """Embed rows 0 to `num_rows - 1`, a part on each process, and gather all of them on every process.
+
+    Args:
+        encode: Maps a range of rows to their embeddings, `(len(range), width)`.
+        device: Device on which the process group exchanges tensors.
+
+    Returns:
+        `(num_rows, width)` on the CPU.
+    """
+    if not torch.distributed.is_initialized():
+        return encode(range(num_rows)).cpu()
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    bounds = [num_rows * part // world_size for part in range(world_size + 1)]
+    return gather_rows(encode(range(bounds[rank], bounds[rank + 1])).detach().to(device)).rows.cpu()

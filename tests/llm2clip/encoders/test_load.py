@@ -1,4 +1,4 @@
-"""The caption embedder and the image embedder, and their public functions."""
+"""The encoder of our models, and `embed_captions` and `embed_images`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import llm2clip
 from llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, embed_captions, embed_images
 from llm2clip.data import DamagedImageError
-from llm2clip.encoders.image_batches import ImageList
-from llm2clip.encoders.image_embedder import ImageEmbedder
+from llm2clip.encoders.batches import ImageList
+from llm2clip.encoders.ours import OurEncoder
 from llm2clip.utils.non_finite import NonFiniteError
 from tests.modeling_llm2clip import tiny
 
@@ -74,7 +74,7 @@ def test_a_damaged_image_is_an_error_or_a_row_of_nan(
     with caplog.at_level(logging.WARNING):
         rows = embed_images(images, saved_model, on_error="skip", batch_size=1)
     assert rows.isnan().all(dim=1).tolist() == [False, False, True]
-    assert "bad.jpg is skipped: Pillow does not recognize its format" in caplog.text
+    assert "bad.jpg: Pillow does not recognize its format" in caplog.text
     with pytest.raises(ValueError, match="on_error must be 'raise' or 'skip', not 'drop'"):
         embed_images(images, saved_model, on_error="drop")  # type: ignore[arg-type]
 
@@ -82,27 +82,26 @@ def test_a_damaged_image_is_an_error_or_a_row_of_nan(
 def test_an_embedding_that_is_not_finite_is_an_error_or_has_a_reason(saved_model: Path) -> None:
     half = LLM2CLIPVisionModelWithProjection.from_pretrained(saved_model)
     torch.nn.init.constant_(half.visual_projection.weight, float("nan"))
-    embedder = ImageEmbedder(half, tiny.processor().image_processor)
+    encoder = OurEncoder(half, tiny.processor().image_processor)
+    images = ImageList([*pictures(1), b"no image", *pictures(1)])
     with pytest.raises(NonFiniteError, match=r"2 of 2 images are NaN or infinite: 0, 2\. A model gives such values"):
-        embedder.embed_all(ImageList([*pictures(1), b"no image", *pictures(1)]), range(3), on_not_finite="raise")
+        encoder.encode_rows(images, range(3), on_error="skip", on_not_finite="raise")
     with pytest.raises(NonFiniteError, match="1 of 1 images are NaN or infinite: 0"):
         embed_images(pictures(1), half, tiny.processor())
-    with pytest.raises(NonFiniteError, match=r"images are NaN or infinite: a\.png"):
-        embedder.embed(pictures(1)[0], "a.png")
-    found = embedder.embed_all(ImageList(pictures(1)), [0])
+    found = encoder.encode_rows(ImageList(pictures(1)), [0], on_error="skip")
     assert found.reasons == ["the model's embedding of it is not finite"]
 
 
 def test_rows_are_embedded_in_parts_without_the_skipped_ones(saved_model: Path) -> None:
     images = ImageList([*pictures(3), b"no image", *pictures(2)])
-    embedder = ImageEmbedder.load(str(saved_model))
-    parts = list(embedder.embed_rows(images, range(5, -1, -1), batch_size=2, part_size=4, show_progress_bar=False))
+    encoder = OurEncoder.load(str(saved_model))
+    parts = list(encoder.encode_parts(images, range(5, -1, -1), batch_size=2, part_size=4, on_error="skip"))
     assert [part.rows for part in parts] == [[5, 4, 3, 2], [1, 0]]
     assert [reason is None for reason in parts[0].reasons] == [True, True, False, True]
     assert not parts[0].embeds[2].any()
-    whole = embedder.embed_all(images, [0, 2], show_progress_bar=False)
+    whole = encoder.encode_rows(images, [0, 2])
     torch.testing.assert_close(whole.embeds[1], parts[0].embeds[3])
-    assert whole.embeds.shape == (2, embedder.width)
+    assert whole.embeds.shape == (2, encoder.width)
 
 
 def test_towers_for_images_of_any_shape_receive_all_their_inputs() -> None:
