@@ -35,7 +35,7 @@ from tests.llm2clip import tiny
 from tests.llm2clip.hub.conftest import consume, push_by_command
 from tests.loopback_hub import LoopbackHub
 from tests.modeling_llm2clip import embedding_models
-from tests.modeling_llm2clip.encoders_models import OTHER_LANGUAGES
+from tests.modeling_llm2clip.embedding_models import OTHER_LANGUAGES
 
 CAPTIONS = ["a small dog", "two children play football, seen from a green park", *OTHER_LANGUAGES]
 CLOSE = {"atol": 1e-5, "rtol": 0}

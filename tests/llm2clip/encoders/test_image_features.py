@@ -13,9 +13,8 @@ import torch
 from llm2clip.data import CaptionSource, load_source
 from llm2clip.data.sources import source_columns
 from llm2clip.encoders.batches import TableImages
-from llm2clip.encoders.image_features import FeatureStore, ImageFeatures, feature_manifest, pooled_features
+from llm2clip.encoders.image_features import ImageFeatures, feature_manifest, pooled_features, store_features
 from llm2clip.store.manifest import StoreDamagedError
-from llm2clip.utils.processes import process_state
 from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip.tiny import concepts
 from tests.modeling_llm2clip import tiny
@@ -33,19 +32,19 @@ def images(rows: int = 12) -> TableImages:
     return TableImages(table, source_columns(source, table))
 
 
-def store(folder: Path, model: LLM2CLIPModel, **changes: Any) -> FeatureStore:
+def store(folder: Path, sets: list[TableImages], model: LLM2CLIPModel, **changes: Any) -> ImageFeatures:
     shard_size = changes.pop("shard_size", 5)
     fields = {"vision_model": "tiny", "fingerprint": "2-a", "pooling": "cls", "image_backend": "exact"}
     fields |= {"width": model.config.vision_width, "max_pixels": 10**8, **changes}
     manifest = feature_manifest(**fields)
     forward = pooled_features(model, manifest.identity["vision_model_dtype"], 1)
     processor, options = tiny.processor().image_processor, {"batch_size": 4, "shard_size": shard_size}
-    return FeatureStore(folder, manifest, forward, processor, state=process_state(), **options)
+    return store_features(folder, sets, manifest, forward, processor, **options)
 
 
 def test_rows_are_the_features_of_the_images(model: LLM2CLIPModel, tmp_path: Path) -> None:
     table = images()
-    features = store(tmp_path, model).open([table, table])
+    features = store(tmp_path, [table, table], model)
     assert len(features) == len(np.unique(table.content_keys(), axis=0))
     rows = features.find(table.content_keys())
     pixels = tiny.processor()(
@@ -59,8 +58,9 @@ def test_rows_are_the_features_of_the_images(model: LLM2CLIPModel, tmp_path: Pat
 
 
 def test_every_identity_has_its_own_folder(model: LLM2CLIPModel, tmp_path: Path) -> None:
+    table = images(4)
     folders = {
-        store(tmp_path, model, **changes).folder
+        store(tmp_path, [table], model, **changes).path
         for changes in (
             {},
             {"fingerprint": "2-b"},
@@ -70,7 +70,7 @@ def test_every_identity_has_its_own_folder(model: LLM2CLIPModel, tmp_path: Path)
         )
     }
     assert len(folders) == 5
-    assert store(tmp_path, model, vision_model="moved", shard_size=9).folder in folders
+    assert store(tmp_path, [table], model, vision_model="moved", shard_size=9).path in folders
 
 
 def test_a_build_is_continued_where_it_was_killed(
@@ -87,20 +87,20 @@ def test_a_build_is_continued_where_it_was_killed(
     with monkeypatch.context() as patch:
         patch.setattr(LLM2CLIPModel, "get_vision_features", killed)
         with pytest.raises(KeyboardInterrupt):
-            store(tmp_path / "broken", model).open([images()])
+            store(tmp_path / "broken", [images()], model)
         done = sum(calls[:2])
-        features = store(tmp_path / "broken", model).open([images()])
+        features = store(tmp_path / "broken", [images()], model)
     assert sum(calls[3:]) == len(features) - done
-    unbroken = store(tmp_path / "unbroken", model).open([images()])
+    unbroken = store(tmp_path / "unbroken", [images()], model)
     for shard in unbroken.path.glob("*.safetensors"):
         assert shard.read_bytes() == (features.path / shard.name).read_bytes()
 
 
 def test_a_worker_reads_the_store_while_it_grows(model: LLM2CLIPModel, tmp_path: Path) -> None:
-    features = store(tmp_path, model).open([images(8)])
+    features = store(tmp_path, [images(8)], model)
     sent, rows = pickle.dumps(features), np.arange(len(features))
     content = features.read(rows)
-    store(tmp_path, model).open([images(12)])
+    store(tmp_path, [images(12)], model)
     copy: ImageFeatures = pickle.loads(sent)
     assert (len(copy), copy.find(images(8).content_keys()).tolist()) == (8, list(range(8)))
     assert copy.read(rows).equal(content)
@@ -109,9 +109,9 @@ def test_a_worker_reads_the_store_while_it_grows(model: LLM2CLIPModel, tmp_path:
 
 
 def test_a_cut_shard_is_an_error_that_names_it(model: LLM2CLIPModel, tmp_path: Path) -> None:
-    features = store(tmp_path, model).open([images()])
+    features = store(tmp_path, [images()], model)
     shard = features.path / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-8])
     with pytest.raises(StoreDamagedError, match=r"shard-00001\.safetensors is truncated: .* start the training again"):
         ImageFeatures.open(features.path)
-    assert len(store(tmp_path, model).open([images()])) == len(features)
+    assert len(store(tmp_path, [images()], model)) == len(features)

@@ -23,7 +23,7 @@ from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
 from tests.llm2clip import tiny
 from tests.modeling_llm2clip import embedding_models
-from tests.modeling_llm2clip.encoders_models import TEXTS
+from tests.modeling_llm2clip.embedding_models import TEXTS
 
 
 @dataclass

@@ -17,7 +17,7 @@ from llm2clip.utils.text_identity import read_fingerprint
 from llm2clip.utils.towers import describe_text_tower, open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 from tests.modeling_llm2clip import embedding_models
-from tests.modeling_llm2clip.encoders_models import FAMILIES, TEXTS
+from tests.modeling_llm2clip.embedding_models import FAMILIES, TEXTS
 
 
 @pytest.mark.parametrize("family", FAMILIES)

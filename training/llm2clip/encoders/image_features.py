@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
@@ -20,6 +18,7 @@ from llm2clip.encoders.batches import TableImages, forward_images
 from llm2clip.store import Store, StoreManifest, build_store
 from llm2clip.store.building import ComputedRows, check_rows
 from llm2clip.utils.files import digest_json
+from llm2clip.utils.processes import process_state
 from llm2clip.utils.progress import ProgressBar
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 
@@ -30,7 +29,7 @@ PART = 4096
 
 
 class ImageFeatures(Store):
-    """What a model computed of images, found by the key of the image; see [`FeatureStore`].
+    """What a model computed of images, found by the key of the image; see [`store_features`].
 
     Attributes:
         views: Views of an image in a row, side by side: the one of evaluation, then random crops.
@@ -143,99 +142,62 @@ class _Views(Dataset):
         return {"pixel_values": torch.stack([inputs["pixel_values"], *crops])}
 
 
-class FeatureStore:
-    """Computes what a frozen model makes of images, as far as it is not stored, and opens it.
+def store_features(
+    folder: str | Path,
+    sets: Sequence[TableImages],
+    manifest: StoreManifest,
+    forward: Callable[[dict[str, Tensor]], Tensor],
+    image_processor: BaseImageProcessor,
+    *,
+    on_error: OnError = "raise",
+    batch_size: int = 64,
+    num_workers: int = 0,
+    shard_size: int = SHARD_SIZE,
+    title: str = "Features of images",
+) -> ImageFeatures:
+    """Compute what a frozen model makes of images, as far as it is not stored, and open the store.
 
     Each identity has its own subfolder of `folder`, which later runs use and complete; runs that need it at the same
-    time wait for each other. Equal images are computed once. [`build_store`] says how a build survives a kill.
+    time wait for each other. All processes share the work. Equal images are computed once. [`build_store`] says how a
+    build survives a kill.
 
     Args:
         folder: The folder of all such stores.
+        sets: The images.
         manifest: The identity and the format of the rows.
         forward: Maps the inputs of images, on the CPU, to rows, `(images * views, width)`.
         image_processor: Prepares the images.
-        state: The processes that share the work.
         on_error: `raise` the error of an image that cannot be decoded, or `skip` it; see [`ImageFeatures`].
         batch_size, num_workers: Images per forward pass, and worker processes that decode them.
         shard_size: Images of a shard.
         title: Of the progress bar.
+
+    Raises:
+        DamagedImageError: An image cannot be decoded, and `on_error` is `raise`.
+        ValueError: No image can be decoded, or a row is not finite or exceeds the range of the dtype.
     """
+    identity = manifest.identity
+    evaluation, training = EvalTransform(image_processor, identity["image_backend"]), None
+    num_views = identity.get("views", 1)
+    if num_views > 1:
+        low, high = identity["crop_scale"]
+        training = TrainTransform(image_processor, scale=(low, high))
+    all_keys = np.concatenate([images.content_keys() for images in sets]).astype(np.int64)
+    first = np.sort(np.unique(all_keys, axis=0, return_index=True)[1])
+    bounds = np.cumsum([0, *map(len, sets)])
+    numbers = np.searchsorted(bounds, first, side="right") - 1
+    places = list(zip(numbers.tolist(), (first - bounds[numbers]).tolist(), strict=True))
+    keys = all_keys[first]
 
-    def __init__(
-        self,
-        folder: str | Path,
-        manifest: StoreManifest,
-        forward: Callable[[dict[str, Tensor]], Tensor],
-        image_processor: BaseImageProcessor,
-        *,
-        state: PartialState,
-        on_error: OnError = "raise",
-        batch_size: int = 64,
-        num_workers: int = 0,
-        shard_size: int = SHARD_SIZE,
-        title: str = "Features of images",
-    ) -> None:
-        self.folder = Path(folder) / digest_json(dict(manifest.identity))
-        self.manifest, self.forward, self.state, self.on_error = manifest, forward, state, on_error
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self.shard_size, self.title = shard_size, title
-        self.evaluation = EvalTransform(image_processor, manifest.identity["image_backend"])
-        self.views = manifest.identity.get("views", 1)
-        self.training = None
-        if self.views > 1:
-            low, high = manifest.identity["crop_scale"]
-            self.training = TrainTransform(image_processor, scale=(low, high))
-
-    def open(self, sets: Sequence[TableImages]) -> ImageFeatures:
-        """Store the rows of images as far as they are missing, and open the store.
-
-        Raises:
-            DamagedImageError: An image cannot be decoded, and `on_error` is `raise`.
-            ValueError: No image can be decoded, or a row is not finite or exceeds the range of the dtype.
-        """
-        all_keys = np.concatenate([images.content_keys() for images in sets]).astype(np.int64)
-        first = np.sort(np.unique(all_keys, axis=0, return_index=True)[1])
-        bounds = np.cumsum([0, *map(len, sets)])
-        numbers = np.searchsorted(bounds, first, side="right") - 1
-        places = list(zip(numbers.tolist(), (first - bounds[numbers]).tolist(), strict=True))
-        keys = all_keys[first]
-        features = build_store(
-            self.folder,
-            keys,
-            partial(self._compute, sets, places, keys),
-            self.manifest,
-            title=self.title,
-            shard_size=self.shard_size,
-            wait_for_others=True,
-            rank=self.state.process_index,
-            world_size=self.state.num_processes,
-            barrier=self.state.wait_for_everyone,
-            kind=ImageFeatures,
-        )
-        skipped = [features.skipped[row] for row in features.find(keys).tolist() if row in features.skipped]
-        if skipped and self.on_error == "raise":
-            raise DamagedImageError(*skipped[0])
-        if len(skipped) == len(first):
-            raise ValueError(f"none of the {len(first)} images can be read; the first: {skipped[0].reason}.")
-        return features
-
-    def _compute(
-        self,
-        sets: Sequence[TableImages],
-        places: Sequence[tuple[int, int]],
-        keys: np.ndarray,
-        positions: np.ndarray,
-        bar: ProgressBar,
-    ) -> ComputedRows:
-        """Compute the rows of a shard; see `Compute`."""
-        manifest, chosen = self.manifest, [places[position] for position in positions]
+    def compute(positions: np.ndarray, bar: ProgressBar) -> ComputedRows:
         # Of the key, so that the crops of an image do not depend on its place in the data.
-        seed = manifest.identity.get("seed", 0)
-        seeds = [stable_seed(seed, "view", *keys[position].tolist()) for position in positions]
-        views = _Views(sets, chosen, seeds, self.evaluation, self.training, self.views, self.on_error)
+        seeds = [stable_seed(identity.get("seed", 0), "view", *keys[position].tolist()) for position in positions]
+        views = _Views(
+            sets, [places[position] for position in positions], seeds, evaluation, training, num_views, on_error
+        )
         rows = torch.zeros(len(positions), manifest.width, dtype=getattr(torch, manifest.dtype))
         skipped: list[tuple[int, str, str]] = []
-        for batch in forward_images(views, self.forward, self.batch_size, self.num_workers, show=False):
+        for batch in forward_images(views, forward, batch_size, num_workers, show=False):
             skipped += [(row, *found) for row, found in enumerate(batch.skipped, batch.start) if found is not None]
             if batch.output is not None:
                 good = [row for row, sample in enumerate(batch.skipped, batch.start) if sample is None]
@@ -244,9 +206,30 @@ class FeatureStore:
             bar.update(advance=len(batch.skipped))
         return ComputedRows(rows, skipped=skipped)
 
+    state = process_state()
+    features = build_store(
+        Path(folder) / digest_json(dict(identity)),
+        keys,
+        compute,
+        manifest,
+        title=title,
+        shard_size=shard_size,
+        wait_for_others=True,
+        rank=state.process_index,
+        world_size=state.num_processes,
+        barrier=state.wait_for_everyone,
+        kind=ImageFeatures,
+    )
+    skipped = [features.skipped[row] for row in features.find(keys).tolist() if row in features.skipped]
+    if skipped and on_error == "raise":
+        raise DamagedImageError(*skipped[0])
+    if len(skipped) == len(first):
+        raise ValueError(f"none of the {len(first)} images can be read; the first: {skipped[0].reason}.")
+    return features
+
 
 def pooled_features(model: Any, dtype_name: str, views: int) -> Callable[[dict[str, Tensor]], Tensor]:
-    """Return what a [`FeatureStore`] computes of images: the pooled features of a model's vision tower.
+    """Return what a [`store_features`] computes of images: the pooled features of a model's vision tower.
 
     Args:
         model: A model with `get_vision_features`, on its device.

@@ -12,10 +12,9 @@ from torch import Tensor
 from llm2clip.data import CaptionImageDataset, SampleIndex, SkippedSample
 from llm2clip.data.sampling import EpochDataset
 from llm2clip.encoders.batches import TableImages
-from llm2clip.encoders.image_features import FeatureStore
+from llm2clip.encoders.image_features import store_features
 from llm2clip.store import StoreManifest
 from llm2clip.trainers.frozen_layers import FrozenLayers
-from llm2clip.utils.processes import process_state
 
 # Fields of a tower's config that say where it is from and how it trains, not what it computes in evaluation.
 NOT_COMPUTED = ("_name_or_path", "transformers_version", "patch_dropout", "initializer_range")
@@ -27,7 +26,7 @@ class FrozenStatesDataset(EpochDataset):
     """Captioned images whose pixels are replaced by the outputs of the frozen layers.
 
     These states are computed on first use, by all processes together, and stored in float16 in a subfolder of `folder`
-    for each combination of frozen weights and preprocessing; see [`FeatureStore`].
+    for each combination of frozen weights and preprocessing; see [`store_features`].
 
     Args:
         captions: The data set without images, which draws the captions.
@@ -61,23 +60,22 @@ class FrozenStatesDataset(EpochDataset):
             return frozen.compute(inputs["pixel_values"].to(device)).flatten(1).cpu()
 
         manifest = _manifest(images, frozen, image_processor)
-        store = FeatureStore(
+        tables = [
+            TableImages(table, columns, images.make_sample.max_pixels)
+            for table, columns in zip(images.tables, images.columns, strict=True)
+        ]
+        self.states = store_features(
             folder,
+            tables,
             manifest,
             forward,
             image_processor,
-            state=process_state(),
             on_error=images.make_sample.on_error,
             batch_size=batch_size,
             num_workers=num_workers,
             shard_size=max(1, SHARD_BYTES // (2 * manifest.width)),
             title="Computing frozen vision layers",
         )
-        tables = [
-            TableImages(table, columns, images.make_sample.max_pixels)
-            for table, columns in zip(images.tables, images.columns, strict=True)
-        ]
-        self.states = store.open(tables)
         self.rows = self.states.find(np.concatenate([table.content_keys() for table in tables]))
         self._tables = tables
         self.folder = self.states.path

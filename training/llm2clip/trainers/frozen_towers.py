@@ -11,12 +11,11 @@ import torch
 
 from llm2clip.data import CaptionImageDataset, CaptionSource, EvalTransform
 from llm2clip.encoders.batches import TableImages
-from llm2clip.encoders.image_features import FeatureStore, ImageFeatures, feature_manifest, pooled_features
+from llm2clip.encoders.image_features import ImageFeatures, feature_manifest, pooled_features, store_features
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.store import EmbeddingCache
 from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.trainers.stored_pairs import StoredPairsDataset
-from llm2clip.utils.processes import process_state
 from llm2clip.utils.vision_identity import vision_fingerprint
 from modeling_llm2clip import LLM2CLIPModel
 
@@ -92,17 +91,16 @@ def open_features(
         crop_scale=config.crop_scale,
         seed=config.sampling_seed,
     )
-    store = FeatureStore(
+    return store_features(
         config.feature_cache or Path(config.output_dir) / FOLDER,
+        [*tables],
         manifest,
         pooled_features(model, config.feature_dtype, config.feature_views),
         image_processor,
-        state=process_state(),
         on_error=config.on_error,
         batch_size=config.per_device_eval_batch_size,
         num_workers=config.dataloader_num_workers,
     )
-    return store.open([*tables])
 
 
 def _set_statistics(model: LLM2CLIPModel, dataset: StoredPairsDataset) -> None:
