@@ -75,13 +75,13 @@ def _ours(count: int = IMAGES) -> Work:
     from llm2clip.encoders.load import load_encoder
     from llm2clip.evaluation.benchmarks.image_folder import read_image_folder
     from llm2clip.evaluation.protocols.classification import ZeroShotClassification
-    from llm2clip.evaluation.session import EvaluationSession
+    from llm2clip.evaluation.session import Session
 
     folder, weights = _inputs(count)
     encoder = load_encoder(f"open_clip:{NAME}/{weights}", device="cpu")
 
     def work() -> Outcome:
-        session = EvaluationSession(encoder, batch_size=BATCH, num_workers=WORKERS)
+        session = Session(encoder, batch_size=BATCH, num_workers=WORKERS)
         scores = ZeroShotClassification().measure(session, read_image_folder(folder)).scores
         return Outcome({name: scores[name] * count for name in ("top1", "top5")})
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llm2clip.encoders.batches import ImageSet
+from llm2clip.evaluation.session import Stopwatch
 
 Rows = Sequence[Sequence[float]] | Tensor
 Table = Rows | Mapping[Any, Sequence[float] | Tensor]
@@ -103,7 +104,7 @@ class FakeSession:
         text_format: Callable[[str], str] = str,
         **encoder: Any,
     ) -> None:
-        self.num_workers = 0
+        self.num_workers, self.watch = 0, Stopwatch()
         self.images = images
         self.features = images if features is None else features
         self.projected = images if projected is None else projected
@@ -113,14 +114,16 @@ class FakeSession:
 
     def embed_images(self, images: ImageSet) -> Tensor:
         self.embedded.append(len(images))  # type: ignore[arg-type]
-        return normalize(_find(self.images, images), dim=1)
+        with self.watch.measure("images"):
+            return normalize(_find(self.images, images), dim=1)
 
     def embed_features(self, images: ImageSet, projected: bool = False) -> Tensor:
         return _find(self.projected if projected else self.features, images)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         self.embedded.append(list(texts))
-        return self.encoder.encode_text([self.text_format(text) for text in texts])
+        with self.watch.measure("texts"):
+            return self.encoder.encode_text([self.text_format(text) for text in texts])
 
     def embed_text_parts(self, texts: Sequence[str], size: int) -> Iterator[Tensor]:
         yield from self.embed_texts(texts).split(size)

@@ -16,7 +16,7 @@ from torch import Tensor
 from llm2clip.encoders.load import load_encoder
 from llm2clip.evaluation import row_store
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages
-from llm2clip.evaluation.session import EvaluationSession
+from llm2clip.evaluation.session import Session
 from llm2clip.utils.non_finite import NonFiniteError
 from llm2clip.utils.processes import leave_process_group
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
@@ -66,8 +66,8 @@ class Counted:
         monkeypatch.setattr(encoder, "encode_text", encode_text)
 
 
-def session(model: Path, store: Path | None, **options: Any) -> EvaluationSession:
-    return EvaluationSession(load_encoder(str(model)), store, batch_size=2, **options)
+def session(model: Path, store: Path | None, **options: Any) -> Session:
+    return Session(load_encoder(str(model)), store, batch_size=2, **options)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -149,7 +149,7 @@ def count(positions: Any) -> Any:
         yield torch.tensor([position, LARGE + position])
 
 
-def counts_of(one: EvaluationSession, images: BenchmarkImages) -> Tensor:
+def counts_of(one: Session, images: BenchmarkImages) -> Tensor:
     return one.count_in_images("positions", [], images.content_keys(), 2, count, "Counting")
 
 

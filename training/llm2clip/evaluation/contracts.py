@@ -1,70 +1,14 @@
-"""What an evaluation is made of: a model, its session of work, a protocol, and what the protocol finds."""
+"""What an evaluation is made of: a protocol, and what the protocol finds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
 
-from llm2clip.encoders import Encoder
-from llm2clip.encoders.batches import ContentSet
-
-
-class Session(Protocol):
-    """A model at work on benchmarks: its embeddings of images and texts, each computed once and stored.
-
-    Several processes share the work, and each gets all rows.
-
-    Attributes:
-        encoder: The model.
-        num_workers: Worker processes that decode images; 0 for none.
-    """
-
-    encoder: Encoder
-    num_workers: int
-
-    def embed_images(self, images: ContentSet) -> Tensor:
-        """Embed images: unit rows, float32 `(images, width)` on the CPU, in their order."""
-        ...
-
-    def embed_features(self, images: ContentSet, projected: bool = False) -> Tensor:
-        """Compute the features of `Encoder.forward_features`, `(images, hidden)`, or projected `(images, width)`."""
-        ...
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts, in the text format of the session: unit rows, float32 `(texts, width)`, repeats included."""
-        ...
-
-    def embed_text_parts(self, texts: Sequence[str], size: int) -> Iterator[Tensor]:
-        """Embed texts as `embed_texts` does, and yield `(size, width)` at a time, so that not all are in memory."""
-        ...
-
-    def count_in_images(
-        self,
-        kind: str,
-        texts: Sequence[str],
-        keys: np.ndarray,
-        width: int,
-        count: Callable[[Sequence[int]], Iterator[Tensor]],
-        title: str,
-    ) -> Tensor:
-        """Count something in every image, `(images, width)` int64; counts are stored as embeddings are.
-
-        Args:
-            kind: A name for what is counted and for all that it depends on besides the model, the images and `texts`.
-            texts: Texts that it depends on, as they are before the text format.
-            keys: `(images, 2)` int64, which identify the images and whatever belongs to them.
-            count: Yields the counts of images at some positions, `(width,)` int64 below 2**31, one after the other.
-            title: Title of the progress bar.
-        """
-        ...
-
-    def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The same as that of [`Encoder`], for texts in the text format of the session."""
-        ...
+from llm2clip.evaluation.session import Session
 
 
 @dataclass

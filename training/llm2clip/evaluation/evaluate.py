@@ -17,7 +17,7 @@ from llm2clip.evaluation.own_data import described, measure_caption_retrieval, m
 from llm2clip.evaluation.protocols.classification import with_prompts
 from llm2clip.evaluation.results import Result
 from llm2clip.evaluation.results_table import print_results
-from llm2clip.evaluation.session import EvaluationSession
+from llm2clip.evaluation.session import Session
 from llm2clip.evaluation.suite import Suite, find_benchmarks
 from llm2clip.evaluation.text_formats import choose_text_format
 from llm2clip.utils.files import read_json, require_writable, write_json
@@ -103,7 +103,7 @@ def run_benchmarks(config: EvaluateConfig) -> list[Result]:
         for folder in (output, store):
             require_writable(folder)
     encoder = load_encoder(config.model, config.revision, config.dtype, process_state().device)
-    session = EvaluationSession(
+    session = Session(
         encoder,
         store,
         text_format,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +26,23 @@ TEXTS = 1024
 COUNTED = 32
 
 
-class EvaluationSession:
-    """A [`Session`](llm2clip.evaluation.contracts.Session) whose embeddings are stored by content.
+class Stopwatch:
+    """Seconds of the parts of an evaluation."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Add the time of a block to a part; the time of parts inside it is only theirs."""
+        start, inside = time.monotonic(), sum(self.seconds.values())
+        yield
+        within = sum(self.seconds.values()) - inside
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + time.monotonic() - start - within, 3)
+
+
+class Session:
+    """A model at work on benchmarks: its embeddings of images and texts, each computed once and stored by content.
 
     An image is known by the bytes of its file and a text by what the text format makes of it, so that sets with the
     same images or texts share them, and so do text formats where they agree. The rows of a model are found again if
@@ -38,6 +55,9 @@ class EvaluationSession:
         text_format: Changes every text.
         batch_size, num_workers: Images per forward pass, and worker processes that decode them while the model
             computes (0 for none).
+
+    Attributes:
+        watch: Seconds of embedding, apart from the rest of a protocol.
     """
 
     def __init__(
@@ -50,6 +70,7 @@ class EvaluationSession:
     ) -> None:
         self.encoder, self.store, self.text_format = encoder, store, text_format
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.watch = Stopwatch()
         self._stores: dict[str, RowStore] = {}
 
     def embed_images(self, images: ContentSet) -> Tensor:
@@ -92,16 +113,20 @@ class EvaluationSession:
             return torch.cat(rows)
 
         store, keys = self._rows_of("texts"), caption_keys(texts)
-        store.complete(keys, compute, "Embedding texts")
+        with self.watch.measure("texts"):
+            store.complete(keys, compute, "Embedding texts")
         for start in range(0, len(texts), size):
-            yield store.read(keys[start : start + size])
+            with self.watch.measure("texts"):
+                part = store.read(keys[start : start + size])
+            yield part
 
     def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens of each text in the text format of the session, `(texts,)` int64, and whether it is cut, bool."""
-        parts = [
-            self.encoder.text_lengths([self.text_format(text) for text in texts[start : start + TEXTS]])
-            for start in range(0, max(1, len(texts)), TEXTS)
-        ]
+        with self.watch.measure("texts"):
+            parts = [
+                self.encoder.text_lengths([self.text_format(text) for text in texts[start : start + TEXTS]])
+                for start in range(0, max(1, len(texts)), TEXTS)
+            ]
         lengths, is_cut = (torch.cat(column) for column in zip(*parts, strict=True))
         return lengths, is_cut
 
@@ -133,7 +158,8 @@ class EvaluationSession:
             return torch.cat(rows).view(torch.float32)
 
         kind = f"{kind}-{digest_json([self.text_format(text) for text in texts])}"
-        return self._rows_of(kind, width, COUNTED).rows(keys, compute, title).view(torch.int32).long()
+        with self.watch.measure("images"):
+            return self._rows_of(kind, width, COUNTED).rows(keys, compute, title).view(torch.int32).long()
 
     def _images(
         self, kind: str, images: ContentSet, forward: Callable[[dict[str, Tensor]], Tensor], title: str
@@ -145,7 +171,8 @@ class EvaluationSession:
                 bar.update(advance=len(part.rows))
             return torch.cat(rows)
 
-        return self._rows_of(kind).rows(images.content_keys(), compute, title)
+        with self.watch.measure("images"):
+            return self._rows_of(kind).rows(images.content_keys(), compute, title)
 
     def _rows_of(self, kind: str, width: int = 0, shard_size: int | None = None) -> RowStore:
         if kind not in self._stores:

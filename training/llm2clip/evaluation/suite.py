@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from llm2clip.encoders import Encoder
-from llm2clip.encoders.batches import ContentSet
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.checksum import data_checksum
 from llm2clip.evaluation.benchmarks.counts import check_counts
 from llm2clip.evaluation.benchmarks.data import counts_of
-from llm2clip.evaluation.contracts import Session
 from llm2clip.evaluation.length_plot import write_length_plot
 from llm2clip.evaluation.results import Result, intervals_of, read_result, require_same, result_path
+from llm2clip.evaluation.session import Session, Stopwatch
 from llm2clip.evaluation.text_formats import RAW
 from llm2clip.utils.processes import on_main_process, process_state
 from llm2clip.utils.progress import section
@@ -95,7 +90,8 @@ class Suite:
 
     def run_one(self, found: FoundBenchmark, session: Session) -> Result:
         """Measure one benchmark, or find its result; see [`run`]."""
-        benchmark, watch = found.benchmark, TimedSession(session)
+        benchmark, watch = found.benchmark, Stopwatch()
+        session.watch = watch
         data, seconds = found.reading
         with watch.measure("read"):
             differences = check_counts(benchmark, found.folder, data, self.allow_counts)
@@ -111,7 +107,7 @@ class Suite:
             logger.info("    %s is finished", path)
             return finished
         with watch.measure("measure"):
-            measured = benchmark.protocol.measure(watch, data)
+            measured = benchmark.protocol.measure(session, data)
         with watch.measure("intervals"):
             intervals = intervals_of(measured)
         result = Result(
@@ -189,53 +185,3 @@ def read_finished(path: Path) -> Result:
 def describe_model(encoder: Encoder) -> dict[str, str]:
     """What a result says of a model."""
     return {"given": encoder.name, **encoder.identity(), "fingerprint": encoder.fingerprint()}
-
-
-class TimedSession:
-    """A [`Session`] that measures the seconds of embedding; the rest of a protocol is measured apart from it."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.encoder, self.num_workers = session.encoder, session.num_workers
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        """Add the time of a block to a part; the time of parts inside it is only theirs."""
-        start, inside = time.monotonic(), sum(self.seconds.values())
-        yield
-        within = sum(self.seconds.values()) - inside
-        self.seconds[part] = round(self.seconds.get(part, 0.0) + time.monotonic() - start - within, 3)
-
-    def embed_images(self, images: ContentSet) -> Tensor:
-        return self._timed("images", self.session.embed_images, images)
-
-    def embed_features(self, images: ContentSet, projected: bool = False) -> Tensor:
-        return self._timed("images", partial(self.session.embed_features, projected=projected), images)
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        return self._timed("texts", self.session.embed_texts, texts)
-
-    def embed_text_parts(self, texts: Sequence[str], size: int) -> Iterator[Tensor]:
-        parts = self.session.embed_text_parts(texts, size)
-        while (part := self._timed("texts", partial(next, parts), None)) is not None:
-            yield part
-
-    def count_in_images(
-        self,
-        kind: str,
-        texts: Sequence[str],
-        keys: np.ndarray,
-        width: int,
-        count: Callable[[Sequence[int]], Iterator[Tensor]],
-        title: str,
-    ) -> Tensor:
-        with self.measure("images"):
-            return self.session.count_in_images(kind, texts, keys, width, count, title)
-
-    def text_lengths(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return self._timed("texts", self.session.text_lengths, texts)
-
-    def _timed(self, part: str, compute: Callable[..., Any], argument: Any) -> Any:
-        with self.measure(part):
-            return compute(argument)

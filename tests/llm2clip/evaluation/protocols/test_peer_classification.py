@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 
 from llm2clip.encoders.load import load_encoder
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.session import EvaluationSession
+from llm2clip.evaluation.session import Session
 from tests.llm2clip.encoders.models import register_open_clip
 
 CLASSES = ["ankle boot", "bag", "coat", "dress", "sandal", "shirt", "trouser"]
@@ -45,7 +45,7 @@ def test_classification_equals_that_of_clip_benchmark(tmp_path: Path) -> None:
     tokenizer = open_clip.get_tokenizer(name)
     classes = zero_shot_classifier(model.eval(), tokenizer, CLASSES, data.templates, "cpu", amp=False)
     logits, labels = run_classification(model, classes, loader, "cpu", amp=False)
-    measured = benchmark.protocol.measure(EvaluationSession(load_encoder(f"open_clip:{name}/{weights}")), data)
+    measured = benchmark.protocol.measure(Session(load_encoder(f"open_clip:{name}/{weights}")), data)
     # The rest of its `evaluate`, which fails on NumPy 2.4.
     hits = logits.topk(5, dim=1).indices == labels[:, None]
     assert measured.counts["tied_images"] == 0

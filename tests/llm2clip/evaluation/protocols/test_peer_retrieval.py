@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from llm2clip.encoders.load import load_encoder
 from llm2clip.evaluation.benchmarks import all_benchmarks
-from llm2clip.evaluation.session import EvaluationSession
+from llm2clip.evaluation.session import Session
 from tests.llm2clip.encoders.models import register_open_clip
 
 IMAGES, CAPTIONS = 40, 5
@@ -51,7 +51,7 @@ def test_retrieval_equals_that_of_clip_benchmark(tmp_path: Path) -> None:
         model.eval(), loader, open_clip.get_tokenizer(name), "cpu", amp=False, recall_k_list=KS
     )
     benchmark = all_benchmarks()["flickr30k-clip-benchmark"]
-    session = EvaluationSession(load_encoder(f"open_clip:{name}/{weights}"))
+    session = Session(load_encoder(f"open_clip:{name}/{weights}"))
     measured = benchmark.protocol.measure(session, benchmark.read(tmp_path))
     assert measured.counts["tied_text_queries"] == measured.counts["tied_image_queries"] == 0
     for k in KS:

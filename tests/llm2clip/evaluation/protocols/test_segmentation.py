@@ -35,7 +35,7 @@ from llm2clip.evaluation.protocols.segmentation import (
     whole_or_windows,
 )
 from llm2clip.evaluation.results import intervals_of
-from llm2clip.evaluation.session import EvaluationSession
+from llm2clip.evaluation.session import Session
 from llm2clip.evaluation.suite import FoundBenchmark, Suite
 from llm2clip.utils.non_finite import NonFiniteError
 from tests.llm2clip.encoders.models import save_transformers
@@ -235,7 +235,7 @@ def test_a_model_runs_through_the_suite(num_workers: int, tmp_path: Path) -> Non
         read=lambda folder: folder_of(folder, [(28, 42), (28, 28)]),
         protocol=MaskCLIPSegmentation(scale=(2048, 28), templates=("a {c}.", "the {c}")),
     )
-    session = EvaluationSession(encoder, num_workers=num_workers)
+    session = Session(encoder, num_workers=num_workers)
     suite = Suite(tmp_path / "results", allow_counts=True)
     (result,) = suite.run([FoundBenchmark(benchmark, tmp_path)], session)
     data, maps = folder_of(tmp_path, [(28, 42), (28, 28)]), []
@@ -259,7 +259,7 @@ def test_a_label_map_of_another_size_is_an_error(tmp_path: Path) -> None:
         protocol().measure(FakeSession([], TEXTS, patches=colours), data)
 
 
-def stored_session(place: Path, kill_after: int | None = None) -> tuple[EvaluationSession, list[int]]:
+def stored_session(place: Path, kill_after: int | None = None) -> tuple[Session, list[int]]:
     """A session with a store, the numbers of images that it segments, and a kill."""
     encoder = FakeEncoder(TEXTS)
     segmented: list[int] = []
@@ -271,7 +271,7 @@ def stored_session(place: Path, kill_after: int | None = None) -> tuple[Evaluati
         return colours(inputs)
 
     encoder.patches = patches
-    return EvaluationSession(encoder, place), segmented
+    return Session(encoder, place), segmented
 
 
 def test_a_killed_segmentation_goes_on_and_has_the_same_integers(

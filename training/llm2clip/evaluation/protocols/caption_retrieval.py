@@ -8,8 +8,9 @@ import torch
 
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import CaptionPairData
-from llm2clip.evaluation.contracts import Measurement, Session
+from llm2clip.evaluation.contracts import Measurement
 from llm2clip.evaluation.metrics import retrieval_ranks
+from llm2clip.evaluation.session import Session
 
 
 @dataclass(frozen=True)

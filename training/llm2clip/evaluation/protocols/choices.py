@@ -10,8 +10,9 @@ from torch import Tensor
 
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import HardNegativeData, PairData
-from llm2clip.evaluation.contracts import Measurement, Session
+from llm2clip.evaluation.contracts import Measurement
 from llm2clip.evaluation.metrics import ROUNDING
+from llm2clip.evaluation.session import Session
 
 TIES = "wrong"
 

@@ -13,9 +13,10 @@ from torch.nn.functional import normalize
 
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.data import ClassificationData
-from llm2clip.evaluation.contracts import Measurement, Session
+from llm2clip.evaluation.contracts import Measurement
 from llm2clip.evaluation.metrics import ROUNDING, QueryRanks
 from llm2clip.evaluation.prompts import TEMPLATE_SETS, choose_templates, name_of_templates, prompts, read_names
+from llm2clip.evaluation.session import Session
 from llm2clip.utils.files import digest_json
 
 KS = (1, 5)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.data import ClassificationData
-from llm2clip.evaluation.contracts import BenchmarkProtocol, Measurement, Session
+from llm2clip.evaluation.contracts import BenchmarkProtocol, Measurement
 from llm2clip.evaluation.protocols.classification import label_ranks, measured_ranks
+from llm2clip.evaluation.session import Session
 from llm2clip.utils.progress import progress_bar
 
 # CLIP's strengths: 8 per decade between 1e-6 and 1e6.

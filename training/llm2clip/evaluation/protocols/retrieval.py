@@ -10,8 +10,9 @@ from torch import Tensor
 
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import RetrievalData
-from llm2clip.evaluation.contracts import Measurement, Session
+from llm2clip.evaluation.contracts import Measurement
 from llm2clip.evaluation.metrics import retrieval_ranks
+from llm2clip.evaluation.session import Session
 from llm2clip.utils.progress import track
 
 # Upper ends of the buckets of caption length in tokens. CLIP's text towers end at 77 tokens.

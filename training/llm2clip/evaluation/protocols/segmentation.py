@@ -19,9 +19,10 @@ from llm2clip.data.image_keys import content_keys
 from llm2clip.encoders import Encoder
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.label_maps import IGNORED, SegmentationData, scene_templates
-from llm2clip.evaluation.contracts import Measurement, Session, SummedCounts
+from llm2clip.evaluation.contracts import Measurement, SummedCounts
 from llm2clip.evaluation.prompts import name_of_templates, prompts, template_set
 from llm2clip.evaluation.protocols.classification import embed_classes
+from llm2clip.evaluation.session import Session
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.non_finite import require_finite_rows
 from modeling_llm2clip.image_decoding_llm2clip import decode_image
