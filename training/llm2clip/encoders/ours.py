@@ -32,7 +32,7 @@ from modeling_llm2clip import (
     with_pillow,
 )
 from modeling_llm2clip.identity_llm2clip import RULE
-from modeling_llm2clip.modeling_llm2clip_utils import absolute_path, encode_tokens, execution_device, unit_features
+from modeling_llm2clip.modeling_llm2clip_utils import encode_tokens, execution_device, unit_features
 from modeling_llm2clip.tokenization_llm2clip import CaptionTokens, tokenize_captions
 
 TEXT_KINDS = (RepoKind.JOINT, RepoKind.TEXT_TOWER, RepoKind.EMBEDDING_MODEL)
@@ -124,7 +124,7 @@ class OurEncoder(Encoder):
                 processor = LLM2CLIPProcessor(processor, AutoTokenizer.from_pretrained(name, revision=revision))
         model = model.to(device or process_state().device).eval()
         commit = hub_commit(name, revision)
-        return cls(model, processor, absolute_path(name), revision, commit, image_backend, batch_size)
+        return cls(model, processor, name, revision, commit, image_backend, batch_size)
 
     def settings(self) -> dict[str, Any]:
         found = {} if self.transform is None else {"vision": self.image_fingerprint()}

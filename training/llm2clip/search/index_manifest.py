@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from llm2clip.data import DEFAULT_MAX_PIXELS
+from llm2clip.encoders import Encoder
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import __version__
 
@@ -22,13 +23,6 @@ Embed: TypeAlias = Literal["image", "caption"]
 
 # Types of what stores record.
 STORED: dict[str, type] = {"version": int, "trained": int, "faiss": str, "columns": dict}
-
-
-class MadeBy(Protocol):
-    """The encoder of the rows of an index."""
-
-    name: str
-    width: int
 
 
 @dataclass
@@ -111,16 +105,16 @@ class IndexManifest:
         return self.as_fields() | {"versions": None, "stored": None}
 
     def require_model(
-        self, place: str, embedder: MadeBy, fingerprint: str, text_fingerprint: str | None = None
+        self, place: str, encoder: Encoder, fingerprint: str, text_fingerprint: str | None = None
     ) -> None:
         """Raise ValueError, with both models in the message, unless this is the model that wrote the index.
 
         Args:
             place: Name of the index in the message.
-            fingerprint, text_fingerprint: Those of the embedder; None where its texts are not compared.
+            fingerprint, text_fingerprint: Those of the encoder; None where its texts are not compared.
         """
-        name = embedder.name
-        if (self.vision_fingerprint, self.width) != (fingerprint, embedder.width):
+        name = encoder.name
+        if (self.vision_fingerprint, self.width) != (fingerprint, encoder.width):
             prints: tuple[str | None, ...] = (self.vision_fingerprint, fingerprint)
             parts = "other settings of the vision tower or another preprocessing"
         elif None not in (self.text_fingerprint, text_fingerprint) and self.text_fingerprint != text_fingerprint:
@@ -129,7 +123,7 @@ class IndexManifest:
             return
         raise ValueError(
             f"the index {place} was made by {self.model} (width {self.width}, fingerprint {prints[0]}), but the model "
-            f"is {name} (width {embedder.width}, fingerprint {prints[1]}): other weights, {parts}, and embeddings of "
+            f"is {name} (width {encoder.width}, fingerprint {prints[1]}): other weights, {parts}, and embeddings of "
             f"different models cannot be compared. Use {self.model} as it was, or make an index with {name}: llm2clip "
             f"index {self.source['path']} --model {name} --output-dir OTHER_FOLDER (or --table OTHER)."
         )

@@ -22,6 +22,7 @@ from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.processes import worker_count
 from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.settings import setting
+from modeling_llm2clip.modeling_llm2clip_utils import absolute_path
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class _Update:
         # Of the captions of this run: all, and those that were cut.
         self.num_captions = self.num_cut = 0
         self.manifest = IndexManifest(
-            model=encoder.name,
+            model=absolute_path(encoder.name),
             revision=encoder.revision,
             vision_fingerprint=self.fingerprint,
             width=encoder.width,
