@@ -89,5 +89,5 @@ def _rows(width: int, positions: Any, bar: Any) -> Any:
     shared, own = (torch.Generator().manual_seed(int(positions[0]) * 10_000 + number) for number in (0, width))
     rows = torch.randn(len(positions), SHARED, generator=shared) @ basis
     rows += 4 * torch.rand(len(positions), width, generator=own)
-    bar.update(advance=len(positions))
+    bar.update(len(positions))
     return ComputedRows(rows.half())

@@ -16,7 +16,7 @@ from llm2clip.data.records import CaptionError, RowCaptions, caption_id, caption
 from llm2clip.encoders import embed_captions
 from llm2clip.store import EmbeddingCache
 from llm2clip.store.captions import caption_key, caption_keys
-from llm2clip.utils.terminal import OBEYED, printable
+from llm2clip.utils.logs import OBEYED, printable
 from tests.bad_input.texts import BadText, corpus
 from tests.llm2clip.store.encoder import build, embed
 from tests.modeling_llm2clip import tiny

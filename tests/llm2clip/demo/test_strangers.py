@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from llm2clip import cli
-from llm2clip.utils.terminal import OBEYED
+from llm2clip.utils.logs import OBEYED
 from tests.llm2clip.demo.conftest import bundled_images
 
 ESCAPES = "/\x1b]0;title\x07\x1b[31m"

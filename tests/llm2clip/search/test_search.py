@@ -21,7 +21,7 @@ from llm2clip.data import decode_image
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.index import IndexConfig
 from llm2clip.search.index import run as index
-from llm2clip.utils.terminal import OBEYED
+from llm2clip.utils.logs import OBEYED
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModelWithProjection
 from tests.modeling_llm2clip import tiny
 

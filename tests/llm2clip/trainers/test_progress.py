@@ -49,7 +49,7 @@ def test_training_is_one_line_on_the_terminal_and_its_values_are_details_of_the_
     assert "'loss'" not in output.out + output.err
     ours = [record for record in caplog.records if record.name.startswith("llm2clip")]
     shown = [record.message for record in ours if record.levelno == logging.INFO]
-    assert shown[0].startswith("Stage 1: 6 steps in 0:00, ")
+    assert shown[0].startswith("Stage 1: 6 steps in 00:00, ")
     assert ", loss 0." in shown[0]
     assert shown[1:] == ["Evaluation at step 6: test R@1 25.0%"]
     details = [record.message for record in ours if record.levelno == logging.DEBUG]

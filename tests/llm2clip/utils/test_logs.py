@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import warnings
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from llm2clip.utils.logs import LOG_FILE, command_logs, quiet_libraries
+from llm2clip.utils.logs import LOG_FILE, OBEYED, command_logs, printable, quiet_libraries
+from llm2clip.utils.tables import print_table
 
 OURS, LIBRARY = logging.getLogger("llm2clip.somewhere"), logging.getLogger("some_library")
+HOSTILE = "\x1b[31mred\x1b]0;title\x07 \x9b2J \u202eabc \udce9 a\rb"
 
 
 def test_the_terminal_shows_our_messages_and_the_file_has_all(
@@ -100,3 +105,39 @@ def test_hugging_face_libraries_lose_their_bars_and_handlers() -> None:
     assert are_hub_bars_disabled()
     assert not transformers_logging.is_progress_bar_enabled()
     assert logging.getLogger("transformers").propagate
+
+
+def test_only_what_a_terminal_obeys_is_written_out() -> None:
+    assert printable(HOSTILE) == r"\u001b[31mred\u001b]0;title\u0007 \u009b2J \u202eabc \udce9 a\u000db"
+    kept = "two\nlines\tand \u3000 \u00a0 \u200d \U0001f468\u200d\U0001f469 \u0645\u06cc\u200c\u062e\u0648"
+    assert printable(kept) == kept
+
+
+def test_json_stays_the_same_json() -> None:
+    value = {"caption": HOSTILE}
+    text = printable(json.dumps(value, ensure_ascii=False))
+    assert json.loads(text) == value
+    assert not OBEYED.search(text)
+
+
+def test_tables_and_logs_are_printable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What pytest captures goes to another process, which takes no lone surrogates.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    out = io.StringIO()
+    print_table(Console(file=out, width=300), HOSTILE, ["", HOSTILE], [(HOSTILE, "1")])
+    with command_logs() as file:
+        file.error_folder = tmp_path
+        file.open(tmp_path)
+        logging.getLogger("llm2clip.test").warning("the caption %s", HOSTILE)
+        file.write_error("embed", ValueError(HOSTILE))
+    shown = [
+        out.getvalue(),
+        capsys.readouterr().err,
+        (tmp_path / "log.txt").read_text(),
+        (tmp_path / "error.log").read_text(),
+    ]
+    for text in shown:
+        assert "red" in text
+        assert not OBEYED.search(text)

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import io
 import logging
-import re
-import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 from llm2clip.utils import progress
-from llm2clip.utils.progress import close_bars, format_rate, format_seconds, progress_bar, section, track
+from llm2clip.utils.logs import command_logs
+from llm2clip.utils.progress import ProgressBar, close_bars, section, track
 
-HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
+
+class Terminal(io.StringIO):
+    """A terminal in place of standard error."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def lines(self) -> list[str]:
+        """What is on it at the end: a carriage return goes back to the beginning of a line."""
+        return [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in self.getvalue().split("\n")]
 
 
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """A terminal of 80 columns in place of standard error, which shows every update."""
-    screen = io.StringIO()
-    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=80))
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    screen = Terminal()
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=screen))
     monkeypatch.setattr(progress, "DRAW_INTERVAL", 0.0)
     return screen
 
@@ -30,7 +38,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Advances the time that the bars see."""
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    for name in ("tqdm.std.time", "llm2clip.utils.progress.time.monotonic"):
+        monkeypatch.setattr(name, lambda: now[0])
 
     def advance(seconds: float) -> None:
         now[0] += seconds
@@ -38,104 +47,93 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return advance
 
 
-def shown(screen: io.StringIO) -> str:
-    """What was written, without the escape sequences."""
-    return re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", screen.getvalue())
-
-
-def test_a_terminal_of_80_columns_shows_count_rate_status_and_time_left_in_one_line(
-    terminal: io.StringIO, clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
+def test_a_terminal_shows_count_rate_status_and_time_left_and_then_one_line(
+    terminal: Terminal, clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO), progress_bar("Stage 1", 1800, "step") as bar:
+    with caplog.at_level(logging.INFO), ProgressBar("Stage 1", 1800, "step") as bar:
         clock(60.0)
-        bar.update(120, status="loss 2.5000")
-    lines = re.split(r"[\r\n]+", shown(terminal))
-    line = next(line for line in lines if "loss" in line)
-    assert line.startswith("Stage 1 ━")
-    assert line.rstrip().endswith("120 of 1,800, 2.0 steps/s, loss 2.5000, 14:00 left")
-    assert max(map(len, lines)) <= 80
-    assert caplog.messages == ["Stage 1: 120 steps in 1:00, 2.0 steps/s, loss 2.5000"]
-    assert terminal.getvalue().count(HIDE_CURSOR) == terminal.getvalue().count(SHOW_CURSOR) == 1
+        bar.set_postfix_str("loss 2.5000", refresh=False)
+        bar.update(120)
+    assert "| 120/1800 [01:00<14:00,  2.00step/s, loss 2.5000]" in terminal.getvalue()
+    assert terminal.lines() == [""]
+    assert caplog.messages == ["Stage 1: 120 steps in 01:00, 2.00step/s, loss 2.5000"]
 
 
-def test_a_bar_inside_a_bar_is_a_second_line_of_one_display_and_leaves_no_message(
-    terminal: io.StringIO, caplog: pytest.LogCaptureFixture
+def test_a_bar_inside_a_bar_is_a_second_line_and_leaves_no_message(
+    terminal: Terminal, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO), progress_bar("Outer", 2) as outer:
+    with caplog.at_level(logging.INFO), ProgressBar("Outer", 2) as outer:
         assert list(track(range(3), "Inner")) == [0, 1, 2]
-        outer.update(1)
-    assert "Inner" in shown(terminal)
-    assert terminal.getvalue().count(HIDE_CURSOR) == 1
+        outer.update()
+    assert "\n\rInner" in terminal.getvalue()
     assert [message.partition(":")[0] for message in caplog.messages] == ["Outer"]
 
 
-def test_an_error_leaves_the_terminal_as_it_was(terminal: io.StringIO, caplog: pytest.LogCaptureFixture) -> None:
-    stream = sys.stderr
-
-    def fail() -> None:
-        with progress_bar("Work", 2):
-            assert sys.stderr is not stream
-            raise ValueError("broken")
-
-    with caplog.at_level(logging.INFO), pytest.raises(ValueError, match="broken"):
-        fail()
-    assert sys.stderr is stream
-    assert SHOW_CURSOR in terminal.getvalue()
+def test_an_error_removes_the_bar_without_a_message(terminal: Terminal, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), pytest.raises(ValueError, match="broken"), ProgressBar("Work", 2):
+        raise ValueError("broken")
+    assert terminal.lines() == [""]
     assert not caplog.messages
 
 
-def test_close_bars_removes_the_bar_of_an_iteration_that_was_given_up(terminal: io.StringIO) -> None:
-    stream = sys.stderr
+def test_close_bars_removes_the_bar_of_an_iteration_that_was_given_up(terminal: Terminal) -> None:
     iterator = track(range(3), "Work")
     next(iterator)
-    assert sys.stderr is not stream
+    assert terminal.lines()[0].startswith("Work")
     close_bars()
-    assert sys.stderr is stream
+    assert terminal.lines() == [""]
     assert list(iterator) == [1, 2]
 
 
-def test_messages_appear_above_the_bar(terminal: io.StringIO) -> None:
-    with progress_bar("Work", 2) as bar:
-        print("a warning", file=sys.stderr)
-        bar.update(1)
-    assert "a warning\nWork" in shown(terminal)
+def test_messages_appear_above_the_bar(terminal: Terminal) -> None:
+    with redirect_stderr(terminal), command_logs(), ProgressBar("Work", 2) as bar:
+        logging.getLogger("llm2clip.test").warning("a warning")
+        bar.update()
+        above, below = terminal.lines()
+        assert above == "a warning"
+        assert below.startswith("Work:  50%")
 
 
 def test_a_file_gets_one_line_per_interval_and_one_at_the_end(
-    clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
+    clock: Callable[[float], None], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with caplog.at_level(logging.INFO), progress_bar("Embedding", 1000, "image") as bar:
+    with caplog.at_level(logging.INFO), ProgressBar("Embedding", 1000, "image") as bar:
+        bar.set_postfix_str("2 skipped", refresh=False)
         for _ in range(7):
             clock(10.0)
-            bar.update(advance=100, status="2 skipped")
+            bar.update(100)
     assert caplog.messages == [
-        "Embedding: 300 of 1,000, 10.0 images/s, 2 skipped, 1:10 left",
-        "Embedding: 600 of 1,000, 10.0 images/s, 2 skipped, 0:40 left",
-        "Embedding: 700 images in 1:10, 10.0 images/s, 2 skipped",
+        "Embedding:  30% 300/1000 [00:30<01:10, 10.00image/s, 2 skipped]",
+        "Embedding:  60% 600/1000 [01:00<00:40, 10.00image/s, 2 skipped]",
+        "Embedding: 700 images in 01:10, 10.00image/s, 2 skipped",
     ]
+    assert not capsys.readouterr().err
 
 
 def test_the_rate_of_a_resumed_run_does_not_count_what_was_done_before(
     clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO), progress_bar("Stage 2", 100, "step", initial=80) as bar:
+    with caplog.at_level(logging.INFO), ProgressBar("Stage 2", 100, "step", initial=80) as bar:
         clock(40.0)
-        bar.update(90)
-    assert caplog.messages[0] == "Stage 2: 90 of 100, 4.0 s/step, 0:40 left"
+        bar.update(10)
+    assert caplog.messages == [
+        "Stage 2:  90% 90/100 [00:40<00:40,  4.00s/step]",
+        "Stage 2: 90 steps in 00:40, 4.00s/step",
+    ]
 
 
 @pytest.mark.parametrize("show", [False, None])
 def test_nothing_is_shown_without_a_terminal_unless_asked_for(
     show: bool | None, clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.DEBUG), progress_bar("Work", 2, show=show) as bar:
+    with caplog.at_level(logging.DEBUG), ProgressBar("Work", 2, show=show) as bar:
         clock(60.0)
-        bar.update(1)
+        bar.update()
     assert not caplog.messages
 
 
 def test_only_the_first_process_of_a_launcher_reports(
-    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     with caplog.at_level(logging.DEBUG):
@@ -152,18 +150,9 @@ def test_a_section_shows_its_title_and_duration_and_keeps_the_lines_of_its_bars_
             clock(1.0)
     assert [record.message for record in caplog.records if record.levelno == logging.INFO] == [
         "1/8 Weights",
-        "    done in 0:02",
+        "    done in 00:02",
     ]
-    assert "Loading: 2 in 0:02, 1.0 it/s" in caplog.messages
-
-
-def test_rates_and_durations_are_formatted_for_people() -> None:
-    assert [format_rate(12.34, "image"), format_rate(0.25, "step"), format_rate(2.0)] == [
-        "12.3 images/s",
-        "4.0 s/step",
-        "2.0 it/s",
-    ]
-    assert [format_seconds(value) for value in (5, 65, 3661)] == ["0:05", "1:05", "1:01:01"]
+    assert "Loading: 2 it in 00:02, 1.00it/s" in caplog.messages
 
 
 @pytest.mark.parametrize("variable", progress.RANKS)

@@ -18,7 +18,7 @@ from llm2clip.data.sources import CaptionSource
 from llm2clip.utils.files import write_json
 from llm2clip.utils.identity import data_revision
 from llm2clip.utils.processes import worker_count
-from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.settings import check_choices, setting
 from llm2clip.utils.tables import print_table
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS
@@ -178,12 +178,12 @@ def feed_rows(rows: CaptionRows | StreamedRows, name: str, checks: Sequence[Chec
     else:
         total = len(rows)
     loader = DataLoader(rows, BATCH, num_workers=num_workers, collate_fn=list)
-    with progress_bar(f"Checking {name}", total, "row") as bar:
+    with ProgressBar(f"Checking {name}", total, "row") as bar:
         for batch in loader:
             for row in batch:
                 for check in checks:
                     check.add(row)
-            bar.update(advance=len(batch))
+            bar.update(len(batch))
 
 
 def print_report(report: dict[str, Any]) -> None:

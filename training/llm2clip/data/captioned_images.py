@@ -27,7 +27,7 @@ from llm2clip.data.transforms import EvalTransform, TrainTransform
 from llm2clip.store import EmbeddingCache, MissingCaptionError
 from llm2clip.store.captions import caption_keys
 from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.settings import check_choices
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
 
@@ -254,11 +254,11 @@ def caption_batches(
         table = split_dataset_by_node(table, rank, world_size)
     total = len(table) if isinstance(table, datasets.Dataset) else None
     num_empty = 0
-    with progress_bar(f"Captions of {source.path}", total, "row", show_progress and rank == 0) as bar:
+    with ProgressBar(f"Captions of {source.path}", total, "row", show_progress and rank == 0) as bar:
         for found in _with_place(captions_by_row(table, source.caption_columns), source.path):
             num_empty += found.count([])
             yield [text for texts in found for text in texts]
-            bar.update(advance=len(found))
+            bar.update(len(found))
     if num_empty:
         logger.warning("%d rows of %s have no caption.", num_empty, source.path)
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from llm2clip.data.table_identity import table_identity
 from llm2clip.utils.files import digest_json
-from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.shared_files import shared_file
 
 # Of the function that makes a key.
@@ -35,11 +35,11 @@ def image_keys(table: datasets.Dataset, column: str) -> np.ndarray:
     identity = {"version": VERSION, "table": table_identity(images), "files": _files(images, column)}
 
     def write(path: Path) -> None:
-        with path.open("wb") as file, progress_bar("Hashing images", len(images), "image", len(images) > BATCH) as bar:
+        with path.open("wb") as file, ProgressBar("Hashing images", len(images), "image", len(images) > BATCH) as bar:
             for start in range(0, len(images), BATCH):
                 values = images[start : start + BATCH][column]
                 file.write(b"".join(_digest(value or NO_IMAGE) for value in values))
-                bar.update(advance=len(values))
+                bar.update(len(values))
 
     path = shared_file("image-keys", identity, write)
     return np.memmap(path, dtype="<i8", mode="r", shape=(len(images), 2))

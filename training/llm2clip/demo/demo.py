@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llm2clip.demo.gallery import Gallery
 from llm2clip.demo.space import WHOLE_MODEL, write_space
@@ -17,9 +18,9 @@ from llm2clip.search.folder_images import FolderImages
 from llm2clip.search.image_sets import IndexedImages
 from llm2clip.search.lance_store import require_lancedb
 from llm2clip.search.table_images import TableImages, is_dataset
+from llm2clip.utils.logs import printable
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.settings import setting
-from llm2clip.utils.terminal import printable_streams
 
 QUICKSTART_MODEL = "runs/quickstart/llm2clip"
 
@@ -83,9 +84,29 @@ def run(config: DemoConfig) -> dict[str, Any]:
     images = open_images(config)
     galleries = [(name, Gallery.open(name, images, Path(config.cache_dir))) for name in names]
     # What visitors send can be quoted in a traceback.
-    with _visitors_files(), printable_streams():
+    with _visitors_files(), _printable_streams():
         _serve(galleries, config)
     return {}
+
+
+class _PrintableStream:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _printable_streams() -> Iterator[None]:
+    """Let nothing that libraries print, tracebacks that quote strangers too, steer the terminal."""
+    streams: list[Any] = [_PrintableStream(sys.stdout), _PrintableStream(sys.stderr)]
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        yield
 
 
 def _serve(galleries: list[tuple[str, Gallery]], config: DemoConfig) -> None:

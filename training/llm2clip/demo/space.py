@@ -12,8 +12,8 @@ from transformers import AutoConfig
 from llm2clip.hub.upload_files import model_files
 from llm2clip.utils.files import write_text
 from llm2clip.utils.folders import atomic_folder, refuse_nested
+from llm2clip.utils.logs import shortened
 from llm2clip.utils.manifests import refuse_damaged
-from llm2clip.utils.messages import shortened
 from llm2clip.utils.repos import RepoKind, inspect_repo
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from llm2clip.data.image_keys import content_keys, image_keys
 from llm2clip.data.sources import Columns
 from llm2clip.data.transforms import Decoder
 from llm2clip.losses.gather import gather_rows
-from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.progress import ProgressBar
 
 
 class ImageSet(Protocol):
@@ -142,10 +142,10 @@ def forward_images(
     """
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=stack_inputs)
     start = 0
-    with progress_bar(description, len(dataset), "image", show) as bar:  # type: ignore[arg-type]
+    with ProgressBar(description, len(dataset), "image", show) as bar:  # type: ignore[arg-type]
         for inputs, skipped in loader:
             output = forward(inputs) if inputs else None
-            bar.update(advance=len(skipped))
+            bar.update(len(skipped))
             yield ForwardedBatch(start, output, skipped)
             start += len(skipped)
 

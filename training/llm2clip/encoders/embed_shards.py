@@ -20,7 +20,7 @@ from llm2clip.store.captions import Embed, caption_keys, check_embeddings
 from llm2clip.store.manifest import manifest_path
 from llm2clip.utils.files import remove_leftovers
 from llm2clip.utils.locks import remove_stale_lock
-from llm2clip.utils.progress import format_rate, progress_bar
+from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.remote_path import AnyPath
 
 logger = logging.getLogger(__name__)
@@ -90,12 +90,14 @@ class ShardCounts:
 
 def count_outcomes(outcomes: Iterable[ShardOutcome], total: int, show_progress_bar: bool = True) -> ShardCounts:
     """Count what is done of shards while it happens, with a progress bar."""
-    counts = ShardCounts()
-    with progress_bar("Embedding shards", total, "shard", show_progress_bar) as bar:
+    counts, start = ShardCounts(), time.monotonic()
+    with ProgressBar("Embedding shards", total, "shard", show_progress_bar) as bar:
         for outcome in outcomes:
             counts.add(outcome)
-            captions = counts.captions / max(time.monotonic() - bar.started, 1e-9)
-            bar.update(advance=1, status=format_rate(captions, "caption") if counts.captions else None)
+            if counts.captions:
+                rate = counts.captions / max(time.monotonic() - start, 1e-9)
+                bar.set_postfix_str(f"{rate:,.1f} captions/s", refresh=False)
+            bar.update()
     return counts
 
 

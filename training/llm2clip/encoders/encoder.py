@@ -18,7 +18,7 @@ from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.model_identity import weights_checksum
 from llm2clip.utils.non_finite import require_finite_rows
-from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.progress import ProgressBar
 from modeling_llm2clip.identity_llm2clip import RULE
 from modeling_llm2clip.modeling_llm2clip_utils import ACCELERATOR_BATCH_TOKENS, CPU_BATCH_TOKENS, token_batches
 
@@ -268,11 +268,11 @@ class ClipEncoder(Encoder):
         tokens, lengths = self.tokenize(texts) if texts else ([], [])
         budget = CPU_BATCH_TOKENS if self.device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
         embeds = torch.empty(len(texts), self.width)
-        with progress_bar("Embedding texts", len(texts), "text", show_progress_bar) as bar:
+        with ProgressBar("Embedding texts", len(texts), "text", show_progress_bar) as bar:
             for batch in token_batches(lengths, budget, batch_size or self.batch_size):
                 features = self.text_features([tokens[row] for row in batch])
                 embeds[batch] = F.normalize(features.float(), dim=-1).cpu()
-                bar.update(advance=len(batch))
+                bar.update(len(batch))
         require_finite_rows(embeds, lambda row: f"{texts[row]:.80}", "texts")
         return embeds
 

@@ -203,7 +203,7 @@ def store_features(
                 good = [row for row, sample in enumerate(batch.skipped, batch.start) if sample is None]
                 names = [f"image {views.key(index)}" for index in good]
                 rows[good] = check_rows(batch.output.view(len(good), -1), manifest.dtype, names.__getitem__)
-            bar.update(advance=len(batch.skipped))
+            bar.update(len(batch.skipped))
         return ComputedRows(rows, skipped=skipped)
 
     state = process_state()

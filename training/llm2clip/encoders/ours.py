@@ -17,7 +17,7 @@ from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.model_identity import hub_commit, weights_checksum
 from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.processes import process_state
-from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.text_identity import tokenizer_fingerprint
 from llm2clip.utils.towers import open_text_tower
@@ -232,11 +232,11 @@ class OurEncoder(Encoder):
     def _encode(self, tokens: CaptionTokens, batch_size: int | None, show: bool) -> Tensor:
         num_distinct = len(set(map(tuple, tokens.ids))) if show else None
         device = execution_device((self.is_joint and self.model.text_model) or self.model)
-        with progress_bar("Embedding captions", num_distinct, "caption", show) as bar:
+        with ProgressBar("Embedding captions", num_distinct, "caption", show) as bar:
 
             def forward(inputs: Any) -> Tensor:
                 output = self.model.get_text_features(**inputs) if self.is_joint else self.model(**inputs)
-                bar.update(advance=len(output.pooler_output))
+                bar.update(len(output.pooler_output))
                 return unit_features(output) if self.is_joint else output.pooler_output
 
             options: dict[str, Any] = {"device": device, "width": self.width, "batch_size": batch_size}

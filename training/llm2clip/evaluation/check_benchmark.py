@@ -38,7 +38,7 @@ from llm2clip.evaluation.prompts import prompts
 from llm2clip.evaluation.suite import missing_files
 from llm2clip.utils.files import write_json
 from llm2clip.utils.processes import worker_count
-from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.settings import check_choices, setting
 from llm2clip.utils.tables import print_table
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, DamagedImageError
@@ -222,10 +222,10 @@ def _contents(
 
 def _inspected(images: InspectedImages, num_workers: int) -> Iterator[tuple[str, ImageFacts]]:
     loader = DataLoader(images, check_data.BATCH, num_workers=num_workers, collate_fn=list)
-    with progress_bar("Checking images", len(images), "image") as bar:
+    with ProgressBar("Checking images", len(images), "image") as bar:
         for batch in loader:
             yield from batch
-            bar.update(advance=len(batch))
+            bar.update(len(batch))
 
 
 def texts_of(content: Any) -> dict[str, list[tuple[str, str]]]:

@@ -17,7 +17,7 @@ from llm2clip.store import Store, StoreManifest, build_store
 from llm2clip.store.building import ComputedRows
 from llm2clip.store.key_index import KeyIndex
 from llm2clip.utils.processes import process_state
-from llm2clip.utils.progress import ProgressBar, progress_bar
+from llm2clip.utils.progress import ProgressBar
 
 # Computes the rows of some positions, at least one, and advances the bar.
 Compute = Callable[[Sequence[int], ProgressBar], Tensor]
@@ -101,14 +101,14 @@ class RowStore:
 
     def _add_in_memory(self, keys: np.ndarray, compute: Callable[[range, ProgressBar], Tensor], title: str) -> None:
         if not self.manifest.width:
-            with progress_bar(title, 1, self.manifest.about.unit, show=False) as bar:
+            with ProgressBar(title, 1, self.manifest.about.unit, show=False) as bar:
                 self.manifest = replace(self.manifest, width=compute(range(1), bar).shape[1])
 
         def part(positions: range) -> Tensor:
             if not len(positions):
                 return torch.empty(0, self.manifest.width)
             unit, is_main = self.manifest.about.unit, process_state().is_main_process
-            with progress_bar(title, len(positions), unit, is_main) as bar:
+            with ProgressBar(title, len(positions), unit, is_main) as bar:
                 return compute(positions, bar)
 
         rows = encode_sharded(len(keys), part, self.device)

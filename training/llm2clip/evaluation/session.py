@@ -109,7 +109,7 @@ class Session:
                 chosen = [texts[position] for position in positions[start : start + TEXTS]]
                 embeds = self.encoder.encode_text(chosen)
                 rows.append(embeds)
-                bar.update(advance=len(chosen))
+                bar.update(len(chosen))
             return torch.cat(rows)
 
         store, keys = self._rows_of("texts"), caption_keys(texts)
@@ -153,7 +153,7 @@ class Session:
             rows = []
             for row in count(positions):
                 rows.append(row[None].to(torch.int32))
-                bar.update(advance=1)
+                bar.update()
             # A float32 is exact up to 2**24 only, but it has the 32 bits of an integer.
             return torch.cat(rows).view(torch.float32)
 
@@ -168,7 +168,7 @@ class Session:
             size, rows = self.batch_size, []
             for part in self.encoder.encode_parts(images, positions, size, self.num_workers, size, forward=forward):
                 rows.append(part.embeds)
-                bar.update(advance=len(part.rows))
+                bar.update(len(part.rows))
             return torch.cat(rows)
 
         with self.watch.measure("images"):

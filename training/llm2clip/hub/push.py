@@ -17,8 +17,8 @@ from llm2clip.hub.source_model import validate_folder
 from llm2clip.hub.upload import Uploader
 from llm2clip.hub.upload_files import added_files, code_targets, model_files, stamps
 from llm2clip.utils.files import read_json
+from llm2clip.utils.logs import shortened
 from llm2clip.utils.manifests import FOLDER_MANIFEST, MODEL_MANIFEST, refuse_damaged
-from llm2clip.utils.messages import shortened
 from llm2clip.utils.repos import OUR_MODELS, Repo, RepoKind, inspect_repo, is_hub_id
 from llm2clip.utils.settings import build_config, setting
 

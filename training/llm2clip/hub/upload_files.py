@@ -10,8 +10,8 @@ from typing import NamedTuple, TypeAlias
 import modeling_llm2clip
 from llm2clip.hub.cards.card import CARD
 from llm2clip.utils.files import read_json
+from llm2clip.utils.logs import shortened
 from llm2clip.utils.manifests import EDITED, MODEL_MANIFEST, MODEL_SIGNATURE, ListedFile, listed_files, written_by
-from llm2clip.utils.messages import shortened
 
 # What a model folder holds, beside its code and the pictures of its card.
 ALLOWED = (

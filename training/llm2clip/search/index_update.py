@@ -222,7 +222,7 @@ class _Update:
                     rows.append(_with_columns(missing.filter(pa.array(is_moved)), stored))
                 todo.append(missing.filter(pa.array(~is_moved)))
                 count += len(todo[-1])
-                bar.update(advance=len(batch) - len(todo[-1]))
+                bar.update(len(batch) - len(todo[-1]))
                 if count >= limit:
                     described = pa.concat_tables(todo)
                     self._embed(rows, described[:limit], bar)
@@ -254,7 +254,7 @@ class _Update:
             reasons = pa.array([part.reasons[source] for source in sources], pa.string())
             described = todo.take(pa.array(places))
             rows.append(_with_columns(described, pa.table({VECTOR: vectors, REASON: reasons})))
-            bar.update(advance=len(places))
+            bar.update(len(places))
 
     def _vectors(self, todo: pa.Table, chosen: list[int]) -> Iterator[EncodedRows]:
         items: Any = self.items.choose(todo)

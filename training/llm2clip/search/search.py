@@ -17,8 +17,8 @@ from llm2clip.encoders.ours import OurEncoder
 from llm2clip.search.image_index import ImageIndex
 from llm2clip.search.page import write_page
 from llm2clip.search.results import QueryResults, ResultImages, SearchResult
+from llm2clip.utils.logs import printable
 from llm2clip.utils.settings import setting
-from llm2clip.utils.terminal import printable
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from llm2clip.store.shards import ShardFile, keys_tensor, write_shard
 from llm2clip.store.store import INDEX, Store, StoreT, index_of
 from llm2clip.utils.files import remove_unfinished
 from llm2clip.utils.locks import WAIT, WAIT_OF_SEVERAL, folder_lock
-from llm2clip.utils.progress import ProgressBar, in_section, progress_bar
+from llm2clip.utils.progress import ProgressBar, in_section
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def build_store(
         wait()  # every rank has read the folder before it changes
         mine = work[rank::world_size]
         total = sum(len(positions) for _, positions in mine)
-        with progress_bar(title, total, manifest.about.unit, show_progress_bar and rank == 0 and total > 0) as bar:
+        with ProgressBar(title, total, manifest.about.unit, show_progress_bar and rank == 0 and total > 0) as bar:
             for number, positions in mine:
                 found = compute(positions, bar)
                 tensors = {"rows": found.rows, "keys": keys_tensor(keys[positions])}

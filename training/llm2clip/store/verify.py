@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from llm2clip.store.manifest import MANIFEST_SUFFIX, ROWS_SUFFIX, StoreError, StoreManifest
 from llm2clip.store.shards import ShardFile
 from llm2clip.store.store import BESIDE, INDEX
-from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.remote_path import AnyPath, local_copy
 from llm2clip.utils.verified import Fault, Verified
 
@@ -35,7 +35,7 @@ def verify_store(folder: AnyPath) -> tuple[Verified, dict[AnyPath, StoreManifest
     """
     found, read = Verified(), dict[AnyPath, StoreManifest]()
     paths = sorted(manifest_paths(folder), key=str)
-    with progress_bar("Verifying shards", len(paths), "shard") as bar:
+    with ProgressBar("Verifying shards", len(paths), "shard") as bar:
         for path in paths:
             rows = path.with_name(path.name.removesuffix(MANIFEST_SUFFIX) + ROWS_SUFFIX)
             again = "run the command that wrote it again, which only computes what is missing"
@@ -47,7 +47,7 @@ def verify_store(folder: AnyPath) -> tuple[Verified, dict[AnyPath, StoreManifest
             except (StoreError, OSError) as error:
                 what = str(error).partition("; ")[0] if isinstance(error, StoreError) else f"{rows}: {error}"
                 found.faults.append(Fault(what, f"delete {path} and {again}"))
-            bar.update(advance=1)
+            bar.update()
     for parent in sorted({path.parent for path in [*paths, *_unlisted(folder)]}, key=str):
         found.faults += _incomplete(parent, read)
     shards = [manifest for path, manifest in read.items() if path.name != INDEX]

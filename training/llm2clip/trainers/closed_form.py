@@ -259,7 +259,7 @@ def _sum_part(count: int, pairs: ReadPairs, part: int, parts: int) -> PairSums:
         for start in range(first, last, BLOCK):
             stop = min(start + BLOCK, last)
             sums.add(*pairs(start, stop))
-            bar.update(advance=stop - start)
+            bar.update(stop - start)
     return sums
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerState
 
-from llm2clip.utils.messages import shortened
+from llm2clip.utils.logs import shortened
 from llm2clip.utils.non_finite import NonFiniteError, finite_rows, on_any_process
 
 if TYPE_CHECKING:

@@ -44,7 +44,7 @@ class TrainingProgress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
-            self._bar.update(state.global_step)
+            self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
@@ -55,7 +55,7 @@ class TrainingProgress(TrainerCallback):
             print(values, flush=True)
         logger.debug("step %d: %s", state.global_step, ", ".join(f"{key} {value}" for key, value in values.items()))
         if self._bar is not None and "loss" in logs:
-            self._bar.update(state.global_step, status=f"loss {float(logs['loss']):.4f}")
+            self._bar.set_postfix_str(f"loss {float(logs['loss']):.4f}", refresh=False)
         recalls, _ = split_recalls(logs)
         # A run that ends with an evaluation measures its result again after saving it.
         if recalls and state.global_step != self._evaluated_step:

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shard_rows import can_count, count_rows
-from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.progress import ProgressBar
 
 
 def count_stream(
@@ -33,14 +33,14 @@ def count_stream(
             found_rows.append(min(left, count_rows(file)) if left else 0)
         return found_rows
     share, counts, fault = files[rank::world_size], [], None
-    with progress_bar(f"Rows of {name}", len(share), "file", rank == 0) as bar:
+    with ProgressBar(f"Rows of {name}", len(share), "file", rank == 0) as bar:
         for file in share:
             try:
                 counts.append(count_rows(file))
             except SourceError as error:  # the other processes must not wait
                 fault = str(error)
                 break
-            bar.update(advance=1)
+            bar.update()
     found = gather_object([(counts, fault)])
     for _, message in found:
         if message is not None:

@@ -1,27 +1,52 @@
-"""What a command writes to the terminal, and the log file that receives everything else."""
+"""What a command writes: messages on the terminal, and the log file that receives everything else.
+
+Messages quote captions, file names and errors that others wrote, so that they are made [`printable`].
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
-from llm2clip.utils.progress import close_bars, is_main_process
-from llm2clip.utils.terminal import PrintableFormatter, printable
+from llm2clip.utils.progress import ProgressBar, close_bars, is_main_process
 
-LOG_FILE = "log.txt"
-ERROR_FILE = "error.log"
+LOG_FILE, ERROR_FILE = "log.txt", "error.log"
 OUR_LOGGERS = ("llm2clip", "modeling_llm2clip", "transformers_modules")
 # Warnings of these categories concern the developers of a library and not its users.
 DEVELOPER_WARNINGS = ("FutureWarning:", "DeprecationWarning:")
+# They print or warn, past our handlers or where the caller has asked for it: torch about enumerations of torchao,
+# accelerate about weights that stay on disk.
+NOISY = ("torch.utils._pytree", "accelerate.big_modeling")
+# Names that a message has.
+MAX_NAMED = 20
+# What a terminal obeys instead of showing it (escape sequences, in 7 and 8 bits), what turns the direction of the text
+# around it, and what no encoding has. Line feed and tab are layout.
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Write out the characters that a terminal would obey, such as `\\u001b`; JSON stays the same JSON."""
+    return OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def shortened(names: Sequence[str]) -> str:
+    """List the first names, and how many more there are."""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class LogFile(MemoryHandler):
@@ -42,7 +67,7 @@ class LogFile(MemoryHandler):
         path = Path(folder) / LOG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _File(path, encoding="utf-8")
-        file.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.setTarget(file)
         self.flush()
         return path
@@ -59,18 +84,16 @@ class LogFile(MemoryHandler):
         """
         if self.error_folder is None:
             return None
-        path = self.error_folder / ERROR_FILE
-        place = f"process {os.environ.get('RANK', '0')}, id {os.getpid()}"
-        lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} llm2clip {command} ({place})\n"]
-        lines += traceback.format_exception(error)
+        process = f"process {os.environ.get('RANK', '0')}, id {os.getpid()}"
+        head = f"{time.strftime('%Y-%m-%d %H:%M:%S')} llm2clip {command} ({process})\n"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self.error_folder.mkdir(parents=True, exist_ok=True)
             # In one write, since all processes of a run append to this file.
-            with path.open("a", encoding="utf-8") as file:
-                file.write(printable("".join([*lines, "\n"])))
+            with (self.error_folder / ERROR_FILE).open("a", encoding="utf-8") as file:
+                file.write(printable("".join([head, *traceback.format_exception(error), "\n"])))
         except OSError:
             return None
-        return path
+        return self.error_folder / ERROR_FILE
 
     def remove_errors(self) -> None:
         """Remove the `error.log` of earlier tries, after a success; their tracebacks are in `log.txt` too."""
@@ -80,34 +103,25 @@ class LogFile(MemoryHandler):
 
     def close(self) -> None:
         if self.target is not None:
-            self.target.close()
+            with contextlib.suppress(OSError):  # of what has not been written
+                self.target.close()
         super().close()
 
 
 class _File(logging.FileHandler):
     """A log that ends where the disk is full, with one warning: the command goes on."""
 
-    is_ended = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not self.is_ended:
-            super().emit(record)
-
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
             return
-        self.is_ended = True
+        self.addFilter(lambda record: False)
         print(f"llm2clip: the log {self.baseFilename} cannot be written: {error.strerror}.", file=sys.stderr)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # of what has not been written
-            super().close()
 
 
 class TerminalHandler(logging.StreamHandler):
-    """Our messages on standard error, and errors of libraries.
+    """Our messages on standard error, above the progress bars, and errors of libraries.
 
     Warnings of libraries appear only where there is no log file for them. Processes other than the first of their
     launcher write warnings alone.
@@ -116,7 +130,7 @@ class TerminalHandler(logging.StreamHandler):
     def __init__(self, file: LogFile) -> None:
         super().__init__()
         self._log_file = file
-        self.setFormatter(PrintableFormatter())
+        self.setFormatter(_Formatter())
         self.addFilter(self._shows)
 
     def _shows(self, record: logging.LogRecord) -> bool:
@@ -128,12 +142,12 @@ class TerminalHandler(logging.StreamHandler):
         return record.name != "py.warnings" or not any(name in record.getMessage() for name in DEVELOPER_WARNINGS)
 
     def emit(self, record: logging.LogRecord) -> None:
-        # A progress bar replaces sys.stderr while it is drawn, so that messages appear above it.
-        self.stream = sys.stderr
-        super().emit(record)
+        # A forked process has copies of bars that are not its own.
+        with ProgressBar.external_write_mode(self.stream) if is_main_process() else contextlib.nullcontext():
+            super().emit(record)
 
 
-@contextmanager
+@contextlib.contextmanager
 def command_logs() -> Iterator[LogFile]:
     """Direct the logs of all libraries and Python's warnings to the terminal and to the log file that is yielded.
 
@@ -146,10 +160,8 @@ def command_logs() -> Iterator[LogFile]:
     ours.setLevel(logging.DEBUG)
     for handler in handlers:
         root.addHandler(handler)
-    # torch prints it, past these handlers, about enumerations of torchao wherever that is installed.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-    # It warns that weights stay on disk where the caller has asked for that.
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.captureWarnings(True)
     try:
         yield file

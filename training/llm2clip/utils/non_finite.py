@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm2clip.utils.messages import shortened
+from llm2clip.utils.logs import shortened
 from llm2clip.utils.processes import world_size
 
 BROKEN_MODEL = (

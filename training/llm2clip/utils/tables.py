@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llm2clip.utils.terminal import printable
+from llm2clip.utils.logs import printable
 
 RECALLS = ("recall@1", "recall@5", "recall@10")
 SHORT = {"text_to_image_recall@": "T2I R@", "image_to_text_recall@": "I2T R@", "recall@": "R@"}

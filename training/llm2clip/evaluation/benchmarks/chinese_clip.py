@@ -11,7 +11,7 @@ import torch
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages, RetrievalData
 from llm2clip.evaluation.benchmarks.files import read_json_lines, read_lines, text_field
-from llm2clip.utils.messages import shortened
+from llm2clip.utils.logs import shortened
 
 TEXTS, IMAGES = "test_texts.jsonl", "test_imgs.tsv"
 # The alphabet for URLs, with which Chinese-CLIP decodes, differs in two characters; both alphabets are read.

@@ -11,7 +11,7 @@ from llm2clip.evaluation.benchmarks.files import captions_data, first_file, json
 from llm2clip.evaluation.benchmarks.karpathy import karpathy_captions
 from llm2clip.evaluation.benchmarks.salesforce import salesforce_captions
 from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
-from llm2clip.utils.messages import shortened
+from llm2clip.utils.logs import shortened
 
 TITLE = "COCO"
 FOLDER = "coco"

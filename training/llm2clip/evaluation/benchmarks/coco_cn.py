@@ -12,7 +12,7 @@ from llm2clip.evaluation.benchmarks.chinese_clip import IMAGES, TEXTS, read_chin
 from llm2clip.evaluation.benchmarks.data import RetrievalData
 from llm2clip.evaluation.benchmarks.files import captions_data, first_file, read_lines
 from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
-from llm2clip.utils.messages import shortened
+from llm2clip.utils.logs import shortened
 
 TITLE = "COCO-CN"
 # The folder in the archive of its authors.

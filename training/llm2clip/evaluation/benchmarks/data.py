@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm2clip.encoders.batches import ImageList
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
-from llm2clip.utils.messages import shortened
+from llm2clip.utils.logs import shortened
 
 
 class BenchmarkImages(ImageList):

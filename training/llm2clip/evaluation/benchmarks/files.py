@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages, RetrievalData
-from llm2clip.utils.messages import shortened
+from llm2clip.utils.logs import shortened
 
 BLOCK = 1 << 16
 # Characters of the end of a file that is cut short, in messages.

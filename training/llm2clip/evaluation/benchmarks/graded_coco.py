@@ -20,7 +20,7 @@ from llm2clip.evaluation.benchmarks.data import GradedData
 from llm2clip.evaluation.benchmarks.files import captions_data, first_file, read_json, read_text
 from llm2clip.evaluation.benchmarks.karpathy import KarpathyImage, read_karpathy
 from llm2clip.evaluation.protocols.graded import GradedPrecision, GradedRecall
-from llm2clip.utils.messages import shortened
+from llm2clip.utils.logs import shortened
 
 PACKAGE = "eccv_caption"
 GALLERY = "original_image_to_caption.json"

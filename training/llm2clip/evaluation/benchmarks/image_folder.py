@@ -14,7 +14,7 @@ from llm2clip.evaluation.benchmarks.data import BenchmarkImages, ClassificationD
 from llm2clip.evaluation.benchmarks.encoded_images import IMAGE_SUFFIXES
 from llm2clip.evaluation.prompts import read_names, read_templates, template_set
 from llm2clip.evaluation.protocols.classification import ZeroShotClassification
-from llm2clip.utils.messages import shortened
+from llm2clip.utils.logs import shortened
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from llm2clip.evaluation.benchmarks.base import BenchmarkError
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages
 from llm2clip.evaluation.benchmarks.files import class_data, read_lines
-from llm2clip.utils.messages import shortened
+from llm2clip.utils.logs import shortened
 from modeling_llm2clip.image_decoding_llm2clip import decoding_errors, open_image
 
 # The class of pixels that do not count, and of values that are no class at all.

@@ -8,7 +8,7 @@ from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages, RetrievalData
 from llm2clip.evaluation.benchmarks.files import read_text
 from llm2clip.evaluation.protocols.retrieval import RetrievalProtocol
-from llm2clip.utils.messages import shortened
+from llm2clip.utils.logs import shortened
 
 TITLE = "Urban1k"
 

@@ -15,7 +15,7 @@ from llm2clip.evaluation.benchmarks.data import ClassificationData
 from llm2clip.evaluation.contracts import BenchmarkProtocol, Measurement
 from llm2clip.evaluation.protocols.classification import label_ranks, measured_ranks
 from llm2clip.evaluation.session import Session
-from llm2clip.utils.progress import progress_bar
+from llm2clip.utils.progress import ProgressBar
 
 # CLIP's strengths: 8 per decade between 1e-6 and 1e6.
 STRENGTHS = [10 ** (-6 + step / 8) for step in range(97)]
@@ -59,14 +59,14 @@ class SGDProbe:
         nn.init.zeros_(head.bias)
         optimizer = torch.optim.SGD(head.parameters(), self.learning_rate, self.momentum)
         order = torch.Generator().manual_seed(self.seed)
-        with progress_bar("Training the probe", self.epochs, "epoch") as bar:
+        with ProgressBar("Training the probe", self.epochs, "epoch") as bar:
             for _ in range(self.epochs):
                 for rows in torch.randperm(len(features), generator=order).split(self.batch_size):
                     loss = nn.functional.cross_entropy(head(features[rows].to(device)), labels[rows].to(device))
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
-                bar.update(advance=1)
+                bar.update()
         return lambda rows: head(rows.to(device)).detach().cpu()
 
 

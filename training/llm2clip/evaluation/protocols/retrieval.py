@@ -63,7 +63,7 @@ class MultilingualRetrieval:
             raise BenchmarkError(f"there is no language to average: the data has {', '.join(data) or 'none'}.")
         embedded: dict[int, Tensor] = {}
         found: dict[str, Measurement] = {}
-        for language, rows in track(data.items(), "Measuring languages", len(data), "language"):
+        for language, rows in track(data.items(), "Measuring languages", "language"):
             if id(rows.images) not in embedded:
                 embedded[id(rows.images)] = session.embed_images(rows.images)
             found[language] = measure_rows(session, embedded[id(rows.images)], rows)
