@@ -142,7 +142,8 @@ def test_what_is_wrong_with_s3_is_said_in_one_line(
         error = capsys.readouterr().err
         assert message in error
         assert "Traceback" not in error
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    assert cli.main(["search", "s3://other/index", "a text"]) == 2
+    with monkeypatch.context() as unreachable:
+        unreachable.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        assert cli.main(["search", "s3://other/index", "a text"]) == 2
     assert "s3://other/index/manifest.json cannot be reached" in capsys.readouterr().err

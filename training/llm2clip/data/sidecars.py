@@ -39,7 +39,7 @@ from llm2clip.store.shards import ShardFile, keys_tensor, write_shard
 from llm2clip.store.store import BESIDE
 from llm2clip.utils.files import require_writable
 from llm2clip.utils.locks import file_lock
-from llm2clip.utils.remote_path import READ_ONLY, AnyPath, local_copy, open_path, protocols, size_of
+from llm2clip.utils.remote_path import READ_ONLY, AnyPath, local_copy, open_path
 
 # Sidecars that are kept open besides those that are being read.
 KEPT_OPEN = 8
@@ -67,7 +67,7 @@ class SidecarFolder:
         """
         if isinstance(self.folder, Path):
             require_writable(self.folder)
-        elif READ_ONLY & set(protocols(self.folder.files)):
+        elif self.folder.protocol in READ_ONLY:
             raise ValueError(f"{self.folder} cannot be written; set output_dir to a folder or an object store.")
 
     def rows_path(self, shard: SourceShard) -> AnyPath:
@@ -130,7 +130,7 @@ class SidecarFolder:
         path = self.manifest_path(shard)
         try:
             manifest = StoreManifest.read(path)
-            whole = size_of(self.rows_path(shard)) == manifest.bytes
+            whole = self.rows_path(shard).stat().st_size == manifest.bytes
         except (FileNotFoundError, StoreDamagedError):
             return False
         source = source_of(manifest, path)

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import files as distribution_files
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from llm2clip.utils.remote_path import AnyPath, RemotePath
+if TYPE_CHECKING:
+    from llm2clip.utils.remote_path import AnyPath
 
 READ_SIZE = 1 << 22
 # The name of a temporary file.
@@ -200,7 +201,7 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
 
 def write_text(path: str | AnyPath, text: str) -> None:
     """Write a text file in UTF-8: see [`atomic_file`]; an object store replaces a file in one step too."""
-    if isinstance(path, RemotePath):
+    if not isinstance(path, (str, Path)):
         path.write_text(text)
         return
     with atomic_file(path, "w", encoding="utf-8") as file:

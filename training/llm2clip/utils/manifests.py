@@ -11,11 +11,13 @@ import contextlib
 import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm2clip.utils.files import digest_json, flush_file, flush_folder, read_json, sha256, write_json
-from llm2clip.utils.remote_path import AnyPath
 from llm2clip.utils.shared_files import stored_sha256
+
+if TYPE_CHECKING:
+    from llm2clip.utils.remote_path import AnyPath
 
 # Its name starts with a dot, so that `llm2clip push` leaves it here.
 FOLDER_MANIFEST = ".llm2clip.json"

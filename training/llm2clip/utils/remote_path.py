@@ -1,4 +1,4 @@
-"""Paths of files that may be remote: `pathlib.Path` for local ones, and the part of it that is needed for URLs."""
+"""Paths of files that may be remote: `pathlib.Path` for local ones, and paths of universal-pathlib for URLs."""
 
 from __future__ import annotations
 
@@ -7,124 +7,51 @@ import posixpath
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import fsspec
 from fsspec.registry import known_implementations
+from upath.extensions import ProxyUPath
 
 READ_ONLY = {"http", "https"}
 
 
-class RemotePath:
-    """The path of a file or folder on a file system of fsspec. Methods are those of `pathlib.Path`.
+class RemotePath(ProxyUPath):
+    """The path of a file or folder at a URL, whose methods are those of `pathlib.Path`.
 
-    Args:
-        files: The file system.
-        path: The path on it.
+    A file is read and written in one request, so that a reader gets it as it was before or after another run's write.
+    In a search, only the pattern is one: a folder's name may have brackets too.
     """
 
-    def __init__(self, files: Any, path: str) -> None:
-        self.files, self.path = files, path.rstrip("/")
-
-    def __str__(self) -> str:
-        return str(self.files.unstrip_protocol(self.path))
-
-    def __repr__(self) -> str:
-        return f"RemotePath({str(self)!r})"
-
-    def __truediv__(self, name: str) -> RemotePath:
-        return RemotePath(self.files, f"{self.path}/{name}")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RemotePath) and str(self) == str(other)
-
-    def __lt__(self, other: RemotePath) -> bool:
-        return self.path < other.path
-
-    def __hash__(self) -> int:
-        return hash(self.path)
-
-    @property
-    def name(self) -> str:
-        """Last part of the path."""
-        return posixpath.basename(self.path)
-
-    @property
-    def suffix(self) -> str:
-        """Ending of the name, with its dot."""
-        return posixpath.splitext(self.name)[1]
-
-    @property
-    def parent(self) -> RemotePath:
-        """The folder."""
-        return RemotePath(self.files, posixpath.dirname(self.path))
-
-    def with_name(self, name: str) -> RemotePath:
-        """Return the path of another file in the same folder."""
-        return self.parent / name
-
-    def is_file(self) -> bool:
-        """Tell whether there is such a file."""
-        return bool(self.files.isfile(self.path))
-
-    def is_dir(self) -> bool:
-        """Tell whether there is such a folder, or files whose paths begin with its path, now."""
-        self.files.invalidate_cache()
-        return bool(self.files.isdir(self.path))
-
-    def read_text(self, encoding: str = "utf-8") -> str:
+    def read_text(self, encoding: str = "utf-8") -> str:  # type: ignore[override]
         """Read the file."""
-        return self.files.cat_file(self.path).decode(encoding)
+        return self.fs.cat_file(self.path).decode(encoding)
 
-    def write_text(self, text: str) -> None:
-        """Write the file in one piece, in UTF-8."""
+    def write_text(self, text: str) -> None:  # type: ignore[override]
+        """Write the file, in UTF-8."""
         try:
-            self.files.pipe_file(self.path, text.encode())
+            self.fs.pipe_file(self.path, text.encode())
         except FileNotFoundError as error:  # its bucket
             raise FileNotFoundError(f"{self} cannot be written: {error}") from error
 
-    def put(self, local: Path) -> None:
-        """Upload a local file in its place."""
-        self.files.makedirs(posixpath.dirname(self.path), exist_ok=True)
-        self.files.put_file(str(local), self.path)
-
-    def unlink(self, missing_ok: bool = False) -> None:
-        """Delete the file."""
-        try:
-            self.files.rm_file(self.path)
-        except FileNotFoundError:
-            if not missing_ok:
-                raise
-
-    def iterdir(self) -> Iterator[RemotePath]:
-        """Yield what is in the folder, as it is now."""
-        self.files.invalidate_cache()
-        for path in self.files.ls(self.path, detail=False):
+    def glob(self, pattern: str) -> Iterator[RemotePath]:  # type: ignore[override]
+        """Yield what is in the folder and has such a name."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            paths = (path.rstrip("/") for path in self.fs.ls(self.path, detail=False))
             # An object store may have an empty file for the folder itself.
-            if path.rstrip("/") != self.path:
-                yield RemotePath(self.files, path)
+            names = [posixpath.basename(path) for path in paths if path != self.path]
+            yield from (self / name for name in fnmatch.filter(names, pattern))
 
-    def glob(self, pattern: str) -> Iterator[RemotePath]:
-        """Yield the files in the folder whose name has this pattern."""
-        try:
-            yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
-        except FileNotFoundError:
-            return
-
-    def rglob(self, pattern: str) -> Iterator[RemotePath]:
-        """Yield the files below the folder whose name has this pattern."""
-        self.files.invalidate_cache()
-        for path in self.files.find(self.path):
-            if fnmatch.fnmatchcase(posixpath.basename(path), pattern):
-                yield RemotePath(self.files, path)
+    def rglob(self, pattern: str) -> Iterator[RemotePath]:  # type: ignore[override]
+        """Yield the files below the folder that have such a name."""
+        yield from (self / name for name in self.sizes() if fnmatch.fnmatchcase(posixpath.basename(name), pattern))
 
     def sizes(self) -> dict[str, int]:
-        """Return the sizes in bytes of the files below the folder, as they are now, by their paths in it."""
-        self.files.invalidate_cache()
+        """Return the sizes in bytes of the files below the folder by their paths in it."""
         try:
-            found = self.files.find(self.path, detail=True)
+            found = self.fs.find(self.path, detail=True)
         except FileNotFoundError:
             return {}
         return {path.removeprefix(f"{self.path}/"): int(entry["size"]) for path, entry in found.items()}
@@ -146,12 +73,14 @@ def open_path(path: str | Path | RemotePath) -> AnyPath:
     if "://" not in path:
         return Path(path)
     try:
-        files, name = fsspec.core.url_to_fs(path)
+        # Without the cache of listings, which does not know what other processes write.
+        files, name = fsspec.core.url_to_fs(path, use_listings_cache=False)
     except ImportError as error:
         kind = known_implementations.get(path.partition("://")[0])
         command = f": pip install {kind['class'].partition('.')[0]}" if kind else ""
         raise ImportError(f"{path} cannot be opened: {error}{command}") from error
-    return Path(name) if "file" in protocols(files) else RemotePath(files, name)
+    kinds = protocols(files)
+    return Path(name) if "file" in kinds else RemotePath(name.rstrip("/"), protocol=kinds[0], **files.storage_options)
 
 
 def refuse_pipe(path: str) -> None:
@@ -173,14 +102,6 @@ def protocols(files: Any) -> tuple[str, ...]:
     return (files.protocol,) if isinstance(files.protocol, str) else tuple(files.protocol)
 
 
-def size_of(path: AnyPath) -> int:
-    """Return the size of a file in bytes; FileNotFoundError if there is none."""
-    if isinstance(path, Path):
-        return path.stat().st_size
-    path.files.invalidate_cache(path.path)
-    return int(path.files.size(path.path))
-
-
 @contextmanager
 def local_copy(path: AnyPath) -> Iterator[Path]:
     """Yield a local file with the content of a file, which is deleted at the end if it is a copy."""
@@ -190,7 +111,7 @@ def local_copy(path: AnyPath) -> Iterator[Path]:
     # Where a file that is mapped into memory cannot be deleted, it stays until the system cleans up.
     with tempfile.TemporaryDirectory(prefix="llm2clip-", ignore_cleanup_errors=True) as folder:
         copy = Path(folder, path.name)
-        path.files.get_file(path.path, str(copy))
+        path.fs.get_file(path.path, str(copy))
         yield copy
 
 
@@ -203,7 +124,8 @@ def local_file(path: AnyPath) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="llm2clip-") as folder:
         file = Path(folder, path.name)
         yield file
-        path.put(file)
+        path.fs.makedirs(path.parent.path, exist_ok=True)
+        path.fs.put_file(str(file), path.path)
 
 
 def remove_tree(path: AnyPath) -> None:
@@ -212,7 +134,7 @@ def remove_tree(path: AnyPath) -> None:
         shutil.rmtree(path, ignore_errors=True)
         return
     if found := path.sizes():
-        path.files.rm([f"{path.path}/{name}" for name in found])
+        path.fs.rm([f"{path.path}/{name}" for name in found])
 
 
 @contextmanager
