@@ -17,8 +17,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
 from llm2clip import cli
-from llm2clip.utils.library_errors import explain
-from modeling_llm2clip import LLM2CLIPTextModel
+from llm2clip.utils.library_errors import explain, wrap_write_errors
 from tests.llm2clip import tiny
 from tests.llm2clip.conftest import Inputs
 from tests.modeling_llm2clip import tiny as tiny_models
@@ -91,9 +90,6 @@ def test_a_damaged_text_tower_is_named(inputs: Inputs, tmp_path: Path, capsys: p
     for arguments in (["build", tmp_path / "text", tmp_path / "new"], convert[:3]):
         said = error_of(capsys, *arguments)
         assert (str(path.parent) in said and path.name in said) or arguments[0] == "convert"
-    with pytest.raises(Exception) as error:  # noqa: PT011
-        LLM2CLIPTextModel.from_pretrained(tmp_path / "text")
-    assert str(path) in str(explain(error.value))
 
 
 CAPTIONS = {
@@ -199,10 +195,9 @@ def test_a_tokenizer_on_a_full_disk_is_named(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny.save_llm(tmp_path / "llm"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tokenizer.json").symlink_to("/dev/full")
-    with pytest.raises(Exception, match="No space left on device") as error:
+    message = re.escape(f"{tmp_path / 'out'} cannot be written: No space left on device (os error 28)")
+    with pytest.raises(OSError, match=message), wrap_write_errors(tmp_path / "out"):
         tokenizer.save_pretrained(tmp_path / "out")
-    path = tmp_path / "out" / "tokenizer.json"
-    assert explain(error.value) == f"{path} cannot be read or written: No space left on device (os error 28)."
 
 
 def test_what_is_not_known_keeps_its_traceback() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from llm2clip.recipes import field_places, find_recipe, load_recipe
 from llm2clip.utils.help_text import Row, format_help, option_groups
-from llm2clip.utils.library_errors import PEER_ENDED, explain
+from llm2clip.utils.library_errors import PEER_ENDED, explain, wrap_weight_errors
 from llm2clip.utils.logs import LogFile, command_logs, printable, quiet_libraries
 from llm2clip.utils.options import OptionParser, unknown_option
 from llm2clip.utils.progress import close_bars, is_main_process
@@ -183,7 +183,8 @@ def _run(name: str, arguments: list[str], log_file: LogFile) -> dict[str, Any]:
         logger.info("llm2clip %s: %s\nLog: %s", name, command.help, log_file.open(config.output_dir))
     else:
         log_file.discard()
-    return (module.run(config, resume=resume) if command.resumes else module.run(config)) or {}
+    with wrap_weight_errors(value for value in vars(config).values() if isinstance(value, str)):
+        return (module.run(config, resume=resume) if command.resumes else module.run(config)) or {}
 
 
 def _failed(name: str, error: Exception, log_file: LogFile, raises: bool) -> int:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llm2clip.utils import files
+from llm2clip.utils.library_errors import wrap_write_errors
 from tests.processes import run_python
 
 
@@ -58,9 +59,9 @@ except OSError as error:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
 def test_what_torch_cannot_save_is_an_error_of_the_system(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
-    with pytest.raises(OSError, match="checkpoint cannot be written: "), files.wrap_write_errors(path):
+    with pytest.raises(OSError, match="checkpoint cannot be written: "), wrap_write_errors(path):
         torch.save({"step": torch.zeros(1 << 20)}, "/dev/full")
-    with pytest.raises(RuntimeError, match="shapes"), files.wrap_write_errors(path):
+    with pytest.raises(RuntimeError, match="shapes"), wrap_write_errors(path):
         torch.zeros(2, 3) @ torch.zeros(2, 3)
 
 

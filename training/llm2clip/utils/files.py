@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ from importlib.metadata import files as distribution_files
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from llm2clip.utils.library_errors import wrap_write_errors
 
 if TYPE_CHECKING:
     from llm2clip.utils.remote_path import AnyPath
@@ -25,11 +24,6 @@ READ_SIZE = 1 << 22
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)\.(?P<process>\d+)\.tmp")
 # The name of a file that safetensors has not finished.
 UNFINISHED_TENSORS = re.compile(r"\.tmp\w{6}")
-# Errors of writing to an open file, which say nothing of which.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-# Errors of torch.save: it cannot open or write its file.
-TORCH_WRITES = re.compile(r"PytorchStreamWriter|inline_container|cannot be opened|iostream error")
 
 
 @contextmanager
@@ -64,26 +58,6 @@ def temporary_path(path: Path) -> Iterator[Path]:
 def temporary_name(path: Path) -> Path:
     """Return the path beside `path` that this process writes before it renames it; see [`leftovers`]."""
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
-
-
-@contextmanager
-def wrap_write_errors(path: Path) -> Iterator[None]:
-    """Let the errors of writing in the block be errors of the system that name what is written, a file or a folder.
-
-    The system does not say which file it could not write to, and safetensors and torch hide its errors.
-    """
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-    except OSError as error:
-        if error.errno in FULL and error.filename is None:
-            error.filename = os.fspath(path)
-        raise
-    except RuntimeError as error:
-        if not TORCH_WRITES.search(str(error)):
-            raise
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
 
 
 def replace(temporary: Path, path: Path) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llm2clip.utils.files import leftovers, temporary_name, wrap_write_errors
+from llm2clip.utils.files import leftovers, temporary_name
+from llm2clip.utils.library_errors import wrap_write_errors
 from llm2clip.utils.manifests import FOLDER_MANIFEST, foreign_files, write_manifest
 
 logger = logging.getLogger(__name__)

@@ -1,13 +1,16 @@
-"""Errors of libraries that are nobody's bug: a damaged file, a full memory, a process that has died."""
+"""Errors of libraries that are nobody's bug: a damaged file, a full disk or memory, a process that has died."""
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 # What the processes of a run see when another one has died: gloo, NCCL and the store of torchrun.
 PEER = re.compile(
@@ -19,6 +22,10 @@ PEER_ENDED = "another process of this run has ended; its own message says why"
 WORKER = re.compile(r"DataLoader worker .*?(exited unexpectedly|killed by signal: (?P<signal>[^.]*))", re.DOTALL)
 # How libraries in Rust word an error of the system.
 SYSTEM = re.compile(r"[A-Z][\w /-]+ \(os error \d+\)")
+# Errors of writing to an open file, which say nothing of which.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# Errors of torch.save: it cannot open or write its file.
+TORCH_WRITES = re.compile(r"PytorchStreamWriter|inline_container|cannot be opened|iostream error")
 OUT_OF_MEMORY = (
     "the memory of the accelerator is full: lower the batch size, or set tower_chunk_size or activation_checkpointing"
 )
@@ -28,8 +35,8 @@ def explain(error: BaseException) -> str | None:
     """Say in one line what an error of a library is about and what to do; None if it may be a bug."""
     kind = f"{type(error).__module__}.{type(error).__qualname__}"
     text = str(error)
-    if kind.endswith("SafetensorError"):
-        return _damaged_weights(error)
+    if isinstance(error, SafetensorError):
+        return f"a file of weights is damaged or cut short ({error}); copy, download or build it again."
     # The first error of the worker's end is the context of the last one.
     if (worker := WORKER.search(f"{error.__cause__ or error.__context__} {text}")) is not None:
         how = f"was killed (signal: {worker['signal']})" if worker["signal"] else "has ended"
@@ -46,9 +53,6 @@ def explain(error: BaseException) -> str | None:
         )
     if kind.startswith("torch.") and "OutOfMemoryError" in kind:
         return f"{OUT_OF_MEMORY}. ({text.splitlines()[0]})"
-    if type(error) is Exception and (found := SYSTEM.search(text)):  # of the tokenizers library, on a full disk
-        path = next(iter(_paths(error, ".json")), None)
-        return f"{'a file' if path is None else path} cannot be read or written: {found[0]}."
     if isinstance(error, MemoryError):
         return "the memory of the machine is full."
     if isinstance(error, RuntimeError) and PEER.search(text) and _comes_through(error, "distributed"):
@@ -81,20 +85,53 @@ def wrap_read_errors(path: object, kind: type[ValueError] = ValueError) -> Itera
         raise kind(f"{path} cannot be read: {reason.rstrip('.')}.") from error
 
 
-def _damaged_weights(error: BaseException) -> str:
-    """Name the file that the safetensors library could not read, which its error does not."""
-    path = next((path for path in _paths(error, "tensors") if path.is_file()), None)
-    where = "a file of weights" if path is None else str(path)
-    return f"{where} is damaged or cut short ({error}); copy, download or build it again."
+@contextmanager
+def wrap_write_errors(path: Path) -> Iterator[None]:
+    """Let the errors of writing in the block be errors of the system that name what is written, a file or a folder.
+
+    The system does not say which file it could not write to; safetensors, torch and tokenizers hide its errors.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+    except Exception as error:
+        is_of_torch = isinstance(error, RuntimeError) and TORCH_WRITES.search(str(error))
+        is_of_tokenizers = type(error) is Exception and SYSTEM.search(str(error))
+        if not (isinstance(error, SafetensorError) or is_of_torch or is_of_tokenizers):
+            raise
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
 
 
-def _paths(error: BaseException, ending: str) -> list[Path]:
-    """Return the paths with this ending in the calls that the error went through, the innermost first."""
-    found: list[Path] = []
-    for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
-        values: list[Any] = [*frame.f_locals.values()]
-        found += [Path(value) for value in values if isinstance(value, (str, Path)) and str(value).endswith(ending)]
-    return found
+@contextmanager
+def wrap_weight_errors(names: Iterable[str]) -> Iterator[None]:
+    """Let an error of damaged weights in the block, which does not say where they are, name their file.
+
+    Args:
+        names: What the block may load: folders, Hub ids, anything else.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        if (path := _damaged_weights(names)) is None:
+            raise
+        raise ValueError(f"{path} is damaged or cut short ({error}); copy, download or build it again.") from error
+
+
+def _damaged_weights(names: Iterable[str]) -> Path | None:
+    # Imported here, because it imports torch, which --help must not wait for.
+    from llm2clip.utils.repos import local_folders
+
+    for folder in (folder for name in names for folder in local_folders(name)):
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]):
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except SafetensorError:
+                return path
+    return None
 
 
 def _comes_through(error: BaseException, package: str) -> bool:

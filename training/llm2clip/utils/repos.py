@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_config_file
 
@@ -117,6 +118,18 @@ def referred_folders(name: str | Path) -> list[Path]:
                 found.append(Path(other))
                 waiting.append(Path(other))
     return found
+
+
+def local_folders(name: str) -> list[Path]:
+    """Return the folders here that a model may be loaded from: its own, or that in the cache of the Hub, and others.
+
+    See [`referred_folders`]; none if there is no such model.
+    """
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True)) if hub_ids(name) else Path(name)
+        return [folder, *referred_folders(folder)] if folder.is_dir() else []
+    except (OSError, ValueError):
+        return []
 
 
 def is_hub_id(name: str) -> bool:
