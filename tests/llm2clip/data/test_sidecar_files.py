@@ -54,11 +54,10 @@ def test_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
     script = """
 import os, sys
 from pathlib import Path
-from llm2clip.utils.files import temporary_path
+from llm2clip.utils.files import temporary_name
+os.mkdir(sys.argv[1])
 for name in ("0.emb.safetensors", "1.emb.manifest", "2.emb.manifest"):
-    with temporary_path(Path(sys.argv[1], name)) as path:
-        pass
-    path.write_bytes(b"half")
+    temporary_name(Path(sys.argv[1], name)).write_bytes(b"half")
 os.kill(os.getpid(), 9)
 """
     assert run_python(["-c", script, str(out)], check=False).returncode == -9

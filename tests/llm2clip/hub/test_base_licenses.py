@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from llm2clip import cli
-from llm2clip.hub.base_licenses import Base, bases_of, choose_license
+from llm2clip.hub.base_licenses import Base, bases_of, choose_license, code_license
 from llm2clip.hub.cards.card import CARD, read_card
 from llm2clip.hub.license_terms import META
 from llm2clip.hub.source_model import SourceModel
-from llm2clip.utils.files import code_license
 from tests.loopback_hub import File, LoopbackHub, Repo
 from tests.modeling_llm2clip import tiny
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from torch.utils.data import DataLoader
 
 from llm2clip.data import OnError
 from llm2clip.encoders import OurEncoder
-from llm2clip.utils.files import digest_files
 from llm2clip.utils.model_identity import hub_commit
 from llm2clip.utils.progress import track
 
@@ -129,7 +129,12 @@ def _describe(name: str, revision: str | None, **fields: Any) -> ModelMeta:
     folder = Path(name)
     if folder.is_dir():
         files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
-        name, revision = f"local/{folder.resolve().name}", digest_files(files).hexdigest()[:40]
+        digest = hashlib.sha256()
+        for path in files:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                hashlib.file_digest(file, lambda: digest)
+        name, revision = f"local/{folder.resolve().name}", digest.hexdigest()[:40]
     else:
         revision = hub_commit(name, revision)
     return ModelMeta(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import files as distribution_files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from llm2clip.hub.cards.card import CARD, license_of, read_card
 from llm2clip.hub.cards.metadata import as_list
 from llm2clip.hub.hub_errors import HTTPError
 from llm2clip.hub.license_terms import NOTICE, TERMS, Terms, license_of_name, notice_with, read_notice
-from llm2clip.utils.files import code_license, read_json, write_text
+from llm2clip.utils.files import read_json, write_text
 from llm2clip.utils.repos import hub_ids
 
 logger = logging.getLogger(__name__)
@@ -297,3 +298,15 @@ def _license_text(base: Base, source: Path) -> str | None:
             text = path.read_text(encoding="utf-8", errors="replace")
             return None if text == code_license() else text
     return None
+
+
+def code_license() -> str:
+    """The text of the license of the code.
+
+    Raises:
+        FileNotFoundError: This installation lacks it.
+    """
+    found = [path for path in distribution_files("llm2clip") or [] if path.name == "LICENSE"]
+    if not found:
+        raise FileNotFoundError("this installation of llm2clip has no LICENSE file; install it again.")
+    return found[0].read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from rich.console import Console
 from llm2clip.data import OnError
 from llm2clip.evaluation.evaluate_config import EvaluateConfig
 from llm2clip.evaluation.own_data import described, open_caption_retrieval, open_retrieval
+from llm2clip.hub.base_licenses import code_license
 from llm2clip.hub.build_card import evaluation_of
 from llm2clip.hub.cards.card import license_of, read_card, write_card
 from llm2clip.hub.cards.curves import write_merge_curve
@@ -21,7 +22,7 @@ from llm2clip.hub.cards.facts import MERGE_CURVE, TEXT_TASK, CardFacts, summary
 from llm2clip.hub.cards.metadata import as_list
 from llm2clip.hub.mixture import Mixture, mix_joint, mix_text_towers, mix_vision
 from llm2clip.hub.source_model import SourceModel
-from llm2clip.utils.files import write_license
+from llm2clip.utils.files import write_text
 from llm2clip.utils.folders import atomic_folder, refuse_existing, refuse_nested
 from llm2clip.utils.manifests import refuse_damaged
 from llm2clip.utils.processes import on_main_process, process_state
@@ -219,7 +220,7 @@ def _write(
     if curve:
         facts.evaluations = [evaluation_of(described(evaluation, curve[chosen]))]
     write_card(folder, facts)
-    write_license(folder)
+    write_text(folder / "LICENSE", code_license())
 
 
 def _card_facts(config: MergeConfig, mixture: Mixture) -> CardFacts:

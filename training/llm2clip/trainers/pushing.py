@@ -11,11 +11,12 @@ from typing import Any, cast
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
+from llm2clip.hub.base_licenses import code_license
 from llm2clip.hub.hub_errors import explanation
 from llm2clip.hub.upload import Uploader
 from llm2clip.trainers.checkpoints import SETTINGS
 from llm2clip.trainers.weight_average import AVERAGE_FILE
-from llm2clip.utils.files import atomic_path, write_license
+from llm2clip.utils.files import atomic_path, write_text
 from llm2clip.utils.manifests import FOLDER_MANIFEST
 from llm2clip.utils.repos import hub_ids
 
@@ -92,7 +93,7 @@ class PushingTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         folder = Path(str(self.args.output_dir))
-        write_license(folder)
+        write_text(folder / "LICENSE", code_license())
         uploader = Uploader(
             self.args.hub_model_id or folder.absolute().name,
             revision=self.args.hub_revision,

@@ -7,10 +7,8 @@ import json
 import os
 import re
 import socket
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import files as distribution_files
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -35,71 +33,44 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     [`remove_leftovers`]. The folder of `path` is created.
     """
     path = Path(path)
-    with temporary_path(path) as temporary:
-        yield temporary
-        replace(temporary, path)
-
-
-@contextmanager
-def temporary_path(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path`, whose folder is created; at the end of the block, what is left there is removed.
-
-    Its name contains host and process: two processes that write the same file do not mix.
-    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
         with wrap_write_errors(path):
             yield temporary
+            flush_file(temporary)
+            temporary.replace(path)
+            flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def temporary_name(path: Path) -> Path:
-    """Return the path beside `path` that this process writes before it renames it; see [`leftovers`]."""
+    """Return the path beside `path` that this process writes before it renames it; see [`leftovers`].
+
+    Its name contains host and process: two processes that write the same file do not mix.
+    """
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
 
 
-def replace(temporary: Path, path: Path) -> None:
-    """Rename a file to `path`, which it replaces, when its content is on the disk; the name is there at the end."""
-    flush_file(temporary)
-    temporary.replace(path)
-    flush_folder(path.parent)
-
-
-def remove_leftovers(paths: Iterable[Path], patience: float = 0.0) -> list[Path]:
+def remove_leftovers(paths: Iterable[Path]) -> list[Path]:
     """Remove the files that killed processes left while they wrote `paths`, and return them; see [`leftovers`]."""
-    removed = []
-    for path in leftovers(paths, patience):
+    removed = list(leftovers(paths))
+    for path in removed:
         path.unlink(missing_ok=True)
-        removed.append(path)
     return removed
 
 
-def leftovers(paths: Iterable[Path], patience: float = 0.0) -> Iterator[Path]:
-    """Find what killed processes of this machine left while they wrote `paths`, by its temporary name.
-
-    Nothing is found where the system cannot tell whether a process lives.
-
-    Args:
-        patience: Seconds in which a process that still lives may end.
-    """
-    deadline = time.monotonic() + patience
-    if os.name != "posix":
-        return
+def leftovers(paths: Iterable[Path]) -> Iterator[Path]:
+    """Find what killed processes of this machine left while they wrote `paths`, by its temporary name."""
     names: dict[Path, set[str]] = {}
     for path in paths:
         names.setdefault(path.parent, set()).add(path.name)
     for folder, written in names.items():
-        found = [name for name in os.listdir(folder) if name.endswith(".tmp")] if folder.is_dir() else []
-        for name in found:
-            part = LEFTOVER.fullmatch(name)
-            if not part or part["name"] not in written or part["host"] != _host():
-                continue
-            while (alive := _is_alive(int(part["process"]))) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            if not alive:
-                yield folder / name
+        for path in folder.glob(".*.tmp"):
+            part = LEFTOVER.fullmatch(path.name)
+            if part and part["name"] in written and part["host"] == _host() and not _is_alive(int(part["process"])):
+                yield path
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -117,22 +88,15 @@ def _host() -> str:
 
 
 def _is_alive(process: int) -> bool:
+    import psutil  # comes with accelerate
+
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        # One that has ended keeps its number until its parent asks how.
+        return psutil.Process(process).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
         return False
-    except OSError:  # another user's
+    except psutil.AccessDenied:
         return True
-    return not _has_ended(process)
-
-
-def _has_ended(process: int) -> bool:
-    """Whether a process only waits for its parent to ask how it ended; where the system cannot tell, it has not."""
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return False
-    return state in ("Z", "X")
 
 
 def require_writable(folder: Path) -> None:
@@ -202,43 +166,12 @@ def read_json(path: str | AnyPath) -> dict[str, Any]:
     return fields
 
 
-def digest_files(files: Iterable[Path]) -> Any:
-    """Return the SHA-256 (a `hashlib` object) of the names and contents of files in the given order."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(READ_SIZE):
-                digest.update(block)
-    return digest
-
-
 def sha256(path: Path) -> str:
     """Compute the SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(READ_SIZE):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_json(value: Any) -> str:
     """Hash a JSON value; returns 16 hexadecimal digits, which do not depend on the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write_license(folder: Path) -> None:
-    """Write the license of the code; the license of the weights is stated in the model card."""
-    write_text(folder / "LICENSE", code_license())
-
-
-def code_license() -> str:
-    """The text of the license of the code.
-
-    Raises:
-        FileNotFoundError: This installation lacks it.
-    """
-    found = [path for path in distribution_files("llm2clip") or [] if path.name == "LICENSE"]
-    if not found:
-        raise FileNotFoundError("this installation of llm2clip has no LICENSE file; install it again.")
-    return found[0].read_text(encoding="utf-8")
