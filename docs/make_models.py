@@ -20,9 +20,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
+from llm2clip.utils.attention_probe import LAYER_FIELDS, packs_exactly, verify_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
-from modeling_llm2clip.modeling_llm2clip_backbone import is_encoder, text_model_class
-from modeling_llm2clip.modeling_llm2clip_probe import LAYER_FIELDS, packs_exactly
+from modeling_llm2clip.modeling_llm2clip_decoder import is_encoder, text_model_class
 
 PAGE = Path(__file__).with_name("models.md")
 TABLE = re.compile(r"(?<=<!-- (decoders|encoders): made by docs/make_models\.py -->\n).*?(?=<!-- /\1 -->)", re.DOTALL)
@@ -167,6 +167,7 @@ def verdict(name: str) -> str | None:
         return None
     try:
         tower = LLM2CLIPTextModel.from_decoder(decoder)
+        verify_text_tower(tower)
     except ValueError as error:
         if "cannot be a text tower: " not in str(error):
             raise

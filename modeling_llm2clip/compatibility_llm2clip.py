@@ -1,15 +1,27 @@
-"""Convert JSON files written by transformers 5 so that transformers 4.57 reads them too."""
+"""What exists for transformers before 5.6 alone, 4.57 above all, and the attention flags of the models.
+
+One saved folder gives equal results in 4.57.6 and in every release from 5.2 on.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+# Whether decoders respect `is_causal` of their config; flash attention and FlexAttention are causal before.
+IS_CAUSAL_COUNTS = VERSION >= (5, 2)
+# CLIP and SigLIP towers nest their modules one level deeper before 5.6.
+NESTED_TOWERS = () if VERSION >= (5, 6) else ("clip_vision_model", "siglip_vision_model")
+NEST = "vision_model.vision_model"
 
 
 class AttentionBackends:
@@ -20,6 +32,52 @@ class AttentionBackends:
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+
+class ProcessorAttributes:
+    """Mixin of a processor: version 4 reads its parts here, version 5 in the signature, and warns about these."""
+
+    if VERSION < (5, 0):
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
+
+
+def version_4_interface(implementation: str, eager: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an attention function; `ALL_ATTENTION_FUNCTIONS.get_interface` of version 5."""
+    return eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+def loading_arguments(name: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of `from_pretrained` that a model with a vision tower needs.
+
+    Args:
+        hub: Arguments that locate the repository.
+    """
+    arguments: dict[str, Any] = {}
+    if NESTED_TOWERS:
+        fields, _ = PretrainedConfig.get_config_dict(name, **hub)
+        if fields.get("vision_config", {}).get("model_type") in NESTED_TOWERS:
+            arguments["key_mapping"] = {r"^vision_model\.": f"{NEST}."}
+    if VERSION < (5, 0):
+        # Of a part that is offloaded to disk, version 4 otherwise leaves the buffers at their initial values.
+        arguments["offload_buffers"] = True
+    return arguments
+
+
+def with_flat_tower(model: PreTrainedModel, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Name the weights of a vision tower as the newest version does; None, if they need not be named, as it is."""
+    if model.config.vision_config.model_type not in NESTED_TOWERS:
+        return state_dict
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    return {name.replace(f"{NEST}.", "vision_model.", 1): value for name, value in state_dict.items()}
+
+
+def record_dtype(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
+    """Write the dtype of a saved model: version 4 records that of its first parameter, which is logit_scale."""
+    if VERSION < (5, 0):
+        model.config.dtype = model.dtype
+        model.config.save_pretrained(folder)
 
 
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_local_base_freq", "global_rope_theta", "local_rope_theta")
@@ -44,8 +102,8 @@ def with_version_4_rope(decoder: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_version_4_rope(decoder: dict[str, Any]) -> dict[str, Any]:
-    """Remove the fields that [`with_version_4_rope`] adds."""
-    if decoder.get("rope_parameters") is None:
+    """Remove the fields that [`with_version_4_rope`] adds, where this version does not need them."""
+    if VERSION < (5, 0) or decoder.get("rope_parameters") is None:
         return decoder
     return {key: value for key, value in decoder.items() if key not in ROPE_FIELDS}
 

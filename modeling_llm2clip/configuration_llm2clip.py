@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .compatibility_llm2clip import VERSION, with_version_4_rope, without_version_4_rope
+from .compatibility_llm2clip import with_version_4_rope, without_version_4_rope
 
 # An integer, because transformers rejects layers with sliding attention that have no window.
 WHOLE_CAPTION = 2**30
@@ -41,9 +41,7 @@ def _as_config(config: PretrainedConfig | dict[str, Any] | None, default_type: s
     """Build a config from its JSON form: one of this module, or of any architecture that transformers supports."""
     if isinstance(config, PretrainedConfig):
         return config
-    fields = {"model_type": default_type, **(config or {})}
-    if VERSION >= (5, 0):
-        fields = without_version_4_rope(fields)
+    fields = dict(without_version_4_rope({"model_type": default_type, **(config or {})}))
     model_type = fields.pop("model_type")
     for own in (EVA02VisionConfig, LLM2CLIPTextConfig):
         if model_type == own.model_type:
@@ -169,7 +167,7 @@ class LLM2CLIPTextConfig(_AbsoluteNames, PretrainedConfig):
             text model does by itself, windows included, for encoders and embedding models.
         verified_attention: Attention implementations (`mask` for eager and sdpa) with which a probe found that the
             text model reads a caption in both directions and apart from its neighbours, or (`bidirectional=None`)
-            apart from padding. A tower without it is probed.
+            apart from padding. Without it only models of attention alone run, by the flags of transformers.
     """
 
     model_type = "llm2clip_text_model"

@@ -15,8 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# transformers 4.57 takes from a local folder only the modules that this one itself names.
-from .compatibility_llm2clip import AttentionBackends, with_version_4_rope  # noqa: F401
+from .compatibility_llm2clip import VERSION, AttentionBackends, version_4_interface
 from .configuration_llm2clip import EVA02VisionConfig
 
 ROPE_BASE = 10000.0
@@ -126,12 +125,11 @@ class EVA02Attention(nn.Module):
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         value = self.v_proj(hidden_states).view(shape)
         implementation = self.config._attn_implementation
-        attend: Any = eager_attention_forward
-        # transformers looks for this call in the source: without it, `set_attn_implementation` has no effect.
-        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        elif implementation != "eager":  # transformers 4
-            attend = ALL_ATTENTION_FUNCTIONS[implementation]
+        if VERSION >= (5, 0):
+            # transformers looks for this call in the source: without it, `set_attn_implementation` has no effect.
+            attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        else:
+            attend = version_4_interface(implementation, eager_attention_forward)
         output, weights = attend(
             self,
             query.transpose(1, 2),

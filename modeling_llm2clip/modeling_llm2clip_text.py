@@ -1,43 +1,51 @@
-"""The text tower: any decoder with bidirectional attention, or any encoder, pooled to one vector per caption."""
+"""The text tower: any decoder with bidirectional attention, or any encoder, pooled to one vector per caption.
+
+Decoders are made to attend in both directions. Encoders and embedding models keep their own attention.
+"""
 
 from __future__ import annotations
 
 import copy
 import importlib
+import inspect
+import json
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import find_adapter_config_file
+from transformers.utils.hub import cached_file
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
-from .compatibility_llm2clip import AttentionBackends, with_version_4_rope  # noqa: F401
-from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
-from .identity_llm2clip import is_readable, text_fingerprint
+from .compatibility_llm2clip import IS_CAUSAL_COUNTS, AttentionBackends
+from .configuration_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, disable_sliding_window
+from .identity_llm2clip import is_readable, merge_layers, merged_weights, text_fingerprint
 from .image_decoding_llm2clip import decode_image  # noqa: F401
-from .merging_llm2clip import merge_layers, merged_weights
-from .modeling_llm2clip_backbone import (
-    apply_dense,
+from .modeling_llm2clip_decoder import (
+    VARIABLE_LENGTHS,
+    PackedBatch,
     argument_names,
-    dense_layers,
-    load_dense,
-    load_text_model,
-    pack_if_worthwhile,
+    avoid_sdpa_without_softcap,
+    encoder_fields,
+    follows_masks,
+    is_encoder,
+    packed_mask,
+    padded_mask,
     position_offset,
-    remove_pooler,
-    text_fields,
+    require_verdict,
+    takes_additive_mask,
     text_model_class,
+    window_reach,
 )
-from .modeling_llm2clip_packing import avoid_sdpa_without_softcap, packed_mask, padded_mask
-from .modeling_llm2clip_probe import change_attention, disable_sliding_windows, verify_decoder
 from .modeling_llm2clip_utils import (
     adopt_submodel,
     apply_umask,
@@ -47,11 +55,81 @@ from .modeling_llm2clip_utils import (
     load_complete,
     pool,
 )
-from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
-from .sentence_transformers_llm2clip import is_embedding_model
 from .tokenization_llm2clip import tokenize_captions
 
 COMPOSITE_TYPE = LLM2CLIPConfig.model_type
+
+
+def load_plain(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """Load a plain text model: an LLM, an encoder, or an embedding model of sentence-transformers.
+
+    Args:
+        name: Repository id or folder.
+        options: Arguments of `from_pretrained`.
+
+    Returns:
+        The text model, and the weights of the Dense layers after pooling, named as in a `ModuleList`.
+    """
+    hub = hub_arguments(options)
+    trust = {key: options[key] for key in ("trust_remote_code", "code_revision") if key in options}
+    auto, own_options = text_model_class(AutoConfig.from_pretrained(name, **hub, **trust))
+    model, _ = load_complete(auto.from_pretrained, name, **own_options, **options)
+    folders = [module["path"] for module in embedding_modules(name, **hub) if module["type"].endswith("Dense")]
+    dense: dict[str, Tensor] = {}
+    for number, folder in enumerate(folders):
+        path = find_file(name, f"{folder}/model.safetensors", **hub)
+        if path is None:
+            raise ValueError(f"{folder} of {name} has no model.safetensors; save it again with sentence-transformers.")
+        dense |= {f"{number}.{key.removeprefix('linear.')}": value for key, value in load_file(path).items()}
+    return model, dense
+
+
+def embedding_modules(name: str, **hub: Any) -> list[dict[str, Any]]:
+    """Read `modules.json`, by which sentence-transformers describes an embedding model; empty if there is none."""
+    path = find_file(name, "modules.json", **hub)
+    modules: list[dict[str, Any]] = [] if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    return modules if any(module["type"].endswith("Pooling") for module in modules) else []
+
+
+def find_file(name: str, file: str, **hub: Any) -> str | None:
+    """Return the path of a file of a repository or folder, downloaded if necessary; None if there is none."""
+    absent = ("missing_entries", "connection_errors", "gated_repo")
+    quiet: dict[str, Any] = {f"_raise_exceptions_for_{what}": False for what in absent}
+    return cached_file(name, file, **quiet, **hub)
+
+
+class DenseLayers(nn.ModuleList):
+    """The linear layers after pooling, each with its activation: float32 `(batch, hidden)` to float32 `(batch, out)`.
+
+    Args:
+        width: Width of the pooled states.
+        layers: `dense` of the text config.
+    """
+
+    def __init__(self, width: int, layers: Sequence[Mapping[str, Any]]) -> None:
+        widths = [width, *(layer["out_features"] for layer in layers)]
+        super().__init__(
+            nn.Linear(before, layer["out_features"], bias=layer["bias"])
+            for before, layer in zip(widths, layers, strict=False)
+        )
+        self.activations = [ACT2FN[layer["activation"]] for layer in layers]
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Load weights from files; ValueError if they are other layers' or missing."""
+        expected = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
+        found = {name: tuple(weight.shape) for name, weight in state.items()}
+        if expected != found:
+            raise ValueError(
+                f"the config describes Dense layers with the weights {expected}, but the files have {found}; Dense "
+                "layers come from the folder of an embedding model, not from settings or from a loaded text model."
+            )
+        self.load_state_dict(state)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        linear: Any
+        for linear, activation in zip(self, self.activations, strict=True):
+            pooled = activation(linear(pooled.to(linear.weight.dtype))).float()
+        return pooled
 
 
 class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
@@ -80,12 +158,13 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             avoid_sdpa_without_softcap(config.decoder_config)
             auto, options = text_model_class(config.decoder_config)
             self.decoder = auto.from_config(config.decoder_config, **options)
-        self.dense = dense_layers(config.decoder_config.hidden_size, config.dense)
+        self.dense = DenseLayers(config.decoder_config.hidden_size, config.dense)
         # An existing decoder is attached after post_init(), which would initialise its weights again.
         self.post_init()
         if decoder is not None:
-            remove_pooler(decoder)
             adopt_submodel(self, "decoder", decoder)
+            if "add_pooling_layer" in inspect.signature(type(decoder).__init__).parameters:
+                self.decoder.pooler = None  # as text_model_class leaves it out
             self.dense.to(decoder.device, decoder.dtype)
             if config.bidirectional is not None:
                 decoder.config.is_causal = not config.bidirectional
@@ -93,12 +172,13 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         config.decoder_config = self.decoder.config
         self._arguments = argument_names(self.decoder, only_declared=config.bidirectional is None)
         self._first_position = position_offset(self.decoder)
-        # Whether captions of a row stay apart with an attention implementation; not saved, since versions differ.
+        # Whether captions of a row stay apart with an attention implementation, where a probe of the toolbox knows it.
+        # Not saved, since versions differ.
         self.packing_verdicts: dict[str, bool] = {}
-        if decoder is not None:
-            if config.bidirectional:
-                disable_sliding_windows(decoder)
-            verify_decoder(self)
+        if decoder is not None and config.bidirectional:
+            # In flash attention no mask decides it.
+            for holder in (decoder.config, *decoder.modules()):
+                disable_sliding_window(holder)
 
     @classmethod
     def from_decoder(
@@ -108,27 +188,29 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         decoder_kwargs: dict[str, Any] | None = None,
         **config_fields: Any,
     ) -> LLM2CLIPTextModel:
-        """Wrap a plain text model: an LLM, an encoder, or an embedding model of sentence-transformers.
+        """Wrap a plain text model: an LLM or an encoder.
 
         Args:
-            decoder: Repository id, folder, or a base model (`AutoModel`, without a head; its pooler is removed). Where
-                a repository has the files of sentence-transformers, prompt, pooling, Dense layers, normalisation and
-                length are those in the files.
+            decoder: Repository id, folder, or a base model (`AutoModel`, without a head; its pooler is removed).
             decoder_kwargs: Passed to `AutoModel.from_pretrained`.
-            config_fields: Fields of [`LLM2CLIPTextConfig`], which take precedence.
+            config_fields: Fields of [`LLM2CLIPTextConfig`].
 
         Raises:
-            ValueError: The model cannot be a text tower: a probe with a few tokens found that captions would not be
-                read in both directions, or not apart from padding and neighbours (not probed on the meta device); or
-                the files of sentence-transformers describe something else than a text tower does.
+            ValueError: The model cannot be a text tower, or is an embedding model of sentence-transformers, whose
+                files `llm2clip.open_text_tower` reads.
         """
         dense: dict[str, Tensor] = {}
-        if isinstance(decoder, PreTrainedModel):
-            model, fields = decoder, text_fields("", decoder.config, None, config_fields)
-        else:
-            model, fields, dense = load_text_model(os.fspath(decoder), decoder_kwargs or {}, config_fields)
-        tower = cls(LLM2CLIPTextConfig(decoder_config=model.config, **fields), decoder=model)
-        load_dense(tower.dense, dense)
+        if not isinstance(decoder, PreTrainedModel):
+            name, options = os.fspath(decoder), decoder_kwargs or {}
+            if "pooling" not in config_fields and embedding_modules(name, **hub_arguments(options)):
+                raise ValueError(
+                    f"{name} is an embedding model of sentence-transformers; llm2clip.open_text_tower(...) reads its "
+                    "prompt, pooling and length."
+                )
+            decoder, dense = load_plain(name, options)
+        fields = {**encoder_fields(decoder.config), **config_fields}
+        tower = cls(LLM2CLIPTextConfig(decoder_config=decoder.config, **fields), decoder=decoder)
+        tower.dense.load_weights(dense)
         return tower
 
     @classmethod
@@ -150,8 +232,7 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             default_config: Prompt and pooling if the repository has none (a plain text model, an adapter alone).
 
         Raises:
-            ValueError: Weights of the LLM are missing, or it cannot be a text tower (probed unless the config records
-                the verdict, or the tower's type is one that tests compare with the original code).
+            ValueError: Weights of the LLM are missing, or it cannot be a text tower.
         """
         # AutoModel replaces the name of an adapter with that of its base model, which lacks the prompt.
         adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
@@ -182,13 +263,12 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
                 config = config or cls.config_class.from_dict(fields["text_config"])
                 kwargs["key_mapping"] = {r"^text_model\.": ""}
             model, info = load_complete(super().from_pretrained, name, *model_args, config=config, **kwargs)
+        elif (config := config or default_config) is None:
+            model = cls.from_decoder(name, decoder_kwargs=kwargs)
         else:
-            config = config or default_config
-            # With a config, which has its own prompt, no tokenizer is read.
-            model = cls.from_decoder(name, decoder_kwargs=kwargs, **({} if config is None else {"prompt_prefix": ""}))
-            if config is not None:
-                model = cls._with_config(model, config)
-        verify_decoder(model, saved=True)
+            decoder, dense = load_plain(name, kwargs)
+            model = cls(copy.deepcopy(config), decoder=decoder)
+            model.dense.load_weights(dense)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -207,20 +287,20 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         cls, name: str, own: LLM2CLIPTextConfig | None, config: LLM2CLIPTextConfig | None, kwargs: dict[str, Any]
     ) -> LLM2CLIPTextModel:
         """Load an adapter; only `own`, the config in its repository, has the record of its LLM."""
-        if own is None and is_embedding_model(name, **hub_arguments(kwargs)):
+        hub = hub_arguments(kwargs)
+        if own is None and embedding_modules(name, **hub):
             raise ValueError(f"{name} is a sentence-transformers model and an adapter; merge and save it there.")
         # Not an import statement: transformers would require peft of everyone who loads this code from the Hub.
         try:
             peft = importlib.import_module("peft")
         except ImportError as error:
             raise ImportError(f"{name} is a PEFT adapter; install peft to load it: pip install peft") from error
-        hub = hub_arguments(kwargs)
         adapter = peft.PeftConfig.from_pretrained(name, **hub)
         base_kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
         if adapter.revision is not None:
             base_kwargs["revision"] = adapter.revision
         # The base model may be a text tower too, with its own weights or its own adapter.
-        base = cls.from_pretrained(adapter.base_model_name_or_path, **base_kwargs)
+        base = cls.from_pretrained(adapter.base_model_name_or_path, default_config=config, **base_kwargs)
         base.merge_adapter()
         model = cls._with_config(base, config or base.config)
         stored = _stored_dtype(adapter.base_model_name_or_path, hub_arguments(base_kwargs))
@@ -300,10 +380,6 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         exact = self.get_input_embeddings().weight.dtype in (torch.float32, torch.bfloat16)
         return (self.fingerprint() if exact and not self.has_rounded_base else None) or self.config.fingerprint
 
-    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """Change the attention implementation; ValueError if the decoder cannot be a text tower with it."""
-        change_attention(self, self, partial(super().set_attn_implementation, *args, **kwargs))
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -326,13 +402,14 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
             raise ValueError("pass input_ids from the tokenizer that was saved with this model.")
+        require_verdict(self.decoder, self.config)
         if attention_mask is None:
             attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         order = attention_mask.long().cumsum(dim=1)
         if pooling_mask is None:
             skipped = 0 if self.config.pool_prompt else self.config.num_prefix_tokens
             pooling_mask = attention_mask.bool() & (order > skipped)
-        packed = pack_if_worthwhile(self, attention_mask, order, kwargs)
+        packed = self._pack(attention_mask, order, kwargs)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         if packed is None:
             # Positions are counted from the caption's first token, so that nothing depends on the padding.
@@ -348,13 +425,38 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         if packed is not None:
             states = packed.unpack(states)
         masks = attention_mask.to(states.device), pooling_mask.to(states.device)
-        pooled = apply_dense(pool(states, *masks, self.config.pooling), self.dense, self.config.dense)
+        pooled = self.dense(pool(states, *masks, self.config.pooling))
         return BaseModelOutputWithPooling(
             last_hidden_state=states,
             pooler_output=F.normalize(pooled, dim=-1) if self.config.normalize else pooled,
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
         )
+
+    def _pack(self, attention_mask: Tensor, order: Tensor, kwargs: dict[str, Any]) -> PackedBatch | None:
+        """Pack a batch if attention can separate its captions and only the last states are requested."""
+        decoder, options = self.decoder, ("output_hidden_states", "output_attentions")
+        config, own_attention = decoder.config, self.config.bidirectional is None
+        asked = any(kwargs.get(name, getattr(config, name, False)) for name in options)
+        if asked or self.config.bidirectional is False or torch.compiler.is_compiling():
+            return None
+        single_row = config._attn_implementation in VARIABLE_LENGTHS
+        supported = (single_row or config._attn_implementation == "flex_attention") and IS_CAUSAL_COUNTS
+        by_mask = takes_additive_mask(decoder)
+        if not supported and not by_mask:
+            return None
+        packed = PackedBatch(attention_mask, order, single_row)
+        # Packing must save enough to make up for its larger mask.
+        limit = attention_mask.numel() - 1 if single_row else 0.9 * attention_mask.numel()
+        if packed.position_ids.numel() > limit:
+            return None
+        if own_attention:
+            known = by_mask and is_encoder(self.config.decoder_config) and follows_masks(decoder)
+            # A mask of captions replaces that of a window.
+            reach = window_reach(config)
+            fits = reach is None or packed.longest <= reach
+            return packed if fits and self.packing_verdicts.get(config._attn_implementation, known) else None
+        return packed
 
     def encode(
         self,

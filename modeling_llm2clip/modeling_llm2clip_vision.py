@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from pathlib import Path
@@ -13,21 +14,18 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .compatibility_llm2clip import VERSION, AttentionBackends
+from .compatibility_llm2clip import AttentionBackends, loading_arguments, record_dtype, with_flat_tower
 from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_eva02 import EVA02VisionModel
-from .modeling_llm2clip_features import (
+from .modeling_llm2clip_heads import (
     GATE,
     LLM2CLIPResidualHead,
     LLM2CLIPStandardization,
     build_visual_head,
     checked_statistics,
-    patch_tokens,
-    pool_alone,
-    pool_vision,
+    init_like_the_original,
     positive_deviation,
-    refuse_masked_tower,
 )
 from .modeling_llm2clip_utils import apply_umask, execution_device, hub_arguments, load_complete
 
@@ -35,11 +33,92 @@ from .modeling_llm2clip_utils import apply_umask, execution_device, hub_argument
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 from .tokenization_llm2clip import with_prompt  # noqa: F401
 
-# CLIP and SigLIP towers nest their modules one level deeper before transformers 5.6.
-NESTS_TOWERS = VERSION < (5, 6)
-NEST = "vision_model.vision_model"
-CLIP_TOWER = "clip_vision_model"
-NESTED_TOWERS = (CLIP_TOWER, "siglip_vision_model")
+# Inputs of towers that read images of any shape as padded lists of patches.
+MASK_INPUTS = ("pixel_attention_mask", "pixel_mask", "spatial_shapes")
+# Sequences of one token in an attention layer at once: kernels for GPUs take fewer than 2**16.
+ATTENTION_ROWS = 2**14
+
+
+def refuse_masked_tower(tower: nn.Module, pooling: str) -> None:
+    """Raise ValueError if a pooling needs the patches of a tower that pads them."""
+    masks = [name for name in inspect.signature(tower.forward).parameters if name in MASK_INPUTS]
+    if pooling != "cls" and masks:
+        raise ValueError(
+            f"vision_pooling {pooling!r} needs the patches of an image, but {type(tower).__name__} pads them "
+            f"({masks[0]}); use vision_pooling 'cls'."
+        )
+
+
+def pool_vision(tower: nn.Module, output: Any, pixel_values: Tensor, pooling: str) -> Tensor:
+    """Pool the output of a vision tower.
+
+    Args:
+        tower: The tower, whose output this is.
+        pixel_values: `(batch, channels, height, width)`.
+        pooling: One of `VISION_POOLINGS`.
+
+    Returns:
+        `(batch, vision_width)`; a mean is in float32, which is more accurate than 16 bits.
+
+    Raises:
+        ValueError: The tower has no pooled output of its own, or its patches cannot be told from other tokens.
+    """
+    own = output.get("pooler_output")
+    if pooling != "mean":
+        if own is None:
+            raise ValueError(f"{type(tower).__name__} has no pooled output; use vision_pooling 'mean'.")
+        own = own.flatten(1)
+    if pooling == "cls":
+        return own
+    mean = patch_tokens(tower, output, pixel_values).float().mean(dim=1)
+    return mean if pooling == "mean" else torch.cat([own.float(), mean], dim=-1)
+
+
+def patch_tokens(tower: nn.Module, output: Any, pixel_values: Tensor) -> Tensor:
+    """Select the patches of a tower's last hidden state, normalised as the tower normalises its pooled token.
+
+    Class and register tokens, which come first, are as many as there are tokens without a patch. A hierarchical tower
+    has none and fewer tokens than patches. The feature map of a convolutional tower has a token per position. A tower
+    that reads a list of patches (NaFlex) has no other tokens; `pixel_values` is then `(batch, patches, values)`.
+
+    Returns:
+        `(batch, patches, hidden_size)`.
+
+    Raises:
+        ValueError: The tower has no fixed patch size.
+    """
+    states = output.last_hidden_state
+    if states.ndim == 4:
+        return states.flatten(2).transpose(1, 2)
+    first = 0 if pixel_values.ndim == 3 else getattr(tower, "num_prefix_tokens", None)
+    if first is None:
+        size = getattr(tower.config, "patch_size", None)
+        sides = (size, size) if isinstance(size, int) else size
+        if not isinstance(sides, (tuple, list)) or len(sides) != 2:
+            raise ValueError(f"{type(tower).__name__} has no fixed patch size, so its patches cannot be pooled.")
+        height, width = pixel_values.shape[-2:]
+        first = max(states.shape[1] - (height // sides[0]) * (width // sides[1]), 0)
+    # Towers of the CLIP family have a norm before their layers, and another that they apply to the class token alone.
+    inner: Any = getattr(tower, "vision_model", tower)
+    is_clip = hasattr(inner, "pre_layrnorm") or hasattr(inner, "pre_layernorm")
+    if is_clip and hasattr(inner, "post_layernorm") and output.get("pooler_output") is not None:
+        states = inner.post_layernorm(states)
+    return states[:, first:]
+
+
+def pool_alone(tower: nn.Module, patches: Tensor) -> Tensor:
+    """Map every patch of [`patch_tokens`] to the space of the tower's pooled token.
+
+    A tower that pools by attention (SigLIP) pools each patch alone. In other towers the spaces are the same.
+
+    Returns:
+        `(batch, patches, hidden_size)`.
+    """
+    head: Any = getattr(getattr(tower, "vision_model", tower), "head", None)
+    if not hasattr(head, "probe"):
+        return patches
+    pooled = [head(part[:, None]) for part in patches.flatten(0, 1).split(ATTENTION_ROWS)]
+    return torch.cat(pooled).unflatten(0, patches.shape[:2])
 
 
 class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
@@ -55,7 +134,7 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
         self.vision_model: Any = EVA02VisionModel(config) if is_eva else AutoModel.from_config(config)
 
     def _build_visual_projection(self, tower: PreTrainedModel | None = None) -> None:
-        config = self.config
+        config: Any = self.config
         refuse_masked_tower(self.vision_model if tower is None else tower, config.vision_pooling)
         standardization = LLM2CLIPStandardization(config.vision_width) if config.standardize_vision else None
         self.visual_standardization: LLM2CLIPStandardization | None = standardization
@@ -84,22 +163,14 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
     @classmethod
     def _load(cls, name: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Load a checkpoint, and raise an error if weights are missing."""
-        if NESTS_TOWERS:
-            fields, _ = PretrainedConfig.get_config_dict(name, **hub_arguments(kwargs))
-            if fields.get("vision_config", {}).get("model_type") in NESTED_TOWERS:
-                kwargs["key_mapping"] = {r"^vision_model\.": f"{NEST}."}
-        if VERSION < (5, 0):
-            # Of a part that is offloaded to disk, version 4 otherwise leaves the buffers at their initial values.
-            kwargs.setdefault("offload_buffers", True)
+        kwargs = {**loading_arguments(name, hub_arguments(kwargs)), **kwargs}
         return load_complete(super().from_pretrained, name, *args, **kwargs)
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
         """Save the model, with the same parameter names in every transformers version."""
-        if NESTS_TOWERS and self.config.vision_config.model_type in NESTED_TOWERS:
-            state_dict = self.state_dict() if state_dict is None else state_dict
-            state_dict = {name.replace(f"{NEST}.", "vision_model.", 1): value for name, value in state_dict.items()}
+        state_dict = with_flat_tower(self, state_dict)
         if self._auto_class is not None:
             # Imported here: only a model that is saved needs it.
             from .pipeline_llm2clip import custom_pipelines
@@ -107,10 +178,8 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
             self.config.custom_pipelines = custom_pipelines(with_text="text" in self.input_modalities)
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         apply_umask(*Path(save_directory).glob("*.safetensors"))
-        if VERSION < (5, 0) and kwargs.get("is_main_process", True):
-            # Version 4 records the dtype of the first parameter, which is logit_scale.
-            self.config.dtype = self.dtype
-            self.config.save_pretrained(save_directory)
+        if kwargs.get("is_main_process", True):
+            record_dtype(self, save_directory)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -224,28 +293,6 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
         features = F.dropout(features, self.config.feature_dropout, self.training)
         weight = next(self.visual_projection.parameters(), None)
         return self.visual_projection(features if weight is None else features.to(weight.dtype))
-
-
-def init_like_the_original(linear: nn.Linear, tower: PretrainedConfig | None) -> None:
-    """Initialise a projection or a layer of the adapter as the original code does.
-
-    EVA's head starts near zero (`eva_vit_model.py`: 0.02 times `init_scale` 0.001), OpenAI's projection at
-    `width**-0.5` (`transformer.py`); the adapter, and the projection after a tower of timm, as torch's Linear.
-
-    Args:
-        tower: Config of the vision tower before the projection; None for the adapter.
-    """
-    # Only torch.nn.init, for the reason given in EVA02VisionModel.
-    bound = 0.0
-    if tower is not None and tower.model_type == EVA02VisionConfig.model_type:
-        nn.init.trunc_normal_(linear.weight, std=0.02 * 0.001)
-    elif tower is not None and tower.model_type == CLIP_TOWER:
-        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-    else:
-        nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-        bound = linear.in_features**-0.5
-    if linear.bias is not None:
-        nn.init.uniform_(linear.bias, -bound, bound)
 
 
 class LLM2CLIPVisionModelWithProjection(LLM2CLIPPreTrainedModel):

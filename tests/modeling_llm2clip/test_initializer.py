@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
-from modeling_llm2clip.modeling_llm2clip_features import LLM2CLIPGatedHead, build_visual_head
+from modeling_llm2clip.modeling_llm2clip_heads import LLM2CLIPGatedHead, build_visual_head
 from modeling_llm2clip.modeling_llm2clip_vision import load_vision_tower
 from tests.modeling_llm2clip import tiny
 

@@ -12,7 +12,7 @@ from transformers import AutoModel
 from transformers import modeling_flash_attention_utils as flash_utils
 
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
-from modeling_llm2clip.modeling_llm2clip_packing import PackedBatch, assign_rows
+from modeling_llm2clip.modeling_llm2clip_decoder import PackedBatch, assign_rows
 from tests.modeling_llm2clip import tiny
 
 LENGTHS = [3, 17, 1, 5, 9, 2, 2, 7]

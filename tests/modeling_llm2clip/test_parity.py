@@ -12,7 +12,7 @@ from llm2clip.convert.original import from_original
 from llm2clip.convert.resize import resize_clip_positions, resize_kernel
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.modeling_eva02 import EVA02VisionModel, apply_rotary, resize_position_embedding, rotary_table
-from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextAdapter
+from modeling_llm2clip.modeling_llm2clip_heads import LLM2CLIPTextAdapter
 from tests.golden import Golden, load_golden
 
 

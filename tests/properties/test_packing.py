@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_llm2clip.modeling_llm2clip_packing import PackedBatch, assign_rows
+from modeling_llm2clip.modeling_llm2clip_decoder import PackedBatch, assign_rows
 from modeling_llm2clip.modeling_llm2clip_utils import token_batches
 from tests.properties.inputs import quick
 

@@ -16,7 +16,7 @@ from llm2clip.convert.layouts import TIMM_EVA02
 from llm2clip.convert.original import to_original
 from llm2clip.convert.published import published_models
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPVisionModelWithProjection
-from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextAdapter
+from modeling_llm2clip.modeling_llm2clip_heads import LLM2CLIPTextAdapter
 from tests.llm2clip.convert import checkpoints
 
 pytestmark = pytest.mark.slow

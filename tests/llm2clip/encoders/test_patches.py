@@ -243,7 +243,7 @@ def test_zeros_complete_the_last_patches(build: Callable[[], Any]) -> None:
 def test_many_patches_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model, pixels = joint("siglip_vision_model"), torch.randn(2, 3, 28, 28)
     expected = patch_embeddings(model, pixels, values_only=True)
-    for module in ("llm2clip.encoders.patches", "modeling_llm2clip.modeling_llm2clip_features"):
+    for module in ("llm2clip.encoders.patches", "modeling_llm2clip.modeling_llm2clip_vision"):
         monkeypatch.setattr(f"{module}.ATTENTION_ROWS", 5)
     torch.testing.assert_close(patch_embeddings(model, pixels, values_only=True), expected, atol=1e-6, rtol=0)
 

@@ -264,7 +264,7 @@ def test_nothing_is_written_if_outputs_differ_in_a_new_process(
 
 def test_folder_without_its_code_does_not_load_in_a_new_process(tmp_path: Path) -> None:
     tiny.save(tmp_path / "model")
-    (tmp_path / "model" / "modeling_llm2clip_packing.py").unlink()
+    (tmp_path / "model" / "modeling_llm2clip_decoder.py").unlink()
     with pytest.raises(RuntimeError, match="does not load in a new process without this package"):
         new_process.outputs_of_new_process(tmp_path / "model", IMAGES[0], CAPTIONS)
 

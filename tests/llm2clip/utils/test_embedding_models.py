@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, FNetConfig, FNetModel
 
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
+from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.text_identity import read_fingerprint
 from llm2clip.utils.towers import describe_text_tower, open_text_tower, save_text_tower
-from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
-from tests.modeling_llm2clip import embedding_models
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
+from tests.modeling_llm2clip import embedding_models, tiny
 from tests.modeling_llm2clip.embedding_models import FAMILIES, TEXTS
 
 
@@ -110,13 +112,19 @@ def test_instructions_are_pooled_with_the_prompt(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_from_pretrained_reads_the_files_and_refuses_a_tokenizer_without_the_prompt(tmp_path: Path) -> None:
-    embedding_models.save(tmp_path / "text", "qwen3")
+def test_a_model_reads_the_weights_of_an_embedding_model_by_its_own_config(tmp_path: Path) -> None:
+    """As of a model that names the LLM's repository; its Dense layers are in that repository."""
+    embedding_models.save(tmp_path / "text", "gemma3_text")
     expected, tokenizer = open_text_tower(str(tmp_path / "text"))
-    model = LLM2CLIPTextModel.from_pretrained(tmp_path / "text")
+    fields = {"text": copy.deepcopy(expected.config), "text_model_name_or_path": str(tmp_path / "text")}
+    fields["text_model_fingerprint"] = expected.fingerprint()
+    tiny.joint_model(**fields).save_pretrained(tmp_path / "joint")
+    model = LLM2CLIPModel.from_pretrained(tmp_path / "joint").text_model
     torch.testing.assert_close(model.encode(TEXTS, tokenizer), expected.encode(TEXTS, tokenizer))
     with pytest.raises(ValueError, match=r"does not add the prompt.*llm2clip\.open_text_tower"):
         model.encode(TEXTS, AutoTokenizer.from_pretrained(tmp_path / "text"))
+    with pytest.raises(ValueError, match=r"is an embedding model .*llm2clip\.open_text_tower"):
+        LLM2CLIPTextModel.from_pretrained(tmp_path / "text")
 
 
 def test_a_repository_is_recognised_as_an_embedding_model(tmp_path: Path) -> None:
@@ -175,8 +183,11 @@ def test_a_plain_encoder_keeps_its_attention_and_pools_all_tokens() -> None:
 
 def test_a_model_that_mixes_padding_into_texts_is_refused() -> None:
     fnet = FNetModel(FNetConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=100))
+    tower = LLM2CLIPTextModel.from_decoder(fnet)
     with pytest.raises(ValueError, match="fnet with eager attention cannot be a text tower: a text's states depend"):
-        LLM2CLIPTextModel.from_decoder(fnet)
+        verify_text_tower(tower)
+    with pytest.raises(ValueError, match="fnet with eager attention is not known to be a text tower"):
+        tower(torch.arange(2, 9)[None])
 
 
 def test_dense_layers_are_not_made_up() -> None:

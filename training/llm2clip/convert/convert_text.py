@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from llm2clip.convert.checkpoint import Checkpoint, open_checkpoint
 from llm2clip.hub.cards.card import license_of, write_card
 from llm2clip.hub.cards.facts import TEXT_TASK, CardFacts
+from llm2clip.utils.attention_probe import stored_verdict, verify_text_tower
 from llm2clip.utils.files import write_json
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.progress import track
@@ -134,18 +134,8 @@ def _stream(
     make_readable_by_version_4(folder)
     _compare(expected, written.shapes)
     with wrap_read_errors(checkpoint.folder):
-        config.verified_attention = _probe(folder)
+        config.verified_attention = stored_verdict(str(folder))
     config.save_pretrained(folder)
-
-
-def _probe(folder: Path) -> list[str] | None:
-    """Probe the decoder of a written tower, as every load without a verdict would; see [`verify_decoder`].
-
-    Its weights stay on disk, and one layer at a time is in memory.
-    """
-    with TemporaryDirectory() as unused:
-        options: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": unused}
-        return LLM2CLIPTextModel.from_pretrained(folder, dtype="auto", **options).config.verified_attention
 
 
 def _read_shard(checkpoint: Checkpoint, file: Path, names: dict[str, str]) -> dict[str, Tensor]:
@@ -204,6 +194,7 @@ def _merge(
         decoder = model.merge_and_unload()
         print(f"merged: {adapter} (rank {peft_config.r}, alpha {peft_config.lora_alpha})")
     tower = LLM2CLIPTextModel(config, decoder=decoder)
+    verify_text_tower(tower)
     save_text_tower(tower, tokenizer, folder)
     loaded = LLM2CLIPTextModel.from_pretrained(folder)
     if loaded.fingerprint() != tower.fingerprint():

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from llm2clip.encoders.timm_patches import timm_patches, timm_tower
 from modeling_llm2clip.modeling_eva02 import resize_position_embedding
-from modeling_llm2clip.modeling_llm2clip_features import ATTENTION_ROWS, patch_tokens, pool_alone
 from modeling_llm2clip.modeling_llm2clip_utils import execution_device
+from modeling_llm2clip.modeling_llm2clip_vision import ATTENTION_ROWS, patch_tokens, pool_alone
 
 # Vision towers of transformers, with the names of their layers and of the attention in each.
 CLIP_LAYERS = ("encoder.layers", "self_attn")

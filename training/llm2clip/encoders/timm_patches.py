@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeling_llm2clip.modeling_llm2clip_features import ATTENTION_ROWS
+from modeling_llm2clip.modeling_llm2clip_vision import ATTENTION_ROWS
 
 PLAIN_TRANSFORMERS = {"timm.models.eva.Eva", "timm.models.vision_transformer.VisionTransformer"}
 # With any other pooling, such as the first principal component, a patch alone is no image.

@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 from llm2clip.hub.cards.facts import JOINT_TASK, TEXT_TASK, VISION_TASK
 from llm2clip.hub.new_process import CAPTIONS, compare_with_new_process, sample_llm_embeds, sample_picture
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
+from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.repos import OUR_MODELS, Repo, RepoKind, hub_ids, inspect_repo
 from llm2clip.utils.towers import save_text_tower
@@ -61,6 +62,7 @@ class SourceModel:
             tower = LLM2CLIPTextModel.from_pretrained(repo.name, **options).eval()
             if _is_merged(tower, merge_adapter):
                 tower.merge_adapter()
+            verify_text_tower(tower)
             return cls(tower, AutoTokenizer.from_pretrained(repo.name, **options), TEXT_TASK, True)
         if repo.kind is RepoKind.VISION_HALF:
             half = LLM2CLIPVisionModelWithProjection.from_pretrained(repo.name, **options).eval()
@@ -77,6 +79,7 @@ class SourceModel:
         model = LLM2CLIPModel.from_pretrained(repo.name, text_model=bundle, **options).eval()
         if bundle:
             model.text_model.merge_adapter()
+            verify_text_tower(model.text_model)
             model.config.text_model_name_or_path = model.config.text_model_revision = None
         elif text_model is not None:
             model.config.text_model_name_or_path, model.config.text_model_revision = text_model, None

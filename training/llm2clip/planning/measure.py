@@ -28,8 +28,7 @@ from llm2clip.trainers.mntp_config import MNTPConfig
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage2_config import Stage2Config
 from modeling_llm2clip import LLM2CLIPTextModel
-from modeling_llm2clip.modeling_llm2clip_backbone import apply_dense
-from modeling_llm2clip.modeling_llm2clip_packing import padded_mask
+from modeling_llm2clip.modeling_llm2clip_decoder import padded_mask
 from modeling_llm2clip.modeling_llm2clip_utils import pool
 
 # Computes outputs from a number of rows; the tokens of each are fixed.
@@ -114,7 +113,7 @@ def embed(tower: LLM2CLIPTextModel, rows: int, tokens: int) -> Tensor:
     """Embed captions without padding, as the tower's `forward` does, which reads the values of its masks."""
     states = _states(tower, rows, tokens)
     mask = torch.ones(rows, tokens, dtype=torch.long)
-    return apply_dense(pool(states, mask, mask, tower.config.pooling), tower.dense, tower.config.dense)
+    return tower.dense(pool(states, mask, mask, tower.config.pooling))
 
 
 def _states(tower: LLM2CLIPTextModel, rows: int, tokens: int) -> Tensor:

@@ -19,8 +19,7 @@ from llm2clip.trainers.stage2_config import Alignment
 from llm2clip.trainers.stored_pairs import StoredPairsDataset
 from llm2clip.utils.processes import on_main_process
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
-from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextAdapter
-from modeling_llm2clip.modeling_llm2clip_features import build_visual_head
+from modeling_llm2clip.modeling_llm2clip_heads import LLM2CLIPTextAdapter, build_visual_head
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from llm2clip.trainers.run_folder import stage_command
 from llm2clip.trainers.run_text_tower import REQUIRED, add_lora, load_text_tower, prepare
 from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo
 from llm2clip.utils.towers import loading_options
-from modeling_llm2clip.modeling_llm2clip_backbone import is_encoder
+from modeling_llm2clip.modeling_llm2clip_decoder import is_encoder
 
 
 @stage_command(*REQUIRED)

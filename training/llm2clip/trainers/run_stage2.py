@@ -29,12 +29,14 @@ from llm2clip.trainers.stage2_data import build_dataset
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from llm2clip.trainers.stored_pairs import collate_stored
 from llm2clip.trainers.warm_start import first_history, run_first_part, second_part
+from llm2clip.utils.attention_probe import stored_verdict, verify_text_tower
 from llm2clip.utils.locks import run_lock
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.settings import require
 from llm2clip.utils.text_identity import read_fingerprint
 from llm2clip.utils.towers import loading_options
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip.modeling_llm2clip_decoder import TESTED_TYPES
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +88,13 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
         model.config.feature_dropout = config.feature_dropout
     if config.online_text_model:
         model.load_text_model(**loading_options(config.text_model_dtype))
+        verify_text_tower(model.text_model)
     elif model.config.text_model_fingerprint is None:
         text = model.config.text_model_name_or_path, model.config.text_model_revision, model.config.text_config
         model.config.text_model_fingerprint = on_main_process(partial(read_fingerprint, *text))
+        if model.config.text_config.decoder_config.model_type not in TESTED_TYPES:
+            # For those who load the model without this package, whose code has no probe.
+            model.config.text_config.verified_attention = on_main_process(partial(stored_verdict, *text))
     if config.patch_dropout is not None:
         vision = model.vision_model
         if not hasattr(vision.config, "patch_dropout"):

@@ -19,7 +19,7 @@ from llm2clip.trainers.sharding import is_divided, undivided, undivided_building
 from llm2clip.trainers.text_tower_config import TextTowerConfig
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
-from modeling_llm2clip.merging_llm2clip import merged_weights
+from modeling_llm2clip.identity_llm2clip import merged_weights
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 

@@ -14,7 +14,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_co
 
 from llm2clip.utils.files import read_json
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPVisionModelWithProjection
-from modeling_llm2clip.sentence_transformers_llm2clip import is_embedding_model
+from modeling_llm2clip.modeling_llm2clip_text import embedding_modules
 
 
 class RepoKind(StrEnum):
@@ -88,7 +88,7 @@ def inspect_repo(name: str | Path, revision: str | None = None, **hub_arguments:
     if not config and not is_adapter:
         raise FileNotFoundError(f"{name} contains neither config.json nor adapter_config.json.")
     kind = _kind(config, is_adapter)
-    if kind is RepoKind.OTHER and is_embedding_model(name, **options):
+    if kind is RepoKind.OTHER and embedding_modules(name, **options):
         kind = RepoKind.EMBEDDING_MODEL
     return Repo(name, revision, kind, is_adapter, config)
 

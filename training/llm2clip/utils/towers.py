@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from llm2clip.utils.attention_probe import verify_text_tower
+from llm2clip.utils.embedding_models import embedding_fields, read_embedding_model, with_lower_case
 from llm2clip.utils.prompts import original_prompt
 from llm2clip.utils.repos import OUR_MODELS, inspect_repo
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPTextModel, with_prompt
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
-from modeling_llm2clip.modeling_llm2clip_backbone import text_fields
-from modeling_llm2clip.sentence_transformers_llm2clip import read_embedding_model, with_lower_case
+from modeling_llm2clip.modeling_llm2clip_decoder import encoder_fields
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,10 @@ def open_text_tower(
             [`original_prompt`]).
 
     Raises:
-        ValueError: `prompt` is given for a text tower, whose config already defines the prompt; or the files of an
-            embedding model describe something that a text tower cannot do.
+        ValueError: `prompt` is given for a text tower, whose config already defines the prompt; a probe with a few
+            tokens found that captions would not be read in both directions, or not apart from padding and neighbours
+            (its verdict is kept in the config; see [`verify_text_tower`]); or the files of an embedding model describe
+            something that a text tower cannot do.
     """
     options = loading_options(dtype, attn_implementation, revision)
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
@@ -85,10 +88,12 @@ def open_text_tower(
         model.merge_adapter()
         if is_adapter and dtype not in ("float32", "auto"):
             model.to(getattr(torch, dtype))
-        return model, tokenizer
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    tokenizer, fields = _plain(name, revision, config, tokenizer, prompt)
-    return LLM2CLIPTextModel.from_decoder(decoder or name, decoder_kwargs=options, **fields), tokenizer
+    else:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        tokenizer, fields = _plain(name, revision, config, tokenizer, prompt)
+        model = LLM2CLIPTextModel.from_decoder(decoder or name, decoder_kwargs=options, **fields)
+    verify_text_tower(model)
+    return model, tokenizer
 
 
 def save_text_tower(
@@ -124,10 +129,10 @@ def _plain(
     """Return the caption tokenizer of a plain text model, and the fields of its text config, `given` first."""
     found = read_embedding_model(name, config, revision=revision)
     if found is None:
-        return prompted(tokenizer, _with_original_prompt(text_fields(name, config, None, given), config, name))
+        return prompted(tokenizer, _with_original_prompt({**encoder_fields(config), **given}, config, name))
     if found.lower_case:
         tokenizer = with_lower_case(tokenizer)
-    return prompted(tokenizer, text_fields(name, config, found, given))
+    return prompted(tokenizer, embedding_fields(name, found, given))
 
 
 def _with_original_prompt(prompt: dict[str, Any], config: Any, name: str) -> dict[str, Any]:

@@ -1,23 +1,22 @@
-"""From the output of a vision tower to image embeddings: pooling, standardisation and the head."""
+"""The modules between the towers and the shared space: standardisation, visual heads and the text adapter."""
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PretrainedConfig
 
-# Inputs of towers that read images of any shape as padded lists of patches.
-MASK_INPUTS = ("pixel_attention_mask", "pixel_mask", "spatial_shapes")
+from .configuration_llm2clip import EVA02VisionConfig, LLM2CLIPConfig
+
 # A standard deviation below this share of the mean (or of 1) is rounding: the feature is constant.
 CONSTANT = 1e-6
 # Initial factor of the trained part of a residual head.
 GATE = 0.1
-# Sequences of one token in an attention layer at once: kernels for GPUs take fewer than 2**16.
-ATTENTION_ROWS = 2**14
 
 
 class Float32Buffers(nn.Module):
@@ -89,11 +88,8 @@ class LLM2CLIPResidualHead(nn.Module):
         return self.linear(features) + self.gate * self.part(features)
 
 
-def build_visual_head(config: Any) -> nn.Module:
+def build_visual_head(config: LLM2CLIPConfig) -> nn.Module:
     """Build the module between the (standardised) vision features and the shared space.
-
-    Args:
-        config: An [`LLM2CLIPConfig`].
 
     Raises:
         ValueError: There is none, and the features have another width than the shared space.
@@ -114,86 +110,80 @@ def build_visual_head(config: Any) -> nn.Module:
     return nn.Identity()
 
 
-def refuse_masked_tower(tower: nn.Module, pooling: str) -> None:
-    """Raise ValueError if a pooling needs the patches of a tower that pads them."""
-    masks = [name for name in inspect.signature(tower.forward).parameters if name in MASK_INPUTS]
-    if pooling != "cls" and masks:
-        raise ValueError(
-            f"vision_pooling {pooling!r} needs the patches of an image, but {type(tower).__name__} pads them "
-            f"({masks[0]}); use vision_pooling 'cls'."
+class LLM2CLIPAdapterBlock(nn.Module):
+    """Residual block: `x + W2 GELU(W1 LN(x))`."""
+
+    def __init__(self, width: int, expansion: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, expansion * width)
+        self.fc2 = nn.Linear(expansion * width, width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states + self.fc2(F.gelu(self.fc1(self.norm(states))))
+
+
+class LLM2CLIPTextAdapter(Float32Buffers):
+    """Map an LLM's caption embedding to the space shared with images (paper, section 3.2).
+
+    With `text_head` `linear` there is only `proj`, and with `residual` this adapter is added to a linear map.
+    """
+
+    center: Tensor | None
+
+    def __init__(self, config: LLM2CLIPConfig) -> None:
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.normalize = config.adapter_normalize
+        self.register_buffer("center", torch.zeros(width, dtype=torch.float32) if config.center_text else None)
+        is_linear = config.text_head == "linear"
+        self.blocks = nn.Sequential(
+            *(
+                LLM2CLIPAdapterBlock(width, config.adapter_expansion)
+                for _ in range(0 if is_linear else config.adapter_num_layers)
+            )
         )
+        self.norm: nn.Module = nn.Identity() if is_linear else nn.LayerNorm(width)
+        self.proj = nn.Linear(width, config.projection_dim)
+        is_residual = config.text_head == "residual"
+        self.linear = nn.Linear(width, config.projection_dim) if is_residual else None
+        self.gate = nn.Parameter(torch.full((1,), GATE)) if is_residual else None
+
+    def prepare(self, llm_embeds: Tensor) -> Tensor:
+        """Centre and normalise embeddings `(batch, hidden_size)` as the config says; what the layers see."""
+        if self.center is None:
+            return F.normalize(llm_embeds, dim=-1) if self.normalize else llm_embeds
+        # In float32: the difference of two nearby values of 16 bits would be inaccurate.
+        states = llm_embeds.float() - self.center
+        return F.normalize(states, dim=-1) if self.normalize else states
+
+    def forward(self, llm_embeds: Tensor) -> Tensor:
+        dtype = self.proj.weight.dtype
+        states = self.prepare(llm_embeds if self.center is not None else llm_embeds.to(dtype)).to(dtype)
+        output = self.proj(self.norm(self.blocks(states)))
+        return output if self.linear is None else self.linear(states) + self.gate * output
 
 
-def pool_vision(tower: nn.Module, output: Any, pixel_values: Tensor, pooling: str) -> Tensor:
-    """Pool the output of a vision tower.
+def init_like_the_original(linear: nn.Linear, tower: PretrainedConfig | None) -> None:
+    """Initialise a projection or a layer of the adapter as the original code does.
+
+    EVA's head starts near zero (`eva_vit_model.py`: 0.02 times `init_scale` 0.001), OpenAI's projection at
+    `width**-0.5` (`transformer.py`); the adapter, and the projection after a tower of timm, as torch's Linear.
 
     Args:
-        tower: The tower, whose output this is.
-        pixel_values: `(batch, channels, height, width)`.
-        pooling: One of `VISION_POOLINGS`.
-
-    Returns:
-        `(batch, vision_width)`; a mean is in float32, which is more accurate than 16 bits.
-
-    Raises:
-        ValueError: The tower has no pooled output of its own, or its patches cannot be told from other tokens.
+        tower: Config of the vision tower before the projection; None for the adapter.
     """
-    own = output.get("pooler_output")
-    if pooling != "mean":
-        if own is None:
-            raise ValueError(f"{type(tower).__name__} has no pooled output; use vision_pooling 'mean'.")
-        own = own.flatten(1)
-    if pooling == "cls":
-        return own
-    mean = patch_tokens(tower, output, pixel_values).float().mean(dim=1)
-    return mean if pooling == "mean" else torch.cat([own.float(), mean], dim=-1)
-
-
-def patch_tokens(tower: nn.Module, output: Any, pixel_values: Tensor) -> Tensor:
-    """Select the patches of a tower's last hidden state, normalised as the tower normalises its pooled token.
-
-    Class and register tokens, which come first, are as many as there are tokens without a patch. A hierarchical tower
-    has none and fewer tokens than patches. The feature map of a convolutional tower has a token per position. A tower
-    that reads a list of patches (NaFlex) has no other tokens; `pixel_values` is then `(batch, patches, values)`.
-
-    Returns:
-        `(batch, patches, hidden_size)`.
-
-    Raises:
-        ValueError: The tower has no fixed patch size.
-    """
-    states = output.last_hidden_state
-    if states.ndim == 4:
-        return states.flatten(2).transpose(1, 2)
-    first = 0 if pixel_values.ndim == 3 else getattr(tower, "num_prefix_tokens", None)
-    if first is None:
-        size = getattr(tower.config, "patch_size", None)
-        sides = (size, size) if isinstance(size, int) else size
-        if not isinstance(sides, (tuple, list)) or len(sides) != 2:
-            raise ValueError(f"{type(tower).__name__} has no fixed patch size, so its patches cannot be pooled.")
-        height, width = pixel_values.shape[-2:]
-        first = max(states.shape[1] - (height // sides[0]) * (width // sides[1]), 0)
-    # Towers of the CLIP family have a norm before their layers, and another that they apply to the class token alone.
-    inner: Any = getattr(tower, "vision_model", tower)
-    is_clip = hasattr(inner, "pre_layrnorm") or hasattr(inner, "pre_layernorm")
-    if is_clip and hasattr(inner, "post_layernorm") and output.get("pooler_output") is not None:
-        states = inner.post_layernorm(states)
-    return states[:, first:]
-
-
-def pool_alone(tower: nn.Module, patches: Tensor) -> Tensor:
-    """Map every patch of [`patch_tokens`] to the space of the tower's pooled token.
-
-    A tower that pools by attention (SigLIP) pools each patch alone. In other towers the spaces are the same.
-
-    Returns:
-        `(batch, patches, hidden_size)`.
-    """
-    head: Any = getattr(getattr(tower, "vision_model", tower), "head", None)
-    if not hasattr(head, "probe"):
-        return patches
-    pooled = [head(part[:, None]) for part in patches.flatten(0, 1).split(ATTENTION_ROWS)]
-    return torch.cat(pooled).unflatten(0, patches.shape[:2])
+    # Only torch.nn.init, for the reason given in EVA02VisionModel.
+    bound = 0.0
+    if tower is not None and tower.model_type == EVA02VisionConfig.model_type:
+        nn.init.trunc_normal_(linear.weight, std=0.02 * 0.001)
+    elif tower is not None and tower.model_type == "clip_vision_model":
+        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+    else:
+        nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+        bound = linear.in_features**-0.5
+    if linear.bias is not None:
+        nn.init.uniform_(linear.bias, -bound, bound)
 
 
 def checked_statistics(name: str, values: Any, width: int) -> Tensor:

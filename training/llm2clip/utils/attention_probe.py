@@ -1,7 +1,8 @@
 """A check of text models: does every caption reach all of its tokens, and nothing but its own?
 
 Decoders with recurrent, convolutional or linear-attention layers, and decoders that make their own causal mask, accept
-the inputs of a text tower but give wrong embeddings. What a decoder does with a few tokens tells them apart.
+the inputs of a text tower but give wrong embeddings. What a decoder does with a few tokens tells them apart. The
+verdict is saved in the tower's config, where the code of the model reads it.
 
 Encoders and embedding models keep their own attention (`bidirectional=None`): what they do with a text alone is right
 by definition, padding must not change it, and captions share rows only where that does not change it either.
@@ -9,21 +10,22 @@ by definition, padding must not change it, and captions share rows only where th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from .configuration_llm2clip import disable_sliding_window
-from .modeling_llm2clip_packing import IS_CAUSAL_COUNTS, takes_additive_mask
-from .modeling_llm2clip_utils import execution_device
+from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
+from modeling_llm2clip.compatibility_llm2clip import IS_CAUSAL_COUNTS
+from modeling_llm2clip.modeling_llm2clip_decoder import attention_kind, takes_additive_mask
+from modeling_llm2clip.modeling_llm2clip_utils import execution_device
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # 1 - cosine of the states alone and in a batch that rounding explains; a real 30-layer LLM has 3e-9 in float32.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 1e-2}
@@ -32,46 +34,26 @@ LEAKS = {torch.float32: 5e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
 # Least relative change of states that see another token.
 REACTION = 1e-4
 CAPTION_TOKENS = 6
-# Towers of these types that were saved without a verdict are trusted: tests compare them with the original code.
-COMPARED_TYPES = ("gemma", "llama", "mistral", "phi3", "qwen2")
 LAYER_FIELDS = ("layer_types", "layers_block_type", "block_types", "hybrid_override_pattern")
 WORKING = "llama, qwen2, qwen3, mistral, gemma3_text or phi3"
 
 
-def disable_sliding_windows(decoder: nn.Module) -> None:
-    """Let every token attend to the whole caption where the mask does not decide it: in flash attention, in place."""
-    for holder in (decoder.config, *decoder.modules()):
-        disable_sliding_window(holder)
-
-
-def attention_kind(decoder: Any) -> str:
-    """Return the name under which the verdict on a decoder's attention implementation is remembered."""
-    return "mask" if takes_additive_mask(decoder) else decoder.config._attn_implementation
-
-
-def verify_decoder(tower: Any, saved: bool = False) -> None:
+def verify_text_tower(tower: LLM2CLIPTextModel) -> None:
     """Probe the text model of a tower with the attention it uses now, and remember the verdict in `tower.config`.
 
-    Nothing happens if the verdict is known, if the tower was made causal, or if the weights are not here yet.
-
-    Args:
-        tower: An `LLM2CLIPTextModel` with weights.
-        saved: Whether the tower comes from a checkpoint; see `COMPARED_TYPES`.
+    Nothing happens if the verdict is known, if the tower was made causal, or if the weights are not here.
 
     Raises:
-        ValueError: The decoder cannot be a text tower.
+        ValueError: The text model cannot be a text tower.
     """
     decoder, config = tower.decoder, tower.config
-    kind, verified = _kind_here(tower), config.verified_attention or []
-    own = config.bidirectional is None
+    kind, own = _kind_here(tower), config.bidirectional is None
     if config.bidirectional is False or not _is_probeable(decoder):
         return
     if own and kind == attention_kind(decoder) and tower.has_readable_weights:
-        # Now, not when it is first of use: every process of a sharded run would have to take part then.
         packs_exactly(tower)
+    verified = list(config.verified_attention or ())
     if kind in verified:
-        return
-    if saved and not own and config.decoder_config.model_type in COMPARED_TYPES:
         return
     used = decoder.config._attn_implementation
     here = "eager" if kind == "mask" and not takes_additive_mask(decoder) else used
@@ -85,30 +67,25 @@ def verify_decoder(tower: Any, saved: bool = False) -> None:
     config.verified_attention = [*verified, kind]
 
 
-def change_attention(model: PreTrainedModel, tower: Any, change: Callable[[], None]) -> None:
-    """Change the attention implementations of a model; none is changed if its text tower cannot work with its new one.
+def stored_verdict(
+    name: str, revision: str | None = None, config: LLM2CLIPTextConfig | None = None
+) -> list[str] | None:
+    """Probe a text model while its weights stay on disk, with one layer at a time in memory.
 
     Args:
-        tower: The text tower: the model itself, a part of it, or None.
-        change: Changes them, in the configs of the model's parts.
+        config: How a plain text model becomes a tower.
+
+    Returns:
+        What `verified_attention` of the tower's config should be.
 
     Raises:
-        ValueError: The decoder of the tower cannot be a text tower with that implementation.
+        ValueError: The text model cannot be a text tower.
     """
-    configs: list[Any] = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
-    before = [config._attn_implementation for config in configs]
-
-    def restore() -> None:
-        for config, implementation in zip(configs, before, strict=True):
-            # Not by the property, which would change the configs of the parts too.
-            config._attn_implementation_internal = implementation
-
-    with ExitStack() as unless_accepted:
-        unless_accepted.callback(restore)
-        change()
-        if tower is not None:
-            verify_decoder(tower, saved=True)
-        unless_accepted.pop_all()
+    with TemporaryDirectory() as unused:
+        options: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": unused, "dtype": "auto"}
+        tower = LLM2CLIPTextModel.from_pretrained(name, revision=revision, default_config=config, **options)
+        verify_text_tower(tower)
+        return tower.config.verified_attention
 
 
 def packs_exactly(tower: Any) -> bool:
@@ -208,9 +185,12 @@ def _is_probeable(decoder: Any) -> bool:
 
 
 @contextmanager
-def _undisturbed(tower: nn.Module) -> Iterator[None]:
-    """Run without gradients, dropout, autocast and compilation, and leave training mode and random numbers alone."""
-    device = execution_device(tower)
+def _undisturbed(tower: LLM2CLIPTextModel) -> Iterator[None]:
+    """Run without gradients, dropout, autocast and compilation, and leave training mode and random numbers alone.
+
+    The tower runs as if it were verified.
+    """
+    device, verdict = execution_device(tower), tower.config.verified_attention
     training = [module for module in tower.modules() if module.training]
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -219,9 +199,11 @@ def _undisturbed(tower: nn.Module) -> Iterator[None]:
         # FlexAttention would be compiled for a few tokens.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         tower.eval()
+        tower.config.verified_attention = ["mask", attention_kind(tower.decoder)]
         try:
             yield
         finally:
+            tower.config.verified_attention = verdict
             for module in training:
                 module.training = True
 

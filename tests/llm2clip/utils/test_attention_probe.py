@@ -1,7 +1,8 @@
-"""The probe of decoders: which can be a text tower, when it runs, and that it leaves no trace."""
+"""The probe of decoders, which can be a text tower, that it leaves no trace, and what runs without its verdict."""
 
 from __future__ import annotations
 
+import copy
 import json
 import runpy
 from collections.abc import Iterator
@@ -15,12 +16,15 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModel
 
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
-from modeling_llm2clip import modeling_llm2clip_probe as probe
+from llm2clip.utils import attention_probe
+from llm2clip.utils.attention_probe import stored_verdict, verify_text_tower
+from llm2clip.utils.towers import open_text_tower
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from modeling_llm2clip.modeling_llm2clip_decoder import attention_kind
 from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.test_packing import FlashOnCPU, flash  # noqa: F401
 
-MAKE_MODELS = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "make_models.py"))
+MAKE_MODELS = runpy.run_path(str(Path(__file__).parents[3] / "docs" / "make_models.py"))
 REFUSED = {
     "bloom": "cannot run with a mask",
     "jamba": "layers: linear_attention, full_attention",
@@ -57,23 +61,34 @@ def forget_verdict(folder: Path) -> None:
     path.write_text(json.dumps(config))
 
 
+def probed(decoder: Any, **fields: Any) -> LLM2CLIPTextModel:
+    tower = LLM2CLIPTextModel.from_decoder(decoder, **fields)
+    verify_text_tower(tower)
+    return tower
+
+
+IDS = torch.arange(2, 9)[None]
+
+
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_decoders_that_would_mix_captions_are_refused(model_type: str) -> None:
-    decoder = MAKE_MODELS["small_decoder"](model_type)
+    tower = LLM2CLIPTextModel.from_decoder(MAKE_MODELS["small_decoder"](model_type))
     with pytest.raises(
         ValueError, match=f"{model_type}.* cannot be a text tower: .*Use another LLM, such as"
     ) as found:
-        LLM2CLIPTextModel.from_decoder(decoder)
+        verify_text_tower(tower)
     # As Jamba calls its layers before transformers 5.16.
     message = str(found.value).replace("layers: mamba, attention", "layers: linear_attention, full_attention")
     assert REFUSED[model_type] in message
+    with pytest.raises(ValueError, match=f"{model_type} .* records no verdict.*llm2clip.open_text_tower"):
+        tower(IDS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("model_type", tiny.DECODERS)
 def test_the_verdict_is_remembered(model_type: str, dtype: torch.dtype) -> None:
     decoder = AutoModel.from_config(tiny.decoder_config(model_type)).to(dtype)
-    assert LLM2CLIPTextModel.from_decoder(decoder).config.verified_attention == ["mask"]
+    assert probed(decoder).config.verified_attention == ["mask"]
 
 
 def test_the_probe_leaves_no_trace() -> None:
@@ -84,65 +99,66 @@ def test_the_probe_leaves_no_trace() -> None:
     modes = [module.training for module in decoder.modules()]
     state = torch.random.get_rng_state()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        LLM2CLIPTextModel.from_decoder(decoder)
+        probed(decoder)
     assert torch.random.get_rng_state().equal(state)
     assert [module.training for module in decoder.modules()] == modes
     assert all(weight.grad is None and weight.requires_grad for weight in decoder.parameters())
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize(("model_type", "runs"), [("qwen3", True), ("llama", False)])
-def test_a_saved_tower_is_probed_only_without_a_verdict(model_type: str, runs: bool, tmp_path: Path) -> None:
-    decoder = AutoModel.from_config(tiny.decoder_config(model_type))
-    LLM2CLIPTextModel.from_decoder(decoder).save_pretrained(tmp_path)
-    with embedded_batches() as batches:
-        assert LLM2CLIPTextModel.from_pretrained(tmp_path).config.verified_attention == ["mask"]
-    assert not batches
-    forget_verdict(tmp_path)
-    with embedded_batches() as batches:
-        LLM2CLIPTextModel.from_pretrained(tmp_path)
-    assert bool(batches) == runs
-    assert all(ids.numel() <= 24 for ids in batches)
-
-
-@pytest.mark.parametrize("model_type", ["lfm2", "mamba"])
-def test_an_old_tower_of_a_refused_type_is_refused_when_it_is_loaded(model_type: str, tmp_path: Path) -> None:
-    decoder = MAKE_MODELS["small_decoder"](model_type)
-    config = LLM2CLIPTextConfig(decoder_config=decoder.config)
-    tower = LLM2CLIPTextModel(config)
-    tower.decoder.load_state_dict(decoder.state_dict())
+@pytest.mark.parametrize("model_type", ["qwen3", "falcon"])
+def test_a_verdict_is_saved_and_a_model_that_needs_one_is_refused_without(model_type: str, tmp_path: Path) -> None:
+    """By the flags of transformers, Falcon may not follow a mask."""
+    MAKE_MODELS["small_decoder"](model_type).save_pretrained(tmp_path / "llm")
+    tiny.plain_tokenizer().save_pretrained(tmp_path / "llm")
+    tower, _ = open_text_tower(str(tmp_path / "llm"))
     tower.save_pretrained(tmp_path / "tower")
-    with pytest.raises(ValueError, match="cannot be a text tower"):
-        LLM2CLIPTextModel.from_pretrained(tmp_path / "tower")
-    LLM2CLIPModel(tiny.joint_config(text=config)).save_pretrained(tmp_path / "joint")
-    with pytest.raises(ValueError, match="cannot be a text tower"):
-        LLM2CLIPModel.from_pretrained(tmp_path / "joint")
+    LLM2CLIPModel(tiny.joint_config(text=tower.config)).save_pretrained(tmp_path / "joint")
+    assert stored_verdict(str(tmp_path / "llm")) == stored_verdict(str(tmp_path / "tower")) == ["mask"]
+    for with_verdict in (True, False):
+        for part, cls in (("tower", LLM2CLIPTextModel), ("joint", LLM2CLIPModel)):
+            if not with_verdict:
+                forget_verdict(tmp_path / part)
+            with embedded_batches() as batches:
+                model = cls.from_pretrained(tmp_path / part)
+            assert not batches, "the code of a model does not probe"
+            if with_verdict or model_type == "qwen3":
+                model(IDS)
+                continue
+            with pytest.raises(ValueError, match=r"falcon with sdpa attention .*open_text_tower"):
+                model(IDS)
 
 
 def test_a_causal_baseline_is_not_probed() -> None:
     decoder = MAKE_MODELS["small_decoder"]("mamba2")
     with embedded_batches() as batches:
-        tower = LLM2CLIPTextModel.from_decoder(decoder, bidirectional=False)
+        tower = probed(decoder, bidirectional=False)
     assert not batches
     assert tower.config.verified_attention is None
+    tower(IDS)
 
 
 def test_weights_that_are_not_here_are_not_judged() -> None:
     with torch.device("meta"):
-        decoder = AutoModel.from_config(tiny.decoder_config("qwen3"))
-        assert LLM2CLIPTextModel.from_decoder(decoder).config.verified_attention is None
+        assert probed(AutoModel.from_config(tiny.decoder_config("qwen3"))).config.verified_attention is None
     zeros = AutoModel.from_config(tiny.decoder_config("qwen3"))
     for weight in zeros.parameters():
         weight.data.zero_()
-    assert LLM2CLIPTextModel.from_decoder(zeros).config.verified_attention is None
+    assert probed(zeros).config.verified_attention is None
 
 
 def test_another_attention_implementation_has_its_own_verdict() -> None:
-    model = tiny.text_model("qwen3")
-    model.set_attn_implementation("eager")
-    assert model.config.verified_attention == ["mask"]
-    model.set_attn_implementation("flex_attention")
-    assert model.config.verified_attention == ["mask", "flex_attention"]
+    tower = probed(MAKE_MODELS["small_decoder"]("olmo2"))
+    tower.set_attn_implementation("eager")
+    verify_text_tower(tower)
+    assert tower.config.verified_attention == ["mask"]
+    tower.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match=r"olmo2 with flex_attention .*, or use attn_implementation='sdpa'"):
+        tower(IDS)
+    verify_text_tower(tower)
+    assert tower.config.verified_attention == ["mask", "flex_attention"]
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        tower(IDS)
 
 
 @pytest.mark.parametrize(
@@ -155,41 +171,30 @@ def test_flash_attention_is_refused_where_it_reads_captions_differently(
     flash: FlashOnCPU,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tower = LLM2CLIPTextModel.from_decoder(MAKE_MODELS["small_decoder"](model_type))
+    tower = probed(MAKE_MODELS["small_decoder"](model_type))
     tower.decoder.config._attn_implementation_internal = "flash_attention_2"
-    probe.verify_decoder(tower)
+    verify_text_tower(tower)
     assert not flash.sequences, "a CPU has no flash attention"
-    monkeypatch.setattr(probe, "_kind_here", lambda tower: probe.attention_kind(tower.decoder))
+    monkeypatch.setattr(attention_probe, "_kind_here", lambda tower: attention_kind(tower.decoder))
     if fault is None:
-        probe.verify_decoder(tower)
+        verify_text_tower(tower)
         assert tower.config.verified_attention == ["mask", "flash_attention_2"]
     else:
         with pytest.raises(ValueError, match=f"{fault}.*Use attn_implementation='sdpa', or another LLM"):
-            probe.verify_decoder(tower)
+            verify_text_tower(tower)
     assert flash.sequences
 
 
 @pytest.mark.parametrize("asked", ["flex_attention", {"text_config": "flex_attention"}])
-def test_a_joint_model_refuses_the_attention_that_its_text_tower_refuses(asked: Any) -> None:
-    tower = LLM2CLIPTextModel.from_decoder(MAKE_MODELS["small_decoder"]("gpt_oss"))
-    model = LLM2CLIPModel(tiny.joint_config(text=tower.config), text_model=False)
+def test_a_joint_model_does_not_compute_with_an_attention_without_a_verdict(asked: Any) -> None:
+    tower = probed(MAKE_MODELS["small_decoder"]("gpt_oss"))
+    # Copied, since a new config resets the attention implementation.
+    model = LLM2CLIPModel(tiny.joint_config(text=copy.deepcopy(tower.config)), text_model=False)
     model.set_text_model(tower)
-    before = tower.decoder.config._attn_implementation
-    refusals = []
-    for door, kind in ((tower, "flex_attention"), (model, asked)):
-        with pytest.raises(ValueError, match=r"gpt_oss .*flex_attention attention cannot be a text tower") as found:
-            door.set_attn_implementation(kind)
-        refusals.append(str(found.value))
-        # What was refused is not in use.
-        assert tower.decoder.config._attn_implementation == before
-        assert model.vision_model.config._attn_implementation == "sdpa"
-    assert refusals[0] == refusals[1]
-    assert "flex_attention" not in tower.config.verified_attention
-
-
-def test_a_joint_model_remembers_the_verdict_of_its_text_tower() -> None:
-    model = tiny.joint_model(text=tiny.text_config("qwen3"))
-    model.set_attn_implementation("flex_attention")
-    assert model.config.text_config.verified_attention == ["flex_attention"]
-    model.text_model.set_attn_implementation("eager")
-    assert model.config.text_config.verified_attention == ["flex_attention", "mask"]
+    model(input_ids=IDS)
+    model.set_attn_implementation(asked)
+    with pytest.raises(ValueError, match="gpt_oss with flex_attention attention is not known to be a text tower"):
+        model(input_ids=IDS)
+    with pytest.raises(ValueError, match=r"gpt_oss .*flex_attention attention cannot be a text tower"):
+        verify_text_tower(tower)
+    assert model.config.text_config.verified_attention == ["mask"]

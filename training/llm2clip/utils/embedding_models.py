@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import load_file
 from tokenizers import normalizers
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
 
-MODULES_FILE = "modules.json"
+from modeling_llm2clip.modeling_llm2clip_text import find_file
+
 # The first one that exists counts.
 TRANSFORMER_FILES = tuple(
     f"sentence_{name}_config.json" for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta")
@@ -47,22 +46,10 @@ class EmbeddingModel(NamedTuple):
     Attributes:
         fields: Fields of [`LLM2CLIPTextConfig`]; `pool_prompt` is whether a prompt, if there is one, is pooled.
         lower_case: Whether texts are put in lower case before the tokenizer reads them.
-        dense_folders: The folders of the layers in `fields["dense"]`.
     """
 
     fields: dict[str, Any]
     lower_case: bool
-    dense_folders: list[str]
-
-
-def is_embedding_model(name: str, **hub: Any) -> bool:
-    """Return whether a repository or folder has the files of a text embedding model of sentence-transformers."""
-    modules = _read(name, MODULES_FILE, hub) or []
-    return any(_kind(module) == "Pooling" for module in modules)
-
-
-def _kind(module: dict[str, Any]) -> str:
-    return str(module["type"]).rpartition(".")[2]
 
 
 def read_embedding_model(name: str, config: PretrainedConfig, **hub: Any) -> EmbeddingModel | None:
@@ -78,10 +65,10 @@ def read_embedding_model(name: str, config: PretrainedConfig, **hub: Any) -> Emb
     Raises:
         ValueError: The files describe something that a text tower cannot do.
     """
-    modules = _read(name, MODULES_FILE, hub)
+    modules = _read(name, "modules.json", hub)
     if modules is None:
         return None
-    kinds = [_kind(module) for module in modules]
+    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
     paths = [module.get("path") or "" for module in modules]
     middle = kinds[2:-1] if kinds[-1] == "Normalize" else kinds[2:]
     if kinds[:2] != ["Transformer", "Pooling"] or set(middle) - {"Dense"} or paths[0]:
@@ -106,22 +93,25 @@ def read_embedding_model(name: str, config: PretrainedConfig, **hub: Any) -> Emb
     }
     if (length := _max_length(transformer, _read(name, "tokenizer_config.json", hub) or {}, config)) is not None:
         fields["max_text_length"] = length
-    return EmbeddingModel(fields, bool(transformer.get("do_lower_case")), folders)
+    return EmbeddingModel(fields, bool(transformer.get("do_lower_case")))
 
 
-def read_dense_weights(name: str, folders: list[str], **hub: Any) -> dict[str, Tensor]:
-    """Read the weights of the layers after pooling, named as in a `ModuleList`.
+def embedding_fields(name: str, found: EmbeddingModel, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the text config of an embedding model.
+
+    Args:
+        name: The model, for messages.
+        given: Fields that take precedence over the files.
 
     Raises:
-        ValueError: A layer has no weights in the safetensors format.
+        ValueError: The pooling leaves out the prompt in a way that a text tower cannot.
     """
-    state: dict[str, Tensor] = {}
-    for number, folder in enumerate(folders):
-        path = _find(name, f"{folder}/model.safetensors", hub)
-        if path is None:
-            raise refusal(name, f"{folder} has no model.safetensors; save it again with sentence-transformers")
-        state |= {f"{number}.{key.removeprefix('linear.')}": value for key, value in load_file(path).items()}
-    return state
+    fields = {**found.fields, **given}
+    # As in sentence-transformers, where only a prompt's presence leaves out what precedes the text.
+    fields["pool_prompt"] = fields["pool_prompt"] or not fields["prompt_prefix"]
+    if not fields["pool_prompt"] and fields["pooling"] in ("bos_token", "weighted_mean"):
+        raise refusal(name, f"{fields['pooling']} pooling without the prompt (include_prompt: false)")
+    return fields
 
 
 def with_lower_case(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -132,18 +122,9 @@ def with_lower_case(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def _find(name: str, file: str, hub: dict[str, Any]) -> str | None:
-    absent = ("missing_entries", "connection_errors", "gated_repo")
-    quiet: dict[str, Any] = {f"_raise_exceptions_for_{what}": False for what in absent}
-    return cached_file(name, file, **quiet, **hub)
-
-
 def _read(name: str, file: str, hub: dict[str, Any]) -> Any:
-    path = _find(name, file, hub)
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as stream:
-        return json.load(stream)
+    path = find_file(name, file, **hub)
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def refusal(name: str, fault: str) -> ValueError:

@@ -1,0 +1,278 @@
+"""The text model inside of a text tower: its class, what is known of its attention, its masks, and packing.
+
+Packing puts several short captions into a row of a batch, which then costs about as much as its tokens, not as its
+padding.
+"""
+
+from __future__ import annotations
+
+import inspect
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForTextEncoding, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+)
+
+from .compatibility_llm2clip import IS_CAUSAL_COUNTS
+from .configuration_llm2clip import WINDOW_FIELDS
+
+# Attention implementations for sequences without padding, which need the lengths of the captions.
+VARIABLE_LENGTHS = ("flash_attention_2", "flash_attention_3")
+# Types whose states the tests compare with every attention implementation.
+TESTED_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+# Kinds of layers that read no token but those that the mask shows.
+MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+# Total width of a window to both sides, in encoders.
+TWO_SIDED_WINDOW_FIELDS = ("local_attention",)
+
+# The usual limit of captions in tokens; encoders that have fewer positions get a lower one.
+LENGTH = 512
+
+
+def is_encoder_half(config: PretrainedConfig) -> bool:
+    """Return whether a type has an encoder and a decoder, and transformers has a class for its encoder alone (T5)."""
+    return str(MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type)).endswith("EncoderModel")
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Return whether a text model attends in both directions by its design: BERT and its kind, the encoder of T5."""
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return is_encoder_half(config) or (masked and not config.is_encoder_decoder)
+
+
+def text_model_class(config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
+    """Return the auto class that builds or loads a text model, and the arguments for it.
+
+    The layer that some encoders put on their first token is left out: published weights often lack it, and a text
+    tower pools the states itself.
+
+    Raises:
+        ValueError: The model is no text model, or an encoder with a decoder that transformers cannot separate.
+    """
+    if not hasattr(config, "hidden_size"):
+        raise ValueError(f"{config.model_type} has no hidden_size: it is not a text model, or consists of several.")
+    if config.is_encoder_decoder and not is_encoder_half(config):
+        raise ValueError(
+            f"{config.model_type} is an encoder with a decoder, of which transformers has no class for the encoder "
+            "alone; use a decoder, an encoder such as BERT, or T5."
+        )
+    auto: Any = AutoModelForTextEncoding if is_encoder_half(config) else AutoModel
+    found: Any = auto._model_mapping.get(type(config), None)
+    found = found[0] if isinstance(found, tuple) else found
+    has_pooler = found is not None and "add_pooling_layer" in inspect.signature(found.__init__).parameters
+    return auto, {"add_pooling_layer": False} if has_pooler else {}
+
+
+def encoder_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the fields of a text config by which an encoder differs from a decoder: none for a decoder."""
+    if not is_encoder(config):
+        return {}
+    fields = {"bidirectional": None, "pool_prompt": True}
+    positions = getattr(config, "max_position_embeddings", None) or LENGTH
+    return fields if positions >= LENGTH else {**fields, "max_text_length": positions}
+
+
+def argument_names(text_model: Any, only_declared: bool) -> tuple[str, ...]:
+    """Return which of the arguments `position_ids` and `use_cache` a text model takes.
+
+    Args:
+        only_declared: Whether arguments that it would take as `**kwargs` do not count: T5 passes them on to layers.
+    """
+    inner = text_model.get_base_model() if hasattr(text_model, "get_base_model") else text_model  # inside of PEFT
+    parameters = inspect.signature(type(inner).forward).parameters
+    anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()) and not only_declared
+    return tuple(name for name in ("position_ids", "use_cache") if anything or name in parameters)
+
+
+def position_offset(text_model: nn.Module) -> int:
+    """Return the position of the first token: RoBERTa and its kind count on from the index of the padding token."""
+    for module in text_model.modules():
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
+            return padding + 1
+    return 0
+
+
+def attention_kind(text_model: Any) -> str:
+    """Return the name under which the verdict on a text model's attention implementation is remembered."""
+    return "mask" if takes_additive_mask(text_model) else text_model.config._attn_implementation
+
+
+def require_verdict(text_model: Any, config: Any) -> None:
+    """Raise ValueError unless a text model is known to read a caption whole, and nothing but the caption.
+
+    Known is what `config`, the [`LLM2CLIPTextConfig`] of its tower, records, what the tests compare, and, with a mask,
+    what is made of attention alone.
+    """
+    kind, model_type = attention_kind(text_model), config.decoder_config.model_type
+    if config.bidirectional is False or kind in (config.verified_attention or ()) or model_type in TESTED_TYPES:
+        return
+    if kind != "mask" or not follows_masks(text_model):
+        other = "" if kind == "mask" else ", or use attn_implementation='sdpa'"
+        raise ValueError(
+            f"{model_type} with {text_model.config._attn_implementation} attention is not known to be a text tower, "
+            "which has to read every caption whole and apart from its neighbours, and the config records no verdict "
+            "(verified_attention). Open it once with llm2clip.open_text_tower (pip install llm2clip), which probes "
+            f"it, and save the result{other}."
+        )
+
+
+def follows_masks(text_model: Any) -> bool:
+    """Return whether by transformers' own flags a text model is made of attention that follows a 4-D mask."""
+    inner = text_model.get_base_model() if hasattr(text_model, "get_base_model") else text_model  # inside of PEFT
+    config, flags = inner.config, type(inner)
+    is_attention = set(getattr(config, "layer_types", None) or ()) <= MASKED_LAYERS and not flags._is_stateful
+    # MobileBERT reads three tokens at once, padding too.
+    is_attention = is_attention and not getattr(config, "trigram_input", False)
+    return bool(is_attention and flags._supports_sdpa and flags._supports_attention_backend)
+
+
+def window_reach(config: PretrainedConfig) -> int | None:
+    """Return how many tokens apart two tokens may be that no window separates; None if no layer has a window."""
+    fields = config.to_dict()
+    one_sided = [fields.get(name) for name in WINDOW_FIELDS]
+    two_sided = [fields.get(name) for name in TWO_SIDED_WINDOW_FIELDS]
+    reaches = [window // 2 for window in (*one_sided, *two_sided) if isinstance(window, int) and window > 0]
+    if reaches:
+        return min(reaches)
+    kinds = set(fields.get("layer_types") or ())
+    return None if kinds <= {"full_attention"} else 0
+
+
+def assign_rows(lengths: Sequence[int], capacity: int) -> tuple[list[int], list[int], int]:
+    """Assign captions of these `lengths` to rows of `capacity` tokens by best-fit decreasing bin packing.
+
+    Returns:
+        The row of each caption, the position of its first token in that row, and the number of rows.
+    """
+    rows, starts = [0] * len(lengths), [0] * len(lengths)
+    free: list[tuple[int, int]] = []  # (tokens left, row), ascending
+    num_rows = 0
+    for caption in sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True):
+        found = bisect_left(free, (lengths[caption], 0))
+        if found < len(free):
+            left, row = free.pop(found)
+        else:
+            left, row = capacity, num_rows
+            num_rows += 1
+        rows[caption], starts[caption] = row, capacity - left
+        if left > lengths[caption]:
+            insort(free, (left - lengths[caption], row))
+    return rows, starts, num_rows
+
+
+class PackedBatch:
+    """The positions of a padded batch's tokens in rows as long as its longest caption, or in a single row.
+
+    Args:
+        attention_mask: `(batch, tokens)`, 1 for real tokens.
+        order: `(batch, tokens)`, the 1-based position of each real token in its caption.
+        single_row: Whether all captions share one row, in their order.
+    """
+
+    def __init__(self, attention_mask: Tensor, order: Tensor, single_row: bool = False) -> None:
+        lengths = order[:, -1].tolist()
+        self.ends = [0, *accumulate(lengths)]
+        if single_row:
+            self.width, self.num_rows = max(1, self.ends[-1]), 1
+            rows, starts = [0] * len(lengths), self.ends[:-1]
+        else:
+            self.width = max([1, *lengths])
+            rows, starts, self.num_rows = assign_rows(lengths, self.width)
+        self.longest = max(lengths, default=0)
+        self.shape = attention_mask.shape
+        real, places = attention_mask.bool(), order - 1
+        self.source = real.flatten().nonzero().squeeze(1)
+        first = [row * self.width + start for row, start in zip(rows, starts, strict=True)]
+        self.target = (torch.tensor(first, dtype=torch.long, device=order.device)[:, None] + places)[real]
+        captions = torch.arange(1, len(lengths) + 1, device=order.device)[:, None].expand_as(order)
+        self.position_ids = self._rows(places[real])
+        # 0 where a row is not full: such positions attend only to each other.
+        self.caption_ids = self._rows(captions[real])
+
+    def _rows(self, values: Tensor) -> Tensor:
+        rows = values.new_zeros(self.num_rows * self.width, *values.shape[1:])
+        return rows.index_copy(0, self.target, values).unflatten(0, (self.num_rows, self.width))
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Rearrange `(batch, tokens, ...)` to `(rows, width, ...)`, zero where a row is not full."""
+        return self._rows(values.flatten(0, 1)[self.source])
+
+    def unpack(self, states: Tensor) -> Tensor:
+        """Rearrange `(rows, width, ...)` to `(batch, tokens, ...)`, zero at the padding."""
+        batch = states.new_zeros(self.shape[0] * self.shape[1], *states.shape[2:])
+        target, source = self.target.to(states.device), self.source.to(states.device)
+        return batch.index_copy(0, source, states.flatten(0, 1)[target]).unflatten(0, self.shape)
+
+    def visible(self) -> Tensor:
+        """Return the boolean mask `(rows, 1, width, width)` of the token pairs in the same caption."""
+        return (self.caption_ids[:, :, None] == self.caption_ids[:, None, :])[:, None]
+
+    def block_mask(self) -> Any:
+        """Return the same mask for FlexAttention."""
+        # Imported here: some torch versions lack it but support the other implementations.
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        ids, rows, width = self.caption_ids, self.num_rows, self.width
+        return create_block_mask(
+            lambda row, head, query, key: ids[row, query] == ids[row, key], rows, None, width, width, device=ids.device
+        )
+
+    def sequence_arguments(self) -> dict[str, Any]:
+        """Return flash attention's arguments for the caption boundaries in a single row."""
+        ends = torch.tensor(self.ends, dtype=torch.int32, device=self.caption_ids.device)
+        lengths = {"max_length_q": self.longest, "max_length_k": self.longest}
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, **lengths}
+
+
+def avoid_sdpa_without_softcap(config: PretrainedConfig) -> None:
+    """Select eager attention for Gemma 2: sdpa cannot cap the logits, which older transformers versions ignore."""
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation in (None, "sdpa"):
+        config._attn_implementation = "eager"
+
+
+def takes_additive_mask(decoder: Any) -> bool:
+    """Return whether a decoder's attention adds a 4-D mask to its logits, as in every transformers version.
+
+    The flag `is_causal` is less reliable: 4.57 ignores it, and a sliding window would hide part of a long caption.
+    """
+    return decoder.config._attn_implementation in ("eager", "sdpa")
+
+
+def additive_mask(decoder: Any, visible: Tensor) -> Tensor:
+    """Return 0 where a token is visible, and the smallest number of the decoder's dtype elsewhere."""
+    dtype: Any = decoder.get_input_embeddings().weight.dtype
+    if not dtype.is_floating_point:
+        dtype = torch.get_default_dtype()
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def padded_mask(decoder: Any, attention_mask: Tensor, bidirectional: bool | None) -> Tensor:
+    """Return the decoder's mask for a padded batch; ValueError if attention is causal in this transformers version."""
+    if not bidirectional:
+        return attention_mask
+    if takes_additive_mask(decoder):
+        row = additive_mask(decoder, attention_mask[:, None, None, :] != 0)
+        return row.expand(-1, 1, attention_mask.shape[1], -1)
+    if not IS_CAUSAL_COUNTS:
+        raise ValueError(
+            f"attn_implementation {decoder.config._attn_implementation!r} is causal in this transformers version; "
+            "use 'sdpa' or 'eager', or transformers >= 5.2."
+        )
+    return attention_mask
+
+
+def packed_mask(decoder: Any, packed: PackedBatch) -> dict[str, Any]:
+    """Return the decoder's arguments that separate the captions of a row."""
+    if takes_additive_mask(decoder):
+        return {"attention_mask": additive_mask(decoder, packed.visible())}
+    if decoder.config._attn_implementation == "flex_attention":
+        return {"attention_mask": packed.block_mask()}
+    return {"attention_mask": None, **packed.sequence_arguments()}
