@@ -31,7 +31,7 @@ from .modeling_llm2clip_utils import apply_umask, execution_device, hub_argument
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
-from .tokenization_llm2clip import with_prompt  # noqa: F401
+from .tokenization_llm2clip import tokenize_captions  # noqa: F401
 
 # Inputs of towers that read images of any shape as padded lists of patches.
 MASK_INPUTS = ("pixel_attention_mask", "pixel_mask", "spatial_shapes")

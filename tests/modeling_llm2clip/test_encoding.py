@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import random
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,21 +12,6 @@ from llm2clip.encoders import embed_captions
 from modeling_llm2clip import with_prompt
 from modeling_llm2clip.modeling_llm2clip_utils import CPU_BATCH_TOKENS, token_batches
 from tests.modeling_llm2clip import tiny
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_batches_contain_every_caption_once_and_respect_both_limits(seed: int) -> None:
-    rng = random.Random(seed)
-    lengths = [rng.randint(1, 120) for _ in range(rng.randint(1, 200))]
-    max_tokens, max_captions = rng.randint(60, 600), rng.randint(1, 20)
-    batches = token_batches(lengths, max_tokens, max_captions)
-    assert sorted(caption for batch in batches for caption in batch) == list(range(len(lengths)))
-    for batch in batches:
-        longest = max(lengths[caption] for caption in batch)
-        assert len(batch) <= max_captions
-        assert len(batch) == 1 or len(batch) * longest <= max_tokens
-    padded = sum(len(batch) * max(lengths[caption] for caption in batch) for batch in batches)
-    assert padded <= sum(lengths) + max_tokens + 120 * max_captions, "captions of a batch differ much in length"
 
 
 def test_batches_are_limited_by_tokens_alone_unless_max_captions_is_set() -> None:
@@ -81,32 +62,6 @@ def test_bfloat16_llm_returns_float32_embeddings_close_to_float32() -> None:
     rows = model.to(torch.bfloat16).encode(tiny.CAPTIONS, tokenizer())
     assert rows.dtype == torch.float32
     assert F.cosine_similarity(rows, expected).min() > 0.99
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
-def test_keep_freed_memory_avoids_page_faults() -> None:
-    code = """
-import resource, torch
-from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory
-
-def fresh_pages():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        blocks = [torch.ones(700_000) for _ in range(4)]
-        del blocks
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-fresh_pages()
-without = fresh_pages()
-keep_freed_memory()
-fresh_pages()
-print(without, fresh_pages())
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    without, kept = map(int, done.stdout.split())
-    # 20 times 4 blocks of 684 pages.
-    assert without > 10_000
-    assert kept < 1_000
 
 
 def test_embeddings_that_are_not_finite_are_an_error() -> None:

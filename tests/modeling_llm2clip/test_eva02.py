@@ -69,16 +69,3 @@ def test_inference_equals_the_forward_pass_with_gradients() -> None:
             torch.testing.assert_close(model(images).last_hidden_state, with_gradients.detach(), atol=1e-6, rtol=1e-6)
     doubled = copy.deepcopy(model).double()
     torch.testing.assert_close(doubled(images).last_hidden_state.float(), with_gradients, atol=1e-4, rtol=1e-4)
-
-
-def test_remaining_patches_keep_their_rotary_angles() -> None:
-    """The remaining patches are rotated by the angles of their positions in the whole image."""
-    model = EVA02VisionModel(vision_config(patch_dropout=0.5, num_hidden_layers=1)).train()
-    states, table = torch.randn(2, 17, 32), rotary_table(8, (4, 4), 3)
-    kept, angles = model._drop_patches(states, table)
-    assert kept.shape == (2, 9, 32)
-    for sample in range(2):
-        rows = [int((states[sample] == token).all(dim=1).nonzero()) for token in kept[sample]]
-        assert rows[0] == 0
-        assert len(set(rows)) == 9
-        assert angles[sample].equal(table[rows])

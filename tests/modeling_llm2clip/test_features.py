@@ -90,6 +90,8 @@ def test_towers_without_a_choice_are_refused() -> None:
         ({"visual_head": "mlp"}, "visual_head 'mlp' is unknown; choose one of linear, gated"),
         ({"visual_head": "gated", "visual_projection": False}, "'gated' is a visual projection"),
         ({"visual_head_expansion": 0}, "visual_head_expansion must be at least 1, not 0"),
+        ({"initializer": "zero"}, "initializer 'zero' is unknown; choose one of original, normal"),
+        ({"text_config": {"pooling": "max"}}, "pooling 'max' is unknown; choose one of mean"),
         ({"feature_dropout": 1.0}, "feature_dropout must be at least 0 and below 1, not 1.0"),
     ],
 )

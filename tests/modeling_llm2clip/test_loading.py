@@ -64,16 +64,6 @@ def test_device_map_places_the_parts_and_keeps_the_logits(device_map: Any, layou
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_auto_device_map_offloads_weights_beyond_max_memory(layout: str, tmp_path: Path) -> None:
-    folder, inputs, expected = saved(layout, tmp_path)
-    loaded = AutoModel.from_pretrained(
-        folder, device_map="auto", max_memory={"cpu": 60_000}, offload_folder=tmp_path / "offload"
-    )
-    assert next(loaded.text_model.parameters()).is_meta
-    assert loaded(**inputs).logits_per_image.equal(expected)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("save_text_model", [None, True])
 def test_an_offloaded_model_can_be_saved(save_text_model: bool | None, layout: str, tmp_path: Path) -> None:
     folder, inputs, expected = saved(layout, tmp_path)

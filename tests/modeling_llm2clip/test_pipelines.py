@@ -8,9 +8,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import (
-    AutoImageProcessor,
-    AutoModelForZeroShotImageClassification,
-    AutoTokenizer,
     pipeline,
 )
 
@@ -85,11 +82,3 @@ def test_feature_pipeline_supports_a_text_tower(tmp_path: Path) -> None:
     states = torch.tensor(extract(CAPTIONS[0]))[0]
     pooled = states[tower.config.num_prefix_tokens :].mean(dim=0)
     torch.testing.assert_close(pooled, tower.encode(CAPTIONS[0], tokenizer)[0], **CLOSE)
-
-
-def test_auto_classes_load_all_parts_from_one_folder(folder: Path, model: LLM2CLIPModel) -> None:
-    classifier = AutoModelForZeroShotImageClassification.from_pretrained(folder)
-    pixels = AutoImageProcessor.from_pretrained(folder, backend="pil")(IMAGES, return_tensors="pt")
-    tokens = AutoTokenizer.from_pretrained(folder)(CAPTIONS, padding=True, return_tensors="pt")
-    inputs = tiny.processor()(text=CAPTIONS, images=IMAGES, return_tensors="pt")
-    assert classifier(**pixels, **tokens).logits_per_image.equal(model(**inputs).logits_per_image)

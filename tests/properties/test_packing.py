@@ -41,6 +41,8 @@ def test_rows_hold_every_token_once(case: tuple[list[int], int]) -> None:
     assert len(set(tokens)) == len(tokens) == sum(lengths)
     assert all(0 <= row < count and token < capacity for row, token in tokens)
     assert set(range(count)) <= set(rows)
+    filled = [sum(length for length, own in zip(lengths, rows, strict=True) if own == row) for row in range(count)]
+    assert sum(2 * tokens <= capacity for tokens in filled) <= 1, "two half-empty rows could be one"
 
 
 @quick(60)

@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaCo
 from llm2clip import cli
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPTextModel
+from tests.llm2clip.utils.test_attention_probe import MAKE_MODELS, embedded_batches
 from tests.modeling_llm2clip import tiny
-from tests.modeling_llm2clip.test_probe import MAKE_MODELS, embedded_batches
 
 NAME = "meta-llama/Meta-Llama-3-8B-Instruct"
 
