@@ -18,8 +18,8 @@ import pytest
 from torch import distributed as dist
 
 from llm2clip import cli
+from llm2clip.data.table_identity import data_revision
 from llm2clip.evaluation import evaluate as job
-from llm2clip.utils.identity import data_revision
 from llm2clip.utils.logs import LogFile
 from llm2clip.utils.stopping import StoppedError
 from modeling_llm2clip import LLM2CLIPModel

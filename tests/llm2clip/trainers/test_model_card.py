@@ -11,8 +11,8 @@ import torch
 from transformers import TrainerCallback
 
 from llm2clip import Stage2Config, Stage2Trainer
+from llm2clip.data.table_identity import data_revision
 from llm2clip.trainers import model_card
-from llm2clip.utils.identity import data_revision
 from tests.llm2clip.trainers.test_plain_datasets import MapRows
 from tests.modeling_llm2clip import tiny
 

@@ -21,13 +21,13 @@ from transformers import (
 )
 
 from llm2clip.data import CaptionSource, DamagedImageError, distinct_captions
+from llm2clip.data.table_identity import data_revision
 from llm2clip.encoders import embed
 from llm2clip.hub.cards.card import read_card
 from llm2clip.store import EmbeddingCache, MissingCaptionError, StoreMismatchError
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.frozen_layers import FrozenLayers
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.utils.identity import data_revision
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_eva02 import EVA02Attention

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 from tokenizers import normalizers
 from transformers import AutoModel, AutoTokenizer
 
-from llm2clip.utils import text_identity
 from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
 from llm2clip.utils.towers import describe_text_tower, open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, with_prompt
@@ -51,20 +48,6 @@ def test_the_model_is_not_built(kind: str, inputs: Inputs, tmp_path: Path, monke
     config, _ = describe_text_tower(name)
     no_loading(monkeypatch)
     assert read_fingerprint(name, None, config) == expected
-
-
-def test_reading_that_takes_long_is_told_once(
-    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    config, _ = describe_text_tower(inputs.text)
-    with caplog.at_level(logging.INFO, logger="llm2clip"):
-        read_fingerprint(inputs.text, None, config)
-        assert not caplog.messages
-        monkeypatch.setattr(text_identity, "PATIENCE", 0.01)
-        monkeypatch.setattr(text_identity, "_fingerprint", lambda *model: time.sleep(0.2))
-        for _ in range(2):
-            read_fingerprint(inputs.text, None, config)
-    assert caplog.messages == [f"Reading the weights of {inputs.text} for its fingerprint."]
 
 
 def test_an_adapter_is_merged_for_its_identity(inputs: Inputs, tmp_path: Path) -> None:

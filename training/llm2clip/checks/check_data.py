@@ -15,8 +15,8 @@ from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
 from llm2clip.data.records import OnError
 from llm2clip.data.rows import CaptionRows, StreamedRows
 from llm2clip.data.sources import CaptionSource
+from llm2clip.data.table_identity import data_revision
 from llm2clip.utils.files import write_json
-from llm2clip.utils.identity import data_revision
 from llm2clip.utils.processes import worker_count
 from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.settings import check_choices, setting

@@ -147,13 +147,13 @@ def _as_embedded(parts: list[SourceShard], target: SidecarFolder) -> list[Source
     return parts
 
 
-def remove_leftovers_of(jobs: Sequence[ShardJob]) -> None:
+def remove_leftovers_of(jobs: Sequence[ShardJob], patience: float = 0.0) -> None:
     """Remove what killed processes of this machine left of the sidecars of shards; see [`remove_leftovers`]."""
     for path in filter(None, (job.target.lock_path(job.shard) for job in jobs)):
         remove_stale_lock(path)
     rows = (job.target.rows_path(job.shard) for job in jobs)
     written = [own for path in rows for own in (path, manifest_path(path)) if isinstance(own, Path)]
-    if removed := remove_leftovers(written):
+    if removed := remove_leftovers(written, patience):
         logger.info("Removed %d unfinished files of killed runs, such as %s.", len(removed), removed[0])
 
 

@@ -16,9 +16,9 @@ from llm2clip.data.transforms import Decoder
 from llm2clip.encoders.batches import ImageSet, PreparedImages, forward_images, image_list
 from llm2clip.encoders.patches import patch_embeddings
 from llm2clip.utils.files import digest_json
-from llm2clip.utils.model_identity import weights_checksum
 from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.progress import ProgressBar
+from llm2clip.utils.vision_identity import weights_checksum
 from modeling_llm2clip.identity_llm2clip import RULE
 from modeling_llm2clip.modeling_llm2clip_utils import ACCELERATOR_BATCH_TOKENS, CPU_BATCH_TOKENS, token_batches
 

@@ -14,14 +14,13 @@ from llm2clip.data import EvalTransform, ImageBackend
 from llm2clip.encoders.encoder import Encoder, compared_lengths, processor_statistics
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.manifests import refuse_changed_model
-from llm2clip.utils.model_identity import hub_commit, weights_checksum
 from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.progress import ProgressBar
-from llm2clip.utils.repos import RepoKind, inspect_repo
+from llm2clip.utils.repos import RepoKind, hub_commit, inspect_repo
 from llm2clip.utils.text_identity import tokenizer_fingerprint
 from llm2clip.utils.towers import open_text_tower
-from llm2clip.utils.vision_identity import vision_fingerprint
+from llm2clip.utils.vision_identity import vision_fingerprint, weights_checksum
 from modeling_llm2clip import (
     LLM2CLIPConfig,
     LLM2CLIPModel,

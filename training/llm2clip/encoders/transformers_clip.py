@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llm2clip.data import EvalTransform
 from llm2clip.encoders.encoder import ClipEncoder, compared_lengths, processor_statistics
-from llm2clip.utils.model_identity import hub_commit
+from llm2clip.utils.repos import hub_commit
 from llm2clip.utils.text_identity import tokenizer_fingerprint
 from llm2clip.utils.towers import loading_options
 from llm2clip.utils.vision_identity import preprocessing

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from llm2clip.data import OnError
 from llm2clip.encoders import OurEncoder
-from llm2clip.utils.model_identity import hub_commit
 from llm2clip.utils.progress import track
+from llm2clip.utils.repos import hub_commit
 
 try:
     from mteb.models.abs_encoder import AbsEncoder

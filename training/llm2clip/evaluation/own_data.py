@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from llm2clip.data import CaptionSource, PairSource
+from llm2clip.data.table_identity import data_revision
 from llm2clip.encoders import OurEncoder
 from llm2clip.encoders.cache_of_model import open_cache_of_model
 from llm2clip.evaluation.caption_pairs import CaptionRetrieval
 from llm2clip.evaluation.evaluate_config import OWN_DATA, EvaluateConfig
 from llm2clip.evaluation.image_text import ImageTextRetrieval
-from llm2clip.utils.identity import data_revision
 from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.towers import open_text_tower

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor
 
+from llm2clip.data.table_identity import data_revision
 from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.hub import build
 from llm2clip.hub.base_licenses import bases_of
@@ -34,7 +35,6 @@ from llm2clip.quickstart.run_context import RunContext
 from llm2clip.quickstart.text_steps import text_steps
 from llm2clip.quickstart.typed_queries import search_typed
 from llm2clip.utils.files import write_json
-from llm2clip.utils.identity import data_revision
 from llm2clip.utils.locks import exclusive
 from llm2clip.utils.progress import section
 from llm2clip.utils.repos import hub_ids

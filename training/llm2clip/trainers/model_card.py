@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
+from llm2clip.data.table_identity import data_revision
 from llm2clip.hub.cards.card import CARD, read_card, render, split_card
 from llm2clip.hub.cards.curves import write_curves
 from llm2clip.hub.cards.facts import CardFacts, Evaluation, base_models, summary
 from llm2clip.utils.files import write_text
-from llm2clip.utils.identity import data_revision
 from llm2clip.utils.repos import hub_ids
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -53,23 +54,35 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
 
 
-def remove_leftovers(paths: Iterable[Path]) -> list[Path]:
-    """Remove the files that killed processes left while they wrote `paths`, and return them; see [`leftovers`]."""
+def remove_leftovers(paths: Sequence[Path], patience: float = 0.0) -> list[Path]:
+    """Remove the files that killed processes left while they wrote `paths`, and return them; see [`leftovers`].
+
+    Args:
+        patience: Seconds in which processes that still live may end.
+    """
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline and list(leftovers(paths, alive=True)):
+        time.sleep(0.05)
     removed = list(leftovers(paths))
     for path in removed:
         path.unlink(missing_ok=True)
     return removed
 
 
-def leftovers(paths: Iterable[Path]) -> Iterator[Path]:
-    """Find what killed processes of this machine left while they wrote `paths`, by its temporary name."""
+def leftovers(paths: Iterable[Path], alive: bool = False) -> Iterator[Path]:
+    """Find what killed processes of this machine left while they wrote `paths`, by its temporary name.
+
+    Args:
+        alive: Find what processes that live are writing instead.
+    """
     names: dict[Path, set[str]] = {}
     for path in paths:
         names.setdefault(path.parent, set()).add(path.name)
     for folder, written in names.items():
         for path in folder.glob(".*.tmp"):
             part = LEFTOVER.fullmatch(path.name)
-            if part and part["name"] in written and part["host"] == _host() and not _is_alive(int(part["process"])):
+            is_ours = part and part["name"] in written and part["host"] == _host()
+            if part and is_ours and _is_alive(int(part["process"])) == alive:
                 yield path
 
 
@@ -77,7 +90,7 @@ def remove_unfinished(folder: Path) -> None:
     """Remove what killed processes of this machine left in a folder that nobody else writes into now."""
     found = list(folder.glob(".*tmp*"))
     names = (part["name"] for path in found if (part := LEFTOVER.fullmatch(path.name)))
-    remove_leftovers(folder / name for name in names)
+    remove_leftovers([folder / name for name in names])
     for path in found:
         if UNFINISHED_TENSORS.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import PretrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_config_file
 
@@ -130,6 +130,14 @@ def local_folders(name: str) -> list[Path]:
         return [folder, *referred_folders(folder)] if folder.is_dir() else []
     except (OSError, ValueError):
         return []
+
+
+def hub_commit(name: str, revision: str | None = None) -> str | None:
+    """Return the commit of a model on the Hub, from its config, which is downloaded; None for a local folder."""
+    if Path(name).is_dir():
+        return None
+    # The folder of a download is named after its commit.
+    return Path(hf_hub_download(name, CONFIG_NAME, revision=revision)).parent.name
 
 
 def is_hub_id(name: str) -> bool:

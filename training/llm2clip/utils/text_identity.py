@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import functools
 import hashlib
 import json
 import logging
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 # Of a tokenizer, settings beside its `tokenizer.json` that change the tokens of a caption.
 TOKENIZER_SETTINGS = ("split_special_tokens", "truncation_side", "model_max_length")
-# Seconds of reading weights after which a message says so.
-PATIENCE = 3.0
 
 
 def read_fingerprint(name: str, revision: str | None, config: LLM2CLIPTextConfig) -> str | None:
@@ -43,27 +40,13 @@ def read_fingerprint(name: str, revision: str | None, config: LLM2CLIPTextConfig
     Returns:
         See [`text_fingerprint`].
     """
-    notice = threading.Timer(PATIENCE, _say_once, (name,))
-    notice.daemon = True
-    notice.start()
-    try:
-        return _fingerprint(name, revision, config)
-    finally:
-        notice.cancel()
-
-
-@functools.cache
-def _say_once(name: str) -> None:
-    logger.info("Reading the weights of %s for its fingerprint.", name)
-
-
-def _fingerprint(name: str, revision: str | None, config: LLM2CLIPTextConfig) -> str | None:
     found = _config_of_weights(name, revision, config)
     files = None if found is None else _find_weights(name, revision, found)
     if found is None or files is None:
         tower = LLM2CLIPTextModel.from_pretrained(name, revision=revision, default_config=config, dtype="auto")
         tower.merge_adapter()
         return tower.fingerprint()
+    logger.info("Reading the weights of %s for its fingerprint.", name)
     return text_fingerprint(found, _read(files))
 
 
@@ -104,11 +87,12 @@ def _find_weights(name: str, revision: str | None, config: LLM2CLIPTextConfig) -
 
 
 def _safetensors_files(name: str, revision: str | None) -> list[str]:
-    options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    if (single := cached_file(name, SAFE_WEIGHTS_NAME, **options)) is not None:
-        return [single]
-    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **options)
-    return [] if index is None else get_checkpoint_shard_files(name, index, revision=revision)[0]
+    with contextlib.suppress(OSError):  # there is none
+        return [str(cached_file(name, SAFE_WEIGHTS_NAME, revision=revision))]
+    with contextlib.suppress(OSError):
+        index = str(cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision))
+        return get_checkpoint_shard_files(name, index, revision=revision)[0]
+    return []
 
 
 def _read(files: dict[str, tuple[str, str]]) -> Iterator[tuple[str, Tensor]]:

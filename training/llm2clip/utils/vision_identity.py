@@ -1,13 +1,15 @@
-"""The identity of a vision tower: a hash of everything that its image embeddings depend on."""
+"""The identity of a vision tower, a hash of all that its image embeddings depend on, and of any model's weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from modeling_llm2clip.identity_llm2clip import RULE, decoder_identity, digest_weight, plain_settings
 
@@ -50,12 +52,7 @@ def vision_fingerprint(model: Any, image_processor: Any, *, with_projection: boo
         ValueError: A weight is offloaded or quantised.
     """
     weights = _weights(model)
-    for name, weight in weights.items():
-        if weight.is_meta or type(weight.data) is not Tensor:
-            raise ValueError(
-                f"{name} cannot be read to identify the vision tower: it is offloaded or quantised. Load the vision "
-                "tower whole, onto one device and in float32 or bfloat16."
-            )
+    _require_loaded(weights)
     content = {
         "tower": tower_settings(model.vision_model),
         "preprocessing": preprocessing(image_processor),
@@ -68,6 +65,35 @@ def vision_fingerprint(model: Any, image_processor: Any, *, with_projection: boo
     if model.config.vision_pooling != "cls":
         content["pooling"] = model.config.vision_pooling
     return RULE + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def weights_checksum(model: nn.Module) -> str:
+    """Hash every weight of a model, rounded to bfloat16, so that a model and its copy in bfloat16 are equal.
+
+    Returns:
+        `2-` and 32 hexadecimal digits.
+
+    Raises:
+        ValueError: A weight is offloaded or quantised.
+    """
+    weights, digests = model.state_dict(), {}
+    _require_loaded(weights)
+    for name, weight in weights.items():
+        if weight.is_floating_point():
+            digests[name] = digest_weight(weight)
+        else:
+            content = weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            digests[name] = hashlib.sha256(f"{tuple(weight.shape)}".encode() + content).hexdigest()[:32]
+    return RULE + hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _require_loaded(weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        if weight.is_meta or type(weight.data) is not Tensor:
+            raise ValueError(
+                f"{name} cannot be read to identify the model: it is offloaded or quantised. Load it whole, onto one "
+                "device and in float32 or bfloat16."
+            )
 
 
 def _weights(model: Any) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from llm2clip.data import CaptionSource, load_source
-from llm2clip.utils.identity import data_revision
+from llm2clip.data.table_identity import data_revision
 from tests.loopback_hub import File, LoopbackHub, Repo
 
 
