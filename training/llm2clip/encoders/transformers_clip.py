@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoProcessor, BatchFeature, BlipForImageTextRetrieval
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoProcessor, BatchFeature, BlipForImageTextRetrieval
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llm2clip.data import EvalTransform
@@ -187,7 +187,7 @@ def _model_class(name: str, config: Any) -> Any:
     for architecture in config.architectures or ():
         if architecture in BY_ARCHITECTURE:
             return BY_ARCHITECTURE[architecture]
-    kind: Any = AutoModel._model_mapping.get(type(config), None)
+    kind: Any = MODEL_MAPPING.get(type(config), None)
     if isinstance(kind, tuple):
         kind = kind[0]
     missing = [method for method in METHODS if not hasattr(kind, method)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import PartialState, is_initialized
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -38,7 +38,7 @@ def refuse_unsharded(args: StageConfig) -> None:
         ValueError: The run would not get what it asked for.
     """
     # The device of the settings makes the state.
-    device, complete = args.device, bool(AcceleratorState._shared_state)
+    device, complete = args.device, is_initialized()
     given = PartialState().distributed_type
     for name, setting, wanted in (
         ("FSDP", args.fsdp, DistributedType.FSDP),

@@ -161,8 +161,8 @@ def _image_size(vision: Any, image_processor: Any) -> str | None:
 def base_models(config: Any) -> list[str]:
     """Names that the parts of a model were loaded from."""
     if config.model_type == LLM2CLIPTextConfig.model_type:
-        return [config.decoder_config._name_or_path]
+        return [config.decoder_config.name_or_path]
     return [
-        config.vision_config._name_or_path,
-        config.text_model_name_or_path or config.text_config.decoder_config._name_or_path,
+        config.vision_config.name_or_path,
+        config.text_model_name_or_path or config.text_config.decoder_config.name_or_path,
     ]
