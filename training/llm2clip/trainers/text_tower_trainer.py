@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.run_inputs import sampled_digest
 from llm2clip.trainers.sharding import is_divided, undivided, undivided_building, whole_weights
 from llm2clip.trainers.text_tower_config import TextTowerConfig
+from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.identity_llm2clip import merged_weights
@@ -31,6 +32,12 @@ class TextTowerTrainer(StageTrainer):
     evaluation_title = "caption retrieval"
     model: LLM2CLIPTextModel
     args: TextTowerConfig
+
+    def __init__(self, model: LLM2CLIPTextModel | None = None, *args: Any, **kwargs: Any) -> None:
+        if model is not None:
+            # The saved config has the verdict, which the code in a saved folder reads.
+            verify_text_tower(model)
+        super().__init__(model, *args, **kwargs)
 
     def frozen_inputs(self) -> dict[str, str | None]:
         if not self.model.has_adapter:
