@@ -12,7 +12,7 @@ import torch
 
 from llm2clip.checks.text_faults import TEXT_FAULTS, script
 from llm2clip.data import CaptionSource, distinct_captions
-from llm2clip.data.records import CaptionError, RowCaptions, caption_id, caption_ids, clean_caption
+from llm2clip.data.captioned_images import CaptionError, RowCaptions, caption_id, caption_ids, clean_caption
 from llm2clip.encoders import embed_captions
 from llm2clip.store import EmbeddingCache
 from llm2clip.store.captions import caption_key, caption_keys

@@ -18,8 +18,7 @@ import yaml
 from llm2clip.checks.check_data import check_data
 from llm2clip.data import CaptionSource, decode_image, distinct_captions
 from llm2clip.data.shard_rows import count_rows, parquet_rows
-from llm2clip.data.tar_rows import count_tar_rows, numbered_tar_rows, tar_rows
-from llm2clip.data.tars import list_tar
+from llm2clip.data.tars import count_tar_rows, list_tar, tar_rows
 from llm2clip.data.transforms import decode_tensor
 from llm2clip.encoders.embed import EmbedConfig
 from llm2clip.recipes import find_recipe, load_recipe
@@ -89,13 +88,9 @@ def read_tar(folder: Path) -> Doors:
     path = only_file(folder)
     columns = ("png", "txt", "json")
 
-    def streamed() -> None:
-        with path.open("rb") as file:
-            list(tar_rows(str(path), file, columns))
-
     return (
-        streamed,
-        lambda: list(numbered_tar_rows(str(path), columns, range(count_tar_rows(str(path))))),
+        lambda: list(tar_rows(str(path), columns)),
+        lambda: list(tar_rows(str(path), columns, count_tar_rows(str(path)) // 2)),
         lambda: [part.read() for _, part in list_tar(path)],
     )
 
@@ -134,7 +129,7 @@ def read_table(folder: Path) -> Doors:
         check_data(CaptionSource(str(path), caption_columns=[column]), num_workers=0)
 
     def by_number() -> None:
-        list(parquet_rows(str(path), ["caption", "image"], range(count_rows(str(path)))))
+        list(parquet_rows(str(path), ["caption", "image"], 0, count_rows(str(path))))
 
     doors = (lambda: captions(False), lambda: captions(True))
     has_images = path.suffix in (".parquet", ".tar")

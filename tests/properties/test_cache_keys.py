@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm2clip.data import CaptionSource
-from llm2clip.data.records import caption_id, caption_ids, clean_caption
+from llm2clip.data.captioned_images import caption_id, caption_ids, clean_caption
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.store import EmbeddingCache

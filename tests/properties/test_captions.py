@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm2clip.data.records import caption_id, clean_caption
+from llm2clip.data.captioned_images import caption_id, clean_caption
 from modeling_llm2clip.tokenization_llm2clip import clean_captions, tokenize_captions
 from tests.modeling_llm2clip import tiny
 from tests.properties.inputs import BROKEN_TEXTS, CAPTIONS, TEXTS, quick

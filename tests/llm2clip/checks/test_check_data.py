@@ -14,7 +14,7 @@ from llm2clip import cli
 from llm2clip.checks.check_data import check_data
 from llm2clip.checks.row_checks import distribution
 from llm2clip.data import CaptionSource
-from llm2clip.data.captioned_images import caption_batches
+from llm2clip.data.captions import caption_batches
 from tests.llm2clip.data.conftest import CONCEPTS, png
 from tests.tars import write_tar
 

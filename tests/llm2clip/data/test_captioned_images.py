@@ -26,7 +26,7 @@ from llm2clip.data import (
     caption_id,
     distinct_captions,
 )
-from llm2clip.data.records import CaptionError
+from llm2clip.data.captioned_images import CaptionError
 
 from .conftest import CONCEPTS, ROWS, png
 from .conftest import captions as made_captions

@@ -11,11 +11,12 @@ import datasets
 import numpy as np
 import pytest
 
-from llm2clip.data import PairDataset, PairSource, caption_id, records
+from llm2clip.data import PairDataset, PairSource, caption_id, captioned_images
+from llm2clip.data.captioned_images import caption_ids, column_texts
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.pair_keys import BATCH_ROWS, KeyColumns, pair_keys
-from llm2clip.data.records import caption_ids, column_texts, column_value
 from llm2clip.data.sampling import stable_seed
+from llm2clip.data.sources import column_value
 
 from .test_pairs import table_source
 
@@ -90,8 +91,8 @@ def test_each_distinct_text_of_some_rows_is_hashed_once(tmp_path: Path, monkeypa
     columns = {"q": [f"q{row // 5}" for row in range(100)], "p": [[f"p{row}", "same"] for row in range(100)]}
     source = table_source(tmp_path, columns, anchor_column="q", positive_column="p")
     hashed: list[str] = []
-    compute = records._id_bytes
-    monkeypatch.setattr(records, "_id_bytes", lambda text: hashed.append(text) or compute(text))
+    compute = captioned_images._id_bytes
+    monkeypatch.setattr(captioned_images, "_id_bytes", lambda text: hashed.append(text) or compute(text))
     PairDataset(source)
     assert len(hashed) == len(set(hashed)) == 20 + 100 + 1
 

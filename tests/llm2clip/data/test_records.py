@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from llm2clip.data import caption_id
-from llm2clip.data.records import CaptionError, RowCaptions, clean_caption, column_texts
+from llm2clip.data.captioned_images import CaptionError, RowCaptions, clean_caption, column_texts
 from llm2clip.store.captions import caption_keys
 
 

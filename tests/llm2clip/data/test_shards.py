@@ -14,8 +14,8 @@ import datasets
 import pytest
 
 from llm2clip.data import CaptionSource, load_source
+from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.opened_table import SourceError
-from llm2clip.data.records import column_texts
 from llm2clip.data.shards import ShardedSource, name_shards
 from llm2clip.utils.files import sha256
 from tests.llm2clip.data.test_streams import PER_TAR, write_tars

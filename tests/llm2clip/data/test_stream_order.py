@@ -8,8 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llm2clip.data.mixing import EvenMixture, Mixture, StepMixture
-from llm2clip.data.stream_order import FileOrder, Lanes, SourceOrder
+from llm2clip.data.stream_order import EvenMixture, FileOrder, Lanes, SourceOrder, StepMixture
 
 
 def rows_of(order: SourceOrder, chunk: int) -> list[tuple[int, int]]:
@@ -64,7 +63,7 @@ def test_lanes_do_not_depend_on_usual_numbers_of_readers() -> None:
 @pytest.mark.parametrize(
     "mixture", [EvenMixture([30, 1, 500], 531), EvenMixture([0.2, 3, 1.1]), StepMixture([5.0, 1, 2], 6)]
 )
-def test_the_rows_of_all_sources_are_the_places_of_the_stream(mixture: Mixture) -> None:
+def test_the_rows_of_all_sources_are_the_places_of_the_stream(mixture: EvenMixture | StepMixture) -> None:
     places = np.arange(3 * 531 + 1)
     counts = np.stack([mixture.before(source, places) for source in range(3)])
     assert (counts.sum(0) == places).all()

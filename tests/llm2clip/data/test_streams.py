@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from llm2clip import Stage2Config, Stage2Trainer
-from llm2clip.data import CaptionSource, StreamingCaptionImageDataset, tar_rows
+from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
+from llm2clip.data import tars as tar_reader
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.stream_order import Lanes
@@ -31,10 +32,10 @@ PER_TAR = 3
 TARS, BATCH = 9, 2
 
 
-def write_tars(folder: Path, count: int, rows: Sequence[int] = ()) -> CaptionSource:
+def write_tars(folder: Path, count: int, rows: Sequence[int] = (), name: str = "caption") -> CaptionSource:
     for shard in range(count):
         numbers = range(rows[shard] if rows else PER_TAR)
-        files = [(f"s{shard}r{row}.txt", f"caption {shard} {row}".encode()) for row in numbers]
+        files = [(f"s{shard}r{row}.txt", f"{name} {shard} {row}".encode()) for row in numbers]
         write_tar(folder / f"{shard:05d}.tar", files)
     return CaptionSource(str(folder), caption_columns=["txt"], streaming=True)
 
@@ -137,8 +138,8 @@ def test_a_resume_reads_no_more_than_a_block_of_each_lane(
     source: CaptionSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    decoded = tar_rows._decoded
-    monkeypatch.setattr(tar_rows, "_decoded", lambda path, key, *a: (read.append(key), decoded(path, key, *a))[1])
+    decoded = tar_reader._decoded
+    monkeypatch.setattr(tar_reader, "_decoded", lambda path, key, *a: (read.append(key), decoded(path, key, *a))[1])
     lanes = Lanes(1, 4, BATCH)  # of 6 or 7 rows
     next(batches(opened(source, shuffle_block=3), 0, lanes, 10))
     assert len(read) == 2 * 3
@@ -178,16 +179,16 @@ def test_a_connection_that_ends_while_other_files_are_read_is_made_again(
 ) -> None:
     lanes = Lanes(1, 4, BATCH)
     expected = list(itertools.islice(batches(opened(source, shuffle_block=1), 0, lanes), 12))
-    read, remote, opens = tar_rows.numbered_tar_rows, True, Counter[str]()
+    read, remote, opens = tar_reader.tar_rows, True, Counter[str]()
 
-    def interrupted(path: str, columns: Any, wanted: Any) -> Iterator[Any]:
+    def interrupted(path: str, columns: Any, *place: Any) -> Iterator[Any]:
         opens[path] += 1
-        for number, row in enumerate(read(path, columns, wanted)):
+        for number, row in enumerate(read(path, columns, *place)):
             if number == 1 and opens[path] == 1:
                 raise RuntimeError("Response payload is not completed")  # what a client for HTTP may raise
             yield row
 
-    monkeypatch.setattr("llm2clip.data.shard_rows.numbered_tar_rows", interrupted)
+    monkeypatch.setattr("llm2clip.data.shard_rows.tar_rows", interrupted)
     monkeypatch.setattr(ShardRows, "is_remote", lambda self, file: remote)
     assert list(itertools.islice(batches(opened(source, shuffle_block=1), 0, lanes), 12)) == expected
     assert max(opens.values()) > 1

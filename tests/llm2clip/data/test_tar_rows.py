@@ -17,10 +17,9 @@ import fsspec
 import pytest
 
 from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
-from llm2clip.data import tar_rows as tar_rows_module
+from llm2clip.data import tars as tar_reader
 from llm2clip.data.opened_table import SourceError
-from llm2clip.data.tar_rows import count_tar_rows, numbered_tar_rows, tar_rows
-from llm2clip.data.tars import list_tar
+from llm2clip.data.tars import count_tar_rows, list_tar, tar_rows
 from tests.tars import write_tar
 
 # Blocks of a file in `numbers`: its header and its content.
@@ -33,24 +32,18 @@ def numbers(path: Path, mode: str = "w") -> Path:
 
 
 def read_all(path: Path) -> list[dict[str, Any]]:
-    with path.open("rb") as file:
-        return list(tar_rows(str(path), file, ["txt"]))
-
-
-def read_by_number(path: Path) -> list[dict[str, Any]]:
-    return [row for _, row in numbered_tar_rows(str(path), ["txt"], range(5))]
+    return [row for _, row in tar_rows(str(path), ["txt"])]
 
 
 def read_stream(path: Path) -> list[dict[str, Any]]:
-    """By number, from a file that can only be read from its beginning to its end."""
+    """From a file that can only be read from its beginning to its end."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llm2clip.data.tar_rows._mode", lambda file: "r|*")
-        return read_by_number(path)
+        patch.setattr("llm2clip.data.tars._mode", lambda file: "r|*")
+        return read_all(path)
 
 
 READERS: list[Callable[[Path], Any]] = [
     read_all,
-    read_by_number,
     read_stream,
     lambda path: [None] * count_tar_rows(str(path)),
 ]
@@ -125,13 +118,13 @@ def test_a_cut_or_damaged_compressed_tar_is_named(read: Callable[[Path], Any], t
 def test_a_row_that_cannot_be_decoded_is_named(name: str, content: bytes, fault: str, tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("0.txt", b"a"), (name, content)])
     with pytest.raises(SourceError, match=rf"the row 1 of .*a\.tar cannot be read: {fault}"):
-        list(numbered_tar_rows(str(path), ["txt", name[2:]], range(2)))
+        list(tar_rows(str(path), ["txt", name[2:]]))
 
 
 def test_a_tar_with_fewer_rows_than_were_counted_is_named(tmp_path: Path) -> None:
     path = numbers(tmp_path / "a.tar")
     with pytest.raises(SourceError, match=r"a\.tar has no row 5: it has fewer rows than were counted"):
-        list(numbered_tar_rows(str(path), ["txt"], range(6)))
+        list(tar_rows(str(path), ["txt"], 0, 6))
 
 
 class Counted(io.BytesIO):
@@ -148,8 +141,8 @@ class Counted(io.BytesIO):
 def test_the_bytes_of_rows_before_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, rows = b"x" * 50_000, 20
     content = write_tar(tmp_path / "a.tar", [(f"{row}.jpg", data) for row in range(rows)]).read_bytes()
-    monkeypatch.setattr("llm2clip.data.tar_rows._opened", lambda path: Counted(content))
-    found = dict(numbered_tar_rows(str(tmp_path / "a.tar"), ["jpg"], [rows - 2, rows - 1]))
+    monkeypatch.setattr("llm2clip.data.tars._opened", lambda path: Counted(content))
+    found = dict(tar_rows(str(tmp_path / "a.tar"), ["jpg"], rows - 2))
     assert found == {number: {"jpg": data} for number in (rows - 2, rows - 1)}
     assert Counted.read_bytes < 3 * len(data)
 
@@ -167,18 +160,18 @@ def test_a_tar_is_entered_at_any_row(kind: str, tmp_path: Path, monkeypatch: pyt
                 content = f"{row} {ending}".encode() if ending == "txt" else b"{}"
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    expected = list(numbered_tar_rows(str(path), ["txt", "__key__"], range(count)))
+    expected = list(tar_rows(str(path), ["txt", "__key__"]))
     for start in range(count):
-        assert list(numbered_tar_rows(str(path), ["txt", "__key__"], range(start, count))) == expected[start:]
-    grouped, seen = tar_rows_module._grouped, list[Any]()
+        assert list(tar_rows(str(path), ["txt", "__key__"], start, count)) == expected[start:]
+    grouped, seen = tar_reader._grouped, list[Any]()
 
     def counted(*arguments: Any, **options: Any) -> Iterator[Any]:
         for row in grouped(*arguments, **options):
             seen.append(row)
             yield row
 
-    monkeypatch.setattr(tar_rows_module, "_grouped", counted)
-    dict(numbered_tar_rows(str(path), ["txt"], [count - 1]))
+    monkeypatch.setattr(tar_reader, "_grouped", counted)
+    dict(tar_rows(str(path), ["txt"], count - 1))
     assert len(seen) == (1 if kind in ("pax", "gnu") else count)
 
 
@@ -186,8 +179,8 @@ def test_remote_tars_are_read(made: Path) -> None:
     path = made / "webdataset" / "00001.tar"
     with fsspec.open("memory://remote/00001.tar", "wb") as file:
         file.write(path.read_bytes())
-    expected = list(numbered_tar_rows(str(path), ["json", "png", "__key__"], [1, 2]))
-    assert list(numbered_tar_rows("memory://remote/00001.tar", ["json", "png", "__key__"], [1, 2])) == expected
+    expected = list(tar_rows(str(path), ["json", "png", "__key__"], 1, 3))
+    assert list(tar_rows("memory://remote/00001.tar", ["json", "png", "__key__"], 1, 3)) == expected
 
 
 def test_a_web_server_without_ranges_is_read_from_the_beginning(tmp_path: Path) -> None:
@@ -196,8 +189,8 @@ def test_a_web_server_without_ranges_is_read_from_the_beginning(tmp_path: Path) 
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        found = numbered_tar_rows(f"http://127.0.0.1:{server.server_port}/a.tar", ["jpg"], [1, 3])
-        assert [(number, row["jpg"][:2]) for number, row in found] == [(1, b"\x01\x01"), (3, b"\x03\x03")]
+        found = tar_rows(f"http://127.0.0.1:{server.server_port}/a.tar", ["jpg"], 2)
+        assert [(number, row["jpg"][:2]) for number, row in found] == [(2, b"\x02\x02"), (3, b"\x03\x03")]
         server.shutdown()
 
 

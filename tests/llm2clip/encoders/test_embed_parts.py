@@ -8,7 +8,7 @@ import pytest
 
 from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource
-from llm2clip.data.sidecars import SourceSidecars, row_groups
+from llm2clip.data.sidecars import SourceSidecars, row_range
 from llm2clip.store.manifest import MissingCaptionError, StoreManifest
 from llm2clip.verification import verify
 from tests.llm2clip.encoders.shards import Counting, embed, write_groups
@@ -22,7 +22,10 @@ def test_a_large_parquet_file_is_embedded_in_parts(tmp_path: Path) -> None:
     source = CaptionSource(str(data), streaming=True)
     embed(source, out, part_rows=6)
     names = sorted(path.name.removesuffix(".emb.manifest") for path in out.glob("*.manifest"))
-    parts = ["large.00000-00002", "large.00002-00003", "large.00003-00004", "large.00004-00005"]
+    parts = [
+        f"large.{rows}"
+        for rows in ("00000000-00000006", "00000006-00000009", "00000009-00000018", "00000018-00000020")
+    ]
     assert names == [*parts, "single", "small"]
     assert embed(source, out, part_rows=6).done_before == 6
     shards = ShardedSource(source).shards
@@ -37,21 +40,16 @@ def test_a_large_parquet_file_is_embedded_in_parts(tmp_path: Path) -> None:
     for each in (opened, whole):
         with pytest.raises(MissingCaptionError, match="'none'"):
             each.lookup(["none"])
-    # Each part has its own bytes of the file, and all of these one part.
     manifests = [StoreManifest.read(out / f"{part}.emb.manifest") for part in parts]
-    ranges = [(found.first_byte, found.last_byte) for manifest in manifests if (found := row_groups(manifest))]
-    assert [start for start, _ in ranges] + [(data / "large.parquet").stat().st_size] == [
-        0, *(stop for _, stop in ranges)
-    ]  # fmt: skip
-    assert all(start < stop for start, stop in ranges)
+    assert [row_range(manifest) for manifest in manifests] == [(0, 6, 20), (6, 9, 20), (9, 18, 20), (18, 20, 20)]
     # A lost part is embedded again, alone, and meanwhile missed.
     (out / f"{parts[1]}.emb.manifest").unlink()
-    with pytest.raises(MissingCaptionError, match=r"large\.parquet lacks row groups 2 to 2"):
+    with pytest.raises(MissingCaptionError, match=r"large\.parquet lacks rows 6 to 8"):
         sidecars.check(["caption"])
     calls = Counting()
     assert embed(source, out, calls, part_rows=6).done_before == 5
     assert calls.texts == list(dict.fromkeys(captions[6:9]))
-    with pytest.raises(ValueError, match=r"large\.00000-00002.* is of a part that .* is not cut into now"):
+    with pytest.raises(ValueError, match=r"large.00000000-00000006.* is of a part that .* is not cut into now"):
         embed(source, out, part_rows=9)
     # What was embedded whole stays whole.
     assert embed(source, tmp_path / "whole", part_rows=6).done_before == 3
@@ -65,6 +63,6 @@ def test_verify_knows_the_parts_of_a_file(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[10] ^= 1
     path.write_bytes(content)
-    (tmp_path / "large.00001-00002.emb.manifest").unlink()
-    with pytest.raises(verify.DamagedError, match="3 faults in "):
+    (tmp_path / "large.00000003-00000006.emb.manifest").unlink()
+    with pytest.raises(verify.DamagedError, match="4 faults in "):
         verify.run(verify.VerifyConfig(folder=str(tmp_path)))

@@ -134,7 +134,7 @@ def test_a_caption_without_embedding_is_an_error_or_skipped(inputs: Inputs, tars
     lost = next(iter(opened.read(opened.shards[1]).captions))
     beside = SourceSidecars(tmp_path / "sidecars", opened.shards).open
     options: dict[str, Any] = {"training": False, "embeddings": beside}
-    with pytest.raises(MissingCaptionError, match="its caption has no stored embedding; run `llm2clip embed`"):
+    with pytest.raises(MissingCaptionError, match=r"its caption has no stored embedding\. .* Run `llm2clip embed`"):
         list(StreamingCaptionImageDataset(stream, None, **options))
     samples = list(StreamingCaptionImageDataset(stream, None, on_error="skip", **options))
     plain = list(StreamingCaptionImageDataset(stream, None, training=False))

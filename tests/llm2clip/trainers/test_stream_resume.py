@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip.data import tar_rows
+from llm2clip.data import tars as tar_reader
 from llm2clip.data.captioned_images import SampleMaker
 from llm2clip.trainers import run_stage2
 from llm2clip.trainers.stage2_config import Stage2Config
@@ -69,9 +69,9 @@ def test_a_resumed_run_equals_an_unbroken_one(
     run(tmp_path / "unbroken", inputs, tars, **changes)
     made: list[str] = []
     read: list[str] = []
-    make, decoded = SampleMaker.__call__, tar_rows._decoded
+    make, decoded = SampleMaker.__call__, tar_reader._decoded
     monkeypatch.setattr(SampleMaker, "__call__", lambda self, *a: (made.append(a[1]), make(self, *a))[1])
-    monkeypatch.setattr(tar_rows, "_decoded", lambda path, key, *a: (read.append(key), decoded(path, key, *a))[1])
+    monkeypatch.setattr(tar_reader, "_decoded", lambda path, key, *a: (read.append(key), decoded(path, key, *a))[1])
     for step in (3, 6):
         folder = broken_after(tmp_path / "unbroken", tmp_path / str(step), step)
         made.clear()

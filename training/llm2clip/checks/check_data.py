@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 from llm2clip.checks.near_duplicates import HASH_BITS, HashCheck, PerceptualHash, find_near_duplicates
 from llm2clip.checks.row_checks import CaptionCheck, Check, Finding, ImageCheck, RowCheck, RowReader, TextFaultCheck
 from llm2clip.checks.token_check import CountingTokenizer, TokenCheck
-from llm2clip.data.records import OnError
-from llm2clip.data.rows import CaptionRows, StreamedRows
+from llm2clip.data.captioned_images import OnError
+from llm2clip.data.sampling import CaptionRows
 from llm2clip.data.sources import CaptionSource
+from llm2clip.data.streams import StreamedRows
 from llm2clip.data.table_identity import data_revision
 from llm2clip.utils.files import write_json
 from llm2clip.utils.processes import worker_count

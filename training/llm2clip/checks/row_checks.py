@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from PIL import Image
 
 from llm2clip.checks.text_faults import TEXT_FAULTS, script
-from llm2clip.data.records import CaptionError, RowCaptions, caption_id, column_texts
+from llm2clip.data.captioned_images import CaptionError, RowCaptions, caption_id, column_texts
 from llm2clip.data.sources import Columns
 from llm2clip.store.captions import caption_keys
 from modeling_llm2clip.image_decoding_llm2clip import (

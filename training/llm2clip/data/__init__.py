@@ -2,14 +2,15 @@
 
 from llm2clip.data.captioned_images import (
     CaptionImageDataset,
+    OnError,
+    SkippedSample,
     StreamingCaptionImageDataset,
-    caption_batches,
-    distinct_captions,
+    caption_id,
 )
+from llm2clip.data.captions import caption_batches, distinct_captions
 from llm2clip.data.pair_batches import PairBatchSampler
 from llm2clip.data.pair_collator import PairCollator
 from llm2clip.data.pairs import PairDataset, PairSource
-from llm2clip.data.records import OnError, SkippedSample, caption_id
 from llm2clip.data.sampling import SampleIndex, SampleIndexBatchSampler
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.sources import CaptionSource, load_source

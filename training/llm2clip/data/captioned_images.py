@@ -1,37 +1,145 @@
-"""Data sets of captioned images for stage 2: map-style and streaming."""
+"""Captioned images: the captions of a row and their ids, its sample, and the data sets of samples for stage 2."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
-import logging
-from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import datasets
 import numpy as np
-from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
-from llm2clip.data.opened_table import OpenedTable, SourceError, Table
-from llm2clip.data.records import NO_EMBEDDING, OnError, RowCaptions, SkippedSample, caption_id, column_texts
-from llm2clip.data.rows import CaptionRows, StreamedRows
-from llm2clip.data.sampling import stable_seed
-from llm2clip.data.sources import CaptionSource, Columns, open_source, row_batches, select_source, top_level
-from llm2clip.data.stream_order import BLOCK
-from llm2clip.data.streams import Attach, StreamRow
-from llm2clip.data.tar_rows import refuse_damaged_tars
+from llm2clip.data.opened_table import OpenedTable
+from llm2clip.data.sampling import CaptionRows, SampleIndex, stable_seed
+from llm2clip.data.sources import CaptionSource, Columns, column_value, row_batches
+from llm2clip.data.stream_order import BLOCK, SourceOrder, StreamRow
+from llm2clip.data.streams import ReadChunk, Reader, StreamedRows
 from llm2clip.data.transforms import EvalTransform, TrainTransform
 from llm2clip.store import EmbeddingCache, MissingCaptionError
-from llm2clip.store.captions import caption_keys
-from llm2clip.utils.library_errors import wrap_read_errors
-from llm2clip.utils.progress import ProgressBar
+from llm2clip.utils.files import digest_json
 from llm2clip.utils.settings import check_choices
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
+from modeling_llm2clip.tokenization_llm2clip import SURROGATE
 
-logger = logging.getLogger(__name__)
+# What to do with a damaged image or a row without caption.
+OnError = Literal["raise", "skip"]
+NO_EMBEDDING = "its caption has no stored embedding"
+
+
+class CaptionError(SampleError):
+    """A row without caption, or with a caption that is not text."""
+
+
+class SkippedSample(NamedTuple):
+    """Placeholder for a row that cannot be used; the collator removes and reports it."""
+
+    key: str
+    reason: str
+
+
+def clean_caption(text: Any) -> str | None:
+    """Strip surrounding white space; returns None for an empty or missing text.
+
+    Raises:
+        TypeError: If `text` is something else than text, or has a lone surrogate, which no encoding has.
+    """
+    if isinstance(text, str):
+        if not text.isascii() and (half := SURROGATE.search(text)) is not None:
+            raise TypeError(f"a caption must be text, but {text!r:.80} has half a character (U+{ord(half[0]):04X})")
+        return text.strip() or None
+    if text is None or (isinstance(text, float) and np.isnan(text)):
+        return None
+    raise TypeError(f"a caption must be text, not {type(text).__name__} ({text!r:.80})")
+
+
+def caption_id(text: str) -> int:
+    """Compute an id that captions share if they differ only in case and white space.
+
+    Captions with equal ids are positives of each other's images, never negatives. The id is 63 bits of the BLAKE2b
+    hash of the case-folded text with collapsed white space: non-negative and the same on every machine.
+    """
+    return int.from_bytes(_id_bytes(text), "big") >> 1
+
+
+def caption_ids(texts: Iterable[str]) -> np.ndarray:
+    """Compute the [`caption_id`] of many texts, (texts,) int64."""
+    return (np.frombuffer(b"".join(map(_id_bytes, texts)), dtype=">u8") >> 1).astype(np.int64)
+
+
+def _id_bytes(text: str) -> bytes:
+    normal = " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    return hashlib.blake2b(normal.encode(), digest_size=8).digest()
+
+
+def value_texts(value: Any) -> list[str]:
+    """Return the non-empty texts of a text or a list of texts.
+
+    Raises:
+        TypeError: If the value is, or the list contains, something else than text.
+    """
+    # Texts first: they are most values, and the test for sequences is slow.
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        text = clean_caption(value)
+        return [] if text is None else [text]
+    return [text for text in map(clean_caption, value) if text is not None]
+
+
+def column_texts(row: Mapping[str, Any], column: str) -> list[str]:
+    """Return the [`value_texts`] of a column.
+
+    Raises:
+        TypeError: If the column contains something else than text; the message names it.
+    """
+    try:
+        return value_texts(column_value(row, column))
+    except TypeError as error:
+        raise TypeError(f"column {column!r}: {error}") from None
+
+
+class RowCaptions(NamedTuple):
+    """All captions of a row, in column order, and the sampling weight of each."""
+
+    texts: list[str]
+    weights: list[float]
+
+    @classmethod
+    def of(
+        cls, row: Mapping[str, Any], key: str, columns: Sequence[str], weights: Sequence[float] | None
+    ) -> RowCaptions:
+        """Read the captions of the row `key`; the entries of a list share the weight of its column, by default 1.
+
+        Raises:
+            CaptionError: If no caption can be drawn or one is not text.
+        """
+        texts: list[str] = []
+        shares: list[float] = []
+        for column, weight in zip(columns, weights or [1.0] * len(columns), strict=True):
+            try:
+                entries = column_texts(row, column)
+            except TypeError as error:
+                raise CaptionError(key, str(error)) from None
+            texts += entries
+            shares += [weight / max(1, len(entries))] * len(entries)
+        if not sum(shares):
+            raise CaptionError(key, f"it has no text in {', '.join(columns)}")
+        return cls(texts, shares)
+
+    def draw(self, seed: int) -> str:
+        """Draw a caption by weight, as a function of `seed`."""
+        drawable = [text for text, weight in zip(self.texts, self.weights, strict=True) if weight]
+        if len(drawable) == 1:
+            return drawable[0]
+        bounds = np.cumsum(self.weights)
+        point = np.random.default_rng(seed).random()
+        return self.texts[int(np.searchsorted(bounds / bounds[-1], point, side="right"))]
+
+
+# The captions of a row, the one of its sample, and the stored embedding of that, if there are any.
+DrawnCaption = tuple[RowCaptions, str, Tensor | None]
 
 
 @dataclass
@@ -43,6 +151,7 @@ class SampleMaker:
     seed: int
     on_error: OnError
     max_pixels: int
+    cache: EmbeddingCache | None = None
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -53,17 +162,19 @@ class SampleMaker:
         key: str,
         columns: Columns,
         salt: tuple[int | str, ...] | None,
-        drawn: tuple[RowCaptions, str] | None = None,
+        drawn: DrawnCaption | Exception | None = None,
     ) -> dict[str, Any] | SkippedSample:
         """Make the sample of a row, or a `SkippedSample` if it cannot be used and `on_error` is `skip`.
 
         Seed and `salt` determine caption and crop; None takes the first caption and the evaluation transform.
 
         Args:
-            drawn: What [`SampleMaker.draw`] returns, if it was called before.
+            drawn: What [`SampleMaker.draw`] returned or raised, if it was called before.
         """
         try:
-            captions, caption = drawn or self.draw(row, key, columns, salt)
+            if isinstance(drawn, Exception):
+                raise drawn
+            captions, caption, embedding = drawn or self.draw(row, key, columns, salt, self.cache)
             ids = list(map(caption_id, captions.texts))
             sample: dict[str, Any] = {
                 "key": key,
@@ -71,30 +182,40 @@ class SampleMaker:
                 "caption_id": ids[captions.texts.index(caption)],
                 "image_caption_ids": list(dict.fromkeys(ids)),
             }
+            if embedding is not None:
+                sample["llm_embeds"] = embedding
             if columns.image is not None and self.eval_transform is not None:
                 image = self.eval_transform.decode(row[columns.image], key, self.max_pixels)
                 if salt is None or self.train_transform is None:
                     sample["pixel_values"] = self.eval_transform(image, key)
                 else:
                     sample["pixel_values"] = self.train_transform(image, stable_seed(self.seed, "crop", *salt))
-        except SampleError as error:
+        except (SampleError, MissingCaptionError) as error:
             if self.on_error == "raise":
                 raise
-            return SkippedSample(key, str(error.reason))
+            return SkippedSample(key, str(error.reason) if isinstance(error, SampleError) else NO_EMBEDDING)
         return sample
 
     def draw(
-        self, row: Mapping[str, Any], key: str, columns: Columns, salt: tuple[int | str, ...] | None
-    ) -> tuple[RowCaptions, str]:
-        """Return the captions of a row, and the one of its sample.
+        self,
+        row: Mapping[str, Any],
+        key: str,
+        columns: Columns,
+        salt: tuple[int | str, ...] | None,
+        cache: EmbeddingCache | None = None,
+    ) -> DrawnCaption:
+        """Draw the caption of a row, and look up its embedding.
 
         Raises:
             CaptionError: No caption can be drawn, or one is not text.
+            MissingCaptionError: The cache lacks it.
         """
         captions = RowCaptions.of(row, key, columns.captions, columns.weights)
-        if salt is None:
-            return captions, captions.texts[0]
-        return captions, captions.draw(stable_seed(self.seed, "caption", *salt))
+        caption = captions.texts[0] if salt is None else captions.draw(stable_seed(self.seed, "caption", *salt))
+        try:
+            return captions, caption, None if cache is None else cache.lookup([caption], dtype=None)[0]
+        except MissingCaptionError as error:
+            raise MissingCaptionError(f"{key}: {NO_EMBEDDING}. {error}") from None
 
 
 class CaptionImageDataset(CaptionRows):
@@ -112,6 +233,8 @@ class CaptionImageDataset(CaptionRows):
         on_error: `raise` the error of a damaged image or a row without caption, or return a `SkippedSample` (`skip`),
             which the collator removes and reports.
         max_pixels: Largest width x height of an image to decode.
+        cache: The embeddings of the captions; samples then have `llm_embeds`. A caption without one is an error or a
+            `SkippedSample`, by `on_error`.
 
     Raises:
         FileNotFoundError, SourceError: If a source cannot be read.
@@ -128,8 +251,9 @@ class CaptionImageDataset(CaptionRows):
         seed: int = 0,
         on_error: OnError = "raise",
         max_pixels: int = DEFAULT_MAX_PIXELS,
+        cache: EmbeddingCache | None = None,
     ) -> None:
-        maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
+        maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels, cache)
         super().__init__(sources, maker, with_images=eval_transform is not None)
 
     def captions(self) -> Iterator[RowCaptions | SkippedSample]:
@@ -166,9 +290,8 @@ class StreamingCaptionImageDataset(StreamedRows):
         shuffle_block: Rows that are shuffled together; 0 keeps rows and files in order.
         repeat: Start the next epoch at the end of the data, so that no rank runs out before another; for training by
             number of steps.
-        embeddings: Opens the stored embeddings of the captions of a file by its number, as
-            [`SourceSidecars.open`](llm2clip.data.sidecars.SourceSidecars.open) does; samples then have `llm_embeds`.
-            A caption without one is an error or a `SkippedSample`, by `on_error`.
+        embeddings: Instead of a cache: opens the embeddings of the captions of a file by its number, as
+            [`SourceSidecars.open`](llm2clip.data.sidecars.SourceSidecars.open) does.
         row_counts: Rows of each file, if they are known, those beyond `max_samples` not among them.
         opened: The table of the source, if it is open.
 
@@ -193,129 +316,76 @@ class StreamingCaptionImageDataset(StreamedRows):
         repeat: bool = False,
         on_error: OnError = "raise",
         max_pixels: int = DEFAULT_MAX_PIXELS,
+        cache: EmbeddingCache | None = None,
         embeddings: Callable[[int], EmbeddingCache] | None = None,
         row_counts: Sequence[int] | None = None,
         opened: OpenedTable | None = None,
     ) -> None:
-        maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels)
+        maker = SampleMaker(eval_transform, train_transform, seed, on_error, max_pixels, cache)
         with_images, order = eval_transform is not None, (training, seed, shuffle_block)
         super().__init__(source, maker, with_images, *order, rank, world_size, repeat, row_counts, opened)
         if embeddings is not None and source.max_samples is not None:
             raise ValueError(f"max_samples of {source.path} cannot be combined with embeddings beside its files.")
         self.embeddings = embeddings
 
-    def _attach(self, epoch: int) -> Attach | None:
-        return None if self.embeddings is None else partial(self._reader_of_embeddings, self.embeddings, epoch)
+    def _stored(self, file: int, epoch: int) -> Callable[[StreamRow], DrawnCaption | Exception] | None:
+        if self.embeddings is None:
+            return None
+        opened = self.embeddings(file)
 
-    def _reader_of_embeddings(
-        self, embeddings: Callable[[int], EmbeddingCache], epoch: int, file: int
-    ) -> Callable[[StreamRow], tuple[tuple[RowCaptions, str], Tensor | None] | None]:
-        opened = embeddings(file)
-
-        def embedding(row: StreamRow) -> tuple[tuple[RowCaptions, str], Tensor | None] | None:
+        def find(row: StreamRow) -> DrawnCaption | Exception:
             key = self._key(row)
             try:
-                drawn = self.make_sample.draw(row.values, key, self.columns, self._sample_seed(epoch, key))
-            except SampleError:
-                return None  # reported when the sample is made
-            try:
-                return drawn, opened.lookup([drawn[1]], dtype=None)[0]
-            except KeyError:
-                return drawn, None
+                return self.make_sample.draw(row.values, key, self.columns, self._salt(epoch, key), opened)
+            except (SampleError, MissingCaptionError) as error:
+                return error  # raised when the sample is made, or it is skipped
 
-        return embedding
+        return find
 
     def _make(self, row: StreamRow, epoch: int) -> Any:
-        if row.attached is None:
-            return super()._make(row, epoch)
-        (drawn, embedding), key = row.attached, self._key(row)
-        sample = self.make_sample(row.values, key, self.columns, self._sample_seed(epoch, key), drawn)
-        if isinstance(sample, SkippedSample):
-            return sample
-        if embedding is None:
-            if self.make_sample.on_error == "raise":
-                raise MissingCaptionError(f"{key}: {NO_EMBEDDING}; run `llm2clip embed` on {self.source.path} again.")
-            return SkippedSample(key, NO_EMBEDDING)
-        return {**sample, "llm_embeds": embedding}
+        key = self._key(row)
+        return self.make_sample(row.values, key, self.columns, self._salt(epoch, key), row.stored)
 
 
-def caption_batches(
-    source: CaptionSource, rank: int = 0, world_size: int = 1, show_progress: bool = True
-) -> Iterator[list[str]]:
-    """Yield the captions of this rank's share of a source by row, column and list entry, a thousand rows at a time."""
-    opened = open_source(source)
-    if source.streaming and opened.is_webdataset and rank == 0:
-        refuse_damaged_tars(opened.files)
-    table = select_source(source, opened, with_images=False)
-    table = table.select_columns(list(dict.fromkeys(top_level(table, name) for name in source.caption_columns)))
-    if world_size > 1:
-        if isinstance(table, datasets.Dataset) and rank >= len(table):
-            return  # an empty part is an error of datasets
-        table = split_dataset_by_node(table, rank, world_size)
-    total = len(table) if isinstance(table, datasets.Dataset) else None
-    num_empty = 0
-    with ProgressBar(f"Captions of {source.path}", total, "row", show_progress and rank == 0) as bar:
-        for found in _with_place(captions_by_row(table, source.caption_columns), source.path):
-            num_empty += found.count([])
-            yield [text for texts in found for text in texts]
-            bar.update(len(found))
-    if num_empty:
-        logger.warning("%d rows of %s have no caption.", num_empty, source.path)
-
-
-def captions_by_row(table: Table, columns: Sequence[str]) -> Iterator[list[list[str]]]:
-    """Yield the captions of each row of a table, by column and list entry, a thousand rows at a time."""
-    for rows in row_batches(table):
-        yield [[text for column in columns for text in column_texts(row, column)] for row in rows]
-
-
-def _with_place(found: Iterator[list[list[str]]], path: str) -> Iterator[list[list[str]]]:
-    """Name the source where a caption is not text, or a file is damaged."""
-    with wrap_read_errors(path, SourceError):
-        try:
-            yield from found
-        except TypeError as error:
-            raise SourceError(f"{path}: {error}") from error
-
-
-def distinct_captions(sources: CaptionSource | Sequence[CaptionSource], show_progress: bool = True) -> list[str]:
-    """Collect the distinct captions of sources, which an embedding cache for them must contain.
-
-    Captions are distinct if they differ in more than surrounding white space, because their embeddings differ. They
-    are in order of first appearance: by source, row, caption column and list entry. Sources may be streams.
-    """
-    captions: dict[str, None] = {}
-    for source in [sources] if isinstance(sources, CaptionSource) else sources:
-        for texts in caption_batches(source, show_progress=show_progress):
-            captions.update(dict.fromkeys(texts))
-    return list(captions)
-
-
-def caption_hashes(sources: Sequence[CaptionSource]) -> np.ndarray:
-    """Hash all captions of sources, (captions,) int64, in the order of [`caption_batches`]."""
-    hashes = array("q")
-    for source in sources:
-        for texts in caption_batches(source):
-            hashes.frombytes(caption_keys(texts)[:, 0].tobytes())
-    return np.frombuffer(hashes, dtype=np.int64)
-
-
-def distinct_caption_batches(
-    sources: Sequence[CaptionSource], hashes: np.ndarray | None = None
-) -> Iterator[list[str]]:
-    """Yield the captions of [`distinct_captions`] in batches, with 8 bytes per caption in memory instead of the texts.
-
-    The sources are read twice: for the hashes of all captions, and for those that appear for the first time.
+class TableSource:
+    """A map-style source as one of the sources of a stream: its rows are permuted in each epoch.
 
     Args:
-        hashes: The [`caption_hashes`] of the sources, if these are known.
+        dataset: A data set of one source.
+        seed: Seed of the order.
     """
-    if hashes is None:
-        hashes = caption_hashes(sources)
-    is_first = np.zeros(len(hashes), dtype=bool)
-    is_first[np.unique(hashes, return_index=True)[1]] = True
-    start = 0
-    for source in sources:
-        for texts in caption_batches(source, show_progress=False):
-            yield list(itertools.compress(texts, is_first[start : start + len(texts)]))
-            start += len(texts)
+
+    def __init__(self, dataset: CaptionRows, seed: int) -> None:
+        self.dataset, self.seed, self.name = dataset, seed, dataset.sources[0].path
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.dataset)
+
+    def fingerprint(self) -> str:
+        return digest_json(len(self.dataset))
+
+    def files_digest(self) -> str:
+        return self.dataset.content_digest()
+
+    def join(self, number: int) -> None:
+        self.dataset.is_one_of_several, self.seed = True, stable_seed(self.seed, "source", number)
+
+    def require_readers(self, num_readers: int, world_size: int) -> None:
+        """Any number of readers can share a table."""
+
+    def open(self, reader: Reader) -> ReadChunk:
+        order = SourceOrder(len(self.dataset), reader.lanes, reader.before)
+
+        @functools.lru_cache(maxsize=2)
+        def rows(epoch: int) -> np.ndarray:
+            return np.random.default_rng(stable_seed(self.seed, "table", epoch)).permutation(len(self.dataset))
+
+        def read(chunk: int, first: int, last: int) -> Iterator[Any]:
+            begin = order.count(chunk)
+            for row in range(begin + first, begin + last):
+                passed, place = divmod(row, len(self.dataset))
+                epoch = reader.first_epoch + passed
+                yield self.dataset[SampleIndex(epoch, int(rows(epoch)[place]))]
+
+        return read

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 
+from llm2clip.data.captioned_images import caption_ids, column_texts, value_texts
 from llm2clip.data.opened_table import SourceError
-from llm2clip.data.records import caption_ids, column_texts, column_value, value_texts
 from llm2clip.data.sampling import stable_seed
+from llm2clip.data.sources import column_value
 
 # A few thousand texts as Python objects at a time.
 BATCH_ROWS = 1000

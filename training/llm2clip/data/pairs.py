@@ -8,17 +8,16 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
-from llm2clip.data.instructions import InstructionTable, instruction_from
+from llm2clip.data.captioned_images import caption_id, column_texts
 from llm2clip.data.opened_table import open_table
 from llm2clip.data.pair_keys import KeyColumns, pair_keys
-from llm2clip.data.records import caption_id, column_texts
 from llm2clip.data.sampling import ConcatenatedTables, SampleIndex, stable_seed
 from llm2clip.data.sources import Source, first_rows, require_columns, require_weight, table_columns, top_level
 from llm2clip.data.table_identity import rows_digest, table_identity
@@ -26,6 +25,28 @@ from llm2clip.utils.files import digest_json
 from llm2clip.utils.shared_files import shared_file
 
 logger = logging.getLogger(__name__)
+InstructionTable = Literal["e5"]
+# The data sets of E5-mistral (Wang et al. 2024, arXiv:2401.00368, appendix), under the file names of echo-data.
+E5 = {
+    "allnli_split1": "Given a premise, retrieve a hypothesis that is entailed by the premise",
+    "allnli_split2": "Retrieve semantically similar text",
+    "dureader": "Given a Chinese search query, retrieve web passages that answer the question",
+    "eli5_question_answer": "Provided a user question, retrieve the highest voted answers on Reddit ELI5 forum",
+    "fever": "Given a claim, retrieve documents that support or refute the claim",
+    "hotpot_qa": "Given a multi-hop question, retrieve documents that can help answer the question",
+    "miracl": "Given a question, retrieve Wikipedia passages that answer the question",
+    "mrtydi": "Given a question, retrieve Wikipedia passages that answer the question",
+    "msmarco_document": "Given a web search query, retrieve relevant documents that answer the query",
+    "msmarco_passage": "Given a web search query, retrieve relevant passages that answer the query",
+    "nq": "Given a question, retrieve Wikipedia passages that answer the question",
+    "quora_duplicates_split1": (
+        "Given a question, retrieve questions that are semantically equivalent to the given question"
+    ),
+    "quora_duplicates_split2": "Find questions that have the same meaning as the input question",
+    "squad": "Retrieve Wikipedia passages that answer the question",
+    "t2ranking": "Given a Chinese search query, retrieve web passages that answer the question",
+    "trivia_qa": "Retrieve Wikipedia passages that answer the question",
+}
 # Rows that are drawn before a source counts as one without a random negative.
 NEGATIVE_ATTEMPTS = 100
 
@@ -99,10 +120,21 @@ class PairSource(Source):
         return self.label or os.path.basename(self.path.rstrip("/\\")).split(".")[0]
 
     def find_instruction(self) -> str | None:
-        """Return the instruction of anchors, looked up if there is a table; ValueError if the table lacks it."""
+        """Return the instruction of anchors, looked up if there is a table, where it ends in `; ` as in the original.
+
+        Raises:
+            ValueError: There is no such table, or it lacks the data set.
+        """
         if self.instruction_table is None:
             return self.instruction
-        return instruction_from(self.instruction_table, self.base_label)
+        if self.instruction_table != "e5":
+            raise ValueError(f"instruction_table must be one of e5, not {self.instruction_table!r}.")
+        if self.base_label not in E5:
+            raise ValueError(
+                f"the instruction table e5 has no data set {self.base_label!r}; set `label` to one of "
+                f"{', '.join(E5)}, or set `instruction`."
+            )
+        return f"{E5[self.base_label]}; "
 
     @property
     def columns(self) -> list[str]:

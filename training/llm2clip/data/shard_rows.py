@@ -1,10 +1,12 @@
-"""Rows of the files of a stream by number, and how many a file has."""
+"""Rows of the files of a stream from any row on, and how many a file has; for training and for embedding."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+import itertools
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import datasets
 import fsspec
@@ -13,12 +15,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2clip.data.opened_table import SourceError, file_format
-from llm2clip.data.records import column_value
-from llm2clip.data.tar_rows import count_tar_rows, numbered_tar_rows
+from llm2clip.data.sources import column_value
+from llm2clip.data.tars import count_tar_rows, fewer_rows, tar_rows
 from llm2clip.utils.library_errors import wrap_read_errors
 
+logger = logging.getLogger(__name__)
 # Rows of a parquet file that are decoded at once, and bytes of each column that are read at once.
 BATCH, BUFFER = 64, 2**20
+
+
+class RowRange(NamedTuple):
+    """Some rows of a file.
+
+    Attributes:
+        start, stop: The first one, and the one after the last.
+        total: Rows of the file.
+    """
+
+    start: int
+    stop: int
+    total: int
+
+    @property
+    def suffix(self) -> str:
+        """What the names of files have that belong to these rows, after the name of the file."""
+        return f".{self.start:08}-{self.stop:08}"
 
 
 class ShardRows:
@@ -42,22 +63,38 @@ class ShardRows:
         self.num_files: int = table.num_shards
         self.files = list(files) if len(files) == self.num_files else []
 
-    def read(self, file: int, wanted: Iterable[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the rows of a file that have these numbers, which ascend, with their numbers.
+    def read(self, file: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield rows of a file with their numbers: from `start` to `stop`, excluded, or to the end.
 
         Raises:
             SourceError: The file cannot be read, or has fewer rows.
         """
-        with wrap_read_errors(self.files[file] if self.files else f"file {file} of the stream", SourceError):
-            yield from self._read(file, wanted)
+        path, place = self.files[file] if self.files else f"file {file} of the stream", start
+        try:
+            with wrap_read_errors(path, SourceError):
+                for number, row in self._read(file, path, start, stop):
+                    yield number, row
+                    place = number + 1
+            return
+        except SourceError as error:
+            # A server may have ended the connection while other files were read.
+            if place == start or not self.is_remote(file):
+                raise
+            logger.warning("Opening %s again at row %d: %s", path, place, error)
+        yield from self.read(file, place, stop)
 
-    def _read(self, file: int, wanted: Iterable[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-        if self.files and file_format(self.files[file]) == ".tar":
-            rows = numbered_tar_rows(self.files[file], self.columns, wanted)
-            return ((number, self._declared(row)) for number, row in rows)
-        if self.files and is_plain(self.files[file], ".parquet") and not self._contains_paths:
-            return parquet_rows(self.files[file], self.columns, wanted)
-        return picked(self.read_all(file), wanted, f"file {file} of the stream")
+    def _read(self, file: int, path: str, start: int, stop: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
+        if self.files and file_format(path) == ".tar":
+            for number, row in tar_rows(path, self.columns, start, stop):
+                yield number, self.declared(row)
+        elif self.files and is_plain(path, ".parquet") and not self._contains_paths:
+            yield from parquet_rows(path, self.columns, start, stop)
+        else:
+            number = start - 1
+            for number, row in itertools.islice(self.read_all(file), start, stop):
+                yield number, row
+            if stop is not None and number + 1 < stop:
+                raise fewer_rows(path, stop)
 
     def is_remote(self, file: int) -> bool:
         """Tell whether a file is at a URL."""
@@ -71,20 +108,22 @@ class ShardRows:
     @functools.cached_property
     def _contains_paths(self) -> bool:
         """Whether the images of parquet files are paths, which `keep_encoded` completes."""
-        images = [name for name, feature in (self.table.features or {}).items() if isinstance(feature, datasets.Image)]
+        images = [name for name, feature in (self._features or {}).items() if isinstance(feature, datasets.Image)]
+        if not images:
+            return False
         with fsspec.open(self.files[0], "rb") as file:
             schema = pq.read_schema(file)
         kinds = [schema.field(name).type for name in images]
         return any(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds)
 
-    def _declared(self, row: dict[str, Any]) -> dict[str, Any]:
+    def declared(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a row of a tar as `datasets` does, which makes texts of numbers where the first rows have texts."""
         if self._features is None or all(_is_text(column_value(row, name)) for name in self.captions):
             return row
         return self._features.encode_example(row)
 
     def read_all(self, file: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield all rows of a file with their numbers; None stands for all files, one after another."""
+        """Yield all rows of a file through `datasets`, with their numbers; None stands for all files."""
         whole = file is None or self.num_files == 1
         table = self.table if whole else self.table.shard(self.num_files, file)
         # Unlike the iterator of the table, its method does not split the rows by DataLoader worker once more.
@@ -105,55 +144,56 @@ def is_plain(path: str, ending: str) -> bool:
     return path.split("?")[0].lower().endswith(ending)
 
 
-def parquet_rows(path: str, columns: Collection[str], wanted: Iterable[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+def parquet_rows(
+    path: str, columns: Collection[str], start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield rows of a parquet file with their numbers; row groups without one of them are not read.
 
     Args:
         path: Path or URL.
         columns: The columns to read.
-        wanted: Numbers of the rows, in ascending order.
+        start, stop: The first row, and the one after the last; by default all rows.
 
     Raises:
         SourceError: The file cannot be read, or has fewer rows.
     """
-    numbers = np.fromiter(wanted, dtype=np.int64)
+    with wrap_read_errors(path, SourceError), fsspec.open(path, "rb") as file:
+        # Many files are open at a time: without a buffer, each would hold a whole row group.
+        parquet = pq.ParquetFile(file, buffer_size=BUFFER)
+        if stop is not None and parquet.metadata.num_rows < stop:
+            raise fewer_rows(path, stop)
+        last = parquet.metadata.num_rows if stop is None else stop
+        ends = np.cumsum([parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)])
+        first_group, end_group = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, last)
+        groups = list(range(int(first_group), min(int(end_group) + 1, len(ends))))
+        number = int(ends[first_group - 1]) if first_group else 0
+        # A forked process has none of the threads of Arrow.
+        options: dict[str, Any] = {"batch_size": BATCH, "columns": list(columns), "use_threads": False}
+        for batch in parquet.iter_batches(row_groups=groups, **options) if start < last else ():
+            skipped = min(max(0, start - number), len(batch))
+            wanted = batch.slice(skipped, max(0, last - number - skipped))
+            yield from enumerate(wanted.to_pylist(), number + skipped)
+            number += len(batch)
+
+
+def cut_parquet(path: str, rows: int) -> list[RowRange]:
+    """Cut a parquet file into ranges of at most `rows` rows, or of one row group where that has more.
+
+    Returns:
+        The ranges; none of a file that has no more rows than that, or a single row group, or that cannot be read.
+    """
     try:
         with fsspec.open(path, "rb") as file:
-            # Many files are open at a time: without a buffer, each would hold a whole row group.
-            parquet = pq.ParquetFile(file, buffer_size=BUFFER)
-            if len(numbers) and numbers[-1] >= parquet.metadata.num_rows:
-                raise SourceError(
-                    f"{path} has no row {numbers[-1]}: it has {parquet.metadata.num_rows}, fewer than were counted."
-                )
-            first = 0
-            for group in range(parquet.num_row_groups):
-                last = first + parquet.metadata.row_group(group).num_rows
-                if len(_within(numbers, first, last)):
-                    # A forked process has none of the threads of Arrow.
-                    options: dict[str, Any] = {"batch_size": BATCH, "columns": list(columns), "use_threads": False}
-                    for batch in parquet.iter_batches(row_groups=[group], **options):
-                        found = _within(numbers, first, first + len(batch))
-                        yield from zip(found.tolist(), batch.take(pa.array(found - first)).to_pylist(), strict=True)
-                        first += len(batch)
-                first = last
-    except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"Reading {path} failed: {type(error).__name__}: {error}") from error
-
-
-def _within(numbers: np.ndarray, first: int, last: int) -> np.ndarray:
-    return numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, last)]
-
-
-def picked(
-    rows: Iterable[tuple[int, dict[str, Any]]], wanted: Iterable[int], name: str
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the numbered rows that have these numbers, which ascend; SourceError if there are fewer."""
-    rows = iter(rows)
-    for number in wanted:
-        row = next((row for row in rows if row[0] == number), None)
-        if row is None:
-            raise SourceError(f"{name} has no row {number}: it has fewer rows than were counted. Was it replaced?")
-        yield row
+            metadata = pq.ParquetFile(file).metadata
+    except (OSError, pa.ArrowException):
+        return []  # the error of reading it names it
+    ends = np.cumsum([0, *(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))]).tolist()
+    cuts = [0]
+    for start, end in itertools.pairwise(ends):
+        if end - cuts[-1] > rows and start > cuts[-1]:
+            cuts.append(start)
+    cuts.append(metadata.num_rows)
+    return [RowRange(start, stop, cuts[-1]) for start, stop in itertools.pairwise(cuts)] if len(cuts) > 2 else []
 
 
 def can_count(path: str) -> bool:
@@ -169,8 +209,5 @@ def count_rows(path: str) -> int:
     """
     if is_plain(path, ".tar"):
         return count_tar_rows(path)
-    try:
-        with fsspec.open(path, "rb") as file:
-            return int(pq.ParquetFile(file).metadata.num_rows)
-    except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"Reading {path} failed: {type(error).__name__}: {error}") from error
+    with wrap_read_errors(path, SourceError), fsspec.open(path, "rb") as file:
+        return int(pq.ParquetFile(file).metadata.num_rows)

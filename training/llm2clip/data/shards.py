@@ -6,6 +6,7 @@ import hashlib
 import os
 import posixpath
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,17 +15,16 @@ from typing import Any, NamedTuple
 import datasets
 import fsspec
 
-from llm2clip.data.captioned_images import captions_by_row
-from llm2clip.data.opened_table import SourceError, file_format, open_table
-from llm2clip.data.parquet_parts import RowGroups, cut_parquet, part_checksum, rows_of_part
-from llm2clip.data.records import column_texts
-from llm2clip.data.sources import CaptionSource, select_captions
-from llm2clip.data.tar_rows import DAMAGED, Readable, tar_rows
-from llm2clip.utils.files import READ_SIZE, sha256
+from llm2clip.data.captioned_images import column_texts
+from llm2clip.data.opened_table import SourceError, file_format
+from llm2clip.data.shard_rows import RowRange, ShardRows, cut_parquet
+from llm2clip.data.sources import CaptionSource, open_source, select_captions
+from llm2clip.data.tars import tar_rows
+from llm2clip.utils.files import READ_SIZE
+from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.remote_path import open_once, protocols
+from llm2clip.utils.shared_files import stored_sha256
 
-# What reading a damaged file raises.
-UNREADABLE = (ValueError, TypeError, *DAMAGED)
 # Footers of parquet files that are read at the same time.
 FOOTERS_AT_ONCE = 16
 MAGIC = re.compile(r"[*?\[]")
@@ -37,12 +37,12 @@ class HashedReader:
         size: Number of bytes that were read.
     """
 
-    def __init__(self, file: Readable) -> None:
+    def __init__(self, file: Any) -> None:
         self._file, self._digest, self.size = file, hashlib.sha256(), 0
 
     def read(self, size: int) -> bytes:
         """Read at most `size` bytes."""
-        block = self._file.read(size)
+        block: bytes = self._file.read(size)
         self._digest.update(block)
         self.size += len(block)
         return block
@@ -61,13 +61,13 @@ class SourceShard(NamedTuple):
         number: Its place among the files of the source.
         path: Path or URL.
         name: Path below the folder of the source, with `/`; the same wherever that folder lies.
-        part: The part of the file that is meant, of a large parquet file.
+        part: The rows that are meant, of a large parquet file.
     """
 
     number: int
     path: str
     name: str
-    part: RowGroups | None = None
+    part: RowRange | None = None
 
 
 @dataclass
@@ -78,8 +78,7 @@ class ShardText:
         captions: The distinct ones, in order of first appearance by row, column and list entry.
         columns: Columns that were read.
         rows: Number of rows.
-        size, checksum: Bytes of the file, and its `sha256:`. Of a remote file that is not read to its end, what its
-            file system states, or None.
+        size, checksum: Bytes of the file, and its checksum; see [`source_checksum`].
     """
 
     columns: list[str]
@@ -87,11 +86,6 @@ class ShardText:
     rows: int = 0
     size: int = 0
     checksum: str | None = None
-
-    def add(self, texts: list[str]) -> None:
-        """Add the captions of a row."""
-        self.rows += 1
-        self.captions.update(dict.fromkeys(texts))
 
 
 class ShardedSource:
@@ -110,7 +104,7 @@ class ShardedSource:
     def __init__(self, source: CaptionSource) -> None:
         if not source.streaming or source.max_samples is not None:
             raise SourceError(f"{source.path} is read by shard: set streaming: true, and leave max_samples unset.")
-        opened = open_table(source.path, source.name, source.split, source.revision, streaming=True)
+        opened = open_source(source)
         table = select_captions(source, opened)
         assert isinstance(table, datasets.IterableDataset)
         if not opened.files or table.num_shards != len(opened.files):
@@ -118,8 +112,8 @@ class ShardedSource:
                 f"{source.path} (split {source.split}) is not a list of files, which embeddings could lie beside. Use "
                 "webdataset tars or parquet, json or csv files, and one split; or embed into a cache (store: cache)."
             )
-        self.opened = opened
-        self.source, self._table, self._is_webdataset = source, table, opened.is_webdataset
+        self.opened, self.source = opened, source
+        self._rows = ShardRows(table, list(table.features or ()), opened.files, source.caption_columns)
         self.shards = name_shards(source.path, opened.files)
 
     def cut(self, part_rows: int) -> list[list[SourceShard]]:
@@ -136,44 +130,35 @@ class ShardedSource:
             return list(pool.map(parts, self.shards))
 
     def read(self, shard: SourceShard) -> ShardText:
-        """Read the captions of a shard or part: those that training sees. A tar is read once, with its checksum.
+        """Read the captions of a shard or part: those that training sees.
 
         Raises:
             SourceError: The file cannot be read, is cut short, or a caption is not text.
         """
         text = ShardText(list(self.source.caption_columns))
-        try:
-            if self._is_webdataset and file_format(shard.path) == ".tar":
-                self._read_tar(shard, text)
-            elif shard.part is not None:
-                text.size, text.checksum = source_size(shard.path), source_checksum(shard.path, shard.part)
-                for row in rows_of_part(shard.path, shard.part, list(self._table.features or ())):
-                    self._add(row, text)
+        start, stop = (0, None) if shard.part is None else shard.part[:2]
+        with wrap_read_errors(shard.path, SourceError):
+            if "://" in shard.path and file_format(shard.path) == ".tar":
+                self._read_remote_tar(shard, text)
             else:
                 text.size, text.checksum = source_size(shard.path), source_checksum(shard.path)
-                table = self._table if len(self.shards) == 1 else self._table.shard(len(self.shards), shard.number)
-                for rows in captions_by_row(table, self.source.caption_columns):
-                    for texts in rows:
-                        text.add(texts)
-        except SourceError:
-            raise
-        except UNREADABLE as error:
-            raise SourceError(f"{shard.path} cannot be read: {error or type(error).__name__}") from error
+                self._add(self._rows.read(shard.number, start, stop), text)
         return text
 
-    def _read_tar(self, shard: SourceShard, text: ShardText) -> None:
-        features = self._table.features
-        assert features is not None  # `datasets` takes those of a tar from its first rows
-        columns = list(features)
+    def _read_remote_tar(self, shard: SourceShard, text: ShardText) -> None:
+        """Read a tar at a URL once, with its checksum."""
         with open_once(shard.path) as file:
             hashed = HashedReader(file)
-            for values in tar_rows(shard.path, hashed, columns):
-                self._add(features.encode_example(values), text)
+            rows = tar_rows(shard.path, self._rows.columns, file=hashed)
+            self._add(((number, self._rows.declared(row)) for number, row in rows), text)
             text.checksum = f"sha256:{hashed.checksum()}"
         text.size = hashed.size
 
-    def _add(self, row: dict[str, Any], text: ShardText) -> None:
-        text.add([found for column in self.source.caption_columns for found in column_texts(row, column)])
+    def _add(self, rows: Iterable[tuple[int, dict[str, Any]]], text: ShardText) -> None:
+        for _, row in rows:
+            found = [caption for column in text.columns for caption in column_texts(row, column)]
+            text.captions.update(dict.fromkeys(found))
+            text.rows += 1
 
 
 def source_size(path: str) -> int:
@@ -182,15 +167,14 @@ def source_size(path: str) -> int:
     return int(files.size(name))
 
 
-def source_checksum(path: str, part: RowGroups | None = None) -> str | None:
-    """Return the SHA-256 of a local file, or of the bytes of a part of it.
+def source_checksum(path: str) -> str | None:
+    """Return the SHA-256 of a local file, computed once on this machine as long as the file stays as it is.
 
     Of a remote file it is what its file system states without reading it, or None.
     """
     files, name = fsspec.core.url_to_fs(path)
     if "file" in protocols(files):
-        local = Path(name)
-        return f"sha256:{sha256(local) if part is None else part_checksum(local, part.first_byte, part.last_byte)}"
+        return f"sha256:{stored_sha256(Path(name))}"
     entry = files.info(name)
     stated = next((entry[field] for field in ("ETag", "etag", "md5", "sha256") if entry.get(field)), None)
     return None if stated is None else f"stated:{stated}"

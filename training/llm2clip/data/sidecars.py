@@ -1,7 +1,7 @@
 """Stored embeddings beside the shards of a streamed source.
 
 `00000.tar` has `00000.emb.safetensors` and `00000.emb.manifest`, in the same folder or in one with the same names. The
-parts of a large parquet file have the numbers of their row groups in the name: `large.00000-00008.emb.manifest`. No
+parts of a large parquet file have the numbers of their rows in the name: `large.00000000-00100000.emb.manifest`. No
 list of all captions exists anywhere.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from llm2clip.data.opened_table import COMPRESSIONS
-from llm2clip.data.parquet_parts import RowGroups
+from llm2clip.data.shard_rows import RowRange
 from llm2clip.data.shards import ShardText, SourceShard, source_checksum, source_size
 from llm2clip.store.captions import EmbeddingCache
 from llm2clip.store.manifest import (
@@ -91,7 +91,7 @@ class SidecarFolder:
         stem, ending = posixpath.basename(shard_stem(shard.name)), f"{BESIDE}{MANIFEST_SUFFIX}"
         found = self.manifest_path(whole).parent.glob(f"{glob.escape(stem)}.*-*{ending}")
         names = re.compile(rf"{re.escape(stem)}\.\d+-\d+{re.escape(ending)}")
-        parts = [row_groups(StoreManifest.read(path)) for path in found if names.fullmatch(path.name)]
+        parts = [row_range(StoreManifest.read(path)) for path in found if names.fullmatch(path.name)]
         return [whole._replace(part=part) for part in sorted(part for part in parts if part)]
 
     def lock(self, shard: SourceShard) -> AbstractContextManager[None]:
@@ -144,7 +144,7 @@ class SidecarFolder:
                 f"{path} was made by {manifest.encoder} with {name} {old!r}, but this run has {name} {new!r} "
                 f"({encoder.encoder}). Choose another output_dir, or delete the sidecars to start again."
             )
-        if row_groups(manifest) != shard.part or not self._is_of(shard, manifest):
+        if row_range(manifest) != shard.part or not self._is_of(shard, manifest):
             self._refuse_another(shard, source)
             return False
         return whole and set(columns) <= set(source.columns)
@@ -168,14 +168,14 @@ class SidecarFolder:
             return False
         is_moved = source.path is not None and source.path != place
         if not isinstance(file, Path):
-            stated = source_checksum(shard.path, shard.part) if is_moved else source.checksum
+            stated = source_checksum(shard.path) if is_moved else source.checksum
             return stated == source.checksum
         status = file.stat()
         # `ctime` changes with the content also where the time of the content is kept.
         changed = max(status.st_mtime_ns, status.st_ctime_ns)
         if not is_moved and not (isinstance(path, Path) and changed > path.stat().st_mtime_ns):
             return True
-        if source_checksum(shard.path, shard.part) != source.checksum:
+        if source_checksum(shard.path) != source.checksum:
             return False
         with suppress(OSError):
             replace(manifest, source=replace(source, path=place)).write(path)
@@ -238,7 +238,7 @@ class SourceSidecars:
             described = list(pool.map(self._manifests, self.shards))
         for shard, manifests in zip(self.shards, described, strict=True):
             faults = [fault for path, found in manifests.items() if (fault := _misfit(path, found, shard, columns))]
-            missing += (faults or gaps(shard.name, [row_groups(found) for found in manifests.values()]))[:1]
+            missing += (faults or gaps(shard.name, [row_range(found) for found in manifests.values()]))[:1]
             row_counts.append(sum(source_of(found, path).rows for path, found in manifests.items()))
             for path, manifest in manifests.items():
                 first = first or manifest
@@ -294,10 +294,10 @@ def source_of(manifest: StoreManifest, path: AnyPath) -> SourceFile:
     return manifest.source
 
 
-def row_groups(manifest: StoreManifest) -> RowGroups | None:
+def row_range(manifest: StoreManifest) -> RowRange | None:
     """Return the part of a parquet file that a sidecar belongs to, or None for a whole file."""
-    found = None if manifest.source is None else manifest.source.row_groups
-    return None if found is None else RowGroups(**found)
+    found = None if manifest.source is None else manifest.source.part
+    return None if found is None else RowRange(**found)
 
 
 def shard_stem(name: str) -> str:
@@ -306,7 +306,7 @@ def shard_stem(name: str) -> str:
     return posixpath.splitext(stem)[0] if suffix in COMPRESSIONS else stem
 
 
-def gaps(name: str, parts: Sequence[RowGroups | None]) -> list[str]:
+def gaps(name: str, parts: Sequence[RowRange | None]) -> list[str]:
     """Name what no sidecar of a file covers, in words; `parts` are in their order."""
     if not parts:
         return [f"{name} has none"]
@@ -315,11 +315,11 @@ def gaps(name: str, parts: Sequence[RowGroups | None]) -> list[str]:
         if part is None:
             return []
         if part.start != end:
-            kind = "lacks" if part.start > end else "has more than one for"
-            faults.append(f"{name} {kind} row groups {min(end, part.start)} to {max(end, part.start) - 1}")
+            kind = "lacks" if part.start > end else "has more than one sidecar for"
+            faults.append(f"{name} {kind} rows {min(end, part.start)} to {max(end, part.start) - 1}")
         end, total = part.stop, part.total
     if end != total:
-        faults.append(f"{name} lacks row groups {end} to {total - 1}")
+        faults.append(f"{name} lacks rows {end} to {total - 1}")
     return faults
 
 

@@ -220,6 +220,17 @@ def top_level(table: Table, column: str) -> str:
     return column if column in names else column.split(".")[0]
 
 
+def column_value(row: Mapping[str, Any], column: str) -> Any:
+    """Return the value of a column, where `a.b` is field `b` of the record in column `a` (None if absent)."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        # Most records are dicts, and the test for mappings is slow.
+        value = value.get(part) if isinstance(value, dict) or isinstance(value, Mapping) else None  # noqa: SIM101
+    return value
+
+
 def row_batches(table: Table) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of a table, a thousand at a time."""
     for batch in table.iter(1000):

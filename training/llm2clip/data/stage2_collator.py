@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from llm2clip.data.records import NO_EMBEDDING, OnError, RowCaptions, SkippedSample
+from llm2clip.data.captioned_images import NO_EMBEDDING, OnError, RowCaptions, SkippedSample
 from llm2clip.store.captions import EmbeddingCache
 from modeling_llm2clip.image_decoding_llm2clip import SampleError, decode_image
 

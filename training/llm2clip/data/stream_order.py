@@ -1,4 +1,4 @@
-"""Which row of a source has which place in a stream: arithmetic with numbers of rows, without reading.
+"""Which row of which source has which place in a stream: arithmetic with numbers of rows, without reading.
 
 The places of a stream are cut into chunks, and chunk `c` of an epoch comes from lane `c % lanes`. A lane is a range of
 the epoch's rows, whose files are shuffled; blocks of it are read in sequence and shuffled. Nothing depends on how many
@@ -11,7 +11,7 @@ import bisect
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ BLOCK = 256
 # The fractional parts of its multiples are spread as evenly as those of any number.
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
+Mixing = Literal["one_source_per_step", "proportional", "weights"]
 # Of places in a stream, (n,) int64: how many rows of a source come before each.
 RowsBefore = Callable[[np.ndarray], np.ndarray]
 
@@ -193,3 +194,175 @@ class FileOrder:
 def shuffled_block(rows: int, *seed: int | str) -> list[int]:
     """Return the order of the rows of a block."""
     return np.random.default_rng(stable_seed(*seed)).permutation(rows).tolist()
+
+
+class StreamRow(NamedTuple):
+    """A row of a stream, with the number of its file and its number there: the same in every order and split.
+
+    Attributes:
+        stored: What is stored beside its file, which is read with the file.
+    """
+
+    file: int
+    number: int
+    values: dict[str, Any]
+    stored: Any = None
+
+
+class RowReader:
+    """Reads the rows of a source in its order, where the number of rows of each file is known.
+
+    Args:
+        read: Reads rows of a file, given the epoch, the number of the file, the first row and the one after the last.
+        row_counts: Rows of each file.
+        order: Order of the rows.
+        block: Rows of a lane that are shuffled together; 0 keeps rows and files in order.
+        seed: Seed of the order.
+        first_epoch: Number of the first epoch.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int, int, int, int], Iterator[StreamRow]],
+        row_counts: Sequence[int],
+        order: SourceOrder,
+        block: int,
+        seed: int,
+        first_epoch: int,
+    ) -> None:
+        self.read_file, self.row_counts, self.order = read, row_counts, order
+        self.block, self.seed, self.first_epoch = block, seed, first_epoch
+        self._lanes: dict[int, _LaneReader] = {}
+
+    def read(self, chunk: int, first: int, last: int) -> Iterator[tuple[int, StreamRow]]:
+        """Yield rows of a chunk, and their epoch; see [`ReadChunk`]."""
+        for piece in self.order.pieces(chunk, first, last):
+            epoch = self.first_epoch + piece.epoch
+            if piece.lane is None:
+                rows = _LaneReader(self, epoch, -1, 0, piece.last).in_order(piece.first, piece.last)
+            else:
+                lane = self._lanes.get(piece.lane)
+                if lane is None or lane.epoch != epoch:
+                    cut = self.order.cut(piece.epoch)
+                    bounds = int(cut.starts[piece.lane]), int(cut.stops[piece.lane])
+                    lane = self._lanes[piece.lane] = _LaneReader(self, epoch, piece.lane, *bounds)
+                rows = lane.read(piece.first, piece.last)
+            for row in rows:
+                yield epoch, row
+
+
+class _LaneReader:
+    """Reads the rows of a lane, `start` to `stop` of the epoch's, block by block; its file stays open meanwhile."""
+
+    def __init__(self, source: RowReader, epoch: int, lane: int, start: int, stop: int) -> None:
+        self.source, self.epoch, self.lane, self.start, self.stop = source, epoch, lane, start, stop
+        self._block, self._rows = -1, list[StreamRow]()
+        seed = stable_seed(source.seed, "files", epoch) if source.block else None
+        self._files = FileOrder(source.row_counts, seed)
+        # The file and row at which the rows of the open file go on.
+        self._place, self._open = (-1, 0), iter(list[StreamRow]())
+
+    def read(self, first: int, last: int) -> list[StreamRow]:
+        """Return the rows from the `first` to the `last` one of the lane, excluded."""
+        size, found = self.source.block, list[StreamRow]()
+        if not size:
+            return self.in_order(self.start + first, self.start + last)
+        while first < last:
+            block, at = divmod(first, size)
+            if block != self._block:
+                begin = self.start + block * size
+                self._rows = []  # before the next ones are read
+                rows = self.in_order(begin, min(self.stop, begin + size))
+                order = shuffled_block(len(rows), self.source.seed, "block", self.epoch, self.lane, block)
+                self._block, self._rows = block, [rows[place] for place in order]
+            found += self._rows[at : at + last - first]
+            first = min(last, (block + 1) * size)
+        return found
+
+    def in_order(self, first: int, last: int) -> list[StreamRow]:
+        """Return the rows from the `first` to the `last` one of the epoch, excluded."""
+        found: list[StreamRow] = []
+        for file, start, stop in self._files.files_of(first, last):
+            if self._place != (file, start):
+                # Up to the end of the lane, since the next part mostly begins where this one ends.
+                end = min(self.source.row_counts[file], start + self.stop - first)
+                self._open = self.source.read_file(self.epoch, file, start, end)
+            found += itertools.islice(self._open, stop - start)
+            self._place, first = (file, stop), first + stop - start
+        return found
+
+
+class EvenMixture:
+    """Rows of all sources, spread evenly.
+
+    Args:
+        weights: Share of each source. If they are its number of rows, all sources end their epochs at the same place.
+        period: The sum of the numbers of rows, if the weights are these.
+    """
+
+    def __init__(self, weights: Sequence[float], period: int | None = None) -> None:
+        self.weights, self.period = weights, period
+
+    def before(self, source: int, places: np.ndarray) -> np.ndarray:
+        epochs, left = (0, places) if self.period is None else np.divmod(places, self.period)
+        # Each source takes its share of what those before it leave: so the rows of all sources are the places.
+        for number, weight in enumerate(self.weights):
+            rest = sum(self.weights[number:])
+            taken = left if number == len(self.weights) - 1 else self._share(left, weight, rest)
+            if number == source:
+                return taken + (0 if self.period is None else epochs * np.int64(weight))
+            left = left - taken
+        raise IndexError(source)
+
+    def _share(self, places: np.ndarray, weight: float, rest: float) -> np.ndarray:
+        if self.period is not None and max(weight, rest) < 2**31:
+            return places * int(weight) // max(1, int(rest))
+        return np.floor(places * (weight / rest)).astype(np.int64)
+
+
+class StepMixture:
+    """Steps of one source each, spread evenly.
+
+    Args:
+        weights: Share of each source.
+        batch: Rows in a step.
+    """
+
+    def __init__(self, weights: Sequence[float], batch: int) -> None:
+        self.bounds, self.batch = np.cumsum(weights) / sum(weights), batch
+        # (steps + 1, sources) how many steps of each source come before a step.
+        self._steps = np.zeros((1, len(weights)), dtype=np.int64)
+
+    def before(self, source: int, places: np.ndarray) -> np.ndarray:
+        steps, rest = np.divmod(places, self.batch)
+        known = self._known(int(steps.max(initial=0)) + 1)[:, source]
+        return known[steps] * self.batch + (known[steps + 1] - known[steps]) * rest
+
+    def _known(self, steps: int) -> np.ndarray:
+        if len(self._steps) <= steps:
+            drawn = (0.5 + np.arange(max(steps, 2 * len(self._steps))) * GOLDEN_RATIO) % 1
+            sources = np.searchsorted(self.bounds[:-1], drawn, side="right")
+            counted = np.cumsum(sources[:, None] == np.arange(len(self.bounds)), axis=0)
+            self._steps = np.concatenate([np.zeros_like(counted[:1]), counted])
+        return self._steps
+
+
+def checked_weights(names: Sequence[str], mixing: Mixing, weights: Sequence[float | None]) -> list[float] | None:
+    """Return the weights of sources, None if there are none.
+
+    Raises:
+        ValueError: They do not fit `mixing`, or are not given for every source.
+    """
+    given = [weight for weight in weights if weight is not None]
+    if not given:
+        if mixing == "weights":
+            raise ValueError("mixing: weights needs a weight for every source.")
+        return None
+    if mixing == "proportional":
+        raise ValueError(
+            "mixing: proportional has no weights; remove weight from the sources, or set mixing: weights."
+        )
+    if len(given) < len(names):
+        missing = next(name for name, weight in zip(names, weights, strict=True) if weight is None)
+        raise ValueError(f"the source {missing} has no weight, but others have; set it for every source or for none.")
+    return given

@@ -3,43 +3,37 @@
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec.asyn
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from llm2clip.data.mixing import EvenMixture, Mixing, Mixture, StepMixture, checked_weights
-from llm2clip.data.opened_table import SourceError
-from llm2clip.data.records import NO_EMBEDDING, OnError, SkippedSample
+from llm2clip.data.opened_table import OpenedTable, SourceError
 from llm2clip.data.sampling import stable_seed
 from llm2clip.data.shard_rows import ShardRows
-from llm2clip.data.stream_order import FileOrder, Lanes, Piece, RowsBefore, SourceOrder, shuffled_block
-from llm2clip.store.captions import EmbeddingCache
+from llm2clip.data.sources import CaptionSource, open_source, select_source, source_columns, used_columns
+from llm2clip.data.stream_order import (
+    BLOCK,
+    EvenMixture,
+    Lanes,
+    Mixing,
+    RowReader,
+    RowsBefore,
+    SourceOrder,
+    StepMixture,
+    StreamRow,
+    checked_weights,
+)
+from llm2clip.data.table_identity import sampled_files_digest
 from llm2clip.utils.files import digest_json
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class StreamRow(NamedTuple):
-    """A row of a stream, with the number of its file and its number there: the same in every order and split.
-
-    Attributes:
-        attached: What an [`Attach`] computes of it.
-    """
-
-    file: int
-    number: int
-    values: dict[str, Any]
-    attached: Any = None
-
-
-# Makes, of the number of a file that is about to be read, the function that computes what is attached to its rows.
-Attach = Callable[[int], Callable[[StreamRow], Any]]
 
 
 class Reader(NamedTuple):
@@ -67,35 +61,6 @@ class Reader(NamedTuple):
 ReadChunk = Callable[[int, int, int], Iterator[Any]]
 
 
-class StreamSource(Protocol):
-    """A source of a stream.
-
-    Attributes:
-        name: Its path, for messages.
-    """
-
-    name: str
-
-    @property
-    def num_rows(self) -> int | None:
-        """Number of rows, or None if unknown."""
-
-    def fingerprint(self) -> str | None:
-        """Return a hash of its files and their numbers of rows, if these are known."""
-
-    def join(self, number: int) -> None:
-        """Make it one of several sources of a stream, with its number among them."""
-
-    def require_readers(self, num_readers: int, world_size: int) -> None:
-        """Raise a [`SourceError`] if there is nothing to read for some of the readers."""
-
-    def files_digest(self) -> str:
-        """Hash the content of the source, of large files a sample."""
-
-    def open(self, reader: Reader) -> ReadChunk:
-        """Open the source for a reader."""
-
-
 class SampleStream(IterableDataset):
     """Iterable data set that shares its rows among processes and DataLoader workers itself.
 
@@ -108,14 +73,12 @@ class SampleStream(IterableDataset):
     proportion to the sizes.
 
     Args:
-        sources: The sources.
+        sources: [`StreamedRows`], or [`TableSource`](llm2clip.data.captioned_images.TableSource).
         seed: Seed of the order.
         rank, world_size: The process, and the number of processes.
         repeat: Start the next epoch at the end of the data, so that no rank runs out before another.
         mixing: How several sources are mixed.
         weights: Weight of each source, relative to the others; None if there are none.
-        lookups: Where the captions of a source are looked up; None if its samples have embeddings, or need none.
-        on_error: `raise` an error for a caption that is not found there, or yield a `SkippedSample` (`skip`).
 
     Attributes:
         batch_size: Rows in a batch of a process, which a DataLoader makes of what the stream yields.
@@ -130,15 +93,13 @@ class SampleStream(IterableDataset):
 
     def __init__(
         self,
-        sources: Sequence[StreamSource],
+        sources: Sequence[Any],
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         repeat: bool = True,
         mixing: Mixing = "proportional",
         weights: Sequence[float | None] = (),
-        lookups: Sequence[EmbeddingCache | None] = (),
-        on_error: OnError = "raise",
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be between 0 and world_size - 1, but is {rank} of {world_size}.")
@@ -147,7 +108,7 @@ class SampleStream(IterableDataset):
         self.batch_size = 1
         self.lanes: Lanes | None = None
         self.start: int | None = None
-        self.mixing, self.lookups, self.on_error = mixing, lookups or [None] * len(sources), on_error
+        self.mixing = mixing
         # In shared memory, so that persistent workers see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.weights: list[float] | None = None
@@ -201,9 +162,7 @@ class SampleStream(IterableDataset):
         """Return how the stream is cut for DataLoaders of so many workers."""
         return self.lanes or Lanes.choose(self.batch_size, self.world_size, max(1, num_workers))
 
-    def _mixture(self, lanes: Lanes) -> Mixture | None:
-        if len(self.sources) == 1:
-            return None
+    def _mixture(self, lanes: Lanes) -> EvenMixture | StepMixture:
         weights = self.weights or [float(source.num_rows or 0) for source in self.sources]
         if self.mixing == "one_source_per_step":
             return StepMixture(weights, lanes.batch)
@@ -219,10 +178,10 @@ class SampleStream(IterableDataset):
         mixture = self._mixture(lanes)
         # Ranks first, so that the readers with a file more are on different ranks.
         place = number * self.world_size + self.rank, workers * self.world_size
+        epoch = self.epoch if self.start is None else 0
         opened = []
         for index, source in enumerate(self.sources):
-            before: RowsBefore = _all if mixture is None else lambda places, index=index: mixture.before(index, places)  # type: ignore[misc]
-            epoch = self.epoch if self.start is None else 0
+            before = partial(mixture.before, index)
             opened.append((before, source.open(Reader(*place, lanes, before, epoch, start, self.repeat))))
         end = None if self.repeat else self.num_rows
         for batch in itertools.count(number, workers):
@@ -243,143 +202,172 @@ class SampleStream(IterableDataset):
         """Yield the samples from the `first` to the `last` place of the stream, excluded."""
         for chunk in range(first // size, -(-last // size)):
             begin, end = max(0, first - chunk * size), min(size, last - chunk * size)
-            for source, (before, read) in enumerate(opened):
+            for before, read in opened:
                 start, stop = before(np.array([chunk * size, (chunk + 1) * size])).tolist()
                 count = stop - start
-                for sample in read(chunk, min(begin, count), min(end, count)):
-                    yield self.finished(source, sample)
+                yield from read(chunk, min(begin, count), min(end, count))
                 begin, end = max(0, begin - count), max(0, end - count)
 
-    def finished(self, source: int, sample: Any) -> Any:
-        """Return the sample of a source as it is yielded."""
-        lookup = self.lookups[source]
-        if lookup is None or not isinstance(sample, dict):
-            return sample
-        caption = sample["caption"]
-        if self.on_error == "skip" and not lookup.contains([caption])[0]:
-            return SkippedSample(str(sample.get("key", caption)), NO_EMBEDDING)
-        return {**sample, "llm_embeds": lookup.lookup([caption], dtype=None)[0]}
 
-
-def _all(places: np.ndarray) -> np.ndarray:
-    return places
-
-
-class CountedReader:
-    """Reads the rows of a source whose files have known numbers of rows.
+class StreamedRows(SampleStream):
+    """Iterable data set of what `make_sample` makes of the rows of a stream; see [`StreamingCaptionImageDataset`].
 
     Args:
-        shards: The files.
-        row_counts: Rows of each.
-        order: Order of the rows.
-        block: Rows of a lane that are shuffled together; 0 keeps rows and files in order.
-        seed: Seed of the order.
-        first_epoch: Number of the first epoch.
-        attach: Makes, of the number of an epoch, what is attached to the rows of a file.
+        make_sample: The function, called in the worker processes too.
+        with_images: Read the images.
+        opened: The table of the source, if it is open.
+
+    Raises:
+        FileNotFoundError, SourceError: If the source cannot be read, or (when iterating) its rows are not counted and
+            it has fewer files than readers.
+        ValueError: If the source is not set to streaming, or `rank` is invalid.
     """
 
     def __init__(
         self,
-        shards: ShardRows,
-        row_counts: Sequence[int],
-        order: SourceOrder,
-        block: int,
-        seed: int,
-        first_epoch: int,
-        attach: Callable[[int], Attach | None],
+        source: CaptionSource,
+        make_sample: Callable[..., Any],
+        with_images: bool,
+        training: bool = True,
+        seed: int = 0,
+        shuffle_block: int = BLOCK,
+        rank: int = 0,
+        world_size: int = 1,
+        repeat: bool = False,
+        row_counts: Sequence[int] | None = None,
+        opened: OpenedTable | None = None,
     ) -> None:
-        self.shards, self.row_counts, self.order = shards, row_counts, order
-        self.block, self.seed, self.first_epoch, self.attach = block, seed, first_epoch, attach
-        self._lanes: dict[int, _LaneReader] = {}
+        if not source.streaming:
+            raise ValueError(f"{source.path} is not set to streaming; use CaptionImageDataset or streaming: true.")
+        self.source, self.name = source, source.path
+        super().__init__([self], seed, rank, world_size, repeat)
+        self.training, self.shuffle_block = training, shuffle_block if training else 0
+        self.make_sample = make_sample
+        opened = opened or open_source(source)
+        self.row_counts = None if row_counts is None else list(row_counts)
+        # If rows are not counted, all readers read the first ones, and keep a share: of which file a row is, decide
+        # the files before it.
+        self.is_cut = source.max_samples is not None and row_counts is None
+        whole = source if self.is_cut else replace(source, max_samples=None)
+        self.table = select_source(whole, opened, with_images)
+        self.columns = source_columns(source, self.table, with_images)
+        columns = used_columns(self.columns, opened.table)
+        self.shards = ShardRows(self.table, columns, opened.files, source.caption_columns)
+        if self.row_counts is not None and len(self.row_counts) != self.shards.num_files:
+            raise ValueError(f"row_counts has {len(self.row_counts)} entries for {self.shards.num_files} files.")
+        # Whether row numbers name the rows of several sources.
+        self.is_one_of_several = False
 
-    def read(self, chunk: int, first: int, last: int) -> Iterator[tuple[int, StreamRow]]:
-        """Yield rows of a chunk, and their epoch; see [`ReadChunk`]."""
-        for piece in self.order.pieces(chunk, first, last):
-            epoch = self.first_epoch + piece.epoch
-            for row in self._rows(piece, epoch):
-                yield epoch, row
+    @property
+    def num_rows(self) -> int | None:
+        return None if self.row_counts is None else sum(self.row_counts)
 
-    def _rows(self, piece: Piece, epoch: int) -> list[StreamRow]:
-        if piece.lane is None:
-            return _RowRange(self, epoch, piece.last).read(piece.first, piece.last)
-        lane = self._lanes.get(piece.lane)
-        if lane is None or lane.epoch != epoch:
-            cut = self.order.cut(piece.epoch)
-            lane = _LaneReader(self, epoch, piece.lane, int(cut.starts[piece.lane]), int(cut.stops[piece.lane]))
-            self._lanes[piece.lane] = lane
-        return lane.read(piece.first, piece.last)
+    def choose_lanes(self, num_workers: int) -> Lanes:
+        # In order, all rows are of one lane.
+        found = super().choose_lanes(num_workers)
+        return found if self.shuffle_block or self.lanes else Lanes(found.batch, 1, found.batch)
 
+    def fingerprint(self) -> str | None:
+        """Return a hash of its files and their numbers of rows, if these are known."""
+        if self.row_counts is None:
+            return None
+        return digest_json([[*map(os.path.basename, self.shards.files)], self.row_counts])
 
-class _LaneReader:
-    """Reads a lane block by block."""
+    def files_digest(self) -> str:
+        """Hash the content of the source, of large files a sample."""
+        return sampled_files_digest(self.shards.files)
 
-    def __init__(self, source: CountedReader, epoch: int, lane: int, start: int, stop: int) -> None:
-        self.source, self.epoch, self.lane, self.start, self.stop = source, epoch, lane, start, stop
-        self._range, self._block, self._rows = _RowRange(source, epoch, stop), -1, list[StreamRow]()
+    def join(self, number: int) -> None:
+        """Make it one of several sources of a stream, with its number among them."""
+        self.is_one_of_several, self.seed = True, stable_seed(self.seed, "source", number)
 
-    def read(self, first: int, last: int) -> list[StreamRow]:
-        """Return the rows from the `first` to the `last` one of the lane, excluded."""
-        size, found = self.source.block, list[StreamRow]()
-        if not size:
-            return self._range.read(self.start + first, self.start + last)
-        while first < last:
-            block, at = divmod(first, size)
-            if block != self._block:
-                self._load(block)
-            found += self._rows[at : at + last - first]
-            first = min(last, (block + 1) * size)
-        return found
+    def require_readers(self, num_readers: int, world_size: int) -> None:
+        """Raise a [`SourceError`] if there is nothing to read for some of the readers."""
+        if self.num_rows == 0:
+            raise SourceError(f"the stream {self.name} has no rows.")
+        if self.is_cut and (rows := self.source.max_samples or 0) < num_readers:
+            raise SourceError(f"the stream {self.name} has {rows} rows, fewer than {num_readers} readers.")
+        if self.num_rows is None and not self.is_cut and self.shards.num_files < num_readers:
+            workers = num_readers // world_size
+            each = f" with {workers} DataLoader workers each" if workers > 1 else ""
+            raise SourceError(
+                f"the stream {self.name} has {self.shards.num_files} files, which is fewer than {num_readers} readers "
+                f"({world_size} processes{each}). Split the data into more files, lower dataloader_num_workers, or "
+                "set streaming: false."
+            )
 
-    def _load(self, block: int) -> None:
-        begin = self.start + block * self.source.block
-        self._rows = []  # before the next ones are read
-        rows = self._range.read(begin, min(self.stop, begin + self.source.block))
-        order = shuffled_block(len(rows), self.source.seed, "block", self.epoch, self.lane, block)
-        self._block, self._rows = block, [rows[at] for at in order]
+    def _stored(self, file: int, epoch: int) -> Callable[[StreamRow], Any] | None:
+        """Open what is stored beside a file that is about to be read; return what finds that of a row, if any."""
+        return None
 
+    def _rows(self, epoch: int, file: int, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[StreamRow]:
+        """Yield the numbered rows of a file as those of the stream."""
+        stored = self._stored(file, epoch)
+        for number, values in rows:
+            row = StreamRow(file, number, values)
+            yield row if stored is None else row._replace(stored=stored(row))
 
-class _RowRange:
-    """Reads parts of a range of an epoch's rows; a file stays open, since a part mostly begins where one ended.
+    def _make(self, row: StreamRow, epoch: int) -> Any:
+        """Make the sample of a row."""
+        key = self._key(row)
+        return self.make_sample(row.values, key, self.columns, self._salt(epoch, key))
 
-    Args:
-        stop: Where the range ends.
-    """
+    def _salt(self, epoch: int, key: str) -> tuple[int | str, ...] | None:
+        """Return what the random parts of a sample depend on besides the seed; None if nothing is random."""
+        return (epoch, key) if self.training else None
 
-    def __init__(self, source: CountedReader, epoch: int, stop: int) -> None:
-        self.source, self.stop = source, stop
-        seed = stable_seed(source.seed, "files", epoch) if source.block else None
-        self.order, self.attach = FileOrder(source.row_counts, seed), source.attach(epoch)
-        self._next, self._rows = (-1, 0), iter(list[StreamRow]())
+    def _key(self, row: StreamRow) -> str:
+        key = None if self.columns.key is None else row.values[self.columns.key]
+        if key is not None:
+            return str(key)
+        several = self.shards.num_files > 1 and not self.is_cut
+        number = f"{row.file}-{row.number}" if several else str(row.number)
+        return f"{self.name}:{number}" if self.is_one_of_several else number
 
-    def read(self, first: int, last: int) -> list[StreamRow]:
-        """Return the rows from the `first` to the `last` one of the epoch, excluded."""
-        found: list[StreamRow] = []
-        for file, start, stop in self.order.files_of(first, last):
-            wanted = range(start, min(self.source.row_counts[file], start + self.stop - first))
-            found += self._part(file, wanted, stop - start)
-            self._next, first = (file, stop), first + stop - start
-        return found
+    def open(self, reader: Reader) -> ReadChunk:
+        """Open the source for a reader."""
+        if self.row_counts is None:
+            uncounted = self._uncounted(reader)
+            return lambda chunk, first, last: itertools.islice(uncounted, last - first)
+        rows = RowReader(
+            lambda epoch, file, start, stop: self._rows(epoch, file, self.shards.read(file, start, stop)),
+            self.row_counts,
+            SourceOrder(sum(self.row_counts), reader.lanes, reader.before),
+            self.shuffle_block,
+            self.seed,
+            reader.first_epoch,
+        )
+        return lambda *part: (self._make(row, epoch) for epoch, row in rows.read(*part))
 
-    def _part(self, file: int, wanted: range, count: int) -> list[StreamRow]:
-        """Return the first rows of the wanted ones of a file, at which it may be open."""
-        if self._next == (file, wanted.start):
-            try:
-                return list(itertools.islice(self._rows, count))
-            except SourceError as error:
-                # A server may have ended the connection while other files were read.
-                if not self.source.shards.is_remote(file):
-                    raise
-                logger.warning("Opening %s again at row %d: %s", self.source.shards.files[file], wanted.start, error)
-        self._rows = attached(file, self.source.shards.read(file, wanted), self.attach)
-        return list(itertools.islice(self._rows, count))
+    def _uncounted(self, reader: Reader) -> Iterator[Any]:
+        """Yield the samples of a reader's share of the files; one that goes on begins a new epoch of them."""
+        for epoch in itertools.count(reader.first_epoch + reader.start):
+            empty = True
+            for row in shuffled(
+                self._share(reader, epoch), self.shuffle_block, stable_seed(self.seed, "rows", epoch, reader.number)
+            ):
+                empty = False
+                yield self._make(row, epoch)
+            if not reader.repeat:
+                return
+            if empty:
+                # Without an error this rank would end its training, and the others would wait for it.
+                raise SourceError(
+                    f"reader {reader.number + 1} of {reader.total} finds no row in the stream {self.name}; use "
+                    "fewer processes or DataLoader workers, or more data."
+                )
 
-
-def attached(file: int, rows: Iterator[tuple[int, dict[str, Any]]], attach: Attach | None) -> Iterator[StreamRow]:
-    """Yield the numbered rows of a file as those of a stream."""
-    compute = None if attach is None else attach(file)
-    for number, values in rows:
-        row = StreamRow(file, number, values)
-        yield row if compute is None else row._replace(attached=compute(row))
+    def _share(self, reader: Reader, epoch: int) -> Iterator[StreamRow]:
+        """Yield the rows of a reader's files; of the first rows of a source, every so many."""
+        if self.is_cut:
+            every = self._rows(epoch, 0, self.shards.read_all(None))
+            yield from itertools.islice(every, reader.number, None, reader.total)
+            return
+        order = np.arange(self.shards.num_files)
+        if self.shuffle_block:
+            order = np.random.default_rng(stable_seed(self.seed, "files", epoch)).permutation(order)
+        for file in order[share_of_files(len(order), reader.total, reader.number, epoch)].tolist():
+            yield from self._rows(epoch, file, self.shards.read_all(file))
 
 
 def share_of_files(num_files: int, num_readers: int, reader: int, epoch: int = 0) -> range:
@@ -392,18 +380,11 @@ def share_of_files(num_files: int, num_readers: int, reader: int, epoch: int = 0
     return range(first, num_files, num_readers)
 
 
-def shuffled(items: Iterator[T], size: int, seed: int) -> Iterator[T]:
-    """Yield each item once, in an order drawn from a buffer of `size` items; 0 keeps the order."""
-    generator = np.random.default_rng(seed)
-    buffer: list[T] = []
-    for item in items:
-        if len(buffer) < size:
-            buffer.append(item)
-        elif buffer:
-            place = int(generator.integers(size))
-            yield buffer[place]
-            buffer[place] = item
-        else:
-            yield item
-    generator.shuffle(buffer)
-    yield from buffer
+def shuffled(items: Iterable[T], block: int, seed: int) -> Iterator[T]:
+    """Yield each item once, in blocks that are shuffled; 0 keeps the order."""
+    if not block:
+        yield from items
+        return
+    generator, items = np.random.default_rng(seed), iter(items)
+    while found := list(itertools.islice(items, block)):
+        yield from (found[place] for place in generator.permutation(len(found)))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from llm2clip.data.parquet_parts import RowGroups
-from llm2clip.data.shards import source_checksum
-from llm2clip.data.sidecars import REMEDY, gaps, row_groups, shard_stem, unfinished_files
+from llm2clip.data.shard_rows import RowRange
+from llm2clip.data.sidecars import REMEDY, gaps, row_range, shard_stem, unfinished_files
 from llm2clip.store.manifest import MANIFEST_SUFFIX, ROWS_SUFFIX, SourceFile, StoreManifest
 from llm2clip.store.store import BESIDE
+from llm2clip.utils.files import sha256
 from llm2clip.utils.remote_path import AnyPath
 from llm2clip.utils.verified import Fault, Verified
 
@@ -27,8 +28,9 @@ def verify_sources(folder: AnyPath, manifests: Mapping[AnyPath, StoreManifest], 
     """
     found = Verified()
     beside = {path: one for path, one in manifests.items() if one.source is not None}
+    checksum = functools.lru_cache(sha256)  # the parts of a file are of one
     for path, manifest in beside.items() if contents else ():
-        if changed := _changed_source(path, manifest):
+        if changed := _changed_source(path, manifest, checksum):
             found.faults.append(Fault(changed, f"restore that shard, or delete {path} and {FIX}"))
     for parent in sorted({path.parent for path in beside}, key=str):
         here = {path: one for path, one in beside.items() if path.parent == parent}
@@ -38,7 +40,7 @@ def verify_sources(folder: AnyPath, manifests: Mapping[AnyPath, StoreManifest], 
     return found
 
 
-def _changed_source(path: AnyPath, manifest: StoreManifest) -> str | None:
+def _changed_source(path: AnyPath, manifest: StoreManifest, checksum: Callable[[Path], str]) -> str | None:
     """Compare the shard of a sidecar, wherever it is, with its manifest; return what differs, in words."""
     source = manifest.source
     assert source is not None
@@ -48,8 +50,8 @@ def _changed_source(path: AnyPath, manifest: StoreManifest) -> str | None:
     if not isinstance(place, Path) or not place.is_file() or source.checksum is None:
         return None
     try:
-        found = source_checksum(str(place), row_groups(manifest))
-    except (OSError, ValueError) as error:
+        found = f"sha256:{checksum(place)}"
+    except OSError as error:
         return f"the shard {place} cannot be read: {error}"
     return None if found == source.checksum else f"the shard {place} has changed since it was embedded"
 
@@ -62,9 +64,9 @@ def _without_sidecar(folder: AnyPath, here: Mapping[AnyPath, StoreManifest], fou
         found: Takes a remark on shards that may belong to another source.
     """
     sources = [one.source for one in here.values() if one.source is not None]
-    parts: dict[str, list[RowGroups | None]] = {}
+    parts: dict[str, list[RowRange | None]] = {}
     for manifest, source in zip(here.values(), sources, strict=True):
-        parts.setdefault(source.name, []).append(row_groups(manifest))
+        parts.setdefault(source.name, []).append(row_range(manifest))
     for name, groups in parts.items():
         yield from gaps(str(folder / name), sorted(groups, key=lambda part: part or ()))
     ending = f"{BESIDE}{MANIFEST_SUFFIX}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, CaptionSource, OnError, caption_id, decode_image, load_source
-from llm2clip.data.records import column_texts
+from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.sources import source_columns
 from llm2clip.encoders.batches import TableImages, encode_sharded
 from llm2clip.encoders.encoder import NOT_FINITE

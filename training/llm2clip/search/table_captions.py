@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 
 from llm2clip.data import DEFAULT_MAX_PIXELS
+from llm2clip.data.captioned_images import clean_caption
 from llm2clip.data.opened_table import open_table
-from llm2clip.data.records import clean_caption, column_value
-from llm2clip.data.sources import CAPTION_COLUMNS, table_columns
+from llm2clip.data.sources import CAPTION_COLUMNS, column_value, table_columns
 from llm2clip.search.index_manifest import Embed
 from llm2clip.search.index_rows import KEY
 from llm2clip.search.indexed_table import CAPTION, HASH, IMAGE_COLUMNS, ROW, IndexedTable

@@ -13,8 +13,7 @@ from PIL import Image
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, decode_image
 from llm2clip.data.opened_table import open_table
-from llm2clip.data.records import column_value
-from llm2clip.data.sources import CAPTION_COLUMNS, table_columns, top_level
+from llm2clip.data.sources import CAPTION_COLUMNS, column_value, table_columns, top_level
 from llm2clip.data.transforms import Decoder
 from llm2clip.search.index_manifest import Embed
 from llm2clip.search.index_rows import KEY

@@ -63,12 +63,10 @@ class SourceFile:
 
     Attributes:
         name: Its name.
-        bytes, checksum: Its size and SHA-256; of a remote one what its file system states, or None. The checksum of a
-            part is that of the part's bytes.
+        bytes, checksum: Its size and SHA-256; of a remote one what its file system states, or None.
         rows: Rows of the file, or of its part.
         columns: Columns that were read.
-        row_groups: The fields of [`RowGroups`](llm2clip.data.parquet_parts.RowGroups) if it is a part of a parquet
-            file.
+        part: The fields of [`RowRange`](llm2clip.data.shard_rows.RowRange) if these are the rows of a part of it.
         path: Path or URL if the shard is in another folder, where another source could have a file of this name.
     """
 
@@ -77,7 +75,7 @@ class SourceFile:
     checksum: str | None
     rows: int
     columns: list[str]
-    row_groups: dict[str, int] | None = None
+    part: dict[str, int] | None = None
     path: str | None = None
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from llm2clip.data import CaptionSource, SampleIndex, load_source
-from llm2clip.data.captioned_images import caption_hashes, distinct_caption_batches
+from llm2clip.data.captions import caption_hashes, distinct_caption_batches
 from llm2clip.data.sampling import EpochDataset, stable_seed
 from llm2clip.data.table_identity import table_identity
 from llm2clip.trainers.mntp_config import MNTPConfig

@@ -9,8 +9,7 @@ from typing import Any, Literal
 from transformers import SchedulerType
 
 from llm2clip.data import DEFAULT_MAX_PIXELS, ImageBackend, OnError
-from llm2clip.data.mixing import Mixing
-from llm2clip.data.stream_order import BLOCK
+from llm2clip.data.stream_order import BLOCK, Mixing
 from llm2clip.trainers.base_config import ContrastiveConfig, StageConfig
 from llm2clip.utils.settings import setting
 

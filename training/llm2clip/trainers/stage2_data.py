@@ -13,7 +13,7 @@ from llm2clip.data import (
     StreamingCaptionImageDataset,
     TrainTransform,
 )
-from llm2clip.data.rows import TableSource
+from llm2clip.data.captioned_images import TableSource
 from llm2clip.data.sources import open_source
 from llm2clip.data.streams import SampleStream
 from llm2clip.data.transforms import output_size
@@ -82,7 +82,8 @@ def _stream(
     streamed: list[Any] = []
     for source, found in zip(sources, embeddings, strict=True):
         if not source.streaming:
-            streamed.append(TableSource(CaptionImageDataset(source, *transforms, **options), config.sampling_seed))
+            table = CaptionImageDataset(source, *transforms, **options, cache=found.lookup)
+            streamed.append(TableSource(table, config.sampling_seed))
             continue
         opened = found.opened or open_source(source)
         row_counts: Sequence[int] | None
@@ -93,21 +94,14 @@ def _stream(
         else:
             row_counts = found.sidecars.row_counts
         beside = None if found.sidecars is None else found.sidecars.open
-        more: dict[str, Any] = {"embeddings": beside, "row_counts": row_counts, "opened": opened}
+        more: dict[str, Any] = {"cache": found.lookup, "embeddings": beside}
+        more |= {"row_counts": row_counts, "opened": opened}
         more |= {"repeat": True, "shuffle_block": config.shuffle_block, **place}
         streamed.append(StreamingCaptionImageDataset(source, *transforms, **{**options, **more}))
     if len(streamed) == 1 and isinstance(streamed[0], SampleStream):
         return streamed[0]
-    weights, lookups = [source.weight for source in sources], [found.lookup for found in embeddings]
-    return SampleStream(
-        streamed,
-        config.sampling_seed,
-        mixing=config.mixing,
-        weights=weights,
-        lookups=lookups,
-        on_error=config.on_error,
-        **place,
-    )
+    weights = [source.weight for source in sources]
+    return SampleStream(streamed, config.sampling_seed, mixing=config.mixing, weights=weights, **place)
 
 
 def _require_steps(config: Stage2Config, num_rows: int | None) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.data import CaptionImageDataset, SampleIndex, SkippedSample
-from llm2clip.data.records import caption_id
+from llm2clip.data.captioned_images import caption_id
 from llm2clip.data.sampling import EpochDataset, stable_seed
 from llm2clip.encoders.image_features import ImageFeatures
 from llm2clip.store import EmbeddingCache

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
-from llm2clip.data.image_keys import content_keys
+from llm2clip.data.table_identity import content_keys
 from llm2clip.encoders import Encoder
 from llm2clip.evaluation.benchmarks.base import Benchmark, BenchmarkError
 from llm2clip.evaluation.benchmarks.label_maps import IGNORED, SegmentationData, scene_templates

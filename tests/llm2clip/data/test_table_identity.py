@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 
-from llm2clip.data import CaptionSource, image_keys, load_source
+from llm2clip.data import CaptionSource, load_source, table_identity
 
 
 def key(content: bytes) -> list[int]:
@@ -26,7 +26,7 @@ def test_keys_are_hashes_of_the_bytes(tmp_path: Path) -> None:
     rows = {"image": [b"one", b"two", b"one"], "caption": ["a", "b", "c"]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
     table = load_source(CaptionSource(str(tmp_path / "rows.parquet"), caption_columns=["caption"]))
-    keys = image_keys.image_keys(table, "image")
+    keys = table_identity.image_keys(table, "image")
     assert keys.tolist() == [key(b"one"), key(b"two"), key(b"one")]
 
 
@@ -36,13 +36,13 @@ def test_keys_of_files_follow_their_content(tmp_path: Path, monkeypatch: pytest.
     Path(names[1]).write_bytes(b"two")
     datasets.Dataset.from_dict({"image": names, "caption": ["a", "b", "c"]}).to_parquet(tmp_path / "rows.parquet")
     table = load_source(CaptionSource(str(tmp_path / "rows.parquet"), caption_columns=["caption"]))
-    first = image_keys.image_keys(table, "image").tolist()
+    first = table_identity.image_keys(table, "image").tolist()
     assert first[:2] == [key(b"one"), key(b"two")]
-    read = image_keys._content
-    monkeypatch.setattr(image_keys, "_content", None)
-    assert image_keys.image_keys(table, "image").tolist() == first
-    monkeypatch.setattr(image_keys, "_content", read)
+    read = table_identity._content
+    monkeypatch.setattr(table_identity, "_content", None)
+    assert table_identity.image_keys(table, "image").tolist() == first
+    monkeypatch.setattr(table_identity, "_content", read)
     Path(names[1]).write_bytes(b"TWO")
     os.utime(names[1], ns=(1, 1))
     Path(names[2]).write_bytes(b"three")
-    assert image_keys.image_keys(table, "image").tolist() == [key(b"one"), key(b"TWO"), key(b"three")]
+    assert table_identity.image_keys(table, "image").tolist() == [key(b"one"), key(b"TWO"), key(b"three")]
