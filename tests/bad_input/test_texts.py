@@ -15,7 +15,7 @@ from llm2clip.data import CaptionSource, distinct_captions
 from llm2clip.data.captioned_images import CaptionError, RowCaptions, caption_id, caption_ids, clean_caption
 from llm2clip.encoders import embed_captions
 from llm2clip.store import EmbeddingCache
-from llm2clip.store.captions import caption_key, caption_keys
+from llm2clip.store.store import caption_key, caption_keys
 from llm2clip.utils.logs import OBEYED, printable
 from tests.bad_input.texts import BadText, corpus
 from tests.llm2clip.store.encoder import build, embed

@@ -6,7 +6,7 @@ import pytest
 
 from llm2clip.data import caption_id
 from llm2clip.data.captioned_images import CaptionError, RowCaptions, clean_caption, column_texts
-from llm2clip.store.captions import caption_keys
+from llm2clip.store.store import caption_keys
 
 
 def test_caption_id_ignores_only_case_white_space_and_unicode_composition() -> None:

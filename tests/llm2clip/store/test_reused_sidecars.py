@@ -12,8 +12,8 @@ from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.encoders.embed_shards import ShardEmbedder, list_jobs
-from llm2clip.store.captions import EmbeddingCache, caption_keys
 from llm2clip.store.manifest import StoreMismatchError
+from llm2clip.store.store import EmbeddingCache, caption_keys
 from tests.llm2clip.encoders.shards import Counting, description, embed, write_shards
 from tests.llm2clip.store import encoder
 

@@ -17,7 +17,7 @@ from PIL import Image
 from llm2clip.checks.text_faults import TEXT_FAULTS, script
 from llm2clip.data.captioned_images import CaptionError, RowCaptions, caption_id, column_texts
 from llm2clip.data.sources import Columns
-from llm2clip.store.captions import caption_keys
+from llm2clip.store.store import caption_keys
 from modeling_llm2clip.image_decoding_llm2clip import (
     DEFAULT_MAX_PIXELS,
     DamagedImageError,

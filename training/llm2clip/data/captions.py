@@ -15,7 +15,7 @@ from llm2clip.data.captioned_images import column_texts
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.sources import CaptionSource, open_source, row_batches, select_source, top_level
 from llm2clip.data.tars import refuse_damaged_tars
-from llm2clip.store.captions import caption_keys
+from llm2clip.store.store import caption_keys
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.progress import ProgressBar
 

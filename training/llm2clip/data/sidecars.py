@@ -24,7 +24,6 @@ from torch import Tensor
 from llm2clip.data.opened_table import COMPRESSIONS
 from llm2clip.data.shard_rows import RowRange
 from llm2clip.data.shards import ShardText, SourceShard, source_checksum, source_size
-from llm2clip.store.captions import EmbeddingCache
 from llm2clip.store.manifest import (
     MANIFEST_SUFFIX,
     ROWS_SUFFIX,
@@ -36,7 +35,7 @@ from llm2clip.store.manifest import (
     manifest_path,
 )
 from llm2clip.store.shards import ShardFile, keys_tensor, write_shard
-from llm2clip.store.store import BESIDE
+from llm2clip.store.store import BESIDE, EmbeddingCache
 from llm2clip.utils.files import require_writable
 from llm2clip.utils.locks import file_lock
 from llm2clip.utils.remote_path import READ_ONLY, AnyPath, local_copy, open_path

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llm2clip.data.captioned_images import NO_EMBEDDING, OnError, RowCaptions, SkippedSample
-from llm2clip.store.captions import EmbeddingCache
+from llm2clip.store.store import EmbeddingCache
 from modeling_llm2clip.image_decoding_llm2clip import SampleError, decode_image
 
 TOKEN_FIELDS = ("input_ids", "attention_mask", "pooling_mask")

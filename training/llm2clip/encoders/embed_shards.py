@@ -16,8 +16,9 @@ from llm2clip.data import CaptionSource
 from llm2clip.data.shards import ShardedSource, SourceShard
 from llm2clip.data.sidecars import SidecarFolder
 from llm2clip.store import EmbeddingCache, StoreManifest, StoreMismatchError
-from llm2clip.store.captions import Embed, caption_keys, check_embeddings
+from llm2clip.store.building import Embed, check_embeddings
 from llm2clip.store.manifest import manifest_path
+from llm2clip.store.store import caption_keys
 from llm2clip.utils.files import remove_leftovers
 from llm2clip.utils.locks import remove_stale_lock
 from llm2clip.utils.progress import ProgressBar

@@ -16,7 +16,7 @@ from llm2clip.encoders import Encoder
 from llm2clip.encoders.batches import ContentSet
 from llm2clip.evaluation.row_store import RowStore
 from llm2clip.store import StoreManifest
-from llm2clip.store.captions import caption_keys
+from llm2clip.store.store import caption_keys
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.progress import ProgressBar
 

@@ -1,7 +1,6 @@
 """Rows of numbers found by key, in shards: caches, sidecars, image features, frozen states, rows of evaluations."""
 
-from llm2clip.store.building import build_store
-from llm2clip.store.captions import EmbeddingCache, build_embedding_cache, caption_manifest
+from llm2clip.store.building import build_embedding_cache, build_store
 from llm2clip.store.manifest import (
     MissingCaptionError,
     StoreDamagedError,
@@ -9,8 +8,9 @@ from llm2clip.store.manifest import (
     StoreIncompleteError,
     StoreManifest,
     StoreMismatchError,
+    caption_manifest,
 )
-from llm2clip.store.store import Store
+from llm2clip.store.store import EmbeddingCache, Store
 
 __all__ = [
     "EmbeddingCache",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -25,7 +25,7 @@ from llm2clip.store.manifest import (
     rows_path,
 )
 from llm2clip.store.shards import ShardFile, keys_tensor, write_shard
-from llm2clip.store.store import INDEX, Store, StoreT, index_of
+from llm2clip.store.store import INDEX, Store, StoreT, caption_keys, index_of
 from llm2clip.utils.files import remove_unfinished
 from llm2clip.utils.locks import WAIT, WAIT_OF_SEVERAL, folder_lock
 from llm2clip.utils.progress import ProgressBar, in_section
@@ -47,6 +47,8 @@ class ComputedRows:
     skipped: list[tuple[int, str, str]] = field(default_factory=list)
 
 
+# Captions to their embeddings, and how many of them were truncated.
+Embed = Callable[[list[str]], tuple[Tensor, int]]
 # Computes the rows of some keys, given by their positions, and advances the bar.
 Compute = Callable[[np.ndarray, ProgressBar], ComputedRows]
 
@@ -233,3 +235,82 @@ def _write_index(folder: Path, keys: np.ndarray) -> None:
     for leftover in folder.glob(".*.tmp"):  # of any machine: nobody else writes here now
         leftover.unlink()
     remove_unfinished(folder)
+
+
+def build_embedding_cache(
+    path: str | Path,
+    captions: Sequence[str],
+    embed: Embed,
+    manifest: StoreManifest,
+    *,
+    embed_size: int = 1024,
+    **options: Any,
+) -> StoreManifest:
+    """Embed captions into a cache; resume an interrupted build, or append to a complete cache what it lacks.
+
+    Args:
+        path: The folder, created if it does not exist.
+        captions: Distinct captions, the same on every rank.
+        embed: Maps n captions to (n, width) finite numbers and the number of captions that exceed `max_length`.
+        manifest: The text encoder and the format, see [`caption_manifest`].
+        embed_size: Captions per call of `embed`, which can sort them by length.
+        options: `shard_size`, `show_progress_bar`, `rank`, `world_size` and `barrier` of [`build_store`], which also
+            describes how a build survives a kill.
+
+    Returns:
+        The manifest of the complete cache.
+
+    Raises:
+        StoreMismatchError: The folder contains the cache of another encoder.
+        ValueError: There are no captions or they repeat, or an embedding has the wrong shape, is not finite or exceeds
+            float16.
+    """
+
+    def compute(positions: np.ndarray, bar: ProgressBar) -> ComputedRows:
+        rows, truncated = [], 0
+        for start in range(0, len(positions), embed_size):
+            texts = [captions[position] for position in positions[start : start + embed_size]]
+            embeddings, cut = embed(texts)
+            rows.append(check_embeddings(embeddings, texts, manifest))
+            truncated += cut
+            bar.update(advance=len(texts))
+        return ComputedRows(torch.cat(rows), {"truncated": truncated})
+
+    if not captions:
+        raise ValueError("There are no captions to embed.")
+    keys = caption_keys(captions)
+    _, first, times = np.unique(keys, axis=0, return_index=True, return_counts=True)
+    if len(first) != len(keys):
+        raise ValueError(
+            f"{len(keys) - len(first)} captions repeat an earlier one, such as "
+            f"{captions[int(first[times > 1][0])][:80]!r}; pass distinct captions, as distinct_captions returns them."
+        )
+    built = build_store(path, keys, compute, manifest, title="Embedding captions", **options).manifest
+    if truncated := built.counts["truncated"]:
+        counts = truncated, built.rows, manifest.identity["max_length"]
+        logger.warning("%d of %d captions were cut at %d tokens.", *counts)
+    return built
+
+
+def check_embeddings(vectors: Tensor, texts: Sequence[str], manifest: StoreManifest) -> Tensor:
+    """Check the embeddings of captions, (n, width), and round them to the stored dtype.
+
+    Raises:
+        ValueError: They have another shape, or one is not finite, exceeds the range or has no direction.
+    """
+
+    def name(row: int) -> str:
+        return f"the caption {texts[row][:200]!r}"
+
+    vectors = vectors.detach().float().cpu()
+    if vectors.shape != (len(texts), manifest.width):
+        raise ValueError(
+            f"{manifest.encoder} returned embeddings of shape {tuple(vectors.shape)} instead of "
+            f"{(len(texts), manifest.width)}."
+        )
+    if manifest.identity["normalize"]:
+        refuse_rows(~torch.isfinite(vectors), name, "is not finite")
+        lengths = vectors.norm(dim=-1, keepdim=True)
+        refuse_rows(lengths == 0, name, "is zero, which has no direction")
+        vectors = vectors / lengths
+    return check_rows(vectors, manifest.dtype, name, "; use bfloat16 or normalize the embeddings")

@@ -170,3 +170,40 @@ def manifest_path(rows: AnyPath) -> AnyPath:
 def rows_path(manifest: Path) -> Path:
     """Return the path of the rows of `NAME.manifest`."""
     return manifest.with_name(manifest.name.removesuffix(MANIFEST_SUFFIX) + ROWS_SUFFIX)
+
+
+def caption_manifest(
+    text_model: str,
+    fingerprint: str,
+    *,
+    width: int,
+    pooling: str,
+    prompt_prefix: str,
+    prompt_suffix: str,
+    max_length: int,
+    tokenizer_fingerprint: str | None = None,
+    text_model_dtype: str = "float32",
+    dtype: StoredDtype = "float16",
+    normalize: bool = False,
+) -> StoreManifest:
+    """Describe the embeddings of captions by a text encoder.
+
+    Args:
+        text_model: Name of the text encoder in messages.
+        fingerprint, tokenizer_fingerprint: Identity of its weights and of its tokenizer; None: any is accepted.
+        width: Of an embedding.
+        pooling, prompt_prefix, prompt_suffix, max_length: How it reads a caption; the prefix has an instruction too.
+        text_model_dtype: The dtype that it computes in.
+        dtype, normalize: The stored dtype, and whether embeddings have unit length.
+    """
+    identity = {
+        "fingerprint": fingerprint,
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+        "pooling": pooling,
+        "prompt_prefix": prompt_prefix,
+        "prompt_suffix": prompt_suffix,
+        "max_length": max_length,
+        "text_model_dtype": text_model_dtype,
+        "normalize": normalize,
+    }
+    return StoreManifest(kind="captions", encoder=text_model, identity=identity, dtype=dtype, width=width)

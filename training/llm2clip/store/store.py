@@ -1,8 +1,10 @@
-"""Reading a store: rows mapped into memory, found by their keys."""
+"""Reading a store: rows mapped into memory, found by their keys; and embeddings of captions, by the exact text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -12,11 +14,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from llm2clip.store.key_index import COLUMNS, KeyIndex
 from llm2clip.store.manifest import (
     KINDS,
     MANIFEST_SUFFIX,
     ROWS_SUFFIX,
+    MissingCaptionError,
     StoreDamagedError,
     StoreError,
     StoreIncompleteError,
@@ -24,11 +26,12 @@ from llm2clip.store.manifest import (
     StoreMismatchError,
     rows_path,
 )
-from llm2clip.store.shards import ShardFile
+from llm2clip.store.shards import COLUMNS, KeyIndex, ShardFile
 from llm2clip.utils.remote_path import AnyPath, open_path
 from llm2clip.utils.shared_files import shared_file
 
 StoreT = TypeVar("StoreT", bound="Store")
+CacheT = TypeVar("CacheT", bound="EmbeddingCache")
 
 # Of a folder: its shards, and where each row is. Written last.
 INDEX = f"index{MANIFEST_SUFFIX}"
@@ -146,10 +149,6 @@ class Store:
         """Return the numbers of the rows with the given keys, (n,) int64; -1 for an unknown key."""
         return self._index.find(keys)
 
-    def find_one(self, high: int, low: int) -> int:
-        """Return the number of the row with a key, given by its halves; -1 for an unknown key."""
-        return self._index.find_one(high, low)
-
     def read(self, rows: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
         """Return rows by their numbers, (n, width); by default in the stored dtype.
 
@@ -203,6 +202,110 @@ class Store:
                 f"Row {row - self._starts[number]} of the shard {shard.name} is not finite; delete the file and "
                 f"{shard.about.remedy}, which only computes what is missing."
             )
+
+
+def caption_keys(captions: Iterable[str]) -> np.ndarray:
+    """Compute the keys of captions, (captions, 2) int64: the 128-bit BLAKE2b hash of each exact text."""
+    digests = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in captions)
+    return np.frombuffer(digests, dtype="<i8").reshape(-1, 2).astype(np.int64, copy=False)
+
+
+def caption_key(caption: str) -> tuple[int, int]:
+    """Compute the halves of a key of [`caption_keys`]."""
+    first, second = struct.unpack("<qq", hashlib.blake2b(caption.encode(), digest_size=16).digest())
+    return first, second
+
+
+class EmbeddingCache(Store):
+    """Stored embeddings of captions, opened for reading by [`EmbeddingCache.open`]."""
+
+    KIND = "captions"
+
+    @classmethod
+    def open(
+        cls: type[CacheT],
+        path: str | Path,
+        fingerprint: str | None = None,
+        verify: bool = True,
+        tokenizer_fingerprint: str | None = None,
+    ) -> CacheT:
+        """Open a cache, or the embeddings that lie beside the shards in a folder.
+
+        Args:
+            path: The folder.
+            fingerprint: Identity of the text encoder that must have made the embeddings. None accepts any.
+            verify: See [`Store.open`]. Rows are also checked when they are looked up.
+            tokenizer_fingerprint: Identity of the tokenizer that must have made the embeddings. None accepts any.
+
+        Raises:
+            FileNotFoundError: There is no cache.
+            StoreMismatchError: Another encoder or tokenizer made it.
+            StoreIncompleteError: It was not built to the end.
+            StoreDamagedError: A file is missing or damaged.
+        """
+        cache = super().open(path, verify=False)
+        refuse_other_encoder(path, cache.manifest, fingerprint, tokenizer_fingerprint)
+        if verify:
+            cache.require_unchanged()
+        return cache
+
+    def contains(self, captions: Sequence[str]) -> np.ndarray:
+        """Tell which captions have an embedding, (n,) bool."""
+        return self.find(caption_keys(captions)) >= 0
+
+    def rows(self, captions: Sequence[str]) -> np.ndarray:
+        """Return the numbers of the rows of captions, found by their exact text, (n,) int64.
+
+        Raises:
+            MissingCaptionError: A caption has no embedding.
+        """
+        if len(captions) == 1:  # several times faster
+            rows = np.array([self._index.find_one(*caption_key(captions[0]))])
+        else:
+            rows = self.find(caption_keys(captions))
+        missing = np.flatnonzero(rows < 0)
+        if len(missing):
+            shown = ", ".join(repr(captions[i][:80]) for i in missing[:3])
+            raise MissingCaptionError(
+                f"The embedding cache {self.path} ({len(self)} captions) lacks {len(missing)} of {len(captions)} "
+                f"captions, such as {shown}. Run `llm2clip embed` on the source of these captions."
+            )
+        return rows
+
+    def lookup(self, captions: Sequence[str], dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """Return the embeddings of captions, found by their exact text.
+
+        Args:
+            captions: n captions, which may repeat.
+            dtype: Dtype of the result; None keeps the stored dtype, which is fastest.
+
+        Returns:
+            (n, width).
+
+        Raises:
+            MissingCaptionError: A caption has no embedding.
+            StoreDamagedError: A row is not finite.
+        """
+        return self.read(self.rows(captions), dtype)
+
+
+def refuse_other_encoder(
+    path: str | Path, manifest: StoreManifest, fingerprint: str | None, tokenizer_fingerprint: str | None
+) -> None:
+    """Raise a `StoreMismatchError` if another encoder or tokenizer made embeddings; None accepts any."""
+    advice = "Use that {}, or embed the captions with this one into another folder (`llm2clip embed`)."
+    if fingerprint is not None and manifest.fingerprint != fingerprint:
+        raise StoreMismatchError(
+            f"The embedding cache {path} was made by {manifest.encoder} with fingerprint {manifest.fingerprint}, but "
+            f"the text encoder in use has fingerprint {fingerprint}. {advice.format('encoder')}"
+        )
+    known = manifest.identity["tokenizer_fingerprint"]
+    if known is not None and tokenizer_fingerprint is not None and known != tokenizer_fingerprint:
+        raise StoreMismatchError(
+            f"The embedding cache {path} was made with the tokenizer {known} of {manifest.encoder}, but the tokenizer "
+            f"in use is {tokenizer_fingerprint}: other vocabulary, merges, normaliser, added tokens or prompt. "
+            f"{advice.format('tokenizer')}"
+        )
 
 
 def index_of(shards: Sequence[ShardFile]) -> KeyIndex:
