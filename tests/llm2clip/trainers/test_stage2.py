@@ -244,6 +244,19 @@ def test_damaged_images_are_refused_or_skipped_and_listed(inputs: Inputs, tmp_pa
     assert history[-2].get("skipped_samples") == 2
 
 
+def test_a_first_batch_whose_samples_are_all_skipped_does_not_end_the_run(inputs: Inputs, tmp_path: Path) -> None:
+    source = damaged_source(tmp_path)
+    for number in range(16):
+        (tmp_path / "images" / f"{number}.png").write_bytes(b"not an image")
+    stream = {**source, "streaming": True, "max_samples": 32}
+    changes = {"per_device_train_batch_size": 16, "shuffle_block": 0, "logging_steps": 1, "save_strategy": "no"}
+    run(tmp_path / "run", inputs, sources=[stream], on_error="skip", eval_sources={}, max_steps=2, **changes)
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    first, second = (entry for entry in history if "grad_norm" in entry)
+    assert (first["loss"], first["grad_norm"], first["skipped_samples"]) == (0, 0, 16)
+    assert second["grad_norm"] > 0
+
+
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_steps_of_skipped_samples_alone_change_nothing(loss: str, inputs: Inputs, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"sources": [damaged_source(tmp_path)], "on_error": "skip", "eval_sources": {}}

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,6 +18,7 @@ from transformers import EvalPrediction, PreTrainedModel, SchedulerType, Trainer
 
 from llm2clip.data import SkipLog, Stage2Collator
 from llm2clip.data.sampling import EpochBatchSampler, OneSourceBatchSampler
+from llm2clip.data.transforms import output_size
 from llm2clip.evaluation import ImageTextRetrieval, retrieval_metrics
 from llm2clip.hub.cards.facts import JOINT_TASK
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
@@ -87,7 +89,6 @@ class Stage2Trainer(StageTrainer):
     ) -> None:
         self.frozen, self.embed = frozen, embed
         self.skipped = SkippedSamples(skip_log)
-        self._example: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
         self.add_callback(self.skipped)
         model = cast(LLM2CLIPModel, self.model)
@@ -184,14 +185,7 @@ class Stage2Trainer(StageTrainer):
         inputs = dict(inputs)
         self.skipped.add(inputs.pop("skipped", []))
         if is_empty := inputs.pop("is_empty", False):
-            if not self._example:
-                raise ValueError(
-                    "All samples of the first batch were skipped, which suggests a problem with the whole source."
-                )
-            # Towers take no empty batch: a row of an earlier one, whose embeddings are left out.
-            inputs = dict(self._example)
-        elif self.args.on_error == "skip":
-            self._example = {name: rows[:1].clone() for name, rows in inputs.items() if isinstance(rows, Tensor)}
+            inputs = self._blank_row()
         ids = {name: inputs.pop(name, None) for name in ("caption_ids", "image_caption_ids")}
         if self.args.shared_captions == "separate":
             ids = {}
@@ -221,6 +215,16 @@ class Stage2Trainer(StageTrainer):
             for number in (texts, scale, *bias):
                 loss = loss + 0 * number.sum()
         return loss, embeds
+
+    def _blank_row(self) -> dict[str, Tensor]:
+        """Return a row in place of a batch whose samples are all skipped, which no tower takes."""
+        row = {"llm_embeds": torch.ones(1, cast(LLM2CLIPModel, self.model).config.text_config.hidden_size)}
+        if isinstance(self.train_dataset, StoredPairsDataset):
+            row["vision_features"] = self.train_dataset.features.read_views(np.zeros(1, dtype=np.int64))
+        else:
+            size = output_size(cast(LLM2CLIPProcessor, self.processing_class).image_processor)
+            row["pixel_values"] = torch.zeros(1, 3, *size)
+        return {name: value.to(self.args.device) for name, value in row.items()}
 
     def _embed(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         with contextlib.ExitStack() as stack:
