@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from llm2clip.data.shard_rows import RowRange
 from llm2clip.data.sidecars import REMEDY, gaps, row_range, shard_stem, unfinished_files
-from llm2clip.store.manifest import MANIFEST_SUFFIX, ROWS_SUFFIX, SourceFile, StoreManifest
+from llm2clip.store.manifest import MANIFEST_SUFFIX, StoreManifest
 from llm2clip.store.store import BESIDE
 from llm2clip.utils.files import sha256
 from llm2clip.utils.remote_path import AnyPath
@@ -57,56 +57,45 @@ def _changed_source(path: AnyPath, manifest: StoreManifest, checksum: Callable[[
 
 
 def _without_sidecar(folder: AnyPath, here: Mapping[AnyPath, StoreManifest], found: Verified) -> Iterator[str]:
-    """Name the shards and parts that have no sidecar while others of their source do.
+    """Name the shards and parts that have no sidecar while others of their source do, wherever the shards lie.
 
     Args:
         here: The manifests in the folder.
         found: Takes a remark on shards that may belong to another source.
     """
-    sources = [one.source for one in here.values() if one.source is not None]
     parts: dict[str, list[RowRange | None]] = {}
-    for manifest, source in zip(here.values(), sources, strict=True):
+    places: dict[AnyPath, set[str]] = {}
+    for manifest in here.values():
+        source = manifest.source
+        assert source is not None
         parts.setdefault(source.name, []).append(row_range(manifest))
-    for name, groups in parts.items():
-        yield from gaps(str(folder / name), sorted(groups, key=lambda part: part or ()))
-    ending = f"{BESIDE}{MANIFEST_SUFFIX}"
-    inside: list[AnyPath] = sorted(folder.iterdir(), key=str)
-    embedded = {path.name.removesuffix(ending) for path in inside if path.name.endswith(ending)}
-    kinds, series, others = {Path(name).suffix for name in parts}, set(map(_series, parts)), list[AnyPath]()
-    unfinished = {path.name.removesuffix(f"{BESIDE}{ROWS_SUFFIX}") for path in inside}
-    for path in inside:
-        if path.suffix in kinds and shard_stem(path.name) not in embedded and path.name not in parts:
-            if _series(path.name) in series:
-                yield f"{path} has no sidecar"
-            else:
-                others.append(path)
-    if others:
-        more = f", nor do {len(others) - 1} more" if len(others) > 1 else ""
-        found.remarks.append(
-            f"{others[0]} has no sidecar{more}; since the names of the shards that do are of another kind, it may be "
-            "of another split or source."
-        )
-    yield from _not_embedded_elsewhere(folder, sources, embedded | unfinished)
+        if source.path is None or "://" not in source.path:
+            places.setdefault(folder if source.path is None else Path(source.path).parent, set()).add(source.name)
+    for name, ranges in parts.items():
+        yield from gaps(str(folder / name), sorted(ranges, key=lambda part: part or ()))
+    embedded = {path.name.removesuffix(f"{BESIDE}{MANIFEST_SUFFIX}") for path in here}
+    for place, known in places.items():
+        try:
+            files = [path for path in place.iterdir() if path.suffix in {Path(name).suffix for name in known}]
+        except OSError:  # the data has been moved
+            continue
+        missing = [path for path in files if path.name not in known and shard_stem(path.name) not in embedded]
+        series = set(map(_series, known))
+        alike = sorted(str(path) for path in missing if _series(path.name) in series)
+        others = sorted(str(path) for path in missing if _series(path.name) not in series)
+        where = "" if place == folder else f" in {folder}"
+        if alike:
+            total = sum(_series(path.name) in series for path in files)
+            count = "1 shard" if len(alike) == 1 else f"{len(alike)} shards"
+            yield f"{alike[0]} has no sidecar{where} ({count} of {total} in that folder)"
+        if others and place == folder:
+            more = f", nor do {len(others) - 1} more" if len(others) > 1 else ""
+            found.remarks.append(
+                f"{others[0]} has no sidecar{more}; since the names of the shards that do are of another kind, it may "
+                "be of another split or source."
+            )
 
 
 def _series(name: str) -> str:
     """Return a name without the numbers by which the shards of a source differ."""
     return re.sub(r"[0-9]+", "0", name)
-
-
-def _not_embedded_elsewhere(folder: AnyPath, sources: Sequence[SourceFile], embedded: Container[str]) -> Iterator[str]:
-    """Name the shards without a sidecar in local folders of shards whose sidecars lie in another folder."""
-    places: dict[Path, set[str]] = {}
-    for source in sources:
-        if source.path is not None and "://" not in source.path:
-            places.setdefault(Path(source.path).parent, set()).add(source.name)
-    for place, known in sorted(places.items()):
-        series = set(map(_series, known))
-        try:
-            names = sorted(path.name for path in place.iterdir() if _series(path.name) in series and path.is_file())
-        except OSError:  # the data has been moved
-            continue
-        missing = [name for name in names if name not in known and shard_stem(name) not in embedded]
-        if missing:
-            count = "1 shard" if len(missing) == 1 else f"{len(missing)} shards"
-            yield f"{place / missing[0]} has no sidecar in {folder} ({count} of {len(names)} in that folder)"
