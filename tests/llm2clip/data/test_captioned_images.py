@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -76,18 +75,6 @@ def test_caption_and_crop_depend_only_on_seed_epoch_and_index(
     assert len({dataset[SampleIndex(epoch, 3)]["caption"] for epoch in range(12)}) == 2
 
 
-def test_captions_are_drawn_by_weight_over_epochs_and_rows() -> None:
-    dataset = CaptionImageDataset(_concepts(caption_weights=[0.25, 0.75]), None)
-    first = datasets.load_dataset(CONCEPTS, split="validation")["caption"]
-    counts = Counter(
-        dataset[SampleIndex(epoch, index)]["caption"] == first[index]
-        for epoch in range(8)
-        for index in range(len(dataset))
-    )
-    total = sum(counts.values())
-    assert abs(counts[True] / total - 0.25) < 4 * (0.25 * 0.75 / total) ** 0.5
-
-
 def test_batches_do_not_depend_on_the_number_of_workers(transforms: tuple[EvalTransform, TrainTransform]) -> None:
     source = _concepts(max_samples=24)
     runs = []
@@ -118,12 +105,15 @@ def test_several_sources_are_concatenated(made: Path) -> None:
     assert CaptionImageDataset(first, None)[3]["key"] == "3"
 
 
+DAMAGED = ["fine", "no image", "no text", "torn", "strip"]
+
+
 def _damaged_source(tmp_path: Path) -> CaptionSource:
     table = datasets.Dataset.from_dict(
         {
-            "key": ["fine", "no image", "no text", "torn"],
-            "image": [png(1), None, png(2), png(3)[:40]],
-            "caption": ["a", "b", "  ", "d"],
+            "key": DAMAGED,
+            "image": [png(1), None, png(2), png(3)[:40], png(1, (1, 140_000))],
+            "caption": ["a", "b", "  ", "d", "e"],
         }
     )
     table.to_parquet(str(tmp_path / "damaged.parquet"))
@@ -141,8 +131,9 @@ def test_unusable_rows_raise_with_their_key_or_are_skipped(
         (1, DamagedImageError, "missing"),
         (2, CaptionError, "no text in caption"),
         (3, DamagedImageError, "does not recognize its format"),
+        (4, DamagedImageError, "would be 16 x 2240000"),
     ):
-        key = ["fine", "no image", "no text", "torn"][index]
+        key = DAMAGED[index]
         with pytest.raises(error, match=f"'{key}' cannot be used"):
             strict[index]
         skipped = lenient[index]
@@ -151,19 +142,6 @@ def test_unusable_rows_raise_with_their_key_or_are_skipped(
         assert reason in skipped.reason
     with pytest.raises(ValueError, match="on_error is 'ignore', but it has to be one of raise, skip"):
         CaptionImageDataset(source, *transforms, on_error="ignore")  # type: ignore[arg-type]
-
-
-def test_too_narrow_images_raise_with_their_key_or_are_skipped(
-    tmp_path: Path, transforms: tuple[EvalTransform, TrainTransform]
-) -> None:
-    table = datasets.Dataset.from_dict({"key": ["strip"], "image": [png(1, (1, 140_000))], "caption": ["a"]})
-    table.to_parquet(str(tmp_path / "strip.parquet"))
-    source = CaptionSource(str(tmp_path / "strip.parquet"))
-    with pytest.raises(DamagedImageError, match=r"image 'strip' cannot be used: .* too narrow"):
-        CaptionImageDataset(source, *transforms)[0]
-    skipped = CaptionImageDataset(source, *transforms, on_error="skip")[0]
-    assert isinstance(skipped, SkippedSample)
-    assert "would be 16 x 2240000" in skipped.reason
 
 
 def test_error_in_a_worker_keeps_its_type_and_key(
@@ -217,7 +195,7 @@ def test_stream_order_and_samples_depend_only_on_seed_and_epoch(
 
 @pytest.mark.parametrize(
     ("form", "world", "workers"),
-    [("webdataset", 1, 0), ("webdataset", 2, 0), ("webdataset", 1, 2), ("bytes.parquet", 1, 1), ("saved", 2, 2)],
+    [("webdataset", 2, 0), ("bytes.parquet", 1, 1), ("saved", 2, 2)],
 )
 def test_ranks_and_workers_read_disjoint_parts_of_a_stream(made: Path, form: str, world: int, workers: int) -> None:
     columns = ["json.caption"] if form == "webdataset" else ["caption"]
@@ -260,7 +238,7 @@ def test_streaming_unusable_rows_raise_or_are_skipped(
     source = _damaged_source(tmp_path)
     source.streaming = True
     samples = list(_stream(transforms, source, on_error="skip"))
-    assert {sample.key for sample in samples if isinstance(sample, SkippedSample)} == {"no image", "no text", "torn"}
+    assert {sample.key for sample in samples if isinstance(sample, SkippedSample)} == set(DAMAGED[1:4])
     with pytest.raises((DamagedImageError, CaptionError)):
         list(_stream(transforms, source))
 
@@ -295,12 +273,8 @@ def test_ranks_read_disjoint_parts_of_the_captions() -> None:
     )
     assert parts[0] + parts[1] == whole
     assert abs(len(parts[0]) - len(parts[1])) <= 1
-
-
-def test_ranks_beyond_the_rows_read_no_captions(tmp_path: Path) -> None:
-    datasets.Dataset.from_dict({"caption": ["a", "b"]}).to_parquet(tmp_path / "rows.parquet")
-    source = CaptionSource(str(tmp_path / "rows.parquet"), caption_columns=["caption"])
-    assert [[*caption_batches(source, rank, 4)] for rank in range(4)] == [[["a"]], [["b"]], [], []]
+    source.max_samples = 2
+    assert [len([*caption_batches(source, rank, 4)]) for rank in range(4)] == [1, 1, 0, 0]
 
 
 def test_rows_without_a_caption_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -316,9 +290,3 @@ def test_distinct_captions_contain_the_caption_of_every_sample() -> None:
     known = set(distinct_captions(source))
     dataset = CaptionImageDataset(source, None)
     assert {dataset[SampleIndex(epoch, index)]["caption"] for epoch in range(20) for index in range(100)} == known
-
-
-def test_dataset_can_be_pickled(transforms: tuple[EvalTransform, TrainTransform]) -> None:
-    dataset = CaptionImageDataset(_concepts(max_samples=3), *transforms)
-    copy = pickle.loads(pickle.dumps(dataset))
-    assert torch.equal(copy[1]["pixel_values"], dataset[1]["pixel_values"])

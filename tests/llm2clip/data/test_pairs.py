@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from llm2clip.data import PairDataset, PairSource, SampleIndex, caption_id
+from llm2clip.data import PairDataset, PairSource, SampleIndex
 from llm2clip.data.opened_table import SourceError
 
 from .conftest import CONCEPTS, GLOSSES
@@ -134,13 +134,6 @@ def test_missing_column_and_wrong_type_raise_source_error(tmp_path: Path) -> Non
 def test_invalid_sources_are_rejected(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PairSource("somewhere", **fields)
-
-
-def test_texts_with_equal_caption_id_are_not_a_pair() -> None:
-    dataset = PairDataset(concepts())
-    for index in range(0, len(dataset), 50):
-        pair = dataset[SampleIndex(0, index)]
-        assert caption_id(pair["anchor"]) != caption_id(pair["positive"])
 
 
 def test_random_negatives_are_texts_of_other_rows_and_groups(tmp_path: Path) -> None:

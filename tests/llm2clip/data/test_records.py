@@ -6,7 +6,6 @@ import pytest
 
 from llm2clip.data import caption_id
 from llm2clip.data.captioned_images import CaptionError, RowCaptions, clean_caption, column_texts
-from llm2clip.store.store import caption_keys
 
 
 def test_caption_id_ignores_only_case_white_space_and_unicode_composition() -> None:
@@ -18,25 +17,11 @@ def test_caption_id_ignores_only_case_white_space_and_unicode_composition() -> N
     assert caption_id("a red squirrel") == 6556511861023502500
 
 
-def test_caption_ids_fit_into_an_int64_tensor() -> None:
-    ids = [caption_id(str(number)) for number in range(1000)]
-    assert all(0 <= number < 2**63 for number in ids)
-    assert len(set(ids)) == 1000
-
-
 def test_clean_caption_strips_white_space_and_rejects_other_types() -> None:
     assert clean_caption("  a cat\n") == "a cat"
     assert all(clean_caption(text) is None for text in (None, "", " \n", float("nan")))
     with pytest.raises(TypeError, match="must be text, not int"):
         clean_caption(3)
-
-
-def test_caption_keys_differ_for_different_texts() -> None:
-    keys = caption_keys(["a", "A", "a ", "a"])
-    assert keys.shape == (4, 2)
-    assert len({tuple(key) for key in keys.tolist()}) == 3
-    assert (keys[0] == keys[3]).all()
-    assert caption_keys([]).shape == (0, 2)
 
 
 def test_columns_may_contain_texts_lists_or_records() -> None:

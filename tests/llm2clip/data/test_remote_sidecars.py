@@ -53,7 +53,7 @@ def test_remote_sidecars_are_those_of_a_folder(bucket: str, tmp_path: Path) -> N
     assert sorted(contents(bucket))[:2] == ["/inner/0.emb.manifest", "/inner/0.emb.safetensors"]
     calls = Counting()
     fsspec.filesystem("memory").rm("/bucket/sidecars/inner/1.emb.manifest")
-    with pytest.raises(verify.DamagedError, match="1 faults in "):
+    with pytest.raises(verify.DamagedError, match="2 faults in "):
         verify.run(verify.VerifyConfig(folder=bucket))
     assert embed_at(source, bucket, calls) == 2
     assert "dog 1" in calls.texts

@@ -55,17 +55,6 @@ def test_one_and_two_ranks_have_the_same_global_batches() -> None:
     assert [two[i] + two[i + 1] for i in range(0, len(two), 2)] == one
 
 
-def test_length_equals_the_number_of_batches() -> None:
-    for length, size, replicas, drop_last in [
-        (50, 8, 1, True),
-        (50, 8, 3, True),
-        (50, 8, 1, False),
-        (9, 4, 2, False),
-    ]:
-        sampler = SampleIndexBatchSampler(Echo(length), size, replicas, drop_last=drop_last)
-        assert len(list(sampler)) == len(sampler)
-
-
 def test_fewer_samples_than_a_global_batch_raise() -> None:
     with pytest.raises(ValueError, match=r"7 samples, fewer than one global batch of 8 \(4 on each of 2 ranks\)"):
         SampleIndexBatchSampler(Echo(7), 4, num_replicas=2)

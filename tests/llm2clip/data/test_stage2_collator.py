@@ -12,21 +12,18 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import CLIPImageProcessorPil
 
 from llm2clip.data import (
-    CaptionImageDataset,
-    CaptionSource,
     DamagedImageError,
     EvalTransform,
     SkippedSample,
     Stage2Collator,
     caption_id,
-    distinct_captions,
 )
 from llm2clip.store import EmbeddingCache, MissingCaptionError
 from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
-from tests.llm2clip.store.encoder import WIDTH, build, embed
+from tests.llm2clip.store.encoder import build, embed
 from tests.modeling_llm2clip.tiny import plain_tokenizer, processor
 
-from .conftest import CONCEPTS, SIZE, png
+from .conftest import png
 
 
 def _sample(caption: str, *others: str, key: str = "k") -> dict[str, Any]:
@@ -83,19 +80,6 @@ def test_a_caption_missing_from_the_cache_is_an_error_or_skipped(cache: Embeddin
     batch = Stage2Collator(cache, on_error="skip")(samples)
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1, 3]
     assert batch["skipped"] == [("k", "its caption has no stored embedding")]
-
-
-def test_processor_tokenizes_captions_without_a_cache() -> None:
-    calls = []
-
-    def processor(**arguments: Any) -> dict[str, torch.Tensor]:
-        calls.append(arguments)
-        return {"input_ids": torch.zeros(2, 3), "attention_mask": torch.ones(2, 3)}
-
-    batch = Stage2Collator(processor=processor)([_sample("a"), _sample("bb")])
-    assert calls == [{"text": ["a", "bb"], "padding": True, "truncation": True, "return_tensors": "pt"}]
-    ids = {"caption_ids", "image_caption_ids", "keys", "skipped"}
-    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", *ids}
 
 
 class _Rows(Dataset):
@@ -187,16 +171,3 @@ def test_images_are_prepared_as_in_evaluation(tmp_path: Path, image_processor: C
 def test_errors_name_what_rows_lack(rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Stage2Collator()(rows)
-
-
-def test_example_images_make_a_batch(tmp_path: Path, image_processor: CLIPImageProcessorPil) -> None:
-    source = CaptionSource(CONCEPTS, split="test", caption_columns=["caption", "keywords"], max_samples=8)
-    build(tmp_path, distinct_captions(source))
-    dataset = CaptionImageDataset(source, EvalTransform(image_processor))
-    batch = Stage2Collator(EmbeddingCache.open(tmp_path))([dataset[index] for index in range(8)])
-    assert batch["pixel_values"].shape == (8, 3, SIZE, SIZE)
-    assert batch["llm_embeds"].shape == (8, WIDTH)
-    owns = (batch["caption_ids"][:, None, None] == batch["image_caption_ids"][None]).any(-1)
-    captions = [dataset[index]["caption"] for index in range(8)]
-    assert owns.tolist() == [[left == right for right in captions] for left in captions]
-    assert owns.sum() > 8  # several drawings of the same thing

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.utils.data import DataLoader
 
 from llm2clip import Stage2Config, Stage2Trainer
@@ -23,9 +20,7 @@ from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.stream_order import Lanes
 from llm2clip.data.streams import SampleStream, share_of_files, shuffled
 from llm2clip.trainers.row_counts import count_stream
-from llm2clip.utils.processes import leave_process_group, process_state
 from tests.modeling_llm2clip import tiny
-from tests.processes import run_ranks
 from tests.tars import write_tar
 
 PER_TAR = 3
@@ -286,33 +281,3 @@ def test_a_buffer_shuffles_without_loss() -> None:
     assert sorted(order) == list(range(200))
     assert order == list(shuffled(iter(range(200)), 50, 1)) != list(shuffled(iter(range(200)), 50, 2))
     assert sum(abs(place - item) for place, item in enumerate(order)) > 200 * 10
-
-
-def run_in_process(folder: Path) -> None:
-    state = process_state()
-    source = CaptionSource(str(folder / "tars"), caption_columns=["txt"], streaming=True)
-    dataset = StreamingCaptionImageDataset(source, None, rank=state.process_index, world_size=state.num_processes)
-    args = Stage2Config(
-        output_dir=str(folder / "out"),
-        per_device_train_batch_size=1,
-        dataloader_num_workers=2,
-        use_cpu=True,
-        max_steps=1,
-    )
-    trainer = Stage2Trainer(model=tiny.joint_model(), args=args, data_collator=list, train_dataset=dataset)
-    found = [sample["caption"] for batch in trainer.get_train_dataloader() for sample in batch]
-    (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
-
-
-@pytest.mark.slow
-def test_two_processes_read_every_row_once(tmp_path: Path) -> None:
-    write_tars(tmp_path / "tars", 5)
-    run_ranks(["-m", "tests.llm2clip.data.test_streams", str(tmp_path)], 2)
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert sorted(found[0] + found[1]) == every_caption(5)
-    assert {len(found[0]), len(found[1])} == {2 * PER_TAR, 3 * PER_TAR}
-
-
-if __name__ == "__main__":
-    run_in_process(Path(sys.argv[1]))
-    leave_process_group()
