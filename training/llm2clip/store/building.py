@@ -273,7 +273,7 @@ def build_embedding_cache(
             embeddings, cut = embed(texts)
             rows.append(check_embeddings(embeddings, texts, manifest))
             truncated += cut
-            bar.update(advance=len(texts))
+            bar.update(len(texts))
         return ComputedRows(torch.cat(rows), {"truncated": truncated})
 
     if not captions:
