@@ -21,9 +21,8 @@ from llm2clip.convert.published import published_models
 from llm2clip.recipes import find_recipe, load_recipe
 from tests.documents.reading import ROOT, blocks
 from tests.golden import FOLDER as GOLDEN
-from tests.llm2clip import tiny
+from tests.llm2clip import embedding_models, tiny
 from tests.llm2clip.convert.checkpoints import microsoft_openai_names
-from tests.modeling_llm2clip import embedding_models
 from tests.modeling_llm2clip import tiny as tiny_models
 
 Builder = Callable[[Path], Any]

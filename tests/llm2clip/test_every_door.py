@@ -31,11 +31,10 @@ from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel
 from tests.compatibility import check
 from tests.examples.server import serving
-from tests.llm2clip import tiny
+from tests.llm2clip import embedding_models, tiny
+from tests.llm2clip.embedding_models import OTHER_LANGUAGES
 from tests.llm2clip.hub.conftest import consume, push_by_command
 from tests.loopback_hub import LoopbackHub
-from tests.modeling_llm2clip import embedding_models
-from tests.modeling_llm2clip.embedding_models import OTHER_LANGUAGES
 
 CAPTIONS = ["a small dog", "two children play football, seen from a green park", *OTHER_LANGUAGES]
 CLOSE = {"atol": 1e-5, "rtol": 0}

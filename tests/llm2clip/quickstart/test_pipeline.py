@@ -25,8 +25,7 @@ from llm2clip.quickstart.run_context import RunContext
 from llm2clip.store import EmbeddingCache
 from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 from modeling_llm2clip import LLM2CLIPTextModel
-from tests.llm2clip import tiny
-from tests.modeling_llm2clip import embedding_models
+from tests.llm2clip import embedding_models, tiny
 
 PROFILE = {
     "seeds": 2,

@@ -21,9 +21,8 @@ from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
-from tests.llm2clip import tiny
-from tests.modeling_llm2clip import embedding_models
-from tests.modeling_llm2clip.embedding_models import TEXTS
+from tests.llm2clip import embedding_models, tiny
+from tests.llm2clip.embedding_models import TEXTS
 
 
 @dataclass

@@ -18,8 +18,9 @@ from llm2clip.utils.repos import RepoKind, inspect_repo
 from llm2clip.utils.text_identity import read_fingerprint
 from llm2clip.utils.towers import describe_text_tower, open_text_tower, save_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
-from tests.modeling_llm2clip import embedding_models, tiny
-from tests.modeling_llm2clip.embedding_models import FAMILIES, TEXTS
+from tests.llm2clip import embedding_models
+from tests.llm2clip.embedding_models import FAMILIES, TEXTS
+from tests.modeling_llm2clip import tiny
 
 
 @pytest.mark.parametrize("family", FAMILIES)
