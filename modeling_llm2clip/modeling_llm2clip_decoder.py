@@ -126,12 +126,12 @@ def require_verdict(text_model: Any, config: Any) -> None:
 
 def follows_masks(text_model: Any) -> bool:
     """Return whether by transformers' own flags a text model is made of attention that follows a 4-D mask."""
-    inner = text_model.get_base_model() if hasattr(text_model, "get_base_model") else text_model  # inside of PEFT
-    config, flags = inner.config, type(inner)
-    is_attention = set(getattr(config, "layer_types", None) or ()) <= MASKED_LAYERS and not flags._is_stateful
+    # Wrappers (PEFT, FSDP) have the flags of what is inside.
+    config, layers = text_model.config, set(getattr(text_model.config, "layer_types", None) or ())
     # MobileBERT reads three tokens at once, padding too.
-    is_attention = is_attention and not getattr(config, "trigram_input", False)
-    return bool(is_attention and flags._supports_sdpa and flags._supports_attention_backend)
+    if text_model._is_stateful or layers - MASKED_LAYERS or getattr(config, "trigram_input", False):
+        return False
+    return bool(text_model._supports_sdpa and text_model._supports_attention_backend)
 
 
 def window_reach(config: PretrainedConfig) -> int | None:

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +304,10 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         base = cls.from_pretrained(adapter.base_model_name_or_path, default_config=config, **base_kwargs)
         base.merge_adapter()
         model = cls._with_config(base, config or base.config)
-        stored = _stored_dtype(adapter.base_model_name_or_path, hub_arguments(base_kwargs))
+        stored = None
+        with suppress(OSError):  # an adapter without a config
+            fields, _ = PretrainedConfig.get_config_dict(adapter.base_model_name_or_path, **hub_arguments(base_kwargs))
+            stored = fields.get("dtype") or fields.get("torch_dtype")
         model.has_rounded_base = base.has_rounded_base or str(base.dtype) not in ("torch.float32", f"torch.{stored}")
         model.decoder = peft.PeftModel.from_pretrained(base.decoder, name, **hub)
         model.config.fingerprint = own.fingerprint if own is not None else None
@@ -486,12 +490,3 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
         )
-
-
-def _stored_dtype(name: str, hub: dict[str, Any]) -> str | None:
-    """Return the dtype of the weights in a repository by its config, or None if that is unknown."""
-    try:
-        fields, _ = PretrainedConfig.get_config_dict(name, **hub)
-    except OSError:  # an adapter without a config
-        return None
-    return fields.get("dtype") or fields.get("torch_dtype")

@@ -39,41 +39,6 @@ MASK_INPUTS = ("pixel_attention_mask", "pixel_mask", "spatial_shapes")
 ATTENTION_ROWS = 2**14
 
 
-def refuse_masked_tower(tower: nn.Module, pooling: str) -> None:
-    """Raise ValueError if a pooling needs the patches of a tower that pads them."""
-    masks = [name for name in inspect.signature(tower.forward).parameters if name in MASK_INPUTS]
-    if pooling != "cls" and masks:
-        raise ValueError(
-            f"vision_pooling {pooling!r} needs the patches of an image, but {type(tower).__name__} pads them "
-            f"({masks[0]}); use vision_pooling 'cls'."
-        )
-
-
-def pool_vision(tower: nn.Module, output: Any, pixel_values: Tensor, pooling: str) -> Tensor:
-    """Pool the output of a vision tower.
-
-    Args:
-        tower: The tower, whose output this is.
-        pixel_values: `(batch, channels, height, width)`.
-        pooling: One of `VISION_POOLINGS`.
-
-    Returns:
-        `(batch, vision_width)`; a mean is in float32, which is more accurate than 16 bits.
-
-    Raises:
-        ValueError: The tower has no pooled output of its own, or its patches cannot be told from other tokens.
-    """
-    own = output.get("pooler_output")
-    if pooling != "mean":
-        if own is None:
-            raise ValueError(f"{type(tower).__name__} has no pooled output; use vision_pooling 'mean'.")
-        own = own.flatten(1)
-    if pooling == "cls":
-        return own
-    mean = patch_tokens(tower, output, pixel_values).float().mean(dim=1)
-    return mean if pooling == "mean" else torch.cat([own.float(), mean], dim=-1)
-
-
 def patch_tokens(tower: nn.Module, output: Any, pixel_values: Tensor) -> Tensor:
     """Select the patches of a tower's last hidden state, normalised as the tower normalises its pooled token.
 
@@ -135,7 +100,13 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
 
     def _build_visual_projection(self, tower: PreTrainedModel | None = None) -> None:
         config: Any = self.config
-        refuse_masked_tower(self.vision_model if tower is None else tower, config.vision_pooling)
+        tower = self.vision_model if tower is None else tower
+        masks = [name for name in inspect.signature(tower.forward).parameters if name in MASK_INPUTS]
+        if config.vision_pooling != "cls" and masks:
+            raise ValueError(
+                f"vision_pooling {config.vision_pooling!r} needs the patches of an image, but {type(tower).__name__} "
+                f"pads them ({masks[0]}); use vision_pooling 'cls'."
+            )
         standardization = LLM2CLIPStandardization(config.vision_width) if config.standardize_vision else None
         self.visual_standardization: LLM2CLIPStandardization | None = standardization
         self.visual_projection: nn.Module = build_visual_head(config)
@@ -242,7 +213,15 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("pass either pixel_values or vision_features, stored features of images.")
         if vision_features is not None:
-            return BaseModelOutputWithPooling(pooler_output=self._embed_stored(vision_features))
+            expected = self.config.vision_width
+            if vision_features.ndim != 2 or vision_features.shape[-1] != expected:
+                raise ValueError(
+                    f"vision_features have shape {tuple(vision_features.shape)}, but this model takes (batch, "
+                    f"{expected}): they come from another vision tower or pooling."
+                )
+            has_weights = next(self.visual_projection.parameters(), None) is not None
+            device = execution_device(self.visual_projection if has_weights else self)
+            return BaseModelOutputWithPooling(pooler_output=self._project(vision_features.to(device)))
         output, features = self._tower_features(pixel_values, interpolate_pos_encoding, kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=output.last_hidden_state,
@@ -272,20 +251,20 @@ class LLM2CLIPPreTrainedModel(AttentionBackends, PreTrainedModel):
     def _tower_features(
         self, pixel_values: Any, interpolate_pos_encoding: bool | None, kwargs: dict[str, Any]
     ) -> tuple[Any, Tensor]:
+        """Run the tower, and pool what it returns; a mean is in float32, which is more accurate than 16 bits."""
         if interpolate_pos_encoding is not None:
             kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
-        output = self.vision_model(pixel_values=pixel_values, **kwargs)
-        return output, pool_vision(self.vision_model, output, pixel_values, self.config.vision_pooling)
-
-    def _embed_stored(self, features: Tensor) -> Tensor:
-        expected = self.config.vision_width
-        if features.ndim != 2 or features.shape[-1] != expected:
-            raise ValueError(
-                f"vision_features have shape {tuple(features.shape)}, but this model takes (batch, {expected}): they "
-                "come from another vision tower or pooling."
-            )
-        has_weights = next(self.visual_projection.parameters(), None) is not None
-        return self._project(features.to(execution_device(self.visual_projection if has_weights else self)))
+        tower, pooling = self.vision_model, self.config.vision_pooling
+        output = tower(pixel_values=pixel_values, **kwargs)
+        own = output.get("pooler_output")
+        if pooling != "mean":
+            if own is None:
+                raise ValueError(f"{type(tower).__name__} has no pooled output; use vision_pooling 'mean'.")
+            own = own.flatten(1)
+        if pooling == "cls":
+            return output, own
+        mean = patch_tokens(tower, output, pixel_values).float().mean(dim=1)
+        return output, mean if pooling == "mean" else torch.cat([own.float(), mean], dim=-1)
 
     def _project(self, features: Tensor) -> Tensor:
         if self.visual_standardization is not None:

@@ -97,7 +97,8 @@ def _fit(
     backend.no_padding()
     joined = [list(tokenizer(f"{prefix}{probe}{suffix}")["input_ids"]) for probe in PROBES]
     before = [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*joined))]  # noqa: B905
-    variants = list(_variants(backend, prefix, strips=not _has_white_space_tokens(tokenizer)))
+    splits_at_white_space = any(token.content.isspace() for token in tokenizer.added_tokens_decoder.values())
+    variants = list(_variants(backend, prefix, strips=not splits_at_white_space))
     for backend.normalizer, backend.pre_tokenizer in variants:
         contents = [_encode(backend, probe) for probe in PROBES]
         after = joined[0][len(before) + len(contents[0]) :]
@@ -113,10 +114,6 @@ def _fit(
 
 def _encode(backend: Tokenizer, text: str) -> list[int]:
     return backend.encode(text, add_special_tokens=False).ids
-
-
-def _has_white_space_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return any(token.content.isspace() for token in tokenizer.added_tokens_decoder.values())
 
 
 def _variants(backend: Tokenizer, prefix: str, strips: bool) -> Iterator[tuple[Any, Any]]:

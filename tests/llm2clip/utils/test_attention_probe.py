@@ -20,7 +20,7 @@ from llm2clip.utils import attention_probe
 from llm2clip.utils.attention_probe import stored_verdict, verify_text_tower
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
-from modeling_llm2clip.modeling_llm2clip_decoder import attention_kind
+from modeling_llm2clip.modeling_llm2clip_decoder import attention_kind, require_verdict
 from tests.modeling_llm2clip import tiny
 from tests.modeling_llm2clip.test_packing import FlashOnCPU, flash  # noqa: F401
 
@@ -82,6 +82,24 @@ def test_decoders_that_would_mix_captions_are_refused(model_type: str) -> None:
     assert REFUSED[model_type] in message
     with pytest.raises(ValueError, match=f"{model_type} .* records no verdict.*llm2clip.open_text_tower"):
         tower(IDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["types", "encoder_types"])
+def test_no_model_that_the_probe_refuses_computes_without_a_verdict(kind: str) -> None:
+    """All types of this transformers version, by the flags alone."""
+    refused = 0
+    for model_type in MAKE_MODELS[kind]():
+        if (decoder := MAKE_MODELS["small_decoder"](model_type)) is None:
+            continue
+        tower = LLM2CLIPTextModel.from_decoder(decoder)
+        try:
+            verify_text_tower(tower)
+        except ValueError:
+            refused += 1
+            with pytest.raises(ValueError, match="is not known to be a text tower"):
+                require_verdict(tower.decoder, tower.config)
+    assert refused >= 7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
