@@ -20,7 +20,7 @@ from transformers.image_utils import load_image
 from llm2clip.data import CaptionSource, EvalTransform, TrainTransform, decode_image
 from llm2clip.demo.gallery import Gallery
 from llm2clip.evaluation import ImageTextRetrieval
-from llm2clip.evaluation.clip_benchmark import CLIPBenchmarkTransform
+from llm2clip.evaluation.clip_benchmark import load_clip
 from llm2clip.hub.sentence_transformers import write_sentence_transformers_files
 from llm2clip.search.index import IndexConfig
 from llm2clip.search.index import run as run_index
@@ -127,8 +127,8 @@ def mteb(files: list[Path], folder: Path, **doors: Any) -> list[Tensor]:
     return pixels
 
 
-def clip_benchmark(files: list[Path], **doors: Any) -> list[Tensor]:
-    transform = CLIPBenchmarkTransform(PROCESSOR.image_processor)
+def clip_benchmark(files: list[Path], folder: Path, **doors: Any) -> list[Tensor]:
+    _, transform, _ = load_clip(str(folder))
     return [transform(Image.open(file)) for file in files]
 
 
