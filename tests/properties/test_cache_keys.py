@@ -18,8 +18,7 @@ from llm2clip.data.shards import ShardedSource
 from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.store import EmbeddingCache
 from llm2clip.store.manifest import MissingCaptionError
-from llm2clip.store.shards import KeyIndex
-from llm2clip.store.store import caption_key, caption_keys
+from llm2clip.store.store import KeyIndex, caption_key, caption_keys
 from tests.llm2clip.encoders import shards
 from tests.llm2clip.store import encoder
 from tests.properties.inputs import CAPTIONS, TEXTS, quick

@@ -21,8 +21,7 @@ from llm2clip.store import (
     StoreIncompleteError,
     StoreMismatchError,
 )
-from llm2clip.store.shards import KeyIndex
-from llm2clip.store.store import EXPONENTS, INTEGERS
+from llm2clip.store.store import EXPONENTS, INTEGERS, KeyIndex
 from llm2clip.utils import shared_files
 from llm2clip.utils.files import sha256
 from llm2clip.utils.manifests import MANIFEST_CHECKSUM, with_checksum

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from llm2clip.data.shards import SourceShard
 from llm2clip.data.sidecars import SourceSidecars
 from llm2clip.store import EmbeddingCache, StoreManifest, StoreMismatchError
-from llm2clip.store.store import refuse_other_encoder, stored_manifest
+from llm2clip.store.manifest import refuse_other_encoder
+from llm2clip.store.store import stored_manifest
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.repos import inspect_repo

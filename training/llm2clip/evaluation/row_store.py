@@ -15,7 +15,7 @@ from llm2clip.encoders.batches import encode_sharded
 from llm2clip.encoders.image_features import SHARD_SIZE
 from llm2clip.store import Store, StoreManifest, build_store
 from llm2clip.store.building import ComputedRows
-from llm2clip.store.shards import KeyIndex
+from llm2clip.store.store import KeyIndex
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.progress import ProgressBar
 

@@ -24,9 +24,10 @@ from llm2clip.store.manifest import (
     StoreIncompleteError,
     StoreManifest,
     StoreMismatchError,
+    refuse_other_encoder,
     rows_path,
 )
-from llm2clip.store.shards import COLUMNS, KeyIndex, ShardFile
+from llm2clip.store.shards import ShardFile
 from llm2clip.utils.remote_path import AnyPath, open_path
 from llm2clip.utils.shared_files import shared_file
 
@@ -39,12 +40,65 @@ INDEX = f"index{MANIFEST_SUFFIX}"
 # for data.
 BESIDE = ".emb"
 BESIDE_SHARDS = f"*{BESIDE}{MANIFEST_SUFFIX}"
+# The columns of an index.
+COLUMNS = ("high", "low", "rows")
 # Of the index of shards beside others, which is kept on this machine.
 VERSION = 1
 # Integers by the bytes of a stored value.
 INTEGERS = {2: torch.int16, 4: torch.int32}
 # The bits of the exponent of a stored value, which are all set where it is not finite.
 EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
+
+
+class KeyIndex:
+    """Finds the rows of keys by binary search.
+
+    Args:
+        high, low: (n,) int64, the halves of the keys, sorted by the first; those that repeat are found at their first
+            row.
+        rows: (n,), what [`KeyIndex.find`] returns.
+    """
+
+    def __init__(self, high: np.ndarray, low: np.ndarray, rows: np.ndarray) -> None:
+        self._high, self._low, self._rows = high, low, rows
+
+    @classmethod
+    def of(cls, keys: np.ndarray) -> KeyIndex:
+        """Return the index of keys, (n, 2) int64, in memory: 20 bytes a key."""
+        order = np.argsort(keys[:, 0], kind="stable")
+        rows = order.astype(np.uint32) if len(order) < 2**32 else order
+        return cls(keys[order, 0], keys[order, 1], rows)
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return what an index is made of, (n,) int64 each."""
+        columns = zip(COLUMNS, (self._high, self._low, self._rows), strict=True)
+        return {name: torch.from_numpy(column.astype(np.int64)) for name, column in columns}
+
+    def __len__(self) -> int:
+        return len(self._high)
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Return the row of each key, (m,) int64; -1 for an unknown key."""
+        rows = np.full(len(keys), -1, dtype=np.int64)
+        position = np.searchsorted(self._high, keys[:, 0])
+        pending = np.arange(len(keys))
+        while len(pending):  # more than one round only if first halves collide
+            pending = pending[position[pending] < len(self)]
+            pending = pending[self._high[position[pending]] == keys[pending, 0]]
+            hit = self._low[position[pending]] == keys[pending, 1]
+            rows[pending[hit]] = self._rows[position[pending[hit]]]
+            pending = pending[~hit]
+            position[pending] += 1
+        return rows
+
+    def find_one(self, high: int, low: int) -> int:
+        """Return the row of a key, given by its halves, or -1; for one key, several times faster than `find`."""
+        position = int(self._high.searchsorted(high))
+        while position < len(self) and self._high[position] == high:
+            if self._low[position] == low:
+                return int(self._rows[position])
+            position += 1
+        return -1
 
 
 class Store:
@@ -287,25 +341,6 @@ class EmbeddingCache(Store):
             StoreDamagedError: A row is not finite.
         """
         return self.read(self.rows(captions), dtype)
-
-
-def refuse_other_encoder(
-    path: str | Path, manifest: StoreManifest, fingerprint: str | None, tokenizer_fingerprint: str | None
-) -> None:
-    """Raise a `StoreMismatchError` if another encoder or tokenizer made embeddings; None accepts any."""
-    advice = "Use that {}, or embed the captions with this one into another folder (`llm2clip embed`)."
-    if fingerprint is not None and manifest.fingerprint != fingerprint:
-        raise StoreMismatchError(
-            f"The embedding cache {path} was made by {manifest.encoder} with fingerprint {manifest.fingerprint}, but "
-            f"the text encoder in use has fingerprint {fingerprint}. {advice.format('encoder')}"
-        )
-    known = manifest.identity["tokenizer_fingerprint"]
-    if known is not None and tokenizer_fingerprint is not None and known != tokenizer_fingerprint:
-        raise StoreMismatchError(
-            f"The embedding cache {path} was made with the tokenizer {known} of {manifest.encoder}, but the tokenizer "
-            f"in use is {tokenizer_fingerprint}: other vocabulary, merges, normaliser, added tokens or prompt. "
-            f"{advice.format('tokenizer')}"
-        )
 
 
 def index_of(shards: Sequence[ShardFile]) -> KeyIndex:
