@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from llm2clip.data.shard_rows import count_rows
 from llm2clip.data.shards import ShardedSource
 from llm2clip.data.transforms import decode_image
 from llm2clip.search.table_images import TableImages
+from tests.tars import write_tar
 
 from .conftest import CONCEPTS, ROWS, captions
 
@@ -188,37 +188,14 @@ def test_invalid_field_values_are_rejected(fields: dict[str, object]) -> None:
         CaptionSource("somewhere", **fields)
 
 
-def write_tar(path: Path, rows: int = 8) -> list[tarfile.TarInfo]:
-    with tarfile.open(path, "w") as archive:
-        for row in range(rows):
-            for name, content in ((f"{row}.jpg", b"a picture"), (f"{row}.txt", f"caption {row}".encode())):
-                entry = tarfile.TarInfo(name)
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
-    with tarfile.open(path) as archive:
-        return archive.getmembers()
-
-
-def cut_in_a_file(content: bytes, member: tarfile.TarInfo) -> bytes:
-    return content[: member.offset_data + 3]
-
-
-def cut_in_a_header(content: bytes, member: tarfile.TarInfo) -> bytes:
-    return content[: member.offset + 100]
-
-
-def cut_between_files(content: bytes, member: tarfile.TarInfo) -> bytes:
-    return content[: member.offset]
-
-
-def damaged_header(content: bytes, member: tarfile.TarInfo) -> bytes:
-    return content[: member.offset] + b"x" * 200 + content[member.offset + 200 :]
-
-
-def zero_header(content: bytes, member: tarfile.TarInfo) -> bytes:
-    return content[: member.offset] + bytes(512) + content[member.offset + 512 :]
-
-
+# What remains of a tar that is damaged at a member.
+DAMAGES: dict[str, Callable[[bytes, tarfile.TarInfo], bytes]] = {
+    "cut in a file": lambda content, member: content[: member.offset_data + 3],
+    "cut in a header": lambda content, member: content[: member.offset + 100],
+    "cut between files": lambda content, member: content[: member.offset],
+    "damaged header": lambda content, member: content[: member.offset] + b"x" * 200 + content[member.offset + 200 :],
+    "zeros": lambda content, member: content[: member.offset] + bytes(512) + content[member.offset + 512 :],
+}
 DOORS: dict[str, Callable[[str], object]] = {
     "table": lambda path: load_source(CaptionSource(path, caption_columns=["txt"])),
     "captions of a stream": lambda path: distinct_captions(
@@ -234,18 +211,14 @@ DOORS: dict[str, Callable[[str], object]] = {
 
 
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize(
-    "damage",
-    [cut_in_a_file, cut_in_a_header, cut_between_files, damaged_header, zero_header],
-    ids=lambda x: x.__name__,
-)
-def test_a_damaged_tar_is_an_error_at_every_door(
-    damage: Callable[[bytes, tarfile.TarInfo], bytes], door: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_tar_is_an_error_at_every_door(damage: str, door: str, tmp_path: Path) -> None:
     """`datasets` takes what comes before the damage for the whole."""
-    path = tmp_path / "00000.tar"
-    members = write_tar(path)
+    files = [(f"{row}.{kind}", f"{kind} {row}".encode()) for row in range(8) for kind in ("jpg", "txt")]
+    path = write_tar(tmp_path / "00000.tar", files)
     DOORS[door](str(path))
-    path.write_bytes(damage(path.read_bytes(), members[11]))
+    with tarfile.open(path) as archive:
+        member = archive.getmembers()[11]
+    path.write_bytes(DAMAGES[damage](path.read_bytes(), member))
     with pytest.raises(SourceError, match=r"00000\.tar .*(cut short|damaged|unexpected end)"):
         DOORS[door](str(path))

@@ -253,15 +253,10 @@ def test_fewer_tars_than_readers_are_an_error_before_training(tmp_path: Path) ->
     three = StreamingCaptionImageDataset(stream.source, None, rank=0, world_size=4)
     with pytest.raises(SourceError, match=r"3 files, which is fewer than 4 readers \(4 processes\)"):
         next(iter(three))
-
-
-def test_fewer_first_rows_than_readers_are_an_error_on_every_rank(tmp_path: Path) -> None:
-    source = write_tars(tmp_path, 3)
-    source.max_samples = 3
-    for rank in range(2):
-        stream = StreamingCaptionImageDataset(source, None, rank=rank, world_size=2)
-        with pytest.raises(SourceError, match="has 3 rows, fewer than 4 readers"):
-            stream.require_files(2)
+    stream.source.max_samples = 3
+    few = StreamingCaptionImageDataset(stream.source, None, rank=0, world_size=2)
+    with pytest.raises(SourceError, match="has 3 rows, fewer than 4 readers"):
+        few.require_files(2)
 
 
 def test_a_reader_without_rows_is_an_error_where_a_stream_is_repeated(tmp_path: Path) -> None:
