@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel
 
-from llm2clip.utils.prompts import original_prompt
+from llm2clip.utils.towers import original_prompt
 from modeling_llm2clip import LLM2CLIPTextModel, with_prompt
 from tests.golden import FOLDER, Golden, load_golden
 from tests.modeling_llm2clip import tiny

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.recipes import field_places, find_recipe, load_recipe
-from llm2clip.utils.help_text import Row, format_help, option_groups
 from llm2clip.utils.library_errors import PEER_ENDED, explain, wrap_weight_errors
 from llm2clip.utils.logs import LogFile, command_logs, printable, quiet_libraries
-from llm2clip.utils.options import OptionParser, unknown_option
+from llm2clip.utils.options import OptionParser, Row, format_help, option_groups, unknown_option
 from llm2clip.utils.progress import close_bars, is_main_process
 from llm2clip.utils.settings import build_config, nearest
 from llm2clip.utils.stopping import INTERRUPTED, TERMINATED, StoppedError, expect_ended_workers, on_sigterm, stop_now

@@ -22,9 +22,8 @@ from llm2clip.utils.attention_probe import stored_verdict, verify_text_tower
 from llm2clip.utils.files import write_json
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.progress import track
-from llm2clip.utils.prompts import original_prompt
 from llm2clip.utils.repos import hub_ids
-from llm2clip.utils.towers import prompted, save_text_tower
+from llm2clip.utils.towers import original_prompt, prompted, save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import apply_umask

@@ -12,8 +12,8 @@ from llm2clip.data.sidecars import REMEDY, gaps, row_range, shard_stem, unfinish
 from llm2clip.store.manifest import MANIFEST_SUFFIX, StoreManifest
 from llm2clip.store.store import BESIDE
 from llm2clip.utils.files import sha256
+from llm2clip.utils.manifests import Fault, Verified
 from llm2clip.utils.remote_path import AnyPath
-from llm2clip.utils.verified import Fault, Verified
 
 FIX = REMEDY[0].lower() + REMEDY[1:].rstrip(".")
 

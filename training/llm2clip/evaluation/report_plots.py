@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from llm2clip.evaluation.comparison import Comparison
-from llm2clip.utils.figures import panels, wrapped, write_figure
+from llm2clip.utils.figures import panels, write_figure
 from llm2clip.utils.tables import short_name
 
 BY_LENGTH = "text_to_image_recall@1"
@@ -47,7 +48,7 @@ def draw_models(comparison: Comparison) -> Figure:
     for name, axis in zip(names, axes, strict=True):
         numbers = [number for number, column in enumerate(comparison.columns) if name in column.scores]
         _bars(axis, comparison, name, numbers)
-        titles = [wrapped(comparison.columns[number].title, LABEL_WIDTH) for number in numbers]
+        titles = [textwrap.fill(comparison.columns[number].title, LABEL_WIDTH) for number in numbers]
         axis.set_xticks(range(len(numbers)), titles, fontsize="small", rotation=30, ha="right")
         axis.set(title=short_name(name), ylabel="%", ylim=(0, 100))
     _legend(figure, axes)
@@ -93,7 +94,7 @@ def draw_lengths(comparison: Comparison) -> Figure | None:
             positions = [buckets.index(bucket) for bucket in found]
             axis.plot(positions, [100 * line[bucket] for bucket in found], marker=".", label=label)
         axis.set_xticks(range(len(buckets)), buckets, fontsize="small", rotation=30)
-        axis.set_title(wrapped(comparison.columns[number].title, TITLE_WIDTH), fontsize="medium")
+        axis.set_title(textwrap.fill(comparison.columns[number].title, TITLE_WIDTH), fontsize="medium")
         axis.set(xlabel="tokens", ylabel=short_name(BY_LENGTH), ylim=(0, 100))
     _legend(figure, axes)
     return figure

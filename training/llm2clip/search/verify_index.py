@@ -8,8 +8,7 @@ import numpy as np
 
 from llm2clip.search.index_rows import VECTOR
 from llm2clip.search.lance_store import LanceStore
-from llm2clip.utils.manifests import listed_files
-from llm2clip.utils.verified import Fault, Verified
+from llm2clip.utils.manifests import Fault, Verified, listed_files
 
 # Of the length of an embedding, which is rounded to 16 bits.
 TOLERANCE = 1e-2

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from llm2clip.store.manifest import MANIFEST_SUFFIX, ROWS_SUFFIX, StoreError, StoreManifest
 from llm2clip.store.shards import ShardFile
 from llm2clip.store.store import BESIDE, INDEX
+from llm2clip.utils.manifests import Fault, Verified
 from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.remote_path import AnyPath, local_copy
-from llm2clip.utils.verified import Fault, Verified
 
 NAMES = re.compile(rf"(index|shard-\d+|.+{re.escape(BESIDE)}){re.escape(MANIFEST_SUFFIX)}")
 ROWS = re.compile(rf"(shard-\d+|.+{re.escape(BESIDE)}){re.escape(ROWS_SUFFIX)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,3 @@ def write_figure(path: Path, figure: Figure) -> None:
         return
     with atomic_file(path) as file:
         file.write(drawn.getvalue())
-
-
-def wrapped(text: str, width: int) -> str:
-    """Break a title or label into lines of at most `width` characters."""
-    return textwrap.fill(text, width)

@@ -1,17 +1,30 @@
-"""Options of a command, one per field of its settings class."""
+"""Options of a command, one per field of its settings class, and the text that `--help` shows of them."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import itertools
+import re
+import shutil
+import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from enum import Enum
 from typing import Any, NoReturn
 
-from llm2clip.utils.option_names import nearest_field
-from llm2clip.utils.settings import TRUTH_VALUES, options_of
+from llm2clip.utils.option_names import MOST_USED, OF_THE_TRAINER, nearest_field
+from llm2clip.utils.settings import TRUTH_VALUES, is_enum, options_of
+
+Row = tuple[str, str]
+PLACEHOLDERS = {int: "INT", float: "FLOAT", bool: "{true,false}", dict: "YAML"}
+PATH_ENDINGS = ("_dir", "_cache", "_name_or_path")
+MAX_CHOICES = 100  # characters of the choices beside an option; more stand in its text
+UNBROKEN = "\N{NO-BREAK SPACE}"
+MAX_COLUMN = 38
+MIN_WIDTH, MAX_WIDTH = 40, 120
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -109,3 +122,110 @@ def _is_number(text: str) -> bool:
 def allows(hint: Any, kind: type) -> bool:
     """Whether a type is `kind` or a union that has it."""
     return any(kind in (choice, typing.get_origin(choice)) for choice in options_of(hint))
+
+
+def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> dict[str, list[Row]]:
+    """The options of a settings class with their texts, by the title of their group.
+
+    Args:
+        skip: Fields that are no options.
+        everything: Show all settings of transformers' Trainer, and whole texts; otherwise the settings of a Trainer
+            that are used often, and of each text the first sentence. It makes no difference to other classes.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_class) if field.init and field.name not in skip}
+    trainer = {
+        name for base in config_class.__mro__ if base.__module__.startswith("transformers.")
+        for name in inspect.get_annotations(base)
+    }  # fmt: skip
+    if not trainer:
+        return {"options": _rows(config_class, fields.values(), whole=True)}
+    # Those of a stage before those of all stages.
+    declared = [name for base in config_class.__mro__ for name in inspect.get_annotations(base)]
+    groups = {
+        "most used": MOST_USED,
+        "other settings of this command": [name for name in declared if name not in trainer],
+        "from transformers' Trainer": OF_THE_TRAINER,
+        "all others from transformers' Trainer": tuple(fields) if everything else (),
+    }
+    shown = {}
+    for title, names in groups.items():
+        found = [fields.pop(name) for name in dict.fromkeys(names) if name in fields]
+        shown[title] = _rows(config_class, found, whole=everything)
+    return shown
+
+
+def format_help(usage: str, description: str, groups: dict[str, list[Row]], ending: str = "") -> str:
+    """Lay out the help of a command, as wide as the terminal."""
+    width = max(MIN_WIDTH, min(shutil.get_terminal_size().columns, MAX_WIDTH)) - 1
+    rows = [row for group in groups.values() for row in group]
+    column = min(max(len(invocation) for invocation, _ in rows) + 4, MAX_COLUMN, width // 2)
+    lines = [*textwrap.wrap(f"usage: {usage}", width, subsequent_indent=" " * 7), ""]
+    lines += textwrap.wrap(description, width)
+    for title, group in groups.items():
+        lines += ["", f"{title}:"] if group else []
+        for invocation, text in group:
+            start = f"  {invocation}  ".ljust(column)
+            if len(start) > column:
+                lines += textwrap.wrap(invocation, width, initial_indent="  ", subsequent_indent=" " * 6)
+                start = " " * column
+            lines += textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * column) or [start]
+    lines += ["", *textwrap.wrap(ending, width)] if ending else []
+    return "\n".join(line.rstrip() for line in lines).replace(UNBROKEN, " ")
+
+
+def _rows(config_class: type, fields: Iterable[dataclasses.Field[Any]], whole: bool) -> list[Row]:
+    hints = typing.get_type_hints(config_class)
+    return [_row(field, hints[field.name], whole) for field in fields]
+
+
+def _row(field: dataclasses.Field[Any], hint: Any, whole: bool) -> Row:
+    # Those of transformers are written for argparse, which reads %% as %.
+    text = " ".join(str(field.metadata.get("help", "")).split()).replace("%%", "%")
+    value = placeholder(field, hint)
+    if len(value) > MAX_CHOICES:
+        text, value = f"{text} One of {value.strip('{}').replace(',', ', ')}." if whole else text, "NAME"
+    if not whole:
+        first, *others = re.split(r"(?<=\.)(?<!e\.g\.)(?<!i\.e\.) ", text)
+        text = " ".join([first, *(other for other in others if other.startswith("Unset:"))])
+    return f"{option(field.name)} {value}".rstrip(), f"{text}{_default(field)}".strip()
+
+
+def placeholder(field: dataclasses.Field[Any], hint: Any) -> str:
+    """What stands for the value of a field: its choices, or its type; nothing for a flag that is off by default."""
+    if hint is bool and field.default is False:
+        return ""
+    kinds = [kind for kind in options_of(hint) if kind is not type(None)]
+    if any(map(is_enum, kinds)):
+        # Beside an enumeration, `str` stands for the names of its values.
+        kinds = [kind for kind in kinds if kind is not str]
+    first = re.split("[.;] ", str(field.metadata.get("help", "")))[0]
+    is_path = field.name.endswith(PATH_ENDINGS) or re.search(r"(?<!of a )\b(folder|file)\b", first, re.IGNORECASE)
+    text = "PATH" if is_path else "TEXT"
+    words = [_word(kind, text) for kind in kinds]
+    return "|".join(word for word in dict.fromkeys(words) if f"{word} ..." not in words)
+
+
+def _word(kind: Any, text: str) -> str:
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is list:
+        return f"{_word(arguments[0], text)} ..."
+    if origin is typing.Literal:
+        return f"{{{','.join(map(str, arguments))}}}"
+    if is_enum(kind):
+        return f"{{{','.join(str(choice.value) for choice in kind.__members__.values())}}}"
+    return PLACEHOLDERS.get(origin, text)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """The default of a field in parentheses; that of one that is unset, or a flag that is off, needs no words."""
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    elif value is dataclasses.MISSING:
+        return " (required)"
+    if isinstance(value, bool):
+        return f" (default:{UNBROKEN}true)" if value else ""
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    value = value.value if isinstance(value, Enum) else value
+    return "" if value in (None, "", {}) else f" (default:{UNBROKEN}{value})"

@@ -204,10 +204,8 @@ def require(config: Any, names: Sequence[str], output_dir: bool = True) -> None:
 def check_choices(config: Any) -> None:
     """Raise ValueError if a `Literal` field of a settings dataclass has another value; for its `__post_init__`."""
     for name, hint in typing.get_type_hints(type(config)).items():
-        options, value = options_of(hint), getattr(config, name, None)
-        literals = [option for option in options if typing.get_origin(option) is typing.Literal]
-        choices = [choice for literal in literals for choice in typing.get_args(literal)]
-        if set(options) - set(literals) - {type(None)}:
-            continue  # values of another type are allowed too
-        if choices and value not in choices and not (value is None and type(None) in options):
-            raise ValueError(f"{name} is {value!r}, but it has to be one of {', '.join(map(str, choices))}.")
+        if any(typing.get_origin(kind) is typing.Literal for kind in options_of(hint)):
+            try:
+                convert(getattr(config, name, None), hint)
+            except MISFITS:
+                raise ValueError(f"{name} is {getattr(config, name)!r}, but it has to be {describe(hint)}.") from None

@@ -21,11 +21,12 @@ from llm2clip.utils.manifests import (
     MANIFEST_CHECKSUM,
     MODEL_FORMAT,
     MODEL_MANIFEST,
+    Fault,
+    Verified,
     faults,
     listed_files,
     written_by,
 )
-from llm2clip.utils.verified import Fault, Verified
 
 SIGNATURES = "num_signatures"
 # One of these is in every folder of ours with such a manifest.

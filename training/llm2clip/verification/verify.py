@@ -12,10 +12,9 @@ from typing import Any
 from llm2clip.data.verify_sidecars import verify_sources
 from llm2clip.store.manifest import MANIFEST_SUFFIX
 from llm2clip.store.verify import verify_store
-from llm2clip.utils.manifests import MODEL_SIGNATURE
+from llm2clip.utils.manifests import MODEL_SIGNATURE, Fault, Verified
 from llm2clip.utils.remote_path import open_path
 from llm2clip.utils.settings import setting
-from llm2clip.utils.verified import Fault, Verified
 from llm2clip.verification.kinds import KINDS, SIGNATURES, verify_folder, verify_signature
 
 logger = logging.getLogger(__name__)
