@@ -9,7 +9,6 @@ import inspect
 import itertools
 import re
 import shutil
-import textwrap
 import typing
 from collections.abc import Iterable, Sequence
 from enum import Enum
@@ -157,20 +156,16 @@ def option_groups(config_class: type, skip: Sequence[str], everything: bool) -> 
 def format_help(usage: str, description: str, groups: dict[str, list[Row]], ending: str = "") -> str:
     """Lay out the help of a command, as wide as the terminal."""
     width = max(MIN_WIDTH, min(shutil.get_terminal_size().columns, MAX_WIDTH)) - 1
-    rows = [row for group in groups.values() for row in group]
-    column = min(max(len(invocation) for invocation, _ in rows) + 4, MAX_COLUMN, width // 2)
-    lines = [*textwrap.wrap(f"usage: {usage}", width, subsequent_indent=" " * 7), ""]
-    lines += textwrap.wrap(description, width)
-    for title, group in groups.items():
-        lines += ["", f"{title}:"] if group else []
-        for invocation, text in group:
-            start = f"  {invocation}  ".ljust(column)
-            if len(start) > column:
-                lines += textwrap.wrap(invocation, width, initial_indent="  ", subsequent_indent=" " * 6)
-                start = " " * column
-            lines += textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * column) or [start]
-    lines += ["", *textwrap.wrap(ending, width)] if ending else []
-    return "\n".join(line.rstrip() for line in lines).replace(UNBROKEN, " ")
+    layout = argparse.HelpFormatter("", max_help_position=min(MAX_COLUMN, width // 2), width=width)
+    layout.add_usage(usage, [], [])
+    layout.add_text(description)
+    for title, rows in groups.items():
+        layout.start_section(title)
+        for invocation, text in rows:
+            layout.add_argument(argparse.Action([invocation], "", nargs=0, help=text.replace("%", "%%")))
+        layout.end_section()
+    layout.add_text(ending)
+    return layout.format_help().rstrip().replace(UNBROKEN, " ")
 
 
 def _rows(config_class: type, fields: Iterable[dataclasses.Field[Any]], whole: bool) -> list[Row]:
