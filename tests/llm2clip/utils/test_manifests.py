@@ -54,6 +54,21 @@ def test_a_flipped_bit_of_any_file_is_found_and_named(tmp_path: Path) -> None:
     assert list(faults(tmp_path)) == []
 
 
+def test_damage_is_found_by_the_sizes_in_the_manifest(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    weights = tmp_path / "part" / "weights"
+    weights.write_bytes(b"1234")
+    assert "written last" in str(damage(tmp_path))
+    write_manifest(tmp_path, "stage1")
+    assert damage(tmp_path) is None
+    weights.write_bytes(b"12")
+    assert damage(tmp_path) == "part/weights has 2 bytes instead of 4"
+    weights.unlink()
+    assert damage(tmp_path) == "part/weights is missing"
+    (tmp_path / FOLDER_MANIFEST).write_bytes(b"")
+    assert "is not valid JSON" in str(damage(tmp_path))
+
+
 def test_a_changed_model_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.save(tmp_path)
     (tmp_path / "curves.png").touch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
@@ -14,8 +15,6 @@ from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.option_names import MOST_USED, NAMES_ELSEWHERE, OF_THE_TRAINER
 from llm2clip.utils.options import (
     OptionParser,
-    bracket_numbers,
-    complete_flags,
     format_help,
     option_groups,
     placeholder,
@@ -37,6 +36,15 @@ class Settings:
     mode: Literal["a", "b"] = "a"
     limit: int | None = None
     weights: list[float] | None = None
+
+
+@dataclass
+class Numbers:
+    """A list of numbers between other fields."""
+
+    name: str = ""
+    on: bool = False
+    weights: list[float] = field(default_factory=list)
 
 
 def parse(*arguments: str) -> Settings:
@@ -64,39 +72,20 @@ def test_strings_are_not_parsed_as_yaml(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"),
+    ("given", "values"),
     [
-        (["--on", "a text"], ["--on=true", "a text"]),
-        (["--on", "false", "a text"], ["--on", "false", "a text"]),
-        (["--name", "x", "--on"], ["--name", "x", "--on=true"]),
-        (["--name", "on"], ["--name", "on"]),
-        ([], []),
+        (["--on", "a text"], {"on": "true", "place": "a text"}),
+        (["--on", "false", "a text"], {"on": "false", "place": "a text"}),
+        (["--no-on", "a text"], {"on": "false", "place": "a text"}),
+        (["--name", "on", "--on"], {"name": "on", "on": "true"}),
+        (["--weights", "0", "-1e-3", "out"], {"weights": "[0, -1e-3]", "place": "out"}),
+        (["--weights", "[0, 1]", "--name", "x"], {"weights": "[0, 1]", "name": "x"}),
     ],
 )
-def test_a_flag_does_not_consume_the_next_argument(given: list[str], meant: list[str]) -> None:
-    assert complete_flags(given, get_type_hints(Settings)) == meant
-
-
-@dataclass
-class Numbers:
-    """A list of numbers between other fields."""
-
-    place: str = ""
-    some_shares: list[float] = field(default_factory=list)
-
-
-@pytest.mark.parametrize(
-    ("given", "meant"),
-    [
-        (["--some-shares", "0", ".5", "out"], ["--some-shares=[0, .5]", "out"]),
-        (["--some_shares", "-1e-3", "--place", "1"], ["--some-shares=[-1e-3]", "--place", "1"]),
-        (["--some-shares", "[0, 1]", "2"], ["--some-shares", "[0, 1]", "2"]),
-        (["--some-shares"], ["--some-shares"]),
-    ],
-)
-def test_numbers_do_not_consume_what_follows_them(given: list[str], meant: list[str]) -> None:
-    hints = get_type_hints(Numbers)
-    assert bracket_numbers(complete_flags(given, hints), hints) == meant
+def test_flags_and_numbers_do_not_consume_the_argument_after_them(given: list[str], values: dict[str, str]) -> None:
+    parser = OptionParser(Numbers)
+    parser.add_argument("place", nargs="?", default=argparse.SUPPRESS)
+    assert parser.read(given) == (values, [])
 
 
 @pytest.mark.parametrize(
