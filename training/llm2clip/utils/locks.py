@@ -53,52 +53,25 @@ def folder_lock(folder: str | Path, patience: float | None = None) -> Iterator[N
     if folder.resolve() in _held.get():
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        _acquire(lock, folder, PATIENCE if patience is None else patience)
-    except Timeout:
-        raise ValueError(
-            f"another run is using {folder}{_owner(folder)}; wait until it has ended, or choose another folder."
-        ) from None
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-        logger.warning("%s has no file locks (%s): make sure that no other run uses it.", folder, error)
-        yield
-        return
-    token = _held.set(_held.get() | {folder.resolve()})
-    try:
-        write_json(folder / OWNER, {"host": socket.gethostname(), "process": os.getpid()})
-        yield
-    finally:
-        _held.reset(token)
-        (folder / OWNER).unlink(missing_ok=True)
-        lock.release()
+    with _lock(folder / LOCK, folder, PATIENCE if patience is None else patience):
+        token = _held.set(_held.get() | {folder.resolve()})
+        try:
+            write_json(folder / OWNER, {"host": socket.gethostname(), "process": os.getpid()})
+            yield
+        finally:
+            _held.reset(token)
+            (folder / OWNER).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[None]:
     """Wait until no other process holds the lock with this path, and hold it; the file is removed at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
+    with _lock(path, path, WAIT):
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("another run holds %s; waiting for its end.", path)
-            lock.acquire()
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-        yield
-        return
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # where a lock that is held cannot be removed
-            path.unlink(missing_ok=True)
-        lock.release()
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # where a lock that is held cannot be removed
+                path.unlink(missing_ok=True)
 
 
 def remove_stale_lock(path: Path) -> None:
@@ -129,15 +102,35 @@ def exclusive(run: RunT) -> RunT:
     return cast(RunT, locked)
 
 
-def _acquire(lock: FileLock, folder: Path, patience: float) -> None:
+@contextlib.contextmanager
+def _lock(path: Path, used: Path, patience: float) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if patience > 0:
+                limit = f"{patience:.0f} seconds" if patience < HOUR else f"{patience / HOUR:.0f} hours"
+                logger.info("another run is using %s%s; waiting for its end, at most %s.", used, _owner(used), limit)
+            lock.acquire(timeout=max(patience, 0))
     except Timeout:
-        if patience <= 0:
+        raise ValueError(
+            f"another run is using {used}{_owner(used)}; wait until it has ended, or choose another folder."
+        ) from None
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
             raise
-        limit = f"{patience:.0f} seconds" if patience < HOUR else f"{patience / HOUR:.0f} hours"
-        logger.info("another run is using %s%s; waiting for its end, at most %s.", folder, _owner(folder), limit)
-        lock.acquire(timeout=patience)
+        _warn_of_no_locks(path.parent, str(error))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@functools.cache
+def _warn_of_no_locks(folder: Path, error: str) -> None:
+    logger.warning("%s has no file locks (%s): make sure that no other run uses it.", folder, error)
 
 
 def _owner(folder: Path) -> str:
