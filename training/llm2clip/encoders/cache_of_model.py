@@ -17,10 +17,10 @@ from llm2clip.store.manifest import refuse_other_encoder
 from llm2clip.store.store import stored_manifest
 from llm2clip.utils.files import read_json, write_json
 from llm2clip.utils.processes import on_main_process
-from llm2clip.utils.repos import inspect_repo
+from llm2clip.utils.repos import OUR_MODELS, inspect_repo
 from llm2clip.utils.shared_files import shared_file
 from llm2clip.utils.text_identity import read_fingerprint, tokenizer_fingerprint
-from llm2clip.utils.towers import describe_text_tower, is_text_tower
+from llm2clip.utils.towers import describe_text_tower
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def describe_text_tower_of_cache(
             which an instruction or another LLM does not.
     """
     described = describe_text_tower(name, revision)
-    if path is None or is_text_tower(name, revision):
+    if path is None or inspect_repo(name, revision).kind in OUR_MODELS:
         return described
     made_by = stored_manifest(path).identity
     if made_by["tokenizer_fingerprint"] in (None, tokenizer_fingerprint(described[1])):

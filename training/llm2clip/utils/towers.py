@@ -41,11 +41,6 @@ def loading_options(dtype: str, attn_implementation: str | None = None, revision
     return {key: value for key, value in options.items() if value is not None}
 
 
-def is_text_tower(name: str, revision: str | None = None) -> bool:
-    """Whether a repository specifies how its LLM encodes captions: a text tower, or an LLM2CLIP model."""
-    return inspect_repo(name, revision).kind in OUR_MODELS
-
-
 def open_text_tower(
     name: str,
     *,
@@ -76,16 +71,15 @@ def open_text_tower(
     options = loading_options(dtype, attn_implementation, revision)
     tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
     prompt = {key: value for key, value in prompt.items() if value is not None}
-    if is_text_tower(name, revision):
+    if (repo := inspect_repo(name, revision)).kind in OUR_MODELS:
         if prompt:
             raise ValueError(f"{name} is a text tower, whose config defines the prompt; remove {', '.join(prompt)}.")
-        is_adapter = inspect_repo(name, revision).is_adapter
-        if is_adapter and dtype != "float32":
+        if repo.is_adapter and dtype != "float32":
             # Rounded after the merge, so that the merged weights are the same in every dtype.
             options["dtype"] = "auto"
         model = LLM2CLIPTextModel.from_pretrained(name, **options)
         model.merge_adapter()
-        if is_adapter and dtype not in ("float32", "auto"):
+        if repo.is_adapter and dtype not in ("float32", "auto"):
             model.to(getattr(torch, dtype))
     else:
         config = AutoConfig.from_pretrained(name, revision=revision)
