@@ -25,22 +25,19 @@ def save(folder: Path, config: dict | None, adapter: bool = False) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_kind_follows_from_the_config(tmp_path: Path, kind: RepoKind) -> None:
-    repo = inspect_repo(save(tmp_path, KINDS[kind]))
-    assert repo.kind is kind
-    assert not repo.is_adapter
-    assert repo.config == KINDS[kind]
-
-
-def test_adapter_without_a_config_of_this_package_is_an_adapter(tmp_path: Path) -> None:
-    repo = inspect_repo(save(tmp_path, None, adapter=True))
-    assert (repo.kind, repo.is_adapter, repo.config) == (RepoKind.ADAPTER, True, {})
-
-
-def test_text_tower_stored_as_an_adapter_stays_a_text_tower(tmp_path: Path) -> None:
-    repo = inspect_repo(save(tmp_path, KINDS[RepoKind.TEXT_TOWER], adapter=True))
-    assert (repo.kind, repo.is_adapter) == (RepoKind.TEXT_TOWER, True)
+@pytest.mark.parametrize(
+    ("config", "is_adapter", "kind"),
+    [
+        *((config, False, kind) for kind, config in KINDS.items()),
+        (None, True, RepoKind.ADAPTER),
+        (KINDS[RepoKind.TEXT_TOWER], True, RepoKind.TEXT_TOWER),
+    ],
+)
+def test_kind_follows_from_the_config_files(
+    config: dict | None, is_adapter: bool, kind: RepoKind, tmp_path: Path
+) -> None:
+    repo = inspect_repo(save(tmp_path, config, is_adapter))
+    assert (repo.kind, repo.is_adapter, repo.config) == (kind, is_adapter, config or {})
 
 
 def test_wrong_kind_is_refused_with_what_was_found_and_what_to_do(tmp_path: Path) -> None:
