@@ -36,6 +36,8 @@ def explain(error: BaseException) -> str | None:
     kind = f"{type(error).__module__}.{type(error).__qualname__}"
     text = str(error)
     if isinstance(error, SafetensorError):
+        if SYSTEM.search(text):
+            return f"a file of weights cannot be written: {text.rstrip('.')}."
         return f"a file of weights is damaged or cut short ({error}); copy, download or build it again."
     # The first error of the worker's end is the context of the last one.
     if (worker := WORKER.search(f"{error.__cause__ or error.__context__} {text}")) is not None:
