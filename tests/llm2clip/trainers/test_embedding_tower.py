@@ -21,6 +21,7 @@ from llm2clip.trainers.stage2_config import Stage2Config
 from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor, LLM2CLIPTextModel
+from modeling_llm2clip.modeling_llm2clip_decoder import TESTED_TYPES
 from tests.llm2clip import embedding_models, tiny
 from tests.llm2clip.embedding_models import TEXTS
 
@@ -82,7 +83,9 @@ def test_a_joint_model_has_the_config_of_the_embedding_model_and_loads_it(traine
     model = LLM2CLIPModel.from_pretrained(trained.joint).eval()
     processor = LLM2CLIPProcessor.from_pretrained(trained.joint)
     assert model.config.text_model_name_or_path == trained.text
-    assert model.config.text_config.bidirectional is None
+    text = model.config.text_config
+    assert text.bidirectional is None
+    assert text.verified_attention == (None if text.decoder_config.model_type in TESTED_TYPES else ["mask"])
     torch.testing.assert_close(
         model.encode_text(TEXTS, processor), expected_text(trained, model), atol=1e-5, rtol=1e-4
     )
