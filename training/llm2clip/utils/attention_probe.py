@@ -58,7 +58,7 @@ def verify_text_tower(tower: LLM2CLIPTextModel) -> None:
     used = decoder.config._attn_implementation
     here = "eager" if kind == "mask" and not takes_additive_mask(decoder) else used
     with _undisturbed(tower), _attention(decoder, here):
-        found = _fault_of_padding(tower) if own else _fault(tower)
+        found = _fault(tower)
     if found is None:
         return
     fault, error = found
@@ -124,38 +124,10 @@ def _packing(tower: Any, allowed: bool) -> Iterator[None]:
         tower.packing_verdicts = before
 
 
-def _fault_of_padding(tower: Any) -> tuple[str, Exception | None] | None:
-    """Return how padding changes a text's states, "" if it does not, or None if the weights say nothing."""
-    caption, changed, neighbours = _texts(tower)
-    dtype = _precision(tower.get_input_embeddings().weight.dtype)
-    try:
-        alone, other = _states_alone(tower, caption), _states_alone(tower, changed)
-        if not alone.isfinite().all() or not (reaction := _change(other, alone)) > REACTION:
-            return None
-        with _packing(tower, False):
-            found = [_states(tower, [caption])]
-            for tokens in (neighbours, neighbours.flip(0)):
-                batch = [tokens[: CAPTION_TOKENS + 2], caption]
-                found += [_states(tower, batch, padding=tokens[0], side=side) for side in ("left", "right")]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        return _as_fault(error, "a mask of padding"), error
-    leak, apart = max(_change(one, found[0]) / reaction for one in found), max(_apart(one, alone) for one in found)
-    if not (leak <= LEAKS[dtype] and apart <= TOLERANCES[dtype]):
-        return f"a text's states depend on padding (by 1 - cosine = {apart:.2g})", None
-    return "", None
-
-
 def _states_alone(tower: Any, caption: Tensor) -> Tensor:
     """Return the float64 states `(tokens, hidden)` of a text alone, as the text model itself computes them."""
     output = tower.decoder(input_ids=caption[None].to(execution_device(tower)))
     return output.last_hidden_state[0].double().cpu()
-
-
-def _as_fault(error: Exception, what: str) -> str:
-    shown = f"{type(error).__name__}: {error}".partition("\n")[0]
-    return f"it cannot run with {what} ({shown})"
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
@@ -220,33 +192,35 @@ def _attention(decoder: Any, implementation: str) -> Iterator[None]:
 
 def _fault(tower: Any) -> tuple[str, Exception | None] | None:
     """Return what is wrong, "" if nothing is, or None if the weights say nothing (all zero, as on some FSDP ranks)."""
-    embeddings = tower.get_input_embeddings()
+    own = tower.config.bidirectional is None
     caption, changed, neighbours = _texts(tower)
+    found: dict[str, list[Tensor]] = {"its neighbour in a row": [], "padding": [], "the attention implementation": []}
     try:
-        alone, other = (_states(tower, [tokens]) for tokens in (caption, changed))
+        alone, other = (_states_alone(tower, x) if own else _states(tower, [x]) for x in (caption, changed))
         if not alone.isfinite().all() or not _change(other[-1:], alone[-1:]) > REACTION:
             return None
-        reaction = _change(other[:-1], alone[:-1])
+        reaction = _change(other, alone) if own else _change(other[:-1], alone[:-1])
         if reaction <= REACTION:
-            return "a caption's first tokens do not see its last one", None
-        found: dict[str, list[Tensor]] = {
-            "its neighbour in a row": [],
-            "padding": [],
-            "the attention implementation": [],
-        }
-        for tokens in (neighbours, neighbours.flip(0)):
-            # Two captions of similar length are padded.
-            found["its neighbour in a row"].append(_states(tower, _row(tokens, caption)))
-            found["padding"].append(_states(tower, [tokens[: CAPTION_TOKENS + 2], caption], padding=tokens[0]))
-        # Flash attention, for instance, leaves out the attention sinks that some decoders have.
-        if not takes_additive_mask(tower.decoder):
-            with _attention(tower.decoder, "eager"):
-                found["the attention implementation"].append(_states(tower, [caption]))
+            return None if own else ("a caption's first tokens do not see its last one", None)
+        with _packing(tower, False):
+            if own:
+                found["padding"].append(_states(tower, [caption]))
+            for tokens in (neighbours, neighbours.flip(0)):
+                if not own:
+                    found["its neighbour in a row"].append(_states(tower, _row(tokens, caption)))
+                # Two captions of similar length are padded.
+                pair = [tokens[: CAPTION_TOKENS + 2], caption]
+                found["padding"] += [_states(tower, pair, padding=tokens[0], side=side) for side in ("left", "right")]
+            # Flash attention, for instance, leaves out the attention sinks that some decoders have.
+            if not own and not takes_additive_mask(tower.decoder):
+                with _attention(tower.decoder, "eager"):
+                    found["the attention implementation"].append(_states(tower, [caption]))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return _as_fault(error, "a mask of captions"), error
-    dtype = _precision(embeddings.weight.dtype)
+        shown = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return f"it cannot run with a mask of captions ({shown})", error
+    dtype = _precision(tower.get_input_embeddings().weight.dtype)
     for what, states in found.items():
         leak = max((_change(one, states[0]) / reaction for one in states), default=0.0)
         apart = max((_apart(one, alone) for one in states), default=0.0)
@@ -255,17 +229,12 @@ def _fault(tower: Any) -> tuple[str, Exception | None] | None:
     return "", None
 
 
-def _token_ids(embeddings: Any, config: Any) -> Tensor:
-    """Return the ids of a caption, of two neighbours, and of a token that replaces the caption's last one."""
-    special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    ids = [index for index in range(embeddings.weight.shape[0]) if index not in special]
-    count = CAPTION_TOKENS + 3 * CAPTION_TOKENS + 1
-    return torch.tensor([ids[(7 + 13 * place) % len(ids)] for place in range(count)])
-
-
 def _texts(tower: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the ids of a caption, of the caption with another last token, and of its neighbours."""
-    ids = _token_ids(tower.get_input_embeddings(), tower.config.decoder_config)
+    """Return the ids of a caption, of the caption with another last token, and of three neighbours."""
+    config, count = tower.config.decoder_config, 4 * CAPTION_TOKENS + 1
+    special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    usual = [index for index in range(tower.get_input_embeddings().weight.shape[0]) if index not in special]
+    ids = torch.tensor([usual[(7 + 13 * place) % len(usual)] for place in range(count)])
     changed = torch.cat([ids[: CAPTION_TOKENS - 1], ids[-1:]])
     return ids[:CAPTION_TOKENS], changed, ids[CAPTION_TOKENS:-1]
 
