@@ -90,17 +90,17 @@ def test_every_shard_is_done_once_whatever_dies(cluster: Any, tmp_path: Path) ->
     outcomes = list(embed_with_ray(jobs, lambda: DiesOnce(died), RayOptions(actors=2)))
     assert died.exists()
     assert len(outcomes) == 9
-    assert not any(outcome.failure or outcome.done_before for outcome in outcomes)
+    assert not any(outcome.failed or outcome.done_before for outcome in outcomes)
     assert sum(outcome.captions for outcome in outcomes) == 27
     assert contents(tmp_path / "ray") == contents(tmp_path / "processes")
     assert len(contents(tmp_path / "ray")) == 18
     again = list(embed_with_ray(jobs, lambda: DiesOnce(died), RayOptions(actors=2)))
-    assert [outcome.done_before for outcome in again] == 9 * [True]
+    assert [outcome.done_before for outcome in again] == 9 * [1]
 
     # A shard that ends every process is given up, and named.
     jobs = list_jobs([source], str(tmp_path / "fatal"))
     outcomes = list(embed_with_ray(jobs, lambda: DiesAlways(died), RayOptions(actors=2)))
-    (failure,) = (outcome.failure for outcome in outcomes if outcome.failure)
+    ((failure,),) = (outcome.failed for outcome in outcomes if outcome.failed)
     assert "3.parquet: each process that embedded it died" in failure
     assert len(outcomes) == 9
     assert len(contents(tmp_path / "fatal")) == 16

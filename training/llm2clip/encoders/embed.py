@@ -17,7 +17,7 @@ from llm2clip.encoders.embed_shards import (
     ShardCounts,
     ShardEmbedder,
     ShardJob,
-    count_outcomes,
+    count_shards,
     list_jobs,
     parse_part,
 )
@@ -199,7 +199,7 @@ def _embed_on_ray(config: EmbedConfig, jobs: list[ShardJob]) -> ShardCounts:
     if process_state().num_processes > 1:
         raise ValueError("engine: ray is started as one process, which gives the work to Ray; leave torchrun out.")
     options = RayOptions(config.ray_address, config.ray_actors, config.ray_gpus_per_actor)
-    return count_outcomes(embed_with_ray(jobs, partial(open_shard_embedder, config), options), len(jobs))
+    return count_shards(embed_with_ray(jobs, partial(open_shard_embedder, config), options), len(jobs))
 
 
 def open_shard_embedder(config: EmbedConfig) -> ShardEmbedder:

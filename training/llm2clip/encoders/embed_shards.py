@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,30 +40,12 @@ class ShardJob(NamedTuple):
     target: SidecarFolder
 
 
-@dataclass(frozen=True)
-class ShardOutcome:
-    """What was done of a shard.
-
-    Attributes:
-        done_before: It had a valid sidecar.
-        captions: Distinct captions that were embedded.
-        truncated, reused: Captions among these that were cut, and whose embeddings were copied.
-        failure: Why it could not be embedded.
-    """
-
-    done_before: bool = False
-    captions: int = 0
-    truncated: int = 0
-    reused: int = 0
-    failure: str = ""
-
-
 @dataclass
 class ShardCounts:
-    """What a run has done.
+    """What was done of shards.
 
     Attributes:
-        shards: Shards of this process.
+        shards: The shards.
         done_before: Those that had a valid sidecar.
         captions: Distinct captions of the others, each counted in every shard that has it.
         truncated, reused: Captions among these that were cut, and whose embeddings were copied.
@@ -77,24 +59,18 @@ class ShardCounts:
     reused: int = 0
     failed: list[str] = field(default_factory=list)
 
-    def add(self, outcome: ShardOutcome) -> None:
-        """Count a shard, and log why it could not be embedded."""
-        self.shards += 1
-        self.done_before += outcome.done_before
-        self.captions += outcome.captions
-        self.truncated += outcome.truncated
-        self.reused += outcome.reused
-        if outcome.failure:
-            logger.error("cannot be embedded: %s", outcome.failure)
-            self.failed.append(outcome.failure)
+    def __add__(self, other: ShardCounts) -> ShardCounts:
+        return ShardCounts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
 
-def count_outcomes(outcomes: Iterable[ShardOutcome], total: int, show_progress_bar: bool = True) -> ShardCounts:
-    """Count what is done of shards while it happens, with a progress bar."""
+def count_shards(done: Iterable[ShardCounts], total: int, show_progress_bar: bool = True) -> ShardCounts:
+    """Count what is done of shards while it happens, with a progress bar; log why a shard could not be embedded."""
     counts, start = ShardCounts(), time.monotonic()
     with ProgressBar("Embedding shards", total, "shard", show_progress_bar) as bar:
-        for outcome in outcomes:
-            counts.add(outcome)
+        for one in done:
+            counts += one
+            for failure in one.failed:
+                logger.error("Cannot embed %s", failure)
             if counts.captions:
                 rate = counts.captions / max(time.monotonic() - start, 1e-9)
                 bar.set_postfix_str(f"{rate:,.1f} captions/s", refresh=False)
@@ -187,18 +163,18 @@ class ShardEmbedder:
             OSError: A sidecar cannot be written.
         """
         remove_leftovers_of(jobs)
-        return count_outcomes(map(self.embed_job, jobs), len(jobs), show_progress_bar)
+        return count_shards(map(self.embed_job, jobs), len(jobs), show_progress_bar)
 
-    def embed_job(self, job: ShardJob) -> ShardOutcome:
+    def embed_job(self, job: ShardJob) -> ShardCounts:
         """Embed a shard if it has no valid sidecar; see [`ShardEmbedder.run`]. Another run may do it meanwhile."""
         with job.target.lock(job.shard):
             if self._is_done(job):
-                return ShardOutcome(done_before=True)
+                return ShardCounts(1, done_before=1)
             try:
                 counts = self.embed_shard(*job)
             except ValueError as error:  # of this shard; a full disk ends the run
-                return ShardOutcome(failure=_with_path(job.shard.path, error))
-        return ShardOutcome(False, counts["captions"], counts["truncated"], counts["reused"])
+                return ShardCounts(1, failed=[_with_path(job.shard.path, error)])
+        return ShardCounts(1, 0, counts["captions"], counts["truncated"], counts["reused"])
 
     def embed_shard(self, opened: ShardedSource, shard: SourceShard, target: SidecarFolder) -> dict[str, int]:
         """Embed the distinct captions of a shard, and write its sidecar.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.encoders.embed_shards import ShardEmbedder, ShardJob, ShardOutcome, remove_leftovers_of
+from llm2clip.encoders.embed_shards import ShardCounts, ShardEmbedder, ShardJob, remove_leftovers_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class RayOptions:
 
 def embed_with_ray(
     jobs: Sequence[ShardJob], make_embedder: Callable[[], ShardEmbedder], options: RayOptions
-) -> Iterator[ShardOutcome]:
+) -> Iterator[ShardCounts]:
     """Embed shards on a cluster; yield what was done of each, in the order in which they end.
 
     Each actor writes the sidecars of its shards, which all nodes reach by the same paths. When an actor or its node
@@ -76,7 +76,7 @@ def embed_with_ray(
                         raise ValueError(fatal)
                     # A shard whose outcome was lost with a node is looked at again.
                     if missing.pop(number, None) is not None:
-                        yield ShardOutcome(**row)
+                        yield ShardCounts(**{**row, "failed": list(row["failed"])})
             except RayError as error:
                 raise ValueError(f"Ray ended the run: {_last_line(error)}") from error
             if not missing:
@@ -84,7 +84,7 @@ def embed_with_ray(
             logger.warning("The processes of %d shards died.", len(missing))
         remove_leftovers_of(list(missing.values()), ENDING_SECONDS)
         for job in missing.values():
-            yield ShardOutcome(failure=f"{job.shard.path}: each process that embedded it died")
+            yield ShardCounts(1, failed=[f"{job.shard.path}: each process that embedded it died"])
 
 
 def _outcomes(
@@ -141,7 +141,7 @@ class _Actor:
         try:
             outcome = self.embedder.embed_job(self.jobs[number])
         except (OSError, ValueError) as error:  # a full disk, or sidecars of another encoder: it ends the run
-            outcome, fatal = ShardOutcome(), str(error)
+            outcome, fatal = ShardCounts(), str(error)
         values = {"number": number, "fatal": fatal, **asdict(outcome)}
         return {name: [value] for name, value in values.items()}
 
