@@ -29,24 +29,14 @@ class SkipLog:
     def _keys(self) -> set[str]:
         # On first use, since a run that starts anew does not read the file of another one.
         if self._known is None:
-            self._known = set(self._read())
+            content = self.path.read_bytes() if self.path.exists() else b""
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):  # the last line is incomplete: the run was killed
+                self.path.write_bytes(whole)
+            with wrap_read_errors(self.path, ValueError):
+                self._unreported = [str(json.loads(line)["key"]) for line in whole.splitlines()]
+            self._known = set(self._unreported)
         return self._known
-
-    def _read(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):  # the last line is incomplete: the run was killed
-            self.path.write_bytes(whole)
-        with wrap_read_errors(self.path, ValueError):
-            self._unreported = [str(json.loads(line)["key"]) for line in whole.splitlines()]
-        return self._unreported
-
-    @property
-    def count(self) -> int:
-        """Number of distinct rows in the log."""
-        return len(self._keys)
 
     @property
     def size(self) -> int:
@@ -59,22 +49,22 @@ class SkipLog:
             os.truncate(self.path, size)
         self._known, self._unreported = None, []
 
-    def add(self, skipped: Iterable[tuple[str, str]]) -> int:
-        """Append the (key, reason) pairs with a new key; returns their number."""
-        keys, new = self._keys, dict[str, str]()
+    def add(self, skipped: Iterable[tuple[str, str]]) -> None:
+        """Append the (key, reason) pairs with a new key."""
+        new = dict[str, str]()
         for key, reason in skipped:
-            if key not in keys:
+            if key not in self._keys:
                 new.setdefault(key, reason)
-        if new:
-            if not keys:
-                logger.warning("Skipping rows that cannot be used; they are listed in %s.", self.path)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                for key, reason in new.items():
-                    file.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
-            keys.update(new)
-            self._unreported += new
-        return len(new)
+        if not new:
+            return
+        if not self._keys:
+            logger.warning("Skipping rows that cannot be used; they are listed in %s.", self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            for key, reason in new.items():
+                file.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
+        self._keys.update(new)
+        self._unreported += new
 
     def take_new(self) -> list[str]:
         """Return the keys that were added since the last call; at first, those of the existing file too.

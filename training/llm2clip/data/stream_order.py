@@ -191,11 +191,6 @@ class FileOrder:
             first = stop
 
 
-def shuffled_block(rows: int, *seed: int | str) -> list[int]:
-    """Return the order of the rows of a block."""
-    return np.random.default_rng(stable_seed(*seed)).permutation(rows).tolist()
-
-
 class StreamRow(NamedTuple):
     """A row of a stream, with the number of its file and its number there: the same in every order and split.
 
@@ -273,7 +268,8 @@ class _LaneReader:
                 begin = self.start + block * size
                 self._rows = []  # before the next ones are read
                 rows = self.in_order(begin, min(self.stop, begin + size))
-                order = shuffled_block(len(rows), self.source.seed, "block", self.epoch, self.lane, block)
+                seed = stable_seed(self.source.seed, "block", self.epoch, self.lane, block)
+                order = np.random.default_rng(seed).permutation(len(rows))
                 self._block, self._rows = block, [rows[place] for place in order]
             found += self._rows[at : at + last - first]
             first = min(last, (block + 1) * size)

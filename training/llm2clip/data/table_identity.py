@@ -137,7 +137,8 @@ def content_keys(images: Iterable[bytes | str | os.PathLike[str]]) -> np.ndarray
     Raises:
         TypeError: An image is neither encoded bytes nor a path.
     """
-    digests = b"".join(_digest(_record(image)) for image in images)
+    records = ((image, None) if isinstance(image, bytes) else (None, os.fspath(image)) for image in images)
+    digests = b"".join(_digest({"bytes": content, "path": path}) for content, path in records)
     return np.frombuffer(digests, dtype="<i8").reshape(-1, 2).astype(np.int64, copy=False)
 
 
@@ -147,10 +148,6 @@ def sampled_keys(table: datasets.Dataset, column: str) -> list[str]:
     rows = np.unique(np.linspace(0, len(images) - 1, SAMPLED).astype(int)) if len(images) else np.empty(0, int)
     sampled = images.select(rows)[column] if len(rows) else []
     return [_digest(value or NO_IMAGE).hex() for value in sampled]
-
-
-def _record(image: Any) -> dict[str, Any]:
-    return {"bytes": image, "path": None} if isinstance(image, bytes) else {"bytes": None, "path": os.fspath(image)}
 
 
 def _digest(record: Mapping[str, Any]) -> bytes:
