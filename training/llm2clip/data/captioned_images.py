@@ -16,8 +16,8 @@ from torch import Tensor
 from llm2clip.data.opened_table import OpenedTable
 from llm2clip.data.sampling import CaptionRows, SampleIndex, stable_seed
 from llm2clip.data.sources import CaptionSource, Columns, column_value, row_batches
-from llm2clip.data.stream_order import BLOCK, SourceOrder, StreamRow
-from llm2clip.data.streams import ReadChunk, Reader, StreamedRows
+from llm2clip.data.stream_order import BLOCK, Lanes, RowsBefore, SourceOrder
+from llm2clip.data.streams import ReadChunk, StreamedRows
 from llm2clip.data.transforms import EvalTransform, TrainTransform
 from llm2clip.store import EmbeddingCache, MissingCaptionError
 from llm2clip.utils.files import digest_json
@@ -328,23 +328,20 @@ class StreamingCaptionImageDataset(StreamedRows):
             raise ValueError(f"max_samples of {source.path} cannot be combined with embeddings beside its files.")
         self.embeddings = embeddings
 
-    def _stored(self, file: int, epoch: int) -> Callable[[StreamRow], DrawnCaption | Exception] | None:
+    def _rows(self, epoch: int, file: int, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[Callable[[], Any]]:
         if self.embeddings is None:
-            return None
-        opened = self.embeddings(file)
-
-        def find(row: StreamRow) -> DrawnCaption | Exception:
-            key = self._key(row)
+            yield from super()._rows(epoch, file, rows)
+            return
+        stored = self.embeddings(file)
+        for number, values in rows:
+            key = self._key(file, number, values)
+            salt = self._salt(epoch, key)
+            drawn: DrawnCaption | Exception
             try:
-                return self.make_sample.draw(row.values, key, self.columns, self._salt(epoch, key), opened)
+                drawn = self.make_sample.draw(values, key, self.columns, salt, stored)
             except (SampleError, MissingCaptionError) as error:
-                return error  # raised when the sample is made, or it is skipped
-
-        return find
-
-    def _make(self, row: StreamRow, epoch: int) -> Any:
-        key = self._key(row)
-        return self.make_sample(row.values, key, self.columns, self._salt(epoch, key), row.stored)
+                drawn = error  # raised when the sample is made, or it is skipped
+            yield functools.partial(self.make_sample, values, key, self.columns, salt, drawn)
 
 
 class TableSource:
@@ -374,8 +371,11 @@ class TableSource:
     def require_readers(self, num_readers: int, world_size: int) -> None:
         """Any number of readers can share a table."""
 
-    def open(self, reader: Reader) -> ReadChunk:
-        order = SourceOrder(len(self.dataset), reader.lanes, reader.before)
+    def open(
+        self, lanes: Lanes, before: RowsBefore, epoch: int, place: tuple[int, int], start: int, repeat: bool
+    ) -> ReadChunk:
+        """Open the source as [`StreamedRows.open`] does."""
+        order = SourceOrder(len(self.dataset), lanes, before)
 
         @functools.lru_cache(maxsize=2)
         def rows(epoch: int) -> np.ndarray:
@@ -384,8 +384,7 @@ class TableSource:
         def read(chunk: int, first: int, last: int) -> Iterator[Any]:
             begin = order.count(chunk)
             for row in range(begin + first, begin + last):
-                passed, place = divmod(row, len(self.dataset))
-                epoch = reader.first_epoch + passed
-                yield self.dataset[SampleIndex(epoch, int(rows(epoch)[place]))]
+                passed, number = divmod(row, len(self.dataset))
+                yield self.dataset[SampleIndex(epoch + passed, int(rows(epoch + passed)[number]))]
 
         return read

@@ -191,19 +191,6 @@ class FileOrder:
             first = stop
 
 
-class StreamRow(NamedTuple):
-    """A row of a stream, with the number of its file and its number there: the same in every order and split.
-
-    Attributes:
-        stored: What is stored beside its file, which is read with the file.
-    """
-
-    file: int
-    number: int
-    values: dict[str, Any]
-    stored: Any = None
-
-
 class RowReader:
     """Reads the rows of a source in its order, where the number of rows of each file is known.
 
@@ -218,7 +205,7 @@ class RowReader:
 
     def __init__(
         self,
-        read: Callable[[int, int, int, int], Iterator[StreamRow]],
+        read: Callable[[int, int, int, int], Iterator[Any]],
         row_counts: Sequence[int],
         order: SourceOrder,
         block: int,
@@ -229,21 +216,19 @@ class RowReader:
         self.block, self.seed, self.first_epoch = block, seed, first_epoch
         self._lanes: dict[int, _LaneReader] = {}
 
-    def read(self, chunk: int, first: int, last: int) -> Iterator[tuple[int, StreamRow]]:
-        """Yield rows of a chunk, and their epoch; see [`ReadChunk`]."""
+    def read(self, chunk: int, first: int, last: int) -> Iterator[Any]:
+        """Yield the rows of a chunk, from its `first` to its `last` one, excluded."""
         for piece in self.order.pieces(chunk, first, last):
             epoch = self.first_epoch + piece.epoch
             if piece.lane is None:
-                rows = _LaneReader(self, epoch, -1, 0, piece.last).in_order(piece.first, piece.last)
+                yield from _LaneReader(self, epoch, -1, 0, piece.last).in_order(piece.first, piece.last)
             else:
                 lane = self._lanes.get(piece.lane)
                 if lane is None or lane.epoch != epoch:
                     cut = self.order.cut(piece.epoch)
                     bounds = int(cut.starts[piece.lane]), int(cut.stops[piece.lane])
                     lane = self._lanes[piece.lane] = _LaneReader(self, epoch, piece.lane, *bounds)
-                rows = lane.read(piece.first, piece.last)
-            for row in rows:
-                yield epoch, row
+                yield from lane.read(piece.first, piece.last)
 
 
 class _LaneReader:
@@ -251,15 +236,15 @@ class _LaneReader:
 
     def __init__(self, source: RowReader, epoch: int, lane: int, start: int, stop: int) -> None:
         self.source, self.epoch, self.lane, self.start, self.stop = source, epoch, lane, start, stop
-        self._block, self._rows = -1, list[StreamRow]()
+        self._block, self._rows = -1, list[Any]()
         seed = stable_seed(source.seed, "files", epoch) if source.block else None
         self._files = FileOrder(source.row_counts, seed)
         # The file and row at which the rows of the open file go on.
-        self._place, self._open = (-1, 0), iter(list[StreamRow]())
+        self._place, self._open = (-1, 0), iter(list[Any]())
 
-    def read(self, first: int, last: int) -> list[StreamRow]:
+    def read(self, first: int, last: int) -> list[Any]:
         """Return the rows from the `first` to the `last` one of the lane, excluded."""
-        size, found = self.source.block, list[StreamRow]()
+        size, found = self.source.block, list[Any]()
         if not size:
             return self.in_order(self.start + first, self.start + last)
         while first < last:
@@ -275,9 +260,9 @@ class _LaneReader:
             first = min(last, (block + 1) * size)
         return found
 
-    def in_order(self, first: int, last: int) -> list[StreamRow]:
+    def in_order(self, first: int, last: int) -> list[Any]:
         """Return the rows from the `first` to the `last` one of the epoch, excluded."""
-        found: list[StreamRow] = []
+        found: list[Any] = []
         for file, start, stop in self._files.files_of(first, last):
             if self._place != (file, start):
                 # Up to the end of the lane, since the next part mostly begins where this one ends.

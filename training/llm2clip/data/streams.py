@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import fsspec.asyn
 import numpy as np
@@ -27,34 +27,12 @@ from llm2clip.data.stream_order import (
     RowsBefore,
     SourceOrder,
     StepMixture,
-    StreamRow,
     checked_weights,
 )
 from llm2clip.data.table_identity import sampled_files_digest
 from llm2clip.utils.files import digest_json
 
 T = TypeVar("T")
-
-
-class Reader(NamedTuple):
-    """A DataLoader worker of a process, and what it reads of a source.
-
-    Attributes:
-        number, total: Which reader it is, of how many.
-        lanes: How the stream is cut.
-        before: How many rows of the source come before a place of the stream.
-        first_epoch: The epoch at the first place of the stream.
-        start: The place from which all readers go on.
-        repeat: Begin the next epoch at the end of the data.
-    """
-
-    number: int
-    total: int
-    lanes: Lanes
-    before: RowsBefore
-    first_epoch: int
-    start: int
-    repeat: bool
 
 
 # Yields the samples of a source in a chunk of the stream, from its `first` to its `last` one, excluded.
@@ -182,7 +160,7 @@ class SampleStream(IterableDataset):
         opened = []
         for index, source in enumerate(self.sources):
             before = partial(mixture.before, index)
-            opened.append((before, source.open(Reader(*place, lanes, before, epoch, start, self.repeat))))
+            opened.append((before, source.open(lanes, before, epoch, place, start, self.repeat)))
         end = None if self.repeat else self.num_rows
         for batch in itertools.count(number, workers):
             first = start + (batch * self.world_size + self.rank) * self.batch_size
@@ -296,77 +274,78 @@ class StreamedRows(SampleStream):
                 "set streaming: false."
             )
 
-    def _stored(self, file: int, epoch: int) -> Callable[[StreamRow], Any] | None:
-        """Open what is stored beside a file that is about to be read; return what finds that of a row, if any."""
-        return None
-
-    def _rows(self, epoch: int, file: int, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[StreamRow]:
-        """Yield the numbered rows of a file as those of the stream."""
-        stored = self._stored(file, epoch)
+    def _rows(self, epoch: int, file: int, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[Callable[[], Any]]:
+        """Yield for each numbered row of a file what makes its sample; images are decoded when it is called."""
         for number, values in rows:
-            row = StreamRow(file, number, values)
-            yield row if stored is None else row._replace(stored=stored(row))
-
-    def _make(self, row: StreamRow, epoch: int) -> Any:
-        """Make the sample of a row."""
-        key = self._key(row)
-        return self.make_sample(row.values, key, self.columns, self._salt(epoch, key))
+            key = self._key(file, number, values)
+            yield partial(self.make_sample, values, key, self.columns, self._salt(epoch, key))
 
     def _salt(self, epoch: int, key: str) -> tuple[int | str, ...] | None:
         """Return what the random parts of a sample depend on besides the seed; None if nothing is random."""
         return (epoch, key) if self.training else None
 
-    def _key(self, row: StreamRow) -> str:
-        key = None if self.columns.key is None else row.values[self.columns.key]
+    def _key(self, file: int, number: int, values: Mapping[str, Any]) -> str:
+        """Return the key of a row: the same in every order and split."""
+        key = None if self.columns.key is None else values[self.columns.key]
         if key is not None:
             return str(key)
         several = self.shards.num_files > 1 and not self.is_cut
-        number = f"{row.file}-{row.number}" if several else str(row.number)
-        return f"{self.name}:{number}" if self.is_one_of_several else number
+        row = f"{file}-{number}" if several else str(number)
+        return f"{self.name}:{row}" if self.is_one_of_several else row
 
-    def open(self, reader: Reader) -> ReadChunk:
-        """Open the source for a reader."""
+    def open(
+        self, lanes: Lanes, before: RowsBefore, epoch: int, place: tuple[int, int], start: int, repeat: bool
+    ) -> ReadChunk:
+        """Open the source for a DataLoader worker of a process.
+
+        Args:
+            lanes: How the stream is cut.
+            before: How many rows of the source come before a place of the stream.
+            epoch: The epoch at the first place of the stream.
+            place: Which of all workers it is, and how many there are.
+            start: The place of the stream from which all go on.
+            repeat: Begin the next epoch at the end of the data.
+        """
         if self.row_counts is None:
-            uncounted = self._uncounted(reader)
+            uncounted = self._uncounted(place, epoch + start, repeat)
             return lambda chunk, first, last: itertools.islice(uncounted, last - first)
         rows = RowReader(
             lambda epoch, file, start, stop: self._rows(epoch, file, self.shards.read(file, start, stop)),
             self.row_counts,
-            SourceOrder(sum(self.row_counts), reader.lanes, reader.before),
+            SourceOrder(sum(self.row_counts), lanes, before),
             self.shuffle_block,
             self.seed,
-            reader.first_epoch,
+            epoch,
         )
-        return lambda *part: (self._make(row, epoch) for epoch, row in rows.read(*part))
+        return lambda *part: (make() for make in rows.read(*part))
 
-    def _uncounted(self, reader: Reader) -> Iterator[Any]:
-        """Yield the samples of a reader's share of the files; one that goes on begins a new epoch of them."""
-        for epoch in itertools.count(reader.first_epoch + reader.start):
+    def _uncounted(self, place: tuple[int, int], first_epoch: int, repeat: bool) -> Iterator[Any]:
+        """Yield the samples of a worker's share of the files; one that goes on begins a new epoch of them."""
+        for epoch in itertools.count(first_epoch):
             empty = True
-            for row in shuffled(
-                self._share(reader, epoch), self.shuffle_block, stable_seed(self.seed, "rows", epoch, reader.number)
-            ):
+            seed = stable_seed(self.seed, "rows", epoch, place[0])
+            for make in shuffled(self._share(place, epoch), self.shuffle_block, seed):
                 empty = False
-                yield self._make(row, epoch)
-            if not reader.repeat:
+                yield make()
+            if not repeat:
                 return
             if empty:
                 # Without an error this rank would end its training, and the others would wait for it.
                 raise SourceError(
-                    f"reader {reader.number + 1} of {reader.total} finds no row in the stream {self.name}; use "
-                    "fewer processes or DataLoader workers, or more data."
+                    f"reader {place[0] + 1} of {place[1]} finds no row in the stream {self.name}; use fewer processes "
+                    "or DataLoader workers, or more data."
                 )
 
-    def _share(self, reader: Reader, epoch: int) -> Iterator[StreamRow]:
-        """Yield the rows of a reader's files; of the first rows of a source, every so many."""
+    def _share(self, place: tuple[int, int], epoch: int) -> Iterator[Callable[[], Any]]:
+        """Yield the rows of a worker's files; of the first rows of a source, every so many."""
+        number, total = place
         if self.is_cut:
-            every = self._rows(epoch, 0, self.shards.read_all(None))
-            yield from itertools.islice(every, reader.number, None, reader.total)
+            yield from itertools.islice(self._rows(epoch, 0, self.shards.read_all(None)), number, None, total)
             return
         order = np.arange(self.shards.num_files)
         if self.shuffle_block:
             order = np.random.default_rng(stable_seed(self.seed, "files", epoch)).permutation(order)
-        for file in order[share_of_files(len(order), reader.total, reader.number, epoch)].tolist():
+        for file in order[share_of_files(len(order), total, number, epoch)].tolist():
             yield from self._rows(epoch, file, self.shards.read_all(file))
 
 
