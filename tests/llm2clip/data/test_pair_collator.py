@@ -7,11 +7,9 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-from llm2clip.data import PairBatchSampler, PairCollator, PairDataset
+from llm2clip.data import PairCollator
 from modeling_llm2clip import LLM2CLIPProcessor, with_prompt
 from tests.modeling_llm2clip.tiny import PREFIX, SUFFIX, plain_tokenizer
-
-from .test_pairs import concepts, glosses
 
 
 @pytest.fixture(scope="module")
@@ -134,24 +132,3 @@ def test_rows_of_a_plain_dataset_need_only_texts(
     expected = collator([_pair("a cat", "an animal", **negative), _pair("b", "c", **negative)])
     for side in ("anchor", "positive", *negative):
         assert all(torch.equal(batch[side][name], expected[side][name]) for name in expected[side])
-
-
-def test_batches_do_not_depend_on_the_number_of_workers(prompted: tuple[PreTrainedTokenizerFast, int]) -> None:
-    tokenizer, num_prefix = prompted
-    runs = []
-    for workers in (0, 2):
-        dataset = PairDataset([glosses(symmetric=True, max_samples=60), concepts(max_samples=60, instruction="x: ")])
-        sampler = PairBatchSampler(dataset, 16)
-        loader = DataLoader(
-            dataset, batch_sampler=sampler, collate_fn=PairCollator(tokenizer, num_prefix, 64), num_workers=workers
-        )
-        run = []
-        for epoch in range(2):
-            sampler.set_epoch(epoch)
-            run += [(batch["source"], batch["anchor"], batch["positive"]) for batch in loader]
-        runs.append(run)
-    assert len(runs[0]) == len(runs[1]) >= 10
-    for (label, *left), (other, *right) in zip(*runs, strict=True):
-        assert label == other
-        for one, two in zip(left, right, strict=True):
-            assert all(torch.equal(one[name], two[name]) for name in one)

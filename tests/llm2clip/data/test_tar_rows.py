@@ -13,7 +13,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
 from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
@@ -166,14 +165,6 @@ def test_a_tar_is_entered_at_any_row(kind: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(tar_reader, "_grouped", counted)
     dict(tar_rows(str(path), ["txt"], count - 1))
     assert len(seen) == (1 if kind in ("pax", "gnu") else count)
-
-
-def test_remote_tars_are_read(made: Path) -> None:
-    path = made / "webdataset" / "00001.tar"
-    with fsspec.open("memory://remote/00001.tar", "wb") as file:
-        file.write(path.read_bytes())
-    expected = list(tar_rows(str(path), ["json", "png", "__key__"], 1, 3))
-    assert list(tar_rows("memory://remote/00001.tar", ["json", "png", "__key__"], 1, 3)) == expected
 
 
 def test_a_web_server_without_ranges_is_read_from_the_beginning(tmp_path: Path) -> None:

@@ -31,13 +31,6 @@ def _noise(height: int = 24, width: int = 30) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def test_eval_transform_equals_the_image_processor(image_processor: CLIPImageProcessorPil) -> None:
-    pixels = EvalTransform(image_processor)(_noise())
-    assert pixels.shape == (3, SIZE, SIZE)
-    assert pixels.dtype == torch.float32
-    torch.testing.assert_close(pixels, image_processor(_noise(), return_tensors="pt")["pixel_values"][0])
-
-
 PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]
 
 
