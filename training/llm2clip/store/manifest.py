@@ -148,7 +148,8 @@ class StoreManifest:
             raise StoreDamagedError(f"{path} has changed since it was written; {advice}.")
         known = {name: values[name] for name in (entry.name for entry in fields(cls))}
         if known["source"] is not None:
-            known["source"] = SourceFile(**known["source"])
+            source = known["source"]
+            known["source"] = SourceFile(**{entry.name: source.get(entry.name) for entry in fields(SourceFile)})
         return cls(**known)
 
     def difference(self, other: StoreManifest) -> tuple[str, Any, Any] | None:
