@@ -70,16 +70,15 @@ def with_fake_weights(model: ModelT) -> ModelT:
     """
     made: dict[int, Tensor] = {}
     for module in model.modules():
-        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for tensors in places:
-            for name, tensor in tensors.items():
-                if tensor is None or not tensor.is_meta:
-                    continue
-                if id(tensor) not in made:
-                    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-                tensors[name] = made[id(tensor)]
+        options: dict[str, Any] = {"recurse": False, "remove_duplicate": False}
+        for name, tensor in [*module.named_parameters(**options), *module.named_buffers(**options)]:
+            if not tensor.is_meta:
+                continue
+            if id(tensor) not in made:
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+            setattr(module, name, made[id(tensor)])
     return model
 
 

@@ -8,14 +8,28 @@ import yaml
 
 MAX_CHARACTERS = 2_000_000
 MAX_DEPTH = 64
-# Ten times as fast, where PyYAML was built with it.
-PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses deep values, and aliases (`*name`): in a few lines, they can stand for billions of values."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        where = f"(line {event.start_mark.line + 1})"
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"*{event.anchor} is an alias: write the values out {where}")
+        if self.depth > MAX_DEPTH:
+            raise ValueError(f"it is more than {MAX_DEPTH} levels deep {where}")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def load_yaml(text: str) -> Any:
     """Read a YAML document of plain values.
-
-    Aliases (`*name`) are refused: in a few lines, they can stand for billions of values.
 
     Raises:
         ValueError: It is not YAML, or has other values than plain ones, or is too long or too deep; the message says
@@ -24,8 +38,7 @@ def load_yaml(text: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"it has {len(text):,} characters, and at most {MAX_CHARACTERS:,} are read")
     try:
-        _refuse_aliases_and_depth(text)
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -35,16 +48,5 @@ def load_yaml(text: str) -> Any:
 
 def key_lines(text: str) -> dict[str, int]:
     """The line of each key of a document that [`load_yaml`] has read, a mapping."""
-    root = yaml.compose(text, Loader=PARSER)
+    root = yaml.compose(text, Loader=_Loader)
     return {} if root is None else {key.value: key.start_mark.line + 1 for key, _ in root.value}
-
-
-def _refuse_aliases_and_depth(text: str) -> None:
-    depth = 0
-    for event in yaml.parse(text, Loader=PARSER):
-        line = 0 if event.start_mark is None else event.start_mark.line + 1
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"*{event.anchor} is an alias: write the values out (line {line})")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            raise ValueError(f"it is more than {MAX_DEPTH} levels deep (line {line})")
