@@ -16,7 +16,7 @@ from llm2clip import LLM2CLIPModel, LLM2CLIPVisionModelWithProjection, embed_cap
 from llm2clip.data import DamagedImageError
 from llm2clip.encoders.batches import ImageList
 from llm2clip.encoders.ours import OurEncoder
-from llm2clip.utils.non_finite import NonFiniteError
+from llm2clip.utils.embeddings import NonFiniteError
 from tests.modeling_llm2clip import tiny
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}

@@ -15,7 +15,7 @@ from transformers import AutoProcessor, BertConfig, BertModel
 from llm2clip.data import decode_image
 from llm2clip.encoders.load import TransformersEncoder, load_encoder
 from llm2clip.encoders.patches import patch_embeddings
-from llm2clip.utils.non_finite import NonFiniteError
+from llm2clip.utils.embeddings import NonFiniteError
 from modeling_llm2clip import with_pillow
 
 from .models import IMAGES, LENGTH, TEXTS, save_transformers

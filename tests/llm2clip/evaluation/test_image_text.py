@@ -16,7 +16,7 @@ from llm2clip.data import CaptionSource
 from llm2clip.encoders import OurEncoder
 from llm2clip.evaluation import CaptionRetrieval, ImageTextRetrieval
 from llm2clip.evaluation.clip_benchmark import CLIPBenchmarkModel
-from llm2clip.utils.non_finite import NonFiniteError
+from llm2clip.utils.embeddings import NonFiniteError
 from modeling_llm2clip import LLM2CLIPModel
 from tests.modeling_llm2clip import tiny
 

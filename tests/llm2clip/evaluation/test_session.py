@@ -17,7 +17,7 @@ from llm2clip.encoders.load import load_encoder
 from llm2clip.evaluation import row_store
 from llm2clip.evaluation.benchmarks.data import BenchmarkImages
 from llm2clip.evaluation.session import Session
-from llm2clip.utils.non_finite import NonFiniteError
+from llm2clip.utils.embeddings import NonFiniteError
 from llm2clip.utils.processes import leave_process_group
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError
 from tests.processes import run_ranks

@@ -17,7 +17,7 @@ from llm2clip import LLM2CLIPModel, Stage2Config, Stage2Trainer
 from llm2clip.data import SkipLog
 from llm2clip.trainers.finite_steps import describe
 from llm2clip.trainers.skipped_samples import SkippedSamples
-from llm2clip.utils.non_finite import NonFiniteError
+from llm2clip.utils.embeddings import NonFiniteError
 from llm2clip.utils.processes import leave_process_group
 from tests.llm2clip.trainers.test_plain_datasets import MapRows, Rows
 from tests.modeling_llm2clip import tiny

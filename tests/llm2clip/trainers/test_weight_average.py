@@ -18,8 +18,8 @@ from llm2clip import Stage2Config
 from llm2clip.trainers import run_stage1
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.weight_average import AVERAGE_FILE, WeightAverage
+from llm2clip.utils.embeddings import NonFiniteError
 from llm2clip.utils.manifests import damage
-from llm2clip.utils.non_finite import NonFiniteError
 from llm2clip.utils.processes import leave_process_group
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPTextModel

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from llm2clip.checks.row_checks import Finding, RowFacts
-from llm2clip.utils.inner_products import inner_products
+from llm2clip.utils.embeddings import inner_products
 
 HASH_BITS = 64
 # Of 300 drawings, 98 % saved as JPEG with quality 75 and 86 % shrunk to half with quality 50 are within this distance

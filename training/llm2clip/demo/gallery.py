@@ -22,7 +22,7 @@ from llm2clip.search.index_update import UpdateSettings, update_index
 from llm2clip.search.lance_store import LanceStore
 from llm2clip.search.results import ResultImages, SearchResult
 from llm2clip.search.table_images import TableImages
-from llm2clip.utils.non_finite import NonFiniteError
+from llm2clip.utils.embeddings import NonFiniteError
 from llm2clip.utils.processes import process_state
 from modeling_llm2clip import LLM2CLIPModel
 

@@ -15,8 +15,8 @@ from llm2clip.data import OnError, decode_image
 from llm2clip.data.transforms import Decoder
 from llm2clip.encoders.batches import ImageSet, PreparedImages, forward_images, image_list
 from llm2clip.encoders.patches import patch_embeddings
+from llm2clip.utils.embeddings import require_finite_rows
 from llm2clip.utils.files import digest_json
-from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.vision_identity import weights_checksum
 from modeling_llm2clip.identity_llm2clip import RULE

@@ -18,7 +18,7 @@ from llm2clip.encoders.encoder import Encoder
 from llm2clip.encoders.open_clip import PREFIX, OpenClipEncoder
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.encoders.transformers_clip import TransformersEncoder
-from llm2clip.utils.non_finite import require_finite_rows
+from llm2clip.utils.embeddings import require_finite_rows
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.repos import OUR_MODELS, RepoKind, inspect_repo
 

@@ -12,9 +12,9 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ImageP
 
 from llm2clip.data import EvalTransform, ImageBackend
 from llm2clip.encoders.encoder import Encoder, compared_lengths, processor_statistics
+from llm2clip.utils.embeddings import require_finite_rows
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.manifests import refuse_changed_model
-from llm2clip.utils.non_finite import require_finite_rows
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.repos import RepoKind, hub_commit, inspect_repo

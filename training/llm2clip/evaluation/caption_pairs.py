@@ -12,7 +12,7 @@ from llm2clip.data import PairDataset, PairSource, caption_id
 from llm2clip.encoders.batches import encode_sharded
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.evaluation.metrics import caption_retrieval_metrics
-from llm2clip.utils.non_finite import require_finite_rows
+from llm2clip.utils.embeddings import require_finite_rows
 from modeling_llm2clip import LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_utils import execution_device
 

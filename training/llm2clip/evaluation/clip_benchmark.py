@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llm2clip.data import decode_image
 from llm2clip.encoders import OurEncoder
-from llm2clip.utils.non_finite import require_finite_rows
+from llm2clip.utils.embeddings import require_finite_rows
 
 MODEL_TYPE = "llm2clip"
 

@@ -22,8 +22,8 @@ from llm2clip.encoders.encoder import NOT_FINITE
 from llm2clip.encoders.image_features import ImageFeatures
 from llm2clip.encoders.ours import OurEncoder
 from llm2clip.evaluation.metrics import retrieval_metrics
+from llm2clip.utils.embeddings import require_finite_rows
 from llm2clip.utils.logs import shortened
-from llm2clip.utils.non_finite import require_finite_rows
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.modeling_llm2clip_utils import unit_features
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llm2clip.utils.inner_products import inner_products
+from llm2clip.utils.embeddings import inner_products
 
 # Queries per tile: the two buffers take less memory than the candidates for any width above 512, and the matrix
 # products run at full speed.

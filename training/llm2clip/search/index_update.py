@@ -18,7 +18,7 @@ from llm2clip.search.index_rows import ID, KEY, NUMBER, REASON, VECTOR, IndexRow
 from llm2clip.search.row_digests import KnownDigests, digest_array
 from llm2clip.search.table_captions import ChosenCaptions
 from llm2clip.search.vector_settings import VectorSettings
-from llm2clip.utils.non_finite import require_finite_rows
+from llm2clip.utils.embeddings import require_finite_rows
 from llm2clip.utils.processes import worker_count
 from llm2clip.utils.progress import ProgressBar
 from llm2clip.utils.settings import setting

@@ -31,8 +31,9 @@ from llm2clip.trainers.run_settings import copy_settings
 from llm2clip.trainers.sharding import gathered, undivided, with_scalars
 from llm2clip.trainers.stream_resume import StreamResume, resumed_run, stream_loader
 from llm2clip.trainers.weight_average import WeightAverage
+from llm2clip.utils.embeddings import BROKEN_MODEL, NonFiniteError
 from llm2clip.utils.library_errors import wrap_write_errors
-from llm2clip.utils.non_finite import BROKEN_MODEL, NonFiniteError, on_any_process
+from llm2clip.utils.processes import on_any_process
 from llm2clip.utils.stopping import worker_init
 from modeling_llm2clip.compatibility_llm2clip import make_readable_by_version_4
 from modeling_llm2clip.modeling_llm2clip_utils import keep_freed_memory

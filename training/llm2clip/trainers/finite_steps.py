@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerState
 
+from llm2clip.utils.embeddings import NonFiniteError, finite_rows
 from llm2clip.utils.logs import shortened
-from llm2clip.utils.non_finite import NonFiniteError, finite_rows, on_any_process
+from llm2clip.utils.processes import on_any_process
 
 if TYPE_CHECKING:
     from llm2clip.trainers.base_trainer import StageTrainer

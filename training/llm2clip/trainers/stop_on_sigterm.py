@@ -13,8 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llm2clip.utils.non_finite import on_any_process
-from llm2clip.utils.processes import process_state
+from llm2clip.utils.processes import on_any_process, process_state
 from llm2clip.utils.stopping import TERMINATED, StoppedError, on_sigterm
 
 if TYPE_CHECKING:

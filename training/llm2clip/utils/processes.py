@@ -85,3 +85,15 @@ def on_main_process(compute: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def on_any_process(flag: Tensor) -> bool:
+    """Whether a flag is set on any process; all of them have to call it, and get the same answer.
+
+    Args:
+        flag: A bool of no dimension, on the device on which the process group exchanges tensors.
+    """
+    found = flag.to(torch.int32)
+    if world_size() > 1:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)

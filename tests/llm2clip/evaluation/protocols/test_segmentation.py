@@ -37,7 +37,7 @@ from llm2clip.evaluation.protocols.segmentation import (
 from llm2clip.evaluation.results import intervals_of
 from llm2clip.evaluation.session import Session
 from llm2clip.evaluation.suite import FoundBenchmark, Suite
-from llm2clip.utils.non_finite import NonFiniteError
+from llm2clip.utils.embeddings import NonFiniteError
 from tests.llm2clip.encoders.models import save_transformers
 from tests.llm2clip.evaluation.fake_session import FakeEncoder, FakeSession
 

@@ -14,7 +14,7 @@ from llm2clip.evaluation.benchmarks.data import GradedData
 from llm2clip.evaluation.contracts import Measurement
 from llm2clip.evaluation.metrics import DEFAULT_TILE_SIZE, ROUNDING, retrieval_ranks
 from llm2clip.evaluation.session import Session
-from llm2clip.utils.inner_products import inner_products
+from llm2clip.utils.embeddings import inner_products
 
 # Candidates sorted beyond the number of right ones, which a tie that ends there needs.
 MARGIN = 64

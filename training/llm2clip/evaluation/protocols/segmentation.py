@@ -23,8 +23,8 @@ from llm2clip.evaluation.contracts import Measurement, SummedCounts
 from llm2clip.evaluation.prompts import name_of_templates, prompts, template_set
 from llm2clip.evaluation.protocols.classification import embed_classes
 from llm2clip.evaluation.session import Session
+from llm2clip.utils.embeddings import require_finite_rows
 from llm2clip.utils.files import digest_json
-from llm2clip.utils.non_finite import require_finite_rows
 from modeling_llm2clip.image_decoding_llm2clip import decode_image
 
 # Scores of classes at pixels that are in memory at once: 64 MiB, and as much again while they are resized.

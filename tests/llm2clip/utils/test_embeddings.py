@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm2clip.utils.inner_products import CPU_COLUMNS, inner_products
+from llm2clip.utils.embeddings import CPU_COLUMNS, inner_products
 
 
 @pytest.mark.parametrize("num_columns", [0, 1, CPU_COLUMNS, 2 * CPU_COLUMNS + 3])
