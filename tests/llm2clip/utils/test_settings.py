@@ -1,25 +1,67 @@
-"""Settings from recipes."""
+"""Settings from recipes and options, what is said of wrong ones, and the text of `--help`."""
 
 from __future__ import annotations
 
-from importlib import import_module, resources
-from pathlib import Path
-from typing import Any
+import argparse
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_type_hints
 
 import pytest
-from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from transformers import TrainingArguments
 
-from llm2clip.cli import COMMANDS
-from llm2clip.quickstart.config import PROFILES
-from llm2clip.recipes import find_recipe, load_recipe
+from llm2clip.encoders.embed import EmbedConfig
 from llm2clip.trainers.stage1_config import Stage1Config
 from llm2clip.trainers.stage2_config import Stage2Config
-from llm2clip.trainers.warm_start import first_part
+from llm2clip.utils.option_names import MOST_USED, NAMES_ELSEWHERE, OF_THE_TRAINER
+from llm2clip.utils.options import (
+    OptionParser,
+    format_help,
+    option_groups,
+    placeholder,
+    unknown_option,
+)
 from llm2clip.utils.settings import build_config
-from tests.llm2clip.utils.test_options import Settings
 
-RECIPES = sorted(Path(str(resources.files("llm2clip.recipes"))).glob("*.yaml"))
+
+@dataclass
+class Settings:
+    """One field of each supported type."""
+
+    name: str
+    rate: float = field(default=1e-3, metadata={"help": "100% of it"})
+    steps: int = 10
+    on: bool = False
+    columns: list[str] = field(default_factory=lambda: ["caption"])
+    source: dict[str, Any] | None = None
+    mode: Literal["a", "b"] = "a"
+    limit: int | None = None
+    weights: list[float] | None = None
+
+
+@dataclass
+class Numbers:
+    """A list of numbers between other fields."""
+
+    name: str = ""
+    on: bool = False
+    weights: list[float] = field(default_factory=list)
+
+
+def parse(*arguments: str) -> Settings:
+    values, unknown = OptionParser(Settings).read(arguments)
+    assert not unknown
+    return build_config(Settings, values)
+
+
+def test_options_become_their_types() -> None:
+    settings = parse(
+        "--name", "12", "--rate", "1e-5", "--steps", "3", "--on", "--columns", "caption", "keywords",
+        "--source", "{path: x, split: test}", "--mode", "b", "--limit", "7",
+    )  # fmt: skip
+    assert settings == Settings("12", 1e-5, 3, True, ["caption", "keywords"], {"path": "x", "split": "test"}, "b", 7)
+    settings = parse("--name", "x", "--on", "false", "--limit", "null", "--weights", "[1, 2e-1]")
+    assert (settings.on, settings.limit, settings.weights) == (False, None, [1.0, 0.2])
+    assert parse("--name", "x", "--weights", "3").weights == [3.0]
 
 
 def test_numbers_that_yaml_reads_as_strings_are_converted() -> None:
@@ -47,56 +89,121 @@ def test_an_unknown_missing_or_misfitting_field_is_one_clear_error(fields: dict[
         build_config(Settings, fields, "mine.yaml")
 
 
-def test_a_recipe_is_found_by_path_or_by_its_packaged_name(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.yaml"
-    mine.write_text("name: x")
-    assert find_recipe(str(mine)) == mine
-    assert find_recipe("stage1_paper") == find_recipe("stage1_paper.yaml")
-    with pytest.raises(FileNotFoundError, match="the packaged recipes: embed_paper"):
-        find_recipe("stage_one")
-    mine.write_text("- a list")
-    with pytest.raises(ValueError, match="but is a list"):
-        load_recipe(mine)
-    mine.write_text("a: [")
-    with pytest.raises(ValueError, match="is not valid YAML"):
-        load_recipe(mine)
+@pytest.mark.parametrize("text", ["a", "[a, b]", "[a dog] on grass", "{", "[cat]", "null", "1e-3"])
+def test_strings_are_not_parsed_as_yaml(text: str) -> None:
+    settings = parse("--name", text, "--columns", text)
+    assert (settings.name, settings.columns) == (text, [text])
+    assert build_config(Settings, {"name": "x", "columns": text}).columns == [text]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_packaged_recipe_builds_its_settings(path: Path) -> None:
-    fields = load_recipe(path)
-    stage = path.stem.partition("_")[0]
-    if stage == "quickstart":
-        assert path.stem.removeprefix("quickstart_") in PROFILES
-        # What is `auto` there depends on the processor.
-        stage1, stage2 = (
-            {name: value for name, value in fields[part].items() if value != "auto"} for part in ("stage1", "stage2")
-        )
-        build_config(Stage1Config, {**stage1, "use_cpu": True}, str(path))
-        stage2 |= fields.get("unfrozen", {})
-        stage2.pop("caption_weights", None)
-        both = {**stage2, "embedding_cache": "x", "use_cpu": True, "warm_start": fields["frozen"]}
-        assert first_part(build_config(Stage2Config, both, str(path))).freeze_vision == "all"
-        return
-    command = COMMANDS[stage]
-    config_class = getattr(import_module(command.module), command.config)
-    extra = {"use_cpu": True} if stage != "embed" else {}
-    assert build_config(config_class, {**fields, **extra}, str(path)).output_dir
+@pytest.mark.parametrize(
+    ("given", "values"),
+    [
+        (["--on", "a text"], {"on": "true", "place": "a text"}),
+        (["--on", "false", "a text"], {"on": "false", "place": "a text"}),
+        (["--no-on", "a text"], {"on": "false", "place": "a text"}),
+        (["--name", "on", "--on"], {"name": "on", "on": "true"}),
+        (["--weights", "0", "-1e-3", "out"], {"weights": "[0, -1e-3]", "place": "out"}),
+        (["--weights", "[0, 1]", "--name", "x"], {"weights": "[0, 1]", "name": "x"}),
+    ],
+)
+def test_flags_and_numbers_do_not_consume_the_argument_after_them(given: list[str], values: dict[str, str]) -> None:
+    parser = OptionParser(Numbers)
+    parser.add_argument("place", nargs="?", default=argparse.SUPPRESS)
+    assert parser.read(given) == (values, [])
 
 
-ZERO = ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+@pytest.mark.parametrize(
+    ("config_class", "given", "meant"),
+    [
+        (Stage1Config, "--lora_rnk", "--lora-rank"),
+        (Stage1Config, "--lora-r=8", "--lora-rank"),
+        (Stage1Config, "--temperature", "--scale"),
+        (Stage2Config, "--text-adapter-depth", "--adapter-num-layers"),
+        (Stage2Config, "--lr=1e-4", "--learning-rate"),
+        (Stage2Config, "--epochs", "--num-train-epochs"),
+        (Stage2Config, "--batch-size", "--per-device-train-batch-size"),
+        (Stage2Config, "--precision", "--bf16"),
+        (Stage2Config, "--train-data", "--sources"),
+        (EmbedConfig, "--precision", "--dtype"),
+        (EmbedConfig, "--llm", "--text-model-name-or-path"),
+    ],
+)
+def test_an_unknown_option_suggests_the_one_that_is_meant(config_class: type, given: str, meant: str) -> None:
+    assert unknown_option(given, [config_class]) == (
+        f"there is no option {given.partition('=')[0]}; did you mean {meant}?"
+    )
 
 
-@pytest.mark.parametrize("name", ["ddp_8gpu", "fsdp", *ZERO, "cpu_2"])
-def test_accelerate_reads_the_launch_configurations(name: str) -> None:
-    path = str(resources.files("llm2clip.recipes") / "accelerate" / f"{name}.yaml")
-    config = load_config_from_file(path)
-    assert config.num_processes == (2 if name == "cpu_2" else 8)
-    assert config.use_cpu == (name == "cpu_2")
-    # accelerate passes over settings of a strategy that it does not know.
-    options = {action.dest for action in launch_command_parser()._actions}
-    strategy = {**(config.fsdp_config or {}), **(config.deepspeed_config or {})}
-    assert set(strategy) <= options
-    assert bool(strategy) == (name in ("fsdp", *ZERO))
-    if config.fsdp_config:
-        assert config.fsdp_config["fsdp_version"] == 2
+def test_names_elsewhere_and_names_in_the_help_are_those_of_settings() -> None:
+    known = {*get_type_hints(Stage1Config), *get_type_hints(Stage2Config)}
+    others = {"batch_size", "num_workers", "block_size", "mask_token", "data"}  # of evaluate, embed and mntp
+    assert {*MOST_USED, *OF_THE_TRAINER} <= known
+    assert {field for names in NAMES_ELSEWHERE.values() for field in names.split()} <= known | others
+
+
+def test_a_wrong_use_of_an_option_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="argument --steps: expected one argument"):
+        parse("--name", "x", "--steps")
+
+
+@pytest.mark.parametrize(
+    ("config_class", "name", "shown"),
+    [
+        (Settings, "name", "TEXT"),
+        (Settings, "rate", "FLOAT"),
+        (Settings, "steps", "INT"),
+        (Settings, "on", ""),
+        (Settings, "columns", "TEXT ..."),
+        (Settings, "source", "YAML"),
+        (Settings, "mode", "{a,b}"),
+        (Settings, "weights", "FLOAT ..."),
+        (Stage2Config, "output_dir", "PATH"),
+        (Stage2Config, "verify_cache", "{true,false}"),
+        (Stage2Config, "adapter_normalize", "{true,false}"),
+        (Stage2Config, "eval_strategy", "{no,steps,epoch}"),
+        (Stage2Config, "logit_scale_init_value", "FLOAT|{checkpoint}"),
+        (Stage2Config, "report_to", "TEXT ..."),
+    ],
+)
+def test_a_placeholder_says_what_a_field_takes(config_class: type, name: str, shown: str) -> None:
+    (one,) = (one for one in fields(config_class) if one.name == name)  # type: ignore[arg-type]
+    assert placeholder(one, get_type_hints(config_class)[name]) == shown
+
+
+def test_a_stage_shows_its_own_settings_and_few_of_the_trainer() -> None:
+    few = [row for rows in option_groups(Stage1Config, (), everything=False).values() for row in rows]
+    every = [row for rows in option_groups(Stage1Config, (), everything=True).values() for row in rows]
+    own = {*get_type_hints(Stage1Config)} - {*get_type_hints(TrainingArguments)}
+    shown = {row[0].split()[0][2:].replace("-", "_") for row in few}
+    assert own <= shown
+    assert len(shown) < len(own) + 40 < len(every)
+    assert len({row[0].split()[0] for row in every}) == len(every)
+
+
+def test_texts_are_short_unless_everything_is_shown() -> None:
+    (short,) = (row for row in option_groups(Stage2Config, (), False)["most used"] if row[0].startswith("--tower"))
+    assert short == (
+        "--tower-chunk-size INT",
+        "Rows per forward pass of the towers (GradCache). Unset: the whole batch at once.",
+    )
+    (whole,) = (row for row in option_groups(Stage2Config, (), True)["most used"] if row[0].startswith("--tower"))
+    assert "the gradients stay the same" in whole[1]
+
+
+def test_help_is_laid_out_in_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    groups = option_groups(Settings, ("name", "on", "columns", "source", "limit", "weights"), True)
+    assert format_help("it [OPTIONS]", "Does it.", groups, "The end.").splitlines() == [
+        "usage: it [OPTIONS]",
+        "",
+        "Does it.",
+        "",
+        "options:",
+        "  --rate FLOAT  100% of it",
+        "                (default: 0.001)",
+        "  --steps INT   (default: 10)",
+        "  --mode {a,b}  (default: a)",
+        "",
+        "The end.",
+    ]

@@ -51,9 +51,7 @@ class OptionParser(argparse.ArgumentParser):
         A single value in brackets for a list of anything but strings is YAML.
         """
         # Intermixed, so that positional arguments may follow an option.
-        namespace, unknown = self.parse_known_intermixed_args(
-            bracket_numbers(complete_flags(arguments, self.fields), self.fields)
-        )
+        namespace, unknown = self.parse_known_intermixed_args(_complete(arguments, self.fields))
         values = vars(namespace)
         for name in values.keys() & self.fields.keys():
             value = values[name]
@@ -78,36 +76,27 @@ def unknown_option(argument: str, config_classes: Sequence[type]) -> str:
     return f"there is no option {given}" + (f"; did you mean {option(found)}?" if found else ".")
 
 
-def complete_flags(arguments: Sequence[str], fields: dict[str, Any]) -> list[str]:
-    """Write every option of the fields, types by name, with dashes and every `--flag` as `--flag=true`.
+def _complete(arguments: Sequence[str], fields: dict[str, Any]) -> list[str]:
+    """Write options of the fields, types by name, with dashes, and flags and lists of numbers with their values.
 
-    So a flag does not consume the next argument. `--no-flag` becomes `--flag=false`.
+    So these do not consume the arguments after them. `--flag` becomes `--flag=true`, and `--no-flag` `--flag=false`.
     """
-    completed = []
-    for argument, follower in itertools.pairwise([*arguments, ""]):
+    completed, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
         given, equals, value = argument.partition("=")
         name = given[2:].replace("-", "_") if given.startswith("--") else ""
         if name not in fields and fields.get(name.removeprefix("no_")) is bool and not equals:
             completed.append(f"{option(name.removeprefix('no_'))}=false")
         elif name not in fields:
             completed.append(argument)
-        elif fields[name] is bool and not equals and follower.lower() not in TRUTH_VALUES:
+        elif fields[name] is bool and not equals and (not rest or rest[0].lower() not in TRUTH_VALUES):
             completed.append(f"{option(name)}=true")
+        elif fields[name] == list[float] and not equals and (numbers := [*itertools.takewhile(_is_number, rest)]):
+            completed.append(f"{option(name)}=[{', '.join(numbers)}]")
+            del rest[: len(numbers)]
         else:
             completed.append(option(name) + equals + value)
-    return completed
-
-
-def bracket_numbers(arguments: Sequence[str], fields: dict[str, Any]) -> list[str]:
-    """Write the numbers of each list of numbers as one value, so that it does not consume arguments after them."""
-    lists = {option(name) for name, hint in fields.items() if hint == list[float]}
-    completed: list[str] = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        numbers = list(itertools.takewhile(_is_number, rest)) if argument in lists else []
-        completed.append(f"{argument}=[{', '.join(numbers)}]" if numbers else argument)
-        del rest[: len(numbers)]
     return completed
 
 

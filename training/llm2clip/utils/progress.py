@@ -56,6 +56,7 @@ class ProgressBar(tqdm):
         is_shown = is_main_process() and (self.is_drawn if show is None else show)
         if is_shown:
             _open.add(self)
+        # Where there is no terminal, nothing is drawn: `update` logs.
         super().__init__(
             *(None, description, total),
             unit=unit,

@@ -1,0 +1,75 @@
+"""The packaged recipes and launch configurations are read by what they are for."""
+
+from __future__ import annotations
+
+from importlib import import_module, resources
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+from llm2clip.cli import COMMANDS
+from llm2clip.quickstart.config import PROFILES
+from llm2clip.recipes import find_recipe, load_recipe
+from llm2clip.trainers.stage1_config import Stage1Config
+from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.warm_start import first_part
+from llm2clip.utils.settings import build_config
+
+RECIPES = sorted(Path(str(resources.files("llm2clip.recipes"))).glob("*.yaml"))
+
+
+def test_a_recipe_is_found_by_path_or_by_its_packaged_name(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("name: x")
+    assert find_recipe(str(mine)) == mine
+    assert find_recipe("stage1_paper") == find_recipe("stage1_paper.yaml")
+    with pytest.raises(FileNotFoundError, match="the packaged recipes: embed_paper"):
+        find_recipe("stage_one")
+    mine.write_text("- a list")
+    with pytest.raises(ValueError, match="but is a list"):
+        load_recipe(mine)
+    mine.write_text("a: [")
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        load_recipe(mine)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_packaged_recipe_builds_its_settings(path: Path) -> None:
+    fields = load_recipe(path)
+    stage = path.stem.partition("_")[0]
+    if stage == "quickstart":
+        assert path.stem.removeprefix("quickstart_") in PROFILES
+        # What is `auto` there depends on the processor.
+        stage1, stage2 = (
+            {name: value for name, value in fields[part].items() if value != "auto"} for part in ("stage1", "stage2")
+        )
+        build_config(Stage1Config, {**stage1, "use_cpu": True}, str(path))
+        stage2 |= fields.get("unfrozen", {})
+        stage2.pop("caption_weights", None)
+        both = {**stage2, "embedding_cache": "x", "use_cpu": True, "warm_start": fields["frozen"]}
+        assert first_part(build_config(Stage2Config, both, str(path))).freeze_vision == "all"
+        return
+    command = COMMANDS[stage]
+    config_class = getattr(import_module(command.module), command.config)
+    extra = {"use_cpu": True} if stage != "embed" else {}
+    assert build_config(config_class, {**fields, **extra}, str(path)).output_dir
+
+
+ZERO = ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+
+
+@pytest.mark.parametrize("name", ["ddp_8gpu", "fsdp", *ZERO, "cpu_2"])
+def test_accelerate_reads_the_launch_configurations(name: str) -> None:
+    path = str(resources.files("llm2clip.recipes") / "accelerate" / f"{name}.yaml")
+    config = load_config_from_file(path)
+    assert config.num_processes == (2 if name == "cpu_2" else 8)
+    assert config.use_cpu == (name == "cpu_2")
+    # accelerate passes over settings of a strategy that it does not know.
+    options = {action.dest for action in launch_command_parser()._actions}
+    strategy = {**(config.fsdp_config or {}), **(config.deepspeed_config or {})}
+    assert set(strategy) <= options
+    assert bool(strategy) == (name in ("fsdp", *ZERO))
+    if config.fsdp_config:
+        assert config.fsdp_config["fsdp_version"] == 2
