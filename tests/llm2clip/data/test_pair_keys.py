@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ from llm2clip.data import PairDataset, PairSource, caption_id, captioned_images
 from llm2clip.data.captioned_images import caption_ids, column_texts
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.pair_keys import BATCH_ROWS, KeyColumns, pair_keys
+from llm2clip.data.pairs import PairTable, _load
 from llm2clip.data.sampling import stable_seed
 from llm2clip.data.sources import column_value
+from tests.llm2clip import tiny
 
 from .test_pairs import table_source
+
+ROWS = 20_000
 
 AWKWARD = [
     "a dog", "A  Dog", " a\tdog\n", "a\u3000dog", "a\x1cdog\x85", "straße", "STRASSE", "Σίσυφος", "ΣΊΣΥΦΟΣ",
@@ -109,3 +114,35 @@ def test_the_first_row_with_something_else_than_text_is_named(tmp_path: Path) ->
     for names in (["nested", "number"], ["number", "nested"]):
         with pytest.raises(SourceError, match=rf"Row {BATCH_ROWS + 2} of .*: column 'number': .* not int \(5\)\.$"):
             PairDataset(PairSource(path, caption_columns=["q", *names]))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Pairs of texts; half of the anchors are equal to the one before."""
+    return tiny.write_text_pairs(tmp_path_factory.mktemp("rows") / "rows.parquet", ROWS)
+
+
+def forbidden(*arguments: Any) -> Any:
+    raise AssertionError("computed again")
+
+
+def pair_source(path: str, **fields: Any) -> PairSource:
+    return PairSource(path, anchor_column="short", positive_column="long", **fields)
+
+
+def test_the_keys_of_pairs_are_computed_once_and_shared(rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = pair_source(rows)
+    built = PairTable(source, _load(source), "rows")
+    monkeypatch.setattr(PairTable, "_build", forbidden)
+    table = _load(source)
+    tracemalloc.start()
+    again = PairTable(source, table, "rows")
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 8 * ROWS
+    for name in ("rows", "own_keys", "own_starts", "negative_keys", "negative_starts"):
+        assert np.array_equal(getattr(again, name), getattr(built, name))
+    assert PairDataset(source)[7]["anchor"] == "a picture of thing 3"
+    for other in (pair_source(rows, max_samples=50), pair_source(rows, group_column="short")):
+        with pytest.raises(AssertionError, match="computed again"):
+            PairDataset(other)
