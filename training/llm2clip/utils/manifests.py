@@ -171,10 +171,9 @@ def foreign_files(folder: Path, command: str) -> list[str] | None:
 def own_files(folder: AnyPath, command: str) -> dict[str, ListedFile] | None:
     """Return the files that the manifest of a folder lists, or None if `command` did not write the folder."""
     try:
-        known = stated_files(folder)
+        return stated_files(folder) if written_by(folder) == command else None
     except (OSError, ValueError):
         return None
-    return known if written_by(folder) == command else None
 
 
 def listed_files(folder: Path) -> dict[str, ListedFile]:
