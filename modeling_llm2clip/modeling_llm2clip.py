@@ -38,7 +38,7 @@ from .modeling_llm2clip_utils import (
     text_attention,
     unit_features,
 )
-from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel, load_vision_tower, read_logit_scale
+from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel, load_vision_tower, new_logit_scale
 from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 from .tokenization_llm2clip import tokenize_captions
 
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     from .pipeline_llm2clip import custom_pipelines  # noqa: F401
 
 logger = logging.get_logger(__name__)
-
-FROM_CHECKPOINT = "checkpoint"
 
 
 @dataclass
@@ -155,21 +153,10 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         Raises:
             ValueError: The checkpoint has no logit scale, but `"checkpoint"` asks for it.
         """
-        scale = logit_scale_init_value
+        source, vision_kwargs = vision_model, vision_model_kwargs or {}
         if not isinstance(vision_model, PreTrainedModel):
-            name, vision_kwargs = vision_model, vision_model_kwargs or {}
-            vision_model = load_vision_tower(name, vision_kwargs)
-            if scale is None or scale == FROM_CHECKPOINT:
-                stored = read_logit_scale(name, vision_kwargs)
-                scale = scale if stored is None else stored
-        if scale is None or scale == FROM_CHECKPOINT:
-            # `llm2clip convert` keeps the scale there, because a tower has no such weight.
-            scale = getattr(vision_model.config, "logit_scale_init_value", scale)
-        if scale == FROM_CHECKPOINT:
-            raise ValueError(
-                f"{vision_model.name_or_path or type(vision_model).__name__} has no logit scale; set "
-                "logit_scale_init_value to a number, or leave it unset for ln(1 / 0.07)."
-            )
+            vision_model = load_vision_tower(vision_model, vision_kwargs)
+        scale = new_logit_scale(source, vision_model, vision_kwargs, logit_scale_init_value)
         if scale is not None:
             config_fields["logit_scale_init_value"] = scale
         if isinstance(text_model, PreTrainedModel):

@@ -1,4 +1,4 @@
-"""The text model inside of a text tower: its class, what is known of its attention, its masks, and packing.
+"""The text model inside of a text tower: its class, loading it, what is known of its attention, masks, and packing.
 
 Packing puts several short captions into a row of a batch, which then costs about as much as its tokens, not as its
 padding.
@@ -7,21 +7,27 @@ padding.
 from __future__ import annotations
 
 import inspect
+import json
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForTextEncoding, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
 )
+from transformers.utils.hub import cached_file
 
 from .compatibility_llm2clip import IS_CAUSAL_COUNTS
 from .configuration_llm2clip import WINDOW_FIELDS
+from .modeling_llm2clip_utils import hub_arguments, load_complete
 
 # Attention implementations for sequences without padding, which need the lengths of the captions.
 VARIABLE_LENGTHS = ("flash_attention_2", "flash_attention_3")
@@ -98,6 +104,78 @@ def position_offset(text_model: nn.Module) -> int:
         if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
             return padding + 1
     return 0
+
+
+def load_plain(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """Load a plain text model: an LLM, an encoder, or an embedding model of sentence-transformers.
+
+    Args:
+        name: Repository id or folder.
+        options: Arguments of `from_pretrained`.
+
+    Returns:
+        The text model, and the weights of the Dense layers after pooling, named as in a `ModuleList`.
+    """
+    hub = hub_arguments(options)
+    trust = {key: options[key] for key in ("trust_remote_code", "code_revision") if key in options}
+    auto, own_options = text_model_class(AutoConfig.from_pretrained(name, **hub, **trust))
+    model, _ = load_complete(auto.from_pretrained, name, **own_options, **options)
+    folders = [module["path"] for module in embedding_modules(name, **hub) if module["type"].endswith("Dense")]
+    dense: dict[str, Tensor] = {}
+    for number, folder in enumerate(folders):
+        path = find_file(name, f"{folder}/model.safetensors", **hub)
+        if path is None:
+            raise ValueError(f"{folder} of {name} has no model.safetensors; save it again with sentence-transformers.")
+        dense |= {f"{number}.{key.removeprefix('linear.')}": value for key, value in load_file(path).items()}
+    return model, dense
+
+
+def embedding_modules(name: str, **hub: Any) -> list[dict[str, Any]]:
+    """Read `modules.json`, by which sentence-transformers describes an embedding model; empty if there is none."""
+    path = find_file(name, "modules.json", **hub)
+    modules: list[dict[str, Any]] = [] if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    return modules if any(module["type"].endswith("Pooling") for module in modules) else []
+
+
+def find_file(name: str, file: str, **hub: Any) -> str | None:
+    """Return the path of a file of a repository or folder, downloaded if necessary; None if there is none."""
+    absent = ("missing_entries", "connection_errors", "gated_repo")
+    quiet: dict[str, Any] = {f"_raise_exceptions_for_{what}": False for what in absent}
+    return cached_file(name, file, **quiet, **hub)
+
+
+class DenseLayers(nn.ModuleList):
+    """The linear layers after pooling, each with its activation: float32 `(batch, hidden)` to float32 `(batch, out)`.
+
+    Args:
+        width: Width of the pooled states.
+        layers: `dense` of the text config.
+    """
+
+    def __init__(self, width: int, layers: Sequence[Mapping[str, Any]]) -> None:
+        widths = [width, *(layer["out_features"] for layer in layers)]
+        super().__init__(
+            nn.Linear(before, layer["out_features"], bias=layer["bias"])
+            for before, layer in zip(widths, layers, strict=False)
+        )
+        self.activations = [ACT2FN[layer["activation"]] for layer in layers]
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Load weights from files; ValueError if they are other layers' or missing."""
+        expected = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
+        found = {name: tuple(weight.shape) for name, weight in state.items()}
+        if expected != found:
+            raise ValueError(
+                f"the config describes Dense layers with the weights {expected}, but the files have {found}; Dense "
+                "layers come from the folder of an embedding model, not from settings or from a loaded text model."
+            )
+        self.load_state_dict(state)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        linear: Any
+        for linear, activation in zip(self, self.activations, strict=True):
+            pooled = activation(linear(pooled.to(linear.weight.dtype))).float()
+        return pooled
 
 
 def attention_kind(text_model: Any) -> str:

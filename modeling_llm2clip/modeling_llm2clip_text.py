@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.activations import ACT2FN
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import find_adapter_config_file
-from transformers.utils.hub import cached_file
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import IS_CAUSAL_COUNTS, AttentionBackends
@@ -33,12 +29,15 @@ from .identity_llm2clip import is_readable, merge_layers, merged_weights, text_f
 from .image_decoding_llm2clip import decode_image  # noqa: F401
 from .modeling_llm2clip_decoder import (
     VARIABLE_LENGTHS,
+    DenseLayers,
     PackedBatch,
     argument_names,
     avoid_sdpa_without_softcap,
+    embedding_modules,
     encoder_fields,
     follows_masks,
     is_encoder,
+    load_plain,
     packed_mask,
     padded_mask,
     position_offset,
@@ -59,78 +58,6 @@ from .modeling_llm2clip_utils import (
 from .tokenization_llm2clip import tokenize_captions
 
 COMPOSITE_TYPE = LLM2CLIPConfig.model_type
-
-
-def load_plain(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """Load a plain text model: an LLM, an encoder, or an embedding model of sentence-transformers.
-
-    Args:
-        name: Repository id or folder.
-        options: Arguments of `from_pretrained`.
-
-    Returns:
-        The text model, and the weights of the Dense layers after pooling, named as in a `ModuleList`.
-    """
-    hub = hub_arguments(options)
-    trust = {key: options[key] for key in ("trust_remote_code", "code_revision") if key in options}
-    auto, own_options = text_model_class(AutoConfig.from_pretrained(name, **hub, **trust))
-    model, _ = load_complete(auto.from_pretrained, name, **own_options, **options)
-    folders = [module["path"] for module in embedding_modules(name, **hub) if module["type"].endswith("Dense")]
-    dense: dict[str, Tensor] = {}
-    for number, folder in enumerate(folders):
-        path = find_file(name, f"{folder}/model.safetensors", **hub)
-        if path is None:
-            raise ValueError(f"{folder} of {name} has no model.safetensors; save it again with sentence-transformers.")
-        dense |= {f"{number}.{key.removeprefix('linear.')}": value for key, value in load_file(path).items()}
-    return model, dense
-
-
-def embedding_modules(name: str, **hub: Any) -> list[dict[str, Any]]:
-    """Read `modules.json`, by which sentence-transformers describes an embedding model; empty if there is none."""
-    path = find_file(name, "modules.json", **hub)
-    modules: list[dict[str, Any]] = [] if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-    return modules if any(module["type"].endswith("Pooling") for module in modules) else []
-
-
-def find_file(name: str, file: str, **hub: Any) -> str | None:
-    """Return the path of a file of a repository or folder, downloaded if necessary; None if there is none."""
-    absent = ("missing_entries", "connection_errors", "gated_repo")
-    quiet: dict[str, Any] = {f"_raise_exceptions_for_{what}": False for what in absent}
-    return cached_file(name, file, **quiet, **hub)
-
-
-class DenseLayers(nn.ModuleList):
-    """The linear layers after pooling, each with its activation: float32 `(batch, hidden)` to float32 `(batch, out)`.
-
-    Args:
-        width: Width of the pooled states.
-        layers: `dense` of the text config.
-    """
-
-    def __init__(self, width: int, layers: Sequence[Mapping[str, Any]]) -> None:
-        widths = [width, *(layer["out_features"] for layer in layers)]
-        super().__init__(
-            nn.Linear(before, layer["out_features"], bias=layer["bias"])
-            for before, layer in zip(widths, layers, strict=False)
-        )
-        self.activations = [ACT2FN[layer["activation"]] for layer in layers]
-
-    def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        """Load weights from files; ValueError if they are other layers' or missing."""
-        expected = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
-        found = {name: tuple(weight.shape) for name, weight in state.items()}
-        if expected != found:
-            raise ValueError(
-                f"the config describes Dense layers with the weights {expected}, but the files have {found}; Dense "
-                "layers come from the folder of an embedding model, not from settings or from a loaded text model."
-            )
-        self.load_state_dict(state)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        linear: Any
-        for linear, activation in zip(self, self.activations, strict=True):
-            pooled = activation(linear(pooled.to(linear.weight.dtype))).float()
-        return pooled
 
 
 class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):

@@ -338,6 +338,32 @@ def read_logit_scale(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> fl
     return None
 
 
+def new_logit_scale(
+    source: Any, tower: PreTrainedModel, kwargs: dict[str, Any], asked: float | str | None
+) -> float | None:
+    """Return the logarithm of the logit scale that a new model starts with; None for the default of its config.
+
+    Args:
+        source: Where the vision tower is from: the tower itself, or its repository or folder.
+        asked: A number, `"checkpoint"` to insist on that of the source, or None to take it if there is one.
+
+    Raises:
+        ValueError: The source has no logit scale, but is asked for it.
+    """
+    if asked is not None and asked != "checkpoint":
+        return float(asked)
+    found = None if source is tower else read_logit_scale(source, kwargs)
+    if found is None:
+        # `llm2clip convert` keeps the scale there, because a tower has no such weight.
+        found = getattr(tower.config, "logit_scale_init_value", None)
+    if found is None and asked is not None:
+        raise ValueError(
+            f"{tower.name_or_path or type(tower).__name__} has no logit scale; set logit_scale_init_value to a "
+            "number, or leave it unset for ln(1 / 0.07)."
+        )
+    return found
+
+
 def load_vision_tower(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> PreTrainedModel:
     """Load a vision tower: a vision model, or that of a CLIP-like or LLM2CLIP model; otherwise raise ValueError."""
     config = AutoConfig.from_pretrained(name, **hub_arguments(kwargs))

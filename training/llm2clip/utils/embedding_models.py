@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from tokenizers import normalizers
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from modeling_llm2clip.modeling_llm2clip_text import find_file
+from modeling_llm2clip.modeling_llm2clip_decoder import find_file
 
 # The first one that exists counts.
 TRANSFORMER_FILES = tuple(

@@ -14,7 +14,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_co
 
 from llm2clip.utils.files import read_json
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextConfig, LLM2CLIPVisionModelWithProjection
-from modeling_llm2clip.modeling_llm2clip_text import embedding_modules
+from modeling_llm2clip.modeling_llm2clip_decoder import embedding_modules
 
 
 class RepoKind(StrEnum):
