@@ -11,6 +11,7 @@ from transformers import AutoModel
 from transformers import modeling_flash_attention_utils as flash_utils
 
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
+from modeling_llm2clip.compatibility_llm2clip import VERSION
 from modeling_llm2clip.modeling_llm2clip_decoder import PackedBatch, assign_rows
 from tests.modeling_llm2clip import tiny
 
@@ -158,7 +159,7 @@ class FlashOnCPU:
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> FlashOnCPU:
-    if hasattr(flash_utils, "_process_flash_kwargs_fn"):
+    if VERSION < (5, 19):
         pytest.skip("before 5.19, transformers calls flash-attn in a form that the stand-in does not have")
     functions = FlashOnCPU()
     process = flash_utils._lazy_define_process_function(functions.varlen)
