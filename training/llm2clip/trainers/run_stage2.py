@@ -88,7 +88,8 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
         model.config.feature_dropout = config.feature_dropout
     if config.online_text_model:
         model.load_text_model(**loading_options(config.text_model_dtype))
-        verify_text_tower(model.text_model)
+        text_config = model.text_model.config
+        text_config.verified_attention = on_main_process(partial(verify_text_tower, model.text_model))
     elif model.config.text_model_fingerprint is None:
         text = model.config.text_model_name_or_path, model.config.text_model_revision, model.config.text_config
         model.config.text_model_fingerprint = on_main_process(partial(read_fingerprint, *text))

@@ -38,10 +38,13 @@ LAYER_FIELDS = ("layer_types", "layers_block_type", "block_types", "hybrid_overr
 WORKING = "llama, qwen2, qwen3, mistral, gemma3_text or phi3"
 
 
-def verify_text_tower(tower: LLM2CLIPTextModel) -> None:
+def verify_text_tower(tower: LLM2CLIPTextModel) -> list[str] | None:
     """Probe the text model of a tower with the attention it uses now, and remember the verdict in `tower.config`.
 
     Nothing happens if the verdict is known, if the tower was made causal, or if the weights are not here.
+
+    Returns:
+        `verified_attention` of the tower's config.
 
     Raises:
         ValueError: The text model cannot be a text tower.
@@ -49,22 +52,23 @@ def verify_text_tower(tower: LLM2CLIPTextModel) -> None:
     decoder, config = tower.decoder, tower.config
     kind, own = _kind_here(tower), config.bidirectional is None
     if config.bidirectional is False or not _is_probeable(decoder):
-        return
+        return config.verified_attention
     if own and kind == attention_kind(decoder) and tower.has_readable_weights:
         packs_exactly(tower)
     verified = list(config.verified_attention or ())
     if kind in verified:
-        return
+        return verified
     used = decoder.config._attn_implementation
     here = "eager" if kind == "mask" and not takes_additive_mask(decoder) else used
     with _undisturbed(tower), _attention(decoder, here):
         found = _fault(tower)
     if found is None:
-        return
+        return config.verified_attention
     fault, error = found
     if fault:
         raise ValueError(_refusal(decoder.config, fault, own)) from error
     config.verified_attention = [*verified, kind]
+    return config.verified_attention
 
 
 def stored_verdict(
@@ -84,8 +88,7 @@ def stored_verdict(
     with TemporaryDirectory() as unused:
         options: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": unused, "dtype": "auto"}
         tower = LLM2CLIPTextModel.from_pretrained(name, revision=revision, default_config=config, **options)
-        verify_text_tower(tower)
-        return tower.config.verified_attention
+        return verify_text_tower(tower)
 
 
 def packs_exactly(tower: Any) -> bool:
