@@ -88,7 +88,7 @@ def test_caption_retrieval_and_clip_benchmark_end_too() -> None:
     model = tiny.joint_model().eval()
     torch.nn.init.constant_(model.visual_projection.weight, float("nan"))
     with pytest.raises(NonFiniteError, match="2 of 2 images of a batch are NaN or infinite: 0, 1"):
-        CLIPBenchmarkModel(model).encode_image(torch.zeros(2, 3, 28, 28))
+        CLIPBenchmarkModel(OurEncoder(model, tiny.processor())).encode_image(torch.zeros(2, 3, 28, 28))
     text_model = tiny.text_model().eval()
     torch.nn.init.constant_(text_model.decoder.norm.weight, float("nan"))
     with pytest.raises(NonFiniteError, match="2 of 2 captions are NaN or infinite: a dog, a cat"):

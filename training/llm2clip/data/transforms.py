@@ -3,8 +3,6 @@
 There are two backends. `exact` decodes with Pillow and resizes as the image processor does. Every image processor that
 this package writes or loads resizes with Pillow (`with_pillow`), bicubic and antialiased, as the original code does.
 `fast` decodes JPEGs to tensors and resizes tensors, which differs from Pillow by one or two of 255 grey levels.
-
-The offset of the centre crop is rounded down, as in transformers; the original rounds half to even (torchvision).
 """
 
 from __future__ import annotations
@@ -55,15 +53,11 @@ def decode_tensor(value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) ->
 
 
 class EvalTransform:
-    """Evaluation transform: prepares an image as the image processor does; returns a (3, H, W) float tensor.
-
-    The usual steps of a CLIPImageProcessor are done here, on the decoded image itself: its call converts every image
-    to an array and back, a fifth more time than `exact` takes, and half as much again as `fast`. The values agree up
-    to float32 rounding. Any other image processor is called.
+    """Evaluation transform: decodes an image, and calls the image processor.
 
     Args:
-        backend: `exact` resizes with the library that the image processor uses; `fast` decodes to tensors and resizes
-            tensors.
+        backend: `exact` decodes with Pillow, and resizes with the library that the image processor uses; `fast`
+            decodes to tensors, and resizes these with torchvision by the settings of the image processor.
 
     Raises:
         ValueError: If the backend is unknown, or is `fast` and the image processor is not a CLIPImageProcessor.
@@ -73,24 +67,17 @@ class EvalTransform:
         if backend not in get_args(ImageBackend):
             raise ValueError(f"backend must be one of {', '.join(get_args(ImageBackend))}, not {backend!r}.")
         self.image_processor, self.backend = image_processor, backend
+        self._called: Any = image_processor
         settings = image_processor.to_dict()
+        if backend == "fast":
+            if type(image_processor) not in (CLIPImageProcessor, CLIPImageProcessorPil):
+                raise ValueError(
+                    "image_backend fast needs a CLIPImageProcessor, but the image processor is a "
+                    f"{type(image_processor).__name__}; use exact."
+                )
+            self._called = CLIPImageProcessor.from_dict(settings)
         size = {side: length for side, length in dict(settings.get("size") or {}).items() if length is not None}
-        self.shortest_edge = size.get("shortest_edge") if settings.get("do_resize") and len(size) == 1 else None
-        self.is_clip = (
-            type(image_processor) in (CLIPImageProcessor, CLIPImageProcessorPil)
-            and self.shortest_edge is not None
-            and settings["resample"] == Image.Resampling.BICUBIC
-            and settings["do_center_crop"]
-            and max(output_size(image_processor)) <= self.shortest_edge
-        )
-        if not self.is_clip and backend == "fast":
-            raise ValueError(
-                "image_backend fast needs the steps of a CLIPImageProcessor (bicubic, shortest edge, center crop)"
-                f", but the image processor is a {type(image_processor).__name__} with other steps; use exact."
-            )
-        if self.is_clip:
-            self.crop, (self.gain, self.offset) = output_size(image_processor), gain_and_offset(settings)
-            self.with_tensors = isinstance(image_processor, CLIPImageProcessor)
+        self._shortest_edge = size.get("shortest_edge") if settings.get("do_resize") and len(size) == 1 else None
 
     def decode(self, value: Any, key: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image | torch.Tensor:
         """Decode an image with the backend; see `decode_image` and `decode_tensor`."""
@@ -102,33 +89,26 @@ class EvalTransform:
         Raises:
             DamagedImageError: If it is so long and narrow that it is too large after resizing its shorter side.
         """
-        height, width = self._resized(image, key)
-        if not self.is_clip:
-            return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
-        pixels: Any = F.resize(
-            _as_tensor(image) if self.with_tensors else image, [height, width], InterpolationMode.BICUBIC
-        )
-        pixels = F.crop(pixels, (height - self.crop[0]) // 2, (width - self.crop[1]) // 2, *self.crop)
-        return scaled(_as_tensor(pixels), self.gain, self.offset)
+        return self.inputs(image, key)["pixel_values"]
 
     def inputs(self, image: Image.Image | torch.Tensor, key: str = "image") -> dict[str, torch.Tensor]:
-        """Prepare all inputs of a model of an RGB image; see [`EvalTransform.__call__`] for the pixels."""
-        if list(self.image_processor.model_input_names) == ["pixel_values"]:
-            return {"pixel_values": self(image, key)}
-        # Towers for images of any size and shape (SigLIP 2 NaFlex) need more than the pixels.
-        return {name: value[0] for name, value in self.image_processor(image, return_tensors="pt").items()}
+        """Prepare all inputs of a model of an RGB image; see [`EvalTransform.__call__`].
 
-    def _resized(self, image: Image.Image | torch.Tensor, key: str) -> tuple[int, int]:
-        """Return height and width before the crop, or those of the image if the shorter side is not resized."""
+        Towers for images of any size and shape (SigLIP 2 NaFlex) need more than the pixels.
+        """
+        self._refuse_narrow(image, key)
+        layout = {"input_data_format": "channels_first"} if isinstance(image, torch.Tensor) else {}
+        return {name: value[0] for name, value in self._called(image, return_tensors="pt", **layout).items()}
+
+    def _refuse_narrow(self, image: Image.Image | torch.Tensor, key: str) -> None:
+        if self._shortest_edge is None:
+            return
         height, width = F.get_size(image)
-        if self.shortest_edge is None:
-            return height, width
-        short, long = self.shortest_edge, int(self.shortest_edge * max(height, width) / min(height, width))
+        short, long = self._shortest_edge, int(self._shortest_edge * max(height, width) / min(height, width))
         if short * long > MAX_RESIZED_PIXELS:
             raise DamagedImageError(
                 key, f"its {width} x {height} pixels are too narrow: resized, they would be {short} x {long}; cut it"
             )
-        return (long, short) if width <= height else (short, long)
 
 
 class TrainTransform:
