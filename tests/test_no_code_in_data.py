@@ -42,8 +42,10 @@ def faults(source: str, reads_yaml: bool = False) -> Iterator[str]:
             name = f"{node.value.id}.{node.attr}"
             if node.value.id == "pickle" and node.attr not in ERRORS:
                 yield f"uses {name}"
-            if node.value.id == "yaml" and (node.attr in LOADERS or (node.attr == "safe_load" and not reads_yaml)):
+            if node.value.id == "yaml" and node.attr in {*LOADERS, "safe_load"} - ({"load"} if reads_yaml else set()):
                 yield f"uses {name}"
+        elif isinstance(node, ast.ClassDef) and reads_yaml and ast.unparse(node.bases[0]) != "yaml.SafeLoader":
+            yield f"{node.name} is no SafeLoader"
         if isinstance(node, ast.Call):
             yield from _call(node)
 
@@ -56,6 +58,8 @@ def _call(node: ast.Call) -> Iterator[str]:
         return isinstance(given, ast.Constant) and given.value is value
 
     called = ast.unparse(node.func)
+    if called == "yaml.load" and ast.unparse(options.get("Loader", ast.Constant(None))) != "_Loader":
+        yield "calls yaml.load with another loader than our safe one"
     if isinstance(node.func, ast.Name) and node.func.id in BUILTINS:
         yield f"calls {called}"
     if called == "torch.load" and not says("weights_only", True):
