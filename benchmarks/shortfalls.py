@@ -25,9 +25,10 @@ SHORTFALLS: dict[str, str] = {
     "R7": "at 5k x 25k, one matrix product alone is 0.038 of the time of CLIP_benchmark on an AMD EPYC. Both "
     "directions come from one product; the rest (counting, gathering, checks) is a tenth of the time. Tried: "
     "tiles of 256 and 512 rows x 512 and 1,024 columns, for the product alone and with the counting.",
-    "R8": "reached in the exact modes, and in fast on an AMD EPYC (0.34). Decoding with Pillow alone is 0.31 of the "
-    "time of open_clip on this Intel processor; ours takes 1.4 of that for decoding and resizing, 1.25 on the "
-    "EPYC. Tried: decoding at a reduced size, see the notes.",
+    "R8": "the saved image processor prepares the images, whatever it costs, so that nothing else decides on their "
+    "pixels: beside it, ours takes no time. It converts each image to an array and back, 1.24 of the time of "
+    "open_clip on an AMD EPYC; our own steps, until November 2026, took 0.96 (fast: 0.53 now, 0.34 then). The crop of "
+    "training is ours, and works on the decoded image. Tried for fast: decoding at a reduced size, see the notes.",
     "R11": "the matrix product of torch (MKL) alone takes as long as the whole search of faiss (OpenBLAS): 0.97 of it "
     "here, 1.06 on an AMD EPYC; selecting the best adds a third (a tenth there). Tried: tiles of 256 to 1,000 "
     "queries x 256 to 32,768 candidates, products in columns of 512 to 2,048, both orders of the product and of "

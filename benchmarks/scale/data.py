@@ -135,6 +135,8 @@ def write_text_tower(folder: Path) -> Path:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
-    LLM2CLIPTextModel(LLM2CLIPTextConfig(decoder_config=decoder, max_text_length=MAX_TOKENS)).save_pretrained(folder)
+    # Without layers no token sees another one, which the probe of attention would refuse.
+    config = LLM2CLIPTextConfig(decoder_config=decoder, max_text_length=MAX_TOKENS, verified_attention=["mask"])
+    LLM2CLIPTextModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
