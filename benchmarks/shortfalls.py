@@ -34,6 +34,8 @@ SHORTFALLS: dict[str, str] = {
     "queries x 256 to 32,768 candidates, products in columns of 512 to 2,048, both orders of the product and of "
     "the selection, groups of 8 to 64 candidates, a transposed copy, numpy's product. The product of oneDNN is "
     "10% faster on the EPYC, but torch offers it for float32 only through a private function.",
+    "R12": "the import of AutoModel alone is 0.66 of the time of sentence-transformers on an AMD EPYC; loading the "
+    "model from its folder and both embeddings add 8% to it.",
     "R15": "a seventh of the time and half of the memory that are allowed. Against faiss: ours writes the rows and "
     "their embeddings to the disk, with digests and an index of the conditions' column, and then trains on what it "
     "reads again; faiss keeps vectors alone, in memory.",

@@ -88,8 +88,8 @@ def main() -> None:
         "bytes_per_caption": _bytes_per_caption(),
         "characters_per_caption": sum(map(len, texts)) / len(texts),
         "cache_bytes_checked_per_second": 2 * CACHE_ROWS * r10_cached_rows.WIDTH / seconds(_checking()),
-        "jpegs_per_second": r08_images.COUNT / seconds(r08_images.ours("exact", True)),
-        "fast_jpegs_per_second": r08_images.COUNT / seconds(r08_images.ours("fast", True)),
+        "jpegs_per_second": r08_images.COUNT / seconds(r08_images.training("exact")),
+        "fast_jpegs_per_second": r08_images.COUNT / seconds(r08_images.training("fast")),
         "cached_rows_per_second": r10_cached_rows.IMAGES / seconds(r10_cached_rows.ours()),
     }
     kept = {name: float(f"{value:.3g}") for name, value in units.items()}

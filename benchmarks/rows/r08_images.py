@@ -81,6 +81,21 @@ def ours(backend: str, pil: bool) -> Work:
     return _work(partial(_ours, backend, pil))
 
 
+def _training(backend: Any) -> Callable[[bytes], Any]:
+    from transformers import CLIPImageProcessorPil
+
+    from llm2clip.data import EvalTransform, TrainTransform
+
+    image_processor = CLIPImageProcessorPil(**_settings())
+    decode, crop = EvalTransform(image_processor, backend).decode, TrainTransform(image_processor)
+    return lambda data: crop(decode(data, "image"), 0)
+
+
+def training(backend: str) -> Work:
+    """Prepare the transform of training with a backend."""
+    return _work(partial(_training, backend))
+
+
 def _open_clip() -> Callable[[bytes], Any]:
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_transform
 

@@ -56,6 +56,12 @@ def test_what_grows_without_bound_is_refused_at_once_in_one_line(
     assert len(error) < 1500
 
 
+def test_a_key_that_is_set_twice_is_refused_with_both_lines() -> None:
+    assert load_yaml("a: {b: 1}\nc: {b: 2}\n") == {"a": {"b": 1}, "c": {"b": 2}}
+    with pytest.raises(ValueError, match=r"'seed' is set twice \(lines 1 and 3\); keep one of them"):
+        load_yaml("seed: 1\nepochs: 2\nseed: 3\n")
+
+
 @pytest.mark.parametrize("text", ["a: !!bool maybe", "a: !!timestamp soon", "a: !!int ''", "a: !!float x", "a: *b"])
 def test_a_value_that_does_not_fit_its_tag_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match=r"\w"):

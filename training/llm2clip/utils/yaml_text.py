@@ -11,7 +11,7 @@ MAX_DEPTH = 64
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses deep values, and aliases (`*name`): in a few lines, they can stand for billions of values."""
+    """Refuses repeated keys, deep values, and aliases (`*name`), which can stand for billions of values."""
 
     depth = 0
 
@@ -26,6 +26,14 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                raise ValueError(f"{key.value!r} is set twice (lines {lines[key.value]} and {line}); keep one of them")
+        return super().construct_mapping(node, deep)
 
 
 def load_yaml(text: str) -> Any:
