@@ -60,6 +60,8 @@ def test_a_key_that_is_set_twice_is_refused_with_both_lines() -> None:
     assert load_yaml("a: {b: 1}\nc: {b: 2}\n") == {"a": {"b": 1}, "c": {"b": 2}}
     with pytest.raises(ValueError, match=r"'seed' is set twice \(lines 1 and 3\); keep one of them"):
         load_yaml("seed: 1\nepochs: 2\nseed: 3\n")
+    with pytest.raises(ValueError, match=r"'a' is set twice \(lines 1 and 1\)"):
+        load_yaml("{a: 1, a: 1}")
 
 
 @pytest.mark.parametrize("text", ["a: !!bool maybe", "a: !!timestamp soon", "a: !!int ''", "a: !!float x", "a: *b"])

@@ -31,8 +31,11 @@ class _Loader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in lines:
                 raise ValueError(f"{key.value!r} is set twice (lines {lines[key.value]} and {line}); keep one of them")
+            lines[key.value] = line
         return super().construct_mapping(node, deep)
 
 
