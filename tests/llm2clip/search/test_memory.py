@@ -71,7 +71,7 @@ def pretend_embedded(folder: Path, model: Path, output: Path, count: int) -> Non
     manifest = IndexManifest(
         model=str(model),
         revision=None,
-        vision_fingerprint=embedder.fingerprint(),
+        vision_fingerprint=embedder.image_fingerprint(),
         width=embedder.width,
         dtype="float16",
         source=images.source,
