@@ -95,7 +95,7 @@ def _measured(width: int, image: float) -> list[str]:
         f"{measured['cache_bytes_checked_per_second'] / 1e9:.2f} GB/s | {check:,.0f} minutes for the 8B LLM's |",
         f"| stage 2 finds captions in the open cache | {rows:,.0f} captions/s | "
         f"{index:.1f} GB of index, which all processes map |",
-        f"| it decodes and crops JPEGs of 500 to 1,500 pixels to 336 x 336, `exact` | {exact:,.0f} images/s | "
+        f"| it decodes and resizes JPEGs of 500 to 1,500 pixels to 336 x 336, `exact` | {exact:,.0f} images/s | "
         f"{rate / exact:.1f} cores for each GPU that trains EVA02-L/14-336 ({rate:,.0f} images/s) |",
         f"| the same, `fast` | {fast:,.0f} images/s | {rate / fast:.1f} cores for each GPU |",
     ]
