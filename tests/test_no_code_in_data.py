@@ -24,6 +24,7 @@ UNPACKING = {"extract", "extractall", "unpack_archive"}
 REMOTE = "trusts remote code"
 LOADERS = {"load", "load_all", "full_load", "unsafe_load", "full_load_all", "unsafe_load_all", "safe_load_all"}
 # The one place that reads YAML of others.
+SAFE_LOADERS = {"yaml.SafeLoader", "_Loader"}
 YAML_READER = ROOT / "training" / "llm2clip" / "utils" / "yaml_text.py"
 
 
@@ -44,7 +45,7 @@ def faults(source: str, reads_yaml: bool = False) -> Iterator[str]:
                 yield f"uses {name}"
             if node.value.id == "yaml" and node.attr in {*LOADERS, "safe_load"} - ({"load"} if reads_yaml else set()):
                 yield f"uses {name}"
-        elif isinstance(node, ast.ClassDef) and reads_yaml and ast.unparse(node.bases[0]) != "yaml.SafeLoader":
+        elif isinstance(node, ast.ClassDef) and reads_yaml and ast.unparse(node.bases[0]) not in SAFE_LOADERS:
             yield f"{node.name} is no SafeLoader"
         if isinstance(node, ast.Call):
             yield from _call(node)
@@ -58,8 +59,10 @@ def _call(node: ast.Call) -> Iterator[str]:
         return isinstance(given, ast.Constant) and given.value is value
 
     called = ast.unparse(node.func)
-    if called == "yaml.load" and ast.unparse(options.get("Loader", ast.Constant(None))) != "_Loader":
-        yield "calls yaml.load with another loader than our safe one"
+    loader = options.get("Loader", ast.Constant(None))
+    loaders = (loader.body, loader.orelse) if isinstance(loader, ast.IfExp) else (loader,)
+    if called == "yaml.load" and not {ast.unparse(one) for one in loaders} <= {"_Loader", "_UniqueLoader"}:
+        yield "calls yaml.load with another loader than our safe ones"
     if isinstance(node.func, ast.Name) and node.func.id in BUILTINS:
         yield f"calls {called}"
     if called == "torch.load" and not says("weights_only", True):

@@ -57,11 +57,18 @@ def test_what_grows_without_bound_is_refused_at_once_in_one_line(
 
 
 def test_a_key_that_is_set_twice_is_refused_with_both_lines() -> None:
-    assert load_yaml("a: {b: 1}\nc: {b: 2}\n") == {"a": {"b": 1}, "c": {"b": 2}}
+    assert load_yaml("a: {b: 1}\nc: {b: 2}\n", unique_keys=True) == {"a": {"b": 1}, "c": {"b": 2}}
+    assert load_yaml("license: mit\nlicense: other\n") == {"license": "other"}  # a card that others wrote
     with pytest.raises(ValueError, match=r"'seed' is set twice \(lines 1 and 3\); keep one of them"):
-        load_yaml("seed: 1\nepochs: 2\nseed: 3\n")
+        load_yaml("seed: 1\nepochs: 2\nseed: 3\n", unique_keys=True)
     with pytest.raises(ValueError, match=r"'a' is set twice \(lines 1 and 1\)"):
-        load_yaml("{a: 1, a: 1}")
+        load_yaml("{a: 1, a: 1}", unique_keys=True)
+
+
+def test_a_recipe_that_sets_a_field_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("seed: 1\nseed: 2\n")
+    with pytest.raises(ValueError, match=r"'seed' is set twice \(lines 1 and 2\)"):
+        load_recipe(tmp_path / "recipe.yaml")
 
 
 @pytest.mark.parametrize("text", ["a: !!bool maybe", "a: !!timestamp soon", "a: !!int ''", "a: !!float x", "a: *b"])

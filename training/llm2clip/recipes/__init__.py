@@ -39,7 +39,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open(encoding="utf-8") as file:
-            fields = load_yaml(file.read(MAX_CHARACTERS + 1))
+            fields = load_yaml(file.read(MAX_CHARACTERS + 1), unique_keys=True)
     except ValueError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(fields, dict):

@@ -11,7 +11,7 @@ MAX_DEPTH = 64
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses repeated keys, deep values, and aliases (`*name`), which can stand for billions of values."""
+    """Refuses deep values, and aliases (`*name`): in a few lines, they can stand for billions of values."""
 
     depth = 0
 
@@ -27,6 +27,10 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+
+class _UniqueLoader(_Loader):
+    """Refuses repeated keys too, of which the last one would count."""
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
         for key, _ in node.value:
@@ -39,8 +43,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_yaml(text: str) -> Any:
+def load_yaml(text: str, unique_keys: bool = False) -> Any:
     """Read a YAML document of plain values.
+
+    Args:
+        unique_keys: Refuse a key that is set twice.
 
     Raises:
         ValueError: It is not YAML, or has other values than plain ones, or is too long or too deep; the message says
@@ -49,7 +56,7 @@ def load_yaml(text: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"it has {len(text):,} characters, and at most {MAX_CHARACTERS:,} are read")
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_UniqueLoader if unique_keys else _Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     except (AttributeError, IndexError, KeyError, TypeError) as error:
