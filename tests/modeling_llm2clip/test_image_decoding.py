@@ -15,17 +15,7 @@ from PIL import Image, ImageOps
 
 from modeling_llm2clip.image_decoding_llm2clip import DamagedImageError, decode_image
 from tests.llm2clip.data.conftest import png
-
-
-def _encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def _noise(height: int = 24, width: int = 30) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+from tests.pictures import encode, noise
 
 
 def test_all_types_of_image_values_decode_to_the_same_pixels(tmp_path: Path) -> None:
@@ -61,14 +51,14 @@ def _header_bomb() -> bytes:
     [
         (b"", "zero bytes"),
         (b"this is not an image", "does not recognize its format"),
-        (_encode(_noise())[:-200], "truncated|broken|OSError"),
-        (_encode(_noise(), "JPEG")[:300], "[Tt]runcated"),
+        (encode(noise())[:-200], "truncated|broken|OSError"),
+        (encode(noise(), "JPEG")[:300], "[Tt]runcated"),
         (None, "missing"),
         ({"bytes": None, "path": None}, "missing"),
         ("/no/such/file.png", "'/no/such/file.png' does not exist"),
         (Image.new("RGB", (0, 5)), "0 x 5 pixels"),
         (_header_bomb(), "200000 x 200000 pixels|DecompressionBomb"),
-        (_encode(Image.fromarray(np.zeros((4, 4), dtype=np.float32)), "TIFF"), "no defined white point"),
+        (encode(Image.fromarray(np.zeros((4, 4), dtype=np.float32)), "TIFF"), "no defined white point"),
         (3.5, "TypeError"),
     ],
 )
@@ -95,33 +85,33 @@ def test_transparency_is_composited_on_white() -> None:
     image = Image.new("RGBA", (2, 1))
     image.putpixel((0, 0), (255, 0, 0, 255))
     image.putpixel((1, 0), (0, 0, 0, 0))
-    for encoded in (_encode(image), _encode(image, "WEBP", lossless=True), _encode(image.quantize())):
+    for encoded in (encode(image), encode(image, "WEBP", lossless=True), encode(image.quantize())):
         assert [decode_image(encoded, "k").getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
     half = Image.new("LA", (1, 1), (0, 128))
-    assert decode_image(_encode(half), "k").getpixel((0, 0)) == (127, 127, 127)
-    keyed = _encode(Image.new("RGB", (1, 1), (9, 9, 9)), transparency=(9, 9, 9))
+    assert decode_image(encode(half), "k").getpixel((0, 0)) == (127, 127, 127)
+    keyed = encode(Image.new("RGB", (1, 1), (9, 9, 9)), transparency=(9, 9, 9))
     assert decode_image(keyed, "k").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_other_modes_are_converted_to_rgb_with_their_values() -> None:
-    palette = _noise().quantize(16)
-    np.testing.assert_array_equal(np.asarray(decode_image(_encode(palette), "k")), np.asarray(palette.convert("RGB")))
-    assert decode_image(_encode(Image.new("1", (2, 2), 1)), "k").getpixel((0, 0)) == (255, 255, 255)
-    assert decode_image(_encode(Image.new("CMYK", (2, 2), (0, 255, 255, 0)), "TIFF"), "k").getpixel((0, 0)) == (
+    palette = noise().quantize(16)
+    np.testing.assert_array_equal(np.asarray(decode_image(encode(palette), "k")), np.asarray(palette.convert("RGB")))
+    assert decode_image(encode(Image.new("1", (2, 2), 1)), "k").getpixel((0, 0)) == (255, 255, 255)
+    assert decode_image(encode(Image.new("CMYK", (2, 2), (0, 255, 255, 0)), "TIFF"), "k").getpixel((0, 0)) == (
         255,
         0,
         0,
     )
-    assert decode_image(_encode(Image.new("L", (2, 2), 77)), "k").getpixel((0, 0)) == (77, 77, 77)
+    assert decode_image(encode(Image.new("L", (2, 2), 77)), "k").getpixel((0, 0)) == (77, 77, 77)
     sixteen = Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16))
-    assert [decode_image(_encode(sixteen), "k").getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+    assert [decode_image(encode(sixteen), "k").getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = _encode(_noise(), "PNG", exif=exif)
+    data = encode(noise(), "PNG", exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     np.testing.assert_array_equal(np.asarray(decode_image(data, "k")), np.asarray(expected))
 
@@ -143,6 +133,6 @@ def test_servers_are_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
 def test_an_image_with_broken_exif_is_upright(kind: str, block: bytes) -> None:
     # With the beginning of a TIFF file whose tags are missing, Pillow fails elsewhere.
-    data = _encode(_noise(), kind, exif=b"Exif\x00\x00" + block)
+    data = encode(noise(), kind, exif=b"Exif\x00\x00" + block)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     np.testing.assert_array_equal(np.asarray(decode_image(data, "k")), expected)

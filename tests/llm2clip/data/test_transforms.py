@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import pickle
 from typing import Any
 
@@ -16,26 +15,15 @@ from transformers import CLIPImageProcessor, CLIPImageProcessorPil, SiglipImageP
 from llm2clip.data import DamagedImageError, EvalTransform, TrainTransform, decode_image
 from llm2clip.data.transforms import decode_tensor, output_size
 from tests.golden import load_golden
+from tests.pictures import encode, noise
 
 from .conftest import SIZE
-
-
-def _encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def _noise(height: int = 24, width: int = 30) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
 
 PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]
 
 
 def _photo(width: int, height: int, number: int = 0, **options: Any) -> bytes:
-    return _encode(PHOTOS[number].resize((width, height), Image.Resampling.BICUBIC), "JPEG", quality=90, **options)
+    return encode(PHOTOS[number].resize((width, height), Image.Resampling.BICUBIC), "JPEG", quality=90, **options)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +44,8 @@ def test_too_narrow_image_raises_before_resizing(image_processor: Any) -> None:
 def test_the_image_processor_is_called() -> None:
     other = SiglipImageProcessor(size={"height": 32, "width": 48})
     for image_processor in (other, CLIPImageProcessor(), CLIPImageProcessorPil(size={"shortest_edge": 300})):
-        expected = torch.as_tensor(image_processor(_noise(), return_tensors="pt")["pixel_values"][0])
-        torch.testing.assert_close(EvalTransform(image_processor)(_noise()), expected)
+        expected = torch.as_tensor(image_processor(noise(), return_tensors="pt")["pixel_values"][0])
+        torch.testing.assert_close(EvalTransform(image_processor)(noise()), expected)
     with pytest.raises(ValueError, match=r"the image processor is a SiglipImageProcessor.*use exact"):
         EvalTransform(other, "fast")
     with pytest.raises(ValueError, match="exact, fast, not 'quick'"):
@@ -86,17 +74,17 @@ def test_fast_backend_is_within_two_grey_levels_on_photographs(kind: Any, size: 
 
 
 def test_decode_tensor_equals_decode_image_for_formats_modes_and_errors() -> None:
-    broken = _encode(_noise(), "JPEG", exif=b"Exif\x00\x00not a TIFF file")
+    broken = encode(noise(), "JPEG", exif=b"Exif\x00\x00not a TIFF file")
     assert decode_tensor(broken, "k").shape == (3, 24, 30)
     exif = Image.Exif()
     exif[0x0112] = 6
     images = [
         _photo(80, 60),
         _photo(80, 60, exif=exif),
-        _encode(PHOTOS[0].convert("L"), "JPEG"),
-        _encode(PHOTOS[0].convert("CMYK"), "JPEG"),
-        _encode(_noise()),
-        _encode(_noise().quantize(16)),
+        encode(PHOTOS[0].convert("L"), "JPEG"),
+        encode(PHOTOS[0].convert("CMYK"), "JPEG"),
+        encode(noise()),
+        encode(noise().quantize(16)),
         PHOTOS[0],
     ]
     for data in images:
@@ -113,18 +101,18 @@ def test_decode_tensor_equals_decode_image_for_formats_modes_and_errors() -> Non
 def test_crop_depends_only_on_the_seed(image_processor: CLIPImageProcessorPil) -> None:
     transform = TrainTransform(image_processor, scale=(0.3, 1.0))
     state = torch.get_rng_state()
-    first = transform(_noise(), 5)
+    first = transform(noise(), 5)
     torch.rand(3)
-    assert torch.equal(first, transform(_noise(), 5))
-    assert not torch.equal(first, transform(_noise(), 6))
+    assert torch.equal(first, transform(noise(), 5))
+    assert not torch.equal(first, transform(noise(), 6))
     torch.set_rng_state(state)
-    transform(_noise(), 5)
+    transform(noise(), 5)
     assert torch.equal(state, torch.get_rng_state())
-    assert torch.equal(first, pickle.loads(pickle.dumps(transform))(_noise(), 5))
+    assert torch.equal(first, pickle.loads(pickle.dumps(transform))(noise(), 5))
 
 
 def test_crop_has_the_published_scale_and_ratio(image_processor: CLIPImageProcessorPil) -> None:
-    image = _noise(90, 120)
+    image = noise(90, 120)
     torch.manual_seed(11)
     top, left, height, width = RandomResizedCrop.get_params(image, [0.9, 1.0], [3 / 4, 4 / 3])
     crop = image.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
@@ -136,7 +124,7 @@ def test_crop_has_the_published_scale_and_ratio(image_processor: CLIPImageProces
 
 
 def test_crop_of_the_whole_image_equals_the_eval_transform(image_processor: CLIPImageProcessorPil) -> None:
-    square = _noise(40, 40)
+    square = noise(40, 40)
     pixels = TrainTransform(image_processor, scale=(1.0, 1.0), ratio=(1.0, 1.0))(square, 0)
     torch.testing.assert_close(pixels, EvalTransform(image_processor)(square), atol=1e-5, rtol=1e-5)
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,23 +200,22 @@ def _in_ranks(world: int, work: Callable[[int, Callable[[], None]], None]) -> li
     return errors
 
 
+def _build_in_ranks(folder: Path, asked: dict[int, list[str]]) -> None:
+    """Build a cache with as many ranks as `asked` has, which notes what each embeds."""
+
+    def work(rank: int, barrier: Callable[[], None]) -> None:
+        options: dict[str, Any] = {"rank": rank, "world_size": len(asked), "barrier": barrier}
+        build(folder, TEXTS, _noting(asked[rank]), show_progress_bar=False, **options)
+        assert len(EmbeddingCache.open(folder)) == len(TEXTS)
+
+    assert _in_ranks(len(asked), work) == []
+
+
 def test_shards_are_distributed_over_ranks_with_an_equal_cache(tmp_path: Path) -> None:
     build(tmp_path / "one", TEXTS)
     asked: dict[int, list[str]] = {0: [], 1: [], 2: []}
 
-    def work(rank: int, barrier: Callable[[], None]) -> None:
-        build(
-            tmp_path / "three",
-            TEXTS,
-            _noting(asked[rank]),
-            rank=rank,
-            world_size=3,
-            barrier=barrier,
-            show_progress_bar=False,
-        )
-        assert len(EmbeddingCache.open(tmp_path / "three")) == 37
-
-    assert _in_ranks(3, work) == []
+    _build_in_ranks(tmp_path / "three", asked)
     assert _contents(tmp_path / "three") == _contents(tmp_path / "one")
     assert asked == {0: TEXTS[:10] + TEXTS[30:], 1: TEXTS[10:20], 2: TEXTS[20:30]}
 
@@ -227,18 +227,7 @@ def test_missing_shards_of_a_killed_build_are_distributed_over_all_ranks(tmp_pat
         (tmp_path / "two" / f"shard-0000{number}.safetensors").unlink()
     asked: dict[int, list[str]] = {0: [], 1: []}
 
-    def work(rank: int, barrier: Callable[[], None]) -> None:
-        build(
-            tmp_path / "two",
-            TEXTS,
-            _noting(asked[rank]),
-            rank=rank,
-            world_size=2,
-            barrier=barrier,
-            show_progress_bar=False,
-        )
-
-    assert _in_ranks(2, work) == []
+    _build_in_ranks(tmp_path / "two", asked)
     assert asked == {0: TEXTS[10:20], 1: TEXTS[30:]}
     assert _contents(tmp_path / "two") == _contents(tmp_path / "one")
 

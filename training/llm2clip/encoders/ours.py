@@ -44,7 +44,7 @@ class OurEncoder(Encoder):
     Args:
         model: The loaded model, in evaluation mode.
         processor: Its processor, tokenizer or image processor.
-        name, revision, commit: Hub id or folder of the model; branch, tag or commit on the Hub, and the commit itself.
+        name, revision: Hub id or folder of the model; branch, tag or commit on the Hub.
         image_backend: Library that decodes and resizes images; see [`EvalTransform`].
         batch_size: Largest number of texts per forward pass; the default is as many as their tokens allow: 512 padded
             tokens on a CPU, 16,384 elsewhere.
@@ -58,7 +58,6 @@ class OurEncoder(Encoder):
         processor: Any,
         name: str = "",
         revision: str | None = None,
-        commit: str | None = None,
         image_backend: ImageBackend = "exact",
         batch_size: int | None = None,
     ) -> None:
@@ -68,7 +67,7 @@ class OurEncoder(Encoder):
         self.text_config = model.config.text_config if self.is_joint else model.config
         width = model.config.hidden_size if kind == LLM2CLIPTextConfig.model_type else model.config.projection_dim
         dtype = str(model.dtype).removeprefix("torch.")
-        super().__init__(name, model, width, execution_device(model), dtype, commit, batch_size)
+        super().__init__(name, model, width, execution_device(model), dtype, None, batch_size)
         self.revision, self.image_backend = revision, image_backend
         is_image_processor = isinstance(processor, ImageProcessingMixin)
         self.tokenizer: Any = getattr(processor, "tokenizer", None if is_image_processor else processor)
@@ -122,8 +121,13 @@ class OurEncoder(Encoder):
             if not half:
                 processor = LLM2CLIPProcessor(processor, AutoTokenizer.from_pretrained(name, revision=revision))
         model = model.to(device or process_state().device).eval()
-        commit = hub_commit(name, revision)
-        return cls(model, processor, name, revision, commit, image_backend, batch_size)
+        return cls(model, processor, name, revision, image_backend, batch_size)
+
+    def identity(self) -> dict[str, str]:
+        """See [`Encoder.identity`]; the Hub is only asked here, for the commit."""
+        if self.commit is None and self.name:
+            self.commit = hub_commit(self.name, self.revision)
+        return super().identity()
 
     def settings(self) -> dict[str, Any]:
         found = {} if self.transform is None else {"vision": self.image_fingerprint()}
