@@ -165,8 +165,7 @@ def embed_images(
 
 def _open(model: Any, processor: Any, device: torch.device | str | None, need: str) -> OurEncoder:
     if isinstance(model, (str, Path)):
-        encoder = OurEncoder.load(os.fspath(model), None, [need], device=device)
-        return encoder if processor is None else OurEncoder(encoder.model, processor, encoder.name)
+        return OurEncoder.load(os.fspath(model), None, [need], processor=processor, device=device)
     if processor is None:
         raise ValueError("a loaded model needs its processor too: AutoProcessor.from_pretrained(...).")
     return OurEncoder((model if device is None else model.to(device)).eval(), processor)

@@ -31,7 +31,13 @@ from modeling_llm2clip import (
     with_pillow,
 )
 from modeling_llm2clip.identity_llm2clip import RULE
-from modeling_llm2clip.modeling_llm2clip_utils import encode_tokens, execution_device, unit_features
+from modeling_llm2clip.modeling_llm2clip_utils import (
+    encode_pixels,
+    encode_tokens,
+    execution_device,
+    hub_arguments,
+    unit_features,
+)
 from modeling_llm2clip.tokenization_llm2clip import CaptionTokens, tokenize_captions
 
 TEXT_KINDS = (RepoKind.JOINT, RepoKind.TEXT_TOWER, RepoKind.EMBEDDING_MODEL)
@@ -67,7 +73,7 @@ class OurEncoder(Encoder):
         self.text_config = model.config.text_config if self.is_joint else model.config
         width = model.config.hidden_size if kind == LLM2CLIPTextConfig.model_type else model.config.projection_dim
         dtype = str(model.dtype).removeprefix("torch.")
-        super().__init__(name, model, width, execution_device(model), dtype, None, batch_size)
+        super().__init__(name or model.name_or_path, model, width, execution_device(model), dtype, None, batch_size)
         self.revision, self.image_backend = revision, image_backend
         is_image_processor = isinstance(processor, ImageProcessingMixin)
         self.tokenizer: Any = getattr(processor, "tokenizer", None if is_image_processor else processor)
@@ -84,6 +90,7 @@ class OurEncoder(Encoder):
         revision: str | None = None,
         needs: Sequence[str] = (),
         *,
+        processor: Any = None,
         device: torch.device | str | None = None,
         image_backend: ImageBackend = "exact",
         batch_size: int | None = None,
@@ -94,8 +101,9 @@ class OurEncoder(Encoder):
 
         Args:
             name, revision, image_backend, batch_size: See [`OurEncoder`].
-            needs: What it has to embed: `image`, `text` or both. For images alone only the vision half is loaded. The
-                default takes what there is.
+            needs: What it has to embed: `image`, `text` or both. For images alone only the vision half is loaded, for
+                texts alone no image processor. The default takes what there is.
+            processor: Replaces the one that is saved with the model; see [`OurEncoder`].
             device: Device of the model; the default is a GPU if there is one.
             hint: End of the error for a model of another kind.
             options: Passed to `from_pretrained`, such as `dtype`.
@@ -107,20 +115,20 @@ class OurEncoder(Encoder):
         kinds = [kind for kind in RepoKind if kind in TEXT_KINDS or kind in IMAGE_KINDS]
         for need, allowed in (("text", TEXT_KINDS), ("image", IMAGE_KINDS)):
             kinds = [kind for kind in kinds if need not in needs or kind in allowed]
-        repo = inspect_repo(name, revision).require(*kinds, **({} if hint is None else {"hint": hint}))
+        where: dict[str, Any] = {"revision": revision, **hub_arguments(options)}
+        repo = inspect_repo(name, **where).require(*kinds, **({} if hint is None else {"hint": hint}))
         refuse_changed_model(name)
-        processor: Any
+        saved: Any
         model: Any
         if repo.kind not in IMAGE_KINDS:
-            model, processor = open_text_tower(name, revision=revision, **options)
+            model, saved = open_text_tower(name, revision=revision, **options)
         else:
             half = repo.kind is RepoKind.VISION_HALF or list(needs) == ["image"]
             kind: Any = LLM2CLIPVisionModelWithProjection if half else LLM2CLIPModel
             model = kind.from_pretrained(name, revision=revision, **options)
-            processor = with_pillow(AutoImageProcessor.from_pretrained(name, revision=revision))
-            if not half:
-                processor = LLM2CLIPProcessor(processor, AutoTokenizer.from_pretrained(name, revision=revision))
+            saved = None if processor is not None else _saved_processor(name, half, needs, where)
         model = model.to(device or process_state().device).eval()
+        processor = saved if processor is None else processor
         return cls(model, processor, name, revision, image_backend, batch_size)
 
     def identity(self) -> dict[str, str]:
@@ -131,6 +139,8 @@ class OurEncoder(Encoder):
 
     def settings(self) -> dict[str, Any]:
         found = {} if self.transform is None else {"vision": self.image_fingerprint()}
+        if self.image_backend != "exact":
+            found["image_backend"] = self.image_backend
         return found if self.tokenizer is None else found | self._text_settings()
 
     def fingerprint(self) -> str:
@@ -144,7 +154,7 @@ class OurEncoder(Encoder):
         return self._fingerprint
 
     def image_fingerprint(self) -> str:
-        """Identify the weights and the preprocessing of images; see [`vision_fingerprint`]."""
+        """Identify the weights and the saved preprocessing of images, not the backend; see [`vision_fingerprint`]."""
         return vision_fingerprint(self.model, self._images().image_processor)
 
     def text_fingerprint(self) -> str:
@@ -167,12 +177,21 @@ class OurEncoder(Encoder):
         return processor_statistics(self._images().image_processor)
 
     def _images(self) -> EvalTransform:
+        if not self.is_joint:
+            raise ValueError(f"{self._given} is a text tower, which does not embed images.")
         if self.transform is None:
-            raise ValueError(f"{self.name} is a text tower, which does not embed images.")
+            raise ValueError(f"the processor given with {self._given} has no image processor, which images need.")
         return self.transform
 
     def prepare(self, image: Any, key: str) -> dict[str, Tensor]:
         return self._images().inputs(image, key)
+
+    @property
+    def _given(self) -> str:
+        return self.name or type(self.model).__name__
+
+    def forward_images(self, inputs: dict[str, Tensor]) -> Tensor:
+        return next(encode_pixels(self.model, [inputs]))
 
     def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.model.get_image_features(**self._on_device(inputs)).pooler_output
@@ -228,8 +247,10 @@ class OurEncoder(Encoder):
         return self._encode(tokens, None, False)
 
     def _texts(self) -> Any:
+        if self.is_joint and not hasattr(self.model, "text_adapter"):
+            raise ValueError(f"{self._given} is the vision half of a model, which does not embed texts.")
         if self.tokenizer is None:
-            raise ValueError(f"{self.name} is the vision half of a model, which does not embed texts.")
+            raise ValueError(f"the processor given with {self._given} has no tokenizer, which texts need.")
         return self.tokenizer
 
     def _encode(self, tokens: CaptionTokens, batch_size: int | None, show: bool) -> Tensor:
@@ -269,3 +290,13 @@ class OurEncoder(Encoder):
         stripped = [text.strip() for text in texts]
         ids = tokenizer(stripped, truncation=False, verbose=False)["input_ids"] if texts else []
         return compared_lengths([len(row) for row in ids], tokenizer.model_max_length)
+
+
+def _saved_processor(name: str, is_half: bool, needs: Sequence[str], where: dict[str, Any]) -> Any:
+    """Load what is needed of the processor of an LLM2CLIP model."""
+    if list(needs) == ["text"]:
+        return AutoTokenizer.from_pretrained(name, **where)
+    image_processor = AutoImageProcessor.from_pretrained(name, **where)
+    if is_half:
+        return with_pillow(image_processor)
+    return LLM2CLIPProcessor(image_processor, AutoTokenizer.from_pretrained(name, **where))

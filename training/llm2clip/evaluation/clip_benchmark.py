@@ -44,7 +44,7 @@ class CLIPBenchmarkModel(nn.Module):
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Embed texts: unit rows `(texts, width)`."""
-        return self.encoder.encode_text(texts).to(self.encoder.device)
+        return self.encoder.encode_text(texts).to(self.model.logit_scale.device)
 
 
 class CLIPBenchmarkTransform:
@@ -58,7 +58,10 @@ class CLIPBenchmarkTransform:
 
 
 class CLIPBenchmarkTexts(list[str]):
-    """Texts in the place of tokens: the encoder tokenises them itself."""
+    """Texts in the place of tokens: the encoder tokenises them itself. One string counts as a list of one."""
+
+    def __init__(self, texts: Sequence[str] | str) -> None:
+        super().__init__([texts] if isinstance(texts, str) else texts)
 
     def to(self, device: Any) -> CLIPBenchmarkTexts:
         """Return the texts, which are on no device."""

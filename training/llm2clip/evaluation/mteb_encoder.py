@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from llm2clip.data import OnError
 from llm2clip.encoders import OurEncoder
+from llm2clip.encoders.ours import TEXT_KINDS
 from llm2clip.utils.progress import track
-from llm2clip.utils.repos import hub_commit
+from llm2clip.utils.repos import hub_commit, inspect_repo
 
 try:
     from mteb.models.abs_encoder import AbsEncoder
@@ -58,7 +59,8 @@ class LLM2CLIPEncoder(AbsEncoder):
         if on_empty not in ("raise", "skip"):
             raise ValueError(f"on_empty must be 'raise' or 'skip', not {on_empty!r}.")
         self.on_empty = on_empty
-        self.encoder = OurEncoder.load(model_name, revision, ["text"], device=device, **kwargs)
+        inspect_repo(model_name, revision).require(*TEXT_KINDS)
+        self.encoder = OurEncoder.load(model_name, revision, device=device, **kwargs)
         self.model = self.encoder.model
         modalities = ["text"]
         if self.encoder.is_joint:

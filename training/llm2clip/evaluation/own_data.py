@@ -67,7 +67,8 @@ def open_retrieval(
         model_config = cast(LLM2CLIPConfig, model.config)
         embed = open_cache_of_model(config.embedding_cache, model_config, processor.tokenizer, is_trained=True).lookup
     else:
-        embed = partial(OurEncoder(model.text_model, processor).embed, batch_size=config.batch_size)
+        encoder = OurEncoder(model.text_model, processor)
+        embed = partial(encoder.embed, batch_size=config.batch_size, show_progress_bar=True)
     llm_embeds = embed(retrieval.captions)
     options: dict[str, Any] = {"batch_size": config.batch_size, "num_workers": config.num_workers or 0}
     return partial(retrieval, model, lambda captions: llm_embeds, **options, show_progress_bar=True)
