@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
@@ -20,6 +21,7 @@ from llm2clip import (
     Stage2Config,
     Stage2Trainer,
 )
+from llm2clip.data import DamagedImageError
 from tests.llm2clip.conftest import Inputs
 
 Rows = list[dict[str, Any]]
@@ -96,6 +98,34 @@ def test_stage2_trains_on_any_torch_data_set(kind: type, inputs: Inputs, tmp_pat
     trainer.save_model(str(tmp_path / "saved"))
     saved = AutoModel.from_pretrained(tmp_path / "saved", text_model=False).state_dict()
     assert all(value.equal(saved[name]) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_an_evaluation_whose_last_batch_is_one_damaged_image_counts_the_others(
+    with_ids: bool, inputs: Inputs, tmp_path: Path
+) -> None:
+    folder = joint_model(inputs, tmp_path / "model")
+    model, processor = LLM2CLIPModel.from_pretrained(folder, text_model=False), AutoProcessor.from_pretrained(folder)
+    embeds = torch.randn(9, model.config.text_config.hidden_size)
+    images: list[Any] = [Image.effect_noise((30, 30), 80).convert("RGB") for _ in range(8)]
+    rows: Rows = [{"image": x, "llm_embeds": y} for x, y in zip([*images, b"damaged"], embeds, strict=True)]
+    if with_ids:
+        rows = [{**row, "caption_id": number} for number, row in enumerate(rows)]
+    config = Stage2Config(**settings(tmp_path / "out"), on_error="skip", per_device_eval_batch_size=8)
+    trainer = Stage2Trainer(
+        model=model, args=config, train_dataset=MapRows(rows), eval_dataset=MapRows(rows), processing_class=processor
+    )
+    assert trainer.evaluate()["eval_num_texts"] == 8
+
+
+def test_max_pixels_counts_for_own_rows_too(inputs: Inputs, tmp_path: Path) -> None:
+    processor = AutoProcessor.from_pretrained(joint_model(inputs, tmp_path / "model"))
+    model = LLM2CLIPModel.from_pretrained(tmp_path / "model", text_model=False)
+    config = Stage2Config(**settings(tmp_path / "out"), max_pixels=899)
+    trainer = Stage2Trainer(model=model, args=config, train_dataset=MapRows([]), processing_class=processor)
+    row = {"image": Image.new("RGB", (30, 30)), "llm_embeds": torch.ones(model.config.text_config.hidden_size)}
+    with pytest.raises(DamagedImageError, match=r"30 x 30 pixels exceed max_pixels \(899\)"):
+        trainer.data_collator([row])
 
 
 def test_stage2_trains_on_images_and_captions_with_the_llm_online(inputs: Inputs, tmp_path: Path) -> None:

@@ -108,6 +108,15 @@ def test_changed_shards_are_refused(inputs: Inputs, tmp_path: Path) -> None:
     run(folder, inputs, tars, resume=True, max_steps=3, ignore_data_skip=True, resume_anyway=True)
 
 
+def test_another_order_is_refused_also_with_resume_anyway(inputs: Inputs, tars: str, tmp_path: Path) -> None:
+    run(tmp_path / "unbroken", inputs, tars, max_steps=3)
+    folder = broken_after(tmp_path / "unbroken", tmp_path / "run", 2)
+    changes: dict[str, Any] = {"shuffle_block": 7, "resume": True, "max_steps": 3, "resume_anyway": True}
+    with pytest.raises(ValueError, match=r"a stream with shuffle_blocks \[\d+\], now it is \[7\]"):
+        run(folder, inputs, tars, **changes)
+    run(folder, inputs, tars, **changes, ignore_data_skip=True)
+
+
 def test_a_checkpoint_without_the_rows_starts_the_stream_over(
     inputs: Inputs, tars: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

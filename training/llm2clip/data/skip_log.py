@@ -32,7 +32,7 @@ class SkipLog:
             content = self.path.read_bytes() if self.path.exists() else b""
             whole = content[: content.rfind(b"\n") + 1]
             if len(whole) < len(content):  # the last line is incomplete: the run was killed
-                self.path.write_bytes(whole)
+                os.truncate(self.path, len(whole))
             with wrap_read_errors(self.path, ValueError):
                 self._unreported = [str(json.loads(line)["key"]) for line in whole.splitlines()]
             self._known = set(self._unreported)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llm2clip.data.captioned_images import NO_EMBEDDING, OnError, RowCaptions, SkippedSample
 from llm2clip.store.store import EmbeddingCache
-from modeling_llm2clip.image_decoding_llm2clip import SampleError, decode_image
+from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError, decode_image
 
 TOKEN_FIELDS = ("input_ids", "attention_mask", "pooling_mask")
 
@@ -48,6 +48,7 @@ class Stage2Collator:
             captions its tokenizer is enough.
         on_error: `raise` the error of a row with an image or caption that cannot be used, or with a caption that the
             cache lacks, or `skip` the row.
+        max_pixels: Largest `image` that is decoded, width x height.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class Stage2Collator:
         cache: EmbeddingCache | None = None,
         processor: Callable[..., Any] | None = None,
         on_error: OnError = "raise",
+        max_pixels: int = DEFAULT_MAX_PIXELS,
     ) -> None:
-        self.cache, self.processor, self.on_error = cache, processor, on_error
+        self.cache, self.processor, self.on_error, self.max_pixels = cache, processor, on_error, max_pixels
 
     def __call__(self, samples: Sequence[dict[str, Any] | SkippedSample]) -> dict[str, Any]:
         """Collate rows.
@@ -106,7 +108,7 @@ class Stage2Collator:
         try:
             has_processor = getattr(self.processor, "image_processor", None) is not None
             if has_processor and "image" in row and not {"pixel_values", "vision_states"} & set(row):
-                row["image"] = decode_image(row["image"], key)
+                row["image"] = decode_image(row["image"], key, self.max_pixels)
             if "caption" in row and not {"llm_embeds", "input_ids"} & set(row):
                 row["caption"] = RowCaptions.of(row, key, ["caption"], None).texts[0]
         except SampleError as error:

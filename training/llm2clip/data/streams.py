@@ -132,6 +132,11 @@ class SampleStream(IterableDataset):
         """Return the name of each source, and a hash of its files and numbers of rows if these are known."""
         return [(source.name, source.fingerprint()) for source in self.sources]
 
+    def order_settings(self) -> dict[str, Any]:
+        """Return in JSON what the order of the rows depends on besides seed, lanes and sources."""
+        blocks = [getattr(source, "shuffle_block", None) for source in self.sources]
+        return {"shuffle_blocks": blocks, "mixing": self.mixing, "weights": self.weights}
+
     def content_digest(self) -> str:
         """Hash the content of the sources, of large files a sample."""
         return digest_json([source.files_digest() for source in self.sources])

@@ -233,7 +233,8 @@ def _write_index(folder: Path, keys: np.ndarray) -> None:
     manifest = replace(next(iter(found.values())), shards=shards, skipped=skipped, counts=counts)
     write_shard(rows_path(folder / INDEX), index.columns(), manifest)
     for leftover in folder.glob(".*.tmp"):  # of any machine: nobody else writes here now
-        leftover.unlink()
+        if not leftover.is_dir():
+            leftover.unlink()
     remove_unfinished(folder)
 
 

@@ -88,6 +88,8 @@ class Stage2Trainer(StageTrainer):
         **kwargs: Any,
     ) -> None:
         self.frozen, self.embed = frozen, embed
+        # The first row of the first batch, which stands in for batches whose samples are all skipped.
+        self._example: dict[str, Any] | None = None
         self.skipped = SkippedSamples(skip_log)
         super().__init__(*args, **kwargs)
         self.add_callback(self.skipped)
@@ -104,7 +106,7 @@ class Stage2Trainer(StageTrainer):
             give_scalars_a_dimension(model)
 
     def default_collator(self, model: Any, args: Any, processing_class: Any) -> Stage2Collator:
-        return Stage2Collator(processor=processing_class, on_error=args.on_error)
+        return Stage2Collator(processor=processing_class, on_error=args.on_error, max_pixels=args.max_pixels)
 
     def batch_sampler(self) -> EpochBatchSampler:
         several = len(getattr(self.train_dataset, "starts", ())) > 2
@@ -144,6 +146,8 @@ class Stage2Trainer(StageTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def eval_labels(self, inputs: dict[str, Any], num_rows: int) -> Any:
+        if inputs.get("is_empty") and (self._example is None or "caption_ids" in self._example):
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, dtype=torch.int64)
         if "caption_ids" not in inputs:
             return super().eval_labels(inputs, num_rows)
         return inputs["caption_ids"][:num_rows], inputs["image_caption_ids"][:num_rows]
@@ -185,7 +189,9 @@ class Stage2Trainer(StageTrainer):
         inputs = dict(inputs)
         self.skipped.add(inputs.pop("skipped", []))
         if is_empty := inputs.pop("is_empty", False):
-            inputs = self._blank_row()
+            inputs = dict(self._example or self._blank_row())
+        elif self._example is None and self.args.on_error == "skip":
+            self._example = {name: value[:1].clone() for name, value in inputs.items() if isinstance(value, Tensor)}
         ids = {name: inputs.pop(name, None) for name in ("caption_ids", "image_caption_ids")}
         if self.args.shared_captions == "separate":
             ids = {}
@@ -217,7 +223,7 @@ class Stage2Trainer(StageTrainer):
         return loss, embeds
 
     def _blank_row(self) -> dict[str, Tensor]:
-        """Return a row in place of a batch whose samples are all skipped, which no tower takes."""
+        """Return a row in place of a first batch whose samples are all skipped, which no tower takes."""
         row = {"llm_embeds": torch.ones(1, cast(LLM2CLIPModel, self.model).config.text_config.hidden_size)}
         if isinstance(self.train_dataset, StoredPairsDataset):
             row["vision_features"] = self.train_dataset.features.read_views(np.zeros(1, dtype=np.int64))

@@ -111,6 +111,13 @@ class StreamResume(TrainerCallback):
                     "that its place in them is lost. Restore them, or add --ignore-data-skip --resume-anyway "
                     "to start over with the rows as they are now, with the trained weights."
                 )
+        for name, value in self.stream.order_settings().items():
+            if value != values["order"][name]:
+                raise ValueError(
+                    f"{path} is of a stream with {name} {values['order'][name]}, now it is {value}, so that rows "
+                    "would come again or never. Resume with the same order, or add --ignore-data-skip --resume-anyway "
+                    "to begin a new epoch."
+                )
         if values["seed"] != self.stream.seed:
             raise ValueError(f"{path} is of data_seed {values['seed']}, not {self.stream.seed}; resume with that.")
 
@@ -118,7 +125,11 @@ class StreamResume(TrainerCallback):
         """Store the number of rows after a step in a checkpoint."""
         assert self.stream.lanes is not None
         values = {"format_version": FORMAT_VERSION, "rows": self.rows(step), "lanes": self.stream.lanes._asdict()}
-        values |= {"seed": self.stream.seed, "sources": self.stream.fingerprints()}
+        values |= {
+            "order": self.stream.order_settings(),
+            "seed": self.stream.seed,
+            "sources": self.stream.fingerprints(),
+        }
         write_json(checkpoint / STATE_FILE, values)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -63,7 +63,8 @@ def remove_leftovers(paths: Sequence[Path], patience: float = 0.0) -> list[Path]
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline and list(leftovers(paths, alive=True)):
         time.sleep(0.05)
-    removed = list(leftovers(paths))
+    # A folder is that of `atomic_folder`, which removes its own.
+    removed = [path for path in leftovers(paths) if not path.is_dir()]
     for path in removed:
         path.unlink(missing_ok=True)
     return removed
