@@ -197,8 +197,9 @@ def require_verdict(text_model: Any, config: Any) -> None:
         raise ValueError(
             f"{model_type} with {text_model.config._attn_implementation} attention is not known to be a text tower, "
             "which has to read every caption whole and apart from its neighbours, and the config records no verdict "
-            "(verified_attention). Open it once with llm2clip.open_text_tower (pip install llm2clip), which probes "
-            f"it, and save the result{other}."
+            "(verified_attention). Probe it once (pip install llm2clip), and load the result: save what "
+            "llm2clip.open_text_tower(FOLDER) returns, or of a whole model the folder that `llm2clip build` "
+            f"writes{other}."
         )
 
 

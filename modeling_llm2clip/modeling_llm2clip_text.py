@@ -195,7 +195,10 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
             model = cls.from_decoder(name, decoder_kwargs=kwargs)
         else:
             decoder, dense = load_plain(name, kwargs)
-            model = cls(copy.deepcopy(config), decoder=decoder)
+            config = copy.deepcopy(config)
+            if config.decoder_config.model_type != decoder.config.model_type:
+                config.verified_attention = None  # it is of another LLM
+            model = cls(config, decoder=decoder)
             model.dense.load_weights(dense)
         return (model, info) if wants_info else model
 
@@ -205,6 +208,8 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         config = copy.deepcopy(config)
         if config.dense != tower.config.dense:
             raise ValueError(f"the config has dense layers {config.dense}, but the model has {tower.config.dense}.")
+        if config.decoder_config.model_type != tower.decoder.config.model_type:
+            config.verified_attention = None
         config.verified_attention = config.verified_attention or tower.config.verified_attention
         model = cls(config, decoder=tower.decoder)
         model.dense = tower.dense

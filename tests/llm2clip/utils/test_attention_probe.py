@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from llm2clip.utils import attention_probe
-from llm2clip.utils.attention_probe import stored_verdict, verify_text_tower
+from llm2clip.utils.attention_probe import probe_from_disk, verify_text_tower
 from llm2clip.utils.towers import open_text_tower
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_decoder import attention_kind, require_verdict
@@ -132,7 +132,7 @@ def test_a_verdict_is_saved_and_a_model_that_needs_one_is_refused_without(model_
     tower, _ = open_text_tower(str(tmp_path / "llm"))
     tower.save_pretrained(tmp_path / "tower")
     LLM2CLIPModel(tiny.joint_config(text=tower.config)).save_pretrained(tmp_path / "joint")
-    assert stored_verdict(str(tmp_path / "llm")) == stored_verdict(str(tmp_path / "tower")) == ["mask"]
+    assert probe_from_disk(str(tmp_path / "llm")) == probe_from_disk(str(tmp_path / "tower")) == ["mask"]
     for with_verdict in (True, False):
         for part, cls in (("tower", LLM2CLIPTextModel), ("joint", LLM2CLIPModel)):
             if not with_verdict:
@@ -216,3 +216,13 @@ def test_a_joint_model_does_not_compute_with_an_attention_without_a_verdict(aske
     with pytest.raises(ValueError, match=r"gpt_oss .*flex_attention attention cannot be a text tower"):
         verify_text_tower(tower)
     assert model.config.text_config.verified_attention == ["mask"]
+
+
+def test_a_verdict_is_not_that_of_another_llm(tmp_path: Path) -> None:
+    decoder = AutoModel.from_config(
+        AutoConfig.for_model("gptj", n_embd=32, n_layer=1, n_head=2, rotary_dim=8, vocab_size=430)
+    )
+    decoder.save_pretrained(tmp_path)
+    config = tiny.text_config(verified_attention=["mask"])
+    assert LLM2CLIPTextModel.from_pretrained(tmp_path, config=config).config.verified_attention is None
+    assert config.verified_attention == ["mask"]

@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from llm2clip.convert.checkpoint import Checkpoint, open_checkpoint
 from llm2clip.hub.cards.card import license_of, write_card
 from llm2clip.hub.cards.facts import TEXT_TASK, CardFacts
-from llm2clip.utils.attention_probe import stored_verdict, verify_text_tower
+from llm2clip.utils.attention_probe import probe_from_disk, verify_text_tower
 from llm2clip.utils.files import write_json
 from llm2clip.utils.library_errors import wrap_read_errors
 from llm2clip.utils.progress import track
@@ -133,7 +133,7 @@ def _stream(
     make_readable_by_version_4(folder)
     _compare(expected, written.shapes)
     with wrap_read_errors(checkpoint.folder):
-        config.verified_attention = stored_verdict(str(folder))
+        config.verified_attention = probe_from_disk(str(folder))
     config.save_pretrained(folder)
 
 

@@ -22,6 +22,7 @@ from llm2clip.search.index_update import UpdateSettings, update_index
 from llm2clip.search.lance_store import LanceStore
 from llm2clip.search.results import ResultImages, SearchResult
 from llm2clip.search.table_images import TableImages
+from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.embeddings import NonFiniteError
 from llm2clip.utils.processes import process_state
 from modeling_llm2clip import LLM2CLIPModel
@@ -85,6 +86,7 @@ class Gallery:
     def open(cls, name: str, images: IndexedImages, cache_dir: Path) -> Gallery:
         """Load a model from the Hub or a folder, and update its index of the images."""
         model = LLM2CLIPModel.from_pretrained(name).to(process_state().device).eval()
+        verify_text_tower(model.text_model)
         return cls(model, AutoProcessor.from_pretrained(name), images, cache_dir)
 
     def __len__(self) -> int:

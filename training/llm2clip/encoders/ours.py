@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ImageP
 
 from llm2clip.data import EvalTransform, ImageBackend
 from llm2clip.encoders.encoder import Encoder, compared_lengths, processor_statistics
+from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.embeddings import require_finite_rows
 from llm2clip.utils.files import digest_json
 from llm2clip.utils.manifests import refuse_changed_model
@@ -126,6 +127,8 @@ class OurEncoder(Encoder):
             half = repo.kind is RepoKind.VISION_HALF or list(needs) == ["image"]
             kind: Any = LLM2CLIPVisionModelWithProjection if half else LLM2CLIPModel
             model = kind.from_pretrained(name, revision=revision, **options)
+            if getattr(model, "text_model", None) is not None:
+                verify_text_tower(model.text_model)
             saved = None if processor is not None else _saved_processor(name, half, needs, where)
         model = model.to(device or process_state().device).eval()
         processor = saved if processor is None else processor

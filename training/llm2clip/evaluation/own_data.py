@@ -16,6 +16,7 @@ from llm2clip.encoders.cache_of_model import open_cache_of_model
 from llm2clip.evaluation.caption_pairs import CaptionRetrieval
 from llm2clip.evaluation.evaluate_config import OWN_DATA, EvaluateConfig
 from llm2clip.evaluation.image_text import ImageTextRetrieval
+from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.manifests import refuse_changed_model
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.towers import open_text_tower
@@ -47,6 +48,8 @@ def measure_retrieval(config: EvaluateConfig) -> dict[str, Any]:
     """Load a model and measure image-text retrieval."""
     _require_own_model(config.model)
     model = LLM2CLIPModel.from_pretrained(config.model, text_model=config.embedding_cache is None)
+    if model.text_model is not None:
+        verify_text_tower(model.text_model)
     processor = AutoProcessor.from_pretrained(config.model)
     return open_retrieval(config, model.to(process_state().device).eval(), processor)()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor
 
+from llm2clip.utils.attention_probe import verify_text_tower
 from llm2clip.utils.folders import atomic_folder, refuse_existing
 from llm2clip.utils.manifests import refuse_damaged
 from llm2clip.utils.repos import RepoKind, inspect_repo
@@ -157,6 +158,7 @@ def _load(config: ExportOnnxConfig, with_llm: bool) -> Any:
         model = LLM2CLIPModel.from_pretrained(config.model, **options).eval()
     except OSError as error:
         raise OSError(f"{error}\n--parts vision exports the vision graph without the LLM.") from error
+    verify_text_tower(model.text_model)
     model.text_model.merge_adapter()
     return model
 

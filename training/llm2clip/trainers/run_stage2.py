@@ -29,7 +29,7 @@ from llm2clip.trainers.stage2_data import build_dataset
 from llm2clip.trainers.stage2_trainer import Stage2Trainer
 from llm2clip.trainers.stored_pairs import collate_stored
 from llm2clip.trainers.warm_start import first_history, run_first_part, second_part
-from llm2clip.utils.attention_probe import stored_verdict, verify_text_tower
+from llm2clip.utils.attention_probe import probe_from_disk, verify_on_main_process
 from llm2clip.utils.locks import run_lock
 from llm2clip.utils.processes import on_main_process
 from llm2clip.utils.settings import require
@@ -88,14 +88,15 @@ def load_model(config: Stage2Config) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
         model.config.feature_dropout = config.feature_dropout
     if config.online_text_model:
         model.load_text_model(**loading_options(config.text_model_dtype))
-        text_config = model.text_model.config
-        text_config.verified_attention = on_main_process(partial(verify_text_tower, model.text_model))
-    elif model.config.text_model_fingerprint is None:
+        verify_on_main_process(model.text_model)
+    elif model.config.text_model_name_or_path is not None:
         text = model.config.text_model_name_or_path, model.config.text_model_revision, model.config.text_config
-        model.config.text_model_fingerprint = on_main_process(partial(read_fingerprint, *text))
-        if model.config.text_config.decoder_config.model_type not in TESTED_TYPES:
+        if model.config.text_model_fingerprint is None:
+            model.config.text_model_fingerprint = on_main_process(partial(read_fingerprint, *text))
+        text_config = model.config.text_config
+        if text_config.decoder_config.model_type not in TESTED_TYPES and not text_config.verified_attention:
             # For those who load the model without this package, whose code has no probe.
-            model.config.text_config.verified_attention = on_main_process(partial(stored_verdict, *text))
+            text_config.verified_attention = on_main_process(partial(probe_from_disk, *text))
     if config.patch_dropout is not None:
         vision = model.vision_model
         if not hasattr(vision.config, "patch_dropout"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +17,7 @@ from llm2clip.trainers.base_trainer import StageTrainer
 from llm2clip.trainers.run_inputs import sampled_digest
 from llm2clip.trainers.sharding import is_divided, undivided, undivided_building, whole_weights
 from llm2clip.trainers.text_tower_config import TextTowerConfig
-from llm2clip.utils.attention_probe import verify_text_tower
-from llm2clip.utils.processes import on_main_process
+from llm2clip.utils.attention_probe import verify_on_main_process
 from llm2clip.utils.towers import save_text_tower
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.identity_llm2clip import merged_weights
@@ -39,7 +37,7 @@ class TextTowerTrainer(StageTrainer):
         if model is not None:
             # The saved config has the verdict, which the code in a saved folder reads. Of a divided model only the
             # main process may have weights to probe.
-            model.config.verified_attention = on_main_process(partial(verify_text_tower, model))
+            verify_on_main_process(model)
         super().__init__(model, *args, **kwargs)
 
     def frozen_inputs(self) -> dict[str, str | None]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llm2clip.utils.processes import on_main_process
 from modeling_llm2clip import LLM2CLIPTextConfig, LLM2CLIPTextModel
 from modeling_llm2clip.compatibility_llm2clip import IS_CAUSAL_COUNTS
 from modeling_llm2clip.modeling_llm2clip_decoder import attention_kind, takes_additive_mask
@@ -41,7 +42,8 @@ WORKING = "llama, qwen2, qwen3, mistral, gemma3_text or phi3"
 def verify_text_tower(tower: LLM2CLIPTextModel) -> list[str] | None:
     """Probe the text model of a tower with the attention it uses now, and remember the verdict in `tower.config`.
 
-    Nothing happens if the verdict is known, if the tower was made causal, or if the weights are not here.
+    Nothing happens if the tower was made causal, or if the weights are not here. Of a tower with attention of its own,
+    whether it packs is probed at each call; the rest only if the verdict is not known.
 
     Returns:
         `verified_attention` of the tower's config.
@@ -68,10 +70,25 @@ def verify_text_tower(tower: LLM2CLIPTextModel) -> list[str] | None:
     if fault:
         raise ValueError(_refusal(decoder.config, fault, own)) from error
     config.verified_attention = [*verified, kind]
+    if kind != "mask" and "mask" not in verified and _passes_with_mask(tower):
+        # Those who load the tower elsewhere may have no other attention than that of a mask.
+        config.verified_attention.append("mask")
     return config.verified_attention
 
 
-def stored_verdict(
+def _passes_with_mask(tower: LLM2CLIPTextModel) -> bool:
+    with _undisturbed(tower), _attention(tower.decoder, "eager"):
+        found = _fault(tower)
+    return found is not None and not found[0]
+
+
+def verify_on_main_process(tower: LLM2CLIPTextModel) -> None:
+    """Probe a tower in one process, as others may have no weights; see [`verify_text_tower`]. All get the verdict."""
+    found = on_main_process(lambda: (verify_text_tower(tower), tower.packing_verdicts))
+    tower.config.verified_attention, tower.packing_verdicts = found
+
+
+def probe_from_disk(
     name: str, revision: str | None = None, config: LLM2CLIPTextConfig | None = None
 ) -> list[str] | None:
     """Probe a text model while its weights stay on disk, with one layer at a time in memory.
