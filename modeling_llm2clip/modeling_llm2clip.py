@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 # transformers 4.57 takes from a local folder only the modules that this one itself names.
 from .compatibility_llm2clip import with_version_4_rope  # noqa: F401
@@ -22,10 +20,16 @@ from .identity_llm2clip import text_fingerprint  # noqa: F401
 from .image_decoding_llm2clip import decode_images, is_list, require_file
 from .modeling_eva02 import EVA02VisionModel  # noqa: F401
 from .modeling_llm2clip_decoder import PackedBatch  # noqa: F401
-from .modeling_llm2clip_heads import GATE, LLM2CLIPTextAdapter, checked_statistics
+from .modeling_llm2clip_heads import GATE, LLM2CLIPOutput, LLM2CLIPTextAdapter, checked_statistics, compare
+from .modeling_llm2clip_pairing import (
+    SHARED_ARGUMENTS,
+    match_text_model,
+    split_arguments,
+    text_attention,
+    weights_to_save,
+)
 from .modeling_llm2clip_text import LLM2CLIPTextModel
 from .modeling_llm2clip_utils import (
-    SHARED_ARGUMENTS,
     absolute_path,
     adopt_submodel,
     encode_pixels,
@@ -34,8 +38,6 @@ from .modeling_llm2clip_utils import (
     hub_arguments,
     own_part,
     require_finite,
-    split_arguments,
-    text_attention,
     unit_features,
 )
 from .modeling_llm2clip_vision import LLM2CLIPPreTrainedModel, load_vision_tower, new_logit_scale
@@ -46,28 +48,6 @@ if TYPE_CHECKING:
     from .pipeline_llm2clip import custom_pipelines  # noqa: F401
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class LLM2CLIPOutput(ModelOutput):
-    """Joint output of [`LLM2CLIPModel`].
-
-    Args:
-        loss: Symmetric InfoNCE, or the sigmoid loss if the model has a bias; only with `return_loss=True`.
-        logits_per_image: `(images, texts)`.
-        logits_per_text: `(texts, images)`.
-        image_embeds: `(images, projection_dim)`, unit length.
-        text_embeds: `(texts, projection_dim)`, unit length.
-        logit_scale: The factor between cosine and logit.
-    """
-
-    loss: Tensor | None = None
-    logits_per_image: Tensor | None = None
-    logits_per_text: Tensor | None = None
-    image_embeds: Tensor | None = None
-    text_embeds: Tensor | None = None
-    logit_scale: Tensor | None = None
-    logit_bias: Tensor | None = None
 
 
 class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
@@ -263,42 +243,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             TypeError: `text_model` is a plain decoder.
             ValueError: Its width or fingerprint differs from the one that the adapter was trained with.
         """
-        # By model_type, not by class: remote code can be imported under several module names.
-        if text_model.config.model_type != LLM2CLIPTextModel.config_class.model_type:
-            raise TypeError(
-                f"{type(text_model).__name__} is not a text tower; wrap it: LLM2CLIPTextModel.from_decoder(model)."
-            )
-        source = source or text_model.name_or_path or type(text_model.decoder).__name__
-        ours = self.config.text_model_name_or_path or "an unnamed LLM"
-        width, expected_width = text_model.config.hidden_size, self.config.text_config.hidden_size
-        if width != expected_width:
-            raise ValueError(
-                f"the adapter takes embeddings of width {expected_width} (it was trained with {ours}), but {source} "
-                f"gives {width}; load the LLM that belongs to this checkpoint."
-            )
-        expected, actual = self.config.text_model_fingerprint, text_model.identity()
-        if expected is None:
-            # No LLM has been recorded for the adapter: record this one.
-            self.config.text_model_fingerprint = actual
-            if source != self.config.text_model_name_or_path:
-                self.config.text_model_name_or_path = absolute_path(text_model.name_or_path or "") or None
-                self.config.text_model_revision = None
-        elif actual is None:
-            logger.warning(
-                f"the weights of {source} (quantised, offloaded or rounded) cannot be compared with {ours}."
-            )
-        elif actual != expected:
-            exact = ""
-            if text_model.has_rounded_base:
-                exact = (
-                    " Or the weights under its PEFT adapter were rounded when they were loaded: load the LLM in the "
-                    "dtype of its files, with text_model_kwargs={'dtype': 'auto'}."
-                )
-            raise ValueError(
-                f"the adapter was trained with {ours} (fingerprint {expected}), but {source} has fingerprint "
-                f"{actual}: other weights, prompt or pooling, or other settings of the decoder. Load the LLM that "
-                f"belongs to this checkpoint, or train an adapter for this one (stage 2).{exact}"
-            )
+        match_text_model(self.config, text_model, source)
         adopt_submodel(self, "text_model", text_model)
         self.config.text_config = text_model.config
 
@@ -321,36 +266,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
                 offloaded.
         """
         elsewhere = self.config.text_model_name_or_path
-        bundle = elsewhere is None if save_text_model is None else save_text_model
-        if bundle and self.text_model is None:
-            raise ValueError(
-                "there is no LLM to save; attach one, or set config.text_model_name_or_path to its repository."
-            )
-        if not bundle and elsewhere is None:
-            raise ValueError(
-                "to save the model without its LLM, set config.text_model_name_or_path to the LLM's repository."
-            )
-        if bundle and self.text_model.has_adapter:
-            raise ValueError(
-                "the LLM has an unmerged PEFT adapter; call model.text_model.merge_adapter() before saving."
-            )
-        if state_dict is None:
-            state_dict = self.state_dict()
-        if bundle:
-            prefix = "text_model."
-            text_state = {key.removeprefix(prefix): state_dict[key] for key in state_dict if key.startswith(prefix)}
-            identity = self.text_model.fingerprint(text_state)
-            if identity is None:
-                # transformers reads back what it offloaded itself, but nothing of an LLM that was loaded apart.
-                if getattr(self, "hf_device_map", None) is None or getattr(self.text_model, "hf_device_map", None):
-                    raise ValueError(
-                        "the LLM is quantised or offloaded, so its weights are not here to save; load it whole, or "
-                        "save the model without it: save_pretrained(..., save_text_model=False)."
-                    )
-                identity = self.text_model.config.fingerprint
-            self.config.text_model_fingerprint = self.config.text_config.fingerprint = identity
-        else:
-            state_dict = {key: value for key, value in state_dict.items() if not key.startswith("text_model.")}
+        bundle, state_dict = weights_to_save(self, save_text_model, state_dict)
         if self._auto_class is not None:
             head = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
             known = getattr(self.config, "auto_map", None) or {}
@@ -512,25 +428,5 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             return image_features
         image_embeds = unit_features(image_features)
         text_embeds = unit_features(self.get_text_features(*text_inputs)).to(image_embeds.device)
-        logit_scale = self.logit_scale.exp().to(image_embeds.device)
-        logit_bias = None if self.logit_bias is None else self.logit_bias.to(image_embeds.device)
-        logits = loss = None
-        if return_logits or return_loss:
-            logits = logit_scale * text_embeds @ image_embeds.t()
-            if logit_bias is not None:
-                logits = logits + logit_bias
-            if return_loss and logit_bias is not None:
-                signs = 2 * torch.eye(len(logits), device=logits.device) - 1
-                loss = -F.logsigmoid(signs * logits).sum() / len(logits)
-            elif return_loss:
-                pairs = torch.arange(len(logits), device=logits.device)
-                loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.t(), pairs)) / 2
-        return LLM2CLIPOutput(
-            loss=loss,
-            logits_per_image=None if logits is None else logits.t(),
-            logits_per_text=logits,
-            image_embeds=image_embeds,
-            text_embeds=text_embeds,
-            logit_scale=logit_scale,
-            logit_bias=logit_bias,
-        )
+        bias = self.logit_bias
+        return compare(image_embeds, text_embeds, self.logit_scale.exp(), bias, return_logits, bool(return_loss))

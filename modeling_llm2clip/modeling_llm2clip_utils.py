@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,54 +24,10 @@ CPU_BATCH_TOKENS = 512
 ACCELERATOR_BATCH_TOKENS = 16384
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
-# Arguments of `from_pretrained` that also apply to an LLM in another repository.
-SHARED_ARGUMENTS = {
-    *HUB_ARGUMENTS, "device_map", "dtype", "max_memory", "offload_buffers", "offload_folder", "torch_dtype",
-    "trust_remote_code",
-} - {"revision", "subfolder"}  # fmt: skip
-
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Select the arguments of `from_pretrained` that locate a repository and control its download."""
     return {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
-
-
-def split_arguments(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split arguments of `from_pretrained` into those of the model without its LLM and the LLM's that differ."""
-    own, text = dict(kwargs), {}
-    # A vision tower is small and loses more accuracy, and no published checkpoint was trained with a quantised one.
-    if own.get("quantization_config") is not None:
-        text["quantization_config"] = own.pop("quantization_config")
-    config: Any = own.get("config")
-    if isinstance(getattr(config, "dtype", None), dict):
-        # AutoModel moves it there in transformers 5.3 to 5.11.
-        own["dtype"], own["config"] = config.dtype, copy.copy(config)
-        own["config"].dtype = None
-    for name in ("dtype", "torch_dtype"):
-        parts = own.get(name)
-        if isinstance(parts, dict):
-            unknown = [part for part in parts if part not in ("", "vision_config", "text_config")]
-            if unknown:
-                raise ValueError(f"{name} names {unknown[0]!r}; its parts are 'vision_config' and 'text_config'.")
-            rest = parts.get("", "auto")
-            own[name], text[name] = parts.get("vision_config", rest), parts.get("text_config", rest)
-    places = own.get("device_map")
-    if isinstance(places, dict):
-        inside = {key: place for key, place in places.items() if f"{key}.".startswith("text_model.")}
-        if inside:
-            own["device_map"] = {key: place for key, place in places.items() if key not in inside}
-            text["device_map"] = {key[len("text_model.") :]: place for key, place in inside.items()}
-        elif "" in places and len(places) > 1:
-            text["device_map"] = {"": places[""]}
-    return own, text
-
-
-def text_attention(kwargs: dict[str, Any]) -> str | None:
-    """Return the LLM's attention implementation in the arguments of `from_pretrained`, or None if not set."""
-    asked = kwargs.get("attn_implementation")
-    if asked is None and kwargs.get("config") is not None:  # where AutoModel moves it
-        return kwargs["config"].text_config._attn_implementation
-    return asked.get("text_config") if isinstance(asked, dict) else asked
 
 
 def absolute_path(name: str | os.PathLike[str]) -> str:
