@@ -339,13 +339,15 @@ class LLM2CLIPTextModel(AttentionBackends, PreTrainedModel):
         if given is None:
             raise ValueError("pass input_ids from the tokenizer that was saved with this model.")
         require_verdict(self.decoder, self.config)
+        # Without padding there is nothing to pack.
+        may_pack = attention_mask is not None
         if attention_mask is None:
             attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         order = attention_mask.long().cumsum(dim=1)
         if pooling_mask is None:
             skipped = 0 if self.config.pool_prompt else self.config.num_prefix_tokens
             pooling_mask = attention_mask.bool() & (order > skipped)
-        packed = self._pack(attention_mask, order, kwargs)
+        packed = self._pack(attention_mask, order, kwargs) if may_pack else None
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         if packed is None:
             # Positions are counted from the caption's first token, so that nothing depends on the padding.

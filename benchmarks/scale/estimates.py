@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
+
 from benchmarks.units import UNITS
 from llm2clip.convert.published import published_models
 from llm2clip.planning.costs import (
@@ -12,11 +14,11 @@ from llm2clip.planning.costs import (
     PEAK,
     TOKENS_PER_CAPTION,
     TRAINING_USE,
+    count_flops,
     embedding_bytes,
     hours,
-    image_flops,
-    token_flops,
 )
+from modeling_llm2clip import EVA02VisionModel, LLM2CLIPTextModel
 
 # Numbers of images of CC3M, of CC3M + CC12M, and of the paper's set of 60M.
 DATA_SETS = {"CC3M": 2_873_538, "15M": 12_873_763, "60M": 60_000_000}
@@ -33,6 +35,26 @@ COLUMNS = [(card, gpus) for card in ("H100", "A100") for gpus in (1, 8)]
 # The paper's table of costs: hours of stage 2 from offline features on 16 A100.
 PAPER_HOURS, PAPER_GPUS = 1.3, 16
 L14_224 = "LLM2CLIP-EVA02-L-14-224"
+
+
+def image_flops(config: Any) -> float:
+    """Count the floating-point operations of the forward pass of an EVA02 vision tower for one image."""
+    with torch.device("meta"), torch.no_grad():
+        model = EVA02VisionModel(config).eval()
+        pixels = torch.empty(1, 3, config.image_size, config.image_size)
+        return count_flops(lambda: model(pixels))
+
+
+def token_flops(config: Any) -> float:
+    """Estimate the floating-point operations of the forward pass of a text tower per token.
+
+    Two operations per weight, without the token embeddings; the products within attention are below 2% at the length
+    of captions.
+    """
+    with torch.device("meta"):
+        model = LLM2CLIPTextModel(config)
+    table = config.decoder_config.vocab_size * config.hidden_size
+    return 2 * (sum(parameter.numel() for parameter in model.parameters()) - table)
 
 
 def tables() -> str:

@@ -6,13 +6,13 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from llm2clip.planning.live_memory import LiveMemory, tensors_of
+from llm2clip.planning.live_memory import LiveMemory
 
 ROWS, WIDTH, FLOAT = 6, 10, 4
 
 
 def test_a_storage_counts_once_and_until_its_last_view_is_gone() -> None:
-    with LiveMemory([]) as live:
+    with LiveMemory(nn.Identity()) as live:
         rows = torch.zeros(ROWS, WIDTH)
         part = rows[1:3].flatten()
         del rows
@@ -26,14 +26,13 @@ def test_what_backward_needs_is_kept_and_gradients_do_not_count() -> None:
     for mode in (torch.enable_grad(), FakeTensorMode()):
         with mode:
             layers = nn.Sequential(nn.Linear(WIDTH, 20), nn.GELU(), nn.Linear(20, 1))
-            inputs = torch.zeros(ROWS, WIDTH)
-            with LiveMemory([*tensors_of(layers), inputs]) as live:
-                live.watch(layers)
+            with LiveMemory(layers) as live:
+                inputs = torch.zeros(ROWS, WIDTH)
                 output = layers(inputs)
-                # Input and output of GELU, which the second layer and GELU keep, and the result.
-                assert live.now == (2 * ROWS * 20 + ROWS) * FLOAT
+                # The inputs, input and output of GELU, which the second layer and GELU keep, and the result.
+                assert live.now == (ROWS * WIDTH + 2 * ROWS * 20 + ROWS) * FLOAT
                 output.sum().backward()
                 del output
-                assert live.now == 0
-                assert live.peak >= (2 * ROWS * 20 + ROWS) * FLOAT
+                assert live.now == ROWS * WIDTH * FLOAT
+                assert live.peak >= (ROWS * WIDTH + 2 * ROWS * 20 + ROWS) * FLOAT
                 assert layers[0].weight.grad is not None

@@ -1,4 +1,4 @@
-"""Work of a run in floating-point operations, and the hours that it takes, also for the tables of docs/scaling.md."""
+"""Operations of a run, and the hours and bytes that they take, also for the tables of docs/scaling.md."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
-from modeling_llm2clip import EVA02VisionModel, LLM2CLIPTextModel
 
 # Published: dense 16-bit FLOP/s of the GPU.
 PEAK = {"A100": 312e12, "H100": 989e12}
@@ -36,26 +34,6 @@ def count_flops(run: Callable[[], Any]) -> float:
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         run()
     return counter.get_total_flops()
-
-
-def image_flops(config: Any) -> float:
-    """Count the floating-point operations of the forward pass of an EVA02 vision tower for one image."""
-    with torch.device("meta"), torch.no_grad():
-        model = EVA02VisionModel(config).eval()
-        pixels = torch.empty(1, 3, config.image_size, config.image_size)
-        return count_flops(lambda: model(pixels))
-
-
-def token_flops(config: Any) -> float:
-    """Estimate the floating-point operations of the forward pass of a text tower per token.
-
-    Two operations per weight, without the token embeddings; the products within attention are below 2% at the length
-    of captions.
-    """
-    with torch.device("meta"):
-        model = LLM2CLIPTextModel(config)
-    table = config.decoder_config.vocab_size * config.hidden_size
-    return 2 * (sum(parameter.numel() for parameter in model.parameters()) - table)
 
 
 def hours(flops: float, use: float, gpus: int, peak: float) -> float:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from llm2clip.convert.published import FOLDER
-from llm2clip.trainers.alignment import HEADS, freeze_maps, head_fields
+from llm2clip.trainers.alignment import HEADS, freeze_maps, set_heads
 from llm2clip.trainers.closed_form import DEFAULT_WIDTH
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
 from llm2clip.trainers.run_stage2 import CONFIG_FIELDS
@@ -21,12 +18,12 @@ from llm2clip.trainers.run_text_tower import add_lora
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Config
 from llm2clip.trainers.text_tower_config import TextTowerConfig
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
+from modeling_llm2clip.modeling_llm2clip_decoder import attention_kind, encoder_fields, text_model_class
 
-ModelT = TypeVar("ModelT", bound=nn.Module)
 OUR_TYPES = (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type)
 
 
-def read_config(name: str, setting: str, revision: str | None = None) -> Any:
+def read_config(name: str | None, setting: str, revision: str | None = None) -> Any:
     """Read the config of a model.
 
     Args:
@@ -50,118 +47,78 @@ def read_config(name: str, setting: str, revision: str | None = None) -> Any:
         ) from None
 
 
-@contextmanager
-def new_weights_in(dtype: torch.dtype) -> Iterator[None]:
-    """Within this context, models are built in a dtype, without memory for their weights."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def with_fake_weights(model: ModelT) -> ModelT:
-    """Replace the weights of a model on the meta device by those of the current mode of tensors without data.
-
-    These belong to a device, so that autocast and attention do what they do there. The model is built on the meta
-    device first, because such tensors cannot change their dtype, as LoRA layers do.
-    """
-    made: dict[int, Tensor] = {}
-    for module in model.modules():
-        options: dict[str, Any] = {"recurse": False, "remove_duplicate": False}
-        for name, tensor in [*module.named_parameters(**options), *module.named_buffers(**options)]:
-            if not tensor.is_meta:
-                continue
-            if id(tensor) not in made:
-                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-                is_parameter = isinstance(tensor, nn.Parameter)
-                made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-            setattr(module, name, made[id(tensor)])
-    return model
-
-
-def text_config_of(name: str, setting: str, revision: str | None = None, **fields: Any) -> LLM2CLIPTextConfig:
-    """Read the config of a text tower, or make that of a plain LLM."""
+def text_config_of(name: str | None, setting: str, revision: str | None, **fields: Any) -> LLM2CLIPTextConfig:
+    """Read the config of a text tower, or make that of a plain text model with these fields; see `read_config`."""
     config = read_config(name, setting, revision)
     if config.model_type in OUR_TYPES:
-        return copy.deepcopy(getattr(config, "text_config", config))
+        return getattr(config, "text_config", config)
     given = {key: value for key, value in fields.items() if value is not None}
-    return LLM2CLIPTextConfig(decoder_config=config, **given)
+    return LLM2CLIPTextConfig(decoder_config=config, **{**encoder_fields(config), **given})
+
+
+def _build(auto: Any, config: Any, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    """Build a tower; FlashAttention, which need not be installed here, keeps what torch's own attention keeps."""
+    config = copy.deepcopy(config)
+    if attention is not None:
+        config._attn_implementation = "sdpa" if attention.startswith("flash") else attention
+    return auto.from_config(config, dtype=dtype)
 
 
 def build_text_tower(config: LLM2CLIPTextConfig, dtype: str, attention: str | None) -> LLM2CLIPTextModel:
-    """Build a text tower.
-
-    FlashAttention, which need not be installed here, keeps what torch's own attention keeps.
-    """
+    """Build a text tower on the meta device, as [`LLM2CLIPTextModel.from_pretrained`] does with weights."""
     stored = getattr(config.decoder_config, "dtype", None) or torch.float32
-    wanted = stored if dtype == "auto" else getattr(torch, dtype)
-    attention = "sdpa" if attention is not None and attention.startswith("flash") else attention
-    if attention is not None:
-        config.decoder_config._attn_implementation = attention
-    config.decoder_config.dtype = wanted
-    with new_weights_in(wanted):
-        return LLM2CLIPTextModel(config)
+    auto, _ = text_model_class(config.decoder_config)
+    with torch.device("meta"):
+        decoder = _build(auto, config.decoder_config, stored if dtype == "auto" else getattr(torch, dtype), attention)
+        tower = LLM2CLIPTextModel(copy.deepcopy(config), decoder=decoder)
+    # The probe needs weights.
+    tower.config.verified_attention = [attention_kind(decoder)]
+    return tower
 
 
 def trained_text_tower(config: TextTowerConfig) -> LLM2CLIPTextModel:
-    """Build the text tower of stage 1 or MNTP with its LoRA."""
-    fields = {"pooling": config.pooling, "max_text_length": config.max_text_length}
-    if config.bidirectional is not None:
-        fields["bidirectional"] = config.bidirectional
-    text = text_config_of(config.model_name_or_path, "model_name_or_path", config.model_revision, **fields)
+    """Build the text tower of stage 1 or MNTP with its LoRA on the meta device."""
+    prompt = {name: getattr(config, name) for name in ("pooling", "max_text_length", "bidirectional")}
+    text = text_config_of(config.model_name_or_path, "model_name_or_path", config.model_revision, **prompt)
     model = build_text_tower(text, config.dtype, config.attn_implementation)
     with torch.device("meta"):
         add_lora(model, config)
     return model
 
 
-def joint_config(config: Stage2Config) -> LLM2CLIPConfig:
-    """The config of the model of stage 2."""
-    if config.model_name_or_path is not None:
-        return read_config(config.model_name_or_path, "model_name_or_path")
-    vision = read_config(config.vision_model_name_or_path, "vision_model_name_or_path", config.vision_model_revision)
-    text = text_config_of(config.text_model_name_or_path, "text_model_name_or_path", config.text_model_revision)
-    fields = {
-        name: getattr(config, key)
-        for key in NEW_MODEL_FIELDS
-        if getattr(config, key) is not None and key != "logit_scale_init_value"
-        for name in CONFIG_FIELDS.get(key, (key,))
-    }
+def trained_joint_model(config: Stage2Config) -> LLM2CLIPModel:
+    """Build the model of stage 2 on the meta device, without its LLM, with what is frozen in it."""
     if config.alignment == "closed_form":
         raise ValueError("alignment: closed_form trains nothing, so that there is nothing to plan: it takes minutes.")
-    if config.alignment != "train":
-        fields |= head_fields(HEADS[config.alignment], config.projection_dim or DEFAULT_WIDTH)
-    if config.loss == "sigmoid":
-        fields.setdefault("logit_bias_init_value", 0.0)
-    return LLM2CLIPConfig(
-        vision_config=copy.deepcopy(getattr(vision, "vision_config", vision)),
-        text_config=text,
-        text_model_name_or_path=config.text_model_name_or_path,
-        **fields,
-    )
-
-
-def trained_joint_model(config: Stage2Config) -> LLM2CLIPModel:
-    """Build the model of stage 2 without its LLM."""
-    joint = joint_config(config)
-    attention = config.attn_implementation
-    if attention is not None and not attention.startswith("flash"):
-        joint.vision_config._attn_implementation = attention
-    joint.vision_config.dtype = joint.dtype = torch.float32
-    with new_weights_in(torch.float32):
-        model = LLM2CLIPModel(joint, text_model=False)
+    if config.model_name_or_path is not None:
+        joint = read_config(config.model_name_or_path, "model_name_or_path")
+        with torch.device("meta"):
+            tower = _build(AutoModel, joint.vision_config, torch.float32, config.attn_implementation)
+            model = LLM2CLIPModel(joint, text_model=False, vision_model=tower)
+    else:
+        vision_name = config.vision_model_name_or_path
+        vision = read_config(vision_name, "vision_model_name_or_path", config.vision_model_revision)
+        text_name = config.text_model_name_or_path
+        text = text_config_of(text_name, "text_model_name_or_path", config.text_model_revision)
+        given = {name: getattr(config, name) for name in NEW_MODEL_FIELDS if name != "logit_scale_init_value"}
+        fields = {name: value for key, value in given.items() for name in CONFIG_FIELDS.get(key, (key,))}
+        if config.loss == "sigmoid":
+            fields["logit_bias_init_value"] = 0.0
+        fields = {name: value for name, value in fields.items() if value is not None}
+        with torch.device("meta"):
+            vision = getattr(vision, "vision_config", vision)
+            tower = _build(AutoModel, vision, torch.float32, config.attn_implementation)
+            model = LLM2CLIPModel.from_vision_text_pretrained(tower, text_name, text_config=text, **fields)
     if config.patch_dropout is not None:
         model.vision_model.config.patch_dropout = config.patch_dropout
     freeze_unused(model.vision_model)
-    if config.freeze_vision == "all":
-        model.vision_model.requires_grad_(False)
-        if config.alignment != "train":
-            freeze_maps(model)
-    elif config.freeze_vision_layers:
-        with torch.device("meta"):
+    with torch.device("meta"):
+        if config.freeze_vision == "all":
+            model.vision_model.requires_grad_(False)
+            if config.alignment != "train":
+                set_heads(model, HEADS[config.alignment], config.projection_dim or DEFAULT_WIDTH)
+                freeze_maps(model)
+        elif config.freeze_vision_layers:
             FrozenLayers(model.vision_model, config.freeze_vision_layers, image_size(model))
     return model
 

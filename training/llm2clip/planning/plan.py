@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from llm2clip.encoders.embed import EmbedConfig
 from llm2clip.planning.costs import ENCODING_USE, PEAK, TOKENS_PER_CAPTION, TRAINING_USE, embedding_bytes, hours
-from llm2clip.planning.measure import Lengths, Step, measure
+from llm2clip.planning.measure import Step, measure
 from llm2clip.planning.show import print_plan
-from llm2clip.planning.strategies import STRATEGIES, need
+from llm2clip.planning.strategies import STRATEGIES, memory
 from llm2clip.recipes import field_places, find_recipe, load_recipe
 from llm2clip.trainers.base_config import StageConfig
 from llm2clip.trainers.mntp_config import MNTPConfig
@@ -26,12 +25,8 @@ Stage = Literal["stage1", "stage2", "embed", "mntp"]
 STAGES: dict[Stage, Any] = {"stage1": Stage1Config, "stage2": Stage2Config, "embed": EmbedConfig, "mntp": MNTPConfig}
 # Bytes of an optimizer per trained parameter of four bytes.
 STATES = {
-    "adamw_torch_fused": 8,
-    "adamw_torch": 8,
-    "sgd": 0,
-    "adamw_bnb_8bit": 2,
-    "adamw_8bit": 2,
-    "paged_adamw_8bit": 2,
+    **{"adamw_torch_fused": 8, "adamw_torch": 8, "sgd": 0},
+    **{"adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2},
 }
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 GIB = 2**30
@@ -84,7 +79,9 @@ def run(config: PlanConfig) -> dict[str, Any]:
     path = find_recipe(config.recipe)
     fields = load_recipe(path)
     stage = config.stage or stage_of(path, fields)
-    options = given_options(config.overrides, STAGES[stage])
+    options, unknown = OptionParser(STAGES[stage]).read(config.overrides)
+    if unknown:
+        raise ValueError(unknown_option(unknown[0], [PlanConfig, STAGES[stage]]))
     places = {**field_places(path), **dict.fromkeys(options, "the command line")}
     plan = make_plan(config, stage, build_config(STAGES[stage], {**fields, **options}, str(path), places))
     if config.json:
@@ -94,7 +91,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
     return {}
 
 
-def stage_of(path: Path, fields: Mapping[str, Any]) -> Stage:
+def stage_of(path: Path, fields: dict[str, Any]) -> Stage:
     """Find the stage of a recipe: by the beginning of its name, or by its fields."""
     for stage in STAGES:
         if path.stem.startswith(stage):
@@ -107,57 +104,52 @@ def stage_of(path: Path, fields: Mapping[str, Any]) -> Stage:
     return fitting[0]
 
 
-def given_options(arguments: Sequence[str], config_class: Any) -> dict[str, Any]:
-    """Read options of a stage from a command line."""
-    values, unknown = OptionParser(config_class).read(arguments)
-    if unknown:
-        raise ValueError(unknown_option(unknown[0], [PlanConfig, config_class]))
-    return values
-
-
 def make_plan(config: PlanConfig, stage: Stage, settings: StageConfig | EmbedConfig) -> dict[str, Any]:
     """Compute the plan of a stage: numbers by name, memory in bytes."""
-    step = measure(settings, config.gpus, Lengths(config.longest, config.tokens))
-    half = averaged = False
-    states, strategies_of_stage = 0, STRATEGIES[:1]
-    if isinstance(settings, StageConfig):
-        half, averaged = settings.bf16 or settings.fp16, settings.ema_half_life is not None
-        states, strategies_of_stage = _state_bytes(settings), STRATEGIES
+    step = measure(settings, config.gpus, config.longest, config.tokens)
+    peak = PEAK[config.gpu] if config.peak_tflops is None else config.peak_tflops * 1e12
     limit = config.gpu_memory * (1 - config.reserve) * GIB
-    needs = [need(strategy, step, config.gpus, states, half, averaged) for strategy in strategies_of_stage]
-    strategies: dict[str, dict[str, Any]] = {}
-    for found in needs:
-        refused = step.stand_ins and found.strategy == "ZeRO-3"
-        fits = "refused" if refused else "yes" if found.total <= limit else "no"
-        strategies[found.strategy] = {**dataclasses.asdict(found), "total": found.total, "fits": fits}
+    if isinstance(settings, EmbedConfig):
+        strategies: Any = {"DDP": memory("DDP", step, config.gpus, 0, half=False, averaged=False)}
+        of, disk = _captions(config, settings, step)
+        batch, use, units = {}, config.encoding_use, of["captions"]
+    else:
+        half, averaged = settings.bf16 or settings.fp16, settings.ema_half_life is not None
+        states = state_bytes(settings)
+        strategies = {name: memory(name, step, config.gpus, states, half, averaged) for name in STRATEGIES}
+        batch = _batch(settings, config.gpus)
+        of, disk = _steps(config, settings, step, batch["rows_per_step"])
+        use, units = config.training_use, of["rows"]
+    for name, found in strategies.items():
+        # GradCache refuses it.
+        refused = step.in_chunks and name == "ZeRO-3"
+        found["fits"] = "refused" if refused else "yes" if found["total"] <= limit else "no"
+    models = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path")
     return {
         "stage": stage,
-        "model": _names(settings),
+        "model": ", ".join(name for field in models if (name := getattr(settings, field, None))),
         "gpus": config.gpus,
         "gpu_memory_gib": config.gpu_memory,
         "usable_bytes": limit,
-        "parameters": {"trained": step.count(True), "frozen": step.count(False)},
-        "batch": _batch(settings, config.gpus),
+        "parameters": {"trained": step.trained, "frozen": step.frozen},
+        "batch": batch,
         "strategies": strategies,
-        **_work(config, settings, step),
+        "of": of,
+        "hours": hours(units * step.flops, use, config.gpus, peak),
+        "flops_per_row": step.flops,
+        "disk": disk,
     }
 
 
-def _state_bytes(settings: StageConfig) -> int:
+def state_bytes(settings: StageConfig) -> int:
+    """Bytes of the optimizer per trained parameter of four bytes; ValueError if the optimizer is unknown."""
     optimizer = getattr(settings.optim, "value", settings.optim)
     if optimizer not in STATES:
         raise ValueError(f"the plan does not know the states of optim {optimizer}; it knows {', '.join(STATES)}.")
     return STATES[optimizer]
 
 
-def _names(settings: Any) -> str:
-    fields = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path")
-    return ", ".join(name for field in fields if (name := getattr(settings, field, None)))
-
-
-def _batch(settings: StageConfig | EmbedConfig, gpus: int) -> dict[str, Any]:
-    if isinstance(settings, EmbedConfig):
-        return {}
+def _batch(settings: StageConfig, gpus: int) -> dict[str, Any]:
     rows, accumulated = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     return {
         "per_device": rows,
@@ -169,51 +161,36 @@ def _batch(settings: StageConfig | EmbedConfig, gpus: int) -> dict[str, Any]:
     }
 
 
-def _work(config: PlanConfig, settings: StageConfig | EmbedConfig, step: Step) -> dict[str, Any]:
-    """Hours and disk of the run, or of a million rows."""
-    peak = PEAK[config.gpu] if config.peak_tflops is None else config.peak_tflops * 1e12
+def _captions(config: PlanConfig, settings: EmbedConfig, step: Step) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return how much is embedded, of the data or of a million rows, and the bytes of the result."""
     rows = config.rows or MILLION
-    if isinstance(settings, EmbedConfig):
-        captions = rows * max(
-            (len(source.get("caption_columns", ["caption"])) for source in settings.sources), default=1
-        )
-        flops, use = captions * step.flops, config.encoding_use
-        disk = {"embeddings": embedding_bytes(captions, step.width, BYTES[settings.cache_dtype])}
-        return {
-            "of": {"rows": rows, "captions": captions, "whole_run": config.rows is not None},
-            "hours": hours(flops, use, config.gpus, peak),
-            "flops_per_row": step.flops,
-            "disk": disk,
-        }
-    global_rows = settings.per_device_train_batch_size * config.gpus * settings.gradient_accumulation_steps
+    columns = [len(source.get("caption_columns", ["caption"])) for source in settings.sources]
+    captions = rows * max(columns, default=1)
+    of = {"rows": rows, "captions": captions, "whole_run": config.rows is not None}
+    return of, {"embeddings": embedding_bytes(captions, step.width, BYTES[settings.cache_dtype])}
+
+
+def _steps(
+    config: PlanConfig, settings: StageConfig, step: Step, rows_per_step: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return how long the training is, or a part of a million rows, and the bytes of checkpoints and result."""
     whole = settings.max_steps > 0 or config.rows is not None
-    steps = settings.max_steps if settings.max_steps > 0 else int(rows * settings.num_train_epochs / global_rows)
-    if not whole:
-        steps = max(1, round(MILLION / global_rows))
-    seen = steps * global_rows
-    return {
-        "of": {"rows": seen, "steps": steps, "whole_run": whole},
-        "hours": hours(seen * step.flops, config.training_use, config.gpus, peak),
-        "flops_per_row": step.flops,
-        "disk": _checkpoints(settings, step, steps if whole else None),
-    }
-
-
-def _checkpoints(settings: StageConfig, step: Step, steps: int | None) -> dict[str, Any]:
-    """Bytes of a checkpoint, of all that are kept, and of the result."""
-    own = step.bytes(True)
-    adapter = getattr(settings, "lora_rank", 0) > 0
-    whole = own + step.bytes(False)
-    states = own / 4 * _state_bytes(settings) + (4 * step.count(True) if settings.ema_half_life is not None else 0)
-    checkpoint = (own if adapter else whole) + states
+    steps = settings.max_steps
+    if steps <= 0:
+        epochs = 1.0 if config.rows is None else settings.num_train_epochs
+        steps = max(1, int((config.rows or MILLION) * epochs / rows_per_step))
+    own, result = step.trained_bytes, step.trained_bytes + step.frozen_bytes
+    average = 4 * step.trained if settings.ema_half_life is not None else 0
+    checkpoint = (own if getattr(settings, "lora_rank", 0) > 0 else result) + average + own / 4 * state_bytes(settings)
     kept: int | None = 0
     if getattr(settings.save_strategy, "value", settings.save_strategy) != "no":
-        made = None if steps is None or settings.save_steps < 1 else max(1, int(steps // settings.save_steps))
+        made = max(1, int(steps // settings.save_steps)) if whole and settings.save_steps >= 1 else None
         limit = settings.save_total_limit
         kept = made if limit is None else min(limit, made or limit)
-    return {
+    disk = {
         "checkpoint": checkpoint,
         "checkpoints_kept": kept,
         "checkpoints": None if kept is None else kept * checkpoint,
-        "result": own if getattr(settings, "save_format", "merged") == "adapter" else whole,
+        "result": own if getattr(settings, "save_format", "merged") == "adapter" else result,
     }
+    return {"rows": steps * rows_per_step, "steps": steps, "whole_run": whole}, disk
