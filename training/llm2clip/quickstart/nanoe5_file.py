@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +50,11 @@ INNER = {
     "fo": "output.dense",
     "oln": "output.LayerNorm",
 }
+# The fields of the encoder's config in the order of the file.
+SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("vocab_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps"),
+)
 
 
 def convert(content: bytes, origin: str, folder: Path) -> None:
@@ -62,14 +67,27 @@ def convert(content: bytes, origin: str, folder: Path) -> None:
         ValueError: It has another format.
     """
     file = FileReader(content, origin)
-    sizes = read_sizes(file)
+    magic, version, *sizes, block = file.take("4sI7ifi")
+    if (magic, version, block) != (b"E5S1", 1, 32):
+        raise ValueError(
+            f"{origin}: {NAME} begins with {magic!r}, version {version} and blocks of {block}, but this code reads "
+            "E5S1, version 1 and blocks of 32."
+        )
+    fields = dict(zip(SIZES, sizes, strict=True))
+    fields["layer_norm_eps"] = round(fields["layer_norm_eps"], 15)
     vocabulary = read_vocabulary(file)
     build_tokenizer(vocabulary, read_normalization(file)).save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", tokenizer_settings(vocabulary, sizes.positions))
-    config = bert_config(sizes, vocabulary)
+    special = {name: getattr(vocabulary, name) for name in ("pad", "bos", "eos")}
+    config = BertConfig(
+        **fields,
+        **{f"{name}_token_id": number for name, number in special.items()},
+        architectures=["BertModel"],
+        dtype="float32",
+    )
     config.save_pretrained(folder)
     save_file(read_weights(file, config), folder / "model.safetensors", metadata={"format": "pt"})
-    write_modules(folder, sizes)
+    for name, value in settings_files(vocabulary, config).items():
+        write_json(folder / name, value)
 
 
 class FileReader:
@@ -91,19 +109,6 @@ class FileReader:
         return values
 
 
-class Sizes(NamedTuple):
-    """The sizes of the encoder."""
-
-    hidden: int
-    layers: int
-    heads: int
-    intermediate: int
-    vocabulary: int
-    positions: int
-    token_types: int
-    epsilon: float
-
-
 class Vocabulary(NamedTuple):
     """The pieces of the tokenizer with their scores, and the ids of the special ones."""
 
@@ -113,17 +118,6 @@ class Vocabulary(NamedTuple):
     eos: int
     pad: int
     unk: int
-
-
-def read_sizes(file: FileReader) -> Sizes:
-    """Read the first part of the file."""
-    magic, version, *sizes, block = file.take("4sI7ifi")
-    if (magic, version, block) != (b"E5S1", 1, 32):
-        raise ValueError(
-            f"{file.origin}: {NAME} begins with {magic!r}, version {version} and blocks "
-            f"of {block}, but this code reads E5S1, version 1 and blocks of 32."
-        )
-    return Sizes(*sizes)
 
 
 def read_vocabulary(file: FileReader) -> Vocabulary:
@@ -207,40 +201,6 @@ def _double_array(root: dict[int, Any]) -> np.ndarray:
     return np.array([units.get(number, 0) for number in range(size)], "<u4")
 
 
-def tokenizer_settings(vocabulary: Vocabulary, max_length: int) -> dict[str, Any]:
-    """Return the content of `tokenizer_config.json`."""
-    pieces = vocabulary.pieces
-    first, last = pieces[vocabulary.bos], pieces[vocabulary.eos]
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_length,
-        "padding_side": "right",
-        "model_input_names": ["input_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": False,
-        **{"bos_token": first, "cls_token": first, "eos_token": last, "sep_token": last},
-        **{"pad_token": pieces[vocabulary.pad], "unk_token": pieces[vocabulary.unk], "mask_token": "<mask>"},
-    }
-
-
-def bert_config(sizes: Sizes, vocabulary: Vocabulary) -> BertConfig:
-    """Return the configuration of the encoder, which is loaded in float32 by default."""
-    return BertConfig(
-        vocab_size=sizes.vocabulary,
-        hidden_size=sizes.hidden,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        intermediate_size=sizes.intermediate,
-        max_position_embeddings=sizes.positions,
-        type_vocab_size=sizes.token_types,
-        layer_norm_eps=round(sizes.epsilon, 15),
-        pad_token_id=vocabulary.pad,
-        bos_token_id=vocabulary.bos,
-        eos_token_id=vocabulary.eos,
-        architectures=["BertModel"],
-        dtype="float32",
-    )
-
-
 def read_weights(file: FileReader, config: BertConfig) -> dict[str, torch.Tensor]:
     """Read the state dict of a `BertModel`; its pooler, which the file lacks, is zero.
 
@@ -282,10 +242,22 @@ def unpack(blocks: np.ndarray) -> np.ndarray:
     return weights.astype(np.float16).reshape(-1)
 
 
-def write_modules(folder: Path, sizes: Sizes) -> None:
-    """Write the files of sentence-transformers: the prompt, mean pooling and normalization."""
-    kinds: Sequence[str] = ("Transformer", "Pooling", "Normalize")
-    files: dict[str, Any] = {
+def settings_files(vocabulary: Vocabulary, config: BertConfig) -> dict[str, Any]:
+    """Return the settings of the tokenizer, and the files of sentence-transformers: prompt, pooling, normalization."""
+    first, last, padding, unknown = (
+        vocabulary.pieces[number] for number in (vocabulary.bos, vocabulary.eos, vocabulary.pad, vocabulary.unk)
+    )
+    kinds = ("Transformer", "Pooling", "Normalize")
+    return {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": config.max_position_embeddings,
+            "padding_side": "right",
+            "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False,
+            **{"bos_token": first, "cls_token": first, "eos_token": last, "sep_token": last},
+            **{"pad_token": padding, "unk_token": unknown, "mask_token": "<mask>"},
+        },
         "modules.json": [
             {
                 "idx": number,
@@ -295,13 +267,11 @@ def write_modules(folder: Path, sizes: Sizes) -> None:
             }
             for number, kind in enumerate(kinds)
         ],
-        "1_Pooling/config.json": {"word_embedding_dimension": sizes.hidden, "pooling_mode_mean_tokens": True},
-        "sentence_bert_config.json": {"max_seq_length": sizes.positions, "do_lower_case": False},
+        "1_Pooling/config.json": {"word_embedding_dimension": config.hidden_size, "pooling_mode_mean_tokens": True},
+        "sentence_bert_config.json": {"max_seq_length": config.max_position_embeddings, "do_lower_case": False},
         "config_sentence_transformers.json": {
             "prompts": {"query": "query: "},
             "default_prompt_name": "query",
             "similarity_fn_name": "cosine",
         },
     }
-    for name, content in files.items():
-        write_json(folder / name, content)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -39,8 +38,6 @@ from llm2clip.utils.locks import exclusive
 from llm2clip.utils.progress import section
 from llm2clip.utils.repos import hub_ids
 
-logger = logging.getLogger(__name__)
-
 NAME = "llm2clip-quickstart"
 
 
@@ -54,8 +51,6 @@ def run(config: QuickstartConfig) -> None:
     start, context = time.monotonic(), RunContext(config)
     ledger, folder = Ledger(context.folder), context.folder
     steps = [*text_steps(context), *image_steps(context)]
-    if context.profile["transfer"] and (missing := context.domains.missing()):
-        logger.info("%s: no transfer table.", missing)
     found: dict[str, Any] = {}
     for number, step in enumerate(steps, 1):
         found[step.name] = ledger.run(step, f"{number}/{len(steps) + 1}")

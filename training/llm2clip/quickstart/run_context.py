@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,12 @@ import torch
 
 from llm2clip.quickstart.config import Arm, QuickstartConfig, choose_arms, is_plain
 from llm2clip.quickstart.data import QuickstartData
-from llm2clip.quickstart.domains import DomainSplit
+from llm2clip.quickstart.domains import missing_for_split, without_domain
+
+logger = logging.getLogger(__name__)
 
 # As Linux names what multiplies bfloat16: of AMD and Intel, and of Intel's AMX.
 BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether there is a GPU, or a processor with instructions for bfloat16."""
-    info = Path("/proc/cpuinfo")
-    return torch.accelerator.is_available() or (
-        info.is_file() and any(flag in info.read_text() for flag in BFLOAT16_FLAGS)
-    )
 
 
 class RunContext:
@@ -28,6 +23,7 @@ class RunContext:
 
     Attributes:
         profile: The settings of the training; see `PARTS`.
+        transfer_data: The data without a domain, if the profile trains on it, and the data has domains.
         arms: The text encoders.
         is_plain: Whether the LLM is a plain one, which becomes a text encoder first.
         weights: Folders or Hub ids of `llm`, `vision_model` and, if it is compared, `embedding_model`; filled by the
@@ -38,14 +34,20 @@ class RunContext:
         self.config = config
         self.folder = Path(config.output_dir)
         self.profile: dict[str, Any] = config.load_profile()
-        fast = has_fast_bfloat16()
+        info = Path("/proc/cpuinfo")
+        processor = info.read_text() if info.is_file() else ""
+        fast = torch.accelerator.is_available() or any(flag in processor for flag in BFLOAT16_FLAGS)
         for part, name in ((self.profile["stage1"], "bf16"), (self.profile["stage2"], "feature_dtype"),
                            (self.profile, "embed_dtype")):  # fmt: skip
             if part.get(name) == "auto":
                 part[name] = fast if name == "bf16" else "bfloat16" if fast else "float32"
         self.data = QuickstartData.find(config.data, config.caption_columns, config.image_column)
-        folder = self.folder / "transfer-data"
-        self.domains = DomainSplit(self.data, config.domain_column, config.held_out_domain, folder)
+        self.transfer_data: QuickstartData | None = None
+        if self.profile["transfer"]:
+            if missing := missing_for_split(self.data, config.domain_column, config.held_out_domain):
+                logger.info("%s: no transfer table.", missing)
+            else:
+                self.transfer_data = without_domain(self.data, self.folder / "transfer-data")
         self.arms = choose_arms(config, self.profile["text_encoders"])
         self.is_plain = is_plain(config)
         self.weights: dict[str, str] = {}

@@ -15,7 +15,7 @@ from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.ledger import Step
 from llm2clip.quickstart.results import read_history
 from llm2clip.quickstart.run_context import RunContext
-from llm2clip.quickstart.weights import e5_small_folder, smollm2_folder, vit_small_folder
+from llm2clip.quickstart.weights import weights_folder
 from llm2clip.store import EmbeddingCache
 from llm2clip.trainers import run_stage1
 from llm2clip.trainers.run_text_tower import load_text_tower
@@ -55,14 +55,10 @@ def text_steps(run: RunContext) -> list[Step]:
 
 
 def _weights(run: RunContext, resume: bool) -> dict[str, Any]:
-    config, cache = run.config, run.folder / "weights"
-    found = {
-        "llm": config.llm or str(smollm2_folder(cache)),
-        "vision_model": config.vision_model or str(vit_small_folder(cache)),
-    }
+    towers = ["llm", "vision_model"]
     if run.is_plain and any(arm.kind == "ready" for arm in run.arms):
-        found["embedding_model"] = config.embedding_model or str(e5_small_folder(cache))
-    return found
+        towers.append("embedding_model")
+    return {name: getattr(run.config, name) or str(weights_folder(name, run.folder / "weights")) for name in towers}
 
 
 def _raw(run: RunContext, resume: bool) -> dict[str, Any]:
