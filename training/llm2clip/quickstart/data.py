@@ -11,8 +11,8 @@ from typing import Any
 
 from llm2clip.data import CaptionSource, PairSource, caption_id, distinct_captions, load_source
 from llm2clip.data.opened_table import SourceError
+from llm2clip.data.table_identity import data_revision
 from llm2clip.evaluation import CaptionRetrieval
-from llm2clip.utils.files import digest_json
 
 logger = logging.getLogger(__name__)
 
@@ -160,12 +160,9 @@ class QuickstartData:
 
     def settings(self) -> dict[str, Any]:
         """Return JSON values that identify the data and its splits."""
-        folder = Path(self.path)
-        files = sorted(folder.rglob("*")) if folder.is_dir() else [folder] if folder.is_file() else []
-        content = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
         return {
             "data": self.path,
-            "content": digest_json(content),
+            "content": data_revision(self.path),
             "splits": [self.train, self.validation, self.test],
             "caption_columns": self.caption_columns,
         }

@@ -7,7 +7,6 @@ import ctypes
 import gc
 import logging
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,19 +76,10 @@ class Ledger:
         start = time.monotonic()
         with section(f"{title} (continuing an interrupted run)" if resume else title):
             result = step.work(resume)
-        _release_memory()
+        # The models of a step: those in circles of references, and the pages that glibc keeps for later.
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.steps[name] |= {"result": result, "seconds": round(time.monotonic() - start, 1)}
         write_json(self.path, self.steps)
         return result
-
-    def seconds(self) -> dict[str, float]:
-        """Return the duration of each finished step."""
-        return {name: step["seconds"] for name, step in self.steps.items() if "seconds" in step}
-
-
-def _release_memory() -> None:
-    """Free the models of a step: those in circles of references, and the pages that glibc keeps for later."""
-    gc.collect()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)

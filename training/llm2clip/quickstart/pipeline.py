@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,7 @@ def run(config: QuickstartConfig) -> None:
             context.weights = found[step.name]
     best, final = best_arm(found, context.arms), folder / "llm2clip"
 
-    def finish(resume: bool) -> dict[str, Any]:
-        return _final(context, best, _evaluations(context, best, found), final)
-
+    finish = partial(_final, context, best, found, final)
     last = Step("final", "The Hub-ready folder", {}, finish, (step_name("stage2", best, 0),), final)
     found["final"] = ledger.run(last, f"{len(steps) + 1}/{len(steps) + 1}")
     with section("The report"):
@@ -96,17 +95,26 @@ def _collect(context: RunContext, best: Arm, found: dict[str, Any], final: Path)
     }
 
 
-def _final(context: RunContext, arm: Arm, evaluations: list[Evaluation], folder: Path) -> dict[str, Any]:
-    """Build a folder that bundles the text encoder."""
-    trained = context.folder / step_name("stage2", arm, 0)
-    retrieval = ImageTextRetrieval(context.data.test_source(), AutoProcessor.from_pretrained(trained).image_processor)
+def _final(context: RunContext, arm: Arm, found: dict[str, Any], folder: Path, resume: bool) -> dict[str, Any]:
+    """Build a folder that bundles the text encoder, with the test results on its card."""
+    data, trained = context.data, context.folder / step_name("stage2", arm, 0)
+    dataset = data.path if hub_ids(data.path) else Path(data.path).name
+    revision, columns = data_revision(data.path), data.queries(arm.kind)
+    evaluations = [
+        Evaluation("image-text retrieval", dataset, data.test, revision, metrics, note=columns[name])
+        for name, metrics in last_runs(found, arm)[0]["test"].items()
+    ]
+    retrieval = ImageTextRetrieval(data.test_source(), AutoProcessor.from_pretrained(trained).image_processor)
     example = context.folder / "example.png"
     retrieval.image(0).save(example)
+    # The licenses of some models ask for theirs at the beginning of a name.
+    terms = [TERMS[base.license] for base in bases_of(str(trained)) if base.license in TERMS]
+    beginning = max((one.beginning for one in terms), key=len, default="")
     settings = build.BuildConfig(
         model=str(trained),
         destination=str(folder),
         bundle_text_model=True,
-        name=_name(trained),
+        name=f"{beginning} {NAME}".strip().replace(" ", "-"),
         example_image=str(example),
         example_captions=retrieval.captions[:3],
         overwrite=True,
@@ -125,24 +133,6 @@ def _sample(final: FinalModel) -> dict[str, Any]:
         "images": "the first four of the test split",
         "logits_per_image": output.logits_per_image.tolist(),
     }
-
-
-def _name(trained: Path) -> str:
-    """Name a model; the licenses of some models ask for theirs at the beginning."""
-    terms = [TERMS[base.license] for base in bases_of(str(trained)) if base.license in TERMS]
-    beginning = max((one.beginning for one in terms), key=len, default="")
-    return f"{beginning} {NAME}".strip().replace(" ", "-")
-
-
-def _evaluations(context: RunContext, arm: Arm, found: dict[str, Any]) -> list[Evaluation]:
-    """Return the test results of a model for its card."""
-    data = context.data
-    dataset = data.path if hub_ids(data.path) else Path(data.path).name
-    revision, columns = data_revision(data.path), data.queries(arm.kind)
-    return [
-        Evaluation("image-text retrieval", dataset, data.test, revision, metrics, note=columns[name])
-        for name, metrics in last_runs(found, arm)[0]["test"].items()
-    ]
 
 
 def trained_layers(settings: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch.nn import functional as F
 
 from llm2clip.data import EvalTransform
@@ -68,7 +67,7 @@ def write_report(path: Path, results: dict[str, Any], run: RunContext, best: Arm
         *(f"<p>{_text(sentence)}</p>" for sentence in results["reading"]),
         *(f"<p class='note'>{_text(sentence)}</p>" for sentence in results["protocol"].values()),
         "<h2>Training</h2>",
-        f"<img class='plot' alt='curves' src='{_figure(draw_curves(results['runs'], run.arms))}'>",
+        _plot(draw_curves(results["runs"], run.arms), "curves"),
         "<h2>Retrieved images</h2>",
         _queries(run, best, cache, final),
         "<h2>Similarity of captions and image patches</h2>",
@@ -109,17 +108,11 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _figure(figure: Figure) -> str:
+def _plot(figure: Figure, text: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _thumbnail(image: Image.Image) -> str:
-    small, buffer = image.copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    small.save(buffer, "WEBP", quality=80)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f"<img class='plot' alt='{text}' src='data:image/png;base64,{data}'>"
 
 
 def _sample(count: int, total: int, seed: int) -> list[int]:
@@ -128,12 +121,15 @@ def _sample(count: int, total: int, seed: int) -> list[int]:
 
 def _found(query: str, pictures: Sequence[tuple[int, bool, str]], final: FinalModel) -> str:
     """Show a query and its pictures: rows of the test set, whether they are right, and a note on each."""
-    images = "".join(
-        f"<img class='{'right' if right else ''}' alt='' title='{_text(note)}' "
-        f"src='{_thumbnail(final.retrieval.image(row))}'>"
-        for row, right, note in pictures
-    )
-    return f"<div class='query'>{_text(query)}</div><div class='found'>{images}</div>"
+    shown = []
+    for row, right, note in pictures:
+        image, buffer = final.retrieval.image(row).copy(), io.BytesIO()
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        image.save(buffer, "WEBP", quality=80)
+        data = base64.b64encode(buffer.getvalue()).decode()
+        frame = "right" if right else ""
+        shown.append(f"<img class='{frame}' alt='' title='{_text(note)}' src='data:image/webp;base64,{data}'>")
+    return f"<div class='query'>{_text(query)}</div><div class='found'>{''.join(shown)}</div>"
 
 
 def _queries(run: RunContext, best: Arm, cache: EmbeddingCache, final: FinalModel) -> str:
@@ -166,8 +162,7 @@ def _patch_maps(run: RunContext, cache: EmbeddingCache, final: FinalModel) -> st
     rows = _sample(4 * NUM_MAPS, len(retrieval.images), run.config.seed + 1)
     chosen = [row for row in rows if retrieval.image_captions[row]][:NUM_MAPS]
     images = [retrieval.image(row) for row in chosen]
-    transform = EvalTransform(processor.image_processor)
-    pixels = torch.stack([transform(image) for image in images])
+    pixels = torch.stack([*map(EvalTransform(processor.image_processor), images)])
     captions = [retrieval.image_captions[row][0] for row in chosen]
     features = model.get_text_features(llm_embeds=cache.lookup(captions)).pooler_output
     assert features is not None
@@ -181,7 +176,7 @@ def _patch_maps(run: RunContext, cache: EmbeddingCache, final: FinalModel) -> st
         axes[1, column].imshow(draw_heat_map(picture, heat, MAP_WIDTH))
     for axis in axes.flat:
         axis.axis("off")
-    return f"<img class='plot' alt='patch similarity' src='{_figure(figure)}'>"
+    return _plot(figure, "patch similarity")
 
 
 def draw_curves(runs: dict[str, Any], arms: Sequence[Arm]) -> Figure:

@@ -70,14 +70,19 @@ def protocol(data: QuickstartData, profile: dict[str, Any], transfer: bool) -> d
     }
 
 
+def mean_metrics(sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Average the metrics of several sets of queries, or of several runs; counts are those of the first."""
+    keys = [key for key in sets[0] if any(part in key for part in AVERAGED)]
+    return {**sets[0], **{key: statistics.fmean(one[key] for one in sets) for key in keys}}
+
+
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Average the metrics of runs that differ in their seed; of several, with standard deviations as `std`."""
     if len(runs) == 1:
         return dict(runs[0])
     keys = [key for key in runs[0] if any(part in key for part in AVERAGED)]
-    means = {key: statistics.fmean(run[key] for run in runs) for key in keys}
     spread = {key: statistics.stdev(run[key] for run in runs) for key in keys}
-    return {**runs[0], **means, "runs": len(runs), "std": spread}
+    return {**mean_metrics(runs), "runs": len(runs), "std": spread}
 
 
 def runs_of(steps: dict[str, Any], kind: str, arm: Arm, part: str) -> list[dict[str, Any]]:
@@ -107,12 +112,6 @@ def image_rows(steps: dict[str, Any], arms: Sequence[Arm], layers: str) -> dict[
             means = [mean_metrics([run["test"][name] for name in languages]) for run in last]
             rows[f"  mean of {len(languages)} languages, {arm.title}"] = summarize(means)
     return rows
-
-
-def mean_metrics(sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Average the metrics of several sets of queries; counts are those of the first."""
-    keys = [key for key in sets[0] if any(part in key for part in AVERAGED)]
-    return {**sets[0], **{key: statistics.fmean(one[key] for one in sets) for key in keys}}
 
 
 def transfer_rows(steps: dict[str, Any], arms: Sequence[Arm]) -> dict[str, Any]:
@@ -146,101 +145,77 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 
 def machine() -> dict[str, Any]:
     """Describe the processor and the versions of the packages."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)", info.read_text(), re.MULTILINE) if info.is_file() else None
     return {
-        "processor": _processor_name(),
+        "processor": found[1].strip() if found else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in VERSIONS},
     }
 
 
-def _processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)", info.read_text(), re.MULTILINE) if info.is_file() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
 def print_tables(results: dict[str, Any]) -> None:
     """Print the content of `results.json`, results with the number of queries and candidates."""
-    console = Console()
+    console = Console(highlight=False)
     console.print()
     for title, table in all_tables(results):
         print_table(console, title, *table)
     for sentence in results["reading"]:
-        console.print(sentence, highlight=False)
+        console.print(sentence)
     settings, machine = results["settings"], results["machine"]
     # Its first sentence, up to the remark in brackets; results.json has the whole.
-    console.print(f"protocol {results['protocol']['queries'].partition(' (')[0]}", style="dim", highlight=False)
+    console.print(f"protocol {results['protocol']['queries'].partition(' (')[0]}", style="dim")
     console.print(
         f"profile {settings['profile']}, seed {settings['seed']}; LLM {settings['llm']}; vision tower "
         f"{settings['vision_model']}; {machine['threads']} threads of {machine['processor']}",
         style="dim",
-        highlight=False,
     )
     if typed := results["typed_queries"]:
         console.print(
             f"typed queries of the model in {results['model']}: the first picture is right for {typed['first']} of "
-            f"{typed['queries']}, one of the first {typed['shown']} for {typed['found']}",
-            highlight=False,
+            f"{typed['queries']}, one of the first {typed['shown']} for {typed['found']}"
         )
-    reused = ", ".join(results["reused_steps"])
-    if reused:
-        console.print(f"reused from an earlier run: {reused}", style="dim", highlight=False)
+    if reused := ", ".join(results["reused_steps"]):
+        console.print(f"reused from an earlier run: {reused}", style="dim")
     folder = Path(results["model"]).parent
     console.print(
         f"\n{folder / 'report.html'}  curves, queries and pictures\n{folder / 'results.json'}  every number\n"
         f"{results['model']}  the model with {results['best_text_encoder']}: "
         "AutoModel.from_pretrained(folder, trust_remote_code=True)",
-        highlight=False,
         soft_wrap=True,
     )
 
 
 def all_tables(results: dict[str, Any]) -> list[tuple[str, Table]]:
     """Return the titles of the tables, and their column titles and rows."""
-    tables = [
-        (TITLES["caption"], caption_table(results["caption_retrieval"])),
-        (TITLES["image"], image_table(results["image_retrieval"], results["text_encoders"])),
-    ]
-    if results["transfer"]:
-        held_out = results["settings"]["held_out_domain"]
-        tables.append((TITLES["transfer"].format(held_out), transfer_table(results["transfer"], held_out)))
-    return tables
-
-
-def caption_table(rows: dict[str, Any]) -> Table:
-    """Return the table of caption retrieval."""
-    sizes = next(iter(rows.values()))
-    names = [name for name in CAPTION_SETS if name in sizes]
-    titles = [
+    captions, transfer = results["caption_retrieval"], results["transfer"]
+    sizes = next(iter(captions.values()))
+    sets = [name for name in CAPTION_SETS if name in sizes]
+    columns = [
         f"{CAPTION_SETS[name]}\n{sizes[name]['num_queries']} queries, {sizes[name]['num_targets']} targets"
-        for name in names
+        for name in sets
     ]
-    return ["text encoder", *titles], [
-        [row, *(recalls_in_percent(sets[name]) for name in names)] for row, sets in rows.items()
-    ]
-
-
-def image_table(rows: dict[str, Any], arms: Sequence[str]) -> Table:
-    """Return the table of image retrieval; the lines of one text encoder do not repeat its name."""
-    return ["text encoder", "text → image", "image → text", "captions\n× images"], [
+    rows = [[row, *(recalls_in_percent(found[name]) for name in sets)] for row, found in captions.items()]
+    tables = [(TITLES["caption"], (["text encoder", *columns], rows))]
+    columns = ["text encoder", "text → image", "image → text", "captions\n× images"]
+    rows = [
         [
-            _label(row, arms),
+            _label(row, results["text_encoders"]),
             *(_recalls(metrics, way) for way in ("text_to_image_", "image_to_text_")),
             _size(metrics),
         ]
-        for row, metrics in rows.items()
+        for row, metrics in results["image_retrieval"].items()
     ]
-
-
-def transfer_table(rows: dict[str, Any], held_out: str) -> Table:
-    """Return the table of both trainings, side by side."""
-    first = next(iter(rows.values()))
-    titles = [f"all domains\n{_size(first['in_domain'])}", f"without, tested on it\n{_size(first['transfer'])}"]
-    return ["text encoder", *titles], [
-        [row, *(_recalls(metrics[part], "text_to_image_") for part in ("in_domain", "transfer"))]
-        for row, metrics in rows.items()
-    ]
+    tables.append((TITLES["image"], (columns, rows)))
+    if transfer:
+        first, parts = next(iter(transfer.values())), ("in_domain", "transfer")
+        titles = ("all domains", "without, tested on it")
+        columns = [f"{title}\n{_size(first[part])}" for title, part in zip(titles, parts, strict=True)]
+        rows = [[row, *(_recalls(found[part], "text_to_image_") for part in parts)] for row, found in transfer.items()]
+        title = TITLES["transfer"].format(results["settings"]["held_out_domain"])
+        tables.append((title, (["text encoder", *columns], rows)))
+    return tables
 
 
 def reading(rows: dict[str, Any], base: str, tuned: str) -> list[str]:
@@ -265,6 +240,7 @@ def reading(rows: dict[str, Any], base: str, tuned: str) -> list[str]:
 
 
 def _label(row: str, arms: Sequence[str]) -> str:
+    """Shorten the title of a line, which does not repeat the name of its text encoder."""
     for arm in arms:
         row = row.replace(f"{arm} +", "  +").removesuffix(f", {arm}")
     return row
