@@ -27,7 +27,7 @@ from llm2clip.data import CaptionSource, PairSource, distinct_captions
 from llm2clip.encoders import OurEncoder
 from llm2clip.encoders.embed import EmbedConfig, embed_into_cache
 from llm2clip.hub.merge import merge_models
-from llm2clip.quickstart.data import QuickstartData
+from llm2clip.quickstart.data import BUNDLED, QuickstartData
 from llm2clip.quickstart.domains import without_domain, write_without_domain
 from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.trainers import run_mntp, run_stage1, run_stage2
@@ -90,7 +90,7 @@ class Study:
         """Train masked next token prediction on the texts of stage 1."""
         folder = self.output / f"mntp-{self.seed}"
         if not (folder / "config.json").exists():
-            glosses = CaptionSource(self.data.glosses, split="train", caption_columns=["lemmas", "gloss"])
+            glosses = CaptionSource(str(BUNDLED / "glosses"), split="train", caption_columns=["lemmas", "gloss"])
             fields: dict[str, Any] = {**QUIET, **BFLOAT16, "max_steps": 120, "per_device_train_batch_size": 4}
             fields |= {"block_size": 128, "learning_rate": 5e-4, "lora_rank": 16, "lora_alpha": 32, "seed": self.seed}
             fields["sources"] = [asdict(glosses), asdict(self.domains.source("train", COLUMNS))]

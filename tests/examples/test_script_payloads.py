@@ -128,7 +128,7 @@ def test_the_report_of_a_quickstart(
 ) -> None:
     clip = LLM2CLIPModel.from_pretrained(model)
     (tmp_path / "llm2clip").symlink_to(model)
-    arm = Arm("raw", PAYLOADS[3], "raw", "weights")
+    arm = Arm("raw", PAYLOADS[3], "raw")
     run: Any = SimpleNamespace(
         folder=tmp_path, arms=[arm], cache=lambda name: tmp_path / name, config=QuickstartConfig(),
         data=QuickstartData.find(str(table), ["caption"], "image"),

@@ -92,15 +92,18 @@ class Arm:
         name: Name of its folders and steps.
         title: Its name in the tables.
         kind: `raw`, a plain LLM; `tuned`, after stage 1; `ready`, an embedding model or text tower as it is.
-        made_by: The step that makes its folder.
         is_candidate: Whether its vision tower trains too, so that the final model may be built from it.
     """
 
     name: str
     title: str
     kind: Literal["raw", "tuned", "ready"]
-    made_by: str
     is_candidate: bool = True
+
+    @property
+    def made_by(self) -> str:
+        """The step that makes its folder."""
+        return "weights" if self.kind == "ready" else self.name
 
 
 def is_plain(config: QuickstartConfig) -> bool:
@@ -118,25 +121,21 @@ def choose_arms(config: QuickstartConfig, names: list[str]) -> list[Arm]:
         ValueError: `embedding_model` is given beside a text encoder that needs no stage 1.
     """
     if config.llm is not None and not is_plain(config):
-        repo = inspect_repo(config.llm)
+        kind = inspect_repo(config.llm).kind.value
         if config.embedding_model not in (None, NO_MODEL):
-            raise ValueError(
-                f"{config.llm} is a {repo.kind.value}; embedding_model is for a comparison with a plain LLM."
-            )
-        title = Path(str(config.llm)).name
-        arms = [Arm("ready", title, "ready", "weights")]
+            raise ValueError(f"{config.llm} is a {kind}; embedding_model is for a comparison with a plain LLM.")
+        title = Path(config.llm).name
         if config.tune_text_encoder:
-            arms.append(Arm("stage1", f"{title} after stage 1", "tuned", "stage1"))
-        else:
-            logger.info("%s is a %s: no stage 1, unless tune_text_encoder is true.", config.llm, repo.kind.value)
-        return arms
+            return [Arm("ready", title, "ready"), Arm("stage1", f"{title} after stage 1", "tuned")]
+        logger.info("%s is a %s: no stage 1, unless tune_text_encoder is true.", config.llm, kind)
+        return [Arm("ready", title, "ready")]
     is_tuned, is_compared = config.tune_text_encoder is not False, config.embedding_model != NO_MODEL
     title = E5_TITLE if config.embedding_model is None else Path(config.embedding_model).name
     raw_is_all = not (is_tuned or is_compared)
     arms = [
-        Arm("raw-causal", "raw LLM, causal", "raw", "raw-causal", raw_is_all),
-        Arm("raw", "raw LLM, bidirectional", "raw", "raw", raw_is_all),
-        *([Arm("stage1", "LLM after stage 1", "tuned", "stage1")] if is_tuned else []),
-        *([Arm("ready", title, "ready", "weights")] if is_compared else []),
+        Arm("raw-causal", "raw LLM, causal", "raw", raw_is_all),
+        Arm("raw", "raw LLM, bidirectional", "raw", raw_is_all),
+        *([Arm("stage1", "LLM after stage 1", "tuned")] if is_tuned else []),
+        *([Arm("ready", title, "ready")] if is_compared else []),
     ]
     return [arm for arm in arms if arm.name in names]

@@ -16,6 +16,7 @@ from llm2clip.evaluation import CaptionRetrieval
 
 logger = logging.getLogger(__name__)
 
+BUNDLED = Path(str(resources.files("llm2clip.example_data")))
 # Languages of translated captions: those of the tables, and others that only `results.json` lists.
 LANGUAGES = {"de": "German", "fr": "French", "es": "Spanish", "zh": "Chinese", "ja": "Japanese", "hi": "Hindi"}
 OTHER_LANGUAGES = {"ru": "Russian", "ar": "Arabic"}
@@ -32,7 +33,6 @@ class QuickstartData:
     Attributes:
         path: Folder or Hub id.
         caption_columns: Caption columns; the first is the query of the retrieval tables.
-        glosses: Folder of the bundled word-gloss pairs.
     """
 
     path: str
@@ -41,7 +41,6 @@ class QuickstartData:
     train: str
     validation: str
     test: str
-    glosses: str
 
     @classmethod
     def find(cls, path: str | None, caption_columns: list[str], image_column: str = "image") -> QuickstartData:
@@ -49,8 +48,7 @@ class QuickstartData:
 
         Missing validation and test splits are replaced by held-out parts of `train`.
         """
-        bundled = Path(str(resources.files("llm2clip.example_data")))
-        path = path or str(bundled / "concepts")
+        path = path or str(BUNDLED / "concepts")
         found = []
         for split in ("validation", "test"):
             try:
@@ -64,7 +62,7 @@ class QuickstartData:
         else:
             splits["train"] = "train[:80%]"
             logger.info("%s has no validation and test split: the last fifth of its rows is held out for them.", path)
-        return cls(path, caption_columns, image_column, glosses=str(bundled / "glosses"), **splits)
+        return cls(path, caption_columns, image_column, **splits)
 
     @property
     def query_column(self) -> str:
@@ -76,8 +74,9 @@ class QuickstartData:
         return CaptionSource(self.path, split=split, image_column=self.image_column, caption_columns=caption_columns)
 
     def gloss_pairs(self, split: str) -> PairSource:
-        """Return pairs of words and their definitions."""
-        return PairSource(path=self.glosses, split=split, anchor_column="lemmas", positive_column="gloss", weight=1)
+        """Return bundled pairs of words and their definitions."""
+        path = str(BUNDLED / "glosses")
+        return PairSource(path=path, split=split, anchor_column="lemmas", positive_column="gloss", weight=1)
 
     def caption_pairs(self, split: str) -> PairSource:
         """Return pairs of captions of one image, with twice the weight of glosses: stage 2 embeds captions."""
@@ -85,29 +84,19 @@ class QuickstartData:
 
     def pair_sources(self) -> list[PairSource]:
         """Return the training data of stage 1: the glosses, and the captions of images that have several."""
-        return [self.gloss_pairs("train"), *([self.caption_pairs(self.train)] if self.has_pairs else [])]
-
-    @property
-    def has_pairs(self) -> bool:
-        """Whether some image has two captions, which stage 1 trains on as a pair."""
-        return self._test_pairs is not None
+        captions = [self.caption_pairs(self.train)] if "name_to_keywords" in self.caption_sets else []
+        return [self.gloss_pairs("train"), *captions]
 
     @cached_property
-    def _test_pairs(self) -> CaptionRetrieval | None:
+    def caption_sets(self) -> dict[str, CaptionRetrieval]:
+        """The caption retrieval sets of the results table; that of captions only if some image has two."""
+        sets = {"lemma_to_gloss": CaptionRetrieval.from_source(self.gloss_pairs("test"))}
         try:
-            return CaptionRetrieval.from_source(self.caption_pairs(self.test))
+            sets["name_to_keywords"] = CaptionRetrieval.from_source(self.caption_pairs(self.test))
         except SourceError:
             raise
         except ValueError as error:
             logger.info("stage 1 trains on the bundled glosses only: %s", error)
-            return None
-
-    @cached_property
-    def caption_sets(self) -> dict[str, CaptionRetrieval]:
-        """The caption retrieval sets of the results table."""
-        sets = {"lemma_to_gloss": CaptionRetrieval.from_source(self.gloss_pairs("test"))}
-        if self._test_pairs is not None:
-            sets["name_to_keywords"] = self._test_pairs
         return sets
 
     def test_source(self, column: str | None = None) -> CaptionSource:

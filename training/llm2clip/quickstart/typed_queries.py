@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from typing import Any
 
+from llm2clip.quickstart.data import BUNDLED
 from llm2clip.quickstart.image_steps import FinalModel
 from llm2clip.search.top_k import top_k
 
@@ -20,7 +20,7 @@ def search_typed(final: FinalModel) -> dict[str, Any]:
         The number of `queries`; those whose `first` picture is right, and those with a right one `found` among the
         first `shown`; and of each query the rows that it finds, and whether they are right, as `results`.
     """
-    asked = json.loads((resources.files("llm2clip.example_data") / FILE).read_text(encoding="utf-8"))
+    asked = json.loads((BUNDLED / FILE).read_text(encoding="utf-8"))
     embeds = final.model.encode_text([one["query"] for one in asked], final.processor)
     results = []
     for one, found in zip(asked, top_k(embeds, final.image_embeds, SHOWN)[1].tolist(), strict=True):
