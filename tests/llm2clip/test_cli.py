@@ -13,35 +13,43 @@ from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import distributed as dist
 
 from llm2clip import cli
 from llm2clip.data.table_identity import data_revision
-from llm2clip.evaluation import evaluate as job
+from llm2clip.utils.library_errors import PEER_ENDED
 from llm2clip.utils.logs import LogFile
 from llm2clip.utils.stopping import StoppedError
 from modeling_llm2clip import LLM2CLIPModel
 from tests.llm2clip import tiny
 from tests.modeling_llm2clip import tiny as tiny_models
 
-
-def failing_stage1(error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Arguments of a stage 1 that fails with an error hours into the run."""
-
-    def train(config: object, resume: bool) -> None:
-        raise error
-
-    monkeypatch.setattr("llm2clip.trainers.run_stage1.run", train)
-    return ["stage1", "--output_dir", str(folder)]
+Capsys = pytest.CaptureFixture[str]
+EVALUATE = ["evaluate", "x", "--data", "y"]
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
-def test_help_shows_every_field_once(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def replaced_run(command: str, end: BaseException | dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a command do nothing but raise an error or return a result."""
+
+    def run(config: object, **options: Any) -> dict[str, Any]:
+        if isinstance(end, dict):
+            return end
+        raise end
+
+    monkeypatch.setattr(f"{cli.COMMANDS[command].module}.run", run)
+
+
+@pytest.fixture
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.mark.usefixtures("_wide")
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_shows_every_field_once(command: str, capsys: Capsys) -> None:
     assert cli.main([command, "--help-all"]) == 0
     text = capsys.readouterr().out
     settings = getattr(import_module(cli.COMMANDS[command].module), cli.COMMANDS[command].config)
@@ -52,11 +60,9 @@ def test_help_shows_every_field_once(
     assert max(map(len, text.splitlines())) < 120
 
 
+@pytest.mark.usefixtures("_wide")
 @pytest.mark.parametrize("command", ["mntp", "stage1", "stage2"])
-def test_help_of_a_stage_fits_a_reader(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
+def test_help_of_a_stage_fits_a_reader(command: str, capsys: Capsys) -> None:
     assert cli.main([command, "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 150
@@ -85,7 +91,7 @@ def test_version_and_top_level_help_import_neither_torch_nor_transformers() -> N
     assert f"llm2clip {own} (torch {torch}, transformers {transformers}, Python " in shown.splitlines()[-1]
 
 
-def test_a_run_writes_its_log_into_output_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_writes_its_log_into_output_dir(tmp_path: Path, capsys: Capsys) -> None:
     fields = ["--output_dir", str(tmp_path / "run"), "--text_model_name_or_path", str(tmp_path / "missing")]
     assert cli.main(["embed", *fields, "--sources", "[{path: x, caption_columns: [caption]}]"]) == 2
     shown = capsys.readouterr().err.splitlines()
@@ -97,41 +103,43 @@ def test_a_run_writes_its_log_into_output_dir(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("rank", ["0", "3"])
 def test_every_error_of_a_run_leaves_its_traceback_in_output_dir(
-    rank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    rank: str, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", rank)
-    assert cli.main(failing_stage1(OSError("the disk has gone"), tmp_path, monkeypatch)) == 2
+    replaced_run("stage1", OSError("the disk has gone"), monkeypatch)
+    assert cli.main(["stage1", "--output_dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert f"llm2clip stage1: error: the disk has gone\n(where: {tmp_path / 'error.log'})" in error
     assert "Traceback" not in error
+    replaced_run("stage1", RuntimeError("out of memory"), monkeypatch)
     with pytest.raises(RuntimeError):
-        cli.main(failing_stage1(RuntimeError("out of memory"), tmp_path, monkeypatch))
+        cli.main(["stage1", "--output_dir", str(tmp_path)])
     text = (tmp_path / "error.log").read_text()
     assert text.count("Traceback (most recent call last)") == 2
     assert text.count(f"llm2clip stage1 (process {rank}, id ") == 2
-    assert "in train\n    raise error\nOSError: the disk has gone" in text
+    assert "in run\n    raise end\nOSError: the disk has gone" in text
     assert "RuntimeError: out of memory" in text
 
 
 def test_a_success_removes_the_errors_of_earlier_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = failing_stage1(OSError("the disk has gone"), tmp_path, monkeypatch)
-    assert cli.main(arguments) == 2
-    assert (tmp_path / "error.log").exists()
-    monkeypatch.setattr("llm2clip.trainers.run_stage1.run", lambda config, resume: {"train_loss": 1.0})
-    assert cli.main(arguments) == 0
-    assert not (tmp_path / "error.log").exists()
+    ends: list[tuple[Any, int]] = [(OSError("the disk has gone"), 2), ({"train_loss": 1.0}, 0)]
+    for end, status in ends:
+        replaced_run("stage1", end, monkeypatch)
+        assert cli.main(["stage1", "--output_dir", str(tmp_path)]) == status
+        assert (tmp_path / "error.log").exists() == (status != 0)
     assert "the disk has gone" in (tmp_path / "log.txt").read_text()
 
 
 def test_an_error_log_that_cannot_be_written_hides_no_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "error.log").mkdir()
-    assert cli.main(failing_stage1(OSError("no space left"), tmp_path, monkeypatch)) == 2
+    replaced_run("stage1", OSError("no space left"), monkeypatch)
+    assert cli.main(["stage1", "--output_dir", str(tmp_path)]) == 2
     assert "llm2clip stage1: error: no space left\n(--traceback shows where)" in capsys.readouterr().err
 
 
-def test_top_level_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_top_level_help_lists_the_commands(capsys: Capsys) -> None:
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out.split()
     assert all(name in shown for name in cli.COMMANDS)
@@ -151,21 +159,14 @@ def test_top_level_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -
         (["evaluate", "x", "--task", "guessing", "--data", "y"], "one of retrieval, caption_retrieval"),
         (["evaluate", "x"], "evaluate needs data"),
         (["evaluate", "x", "--data", "y", "--on_error", "ignore"], "one of raise, skip"),
-        (
-            ["evaluate", "/no/such/folder", "--data", "y"],
-            "there is no such folder, and it is not a valid Hub id",
-        ),
+        (["evaluate", "/no/such/folder", "--data", "y"], "there is no such folder, and it is not a valid Hub id"),
         (["embed"], "EmbedConfig needs output_dir, text_model_name_or_path, sources"),
         (["convert", "a", "b", "two words"], "the argument 'two words' is one too many"),
         (["quickstart", "--profile", "fast"], "the recipe fast does not exist"),
     ],
 )
 def test_a_user_error_is_one_line_without_traceback(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 2
@@ -182,11 +183,7 @@ def test_a_user_error_is_one_line_without_traceback(
         ("lr: 1", [], "{file} (line 2) has no field 'lr'; did you mean 'learning_rate'?"),
         ("max_steps: many", [], "{file} (line 2): max_steps is 'many'"),
         ("max_steps: many", ["--max-steps", "all"], "the command line: max_steps is 'all'"),
-        (
-            "feature_views: 0",
-            [],
-            "feature_views must be at least 1, but is 0. feature_views is set by {file} (line 2).",
-        ),
+        ("feature_views: 0", [], "must be at least 1, but is 0. feature_views is set by {file} (line 2)."),
         (
             "feature_cache: x",
             ["--feature-views", "2"],
@@ -196,7 +193,7 @@ def test_a_user_error_is_one_line_without_traceback(
 )
 @pytest.mark.parametrize("command", ["stage2", "plan"])
 def test_an_error_of_a_setting_says_where_it_is_set(
-    command: str, recipe: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, recipe: str, options: list[str], message: str, tmp_path: Path, capsys: Capsys
 ) -> None:
     file = tmp_path / "stage2.yaml"
     file.write_text(f"output_dir: {tmp_path / 'run'}\n{recipe}\n")
@@ -204,7 +201,7 @@ def test_an_error_of_a_setting_says_where_it_is_set(
     assert message.format(file=file) in capsys.readouterr().err
 
 
-def test_evaluate_retrieval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_retrieval(tmp_path: Path, capsys: Capsys) -> None:
     tiny_models.save(tmp_path / "model")
     data = json.dumps(tiny.concepts("test", max_samples=24))
     result = tmp_path / "result.json"
@@ -217,7 +214,7 @@ def test_evaluate_retrieval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert 0 < metrics["num_texts"] <= 24
 
 
-def test_evaluate_caption_retrieval_of_a_joint_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_caption_retrieval_of_a_joint_model(tmp_path: Path, capsys: Capsys) -> None:
     model: LLM2CLIPModel = tiny_models.save(tmp_path / "model")
     model.text_model.save_pretrained(tmp_path / "llm")
     tiny.save_llm(tmp_path / "raw")
@@ -233,47 +230,41 @@ def test_evaluate_caption_retrieval_of_a_joint_model(tmp_path: Path, capsys: pyt
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(config: object) -> None:
-        raise KeyError("image")
-
-    monkeypatch.setattr("llm2clip.evaluation.evaluate.run", broken)
+    replaced_run("evaluate", KeyError("image"), monkeypatch)
     with pytest.raises(KeyError):
-        cli.main(["evaluate", "x", "--data", "y"])
+        cli.main(EVALUATE)
 
 
 def test_a_command_leaves_the_process_group_of_its_launcher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
 ) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    monkeypatch.setattr(job, "run", lambda config: {"recall": 0.5})
-    assert cli.main(["evaluate", "model", "--data", "data"]) == 0
+    replaced_run("evaluate", {"recall": 0.5}, monkeypatch)
+    assert cli.main(EVALUATE) == 0
     assert capsys.readouterr().out == "recall: 0.5000\n"
     assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "message"),
+    ("error", "processes", "status", "cause"),
     [
-        (KeyboardInterrupt(), 130, "llm2clip index: stopped by Ctrl-C; the same command continues where it was.\n"),
-        (StoppedError(), 143, "llm2clip index: stopped by SIGTERM; the same command continues where it was.\n"),
+        (KeyboardInterrupt(), "1", 130, "Ctrl-C"),
+        (StoppedError(), "1", 143, "SIGTERM"),
+        (StoppedError(), "2", 143, f"SIGTERM (unless you have sent it, {PEER_ENDED})"),
     ],
 )
 def test_a_command_that_is_stopped_says_how_to_go_on(
-    error: BaseException,
-    status: int,
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    error: BaseException, processes: str, status: int, cause: str, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
 ) -> None:
-    def stopped(config: object) -> None:
-        raise error
-
-    monkeypatch.setattr("llm2clip.search.index.run", stopped)
+    """SIGTERM may come from a launcher, after the end of another process."""
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    replaced_run("index", error, monkeypatch)
     assert cli.main(["index", "pictures", "--model", "m"]) == status
-    assert capsys.readouterr().err == message
+    expected = f"llm2clip index: stopped by {cause}; the same command continues where it was.\n"
+    assert capsys.readouterr().err == expected
 
 
-def test_sigterm_ends_a_command_in_order(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sigterm_ends_a_command_in_order(monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:
     ended = []
 
     def killed(config: object) -> None:
@@ -284,13 +275,13 @@ def test_sigterm_ends_a_command_in_order(monkeypatch: pytest.MonkeyPatch, capsys
             ended.append(True)
 
     monkeypatch.setattr("llm2clip.evaluation.evaluate.run", killed)
-    assert cli.main(["evaluate", "x", "--data", "y"]) == 143
+    assert cli.main(EVALUATE) == 143
     assert ended
     assert capsys.readouterr().err == "llm2clip evaluate: stopped by SIGTERM; the same command starts it again.\n"
 
 
 def test_sigterm_within_the_report_of_an_error_does_not_replace_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: Capsys
 ) -> None:
     """torchrun sends it to the rank at fault too, if one that has only lost the connection to it has ended first."""
     write_error = LogFile.write_error
@@ -299,22 +290,7 @@ def test_sigterm_within_the_report_of_an_error_does_not_replace_it(
         os.kill(os.getpid(), signal.SIGTERM)
         return write_error(self, command, error)
 
-    def failing(config: object) -> None:
-        raise ValueError("the image 7 is damaged.")
-
     monkeypatch.setattr(LogFile, "write_error", meanwhile)
-    monkeypatch.setattr("llm2clip.evaluation.evaluate.run", failing)
-    assert cli.main(["evaluate", "x", "--data", "y"]) == 2
+    replaced_run("evaluate", ValueError("the image 7 is damaged."), monkeypatch)
+    assert cli.main(EVALUATE) == 2
     assert "llm2clip evaluate: error: the image 7 is damaged." in capsys.readouterr().err
-
-
-def test_sigterm_of_a_launcher_is_said_to_come_from_the_end_of_another_process(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def stopped(config: object) -> None:
-        raise StoppedError
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("llm2clip.search.index.run", stopped)
-    assert cli.main(["index", "pictures", "--model", "m"]) == 143
-    assert "unless you have sent it, another process of this run has ended; " in capsys.readouterr().err
