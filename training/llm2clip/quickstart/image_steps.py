@@ -17,13 +17,13 @@ from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.data import QUERY, QuickstartData
 from llm2clip.quickstart.domains import write_without_domain
 from llm2clip.quickstart.ledger import Step
-from llm2clip.quickstart.results import read_history
 from llm2clip.quickstart.run_context import RunContext
 from llm2clip.quickstart.text_steps import remove_checkpoints
 from llm2clip.store import EmbeddingCache
 from llm2clip.trainers import run_stage2, warm_start
 from llm2clip.trainers.frozen_towers import open_features
 from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.utils.files import read_json
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel
@@ -163,7 +163,8 @@ def _measure(
     for one in sets.values():
         one.features = features
     found = {name: one(model, lookup) for name, one in sets.items()}
-    return {"test": found, "validation": validation, "history": read_history(folder)}
+    history = read_json(folder / "trainer_state.json")["log_history"]
+    return {"test": found, "validation": validation, "history": history}
 
 
 class FinalModel(NamedTuple):

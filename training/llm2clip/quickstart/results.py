@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import re
 import statistics
@@ -136,11 +135,6 @@ def best_arm(steps: dict[str, Any], arms: Sequence[Arm]) -> Arm:
     """Choose the candidate whose model (of the first seed) is best on the validation set after its last part."""
     candidates = [arm for arm in arms if arm.is_candidate]
     return max(candidates, key=lambda arm: last_runs(steps, arm)[0]["validation"])
-
-
-def read_history(folder: Path) -> list[dict[str, float]]:
-    """Read the values that the Trainer logged during a run."""
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
 def machine() -> dict[str, Any]:

@@ -13,14 +13,12 @@ from llm2clip.encoders import OurEncoder
 from llm2clip.encoders.embed import EmbedConfig, embed_into_cache
 from llm2clip.quickstart.config import Arm
 from llm2clip.quickstart.ledger import Step
-from llm2clip.quickstart.results import read_history
 from llm2clip.quickstart.run_context import RunContext
 from llm2clip.quickstart.weights import weights_folder
 from llm2clip.store import EmbeddingCache
 from llm2clip.trainers import run_stage1
-from llm2clip.trainers.run_text_tower import load_text_tower
 from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.text_tower_config import TextTowerConfig
+from llm2clip.utils.files import read_json
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import open_text_tower, save_text_tower
@@ -62,13 +60,9 @@ def _weights(run: RunContext, resume: bool) -> dict[str, Any]:
 
 
 def _raw(run: RunContext, resume: bool) -> dict[str, Any]:
-    folder = str(run.folder / "raw")
     # A prompt of the profile replaces that which the original code gives an LLM by its name.
-    settings = TextTowerConfig(
-        output_dir=folder, model_name_or_path=run.weights["llm"], report_to="none", **run.prompt()
-    )
-    model, tokenizer = load_text_tower(settings)
-    save_text_tower(model, tokenizer, folder)
+    model, tokenizer = open_text_tower(run.weights["llm"], dtype="float32", **run.prompt())
+    save_text_tower(model, tokenizer, run.folder / "raw")
     return {"parameters": model.num_parameters()}
 
 
@@ -98,9 +92,8 @@ def _stage1(run: RunContext, resume: bool) -> dict[str, Any]:
     }
     config = build_config(Stage1Config, recipe, f"stage1 of the profile {run.config.profile}")
     metrics = run_stage1.run(config, resume=resume)
-    history = read_history(folder)
     remove_checkpoints(folder)
-    return {"metrics": metrics, "history": history}
+    return {"metrics": metrics, "history": read_json(folder / "trainer_state.json")["log_history"]}
 
 
 def _embed(run: RunContext, arm: Arm, resume: bool) -> dict[str, Any]:
