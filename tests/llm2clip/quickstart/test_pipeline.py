@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from llm2clip.trainers.text_tower_trainer import TextTowerTrainer
 from modeling_llm2clip import LLM2CLIPTextModel
 from tests.llm2clip import embedding_models, tiny
 
-PROFILE = {
+PROFILE: dict[str, Any] = {
     "seeds": 2,
     "unfrozen_seeds": 1,
     "stage1": {
@@ -54,40 +55,50 @@ def save_data(folder: Path, splits: dict[str, int], drop: tuple[str, ...] = (), 
     """Save a part of the bundled data, rows of all of it, as a user's folder."""
     folder.mkdir()
     for split, rows in splits.items():
-        table = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/{split}.parquet", split="train")
+        table = read_rows(Path(tiny.CONCEPTS, f"{split}.parquet"))
         table = table.select(range(0, len(table), len(table) // rows)[:rows])
         table = table.remove_columns(list(drop)).rename_column("image", image_column)
         table.to_parquet(folder / f"{split}.parquet")
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("quickstart")
-    profile = folder / "tiny.yaml"
-    profile.write_text(yaml.safe_dump(PROFILE))
-    embedding_models.save(folder / "bert", "bert")
+def command(options: Mapping[str, Any]) -> list[str]:
     return [
-        "quickstart", "--traceback", "--profile", str(profile), "--output_dir", str(folder / "run"),
-        "--llm", tiny.save_llm(folder / "llm"), "--vision_model", tiny.save_vision_tower(folder / "vision"),
-        "--embedding-model", str(folder / "bert"), "--data", save_data(folder / "data", SPLITS),
-        "--image_column", "picture",
-    ]  # fmt: skip
+        "quickstart",
+        "--traceback",
+        *(part for name, value in options.items() for part in (f"--{name}", str(value))),
+    ]
+
+
+def read_rows(path: Path, rows: str = "train") -> Any:
+    return datasets.load_dataset("parquet", data_files=str(path), split=rows)
 
 
 @pytest.fixture(scope="module")
-def shown(arguments: list[str]) -> str:
+def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder: Path = tmp_path_factory.mktemp("quickstart")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(PROFILE))
+    embedding_models.save(folder / "bert", "bert")
+    return {
+        "profile": folder / "tiny.yaml", "output_dir": folder / "run", "llm": tiny.save_llm(folder / "llm"),
+        "vision_model": tiny.save_vision_tower(folder / "vision"), "embedding_model": folder / "bert",
+        "data": save_data(folder / "data", SPLITS), "image_column": "picture",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shown(options: dict[str, Any]) -> str:
     """What the first run prints, in a wide terminal."""
     shown = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
         patch.setenv("COLUMNS", "200")
-        assert cli.main(arguments) == 0
+        assert cli.main(command(options)) == 0
     return shown.getvalue()
 
 
 @pytest.fixture(scope="module")
-def folder(arguments: list[str], shown: str) -> Path:
-    return Path(arguments[arguments.index("--output_dir") + 1])
+def folder(options: dict[str, Any], shown: str) -> Path:
+    return options["output_dir"]
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +130,14 @@ def test_every_text_encoder_is_a_line_of_each_table(results: dict[str, Any], sho
     ],
 )
 def test_a_plain_llm_is_one_whatever_a_profile_compares(
-    arguments: list[str], tmp_path: Path, names: list[str], steps: list[str], tower: str | None
+    options: dict[str, Any], tmp_path: Path, names: list[str], steps: list[str], tower: str | None
 ) -> None:
     profile = tmp_path / "profile.yaml"
     profile.write_text(yaml.safe_dump({**PROFILE, "text_encoders": names}))
-    llm, data = (arguments[arguments.index(option) + 1] for option in ("--llm", "--data"))
-    context = RunContext(QuickstartConfig(str(tmp_path / "run"), str(profile), llm, data=data, image_column="picture"))
+    own = {name: options[name] for name in ("llm", "data", "image_column")}
+    context = RunContext(QuickstartConfig(str(tmp_path / "run"), str(profile), **own))
     assert [step.name for step in text_steps.text_steps(context)] == steps
-    context.weights = {"llm": llm, "embedding_model": "BERT"}
+    context.weights = {"llm": options["llm"], "embedding_model": "BERT"}
     assert context.tower(context.arms[0]) == (tower or str(tmp_path / "run" / "stage1"))
 
 
@@ -160,20 +171,14 @@ def test_the_printed_numbers_are_those_of_the_results(results: dict[str, Any], s
 
 
 def test_the_transfer_test_is_the_domain_that_training_lacks(folder: Path, results: dict[str, Any]) -> None:
-    data = Path(results["settings"]["data"])
-    sources = {split: datasets.load_dataset("parquet", data_files=str(data / f"{split}.parquet"), split="train")
-               for split in SPLITS}  # fmt: skip
-    keys = {
-        name: set(datasets.load_dataset("parquet", data_files=str(folder / "transfer-data" / f"{name}.parquet"),
-                                        split="train")["key"])
-        for name in SPLITS
-    }  # fmt: skip
-    drawn = {
-        split: {row["key"] for row in table.remove_columns("picture") if row["source"] == "openclipart"}
-        for split, table in sources.items()
-    }
-    assert keys["train"] == set(sources["train"]["key"]) - drawn["train"]
-    assert keys["validation"] == set(sources["validation"]["key"]) - drawn["validation"]
+    keys, others, drawn = {}, {}, {}
+    for split in SPLITS:
+        keys[split] = set(read_rows(folder / "transfer-data" / f"{split}.parquet")["key"])
+        rows = read_rows(Path(results["settings"]["data"], f"{split}.parquet")).select_columns(["key", "source"])
+        drawn[split] = {row["key"] for row in rows if row["source"] == "openclipart"}
+        others[split] = set(rows["key"]) - drawn[split]
+    assert keys["train"] == others["train"]
+    assert keys["validation"] == others["validation"]
     assert keys["test"] == drawn["validation"] | drawn["test"]
     assert results["transfer"]["bert"]["transfer"]["num_images"] == len(keys["test"]) > 0
     assert not list(folder.glob("transfer-ready/*.safetensors"))
@@ -186,11 +191,7 @@ def test_arms_train_with_equal_settings_to_their_best_epoch(folder: Path, result
     fields = [{name: value for name, value in one.items() if name not in own} for one in settings]
     assert fields[0] == fields[1] == fields[2] == fields[3]
     run = results["runs"]["stage2-raw"]["frozen"]
-    measured = [
-        entry["eval_validation_text_to_image_recall@10"]
-        for entry in run["history"]
-        if "eval_validation_text_to_image_recall@10" in entry
-    ]
+    measured = [entry[BEST_BY] for entry in run["history"] if BEST_BY in entry]
     assert run["validation"] == max(measured)
     # The first two are those of the epochs, and the last one that of the chosen model.
     assert measured[-1] == max(measured[:2])
@@ -223,7 +224,7 @@ def test_the_report_has_curves_queries_and_heat_maps(folder: Path, results: dict
 
 
 def test_the_final_model_is_the_best_on_the_validation_set_and_gives_the_recorded_numbers(
-    arguments: list[str], folder: Path, results: dict[str, Any]
+    options: dict[str, Any], folder: Path, results: dict[str, Any]
 ) -> None:
     scores = {name: results["runs"][f"stage2-{name}"]["unfrozen"]["validation"] for name in ("stage1", "ready")}
     best = max(scores, key=lambda name: scores[name])
@@ -247,56 +248,49 @@ def test_the_final_model_is_the_best_on_the_validation_set_and_gives_the_recorde
     model = AutoModel.from_pretrained(folder / "llm2clip").eval()
     processor = AutoProcessor.from_pretrained(folder / "llm2clip")
     sample = results["model_sample"]
-    data = Path(arguments[arguments.index("--data") + 1])
-    test = datasets.load_dataset("parquet", data_files=str(data / "test.parquet"), split="train[:4]")
-    images = [decode_image(row["picture"], "x") for row in test]
+    rows = read_rows(Path(options["data"], "test.parquet"), "train[:4]")
+    images = [decode_image(row["picture"], "x") for row in rows]
     with torch.no_grad():
         output = model(**processor(text=sample["captions"], images=images, return_tensors="pt"))
     torch.testing.assert_close(output.logits_per_image, torch.tensor(sample["logits_per_image"]), atol=1e-5, rtol=0)
 
 
 def test_a_second_run_reuses_all_steps_and_a_changed_one_those_before_the_change(
-    arguments: list[str], folder: Path, results: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    options: dict[str, Any], folder: Path, results: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(arguments) == 0
+    assert cli.main(command(options)) == 0
     assert "protocol distinct: equal captions are one query" in " ".join(capsys.readouterr().out.split())
     again = json.loads((folder / "results.json").read_text())
     steps = list(results["seconds"])[1:]
     assert again["reused_steps"] == steps
     assert again["image_retrieval"] == results["image_retrieval"]
-    changed = yaml.safe_load((folder.parent / "tiny.yaml").read_text())
-    changed["unfrozen"]["learning_rate"] = 2e-3
-    (folder.parent / "tiny.yaml").write_text(yaml.safe_dump(changed))
-    assert cli.main(arguments) == 0
+    changed = {**PROFILE, "unfrozen": {**PROFILE["unfrozen"], "learning_rate": 2e-3}}
+    options["profile"].write_text(yaml.safe_dump(changed))
+    assert cli.main(command(options)) == 0
     again = json.loads((folder / "results.json").read_text())
     redone = {"stage2-stage1", "stage2-ready", "final"}
     assert again["reused_steps"] == [name for name in steps if name not in redone]
 
 
 @pytest.mark.slow
-def test_an_embedding_model_needs_no_stage_1(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_embedding_model_needs_no_stage_1(options: dict[str, Any], tmp_path: Path) -> None:
     """Its data has no column of domains, so that there is no transfer table, and its profile has no second part."""
-    profile = tmp_path / "frozen.yaml"
+    profile, folder = tmp_path / "frozen.yaml", tmp_path / "run"
     profile.write_text(yaml.safe_dump({**PROFILE, "seeds": 1, "unfrozen_seeds": 0, "unfrozen": {}}))
-    changes = {"output_dir": tmp_path / "run", "llm": arguments[arguments.index("--embedding-model") + 1]}
-    own = [*arguments, *(part for name, value in changes.items() for part in (f"--{name}", str(value)))]
-    own[own.index("--embedding-model") + 1] = "none"
-    own[own.index("--profile") + 1] = str(profile)
-    own[own.index("--data") + 1] = save_data(tmp_path / "data", SPLITS, ("source",))
-    assert cli.main(own) == 0
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    own = {**options, "output_dir": folder, "llm": options["embedding_model"], "embedding_model": "none"}
+    own |= {"profile": profile, "data": save_data(tmp_path / "data", SPLITS, ("source",))}
+    assert cli.main(command(own)) == 0
+    results = json.loads((folder / "results.json").read_text())
     assert results["text_encoders"] == ["bert"]
     assert results["transfer"] == {}
     assert results["reading"] == []
     assert "stage1" not in results["seconds"]
     assert list(results["image_retrieval"])[:2] == ["bert", "  German, bert"]
-    validation = read_card(tmp_path / "run" / "llm2clip")[0]["model-index"][0]["results"][-1]
+    validation = read_card(folder / "llm2clip")[0]["model-index"][0]["results"][-1]
     assert validation["dataset"]["split"] == "validation"
-    assert (tmp_path / "run" / "report.html").is_file()
-    assert cli.main([*own, "--tune-text-encoder", "true"]) == 0
-    tuned = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (folder / "report.html").is_file()
+    assert cli.main(command({**own, "tune_text_encoder": "true"})) == 0
+    tuned = json.loads((folder / "results.json").read_text())
     assert tuned["text_encoders"] == ["bert", "bert after stage 1"]
     assert tuned["image_retrieval"]["bert"] == results["image_retrieval"]["bert"]
     assert "stage1" in tuned["seconds"]
@@ -317,22 +311,17 @@ def test_missing_splits_are_held_out_and_a_single_caption_column_gives_no_pairs(
 
 
 def test_an_interrupted_stage_with_other_settings_continues_only_on_request(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ledger knows the profile, not the place of the folder, which moves here between the two runs."""
-    steps = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 8, "lora_rank": 2, "use_cpu": True}
+    stage1 = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 8, "lora_rank": 2, "use_cpu": True}
     profile = tmp_path / "tiny.yaml"
-    profile.write_text(yaml.safe_dump({**PROFILE, "stage1": steps | {"prompt_prefix": "caption: "}}))
-    arguments = ["quickstart", "--profile", str(profile), "--llm", tiny.save_llm(tmp_path / "llm")]
-    arguments += [
-        "--embedding-model",
-        "none",
-        "--vision_model",
-        tiny.save_vision_tower(tmp_path / "vision"),
-        "--caption_columns",
-        "caption",
-    ]
-    arguments += ["--data", save_data(tmp_path / "data", {"train": 64}, ("keywords",)), "--image_column", "picture"]
+    profile.write_text(yaml.safe_dump({**PROFILE, "stage1": stage1 | {"prompt_prefix": "caption: "}}))
+    options = {
+        "profile": profile, "llm": tiny.save_llm(tmp_path / "llm"), "embedding_model": "none",
+        "vision_model": tiny.save_vision_tower(tmp_path / "vision"), "image_column": "picture",
+        "caption_columns": "caption", "data": save_data(tmp_path / "data", {"train": 64}, ("keywords",)),
+    }  # fmt: skip
 
     def stop(*arguments: Any) -> None:
         raise ValueError("after stage 1")
@@ -340,11 +329,12 @@ def test_an_interrupted_stage_with_other_settings_continues_only_on_request(
     with monkeypatch.context() as patch:
         # The checkpoints are there, and the step is not finished.
         patch.setattr(TextTowerTrainer, "save_result", stop)
-        assert cli.main([*arguments, "--output_dir", str(tmp_path / "first")]) == 2
+        with pytest.raises(ValueError, match="after stage 1"):
+            cli.main(command({**options, "output_dir": tmp_path / "first"}))
     (tmp_path / "first").rename(tmp_path / "second")
-    arguments += ["--output_dir", str(tmp_path / "second")]
+    options["output_dir"] = tmp_path / "second"
     monkeypatch.setattr(text_steps, "_embed", stop)
-    assert cli.main(arguments) == 2
-    assert "--resume-anyway" in capsys.readouterr().err
-    assert cli.main([*arguments, "--resume-anyway", "true"]) == 2
-    assert "error: after stage 1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--resume-anyway"):
+        cli.main(command(options))
+    with pytest.raises(ValueError, match="after stage 1"):
+        cli.main(command({**options, "resume_anyway": "true"}))
