@@ -40,10 +40,10 @@ def image_steps(run: RunContext) -> list[Step]:
     settings = {**data, "stage2": run.profile["stage2"]}
     after = (f"embed-{run.arms[0].name}",)
     steps = [Step("features", "Vision features of all images", settings, partial(_features, run), after)]
-    settings["frozen"] = run.profile["frozen"]
+    settings = {**settings, "frozen": run.profile["frozen"]}
     steps += _runs(run, "stage2", "Stage 2", settings)
     if run.transfer_data is not None:
-        data |= {"column": config.domain_column, "held_out": config.held_out_domain}
+        data = {**data, "column": config.domain_column, "held_out": config.held_out_domain}
         work, folder = partial(_transfer_data, run), run.folder / "transfer-data"
         steps.append(Step("transfer-data", "Data without a domain", data, work, (), folder))
         steps += _runs(run, "transfer", f"Without {config.held_out_domain}", settings)
