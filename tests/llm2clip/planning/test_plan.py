@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import BertConfig, PretrainedConfig
 
 from llm2clip import cli
 from llm2clip.planning.plan import stage_of
@@ -15,6 +16,9 @@ from llm2clip.recipes import find_recipe, load_recipe
 from tests.modeling_llm2clip import tiny
 
 TEXT = ("--text_model_name_or_path", "LLM2CLIP-SmolLM2-135M-CC")
+
+
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 class Plan:
@@ -116,6 +120,17 @@ def test_lora_trains_little_and_freezes_the_rest(plan: Plan) -> None:
     assert whole["parameters"]["frozen"] < 0.01 * whole["parameters"]["trained"]
     assert not lora["of"]["whole_run"]
     assert plan("stage1_paper", "--rows", "40960")["of"] == {"rows": 40960, "steps": 80, "whole_run": True}
+
+
+@pytest.mark.parametrize("config", [tiny.decoder_config("gemma2"), BertConfig(**BERT)], ids=["gemma2", "bert"])
+def test_other_text_models_are_planned(config: PretrainedConfig, plan: Plan, tmp_path: Path) -> None:
+    """One caps its logits, which only eager attention does, and one is an encoder with a verdict from no probe."""
+    config.save_pretrained(tmp_path / "other")
+    found = plan(
+        "stage1_paper", "--model_name_or_path", str(tmp_path / "other"), "--lora_target_modules", "all-linear"
+    )
+    assert 0 < found["parameters"]["trained"] < found["parameters"]["frozen"]
+    assert found["strategies"]["DDP"]["activations"] > 0
 
 
 def test_embedding_takes_disk_for_each_caption_column(plan: Plan) -> None:

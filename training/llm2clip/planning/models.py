@@ -18,7 +18,12 @@ from llm2clip.trainers.run_text_tower import add_lora
 from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Config
 from llm2clip.trainers.text_tower_config import TextTowerConfig
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
-from modeling_llm2clip.modeling_llm2clip_decoder import attention_kind, encoder_fields, text_model_class
+from modeling_llm2clip.modeling_llm2clip_decoder import (
+    attention_kind,
+    avoid_sdpa_without_softcap,
+    encoder_fields,
+    text_model_class,
+)
 
 OUR_TYPES = (LLM2CLIPConfig.model_type, LLM2CLIPTextConfig.model_type)
 
@@ -61,6 +66,7 @@ def _build(auto: Any, config: Any, dtype: torch.dtype, attention: str | None) ->
     config = copy.deepcopy(config)
     if attention is not None:
         config._attn_implementation = "sdpa" if attention.startswith("flash") else attention
+    avoid_sdpa_without_softcap(config)
     return auto.from_config(config, dtype=dtype)
 
 
