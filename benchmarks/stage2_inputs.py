@@ -164,7 +164,7 @@ def make_trainer(fields: dict[str, Any]) -> Any:
     from llm2clip.trainers.run_stage2 import build_trainer
     from llm2clip.utils.settings import build_config
 
-    return build_trainer(build_config(Stage2Config, {**COMMON_FIELDS, **fields}))
+    return build_trainer(build_config(Stage2Recipe, {**COMMON_FIELDS, **fields}))
 
 
 def train(trainer: Any) -> tuple[list[float], dict[str, float]]:

@@ -31,9 +31,9 @@ from llm2clip.quickstart.data import QuickstartData
 from llm2clip.quickstart.domains import DomainSplit
 from llm2clip.recipes import find_recipe, load_recipe
 from llm2clip.trainers import run_mntp, run_stage1, run_stage2
-from llm2clip.trainers.mntp_config import MNTPConfig
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.mntp_config import MNTPRecipe
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import open_text_tower
@@ -83,7 +83,7 @@ class Study:
             fields |= {"model_name_or_path": str(base or self.run / "raw"), "output_dir": str(folder), **changes}
             for name_of_saves in ("save_steps", "save_total_limit"):
                 fields.pop(name_of_saves, None)
-            run_stage1.run(build_config(Stage1Config, fields))
+            run_stage1.run(build_config(Stage1Recipe, fields))
         return folder
 
     def mntp(self) -> Path:
@@ -95,7 +95,7 @@ class Study:
             fields |= {"block_size": 128, "learning_rate": 5e-4, "lora_rank": 16, "lora_alpha": 32, "seed": self.seed}
             fields["sources"] = [asdict(glosses), asdict(self.domains.source("train", COLUMNS))]
             fields["model_name_or_path"] = str(self.run / "weights" / "smollm2-135m-instruct")
-            run_mntp.run(build_config(MNTPConfig, {**fields, "output_dir": str(folder)}))
+            run_mntp.run(build_config(MNTPRecipe, {**fields, "output_dir": str(folder)}))
         return folder
 
     def hard_negatives(self, tower: Path) -> list[dict[str, Any]]:
@@ -151,7 +151,7 @@ class Study:
             "sources": [asdict(train)],
             "eval_sources": {name: asdict(source) for name, source in evaluation.items()},
         }
-        trainer = run_stage2.build_trainer(build_config(Stage2Config, fields))
+        trainer = run_stage2.build_trainer(build_config(Stage2Recipe, fields))
         trainer.train()
         epochs: dict[float, dict[str, float]] = {}
         for line in trainer.state.log_history:

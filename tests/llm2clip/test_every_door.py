@@ -26,7 +26,7 @@ from llm2clip.demo.gallery import Gallery
 from llm2clip.encoders import embed
 from llm2clip.search.folder_images import FolderImages
 from llm2clip.trainers import run_stage2
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel
 from tests.compatibility import check
@@ -77,7 +77,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
     fields |= {"visual_head": "gated", "feature_dropout": 0.2, "max_steps": 3, "save_strategy": "no"}
     # The check of other versions bounds logits, whose rounding grows with the scale.
     fields |= {"logit_scale_init_value": 0.0}
-    run_stage2.run(build_config(Stage2Config, fields))
+    run_stage2.run(build_config(Stage2Recipe, fields))
     assert cli.main(["build", str(folder / "trained"), str(folder / "built")]) == 0
     rows = datasets.load_dataset("parquet", data_files=f"{tiny.CONCEPTS}/test.parquet", split="train")
     rows = rows.select(range(NUM_PICTURES))

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from llm2clip import Stage2Config, Stage2Trainer
+from llm2clip import Stage2Trainer
 from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
 from llm2clip.data import tars as tar_reader
 from llm2clip.data.opened_table import SourceError
 from llm2clip.data.shard_rows import ShardRows
 from llm2clip.data.stream_order import Lanes
 from llm2clip.data.streams import SampleStream, share_of_files, shuffled
-from llm2clip.trainers.row_counts import count_stream
+from llm2clip.trainers.stage2_data import count_stream
 from tests.modeling_llm2clip import tiny
 from tests.tars import write_tar
 

@@ -24,9 +24,9 @@ from llm2clip.planning.models import (
     with_fake_weights,
 )
 from llm2clip.trainers.base_config import StageConfig
-from llm2clip.trainers.mntp_config import MNTPConfig
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers.mntp_config import MNTPRecipe
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from modeling_llm2clip import LLM2CLIPTextModel
 from modeling_llm2clip.modeling_llm2clip_decoder import padded_mask
 from modeling_llm2clip.modeling_llm2clip_utils import pool
@@ -86,10 +86,10 @@ def measure(config: StageConfig | EmbedConfig, gpus: int, lengths: Lengths) -> S
     with FakeTensorMode():
         if isinstance(config, EmbedConfig):
             return _embedding(config, lengths)
-        if isinstance(config, Stage2Config):
+        if isinstance(config, Stage2Recipe):
             model, forward, width = _stage2(config, lengths)
             return _training(config, model, forward, forward, width, 1, gpus)
-        if isinstance(config, Stage1Config):
+        if isinstance(config, Stage1Recipe):
             tower = with_fake_weights(trained_text_tower(config))
             longest = lengths.longest or tower.config.max_text_length
 
@@ -98,13 +98,13 @@ def measure(config: StageConfig | EmbedConfig, gpus: int, lengths: Lengths) -> S
 
             forwards = forward_of(longest), forward_of(lengths.mean)
             return _training(config, tower, *forwards, tower.config.hidden_size, roles_of(config), gpus)
-        if isinstance(config, MNTPConfig):
+        if isinstance(config, MNTPRecipe):
             tower, forward = _mntp(config)
             return _training(config, tower, forward, forward, 0, 1, gpus)
     raise TypeError(type(config).__name__)
 
 
-def roles_of(config: Stage1Config) -> int:
+def roles_of(config: Stage1Recipe) -> int:
     """Number of texts of a pair: anchor, positive, and a hard negative if a source has them."""
     return 3 if any(source.get("negative_column") for source in config.sources) else 2
 
@@ -126,7 +126,7 @@ def _states(tower: LLM2CLIPTextModel, rows: int, tokens: int) -> Tensor:
     return tower.decoder(input_ids=ids, attention_mask=mask, **options).last_hidden_state
 
 
-def _stage2(config: Stage2Config, lengths: Lengths) -> tuple[nn.Module, Forward, int]:
+def _stage2(config: Stage2Recipe, lengths: Lengths) -> tuple[nn.Module, Forward, int]:
     model = with_fake_weights(trained_joint_model(config))
     text = model.config.text_config
     tower = None
@@ -149,7 +149,7 @@ def _stage2(config: Stage2Config, lengths: Lengths) -> tuple[nn.Module, Forward,
     return model, forward, model.config.projection_dim
 
 
-def _mntp(config: MNTPConfig) -> tuple[LLM2CLIPTextModel, Forward]:
+def _mntp(config: MNTPRecipe) -> tuple[LLM2CLIPTextModel, Forward]:
     tower = with_fake_weights(trained_text_tower(config))
     decoder = tower.config.decoder_config
     dtype = next(tower.decoder.parameters()).dtype
@@ -218,7 +218,7 @@ def _training(
 
 def _loss_bytes(config: StageConfig, rows: int, global_rows: int, width: int, passes: int) -> float:
     """Bytes of the contrastive loss: unit vectors, gathered keys with their gradients, tiles, kept logits."""
-    if isinstance(config, MNTPConfig):
+    if isinstance(config, MNTPRecipe):
         return 0
     columns = max(1, passes - 1) * global_rows
     tile = min(getattr(config, "loss_chunk_size", DEFAULT_TILE_SIZE), rows)

@@ -16,10 +16,11 @@ from llm2clip.convert.published import FOLDER
 from llm2clip.trainers.alignment import HEADS, freeze_maps, head_fields
 from llm2clip.trainers.closed_form import DEFAULT_WIDTH
 from llm2clip.trainers.frozen_layers import FrozenLayers, freeze_unused
+from llm2clip.trainers.lora import add_lora
+from llm2clip.trainers.mntp_config import MNTPRecipe
 from llm2clip.trainers.run_stage2 import CONFIG_FIELDS
-from llm2clip.trainers.run_text_tower import add_lora
-from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Config
-from llm2clip.trainers.text_tower_config import TextTowerConfig
+from llm2clip.trainers.stage1_config import Stage1Recipe
+from llm2clip.trainers.stage2_config import NEW_MODEL_FIELDS, Stage2Recipe
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPTextConfig, LLM2CLIPTextModel
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -106,7 +107,7 @@ def build_text_tower(config: LLM2CLIPTextConfig, dtype: str, attention: str | No
         return LLM2CLIPTextModel(config)
 
 
-def trained_text_tower(config: TextTowerConfig) -> LLM2CLIPTextModel:
+def trained_text_tower(config: Stage1Recipe | MNTPRecipe) -> LLM2CLIPTextModel:
     """Build the text tower of stage 1 or MNTP with its LoRA."""
     fields = {"pooling": config.pooling, "max_text_length": config.max_text_length}
     if config.bidirectional is not None:
@@ -118,7 +119,7 @@ def trained_text_tower(config: TextTowerConfig) -> LLM2CLIPTextModel:
     return model
 
 
-def joint_config(config: Stage2Config) -> LLM2CLIPConfig:
+def joint_config(config: Stage2Recipe) -> LLM2CLIPConfig:
     """The config of the model of stage 2."""
     if config.model_name_or_path is not None:
         return read_config(config.model_name_or_path, "model_name_or_path")
@@ -144,7 +145,7 @@ def joint_config(config: Stage2Config) -> LLM2CLIPConfig:
     )
 
 
-def trained_joint_model(config: Stage2Config) -> LLM2CLIPModel:
+def trained_joint_model(config: Stage2Recipe) -> LLM2CLIPModel:
     """Build the model of stage 2 without its LLM."""
     joint = joint_config(config)
     attention = config.attn_implementation

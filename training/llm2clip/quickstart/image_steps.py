@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ from llm2clip.quickstart.results import read_history
 from llm2clip.quickstart.run_context import RunContext
 from llm2clip.quickstart.text_steps import remove_checkpoints
 from llm2clip.store import EmbeddingCache
-from llm2clip.trainers import run_stage2, warm_start
-from llm2clip.trainers.frozen_towers import open_features
-from llm2clip.trainers.stage2_config import Stage2Config
+from llm2clip.trainers import run_stage2
+from llm2clip.trainers.freezing import first_part, open_features, warm_start_result
+from llm2clip.trainers.stage2_config import Stage2Recipe
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.settings import build_config
 from modeling_llm2clip import LLM2CLIPModel
@@ -95,7 +95,7 @@ def _all_images(run: RunContext) -> Images:
     return Images(train, data.source(data.validation, [data.query_column]), {QUERY: data.test_source()})
 
 
-def _config(run: RunContext, arm: Arm, number: int, folder: Path, images: Images, both: bool) -> Stage2Config:
+def _config(run: RunContext, arm: Arm, number: int, folder: Path, images: Images, both: bool) -> Stage2Recipe:
     """Build the settings of a run; those of the part with frozen towers do not depend on `both`."""
     recipe = {**run.profile["stage2"], **(run.profile["unfrozen"] if both else run.profile["frozen"])}
     recipe.pop("caption_weights", None)
@@ -114,7 +114,7 @@ def _config(run: RunContext, arm: Arm, number: int, folder: Path, images: Images
     recipe |= {"warm_start": run.profile["frozen"]} if both else {"freeze_vision": "all"}
     if both and recipe.get("freeze_vision_layers"):
         recipe.setdefault("frozen_states_dir", str(run.cache("vision_states")))
-    return build_config(Stage2Config, recipe, f"stage2 of the profile {run.config.profile}")
+    return build_config(Stage2Recipe, recipe, f"stage2 of the profile {run.config.profile}")
 
 
 def _features(run: RunContext, resume: bool) -> dict[str, Any]:
@@ -138,12 +138,12 @@ def _align(run: RunContext, arm: Arm, number: int, both: bool, resume: bool) -> 
     if not both:
         found = {"frozen": _measure(run, config, arm, queries, metrics[BEST_BY], stored=True)}
     else:
-        first, before = warm_start.first_part(config), metrics[f"warm_start_{BEST_BY}"]
+        first, before = cast(Stage2Recipe, first_part(config)), metrics[f"warm_start_{BEST_BY}"]
         found = {
             "frozen": _measure(run, first, arm, queries, before, stored=True),
             "unfrozen": _measure(run, config, arm, queries, metrics[BEST_BY], stored=False),
         }
-        found["frozen"]["history"] = warm_start.first_history(config)
+        found["frozen"]["history"] = (warm_start_result(config) or {})["history"]
         remove_checkpoints(Path(first.output_dir))
     remove_checkpoints(folder)
     return found
@@ -170,7 +170,7 @@ def _transfer(run: RunContext, arm: Arm, number: int, resume: bool) -> dict[str,
 
 def _measure(
     run: RunContext,
-    config: Stage2Config,
+    config: Stage2Recipe,
     arm: Arm,
     test: Mapping[str, CaptionSource],
     validation: float,

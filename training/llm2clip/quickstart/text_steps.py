@@ -19,8 +19,7 @@ from llm2clip.quickstart.weights import e5_small_folder, smollm2_folder, vit_sma
 from llm2clip.store import EmbeddingCache
 from llm2clip.trainers import run_stage1
 from llm2clip.trainers.run_text_tower import load_text_tower
-from llm2clip.trainers.stage1_config import Stage1Config
-from llm2clip.trainers.text_tower_config import TextTowerConfig
+from llm2clip.trainers.stage1_config import Stage1Recipe
 from llm2clip.utils.processes import process_state
 from llm2clip.utils.settings import build_config
 from llm2clip.utils.towers import open_text_tower, save_text_tower
@@ -68,9 +67,7 @@ def _weights(run: RunContext, resume: bool) -> dict[str, Any]:
 def _raw(run: RunContext, resume: bool) -> dict[str, Any]:
     folder = str(run.folder / "raw")
     # A prompt of the profile replaces that which the original code gives an LLM by its name.
-    settings = TextTowerConfig(
-        output_dir=folder, model_name_or_path=run.weights["llm"], report_to="none", **run.prompt()
-    )
+    settings = Stage1Recipe(output_dir=folder, model_name_or_path=run.weights["llm"], report_to="none", **run.prompt())
     model, tokenizer = load_text_tower(settings)
     save_text_tower(model, tokenizer, folder)
     return {"parameters": model.num_parameters()}
@@ -100,7 +97,7 @@ def _stage1(run: RunContext, resume: bool) -> dict[str, Any]:
         "seed": run.config.seed,
         "resume_anyway": run.config.resume_anyway,
     }
-    config = build_config(Stage1Config, recipe, f"stage1 of the profile {run.config.profile}")
+    config = build_config(Stage1Recipe, recipe, f"stage1 of the profile {run.config.profile}")
     metrics = run_stage1.run(config, resume=resume)
     history = read_history(folder)
     remove_checkpoints(folder)
