@@ -101,14 +101,14 @@ class Study:
     def hard_negatives(self, tower: Path) -> list[dict[str, Any]]:
         """Mine a negative for each pair with a text tower."""
         model, tokenizer = open_text_tower(str(tower), dtype="bfloat16")
-        embedder = OurEncoder(model.eval(), tokenizer)
+        encoder = OurEncoder(model.eval(), tokenizer)
         found = []
         for name, source, columns, weight in (
             ("glosses", self.data.gloss_pairs("train"), ["lemmas", "gloss"], 1),
             ("captions", self.domains.source("train", COLUMNS), COLUMNS, 2),
         ):
             table = datasets.load_dataset("parquet", data_files=_files(source), split="train")
-            mined = _mine(embedder, list(dict.fromkeys(zip(*(table[column] for column in columns), strict=True))))
+            mined = _mine(encoder, list(dict.fromkeys(zip(*(table[column] for column in columns), strict=True))))
             path = self.output / "data" / f"hard-{name}-{self.seed}.parquet"
             mined.to_parquet(path)
             fields = {"anchor_column": "anchor", "positive_column": "positive", "negative_column": "negative"}
@@ -122,8 +122,8 @@ class Study:
         sources = [data.source(data.train, COLUMNS), data.source(data.validation, COLUMNS[:1]), data.test_source()]
         model, tokenizer = open_text_tower(str(tower), dtype="bfloat16")
         cache = self.output / f"cache-{name}-{self.seed}"
-        embedder = OurEncoder(model.eval(), tokenizer)
-        embed_into_cache(distinct_captions(sources), embedder, str(cache), str(tower), EmbedConfig(), state)
+        encoder = OurEncoder(model.eval(), tokenizer)
+        embed_into_cache(distinct_captions(sources), encoder, str(cache), str(tower), EmbedConfig(), state)
         query = COLUMNS[:1]
         strict = {
             "validation": self.domains.source("validation", query),
@@ -171,9 +171,9 @@ def _files(source: CaptionSource | PairSource) -> str:
     return str(path / f"{source.split}.parquet") if path.is_dir() else str(path)
 
 
-def _mine(embedder: OurEncoder, pairs: list[tuple[str, str]]) -> datasets.Dataset:
+def _mine(encoder: OurEncoder, pairs: list[tuple[str, str]]) -> datasets.Dataset:
     """Give each pair the most similar text of another one that is not too close to the positive."""
-    anchors, positives = (F.normalize(embedder.embed([pair[side] for pair in pairs]), dim=-1) for side in (0, 1))
+    anchors, positives = (F.normalize(encoder.embed([pair[side] for pair in pairs]), dim=-1) for side in (0, 1))
     own: dict[str, set[str]] = {}
     for anchor, positive in pairs:
         own.setdefault(anchor.lower(), set()).add(positive)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -16,7 +17,7 @@ from transformers import BaseImageProcessor
 
 from llm2clip.data.captioned_images import NO_EMBEDDING, OnError, RowCaptions, SkippedSample
 from llm2clip.data.transforms import EvalTransform, ImageBackend, TrainTransform
-from llm2clip.store.store import EmbeddingCache
+from llm2clip.store.store import EmbeddingCache, caption_keys
 from modeling_llm2clip.image_decoding_llm2clip import DEFAULT_MAX_PIXELS, SampleError
 
 # Areas of the crops of stage 2, as shares of the image.
@@ -113,11 +114,12 @@ class Stage2Collator:
                 skipped.append(found)
             else:
                 rows.append(found)
+        stored: np.ndarray | None = None
         if self.cache is not None and self.on_error == "skip" and _any_has(rows, "caption"):
-            is_stored = self.cache.contains(_column(rows, "caption")).tolist()
-            lacking = [row for row, stored in zip(rows, is_stored, strict=True) if not stored]
+            stored = self.cache.find(caption_keys(_column(rows, "caption")))
+            lacking = [rows[place] for place in np.flatnonzero(stored < 0)]
             skipped += [SkippedSample(str(row.get("key", row["caption"])), NO_EMBEDDING) for row in lacking]
-            rows = [row for row, stored in zip(rows, is_stored, strict=True) if stored]
+            rows, stored = [rows[place] for place in np.flatnonzero(stored >= 0)], stored[stored >= 0]
         if not rows and self.on_error == "skip":
             return {"is_empty": True, "skipped": [tuple(sample) for sample in skipped]}
         if not rows:
@@ -125,7 +127,7 @@ class Stage2Collator:
             raise ValueError(
                 f"All {len(skipped)} samples of a batch were skipped, and on_error is 'raise'; the first: {shown}."
             )
-        batch: dict[str, Any] = {**self._images(rows), **self._captions(rows)}
+        batch: dict[str, Any] = {**self._images(rows), **self._captions(rows, stored)}
         if _any_has(rows, "caption_id"):
             ids = _column(rows, "caption_id")
             known = _any_has(rows, "image_caption_ids")
@@ -183,7 +185,8 @@ class Stage2Collator:
             raise ValueError(f"A row needs pixel_values, vision_states or image, but has {', '.join(rows[0])}.")
         raise ValueError("Rows with an image need Stage2Collator(processor=...) with an image processor.")
 
-    def _captions(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def _captions(self, rows: Sequence[dict[str, Any]], stored: np.ndarray | None) -> dict[str, Tensor]:
+        """Return the text inputs of a batch; `stored` are the rows of the cache, if they have been looked up."""
         if "llm_embeds" in rows[0]:
             return {"llm_embeds": torch.stack([torch.as_tensor(embeds) for embeds in _column(rows, "llm_embeds")])}
         if "input_ids" in rows[0]:
@@ -194,7 +197,8 @@ class Stage2Collator:
             raise ValueError(f"A row needs llm_embeds, input_ids or caption, but has {', '.join(rows[0])}.")
         captions = _column(rows, "caption")
         if self.cache is not None:
-            return {"llm_embeds": self.cache.lookup(captions, dtype=None)}
+            found = self.cache.lookup(captions, dtype=None) if stored is None else self.cache.read(stored)
+            return {"llm_embeds": found}
         if self.tokenize is None:
             raise ValueError(
                 "Rows with a caption need Stage2Collator(cache=...), or Stage2Collator(processor=...) with the "
