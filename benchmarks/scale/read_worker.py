@@ -17,8 +17,8 @@ from typing import Any
 
 
 def main(path: str) -> None:
-    from llm2clip import Stage2Config
     from llm2clip.trainers.run_stage2 import build_trainer
+    from llm2clip.trainers.stage2_config import Stage2Recipe
     from llm2clip.utils.processes import leave_process_group
     from llm2clip.utils.settings import build_config
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from llm2clip import Stage2Trainer
+from llm2clip import Stage2Config, Stage2Trainer
 from llm2clip.data import CaptionSource, StreamingCaptionImageDataset
 from llm2clip.data import tars as tar_reader
 from llm2clip.data.opened_table import SourceError

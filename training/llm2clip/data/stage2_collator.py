@@ -143,7 +143,9 @@ class Stage2Collator:
 
     def _checked(self, row: dict[str, Any], number: int) -> dict[str, Any] | SkippedSample:
         """Decode the image of a row and choose its caption, as far as it has none that is prepared."""
-        row = {self._renamed.get(name, name): value for name, value in row.items()}
+        names = {self.image_column: "image", self.caption_column: "caption"}
+        hidden = {*names.values()} - {*names}
+        row = {names.get(name, name): value for name, value in row.items() if name not in hidden}
         key = str(row.get("key") or _name(row, number))
         try:
             is_prepared = bool({"pixel_values", "vision_states"} & set(row))
@@ -160,10 +162,6 @@ class Stage2Collator:
     @property
     def _refuses_prepared(self) -> bool:
         return self.crop_scale is not None and tuple(self.crop_scale) != DEFAULT_CROP
-
-    @property
-    def _renamed(self) -> dict[str, str]:
-        return {self.image_column: "image", self.caption_column: "caption"}
 
     def _prepared(self, image: Any, key: str) -> Tensor:
         evaluation, training = self._transforms
@@ -201,7 +199,7 @@ class Stage2Collator:
             return {"llm_embeds": found}
         if self.tokenize is None:
             raise ValueError(
-                "Rows with a caption need Stage2Collator(cache=...), or Stage2Collator(processor=...) with the "
+                "Rows with a caption need Stage2Collator(cache=...) or Stage2Collator(processor=...) with the "
                 "tokenizer of the LLM."
             )
         tokens = self.tokenize(text=captions, padding=True, truncation=True, return_tensors="pt")

@@ -230,9 +230,12 @@ class StageTrainer(Trainer):
             raise ValueError("auto_find_batch_size does not work with streams, whose order depends on the batch.")
 
     def _hp_search_setup(self, trial: Any) -> None:
+        """Also prepare a new model of `model_init`, which the Trainer has made just before."""
         super()._hp_search_setup(trial)
         if self.model_init is not None:
+            run = cast(RunContext, self.run)
             self.prepare_model(cast(nn.Module, self.model))
+            self._begin(run, self.prepare_training(run))
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -255,23 +258,26 @@ class StageTrainer(Trainer):
         unlist_result(self.args)
         checkpoint = None if run.checkpoint is None else str(run.checkpoint)
         try:
-            found = self.prepare_training(run)
+            found = {} if self.model_init is not None else self.prepare_training(run)
             with self.run_state.resumed(run.checkpoint), self.guard.on_sigterm():
-                self.run_state.inputs = run.compare_inputs(self._inputs)
-                if run.checkpoint is None:
-                    found |= self.initialize_weights()
+                if self.model_init is None:
+                    self._begin(run, found)
                 if not self.has_steps:
-                    self.log(dict(found))
-                    return TrainOutput(0, 0.0, found)
-                self.run_state.found = found
+                    self.log(dict(self.run_state.found))
+                    return TrainOutput(0, 0.0, dict(self.run_state.found))
                 try:
                     output = super().train(checkpoint, trial, ignore_keys_for_eval)
                 except NoStepsLeft:
                     output = self._end_without_steps()
         finally:
             self.progress.close()
-        metrics = {**output.metrics, **found}
+        metrics = {**output.metrics, **self.run_state.found}
         return TrainOutput(output.global_step, metrics["train_loss"], metrics)
+
+    def _begin(self, run: RunContext, found: dict[str, float]) -> None:
+        """Compare what the run reads, and compute its initial weights, when model and data are prepared."""
+        self.run_state.inputs = run.compare_inputs(self._inputs)
+        self.run_state.found = {**found, **(self.initialize_weights() if run.checkpoint is None else {})}
 
     def _inputs(self) -> dict[str, Any]:
         data: Any = self.train_dataset

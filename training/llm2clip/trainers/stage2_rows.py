@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, cast
 
 import datasets
-from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
 
 from llm2clip.data import CaptionImageDataset, EvalTransform, TrainTransform
 from llm2clip.trainers.stage2_config import Stage2Config
@@ -25,27 +25,33 @@ STORING = (
 )
 
 
-def usable_processor(processing_class: Any) -> Any:
-    """Return what of a processor fits the model: of one whose tokenizer is not the LLM's, the image processor.
+def usable_processor(processing_class: Any, model: Any) -> Any:
+    """Return a processor for the model: of an image processor, or one of another library, with the LLM's tokenizer.
+
+    Args:
+        model: A model, in whose folder or repo that tokenizer is.
 
     Raises:
         ValueError: It has no image processor.
     """
-    known = (LLM2CLIPProcessor, BaseImageProcessor, PreTrainedTokenizerBase)
-    if processing_class is None or isinstance(processing_class, known):
+    if processing_class is None or isinstance(processing_class, LLM2CLIPProcessor | PreTrainedTokenizerBase):
         return processing_class
-    image_processor = getattr(processing_class, "image_processor", None)
+    image_processor = processing_class
+    if not isinstance(processing_class, BaseImageProcessor):
+        image_processor = getattr(processing_class, "image_processor", None)
     if image_processor is None:
         raise ValueError(
             f"processing_class is a {type(processing_class).__name__}; give an LLM2CLIPProcessor, an image processor "
             "or a tokenizer."
         )
-    logger.warning(
-        "only the image processor of the %s is used: its tokenizer is not that of the LLM. For rows with a caption, "
-        "give an LLM2CLIPProcessor(image_processor, tokenizer).",
-        type(processing_class).__name__,
-    )
-    return image_processor
+    try:
+        return LLM2CLIPProcessor(image_processor, AutoTokenizer.from_pretrained(model.name_or_path))
+    except (AttributeError, OSError, ValueError):
+        logger.warning(
+            "the model has no folder with the LLM's tokenizer: rows with a caption need an LLM2CLIPProcessor, and the "
+            "saved model will have no tokenizer."
+        )
+        return image_processor
 
 
 def open_rows(dataset: Any, args: Stage2Config, image_processor: BaseImageProcessor | None) -> Any:
@@ -83,6 +89,8 @@ def refuse_useless(args: Stage2Config, dataset: Any) -> None:
         own: dict[str, Any] = {"on_error": maker.on_error, "max_pixels": maker.max_pixels}
         own |= {"image_backend": maker.eval_transform.backend}
         own |= {"crop_scale": [1.0, 1.0] if crops is None else crops.scale}
+        columns = dataset.columns[0] if isinstance(dataset.columns, list) else dataset.columns
+        own |= {"image_column": columns.image, "caption_column": columns.captions[0]}
         for name, value in own.items():
             if (given := getattr(args, name)) not in (defaults[name], value):
                 raise ValueError(

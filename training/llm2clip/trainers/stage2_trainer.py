@@ -83,8 +83,8 @@ class Stage2Trainer(StageTrainer):
     ```
 
     Args:
-        processing_class: An `LLM2CLIPProcessor`; for rows without `caption` an image processor is enough, and for
-            rows without `image` a tokenizer. Of another library's processor, the image processor is used.
+        processing_class: An `LLM2CLIPProcessor`; for rows without `image` a tokenizer is enough. An image processor,
+            or that of another processor, gets the tokenizer in the folder or repo of the model.
         cache: The LLM's embeddings of the captions; with one, rows with a `caption` need no LLM.
         embed: Maps captions to the LLM's embeddings, for the retrieval sets; by default those of `cache`, or the
             model's LLM.
@@ -121,7 +121,7 @@ class Stage2Trainer(StageTrainer):
         self._first = first_part(args) if args is not None and args.warm_start else None
         # The first row of the first batch, which stands in for batches whose samples are all skipped.
         self._example: dict[str, Any] | None = None
-        processing_class = usable_processor(processing_class)
+        processing_class = usable_processor(processing_class, model)
         image_processor = getattr(processing_class, "image_processor", processing_class)
         self.image_processor = image_processor if isinstance(image_processor, BaseImageProcessor) else None
         if args is not None and isinstance(data_collator, Stage2Collator | None):
@@ -242,15 +242,15 @@ class Stage2Trainer(StageTrainer):
         return {f"warm_start_{name}": value for name, value in found["metrics"].items()}
 
     def default_collator(self) -> Stage2Collator:
-        args, brings_crops = self.args, isinstance(self.train_dataset, EpochDataset | SampleStream)
+        args, is_ours = self.args, isinstance(self.train_dataset, EpochDataset | SampleStream)
         return Stage2Collator(
             self.cache,
             processor=cast(Any, self.processing_class),
             on_error=args.on_error,
             max_pixels=args.max_pixels,
-            image_column=args.image_column,
-            caption_column=args.caption_column,
-            crop_scale=None if brings_crops else args.crop_scale,
+            image_column="image" if is_ours else args.image_column,
+            caption_column="caption" if is_ours else args.caption_column,
+            crop_scale=None if is_ours else args.crop_scale,
             image_backend=args.image_backend,
         )
 
